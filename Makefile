@@ -1,0 +1,47 @@
+# flowmap. Each target sets up the environment in .venv if it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check bench mutants data docs clean
+
+help:            ## what each target does
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: .venv/ready  ## make the environment in .venv
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flowmap needs Python 3.10 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch .venv/ready
+
+demo: .venv/ready   ## the main job: digits teacher -> 1/2/4-step student -> samples
+	$(BIN)/flowmap fit --recipe digits --resume
+	$(BIN)/flowmap sample --student runs/digits/student --steps 1 2 4 --num 64 --out runs/digits/drawn
+
+test: .venv/ready   ## the tests (a minute or two on two cores)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/ready  ## the long tests as well
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: .venv/ready  ## what every commit keeps green: lint, floors, recipes
+	$(BIN)/ruff check flowmap tests benchmarks
+	$(BIN)/python -m pytest tests/test_floors.py tests/test_recipes.py
+
+bench: .venv/ready  ## the benchmarks that take minutes; results in benchmarks/results
+	for name in step_cost exactness steps_law; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+mutants: .venv/ready  ## every mutation of an objective must fail a test
+	$(BIN)/python benchmarks/mutants.py
+
+data: .venv/ready   ## Fashion-MNIST into .data
+	$(BIN)/python -m flowmap.data.fetch fashion --out .data
+
+docs: .venv/ready   ## the documentation as HTML in docs/site
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build -q -f docs/mkdocs.yml -d site
+
+clean:           ## remove what the targets made, runs apart
+	rm -rf .venv dist build .pytest_cache .ruff_cache

@@ -1,0 +1,30 @@
+"""flowmap: a slow diffusion or flow teacher becomes a student that samples in 1, 2 or 4 steps.
+
+    run = flowmap.fit(flowmap.read_recipe("digits"))
+    student = flowmap.load_student("runs/digits/student")
+    images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
+"""
+
+from importlib import import_module
+
+from flowmap import torchvision_shim
+
+__version__ = "0.1.0"
+__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "__version__"]
+
+torchvision_shim.install()
+
+_HOME = {
+    "load_student": "flowmap.student",
+    "read_recipe": "flowmap.recipe",
+    "fit": "flowmap.train.fit",
+    "sample": "flowmap.sample",
+    "evaluate": "flowmap.evaluate",
+}
+
+
+def __getattr__(name: str):
+    """Public names, imported when they are first used: `import flowmap` alone stays light."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'flowmap' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

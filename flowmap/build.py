@@ -1,0 +1,144 @@
+"""A recipe becomes objects: the one place that joins data, networks and teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from flowmap.config import RecipeError
+from flowmap.data import Dataset
+from flowmap.flow.types import Teacher
+from flowmap.nets.flow_map import FlowMapNet, start_from
+from flowmap.plan import dependency_folder, find_card
+from flowmap.recipe import Autoguidance, ClassifierFree, FromTeacher, Recipe, read_recipe
+from flowmap.snapshots import nearest_snapshot
+from flowmap.student import Student, StudentConfig, load_student
+from flowmap.teachers.card import Card
+from flowmap.teachers.exact import MixtureTeacher
+from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
+from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
+from flowmap.teachers.network import NetworkTeacher
+
+
+@dataclass(frozen=True)
+class BuiltTeacher:
+    """The guided velocity that objectives see, and, where the teacher is a network of ours, that network."""
+
+    guided: Teacher
+    network: Student | None
+    modules: tuple[nn.Module, ...] = ()
+
+    def to(self, device) -> BuiltTeacher:
+        for module in self.modules:
+            module.to(device)
+        return self
+
+    @property
+    def calls_per_step(self) -> int:
+        return getattr(self.guided, "network_calls", 1)
+
+
+def build_data(recipe: Recipe) -> Dataset:
+    try:
+        return recipe.data.build()
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def build_teacher(recipe: Recipe) -> BuiltTeacher | None:
+    """The recipe's teacher with its guidance, its weights read from the runs that trained it; None where the recipe has none."""
+    if recipe.teacher is None:
+        return None
+    card = find_card(recipe.teacher.card)
+    strong, network, modules = _load(card, recipe)
+    guidance = recipe.teacher.guidance
+    if isinstance(guidance, ClassifierFree):
+        return BuiltTeacher(ClassifierFreeTeacher(strong, default=guidance.default), network, modules)
+    if isinstance(guidance, Autoguidance):
+        weak, weak_modules = _weak(card, guidance, recipe, network)
+        return BuiltTeacher(AutoguidedTeacher(strong, weak, default=guidance.default), network, modules + weak_modules)
+    return BuiltTeacher(strong, network, modules)
+
+
+def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
+    if card.kind == "exact":
+        if not all(hasattr(recipe.data, name) for name in ("means", "std", "weights")):
+            raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r} is exact, which needs data of a known density (kind: toy)")
+        return _exact(recipe.data), None, ()
+    if card.kind != "recipe":
+        raise RecipeError(f"{recipe.name}: teacher.card: {missing_weights(card)}")
+    student = load_student(trained_folder(card, recipe))
+    return NetworkTeacher(student.flow_map), student, (student.flow_map,)
+
+
+def _exact(data) -> MixtureTeacher:
+    means = tuple(tuple(row) for row in data.means.tolist())
+    return MixtureTeacher(means=means, std=(data.std,), weights=tuple(data.weights.tolist()))
+
+
+def missing_weights(card: Card) -> str:
+    """Why a pretrained card cannot be used here, in one line."""
+    return f"{card.name!r} is a pretrained {card.kind} model ({card.source}): this version reads no {card.kind} weights and downloads none"
+
+
+def trained_folder(card: Card, recipe: Recipe) -> Path:
+    trained = read_recipe(card.recipe, recipe.teacher.overrides)
+    folder = dependency_folder(trained)
+    if not (folder / "student").is_dir():
+        raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
+    return folder
+
+
+def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None) -> tuple[Teacher, tuple[nn.Module, ...]]:
+    if guidance.weak is not None:
+        weak, _, modules = _load(find_card(guidance.weak), recipe)
+        return weak, modules
+    if network is None:
+        raise RecipeError(f"{recipe.name}: teacher.guidance: snapshot and skip_blocks need a teacher that is a network of ours")
+    if guidance.skip_blocks:
+        if not hasattr(network.flow_map.net, "without_blocks"):
+            raise RecipeError(f"{recipe.name}: teacher.guidance.skip_blocks: this teacher's network has no blocks to skip")
+        flow_map = FlowMapNet(network.flow_map.net.without_blocks(guidance.skip_blocks))
+    else:
+        flow_map = network.config.build()
+        flow_map.load_state_dict(nearest_snapshot(trained_folder(card, recipe), share=guidance.snapshot))
+    return NetworkTeacher(flow_map), (flow_map,)
+
+
+def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) -> StudentConfig:
+    """What the student is: its network, sample shape, conditions and sampler."""
+    guidance = recipe.teacher.guidance if recipe.teacher else None
+    if not isinstance(recipe.student, FromTeacher):
+        net = recipe.student
+    elif teacher is None or teacher.network is None:
+        raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
+    else:
+        net = teacher.network.config.net
+    return StudentConfig(
+        net=net,
+        sampler=recipe.sampler,
+        shape=data.shape,
+        num_classes=data.num_classes if recipe.data.conditional else None,
+        arrival=not recipe.objective.diagonal,
+        guidance=(*guidance.scale, guidance.default) if guidance else None,
+        clamp=len(data.shape) == 3,
+        recipe=recipe.name,
+        recipe_hash=recipe.hash(),
+    )
+
+
+def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
+    """The student at step 0: the teacher's weights where the recipe says so, else random ones from the recipe's seed."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        try:
+            flow_map = config.build()
+            if isinstance(recipe.student, FromTeacher):
+                start_from(flow_map, teacher.network.flow_map)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: student: {error}") from error
+    return flow_map.requires_grad_(True)

@@ -1,0 +1,195 @@
+"""The command line: fit, sample, evaluate, show, list, cite. Exit 0 on success, 2 with one line on a user's mistake, 1 on a failure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from flowmap import __version__
+
+PAPERS = {
+    "ayf": ("Align Your Flow (objective ayf_emd, ayf_lmd; autoguidance distillation)", "Sabour, Fidler, Kreis", 2025, "2506.14603"),
+    "flow_matching": ("Flow matching for generative modeling (objective flow_matching)", "Lipman, Chen, Ben-Hamu, Nickel, Le", 2022, "2210.02747"),
+    "autoguidance": ("Guiding a diffusion model with a bad version of itself", "Karras, Aittala, Kynkaanniemi, et al.", 2024, "2406.02507"),
+    "edm2": ("Analyzing and improving the training dynamics of diffusion models (power-function EMA)", "Karras et al.", 2024, "2312.02696"),
+    "dit": ("Scalable diffusion models with transformers", "Peebles, Xie", 2022, "2212.09748"),
+    "ctm": ("Consistency trajectory models (gamma-sampling)", "Kim, Lai, Liao, et al.", 2024, "2310.02279"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:  # RecipeError among them: a user's mistake
+        return _say_error(error, 2)
+    except KeyboardInterrupt:
+        return _say_error("interrupted; `--resume` goes on from the last checkpoint", 1)
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        sys.stderr.close()
+        return 0
+    except (RuntimeError, OSError) as error:
+        return _say_error(error, 1)
+
+
+def _say_error(error: object, code: int) -> int:
+    print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _fit(a: argparse.Namespace) -> int:
+    from flowmap.recipe import read_recipe
+
+    recipe = read_recipe(a.recipe, a.overrides)
+    if a.dry_run:
+        from flowmap.dry_run import dry_run
+
+        print("\n".join(dry_run(recipe, a.out)))
+        return 0
+    from flowmap.train.fit import fit
+
+    run = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)
+    print(_summary(run.metrics))
+    print(f"student: {run.folder / 'student'}")
+    return 0
+
+
+def _sample(a: argparse.Namespace) -> int:
+    from flowmap.sample import sample
+    from flowmap.student import load_student
+
+    student = load_student(a.student)
+    if a.prompt is not None:
+        raise ValueError("--prompt: this student is not conditioned on text")
+    cond = {} if a.label is None else {"class": a.label}
+    with _bar(a.num * len(a.steps)) as progress:
+        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed)
+        grids = sample(student.to(a.device), a.out, **options, progress=progress)
+    for grid in grids:
+        print(grid)
+    return 0
+
+
+def _evaluate(a: argparse.Namespace) -> int:
+    from flowmap.evaluate import evaluate
+    from flowmap.student import load_student
+
+    say = lambda message: print(message, file=sys.stderr, flush=True)
+    student = load_student(a.student).to(a.device)
+    metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
+    print(_summary(metrics) if a.out else json.dumps(metrics, indent=2))
+    return 0
+
+
+def _show(a: argparse.Namespace) -> int:
+    from flowmap.recipe import read_recipe
+
+    print(read_recipe(a.recipe, a.overrides).to_yaml(), end="")
+    return 0
+
+
+def _list(a: argparse.Namespace) -> int:
+    from flowmap.plan import list_cards
+    from flowmap.recipe import TABLES, find_recipe, list_recipes
+
+    print("recipes")
+    for name in list_recipes():
+        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
+        print(f"  {name:20s} {first.removeprefix('#').strip()}")
+    print("teachers\n  " + ", ".join(list_cards()))
+    for slot, table in TABLES.items():
+        print(f"{slot.__name__.lower()} kinds\n  {', '.join(table)}")
+    return 0
+
+
+def _cite(a: argparse.Namespace) -> int:
+    for key, (title, authors, year, arxiv) in PAPERS.items():
+        print(f"@article{{{key},\n  title  = {{{title}}},\n  author = {{{authors}}},\n  year   = {{{year}}},\n  note   = {{arXiv:{arxiv}}},\n}}")
+    return 0
+
+
+def _summary(metrics: dict) -> str:
+    rows = {f"student {k}": row for k, row in metrics["student"].items()}
+    rows |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
+    if "teacher" in metrics:
+        rows[f"teacher {metrics['teacher']['steps']}"] = metrics["teacher"]
+    rows["floor"] = metrics["floor"]
+    names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
+    lines = ["steps".ljust(14) + "".join(name.rjust(max(12, len(name) + 2)) for name in names)]
+    for label, row in rows.items():
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
+        lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
+    return "\n".join(lines)
+
+
+class _bar:
+    """A progress bar, on a terminal alone."""
+
+    def __init__(self, total: int):
+        self.total = total
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.tqdm = tqdm(total=self.total, disable=not sys.stderr.isatty(), unit="image")
+        return self.tqdm.update
+
+    def __exit__(self, *exc) -> None:
+        self.tqdm.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flowmap", description="Distil a slow diffusion or flow teacher into a student of 1, 2 or 4 steps.")
+    parser.add_argument("--version", action="version", version=f"flowmap {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    fit = _verb(verbs, "fit", _fit, "train a recipe, and first whatever it needs")
+    _recipe_arguments(fit)
+    fit.add_argument("--out", help="run folder (default: runs/<recipe name>)")
+    fit.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
+    fit.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    fit.add_argument("--dry-run", action="store_true", help="print the plan, parameter counts, memory and what is missing; train nothing")
+
+    sample = _verb(verbs, "sample", _sample, "draw samples as pictures")
+    _student_arguments(sample)
+    sample.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
+    sample.add_argument("--num", type=int, default=64, help="samples for each number of steps")
+    sample.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
+    sample.add_argument("--prompt", help="text, for students that are conditioned on it")
+    sample.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", required=True, help="folder for the pictures")
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "measure a student by its recipe's metrics")
+    _student_arguments(evaluate)
+    evaluate.add_argument("--steps", type=int, nargs="+", metavar="K", help="default: the recipe's")
+    evaluate.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
+    evaluate.add_argument("--out", help="write the figures to this JSON file")
+
+    _recipe_arguments(_verb(verbs, "show", _show, "print a recipe with every default"))
+    _verb(verbs, "list", _list, "list recipes, teachers and kinds")
+    _verb(verbs, "cite", _cite, "print the papers behind the methods, as BibTeX")
+    return parser
+
+
+def _verb(verbs, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=help, description=help)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+
+
+def _student_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
+    parser.add_argument("--device", default="cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

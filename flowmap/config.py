@@ -1,0 +1,130 @@
+"""A plain mapping becomes a frozen dataclass, checked: names, types, kinds and values, each error with its full key and a suggestion.
+
+A field whose type is one of `tables` (a protocol such as TimeSampler) is a slot: a mapping with `kind`, looked up in that slot's table.
+OmegaConf (recipe.py) does the reading, merging and overriding; its structured configs cannot choose a class by `kind`, this does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+MISSING = "???"
+
+
+class RecipeError(ValueError):
+    """A user's mistake in a recipe: one line that names file, key, value and what is allowed."""
+
+
+def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *, file: str, key: str = "") -> Any:
+    """An instance of the dataclass `cls` from the mapping `node`; RecipeError if a key, a type or a value does not fit."""
+    if not isinstance(node, Mapping):
+        raise RecipeError(f"{file}: {key or 'recipe'}: {node!r} is not a mapping with {_listed(_names(cls))}")
+    hints = typing.get_type_hints(cls)
+    for name in node:
+        if name not in _names(cls):
+            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{_suggest(name, _names(cls))}; allowed: {_listed(_names(cls))}")
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in node:
+            values[field.name] = _convert(node[field.name], hints[field.name], tables, file, _join(key, field.name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{file}: {_join(key, field.name)}: is required and is not given")
+    try:
+        return cls(**values)
+    except RecipeError:
+        raise
+    except ValueError as error:  # a value's own check: it names its field first
+        raise RecipeError(f"{file}: {_join(key, str(error))}") from error
+
+
+def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]]) -> Any:
+    """The mapping that `construct` would read back as `value`, every default written out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {f.name: to_plain(getattr(value, f.name), tables) for f in dataclasses.fields(value)}
+        kind = kind_of(value, tables)
+        return plain if kind is None else {"kind": kind, **plain}
+    if isinstance(value, tuple):
+        return [to_plain(v, tables) for v in value]
+    return value
+
+
+def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None:
+    """The name under which the value's class stands in its slot's table; None where it fills no slot."""
+    for table in tables.values():
+        for kind, cls in table.items():
+            if type(value) is cls:
+                return kind
+    return None
+
+
+def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), tables, file, key)
+    if hint in tables:
+        return _slot(value, tables[hint], tables, file, key)
+    if dataclasses.is_dataclass(hint):
+        return construct(hint, value, tables, file=file, key=key)
+    if origin is tuple:
+        return _tuple(value, args, tables, file, key)
+    return _scalar(value, hint, file, key)
+
+
+def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}")
+    kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
+    if kind not in table:
+        what = "is required" if kind is None else f"no {kind!r}{_suggest(str(kind), table)}"
+        raise RecipeError(f"{file}: {key}.kind: {what}; allowed: {_listed(table)}")
+    return construct(table[kind], {k: v for k, v in value.items() if k != "kind"}, tables, file=file, key=key)
+
+
+def _tuple(value: Any, args, tables, file: str, key: str) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"{file}: {key}: {value!r} is not a list")
+    if args[-1:] == (Ellipsis,):
+        return tuple(_convert(v, args[0], tables, file, f"{key}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise RecipeError(f"{file}: {key}: {value!r} has {len(value)} entries, wants {len(args)}")
+    return tuple(_convert(v, a, tables, file, f"{key}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+
+
+def _scalar(value: Any, hint: type, file: str, key: str) -> Any:
+    if value == MISSING and hint is str:
+        return value
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"{file}: {key}: {value!r} is not {_TYPES.get(hint, hint.__name__)}")
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _listed(names) -> str:
+    return ", ".join(names)
+
+
+def _suggest(name: str, allowed) -> str:
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

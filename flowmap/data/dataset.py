@@ -1,0 +1,72 @@
+"""A built data set: samples in memory, what is held out of training, and what generated samples are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flowmap.flow.types import Cond
+
+
+@dataclass(frozen=True)
+class Source:
+    """The settings that every source of data has.
+
+    batch_size is for one process and one micro-batch. conditional: labels are given to the network (where there are any), and dropped with
+    probability drop_condition, so that it also learns the velocity without a class.
+    """
+
+    batch_size: int = 128
+    conditional: bool = True
+    drop_condition: float = 0.0
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: {self.batch_size} must be 1 or more")
+        if not 0 <= self.drop_condition <= 1:
+            raise ValueError(f"drop_condition: {self.drop_condition} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples in memory, read a batch at a time.
+
+    train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1.
+    reference is what generated samples are compared with: the training samples, as is the practice for Frechet distances.
+    For `torch.utils.data.DataLoader(dataset, batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
+    """
+
+    name: str
+    train: Tensor
+    held_out: Tensor
+    labels: Tensor | None = None
+    held_out_labels: Tensor | None = None
+    num_classes: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One sample's shape: (1, 8, 8) for digits, (2,) for points."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def reference(self) -> Tensor:
+        return self.train
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
+        """The batch (x0, cond) of these training samples: x0 (B, *shape), cond {"class": (B,)} or {}."""
+        rows = list(indices)
+        return self.train[rows], {} if self.labels is None else {"class": self.labels[rows]}
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
+        """One sample and its cond, without a batch dimension."""
+        return self.train[index], {} if self.labels is None else {"class": self.labels[index]}
+
+
+def as_it_is(batch):
+    """The batch unchanged: the `collate_fn` for a Dataset, whose batches come whole from `__getitems__`."""
+    return batch

@@ -1,0 +1,78 @@
+"""Brings a data set to this machine: `python -m flowmap.data.fetch fashion --out .data` leaves the four files in .data/fashion.
+
+Source: Debian's package dataset-fashion-mnist (31 MB), fetched and unpacked by apt-get and dpkg without being root.
+Files are unpacked and checked beside their place, then renamed into it; a second call finds them and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from flowmap.data import idx
+
+PACKAGE = "dataset-fashion-mnist"
+BY_HAND = (
+    "put the four IDX files of Fashion-MNIST ("
+    + ", ".join(idx.FASHION_FILES)
+    + ") there yourself: they are in the authors' repository zalandoresearch/fashion-mnist under data/fashion"
+)
+
+
+def fetch_fashion(out: Path) -> Path:
+    """The folder with the four whole files: out/fashion, or the system's if the package is installed.
+
+    Raises ValueError, with what to do instead, where they cannot be had.
+    """
+    folder = out / "fashion"
+    for there in (folder, idx.SYSTEM_FOLDER):
+        if idx.complete(there):
+            print(f"{there}: complete, nothing to do")
+            return there
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise ValueError(f"this machine has no apt-get to fill {folder} with; {BY_HAND}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
+        _download(Path(scratch))
+        unpacked = Path(scratch, "unpacked") / idx.SYSTEM_FOLDER.relative_to("/")
+        for name in idx.FASHION_FILES:
+            idx.read(unpacked, name)
+            os.replace(unpacked / name, folder / name)
+    print(f"{folder}: 60,000 training and 10,000 held-out images")
+    return folder
+
+
+def _download(scratch: Path) -> None:
+    """Unpacks the package in scratch/unpacked; apt's list of packages is renewed once if the first try fails."""
+    get = ["apt-get", "-o", "APT::Sandbox::User=root", "download", PACKAGE]  # root's own folder is not readable by apt's user _apt
+    quiet = None if sys.stdout.isatty() else subprocess.DEVNULL  # apt-get's own progress bar where someone looks
+    if subprocess.run(get, cwd=scratch, stdout=quiet, stderr=subprocess.DEVNULL).returncode != 0:
+        subprocess.run(["apt-get", "update"], stdout=quiet, stderr=subprocess.DEVNULL)  # fails for others than root: the next line tells
+        second = subprocess.run(get, cwd=scratch, stdout=quiet, stderr=subprocess.PIPE, text=True)
+        if second.returncode != 0:
+            reason = " ".join(second.stderr.split()) or f"exit {second.returncode}"
+            raise ValueError(f"apt-get download {PACKAGE} failed ({reason}); run `apt-get update` as root and try again, or {BY_HAND}")
+    (package,) = scratch.glob("*.deb")
+    subprocess.run(["dpkg", "-x", str(package), str(scratch / "unpacked")], check=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flowmap.data.fetch", description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=["fashion"])
+    parser.add_argument("--out", type=Path, default=Path(".data"), help="the folder to hold it (default .data)")
+    options = parser.parse_args(argv)
+    try:
+        fetch_fashion(options.out)
+    except (ValueError, OSError) as error:
+        print(f"flowmap: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

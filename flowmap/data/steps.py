@@ -1,0 +1,72 @@
+"""Which samples a step sees is a function of (seed, step, rank) alone, so a resumed run goes on bit-equal with nothing saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class StepBatches:
+    """The index lists of steps start_step, start_step + 1, ...: a `batch_sampler` for DataLoader, one list a micro-batch.
+
+    Think of all epochs' permutations, one after another, as one endless stream. Step k reads places k G to (k + 1) G of it, with
+    G = batch_size * accumulate * world; micro-batch a of rank r reads the batch_size places from k G + (a world + r) batch_size on.
+    Hence: no sample comes twice within an epoch, batches run across epoch ends and are never short, a later start needs no replay,
+    and a step sees the same samples however G is split over ranks and micro-batches.
+    It ends before step `num_steps`; None never ends (and then it has no len). The ranks are dealt with here: under Lightning set
+    use_distributed_sampler=False.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ):
+        for key, value in {"num_samples": num_samples, "batch_size": batch_size, "world": world, "accumulate": accumulate}.items():
+            if value < 1:
+                raise ValueError(f"{key} is {value}; 1 or more is allowed")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}; 0 .. {world - 1} are allowed")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.start_step, self.num_steps = start_step, num_steps
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while self.num_steps is None or step < self.num_steps:
+            for micro in range(self.accumulate):
+                yield self.indices(step, micro)
+            step += 1
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("StepBatches without num_steps never ends")
+        return max(0, self.num_steps - self.start_step) * self.accumulate
+
+    def indices(self, step: int, micro: int = 0) -> list[int]:
+        """The samples of one micro-batch of this rank."""
+        place = ((step * self.accumulate + micro) * self.world + self.rank) * self.batch_size
+        end, found = place + self.batch_size, []
+        while place < end:
+            epoch, offset = divmod(place, self.num_samples)
+            found += self._permutation(epoch)[offset : offset + end - place].tolist()
+            place = min(end, (epoch + 1) * self.num_samples)
+        return found
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            mixed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1)  # manual_seed wants an int64
+            self._order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(mixed))
+            self._epoch = epoch
+        return self._order

@@ -1,0 +1,191 @@
+"""What a student is worth: every metric at each number of steps, beside the teacher's row and the real-against-real floor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.build import BuiltTeacher, build_data, build_teacher
+from flowmap.config import RecipeError
+from flowmap.data import Dataset
+from flowmap.files import write_json
+from flowmap.flow.solver import Euler
+from flowmap.metrics import floor
+from flowmap.recipe import Recipe, read_resolved
+from flowmap.student import Student, load_student
+
+Progress = Callable[[str], None]
+
+
+def evaluate(
+    student: str | Path | Student,
+    steps: Sequence[int] | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    guidance: float | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The contents of metrics.json for a saved student, by its own recipe's data, teacher and metrics.
+
+    steps: default the recipe's. metrics: only those kinds. The teacher's row is left out where its weights are not on this machine.
+    """
+    student = student if isinstance(student, Student) else load_student(student)
+    if student.folder is None or not (student.folder / "recipe.yaml").is_file():
+        raise ValueError("student: evaluate needs the recipe.yaml that lies beside the weights")
+    recipe = read_resolved(student.folder / "recipe.yaml")
+    chosen = _chosen(recipe, metrics)
+    for k in steps or ():
+        if k < 1:
+            raise ValueError(f"steps: {k} must be 1 or more")
+    data = build_data(recipe)
+    try:
+        teacher = build_teacher(recipe)
+    except RecipeError as error:
+        teacher = None
+        if progress is not None:
+            progress(f"no teacher's row: {error}")
+    measured = measure(recipe, student, teacher, data, steps=steps, metrics=chosen, guidance=guidance, progress=progress)
+    if out is not None:
+        write_json(Path(out), measured)
+    return measured
+
+
+def measure(
+    recipe: Recipe,
+    student: Student,
+    teacher: BuiltTeacher | None,
+    data: Dataset,
+    *,
+    steps: Sequence[int] | None = None,
+    metrics: Sequence[Any] | None = None,
+    guidance: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share."""
+    started = time.perf_counter()
+    say = progress or (lambda message: None)
+    specs = recipe.metrics if metrics is None else metrics
+    rows = _Rows(recipe, student, teacher, data, specs, guidance)
+    result: dict[str, Any] = {"student": {}}
+    seconds: dict[str, float] = {}
+    for k in steps or recipe.sampler.steps:
+        say(f"student at {k} step{'s' if k > 1 else ''}")
+        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k)
+    nfe: dict[str, Any] = {"student": {str(k): k for k in steps or recipe.sampler.steps}}
+    if teacher is not None:
+        n = recipe.evaluation.teacher_steps
+        say(f"teacher at {n} steps")
+        row, seconds["teacher"] = rows.teacher(n)
+        nfe["teacher"] = n * teacher.calls_per_step
+        result["teacher"] = {"nfe": nfe["teacher"], "steps": n, **row}
+        if recipe.evaluation.teacher_extra_steps:
+            say("teacher at few steps")
+            result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
+    say("real against real")
+    result["floor"] = {k: v for spec in specs if spec.needs == "samples" for k, v in floor(spec, data).items()}
+    seconds["evaluate"] = time.perf_counter() - started
+    result["seconds"] = {key: round(value, 4) for key, value in seconds.items()}
+    result["nfe"] = nfe
+    return result
+
+
+class _Rows:
+    """One row of metrics.json: samples by some sampler, looked at by every metric."""
+
+    def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None):
+        self.recipe, self.flow_map, self.guided, self.specs = recipe, student.flow_map, teacher and teacher.guided, specs
+        self.device = student.device
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        rank = torch.distributed.get_rank() if world > 1 else 0
+        self.num = max((spec.images for spec in specs), default=0) // world * world
+        generator = torch.Generator().manual_seed(recipe.evaluation.seed)
+        x1 = torch.randn(self.num, *data.shape, generator=generator) if self.num else torch.zeros(0, *data.shape)
+        self.cond = {k: v[rank::world] for k, v in student.conditions(self.num, guidance=guidance).items()} if self.num else {}
+        self.x1, self.clamp, self.world = x1[rank::world], student.config.clamp, world
+        self.built = [spec.build(data.reference) if spec.needs == "samples" else spec.build() for spec in specs]
+
+    def student(self, k: int) -> tuple[dict[str, float], float]:
+        def draw(x1: Tensor, cond) -> Tensor:
+            generator = torch.Generator().manual_seed(self.recipe.evaluation.seed + 1)
+            return self.recipe.sampler(self.flow_map, x1, cond, steps=k, generator=generator)
+
+        row, seconds = self._row(draw, lambda x, t, cond: self.flow_map.mean_velocity(x, t, t, cond), draw_many=self._student_many)
+        if self.guided is not None:
+            row |= {f"{key}_to_teacher": value for key, value in self._endpoints(draw, self._teacher_many).items()}
+        return row, seconds
+
+    def teacher(self, n: int) -> tuple[dict[str, float], float]:
+        return self._row(lambda x1, cond: self._solve(x1, cond, n), self.guided.velocity, draw_many=self._teacher_many)
+
+    def _solve(self, x1: Tensor, cond, steps: int) -> Tensor:
+        return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
+
+    def _teacher_many(self, x1: Tensor, cond, steps: int) -> Tensor:
+        return self._solve(x1, cond, steps)
+
+    def _student_many(self, x1: Tensor, cond, steps: int) -> Tensor:
+        return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def _row(self, draw, velocity, *, draw_many) -> tuple[dict[str, float], float]:
+        row: dict[str, float] = {}
+        started = time.perf_counter()
+        samples = self._finish(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
+        seconds = time.perf_counter() - started
+        for spec, metric in zip(self.specs, self.built, strict=True):
+            if spec.needs == "samples":
+                metric.reset()
+                metric.update(samples[: spec.images // self.world].cpu(), real=False)
+                row |= spec.report(metric)
+            elif spec.needs == "trajectory":
+                row |= self._straightness(spec, metric, velocity)
+        return row | self._endpoints(draw, draw_many), seconds
+
+    @torch.no_grad()
+    def _straightness(self, spec, metric, velocity) -> dict[str, float]:
+        metric.reset()
+        solver = Euler(steps=spec.steps)
+        for x1, cond in self._batches(spec.images):
+            path = solver(lambda x, t, cond=cond: velocity(x, t, cond), x1, keep=True).trajectory
+            metric.update(path.cpu(), torch.tensor(solver.times()))
+        return spec.report(metric)
+
+    @torch.no_grad()
+    def _endpoints(self, draw, draw_many) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for spec, metric in zip(self.specs, self.built, strict=True):
+            if spec.needs != "endpoints":
+                continue
+            metric.reset()
+            for x1, cond in self._batches(spec.images):
+                metric.update(draw(x1, cond).cpu(), draw_many(x1, cond, spec.steps).cpu())
+            row |= spec.report(metric)
+        return row
+
+    def _batches(self, num: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        size, num = self.recipe.evaluation.batch_size, num // self.world
+        for i in range(0, num, size):
+            rows = slice(i, min(i + size, num))
+            yield self.x1[rows].to(self.device), {k: v[rows].to(self.device) for k, v in self.cond.items()}
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1) if self.clamp else x
+
+
+def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
+    from flowmap.config import kind_of
+    from flowmap.recipe import TABLES, Metric
+
+    if kinds is None:
+        return list(recipe.metrics)
+    for kind in kinds:
+        if kind not in TABLES[Metric]:
+            raise ValueError(f"metrics: {kind!r} is not one of {', '.join(TABLES[Metric])}")
+    given = {kind_of(spec, TABLES): spec for spec in recipe.metrics}
+    return [given.get(kind, TABLES[Metric][kind]()) for kind in kinds]

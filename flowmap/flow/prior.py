@@ -1,0 +1,38 @@
+"""Priors: where a path starts. x1 is shaped like x0; a learned prior may look at x0 and cond, the Gaussian one does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.types import Cond
+
+
+def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal draws with x's shape, device and dtype.
+
+    Drawn in float32 on the generator's device (x's without one) and then moved, so that a CPU generator gives the same noise to every
+    device and precision.
+    """
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x1 ~ N(0, std^2 I), independent of x0 and cond."""
+
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not self.std > 0:
+            raise ValueError(f"std is {self.std!r}; allowed: above 0")
+
+    def sample(self, x0: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Noise shaped, placed and typed like x0; the same generator state gives the same noise."""
+        return self.std * normal_like(x0, generator)
+
+
+PRIORS = {"gaussian": Gaussian}

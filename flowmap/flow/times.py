@@ -1,0 +1,246 @@
+"""Times: the law of the pairs (t, s) that a training step looks at, 0 <= s <= t <= 1, t = 1 is noise.
+
+Each sampler is called with n and gives (t, s), both (n,) float32. `density(t)` is the probability density of t's marginal.
+Laws of a single time come with a field `pairs`: "diagonal" is s = t (flow matching), "sorted" draws twice and gives the later to t,
+"consistency" is s = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.types import TimeSampler
+
+PAIRS = ("diagonal", "sorted", "consistency")
+
+
+class _OneLaw:
+    """Pairs made of one law of times; a subclass gives draw, density_of_one and distribution (its cumulative function)."""
+
+    pairs: str
+
+    def _check_pairs(self) -> None:
+        if self.pairs not in PAIRS:
+            raise ValueError(f"pairs is {self.pairs!r}; allowed: {', '.join(PAIRS)}")
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
+        t = self.draw(n, device, generator)
+        if self.pairs == "diagonal":
+            return t, t.clone()
+        if self.pairs == "consistency":
+            return t, torch.zeros_like(t)
+        other = self.draw(n, device, generator)
+        return torch.maximum(t, other), torch.minimum(t, other)
+
+    def density(self, t: Tensor) -> Tensor:
+        """The density of t; of the larger of two draws, 2 p P, where pairs are sorted."""
+        one = self.density_of_one(t)
+        return 2 * one * self.distribution(t) if self.pairs == "sorted" else one
+
+
+@dataclass(frozen=True)
+class Uniform(_OneLaw):
+    """Times uniform on [0, 1]."""
+
+    pairs: str = "diagonal"
+
+    def __post_init__(self):
+        self._check_pairs()
+
+    def draw(self, n: int, device, generator) -> Tensor:
+        return _uniform(n, device, generator)
+
+    def density_of_one(self, t: Tensor) -> Tensor:
+        return ((t >= 0) & (t <= 1)).to(t.dtype)
+
+    def distribution(self, t: Tensor) -> Tensor:
+        return t.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class LogitNormal(_OneLaw):
+    """log(t / (1 - t)) ~ N(mean, std^2): on our clock that is log sigma ~ N(mean, std^2), the law of EDM's noise levels."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    pairs: str = "diagonal"
+
+    def __post_init__(self):
+        _check_std(self.std)
+        self._check_pairs()
+
+    def draw(self, n: int, device, generator) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
+
+    def density_of_one(self, t: Tensor) -> Tensor:
+        z = (torch.logit(t) - self.mean) / self.std
+        density = torch.exp(-z * z / 2) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        return torch.where((t > 0) & (t < 1), density, torch.zeros_like(t))
+
+    def distribution(self, t: Tensor) -> Tensor:
+        return torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
+
+
+@dataclass(frozen=True)
+class UShaped(_OneLaw):
+    """Density proportional to cosh(a (t - 1/2)) on [edge, 1 - edge]: 2-rectified flow++ (arXiv:2405.20320), a = 4.
+
+    Drawn as e = log(1 + u (e^a - 1)) / a, then e or 1 - e with probability 1/2. The paper's printed formula is not symmetric; this is
+    what was run.
+    """
+
+    a: float = 4.0
+    edge: float = 1e-5
+    pairs: str = "diagonal"
+
+    def __post_init__(self):
+        if not 0 < self.a <= 50:
+            raise ValueError(f"a is {self.a!r}; allowed: above 0, at most 50")
+        if not 0 <= self.edge < 0.5:
+            raise ValueError(f"edge is {self.edge!r}; allowed: from 0, below 0.5")
+        self._check_pairs()
+
+    def draw(self, n: int, device, generator) -> Tensor:
+        u, coin = _uniform(n, device, generator), _uniform(n, device, generator)
+        e = (torch.log1p(u * math.expm1(self.a)) / self.a).clamp(0, 1)
+        return self.edge + (1 - 2 * self.edge) * torch.where(coin < 0.5, e, 1 - e)
+
+    def density_of_one(self, t: Tensor) -> Tensor:
+        e = (t - self.edge) / (1 - 2 * self.edge)
+        density = self.a * torch.cosh(self.a * (e - 0.5)) / (2 * math.sinh(self.a / 2) * (1 - 2 * self.edge))
+        return torch.where((e >= 0) & (e <= 1), density, torch.zeros_like(t))
+
+    def distribution(self, t: Tensor) -> Tensor:
+        e = ((t - self.edge) / (1 - 2 * self.edge)).clamp(0, 1)
+        return (torch.sinh(self.a * (e - 0.5)) / math.sinh(self.a / 2) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Interval d = sigmoid(N(mean, std^2)), s ~ U(0, 1 - d), t = s + d: Align Your Flow (arXiv:2506.14603).
+
+    (-0.8, 1.0) gives jumps longer than 0.9 to 0.14 % of the draws: see Mixture for a share of exact (1, 0).
+    """
+
+    mean: float = -0.8
+    std: float = 1.0
+
+    def __post_init__(self):
+        _check_std(self.std)
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
+        d = torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
+        s = _uniform(n, device, generator) * (1 - d)
+        return (s + d).clamp(max=1), s
+
+    def density(self, t: Tensor) -> Tensor:
+        """p(t) = int_0^t p(d) / (1 - d) dd = Phi(z) + e^(mean + std^2 / 2) Phi(z - std), z = (logit t - mean) / std.
+
+        (1-d)^-1 = 1 + e^(logit d).
+        """
+        z = (torch.logit(t.clamp(0, 1)) - self.mean) / self.std
+        density = torch.special.ndtr(z) + math.exp(self.mean + self.std**2 / 2) * torch.special.ndtr(z - self.std)
+        return torch.where((t >= 0) & (t <= 1), density, torch.zeros_like(t))
+
+    def joint_density(self, t: Tensor, s: Tensor) -> Tensor:
+        """The density of (t, s) together: p(d) / (1 - d) at d = t - s, 0 outside 0 <= s < t <= 1."""
+        d = t - s
+        inside = (s >= 0) & (t <= 1) & (d > 0) & (d < 1)
+        of_d = LogitNormal(self.mean, self.std).density(d)
+        return torch.where(inside, of_d / (1 - d), torch.zeros_like(d))
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """t by the named law, s = 0: consistency training. law "logit_normal" reads mean and std; "uniform" does not."""
+
+    law: str = "logit_normal"
+    mean: float = -0.8
+    std: float = 1.0
+
+    def __post_init__(self):
+        if self.law not in ("logit_normal", "uniform"):
+            raise ValueError(f"law is {self.law!r}; allowed: logit_normal, uniform")
+        _check_std(self.std)
+
+    @property
+    def _times(self) -> Uniform | LogitNormal:
+        return Uniform("consistency") if self.law == "uniform" else LogitNormal(self.mean, self.std, "consistency")
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (t, 0), each (n,) float32 on `device`; drawn on the generator's device."""
+        return self._times(n, device=device, generator=generator)
+
+    def density(self, t: Tensor) -> Tensor:
+        return self._times.density(t)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t, with t as the base drew it.
+
+    Counts are exact, round(n share), and every shape is constant: the first rows are (1, 0), the last are diagonal, the rest is the base's.
+    """
+
+    base: TimeSampler = field(default_factory=Interval)
+    one_step: float = 0.0
+    diagonal: float = 0.0
+
+    def __post_init__(self):
+        for name in ("one_step", "diagonal"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share!r}; allowed: from 0 to 1")
+        if self.one_step + self.diagonal > 1:
+            raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
+
+    def counts(self, n: int) -> tuple[int, int]:
+        """How many of n rows are (1, 0), and how many are diagonal."""
+        num_one_step = round(n * self.one_step)
+        return num_one_step, min(round(n * self.diagonal), n - num_one_step)
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
+        num_one_step, num_diagonal = self.counts(n)
+        t, s = self.base(n, device=device, generator=generator)
+        row = torch.arange(n, device=t.device)
+        t = torch.where(row < num_one_step, torch.ones_like(t), t)
+        s = torch.where(row < num_one_step, torch.zeros_like(s), s)
+        return t, torch.where(row >= n - num_diagonal, t, s)
+
+    def density(self, t: Tensor) -> Tensor:
+        """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
+        return (1 - self.one_step) * self.base.density(t)
+
+
+def _check_std(std: float) -> None:
+    if not std > 0:
+        raise ValueError(f"std is {std!r}; allowed: above 0")
+
+
+def _uniform(n: int, device, generator: torch.Generator | None) -> Tensor:
+    """n float32 draws in [0, 1), drawn on the generator's device, then moved."""
+    where = device if generator is None else generator.device
+    return torch.rand(n, generator=generator, device=where, dtype=torch.float32).to(device)
+
+
+def _normal(n: int, device, generator: torch.Generator | None) -> Tensor:
+    """n float32 standard normal draws, drawn on the generator's device, then moved."""
+    where = device if generator is None else generator.device
+    return torch.randn(n, generator=generator, device=where, dtype=torch.float32).to(device)
+
+
+TIMES = {
+    "uniform": Uniform,
+    "logit_normal": LogitNormal,
+    "interval": Interval,
+    "u_shaped": UShaped,
+    "consistency": Consistency,
+    "mixture": Mixture,
+}

@@ -1,0 +1,103 @@
+"""The nouns that every other file speaks: a drawn point, a loss, and the protocols of the parts that meet.
+
+Clock, everywhere: t = 0 is data, t = 1 is noise; t is the departure, s the arrival, 0 <= s <= t <= 1.
+Letters: x0 data, x1 noise, xt the point at t, vt the conditional velocity d xt / dt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Cond = Mapping[str, Tensor]
+"""What a velocity is conditioned on, one row a sample: "class" (B,) int64 with -1 for "no class", "guidance" (B,) float, "text" ..."""
+
+
+@dataclass(frozen=True)
+class PathSample:
+    """All randomness of a training step, drawn before an objective sees it.
+
+    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    s: Tensor
+    xt: Tensor
+    vt: Tensor
+    cond: Cond | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The value to descend, with what is worth watching.
+
+    value is a scalar that carries grad. logs are detached: a scalar is logged as train/<key>; a (B,) vector is also shown by bins of t.
+    """
+
+    value: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """A frozen velocity field v(x, t) = E[x1 - x0 | xt = x] on our clock; never needs grad."""
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor: ...
+
+
+class FlowMap(Protocol):
+    """A student: f(x, t, s) = x + (s - t) F(x, t, s), with F the mean velocity over [s, t]."""
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor: ...
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor: ...
+
+
+class Path(Protocol):
+    """How data and noise are joined: xt = a(t) x0 + b(t) x1."""
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> PathSample: ...
+
+
+class Prior(Protocol):
+    """Where a path starts: x1, shaped like x0; a learned prior may look at x0 and cond."""
+
+    def sample(self, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Tensor: ...
+
+
+class TimeSampler(Protocol):
+    """Draws n pairs (t, s), each (n,) float32 on `device`, 0 <= s <= t <= 1."""
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class Objective(Protocol):
+    """A deterministic function of student, teacher and a drawn sample; step is the optimiser step (for warm-ups)."""
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
+
+
+class Sampler(Protocol):
+    """Takes x1 to data in a few calls of the student."""
+
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+def along(t: Tensor | float, x: Tensor) -> Tensor:
+    """t reshaped to multiply x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor. The one place that broadcasts times.
+
+    The dtype of t is kept when it is wider than x's (times stay in float32 or better). Raises ValueError unless t is a scalar or (B,).
+    """
+    t = torch.as_tensor(t, device=x.device)
+    if t.ndim == 0:
+        return t
+    if t.ndim != 1 or t.shape[0] != x.shape[0]:
+        raise ValueError(f"times must be ({x.shape[0]},) for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1))

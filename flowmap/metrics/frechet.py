@@ -1,0 +1,81 @@
+"""The Frechet distance between real and generated samples, as Gaussians in a feature space.
+
+Source: Heusel et al. 2017, arXiv:1706.08500: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+It is biased upwards by about C (1/n + 1/m) for n and m samples (Chong, Forsyth 2020, arXiv:1911.07023): compare figures of equal sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class FrechetDistance(Metric):
+    """Running float64 means and covariances of the features of real and generated samples, and their distance.
+
+    features maps (B, ...) to (B, dims). `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those),
+    so that a reference is passed through the features once. Sums over processes are taken in `compute`.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = True
+    chunk = 256  # samples through the features at once
+
+    def __init__(self, features: Callable[[Tensor], Tensor], dims: int):
+        super().__init__()
+        self.features, self.dims = features, dims
+        for kind in ("real", "fake"):
+            self.add_state(f"{kind}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"{kind}_sum", torch.zeros(dims, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"{kind}_outer", torch.zeros(dims, dims, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, x: Tensor, real: bool) -> None:
+        kind = "real" if real else "fake"
+        for part in x.split(self.chunk):
+            found = self.features(part).double()
+            for name, value in {"count": len(found), "sum": found.sum(0), "outer": found.T @ found}.items():
+                setattr(self, f"{kind}_{name}", getattr(self, f"{kind}_{name}") + value)
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar. Raises ValueError for fewer than two samples; warns where a covariance must be singular."""
+        return gaussian_frechet(*self._moments("real"), *self._moments("fake"))
+
+    def reset(self) -> None:
+        kept = {name: getattr(self, name) for name in ("real_count", "real_sum", "real_outer") if hasattr(self, name)}
+        super().reset()
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def reset_real(self) -> None:
+        for name in ("real_count", "real_sum", "real_outer"):
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
+        self._computed = None  # torchmetrics' cache of the last result
+
+    def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
+        n = getattr(self, f"{kind}_count")
+        if n < 2:
+            raise ValueError(f"a Frechet distance needs 2 or more {kind} samples, got {int(n)}")
+        if n <= self.dims:
+            warnings.warn(f"{int(n)} {kind} samples for {self.dims} features: the Frechet distance is far too high", stacklevel=3)
+        mean = getattr(self, f"{kind}_sum") / n
+        return mean, (getattr(self, f"{kind}_outer") - n * mean.outer(mean)) / (n - 1)
+
+
+def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
+    """The squared 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2): means (D,), covariances (D, D), maybe singular.
+
+    tr (S1^(1/2) S2 S1^(1/2))^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which loses no digits to squaring.
+    """
+    shared = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
+    return (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * shared
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

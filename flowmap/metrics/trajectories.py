@@ -1,0 +1,66 @@
+"""How straight a sampler's paths are, and how far its few-step end points are from its many-step ones.
+
+Source: Lee, Lin, Fanti 2024, arXiv:2405.20320 (both); straightness: Liu, Gong, Liu 2022, arXiv:2209.03003.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from flowmap.flow.types import along
+
+
+class StraightnessScore(Metric):
+    """S = mean over steps of |dx/dt - (x1_end - x0_start)|^2, a dimension; 0 on straight paths at constant speed.
+
+    Steps are weighted by their length in t, so S is the integral over time, and the plain mean where steps are equal.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, trajectory: Tensor, times: Tensor) -> None:
+        """trajectory (T, B, ...) at times (T,), strictly up or strictly down. Raises ValueError for other shapes or times."""
+        steps = times.double().diff()
+        if times.ndim != 1 or len(times) != len(trajectory) or len(times) < 2 or not ((steps > 0).all() or (steps < 0).all()):
+            raise ValueError(f"times must be ({len(trajectory)},), 2 or more, strictly up or down; got {tuple(times.shape)}")
+        x, length = trajectory.double(), times[-1].double() - times[0].double()
+        off = (x.diff(dim=0) / along(steps, x[1:]) - (x[-1] - x[0]) / length).square().flatten(1).mean(1)
+        self.total += (off * steps / length).sum() * x.shape[1]
+        self.count += x.shape[1]
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class EndpointScore(Metric):
+    """Root mean square, a dimension, between few-step and many-step end points from the same noise."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, few: Tensor, many: Tensor) -> None:
+        """Two (B, ...) of one shape, row by row from the same noise and condition."""
+        if few.shape != many.shape:
+            raise ValueError(f"end points must have one shape, got {tuple(few.shape)} and {tuple(many.shape)}")
+        self.total += (few.double() - many.double()).square().sum()
+        self.count += few.numel()
+
+    def compute(self) -> Tensor:
+        return (self.total / self.count).sqrt()

@@ -1,0 +1,146 @@
+"""A diffusion transformer for pixels or latents: adaLN-zero, RMS norms, query-key norm, SwiGLU.
+
+Source: Peebles and Xie 2022, arXiv:2212.09748 (block, sizes S to XL); all layers pass forward-mode AD, compile, autocast.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from flowmap.nets.embed import Conditioning
+
+#          width depth heads
+PRESETS = {
+    "nano": (64, 3, 2),
+    "tiny": (96, 4, 3),
+    "mini": (192, 6, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+@dataclass(frozen=True)
+class DiT:
+    """Settings of a diffusion transformer; width, depth and heads come from the preset unless given."""
+
+    preset: str = "tiny"
+    patch: int = 2
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    mlp_ratio: float = 8 / 3
+    cycles: float = 4.0
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+        width, _, heads = self.sizes
+        if width % (4 * heads):
+            raise ValueError(f"width: {width} is not a multiple of 4 x heads ({heads})")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        width, depth, heads = PRESETS[self.preset]
+        return self.width or width, self.depth or depth, self.heads or heads
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+        if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
+            raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
+        return DiTNet(self, shape, num_classes, arrival, guidance)
+
+
+class DiTNet(nn.Module):
+    """F(x, t, s, cond) for x (B, C, H, W)."""
+
+    def __init__(self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool):
+        super().__init__()
+        width, depth, heads = spec.sizes
+        self.shape, self.patch = shape, spec.patch
+        self.grid = (shape[1] // spec.patch, shape[2] // spec.patch)
+        size = shape[0] * spec.patch**2
+        self.enter = nn.Linear(size, width)
+        self.position = nn.Parameter(_sine_positions(*self.grid, width))
+        self.conditioning = Conditioning(width, num_classes=num_classes, arrival=arrival, guidance=guidance, cycles=spec.cycles)
+        self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, size)
+        for layer in (self.modulation, self.leave):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.activation_checkpointing = False
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        c = F.silu(self.conditioning(t, s, cond)).to(x.dtype)
+        h = self.enter(self._patches(x)) + self.position
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, c, use_reentrant=False)
+            else:
+                h = block(h, c)
+        shift, scale = self.modulation(c).unsqueeze(1).chunk(2, -1)
+        return self._image(self.leave(_norm(h) * (1 + scale) + shift))
+
+    def without_blocks(self, skip: tuple[int, ...]) -> DiTNet:
+        """The same network, weights shared, with those blocks left out: a weak model for autoguidance."""
+        if any(not 0 <= i < len(self.blocks) for i in skip):
+            raise ValueError(f"skip_blocks: {tuple(skip)} must lie in 0..{len(self.blocks) - 1}")
+        weak = copy.copy(self)
+        weak._modules = dict(self._modules)
+        weak.blocks = nn.ModuleList(block for i, block in enumerate(self.blocks) if i not in skip)
+        return weak
+
+    def _patches(self, x: Tensor) -> Tensor:
+        (rows, columns), p = self.grid, self.patch
+        x = x.reshape(x.shape[0], self.shape[0], rows, p, columns, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], rows * columns, -1)
+
+    def _image(self, h: Tensor) -> Tensor:
+        (rows, columns), p = self.grid, self.patch
+        h = h.reshape(h.shape[0], rows, columns, self.shape[0], p, p)
+        return h.permute(0, 3, 1, 4, 2, 5).reshape(h.shape[0], *self.shape)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each scaled, shifted and gated by the conditioning; the identity at the start."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.heads = heads
+        hidden = int(width * mlp_ratio)
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).unsqueeze(1).chunk(6, -1)
+        h = h + gate_a * self._attend(_norm(h) * (1 + scale_a) + shift_a)
+        value, gate = self.up(_norm(h) * (1 + scale_m) + shift_m).chunk(2, -1)
+        return h + gate_m * self.down(value * F.silu(gate))
+
+    def _attend(self, h: Tensor) -> Tensor:
+        batch, tokens, width = h.shape
+        q, k, v = self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(_norm(q).to(v.dtype), _norm(k).to(v.dtype), v)
+        return self.merge(h.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _norm(h: Tensor) -> Tensor:
+    return F.rms_norm(h, (h.shape[-1],), eps=1e-6)
+
+
+def _sine_positions(rows: int, columns: int, width: int) -> Tensor:
+    """(1, rows * columns, width): half of the channels encode the row, half the column."""
+    octaves = torch.exp2(-torch.linspace(0, 6, width // 4))
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angle = torch.cat([y.reshape(-1, 1) * octaves, x.reshape(-1, 1) * octaves], -1)
+    return torch.cat([angle.sin(), angle.cos()], -1).unsqueeze(0)

@@ -1,0 +1,45 @@
+"""The head that makes a network a flow map, and the way from a teacher's weights to a student's.
+
+f(x, t, s) = x + (s - t) F(x, t, s): the boundary f(x, t, t) = x holds exactly, whatever the network says.
+Source: Align Your Flow, arXiv:2506.14603.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flowmap.flow.types import Cond, along
+
+
+class FlowMapNet(nn.Module):
+    """A student: a network F(x, t, s, cond) read as the mean velocity over [s, t]."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        """F(x, t, s), shaped and typed like x. x (B, ...), t and s (B,)."""
+        return self.net(x, t, s, cond).to(x.dtype)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        """The arrival point f(x, t, s); exactly x where s = t."""
+        return x + (along(s - t, x) * self.mean_velocity(x, t, s, cond)).to(x.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The instantaneous velocity F(x, t, t)."""
+        return self.mean_velocity(x, t, t, cond)
+
+
+SILENT = ("arrival.", "guidance.")
+
+
+def start_from(student: nn.Module, teacher: nn.Module) -> None:
+    """The student's weights are the teacher's, and its arrival and guidance branches are silent: F(x, t, s) = v(x, t).
+
+    Raises ValueError if the two networks differ in anything but those branches.
+    """
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    odd = [key for key in missing if not any(part in key for part in SILENT)] + list(unexpected)
+    if odd:
+        raise ValueError(f"student: its network is not the teacher's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")

@@ -1,0 +1,51 @@
+"""A residual perceptron for points and toy sets: any sample shape, flattened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowmap.nets.embed import Conditioning
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Settings of a residual perceptron."""
+
+    width: int = 128
+    depth: int = 3
+    cycles: float = 4.0
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+        return MLPNet(self, shape, num_classes, arrival, guidance)
+
+
+class MLPNet(nn.Module):
+    """F(x, t, s, cond) for x (B, *shape)."""
+
+    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool):
+        super().__init__()
+        size = math.prod(shape)
+        self.enter = nn.Linear(size, spec.width)
+        self.conditioning = Conditioning(spec.width, num_classes=num_classes, arrival=arrival, guidance=guidance, cycles=spec.cycles)
+        self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
+        self.leave = nn.Linear(spec.width, size)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        c = F.silu(self.conditioning(t, s, cond))
+        h = self.enter(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, c)
+        return self.leave(F.silu(h)).reshape(x.shape)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second, self.shift = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.Linear(width, 2 * width)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return h + self.second(F.silu(self.first(F.silu(h)) + self.shift(c)))

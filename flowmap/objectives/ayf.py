@@ -1,0 +1,111 @@
+"""Align Your Flow: continuous-time distillation of a teacher's velocity into a flow map.
+
+Source: Sabour, Fidler, Kreis 2025, arXiv:2506.14603 (EMD: theorem 3.2 and algorithm 1; LMD: the Lagrangian counterpart).
+Clock: 0 data, 1 noise.  At the exact map, with d/dt taken along the teacher's velocity v:
+
+    EMD   F(x, t, s) = v(x, t) - (t - s) dF/dt                          (where it starts, moving the start changes nothing)
+    LMD   F(x, t, s) = v(f, s) + (t - s) dF/ds,   f = x + (s - t) F     (where it arrives, it moves as the teacher moves)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
+from flowmap.flow.distance import gradient_as_target, normalise
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Teacher, along
+
+
+@dataclass(frozen=True)
+class _AYF:
+    """The settings that both share.
+
+    warmup_steps, r_max: the tangent's weight is r = min(r_max, step / warmup_steps); what r_max lacks of 1 is a flow-matching pull.
+    norm, c: the residual g becomes g / (||g|| + c) per sample; norm is "l2", "rms" (l2 / sqrt of the dimension) or "none".
+    derivative: how d/dt or d/ds is taken: "ride", "forward" or "difference" (flow/derivative.py).
+    """
+
+    warmup_steps: int = 10_000
+    r_max: float = 0.99
+    norm: str = "l2"
+    c: float = 0.1
+    derivative: str = "ride"
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        if self.norm not in ("l2", "rms", "none"):
+            raise ValueError(f"norm: {self.norm!r} is not one of l2, rms, none")
+        if not 0 <= self.r_max <= 1:
+            raise ValueError(f"r_max: {self.r_max} must lie in [0, 1]")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} must be 0 or more")
+
+    def tangent_weight(self, step: int) -> float:
+        return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max
+
+    def _loss(self, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int) -> Loss:
+        size = g.flatten(1).norm(dim=1)
+        loss = gradient_as_target(mean_velocity, normalise(g, c=self.c, norm=self.norm))
+        weight = torch.tensor(self.tangent_weight(step))
+        logs = {"residual_norm": size, "tangent_norm": rate.flatten(1).norm(dim=1), "tangent_weight": weight}
+        return Loss(loss.mean(), {key: value.detach() for key, value in logs.items()})
+
+
+@dataclass(frozen=True)
+class AYFEMD(_AYF):
+    """|| F - sg(F - g) ||^2 with g = (F - v) + r (t - s) dF/dt, normalised per sample.
+
+    Without a teacher v is the conditional velocity.  Samples on the diagonal t = s, whose derivative is multiplied by zero, do not pay.
+    """
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
+        r = self.tangent_weight(step)
+        mean_velocity, rate = _off_diagonal(
+            lambda x, t, s, v, cond: along_path(student, x, t, s, v, cond, mode=self.derivative), student, sample, v, needed=r > 0
+        )
+        g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate
+        return self._loss(mean_velocity, g, rate, step)
+
+
+@dataclass(frozen=True)
+class AYFLMD(_AYF):
+    """|| F - sg(F - g) ||^2 with g = F - (v(f, s) + r (t - s) dF/ds), normalised; the teacher is asked where the student arrives, f."""
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        if teacher is None:
+            raise ValueError("objective.kind: ayf_lmd asks the teacher at the student's own arrival point, so the recipe needs a teacher")
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        r = self.tangent_weight(step)
+        mean_velocity, rate = _off_diagonal(
+            lambda x, t, s, _, cond: in_arrival(student, x, t, s, cond, mode=self.derivative), student, sample, sample.vt, needed=r > 0
+        )
+        arrival = x + along(s - t, x) * mean_velocity.detach()
+        g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)
+        return self._loss(mean_velocity, g, rate, step)
+
+
+def _off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
+    """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s)."""
+    x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+    moving = (t > s) if needed else torch.zeros_like(t, dtype=torch.bool)
+    if bool(moving.all()):
+        return derive(x, t, s, v, cond)
+    still = student.mean_velocity(x[~moving], t[~moving], s[~moving], _rows(cond, ~moving))
+    if not bool(moving.any()):
+        return still, torch.zeros_like(still)
+    moved, moved_rate = derive(x[moving], t[moving], s[moving], v[moving], _rows(cond, moving))
+    place = torch.argsort(torch.cat([moving.nonzero(), (~moving).nonzero()]).squeeze(1))
+    rate = torch.cat([moved_rate, torch.zeros_like(still)])
+    return torch.cat([moved, still])[place], rate[place]
+
+
+def _rows(cond: Cond | None, chosen: Tensor) -> Cond | None:
+    return None if cond is None else {key: value[chosen] for key, value in cond.items()}

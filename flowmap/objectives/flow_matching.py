@@ -1,0 +1,26 @@
+"""Flow matching: on the diagonal s = t the student's mean velocity is the conditional velocity on average.
+
+Source: Lipman et al. 2022, arXiv:2210.02747; this is how a teacher is trained.  Clock: 0 data, 1 noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """The distance between F(xt, t, t) and v, the conditional velocity, or the teacher's where there is one; by default the mean square."""
+
+    distance: Distance = Squared()
+    diagonal: ClassVar[bool] = True  # the arrival time plays no part
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)
+        velocity = student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)
+        error = self.distance(velocity, target.detach())
+        return Loss(error.mean(), {"error": error.detach()})

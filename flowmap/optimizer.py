@@ -1,0 +1,49 @@
+"""The optimiser and its learning rate, a pure function of the step: a resumed run needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with a linear warm-up, then a schedule; gradients clipped to clip_norm (0: not clipped).
+
+    schedule: "constant"; "cosine" or "linear" down to 0 at the last step; "inverse_sqrt" (EDM2): lr / sqrt(max(step / decay_from, 1)).
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    decay_from: int = 10_000
+    clip_norm: float = 0.0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.lr <= 0:
+            raise ValueError(f"lr: {self.lr} must be above 0")
+        if self.decay_from < 1:
+            raise ValueError(f"decay_from: {self.decay_from} must be 1 or more")
+
+    def __call__(self, parameters) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """The learning rate of optimiser step `step` (from 0) of `total_steps`."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * warm * self._decay(step, total_steps)
+
+    def _decay(self, step: int, total_steps: int) -> float:
+        if self.schedule == "inverse_sqrt":
+            return 1 / math.sqrt(max(step / self.decay_from, 1))
+        done = min(step / max(total_steps, 1), 1.0)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.schedule]

@@ -1,0 +1,6 @@
+"""Samplers: a student taken from noise to data in a few calls."""
+
+from flowmap.samplers.deterministic import Deterministic
+from flowmap.samplers.gamma import Gamma
+
+SAMPLERS = {"deterministic": Deterministic, "gamma": Gamma}

@@ -1,0 +1,74 @@
+"""Time grids of few-step samplers: falling times from t_max to exactly 0, one step more than calls of the student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.solver import rho_times, uniform_times
+
+GRIDS = ("uniform", "shifted", "rho")
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The settings that every few-step sampler has.
+
+    steps     the step counts that evaluation reports; a call may ask for any other
+    grid      "uniform" is even in t; "shifted" moves uniform times u to shift u / (1 + (shift - 1) u), towards noise for shift > 1;
+              "rho" is even in sigma^(1/rho) between t_max and sigma_min, then 0 (EDM)
+    t_max     where sampling starts, with the state t_max x1: below 1 the data's share (1 - t_max) x0 is left out, as EDM does
+    middle    times between t_max and 0, falling; they replace the grid for calls of len(middle) + 1 steps
+    """
+
+    steps: tuple[int, ...] = (1, 2, 4)
+    grid: str = "uniform"
+    shift: float = 1.0
+    rho: float = 7.0
+    sigma_min: float = 0.002
+    t_max: float = 1.0
+    middle: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not self.steps or any(not isinstance(n, int) or n < 1 for n in self.steps):
+            raise ValueError(f"steps is {self.steps!r}; allowed: whole numbers from 1")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid is {self.grid!r}; allowed: {', '.join(GRIDS)}")
+        for name in ("shift", "rho", "sigma_min"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: above 0")
+        if not 0 < self.t_max <= 1:
+            raise ValueError(f"t_max is {self.t_max!r}; allowed: above 0, at most 1")
+        ends = (self.t_max, *self.middle, 0.0)
+        if not all(t > s for t, s in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"middle is {self.middle!r}; allowed: falling times strictly between t_max = {self.t_max!r} and 0")
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """The steps + 1 times of a run of `steps` calls, falling from exactly t_max to exactly 0. Raises ValueError for steps < 1."""
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is {steps!r}; allowed: a whole number from 1")
+        if self.middle and steps == len(self.middle) + 1:
+            return (self.t_max, *self.middle, 0.0)
+        if self.grid == "rho":
+            return (self.t_max, *self._rho_times(steps)[1:])
+        even = uniform_times(steps)
+        if self.grid == "shifted":
+            even = tuple(self.shift * u / (1 + (self.shift - 1) * u) for u in even)
+        return (self.t_max, *(self.t_max * u for u in even[1:-1]), 0.0)
+
+    def _rho_times(self, steps: int) -> tuple[float, ...]:
+        """EDM's grid; its sigma_max is that of t_max, or 80 where t_max is larger than that of 80."""
+        sigma_max = min(self.t_max / max(1 - self.t_max, 1e-9), 80.0)
+        return rho_times(steps, rho=self.rho, sigma_min=min(self.sigma_min, sigma_max), sigma_max=sigma_max)
+
+    def start(self, x1: Tensor) -> Tensor:
+        """The state at t_max."""
+        return x1 if self.t_max == 1 else self.t_max * x1
+
+
+def jump(student, x: Tensor, t: float, s: float, cond) -> Tensor:
+    """f(x, t, s) for one pair of times for the whole batch, given to the student as (B,) float32 (float64 for a float64 x)."""
+    ones = torch.ones(x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return student(x, ones * t, ones * s, cond)

@@ -1,0 +1,223 @@
+"""The student as a user has it: a flow map with its sampler, saved as config.json + model.safetensors, loaded without a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.config import RecipeError, construct, to_plain
+from flowmap.files import read_json, read_tensors, write_json, write_tensors
+from flowmap.flow.types import Sampler
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.recipe import TABLES, StudentSpec
+from flowmap.samplers import Gamma
+
+FORMAT = 1
+MAX_IMAGES = 1_000_000
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """All that is needed to build the network again and to sample from it.
+
+    guidance: the range of scales it was trained on and the default, or None where the scale is no input. arrival: False for a plain
+    velocity (a teacher). clamp: samples are pictures in [-1, 1].
+    """
+
+    net: StudentSpec
+    sampler: Sampler
+    shape: tuple[int, ...]
+    num_classes: int | None = None
+    arrival: bool = True
+    guidance: tuple[float, float, float] | None = None
+    clamp: bool = True
+    recipe: str = "unnamed"
+    recipe_hash: str = ""
+    step: int = 0
+    format: int = FORMAT
+
+    def build(self) -> FlowMapNet:
+        net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=self.guidance is not None)
+        return FlowMapNet(net)
+
+
+class Student:
+    """A flow map that samples. student(x, t, s, cond) is the map itself; student.sample(num, steps=...) draws."""
+
+    def __init__(self, config: StudentConfig, flow_map: FlowMapNet, folder: Path | None = None):
+        self.config, self.flow_map, self.folder = config, flow_map, folder
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
+        """f(x, t, s): x (B, ...), t and s (B,); cond has the keys of sample's, None where unconditional."""
+        return self.flow_map(x, t, s, self.conditions(len(x), cond) if cond else None)
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
+        return self.flow_map.mean_velocity(x, t, s, self.conditions(len(x), cond) if cond else None)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
+        return self.mean_velocity(x, t, t, cond)
+
+    def to(self, device: torch.device | str) -> Student:
+        self.flow_map.to(device)
+        return self
+
+    def parameters(self):
+        return self.flow_map.parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.flow_map.parameters()).device
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num: int,
+        steps: int = 1,
+        cond: Mapping[str, Any] | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        gamma: float | None = None,
+        batch_size: int = 256,
+        progress=None,
+    ) -> Tensor:
+        """(num, *shape): pictures in [-1, 1]. The same seed gives the same noise (and, without cond, the same classes) on every device.
+
+        cond: {"class": one label or num labels}; without it, classes in turn. guidance: the scale, where it is an input. gamma: in
+        [0, 1], noise put back between steps. progress: called with the number of new pictures. Raises ValueError that names what is wrong.
+        """
+        if not 1 <= num <= MAX_IMAGES:
+            raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
+        generator = torch.Generator().manual_seed(seed)
+        x1 = torch.randn(num, *self.config.shape, generator=generator)
+        conditions = self.conditions(num, cond, guidance)
+        sampler = self.config.sampler if gamma is None else Gamma(gamma=gamma, steps=(steps,))
+        out = []
+        for i in range(0, num, batch_size):
+            rows = {key: value[i : i + batch_size] for key, value in conditions.items()}
+            chunk = x1[i : i + batch_size].to(self.device)
+            out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=generator))
+            if progress is not None:
+                progress(len(chunk))
+        x0 = torch.cat(out)
+        return x0.clamp(-1, 1) if self.config.clamp else x0
+
+    def conditions(self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None) -> dict[str, Tensor]:
+        """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
+        cond = dict(cond or {})
+        allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has]
+        for key in cond:
+            if key not in allowed:
+                raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
+        rows: dict[str, Tensor] = {}
+        if self.config.num_classes:
+            rows["class"] = self._classes(num, cond.get("class"))
+        if self.config.guidance is not None:
+            scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
+            rows["guidance"] = _rows(scale, num, "guidance", torch.float32).to(self.device)
+        elif guidance is not None:
+            raise ValueError(f"guidance: {guidance} was given, but this student was not trained with a guidance scale as input")
+        return rows
+
+    def _classes(self, num: int, label: Any) -> Tensor:
+        count = self.config.num_classes
+        if label is None:
+            return (torch.arange(num) % count).to(self.device)
+        labels = _rows(label, num, "class", torch.int64)
+        if int(labels.min()) < -1 or int(labels.max()) >= count:
+            bad = labels[(labels < -1) | (labels >= count)][0].item()
+            raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")
+        return labels.to(self.device)
+
+
+def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
+    """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
+    from flowmap.files import write_text
+
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt", "recipe": config.recipe, "step": str(config.step)})
+    write_json(folder / "config.json", to_plain(config, TABLES))
+    write_text(folder / "recipe.yaml", recipe)
+    write_text(folder / "README.md", card)
+
+
+def load_student(source: str | Path) -> Student:
+    """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation mode.
+
+    Only config.json and model.safetensors are read; nothing is unpickled. ValueError names the file and what is wrong with it.
+    """
+    folder = _local(source)
+    config = _read_config(folder / "config.json")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
+        raise ValueError(f"{weights}: there is no such file{what}")
+    state = read_tensors(weights)
+    try:
+        with torch.device("meta"):
+            flow_map = config.build()
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{folder / 'config.json'}: net: {str(error).splitlines()[0]}") from error
+    _check_shapes(flow_map.state_dict(), state, weights)
+    flow_map.load_state_dict(state, assign=True)
+    return Student(config, flow_map.eval().requires_grad_(False), folder)
+
+
+def _local(source: str | Path) -> Path:
+    folder = Path(source)
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    if folder.is_dir():
+        return folder
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "recipe.yaml", "README.md"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
+    raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
+
+
+def _read_config(path: Path) -> StudentConfig:
+    plain = read_json(path)
+    if plain.get("format") != FORMAT:
+        raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
+    try:
+        return construct(StudentConfig, plain, TABLES, file=str(path))
+    except RecipeError:
+        raise
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in expected.items():
+        if name not in got:
+            raise ValueError(f"{file}: {name}: is missing; the weights are of another architecture than config.json says")
+        if got[name].shape != tensor.shape:
+            raise ValueError(f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}")
+    for name in got:
+        if name not in expected:
+            raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")
+
+
+def _rows(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{key}: {value!r} is neither a number nor {num} numbers") from None
+    if dtype == torch.int64 and tensor.is_floating_point():
+        raise ValueError(f"{key}: {value!r} is not a whole number")
+    if tensor.ndim == 0:
+        return tensor.to(dtype).expand(num)
+    if tensor.shape != (num,):
+        raise ValueError(f"{key}: has shape {tuple(tensor.shape)}, wants one value or {num}")
+    return tensor.to(dtype)
+
+

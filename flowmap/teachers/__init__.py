@@ -1,0 +1,1 @@
+"""Floor 1: everything frozen: cards, exact teachers, guidance, networks that were trained."""

@@ -1,0 +1,47 @@
+"""A card says what a frozen teacher is: where its weights come from, what it predicts, on which schedule, and under which licence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+KINDS = ("recipe", "exact", "edm2", "diffusers")
+
+
+@dataclass
+class Card:
+    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers"."""
+
+    kind: str
+    recipe: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    prediction: str = "velocity"
+    schedule: str = "linear"
+    shape: list[int] = field(default_factory=list)
+    num_classes: int | None = None
+    parameters: int | None = None
+    licence: str = "?"
+    reference: str = ""
+    figures: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+
+    def describe(self) -> str:
+        origin = self.recipe or self.source or "closed form"
+        return f"{self.kind} {origin}" + (f", {self.parameters / 1e6:.0f} M parameters" if self.parameters else "")
+
+
+def read_card(path: Path) -> Card:
+    """The card in that file; ValueError names the file, the key and what is allowed."""
+    try:
+        card = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), OmegaConf.load(path), {"name": path.stem}))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path.name}: {str(error).splitlines()[0]}") from error
+    if card.kind not in KINDS:
+        raise ValueError(f"{path.name}: kind: {card.kind!r} is not one of {', '.join(KINDS)}")
+    if card.kind == "recipe" and not card.recipe:
+        raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
+    return card

@@ -1,0 +1,25 @@
+"""A teacher that is a network of ours: its instantaneous velocity F(x, t, t), frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.flow.types import Cond
+
+
+class NetworkTeacher:
+    """Holds the network without being a module: it never appears in parameters(), state_dict() or checkpoints of what trains."""
+
+    network_calls = 1
+
+    def __init__(self, flow_map: nn.Module):
+        self.flow_map = flow_map.eval().requires_grad_(False)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        with torch.no_grad():
+            return self.flow_map.mean_velocity(x, t, t, cond)
+
+    def to(self, device) -> NetworkTeacher:
+        self.flow_map.to(device)
+        return self

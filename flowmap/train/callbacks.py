@@ -1,0 +1,189 @@
+"""What happens beside the steps of a run: checkpoints, snapshots of averages, figures, sample grids, metrics."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from flowmap.evaluate import measure
+from flowmap.flow.derivative import along_path
+from flowmap.flow.solver import Euler
+from flowmap.flow.types import Cond
+from flowmap.pictures import save_picture, stack, to_grid
+from flowmap.plan import Stage
+from flowmap.snapshots import save_snapshot
+from flowmap.student import Student, StudentConfig, save_student
+from flowmap.train.module import DistillModule, NotFinite
+
+
+class AtSteps(L.Callback):
+    """Calls `at(trainer, module, done)` once after every optimiser step; done counts the finished ones."""
+
+    def __init__(self):
+        self._seen = -1
+
+    def on_train_start(self, trainer, module) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.at(trainer, module, self._seen)
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        raise NotImplementedError
+
+
+class Figures(AtSteps):
+    """The loss, its logs by time, throughput, memory, and how well the tangent agrees with a finite difference."""
+
+    def __init__(self, every: int):
+        super().__init__()
+        self.every, self._last = every, (0, 0.0)
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        self._last = (trainer.global_step, time.perf_counter())
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        if (done - 1) % self.every:
+            return
+        logs = module.loss_logs()
+        (before, then), now = self._last, time.perf_counter()
+        self._last = (done, now)
+        batch = module.recipe.data.batch_size * module.recipe.trainer.accumulate * trainer.world_size
+        logs["speed/images_per_second"] = (done - before) * batch / (now - then)
+        logs["speed/step_seconds"] = (now - then) / (done - before)
+        logs["speed/memory_gib"] = peak_gib(module.device)
+        logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if getattr(module.recipe.objective, "derivative", None) == "ride" and ((done - 1) // self.every) % 10 == 0:
+            logs["train/tangent_against_difference"] = tangent_error(module)
+        for logger in trainer.loggers:
+            logger.log_metrics(logs, done - 1)
+        module.log("loss", logs["train/loss"], prog_bar=True, logger=False)
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory that this process has held: on the accelerator where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@torch.no_grad()
+def tangent_error(module: DistillModule, rows: int = 16) -> float:
+    """|| dF/dt by riding - dF/dt by difference || / || the latter || on a few rows of the last batch."""
+    sample = module.last_sample
+    moving = (sample.t > sample.s).nonzero().squeeze(1)[:rows]
+    if len(moving) == 0:
+        return 0.0
+    cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
+    x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
+    ridden = along_path(module.student, x, t, s, v, cond, mode="ride")[1]
+    differed = along_path(module.student, x, t, s, v, cond, mode="difference")[1]
+    return float((ridden - differed).norm() / differed.norm().clamp_min(1e-12))
+
+
+class Keep(AtSteps):
+    """checkpoints/last.ckpt and student/ every so many steps and at the end, snapshots of averages; never of weights that are not finite."""
+
+    def __init__(self, stage: Stage, config: StudentConfig):
+        super().__init__()
+        self.stage, self.config = stage, config
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        recipe = self.stage.recipe
+        snapshots = getattr(recipe.ema, "snapshot_every_steps", 0)
+        if snapshots and done % snapshots == 0:
+            for width, average in zip(module.widths, module.averages, strict=True):
+                state = full_state(average)
+                if trainer.is_global_zero:
+                    save_snapshot(self.stage.folder, done, width, state)
+        if done % recipe.trainer.checkpoint_every_steps == 0 or done == recipe.trainer.steps:
+            self.keep(trainer, module, done)
+
+    def keep(self, trainer, module: DistillModule, done: int) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in module.student.parameters()):
+            raise NotFinite(f"a weight of the student is not finite after step {done - 1}")
+        trainer.save_checkpoint(self.stage.folder / "checkpoints" / "last.ckpt")
+        state = full_state(module.averaged)
+        if trainer.is_global_zero:
+            keep_student(self.stage, self.config, state, done)
+
+
+def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+    from dataclasses import replace
+
+    from flowmap.train.card import model_card
+
+    config = replace(config, step=done)
+    save_student(stage.folder / "student", config, state, recipe=stage.recipe.to_yaml(), card=model_card(stage.recipe, config, metrics))
+
+
+def full_state(net: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on the CPU; gathered where the weights are sharded (all processes call it)."""
+    from torch.distributed.tensor import DTensor
+
+    state = net.state_dict()
+    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu() for name, tensor in state.items()}
+
+
+class Pictures(AtSteps):
+    """samples/step-N.png: the averaged student at each number of steps, above the teacher from the same noise."""
+
+    def __init__(self, stage: Stage, config: StudentConfig):
+        super().__init__()
+        self.stage, self.config, self.teacher_grid = stage, config, None
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        every = self.stage.recipe.log.samples_every_steps
+        if (every and done % every == 0) or done == self.stage.recipe.trainer.steps:
+            self.draw(trainer, module, done)
+
+    @torch.no_grad()
+    def draw(self, trainer, module: DistillModule, done: int) -> None:
+        recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
+        student = Student(self.config, module.averaged)
+        grids = [to_grid(student.sample(num, steps=k, seed=recipe.evaluation.seed), columns=16) for k in recipe.sampler.steps]
+        if module.teacher is not None:
+            if self.teacher_grid is None:
+                self.teacher_grid = to_grid(self._of_teacher(module, student.conditions(num), num), columns=16)
+            grids.append(self.teacher_grid)
+        if not trainer.is_global_zero:
+            return
+        path = self.stage.folder / "samples" / f"step-{done:08d}.png"
+        save_picture(path, stack(grids))
+        names = [f"{k} step{'s' * (k > 1)}" for k in recipe.sampler.steps] + ["teacher"] * (module.teacher is not None)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                for name, grid in zip(names, grids, strict=True):
+                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+    def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
+        x1 = torch.randn(num, *self.config.shape, generator=generator).to(module.device)
+        solver = Euler(steps=self.stage.recipe.evaluation.teacher_steps)
+        x0 = solver(lambda x, t: module.teacher.guided.velocity(x, t, cond), x1).x
+        return x0.clamp(-1, 1) if self.config.clamp else x0
+
+
+class Measure(AtSteps):
+    """The recipe's metrics of the averaged student every so many steps (the teacher's row waits for the end)."""
+
+    def __init__(self, stage: Stage, config: StudentConfig):
+        super().__init__()
+        self.stage, self.config = stage, config
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        recipe = self.stage.recipe
+        if not recipe.log.metrics_every_steps or done % recipe.log.metrics_every_steps or done == recipe.trainer.steps:
+            return
+        metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
+        rows = measure(recipe, Student(self.config, module.averaged), None, module.data, metrics=metrics)["student"]
+        logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(logs, done - 1)

@@ -1,0 +1,45 @@
+"""The model card that ships beside a student."""
+
+from __future__ import annotations
+
+from flowmap.config import kind_of
+from flowmap.recipe import TABLES, Recipe
+from flowmap.student import StudentConfig
+
+
+def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
+    """README.md of a student folder: what it is, how to use it, what was measured (and nothing that was not)."""
+    steps = ", ".join(str(k) for k in recipe.sampler.steps)
+    cond = 'cond={"class": 3}' if config.num_classes else ""
+    guidance = f"guidance={config.guidance[2]}" if config.guidance else ""
+    arguments = ", ".join(part for part in ("16", f"steps={recipe.sampler.steps[-1]}", cond, guidance, "seed=0") if part)
+    lines = [
+        f"# {recipe.name}",
+        "",
+        f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. Objective: {kind_of(recipe.objective, TABLES)}; "
+        f"teacher: {recipe.teacher.card if recipe.teacher else 'none'}; trained for {config.step} steps.",
+        "",
+        "```python",
+        "import flowmap",
+        'student = flowmap.load_student("path/to/this/folder")',
+        f"samples = student.sample({arguments})",
+        "```",
+        "",
+        "`recipe.yaml` is the whole recipe. Weights are averaged (EMA) and stored as safetensors.",
+        "",
+        "## Figures",
+        "",
+    ]
+    return "\n".join(lines + (_table(metrics) if metrics else ["Not measured yet."])) + "\n"
+
+
+def _table(metrics: dict) -> list[str]:
+    rows = {f"student, {k} step{'s' * (k != '1')}": row for k, row in metrics["student"].items()}
+    if "teacher" in metrics:
+        rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics["teacher"]
+    rows["real against real (floor)"] = metrics["floor"]
+    names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
+    table = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for label, row in rows.items():
+        table.append(f"| {label} | " + " | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) + " |")
+    return table

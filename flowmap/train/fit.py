@@ -1,0 +1,227 @@
+"""`fit`: what a recipe needs is built first, then the recipe itself; a run folder is filled, resumed, or left alone."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.config import RecipeError, to_plain
+from flowmap.evaluate import measure
+from flowmap.files import read_json, write_json, write_text
+from flowmap.plan import Stage, holds, is_complete, plan, runs_root
+from flowmap.recipe import TABLES, Recipe, read_resolved
+from flowmap.student import Student, StudentConfig, load_student
+from flowmap.train.callbacks import Figures, Keep, Measure, Pictures, full_state, keep_student
+from flowmap.train.csv_log import CSVLog
+from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
+
+Say = Callable[[str], None]
+
+
+class FitError(RuntimeError):
+    """A run that stopped for a reason that the user can act on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the contents of its metrics.json."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def student(self) -> Student:
+        return load_student(self.folder / "student")
+
+
+def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False, say: Say | None = None) -> Run:
+    """Runs the recipe, and first whatever it needs; stages that are complete and unchanged are skipped.
+
+    out: the run folder, default runs/<recipe name>. A folder that holds another or an unfinished run is touched only with resume or
+    overwrite. Raises RecipeError for a user's mistake, FitError where training had to stop.
+    """
+    say = say or (lambda message: print(message, file=sys.stderr, flush=True))
+    folder = Path(out) if out else runs_root() / recipe.name
+    if recipe.missing():
+        raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
+    stages = plan(recipe, folder)
+    if not _is_child():
+        _guard(stages[-1], resume=resume, overwrite=overwrite)
+    for i, stage in enumerate(stages):
+        label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
+        if stage.complete:
+            say(f"{label}: complete in {stage.folder}")
+            continue
+        say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
+        _run(stage, resume=resume or i < len(stages) - 1, say=say)
+    return Run(folder, read_json(folder / "metrics.json"))
+
+
+def _is_child() -> bool:
+    """A process that Lightning started beside the first one."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+
+
+def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
+    """Refuses to touch what a folder holds, unless asked to go on with it or to replace it."""
+    folder = stage.folder
+    if overwrite and folder.exists():
+        if not (folder / "recipe.yaml").is_file() and any(folder.iterdir()):
+            raise RecipeError(f"--overwrite: {folder} is not a run folder (no recipe.yaml), so it is left alone")
+        shutil.rmtree(folder)
+    if not (folder / "recipe.yaml").is_file() or is_complete(folder, stage.recipe):
+        return
+    if not holds(folder, stage.recipe):
+        key = _first_difference(stage.recipe, folder / "recipe.yaml")
+        raise RecipeError(f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite")
+    if not resume and (folder / "checkpoints").exists():
+        raise RecipeError(f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew")
+
+
+def _first_difference(recipe: Recipe, path: Path) -> str:
+    def flat(node, key=""):
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+        return {key: node} if items is None else {k: v for name, child in items for k, v in flat(child, f"{key}.{name}".lstrip(".")).items()}
+
+    try:
+        old = flat(to_plain(read_resolved(path), TABLES))
+    except RecipeError:
+        return "recipe.yaml cannot be read by this version"
+    new = flat(to_plain(recipe, TABLES))
+    key = next((k for k in [*new, *old] if not k.startswith("log.") and old.get(k, "absent") != new.get(k, "absent")), "none")
+    return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+
+
+def _run(stage: Stage, *, resume: bool, say: Say) -> None:
+    recipe, folder = stage.recipe, stage.folder
+    data, teacher = build_data(recipe), build_teacher(recipe)
+    config = student_config(recipe, data, teacher)
+    module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    start = _check_checkpoint(checkpoint, module) if resume and checkpoint.exists() else 0
+    if start:
+        say(f"resuming at step {start}")
+    if not _is_child():
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+    started = time.perf_counter()
+    trainer = _trainer(stage, config, start)
+    _train(trainer, module, checkpoint if start else None, say)
+    seconds = time.perf_counter() - started
+    state = full_state(module.averaged)
+    _finish(stage, config, module, trainer, state, seconds, say)
+
+
+def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, say: Say) -> None:
+    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    try:
+        trainer.fit(module, ckpt_path=checkpoint, **safe)
+    except NotFinite as error:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        kept = f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})" if last.exists() else "no checkpoint was kept yet"
+        raise FitError(f"{error}; {kept}") from error
+    if trainer.global_step < module.recipe.trainer.steps:
+        raise FitError(f"stopped at step {trainer.global_step} of {module.recipe.trainer.steps}; --resume goes on from the last checkpoint")
+
+
+def _check_checkpoint(path: Path, module: DistillModule) -> int:
+    """The step that the checkpoint was taken at; RecipeError if it cannot be read or is of another architecture."""
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        raise RecipeError(f"--resume: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
+    odd = next((name for name in [*expected, *got] if expected.get(name) != got.get(name)), None)
+    if odd is not None:
+        was, wants = got.get(odd, "absent"), expected.get(odd, "absent")
+        raise RecipeError(f"--resume: {path}: is of another architecture: {odd} is {was}, the recipe's student has {wants}")
+    return int(state["global_step"])
+
+
+def _trainer(stage: Stage, config: StudentConfig, start: int) -> L.Trainer:
+    recipe, trainer = stage.recipe, stage.recipe.trainer
+    quiet_lightning()
+    callbacks = [Figures(recipe.log.every_steps), Keep(stage, config), Measure(stage, config), Pictures(stage, config)]
+    return L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=strategy_for(recipe),
+        precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
+        max_steps=trainer.steps,
+        accumulate_grad_batches=trainer.accumulate,
+        gradient_clip_val=recipe.optimizer.clip_norm or None,
+        callbacks=callbacks,
+        logger=_loggers(stage, start),
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        use_distributed_sampler=False,
+        default_root_dir=stage.folder,
+    )
+
+
+def _loggers(stage: Stage, start: int) -> list:
+    if _is_child():
+        return []
+    loggers: list = [CSVLog(stage.folder / "log.csv", keep_below=start)]
+    if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
+        from lightning.pytorch.loggers import WandbLogger
+
+        logger = WandbLogger(
+            name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), offline=_offline(), log_model=False
+        )
+        logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
+        loggers.append(logger)
+    return loggers
+
+
+def _offline() -> bool:
+    """W&B goes online only for a user who is logged in and has not said otherwise."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    return mode != "online" if mode else wandb.api.api_key is None
+
+
+def quiet_lightning() -> None:
+    """Lightning's advice on workers, hardware and sanity is not for our users."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+
+
+def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say) -> None:
+    """Measures the averaged student and writes student/ and metrics.json, the latter last."""
+    recipe = stage.recipe
+    module.averaged.to(trainer.strategy.root_device)
+    if module.teacher is not None:
+        module.teacher.to(trainer.strategy.root_device)
+    metrics = measure(recipe, Student(config, module.averaged), module.teacher, module.data, progress=say if trainer.is_global_zero else None)
+    if not trainer.is_global_zero:
+        return
+    metrics["seconds"]["train"] = round(seconds, 2)
+    keep_student(stage, config, state, recipe.trainer.steps, metrics)
+    logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(logs, recipe.trainer.steps - 1)
+        logger.finalize("success")
+    if recipe.log.wandb and "wandb" in sys.modules:
+        sys.modules["wandb"].finish(quiet=True)
+    write_json(stage.folder / "metrics.json", metrics)

@@ -1,0 +1,130 @@
+"""The LightningModule: a student that trains beside a frozen teacher, and the averages of the student's weights."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from flowmap.build import BuiltTeacher
+from flowmap.data import Dataset, StepBatches, as_it_is
+from flowmap.flow.averaging import exponent_from_std, power_beta
+from flowmap.flow.types import Loss, PathSample
+from flowmap.recipe import PowerEMA, Recipe
+from flowmap.train.draw import draw_sample, generator_for
+
+BINS = 4  # of t, in which per-sample logs are also shown
+
+
+class NotFinite(RuntimeError):
+    """The loss or a weight became NaN or infinite: the run stops here."""
+
+
+class DistillModule(L.LightningModule):
+    """Draws a sample, asks the objective, averages the weights.
+
+    `student` and `averages` are all that is in state_dict(); the teacher is held without being a submodule. `averages` holds one copy of the
+    student per width of a power-function EMA (its first is the one that ships), or a single one for a constant decay.
+    """
+
+    def __init__(self, recipe: Recipe, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset):
+        super().__init__()
+        self.recipe, self.teacher, self.data = recipe, teacher, data
+        self.student = student.train()
+        self.widths = _widths(recipe)
+        self.averages = nn.ModuleList(copy.deepcopy(student).eval().requires_grad_(False) for _ in self.widths)
+        self.last_sample: PathSample | None = None
+        self.last_loss: Loss | None = None
+        self.seconds, self._started, self._micro, self._averaged = 0.0, 0.0, 0, 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The average that ships."""
+        return self.averages[0]
+
+    def configure_model(self) -> None:
+        for net in (self.student, *self.averages):
+            if hasattr(net.net, "activation_checkpointing"):
+                net.net.activation_checkpointing = self.recipe.trainer.activation_checkpointing and net is self.student
+        if self.recipe.trainer.strategy == "fsdp" and not getattr(self, "_sharded", False):
+            from flowmap.train.strategy import shard
+
+            for net in (self.student, *self.averages):
+                shard(net, self.device_mesh)
+            self._sharded = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.recipe.optimizer(self.student.parameters())
+
+    def train_dataloader(self) -> DataLoader:
+        """From the step that the run is at: a resumed run sees the batches that it would have seen."""
+        batches = StepBatches(
+            len(self.data),
+            self.recipe.data.batch_size,
+            seed=self.recipe.seed,
+            start_step=self.global_step,
+            num_steps=None,
+            rank=self.global_rank,
+            world=self.trainer.world_size,
+            accumulate=self.recipe.trainer.accumulate,
+        )
+        return DataLoader(self.data, batch_sampler=batches, collate_fn=as_it_is)
+
+    def on_train_start(self) -> None:
+        self._started, self._micro, self._averaged = time.perf_counter(), 0, self.global_step
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        x0, cond = batch
+        step, micro = self.global_step, self._micro
+        self._micro = (micro + 1) % self.recipe.trainer.accumulate
+        self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
+        generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
+        sample = draw_sample(self.recipe, x0, cond, generator)
+        loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
+        if not bool(torch.isfinite(loss.value)):
+            times = ", ".join(f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", sample.t), ("s", sample.s)))
+            raise NotFinite(f"the loss is {loss.value.item()} at step {step} ({times})")
+        self.last_sample, self.last_loss = sample, loss
+        return loss.value
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        if self.global_step > self._averaged:
+            self._averaged = self.global_step
+            self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        weights = list(self.student.parameters())
+        for width, average in zip(self.widths, self.averages, strict=True):
+            torch._foreach_lerp_(list(average.parameters()), weights, 1 - self._kept(width))
+
+    def _kept(self, width: float) -> float:
+        if isinstance(self.recipe.ema, PowerEMA):
+            return power_beta(self.global_step, exponent_from_std(width))
+        return min(width, self.global_step / (self.global_step + 9))  # a short run is not held back by its start
+
+    def loss_logs(self) -> dict[str, float]:
+        """The last loss and its logs, per-sample ones also by bins of t."""
+        loss, t = self.last_loss, self.last_sample.t
+        logs = {"train/loss": float(loss.value.detach())}
+        for key, value in loss.logs.items():
+            logs[f"train/{key}"] = float(value.mean())
+            if value.ndim == 1 and len(value) == len(t):
+                for i in range(BINS):
+                    inside = (t >= i / BINS) & (t < (i + 1) / BINS + (i == BINS - 1))
+                    if bool(inside.any()):
+                        logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
+        return logs
+
+
+def _widths(recipe: Recipe) -> tuple[float, ...]:
+    if isinstance(recipe.ema, PowerEMA):
+        extra = recipe.ema.snapshot_stds if recipe.ema.snapshot_every_steps else ()
+        return tuple(dict.fromkeys((recipe.ema.std, *extra)))
+    return (recipe.ema.decay,)

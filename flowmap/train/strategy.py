@@ -1,0 +1,72 @@
+"""How a run is spread over processes: plain, DDP, or FSDP2 (fully_shard), and the files that hold its state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+
+from flowmap.recipe import Recipe
+
+
+def strategy_for(recipe: Recipe) -> str | Strategy:
+    trainer = recipe.trainer
+    if trainer.strategy == "fsdp":
+        world = trainer.devices * trainer.num_nodes
+        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+    if trainer.strategy == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return "auto"
+
+
+def shard(net: nn.Module, mesh) -> None:
+    """FSDP2 on every block and on the whole; the blocks are the network's `blocks`."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh["data_parallel"] if mesh is not None and mesh.ndim > 1 else mesh
+    for block in getattr(net.net, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    for method in ("mean_velocity", "velocity"):
+        torch.distributed.fsdp.register_fsdp_forward_method(net, method)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written beside and renamed, read without unpickling anything but tensors and plain containers."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "wb") as handle:
+                torch.save(checkpoint, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path, map_location=None, weights_only: bool | None = True) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in that file; ValueError names it if it is torn, hostile or not a checkpoint."""
+    import pickle
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"{path}: is not a whole checkpoint (torn, or holds more than tensors): {reason}") from error
+    if not isinstance(state, dict) or not {"state_dict", "global_step", "optimizer_states"} <= set(state):
+        raise ValueError(f"{path}: is not a checkpoint of a flowmap run")
+    return state

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from flowmap.teachers.exact import GaussianTeacher
+from flowmap.teachers.guidance import Autoguidance, ClassifierFree, network_calls
+from tests.oracle import RING, SHAPE, draw, draw_times
+
+STRONG, WEAK = GaussianTeacher(mean=(0.7,), std=0.4), GaussianTeacher(mean=(0.2,), std=0.9)
+
+
+class Recorder:
+    def __init__(self, teacher):
+        self.teacher, self.conds = teacher, []
+
+    def velocity(self, x, t, cond=None):
+        self.conds.append(cond)
+        return self.teacher.velocity(x, t, cond)
+
+
+def test_autoguidance_is_its_formula_with_a_scale_a_sample():
+    x, (t, _), w = draw(), draw_times(), torch.tensor([1.0, 2.1, 0.0, 3.0, 1.5], dtype=torch.float64)
+    v = Autoguidance(STRONG, WEAK).velocity(x, t, {"guidance": w})
+    strong, weak = STRONG.velocity(x, t), WEAK.velocity(x, t)
+    torch.testing.assert_close(v, weak + w.reshape(5, 1, 1, 1) * (strong - weak))
+    assert torch.equal(v[0], strong[0]) and torch.equal(v[2], weak[2])
+    # w > 1 goes beyond strong, away from weak
+    assert ((v[3] - strong[3]) * (strong[3] - weak[3])).sum() > 0
+
+
+def test_autoguidance_of_gaussians_at_pure_noise():
+    """At t = 1, v = x - m: guided it is x - (w m_strong + (1 - w) m_weak)."""
+    x = draw()
+    v = Autoguidance(STRONG, WEAK, default=2.0).velocity(x, torch.ones(SHAPE[0], dtype=torch.float64))
+    torch.testing.assert_close(v, x - (2.0 * 0.7 - 1.0 * 0.2))
+
+
+def test_classifier_free_asks_with_and_without_class():
+    x, (t, _), cond = draw(5, 2), draw_times(), {"class": torch.tensor([3, 1, 0, 7, -1]), "guidance": torch.full((5,), 2.5)}
+    inner = Recorder(RING)
+    v = ClassifierFree(inner).velocity(x, t, cond)
+    with_class, without = RING.velocity(x, t, {"class": cond["class"]}), RING.velocity(x, t)
+    torch.testing.assert_close(v, 2.5 * with_class - 1.5 * without)
+    torch.testing.assert_close(v[4], without[4])
+    assert inner.conds[0].keys() == {"class"} and inner.conds[1]["class"].tolist() == [-1] * 5
+    assert cond["class"].tolist() == [3, 1, 0, 7, -1] and "guidance" in cond
+
+
+def test_other_conditions_are_dropped():
+    inner, cond = Recorder(STRONG), {"text": torch.zeros(5, 7), "guidance": torch.full((5,), 2.0)}
+    ClassifierFree(inner).velocity(draw(), torch.rand(5), cond)
+    assert inner.conds[0].keys() == {"text"} and inner.conds[1] is None
+    ClassifierFree(inner).velocity(draw(), torch.rand(5), cond | {"class": torch.arange(5)})
+    assert inner.conds[3].keys() == {"class"}
+
+
+def test_autoguidance_gives_both_the_condition_but_not_the_scale():
+    strong, weak = Recorder(RING), Recorder(RING)
+    Autoguidance(strong, weak).velocity(draw(5, 2), torch.rand(5), {"class": torch.arange(5), "guidance": torch.full((5,), 2.0)})
+    for conds in (strong.conds, weak.conds):
+        assert len(conds) == 1 and conds[0].keys() == {"class"}
+
+
+@pytest.mark.parametrize("cond", [None, {}, {"guidance": torch.ones(5)}, {"class": torch.arange(5)}], ids=str)
+def test_the_weak_network_is_not_called_at_scale_one(cond):
+    x, t, strong, weak = draw(5, 2), torch.rand(5), Recorder(RING), Recorder(RING)
+    v = Autoguidance(strong, weak).velocity(x, t, cond)
+    assert not weak.conds and torch.equal(v, RING.velocity(x, t, cond))
+    ClassifierFree(strong).velocity(x, t, cond)
+    assert len(strong.conds) == 2
+    Autoguidance(strong, weak).velocity(x, t, {"guidance": torch.tensor([1, 1, 1, 1, 1.01])})
+    assert len(weak.conds) == 1
+
+
+def test_default_is_read_only_where_there_is_no_guidance():
+    x, (t, _) = draw(), draw_times()
+    wrapped = Autoguidance(STRONG, WEAK, default=3.0)
+    torch.testing.assert_close(wrapped.velocity(x, t, {"guidance": torch.ones(5)}), STRONG.velocity(x, t))
+    torch.testing.assert_close(wrapped.velocity(x, t, {"class": torch.zeros(5)}), 3 * STRONG.velocity(x, t) - 2 * WEAK.velocity(x, t))
+
+
+def test_classifier_free_without_any_condition_makes_one_call():
+    inner = Recorder(RING)
+    ClassifierFree(inner, default=4.0).velocity(draw(5, 2), torch.rand(5), {"guidance": torch.full((5,), 2.0)})
+    assert len(inner.conds) == 1
+
+
+def test_permutation_of_the_batch():
+    x, (t, _), order = draw(5, 2), draw_times(), torch.tensor([3, 0, 4, 1, 2])
+    cond = {"class": torch.tensor([3, 1, -1, 7, 0]), "guidance": torch.tensor([1.0, 2.0, 3.0, 0.5, 1.5])}
+    guided = ClassifierFree(RING)
+    permuted = guided.velocity(x[order], t[order], {key: value[order] for key, value in cond.items()})
+    torch.testing.assert_close(permuted, guided.velocity(x, t, cond)[order])
+
+
+def test_calls_are_counted_through_wrappers():
+    assert network_calls(STRONG) == 1
+    assert ClassifierFree(STRONG).network_calls == Autoguidance(STRONG, WEAK).network_calls == 2
+    assert Autoguidance(ClassifierFree(STRONG), WEAK).network_calls == 3
+
+
+def test_half_precision_is_kept_and_mixed_in_float32():
+    x = draw().bfloat16()
+    v = Autoguidance(STRONG, WEAK).velocity(x, torch.rand(5), {"guidance": torch.full((5,), 2.1)})
+    assert v.dtype == torch.bfloat16

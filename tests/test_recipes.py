@@ -1,0 +1,85 @@
+"""Every shipped recipe is read, written out and read back as the same recipe; mistakes are named with their full key."""
+
+import pytest
+
+from flowmap.config import RecipeError
+from flowmap.plan import find_card, list_cards, plan
+from flowmap.recipe import list_recipes, read_recipe, read_resolved
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_survives_its_own_text(name, tmp_path):
+    recipe = read_recipe(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert read_resolved(path) == recipe
+    assert read_resolved(path).hash() == recipe.hash()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_has_a_plan(name, tmp_path):
+    assert plan(read_recipe(name), tmp_path)[-1].recipe.name == name.replace("/", "-")
+
+
+@pytest.mark.parametrize("name", list_cards())
+def test_a_card_is_read(name):
+    assert find_card(name).name == name.split("/")[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("objektive.kind=ayf_emd", "objektive: no such setting, did you mean 'objective'?"),
+        ("objective.warmup_step=3", "objective.warmup_step: no such setting, did you mean 'warmup_steps'?"),
+        ("objective.kind=ayf_emb", "objective.kind: no 'ayf_emb', did you mean 'ayf_emd'?"),
+        ("objective.warmup_steps=many", "objective.warmup_steps: 'many' is not a whole number"),
+        ("objective.warmup_steps=1.5", "objective.warmup_steps: 1.5 is not a whole number"),
+        ("objective.r_max=2", "objective.r_max: 2.0 must lie in [0, 1]"),
+        ("trainer.precision=fp8", "trainer.precision: 'fp8' is not one of 32, bf16"),
+        ("teacher.card=digit", "teacher.card: no card 'digit', did you mean 'digits'?"),
+        ("times.base.kind=intervall", "times.base.kind: no 'intervall', did you mean 'interval'?"),
+        ("sampler.steps=[0]", "sampler.steps"),
+        ("objective", "'objective' is not of the form key=value"),
+        ("objective.norm=${nothing}", "nothing"),
+    ],
+)
+def test_a_mistake_is_named(override, says, tmp_path):
+    with pytest.raises(RecipeError, match=".") as caught:
+        plan(read_recipe("digits", [override]), tmp_path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kind_that_changes_starts_afresh():
+    recipe = read_recipe("digits", ["times.kind=uniform"])
+    assert type(recipe.times).__name__ == "Uniform"
+
+
+def test_recipes_in_a_loop_are_refused(tmp_path):
+    card = tmp_path / "card.yaml"
+    path = tmp_path / "looped.yaml"
+    card.write_text(f"kind: recipe\nrecipe: {path}\n")
+    path.write_text(f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n")
+    with pytest.raises(RecipeError, match="loop"):
+        plan(read_recipe(path), tmp_path / "run")
+
+
+def test_base_is_one_level(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: digits\nobjective: {warmup_steps: 7}\n")
+    assert read_recipe(path).objective.warmup_steps == 7
+    again = tmp_path / "again.yaml"
+    again.write_text("base: mine\n")
+    with pytest.raises(RecipeError, match="one level"):
+        read_recipe(again)
+    path.write_text("base: mine\n")
+    with pytest.raises(RecipeError, match="one level"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00\x01", "data: 3"])
+def test_a_file_that_is_no_recipe(text, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="bad.yaml"):
+        read_recipe(path)
