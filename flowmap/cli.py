@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flowmap import __version__
 
@@ -19,22 +22,29 @@ PAPERS = {
 }
 
 
+PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
         return _say_error(error, 2)
-    except KeyboardInterrupt:
-        return _say_error("interrupted; `--resume` goes on from the last checkpoint", 1)
+    except KeyboardInterrupt as error:
+        return _say_error(str(error) or "interrupted", 1)
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         sys.stderr.close()
         return 0
-    except (RuntimeError, OSError) as error:
+    except OSError as error:
+        return _say_error(error, 2 if error.errno in PATH_MISTAKES else 1)
+    except RuntimeError as error:
         return _say_error(error, 1)
 
 
 def _say_error(error: object, code: int) -> int:
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # the first process says it
+        return code
     print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
@@ -51,22 +61,25 @@ def _fit(a: argparse.Namespace) -> int:
     from flowmap.train.fit import fit
 
     run = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)
-    print(_summary(run.metrics))
-    print(f"student: {run.folder / 'student'}")
+    if run.metrics:
+        print(_summary(run.metrics))
+        print(f"student: {run.folder / 'student'}")
     return 0
 
 
 def _sample(a: argparse.Namespace) -> int:
+    from flowmap.files import check_writable
     from flowmap.sample import sample
     from flowmap.student import load_student
 
-    student = load_student(a.student)
+    check_writable(Path(a.out), "--out")
+    student = load_student(a.student).to(_device(a.device))
     if a.prompt is not None:
         raise ValueError("--prompt: this student is not conditioned on text")
     cond = {} if a.label is None else {"class": a.label}
     with _bar(a.num * len(a.steps)) as progress:
         options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed)
-        grids = sample(student.to(a.device), a.out, **options, progress=progress)
+        grids = sample(student, a.out, **options, progress=progress)
     for grid in grids:
         print(grid)
     return 0
@@ -74,13 +87,25 @@ def _sample(a: argparse.Namespace) -> int:
 
 def _evaluate(a: argparse.Namespace) -> int:
     from flowmap.evaluate import evaluate
+    from flowmap.files import check_writable
     from flowmap.student import load_student
 
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    student = load_student(a.student).to(a.device)
+    if a.out is not None:
+        check_writable(Path(a.out).parent, "--out")
+    student = load_student(a.student).to(_device(a.device))
     metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
     print(_summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
+
+
+def _device(name: str):
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # not a device, or none of that kind on this machine
+        raise ValueError(f"--device: {name!r} cannot be used here (cpu always can): {str(error).splitlines()[0]}") from error
 
 
 def _show(a: argparse.Namespace) -> int:

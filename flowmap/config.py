@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) ->
     if not isinstance(value, Mapping):
         raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}")
     kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         what = "is required" if kind is None else f"no {kind!r}{_suggest(str(kind), table)}"
         raise RecipeError(f"{file}: {key}.kind: {what}; allowed: {_listed(table)}")
     return construct(table[kind], {k: v for k, v in value.items() if k != "kind"}, tables, file=file, key=key)
@@ -102,10 +103,10 @@ def _scalar(value: Any, hint: type, file: str, key: str) -> Any:
         return value
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
+            value = float(value)  # YAML reads 1e-4 as a string
+        except (ValueError, OverflowError):
             pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not (hint is float and not math.isfinite(value)):
         return value
     raise RecipeError(f"{file}: {key}: {value!r} is not {_TYPES.get(hint, hint.__name__)}")
 

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 
+class WriteError(OSError):
+    """A file that could not be written; what was there before is untouched."""
+
+
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path), flushes it to disk and renames it to `path`; on any failure `path` is as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Calls write(temporary path), flushes it to disk and renames it to `path`; on any failure `path` is as it was (WriteError names it)."""
+    from safetensors import SafetensorError
+
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for a full disk
+        number = error.errno if isinstance(error, OSError) else errno.EIO
+        reason = os.strerror(number) if isinstance(error, OSError) and number else str(error).splitlines()[0]
+        raise WriteError(number, f"cannot be written ({reason}); nothing that was there is changed", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Removes the temporary files that a killed process left in that folder."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """ValueError that names `key` where that folder is not there and cannot be made, or cannot be written to. Makes nothing."""
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ValueError(f"{key}: {folder} cannot be a folder: {there} is not one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: {there} may not be written to")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,12 +60,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file of those tensors."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order)."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_beside(path, lambda temporary: save_file(plain, temporary, metadata=dict(metadata or {})))
+    write_beside(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -47,14 +75,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    with open(path, "rb") as handle:
-        start = handle.read(2)
-    if start[:1] == b"\x80" or start == b"PK":
-        raise ValueError(f"{path}: is a pickle, not safetensors; flowmap unpickles nothing, so convert it with the tool that wrote it")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: is not a whole safetensors file (torn or not one): {str(error).splitlines()[0]}") from error
+        with open(path, "rb") as handle:
+            start = handle.read(2)
+        if start[:1] == b"\x80" or start == b"PK":
+            what = "is a pickle, not safetensors; flowmap unpickles nothing, so convert it with the tool that wrote it"
+        else:
+            what = f"is not a whole safetensors file (torn or not one): {str(error).splitlines()[0]}"
+        raise ValueError(f"{path}: {what}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is not a JSON object")

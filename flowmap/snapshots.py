@@ -21,7 +21,7 @@ def snapshot_path(run: Path, step: int, std: float) -> Path:
 
 
 def save_snapshot(run: Path, step: int, std: float, weights: dict[str, Tensor]) -> None:
-    write_tensors(snapshot_path(run, step, std), weights, {"step": str(step), "std": str(std)})
+    write_tensors(snapshot_path(run, step, std), weights)
 
 
 def list_snapshots(run: Path) -> list[tuple[int, float, Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from flowmap.recipe import TABLES, StudentSpec
 from flowmap.samplers import Gamma
 
 FORMAT = 1
-MAX_IMAGES = 1_000_000
+MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class StudentConfig:
     recipe_hash: str = ""
     step: int = 0
     format: int = FORMAT
+
+    def __post_init__(self):
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
+        if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
+            raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
 
     def build(self) -> FlowMapNet:
         net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=self.guidance is not None)
@@ -92,6 +101,10 @@ class Student:
         """
         if not 1 <= num <= MAX_IMAGES:
             raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps: {steps} must lie in 1..{MAX_STEPS}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
         generator = torch.Generator().manual_seed(seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator)
         conditions = self.conditions(num, cond, guidance)
@@ -119,6 +132,8 @@ class Student:
         if self.config.guidance is not None:
             scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
             rows["guidance"] = _rows(scale, num, "guidance", torch.float32).to(self.device)
+            if not bool(((rows["guidance"] >= 0) & rows["guidance"].isfinite()).all()):
+                raise ValueError(f"guidance: {scale} must be 0 or more (trained on {self.config.guidance[0]:g}..{self.config.guidance[1]:g})")
         elif guidance is not None:
             raise ValueError(f"guidance: {guidance} was given, but this student was not trained with a guidance scale as input")
         return rows
@@ -138,7 +153,7 @@ def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tens
     """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
     from flowmap.files import write_text
 
-    write_tensors(folder / "model.safetensors", weights, {"format": "pt", "recipe": config.recipe, "step": str(config.step)})
+    write_tensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", to_plain(config, TABLES))
     write_text(folder / "recipe.yaml", recipe)
     write_text(folder / "README.md", card)
@@ -157,13 +172,9 @@ def load_student(source: str | Path) -> Student:
         what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
         raise ValueError(f"{weights}: there is no such file{what}")
     state = read_tensors(weights)
-    try:
-        with torch.device("meta"):
-            flow_map = config.build()
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"{folder / 'config.json'}: net: {str(error).splitlines()[0]}") from error
+    flow_map = _empty(config, state, folder / "config.json")
     _check_shapes(flow_map.state_dict(), state, weights)
-    flow_map.load_state_dict(state, assign=True)
+    flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return Student(config, flow_map.eval().requires_grad_(False), folder)
 
 
@@ -173,6 +184,8 @@ def _local(source: str | Path) -> Path:
         folder = folder / "student"
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise ValueError(f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors")
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -196,12 +209,29 @@ def _read_config(path: Path) -> StudentConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:
+    """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
+    largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
+    for name, value in [*vars(config.net).items(), ("num_classes", config.num_classes)]:
+        if isinstance(value, int) and not -1 < value <= largest:
+            raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
+    if math.prod(config.shape) > MAX_SIZE:
+        raise ValueError(f"{file}: shape: {config.shape} has more than {MAX_SIZE} entries")
+    try:
+        with torch.device("meta"):
+            return config.build()
+    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: net: {str(error).splitlines()[0]}") from error
+
+
 def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in expected.items():
         if name not in got:
             raise ValueError(f"{file}: {name}: is missing; the weights are of another architecture than config.json says")
         if got[name].shape != tensor.shape:
             raise ValueError(f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}")
+        if not got[name].is_floating_point():
+            raise ValueError(f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights")
     for name in got:
         if name not in expected:
             raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")

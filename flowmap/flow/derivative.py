@@ -21,8 +21,10 @@ from flowmap.flow.types import Cond, FlowMap, along
 
 DERIVATIVES = ("ride", "forward", "difference")
 
-STEPS = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""The step of a difference by the dtype in which the network computes: where truncation and rounding error meet."""
+STEPS = {torch.float64: 1e-7, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""The step of a difference by the dtype in which the network computes: where truncation and rounding error meet. On a small attention network
+the relative error was 4e-8, 4e-4, - and 5e-2; a network three times as steep erred 50 times as much. Ride where a network can be ridden.
+"""
 
 
 def value_and_rate(

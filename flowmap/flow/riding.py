@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -53,7 +55,7 @@ def ride(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: S
     journey = Ride()
     args = [board(p, t, journey) for p, t in zip(primals, tangents, strict=True)]
     try:
-        with watched_autograd_functions():
+        with watched_autograd_functions(), watched_scripts(), eagerly():
             out = function(*args)
     finally:
         journey.under_way = False
@@ -167,35 +169,38 @@ def with_tangent(out, tangent, journey: Ride):
     return tree_unflatten([v if t is None else riding(v, t, journey) for v, t in pairs], structure)
 
 
+def short_name(function: Callable) -> str:
+    """The function's bare name; scripted functions keep it elsewhere."""
+    return getattr(function, "__name__", None) or getattr(function, "name", type(function).__name__)
+
+
 def name_of(function: Callable) -> str:
     """The name by which a user knows the function: .data for reading an attribute, torch's name of an operation."""
     owner = getattr(function, "__self__", None)
-    if function.__name__ in ("__get__", "__set__") and owner is not None:
+    if short_name(function) in ("__get__", "__set__") and owner is not None:
         return f".{owner.__name__}"
     if "torch._ops" in type(function).__module__:
         return str(function)
-    name = getattr(function, "__qualname__", function.__name__)
+    name = getattr(function, "__qualname__", short_name(function))
     return name.replace("TensorBase.", "Tensor.").replace("_VariableFunctionsClass.", "torch.")
 
 
-@functools.cache
-def in_place_position(function: Callable) -> int | None:
-    """Where the function takes its `inplace` flag."""
-    try:
-        return list(inspect.signature(function).parameters).index("inplace")
-    except ValueError:  # no such flag, or a built-in without a signature
-        return None
+@functools.lru_cache(maxsize=1024)
+def in_place_position(function: FunctionType) -> int | None:
+    """Where the function takes its `inplace` flag; None if it has none."""
+    names = list(inspect.signature(function, follow_wrapped=False).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def in_place_flag(function: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether the caller asks for the result to be written over the argument."""
-    position = in_place_position(function)
+    position = in_place_position(function) if type(function) is FunctionType else None  # built-ins have no flag
     return bool(position is not None and kwargs.get("inplace", args[position] if len(args) > position else False))
 
 
 def writes_in_place(function: Callable, args: tuple, kwargs: dict) -> bool:
     """Whether the call overwrites one of its arguments, by torch's naming, by flag, by out= or by its schema."""
-    short, schema = function.__name__, getattr(getattr(function, "default", function), "_schema", None)
+    short, schema = short_name(function), getattr(getattr(function, "default", function), "_schema", None)
     trailing = short in IN_PLACE or (short.endswith("_") and not short.endswith("__"))
     return trailing or getattr(schema, "is_mutable", False) or kwargs.get("out") is not None or in_place_flag(function, args, kwargs)
 
@@ -207,7 +212,7 @@ def draws(x, p: float = 0.5, training: bool = True, inplace: bool = False) -> bo
 
 def without_rule(function, args, kwargs, values, named, rider: Riding):
     """Torch's own derivative of one operation; NotImplementedError for writing in place and for taking numbers out of the ride."""
-    name, short = name_of(function), function.__name__
+    name, short = name_of(function), short_name(function)
     if short == "__set__" and name in (".requires_grad", ".grad"):
         return function(*values, **named)
     if writes_in_place(function, args, kwargs):
@@ -282,6 +287,29 @@ def watched_autograd_functions():
             del parent.apply
         else:
             parent.apply = own
+
+
+@contextmanager
+def watched_scripts():
+    """Inside, a torch.jit.script function meets the ride: torch does not hand those to `__torch_function__` either."""
+    script = torch.jit.ScriptFunction
+    ordinary = script.__call__
+
+    def call(self, *args, **kwargs):
+        run = lambda *args, **kwargs: ordinary(self, *args, **kwargs)
+        run.__qualname__ = f"torch.jit.script {self.name}"
+        return Riding.__torch_function__(run, (), args, kwargs)
+
+    script.__call__ = call
+    try:
+        yield
+    finally:
+        script.__call__ = ordinary
+
+
+def eagerly():
+    """A context in which torch.compile'd code runs as it was written, operation by operation: a ride cannot enter a compiled graph."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def through_autograd_function(cls: type, apply: Callable, args: tuple):

@@ -127,16 +127,15 @@ def dropout(op, out, x, p=0.5, training=True, inplace=False):
     return T(x)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b summed, and kept, in float32 or better."""
+def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a @ b, summed and kept in float32 or better."""
     if a.dtype not in (torch.float16, torch.bfloat16):
-        return a @ b
-    if a.is_cuda and a.ndim == 3 and hasattr(torch, "bmm"):
-        try:
-            return torch.bmm(a, b, out_dtype=torch.float32)
-        except (TypeError, RuntimeError):  # before torch 2.8
-            pass
-    return a.float() @ b.float()
+        return (a if scale == 1 else a * scale) @ b
+    if not a.is_cuda or torch.__version__ < "2.8":
+        return (a.float() * scale) @ b.float()
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    stacks = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return torch.bmm(*stacks, out_dtype=torch.float32).mul_(scale).unflatten(0, batch or (1,)).reshape(*batch, a.shape[-2], b.shape[-1])
 
 
 def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -167,13 +166,13 @@ def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_caus
 
 def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
     """The tangent of attention for some queries against every key; bias is a mask, (..., rows, keys), bool or added."""
-    weights = product(q * scale, k.mT)
+    weights = product(q, k.mT, scale)
     if bias is None:
         weights = torch.softmax(weights, -1)
     else:
         weights = aten._safe_softmax(weights.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else weights + bias, -1)
-    by_query = None if tq is None else product(tq * scale, k.mT)
-    by_key = None if tk is None else product(q * scale, tk.mT)
+    by_query = None if tq is None else product(tq, k.mT, scale)
+    by_key = None if tk is None else product(q, tk.mT, scale)
     moved = add_up(by_query, by_key, tbias)
     d = None
     if moved is not None:

@@ -72,7 +72,7 @@ MOVES = (
 ).split()
 PROPERTIES = (
     "dim size numel nelement stride is_contiguous is_floating_point is_complex element_size storage_offset get_device __len__ is_nonzero "
-    "is_same_size is_inference is_pinned ndimension __hash__ __repr__ __format__ is_conj is_neg result_type can_cast "
+    "is_same_size is_inference is_pinned ndimension __hash__ __repr__ __format__ is_conj is_neg result_type "
     "register_hook register_post_accumulate_grad_hook retain_grad detach _is_view"
 ).split()
 READ = (

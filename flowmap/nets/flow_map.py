@@ -35,11 +35,13 @@ SILENT = ("arrival.", "guidance.")
 
 
 def start_from(student: nn.Module, teacher: nn.Module) -> None:
-    """The student's weights are the teacher's, and its arrival and guidance branches are silent: F(x, t, s) = v(x, t).
+    """The student's weights are the teacher's; its arrival and guidance branches, where the teacher has none, stay silent: F(x, t, s) = v(x, t).
 
-    Raises ValueError if the two networks differ in anything but those branches.
+    Raises ValueError, and changes nothing, if the two networks differ in anything but those branches.
     """
-    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
-    odd = [key for key in missing if not any(part in key for part in SILENT)] + list(unexpected)
+    wanted, given = student.state_dict(), teacher.state_dict()
+    odd = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
+    odd += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
     if odd:
         raise ValueError(f"student: its network is not the teacher's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
+    student.load_state_dict(given, strict=False)

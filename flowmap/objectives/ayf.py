@@ -45,6 +45,8 @@ class _AYF:
             raise ValueError(f"r_max: {self.r_max} must lie in [0, 1]")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps: {self.warmup_steps} must be 0 or more")
+        if not self.c >= 0:
+            raise ValueError(f"c: {self.c} must be 0 or more")
 
     def tangent_weight(self, step: int) -> float:
         return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max

@@ -17,7 +17,7 @@ from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
 from flowmap.snapshots import save_snapshot
 from flowmap.student import Student, StudentConfig, save_student
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.module import DistillModule, NotFinite, norm_of
 
 
 class AtSteps(L.Callback):
@@ -36,6 +36,13 @@ class AtSteps(L.Callback):
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         raise NotImplementedError
+
+
+class Average(AtSteps):
+    """The averages take every step in. First among the callbacks (which run before the module's own hook): what the others keep has the step."""
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        module.average()
 
 
 class Figures(AtSteps):
@@ -79,8 +86,8 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
     """|| dF/dt by riding - dF/dt by difference || / || the latter || on a few rows of the last batch."""
     sample = module.last_sample
     moving = (sample.t > sample.s).nonzero().squeeze(1)[:rows]
-    if len(moving) == 0:
-        return 0.0
+    if len(moving) == 0:  # any rows, not none: where weights are sharded, every process must call the network as often as the others
+        moving = torch.arange(min(rows, len(sample.t)), device=sample.t.device)
     cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
     x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
     ridden = along_path(module.student, x, t, s, v, cond, mode="ride")[1]
@@ -99,6 +106,7 @@ class Keep(AtSteps):
         recipe = self.stage.recipe
         snapshots = getattr(recipe.ema, "snapshot_every_steps", 0)
         if snapshots and done % snapshots == 0:
+            self.check(module, done)
             for width, average in zip(module.widths, module.averages, strict=True):
                 state = full_state(average)
                 if trainer.is_global_zero:
@@ -106,9 +114,12 @@ class Keep(AtSteps):
         if done % recipe.trainer.checkpoint_every_steps == 0 or done == recipe.trainer.steps:
             self.keep(trainer, module, done)
 
-    def keep(self, trainer, module: DistillModule, done: int) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in module.student.parameters()):
+    def check(self, module: DistillModule, done: int) -> None:
+        if not bool(torch.isfinite(norm_of([p.detach() for p in module.student.parameters()]))):
             raise NotFinite(f"a weight of the student is not finite after step {done - 1}")
+
+    def keep(self, trainer, module: DistillModule, done: int) -> None:
+        self.check(module, done)
         trainer.save_checkpoint(self.stage.folder / "checkpoints" / "last.ckpt")
         state = full_state(module.averaged)
         if trainer.is_global_zero:

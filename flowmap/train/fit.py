@@ -6,7 +6,9 @@ import inspect
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -15,20 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
-from flowmap.files import read_json, write_json, write_text
+from flowmap.files import check_writable, read_json, sweep, write_json, write_text
 from flowmap.plan import Stage, holds, is_complete, plan, runs_root
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import Student, StudentConfig, load_student
-from flowmap.train.callbacks import Figures, Keep, Measure, Pictures, full_state, keep_student
+from flowmap.train.callbacks import Average, Figures, Keep, Measure, Pictures, full_state, keep_student
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
 
 Say = Callable[[str], None]
+
+
+OURS = ("checkpoints", "ema", "log.csv", "metrics.json", "samples", "student")  # what a run writes into its folder, beside recipe.yaml
 
 
 class FitError(RuntimeError):
@@ -37,7 +43,7 @@ class FitError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and the contents of its metrics.json."""
+    """A finished run: its folder and the contents of its metrics.json (empty in the processes beside the first)."""
 
     folder: Path
     metrics: dict[str, Any]
@@ -53,36 +59,44 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
     out: the run folder, default runs/<recipe name>. A folder that holds another or an unfinished run is touched only with resume or
     overwrite. Raises RecipeError for a user's mistake, FitError where training had to stop.
     """
-    say = say or (lambda message: print(message, file=sys.stderr, flush=True))
+    say = _silent if _is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = Path(out) if out else runs_root() / recipe.name
     if recipe.missing():
         raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
     stages = plan(recipe, folder)
     if not _is_child():
+        check_writable(folder, "--out")
         _guard(stages[-1], resume=resume, overwrite=overwrite)
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
-        if stage.complete:
+        last = i == len(stages) - 1
+        if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
-        _run(stage, resume=resume or i < len(stages) - 1, say=say)
-    return Run(folder, read_json(folder / "metrics.json"))
+        _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
+    return Run(folder, {} if _is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
+
+
+def _silent(message: str) -> None: ...
 
 
 def _is_child() -> bool:
-    """A process that Lightning started beside the first one."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+    """A process that Lightning, torchrun or SLURM started beside the first one."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
     """Refuses to touch what a folder holds, unless asked to go on with it or to replace it."""
     folder = stage.folder
-    if overwrite and folder.exists():
-        if not (folder / "recipe.yaml").is_file() and any(folder.iterdir()):
+    if not (folder / "recipe.yaml").is_file():
+        in_the_way = [name for name in OURS if (folder / name).exists()]
+        if overwrite and folder.exists() and any(folder.iterdir()):
             raise RecipeError(f"--overwrite: {folder} is not a run folder (no recipe.yaml), so it is left alone")
-        shutil.rmtree(folder)
-    if not (folder / "recipe.yaml").is_file() or is_complete(folder, stage.recipe):
+        if in_the_way:
+            raise RecipeError(f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way[0]} would be replaced; choose another")
+        return
+    if overwrite or is_complete(folder, stage.recipe):
         return
     if not holds(folder, stage.recipe):
         key = _first_difference(stage.recipe, folder / "recipe.yaml")
@@ -105,35 +119,56 @@ def _first_difference(recipe: Recipe, path: Path) -> str:
     return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
 
 
-def _run(stage: Stage, *, resume: bool, say: Say) -> None:
+def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     recipe, folder = stage.recipe, stage.folder
     data, teacher = build_data(recipe), build_teacher(recipe)
     config = student_config(recipe, data, teacher)
     module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    start = _check_checkpoint(checkpoint, module) if resume and checkpoint.exists() else 0
+    start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if start:
         say(f"resuming at step {start}")
+    trainer = _trainer(stage, config)
     if not _is_child():
+        if overwrite and folder.exists():  # only now that the recipe is known to build
+            shutil.rmtree(folder)
+        sweep(folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
     started = time.perf_counter()
-    trainer = _trainer(stage, config, start)
-    _train(trainer, module, checkpoint if start else None, say)
-    seconds = time.perf_counter() - started
-    state = full_state(module.averaged)
-    _finish(stage, config, module, trainer, state, seconds, say)
+    try:
+        trainer.loggers = _loggers(stage, start)
+        _train(trainer, module, checkpoint if start else None)
+        seconds = time.perf_counter() - started
+        _finish(stage, config, module, trainer, full_state(module.averaged), seconds, say)
+    except BaseException:
+        _close_wandb(1)
+        raise
 
 
-def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, say: Say) -> None:
+def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
         trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
-        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        kept = f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})" if last.exists() else "no checkpoint was kept yet"
-        raise FitError(f"{error}; {kept}") from error
+        raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}") from error
     if trainer.global_step < module.recipe.trainer.steps:
-        raise FitError(f"stopped at step {trainer.global_step} of {module.recipe.trainer.steps}; --resume goes on from the last checkpoint")
+        raise FitError(f"stopped at step {trainer.global_step} of {module.recipe.trainer.steps}; --resume goes on: {_last_checkpoint(trainer)}")
+
+
+def _last_checkpoint(trainer: L.Trainer) -> str:
+    last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+    return f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})" if last.exists() else "no checkpoint was kept yet"
+
+
+def _close_wandb(code: int) -> None:
+    """Ends the run that W&B still has open, if any: the next run of this process is another."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=code, quiet=True)
 
 
 def _check_checkpoint(path: Path, module: DistillModule) -> int:
@@ -151,28 +186,32 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, config: StudentConfig, start: int) -> L.Trainer:
+def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
-    callbacks = [Figures(recipe.log.every_steps), Keep(stage, config), Measure(stage, config), Pictures(stage, config)]
-    return L.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=strategy_for(recipe),
-        precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
-        max_steps=trainer.steps,
-        accumulate_grad_batches=trainer.accumulate,
-        gradient_clip_val=recipe.optimizer.clip_norm or None,
-        callbacks=callbacks,
-        logger=_loggers(stage, start),
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
-        use_distributed_sampler=False,
-        default_root_dir=stage.folder,
-    )
+    # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
+    callbacks = [Average(), Figures(recipe.log.every_steps), Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
+    try:
+        return L.Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=strategy_for(recipe),
+            precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
+            max_steps=trainer.steps,
+            accumulate_grad_batches=trainer.accumulate,
+            gradient_clip_val=recipe.optimizer.clip_norm or None,
+            callbacks=callbacks,
+            logger=False,  # set by _run, once nothing can be refused any more
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
+            use_distributed_sampler=False,
+            default_root_dir=stage.folder,
+        )
+    except (MisconfigurationException, ValueError) as error:  # no such accelerator, more devices than there are, ...
+        raise RecipeError(f"{recipe.name}: trainer: {' '.join(str(error).split())}") from error
 
 
 def _loggers(stage: Stage, start: int) -> list:
@@ -182,9 +221,9 @@ def _loggers(stage: Stage, start: int) -> list:
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
         from lightning.pytorch.loggers import WandbLogger
 
-        logger = WandbLogger(
-            name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), offline=_offline(), log_model=False
-        )
+        # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
+        mode = "offline" if _offline() else "online"
+        logger = WandbLogger(name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode)
         logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
         loggers.append(logger)
     return loggers
@@ -195,7 +234,7 @@ def _offline() -> bool:
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
-    return mode != "online" if mode else wandb.api.api_key is None
+    return mode != "online" if mode else not wandb.login(prompt=False, verify=False)
 
 
 def quiet_lightning() -> None:
@@ -205,6 +244,7 @@ def quiet_lightning() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing of ours writes into an output
 
 
 def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say) -> None:
@@ -222,6 +262,5 @@ def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer:
     for logger in trainer.loggers:
         logger.log_metrics(logs, recipe.trainer.steps - 1)
         logger.finalize("success")
-    if recipe.log.wandb and "wandb" in sys.modules:
-        sys.modules["wandb"].finish(quiet=True)
+    _close_wandb(0)
     write_json(stage.folder / "metrics.json", metrics)

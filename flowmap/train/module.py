@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 
 import lightning as L
 import torch
@@ -39,7 +38,7 @@ class DistillModule(L.LightningModule):
         self.averages = nn.ModuleList(copy.deepcopy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
-        self.seconds, self._started, self._micro, self._averaged = 0.0, 0.0, 0, 0
+        self._micro = 0
 
     @property
     def averaged(self) -> nn.Module:
@@ -75,7 +74,7 @@ class DistillModule(L.LightningModule):
         return DataLoader(self.data, batch_sampler=batches, collate_fn=as_it_is)
 
     def on_train_start(self) -> None:
-        self._started, self._micro, self._averaged = time.perf_counter(), 0, self.global_step
+        self._micro = 0
         if self.teacher is not None:
             self.teacher.to(self.device)
 
@@ -87,19 +86,26 @@ class DistillModule(L.LightningModule):
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
         sample = draw_sample(self.recipe, x0, cond, generator)
         loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
-        if not bool(torch.isfinite(loss.value)):
-            times = ", ".join(f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", sample.t), ("s", sample.s)))
-            raise NotFinite(f"the loss is {loss.value.item()} at step {step} ({times})")
         self.last_sample, self.last_loss = sample, loss
+        self._must_be_finite("loss", loss.value.detach())
         return loss.value
 
-    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        if self.global_step > self._averaged:
-            self._averaged = self.global_step
-            self._average()
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self._must_be_finite("gradient's norm", norm_of([p.grad for p in self.student.parameters() if p.grad is not None]))
+
+    def _must_be_finite(self, what: str, value: Tensor) -> None:
+        """Raises NotFinite on every process if the value is NaN or infinite on any: none is left waiting for the others."""
+        bad = (~torch.isfinite(value)).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if bool(bad):
+            t, s = self.last_sample.t, self.last_sample.s
+            times = ", ".join(f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", t), ("s", s)))
+            raise NotFinite(f"the {what} is {value.item()} at step {self.global_step} ({times})")
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def average(self) -> None:
+        """Takes the weights of the step that has just been made into every average."""
         weights = list(self.student.parameters())
         for width, average in zip(self.widths, self.averages, strict=True):
             torch._foreach_lerp_(list(average.parameters()), weights, 1 - self._kept(width))
@@ -121,6 +127,14 @@ class DistillModule(L.LightningModule):
                     if bool(inside.any()):
                         logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
         return logs
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together, a scalar on their device; the whole tensors' where they are sharded."""
+    if not tensors:
+        return torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _widths(recipe: Recipe) -> tuple[float, ...]:

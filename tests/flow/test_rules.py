@@ -298,13 +298,28 @@ def test_piecewise_constant_operations_carry_no_tangent(function):
 def test_properties_are_those_of_the_value():
     x = r(5, 3).requires_grad_() * 2
     y = aboard(x)
-    for name in ("dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "storage_offset", "__len__", "is_complex"):
-        assert getattr(y, name)() == getattr(x, name)(), name
+    given = {"is_same_size": (x,), "__format__": ("",)}
+    apart = ("result_type", "detach", "__hash__", "is_nonzero", "register_hook", "register_post_accumulate_grad_hook")
+    for name in PROPERTIES:
+        if name not in apart:
+            assert getattr(y, name)(*given.get(name, ())) == getattr(x, name)(*given.get(name, ())), name
     for name in READ:
-        if name != "_backward_hooks" and hasattr(x, name):
+        if name not in ("_backward_hooks", "grad") and hasattr(x, name):
             assert getattr(y, name) is getattr(x, name) or getattr(y, name) == getattr(x, name), name
-    assert y.grad_fn is x.grad_fn
+    assert y.grad_fn is x.grad_fn and torch.result_type(y, 1) == torch.float64
     assert type(y.detach()) is torch.Tensor and not y.detach().requires_grad
+
+
+def test_hooks_reach_the_value():
+    leaf, seen = r(3).requires_grad_(), []
+    y = aboard(leaf)
+    y.register_post_accumulate_grad_hook(lambda p: seen.append("leaf"))
+    z = aboard(leaf * 2)
+    z.register_hook(lambda g: seen.append("hook"))
+    z.retain_grad()
+    (z * 3).value.sum().backward()
+    assert seen == ["hook", "leaf"] and torch.equal(z.grad, torch.full_like(leaf, 3.0))
+    assert {aboard(leaf): 1} and aboard(r(1)).is_nonzero()
 
 
 def test_change_of_precision_takes_the_tangent_along():

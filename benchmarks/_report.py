@@ -1,0 +1,92 @@
+"""What every benchmark says beside its figures: versions, machine, commit; a table for the eye, JSON in benchmarks/results for the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "numpy", "scikit-learn")
+
+
+def environment() -> dict:
+    """Versions, platform, device, threads and git commit, as plain JSON; a commit whose tree has changes ends in "+"."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write(name: str, payload: Mapping) -> Path:
+    """The payload as benchmarks/results/<name>.json, written beside and renamed."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    beside = path.with_suffix(".json.part")
+    beside.write_text(json.dumps(payload, indent=1) + "\n")
+    beside.replace(path)
+    print(f"wrote benchmarks/results/{path.name}")
+    return path
+
+
+def table(rows: Iterable[Sequence], columns: Sequence[str]) -> str:
+    """Rows under column names, numbers to four digits and to the right; Markdown, so that it can be pasted into docs."""
+    rows = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
+    left = [any(not _is_number(row[i]) for row in rows) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if at_left else c.rjust(w) for c, w, at_left in zip(cells, widths, left, strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "| " + " | ".join("-" * w if at_left else "-" * (w - 1) + ":" for w, at_left in zip(widths, left, strict=True)) + " |"
+    return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def _cell(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):  # not a git checkout
+        return None

@@ -1,0 +1,75 @@
+"""Puts the figures of benchmarks/results/*.json into the pages: between <!-- figures:NAME --> and <!-- /figures -->, nowhere else.
+
+`python benchmarks/fill_docs.py`.  A block whose results are not there stays as it is.  No figure in a page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from _report import RESULTS, table
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json"}
+COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
+BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
+
+
+def results() -> dict[str, dict]:
+    """The contents of those result files that are there, by block."""
+    return {name: json.loads((RESULTS / file).read_text()) for name, file in FILES.items() if (RESULTS / file).is_file()}
+
+
+def filled(text: str, found: dict[str, dict]) -> str:
+    """The page with every block whose results are found written anew."""
+    return BLOCK.sub(lambda m: m[1] + block(m[2], found[m[2]]) + m[3] if m[2] in found else m[0], text)
+
+
+def block(name: str, result: dict) -> str:
+    rows, columns = result["rows"], result.get("columns") or COLUMNS.get(name)
+    if name == "steps_law":
+        rows, columns = by_steps(rows)
+    columns = columns or [""] * len(rows[0])
+    return f"{table(rows, columns)}\n\n{origin(name, result)}\n"
+
+
+def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
+    """Rows [data, model, steps, median, least, most] as one row a model, the medians side by side; the floor (steps 0) in every column."""
+    steps = sorted({row[2] for row in rows if row[2]})
+    median = {(data, model, k): value for data, model, k, value, *_ in rows}
+    lines = []
+    for data, model in dict.fromkeys((row[0], row[1]) for row in rows):
+        cells = [median.get((data, model, k), median.get((data, model, 0))) for k in steps]
+        lines.append([data, model, *cells])
+    return lines, ["data", "model", *(f"{k} step{'s' * (k > 1)}" for k in steps)]
+
+
+def origin(name: str, result: dict) -> str:
+    """Where the figures come from: seeds, machine, versions, commit."""
+    parts = [f"`benchmarks/results/{FILES[name]}`"]
+    if runs := result.get("runs"):
+        walls = sorted(run["wall_seconds"] for run in runs)
+        peak = max(run["peak_gib"] for run in runs)
+        parts.append(f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; peak memory {peak:.2f} GiB")
+    elif isinstance(seeds := result.get("seeds"), dict):
+        parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
+    if here := result.get("environment"):
+        where = here["cpu"] if here["device"] == "cpu" else here["device"]
+        parts.append(f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; commit {(here['commit'] or '?')[:10]}")
+    return ". ".join(parts) + "."
+
+
+def main() -> None:
+    found = results()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = page.read_text(encoding="utf-8")
+        new = filled(old, found)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

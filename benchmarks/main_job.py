@@ -1,0 +1,91 @@
+"""Does the default recipe do what it is for?  digits from nothing, five seeds: wall time, memory, Frechet distance of student and teacher.
+
+Every seed trains its own teacher and student in a fresh process.  Distances are on pixels scaled to unit std, 2,000 samples against the
+1,500 training images; the same noise for every row.  `python benchmarks/main_job.py [--seeds 5] [--recipe digits]`
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from _report import environment, table, write
+
+NAME = "frechet_pixels"
+
+
+def run(recipe: str, seed: int, root: Path) -> dict:
+    """One seed in a process of its own: seconds of wall, peak GiB, and the figures."""
+    out = root / f"seed-{seed}"
+    command = [sys.executable, "-m", "flowmap", "fit", "--recipe", recipe, f"seed={seed}", f"teacher.overrides=[seed={seed}]", "--out", str(out)]
+    started = time.perf_counter()
+    env = os.environ | {"FLOWMAP_RUNS": str(root / f"runs-{seed}"), "WANDB_MODE": "offline"}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    wall = time.perf_counter() - started
+    extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return {"seed": seed, "wall_seconds": wall, "peak_gib": peak, **json.loads(extra.stdout.splitlines()[-1])}
+
+
+def look(out: Path) -> dict:
+    """The figures of a finished run, with 8 and 16 steps, and student and teacher without guidance (scale 1)."""
+    from dataclasses import replace
+
+    from flowmap.build import build_data, build_teacher
+    from flowmap.evaluate import measure
+    from flowmap.recipe import read_resolved
+    from flowmap.student import load_student
+
+    figures = json.loads((out / "metrics.json").read_text())
+    recipe, student = read_resolved(out / "recipe.yaml"), load_student(out / "student")
+    data, teacher = build_data(recipe), build_teacher(recipe)
+    only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+    more = measure(recipe, student, None, data, steps=[8, 16], metrics=only)["student"]
+    plain = replace(recipe, evaluation=replace(recipe.evaluation, teacher_extra_steps=()))
+    unguided = measure(plain, student, teacher, data, steps=[1, 2, 4], metrics=only, guidance=1.0)
+    rows = {f"student {k}": row[NAME] for k, row in {**figures["student"], **more}.items()}
+    rows |= {f"teacher {k}": row[NAME] for k, row in figures.get("teacher_few", {}).items()}
+    rows |= {f"teacher {figures['teacher']['steps']}": figures["teacher"][NAME], "floor": figures["floor"][NAME]}
+    rows |= {f"student {k}, scale 1": row[NAME] for k, row in unguided["student"].items()}
+    rows |= {f"teacher {unguided['teacher']['steps']}, scale 1": unguided["teacher"][NAME]}
+    return {"frechet": rows, "train_seconds": figures["seconds"]["train"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--look", type=Path)
+    arguments = parser.parse_args()
+    if arguments.look:
+        print(json.dumps(look(arguments.look)))
+        return
+    with tempfile.TemporaryDirectory() as root:
+        runs = []
+        for seed in range(arguments.seeds):
+            runs.append(run(arguments.recipe, seed, Path(root)))
+            print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
+    report(arguments.recipe, runs)
+
+
+def report(recipe: str, runs: list[dict]) -> None:
+    base = [r["frechet"]["teacher 64"] for r in runs]
+    rows = []
+    for name in runs[0]["frechet"]:
+        values = [r["frechet"][name] for r in runs]
+        ratios = [v / b for v, b in zip(values, base, strict=True)]
+        rows.append([name, statistics.median(values), min(values), max(values), statistics.median(ratios)])
+    print(table(rows, ["row", "median", "least", "most", "median ratio to teacher 64"]))
+    walls, peaks = [r["wall_seconds"] for r in runs], [r["peak_gib"] for r in runs]
+    print(f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds")
+    write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], "environment": environment(), "runs": runs, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Samples that someone has already made into tensors: latents of an autoencoder, or pictures, as safetensors shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowmap.data.dataset import Dataset, Source
+
+
+@dataclass(frozen=True)
+class Tensors(Source):
+    """All shards `*.safetensors` of a folder, each with "x0" (N, C, H, W) and, where there are classes, "class" (N,).
+
+    Values are used as they are: latents normalised as their teacher wants them, pictures in [-1, 1]. The last `held_out` samples are not
+    trained on.
+    """
+
+    root: str = "???"
+    num_classes: int | None = None
+    held_out: int = 0
+
+    def build(self) -> Dataset:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        shards = sorted(Path(self.root).glob("*.safetensors"))
+        if not shards:
+            raise ValueError(f"data.root: {self.root}: holds no *.safetensors shards with x0 (and class)")
+        try:
+            parts = [load_file(shard) for shard in shards]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"data.root: {self.root}: a shard cannot be read: {error}") from error
+        if any("x0" not in part or (self.num_classes and "class" not in part) for part in parts):
+            raise ValueError(f"data.root: {self.root}: every shard needs x0 (N, C, H, W){' and class (N,)' if self.num_classes else ''}")
+        x0 = torch.cat([part["x0"].float() for part in parts])
+        labels = torch.cat([part["class"].long() for part in parts]) if self.num_classes else None
+        kept = len(x0) - self.held_out
+        if kept < 1:
+            raise ValueError(f"data.held_out: {self.held_out} leaves nothing of {len(x0)} samples")
+        return Dataset(
+            Path(self.root).name,
+            x0[:kept],
+            x0[kept:],
+            None if labels is None else labels[:kept],
+            None if labels is None else labels[kept:],
+            num_classes=self.num_classes,
+        )

@@ -1,0 +1,78 @@
+"""What many tests need: a tiny recipe as text, one tiny finished run, and the command called inside this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY = """\
+name: tiny
+data: {kind: toy, batch_size: 16, conditional: false, points: 500}
+teacher: {card: exact}
+student: {kind: mlp, width: 16, depth: 1}
+times: {kind: mixture, base: {kind: interval}, diagonal: 0.25}
+objective: {kind: ayf_emd, warmup_steps: 12}
+optimizer: {lr: 1.0e-2, schedule: cosine}
+sampler: {kind: deterministic, steps: [1, 2]}
+trainer: {steps: 20, checkpoint_every_steps: 6, accelerator: cpu}
+ema: {kind: power, std: 0.1, snapshot_stds: [0.05, 0.1], snapshot_every_steps: 5}
+metrics: [{kind: frechet, features: pixels, images: 100}]
+evaluation: {teacher_steps: 4, batch_size: 200}
+log: {wandb: false, every_steps: 1, grid_images: 16}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """A recipe of twenty small steps in a folder of its own, where its runs go as well."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory) -> Path:
+    import flowmap
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    flowmap.fit(flowmap.read_recipe(folder / "tiny.yaml"), folder / "run", say=lambda message: None)
+    return folder / "run"
+
+
+@pytest.fixture
+def finished(_finished, tmp_path) -> Path:
+    """A finished run of the tiny recipe, a copy that the test may spoil."""
+    return Path(shutil.copytree(_finished, tmp_path / "finished"))
+
+
+@pytest.fixture
+def command(capsys):
+    """command(*arguments) -> (exit code, stdout, stderr) of `flowmap arguments`, run inside this process."""
+    from flowmap.cli import main
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as error:  # argparse's way
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Every file below that folder, by its relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -1,0 +1,104 @@
+"""metrics.json: every row from the same noise, the exact student at the floor, the teacher's calls counted."""
+
+import json
+
+import pytest
+import torch
+
+import flowmap
+from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.dry_run import dry_run
+from flowmap.evaluate import evaluate, measure
+from flowmap.recipe import read_recipe
+from flowmap.student import Student, save_student
+
+FEW = ["evaluation.teacher_steps=16", "metrics=[{kind: frechet, images: 2000}, {kind: endpoint_error, images: 50}, {kind: straightness, images: 50}]"]
+
+
+class Exact(torch.nn.Module):
+    """The exact map in a student's clothes."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.weight = teacher, torch.nn.Parameter(torch.zeros(1))
+
+    def mean_velocity(self, x, t, s, cond=None):
+        moving = (t - s).clamp_min(1e-6).unsqueeze(1)
+        return torch.where(t.unsqueeze(1) > s.unsqueeze(1), (x - self(x, t, s)) / moving, self.teacher.velocity(x, t))
+
+    def forward(self, x, t, s, cond=None):
+        return self.teacher.flow_map(x, t, s)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    recipe = read_recipe("toy/mixture", FEW)
+    data, teacher = build_data(recipe), build_teacher(recipe)
+    return recipe, data, teacher, student_config(recipe, data, teacher)
+
+
+def test_the_exact_student_meets_the_floor_and_the_teacher_does_not_at_two_steps(parts):
+    recipe, data, teacher, config = parts
+    found = measure(recipe, Student(config, Exact(teacher.guided)), teacher, data, steps=[1, 2])
+    one, two = found["student"]["1"], found["student"]["2"]
+    assert one["frechet_pixels"] < 5 * found["floor"]["frechet_pixels"] + 1e-3
+    assert two["frechet_pixels"] == pytest.approx(one["frechet_pixels"], abs=1e-4)  # an exact map composes
+    assert one["endpoint_error"] < 1e-3
+    assert found["teacher"]["nfe"] == found["teacher"]["steps"] == 16
+    assert found["teacher_few"]["2"]["frechet_pixels"] > 20 * one["frechet_pixels"]
+    assert set(found) == {"student", "teacher", "teacher_few", "floor", "seconds", "nfe"}
+    assert found["nfe"] == {"student": {"1": 1, "2": 2}, "teacher": 16}
+
+
+def test_evaluate_reads_the_recipe_beside_the_weights(parts, tmp_path):
+    recipe, data, teacher, config = parts
+    flow_map = build_student(recipe, config, teacher)
+    save_student(tmp_path / "student", config, flow_map.state_dict(), recipe=recipe.to_yaml(), card="")
+    found = evaluate(tmp_path / "student", [1], metrics=["frechet"], out=tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == found
+    assert set(found["student"]["1"]) == {"frechet_pixels"}
+    with pytest.raises(ValueError, match="metrics: 'fid' is not one of frechet"):
+        evaluate(tmp_path / "student", [1], metrics=["fid"])
+    with pytest.raises(ValueError, match="steps: 0 must be 1 or more"):
+        evaluate(tmp_path / "student", [0])
+
+
+def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypatch):
+    """digits: F(x, t, s) = v(x, t) to the bit, whatever s and the guidance scale are."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    recipe = read_recipe("digits")
+    from flowmap.plan import plan
+
+    stage = plan(recipe, tmp_path / "digits")[0]
+    data = build_data(stage.recipe)
+    config = student_config(stage.recipe, data, None)
+    trained = build_student(stage.recipe, config, None)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.normal_(std=0.2)
+    save_student(stage.folder / "student", config, trained.state_dict(), recipe=stage.recipe.to_yaml(), card="")
+    from flowmap.snapshots import save_snapshot
+
+    save_snapshot(stage.folder, 100, 0.05, trained.state_dict())
+    teacher = build_teacher(recipe)
+    config = student_config(recipe, data, teacher)
+    student = build_student(recipe, config, teacher)
+    x, t = torch.randn(5, 1, 8, 8), torch.rand(5)
+    cond = {"class": torch.tensor([0, 3, 9, 1, -1]), "guidance": torch.tensor([1.0, 1.5, 2.0, 3.0, 1.2])}
+    v = teacher.network.flow_map.mean_velocity(x, t, t, {"class": cond["class"]})
+    torch.testing.assert_close(student.mean_velocity(x, t, t * torch.rand(5), cond), v, rtol=0, atol=0)
+    assert teacher.calls_per_step == 2
+
+
+def test_a_dry_run_says_what_it_would_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    lines = dry_run(read_recipe("digits"), None)
+    assert lines[0].startswith("[1/2] digits-teacher: ") and "M parameters" in lines[1]
+    assert lines[-1] == "nothing is missing on this machine"
+    lines = dry_run(read_recipe("imagenet512"), None)
+    assert lines[-1].startswith("missing on this machine: data.root") and "edm2-s-imagenet512" in lines[-1]
+    assert not any(tmp_path.iterdir())
+
+
+def test_public_names_are_there():
+    assert all(getattr(flowmap, name) for name in flowmap.__all__)

@@ -1,0 +1,168 @@
+"""What the pages say is so: their Python runs, their commands parse, their tables are those of the code and of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowmap
+from flowmap.cli import _parser
+from flowmap.recipe import read_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """(line, text) of every fenced block in that language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    return [(text[: m.start()].count("\n") + 2, m.group(1)) for m in found]
+
+
+def run_blocks(page: Path) -> dict:
+    """The names that the page's Python blocks leave, run in order in one module of their own."""
+    module = types.ModuleType(f"blocks_of_{page.stem}")
+    sys.modules[module.__name__] = module  # where dataclasses look up their annotations
+    try:
+        for line, text in blocks(page, "python"):
+            exec(compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    return vars(module)
+
+
+def shell_lines(page: Path) -> list[list[str]]:
+    """The words of every command in ```sh blocks, comments left out, continued lines joined."""
+    lines = [line for _, text in blocks(page, "sh") for line in text.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def module_of(path: Path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """An empty current folder, with the files that the pages ask the reader to write."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    for page in PAGES:
+        for _, text in blocks(page, "yaml"):
+            if named := re.match(r"# file: (\S+)\n", text):
+                (tmp_path / named[1]).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def digits_run(desk, monkeypatch):
+    """runs/digits as a finished run would leave it, with a small untrained student; fit finds it and trains nothing."""
+    from flowmap.build import build_data
+    from flowmap.nets import DiT
+    from flowmap.samplers import Deterministic
+    from flowmap.student import StudentConfig, save_student
+    from flowmap.train.fit import Run
+
+    recipe = read_recipe("digits", ["metrics=[{kind: frechet, features: pixels, images: 100}]"])
+    config = StudentConfig(
+        net=DiT(preset="nano"), sampler=Deterministic(), shape=build_data(recipe).shape, num_classes=10, guidance=(1.0, 3.0, 1.5)
+    )
+    torch.manual_seed(0)
+    save_student(desk / "runs/digits/student", config, config.build().state_dict(), recipe=recipe.to_yaml(), card="")
+    asked = []
+
+    def fit(recipe, out=None, **options) -> Run:
+        asked.append(recipe)
+        return Run(desk / "runs/digits", {})
+
+    monkeypatch.setattr(flowmap, "fit", fit, raising=False)
+    return asked
+
+
+def test_the_readme_runs(digits_run):
+    names = run_blocks(ROOT / "README.md")
+    assert names["images"].shape == (16, 1, 8, 8) and names["images"].abs().max() <= 1
+    assert names["x_s"].shape == (16, 1, 8, 8)
+    assert digits_run[0].objective.warmup_steps == 500
+
+
+@pytest.fixture
+def tables():
+    """The dicts that the examples add to, put back afterwards."""
+    from flowmap.data import DATA
+    from flowmap.flow.rules import RULES
+    from flowmap.metrics import METRICS
+    from flowmap.objectives import OBJECTIVES
+
+    kept = [(table, dict(table)) for table in (OBJECTIVES, METRICS, DATA, RULES)]
+    yield
+    for table, before in kept:
+        table.clear()
+        table.update(before)
+
+
+def test_extending_runs(desk, tables):
+    run_blocks(ROOT / "docs/extending.md")
+    assert (desk / "runs/solver-points/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_commands_parse_and_their_recipes_read(page, desk):
+    for words in shell_lines(page):
+        if words[0] != "flowmap":
+            continue
+        arguments = _parser().parse_args(words[1:])
+        if getattr(arguments, "recipe", None):
+            read_recipe(arguments.recipe, arguments.overrides)
+
+
+@pages
+def test_every_make_target_exists(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
+    named = {m for m in re.findall(r"`make ([a-z-]+)`", page.read_text(encoding="utf-8"))}
+    named |= {words[1] for words in shell_lines(page) if words[0] == "make"}
+    assert named <= targets
+
+
+@pages
+def test_every_link_leads_to_a_file(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).is_file(), target
+
+
+def test_the_reference_of_recipes_is_the_codes(monkeypatch):
+    made = module_of(ROOT / "docs/reference.py", monkeypatch)
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    start, end = made.MARKERS
+    committed = text.split(start)[1].split(end)[0].strip()
+    assert committed == made.reference(), "run `.venv/bin/python docs/reference.py --write`"
+
+
+@pages
+def test_figures_are_those_of_the_results(page, monkeypatch):
+    fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
+    text = page.read_text(encoding="utf-8")
+    assert fill.filled(text, fill.results()) == text, "run `.venv/bin/python benchmarks/fill_docs.py`"
+
+
+def test_a_block_is_filled_from_its_results_and_from_nothing_else(monkeypatch):
+    fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
+    text = "before\n<!-- figures:exactness -->\n| a |\n| --- |\n| ? |\n<!-- /figures -->\nafter\n"
+    assert fill.filled(text, {}) == text
+    once = fill.filled(text, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}})
+    assert "| x | 1.235 |" in once and "?" not in once and once.startswith("before\n") and once.endswith("after\n")
+    assert fill.filled(once, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}}) == once
