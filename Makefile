@@ -30,8 +30,8 @@ check: .venv/ready  ## what every commit keeps green: lint, floors, recipes
 	$(BIN)/ruff check flowmap tests benchmarks
 	$(BIN)/python -m pytest tests/test_floors.py tests/test_recipes.py
 
-bench: .venv/ready  ## the benchmarks that take minutes; results in benchmarks/results
-	for name in step_cost exactness steps_law; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: .venv/ready  ## the benchmarks, about an hour and a half on two cores; results in benchmarks/results, figures in the docs
+	for name in step_cost exactness main_job steps_law fill_docs; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 mutants: .venv/ready  ## every mutation of an objective must fail a test
 	$(BIN)/python benchmarks/mutants.py
@@ -39,9 +39,9 @@ mutants: .venv/ready  ## every mutation of an objective must fail a test
 data: .venv/ready   ## Fashion-MNIST into .data
 	$(BIN)/python -m flowmap.data.fetch fashion --out .data
 
-docs: .venv/ready   ## the documentation as HTML in docs/site
+docs: .venv/ready   ## the documentation as HTML in site/
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build -q -f docs/mkdocs.yml -d site
+	$(BIN)/mkdocs build -q --strict -f docs/mkdocs.yml -d ../site
 
 clean:           ## remove what the targets made, runs apart
 	rm -rf .venv dist build .pytest_cache .ruff_cache

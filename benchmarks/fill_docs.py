@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from _report import RESULTS, table
+from _report import RESULTS, _cell, table
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json"}
@@ -31,8 +31,8 @@ def block(name: str, result: dict) -> str:
     rows, columns = result["rows"], result.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)
-    columns = columns or [""] * len(rows[0])
-    return f"{table(rows, columns)}\n\n{origin(name, result)}\n"
+    plot = f"![{name}](docs/{name}.png)\n\n" if (ROOT / "docs" / f"{name}.png").is_file() else ""
+    return f"{table(rows, columns or [''] * len(rows[0]))}\n\n{plot}{origin(name, result)}\n"
 
 
 def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
@@ -47,7 +47,7 @@ def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
 
 
 def origin(name: str, result: dict) -> str:
-    """Where the figures come from: seeds, machine, versions, commit."""
+    """Where the figures come from: seeds and settings, machine, versions, commit."""
     parts = [f"`benchmarks/results/{FILES[name]}`"]
     if runs := result.get("runs"):
         walls = sorted(run["wall_seconds"] for run in runs)
@@ -55,6 +55,8 @@ def origin(name: str, result: dict) -> str:
         parts.append(f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; peak memory {peak:.2f} GiB")
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
+    elif given := result.get("settings") or result.get("setting"):
+        parts.append(", ".join(f"{key} {len(value) if key == 'seeds' else _cell(value)}" for key, value in given.items()))
     if here := result.get("environment"):
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
         parts.append(f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; commit {(here['commit'] or '?')[:10]}")

@@ -8,24 +8,26 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from _report import environment, table, write
 
 NAME = "frechet_pixels"
+KEPT = Path("runs/bench")  # steps_law.py takes the teachers and students from here
 
 
 def run(recipe: str, seed: int, root: Path) -> dict:
     """One seed in a process of its own: seconds of wall, peak GiB, and the figures."""
-    out = root / f"seed-{seed}"
+    out = root / f"seed-{seed}" / recipe
+    shutil.rmtree(out.parent, ignore_errors=True)
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", recipe, f"seed={seed}", f"teacher.overrides=[seed={seed}]", "--out", str(out)]
     started = time.perf_counter()
-    env = os.environ | {"FLOWMAP_RUNS": str(root / f"runs-{seed}"), "WANDB_MODE": "offline"}
+    env = os.environ | {"FLOWMAP_RUNS": str(out.parent), "WANDB_MODE": "offline"}
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     wall = time.perf_counter() - started
     extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
@@ -66,11 +68,10 @@ def main() -> None:
     if arguments.look:
         print(json.dumps(look(arguments.look)))
         return
-    with tempfile.TemporaryDirectory() as root:
-        runs = []
-        for seed in range(arguments.seeds):
-            runs.append(run(arguments.recipe, seed, Path(root)))
-            print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
+    runs = []
+    for seed in range(arguments.seeds):
+        runs.append(run(arguments.recipe, seed, KEPT / arguments.recipe))
+        print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
     report(arguments.recipe, runs)
 
 

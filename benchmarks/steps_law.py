@@ -9,7 +9,7 @@ deterministically, the consistency model on (t, 0) and sampled by going to data 
 import argparse
 import os
 import statistics
-import tempfile
+from pathlib import Path
 
 import torch
 from _report import environment, table, write
@@ -82,19 +82,17 @@ def digits(seeds: int) -> list[list]:
 
     rows, found = [], {"flow map": [], "consistency": []}
     floor = []
-    consistency = ["times.base.kind=consistency", "times.diagonal=0", "sampler.kind=gamma", "sampler.gamma=1"]
+    consistency = ["times.base.kind=consistency", "times.diagonal=0", "sampler.kind=gamma", "sampler.gamma=1", "log.wandb=false"]
     for seed in range(seeds):
-        with tempfile.TemporaryDirectory() as root:
-            os.environ["FLOWMAP_RUNS"] = root
-            for model, overrides in (("flow map", []), ("consistency", consistency)):
-                quiet = ["log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "evaluation.teacher_extra_steps=[]"]
-                only = "metrics=[{kind: frechet, features: pixels, images: 2000}]"
-                seeded = [f"seed={seed}", f"teacher.overrides=[seed={seed}]", only, *quiet, *overrides]
-                recipe = flowmap.read_recipe("digits", seeded)
-                run = flowmap.fit(recipe, f"{root}/{model.replace(' ', '-')}")
-                figures = measure(recipe, run.student, None, build_data(recipe), steps=STEPS)
-                found[model].append({k: figures["student"][str(k)]["frechet_pixels"] for k in STEPS})
-                floor.append(figures["floor"]["frechet_pixels"])
+        root = Path(f"runs/bench/digits/seed-{seed}")  # where main_job.py left its teacher and student
+        os.environ["FLOWMAP_RUNS"] = str(root)
+        for model, overrides in (("flow map", []), ("consistency", consistency)):
+            recipe = flowmap.read_recipe("digits", [f"seed={seed}", f"teacher.overrides=[seed={seed}]", *overrides])
+            run = flowmap.fit(recipe, root / ("digits" if model == "flow map" else "consistency"), resume=True)
+            only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+            figures = measure(recipe, run.student, None, build_data(recipe), steps=STEPS, metrics=only)
+            found[model].append({k: figures["student"][str(k)]["frechet_pixels"] for k in STEPS})
+            floor.append(figures["floor"]["frechet_pixels"])
     for model, runs in found.items():
         rows += [["digits", model, k, *spread([f[k] for f in runs])] for k in STEPS]
     return [*rows, ["digits", "real against real", 0, *spread(floor)]] if floor else []

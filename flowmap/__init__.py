@@ -5,7 +5,9 @@
     images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 from flowmap import torchvision_shim
 
@@ -21,6 +23,17 @@ _HOME = {
     "sample": "flowmap.sample",
     "evaluate": "flowmap.evaluate",
 }
+
+
+class _Package(ModuleType):
+    """Keeps `flowmap.sample` and `flowmap.evaluate` the functions, where Python would bind the modules of that name once they are imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _say_error(error, 2 if error.errno in PATH_MISTAKES else 1)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         return _say_error(error, 1)
 
 

@@ -101,6 +101,8 @@ def _tuple(value: Any, args, tables, file: str, key: str) -> tuple:
 def _scalar(value: Any, hint: type, file: str, key: str) -> Any:
     if value == MISSING and hint is str:
         return value
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # YAML reads `precision: 32` as a number
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML reads 1e-4 as a string

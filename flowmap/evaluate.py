@@ -187,5 +187,7 @@ def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
     for kind in kinds:
         if kind not in TABLES[Metric]:
             raise ValueError(f"metrics: {kind!r} is not one of {', '.join(TABLES[Metric])}")
-    given = {kind_of(spec, TABLES): spec for spec in recipe.metrics}
-    return [given.get(kind, TABLES[Metric][kind]()) for kind in kinds]
+    chosen: list[Any] = []
+    for kind in kinds:
+        chosen += [spec for spec in recipe.metrics if kind_of(spec, TABLES) == kind] or [TABLES[Metric][kind]()]
+    return chosen

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path as File
 from typing import Any, Protocol
 
@@ -143,7 +144,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run shows of itself, and how often (in optimiser steps; 0: only at the end)."""
+    """What a run shows of itself, and how often in optimiser steps; samples and metrics at 0 only at the end."""
 
     wandb: bool = True
     project: str = "flowmap"
@@ -151,6 +152,11 @@ class Log:
     samples_every_steps: int = 0
     metrics_every_steps: int = 0
     grid_images: int = 64
+
+    def __post_init__(self):
+        for name, least in (("every_steps", 1), ("samples_every_steps", 0), ("metrics_every_steps", 0), ("grid_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,13 @@ class Evaluation:
     teacher_extra_steps: tuple[int, ...] = ()
     batch_size: int = 512
     seed: int = 1234
+
+    def __post_init__(self):
+        for name in ("teacher_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+        if any(k < 1 for k in self.teacher_extra_steps):
+            raise ValueError(f"teacher_extra_steps: {self.teacher_extra_steps} must be 1 or more each")
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,12 @@ class Recipe:
     ema: EMA = PowerEMA()
     trainer: Trainer = Trainer()
     log: Log = field(default_factory=Log)
+
+    def __post_init__(self):
+        if self.teacher is not None and not isinstance(self.path, Linear):
+            raise ValueError("path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}")
+        if self.seed < 0:
+            raise ValueError(f"seed: {self.seed} must be 0 or more")
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, every default written out; reading it gives the same recipe."""
@@ -218,10 +237,20 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     plain = _with_base(path)
     plain.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
-    config = OmegaConf.create(plain)
+    config = OmegaConf.create({**_defaults(), **plain})
     for override in overrides:
         _override(config, override)
     return recipe_from(_plain(config, path.name), file=path.name)
+
+
+def _defaults() -> dict[str, Any]:
+    """The slots that a recipe may leave out, written out, so that an override may name one field of them."""
+    given = {f.name: f.default_factory() if f.default is MISSING_DEFAULT else f.default for f in fields(Recipe) if not _required(f)}
+    return {name: to_plain(value, TABLES) for name, value in given.items() if is_dataclass(value)}
+
+
+def _required(f) -> bool:
+    return f.default is MISSING_DEFAULT and f.default_factory is MISSING_DEFAULT
 
 
 def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:

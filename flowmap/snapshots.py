@@ -45,7 +45,10 @@ def combine(run: Path, *, std: float, step: int | None = None) -> dict[str, Tens
     weights = posthoc_coefficients([s[0] for s in snapshots], [s[1] for s in snapshots], target_step=step, target_std=std)
     total: dict[str, Tensor] = {}
     for weight, (_, _, path) in zip(weights.tolist(), snapshots, strict=True):
-        for name, tensor in read_tensors(path).items():
+        tensors = read_tensors(path)
+        if total and {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in total.items()}:
+            raise ValueError(f"{path}: holds other tensors than the run's other snapshots")
+        for name, tensor in tensors.items():
             total[name] = total[name] + weight * tensor.double() if name in total else weight * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}
 

@@ -56,11 +56,11 @@ class _MendingLoader(importlib.abc.Loader):
 
         for name in [n for n in sys.modules if n.startswith("torchvision.")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(name + _SCHEMA)
-        _kept_alive.append(library)
         try:
+            if not _kept_alive:
+                _kept_alive.append(torch.library.Library("torchvision", "DEF"))  # refused where its own C library was loaded
+                for name in ("nms", "qnms"):
+                    _kept_alive[0].define(name + _SCHEMA)
             self.loader.exec_module(module)
         except _BROKEN as error:  # broken in a way that is not known: let importers see it as absent
             raise ImportError(f"torchvision is installed but broken: {error}") from error

@@ -114,6 +114,10 @@ def tables():
         table.update(before)
 
 
+def test_the_tutorials_python_runs(digits_run):
+    assert run_blocks(ROOT / "docs/tutorial.md")["images"].shape == (16, 1, 8, 8)
+
+
 def test_extending_runs(desk, tables):
     run_blocks(ROOT / "docs/extending.md")
     assert (desk / "runs/solver-points/metrics.json").is_file()
@@ -166,3 +170,14 @@ def test_a_block_is_filled_from_its_results_and_from_nothing_else(monkeypatch):
     once = fill.filled(text, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}})
     assert "| x | 1.235 |" in once and "?" not in once and once.startswith("before\n") and once.endswith("after\n")
     assert fill.filled(once, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}}) == once
+
+
+def test_figures_by_steps_stand_side_by_side(monkeypatch):
+    fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
+    rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [["ring", "real against real", 0, 0.05, 0.0, 1.0]]
+    lines, columns = fill.by_steps(rows)
+    assert columns == ["data", "model", "1 step", "2 steps"]
+    assert lines == [["ring", "flow map", 0.1, 0.2], ["ring", "real against real", 0.05, 0.05]]
+    run = {"wall_seconds": 61.4, "peak_gib": 0.75}
+    made = fill.block("main_job", {"rows": [["student 1", 1.0, 0.5, 2.0, 1.1]], "runs": [run, run]})
+    assert "median ratio to teacher 64" in made and "2 seeds; wall time 61 to 61 s each" in made

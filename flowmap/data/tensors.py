@@ -14,8 +14,7 @@ from flowmap.data.dataset import Dataset, Source
 class Tensors(Source):
     """All shards `*.safetensors` of a folder, each with "x0" (N, C, H, W) and, where there are classes, "class" (N,).
 
-    Values are used as they are: latents normalised as their teacher wants them, pictures in [-1, 1]. The last `held_out` samples are not
-    trained on.
+    Values are used as they are. The last `held_out` samples are not trained on. All of it is read into memory.
     """
 
     root: str = "???"
@@ -48,3 +47,13 @@ class Tensors(Source):
             None if labels is None else labels[kept:],
             num_classes=self.num_classes,
         )
+
+
+@dataclass(frozen=True)
+class Pictures(Tensors):
+    """The same for pictures in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Latents(Tensors):
+    """The same for latents of an autoencoder, normalised as their teacher wants them."""

@@ -22,17 +22,11 @@ def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """x1 ~ N(0, std^2 I), independent of x0 and cond."""
-
-    std: float = 1.0
-
-    def __post_init__(self):
-        if not self.std > 0:
-            raise ValueError(f"std is {self.std!r}; allowed: above 0")
+    """x1 ~ N(0, I), independent of x0 and cond."""
 
     def sample(self, x0: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Noise shaped, placed and typed like x0; the same generator state gives the same noise."""
-        return self.std * normal_like(x0, generator)
+        return normal_like(x0, generator)
 
 
 PRIORS = {"gaussian": Gaussian}

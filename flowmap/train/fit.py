@@ -168,7 +168,7 @@ def _close_wandb(code: int) -> None:
     """Ends the run that W&B still has open, if any: the next run of this process is another."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=code, quiet=True)
+        wandb.finish(exit_code=code)
 
 
 def _check_checkpoint(path: Path, module: DistillModule) -> int:
@@ -219,8 +219,10 @@ def _loggers(stage: Stage, start: int) -> list:
         return []
     loggers: list = [CSVLog(stage.folder / "log.csv", keep_below=start)]
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
+        wandb.setup()  # reads WANDB_SILENT, before anything of it warns
         # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
         mode = "offline" if _offline() else "online"
         logger = WandbLogger(name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode)

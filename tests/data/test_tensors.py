@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowmap.data import Tensors
+from flowmap.data import Latents
 
 
 def shards(folder, classes=True):
@@ -15,7 +15,7 @@ def shards(folder, classes=True):
 
 def test_shards_are_one_set(tmp_path):
     shards(tmp_path)
-    data = Tensors(root=str(tmp_path), num_classes=7, held_out=2).build()
+    data = Latents(root=str(tmp_path), num_classes=7, held_out=2).build()
     assert data.train.shape == (6, 4, 6, 3) and data.held_out.shape == (2, 4, 6, 3)
     assert data.labels.tolist() == [0, 1, 2, 3, 4, 0]
     assert data.num_classes == 7
@@ -23,13 +23,13 @@ def test_shards_are_one_set(tmp_path):
 
 def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="data.root: .*holds no"):
-        Tensors(root=str(tmp_path)).build()
+        Latents(root=str(tmp_path)).build()
     shards(tmp_path, classes=False)
-    assert Tensors(root=str(tmp_path)).build().labels is None
+    assert Latents(root=str(tmp_path)).build().labels is None
     with pytest.raises(ValueError, match="needs x0 .* and class"):
-        Tensors(root=str(tmp_path), num_classes=3).build()
+        Latents(root=str(tmp_path), num_classes=3).build()
     with pytest.raises(ValueError, match="leaves nothing"):
-        Tensors(root=str(tmp_path), held_out=8).build()
+        Latents(root=str(tmp_path), held_out=8).build()
     (tmp_path / "2.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot be read"):
-        Tensors(root=str(tmp_path)).build()
+        Latents(root=str(tmp_path)).build()

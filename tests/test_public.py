@@ -1,0 +1,33 @@
+"""The public names are functions, light to import, and stay what they are after everything is imported."""
+
+import subprocess
+import sys
+
+
+def test_public_names_survive_the_import_of_the_modules_of_the_same_name():
+    import flowmap
+    import flowmap.evaluate  # noqa: F401
+    import flowmap.sample  # noqa: F401
+    import flowmap.train.fit  # noqa: F401
+
+    for name in flowmap.__all__:
+        assert callable(getattr(flowmap, name)) or name == "__version__", name
+    from flowmap import evaluate, sample
+
+    assert evaluate is sys.modules["flowmap.evaluate"].evaluate and sample is sys.modules["flowmap.sample"].sample
+
+
+def test_import_flowmap_is_light(tmp_path):
+    text = "import sys, flowmap; print([n for n in ('torch', 'lightning', 'wandb', 'omegaconf', 'torchvision') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_version_is_the_distributions():
+    from pathlib import Path
+
+    import tomllib
+
+    import flowmap
+
+    assert tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"] == flowmap.__version__

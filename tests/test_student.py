@@ -1,0 +1,118 @@
+"""A saved student is loaded as it was, samples what its seed says, and refuses what it was not trained for."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import flowmap
+from flowmap.nets import MLP, DiT
+from flowmap.samplers import Deterministic
+from flowmap.student import Student, StudentConfig, load_student, save_student
+
+CONFIG = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9)
+
+
+def built(config=CONFIG) -> Student:
+    torch.manual_seed(0)
+    flow_map = config.build().eval().requires_grad_(False)
+    for p in flow_map.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return Student(config, flow_map)
+
+
+def saved(folder, config=CONFIG) -> Student:
+    student = built(config)
+    save_student(folder, config, student.flow_map.state_dict(), recipe="name: r\n", card="# r\n")
+    return student
+
+
+@pytest.mark.parametrize("config", [CONFIG, StudentConfig(MLP(width=16), Deterministic(), (2,), clamp=False, arrival=False)])
+def test_a_round_trip_is_exact(tmp_path, config):
+    before, after = saved(tmp_path, config), load_student(tmp_path)
+    assert after.config == config
+    assert torch.equal(before.sample(5, steps=3, seed=1), after.sample(5, steps=3, seed=1))
+    assert not any(p.requires_grad for p in after.parameters()) and not after.flow_map.training
+    assert load_student(str(tmp_path)).config == config
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path):
+    from flowmap.files import read_tensors, write_tensors
+
+    saved(tmp_path)
+    write_tensors(tmp_path / "model.safetensors", {k: v.bfloat16() for k, v in read_tensors(tmp_path / "model.safetensors").items()})
+    assert {p.dtype for p in load_student(tmp_path).parameters()} == {torch.float32}
+
+
+def test_a_sample_is_what_its_seed_says():
+    student = built()
+    x = student.sample(10, steps=2, seed=3)
+    assert x.shape == (10, 3, 4, 6) and float(x.abs().max()) <= 1
+    assert torch.equal(x, student.sample(10, steps=2, seed=3)) and not torch.equal(x, student.sample(10, steps=2, seed=4))
+    torch.testing.assert_close(student.sample(10, steps=2, seed=3, batch_size=3), x, rtol=1e-4, atol=1e-5)
+    state = torch.random.get_rng_state()
+    student.sample(2)
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator is left alone"
+
+
+def test_classes_come_in_turn_and_guidance_has_its_default():
+    student = built()
+    cond = student.conditions(9)
+    assert cond["class"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and cond["guidance"].tolist() == [1.5] * 9
+    assert torch.equal(student.sample(9, seed=1), student.sample(9, cond={"class": [0, 1, 2, 3, 4, 5, 6, 0, 1]}, guidance=1.5, seed=1))
+    assert student.conditions(2, {"class": np.array([3, 4])})["class"].tolist() == [3, 4]
+    assert student.conditions(2, {"class": -1}, guidance=2)["guidance"].tolist() == [2, 2]
+    assert not torch.equal(student.sample(4, guidance=1.0), student.sample(4, guidance=3.0))
+
+
+def test_the_map_is_the_identity_on_the_diagonal():
+    student, x, t = built(), torch.randn(5, 3, 4, 6), torch.rand(5)
+    assert torch.equal(student(x, t, t, {"class": torch.arange(5)}), x)
+    assert torch.equal(student(x, t, t), x)
+
+
+def test_progress_counts_the_samples():
+    seen = []
+    built().sample(10, batch_size=4, progress=seen.append)
+    assert seen == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(num=0), "num: 0"),
+        (dict(num=10**9), "num"),
+        (dict(num=1, steps=0), "steps: 0"),
+        (dict(num=1, seed=2**64), "seed"),
+        (dict(num=1, gamma=-0.1), "gamma"),
+        (dict(num=1, cond={"class": 7}), "class: 7 is not one of 0..6"),
+        (dict(num=1, cond={"class": -2}), "class: -2"),
+        (dict(num=1, cond={"class": 1.5}), "class: 1.5 is not a whole number"),
+        (dict(num=1, cond={"class": "cat"}), "class: 'cat'"),
+        (dict(num=3, cond={"class": [1, 2]}), "class: has shape (2,), wants one value or 3"),
+        (dict(num=1, cond={"clas": 1}), "'clas' is no condition of this student; allowed: class, guidance"),
+        (dict(num=1, guidance=float("nan")), "guidance"),
+        (dict(num=1, guidance=-1), "guidance"),
+    ],
+)
+def test_what_it_was_not_trained_for_is_named(arguments, says):
+    with pytest.raises(ValueError) as caught:
+        built().sample(**arguments)
+    assert says in str(caught.value)
+
+
+def test_guidance_where_there_is_none():
+    with pytest.raises(ValueError, match="not trained with a guidance scale"):
+        built(replace(CONFIG, guidance=None)).sample(1, guidance=2.0)
+    with pytest.raises(ValueError, match="'class' is no condition"):
+        built(replace(CONFIG, num_classes=None)).sample(1, cond={"class": 1})
+
+
+def test_public_names(finished, tmp_path):
+    assert flowmap.load_student(finished).sample(3).shape == (3, 2)
+    assert [p.name for p in flowmap.sample(finished, tmp_path / "drawn", steps=[2], num=3)] == ["steps-2.png"]
+    assert set(flowmap.evaluate(finished, [1])["student"]) == {"1"}
+    assert flowmap.read_recipe("digits", ["objective.warmup_steps=500"]).objective.warmup_steps == 500
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = flowmap.nothing

@@ -1,0 +1,111 @@
+"""flowmap works where torchvision is absent, sound, broken in the known way, and broken in another; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+
+KNOWN = """\
+import torch
+def _meta(name):
+    torch.library.register_fake(name)(lambda dets, scores, iou_threshold: dets)
+_meta("torchvision::nms")
+__version__ = "0.99.0"
+from . import transforms
+"""
+SOUND = "__version__ = '0.99.0'\nfrom . import transforms\n"
+OTHER = "raise RuntimeError('broken in a way that nobody knows')\n"
+INNER = "import torch\nfrom . import missing_part\n"
+BLOCK = """\
+import sys
+from importlib.machinery import PathFinder
+class Absent(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "torchvision" else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
+import importlib.metadata
+def without(name, of=importlib.metadata.distribution):
+    if name == "torchvision":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return of(name)
+importlib.metadata.distribution = without
+"""
+MEND = """\
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    import sys
+    for name in [n for n in sys.modules if n.startswith("torchvision")]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+LOOK = """\
+import flowmap
+try:
+    import torchvision
+    print("version", torchvision.__version__, flowmap.torchvision_shim._kept_alive != [])
+except ImportError as error:
+    print("absent", type(error).__name__)
+"""
+
+
+def run(text, folder, *paths):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def stub(folder, text):
+    (folder / "stub" / "torchvision").mkdir(parents=True)
+    (folder / "stub" / "torchvision" / "__init__.py").write_text(text)
+    (folder / "stub" / "torchvision" / "transforms.py").write_text("")
+    return folder / "stub"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [(SOUND, "version 0.99.0 False"), (KNOWN, "version 0.99.0 True"), (OTHER, "absent ImportError"), (INNER, "absent ImportError")],
+    ids=["sound", "known", "other", "inner"],
+)
+def test_a_torchvision_of_each_kind(tmp_path, text, says):
+    assert run(LOOK, tmp_path, stub(tmp_path, text)).strip() == says
+
+
+def test_an_absent_torchvision(tmp_path):
+    assert run(BLOCK + LOOK, tmp_path).strip() == "absent ModuleNotFoundError"
+
+
+def test_the_stub_is_broken_as_the_real_one_is(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "import torchvision"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(stub(tmp_path, KNOWN))}
+    )
+    assert "operator torchvision::nms does not exist" in done.stderr
+
+
+def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path):
+    text = "import flowmap\nfor _ in range(3):\n    try:\n        import torchvision\n    except ImportError as error:\n        print(error)\n"
+    said = run(text, tmp_path, stub(tmp_path, OTHER)).splitlines()
+    assert said == ["torchvision is installed but broken: broken in a way that nobody knows"] * 3
+
+
+COMMANDS = """\
+from flowmap.cli import main
+for line in ("fit --recipe tiny.yaml --out run", "sample --student run --num 2 --out drawn", "evaluate --student run", "list"):
+    assert main(line.split()) == 0, line
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [BLOCK, MEND, ""], ids=["absent", "sound", "as it is here"])
+def test_the_commands_work_with_each(tmp_path, before):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    assert "student 1" in run(before + COMMANDS, tmp_path)

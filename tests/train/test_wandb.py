@@ -1,0 +1,44 @@
+"""An offline W&B run shows what was promised, and neither asks for a login nor waits for a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+
+import flowmap
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "offline"])
+def test_what_an_offline_run_shows(tmp_path, mode):
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(TINY.replace("wandb: false", "wandb: true, samples_every_steps: 10, metrics_every_steps: 10"))
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "no-netrc")}
+    environment = clean | ({"WANDB_MODE": mode} if mode else {})
+    command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(out)]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "wandb" not in done.stderr and "Traceback" not in done.stderr
+
+    look = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(out / "wandb")]
+    seen = json.loads(subprocess.run(look, env=clean, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert (seen["state"], seen["exit_code"], seen["name"]) == ("finished", 0, "tiny")
+    last = seen["summary"]
+    assert {"train/loss", "train/tangent_norm", "train/tangent_weight", "train/tangent_against_difference", "train/lr"} <= set(last)
+    assert {"speed/images_per_second", "speed/step_seconds", "speed/memory_gib"} <= set(last)
+    assert {"metrics/frechet_pixels/1", "metrics/frechet_pixels/2"} <= set(last)
+    assert any(key.startswith("by_time/tangent_norm_t") for key in last)
+    assert last["trainer/global_step"] == 19
+    for name in ("1 step", "2 steps", "teacher"):
+        picture = last[f"samples/{name}"]["filenames"][0]
+        assert next(out.glob(f"wandb/offline-run-*/files/{picture}")).is_file()
+    from flowmap.config import to_plain
+    from flowmap.recipe import TABLES
+
+    resolved = json.loads(json.dumps(to_plain(flowmap.read_recipe(path), TABLES)))
+    assert seen["config"] == resolved
