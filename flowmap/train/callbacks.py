@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flowmap.evaluate import measure
 from flowmap.flow.derivative import along_path
@@ -43,6 +45,28 @@ class Average(AtSteps):
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         module.average()
+
+
+class Bar(AtSteps):
+    """A progress bar of optimiser steps with the last logged loss; on a terminal alone."""
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        shown = trainer.is_global_zero and sys.stderr.isatty()
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, disable=not shown, unit="step", dynamic_ncols=True, leave=False)
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        loss = trainer.progress_bar_metrics.get("loss")
+        if loss is not None and not self.bar.disable:
+            self.bar.set_postfix(loss=f"{float(loss):.4g}", refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, trainer, module) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
 
 
 class Figures(AtSteps):

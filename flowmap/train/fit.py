@@ -26,7 +26,7 @@ from flowmap.files import check_writable, read_json, sweep, write_json, write_te
 from flowmap.plan import Stage, holds, is_complete, plan, runs_root
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import Student, StudentConfig, load_student
-from flowmap.train.callbacks import Average, Figures, Keep, Measure, Pictures, full_state, keep_student
+from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
@@ -190,7 +190,7 @@ def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
-    callbacks = [Average(), Figures(recipe.log.every_steps), Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
+    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
     try:
         return L.Trainer(
             accelerator=trainer.accelerator,
@@ -206,7 +206,7 @@ def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=False,
             enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=False,
             use_distributed_sampler=False,
             default_root_dir=stage.folder,
         )

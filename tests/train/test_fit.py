@@ -222,6 +222,16 @@ def test_an_average_of_constant_decay_is_the_closed_form(tiny, tmp_path, monkeyp
     assert not (run.folder / "ema").exists()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_progress_bar_on_a_terminal_alone(tiny, tmp_path, monkeypatch, capsys, terminal):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    fit(recipe_of(tiny, "log.every_steps=1"), tmp_path / "run", say=quiet)
+    err = capsys.readouterr().err
+    assert ("/20 [" in err and "step/s" in err and "loss=" in err) if terminal else err == ""
+
+
 def test_the_norm_of_tensors():
     assert float(norm_of([torch.tensor([3.0]), torch.tensor([[4.0]])])) == 5.0
     assert float(norm_of([])) == 0.0
