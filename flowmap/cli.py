@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from flowmap import __version__
 
@@ -26,7 +27,7 @@ PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EI
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
@@ -40,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say_error(error, 2 if error.errno in PATH_MISTAKES else 1)
     except (RuntimeError, ImportError) as error:
         return _say_error(error, 1)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; key=value may stand on both sides of an option, which argparse alone does not allow."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    odd = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if odd:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _say_error(error: object, code: int) -> int:
@@ -117,15 +130,16 @@ def _show(a: argparse.Namespace) -> int:
 
 def _list(a: argparse.Namespace) -> int:
     from flowmap.plan import list_cards
-    from flowmap.recipe import TABLES, find_recipe, list_recipes
+    from flowmap.recipe import TABLES, Recipe, find_recipe, list_recipes
 
     print("recipes")
     for name in list_recipes():
         first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
         print(f"  {name:20s} {first.removeprefix('#').strip()}")
     print("teachers\n  " + ", ".join(list_cards()))
+    keys = {slot: key for key, slot in get_type_hints(Recipe).items()}
     for slot, table in TABLES.items():
-        print(f"{slot.__name__.lower()} kinds\n  {', '.join(table)}")
+        print(f"{keys.get(slot, slot.__name__.lower())} kinds\n  {', '.join(table)}")
     return 0
 
 

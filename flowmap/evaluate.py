@@ -109,31 +109,37 @@ class _Rows:
         self.cond = {k: v[rank::world] for k, v in student.conditions(self.num, guidance=guidance).items()} if self.num else {}
         self.x1, self.clamp, self.world = x1[rank::world], student.config.clamp, world
         self.built = [spec.build(data.reference) if spec.needs == "samples" else spec.build() for spec in specs]
+        self.known: dict[tuple, Any] = {}  # what rows share: the many-step end points, and straightness, of student and teacher
 
     def student(self, k: int) -> tuple[dict[str, float], float]:
         def draw(x1: Tensor, cond) -> Tensor:
             generator = torch.Generator().manual_seed(self.recipe.evaluation.seed + 1)
             return self.recipe.sampler(self.flow_map, x1, cond, steps=k, generator=generator)
 
-        row, seconds = self._row(draw, lambda x, t, cond: self.flow_map.mean_velocity(x, t, t, cond), draw_many=self._student_many)
+        row, seconds = self._row(draw, "student")
         if self.guided is not None:
-            row |= {f"{key}_to_teacher": value for key, value in self._endpoints(draw, self._teacher_many).items()}
+            row |= {f"{key}_to_teacher": value for key, value in self._endpoints(draw, "teacher").items()}
         return row, seconds
 
     def teacher(self, n: int) -> tuple[dict[str, float], float]:
-        return self._row(lambda x1, cond: self._solve(x1, cond, n), self.guided.velocity, draw_many=self._teacher_many)
+        return self._row(lambda x1, cond: self._solve(x1, cond, n), "teacher")
 
     def _solve(self, x1: Tensor, cond, steps: int) -> Tensor:
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
-    def _teacher_many(self, x1: Tensor, cond, steps: int) -> Tensor:
-        return self._solve(x1, cond, steps)
+    def _velocity(self, whose: str):
+        return self.guided.velocity if whose == "teacher" else lambda x, t, cond: self.flow_map.mean_velocity(x, t, t, cond)
 
-    def _student_many(self, x1: Tensor, cond, steps: int) -> Tensor:
-        return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=torch.Generator().manual_seed(0))
+    def _many(self, whose: str, num: int, steps: int) -> list[Tensor]:
+        """End points of `steps` steps, batch by batch."""
+        if (whose, num, steps) not in self.known:
+            sampler, few = self.recipe.sampler, lambda: torch.Generator().manual_seed(0)
+            solve = self._solve if whose == "teacher" else lambda x1, cond, n: sampler(self.flow_map, x1, cond, steps=n, generator=few())
+            self.known[whose, num, steps] = [solve(x1, cond, steps).cpu() for x1, cond in self._batches(num)]
+        return self.known[whose, num, steps]
 
     @torch.no_grad()
-    def _row(self, draw, velocity, *, draw_many) -> tuple[dict[str, float], float]:
+    def _row(self, draw, whose: str) -> tuple[dict[str, float], float]:
         row: dict[str, float] = {}
         started = time.perf_counter()
         samples = self._finish(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
@@ -144,27 +150,30 @@ class _Rows:
                 metric.update(samples[: spec.images // self.world].cpu(), real=False)
                 row |= spec.report(metric)
             elif spec.needs == "trajectory":
-                row |= self._straightness(spec, metric, velocity)
-        return row | self._endpoints(draw, draw_many), seconds
+                row |= self._straightness(spec, metric, whose)
+        return row | self._endpoints(draw, whose), seconds
 
     @torch.no_grad()
-    def _straightness(self, spec, metric, velocity) -> dict[str, float]:
+    def _straightness(self, spec, metric, whose: str) -> dict[str, float]:
+        if (whose, spec) in self.known:
+            return self.known[whose, spec]
         metric.reset()
-        solver = Euler(steps=spec.steps)
+        solver, velocity = Euler(steps=spec.steps), self._velocity(whose)
         for x1, cond in self._batches(spec.images):
             path = solver(lambda x, t, cond=cond: velocity(x, t, cond), x1, keep=True).trajectory
             metric.update(path.cpu(), torch.tensor(solver.times()))
-        return spec.report(metric)
+        self.known[whose, spec] = spec.report(metric)
+        return self.known[whose, spec]
 
     @torch.no_grad()
-    def _endpoints(self, draw, draw_many) -> dict[str, float]:
+    def _endpoints(self, draw, whose: str) -> dict[str, float]:
         row: dict[str, float] = {}
         for spec, metric in zip(self.specs, self.built, strict=True):
             if spec.needs != "endpoints":
                 continue
             metric.reset()
-            for x1, cond in self._batches(spec.images):
-                metric.update(draw(x1, cond).cpu(), draw_many(x1, cond, spec.steps).cpu())
+            for (x1, cond), many in zip(self._batches(spec.images), self._many(whose, spec.images, spec.steps), strict=True):
+                metric.update(draw(x1, cond).cpu(), many)
             row |= spec.report(metric)
         return row
 

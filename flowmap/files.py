@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ def check_writable(folder: Path, key: str) -> None:
         raise ValueError(f"{key}: {folder} cannot be a folder: {there} is not one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{key}: {there} may not be written to")
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Within it no other process fills the folder; ValueError if one does. The lock goes with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file is left behind
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(f"{folder}: another flowmap process is filling this folder; wait for it or choose another") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

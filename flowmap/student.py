@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flowmap.flow.types import Sampler
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import TABLES, StudentSpec
 from flowmap.samplers import Gamma
+from flowmap.samplers.grids import FewStep
 
 FORMAT = 1
 MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
@@ -108,7 +109,7 @@ class Student:
         generator = torch.Generator().manual_seed(seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator)
         conditions = self.conditions(num, cond, guidance)
-        sampler = self.config.sampler if gamma is None else Gamma(gamma=gamma, steps=(steps,))
+        sampler = self.config.sampler if gamma is None else with_gamma(self.config.sampler, gamma)
         out = []
         for i in range(0, num, batch_size):
             rows = {key: value[i : i + batch_size] for key, value in conditions.items()}
@@ -147,6 +148,11 @@ class Student:
             bad = labels[(labels < -1) | (labels >= count)][0].item()
             raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")
         return labels.to(self.device)
+
+
+def with_gamma(sampler: Sampler, gamma: float) -> Gamma:
+    """Gamma-sampling on the grid of another few-step sampler."""
+    return Gamma(gamma=gamma, **{field.name: getattr(sampler, field.name) for field in fields(FewStep)})
 
 
 def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:

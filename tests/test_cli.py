@@ -378,3 +378,15 @@ def test_a_config_that_is_not_json(command, finished, tmp_path, raw):
 def test_a_recipe_that_is_not_one(command, tmp_path, raw):
     (tmp_path / "bad.yaml").write_bytes(raw)
     refuses(command, "show", "--recipe", tmp_path / "bad.yaml", says=["bad.yaml"])
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option(capsys):
+    from flowmap.cli import parse
+
+    arguments = parse(["fit", "--recipe", "digits", "trainer.steps=2", "--dry-run", "seed=1"])
+    assert arguments.overrides == ["trainer.steps=2", "seed=1"]
+    for words in (["fit", "--recipe", "digits", "--wet-run"], ["list", "seed=1"], ["fit", "--recipe", "digits", "--nonsense=1"]):
+        with pytest.raises(SystemExit) as caught:
+            parse(words)
+        assert caught.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err

@@ -125,3 +125,14 @@ def test_check_writable_makes_nothing(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(ValueError, match="--out.*file"):
             check_writable(path, "--out")
+
+
+def test_a_folder_is_filled_by_one_process_at_a_time(tmp_path):
+    from flowmap.files import only_process
+
+    with only_process(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another flowmap process is filling this folder"):
+            with only_process(tmp_path / "run"):
+                raise AssertionError
+    with only_process(tmp_path / "run"):
+        pass

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.cli import _parser
+from flowmap.cli import parse
 from flowmap.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_commands_parse_and_their_recipes_read(page, desk):
     for words in shell_lines(page):
         if words[0] != "flowmap":
             continue
-        arguments = _parser().parse_args(words[1:])
+        arguments = parse(words[1:])
         if getattr(arguments, "recipe", None):
             read_recipe(arguments.recipe, arguments.overrides)
 

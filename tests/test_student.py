@@ -116,3 +116,10 @@ def test_public_names(finished, tmp_path):
     assert flowmap.read_recipe("digits", ["objective.warmup_steps=500"]).objective.warmup_steps == 500
     with pytest.raises(AttributeError, match="nothing"):
         _ = flowmap.nothing
+
+
+def test_gamma_keeps_the_grid_of_the_students_sampler():
+    from flowmap.samplers import Deterministic, Gamma
+    from flowmap.student import with_gamma
+
+    assert with_gamma(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), 0.3) == Gamma((2,), "shifted", 3.0, t_max=0.9, gamma=0.3)

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
-from flowmap.files import check_writable, read_json, sweep, write_json, write_text
+from flowmap.files import check_writable, only_process, read_json, sweep, write_json, write_text
 from flowmap.plan import Stage, holds, is_complete, plan, runs_root
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import Student, StudentConfig, load_student
@@ -74,7 +75,8 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
             say(f"{label}: complete in {stage.folder}")
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
-        _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
+        with nullcontext() if _is_child() else only_process(stage.folder):
+            _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
     return Run(folder, {} if _is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
 
 
@@ -124,6 +126,9 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     data, teacher = build_data(recipe), build_teacher(recipe)
     config = student_config(recipe, data, teacher)
     module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
+    if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
+        for net in (module.student, *(teacher.modules if teacher else ())):
+            net.net.compile()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if start:
