@@ -18,6 +18,7 @@ from pathlib import Path
 from _report import environment, table, write
 
 NAME = "frechet_pixels"
+HALF = 898  # samples on either side, as when one half of the 1,797 digits is compared with the other
 KEPT = Path("runs/bench")  # steps_law.py takes the teachers and students from here
 
 
@@ -36,11 +37,12 @@ def run(recipe: str, seed: int, root: Path) -> dict:
 
 
 def look(out: Path) -> dict:
-    """The figures of a finished run, with 8 and 16 steps, and student and teacher without guidance (scale 1)."""
+    """The figures of a finished run, with 8 and 16 steps, without guidance (scale 1), and at the sizes at which halves of the data compare."""
     from dataclasses import replace
 
     from flowmap.build import build_data, build_teacher
     from flowmap.evaluate import measure
+    from flowmap.metrics import Frechet
     from flowmap.recipe import read_resolved
     from flowmap.student import load_student
 
@@ -48,15 +50,18 @@ def look(out: Path) -> dict:
     recipe, student = read_resolved(out / "recipe.yaml"), load_student(out / "student")
     data, teacher = build_data(recipe), build_teacher(recipe)
     only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, teacher_extra_steps=()))
     more = measure(recipe, student, None, data, steps=[8, 16], metrics=only)["student"]
-    plain = replace(recipe, evaluation=replace(recipe.evaluation, teacher_extra_steps=()))
-    unguided = measure(plain, student, teacher, data, steps=[1, 2, 4], metrics=only, guidance=1.0)
+    unguided = measure(recipe, student, teacher, data, steps=[1, 2, 4], metrics=only, guidance=1.0)
     rows = {f"student {k}": row[NAME] for k, row in {**figures["student"], **more}.items()}
     rows |= {f"teacher {k}": row[NAME] for k, row in figures.get("teacher_few", {}).items()}
     rows |= {f"teacher {figures['teacher']['steps']}": figures["teacher"][NAME], "floor": figures["floor"][NAME]}
     rows |= {f"student {k}, scale 1": row[NAME] for k, row in unguided["student"].items()}
     rows |= {f"teacher {unguided['teacher']['steps']}, scale 1": unguided["teacher"][NAME]}
-    return {"frechet": rows, "train_seconds": figures["seconds"]["train"]}
+    halves = measure(recipe, student, teacher, data, steps=[1, 2, 4, 8, 16], metrics=[Frechet(images=HALF, reference_images=HALF)])
+    small = {f"student {k}": row[NAME] for k, row in halves["student"].items()}
+    small |= {f"teacher {halves['teacher']['steps']}": halves["teacher"][NAME], "floor": halves["floor"][NAME]}
+    return {"frechet": rows, "frechet_halves": small, "train_seconds": figures["seconds"]["train"]}
 
 
 def main() -> None:
@@ -76,16 +81,22 @@ def main() -> None:
 
 
 def report(recipe: str, runs: list[dict]) -> None:
-    base = [r["frechet"]["teacher 64"] for r in runs]
-    rows = []
-    for name in runs[0]["frechet"]:
-        values = [r["frechet"][name] for r in runs]
-        ratios = [v / b for v, b in zip(values, base, strict=True)]
-        rows.append([name, statistics.median(values), min(values), max(values), statistics.median(ratios)])
-    print(table(rows, ["row", "median", "least", "most", "median ratio to teacher 64"]))
+    rows = rows_of(runs, "frechet", "2,000 samples") + rows_of(runs, "frechet_halves", f"{HALF} samples")
+    columns = ["sizes", "row", "median", "least", "most", "median ratio to teacher 64"]
+    print(table(rows, columns))
     walls, peaks = [r["wall_seconds"] for r in runs], [r["peak_gib"] for r in runs]
     print(f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds")
-    write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], "environment": environment(), "runs": runs, "rows": rows})
+    payload = {"environment": environment(), "seeds": len(runs), "columns": columns, "rows": rows, "runs": runs}
+    write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
+
+
+def rows_of(runs: list[dict], key: str, sizes: str) -> list[list]:
+    rows, base = [], [r[key]["teacher 64"] for r in runs]
+    for name in runs[0][key]:
+        values = [r[key][name] for r in runs]
+        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
+        rows.append([sizes, name, statistics.median(values), min(values), max(values), ratio])
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from flowmap.evaluate import evaluate, measure
 from flowmap.recipe import read_recipe
 from flowmap.student import Student, save_student
 
-FEW = ["evaluation.teacher_steps=16", "evaluation.seed=1", "metrics=[{kind: frechet, images: 500}, {kind: endpoint_error, images: 20}, {kind: straightness, images: 20}]"]
+METRICS = "metrics=[{kind: frechet, images: 500}, {kind: endpoint_error, images: 20}, {kind: straightness, images: 20}]"
+FEW = ["evaluation.teacher_steps=16", "evaluation.seed=1", METRICS]
 
 
 class Exact(torch.nn.Module):

@@ -114,7 +114,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.heads = heads
-        hidden = int(width * mlp_ratio)
+        hidden = 8 * round(width * mlp_ratio / 8)  # tensor cores want multiples of 8
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
