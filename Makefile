@@ -21,10 +21,10 @@ demo: .venv/ready   ## the main job: digits teacher -> 1/2/4-step student -> sam
 	$(BIN)/flowmap sample --student runs/digits/student --steps 1 2 4 --num 64 --out runs/digits/drawn
 
 test: .venv/ready   ## the tests (a minute or two on two cores)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/ready  ## the long tests as well
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
 
 check: .venv/ready  ## what every commit keeps green: lint, floors, recipes
 	$(BIN)/ruff check flowmap tests benchmarks

@@ -44,7 +44,7 @@ def test_presets_are_as_large_as_the_published_ones(preset, published):
     assert 1 < count(full) / count(plain) < 1.011
     width, depth, _ = PRESETS[preset]
     weights = sum(p.numel() for block in plain.blocks for p in block.parameters() if p.ndim == 2)
-    assert abs(weights - depth * 18 * width**2) <= depth * 3 * width  # 4 attention, 8 perceptron, 6 modulation; 8/3 w is rounded down
+    assert abs(weights - depth * 18 * width**2) <= depth * 12 * width  # 4 attention, 8 perceptron, 6 modulation; 8/3 w is rounded to a multiple of 8
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
