@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,9 +133,12 @@ class Student:
             rows["class"] = self._classes(num, cond.get("class"))
         if self.config.guidance is not None:
             scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
+            low, high, _ = self.config.guidance
             rows["guidance"] = _rows(scale, num, "guidance", torch.float32).to(self.device)
             if not bool(((rows["guidance"] >= 0) & rows["guidance"].isfinite()).all()):
-                raise ValueError(f"guidance: {scale} must be 0 or more (trained on {self.config.guidance[0]:g}..{self.config.guidance[1]:g})")
+                raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
+            if not bool(((rows["guidance"] >= low - 1e-6) & (rows["guidance"] <= high + 1e-6)).all()):
+                warnings.warn(f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
         elif guidance is not None:
             raise ValueError(f"guidance: {guidance} was given, but this student was not trained with a guidance scale as input")
         return rows
