@@ -10,8 +10,8 @@ import torch
 from flowmap.build import missing_weights, student_config
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
-from flowmap.plan import Stage, find_card, plan, runs_root
-from flowmap.recipe import Autoguidance, FromTeacher, PowerEMA, Recipe
+from flowmap.plan import Stage, find_card, plan, runs_root, teacher_cards
+from flowmap.recipe import FromTeacher, PowerEMA, Recipe
 from flowmap.student import StudentConfig
 
 
@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe, out: str | None) -> list[str]:
 def _look(stage: Stage) -> tuple[list[str], list[str]]:
     recipe = stage.recipe
     missing = [f"{key} (a value)" for key in recipe.missing()]
-    cards = _cards(recipe)
+    cards = teacher_cards(recipe)
     missing += [missing_weights(card) for card in cards if card.kind not in ("recipe", "exact")]
     data = None
     if not any(key.startswith("data") for key in recipe.missing()):
@@ -44,14 +44,6 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
         known = [f"{card.name} {card.parameters / 1e6:.0f} M" for card in cards if card.parameters]
         return [f"parameters: {', '.join(known) or '?'} (the student's network is its teacher's)" if known else "parameters: ?"], missing
     return _sizes(recipe, config), missing
-
-
-def _cards(recipe: Recipe) -> list:
-    if recipe.teacher is None:
-        return []
-    guidance = recipe.teacher.guidance
-    names = [recipe.teacher.card] + ([guidance.weak] if isinstance(guidance, Autoguidance) and guidance.weak else [])
-    return [find_card(name) for name in names]
 
 
 def _config(recipe: Recipe, data: Dataset | None) -> StudentConfig | None:

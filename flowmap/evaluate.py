@@ -127,14 +127,16 @@ class _Rows:
     def _solve(self, x1: Tensor, cond, steps: int) -> Tensor:
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
+    def _map(self, x1: Tensor, cond, steps: int) -> Tensor:
+        return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=torch.Generator().manual_seed(0))
+
     def _velocity(self, whose: str):
         return self.guided.velocity if whose == "teacher" else lambda x, t, cond: self.flow_map.mean_velocity(x, t, t, cond)
 
     def _many(self, whose: str, num: int, steps: int) -> list[Tensor]:
         """End points of `steps` steps, batch by batch."""
         if (whose, num, steps) not in self.known:
-            sampler, few = self.recipe.sampler, lambda: torch.Generator().manual_seed(0)
-            solve = self._solve if whose == "teacher" else lambda x1, cond, n: sampler(self.flow_map, x1, cond, steps=n, generator=few())
+            solve = self._solve if whose == "teacher" else self._map
             self.known[whose, num, steps] = [solve(x1, cond, steps).cpu() for x1, cond in self._batches(num)]
         return self.known[whose, num, steps]
 

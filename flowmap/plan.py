@@ -46,14 +46,18 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Recipe]:
     return found
 
 
-def teacher_recipes(recipe: Recipe) -> list[Recipe]:
-    """The recipes that train the teacher and its weak companion, with the slot's overrides; none for other kinds of cards."""
+def teacher_cards(recipe: Recipe) -> list[Card]:
+    """The cards of the teacher and of its weak companion, where there are any."""
     if recipe.teacher is None:
         return []
     guidance = recipe.teacher.guidance
-    names = [recipe.teacher.card] + ([guidance.weak] if isinstance(guidance, Autoguidance) and guidance.weak else [])
-    cards = [find_card(name) for name in names]
-    return [read_recipe(card.recipe, recipe.teacher.overrides) for card in cards if card.kind == "recipe"]
+    weak = [guidance.weak] if isinstance(guidance, Autoguidance) and guidance.weak else []
+    return [find_card(name) for name in [recipe.teacher.card, *weak]]
+
+
+def teacher_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes that train those cards, with the slot's overrides; none for other kinds of cards."""
+    return [read_recipe(card.recipe, recipe.teacher.overrides) for card in teacher_cards(recipe) if card.kind == "recipe"]
 
 
 def find_card(name: str) -> Card:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING as MISSING_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path as File
 from typing import Any, Protocol
 
@@ -195,7 +194,7 @@ class Recipe:
     optimizer: AdamW = AdamW()
     ema: EMA = PowerEMA()
     trainer: Trainer = Trainer()
-    log: Log = field(default_factory=Log)
+    log: Log = Log()
 
     def __post_init__(self):
         if self.teacher is not None and not isinstance(self.path, Linear):
@@ -245,12 +244,7 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
 
 def _defaults() -> dict[str, Any]:
     """The slots that a recipe may leave out, written out, so that an override may name one field of them."""
-    given = {f.name: f.default_factory() if f.default is MISSING_DEFAULT else f.default for f in fields(Recipe) if not _required(f)}
-    return {name: to_plain(value, TABLES) for name, value in given.items() if is_dataclass(value)}
-
-
-def _required(f) -> bool:
-    return f.default is MISSING_DEFAULT and f.default_factory is MISSING_DEFAULT
+    return {f.name: to_plain(f.default, TABLES) for f in fields(Recipe) if is_dataclass(f.default)}
 
 
 def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
