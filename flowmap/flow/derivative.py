@@ -38,8 +38,8 @@ def value_and_rate(
     """(function(*primals) with its graph, its directional derivative along the tangents without graph).
 
     The function takes tensors and gives one; a tangent of None is zero and costs nothing. step is that of mode "difference": a number, or (B,)
-    with a sign a sample; None is calibrated to the dtype. Raises ValueError for an unknown mode, NotImplementedError naming an operation
-    through which a tangent cannot follow.
+    with a sign a sample; None is calibrated to the dtype. Mode "ride" takes tangents of fewer rows than their primals. Raises ValueError
+    for an unknown mode, NotImplementedError naming an operation through which a tangent cannot follow.
     """
     if mode not in MODES:
         raise ValueError(f"derivative mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -51,26 +51,50 @@ def value_and_rate(
 
 
 def along_path(
-    student: FlowMap, x: Tensor, t: Tensor, s: Tensor, velocity: Tensor, cond: Cond | None = None, *, mode: str = "ride"
+    student: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    velocity: Tensor,
+    cond: Cond | None = None,
+    *,
+    mode: str = "ride",
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(F, dF/dt): the mean velocity with its graph, and its rate without, as (x, t) moves along the velocity while s rests.
 
     x and velocity are (B, ...), t and s (B,). A difference steps to later times where t + step <= 1, to earlier ones elsewhere.
+    With `rows` only the first so many samples are derived, and the rate is zero in the rest: those cost nothing in mode "ride".
     """
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, t, None) if mode == "difference" else None
     function = lambda x, t: student.mean_velocity(x, t, s, cond)
-    return value_and_rate(function, (x, t), (velocity.to(x.dtype), torch.ones_like(t)), mode=mode, step=step)
+    return of_rows(function, (x, t), (velocity.to(x.dtype), torch.ones_like(t)), mode, step, rows)
 
 
-def in_arrival(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None, *, mode: str = "ride") -> tuple[Tensor, Tensor]:
-    """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes as in along_path.
+def in_arrival(
+    student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None, *, mode: str = "ride", rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes and rows as in along_path.
 
     A difference steps towards t where s + step <= t, away from it elsewhere.
     """
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, s, t) if mode == "difference" else None
-    return value_and_rate(lambda s: student.mean_velocity(x, t, s, cond), (s,), (torch.ones_like(s),), mode=mode, step=step)
+    return of_rows(lambda s: student.mean_velocity(x, t, s, cond), (s,), (torch.ones_like(s),), mode, step, rows)
+
+
+def of_rows(function, primals, tangents, mode, step, rows: int | None) -> tuple[Tensor, Tensor]:
+    """value_and_rate with the rate of the first `rows` samples alone, zero in the rest; of none where rows is 0."""
+    if rows is None or rows == len(primals[0]):
+        return value_and_rate(function, primals, tangents, mode=mode, step=step)
+    if rows == 0:
+        value = function(*primals)
+        return value, torch.zeros_like(value, requires_grad=False)
+    if mode == "ride":
+        return value_and_rate(function, primals, tuple(tangent[:rows] for tangent in tangents))
+    value, rate = value_and_rate(function, primals, tangents, mode=mode, step=step)
+    return value, torch.cat([rate[:rows], torch.zeros_like(rate[rows:])])
 
 
 def at_least_float32(t: Tensor) -> Tensor:

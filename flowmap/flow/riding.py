@@ -20,7 +20,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from flowmap.flow.riding_rows import Rows, apart, filled, partial
 from flowmap.flow.rules import RULES
+from flowmap.flow.rules_base import constant
 from flowmap.flow.rules_nn import dropout
 
 DRAWS = {function for function, rule in RULES.items() if rule is dropout}
@@ -39,7 +41,10 @@ class Ride:
 
 
 class Riding(Tensor):
-    """A tensor with `value`, the ordinary tensor that operations see, and `tangent`, of its shape and dtype, without graph."""
+    """A tensor with `value`, the ordinary tensor that operations see, and `tangent`, of its shape and dtype, without graph.
+
+    Where `rows` is not None the tangent is that of the value's first rows alone (riding_rows.py).
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -50,7 +55,8 @@ class Riding(Tensor):
 def ride(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """The function's value with its graph, bit-equal to an ordinary call, and its directional derivative without graph.
 
-    A tangent of None is zero and costs nothing. Raises NotImplementedError, naming the operation, where a tangent cannot follow.
+    A tangent of None is zero and costs nothing; one with fewer rows (places of dimension 0) than its primal is zero in those left out, and
+    these cost nothing either. Raises NotImplementedError, naming the operation, where a tangent cannot follow.
     """
     journey = Ride()
     args = [board(p, t, journey) for p, t in zip(primals, tangents, strict=True)]
@@ -61,7 +67,7 @@ def ride(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: S
         journey.under_way = False
     if not isinstance(out, Tensor):
         raise ValueError(f"the function must return one tensor, got {type(out).__name__}")
-    return (out.value, out.tangent) if type(out) is Riding else (out, torch.zeros_like(out, requires_grad=False))
+    return (out.value, filled(out).tangent) if type(out) is Riding else (out, torch.zeros_like(out, requires_grad=False))
 
 
 def board(primal: Tensor, tangent: Tensor | None, journey: Ride) -> Tensor:
@@ -72,19 +78,25 @@ def board(primal: Tensor, tangent: Tensor | None, journey: Ride) -> Tensor:
         primal = primal.value
     if tangent is None:
         return primal
+    rows = None
     if tangent.shape != primal.shape:
-        raise ValueError(f"a tangent must have its primal's shape {tuple(primal.shape)}, got {tuple(tangent.shape)}")
-    return riding(primal, tangent.detach(), journey)
+        if tangent.shape[1:] != primal.shape[1:] or not (primal.ndim == tangent.ndim and 0 < len(tangent) < len(primal)):
+            raise ValueError(f"a tangent must have its primal's shape {tuple(primal.shape)}, or fewer rows, got {tuple(tangent.shape)}")
+        rows = Rows(-primal.ndim, len(tangent))
+    return riding(primal, tangent.detach(), journey, rows)
 
 
-def riding(value: Tensor, tangent: Tensor, journey: Ride) -> Riding:
+def riding(value: Tensor, tangent: Tensor, journey: Ride, rows: Rows | None = None) -> Riding:
     """The value, carrying the tangent. Operations see `value` itself, so their graph is the ordinary one and saves no tangent."""
     if tangent.dtype != value.dtype:
         tangent = tangent.to(value.dtype)
-    if tangent.shape != value.shape:
-        tangent = tangent.expand(value.shape)
+    shape = value.shape
+    if rows is not None:
+        shape = [*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]]
+    if tangent.shape != torch.Size(shape):
+        tangent = tangent.expand(shape)
     x = value.as_subclass(Riding)
-    x.value, x.tangent, x.ride = value, tangent, journey
+    x.value, x.tangent, x.ride, x.rows = value, tangent, journey, rows
     return x
 
 
@@ -107,13 +119,21 @@ def carry(function: Callable, args: tuple, kwargs: dict):
     out = function(*values, **named)
     if not has_derivative(out) and function is not Tensor.view:  # whose rule refuses to reinterpret bits
         return out
-    tangent = NotImplemented
-    if not kwargs or fits(rule, kwargs):
-        with torch.no_grad():
+    tangent, rows = NotImplemented, None
+    with torch.no_grad():
+        named_by_rule = not kwargs or fits(rule, kwargs)
+        if rule is not constant and partial(live):
+            some = apart(function, out, args, kwargs, live) if named_by_rule else None
+            if some is not None:
+                part, some_args, some_kwargs, rows = some
+                tangent = rule(function, part, *some_args, **some_kwargs)
+            if tangent is NotImplemented:
+                args, kwargs, rows = filled(args), filled(kwargs), None
+        if tangent is NotImplemented and named_by_rule:
             tangent = rule(function, out, *args, **kwargs)
     if tangent is NotImplemented:
         tangent = forward_derivative(function, args, kwargs)
-    return with_tangent(out, tangent, live[0].ride)
+    return with_tangent(out, tangent, live[0].ride, rows)
 
 
 def plain(x, riders: list):
@@ -156,17 +176,17 @@ def has_derivative(out) -> bool:
     return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or hasattr(out, "__next__")
 
 
-def with_tangent(out, tangent, journey: Ride):
+def with_tangent(out, tangent, journey: Ride, rows: Rows | None = None):
     """The output, carrying its tangent; outputs that are tuples carry one each."""
     if tangent is None:
         return out
     if isinstance(out, Tensor):
-        return riding(out, tangent, journey)
+        return riding(out, tangent, journey, rows)
     if hasattr(out, "__next__"):
-        return iter([riding(v, t, journey) for v, t in zip(out, tangent, strict=True)])
+        return iter([riding(v, t, journey, rows) for v, t in zip(out, tangent, strict=True)])
     leaves, structure = tree_flatten(out)
     pairs = zip(leaves, tree_flatten(tangent)[0], strict=True)
-    return tree_unflatten([v if t is None else riding(v, t, journey) for v, t in pairs], structure)
+    return tree_unflatten([v if t is None else riding(v, t, journey, rows) for v, t in pairs], structure)
 
 
 def short_name(function: Callable) -> str:
@@ -224,6 +244,7 @@ def without_rule(function, args, kwargs, values, named, rider: Riding):
 
 def by_torch(function, args, kwargs, values, named, rider: Riding):
     """The function on the values, then torch's forward derivative of it on the same random draw."""
+    args, kwargs = filled((args, kwargs))
     before = random_state(rider.value.device)
     out = function(*values, **named)
     if not has_derivative(out):
@@ -333,7 +354,7 @@ def through_autograd_function(cls: type, apply: Callable, args: tuple):
 
 def reboarded(x: Riding) -> Riding:
     """x, which an autograd.Function gave and torch has since joined to the graph, riding on with itself as value."""
-    tangent, journey = x.tangent, x.ride
+    tangent, journey, rows = x.tangent, x.ride, x.rows
     x.__class__ = Tensor
     x.__dict__.clear()
-    return riding(x, tangent, journey)
+    return riding(x, tangent, journey, rows)

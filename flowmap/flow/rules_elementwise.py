@@ -67,7 +67,12 @@ def reciprocal(op, out, x):
 
 def add_product(op, out, x, a, b, *, value=1):
     """d(x + value a b)."""
-    return add_up(T(x), None if T(a) is None else value * (T(a) * b), None if T(b) is None else value * (a * T(b)))
+    total = T(x)
+    for left, right in ((T(a), b), (a, T(b))):
+        if left is not None and right is not None:
+            fused = total is not None and total.dtype == left.dtype == right.dtype
+            total = torch.addcmul(total, left, right, value=value) if fused else add_up(total, value * (left * right))
+    return total
 
 
 def power(op, out, x, exponent):

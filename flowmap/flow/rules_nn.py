@@ -201,7 +201,7 @@ NN = {
     **every(linear_layer, "linear"),
     **every(convolution, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     **every(einsum, "einsum"),
-    **every(multilinear, "matmul", "__matmul__", "mm", "bmm", "mv", "dot", "inner", "outer", "kron", "vecdot"),
+    **every(multilinear, "matmul", "__matmul__", "mm", "bmm", "mv", "dot", "inner", "outer", "vecdot"),
     **every(reversed_matmul, "__rmatmul__"),
     **every(add_matmul, "addmm", "baddbmm"),
     **every(softmax, "softmax"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from flowmap.flow.types import TimeSampler
 
 PAIRS = ("diagonal", "sorted", "consistency")
+ENDS = ("departure", "arrival")
 
 
 class _OneLaw:
@@ -41,6 +42,13 @@ class _OneLaw:
         """The density of t; of the larger of two draws, 2 p P, where pairs are sorted."""
         one = self.density_of_one(t)
         return 2 * one * self.distribution(t) if self.pairs == "sorted" else one
+
+    def arrival_density(self, s: Tensor) -> Tensor:
+        """The density of s. Raises ValueError for pairs "consistency", whose s is 0."""
+        if self.pairs == "consistency":
+            raise ValueError("s = 0 in every pair: it has no density")
+        one = self.density_of_one(s)
+        return 2 * one * (1 - self.distribution(s)) if self.pairs == "sorted" else one
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,10 @@ class Interval:
         density = torch.special.ndtr(z) + math.exp(self.mean + self.std**2 / 2) * torch.special.ndtr(z - self.std)
         return torch.where((t >= 0) & (t <= 1), density, torch.zeros_like(t))
 
+    def arrival_density(self, s: Tensor) -> Tensor:
+        """The density of s, which has the law of 1 - t."""
+        return self.density(1 - s)
+
     def joint_density(self, t: Tensor, s: Tensor) -> Tensor:
         """The density of (t, s) together: p(d) / (1 - d) at d = t - s, 0 outside 0 <= s < t <= 1."""
         d = t - s
@@ -183,16 +195,22 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t, with t as the base drew it.
+    """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t.
 
-    Counts are exact, round(n share), and every shape is constant: the first rows are (1, 0), the last are diagonal, the rest is the base's.
+    diagonal_at says at which end of the drawn interval: "departure" is at t, "arrival" at s, which lies nearer to data; many short steps
+    need the velocity there. Counts are exact, round(n share), and every shape is constant: the first rows are (1, 0), the last diagonal.
     """
 
     base: TimeSampler = field(default_factory=Interval)
     one_step: float = 0.0
     diagonal: float = 0.0
+    diagonal_at: str = "departure"
 
     def __post_init__(self):
+        if self.diagonal_at not in ENDS:
+            raise ValueError(f"diagonal_at is {self.diagonal_at!r}; allowed: {', '.join(ENDS)}")
+        if self.diagonal_at == "arrival" and (not hasattr(self.base, "arrival_density") or getattr(self.base, "pairs", "") == "consistency"):
+            raise ValueError(f"diagonal_at is 'arrival', but {type(self.base).__name__} arrives at one time only; allowed: departure")
         for name in ("one_step", "diagonal"):
             share = getattr(self, name)
             if not 0 <= share <= 1:
@@ -212,11 +230,13 @@ class Mixture:
         row = torch.arange(n, device=t.device)
         t = torch.where(row < num_one_step, torch.ones_like(t), t)
         s = torch.where(row < num_one_step, torch.zeros_like(s), s)
-        return t, torch.where(row >= n - num_diagonal, t, s)
+        still = row >= n - num_diagonal
+        return (torch.where(still, s, t), s) if self.diagonal_at == "arrival" else (t, torch.where(still, t, s))
 
     def density(self, t: Tensor) -> Tensor:
         """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
-        return (1 - self.one_step) * self.base.density(t)
+        at = self.base.arrival_density(t) if self.diagonal_at == "arrival" else self.base.density(t)
+        return (1 - self.one_step - self.diagonal) * self.base.density(t) + self.diagonal * at
 
 
 def _check_std(std: float) -> None:

@@ -86,7 +86,7 @@ class DiTNet(nn.Module):
             else:
                 h = block(h, c)
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, -1)
-        return self._image(self.leave(_norm(h) * (1 + scale) + shift))
+        return self._image(self.leave(torch.addcmul(shift, _norm(h), 1 + scale)))
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiTNet:
         """The same network, weights shared, with those blocks left out: a weak model for autoguidance."""
@@ -123,9 +123,9 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).unsqueeze(1).chunk(6, -1)
-        h = h + gate_a * self._attend(_norm(h) * (1 + scale_a) + shift_a)
-        value, gate = self.up(_norm(h) * (1 + scale_m) + shift_m).chunk(2, -1)
-        return h + gate_m * self.down(value * F.silu(gate))
+        h = torch.addcmul(h, gate_a, self._attend(torch.addcmul(shift_a, _norm(h), 1 + scale_a)))
+        value, gate = self.up(torch.addcmul(shift_m, _norm(h), 1 + scale_m)).chunk(2, -1)
+        return torch.addcmul(h, gate_m, self.down(value * F.silu(gate)))
 
     def _attend(self, h: Tensor) -> Tensor:
         batch, tokens, width = h.shape

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
 from flowmap.flow.distance import gradient_as_target, normalise
-from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class AYFEMD(_AYF):
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         r = self.tangent_weight(step)
-        mean_velocity, rate = _off_diagonal(
-            lambda x, t, s, v, cond: along_path(student, x, t, s, v, cond, mode=self.derivative), student, sample, v, needed=r > 0
-        )
+        derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
+        mean_velocity, rate = _off_diagonal(derive, sample, v, needed=r > 0)
         g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate
         return self._loss(mean_velocity, g, rate, step)
 
@@ -86,28 +85,25 @@ class AYFLMD(_AYF):
             raise ValueError("objective.kind: ayf_lmd asks the teacher at the student's own arrival point, so the recipe needs a teacher")
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         r = self.tangent_weight(step)
-        mean_velocity, rate = _off_diagonal(
-            lambda x, t, s, _, cond: in_arrival(student, x, t, s, cond, mode=self.derivative), student, sample, sample.vt, needed=r > 0
-        )
+        derive = lambda x, t, s, v, cond, rows: in_arrival(student, x, t, s, cond, mode=self.derivative, rows=rows)
+        mean_velocity, rate = _off_diagonal(derive, sample, sample.vt, needed=r > 0)
         arrival = x + along(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)
         return self._loss(mean_velocity, g, rate, step)
 
 
-def _off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
-    """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s)."""
-    x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
-    moving = (t > s) if needed else torch.zeros_like(t, dtype=torch.bool)
-    if bool(moving.all()):
-        return derive(x, t, s, v, cond)
-    still = student.mean_velocity(x[~moving], t[~moving], s[~moving], _rows(cond, ~moving))
-    if not bool(moving.any()):
-        return still, torch.zeros_like(still)
-    moved, moved_rate = derive(x[moving], t[moving], s[moving], v[moving], _rows(cond, moving))
-    place = torch.argsort(torch.cat([moving.nonzero(), (~moving).nonzero()]).squeeze(1))
-    rate = torch.cat([moved_rate, torch.zeros_like(still)])
-    return torch.cat([moved, still])[place], rate[place]
+def _off_diagonal(derive, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
+    """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s).
 
-
-def _rows(cond: Cond | None, chosen: Tensor) -> Cond | None:
-    return None if cond is None else {key: value[chosen] for key, value in cond.items()}
+    One forward pass whatever the times: where the diagonal samples are not the last of the batch it is put in that order and back.
+    """
+    still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)
+    rows = int((~still).sum())
+    given = (sample.xt, sample.t, sample.s, v)
+    if not bool(still[:rows].any()):
+        return derive(*given, sample.cond, rows)
+    order = torch.argsort(still, stable=True)
+    place = torch.argsort(order)
+    cond = None if sample.cond is None else {key: value[order] for key, value in sample.cond.items()}
+    mean_velocity, rate = derive(*(value[order] for value in given), cond, rows)
+    return mean_velocity[place], rate[place]

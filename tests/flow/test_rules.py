@@ -124,7 +124,6 @@ SAMPLES = spread(
     ("bmm", lambda: call(r(2, 5, 3), r(2, 3, 4))),
     ("mv", lambda: call(r(5, 3), r(3))),
     ("dot inner outer vecdot", lambda: call(r(3), r(3))),
-    ("kron", lambda: call(r(2, 3), r(3, 2))),
     ("addmm", lambda: call(r(5, 4), r(5, 3), r(3, 4), beta=0.5, alpha=2), lambda: call(r(4), r(5, 3), r(3, 4))),
     ("baddbmm", lambda: call(r(2, 5, 4), r(2, 5, 3), r(2, 3, 4), beta=0.5, alpha=2)),
     ("softmax log_softmax", lambda: call(r(5, 3), dim=0), lambda: call(r(5, 3), -1)),
@@ -163,6 +162,7 @@ STEPPED = spread(
 OTHERS = {  # in no row: torch's forward derivative of the one operation
     "norm": (torch.norm, lambda: call(r(5, 3), dim=1)),
     "vector_norm": (torch.linalg.vector_norm, lambda: call(r(5, 3), dim=1)),
+    "kron": (torch.kron, lambda: call(r(2, 3), r(3, 2))),
     "std": (torch.std, lambda: call(r(5, 3), dim=1)),
     "var": (torch.var, lambda: call(r(5, 3), dim=1, correction=0)),
     "var_mean": (torch.var_mean, lambda: call(r(5, 3), dim=1)),
@@ -238,6 +238,22 @@ def check(function, sample):
         moved = [of(*[p if v is None else p + h * v for p, v in zip(primals, tangents, strict=True)]) for h in (1e-6, -1e-6)]
         torch.testing.assert_close(value, of(*primals), rtol=0, atol=0)
         torch.testing.assert_close(rate, (moved[0] - moved[1]) / 2e-6, rtol=1e-6, atol=1e-7)
+    check_some_rows(of, primals, whole)
+
+
+def check_some_rows(of, primals, tangents):
+    """A tangent of the first places of any one dimension, in each argument and in all, is the tangent that is zero in the others."""
+    for dim in range(max(p.ndim for p in primals)):
+        long = [i for i, p in enumerate(primals) if p.ndim > dim and p.shape[dim] > 1]
+        for chosen in ([[i] for i in long] + [long]) if len(long) > 1 else [long]:
+            turned = lambda x, i: x.transpose(0, dim) if i in chosen else x  # noqa: B023
+            function = lambda *given: of(*[turned(x, i) for i, x in enumerate(given)])  # noqa: B023
+            given = [turned(p, i) for i, p in enumerate(primals)]
+            some = [turned(v, i)[:1] if i in chosen else None for i, v in enumerate(tangents)]
+            full = [None if v is None else torch.cat([v, torch.zeros_like(p[1:])]) for v, p in zip(some, given, strict=True)]
+            (value, rate), (expected, full_rate) = ride(function, given, some), ride(function, given, full)
+            torch.testing.assert_close(value, expected, rtol=0, atol=0)
+            torch.testing.assert_close(rate, full_rate, rtol=1e-9, atol=1e-12)
 
 
 ELSEWHERE = ("float", "half", "bfloat16", "cuda")  # change precision or device: tested by themselves

@@ -94,6 +94,26 @@ def test_mixture_counts_are_exact_and_in_their_rows():
     assert abs(float(law.density(middles(100_000)).mean()) - 0.9) < 1e-4
 
 
+def test_diagonal_at_the_arrival_takes_the_time_that_the_base_arrives_at():
+    law = Mixture(Interval(), one_step=0.1, diagonal=0.25, diagonal_at="arrival")
+    t, s = law(40, generator=seeded(5))
+    base_t, base_s = Interval()(40, generator=seeded(5))
+    assert torch.equal(s[-10:], base_s[-10:]) and torch.equal(t[-10:], s[-10:])
+    assert torch.equal(t[4:-10], base_t[4:-10]) and torch.equal(s[4:-10], base_s[4:-10])
+
+
+@pytest.mark.parametrize("base", [Interval(), Interval(-0.6, 1.6), Uniform("sorted"), LogitNormal(-0.4, 0.9, "sorted"), UShaped()])
+def test_arrival_density_is_that_of_the_draws(base):
+    s = base(200_000, generator=seeded(6))[1]
+    edges = torch.linspace(0, 1, 21)
+    drawn = torch.histogram(s, edges).hist / len(s)
+    points = middles(100_000)
+    expected = base.arrival_density(points).reshape(20, -1).mean(1) / 20
+    assert float((drawn - expected).abs().max()) < 4e-3
+    law = Mixture(base, one_step=0.1, diagonal=0.25, diagonal_at="arrival")
+    assert abs(float(law.density(points).mean()) - 0.9) < 1e-3
+
+
 def test_mistakes_are_named():
     for make, words in [
         (lambda: Uniform(pairs="both"), "pairs is 'both'.*sorted"),
@@ -102,6 +122,8 @@ def test_mistakes_are_named():
         (lambda: UShaped(edge=0.5), "edge is 0.5"),
         (lambda: Consistency(law="normal"), "law is 'normal'"),
         (lambda: Mixture(one_step=1.5), "one_step is 1.5"),
+        (lambda: Mixture(diagonal_at="s"), "diagonal_at is 's'.*arrival"),
+        (lambda: Mixture(Consistency(), diagonal_at="arrival"), "Consistency arrives at one time only"),
         (lambda: Mixture(one_step=0.7, diagonal=0.6), "at most 1"),
     ]:
         with pytest.raises(ValueError, match=words):
