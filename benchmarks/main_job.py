@@ -3,7 +3,8 @@
 Every seed trains its own teacher and student in a fresh process.  Distances are on pixels scaled to unit std; the same noise for every row.
 They are given at the recipe's sizes (898 against 898, at which the floor, half of the data against the other half, is measured) and for 2,000
 samples against all training images.  A seed that is done is kept in runs/bench and not run again, unless --anew.
-`python benchmarks/main_job.py [--seeds 5] [--recipe digits] [--anew]`
+--look-again measures finished seeds once more, by the sampler that the recipe names now (all else in it must be as it was).
+`python benchmarks/main_job.py [--seeds 5] [--recipe digits] [--anew] [--look-again]`
 """
 
 import argparse
@@ -33,9 +34,15 @@ def run(recipe: str, seed: int, root: Path) -> dict:
     env = os.environ | {"FLOWMAP_RUNS": str(out.parent), "WANDB_MODE": "offline"}
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
     wall = time.perf_counter() - started
-    extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    result = {"seed": seed, "wall_seconds": wall, "peak_gib": peak, **json.loads(extra.stdout.splitlines()[-1])}
+    return looked_at(out, {"seed": seed, "wall_seconds": wall, "peak_gib": peak})
+
+
+def looked_at(out: Path, result: dict) -> dict:
+    """The result with the figures of a look in a process of its own; kept in result.json."""
+    env = os.environ | {"FLOWMAP_RUNS": str(out.parent)}
+    extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
+    result |= json.loads(extra.stdout.splitlines()[-1])
     (out.parent / "result.json").write_text(json.dumps(result))
     return result
 
@@ -47,13 +54,19 @@ def look(out: Path) -> dict:
     from flowmap.build import build_data, build_teacher
     from flowmap.evaluate import measure
     from flowmap.metrics import Frechet
-    from flowmap.recipe import read_resolved
+    from flowmap.recipe import read_recipe, read_resolved
     from flowmap.student import load_student
 
     figures = json.loads((out / "metrics.json").read_text())
     recipe, student = read_resolved(out / "recipe.yaml"), load_student(out / "student")
-    data, teacher = build_data(recipe), build_teacher(recipe)
+    now = read_recipe(recipe.name, [f"seed={recipe.seed}", f"teacher.overrides=[seed={recipe.seed}]"])
+    if replace(recipe, sampler=now.sampler).hash() != now.hash():
+        raise SystemExit(f"{out}: the recipe has changed in more than its sampler; --anew trains it again")
+    data, teacher, train_seconds = build_data(recipe), build_teacher(recipe), figures["seconds"]["train"]
     only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+    if recipe.sampler != now.sampler:  # --look-again
+        recipe = replace(recipe, sampler=now.sampler)
+        figures |= measure(recipe, student, teacher, data, metrics=only)
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, teacher_extra_steps=()))
     more = measure(recipe, student, None, data, steps=[8, 16], metrics=only)["student"]
     unguided = measure(recipe, student, teacher, data, steps=[1, 2, 4], metrics=only, guidance=1.0)
@@ -61,7 +74,7 @@ def look(out: Path) -> dict:
     rows = rows_of(figures) | {f"student {k}": row[NAME] for k, row in more.items()}
     rows |= {f"teacher {k}": row[NAME] for k, row in figures.get("teacher_few", {}).items()}
     rows |= {f"{key}, scale 1": value for key, value in rows_of(unguided).items() if key != "floor"}
-    return {"frechet": rows, "frechet_large": rows_of(large), "train_seconds": figures["seconds"]["train"]}
+    return {"frechet": rows, "frechet_large": rows_of(large), "train_seconds": train_seconds}
 
 
 def rows_of(figures: dict) -> dict[str, float]:
@@ -74,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--anew", action="store_true")
+    parser.add_argument("--look-again", action="store_true")
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.look:
@@ -84,6 +98,8 @@ def main() -> None:
         done = KEPT / arguments.recipe / f"seed-{seed}" / "result.json"
         kept = done.is_file() and not arguments.anew
         runs.append(json.loads(done.read_text()) if kept else run(arguments.recipe, seed, KEPT / arguments.recipe))
+        if kept and arguments.look_again:
+            runs[-1] = looked_at(done.parent / arguments.recipe, runs[-1])
         print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
     report(arguments.recipe, runs)
 

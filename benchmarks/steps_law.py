@@ -4,10 +4,11 @@ The law of Align Your Flow (arXiv:2506.14603).  Same net, same budget, same teac
 deterministically, the consistency model on (t, 0) and sampled by going to data and back (gamma = 1).  On a Gaussian and a ring of Gaussians
 (exact teachers, the settings of exactness.py; error: sliced Wasserstein distance to fresh data, in units of the data's std) and on digits
 (Frechet distance on pixels; the runs that main_job.py left, and the same recipe with s = 0).
-`python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--plot docs/steps_law.png]`
+`python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/steps_law.png]`
 """
 
 import argparse
+import json
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from _report import environment, table, write
+from _report import RESULTS, environment, table, write
 
 from flowmap.flow.path import Linear
 from flowmap.flow.times import Consistency, Mixture, Uniform
@@ -97,15 +98,17 @@ def digits(seeds: int) -> list[list]:
         return []
     rows, found = [], {"flow map": [], "consistency": []}
     floor = []
-    consistency = ["times.base.kind=consistency", "times.diagonal=0", "sampler.kind=gamma", "sampler.gamma=1", "log.wandb=false"]
+    consistency = ["times.base.kind=consistency", "times.diagonal=0", "times.diagonal_at=departure", "sampler.kind=gamma", "sampler.gamma=1"]
     for seed in range(seeds):
         root = Path(f"runs/bench/digits/seed-{seed}")  # where main_job.py left its teacher and student
         os.environ["FLOWMAP_RUNS"] = str(root)
         for model, overrides in (("flow map", []), ("consistency", consistency)):
-            recipe = flowmap.read_recipe("digits", [f"seed={seed}", f"teacher.overrides=[seed={seed}]", *overrides])
-            run = flowmap.fit(recipe, root / ("digits" if model == "flow map" else "consistency"), resume=True)
+            recipe = flowmap.read_recipe("digits", [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides])
+            if overrides:
+                flowmap.fit(recipe, root / "consistency", resume=True)
+            student = flowmap.load_student(root / ("consistency" if overrides else "digits"))
             only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
-            figures = measure(recipe, run.student, None, build_data(recipe), steps=STEPS, metrics=only)
+            figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
             found[model].append({k: figures["student"][str(k)]["frechet_pixels"] for k in STEPS})
             floor.append(figures["floor"]["frechet_pixels"])
     for model, runs in found.items():
@@ -145,9 +148,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--digits-seeds", type=int, default=3)
+    parser.add_argument("--keep-toys", action="store_true", help="take the toys' rows from the last result")
     parser.add_argument("--plot", default="docs/steps_law.png")
     arguments = parser.parse_args()
-    rows = toys(arguments.seeds, arguments.steps) + digits(arguments.digits_seeds)
+    kept = json.loads((RESULTS / "steps_law.json").read_text())["rows"] if arguments.keep_toys else []
+    rows = [row for row in kept if row[0] != "digits"] or toys(arguments.seeds, arguments.steps)
+    rows += digits(arguments.digits_seeds)
     print(table(rows, ["data", "model", "steps", "median", "least", "most"]))
     plot(rows, arguments.plot)
     seeds = {"toys": arguments.seeds, "digits": arguments.digits_seeds}

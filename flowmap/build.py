@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
-from flowmap.flow.types import Teacher
+from flowmap.flow.solver import Euler
+from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.plan import dependency_folder, find_card
 from flowmap.recipe import Autoguidance, ClassifierFree, FromTeacher, Recipe, read_recipe
@@ -34,6 +36,10 @@ class BuiltTeacher:
         for module in self.modules:
             module.to(device)
         return self
+
+    def solve(self, x1: Tensor, cond: Cond | None, steps: int) -> Tensor:
+        """Where Euler's steps along the guided velocity take x1."""
+        return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
     @property
     def calls_per_step(self) -> int:
@@ -67,10 +73,24 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
         if not all(hasattr(recipe.data, name) for name in ("means", "std", "weights")):
             raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r} is exact, which needs data of a known density (kind: toy)")
         return _exact(recipe.data), None, ()
-    if card.kind != "recipe":
-        raise RecipeError(f"{recipe.name}: teacher.card: {missing_weights(card)}")
-    student = load_student(trained_folder(card, recipe))
+    if card.kind == "diffusers":
+        return _pretrained(card, recipe)
+    if card.kind == "edm2" and (line := missing_weights(card)):
+        raise RecipeError(f"{recipe.name}: teacher.card: {line}")
+    student = load_student(trained_folder(card, recipe) if card.kind == "recipe" else weights_folder(card))
     return NetworkTeacher(student.flow_map), student, (student.flow_map,)
+
+
+def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
+    from flowmap.nets.diffusers_model import load_pretrained
+
+    try:
+        spec, net = load_pretrained(card.source, card.revision)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
+    flow_map = FlowMapNet(net)
+    config = StudentConfig(net=spec, sampler=recipe.sampler, shape=tuple(card.shape), num_classes=card.num_classes, arrival=False, clamp=False)
+    return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
 
 
 def _exact(data) -> MixtureTeacher:
@@ -78,9 +98,31 @@ def _exact(data) -> MixtureTeacher:
     return MixtureTeacher(means=means, std=(data.std,), weights=tuple(data.weights.tolist()))
 
 
-def missing_weights(card: Card) -> str:
-    """Why a pretrained card cannot be used here, in one line."""
-    return f"{card.name!r} is a pretrained {card.kind} model ({card.source}): this version reads no {card.kind} weights and downloads none"
+def missing_weights(card: Card) -> str | None:
+    """Why a pretrained card cannot be used here, in one line; None where it can."""
+    if card.kind == "diffusers":
+        return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: not on this machine; fit fetches it"
+    folder = weights_folder(card)
+    if (folder / "config.json").is_file():
+        return None
+    return f"{card.name!r} is the EDM2 model {card.source}: fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
+
+
+def weights_folder(card: Card) -> Path:
+    """Where `flowmap import` is told to put an EDM2 card's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
+    return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
+
+
+def on_this_machine(card: Card) -> bool:
+    """Whether a diffusers model is a folder here or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(card.source or "").is_dir():
+        return True
+    try:
+        return isinstance(try_to_load_from_cache(card.source, "model_index.json", revision=card.revision), str)
+    except ValueError:  # not even a hub id
+        return False
 
 
 def trained_folder(card: Card, recipe: Recipe) -> Path:
@@ -100,7 +142,10 @@ def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student |
     if guidance.skip_blocks:
         if not hasattr(network.flow_map.net, "without_blocks"):
             raise RecipeError(f"{recipe.name}: teacher.guidance.skip_blocks: this teacher's network has no blocks to skip")
-        flow_map = FlowMapNet(network.flow_map.net.without_blocks(guidance.skip_blocks))
+        try:
+            flow_map = FlowMapNet(network.flow_map.net.without_blocks(guidance.skip_blocks))
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: teacher.guidance.{error}") from error
     else:
         flow_map = network.config.build()
         flow_map.load_state_dict(nearest_snapshot(trained_folder(card, recipe), share=guidance.snapshot))
@@ -116,6 +161,9 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
     else:
         net = teacher.network.config.net
+        if teacher.network.config.shape != data.shape:
+            theirs = teacher.network.config.shape
+            raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of the teacher {recipe.teacher.card!r} {theirs}")
     return StudentConfig(
         net=net,
         sampler=recipe.sampler,
@@ -123,7 +171,7 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         num_classes=data.num_classes if recipe.data.conditional else None,
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
-        clamp=len(data.shape) == 3,
+        clamp=len(data.shape) == 3 and recipe.data.in_pixels,
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )

@@ -1,17 +1,19 @@
-"""The command line: fit, sample, evaluate, show, list, cite. Exit 0 on success, 2 with one line on a user's mistake, 1 on a failure."""
+"""The command line, a function for each verb. Exit 0 on success, 2 with one line on a user's mistake, 1 on a failure."""
 
 from __future__ import annotations
 
 import argparse
 import errno
+import importlib
+import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_type_hints
 
 from flowmap import __version__
+from flowmap.processes import is_child
 
 PAPERS = {
     "ayf": ("Align Your Flow (objective ayf_emd, ayf_lmd; autoguidance distillation)", "Sabour, Fidler, Kreis", 2025, "2506.14603"),
@@ -29,6 +31,8 @@ PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EI
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
+        for name in getattr(arguments, "imports", None) or []:
+            _import(name)
         return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
         return _say_error(error, 2)
@@ -56,10 +60,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _say_error(error: object, code: int) -> int:
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # the first process says it
+    if is_child():  # the first process says it
         return code
     print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def _import(name: str) -> None:
+    """Runs a Python file or module of the user's, which adds to the dicts of kinds (docs/extending.md)."""
+    path = Path(name)
+    try:
+        if path.suffix != ".py":
+            importlib.import_module(name)
+            return
+        spec = importlib.util.spec_from_file_location(f"flowmap_import_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--import: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _fit(a: argparse.Namespace) -> int:
@@ -109,6 +128,45 @@ def _evaluate(a: argparse.Namespace) -> int:
     student = load_student(a.student).to(_device(a.device))
     metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
     print(_summary(metrics) if a.out else json.dumps(metrics, indent=2))
+    return 0
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from flowmap.recipe import read_recipe
+    from flowmap.train.doctor import examine
+
+    print("\n".join(examine(read_recipe(a.recipe, a.overrides), batch=a.batch, device=_device(a.device))))
+    return 0
+
+
+def _average(a: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from flowmap.files import check_writable
+    from flowmap.recipe import read_resolved
+    from flowmap.snapshots import combine
+    from flowmap.student import load_student, save_student
+    from flowmap.train.card import model_card
+
+    run, out = Path(a.run_folder), Path(a.out)
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"--run: {run} is not a run folder (no recipe.yaml)")
+    check_writable(out, "--out")
+    recipe, config = read_resolved(run / "recipe.yaml"), load_student(run).config
+    weights = combine(run, std=a.std, step=a.step)
+    config = replace(config, step=config.step if a.step is None else a.step)
+    save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
+    print(out)
+    return 0
+
+
+def _import_weights(a: argparse.Namespace) -> int:
+    from flowmap.files import check_writable
+    from flowmap.import_weights import import_weights
+
+    check_writable(Path(a.out), "--out")
+    config = import_weights(a.files, a.out, std=a.std)
+    print(f"{a.out}: samples of shape {tuple(config.shape)}, {config.num_classes or 'no'} classes")
     return 0
 
 
@@ -206,9 +264,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, nargs="+", metavar="K", help="default: the recipe's")
     evaluate.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
+    _import_argument(evaluate)
+
+    doctor = _verb(verbs, "doctor", _doctor, "try one training step of a recipe on its real network: which derivative works, what it costs")
+    _recipe_arguments(doctor)
+    doctor.add_argument("--batch", type=int, default=2, help="samples in the step")
+    doctor.add_argument("--device", default="cpu")
+
+    average = _verb(verbs, "average", _average, "combine a run's snapshots to an average (EMA) of another width, as a student")
+    average.add_argument("--run", dest="run_folder", required=True, metavar="DIR", help="a run folder that kept snapshots (ema.snapshot_every_steps)")
+    average.add_argument("--std", type=float, required=True, help="relative width of the average, as EDM2 gives it: 0.05, 0.10, ...")
+    average.add_argument("--step", type=int, metavar="N", help="as of that step (default: the last)")
+    average.add_argument("--out", required=True, help="folder for the student")
+
+    weights = _verb(verbs, "import", _import_weights, "convert published EDM2 pickles, executing nothing in them, to a folder of safetensors")
+    weights.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl", help="one network, or several snapshots of one run")
+    weights.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
+    weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
 
     _recipe_arguments(_verb(verbs, "show", _show, "print a recipe with every default"))
-    _verb(verbs, "list", _list, "list recipes, teachers and kinds")
+    _import_argument(_verb(verbs, "list", _list, "list recipes, teachers and kinds"))
     _verb(verbs, "cite", _cite, "print the papers behind the methods, as BibTeX")
     return parser
 
@@ -222,6 +297,11 @@ def _verb(verbs, name: str, run, help: str) -> argparse.ArgumentParser:
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    _import_argument(parser)
+
+
+def _import_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--import", dest="imports", action="append", metavar="FILE|MODULE", help="run this Python of yours first: it adds kinds")
 
 
 def _student_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
     recipe = stage.recipe
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
-    missing += [missing_weights(card) for card in cards if card.kind not in ("recipe", "exact")]
+    missing += [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
     data = None
     if not any(key.startswith("data") for key in recipe.missing()):
         try:

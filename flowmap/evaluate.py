@@ -99,7 +99,8 @@ class _Rows:
     """One row of metrics.json: samples by some sampler, looked at by every metric."""
 
     def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None):
-        self.recipe, self.flow_map, self.guided, self.specs = recipe, student.flow_map, teacher and teacher.guided, specs
+        self.recipe, self.flow_map, self.specs = recipe, student.flow_map, specs
+        self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device = student.device
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
@@ -122,10 +123,7 @@ class _Rows:
         return row, seconds
 
     def teacher(self, n: int) -> tuple[dict[str, float], float]:
-        return self._row(lambda x1, cond: self._solve(x1, cond, n), "teacher")
-
-    def _solve(self, x1: Tensor, cond, steps: int) -> Tensor:
-        return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
+        return self._row(lambda x1, cond: self.built_teacher.solve(x1, cond, n), "teacher")
 
     def _map(self, x1: Tensor, cond, steps: int) -> Tensor:
         return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=torch.Generator().manual_seed(0))
@@ -136,7 +134,7 @@ class _Rows:
     def _many(self, whose: str, num: int, steps: int) -> list[Tensor]:
         """End points of `steps` steps, batch by batch."""
         if (whose, num, steps) not in self.known:
-            solve = self._solve if whose == "teacher" else self._map
+            solve = self.built_teacher.solve if whose == "teacher" else self._map
             self.known[whose, num, steps] = [solve(x1, cond, steps).cpu() for x1, cond in self._batches(num)]
         return self.known[whose, num, steps]
 

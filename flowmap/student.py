@@ -184,6 +184,8 @@ def load_student(source: str | Path) -> Student:
     state = read_tensors(weights)
     flow_map = _empty(config, state, folder / "config.json")
     _check_shapes(flow_map.state_dict(), state, weights)
+    if getattr(config.net, "holds_constants", False):
+        flow_map = config.build()
     flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return Student(config, flow_map.eval().requires_grad_(False), folder)
 

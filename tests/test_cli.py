@@ -58,6 +58,32 @@ def test_dry_run_writes_nothing(command, tiny, tmp_path):
     assert bytes_of(tmp_path) == before and not (tmp_path / "run").exists()
 
 
+MINE = """
+from dataclasses import dataclass
+from flowmap.objectives import OBJECTIVES
+from flowmap.objectives.flow_matching import FlowMatching
+
+@dataclass(frozen=True)
+class Mine(FlowMatching):
+    half: float = 0.5
+
+OBJECTIVES["mine"] = Mine
+"""
+
+
+def test_a_file_of_the_users_adds_a_kind(command, tiny, tmp_path):
+    from flowmap.objectives import OBJECTIVES
+
+    (tmp_path / "my_objective.py").write_text(MINE)
+    try:
+        code, out, err = command("show", "--recipe", tiny, "--import", tmp_path / "my_objective.py", "objective={kind: mine}")
+        assert code == 0 and "half: 0.5" in out, err
+    finally:
+        OBJECTIVES.pop("mine", None)
+    refuses(command, "show", "--recipe", tiny, "--import", tmp_path / "none.py", says=["--import", "none.py"])
+    refuses(command, "show", "--recipe", tiny, "--import", "no_such_module", says=["--import", "no_such_module"])
+
+
 @pytest.mark.parametrize("verb", ["list", "cite", "show"])
 def test_the_looking_verbs(command, verb, tiny):
     code, out, err = command(verb, *(["--recipe", tiny, "seed=7"] if verb == "show" else []))

@@ -7,6 +7,7 @@ import flowmap
 from flowmap.files import read_tensors, write_text
 from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.snapshots import combine, list_snapshots, nearest_snapshot, save_snapshot
+from flowmap.student import load_student
 from flowmap.train.fit import fit
 
 
@@ -94,3 +95,14 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "ema" / "step-00000010-std-0.100.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="std-0.100"):
         combine(tmp_path, std=0.1)
+
+
+def test_the_command_writes_a_student_of_another_width(run, command, tmp_path):
+    code, out, _ = command("average", "--run", run, "--std", 0.07, "--out", tmp_path / "student")
+    assert code == 0 and out.strip() == str(tmp_path / "student")
+    student, weights = load_student(tmp_path / "student"), combine(run, std=0.07)
+    for name, tensor in student.flow_map.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert student.config.step == 192 and "Not measured yet" in (tmp_path / "student" / "README.md").read_text()
+    code, _, err = command("average", "--run", tmp_path, "--std", 0.07, "--out", tmp_path / "other")
+    assert code == 2 and "not a run folder" in err and not (tmp_path / "other").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ class Source:
     batch_size: int = 128
     conditional: bool = True
     drop_condition: float = 0.0
+    in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
 
     def __post_init__(self):
         if self.batch_size < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -57,3 +58,5 @@ class Pictures(Tensors):
 @dataclass(frozen=True)
 class Latents(Tensors):
     """The same for latents of an autoencoder, normalised as their teacher wants them."""
+
+    in_pixels: ClassVar[bool] = False

@@ -42,6 +42,8 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path.name}: {str(error).splitlines()[0]}") from error
     if card.kind not in KINDS:
         raise ValueError(f"{path.name}: kind: {card.kind!r} is not one of {', '.join(KINDS)}")
+    if card.kind == "diffusers" and not card.source:
+        raise ValueError(f"{path.name}: source: a card of kind diffusers names a pipeline's folder or hub id")
     if card.kind == "recipe" and not card.recipe:
         raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
     return card

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from flowmap.evaluate import measure
 from flowmap.flow.derivative import along_path
-from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
@@ -201,8 +200,7 @@ class Pictures(AtSteps):
     def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator).to(module.device)
-        solver = Euler(steps=self.stage.recipe.evaluation.teacher_steps)
-        x0 = solver(lambda x, t: module.teacher.guided.velocity(x, t, cond), x1).x
+        x0 = module.teacher.solve(x1, cond, self.stage.recipe.evaluation.teacher_steps)
         return x0.clamp(-1, 1) if self.config.clamp else x0
 
 

@@ -25,6 +25,7 @@ from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
 from flowmap.files import check_writable, only_process, read_json, sweep, write_json, write_text
 from flowmap.plan import Stage, holds, is_complete, plan, runs_root
+from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import Student, StudentConfig, load_student
 from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
@@ -60,12 +61,12 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
     out: the run folder, default runs/<recipe name>. A folder that holds another or an unfinished run is touched only with resume or
     overwrite. Raises RecipeError for a user's mistake, FitError where training had to stop.
     """
-    say = _silent if _is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
+    say = _silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = Path(out) if out else runs_root() / recipe.name
     if recipe.missing():
         raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
     stages = plan(recipe, folder)
-    if not _is_child():
+    if not is_child():
         check_writable(folder, "--out")
         _guard(stages[-1], resume=resume, overwrite=overwrite)
     for i, stage in enumerate(stages):
@@ -75,17 +76,12 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
             say(f"{label}: complete in {stage.folder}")
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
-        with nullcontext() if _is_child() else only_process(stage.folder):
+        with nullcontext() if is_child() else only_process(stage.folder):
             _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
-    return Run(folder, {} if _is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
+    return Run(folder, {} if is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
 
 
 def _silent(message: str) -> None: ...
-
-
-def _is_child() -> bool:
-    """A process that Lightning, torchrun or SLURM started beside the first one."""
-    return any(int(os.environ.get(name, "0")) > 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"))
 
 
 def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
@@ -134,7 +130,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     if start:
         say(f"resuming at step {start}")
     trainer = _trainer(stage, config)
-    if not _is_child():
+    if not is_child():
         if overwrite and folder.exists():  # only now that the recipe is known to build
             shutil.rmtree(folder)
         sweep(folder)
@@ -220,7 +216,7 @@ def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
 
 
 def _loggers(stage: Stage, start: int) -> list:
-    if _is_child():
+    if is_child():
         return []
     loggers: list = [CSVLog(stage.folder / "log.csv", keep_below=start)]
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":

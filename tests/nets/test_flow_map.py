@@ -11,6 +11,8 @@ from torch import nn
 from flowmap.flow.derivative import along_path, in_arrival
 from flowmap.flow.path import Linear
 from flowmap.nets import MLP, NETS, DiT
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.objectives import AYFEMD
 from tests.oracle import GAUSSIAN, SHAPE, draw, draw_times
@@ -36,7 +38,7 @@ def given(dtype=torch.float64):
 
 
 def test_the_table_names_the_networks():
-    assert {name: kind for name, kind in NETS.items()} == {"dit": DiT, "mlp": MLP}
+    assert NETS == {"dit": DiT, "mlp": MLP, "edm2": EDM2, "diffusers": DiffusersModel}
 
 
 @nets

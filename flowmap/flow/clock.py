@@ -1,0 +1,68 @@
+"""The clocks of pretrained models: where our (x, t) lies on a model's own schedule, and what its prediction says as our velocity.
+
+Our state on the linear path is xt = (1 - t) x0 + t x1. A model's state a x0 + b x1 is ours after division by a + b, at t = b / (a + b).
+`at(t)` gives that state's coefficients and the number that the network is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.path import Coefficients, convert, wide
+from flowmap.flow.types import along
+
+LARGEST_LOGIT = 20.0  # of t, where a schedule ends at a = 0 (zero terminal SNR): t = 1 - 2e-9
+
+
+@dataclass(frozen=True)
+class FlowClock:
+    """Flow matching (SD3, FLUX, Sana, QwenImage): t is the model's sigma, and the network is told unit x t."""
+
+    unit: float = 1000.0
+
+    def at(self, t: Tensor) -> tuple[Coefficients, Tensor]:
+        t = wide(t)
+        return Coefficients(1 - t, t), self.unit * t
+
+
+class TableClock:
+    """A discrete variance-preserving schedule (DDPM and kin), given as its products alpha_bar (N,), from data to noise.
+
+    Between two entries the network's time is interpolated in log-SNR, that is in the logit of t. Beyond the table's ends it rests at 0 or
+    N - 1; times above the table's last are taken as the last, because there a model knows nothing and "epsilon" leaves x0 undetermined.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor):
+        table = alphas_cumprod.double().cpu()
+        if table.ndim != 1 or len(table) < 2 or not bool(((table >= 0) & (table < 1)).all() and (table.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must be a table of falling numbers in [0, 1)")
+        a, b = table.sqrt(), (1 - table).sqrt()
+        self.times = b / (a + b)
+        self.logits = torch.logit(self.times).clamp(max=LARGEST_LOGIT)
+
+    @property
+    def t_max(self) -> float:
+        return float(self.times[-1])
+
+    def at(self, t: Tensor) -> tuple[Coefficients, Tensor]:
+        t = wide(t).double().clamp(0, self.t_max)
+        times, logits = self.times.to(t.device), self.logits.to(t.device)
+        logit = torch.logit(t.clamp(float(times[0]), 1)).clamp(max=LARGEST_LOGIT)
+        right = torch.searchsorted(logits, logit).clamp(1, len(logits) - 1)
+        share = (logit - logits[right - 1]) / (logits[right] - logits[right - 1])
+        size = torch.hypot(1 - t, t)
+        return Coefficients((1 - t) / size, t / size), right - 1 + share.clamp(0, 1)
+
+
+def velocity_of(predict, clock: FlowClock | TableClock, x: Tensor, t: Tensor, prediction: str) -> Tensor:
+    """x1 - x0 at our (x, t), by a network predict(state, time) -> `prediction` (one of flow.path.PREDICTIONS) on its own clock."""
+    at, time = clock.at(t)
+    if prediction == "x0":  # at b = 0 it says nothing about x1
+        first = clock.times[0] if isinstance(clock, TableClock) else 1e-4
+        at, time = clock.at(wide(t).clamp(min=float(first)))
+    state = (along(at.a + at.b, x) * x).to(x.dtype)
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return convert(predict(state, time.to(precise)), state, at, source=prediction, target="linear_velocity")

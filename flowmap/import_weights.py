@@ -1,0 +1,104 @@
+"""Published EDM2 pickles become a folder that flowmap reads: config.json and model.safetensors. Nothing in a pickle is executed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.averaging import posthoc_coefficients
+from flowmap.nets.edm2 import EDM2
+from flowmap.samplers import Deterministic
+from flowmap.student import StudentConfig, save_student
+from flowmap.teachers.pickled import Record, read_pickle, tensors_of
+
+SNAPSHOT = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")
+NOT_NEEDED = ("logvar_",)  # the head that weighted the training loss
+
+
+def import_weights(files: list[str], out: str | Path, *, std: float | None = None) -> StudentConfig:
+    """Writes the network of one pickle, or the post-hoc average of width std over several snapshots, as a folder that load_student reads.
+
+    Snapshots are named ...-NUMBER-STD.pkl, as EDM2's are. Raises ValueError, in one line, for a file that cannot be used.
+    """
+    if (len(files) > 1) != (std is not None):
+        raise ValueError("--std: is the width of an average over several snapshots: give it with more than one file, and only then")
+    nets = [_network(file) for file in files]
+    weights = tensors_of_net(nets[0], files[0])
+    config = config_of(nets[0], weights, files[0])
+    if std is not None:
+        weights = _average([weights, *(tensors_of_net(net, file) for net, file in zip(nets[1:], files[1:], strict=True))], files, std)
+    weights = _in_place(config, weights, files[0])
+    card = f"# {Path(out).name}\n\nImported from {', '.join(Path(f).name for f in files)}{'' if std is None else f', averaged to std {std}'}.\n"
+    save_student(Path(out), config, weights, recipe="", card=card)
+    return config
+
+
+def _network(file: str) -> Record:
+    held = read_pickle(file)
+    net = held.get("ema") if isinstance(held, dict) else held
+    if not isinstance(net, Record):
+        raise ValueError(f"{file}: holds no network under 'ema'")
+    return net
+
+
+def tensors_of_net(net: Record, file: str) -> dict[str, Tensor]:
+    found = {name: tensor.float() for name, tensor in tensors_of(net).items() if not name.startswith(NOT_NEEDED)}
+    if not any(name.startswith("unet.enc.") for name in found):
+        raise ValueError(f"{file}: its network ({net.name or 'unnamed'}) is not an EDM2 U-Net")
+    return found
+
+
+def config_of(net: Record, weights: dict[str, Tensor], file: str) -> StudentConfig:
+    """What the network is, read off the names and shapes of its weights."""
+    try:
+        levels = {}
+        for name, tensor in weights.items():
+            if (match := re.fullmatch(r"unet\.enc\.(\d+)x\1_block(\d+)\.conv_res0\.weight", name)) is not None:
+                levels.setdefault(int(match[1]), []).append(tensor.shape[0])
+        sides = sorted(levels, reverse=True)
+        size, channels = sides[0], weights["unet.out_conv.weight"].shape[0]
+        width = weights[f"unet.enc.{size}x{size}_conv.weight"].shape[0]
+        spec = EDM2(
+            channels=width,
+            multipliers=tuple(levels[side][0] // width for side in sides),
+            num_blocks=len(levels[size]),
+            attention_at=tuple(side for side in sides if f"unet.enc.{side}x{side}_block0.attn_qkv.weight" in weights),
+            sigma_data=float(net.state.get("sigma_data", 0.5)),
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: the layers of its network are not an EDM2 U-Net's: {error}") from error
+    labels = weights.get("unet.emb_label.weight")
+    num_classes = None if labels is None else labels.shape[1]
+    in_pixels = channels in (1, 3)
+    return StudentConfig(
+        net=spec, sampler=Deterministic(), shape=(channels, size, size), num_classes=num_classes, arrival=False, clamp=in_pixels,
+        recipe="imported",
+    )  # fmt: skip
+
+
+def _average(parts: list[dict[str, Tensor]], files: list[str], std: float) -> dict[str, Tensor]:
+    found = [SNAPSHOT.search(file) for file in files]
+    for file, match in zip(files, found, strict=True):
+        if match is None:
+            raise ValueError(f"{file}: its name does not end in -NUMBER-STD.pkl, which says where in training it was taken")
+    steps, stds = [int(m[1]) for m in found], [float(m[2]) for m in found]
+    coefficients = posthoc_coefficients(steps, stds, target_step=None, target_std=std).tolist()
+    for part, file in zip(parts, files, strict=True):
+        if {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in parts[0].items()}:
+            raise ValueError(f"{file}: holds other tensors than {files[0]}")
+    return {name: sum(c * part[name].double() for c, part in zip(coefficients, parts, strict=True)).float() for name in parts[0]}
+
+
+def _in_place(config: StudentConfig, weights: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """The weights by the names that they have in a student; every tensor has its place, and none is left over."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+    named = {f"net.{name}": tensor.contiguous() for name, tensor in weights.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    odd = next((name for name in [*expected, *got] if expected.get(name) != got.get(name)), None)
+    if odd is not None:
+        raise ValueError(f"{file}: {odd} is {got.get(odd, 'absent')}, an EDM2 U-Net of these settings has {expected.get(odd, 'no such layer')}")
+    return named

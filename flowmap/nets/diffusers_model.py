@@ -1,0 +1,318 @@
+"""A diffusers transformer or UNet as a network of ours: F(x, t, s, cond) on our clock, whatever it predicts on whatever schedule.
+
+A teacher is one of these without arrival and guidance branches, a student one with them: silent at the start, they are added to the model's
+own time embedding, so that F(x, t, s) = v(x, t) at step 0. One adapter for every prediction and schedule; a row of CALLS for what a
+family's forward wants to be told. Conditions, by key of cond:
+    class (B,)               label, -1 for none
+    text (B, L, D), text_mask (B, L), pooled (B, P)        what the family's text encoders gave
+    size (B, 6)              SDXL's original size, crop and target size
+    guidance (B,)            read by models that were distilled with a guidance input of their own (FLUX.1-dev)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.flow.clock import FlowClock, TableClock, velocity_of
+from flowmap.flow.types import Cond
+from flowmap.nets.embed import ScalarEmbedding
+
+PREDICTION_OF = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "linear_velocity"}
+TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
+BLOCKS = "transformer_blocks"
+LARGEST_SETTING = 1 << 20
+LARGEST_DEPTH = 512
+
+
+@dataclass(frozen=True)
+class DiffusersModel:
+    """A diffusers network by its class, with its settings and its scheduler's as JSON texts; `load_pretrained` fills it in from a pipeline."""
+
+    network: str
+    settings: str
+    scheduler: str
+    scheduler_settings: str
+    holds_constants: ClassVar[bool] = True  # position tables and the like that no file of weights has: it must be built with memory
+
+    def __post_init__(self):
+        if self.network not in CALLS:
+            raise ValueError(f"network: no call is known for {self.network!r}; known: {', '.join(CALLS)}")
+        for name in ("settings", "scheduler_settings"):
+            try:
+                _check_sizes(json.loads(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> DiffusersNet:
+        import diffusers
+
+        model = getattr(diffusers, self.network).from_config(json.loads(self.settings))
+        return DiffusersNet(model, *self.clock(), arrival=arrival, guidance=guidance)
+
+    def clock(self) -> tuple[FlowClock | TableClock, str]:
+        import diffusers
+
+        if not self.scheduler.endswith("Scheduler") or not hasattr(diffusers, self.scheduler):
+            raise ValueError(f"scheduler: diffusers has no {self.scheduler!r}")
+        with torch.device("cpu"):  # also where the network is built without memory
+            return clock_of(getattr(diffusers, self.scheduler).from_config(json.loads(self.scheduler_settings)))
+
+
+class DiffusersNet(nn.Module):
+    """F(x, t, s, cond) for x (B, C, H, W): the model's prediction on its own clock, said as x1 - x0.
+
+    empty: the conditions of "no text", with batch size 1, which fill in what a call leaves out (classifier-free guidance asks without text).
+    """
+
+    def __init__(self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool):
+        super().__init__()
+        self.model, self.clock, self.prediction, self.empty = model, clock, prediction, {}
+        self.call = CALLS[type(model).__name__]
+        self.extra = _Extra()
+        width = _listen(model, self.extra) if arrival or guidance else 0
+        self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
+        self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        cond = cond or {}
+        self.extra.value = self._extra(t, s, cond)
+        missing = {key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in self.empty.items() if key not in cond}
+        given = _Conditions(type(self.model).__name__, {**missing, **cond})
+
+        def predict(state: Tensor, time: Tensor) -> Tensor:
+            out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
+            return (out[:, : x.shape[1]] if out.shape[1] == 2 * x.shape[1] else out).to(x.dtype)  # a learned variance is left out
+
+        return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def train(self, mode: bool = True) -> DiffusersNet:
+        """The model itself stays in evaluation mode: dropped labels and activations would differ between a value and its derivative."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def _extra(self, t: Tensor, s: Tensor, cond: Cond) -> Tensor | None:
+        extra = None if self.arrival is None else self.arrival(t - s)
+        if self.guidance is None:
+            return extra
+        scale = self.guidance(((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4)
+        return scale if extra is None else extra + scale
+
+    def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
+        """The same network, weights shared, with those transformer blocks left out: a weak model for autoguidance."""
+        blocks = getattr(self.model, BLOCKS, None)
+        if blocks is None or any(not 0 <= i < len(blocks) for i in skip):
+            allowed = f"0..{len(blocks) - 1}" if blocks is not None else "nothing: this network has no row of transformer blocks"
+            raise ValueError(f"skip_blocks: {tuple(skip)} must lie in {allowed}")
+        weak, model = copy.copy(self), copy.copy(self.model)
+        weak._modules, model._modules = dict(self._modules), dict(self.model._modules)
+        model._modules[BLOCKS] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
+        weak._modules["model"] = model
+        return weak
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        if on:
+            self.model.enable_gradient_checkpointing()
+
+
+class _Extra:
+    """What is added to the model's time embeddings in the current pass; not a module, so that state_dict keeps the model's own names."""
+
+    value: Tensor | None = None
+
+
+def _listen(model: nn.Module, extra: _Extra) -> int:
+    """Makes the model's time embeddings add `extra`, and gives their width. The class of each is exchanged: names and weights stay."""
+    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
+    widths = {module.linear_2.out_features for module in found}
+    if len(widths) != 1:
+        raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; found {len(found)} of {len(widths)} widths")
+    for module in found:
+        module.__class__ = _listening(type(module))
+        module.extra = extra
+    return widths.pop()
+
+
+_LISTENING: dict[type, type] = {}
+
+
+def _listening(cls: type) -> type:
+    """The embedding's class, with the extra added to what it gives."""
+    if cls not in _LISTENING:
+
+        def forward(self, *args, **kwargs):
+            out = cls.forward(self, *args, **kwargs)
+            return out if self.extra.value is None else out + self.extra.value.to(out.dtype)
+
+        _LISTENING[cls] = type(f"Listening{cls.__name__}", (cls,), {"forward": forward})
+    return _LISTENING[cls]
+
+
+class _Conditions:
+    """cond by key; a key that is not there is a ValueError that names the network."""
+
+    def __init__(self, network: str, cond: Cond):
+        self.network, self.cond = network, cond
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.cond:
+            raise ValueError(f"cond: {self.network} needs {key!r}; given: {', '.join(self.cond) or 'nothing'}")
+        return self.cond[key]
+
+    def get(self, key: str) -> Tensor | None:
+        return self.cond.get(key)
+
+
+def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[DiffusersModel, DiffusersNet]:
+    """The spec and the network (without branches of ours) of a pipeline's folder, or of its hub id at that revision.
+
+    Only its network and scheduler are read, weights from safetensors alone. Raises ValueError, in one line, for a source that is not
+    there, has no network or scheduler, or a schedule that is not known.
+    """
+    import diffusers
+
+    network, scheduler = _component(source, revision, ("transformer", "unet")), _component(source, revision, ("scheduler",))
+    if network[1] not in CALLS:
+        raise ValueError(f"{source}: no call is known for {network[1]}; known: {', '.join(CALLS)}")
+    try:
+        model = getattr(diffusers, network[1]).from_pretrained(
+            source, subfolder=network[0], revision=revision, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+        )
+        schedule = getattr(diffusers, scheduler[1]).from_pretrained(source, subfolder=scheduler[0], revision=revision)
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    spec = DiffusersModel(network[1], _json(model.config), type(schedule).__name__, _json(schedule.config))
+    return spec, DiffusersNet(model, *clock_of(schedule), arrival=False, guidance=False)
+
+
+def _json(config) -> str:
+    """A diffusers configuration as text, without what says where it was loaded from."""
+    return json.dumps({key: value for key, value in dict(config).items() if not key.startswith("_")}, sort_keys=True)
+
+
+def _check_sizes(value: Any, key: str = "") -> None:
+    """ValueError where a setting of a foreign file would build a network that no weights could have."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_sizes(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner, key)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        most = LARGEST_DEPTH if "layers" in key else LARGEST_SETTING
+        if abs(value) > most:
+            raise ValueError(f"{key}: {value} is more than {most}")
+
+
+def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tuple[str, str]:
+    """(folder, class name) of the first of these components that the pipeline's model_index.json names."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=os.path.isdir(source))
+    except OSError as error:
+        raise ValueError(f"{source}: no diffusers pipeline is there (model_index.json): {str(error).splitlines()[0]}") from error
+    for name in names:
+        if isinstance(index.get(name), (list, tuple)) and index[name][1]:
+            return name, index[name][1]
+    raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
+
+
+def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
+    """The clock and the kind of prediction of a diffusers scheduler. Raises ValueError for one that is neither a flow's nor a table's."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return FlowClock(float(config.get("num_train_timesteps", 1000))), "linear_velocity"
+    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
+        raise ValueError(f"scheduler {name}: has no alphas_cumprod and is no flow-matching scheduler: its clock is not known")
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_OF:
+        raise ValueError(f"scheduler {name}: prediction_type {kind!r} is not one of {', '.join(PREDICTION_OF)}")
+    return TableClock(scheduler.alphas_cumprod), PREDICTION_OF[kind]
+
+
+def _dit(net, x, time, cond):
+    label, nothing = cond["class"], net.config.num_embeds_ada_norm
+    return net(x, timestep=time, class_labels=torch.where(label < 0, nothing, label)).sample
+
+
+def _unet(net, x, time, cond):
+    labelled = net.config.num_class_embeds is not None or net.config.class_embed_type is not None
+    return net(x, time, class_labels=cond["class"] if labelled else None).sample
+
+
+def _unet_condition(net, x, time, cond):
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["size"]} if net.config.addition_embed_type == "text_time" else None
+    return net(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
+
+
+def _sd3(net, x, time, cond):
+    return net(hidden_states=x, timestep=time, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"]).sample
+
+
+def _sana(net, x, time, cond):
+    scale = net.config.timestep_scale
+    return net(x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond.get("text_mask"), timestep=time * scale).sample
+
+
+def _pixart(net, x, time, cond):
+    added = {"resolution": None, "aspect_ratio": None}
+    mask = cond.get("text_mask")
+    return net(x, encoder_hidden_states=cond["text"], encoder_attention_mask=mask, timestep=time, added_cond_kwargs=added).sample
+
+
+def _flux(net, x, time, cond):
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
+    words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
+    out = net(
+        hidden_states=pack(x), timestep=time / 1000, guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
+        pooled_projections=cond["pooled"], encoder_hidden_states=cond["text"], txt_ids=words, img_ids=places,
+    ).sample  # fmt: skip
+    return unpack(out, rows, columns)
+
+
+def _qwen(net, x, time, cond):
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    out = net(
+        hidden_states=pack(x), timestep=time / 1000, encoder_hidden_states=cond["text"], encoder_hidden_states_mask=cond.get("text_mask"),
+        img_shapes=[[(1, rows, columns)]] * len(x),
+    ).sample  # fmt: skip
+    return unpack(out, rows, columns)
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, 2 rows, 2 columns) -> (B, rows columns, 4 C): FLUX's and QwenImage's tokens."""
+    x = x.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # B, C, rows, 2, columns, 2
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of pack."""
+    x = tokens.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # B, rows, columns, C, 2, 2
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+CALLS: dict[str, Callable] = {
+    "DiTTransformer2DModel": _dit,
+    "UNet2DModel": _unet,
+    "UNet2DConditionModel": _unet_condition,
+    "SD3Transformer2DModel": _sd3,
+    "SanaTransformer2DModel": _sana,
+    "PixArtTransformer2DModel": _pixart,
+    "FluxTransformer2DModel": _flux,
+    "QwenImageTransformer2DModel": _qwen,
+}

@@ -1,0 +1,250 @@
+"""The EDM2 U-Net: every operation keeps the magnitude of its activations, weights are normalised wherever they are used.
+
+Source: Karras et al. 2024, arXiv:2312.02696 (configuration G; table 1 and appendix B for the constants). Names of layers are those of the
+published weights, so that these load unchanged. The preconditioning is EDM's, said on our clock; arrival and guidance branches are added to
+the embedding, silent at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from flowmap.flow.types import along
+from flowmap.nets.embed import ScalarEmbedding
+
+PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
+
+
+@dataclass(frozen=True)
+class EDM2:
+    """Settings of an EDM2 U-Net; channels come from the preset unless given. sigma_data: the data's std, 0.5 in the published models."""
+
+    preset: str = "S"
+    channels: int | None = None
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    num_blocks: int = 3
+    attention_at: tuple[int, ...] = (16, 8)
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.width < 1 or self.num_blocks < 1 or not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"channels: {self.width}, num_blocks: {self.num_blocks} and multipliers: {self.multipliers} must be 1 or more")
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data: {self.sigma_data} must be above 0")
+
+    @property
+    def width(self) -> int:
+        return PRESETS[self.preset] if self.channels is None else self.channels
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+        halvings = 2 ** (len(self.multipliers) - 1)
+        if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
+            raise ValueError(f"multipliers: {len(self.multipliers)} levels do not halve a square sample of shape {tuple(shape)}")
+        return EDM2Net(self, shape, num_classes, arrival, guidance)
+
+
+class EDM2Net(nn.Module):
+    """F(x, t, s, cond) for x (B, C, H, H): v = [(t - sd^2 (1-t)) / A^2] x - (sd / A) U(x / A, log(sigma) / 4), A^2 = t^2 + (1-t)^2 sd^2.
+
+    sigma = t / (1 - t) is held between 0.002 and 80, the noise levels that the published models know. A class of -1 is no class.
+    """
+
+    def __init__(self, spec: EDM2, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool):
+        super().__init__()
+        self.sigma_data, self.num_classes = spec.sigma_data, num_classes
+        self.unet = UNet(spec, shape, num_classes or 0)
+        width = self.unet.emb_noise.out_channels
+        self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
+        self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        cond, sd = cond or {}, self.sigma_data
+        held = t.clamp(SIGMA_MIN / (1 + SIGMA_MIN), SIGMA_MAX / (1 + SIGMA_MAX))
+        noise = torch.logit(held) / 4  # log(sigma) / 4
+        extra = None if self.arrival is None else self.arrival(t - s)
+        if self.guidance is not None:
+            scale = self.guidance(((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4)
+            extra = scale if extra is None else extra + scale
+        square = t**2 + ((1 - t) * sd) ** 2
+        size = square.sqrt()
+        out = self.unet(x / along(size, x), noise, self._labels(x, cond), extra)
+        return along((t - sd**2 * (1 - t)) / square, x) * x - along(sd / size, x) * out
+
+    def _labels(self, x: Tensor, cond) -> Tensor | None:
+        """One-hot classes (B, num_classes); a class of -1, or none given, is a row of zeros."""
+        if not self.num_classes:
+            return None
+        label = cond["class"] if "class" in cond else torch.full((len(x),), -1, device=x.device)
+        return F.one_hot(label + 1, self.num_classes + 1)[:, 1:].to(x.dtype)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.unet.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.unet.activation_checkpointing = on
+
+
+class UNet(nn.Module):
+    """U(x, noise, labels, extra): encoder and decoder with skips; `extra` (B, width) is added to the embedding."""
+
+    def __init__(self, spec: EDM2, shape: tuple[int, int, int], num_labels: int):
+        super().__init__()
+        channels, size, _ = shape
+        widths = [spec.width * m for m in spec.multipliers]
+        sizes = [size >> level for level in range(len(widths))]
+        emb = max(widths)
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = Fourier(widths[0])
+        self.emb_noise = Conv(widths[0], emb, ())
+        self.emb_label = Conv(num_labels, emb, ()) if num_labels else None
+        self.activation_checkpointing = False
+
+        self.enc = nn.ModuleDict()
+        skips, now = [], channels + 1  # a channel of ones is the only bias
+        for level, (side, width) in enumerate(zip(sizes, widths, strict=True)):
+            if level == 0:
+                self.enc[f"{side}x{side}_conv"] = Conv(now, width, (3, 3))
+                now = width
+            else:
+                self.enc[f"{side}x{side}_down"] = Block(now, now, emb, decoder=False, resample="down")
+            skips.append(now)
+            for i in range(spec.num_blocks):
+                self.enc[f"{side}x{side}_block{i}"] = Block(now, width, emb, decoder=False, attention=side in spec.attention_at)
+                now = width
+                skips.append(now)
+
+        self.dec = nn.ModuleDict()
+        for level, (side, width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
+            if level == len(widths) - 1:
+                self.dec[f"{side}x{side}_in0"] = Block(now, now, emb, decoder=True, attention=True)
+                self.dec[f"{side}x{side}_in1"] = Block(now, now, emb, decoder=True)
+            else:
+                self.dec[f"{side}x{side}_up"] = Block(now, now, emb, decoder=True, resample="up")
+            for i in range(spec.num_blocks + 1):
+                self.dec[f"{side}x{side}_block{i}"] = Block(now + skips.pop(), width, emb, decoder=True, attention=side in spec.attention_at)
+                now = width
+        self.out_conv = Conv(now, channels, (3, 3))
+
+    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
+        emb = self.emb_noise(self.emb_fourier(noise).to(x.dtype))
+        if self.emb_label is not None:
+            emb = blend(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), 0.5)
+        emb = silu(emb if extra is None else emb + extra.to(emb.dtype))
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        skips = []
+        for name, block in self.enc.items():
+            x = block(x) if name.endswith("conv") else self._run(block, x, emb)
+            skips.append(x)
+        for name, block in self.dec.items():
+            if "block" in name:
+                x = joined(x, skips.pop())
+            x = self._run(block, x, emb)
+        return self.out_conv(x, self.out_gain)
+
+    def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
+
+
+class Block(nn.Module):
+    """Two convolutions with the embedding between them, then attention where asked; sums keep the magnitude."""
+
+    def __init__(self, inside: int, out: int, emb: int, *, decoder: bool, resample: str | None = None, attention: bool = False):
+        super().__init__()
+        self.decoder, self.resample, self.heads = decoder, resample, out // 64 if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = Conv(inside if decoder else out, out, (3, 3))
+        self.emb_linear = Conv(emb, out, ())
+        self.conv_res1 = Conv(out, out, (3, 3))
+        self.conv_skip = Conv(inside, out, (1, 1)) if inside != out else None
+        self.attn_qkv = Conv(out, 3 * out, (1, 1)) if attention else None
+        self.attn_proj = Conv(out, out, (1, 1)) if attention else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.resample == "down":
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if not self.decoder:
+            x = x if self.conv_skip is None else self.conv_skip(x)
+            x = unit(x, 1)
+        scale = self.emb_linear(emb, self.emb_gain) + 1
+        y = self.conv_res1(silu(self.conv_res0(silu(x)) * scale[:, :, None, None].to(x.dtype)))
+        if self.decoder and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = blend(x, y, 0.3)
+        if self.heads:
+            x = blend(x, self._attend(x), 0.3)
+        return x.clamp(-256, 256)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv = self.attn_qkv(x).reshape(b, self.heads, c // self.heads, 3, height * width)
+        q, k, v = unit(qkv, 2).permute(3, 0, 1, 4, 2).unbind(0)  # each (B, heads, places, c / heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.attn_proj(y.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class Conv(nn.Module):
+    """A convolution, or with kernel () a linear layer, without bias, whose filters are normalised whenever they are used."""
+
+    def __init__(self, inside: int, out: int, kernel: tuple[int, ...]):
+        super().__init__()
+        self.out_channels = out
+        self.weight = nn.Parameter(torch.randn(out, inside, *kernel))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        w = (unit(w) * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class Fourier(nn.Module):
+    """sqrt(2) cos(2 pi (f x + phase)) of random frequencies and phases, fixed: (B,) -> (B, num)."""
+
+    def __init__(self, num: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.cos(x.to(wide)[:, None] * self.freqs.to(wide) + self.phases.to(wide)) * math.sqrt(2)
+
+
+def unit(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
+    """x scaled to root mean square 1 along dim; over all but the first dimension where dim is None."""
+    dims = list(range(1, x.ndim)) if dim is None else [dim]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
+    share = norm.numel() / x.numel()
+    return x / (norm * math.sqrt(share) + eps).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU scaled to keep the magnitude of standard normal inputs."""
+    return F.silu(x) / 0.596
+
+
+def blend(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """(1 - share) a + share b, scaled to keep the magnitude."""
+    return torch.lerp(a, b, share) / math.hypot(1 - share, share)
+
+
+def joined(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
+    """a and b along the channels, each scaled so that both have their share and the whole keeps the magnitude."""
+    total = a.shape[1] + b.shape[1]
+    scale = math.sqrt(total / ((1 - share) ** 2 + share**2))
+    return torch.cat([a * (scale * (1 - share) / math.sqrt(a.shape[1])), b * (scale * share / math.sqrt(b.shape[1]))], 1)

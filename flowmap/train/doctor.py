@@ -1,0 +1,104 @@
+"""What one training step of a recipe does on its real network: which ways of taking the derivative work there, what stops the others, and
+what each costs in time and memory. The data is noise, so none need be there; the teacher's weights must be."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.build import BuiltTeacher, build_student, build_teacher, student_config
+from flowmap.config import RecipeError
+from flowmap.data import Dataset
+from flowmap.flow.types import PathSample
+from flowmap.objectives import FlowMatching
+from flowmap.recipe import Recipe
+from flowmap.train.draw import draw_sample
+
+WAYS = ("ride", "difference", "forward")
+
+
+def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
+    """The lines that `flowmap doctor` prints; the last says which derivative to choose. Raises RecipeError for what cannot be built."""
+    if batch < 1:
+        raise ValueError(f"--batch: {batch} must be 1 or more")
+    teacher = build_teacher(recipe)
+    data = _noise(recipe, teacher, batch)
+    config = student_config(recipe, data, teacher)
+    student = build_student(recipe, config, teacher).to(device).train()
+    if teacher is not None:
+        teacher.to(device)
+    sample = _sample(recipe, data, device)
+    count = sum(p.numel() for p in student.parameters())
+    lines = [f"{type(student.net).__name__}: {count / 1e6:.2f} M parameters, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
+    plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
+    lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
+    if not hasattr(recipe.objective, "derivative"):
+        return [*lines, "this objective takes no derivative of the network"]
+    works = []
+    for way in WAYS:
+        try:
+            seconds, kept = _measured(replace(recipe.objective, derivative=way), student, teacher, sample)
+            works.append(way)
+            share = kept / max(plain[1], 1)
+            lines.append(f"derivative {way}: {seconds:.3g} s with the teacher's calls, {_mib(kept)} of activations ({share:.2f} of plain)")
+        except (NotImplementedError, RuntimeError) as error:
+            lines.append(f"derivative {way}: not here: {' '.join(str(error).split())[:300]}")
+    return [*lines, f"choose objective.derivative={works[0]}" if works else "no derivative works on this network"]
+
+
+def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
+    """A data set of noise in the teacher's shape, or in that of the recipe's data where it is here."""
+    if teacher is not None and teacher.network is not None:
+        shape, num_classes = teacher.network.config.shape, teacher.network.config.num_classes
+    else:
+        try:
+            data = recipe.data.build()
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: {error}") from error
+        shape, num_classes = data.shape, data.num_classes
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(batch, *shape, generator=generator).clamp(-1, 1)
+    labels = torch.randint(num_classes, (batch,), generator=generator) if num_classes else None
+    return Dataset("noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes)
+
+
+def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
+    cond = {} if data.labels is None else {"class": data.labels.to(device)}
+    return draw_sample(recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0))
+
+
+def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sample: PathSample) -> tuple[float, int]:
+    """(seconds of one forward and backward pass, bytes that autograd kept in between); the second of two passes is timed."""
+    seconds, kept = 0.0, 0
+    for _ in range(2):
+        student.zero_grad(set_to_none=True)
+        storages: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:  # noqa: B023
+                storages[storage.data_ptr()] = storage.nbytes()  # noqa: B023
+            return tensor
+
+        _wait(sample.xt)
+        started = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = objective(student, teacher and teacher.guided, sample, step=10**9)
+        loss.value.backward()
+        _wait(sample.xt)
+        seconds, kept = time.perf_counter() - started, sum(storages.values())
+    student.zero_grad(set_to_none=True)
+    return seconds, kept
+
+
+def _wait(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,298 @@
+"""diffusers networks as ours: Euler on the scheduler's own grid with our velocity is the scheduler's own sample, guidance on; a student
+starts as its teacher; the tangent rides through.
+
+Real architectures with small random weights; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, clock_of, load_pretrained, pack, unpack
+from flowmap.nets.flow_map import FlowMapNet, start_from
+from flowmap.teachers.guidance import Autoguidance, ClassifierFree
+from flowmap.teachers.network import NetworkTeacher
+
+diffusers = pytest.importorskip("diffusers")
+B, W = 2, 2.5
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+UNET = dict(
+    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=32, attention_head_dim=8,
+)  # fmt: skip
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def dit(**more):
+    return diffusers.DiTTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4, **more
+    )
+
+
+def unet():
+    return diffusers.UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def sd():
+    return diffusers.UNet2DConditionModel(**UNET)
+
+
+def sdxl():
+    return diffusers.UNet2DConditionModel(
+        **UNET, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8
+    )
+
+
+def sd3():
+    return diffusers.SD3Transformer2DModel(
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32, caption_projection_dim=32,
+        pooled_projection_dim=24, out_channels=4,
+    )  # fmt: skip
+
+
+def flux(guidance_embeds=False):
+    return diffusers.FluxTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=24,
+        axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+
+
+def sana():
+    return diffusers.SanaTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
+        cross_attention_dim=32, caption_channels=32, sample_size=8,
+    )  # fmt: skip
+
+
+def pixart():
+    return diffusers.PixArtTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=32,
+        use_additional_conditions=False, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def qwen():
+    return diffusers.QwenImageTransformer2DModel(
+        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 4, 8)
+    )
+
+
+TEXT = {"text": numbers(B, 5, 32)}
+BOTH = TEXT | {"pooled": numbers(B, 24)}
+SIZE = BOTH | {"size": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(B, 6)}
+EMPTY = {"text": numbers(1, 5, 32) + 1, "pooled": numbers(1, 24) + 1, "size": SIZE["size"][:1]}
+# name -> (network, conditions, shape, kinds of schedule)
+FAMILIES = {
+    "DiT": (dit, {"class": torch.tensor([3, 7])}, (4, 8, 8), ("epsilon",)),
+    "UNet2D": (unet, {}, (3, 16, 16), ("epsilon", "sample", "v_prediction")),
+    "SD": (sd, TEXT, (4, 16, 16), ("epsilon", "v_prediction")),
+    "SDXL": (sdxl, SIZE, (4, 16, 16), ("epsilon",)),
+    "PixArt": (pixart, TEXT, (4, 8, 8), ("epsilon",)),
+    "SD3": (sd3, BOTH, (4, 8, 8), ("flow",)),
+    "Flux": (flux, BOTH, (4, 8, 8), ("flow",)),
+    "Sana": (sana, TEXT, (4, 8, 8), ("flow",)),
+    "QwenImage": (qwen, TEXT | {"text_mask": torch.ones(B, 5, dtype=torch.bool)}, (4, 8, 8), ("flow",)),
+}
+
+
+def made(make):
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():
+        for p in net.parameters():  # zero-initialised gates would hide everything behind them
+            p.copy_(torch.randn(p.shape) * 0.05)
+    return net
+
+
+def scheduler_of(kind):
+    if kind == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False)
+
+
+def theirs(net, cond, state, time):
+    """The network as its pipeline calls it, with the pipeline's guidance: two calls, extrapolated; the first channels of a learned variance."""
+    call, time = CALLS[type(net).__name__], torch.full((B,), float(time))
+    without = {key: EMPTY[key].expand(B, *EMPTY[key].shape[1:]) for key in cond if key in EMPTY}
+    without |= {"class": torch.tensor([-1, -1])} if "class" in cond else {}
+    without |= {"text_mask": cond["text_mask"]} if "text_mask" in cond else {}
+    with torch.no_grad():
+        yes, no = (call(net, state, time, given) for given in (cond, without))
+    return (no + W * (yes - no))[:, : state.shape[1]]
+
+
+def teacher_of(net, scheduler, empty=None):
+    ours = DiffusersNet(net, *clock_of(scheduler), arrival=False, guidance=False)
+    ours.empty = empty or {}
+    return NetworkTeacher(FlowMapNet(ours))
+
+
+@pytest.mark.parametrize(("family", "kind"), [(name, kind) for name, row in FAMILIES.items() for kind in row[3]])
+def test_euler_on_the_schedulers_grid_is_the_scheduler(family, kind):
+    make, cond, shape, _ = FAMILIES[family]
+    net, scheduler = made(make), scheduler_of(kind)
+    scheduler.set_timesteps(6)
+    empty = {key: EMPTY[key] for key in cond if key in EMPTY} | ({"text_mask": cond["text_mask"][:1]} if "text_mask" in cond else {})
+    teacher = ClassifierFree(teacher_of(net, scheduler, empty))
+    if kind == "flow":
+        grid, sizes = [float(sigma) for sigma in scheduler.sigmas], [1.0] * 7
+    else:
+        bars = [float(scheduler.alphas_cumprod[k]) for k in scheduler.timesteps] + [1.0]
+        sizes = [bar**0.5 + (1 - bar) ** 0.5 for bar in bars]
+        grid = [(1 - bar) ** 0.5 / size for bar, size in zip(bars, sizes, strict=True)]
+    state = numbers(B, *shape)
+    x, guidance = state / sizes[0], torch.full((B,), W)
+    for i, time in enumerate(scheduler.timesteps):
+        state = scheduler.step(theirs(net, cond, state, time), time, state).prev_sample
+        x = x + (grid[i + 1] - grid[i]) * teacher.velocity(x, torch.full((B,), grid[i]), cond | {"guidance": guidance})
+        assert (x * sizes[i + 1] - state).abs().max() < 1e-4 * state.abs().max(), i
+
+
+def test_every_known_network_is_tested():
+    assert {type(made(row[0])).__name__ for row in FAMILIES.values()} == set(CALLS)
+
+
+def student_of(family, kind):
+    """(teacher's map, student's map with its branches no longer silent if `loud`), both on the family's first kind of schedule."""
+    net, scheduler = made(FAMILIES[family][0]), scheduler_of(kind)
+    spec = DiffusersModel(type(net).__name__, json.dumps(dict(net.config)), type(scheduler).__name__, json.dumps(dict(scheduler.config)))
+    teacher = FlowMapNet(DiffusersNet(net, *clock_of(scheduler), arrival=False, guidance=False)).eval()
+    student = FlowMapNet(spec.build((), arrival=True, guidance=True)).eval()
+    start_from(student, teacher)
+    return teacher, student
+
+
+def loud(student):
+    for branch in (student.net.arrival, student.net.guidance):
+        torch.nn.init.normal_(branch.out.weight, std=0.1)
+    return student
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_starts_as_its_teacher_and_listens_to_both_branches(family):
+    _, cond, shape, kinds = FAMILIES[family]
+    teacher, student = student_of(family, kinds[0])
+    x, t, s = numbers(B, *shape), torch.tensor([0.3, 0.8]), torch.tensor([0.1, 0.5])
+    w = cond | {"guidance": torch.tensor([1.0, 2.0])}
+    with torch.no_grad():
+        assert torch.equal(student.mean_velocity(x, t, s, w), teacher.mean_velocity(x, t, t, cond))
+        loud(student)
+        first = student.mean_velocity(x, t, s, w)
+        assert not torch.equal(first, student.mean_velocity(x, t, t, w))
+        assert not torch.equal(first, student.mean_velocity(x, t, s, cond | {"guidance": torch.tensor([3.0, 1.0])}))
+        other = copy.deepcopy(student)  # as the average of the weights is made: it listens to its own branches
+        torch.nn.init.zeros_(student.net.arrival.out.weight)
+        assert torch.equal(other.mean_velocity(x, t, s, w), first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tangent_rides_through_the_student(family):
+    """Beside torch.func.jvp; beside differences for UNet2D, whose group norm that fails on. diffusers embeds time in float32, at high
+    frequencies of a clock of 1000: a difference along t is rough."""
+    _, cond, shape, kinds = FAMILIES[family]
+    student = loud(student_of(family, kinds[0])[1]).double()
+    x, v = numbers(B, *shape).double(), numbers(B, *shape).double() * 0.5
+    t, s = torch.tensor([0.3, 0.8]).double(), torch.tensor([0.1, 0.5]).double()
+    cond = {key: value.double() if value.is_floating_point() else value for key, value in cond.items()} | {"guidance": torch.ones(B).double()}
+    ridden = along_path(student, x, t, s, v, cond)[1], in_arrival(student, x, t, s, cond)[1]
+    if family == "UNet2D":
+        h = 2e-5
+        with torch.no_grad():
+            along = [student.mean_velocity(x + e * v, t + e, s, cond) for e in (h, -h)]
+            arrival = [student.mean_velocity(x, t, s + e, cond) for e in (h, -h)]
+        expected, tolerance = [(after - before) / (2 * h) for after, before in (along, arrival)], 2e-2
+    else:
+        expected = [along_path(student, x, t, s, v, cond, mode="forward")[1], in_arrival(student, x, t, s, cond, mode="forward")[1]]
+        tolerance = 1e-8
+    for rate, reference in zip(ridden, expected, strict=True):
+        assert 0 < rate.norm() and (rate - reference).norm() < tolerance * rate.norm()
+
+
+def test_a_guidance_distilled_model_reads_the_scale_itself():
+    teacher = teacher_of(made(lambda: flux(guidance_embeds=True)), scheduler_of("flow"))
+    x, t = numbers(B, 4, 8, 8), torch.tensor([0.3, 0.8])
+    low, high = (teacher.velocity(x, t, BOTH | {"guidance": torch.full((B,), w)}) for w in (1.0, 4.0))
+    assert not torch.equal(low, high)
+    with pytest.raises(ValueError, match="needs 'guidance'"):
+        teacher.velocity(x, t, BOTH)
+
+
+def test_layers_can_be_skipped_for_autoguidance():
+    strong = teacher_of(made(dit), scheduler_of("epsilon"))
+    net = strong.flow_map.net
+    weak = NetworkTeacher(FlowMapNet(net.without_blocks((1,))))
+    assert len(net.model.transformer_blocks) == 3 and len(weak.flow_map.net.model.transformer_blocks) == 2
+    x, t, cond = numbers(B, 4, 8, 8), torch.tensor([0.3, 0.8]), {"class": torch.tensor([3, 7])}
+    guided = Autoguidance(strong, weak).velocity(x, t, cond | {"guidance": torch.full((B,), 2.0)})
+    torch.testing.assert_close(guided, 2 * strong.velocity(x, t, cond) - weak.velocity(x, t, cond))
+    with pytest.raises(ValueError, match=r"skip_blocks: \(3,\) must lie in 0..2"):
+        net.without_blocks((3,))
+    with pytest.raises(ValueError, match="no row of transformer blocks"):
+        teacher_of(made(unet), scheduler_of("epsilon")).flow_map.net.without_blocks((0,))
+
+
+def test_pack_is_the_pipelines_own():
+    from diffusers import FluxPipeline
+
+    x = numbers(B, 4, 6, 8)
+    tokens = FluxPipeline._pack_latents(x, B, 4, 6, 8)
+    assert torch.equal(pack(x), tokens) and torch.equal(unpack(tokens, 3, 4), x)
+
+
+def test_a_pipelines_folder_is_loaded(tmp_path):
+    net, scheduler = made(unet), scheduler_of("v_prediction")
+    diffusers.DDIMPipeline(net, scheduler).save_pretrained(tmp_path / "pipe")
+    spec, loaded = load_pretrained(str(tmp_path / "pipe"))
+    x, t = numbers(B, 3, 16, 16), torch.tensor([0.2, 0.9])
+    expected = teacher_of(net, scheduler).velocity(x, t)
+    assert torch.equal(loaded.eval()(x, t, t), expected)
+    again = spec.build((3, 16, 16), arrival=False)
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.eval()(x, t, t), expected)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no diffusers pipeline is there"):
+        load_pretrained(str(tmp_path))
+    diffusers.DDIMPipeline(made(unet), scheduler_of("epsilon")).save_pretrained(tmp_path / "pipe")
+    next((tmp_path / "pipe" / "unet").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_pretrained(str(tmp_path / "pipe"))
+    with pytest.raises(ValueError, match="its clock is not known"):
+        clock_of(diffusers.ScoreSdeVeScheduler())
+    odd = scheduler_of("epsilon")
+    odd.register_to_config(prediction_type="score")
+    with pytest.raises(ValueError, match="prediction_type 'score'"):
+        clock_of(odd)
+    with pytest.raises(ValueError, match="UNet2DConditionModel needs 'text'; given: nothing"):
+        teacher_of(made(sd), scheduler_of("epsilon")).velocity(numbers(B, 4, 16, 16), torch.tensor([0.2, 0.9]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"network": "AutoencoderKL"}, "no call is known for 'AutoencoderKL'"),
+        ({"settings": "{"}, "settings: "),
+        ({"settings": json.dumps({"num_layers": 10**6})}, "num_layers: 1000000 is more than"),
+        ({"settings": json.dumps({"block_out_channels": [32, 10**9]})}, "block_out_channels: 1000000000"),
+    ],
+)
+def test_a_hostile_config_is_refused(change, says):
+    good = {"network": "UNet2DModel", "settings": "{}", "scheduler": "DDIMScheduler", "scheduler_settings": "{}"}
+    with pytest.raises(ValueError, match=says):
+        DiffusersModel(**(good | change))

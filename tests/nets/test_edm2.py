@@ -1,0 +1,103 @@
+"""The EDM2 U-Net: its sizes are the published ones, its output the original implementation's, and the tangent rides through it."""
+
+import pytest
+import torch
+
+from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.nets.edm2 import EDM2, SIGMA_MAX, blend, joined, silu, unit
+from flowmap.nets.flow_map import FlowMapNet, start_from
+
+SMALL = EDM2(channels=32, multipliers=(1, 2, 4), num_blocks=2, attention_at=(8, 4))
+SHAPE = (3, 16, 16)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("XS", 125), ("S", 280), ("M", 498), ("L", 777), ("XL", 1119), ("XXL", 1523)])
+def test_parameter_counts_are_the_published_ones(preset, millions):
+    """Table 2 of arXiv:2312.02696, without the 128 weights of the training loss's own head."""
+    with torch.device("meta"):
+        net = EDM2(preset=preset).build((4, 64, 64), num_classes=1000, arrival=False)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
+
+
+def filled(net):
+    """Weights by a formula, so that the original implementation can be given the same."""
+    for i, (name, tensor) in enumerate(sorted(net.state_dict().items())):
+        generator = torch.Generator().manual_seed(i)
+        tensor.copy_(torch.full_like(tensor, 0.7) if name.endswith("gain") else torch.randn(tensor.shape, generator=generator))
+    return net.eval()
+
+
+# (x - D) / t at places 0, 100, ..., 700, D the original's denoiser (float32 inside), computed once with `filled` weights and these inputs
+ORIGINAL = [
+    [0.01587, -0.35998, 0.09184, 1.38787, 1.09841, 0.85207, -2.35661, -1.50037],
+    [0.09700, -0.50531, 0.35813, 1.69674, 0.75226, 0.79443, 2.10676, 1.20029],
+    [0.45351, -1.74944, 1.73281, 2.29237, 0.29434, -1.18597, 1.00563, 1.93678],
+    [0.21981, -0.79062, 1.20365, 0.72102, -0.68257, 0.93397, -2.92994, 0.24832],
+]
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(99)
+    return torch.randn(4, *SHAPE, generator=generator), torch.tensor([0.01, 0.3, 0.7, 0.98]), torch.tensor([0, 3, 9, -1])
+
+
+def test_the_output_is_the_original_implementations():
+    net = filled(SMALL.build(SHAPE, num_classes=10, arrival=False))
+    x, t, label = inputs()
+    with torch.no_grad():
+        out = net(x, t, t, {"class": label})
+    torch.testing.assert_close(out.flatten(1)[:, 0:701:100], torch.tensor(ORIGINAL), rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_starts_as_its_teacher():
+    teacher = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=False)))
+    student = FlowMapNet(SMALL.build(SHAPE, num_classes=10, arrival=True, guidance=True)).eval()
+    start_from(student, teacher)
+    x, t, label = inputs()
+    s = t * 0.3
+    cond = {"class": label, "guidance": torch.tensor([1.0, 2.0, 3.0, 1.5])}
+    with torch.no_grad():
+        assert torch.equal(student.mean_velocity(x, t, s, cond), teacher.mean_velocity(x, t, t, cond))
+        torch.nn.init.normal_(student.net.arrival.out.weight)
+        assert not torch.equal(student.mean_velocity(x, t, s, cond), teacher.mean_velocity(x, t, t, cond))
+
+
+def test_it_is_finite_and_steady_at_both_ends():
+    net = filled(SMALL.build(SHAPE, num_classes=10, arrival=False))
+    x, _, label = inputs()
+    ends = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    last = SIGMA_MAX / (1 + SIGMA_MAX)
+    with torch.no_grad():
+        assert net(x, ends, ends, {"class": label}).isfinite().all()
+        near, at = (net(x, torch.full((4,), t), torch.full((4,), t), {"class": label}) for t in (last, 1.0))
+    assert (near - at).abs().max() < 0.1 * at.abs().max()
+
+
+def test_the_tangent_rides():
+    net = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=True, guidance=True))).double()
+    x, t, label = inputs()
+    x, t, v = x.double(), t.double(), torch.randn(4, *SHAPE, dtype=torch.float64)
+    s, cond = 0.3 * t, {"class": label, "guidance": torch.ones(4).double()}
+    for ridden, reference in (
+        (along_path(net, x, t, s, v, cond)[1], along_path(net, x, t, s, v, cond, mode="forward")[1]),
+        (in_arrival(net, x, t, s, cond)[1], in_arrival(net, x, t, s, cond, mode="forward")[1]),
+    ):
+        assert 0 < reference.norm() and (ridden - reference).norm() < 1e-9 * reference.norm()
+
+
+def test_every_operation_keeps_the_magnitude():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, 32, 16, 16, generator=generator)
+    for out in (silu(a), blend(a, b, 0.3), joined(a, b), joined(a, b[:, :8]), unit(3 * a, 1)):
+        assert abs(float(out.square().mean().sqrt()) - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"preset": "XXXL"}, "preset: 'XXXL'"), ({"channels": 0}, "channels: 0"), ({"multipliers": ()}, "multipliers"), ({"sigma_data": 0.0}, "sigma")],
+)
+def test_mistakes_are_named(settings, says):
+    with pytest.raises(ValueError, match=says):
+        EDM2(**settings)
+    with pytest.raises(ValueError, match="do not halve"):
+        EDM2().build((3, 12, 12))

@@ -1,0 +1,184 @@
+"""Published EDM2 pickles are read without being executed: a file of that kind comes out whole, and a hostile one is refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flowmap.import_weights import import_weights
+from flowmap.nets.edm2 import EDM2
+from flowmap.student import load_student
+from flowmap.teachers.pickled import read_pickle
+
+SPEC = EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,))
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError("a reader must not run this")
+
+
+class Persistent:
+    """Pickles as torch_utils.persistence does: its source and state, to be rebuilt by running the source."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __reduce__(self):
+        state = {key: value for key, value in self.module.__dict__.items() if key not in ("_modules", "_version")}
+        state["_modules"] = {key: packed(child) for key, child in self.module._modules.items()}
+        meta = dict(type="class", version=6, module_src="import os; os._exit(9)", class_name=self.name, state=state)
+        return _reconstruct_persistent_obj, (meta,)
+
+
+def packed(module):
+    """A container is torch's own and pickles as it is; everything else is persistent."""
+    if module is None:
+        return None
+    if isinstance(module, torch.nn.ModuleDict):
+        copy = torch.nn.ModuleDict()
+        copy.__dict__["_modules"] = {key: packed(child) for key, child in module._modules.items()}
+        return copy
+    return Persistent(module, type(module).__name__)
+
+
+@pytest.fixture
+def theirs(monkeypatch):
+    """Modules by the names that the published pickles use."""
+    persistence, util = types.ModuleType("torch_utils.persistence"), types.ModuleType("dnnlib.util")
+    monkeypatch.setattr(sys.modules[__name__]._reconstruct_persistent_obj, "__module__", "torch_utils.persistence")
+    persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    util.EasyDict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
+    for name, module in {"torch_utils": types.ModuleType("torch_utils"), "dnnlib": types.ModuleType("dnnlib")}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+    monkeypatch.setitem(sys.modules, "dnnlib.util", util)
+    return util.EasyDict
+
+
+def written(path, easy_dict, seed=0):
+    torch.manual_seed(seed)
+    net = SPEC.build((3, 8, 8), num_classes=5, arrival=False)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter)
+    outer = torch.nn.Module()
+    outer.unet, outer.sigma_data = net.unet, 0.5
+    outer.logvar_linear = torch.nn.Linear(3, 1)
+    path.write_bytes(pickle.dumps(easy_dict(ema=Persistent(outer.half(), "Precond"), dataset_kwargs=easy_dict(path="x"), encoder=None)))
+    return net
+
+
+def test_a_pickle_becomes_a_folder_with_the_same_velocity(theirs, command, tmp_path):
+    net = written(tmp_path / "net.pkl", theirs)
+    code, out, err = command("import", "--from", tmp_path / "net.pkl", "--out", tmp_path / "weights")
+    assert code == 0 and "(3, 8, 8), 5 classes" in out, err
+    student = load_student(tmp_path / "weights")
+    assert student.config.net == EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,))
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    cond = {"class": torch.tensor([1, -1])}
+    with torch.no_grad():
+        torch.testing.assert_close(student.flow_map.mean_velocity(x, t, t, cond), net.float()(x, t, t, cond), rtol=2e-2, atol=2e-2)  # half
+
+
+def test_snapshots_are_combined_to_another_width(theirs, command, tmp_path):
+    names = [tmp_path / f"net-{step:07d}-{std:.3f}.pkl" for step in (1000, 2000, 4000) for std in (0.05, 0.1)]
+    for i, name in enumerate(names):
+        written(name, theirs, seed=0 if i < 4 else 1)
+    code, _, err = command("import", "--from", *names, "--std", 0.05, "--out", tmp_path / "weights")
+    assert code == 0, err
+    import_weights([str(names[4])], tmp_path / "alone")
+    mixed, alone = (load_student(tmp_path / folder).flow_map.state_dict() for folder in ("weights", "alone"))
+    for key, tensor in alone.items():  # the width of a snapshot at its own step is that snapshot
+        torch.testing.assert_close(mixed[key], tensor, rtol=1e-4, atol=1e-4)
+    code, _, err = command("import", "--from", *names[:2], "--out", tmp_path / "other")
+    assert code == 2 and "--std" in err
+    code, _, err = command("import", "--from", names[0], tmp_path / "named-otherwise.pkl", "--std", 0.1, "--out", tmp_path / "other")
+    assert code == 2 and not (tmp_path / "other").exists()
+
+
+RECIPE = """
+data: {{kind: pictures, root: {root}/pictures, num_classes: 5, batch_size: 8}}
+teacher: {{card: {root}/strong.yaml, guidance: {{kind: autoguidance, weak: {root}/weak.yaml, scale: [1.0, 2.0], default: 1.5}}}}
+student: {{kind: from_teacher}}
+objective: {{kind: ayf_emd, warmup_steps: 2}}
+trainer: {{steps: 3, accelerator: cpu, checkpoint_every_steps: 3}}
+metrics: [{{kind: frechet, features: pixels, images: 200, reference_images: 200}}]
+evaluation: {{teacher_steps: 2}}
+log: {{every_steps: 1, wandb: false}}
+"""
+
+
+def test_from_pickles_to_a_student(theirs, command, tmp_path, monkeypatch):
+    """Imported strong and weak models, autoguidance, a few steps of AYF-EMD, a student that samples."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
+    for i, name in enumerate(("strong", "weak")):
+        written(tmp_path / f"{name}.pkl", theirs, seed=i)
+        (tmp_path / f"{name}.yaml").write_text("kind: edm2\nsource: tests\nshape: [3, 8, 8]\nnum_classes: 5\n")
+    (tmp_path / "pictures").mkdir()
+    save_file({"x0": torch.randn(400, 3, 8, 8).clamp(-1, 1), "class": torch.arange(400) % 5}, tmp_path / "pictures" / "0.safetensors")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=tmp_path))
+    code, _, err = command("fit", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 2 and "flowmap import --from" in err.splitlines()[-1]
+    for name in ("strong", "weak"):
+        assert command("import", "--from", tmp_path / f"{name}.pkl", "--out", tmp_path / "weights" / name)[0] == 0
+    code, out, err = command("fit", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert code == 0 and "teacher 2" in out, err
+    images = load_student(tmp_path / "run").sample(3, steps=2, cond={"class": 4}, guidance=1.2)
+    assert images.shape == (3, 3, 8, 8) and images.isfinite().all()
+
+
+class Bomb:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def storage_bytes(count):
+    """A storage in torch's older format that declares `count` numbers and has four bytes."""
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(1).storage(), buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()[:-12] + struct.pack("<q", count) + bytes(4)
+
+
+HOSTILE = {
+    "system": (lambda: pickle.dumps(Bomb(os.system, "touch executed")), "system"),
+    "eval": (lambda: pickle.dumps(Bomb(eval, "1")), "eval"),
+    "nested": (lambda: pickle.dumps(Bomb(torch.storage._load_from_bytes, pickle.dumps(Bomb(os.system, "touch executed")))), "system"),
+    "attribute": (lambda: b"cos\nsystem\n(S'touch executed'\ntR.", "os.system"),
+    "huge": (lambda: pickle.dumps(Bomb(torch.storage._load_from_bytes, storage_bytes(10 * 2**30))), "declares"),
+    "wide": (lambda: pickle.dumps(Bomb(torch._utils._rebuild_tensor_v2, torch.zeros(1).untyped_storage(), 0, (10**10,), (0,), False, {})), ""),
+    "memo": (lambda: b"\x80\x02Nr\xff\xff\xff\x7f.", "no network"),
+    "outside": (lambda: b"\x80\x02Pelsewhere\n.", "outside of itself"),
+    "torn": (lambda: pickle.dumps({"ema": [1, 2, 3]})[:-4], "not a whole pickle"),
+    "no pickle": (lambda: b"PK\x03\x04 something", ""),
+    "empty": (lambda: b"", "not a whole pickle"),
+    "another": (lambda: pickle.dumps({"ema": {"weight": 1}}), "no network under 'ema'"),
+    "deep": (lambda: b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_one_line_and_nothing_runs(name, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, says = HOSTILE[name]
+    (tmp_path / "file.pkl").write_bytes(make())
+    code, _, err = command("import", "--from", tmp_path / "file.pkl", "--out", tmp_path / "weights")
+    assert code == 2 and err.startswith("flowmap: ") and len(err.splitlines()) == 1 and says in err, err
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "weights").exists()
+
+
+def test_plain_containers_and_tensors_come_back(tmp_path):
+    held = {"a": [1, 2.5, "text", None], "b": torch.arange(6.0).reshape(2, 3).t(), "c": (True, {3, 4})}
+    (tmp_path / "plain.pkl").write_bytes(pickle.dumps(held))
+    back = read_pickle(tmp_path / "plain.pkl")
+    assert torch.equal(back.pop("b"), held.pop("b")) and back == held

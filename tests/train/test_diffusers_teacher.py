@@ -1,0 +1,92 @@
+"""A diffusers pipeline on disk as the teacher: from its folder to a student that is sampled, and what happens when it does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import flowmap
+from flowmap.build import build_teacher
+
+diffusers = pytest.importorskip("diffusers")
+
+RECIPE = """
+data: {{kind: digits, batch_size: 16}}
+teacher: {{card: {card}, guidance: {guidance}}}
+student: {{kind: from_teacher}}
+times: {{kind: mixture, base: {{kind: interval}}, one_step: 0.125, diagonal: 0.25}}
+objective: {{kind: ayf_emd, warmup_steps: 2}}
+sampler: {{kind: deterministic, steps: [1, 2]}}
+trainer: {{steps: 4, accelerator: cpu, checkpoint_every_steps: 4}}
+metrics: [{{kind: frechet, features: pixels, images: 128, reference_images: 128}}]
+evaluation: {{teacher_steps: 3, batch_size: 64}}
+log: {{every_steps: 2, wandb: false}}
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """A class-conditional DiT with random weights, as DiTPipeline saves it but for the autoencoder, and a card for it."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    torch.manual_seed(0)
+    net = diffusers.DiTTransformer2DModel(
+        attention_head_dim=16, num_attention_heads=2, in_channels=1, out_channels=2, num_layers=3, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10, norm_num_groups=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path / "pipe"
+    net.save_pretrained(folder / "transformer")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(parts))
+    (tmp_path / "card.yaml").write_text(f"kind: diffusers\nsource: {folder}\nshape: [1, 8, 8]\nnum_classes: 10\n")
+    return tmp_path
+
+
+def recipe_in(folder, guidance="{kind: classifier_free, scale: [1.0, 2.0], default: 1.5}"):
+    (folder / "recipe.yaml").write_text(RECIPE.format(card=folder / "card.yaml", guidance=guidance))
+    return folder / "recipe.yaml"
+
+
+KINDS = ("classifier_free", "autoguidance, skip_blocks: [1]")
+
+
+@pytest.mark.parametrize("guidance", [f"{{kind: {kind}, scale: [1.0, 2.0], default: 1.5}}" for kind in KINDS])
+def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
+    path = recipe_in(pipeline, guidance)
+    code, out, err = command("fit", "--recipe", path, "--dry-run")
+    assert code == 0 and "nothing is missing" in out, err
+    code, out, err = command("fit", "--recipe", path, "--out", pipeline / "run")
+    assert code == 0 and "teacher 3" in out, err
+    student = flowmap.load_student(pipeline / "run")
+    images = student.sample(4, steps=2, cond={"class": 3}, guidance=2.0)
+    assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
+    teacher = build_teacher(flowmap.read_recipe(path))
+    assert set(teacher.network.flow_map.state_dict()) < set(student.flow_map.state_dict())
+    code, out, err = command("sample", "--student", pipeline / "run", "--steps", 1, "--num", 4, "--out", pipeline / "drawn")
+    assert code == 0, err
+
+
+def test_what_does_not_fit_is_one_line(pipeline, command):
+    path, card = recipe_in(pipeline), pipeline / "card.yaml"
+    good = card.read_text()
+    for text, says in (
+        (good.replace("[1, 8, 8]", "[4, 64, 64]"), "its samples are (1, 8, 8)"),
+        (good.replace(str(pipeline / "pipe"), str(pipeline / "nowhere")), "no diffusers pipeline is there"),
+        ("kind: diffusers\n", "source: a card of kind diffusers names"),
+    ):
+        card.write_text(text)
+        code, out, err = command("fit", "--recipe", path, "--out", pipeline / "run")
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("flowmap: ") and says in last and "Traceback" not in err
+        assert not list((pipeline / "run").glob("*"))
+    card.write_text(good.replace(str(pipeline / "pipe"), "nobody/nothing"))
+    code, out, err = command("fit", "--recipe", path, "--dry-run")
+    assert code == 0 and "nobody/nothing: not on this machine" in out
