@@ -40,8 +40,8 @@ LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * 
 ASK_STUDENT = "student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)"
 ASK_TEACHER = "teacher.velocity(sample.xt, sample.t, sample.cond)"
 ARRIVAL = "arrival = x + along(s - t, x) * mean_velocity.detach()"
-STILL = "still = student.mean_velocity(x[~moving], t[~moving], s[~moving], _rows(cond, ~moving))"
-BACK = "return torch.cat([moved, still])[place], rate[place]"
+STILL = "still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)"
+BACK = "return mean_velocity[place], rate[place]"
 EMD_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
 WARM_UP = "return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max"
 TARGET = "target = (_wide(F) - _wide(g)).detach()"
@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("ayf_emd", "teacher's condition lost", AYF, EMD_TEACHER, EMD_TEACHER.replace("t, cond", "t, None")),
     Mutant("ayf_emd", "vt in place of the teacher", AYF, EMD_TEACHER, "v = sample.vt"),
     Mutant("ayf_emd", "flipped sign of vt", AYF, EMD_TEACHER, EMD_TEACHER.replace("v = sample.vt", "v = -sample.vt")),
-    Mutant("ayf_emd", "derivative along vt", AYF, "student, sample, v, needed", "student, sample, sample.vt, needed"),
+    Mutant("ayf_emd", "derivative along vt", AYF, "derive, sample, v, needed", "derive, sample, sample.vt, needed"),
     Mutant("ayf_emd", "zero time tangent", DERIVATIVE, "(velocity.to(x.dtype), torch.ones_like(t))", "(velocity.to(x.dtype), torch.zeros_like(t))"),
     Mutant("ayf_emd", "zero space tangent", DERIVATIVE, "(velocity.to(x.dtype), torch", "(0 * velocity.to(x.dtype), torch"),
     Mutant("ayf_lmd", "flipped sign of the derivative", AYF, LMD_G, LMD_G.replace("+ r", "- r")),
@@ -92,12 +92,14 @@ MUTANTS = [
     Mutant("ayf, both", "warm-up turned round", AYF, WARM_UP, WARM_UP.replace("step / self.warmup_steps", "1 - step / self.warmup_steps")),
     Mutant("ayf, both", "warm-up: the larger of both", AYF, WARM_UP, WARM_UP.replace("min(", "max(")),
     Mutant("ayf, both", "no warm-up means no derivative", AYF, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")),
-    Mutant("ayf, both", "diagonal mask inverted", AYF, "moving = (t > s) if", "moving = (t <= s) if"),
-    Mutant("ayf, both", "diagonal rows pay", AYF, "moving = (t > s) if", "moving = (t >= s) if"),
-    Mutant("ayf, both", "mixed batch out of order", AYF, BACK, "return torch.cat([moved, still]), rate"),
-    Mutant("ayf, both", "rates out of order", AYF, BACK, "return torch.cat([moved, still])[place], rate"),
-    Mutant("ayf, both", "diagonal rows with others' conditions", AYF, STILL, STILL.replace("_rows(cond, ~moving)", "_rows(cond, ~moving.flip(0))")),
-    Mutant("ayf, both", "diagonal rows without graph", AYF, STILL, STILL + ".detach()"),
+    Mutant("ayf, both", "diagonal mask inverted", AYF, STILL, STILL.replace("<=", ">")),
+    Mutant("ayf, both", "diagonal rows pay", AYF, STILL, STILL.replace("<=", "<")),
+    Mutant("ayf, both", "weight zero pays", AYF, STILL, STILL.replace("ones_like", "zeros_like")),
+    Mutant("ayf, both", "mixed batch out of order", AYF, BACK, "return mean_velocity, rate"),
+    Mutant("ayf, both", "rates out of order", AYF, BACK, "return mean_velocity[place], rate"),
+    Mutant("ayf, both", "put back the way it came", AYF, "place = torch.argsort(order)", "place = order"),
+    Mutant("ayf, both", "rows with others' conditions", AYF, "{key: value[order] for", "{key: value for"),
+    Mutant("ayf, both", "others' rows derived", DERIVATIVE, "tangent[:rows] for", "tangent[-rows:] for"),
     Mutant("ayf, both", "sum over the batch", AYF, "Loss(loss.mean(),", "Loss(loss.sum(),"),
     Mutant("ayf, both", "ascent", AYF, "Loss(loss.mean(),", "Loss(-loss.mean(),"),
     Mutant("ayf, both", "settings of the norm ignored", AYF, "c=self.c, norm=self.norm", "c=self.c"),
