@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flowmap.flow.clock import FlowClock, TableClock, velocity_of
 from flowmap.flow.types import Cond
-from flowmap.nets.embed import ScalarEmbedding
+from flowmap.nets.embed import ScalarEmbedding, branches
 
 PREDICTION_OF = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "linear_velocity"}
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
@@ -83,7 +83,7 @@ class DiffusersNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         cond = cond or {}
-        self.extra.value = self._extra(t, s, cond)
+        self.extra.value = branches(self.arrival, self.guidance, t, s, cond)
         missing = {key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in self.empty.items() if key not in cond}
         given = _Conditions(type(self.model).__name__, {**missing, **cond})
 
@@ -98,13 +98,6 @@ class DiffusersNet(nn.Module):
         super().train(mode)
         self.model.eval()
         return self
-
-    def _extra(self, t: Tensor, s: Tensor, cond: Cond) -> Tensor | None:
-        extra = None if self.arrival is None else self.arrival(t - s)
-        if self.guidance is None:
-            return extra
-        scale = self.guidance(((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4)
-        return scale if extra is None else extra + scale
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
         """The same network, weights shared, with those transformer blocks left out: a weak model for autoguidance."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.flow.types import along
-from flowmap.nets.embed import ScalarEmbedding
+from flowmap.nets.embed import ScalarEmbedding, branches
 
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
@@ -70,10 +70,7 @@ class EDM2Net(nn.Module):
         cond, sd = cond or {}, self.sigma_data
         held = t.clamp(SIGMA_MIN / (1 + SIGMA_MIN), SIGMA_MAX / (1 + SIGMA_MAX))
         noise = torch.logit(held) / 4  # log(sigma) / 4
-        extra = None if self.arrival is None else self.arrival(t - s)
-        if self.guidance is not None:
-            scale = self.guidance(((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4)
-            extra = scale if extra is None else extra + scale
+        extra = branches(self.arrival, self.guidance, t, s, cond)
         square = t**2 + ((1 - t) * sd) ** 2
         size = square.sqrt()
         out = self.unet(x / along(size, x), noise, self._labels(x, cond), extra)

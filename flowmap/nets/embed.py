@@ -60,9 +60,22 @@ class Conditioning(nn.Module):
         if self.arrival is not None:
             c = c + self.arrival(t - s)
         if self.guidance is not None:
-            scale = cond["guidance"] if "guidance" in cond else torch.ones_like(t)
-            c = c + self.guidance((scale - 1) / 4)
+            c = c + self.guidance(_guidance_input(t, cond))
         if self.label is not None:
             label = cond["class"] if "class" in cond else torch.full(t.shape, -1, device=t.device)
             c = c + self.label(torch.where(label < 0, self.num_classes, label))
         return c
+
+
+def branches(arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond) -> Tensor | None:
+    """What the branches for the interval t - s and for the guidance scale add to a foreign network's embedding, (B, width); None without."""
+    extra = None if arrival is None else arrival(t - s)
+    if guidance is None:
+        return extra
+    scale = guidance(_guidance_input(t, cond))
+    return scale if extra is None else extra + scale
+
+
+def _guidance_input(t: Tensor, cond) -> Tensor:
+    """The guidance scale as its embedding wants it, (B,): scales of 1 to 5 on [0, 1]; 1 where cond has none."""
+    return ((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4
