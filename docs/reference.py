@@ -26,7 +26,7 @@ def reference() -> str:
     for slot, table in TABLES.items():
         parts += [f"## {' and '.join(places(slot))}: {len(table)} kind{'s' * (len(table) > 1)}", *shared(table)]
         for kind, cls in table.items():
-            parts += [f"### {places(slot)[0]}, kind {kind}", says(cls), settings(cls)]
+            parts += [f"### {places(slot)[0]}, kind {kind}", says(cls), settings(cls), *inner(cls)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -46,7 +46,8 @@ def places(slot: type) -> list[str]:
     for cls, key in sections().items():
         found += [f"{key}.{name}" for name, hint in typing.get_type_hints(cls).items() if slot in (hint, *typing.get_args(hint))]
     for outer, table in TABLES.items():
-        inside = [f.name for cls in table.values() for f in dataclasses.fields(cls) if typing.get_type_hints(cls)[f.name] is slot]
+        hints = [(f.name, typing.get_type_hints(cls)[f.name]) for cls in table.values() for f in dataclasses.fields(cls)]
+        inside = [name for name, hint in hints if slot in (hint, *typing.get_args(hint))]
         found += [f"{places(outer)[0]}.{name}" for name in inside] if outer is not slot else []
     return found
 
@@ -64,6 +65,16 @@ def shared(table: dict[str, type]) -> list[str]:
             if "__dataclass_fields__" in vars(base) and base.__doc__:
                 kinds.setdefault(base, []).append(kind)
     return [f"Kinds {', '.join(of)}:\n\n```text\n{inspect.cleandoc(base.__doc__)}\n```" for base, of in kinds.items()]
+
+
+def inner(cls: type) -> list[str]:
+    """What the fields of a kind that are dataclasses themselves, and no slots, take."""
+    parts: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part) and part not in TABLES:
+                parts += [f"`{name}`: {says(part)}", settings(part)]
+    return parts
 
 
 def settings(cls: type) -> str:

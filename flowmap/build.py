@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from flowmap.data import Dataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.flow_map import FlowMapNet, start_from
-from flowmap.plan import dependency_folder, find_card
+from flowmap.nets.lora import Base, fingerprint
+from flowmap.plan import data_of, dependency_folder, find_card, lora_card
 from flowmap.recipe import Autoguidance, ClassifierFree, FromTeacher, Recipe, read_recipe
 from flowmap.snapshots import nearest_snapshot
-from flowmap.student import Student, StudentConfig, load_student
+from flowmap.student import BESIDE, Student, StudentConfig, load_student
+from flowmap.teachers.autoencoder import Autoencoder
 from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
@@ -48,15 +51,26 @@ class BuiltTeacher:
 
 def build_data(recipe: Recipe) -> Dataset:
     try:
-        return recipe.data.build()
+        return data_of(recipe).build()
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
 
 
-def build_teacher(recipe: Recipe) -> BuiltTeacher | None:
-    """The recipe's teacher with its guidance, its weights read from the runs that trained it; None where the recipe has none."""
+def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher | None:
+    """The recipe's teacher with its guidance, its weights read from the runs that trained it; None where the recipe has none.
+
+    From the data come the conditions of an empty text, which guidance without a condition needs.
+    """
     if recipe.teacher is None:
         return None
+    teacher = _guided(recipe)
+    for module in teacher.modules if data is not None else ():
+        if hasattr(module.net, "empty"):
+            module.net.empty = dict(data.empty)
+    return teacher
+
+
+def _guided(recipe: Recipe) -> BuiltTeacher:
     card = find_card(recipe.teacher.card)
     strong, network, modules = _load(card, recipe)
     guidance = recipe.teacher.guidance
@@ -105,11 +119,11 @@ def missing_weights(card: Card) -> str | None:
     folder = weights_folder(card)
     if (folder / "config.json").is_file():
         return None
-    return f"{card.name!r} is the EDM2 model {card.source}: fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
+    return f"{card.name!r} is the published model {card.source}: fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
 
 
 def weights_folder(card: Card) -> Path:
-    """Where `flowmap import` is told to put an EDM2 card's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
+    """Where `flowmap import` is told to put a published network's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
     return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
 
 
@@ -147,7 +161,7 @@ def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student |
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: teacher.guidance.{error}") from error
     else:
-        flow_map = network.config.build()
+        flow_map = copy.deepcopy(network.flow_map)  # not built anew: a LoRA student's state leaves its base out
         flow_map.load_state_dict(nearest_snapshot(trained_folder(card, recipe), share=guidance.snapshot))
     return NetworkTeacher(flow_map), (flow_map,)
 
@@ -172,21 +186,44 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         clamp=len(data.shape) == 3 and recipe.data.in_pixels,
+        autoencoder=_beside(recipe),
+        text=getattr(recipe.data, "text", None),
+        lora=recipe.lora,
+        base=_base(recipe, teacher) if recipe.lora else None,
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )
 
 
+def _beside(recipe: Recipe) -> Autoencoder | None:
+    """The autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
+    autoencoder = getattr(recipe.data, "autoencoder", None)
+    if autoencoder is None or autoencoder.recipe is None:
+        return autoencoder
+    return replace(autoencoder, source=BESIDE, recipe=None)
+
+
+def _base(recipe: Recipe, teacher: BuiltTeacher) -> Base:
+    """Where a LoRA student's frozen weights come from: the teacher's card."""
+    card = lora_card(recipe)
+    return Base(card.source, card.revision, fingerprint(teacher.network.flow_map.net.model))
+
+
 def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
-    """The student at step 0: the teacher's weights where the recipe says so, else random ones from the recipe's seed."""
+    """The student at step 0: the teacher's weights where the recipe says so, else random ones from the recipe's seed.
+
+    Frozen weights under adapters are the teacher's own parameters; all others are trained.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
+            if config.lora is not None:
+                return config.build(teacher.network.flow_map.net)
             flow_map = config.build()
             if isinstance(recipe.student, FromTeacher):
-                start_from(flow_map, teacher.network.flow_map)
+                start_from(flow_map, teacher.network.merged().flow_map)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)

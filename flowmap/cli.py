@@ -106,9 +106,9 @@ def _sample(a: argparse.Namespace) -> int:
 
     check_writable(Path(a.out), "--out")
     student = load_student(a.student).to(_device(a.device))
-    if a.prompt is not None:
+    if a.prompt is not None and student.config.text is None:
         raise ValueError("--prompt: this student is not conditioned on text")
-    cond = {} if a.label is None else {"class": a.label}
+    cond = {key: value for key, value in (("class", a.label), ("prompt", a.prompt)) if value is not None}
     with _bar(a.num * len(a.steps)) as progress:
         options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed)
         grids = sample(student, a.out, **options, progress=progress)
@@ -139,6 +139,36 @@ def _doctor(a: argparse.Namespace) -> int:
     return 0
 
 
+def _encode(a: argparse.Namespace) -> int:
+    from flowmap.data import Encoded
+    from flowmap.encode import encode
+    from flowmap.files import check_writable
+    from flowmap.plan import data_of
+    from flowmap.recipe import read_recipe
+
+    recipe = read_recipe(a.recipe, a.overrides)
+    if not isinstance(recipe.data, Encoded):
+        raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
+    spec = data_of(recipe)
+    folder = Path(a.out or spec.root)
+    check_writable(folder, "--out")
+    say = lambda message: print(message, file=sys.stderr, flush=True)
+    index = encode(spec, folder, shard=_part(a.shard), device=_device(a.device), batch_size=a.batch, say=say)
+    if index is None:
+        print(f"{folder}: this part is done; the encoding is complete when all parts are")
+        return 0
+    counts = f"{index['grey']} grey, {index['missing_captions']} without a caption"
+    print(f"{folder}: {index['rows']} samples of shape {tuple(index['shape'])}, {len(index['left_out'])} pictures left out, {counts}")
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard: {text!r} is not of the form I/N, such as 0/4")
+    return int(first), int(count)
+
+
 def _average(a: argparse.Namespace) -> int:
     from dataclasses import replace
 
@@ -167,6 +197,20 @@ def _import_weights(a: argparse.Namespace) -> int:
     check_writable(Path(a.out), "--out")
     config = import_weights(a.files, a.out, std=a.std)
     print(f"{a.out}: samples of shape {tuple(config.shape)}, {config.num_classes or 'no'} classes")
+    return 0
+
+
+def _export(a: argparse.Namespace) -> int:
+    from flowmap.export import export
+    from flowmap.export.hub import check_repository, push
+    from flowmap.student import load_student
+
+    if a.push is not None:
+        check_repository(a.push)
+    options = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, overwrite=a.overwrite)
+    print(export(load_student(a.student), a.out, **options))
+    if a.push is not None:
+        print(push(Path(a.out), a.push))
     return 0
 
 
@@ -266,6 +310,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", help="write the figures to this JSON file")
     _import_argument(evaluate)
 
+    encode = _verb(verbs, "encode", _encode, "turn a recipe's pictures into latents and text embeddings on disk; goes on where it was cut")
+    _recipe_arguments(encode)
+    encode.add_argument("--shard", default="0/1", metavar="I/N", help="make part I of N (from 0), beside other processes that make the others")
+    encode.add_argument("--batch", type=int, default=32, help="pictures that the networks see at once")
+    encode.add_argument("--device", default="cpu")
+    encode.add_argument("--out", help="folder (default: the recipe's data.root)")
+
     doctor = _verb(verbs, "doctor", _doctor, "try one training step of a recipe on its real network: which derivative works, what it costs")
     _recipe_arguments(doctor)
     doctor.add_argument("--batch", type=int, default=2, help="samples in the step")
@@ -277,10 +328,20 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("--step", type=int, metavar="N", help="as of that step (default: the last)")
     average.add_argument("--out", required=True, help="folder for the student")
 
-    weights = _verb(verbs, "import", _import_weights, "convert published EDM2 pickles, executing nothing in them, to a folder of safetensors")
+    weights = _verb(verbs, "import", _import_weights, "convert published EDM and EDM2 pickles, executing nothing in them, to a folder of safetensors")
     weights.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl", help="one network, or several snapshots of one run")
     weights.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
     weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
+
+    export = _verb(verbs, "export", _export, "write a student as a diffusers pipeline or a torch program, for those without flowmap")
+    export.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    export.add_argument("--to", choices=["diffusers", "torch"], default="diffusers")
+    export.add_argument("--steps", type=int, metavar="K", help="steps that it is made for (default: the sampler's largest)")
+    export.add_argument("--guidance", type=float, metavar="W", help="guidance scale that it is made for (default: the recipe's)")
+    export.add_argument("--custom", action="store_true", help="a pipeline with its own code, also where diffusers has a stock one")
+    export.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
+    export.add_argument("--push", metavar="OWNER/NAME", help="then upload the folder to that repository of the hub")
+    export.add_argument("--out", required=True, help="folder for the export")
 
     _recipe_arguments(_verb(verbs, "show", _show, "print a recipe with every default"))
     _import_argument(_verb(verbs, "list", _list, "list recipes, teachers and kinds"))

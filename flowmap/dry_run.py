@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from flowmap.build import missing_weights, student_config
+from flowmap.build import missing_weights, on_this_machine, student_config
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
-from flowmap.plan import Stage, find_card, plan, runs_root, teacher_cards
-from flowmap.recipe import FromTeacher, PowerEMA, Recipe
+from flowmap.nets.diffusers_model import DiffusersModel, read_spec
+from flowmap.nets.lora import Base
+from flowmap.plan import Encoding, Stage, data_of, find_card, plan, runs_root, teacher_cards
+from flowmap.recipe import FromTeacher, PowerEMA, Recipe, read_recipe
 from flowmap.student import StudentConfig
 
 
@@ -20,6 +23,10 @@ def dry_run(recipe: Recipe, out: str | None) -> list[str]:
     stages = plan(recipe, Path(out) if out else runs_root() / recipe.name)
     lines, missing = [], []
     for i, stage in enumerate(stages):
+        if isinstance(stage, Encoding):
+            state = "complete" if stage.complete else "its pictures -> latents"
+            lines.append(f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {state} -> {stage.folder}")
+            continue
         state = "complete" if stage.complete else f"{stage.recipe.trainer.steps} steps"
         lines.append(f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {state} -> {stage.folder}")
         found, lacks = _look(stage)
@@ -36,7 +43,7 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
     data = None
     if not any(key.startswith("data") for key in recipe.missing()):
         try:
-            data = recipe.data.build()
+            data = data_of(recipe).build()
         except ValueError as error:
             missing.append(str(error))
     config = _config(recipe, data)
@@ -47,16 +54,16 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
 
 
 def _config(recipe: Recipe, data: Dataset | None) -> StudentConfig | None:
-    """The student's configuration, its network taken from the teacher's recipe where that is still to be trained."""
+    """The student's configuration, its network taken from the teacher's recipe or pipeline without any weights; None where it is not known."""
     if data is None:
         return None
     if not isinstance(recipe.student, FromTeacher):
         return student_config(recipe, data, None)
-    from dataclasses import replace
-
-    from flowmap.recipe import read_recipe
-
     card = find_card(recipe.teacher.card)
+    if card.kind == "diffusers" and on_this_machine(card):
+        spec = read_spec(card.source, card.revision)
+        config = student_config(replace(recipe, student=spec), data, None)
+        return replace(config, lora=recipe.lora, base=Base(card.source, card.revision) if recipe.lora else None)
     if card.kind != "recipe":
         return None
     trained = read_recipe(card.recipe, recipe.teacher.overrides)
@@ -69,17 +76,27 @@ def _sizes(recipe: Recipe, config: StudentConfig) -> list[str]:
             flow_map = config.build()
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
-    count = sum(p.numel() for p in flow_map.parameters())
+    frozen = sum(p.numel() for p in flow_map.parameters() if not p.requires_grad)
+    count = sum(p.numel() for p in flow_map.parameters()) - frozen
     averages = 1 + (len(recipe.ema.snapshot_stds) if isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps else 0)
-    state = 4 * count * (4 + averages)
+    state = 4 * (count * (4 + averages) + frozen)
+    size = f"student: {counted(flow_map)}, samples of shape {tuple(config.shape)}"
+    memory = f"memory for each device, estimated: {_gib(state)} weights, gradients, optimiser and averages"
+    if isinstance(config.net, DiffusersModel):  # which does not run without memory
+        return [size, f"{memory} + activations, which `flowmap doctor` measures"]
     activations = _activation_bytes(flow_map, config) * recipe.data.batch_size
     if recipe.trainer.activation_checkpointing:
         activations /= max(len(getattr(flow_map.net, "blocks", ())), 1)
-    return [
-        f"student: {count / 1e6:.2f} M parameters, samples of shape {tuple(config.shape)}",
-        f"memory for each device, estimated: {_gib(state)} weights, gradients, optimiser and averages + {_gib(activations)} activations "
-        f"at batch {recipe.data.batch_size}",
-    ]
+    return [size, f"{memory} + {_gib(activations)} activations at batch {recipe.data.batch_size}"]
+
+
+def counted(net: torch.nn.Module) -> str:
+    """How many parameters a network has; the trained and the frozen ones apart where it has both."""
+    total = sum(p.numel() for p in net.parameters())
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if trained == total:
+        return f"{total / 1e6:.2f} M parameters"
+    return f"{total / 1e6:.2f} M parameters: {trained / 1e6:.2f} M trained, {(total - trained) / 1e6:.2f} M frozen"
 
 
 def _activation_bytes(flow_map, config: StudentConfig) -> float:

@@ -15,9 +15,10 @@ from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.files import write_json
 from flowmap.flow.solver import Euler
+from flowmap.flow.types import Cond
 from flowmap.metrics import floor
 from flowmap.recipe import Recipe, read_resolved
-from flowmap.student import Student, load_student
+from flowmap.student import ENCODED, Student, load_student
 
 Progress = Callable[[str], None]
 
@@ -45,7 +46,7 @@ def evaluate(
             raise ValueError(f"steps: {k} must be 1 or more")
     data = build_data(recipe)
     try:
-        teacher = build_teacher(recipe)
+        teacher = build_teacher(recipe, data)
     except RecipeError as error:
         teacher = None
         if progress is not None:
@@ -99,7 +100,7 @@ class _Rows:
     """One row of metrics.json: samples by some sampler, looked at by every metric."""
 
     def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None):
-        self.recipe, self.flow_map, self.specs = recipe, student.flow_map, specs
+        self.recipe, self.flow_map, self.specs, self.pictures = recipe, student.flow_map, specs, student.pictures
         self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device = student.device
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -107,8 +108,9 @@ class _Rows:
         self.num = max((spec.images for spec in specs), default=0) // world * world
         generator = torch.Generator().manual_seed(recipe.evaluation.seed)
         x1 = torch.randn(self.num, *data.shape, generator=generator) if self.num else torch.zeros(0, *data.shape)
-        self.cond = {k: v[rank::world] for k, v in student.conditions(self.num, guidance=guidance).items()} if self.num else {}
-        self.x1, self.clamp, self.world = x1[rank::world], student.config.clamp, world
+        self.x1, self.world = x1[rank::world], world
+        self.places = torch.arange(self.num)[rank::world]
+        self.conditions = conditions_for(student, data, self.num, guidance) if self.num else None
         self.built = [spec.build(data.reference) if spec.needs == "samples" else spec.build() for spec in specs]
         self.known: dict[tuple, Any] = {}  # what rows share: the many-step end points, and straightness, of student and teacher
 
@@ -142,7 +144,7 @@ class _Rows:
     def _row(self, draw, whose: str) -> tuple[dict[str, float], float]:
         row: dict[str, float] = {}
         started = time.perf_counter()
-        samples = self._finish(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
+        samples = self.pictures(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
         seconds = time.perf_counter() - started
         for spec, metric in zip(self.specs, self.built, strict=True):
             if spec.needs == "samples":
@@ -181,10 +183,23 @@ class _Rows:
         size, num = self.recipe.evaluation.batch_size, num // self.world
         for i in range(0, num, size):
             rows = slice(i, min(i + size, num))
-            yield self.x1[rows].to(self.device), {k: v[rows].to(self.device) for k, v in self.cond.items()}
+            yield self.x1[rows].to(self.device), self.conditions(self.places[rows])
 
-    def _finish(self, x: Tensor) -> Tensor:
-        return x.clamp(-1, 1) if self.clamp else x
+
+def conditions_for(student: Student, data: Dataset, num: int, guidance: float | None = None) -> Callable[[Tensor], Cond]:
+    """What gives the conditions at some places of a set of `num` samples: those of as many training samples, evenly spaced, where there is
+    text; else classes in turn. ValueError at once where the guidance scale does not fit."""
+    if student.config.text is None:
+        whole = student.conditions(num, guidance=guidance)
+        return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
+    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []))
+
+    def at(places: Tensor) -> Cond:
+        given = data.conditions_at(places * len(data) // num)
+        return student.conditions(len(places), {key: value for key, value in given.items() if key in allowed}, guidance)
+
+    at(torch.arange(1))
+    return at
 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,14 @@ def only_process(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """The files of a folder, copied one by one beside and renamed; those that are there already in the same size are left."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        there = target / path.relative_to(source)
+        if not there.is_file() or there.stat().st_size != path.stat().st_size:
+            write_beside(there, lambda temporary, path=path: shutil.copyfile(path, temporary))
 
 
 def write_text(path: Path, text: str) -> None:

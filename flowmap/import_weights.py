@@ -1,4 +1,4 @@
-"""Published EDM2 pickles become a folder that flowmap reads: config.json and model.safetensors. Nothing in a pickle is executed."""
+"""Published EDM and EDM2 pickles become a folder that flowmap reads: config.json and model.safetensors. Nothing in a pickle is executed."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.averaging import posthoc_coefficients
-from flowmap.nets.edm2 import EDM2
-from flowmap.samplers import Deterministic
+from flowmap.published import config_of, tensors_of_net
 from flowmap.student import StudentConfig, save_student
-from flowmap.teachers.pickled import Record, read_pickle, tensors_of
+from flowmap.teachers.pickled import Record, read_pickle
 
 SNAPSHOT = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")
-NOT_NEEDED = ("logvar_",)  # the head that weighted the training loss
 
 
 def import_weights(files: list[str], out: str | Path, *, std: float | None = None) -> StudentConfig:
@@ -44,41 +42,6 @@ def _network(file: str) -> Record:
     return net
 
 
-def tensors_of_net(net: Record, file: str) -> dict[str, Tensor]:
-    found = {name: tensor.float() for name, tensor in tensors_of(net).items() if not name.startswith(NOT_NEEDED)}
-    if not any(name.startswith("unet.enc.") for name in found):
-        raise ValueError(f"{file}: its network ({net.name or 'unnamed'}) is not an EDM2 U-Net")
-    return found
-
-
-def config_of(net: Record, weights: dict[str, Tensor], file: str) -> StudentConfig:
-    """What the network is, read off the names and shapes of its weights."""
-    try:
-        levels = {}
-        for name, tensor in weights.items():
-            if (match := re.fullmatch(r"unet\.enc\.(\d+)x\1_block(\d+)\.conv_res0\.weight", name)) is not None:
-                levels.setdefault(int(match[1]), []).append(tensor.shape[0])
-        sides = sorted(levels, reverse=True)
-        size, channels = sides[0], weights["unet.out_conv.weight"].shape[0]
-        width = weights[f"unet.enc.{size}x{size}_conv.weight"].shape[0]
-        spec = EDM2(
-            channels=width,
-            multipliers=tuple(levels[side][0] // width for side in sides),
-            num_blocks=len(levels[size]),
-            attention_at=tuple(side for side in sides if f"unet.enc.{side}x{side}_block0.attn_qkv.weight" in weights),
-            sigma_data=float(net.state.get("sigma_data", 0.5)),
-        )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: the layers of its network are not an EDM2 U-Net's: {error}") from error
-    labels = weights.get("unet.emb_label.weight")
-    num_classes = None if labels is None else labels.shape[1]
-    in_pixels = channels in (1, 3)
-    return StudentConfig(
-        net=spec, sampler=Deterministic(), shape=(channels, size, size), num_classes=num_classes, arrival=False, clamp=in_pixels,
-        recipe="imported",
-    )  # fmt: skip
-
-
 def _average(parts: list[dict[str, Tensor]], files: list[str], std: float) -> dict[str, Tensor]:
     found = [SNAPSHOT.search(file) for file in files]
     for file, match in zip(files, found, strict=True):
@@ -100,5 +63,5 @@ def _in_place(config: StudentConfig, weights: dict[str, Tensor], file: str) -> d
     got = {name: tuple(tensor.shape) for name, tensor in named.items()}
     odd = next((name for name in [*expected, *got] if expected.get(name) != got.get(name)), None)
     if odd is not None:
-        raise ValueError(f"{file}: {odd} is {got.get(odd, 'absent')}, an EDM2 U-Net of these settings has {expected.get(odd, 'no such layer')}")
+        raise ValueError(f"{file}: {odd} is {got.get(odd, 'absent')}, a network of these settings has {expected.get(odd, 'no such layer')}")
     return named

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ import torch
 from torch import Tensor
 
 from flowmap.config import RecipeError, construct, to_plain
+from flowmap.data import Autoencoder, TextEncoder
 from flowmap.files import read_json, read_tensors, write_json, write_tensors
 from flowmap.flow.types import Sampler
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.lora import Base, LoRA, add_lora, load_base, merged
 from flowmap.recipe import TABLES, StudentSpec
 from flowmap.samplers import Gamma
 from flowmap.samplers.grids import FewStep
+from flowmap.teachers.autoencoder import FrozenAutoencoder
 
 FORMAT = 1
+BESIDE = "autoencoder"
+ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
 
 
@@ -29,7 +36,9 @@ class StudentConfig:
     """All that is needed to build the network again and to sample from it.
 
     guidance: the range of scales it was trained on and the default, or None where the scale is no input. arrival: False for a plain
-    velocity (a teacher). clamp: samples are pictures in [-1, 1].
+    velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
+    source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
+    branches beside the frozen `base`.
     """
 
     net: StudentSpec
@@ -39,6 +48,10 @@ class StudentConfig:
     arrival: bool = True
     guidance: tuple[float, float, float] | None = None
     clamp: bool = True
+    autoencoder: Autoencoder | None = None
+    text: TextEncoder | None = None
+    lora: LoRA | None = None
+    base: Base | None = None
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
@@ -51,9 +64,18 @@ class StudentConfig:
             raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
+        if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
+            raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
 
-    def build(self) -> FlowMapNet:
-        net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=self.guidance is not None)
+    def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
+        """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
+        guidance = self.guidance is not None
+        if base is None:
+            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance)
+        else:
+            net = base.with_branches(arrival=self.arrival, guidance=guidance)
+        if self.lora is not None:
+            add_lora(net, self.lora)
         return FlowMapNet(net)
 
 
@@ -80,6 +102,12 @@ class Student:
     def parameters(self):
         return self.flow_map.parameters()
 
+    def merged(self) -> Student:
+        """The same map to rounding, its adapters added into weights of its own: no base to fetch, no adapters to run. Itself if it has none."""
+        if self.config.lora is None:
+            return self
+        return Student(replace(self.config, lora=None, base=None), FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False))
+
     @property
     def device(self) -> torch.device:
         return next(self.flow_map.parameters()).device
@@ -95,11 +123,13 @@ class Student:
         gamma: float | None = None,
         batch_size: int = 256,
         progress=None,
+        latents: bool = False,
     ) -> Tensor:
         """(num, *shape): pictures in [-1, 1]. The same seed gives the same noise (and, without cond, the same classes) on every device.
 
-        cond: {"class": one label or num labels}; without it, classes in turn. guidance: the scale, where it is an input. gamma: in
-        [0, 1], noise put back between steps. progress: called with the number of new pictures. Raises ValueError that names what is wrong.
+        cond: {"class": one label or num labels}, without it classes in turn; {"prompt": one text or num texts} for students that are
+        conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
+        with the number of new samples. latents: give latents, not their pictures. Raises ValueError that names what is wrong.
         """
         if not 1 <= num <= MAX_IMAGES:
             raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
@@ -119,16 +149,38 @@ class Student:
             if progress is not None:
                 progress(len(chunk))
         x0 = torch.cat(out)
+        return x0 if latents else self.pictures(x0, batch_size)
+
+    @torch.no_grad()
+    def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
+        """What samples x0 (B, *shape) look like: decoded where they are latents, pictures cut to [-1, 1], anything else as it is."""
+        if self.config.autoencoder is not None:
+            decode = self.autoencoder.to(x0.device).decode
+            return torch.cat([decode(part).clamp(-1, 1) for part in x0.split(batch_size)]) if len(x0) else x0
         return x0.clamp(-1, 1) if self.config.clamp else x0
+
+    @cached_property
+    def autoencoder(self) -> FrozenAutoencoder | None:
+        """The frozen autoencoder that makes pictures of latents, loaded when first asked for; None where samples are no latents."""
+        spec = self.config.autoencoder
+        if spec is not None and spec.source == BESIDE and self.folder is not None:
+            spec = replace(spec, source=str(self.folder / BESIDE))
+        return None if spec is None else spec.load()
+
+    @cached_property
+    def text(self):
+        """The frozen text encoder, loaded when first asked for: list[str] -> conditions; None for a student without text."""
+        return None if self.config.text is None else self.config.text.load()
 
     def conditions(self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None) -> dict[str, Tensor]:
         """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
         cond = dict(cond or {})
-        allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has]
+        text = ("prompt", *ENCODED) if self.config.text is not None else ()
+        allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has] + [*text]
         for key in cond:
             if key not in allowed:
                 raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
-        rows: dict[str, Tensor] = {}
+        rows = self._text(num, cond) if text else {}
         if self.config.num_classes:
             rows["class"] = self._classes(num, cond.get("class"))
         if self.config.guidance is not None:
@@ -142,6 +194,24 @@ class Student:
         elif guidance is not None:
             raise ValueError(f"guidance: {guidance} was given, but this student was not trained with a guidance scale as input")
         return rows
+
+    def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the network reads of prompts: encoded here, or already by the caller."""
+        encoded = {key: cond[key].to(self.device) for key in ENCODED if key in cond}
+        if encoded:
+            if "prompt" in cond or any(len(value) != num for value in encoded.values()):
+                raise ValueError(f"cond: {', '.join(encoded)} must have {num} rows, and stand without prompt")
+            return encoded
+        prompt = cond.get("prompt")
+        if prompt is None:
+            raise ValueError("prompt: is required: this student is conditioned on text")
+        prompts = [prompt] * num if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != num or not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"prompt: {len(prompts)} given; allowed: one text, or {num} texts")
+        distinct = list(dict.fromkeys(prompts))
+        places = torch.tensor([distinct.index(one) for one in prompts], device=self.device)
+        self.text.to(self.device)
+        return {key: value.to(self.device)[places] for key, value in self.text(distinct).items()}
 
     def _classes(self, num: int, label: Any) -> Tensor:
         count = self.config.num_classes
@@ -169,13 +239,18 @@ def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tens
     write_text(folder / "README.md", card)
 
 
-def load_student(source: str | Path) -> Student:
+def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
     """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation mode.
 
-    Only config.json and model.safetensors are read; nothing is unpickled. ValueError names the file and what is wrong with it.
+    Only config.json and model.safetensors are read, and for a LoRA student its base's safetensors (`base`: where they are now, if they
+    have moved); nothing is unpickled. ValueError names the file and what is wrong with it.
     """
     folder = _local(source)
     config = _read_config(folder / "config.json")
+    if base is not None:
+        if config.base is None:
+            raise ValueError(f"base: {str(base)!r} was given, but this student has its weights with it")
+        config = replace(config, base=replace(config.base, source=str(base), revision=None))
     weights = folder / "model.safetensors"
     if not weights.is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
@@ -184,7 +259,12 @@ def load_student(source: str | Path) -> Student:
     state = read_tensors(weights)
     flow_map = _empty(config, state, folder / "config.json")
     _check_shapes(flow_map.state_dict(), state, weights)
-    if getattr(config.net, "holds_constants", False):
+    if config.lora is not None:
+        try:
+            flow_map = config.build(load_base(config.base, config.net))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
+    elif getattr(config.net, "holds_constants", False):
         flow_map = config.build()
     flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return Student(config, flow_map.eval().requires_grad_(False), folder)
@@ -203,7 +283,7 @@ def _local(source: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "recipe.yaml", "README.md"]))
+            return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "recipe.yaml", "README.md", f"{BESIDE}/*"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
     raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
@@ -211,6 +291,8 @@ def _local(source: str | Path) -> Path:
 
 def _read_config(path: Path) -> StudentConfig:
     plain = read_json(path)
+    if str(plain.get("_class_name", "")).startswith("Autoencoder"):
+        raise ValueError(f"{path}: is an autoencoder's, not a student's")
     if plain.get("format") != FORMAT:
         raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
     try:
@@ -224,7 +306,8 @@ def _read_config(path: Path) -> StudentConfig:
 def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:
     """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
     largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
-    for name, value in [*vars(config.net).items(), ("num_classes", config.num_classes)]:
+    rank = None if config.lora is None else config.lora.rank
+    for name, value in [*vars(config.net).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
         if isinstance(value, int) and not -1 < value <= largest:
             raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
     if math.prod(config.shape) > MAX_SIZE:
@@ -261,5 +344,3 @@ def _rows(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
     if tensor.shape != (num,):
         raise ValueError(f"{key}: has shape {tuple(tensor.shape)}, wants one value or {num}")
     return tensor.to(dtype)
-
-

@@ -1,4 +1,4 @@
-"""Published EDM2 pickles are read without being executed: a file of that kind comes out whole, and a hostile one is refused."""
+"""Published EDM and EDM2 pickles are read without being executed: a file of that kind comes out whole, and a hostile one is refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import struct
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from flowmap.import_weights import import_weights
+from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.student import load_student
 from flowmap.teachers.pickled import read_pickle
@@ -28,25 +30,25 @@ def _reconstruct_persistent_obj(meta):
 class Persistent:
     """Pickles as torch_utils.persistence does: its source and state, to be rebuilt by running the source."""
 
-    def __init__(self, module, name):
-        self.module, self.name = module, name
+    def __init__(self, module, name, names=None):
+        self.module, self.name, self.names = module, name, names or {}
 
     def __reduce__(self):
         state = {key: value for key, value in self.module.__dict__.items() if key not in ("_modules", "_version")}
-        state["_modules"] = {key: packed(child) for key, child in self.module._modules.items()}
+        state["_modules"] = {key: packed(child, self.names) for key, child in self.module._modules.items()}
         meta = dict(type="class", version=6, module_src="import os; os._exit(9)", class_name=self.name, state=state)
         return _reconstruct_persistent_obj, (meta,)
 
 
-def packed(module):
-    """A container is torch's own and pickles as it is; everything else is persistent."""
+def packed(module, names=None):
+    """A container is torch's own and pickles as it is; everything else is persistent, of its class's name unless `names` has another."""
     if module is None:
         return None
     if isinstance(module, torch.nn.ModuleDict):
         copy = torch.nn.ModuleDict()
-        copy.__dict__["_modules"] = {key: packed(child) for key, child in module._modules.items()}
+        copy.__dict__["_modules"] = {key: packed(child, names) for key, child in module._modules.items()}
         return copy
-    return Persistent(module, type(module).__name__)
+    return Persistent(module, (names or {}).get(module, type(module).__name__), names)
 
 
 @pytest.fixture
@@ -101,6 +103,61 @@ def test_snapshots_are_combined_to_another_width(theirs, command, tmp_path):
     assert code == 2 and "--std" in err
     code, _, err = command("import", "--from", names[0], tmp_path / "named-otherwise.pkl", "--std", 0.1, "--out", tmp_path / "other")
     assert code == 2 and not (tmp_path / "other").exists()
+
+
+EDM = {
+    "SongUNet": DDPMpp(channels=32, multipliers=(1, 2), num_blocks=1, attention_at=(4,)),
+    "SongUNet of NCSN++": DDPMpp(channels=32, multipliers=(2, 1), num_blocks=2, attention_at=(8,), ncsnpp=True, sigma_data=0.25),
+    "DhariwalUNet": ADM(channels=64, multipliers=(1, 2), num_blocks=1, attention_at=(4,)),
+}
+
+
+def written_by_edm(path, easy_dict, family, *, outer="EDMPrecond", inner=None, num_classes=5):
+    """A pickle as EDM's training writes it: settings as numpy's numbers beside the weights, a loss, and weights for augmentation labels."""
+    torch.manual_seed(0)
+    net = EDM[family].build((3, 8, 8), num_classes=num_classes, arrival=False)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    whole = torch.nn.Module()
+    whole.model, whole.sigma_data, whole.sigma_max, whole.use_fp16 = net.model, EDM[family].sigma_data, float("inf"), True
+    whole._init_kwargs = easy_dict(model_type=family.split()[0], channel_mult=[1, 2])
+    net.model.map_augment, net.model.skip_scale = torch.nn.Linear(9, net.model.map_layer0.in_features, bias=False), np.sqrt(0.5)
+    names = {whole: outer, net.model: inner or family.split()[0]}
+    data = easy_dict(ema=packed(whole, names), loss_fn=packed(torch.nn.Module(), {}), augment_pipe=None)
+    path.write_bytes(pickle.dumps(data))
+    del net.model.map_augment
+    return net
+
+
+@pytest.mark.parametrize("family", EDM)
+@pytest.mark.parametrize("num_classes", [5, None])
+def test_a_pickle_of_edm_becomes_a_folder_with_the_same_velocity(family, num_classes, theirs, command, tmp_path):
+    net = written_by_edm(tmp_path / "net.pkl", theirs, family, num_classes=num_classes)
+    code, out, err = command("import", "--from", tmp_path / "net.pkl", "--out", tmp_path / "weights")
+    assert code == 0 and "(3, 8, 8)" in out, err
+    student = load_student(tmp_path / "weights")
+    assert student.config.net == EDM[family] and student.config.num_classes == num_classes and not student.config.arrival
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    cond = {"class": torch.tensor([1, -1])} if num_classes else None
+    with torch.no_grad():
+        assert torch.equal(student.flow_map.mean_velocity(x, t, t, cond), net(x, t, t, cond))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"outer": "VPPrecond"}, "preconditioned by VPPrecond; of EDM's networks only EDMPrecond is read"),
+        ({"outer": "iDDPMPrecond"}, "preconditioned by iDDPMPrecond"),
+        ({"inner": "OtherUNet"}, "is of class OtherUNet; of EDM's networks SongUNet and DhariwalUNet are read"),
+        ({"inner": "DhariwalUNet"}, "channels: 32 must be a multiple of 64"),
+        ({"family": "DhariwalUNet", "inner": "SongUNet"}, "net.model.enc.8x8_block0.affine.weight is (128, 256), a network of these settings has"),
+    ],
+)
+def test_another_network_is_one_line(changed, says, theirs, command, tmp_path):
+    written_by_edm(tmp_path / "net.pkl", theirs, **{"family": "SongUNet", **changed})
+    code, _, err = command("import", "--from", tmp_path / "net.pkl", "--out", tmp_path / "weights")
+    assert code == 2 and len(err.splitlines()) == 1 and says in err, err
+    assert not (tmp_path / "weights").exists()
 
 
 RECIPE = """

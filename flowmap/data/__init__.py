@@ -1,15 +1,47 @@
-"""What a recipe's `data` slot may name: DATA maps a kind to a frozen spec whose `build()` gives a Dataset in memory.
+"""What a recipe's `data` slot may name: DATA maps a kind to a frozen spec whose `build()` gives a data set, IMAGE_SOURCES one to where pictures
+come from.
 
 Nothing heavy is imported before `build()`, so that reading a recipe stays quick.
 """
 
 from flowmap.data.dataset import Dataset, as_it_is
-from flowmap.data.folder import Folder
+from flowmap.data.edm2_zip import EDM2Images, EDM2Latents
+from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
+from flowmap.data.folder import Folder, FolderImages
+from flowmap.data.huggingface import HuggingFaceImages
 from flowmap.data.images import Digits, Fashion
+from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches
 from flowmap.data.tensors import Latents, Pictures
 from flowmap.data.toy import Toy
+from flowmap.data.webdataset import WebDatasetImages
 
-DATA = {"digits": Digits, "fashion": Fashion, "folder": Folder, "toy": Toy, "latents": Latents, "pictures": Pictures}
+DATA = {
+    "digits": Digits,
+    "fashion": Fashion,
+    "folder": Folder,
+    "toy": Toy,
+    "latents": Latents,
+    "pictures": Pictures,
+    "encoded": Encoded,
+    "edm2_zip": EDM2Latents,
+}
+IMAGE_SOURCES = {"folder": FolderImages, "huggingface": HuggingFaceImages, "edm2_zip": EDM2Images, "webdataset": WebDatasetImages}
 
-__all__ = ["DATA", "Dataset", "Digits", "Fashion", "Folder", "Latents", "Pictures", "StepBatches", "Toy", "as_it_is"]
+__all__ = [
+    "DATA",
+    "IMAGE_SOURCES",
+    "Autoencoder",
+    "Dataset",
+    "Digits",
+    "Encoded",
+    "Fashion",
+    "Folder",
+    "ImageSource",
+    "Latents",
+    "Pictures",
+    "StepBatches",
+    "TextEncoder",
+    "Toy",
+    "as_it_is",
+]

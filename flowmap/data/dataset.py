@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,6 +55,15 @@ class Dataset:
     @property
     def reference(self) -> Tensor:
         return self.train
+
+    @property
+    def empty(self) -> Mapping[str, Tensor]:
+        """One row of each condition as an empty text gives it; {} where there is no text."""
+        return {}
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those training samples."""
+        return {} if self.labels is None else {"class": self.labels[places]}
 
     def __len__(self) -> int:
         return len(self.train)

@@ -1,6 +1,6 @@
 """Brings a data set to this machine: `python -m flowmap.data.fetch fashion --out .data` leaves the four files in .data/fashion.
 
-Source: Debian's package dataset-fashion-mnist (31 MB), fetched and unpacked by apt-get and dpkg without being root.
+Source of fashion: Debian's package dataset-fashion-mnist (31 MB), fetched and unpacked by apt-get and dpkg without being root.
 Files are unpacked and checked beside their place, then renamed into it; a second call finds them and does nothing.
 """
 
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from flowmap.data import idx
+from flowmap.data.fetch_emoji import fetch_emoji
 
 PACKAGE = "dataset-fashion-mnist"
 BY_HAND = (
@@ -61,13 +62,16 @@ def _download(scratch: Path) -> None:
     subprocess.run(["dpkg", "-x", str(package), str(scratch / "unpacked")], check=True)
 
 
+FETCHES = {"fashion": fetch_fashion, "emoji": fetch_emoji}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flowmap.data.fetch", description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=["fashion"])
+    parser.add_argument("name", choices=list(FETCHES))
     parser.add_argument("--out", type=Path, default=Path(".data"), help="the folder to hold it (default .data)")
     options = parser.parse_args(argv)
     try:
-        fetch_fashion(options.out)
+        FETCHES[options.name](options.out)
     except (ValueError, OSError) as error:
         print(f"flowmap: {error}", file=sys.stderr)
         return 2

@@ -42,15 +42,12 @@ class TableClock:
         a, b = table.sqrt(), (1 - table).sqrt()
         self.times = b / (a + b)
         self.logits = torch.logit(self.times).clamp(max=LARGEST_LOGIT)
-
-    @property
-    def t_max(self) -> float:
-        return float(self.times[-1])
+        self.t_min, self.t_max = float(self.times[0]), float(self.times[-1])
 
     def at(self, t: Tensor) -> tuple[Coefficients, Tensor]:
         t = wide(t).double().clamp(0, self.t_max)
-        times, logits = self.times.to(t.device), self.logits.to(t.device)
-        logit = torch.logit(t.clamp(float(times[0]), 1)).clamp(max=LARGEST_LOGIT)
+        logits = self.logits.to(t.device)
+        logit = torch.logit(t.clamp(self.t_min, 1)).clamp(max=LARGEST_LOGIT)
         right = torch.searchsorted(logits, logit).clamp(1, len(logits) - 1)
         share = (logit - logits[right - 1]) / (logits[right] - logits[right - 1])
         size = torch.hypot(1 - t, t)
@@ -61,8 +58,8 @@ def velocity_of(predict, clock: FlowClock | TableClock, x: Tensor, t: Tensor, pr
     """x1 - x0 at our (x, t), by a network predict(state, time) -> `prediction` (one of flow.path.PREDICTIONS) on its own clock."""
     at, time = clock.at(t)
     if prediction == "x0":  # at b = 0 it says nothing about x1
-        first = clock.times[0] if isinstance(clock, TableClock) else 1e-4
-        at, time = clock.at(wide(t).clamp(min=float(first)))
+        first = clock.t_min if isinstance(clock, TableClock) else 1e-4
+        at, time = clock.at(wide(t).clamp(min=first))
     state = (along(at.a + at.b, x) * x).to(x.dtype)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     return convert(predict(state, time.to(precise)), state, at, source=prediction, target="linear_velocity")

@@ -1,8 +1,18 @@
 """Floor 1: everything with weights that we train."""
 
+from flowmap.nets.autoencoder_kl import AutoencoderKL
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.dit import DiT
+from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.mlp import MLP
 
-NETS = {"dit": DiT, "mlp": MLP, "edm2": EDM2, "diffusers": DiffusersModel}
+NETS = {
+    "dit": DiT,
+    "mlp": MLP,
+    "edm2": EDM2,
+    "edm_ddpmpp": DDPMpp,
+    "edm_adm": ADM,
+    "diffusers": DiffusersModel,
+    "autoencoder_kl": AutoencoderKL,
+}

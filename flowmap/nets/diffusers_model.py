@@ -94,10 +94,20 @@ class DiffusersNet(nn.Module):
         return velocity_of(predict, self.clock, x, t, self.prediction)
 
     def train(self, mode: bool = True) -> DiffusersNet:
-        """The model itself stays in evaluation mode: dropped labels and activations would differ between a value and its derivative."""
+        """The model itself stays in evaluation mode, adapters' dropout apart: dropped labels would differ between a value and its derivative."""
         super().train(mode)
         self.model.eval()
+        for name, module in self.model.named_modules():
+            if name.endswith(".lora_dropout"):
+                module.train(mode)
         return self
+
+    def with_branches(self, *, arrival: bool, guidance: bool) -> DiffusersNet:
+        """The same network beside silent branches: modules of its own, the parameters shared."""
+        model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        net = DiffusersNet(model, self.clock, self.prediction, arrival=arrival, guidance=guidance)
+        net.empty = dict(self.empty)
+        return net
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
         """The same network, weights shared, with those transformer blocks left out: a weak model for autoguidance."""
@@ -189,6 +199,18 @@ def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dt
         raise ValueError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
     spec = DiffusersModel(network[1], _json(model.config), type(schedule).__name__, _json(schedule.config))
     return spec, DiffusersNet(model, *clock_of(schedule), arrival=False, guidance=False)
+
+
+def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
+    """What `load_pretrained` says of a pipeline, without its weights, which are not read. Raises ValueError as that does."""
+    import diffusers
+
+    names = _component(source, revision, ("transformer", "unet")), _component(source, revision, ("scheduler",))
+    try:
+        texts = [_json(getattr(diffusers, name).load_config(source, subfolder=part, revision=revision)) for part, name in names]
+    except (OSError, AttributeError) as error:
+        raise ValueError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
+    return DiffusersModel(names[0][1], texts[0], names[1][1], texts[1])
 
 
 def _json(config) -> str:

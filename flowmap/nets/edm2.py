@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flowmap.flow.types import along
 from flowmap.nets.embed import ScalarEmbedding, branches
+from flowmap.nets.preconditioning import one_hot, velocity_of
 
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ class EDM2:
 
 
 class EDM2Net(nn.Module):
-    """F(x, t, s, cond) for x (B, C, H, H): v = [(t - sd^2 (1-t)) / A^2] x - (sd / A) U(x / A, log(sigma) / 4), A^2 = t^2 + (1-t)^2 sd^2.
-
-    sigma = t / (1 - t) is held between 0.002 and 80, the noise levels that the published models know. A class of -1 is no class.
-    """
+    """F(x, t, s, cond) for x (B, C, H, H), the velocity of preconditioning.py. A class of -1 is no class."""
 
     def __init__(self, spec: EDM2, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool):
         super().__init__()
@@ -67,21 +63,9 @@ class EDM2Net(nn.Module):
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
-        cond, sd = cond or {}, self.sigma_data
-        held = t.clamp(SIGMA_MIN / (1 + SIGMA_MIN), SIGMA_MAX / (1 + SIGMA_MAX))
-        noise = torch.logit(held) / 4  # log(sigma) / 4
-        extra = branches(self.arrival, self.guidance, t, s, cond)
-        square = t**2 + ((1 - t) * sd) ** 2
-        size = square.sqrt()
-        out = self.unet(x / along(size, x), noise, self._labels(x, cond), extra)
-        return along((t - sd**2 * (1 - t)) / square, x) * x - along(sd / size, x) * out
-
-    def _labels(self, x: Tensor, cond) -> Tensor | None:
-        """One-hot classes (B, num_classes); a class of -1, or none given, is a row of zeros."""
-        if not self.num_classes:
-            return None
-        label = cond["class"] if "class" in cond else torch.full((len(x),), -1, device=x.device)
-        return F.one_hot(label + 1, self.num_classes + 1)[:, 1:].to(x.dtype)
+        cond = cond or {}
+        labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
+        return velocity_of(lambda scaled, noise: self.unet(scaled, noise, labels, extra), x, t, self.sigma_data)
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -226,7 +210,7 @@ def unit(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
-    share = norm.numel() / x.numel()
+    share = 1 / math.prod(x.shape[d] for d in dims)
     return x / (norm * math.sqrt(share) + eps).to(x.dtype)
 
 

@@ -2,5 +2,6 @@
 
 from flowmap.objectives.ayf import AYFEMD, AYFLMD
 from flowmap.objectives.flow_matching import FlowMatching
+from flowmap.objectives.reconstruction import Reconstruction
 
-OBJECTIVES = {"flow_matching": FlowMatching, "ayf_emd": AYFEMD, "ayf_lmd": AYFLMD}
+OBJECTIVES = {"flow_matching": FlowMatching, "ayf_emd": AYFEMD, "ayf_lmd": AYFLMD, "reconstruction": Reconstruction}

@@ -121,6 +121,11 @@ def _persistent(meta: dict) -> Record:
     return Record(str(meta.get("class_name", "")), dict(meta.get("state") or {}))
 
 
+def _number(*unused) -> Record:
+    """A number of numpy's, or its type: a setting that the shapes of the weights say as well, so it stays unread."""
+    return Record("numpy")
+
+
 class _Dict(dict):
     """dnnlib.util.EasyDict, without its attributes."""
 
@@ -135,6 +140,9 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): lambda data, *unused: data,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch", "Size"): tuple,
+    ("numpy", "dtype"): _number,
+    ("numpy.core.multiarray", "scalar"): _number,
+    ("numpy._core.multiarray", "scalar"): _number,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,
 }

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowmap.evaluate import measure
+from flowmap.evaluate import conditions_for, measure
 from flowmap.flow.derivative import along_path
 from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
 from flowmap.snapshots import save_snapshot
 from flowmap.student import Student, StudentConfig, save_student
-from flowmap.train.module import DistillModule, NotFinite, norm_of
+from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 
 
 class AtSteps(L.Callback):
@@ -113,8 +113,10 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
         moving = torch.arange(min(rows, len(sample.t)), device=sample.t.device)
     cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
     x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
+    module.student.eval()  # two calls under dropout would see different masks
     ridden = along_path(module.student, x, t, s, v, cond, mode="ride")[1]
     differed = along_path(module.student, x, t, s, v, cond, mode="difference")[1]
+    module.student.train()
     return float((ridden - differed).norm() / differed.norm().clamp_min(1e-12))
 
 
@@ -138,7 +140,7 @@ class Keep(AtSteps):
             self.keep(trainer, module, done)
 
     def check(self, module: DistillModule, done: int) -> None:
-        if not bool(torch.isfinite(norm_of([p.detach() for p in module.student.parameters()]))):
+        if not bool(torch.isfinite(norm_of([p.detach() for p in trained(module.student)]))):
             raise NotFinite(f"a weight of the student is not finite after step {done - 1}")
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
@@ -146,7 +148,10 @@ class Keep(AtSteps):
         trainer.save_checkpoint(self.stage.folder / "checkpoints" / "last.ckpt")
         state = full_state(module.averaged)
         if trainer.is_global_zero:
-            keep_student(self.stage, self.config, state, done)
+            self.ship(module, state, done)
+
+    def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
+        keep_student(self.stage, self.config, state, done)
 
 
 def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
@@ -156,6 +161,11 @@ def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], 
 
     config = replace(config, step=done)
     save_student(stage.folder / "student", config, state, recipe=stage.recipe.to_yaml(), card=model_card(stage.recipe, config, metrics))
+
+
+def live_student(stage: Stage, config: StudentConfig, module: DistillModule) -> Student:
+    """The averaged student as it is now."""
+    return Student(config, module.averaged, stage.folder / "student")
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
@@ -181,11 +191,12 @@ class Pictures(AtSteps):
     @torch.no_grad()
     def draw(self, trainer, module: DistillModule, done: int) -> None:
         recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
-        student = Student(self.config, module.averaged)
-        grids = [to_grid(student.sample(num, steps=k, seed=recipe.evaluation.seed), columns=16) for k in recipe.sampler.steps]
+        student = live_student(self.stage, self.config, module)
+        cond = conditions_for(student, module.data, num)(torch.arange(num))
+        grids = [to_grid(student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed), columns=16) for k in recipe.sampler.steps]
         if module.teacher is not None:
             if self.teacher_grid is None:
-                self.teacher_grid = to_grid(self._of_teacher(module, student.conditions(num), num), columns=16)
+                self.teacher_grid = to_grid(student.pictures(self._of_teacher(module, cond, num)), columns=16)
             grids.append(self.teacher_grid)
         if not trainer.is_global_zero:
             return
@@ -200,8 +211,7 @@ class Pictures(AtSteps):
     def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator).to(module.device)
-        x0 = module.teacher.solve(x1, cond, self.stage.recipe.evaluation.teacher_steps)
-        return x0.clamp(-1, 1) if self.config.clamp else x0
+        return module.teacher.solve(x1, cond, self.stage.recipe.evaluation.teacher_steps)
 
 
 class Measure(AtSteps):
@@ -216,7 +226,7 @@ class Measure(AtSteps):
         if not recipe.log.metrics_every_steps or done % recipe.log.metrics_every_steps or done == recipe.trainer.steps:
             return
         metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
-        rows = measure(recipe, Student(self.config, module.averaged), None, module.data, metrics=metrics)["student"]
+        rows = measure(recipe, live_student(self.stage, self.config, module), None, module.data, metrics=metrics)["student"]
         logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)

@@ -10,7 +10,9 @@ from flowmap.student import StudentConfig
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
     """README.md of a student folder: what it is, how to use it, what was measured (and nothing that was not)."""
     steps = ", ".join(str(k) for k in recipe.sampler.steps)
-    cond = 'cond={"class": 3}' if config.num_classes else ""
+    given = ['"class": 3'] if config.num_classes else []
+    given += ['"prompt": "..."'] if config.text is not None else []
+    cond = f"cond={{{', '.join(given)}}}" if given else ""
     guidance = f"guidance={config.guidance[2]}" if config.guidance else ""
     arguments = ", ".join(part for part in ("16", f"steps={recipe.sampler.steps[-1]}", cond, guidance, "seed=0") if part)
     lines = [
@@ -30,10 +32,15 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         "## Figures",
         "",
     ]
-    return "\n".join(lines + (_table(metrics) if metrics else ["Not measured yet."])) + "\n"
+    if config.lora is not None:
+        lines.insert(-3, f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.")
+    return "\n".join(lines + figures_table(metrics)) + "\n"
 
 
-def _table(metrics: dict) -> list[str]:
+def figures_table(metrics: dict | None) -> list[str]:
+    """metrics.json as lines of Markdown."""
+    if not metrics:
+        return ["Not measured yet."]
     rows = {f"student, {k} step{'s' * (k != '1')}": row for k, row in metrics["student"].items()}
     if "teacher" in metrics:
         rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics["teacher"]

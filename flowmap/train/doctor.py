@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowmap.build import BuiltTeacher, build_student, build_teacher, student_config
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
+from flowmap.dry_run import counted
 from flowmap.flow.types import PathSample
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
@@ -31,8 +32,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     if teacher is not None:
         teacher.to(device)
     sample = _sample(recipe, data, device)
-    count = sum(p.numel() for p in student.parameters())
-    lines = [f"{type(student.net).__name__}: {count / 1e6:.2f} M parameters, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
+    lines = [f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
     if not hasattr(recipe.objective, "derivative"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import PathSample
+from flowmap.flow.types import Cond, PathSample, along
 from flowmap.recipe import Recipe
 
 
@@ -17,15 +18,29 @@ def generator_for(seed: int, step: int, micro: int, rank: int, device: torch.dev
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def draw_sample(recipe: Recipe, x0: Tensor, cond: dict[str, Tensor], generator: torch.Generator) -> PathSample:
-    """Noise, times, guidance scale and dropped conditions for a batch x0 (B, ...), in this order, from one generator."""
+@contextmanager
+def drawing_from(generator: torch.Generator):
+    """Inside, torch's own draws (dropout takes no generator) are a function of the generator's state; afterwards they go on as before."""
+    device = generator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+        yield
+
+
+def draw_sample(recipe: Recipe, x0: Tensor, cond: Cond, generator: torch.Generator, empty: Cond | None = None) -> PathSample:
+    """Noise, times, dropped conditions and guidance scale for a batch x0 (B, ...), in this order, from one generator.
+
+    A dropped condition is class -1, and the row of `empty` (one row each) for what came of text.
+    """
     n, device = len(x0), x0.device
     cond = dict(cond) if recipe.data.conditional else {}
     x1 = recipe.prior.sample(x0, cond, generator)
     t, s = recipe.times(n, device=device, generator=generator)
-    if "class" in cond and recipe.data.drop_condition > 0:
+    if cond and recipe.data.drop_condition > 0:
         dropped = torch.rand(n, generator=generator, device=device) < recipe.data.drop_condition
-        cond["class"] = torch.where(dropped, -1, cond["class"])
+        nothing = {"class": torch.tensor([-1], device=device)} | {key: row.to(device) for key, row in (empty or {}).items()}
+        for key in cond.keys() & nothing.keys():
+            cond[key] = torch.where(along(dropped, cond[key]), nothing[key], cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None
     if guidance is not None:
         low, high = guidance.scale

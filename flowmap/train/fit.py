@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.config import RecipeError, to_plain
+from flowmap.encode import encode
 from flowmap.evaluate import measure
-from flowmap.files import check_writable, only_process, read_json, sweep, write_json, write_text
-from flowmap.plan import Stage, holds, is_complete, plan, runs_root
+from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
+from flowmap.plan import Encoding, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
-from flowmap.student import Student, StudentConfig, load_student
-from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
+from flowmap.student import BESIDE, Student, StudentConfig, load_student
+from flowmap.train.autoencoder import KeepAutoencoder, Reconstructions, measure_autoencoder, save_autoencoder
+from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student, live_student
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
@@ -75,6 +78,10 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
         if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
             continue
+        if isinstance(stage, Encoding):
+            say(f"{label}: its pictures -> latents in {stage.folder}")
+            _encode(stage, say)
+            continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
         with nullcontext() if is_child() else only_process(stage.folder):
             _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
@@ -82,6 +89,14 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
 
 
 def _silent(message: str) -> None: ...
+
+
+def _encode(stage: Encoding, say: Say) -> None:
+    device = "cuda" if torch.cuda.is_available() and stage.recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    try:
+        encode(stage.spec, stage.folder, device=device, say=say)
+    except ValueError as error:
+        raise RecipeError(f"{stage.recipe.name}: {error}") from error
 
 
 def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
@@ -119,7 +134,8 @@ def _first_difference(recipe: Recipe, path: Path) -> str:
 
 def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     recipe, folder = stage.recipe, stage.folder
-    data, teacher = build_data(recipe), build_teacher(recipe)
+    data = build_data(recipe)
+    teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
     module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
     if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
@@ -135,6 +151,8 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
             shutil.rmtree(folder)
         sweep(folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
+        if config.autoencoder is not None and config.autoencoder.source == BESIDE:
+            copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
     started = time.perf_counter()
     try:
         trainer.loggers = _loggers(stage, start)
@@ -191,7 +209,10 @@ def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
-    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
+    shows = [Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
+    if recipe.trains_autoencoder:
+        shows = [Reconstructions(stage), KeepAutoencoder(stage, config)]
+    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *shows]
     try:
         return L.Trainer(
             accelerator=trainer.accelerator,
@@ -256,11 +277,17 @@ def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer:
     module.averaged.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
-    metrics = measure(recipe, Student(config, module.averaged), module.teacher, module.data, progress=say if trainer.is_global_zero else None)
+    if recipe.trains_autoencoder:
+        metrics = measure_autoencoder(module)
+    else:
+        metrics = measure(recipe, live_student(stage, config, module), module.teacher, module.data, progress=say if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
         return
     metrics["seconds"]["train"] = round(seconds, 2)
-    keep_student(stage, config, state, recipe.trainer.steps, metrics)
+    if recipe.trains_autoencoder:
+        save_autoencoder(stage, module, state, recipe.trainer.steps, metrics)
+    else:
+        keep_student(stage, config, state, recipe.trainer.steps, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logs, recipe.trainer.steps - 1)

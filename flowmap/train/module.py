@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import lightning as L
 import torch
@@ -14,7 +15,7 @@ from flowmap.data import Dataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.types import Loss, PathSample
 from flowmap.recipe import PowerEMA, Recipe
-from flowmap.train.draw import draw_sample, generator_for
+from flowmap.train.draw import draw_sample, drawing_from, generator_for
 
 BINS = 4  # of t, in which per-sample logs are also shown
 
@@ -27,7 +28,8 @@ class DistillModule(L.LightningModule):
     """Draws a sample, asks the objective, averages the weights.
 
     `student` and `averages` are all that is in state_dict(); the teacher is held without being a submodule. `averages` holds one copy of the
-    student per width of a power-function EMA (its first is the one that ships), or a single one for a constant decay.
+    student per width of a power-function EMA (its first is the one that ships), or a single one for a constant decay. What is frozen in the
+    student is shared by all, and in no state_dict (nets/lora.py).
     """
 
     def __init__(self, recipe: Recipe, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset):
@@ -35,7 +37,7 @@ class DistillModule(L.LightningModule):
         self.recipe, self.teacher, self.data = recipe, teacher, data
         self.student = student.train()
         self.widths = _widths(recipe)
-        self.averages = nn.ModuleList(copy.deepcopy(student).eval().requires_grad_(False) for _ in self.widths)
+        self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
         self._micro = 0
@@ -57,7 +59,7 @@ class DistillModule(L.LightningModule):
             self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.recipe.optimizer(self.student.parameters())
+        return self.recipe.optimizer(trained(self.student))
 
     def train_dataloader(self) -> DataLoader:
         """From the step that the run is at: a resumed run sees the batches that it would have seen."""
@@ -84,8 +86,9 @@ class DistillModule(L.LightningModule):
         self._micro = (micro + 1) % self.recipe.trainer.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
-        sample = draw_sample(self.recipe, x0, cond, generator)
-        loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
+        sample = draw_sample(self.recipe, x0, cond, generator, self.data.empty)
+        with drawing_from(generator) if self.recipe.lora and self.recipe.lora.dropout else nullcontext():
+            loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
         self.last_sample, self.last_loss = sample, loss
         self._must_be_finite("loss", loss.value.detach())
         return loss.value
@@ -106,9 +109,9 @@ class DistillModule(L.LightningModule):
     @torch.no_grad()
     def average(self) -> None:
         """Takes the weights of the step that has just been made into every average."""
-        weights = list(self.student.parameters())
         for width, average in zip(self.widths, self.averages, strict=True):
-            torch._foreach_lerp_(list(average.parameters()), weights, 1 - self._kept(width))
+            pairs = [(a, w) for a, w in zip(average.parameters(), self.student.parameters(), strict=True) if w.requires_grad]
+            torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - self._kept(width))
 
     def _kept(self, width: float) -> float:
         if isinstance(self.recipe.ema, PowerEMA):
@@ -127,6 +130,16 @@ class DistillModule(L.LightningModule):
                     if bool(inside.any()):
                         logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
         return logs
+
+
+def trained(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes: all, or beside a frozen base those of adapters and branches."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def _copy(student: nn.Module) -> nn.Module:
+    """A copy that shares what is frozen."""
+    return copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad})
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:

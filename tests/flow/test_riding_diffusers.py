@@ -103,14 +103,14 @@ def made(make):
 
 
 @pytest.mark.parametrize("make", [dit, flux, sd3, pixart, sana, unet_condition])
-def test_the_ride_is_torchs_forward_mode(make):
+def test_the_ride_is_torchs_forward_mode(make, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # Sana's attention is written in float32: without this, 7e-10
     net, call, x, t, v = made(make)
     tangents = (v, torch.ones_like(t))
     value, rate = value_and_rate(call, (x, t), tangents)
     ordinary, reference = value_and_rate(call, (x, t), tangents, mode="forward")
     assert torch.equal(value, ordinary)
-    # Sana divides by a sum that is near zero for random weights, which magnifies rounding
-    assert (rate - reference).norm() < (1e-8 if make is sana else 1e-10) * reference.norm()
+    assert (rate - reference).norm() < 1e-10 * reference.norm()
     value.sum().backward()
     ridden = [p.grad for p in net.parameters()]
     net.zero_grad()

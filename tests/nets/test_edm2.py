@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import along_path, in_arrival
-from flowmap.nets.edm2 import EDM2, SIGMA_MAX, blend, joined, silu, unit
+from flowmap.nets.edm2 import EDM2, blend, joined, silu, unit
 from flowmap.nets.flow_map import FlowMapNet, start_from
+from flowmap.nets.preconditioning import SIGMA_MAX
 
 SMALL = EDM2(channels=32, multipliers=(1, 2, 4), num_blocks=2, attention_at=(8, 4))
 SHAPE = (3, 16, 16)

@@ -10,9 +10,7 @@ from torch import nn
 
 from flowmap.flow.derivative import along_path, in_arrival
 from flowmap.flow.path import Linear
-from flowmap.nets import MLP, NETS, DiT
-from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.nets.edm2 import EDM2
+from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.objectives import AYFEMD
 from tests.oracle import GAUSSIAN, SHAPE, draw, draw_times
@@ -35,10 +33,6 @@ def built(kind, *, arrival=True, guidance=True, seed=0, loud=False, **settings):
 def given(dtype=torch.float64):
     x, (t, s) = draw(dtype=dtype), draw_times(dtype=dtype)
     return x, t, s, {"class": torch.tensor([0, 3, -1, 2, 1]), "guidance": torch.linspace(1, 3, 5, dtype=dtype)}
-
-
-def test_the_table_names_the_networks():
-    assert NETS == {"dit": DiT, "mlp": MLP, "edm2": EDM2, "diffusers": DiffusersModel}
 
 
 @nets

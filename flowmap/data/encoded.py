@@ -1,0 +1,241 @@
+"""Pictures that `flowmap encode` has turned into latents and text embeddings: Arrow shards on disk, mapped into memory, never read whole.
+
+The folder: plan.json (what is being made), shard-00000.arrow and .json (a fixed range of the source's positions each), empty.safetensors
+(the encoding of ""), reference.safetensors (pictures for metrics, uint8), and last index.json: where that stands, all is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmap.data.dataset import Source
+from flowmap.data.sources import ImageSource, optional
+from flowmap.flow.types import Cond
+
+FORMAT = 1
+INDEX, PLAN, EMPTY, REFERENCE = "index.json", "plan.json", "empty.safetensors", "reference.safetensors"
+
+
+class Autoencoder(Protocol):
+    """Names a frozen autoencoder. load() gives encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z)."""
+
+    def load(self) -> Any: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values: the encoder's id, revision, normalisation and hash of weights."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Names a frozen text encoder. load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of it."""
+
+    def load(self) -> Any: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded(Source):
+    """Pictures of a source as latents of an autoencoder, their captions as text embeddings, made by `flowmap encode` and kept in `root`.
+
+    autoencoder none: the pictures themselves are kept, uint8. text none: classes alone. A caption that is missing counts as "". flip: each
+    picture is encoded mirrored too, as a sample of its own. held_out samples and reference_images of those trained on, drawn by `seed`,
+    are kept as pictures for metrics; of a stream both come from its start. A shard holds shard_items positions of the source.
+    """
+
+    images: ImageSource
+    autoencoder: Autoencoder | None = None
+    text: TextEncoder | None = None
+    root: str = ""
+    held_out: int = 0
+    reference_images: int = 10_000
+    shard_items: int = 1000
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("held_out", 0), ("reference_images", 1), ("shard_items", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
+
+    @property
+    def in_pixels(self) -> bool:
+        return self.autoencoder is None
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that the stored samples depend on, as JSON would give it back."""
+        parts = {"source": self.images, "autoencoder": self.autoencoder, "text": self.text}
+        told = {key: None if part is None else part.identity() for key, part in parts.items()}
+        return json.loads(json.dumps({"format": FORMAT, **told, "flip": self.flip}))
+
+    def chosen(self) -> dict[str, int]:
+        """Everything that the choice of held-out and reference samples depends on."""
+        return {"held_out": self.held_out, "reference_images": self.reference_images, "seed": self.seed}
+
+    def build(self) -> EncodedDataset:
+        """The finished encoding, opened; ValueError where it is not complete, is of something else, or a shard is torn."""
+        if not self.root:
+            raise ValueError("data.root: is required: the folder that `flowmap encode` filled")
+        return EncodedDataset(self, Path(self.root))
+
+
+class EncodedDataset:
+    """A data set (see data/dataset.py) of samples on disk.
+
+    held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are, and are read anew at each look.
+    """
+
+    def __init__(self, spec: Encoded, folder: Path):
+        self.folder, self.name = folder, folder.name
+        self.index = read_index(folder)
+        found = difference({**self.index["identity"], **self.index["chosen"]}, {**spec.identity(), **spec.chosen()})
+        if found:
+            raise ValueError(f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe")
+        self.shape, self.num_classes = tuple(self.index["shape"]), self.index["num_classes"]
+        self._columns = {name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()}
+        self._table = _open(folder, [shard for shard in self.index["shards"] if shard["rows"]])
+        self._flip = spec.flip
+
+    def __len__(self) -> int:
+        return len(self._kept) * (2 if self._flip else 1)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
+        """The batch (x0, cond) of these training samples: x0 float32 (B, *shape), cond {"class", "text", "text_mask", "pooled"} as there are."""
+        rows = torch.as_tensor(list(indices))
+        mirrored, rows = rows >= len(self._kept), self._kept[rows % len(self._kept)]
+        table = self._rows(rows)
+        x0 = self._column(table, "x0")
+        if self._flip:
+            x0 = torch.where(mirrored.view(-1, *[1] * len(self.shape)), self._column(table, "mirrored"), x0)
+        return x0, self._conditions(table)
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those training samples."""
+        names = ["label", *(name for name in self._columns if name.startswith("cond_"))]
+        return self._conditions(self._rows(self._kept[places % len(self._kept)], names))
+
+    @cached_property
+    def labels(self) -> Tensor | None:
+        """(N,) int64, -1 where a sample has no class; None where there are none."""
+        if self.num_classes is None:
+            return None
+        labels = torch.from_numpy(self._table.data.column("label").to_numpy().copy())[self._kept]
+        return labels.repeat(2) if self._flip else labels
+
+    @cached_property
+    def empty(self) -> Mapping[str, Tensor]:
+        """One row of each text condition: the encoding of ""; {} where there is no text."""
+        if not (self.folder / EMPTY).is_file():
+            return {}
+        with _safetensors(self.folder / EMPTY) as file:
+            return {name: _as_cond(file.get_tensor(name)) for name in file.keys()}
+
+    @property
+    def held_out(self) -> Tensor:
+        return self._pictures("held_out")
+
+    @property
+    def reference(self) -> Tensor:
+        return self._pictures("reference")
+
+    def _pictures(self, name: str) -> Tensor:
+        with _safetensors(self.folder / REFERENCE) as file:
+            return file.get_tensor(name).float().div_(127.5).sub_(1)
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        """The rows trained on."""
+        kept = torch.ones(len(self._table), dtype=torch.bool)
+        with _safetensors(self.folder / REFERENCE) as file:
+            kept[file.get_tensor("held_out_rows")] = False
+        return kept.nonzero().flatten()
+
+    def _rows(self, rows: Tensor, names: list[str] | None = None) -> Any:
+        return self._table.with_format("arrow", columns=names)[rows.tolist()]
+
+    def _conditions(self, table: Any) -> dict[str, Tensor]:
+        names = [name for name in self._columns if name.startswith("cond_")]
+        cond = {name.removeprefix("cond_"): self._column(table, name) for name in names}
+        if self.num_classes is not None:
+            cond["class"] = torch.from_numpy(table["label"].to_numpy().copy())
+        return cond
+
+    def _column(self, table: Any, name: str) -> Tensor:
+        shape, dtype = self._columns[name]
+        values = torch.from_numpy(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
+        values = values.view(-1, *shape)
+        if name in ("x0", "mirrored"):
+            return values.float().div_(127.5).sub_(1) if dtype == "uint8" else values.float()
+        return values.bool() if dtype == "bool" else values.float()
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a complete encoding; ValueError says how far it is otherwise."""
+    if not (folder / INDEX).is_file():
+        done = len(list(folder.glob("shard-*.arrow")))
+        state = f"is not complete ({done} shards are there)" if (folder / PLAN).is_file() else "holds no encoding"
+        raise ValueError(f"data.root: {folder}: {state}; run `flowmap encode`")
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{folder / INDEX}: is not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("identity", {}).get("format") != FORMAT:
+        raise ValueError(f"{folder / INDEX}: is not an encoding of format {FORMAT}")
+    return index
+
+
+def difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first key whose value differs, with both values; None where all are equal."""
+    if there == here:
+        return None
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return f"{key}: {there!r} there, {here!r} here"
+    names = dict.fromkeys((*there, *here))
+    found = (difference(there.get(name), here.get(name), f"{key}.{name}" if key else name) for name in names)
+    return next((one for one in found if one), None)
+
+
+def _open(folder: Path, shards: list[Mapping[str, Any]]) -> Any:
+    """The shards as one data set, mapped into memory; ValueError names one that is torn."""
+    datasets = optional("datasets")
+    tables = []
+    for shard in shards:
+        path = folder / shard["file"]
+        size = os.path.getsize(path) if path.is_file() else None
+        if size != shard["bytes"]:
+            state = "is missing" if size is None else f"is torn: it has {size} bytes, not {shard['bytes']}"
+            raise ValueError(f"{path}: {state}; `flowmap encode` makes it anew")
+        try:
+            tables.append(datasets.Dataset.from_file(str(path)))
+        except Exception as error:  # Arrow's own errors, and those of datasets for a schema that it does not know
+            raise ValueError(f"{path}: is torn: {' '.join(str(error).split())[:200]}; delete it and run `flowmap encode`") from error
+        if len(tables[-1]) != shard["rows"]:
+            raise ValueError(f"{path}: is torn: it has {len(tables[-1])} samples, not {shard['rows']}")
+    return datasets.concatenate_datasets(tables)
+
+
+def _safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it anew") from error
+
+
+def _as_cond(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.bool else tensor.float()

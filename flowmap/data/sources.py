@@ -1,0 +1,163 @@
+"""Where pictures come from: a source gives them one at a time, in a fixed order, from any position on.
+
+Pictures of others are data, never code: nothing is unpickled, no path that an archive names is followed, and what cannot be used keeps
+its position and says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any, BinaryIO, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
+MAX_PIXELS = 64 * 10**6
+MAX_FILE_BYTES = 256 * 2**20  # of one picture inside an archive
+MAX_TEXT_BYTES = 2**20  # of one caption or label inside an archive
+
+
+@dataclass(frozen=True)
+class Item:
+    """The picture at one position: uint8 (C, size, size), or None where `problem` says why it cannot be used.
+
+    grey: it has grey levels alone though colour was asked for. key names it to a person.
+    """
+
+    image: Tensor | None
+    label: int | None
+    caption: str | None
+    key: str
+    problem: str | None = None
+    grey: bool = False
+
+
+class ImageSource(Protocol):
+    """Pictures in a fixed order; a broken or huge one is an Item with a problem, never an exception, so that positions stay."""
+
+    size: int
+    channels: int
+
+    def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
+        """The items at positions start, start + 1, ... before stop; fewer where the source ends."""
+        ...
+
+    def length(self) -> int | None:
+        """How many positions there are; None for a stream."""
+        ...
+
+    def num_classes(self) -> int | None: ...
+
+    def class_names(self) -> list[str] | None: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that say which source this is; reads nothing."""
+        ...
+
+    def fingerprint(self) -> str | None:
+        """Changes with the names or the number of pictures; None where that is not known without reading them."""
+        ...
+
+
+@dataclass(frozen=True)
+class SquareImages:
+    """Every picture is cut to its largest centred square and scaled to size x size pixels.
+
+    channels 3 is RGB, 1 grey levels; transparency lies on white. A picture that is broken or has more than 64 million pixels is left out
+    and named with the reason.
+    """
+
+    size: int = 64
+    channels: int = 3
+    kind: ClassVar[str]
+
+    def __post_init__(self):
+        if self.size < 1 or self.channels not in (1, 3):
+            raise ValueError(f"size: {self.size} and channels: {self.channels}; allowed: from 1; 1 or 3")
+
+    def length(self) -> int | None:
+        return None
+
+    def num_classes(self) -> int | None:
+        return None
+
+    def class_names(self) -> list[str] | None:
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+    def fingerprint(self) -> str | None:
+        return None
+
+    def _item(self, file: str | BinaryIO, label: int | None, caption: str | None, key: str, max_pixels: int = MAX_PIXELS) -> Item:
+        try:
+            image, was_grey = read_picture(file, size=self.size, channels=self.channels, max_pixels=max_pixels)
+        except ValueError as error:
+            return Item(None, label, caption, key, str(error))
+        return Item(image, label, caption, key, grey=was_grey and self.channels == 3)
+
+
+def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
+    """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise _Unusable(f"has {image.width} x {image.height} pixels")
+            if image.mode in ("I", "I;16", "I;16B", "F"):
+                raise _Unusable(f"has pixels of mode {image.mode}, deeper than 8 bits")
+            return _square(image, size, channels), image.mode in ("1", "L", "LA")
+    except _Unusable:
+        raise
+    except Exception as error:  # a decoder raises anything at all on a broken file
+        said = str(error).replace(str(file), "the file")
+        raise ValueError(f"cannot be read: {' '.join(said.split()) or type(error).__name__}") from error
+
+
+def optional(name: str) -> ModuleType:
+    """A package that only some sources need; ValueError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be imported ({error}): pip install 'flowmap-distillation[data]'") from error
+
+
+def leaves(name: str) -> bool:
+    """Whether a name inside an archive points out of it: absolute, or up through `..`."""
+    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"
+
+
+def as_label(value: Any) -> int | None:
+    """The class of a picture; ValueError unless it is a whole number from 0 or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"its label is {str(value)[:40]!r}, not a whole number from 0")
+    return value
+
+
+class _Unusable(ValueError):
+    """A picture that can be read but not used."""
+
+
+def _square(image, size: int, channels: int) -> Tensor:
+    import numpy
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    pixels = torch.from_numpy(numpy.array(image))
+    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous()

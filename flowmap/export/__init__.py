@@ -1,0 +1,51 @@
+"""A student for those who do not have flowmap: a diffusers pipeline or a torch program, in a folder with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowmap.export.card import export_card
+from flowmap.export.folder import check_free, whole_folder
+from flowmap.export.plan import make_plan
+from flowmap.files import write_text
+from flowmap.student import Student
+
+TARGETS = ("diffusers", "torch")
+
+
+def export(
+    student: Student,
+    out: str | Path,
+    *,
+    to: str = "diffusers",
+    steps: int | None = None,
+    guidance: float | None = None,
+    custom: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """The folder `out`, written whole or not at all: "diffusers", a stock pipeline where one exists and `custom` is not set, else one with
+    its own code; or "torch", a program. steps and guidance: the student's largest and its default. ValueError names what is not possible.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
+    if custom and to != "diffusers":
+        raise ValueError("--custom: is a way to export to diffusers")
+    out = Path(out)
+    check_free(out, overwrite)
+    plan = make_plan(student, steps, guidance)
+    kind, write = _way(plan, to, custom)
+    with whole_folder(out, plan.note(kind), overwrite=overwrite) as folder:
+        write_text(folder / "README.md", export_card(plan, kind, write(plan, folder)))
+    return out
+
+
+def _way(plan, to: str, custom: bool):
+    """(kind, writer); diffusers is imported only where it is needed."""
+    if to == "torch":
+        from flowmap.export.program import write_program
+
+        return "torch", write_program
+    from flowmap.export.custom import write_custom
+    from flowmap.export.stock import has_stock, write_stock
+
+    return ("stock", write_stock) if has_stock(plan) and not custom else ("custom", write_custom)

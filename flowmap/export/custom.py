@@ -1,0 +1,106 @@
+"""A student as a diffusers pipeline with code of its own in the folder: for networks and schedules that diffusers has no pipeline for.
+
+The folder holds two generated files, pipeline.py and the network's; both stand alone beside torch and diffusers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+
+from flowmap.config import kind_of
+from flowmap.export.amalgamate import amalgamate
+from flowmap.export.custom_model import FlowMapModel
+from flowmap.export.custom_pipeline import TIME_UNIT
+from flowmap.export.plan import Export
+from flowmap.export.stock import load_weights, scalar, scaled_vae
+from flowmap.files import write_json, write_text
+from flowmap.recipe import TABLES
+
+HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
+
+TOLD = {
+    "UNet2DConditionModel": ("prompt_embeds",),
+    "PixArtTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "SanaTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "QwenImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "SD3Transformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
+    "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
+}  # the arguments of a call, for the card
+
+
+def write_custom(plan: Export, folder: Path) -> str:
+    """Fills the folder with pipeline, network, scheduler and autoencoder, and gives the Python lines that load and call it."""
+    config = plan.student.config
+    module = f"flow_map_{kind_of(config.net, TABLES) or type(config.net).__name__.lower()}"
+    network_class = type("FlowMapModel", (FlowMapModel,), {"network": type(config.net), "__module__": FlowMapModel.__module__})
+    settings = json.loads(json.dumps(asdict(config.net)))
+    model = network_class(settings, list(config.shape), config.num_classes, config.arrival, config.guidance is not None)
+    load_weights(model.flow_map, plan.student.flow_map.state_dict())
+    model.save_pretrained(folder / "flow_map", safe_serialization=True)
+    write_text(folder / "flow_map" / f"{module}.py", network_source(type(config.net)))
+    write_text(folder / "pipeline.py", pipeline_source())
+    diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(folder / "scheduler")
+    vae = _write_vae(plan, folder)
+    write_json(folder / "model_index.json", _index(plan, module, vae))
+    return _snippet(plan, vae is not None)
+
+
+def network_source(spec: type) -> str:
+    """The network's file: the settings' class with all that it builds, and the diffusers model around it."""
+    roots = [("flowmap.export.custom_model", "FlowMapModel"), (spec.__module__, spec.__name__)]
+    header = _header(f"A flow map's network ({spec.__name__}).")
+    return amalgamate(roots, header=header, tail=f"FlowMapModel.network = {spec.__name__}")
+
+
+def pipeline_source() -> str:
+    return amalgamate([("flowmap.export.custom_pipeline", "FlowMapPipeline")], header=_header("A few-step pipeline for flow maps."))
+
+
+def _header(what: str) -> str:
+    from flowmap import __version__
+
+    return HEADER.format(what=what, version=__version__)
+
+
+def _write_vae(plan: Export, folder: Path) -> str | None:
+    """The class name of the autoencoder that was written, or None."""
+    frozen = plan.autoencoder()
+    if frozen is None:
+        return None
+    vae = scaled_vae(frozen.model, scalar("shift", frozen.shift), scalar("scale", frozen.scale))
+    vae.save_pretrained(folder / "vae", safe_serialization=True)
+    return type(vae).__name__
+
+
+def _index(plan: Export, module: str, vae: str | None) -> dict:
+    sampler = {key: value for key, value in asdict(plan.sampler).items() if key != "steps"}
+    return {
+        "_class_name": ["pipeline", "FlowMapPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "flow_map": [module, "FlowMapModel"],
+        "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"],
+        "vae": ["diffusers", vae] if vae else [None, None],
+        "sampler": sampler,
+        "steps": plan.steps,
+        "guidance_scale": plan.guidance,
+        "clamp": plan.student.config.clamp,
+    }
+
+
+def _snippet(plan: Export, decodes: bool) -> str:
+    config = plan.student.config
+    arguments = ["class_labels=[0, 1]" if config.num_classes and config.num_classes > 1 else "num_images=2"]
+    if getattr(config.net, "network", "") in TOLD:
+        arguments = [f"{name}={name}" for name in TOLD[config.net.network]]
+    arguments.append(f"num_inference_steps={plan.steps}")
+    if plan.guidance is not None:
+        arguments.append(f"guidance_scale={plan.guidance:g}")
+    if not (decodes or (config.clamp and len(config.shape) == 3 and config.shape[0] in (1, 3))):
+        arguments.append('output_type="latent"')
+    lines = ["from diffusers import DiffusionPipeline", ""]
+    lines += ['pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)']
+    return "\n".join([*lines, f"images = pipe({', '.join(arguments)}).images"])

@@ -1,0 +1,123 @@
+"""A few-step pipeline for flow maps. Its source, with all that it needs of ours, becomes the file pipeline.py of the exported folder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from flowmap.samplers.grids import FewStep
+
+TIME_UNIT = 1000
+
+
+class FlowMapPipeline(DiffusionPipeline):
+    """Noise to images in a few jumps of a flow map.
+
+    sampler: the time grid's settings and gamma, the noise put back between steps; steps, guidance_scale: what a call without them uses.
+    """
+
+    _optional_components = ["vae"]
+    model_cpu_offload_seq = "flow_map->vae"
+
+    def __init__(
+        self, flow_map, scheduler, vae=None, sampler: dict | None = None, steps: int = 1, guidance_scale: float | None = None, clamp: bool = True
+    ):
+        super().__init__()
+        self.register_modules(flow_map=flow_map, scheduler=scheduler, vae=vae)
+        self.register_to_config(sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp)
+        self.image_processor = VaeImageProcessor()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int | None = None,
+        class_labels: int | list[int] | Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        gamma: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Images, one a row of the conditions (or num_images of them, classes in turn where no label is given; -1 is no class).
+
+        latents: the noise that sampling starts from, (B, *shape). output_type: "pil", "np" or "pt" in [0, 1], or "latent", which is what
+        the network made. Raises ValueError for a condition that the student does not know.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: {output_type!r} is not one of pil, np, pt, latent")
+        device, shape = self._execution_device, tuple(self.flow_map.config.shape)
+        rows = {"text": prompt_embeds, "pooled": pooled_prompt_embeds, "text_mask": prompt_attention_mask, "size": time_ids}
+        labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
+        lengths = [len(value) for value in (latents, *rows.values(), labels) if value is not None]
+        num = num_images or max(lengths, default=1)
+        cond = {key: value.to(device) for key, value in rows.items() if value is not None}
+        cond |= self._classes(labels, num, device) | self._guidance(guidance_scale, num, device)
+        if latents is None:
+            latents = randn_tensor((num, *shape), generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != (num, *shape):
+            raise ValueError(f"latents: has shape {tuple(latents.shape)}, wants {(num, *shape)}")
+        x = self._sample(latents.to(device), cond, num_inference_steps or self.config.steps, gamma, generator)
+        images = x if output_type == "latent" else self._finish(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _classes(self, labels: Tensor | None, num: int, device) -> dict[str, Tensor]:
+        count = self.flow_map.config.num_classes
+        if not count:
+            if labels is not None:
+                raise ValueError("class_labels: this student has no classes")
+            return {}
+        labels = torch.arange(num) % count if labels is None else labels.expand(num)
+        if int(labels.min()) < -1 or int(labels.max()) >= count:
+            raise ValueError(f"class_labels: must lie in 0..{count - 1} (or -1 for no class)")
+        return {"class": labels.to(device)}
+
+    def _guidance(self, scale: float | None, num: int, device) -> dict[str, Tensor]:
+        if not self.flow_map.takes_guidance:
+            if scale is not None:
+                raise ValueError("guidance_scale: is no input of this student")
+            return {}
+        scale = self.config.guidance_scale if scale is None else scale
+        return {} if scale is None else {"guidance": torch.full((num,), float(scale), device=device)}
+
+    def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, generator) -> Tensor:
+        """x0 after `steps` calls of the network: jumps, and for gamma > 0 each a little too far, with fresh noise put back (CTM)."""
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.config.sampler.items() if key != "gamma"}
+        grid = FewStep(**settings)
+        times, x = grid.times(steps), grid.start(x1)
+        gamma = self.config.sampler.get("gamma", 0.0) if gamma is None else gamma
+        kept = math.sqrt(1 - gamma**2)
+        self.scheduler.set_timesteps(sigmas=list(times[:-1]), device=x.device)
+        ones = torch.ones(len(x), device=x.device)
+        for t, s in self.progress_bar(list(zip(times, times[1:], strict=False))):
+            ratio = 1 - (1 - kept) * s
+            target = kept * s / ratio
+            mean_velocity = self.flow_map(x, ones * t, ones * target, cond)
+            x = ratio * self.scheduler.step(mean_velocity, TIME_UNIT * t, x, r_timestep=TIME_UNIT * target).prev_sample
+            if s > 0 and gamma > 0:
+                x = x + gamma * s * randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
+        return x
+
+    def _finish(self, x: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            config = self.vae.config
+            x = self.vae.decode(x / config.scaling_factor + (config.get("shift_factor") or 0.0), return_dict=False)[0]
+        if x.ndim == 4 and (self.config.clamp or self.vae is not None):
+            if output_type == "pil" and x.shape[1] not in (1, 3):
+                raise ValueError(f"output_type: samples of {x.shape[1]} channels are no pictures; take pt, np or latent")
+            return self.image_processor.postprocess(x, output_type=output_type)
+        if output_type == "pil":
+            raise ValueError("output_type: this student's samples are no pictures; take pt, np or latent")
+        return x if output_type == "pt" else x.cpu().numpy()

@@ -1,0 +1,69 @@
+"""What is exported: a student with the number of steps and the guidance scale that the folder stands for, checked."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from flowmap.samplers import Deterministic, Gamma
+from flowmap.student import Student
+
+
+@dataclass(frozen=True)
+class Export:
+    """A student, its default steps and guidance scale (None where the scale is no input)."""
+
+    student: Student
+    steps: int
+    guidance: float | None
+
+    @property
+    def sampler(self) -> Deterministic | Gamma:
+        return self.student.config.sampler
+
+    @property
+    def gamma(self) -> float:
+        return getattr(self.sampler, "gamma", 0.0)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.sampler.times(self.steps)
+
+    def autoencoder(self) -> Any | None:
+        """The student's frozen autoencoder (model, shift, scale: latents are (z - shift) scale), or None."""
+        return None if getattr(self.student.config, "autoencoder", None) is None else self.student.autoencoder
+
+    def note(self, to: str) -> dict[str, Any]:
+        """What the folder's own file says of it."""
+        from flowmap import __version__
+
+        config = self.student.config
+        facts = {"recipe": config.recipe, "recipe_hash": config.recipe_hash, "step": config.step}
+        return {"format": 1, "to": to, "steps": self.steps, "guidance": self.guidance, **facts, "flowmap": __version__}
+
+
+def make_plan(student: Student, steps: int | None, guidance: float | None) -> Export:
+    """The student with its defaults filled in: the largest of its sampler's steps, its default guidance scale. ValueError names what is wrong."""
+    student = student.merged()
+    sampler = student.config.sampler
+    if type(sampler) not in (Deterministic, Gamma):
+        raise ValueError(f"sampler: {type(sampler).__name__} cannot be exported; what can: deterministic, gamma")
+    steps = max(sampler.steps) if steps is None else steps
+    sampler.times(steps)
+    return Export(student, steps, _scale(student, guidance))
+
+
+def _scale(student: Student, guidance: float | None) -> float | None:
+    if student.config.guidance is None:
+        if guidance is not None:
+            raise ValueError(f"--guidance: {guidance:g} was given, but this student was not trained with a guidance scale as input")
+        return None
+    low, high, default = student.config.guidance
+    scale = default if guidance is None else guidance
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"--guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
+    if not low <= scale <= high:
+        warnings.warn(f"--guidance: {scale:g} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
+    return float(scale)

@@ -1,0 +1,116 @@
+"""A student's whole sampler as one torch program (.pt2): noise and conditions in, samples out, no Python of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.export.plan import Export
+from flowmap.flow.types import Cond
+from flowmap.nets.diffusers_model import DiffusersModel
+
+PROGRAM = "program.pt2"
+EXAMPLE = 3  # rows of the example that the program is traced with: no other size of a sample
+
+
+class SamplerProgram(nn.Module):
+    """noise (B, *shape), cond -> samples, as Student.sample makes them from that noise: the steps unrolled, decoded and clamped."""
+
+    def __init__(self, plan: Export):
+        super().__init__()
+        self.flow_map, self.sampler, self.steps, self.clamp = plan.student.flow_map, plan.sampler, plan.steps, plan.student.config.clamp
+        frozen = plan.autoencoder()
+        self.autoencoder = None if frozen is None else frozen.model
+        for name, values in (("shift", (0.0,)), ("scale", (1.0,))):
+            self.register_buffer(name, torch.tensor(getattr(frozen, name, values)).view(-1, 1, 1))
+
+    def forward(self, noise: Tensor, cond: Cond) -> Tensor:
+        x = self.sampler(self.flow_map, noise, cond, steps=self.steps)
+        if self.autoencoder is not None:
+            x = self.autoencoder.decode(x / self.scale + self.shift, return_dict=False)[0]
+        return x.clamp(-1, 1) if self.clamp or self.autoencoder is not None else x
+
+
+def write_program(plan: Export, folder: Path) -> str:
+    """Writes program.pt2, for any batch size where torch can show that it does not matter, and gives the Python lines that call it."""
+    if plan.gamma > 0 and plan.steps > 1:
+        raise ValueError(f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1")
+    cond = example_conditions(plan)
+    plan.student.to("cpu")
+    program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, folder / PROGRAM)
+    return _snippet(plan, cond, batch_sizes(program))
+
+
+def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export.ExportedProgram:
+    """The traced program, its batch free, or where the network looks at it, as free as torch finds. ValueError where it cannot be traced."""
+    found: Exception | None = None
+    for batch in (torch.export.Dim("batch", min=1), torch.export.Dim.AUTO):
+        shapes = ({0: batch}, {key: {0: batch} for key in cond})
+        try:
+            with torch.no_grad(), _silent():
+                return torch.export.export(module, (noise, cond), dynamic_shapes=shapes)
+        except Exception as error:
+            found = found or error
+    raise ValueError(f"--to torch: this network cannot be traced: {str(found).strip().splitlines()[0]}") from found
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without torch's pages on what it guards: the error's first line is enough."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def batch_sizes(program: torch.export.ExportedProgram) -> str:
+    """The batch sizes that the program takes, in words."""
+    size = next(node for node in program.graph.nodes if node.name == "noise").meta["val"].shape[0]
+    if isinstance(size, int):
+        return f"exactly {size}"
+    limits = program.range_constraints[size.node.expr]
+    low, high = int(limits.lower), str(limits.upper)
+    return f"{low} to {high}" if high.isdigit() else f"any from {low}" if low > 1 else "any"
+
+
+def example_conditions(plan: Export) -> dict[str, Tensor]:
+    """Conditions of EXAMPLE rows, by key, as the network is called with."""
+    config = plan.student.config
+    cond = {"class": torch.arange(EXAMPLE) % config.num_classes} if config.num_classes else {}
+    if plan.guidance is not None:
+        cond["guidance"] = torch.full((EXAMPLE,), plan.guidance)
+    if isinstance(config.net, DiffusersModel):
+        cond |= {key: torch.zeros(EXAMPLE, *shape) for key, shape in text_shapes(config.net).items()}
+    return cond
+
+
+def text_shapes(net: DiffusersModel, tokens: int = 8) -> dict[str, tuple[int, ...]]:
+    """The shapes, without batch, of what a text-conditioned network is told."""
+    settings = json.loads(net.settings)
+    if net.network == "UNet2DConditionModel":
+        return {"text": (tokens, settings["cross_attention_dim"])}
+    if net.network in ("SanaTransformer2DModel", "PixArtTransformer2DModel"):
+        return {"text": (tokens, settings["caption_channels"])}
+    if net.network in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
+        return {"text": (tokens, settings["joint_attention_dim"]), "pooled": (settings["pooled_projection_dim"],)}
+    return {}
+
+
+def _snippet(plan: Export, cond: Cond, sizes: str) -> str:
+    num, classes = EXAMPLE, plan.student.config.num_classes
+    made = {key: f"torch.zeros{(num, *value.shape[1:])}" for key, value in cond.items()}
+    known = {"class": f"torch.arange({num}) % {classes}", "guidance": f"torch.full(({num},), {plan.guidance})"}
+    rows = [f'"{key}": {known.get(key, text)}' for key, text in made.items()]
+    shape = ", ".join(str(n) for n in (num, *plan.student.config.shape))
+    lines = ["import torch", "", 'program = torch.export.load("path/to/this/folder/program.pt2").module()']
+    return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # batch size: {sizes}"])

@@ -1,0 +1,63 @@
+"""An autoencoder of pictures that we train: diffusers' AutoencoderKL, small or large, by the settings that matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoencoderKL:
+    """A convolutional autoencoder with a Gaussian posterior; each of `channels` beyond the first halves height and width.
+
+    Source: Rombach et al. 2022, arXiv:2112.10752, as diffusers builds it.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 64)
+    latent_channels: int = 4
+    layers: int = 1
+    groups: int = 8
+
+    def __post_init__(self):
+        if not self.channels or any(c < 1 or c % self.groups for c in self.channels):
+            raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
+        if self.latent_channels < 1 or self.layers < 1:
+            raise ValueError(f"latent_channels: {self.latent_channels} and layers: {self.layers} must be 1 or more")
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+        if len(shape) != 3 or any(side % 2 ** (len(self.channels) - 1) for side in shape[1:]):
+            raise ValueError(f"channels: {len(self.channels)} levels do not halve a picture of shape {tuple(shape)}")
+        return AutoencoderNet(self, shape)
+
+
+class AutoencoderNet(nn.Module):
+    """moments: (mean, log variance) of the posterior, each (B, c, h, w); decode: latents to pictures; the call: pictures reconstructed."""
+
+    def __init__(self, spec: AutoencoderKL, shape: tuple[int, ...]):
+        super().__init__()
+        import diffusers
+
+        levels = len(spec.channels)
+        self.model = diffusers.AutoencoderKL(
+            in_channels=shape[0], out_channels=shape[0], down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=spec.channels, layers_per_block=spec.layers,
+            latent_channels=spec.latent_channels, norm_num_groups=spec.groups, sample_size=shape[1], scaling_factor=1.0, shift_factor=0.0,
+        )  # fmt: skip
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.model.encode(x).latent_dist
+        return posterior.mean, posterior.logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.model.decode(z).sample
+
+    def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond=None) -> Tensor:
+        return self.decode(self.moments(x)[0])
+
+    @torch.no_grad()
+    def normalisation(self, x: Tensor, batch_size: int = 256) -> tuple[float, float]:
+        """(shift, scale) that give the latents of the pictures x mean 0 and standard deviation 1."""
+        z = torch.cat([self.moments(x[i : i + batch_size])[0] for i in range(0, len(x), batch_size)])
+        return float(z.mean()), float(1 / z.std().clamp_min(1e-6))

@@ -1,0 +1,108 @@
+"""EDM's networks, DDPM++ (with its NCSN++ variant) and ADM, as EDM trained them: their settings, and their velocity on our clock.
+
+Source: Karras et al. 2022, arXiv:2206.00364 (tables 6 to 8 and appendix F); Song et al. 2021, arXiv:2011.13456; Dhariwal and Nichol 2021,
+arXiv:2105.05233. Names of layers are those of the published weights, so that these load unchanged; the input for augmentation labels, zero
+wherever a picture is sampled, is left out. No dropout. Arrival and guidance branches are added to the embedding, silent at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from flowmap.nets.edm_unet import DhariwalUNet, SongUNet, UNet
+from flowmap.nets.embed import ScalarEmbedding, branches
+from flowmap.nets.preconditioning import one_hot, velocity_of
+
+PRESETS = {"cifar10": (2, 2, 2), "ffhq": (1, 2, 2, 2), "afhqv2": (1, 2, 2, 2)}
+
+
+@dataclass(frozen=True)
+class DDPMpp:
+    """Settings of EDM's DDPM++; multipliers come from the preset (cifar10, ffhq, afhqv2) unless given, channels are a multiple of 32.
+
+    ncsnpp: the NCSN++ variant (random Fourier features of the noise level, a residual way past the encoder, a filter of four taps).
+    sigma_data: the data's std, 0.5 in the published models.
+    """
+
+    preset: str = "cifar10"
+    channels: int = 128
+    multipliers: tuple[int, ...] | None = None
+    num_blocks: int = 4
+    attention_at: tuple[int, ...] = (16,)
+    ncsnpp: bool = False
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
+        _check(self, self.levels, 32)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        return PRESETS[self.preset] if self.multipliers is None else self.multipliers
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+        unet = SongUNet(_square(shape, self.levels), self.channels, self.levels, self.num_blocks, self.attention_at, num_classes, ncsnpp=self.ncsnpp)
+        return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
+
+
+@dataclass(frozen=True)
+class ADM:
+    """Settings of EDM's ADM, those of ImageNet-64 unless given; channels are a multiple of 64. sigma_data: the data's std."""
+
+    channels: int = 192
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    num_blocks: int = 3
+    attention_at: tuple[int, ...] = (32, 16, 8)
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        _check(self, self.multipliers, 64)
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+        size = _square(shape, self.multipliers)
+        unet = DhariwalUNet(size, self.channels, self.multipliers, self.num_blocks, self.attention_at, num_classes)
+        return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
+
+
+class EDMNet(nn.Module):
+    """F(x, t, s, cond) for x (B, C, H, H), the velocity of preconditioning.py. A class of -1 is no class."""
+
+    def __init__(self, unet: UNet, sigma_data: float, num_classes: int | None, arrival: bool, guidance: bool):
+        super().__init__()
+        self.sigma_data, self.num_classes = sigma_data, num_classes
+        self.model = unet
+        width = unet.map_layer1.out_features
+        self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
+        self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        cond = cond or {}
+        labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
+        return velocity_of(lambda scaled, noise: self.model(scaled, noise, labels, extra), x, t, self.sigma_data)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.model.activation_checkpointing = on
+
+
+def _check(spec: DDPMpp | ADM, multipliers: tuple[int, ...], unit: int) -> None:
+    if spec.channels < unit or spec.channels % unit:
+        raise ValueError(f"channels: {spec.channels} must be a multiple of {unit}")
+    if spec.num_blocks < 1 or not multipliers or min(multipliers) < 1:
+        raise ValueError(f"num_blocks: {spec.num_blocks} and multipliers: {multipliers} must be 1 or more")
+    if not spec.sigma_data > 0:
+        raise ValueError(f"sigma_data: {spec.sigma_data} must be above 0")
+
+
+def _square(shape: tuple[int, ...], multipliers: tuple[int, ...]) -> tuple[int, int]:
+    """(channels, side) of a sample; ValueError unless it is square and can be halved between the levels."""
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 2 ** (len(multipliers) - 1):
+        raise ValueError(f"multipliers: {len(multipliers)} levels do not halve a square sample of shape {tuple(shape)}")
+    return shape[0], shape[1]

@@ -1,0 +1,165 @@
+"""LoRA beside a frozen diffusers network: chosen layers become W x + (alpha / rank) B A x; A, B and our branches are all that trains and is kept.
+
+Source: Hu et al. 2021, arXiv:2106.09685. The layers are peft's, put in as diffusers itself does, so that its `save_lora_adapter` writes them.
+B is zero at the start: the network's output is unchanged to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, load_pretrained
+
+ADAPTER = "default"  # the one name that diffusers gives to an adapter that was given none
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters of that rank on every linear layer and convolution whose name ends in one of `targets`; alpha: the rank if not given.
+
+    dropout acts on what the adapters read, in training alone.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank: {self.rank} must be 1 or more")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha: {self.alpha} must be above 0")
+        if not self.targets or not all(self.targets):
+            raise ValueError(f"targets: {list(self.targets)} must name at least one layer, and none by an empty text")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: {self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen network under the adapters: a diffusers pipeline's folder or hub id, its revision, and the SHA-256 of its weights."""
+
+    source: str
+    revision: str | None = None
+    sha256: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source} (revision {self.revision})" if self.revision else self.source
+
+
+def add_lora(net: DiffusersNet, lora: LoRA) -> None:
+    """Puts the adapters into the network's model and freezes all of it but them; F is unchanged to the bit, A is drawn by torch's generator.
+
+    From here on state_dict() holds adapters and branches alone, and load_state_dict wants those alone, strictly. Raises ValueError where a
+    target matches no layer that can be adapted (naming those that can), and where peft is not installed.
+    """
+    _check_targets(net.model, lora.targets)
+    config = _peft_config(lora)
+    if hasattr(net.model, "add_adapter"):
+        net.model.add_adapter(config, ADAPTER)
+    else:  # DiT and UNet2D, which have no LoRA pipeline in diffusers
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, net.model, ADAPTER)
+    net.requires_grad_(True)
+    for name, parameter in net.model.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+    net.frozen = frozenset(f"model.{name}" for name in net.model.state_dict() if not _is_adapter(name))
+    net.register_state_dict_post_hook(_leave_out_base)
+    net.register_load_state_dict_pre_hook(_put_in_base)
+
+
+def merged(net: DiffusersNet) -> DiffusersNet:
+    """A copy of the network with the adapters added into its weights and gone: the same F to rounding, with the base's own names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    net = copy.deepcopy(net)
+    for name, layer in list(net.model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            net.model.get_submodule(parent).register_module(child, layer.get_base_layer())
+    del net.model.peft_config
+    if hasattr(net.model, "add_adapter"):
+        net.model._hf_peft_config_loaded = False  # as diffusers' own unload_lora leaves it
+    net.frozen = frozenset()
+    return net
+
+
+def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
+    """The frozen network, without branches, on the clock of `spec`. ValueError, in one line, if it is not there or not the one trained on."""
+    _, net = load_pretrained(base.source, base.revision)
+    with torch.device("meta"):
+        wanted = _shapes(spec.build((), arrival=False).model)
+    given = _shapes(net.model)
+    odd = next((name for name in [*wanted, *given] if wanted.get(name) != given.get(name)), None)
+    if odd is not None:
+        was, wants = given.get(odd, "absent"), wanted.get(odd, "absent")
+        raise ValueError(f"{base}: is another network than this student was trained on: {odd} is {was} there, {wants} here")
+    found = fingerprint(net.model)
+    if found != base.sha256:
+        hashes = f"its weights have SHA-256 {found[:12]}, those that this student was trained on {base.sha256[:12]}"
+        raise ValueError(f"{base}: {hashes}: it is another revision or another model")
+    return DiffusersNet(net.model, *spec.clock(), arrival=False, guidance=False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of a model's weights: names, shapes and values in float32; about a second for each gigabyte."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _peft_config(lora: LoRA):
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora: needs peft: pip install 'flowmap-distillation[lora]'") from error
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    return LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets), lora_dropout=lora.dropout)
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    layers = {name: module for name, module in model.named_modules() if name}
+    can = [name for name, module in layers.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for target in targets:
+        found = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not found or not set(found) <= set(can):
+            what = "matches no layer" if not found else f"matches {found[0]}, a {type(layers[found[0]]).__name__}"
+            candidates = dict.fromkeys(_ending(name) for name in can)
+            raise ValueError(f"lora.targets: {target!r} {what} of {type(model).__name__}; layers that can be adapted: {', '.join(candidates)}")
+
+
+def _ending(name: str) -> str:
+    """The last word of a layer's name, with the numbers behind it: to_q, to_out.0."""
+    return re.search(r"[^.]+(\.\d+)*$", name)[0]
+
+
+def _leave_out_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, metadata) -> None:
+    """The trained part of a state dict: hook of state_dict()."""
+    for name in net.frozen:
+        state.pop(prefix + name, None)
+
+
+def _put_in_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, *unused) -> None:
+    """The inverse, hook of load_state_dict: the base's weights are those that are there, the very parameters."""
+    if net.frozen:
+        there = {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
+        state.update({prefix + name: there[name] for name in net.frozen})

@@ -1,0 +1,41 @@
+"""Training an autoencoder: its pictures come back, and its latents stay near a Gaussian.
+
+Source: Kingma and Welling 2013, arXiv:1312.6114; weights as in Rombach et al. 2022, arXiv:2112.10752, without its discriminator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from flowmap.flow.types import Loss, PathSample, Teacher
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """mean |x0 - D(z)| + squared * mean (x0 - D(z))^2 + kl * KL(posterior || N(0, 1)) per latent entry, z drawn with the sample's noise.
+
+    The student's network is an autoencoder (moments, decode); times and teacher are not looked at.
+    """
+
+    squared: float = 1.0
+    kl: float = 1e-4
+    diagonal: ClassVar[bool] = True
+
+    def __post_init__(self):
+        for name in ("squared", "kl"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+
+    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        mean, logvar = student.net.moments(sample.x0)
+        if mean[0].numel() > sample.x1[0].numel():
+            raise ValueError("student.latent_channels: latents have more entries than pictures")
+        noise = sample.x1.flatten(1)[:, : mean[0].numel()].view_as(mean)
+        error = student.net.decode(mean + (logvar / 2).exp() * noise) - sample.x0
+        kl = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
+        absolute, squared = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)
+        value = (absolute + self.squared * squared + self.kl * kl).mean()
+        return Loss(value, {"absolute": absolute.mean().detach(), "squared": squared.mean().detach(), "kl": kl.mean().detach()})

@@ -1,0 +1,164 @@
+"""The settings of a recipe that are no part of the mathematics: teacher and guidance, averages, trainer, log, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from flowmap.nets.lora import LoRA
+
+
+class Guidance(Protocol): ...
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """The student is the teacher's network with its weights, beside silent branches for arrival time and guidance scale.
+
+    lora: the weights stay frozen, adapters and branches are trained (a teacher of kind diffusers alone); `{}` is every default.
+    """
+
+    lora: LoRA | None = None
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
+
+    scale: tuple[float, float] = (1.0, 3.0)
+    default: float = 1.5
+
+    def __post_init__(self):
+        _check_scale(self.scale, self.default)
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """v = w v_strong + (1 - w) v_weak; the weak model is one of: another card, an earlier snapshot of the same run (its share of the
+    run's steps, in (0, 1)), or the same network with blocks skipped."""
+
+    weak: str | None = None
+    snapshot: float | None = None
+    skip_blocks: tuple[int, ...] = ()
+    scale: tuple[float, float] = (1.0, 3.0)
+    default: float = 2.0
+
+    def __post_init__(self):
+        _check_scale(self.scale, self.default)
+        if sum((self.weak is not None, self.snapshot is not None, bool(self.skip_blocks))) != 1:
+            raise ValueError("weak: autoguidance wants exactly one of weak (a card), snapshot (a share of the run) and skip_blocks")
+        if self.snapshot is not None and not 0 < self.snapshot < 1:
+            raise ValueError(f"snapshot: {self.snapshot} must lie between 0 and 1 (a share of the teacher's steps)")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The guidance of a model that was itself distilled to take the scale as an input (FLUX.1-dev): it is handed through."""
+
+    scale: tuple[float, float] = (1.0, 5.0)
+    default: float = 3.5
+
+    def __post_init__(self):
+        _check_scale(self.scale, self.default)
+
+
+@dataclass(frozen=True)
+class TeacherSlot:
+    """A frozen teacher by its card, and the guidance around it; overrides: key=value for the recipes that train it and its weak model."""
+
+    card: str
+    guidance: Guidance | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PowerEMA:
+    """EDM2's power-function average (arXiv:2312.02696): `std` is relative to the run's length and ships with the student.
+
+    Snapshots of averages with snapshot_stds are kept every snapshot_every_steps (0: none) and can be combined afterwards to any std.
+    """
+
+    std: float = 0.05
+    snapshot_stds: tuple[float, ...] = (0.05, 0.10)
+    snapshot_every_steps: int = 0
+
+    def __post_init__(self):
+        for name, stds in (("std", (self.std,)), ("snapshot_stds", self.snapshot_stds)):
+            if any(not 0 < std < 0.25 for std in stds):
+                raise ValueError(f"{name}: {stds} must lie between 0 and 0.25")
+
+
+@dataclass(frozen=True)
+class ConstantEMA:
+    """The ordinary exponential average; decay 0 is no average."""
+
+    decay: float = 0.999
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: {self.decay} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long and on what: steps are optimiser steps; the batch of data is taken `accumulate` times a step on each of the devices."""
+
+    steps: int = 10_000
+    accumulate: int = 1
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    checkpoint_every_steps: int = 500
+
+    def __post_init__(self):
+        for name, allowed in (("strategy", ("auto", "ddp", "fsdp")), ("precision", ("32", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("steps", "accumulate", "devices", "num_nodes", "checkpoint_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run shows of itself, and how often in optimiser steps; samples and metrics at 0 only at the end."""
+
+    wandb: bool = True
+    project: str = "flowmap"
+    every_steps: int = 50
+    samples_every_steps: int = 0
+    metrics_every_steps: int = 0
+    grid_images: int = 64
+
+    def __post_init__(self):
+        for name, least in (("every_steps", 1), ("samples_every_steps", 0), ("metrics_every_steps", 0), ("grid_images", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The last look at the student: the teacher's row takes teacher_steps Euler steps; all rows start from the same noise, drawn from `seed`."""
+
+    teacher_steps: int = 64
+    teacher_extra_steps: tuple[int, ...] = ()
+    batch_size: int = 512
+    seed: int = 1234
+
+    def __post_init__(self):
+        for name in ("teacher_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+        if any(k < 1 for k in self.teacher_extra_steps):
+            raise ValueError(f"teacher_extra_steps: {self.teacher_extra_steps} must be 1 or more each")
+
+
+def _check_scale(scale: tuple[float, float], default: float) -> None:
+    if not 0 <= scale[0] <= scale[1]:
+        raise ValueError(f"scale: {scale} must be an increasing pair of numbers")
+    if default < 0:
+        raise ValueError(f"default: {default} must be 0 or more")

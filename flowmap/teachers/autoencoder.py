@@ -1,0 +1,155 @@
+"""Frozen autoencoders: pictures in [-1, 1] become normalised latents, and latents pictures again. Any of diffusers' AutoencoderKL and kin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by one of our recipes (`recipe`).
+
+    Latents are (z - shift) * scale, one number or one for each channel; left out, they are the model's own: shift_factor and
+    scaling_factor, or latents_mean and 1 / latents_std.
+    """
+
+    source: str | None = None
+    recipe: str | None = None
+    revision: str | None = None
+    shift: tuple[float, ...] | None = None
+    scale: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if (self.source is None) == (self.recipe is None):
+            raise ValueError("source: an autoencoder wants exactly one of source (a folder or hub id) and recipe (one of ours that trains it)")
+        if self.scale is not None and not all(value > 0 for value in self.scale):
+            raise ValueError(f"scale: {self.scale} must be above 0")
+
+    def load(self) -> FrozenAutoencoder:
+        """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""
+        import diffusers
+
+        folder, config = self._place()
+        try:
+            cls = getattr(diffusers, config["_class_name"])
+            model = cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {str(error).splitlines()[0]}") from error
+        return FrozenAutoencoder(model, *self._normalisation(config), self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """What makes its latents unlike those of another: class, weights, normalisation; plain values, found without loading it."""
+        folder, config = self._place()
+        shift, scale = self._normalisation(config)
+        return {"class": config["_class_name"], "weights": digest_of(folder), "shift": list(shift), "scale": list(scale)}
+
+    def _place(self) -> tuple[Path, dict[str, Any]]:
+        """Its folder on this machine, and what its config.json says."""
+        if self.source is None:
+            raise ValueError(f"autoencoder.recipe: {self.recipe!r} is trained first: `flowmap fit` of a recipe that uses it does")
+        root = local_folder(self.source, self.revision, "autoencoder.source")
+        for folder in (root, root / "vae"):  # itself, or a part of a pipeline
+            if (folder / "config.json").is_file():
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                if str(config.get("_class_name")).startswith("Autoencoder"):
+                    return folder, config
+        raise ValueError(f"autoencoder.source: {self.source!r} is no diffusers autoencoder: no config.json there names an Autoencoder class")
+
+    def _normalisation(self, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        shift, scale = self.shift, self.scale
+        if shift is None:
+            shift = config.get("latents_mean") or (config.get("shift_factor") or 0.0,)
+        if scale is None:
+            std = config.get("latents_std")
+            scale = tuple(1 / value for value in std) if std else (config.get("scaling_factor") or 1.0,)
+        for name, values in (("shift", shift), ("scale", scale)):
+            if len(values) not in (1, config.get("latent_channels")):
+                raise ValueError(f"autoencoder.{name}: {len(values)} numbers; allowed: 1 or {config.get('latent_channels')}, the channels")
+        return tuple(map(float, shift)), tuple(map(float, scale))
+
+
+class FrozenAutoencoder:
+    """encode: pictures (B, C, H, W) in [-1, 1] -> latents (B, c, h, w); decode: back. Deterministic: the posterior's mean."""
+
+    def __init__(self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], identity: dict[str, Any]):
+        self.model, self.shift, self.scale, self._identity = model.eval().requires_grad_(False), shift, scale, identity
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        out = self.model.encode(x.to(self.device, self.dtype))
+        z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
+        return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
+        return self.model.decode(z.to(self.dtype)).sample.float()
+
+    def to(self, device) -> FrozenAutoencoder:
+        self.model.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _channels(self, values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+
+
+def local_folder(source: str, revision: str | None, key: str) -> Path:
+    """The folder of that name, or of that hub id and revision, fetched where it is not in the cache. ValueError names `key`."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors
+        at = f" at revision {revision}" if revision else ""
+        raise ValueError(f"{key}: {source!r} is no folder, and as a hub id{at}: {str(error).splitlines()[0]}") from error
+
+
+def no_bars_in_files() -> None:
+    """The libraries' progress bars over weights are for a terminal alone."""
+    if not sys.stderr.isatty():
+        import diffusers
+        import transformers
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def digest_of(folder: Path) -> str:
+    """Sixteen hexadecimal digits of the safetensors files below: their names, sizes, first and last megabytes."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: holds no *.safetensors")
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}{size}".encode())
+        with open(path, "rb") as handle:
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+AUTOENCODERS = {"diffusers": Autoencoder}

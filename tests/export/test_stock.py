@@ -1,0 +1,171 @@
+"""A flow network of diffusers leaves as a stock pipeline that gives the student's own samples, in a Python without flowmap."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from flowmap.export import export
+from flowmap.export.plan import make_plan
+from flowmap.export.stock import FAMILIES, check_grid
+from flowmap.nets.diffusers_model import pack, unpack
+from flowmap.samplers import Deterministic, Gamma
+from tests.export.alone import alone, foreign, own_modules, snippet
+
+diffusers = pytest.importorskip("diffusers")
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def sd3():
+    return diffusers.SD3Transformer2DModel(
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32, caption_projection_dim=32,
+        pooled_projection_dim=24, out_channels=4,
+    )  # fmt: skip
+
+
+def sana():
+    return diffusers.SanaTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
+        cross_attention_dim=32, caption_channels=32, sample_size=8,
+    )  # fmt: skip
+
+
+def flux(guidance_embeds=False):
+    return diffusers.FluxTransformer2DModel(
+        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=24,
+        axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+
+
+def qwen():
+    return diffusers.QwenImageTransformer2DModel(
+        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 4, 8)
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    model: object
+    steps: tuple[int, ...]
+    packed: bool = False
+
+
+CASES = {
+    "sd3": Case(sd3, (1, 2, 4)), "sana": Case(sana, (1, 4)), "flux": Case(flux, (1, 4), packed=True),
+    "flux_dev": Case(lambda: flux(True), (2,), packed=True), "qwen": Case(qwen, (4,), packed=True),
+}  # fmt: skip
+SCRIPT = """
+import json, pathlib
+given = torch.load("given.pt")
+prompt_embeds, pooled_prompt_embeds = given["text"], given["pooled"]
+prompt_attention_mask = prompt_embeds_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long)
+for job in json.load(open("jobs.json")):
+    noise, seen = given["packed" if job["packed"] else "noise"], []
+    real = torch.randn
+    exec(job["code"].replace("num_inference_steps", "latents=noise, num_inference_steps"))
+    assert type(pipe).__module__.startswith("diffusers.pipelines."), type(pipe)
+    torch.save(images, job["out"])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Exports of every case, the samples that another Python drew from them, and what they were given."""
+    at = tmp_path_factory.mktemp("stock")
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    given = {"noise": noise, "packed": pack(noise), "text": torch.randn(2, 5, 32), "pooled": torch.randn(2, 24)}
+    jobs = []
+    for name, case in CASES.items():
+        for steps in case.steps:
+            out = export(student_of(name), at / f"{name}-{steps}", steps=steps, guidance=2.5)
+            jobs.append({"code": snippet(out), "packed": case.packed, "out": f"{out}.pt"})
+    torch.save(given, at / "given.pt")
+    (at / "jobs.json").write_text(json.dumps(jobs))
+    alone(SCRIPT, at)
+    return at
+
+
+def student_of(name, **more):
+    return foreign(CASES[name].model(), FLOW, (4, 8, 8), **more)
+
+
+@pytest.mark.parametrize("name, steps", [(name, k) for name, case in CASES.items() for k in case.steps])
+def test_the_stock_pipeline_gives_the_students_samples(folder, name, steps):
+    student, given = student_of(name), torch.load(folder / "given.pt")
+    cond = {"text": given["text"], "pooled": given["pooled"], "guidance": torch.full((2,), 2.5)}
+    if name in ("sana", "qwen"):
+        cond["text_mask"] = torch.ones(2, 5, dtype=torch.long)
+    wanted = student.config.sampler(student.flow_map, given["noise"], cond, steps=steps)
+    got = torch.load(folder / f"{name}-{steps}.pt")
+    got = unpack(got, 4, 4) if CASES[name].packed else got
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    off = student.config.sampler(student.flow_map, given["noise"], cond | {"guidance": torch.ones(2)}, steps=steps)
+    assert float((off - wanted).abs().max()) > 1e-2, "the scale matters, so it was folded"
+
+
+def test_the_folder_is_stock(folder):
+    index = json.loads((folder / "sd3-4" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Pipeline" and index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+    assert not list((folder / "sd3-4").rglob("*.py")) and not list((folder / "sd3-4").rglob("*.bin"))
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".")], "nothing half-made is left"
+    note = json.loads((folder / "sd3-4" / "flowmap_export.json").read_text())
+    assert note["steps"] == 4 and note["guidance"] == 2.5
+    assert "4 steps, guidance scale 2.5: folded" in (folder / "sd3-4" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("sampler, steps", [(Deterministic(middle=(0.7,)), 2), (Deterministic(grid="shifted", shift=3.0), 4), (Gamma(), 2)])
+def test_an_uneven_grid_is_refused_in_one_line(tmp_path, sampler, steps):
+    student = student_of("sd3", sampler=sampler)
+    with pytest.raises(ValueError, match="--custom") as error:
+        export(student, tmp_path / "out", steps=steps)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_what_is_even_all_the_same_is_not_refused():
+    for sampler, steps in [(Deterministic(middle=(0.7,)), 4), (Deterministic(grid="shifted", shift=3.0), 1), (Gamma(), 1)]:
+        check_grid(make_plan(student_of("sd3", sampler=sampler), steps, None))
+
+
+@dataclass
+class Frozen:
+    model: object
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
+    own_modules(monkeypatch, tmp_path)
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2).eval()  # fmt: skip
+    student, frozen = student_of("sd3"), Frozen(vae, (0.25,), (1.5,))
+    object.__setattr__(student.config, "autoencoder", "kl")
+    student.autoencoder = frozen
+    z, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 24)
+    wanted = vae.decode(student.config.sampler(student.flow_map, z, {"text": text, "pooled": pooled, "guidance": torch.full((2,), 2.0)}, steps=2)
+                        / 1.5 + 0.25)[0]  # fmt: skip
+    for custom, call in ((False, {"height": 16, "width": 16, "guidance_scale": 1.0}), (True, {})):
+        out = export(student, tmp_path / f"out{custom}", steps=2, custom=custom)
+        missing = {} if custom else dict.fromkeys(FAMILIES["SD3Transformer2DModel"].empty)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(out, trust_remote_code=custom, **missing)
+        got = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=2, output_type="pt", **call).images
+        torch.testing.assert_close(got, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shift_of_latents_is_refused_where_the_pipeline_knows_none(tmp_path):
+    student = student_of("sana")
+    object.__setattr__(student.config, "autoencoder", "kl")
+    student.autoencoder = Frozen(torch.nn.Identity(), (0.5,), (1.0,))
+    with pytest.raises(ValueError, match="no shift"):
+        export(student, tmp_path / "out")
+
+
+def test_another_kind_of_sampler_is_refused():
+    student = student_of("sd3")
+    student.config = replace(student.config, sampler=object())
+    with pytest.raises(ValueError, match="deterministic, gamma"):
+        make_plan(student, None, None)

@@ -1,0 +1,91 @@
+"""Frozen autoencoders of diffusers, tiny and random: what is normalised comes back, and what does not fit is one line."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from flowmap.teachers.autoencoder import Autoencoder
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def kl(folder, seed=0, **more):
+    torch.manual_seed(seed)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3,
+        norm_num_groups=4, sample_size=16, **more,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_latents_are_the_posteriors_mean_normalised_and_decode_undoes_it(tmp_path):
+    model = kl(tmp_path, scaling_factor=0.5, shift_factor=0.1)
+    frozen = Autoencoder(source=str(tmp_path)).load()
+    x = torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    z = frozen.encode(x)
+    with torch.no_grad():
+        mean = model.encode(x).latent_dist.mode()
+        torch.testing.assert_close(z, (mean - 0.1) * 0.5)
+        torch.testing.assert_close(frozen.decode(z), model.decode(mean).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_normalisation_by_channel_from_the_recipe_or_the_model(tmp_path):
+    kl(tmp_path, latents_mean=[0.1, 0.2, 0.3], latents_std=[1.0, 2.0, 4.0])
+    theirs = Autoencoder(source=str(tmp_path)).load()
+    ours = Autoencoder(source=str(tmp_path), shift=(0.1, 0.2, 0.3), scale=(1.0, 0.5, 0.25)).load()
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(theirs.encode(x), ours.encode(x))
+    assert theirs.identity() == ours.identity()
+
+
+def test_the_identity_changes_with_weights_and_normalisation(tmp_path):
+    kl(tmp_path / "a")
+    kl(tmp_path / "b", seed=1)
+    a, b = Autoencoder(source=str(tmp_path / "a")), Autoencoder(source=str(tmp_path / "b"))
+    assert a.identity() == a.load().identity() and a.identity()["weights"] != b.identity()["weights"]
+    assert Autoencoder(source=str(tmp_path / "a"), scale=(2.0,)).identity()["scale"] == [2.0]
+
+
+def test_a_pipelines_folder_will_do(tmp_path):
+    kl(tmp_path / "vae")
+    assert Autoencoder(source=str(tmp_path)).load().model.config.latent_channels == 3
+
+
+def test_other_classes_of_autoencoders(tmp_path):
+    torch.manual_seed(0)
+    diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+    ).save_pretrained(tmp_path / "tiny")
+    diffusers.AutoencoderDC(
+        latent_channels=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()), scaling_factor=0.41,
+    ).save_pretrained(tmp_path / "dc")  # fmt: skip
+    for name in ("tiny", "dc"):
+        frozen = Autoencoder(source=str(tmp_path / name)).load()
+        z = frozen.encode(torch.zeros(2, 3, 16, 16))
+        assert z.shape[:2] == (2, 4) and frozen.decode(z).shape == (2, 3, 16, 16)
+
+
+def test_what_does_not_fit_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    kl(tmp_path / "a")
+    for spec, says in (
+        (Autoencoder(source=str(tmp_path / "empty")), "is no diffusers autoencoder"),
+        (Autoencoder(source="nobody/nothing", revision="abc"), "as a hub id at revision abc"),
+        (Autoencoder(source=str(tmp_path / "a"), scale=(1.0, 2.0)), "2 numbers; allowed: 1 or 3"),
+        (Autoencoder(recipe="emoji32-autoencoder"), "is trained first"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            spec.load()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="exactly one of source"):
+        Autoencoder()
+    with pytest.raises(ValueError, match="scale: .* must be above 0"):
+        Autoencoder(source="x", scale=(0.0,))
