@@ -31,7 +31,7 @@ check: .venv/ready  ## what every commit keeps green: lint, floors, recipes
 	$(BIN)/python -m pytest tests/test_floors.py tests/test_recipes.py
 
 bench: .venv/ready  ## the benchmarks, about an hour and a half on two cores; results in benchmarks/results, figures in the docs
-	for name in step_cost exactness main_job steps_law fill_docs; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in parity step_cost exactness main_job steps_law fill_docs; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 mutants: .venv/ready  ## every mutation of an objective must fail a test
 	$(BIN)/python benchmarks/mutants.py

@@ -12,7 +12,10 @@ from pathlib import Path
 from _report import RESULTS, _cell, table
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json"}
+FILES = {
+    "main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
+    "parity_teachers": "parity.json", "parity_exports": "parity.json",
+}  # fmt: skip
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
 
@@ -28,7 +31,9 @@ def filled(text: str, found: dict[str, dict]) -> str:
 
 
 def block(name: str, result: dict) -> str:
-    rows, columns = result["rows"], result.get("columns") or COLUMNS.get(name)
+    """The table of that name, of a result that has several or one alone, and where its figures come from."""
+    made = result["tables"][name] if "tables" in result else result
+    rows, columns = made["rows"], made.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)
     plot = f"![{name}](docs/{name}.png)\n\n" if (ROOT / "docs" / f"{name}.png").is_file() else ""

@@ -7,15 +7,19 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
-from flowmap.plan import data_of, dependency_folder, find_card, lora_card
+from flowmap.nets.pretrained import is_hub_id, load_pretrained, read_spec
+from flowmap.plan import data_of, dependency_folder, find_card, lora_card, teacher_cards
 from flowmap.recipe import Autoguidance, ClassifierFree, FromTeacher, Recipe, read_recipe
 from flowmap.snapshots import nearest_snapshot
 from flowmap.student import BESIDE, Student, StudentConfig, load_student
@@ -96,8 +100,6 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
 
 
 def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
-    from flowmap.nets.diffusers_model import load_pretrained
-
     try:
         spec, net = load_pretrained(card.source, card.revision)
     except ValueError as error:
@@ -105,6 +107,29 @@ def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.
     flow_map = FlowMapNet(net)
     config = StudentConfig(net=spec, sampler=recipe.sampler, shape=tuple(card.shape), num_classes=card.num_classes, arrival=False, clamp=False)
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """RecipeError where a pretrained teacher is not there, is not one that is known, or has other latents; its weights are not read."""
+    for card in teacher_cards(recipe):
+        if card.kind == "edm2" and (line := missing_weights(card)):
+            raise RecipeError(f"{recipe.name}: teacher.card: {line}")
+        try:
+            if card.kind == "diffusers":
+                read_spec(card.source, card.revision).clock()
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
+        if card.kind == "diffusers":
+            _check_latents(recipe, card)
+
+
+def _check_latents(recipe: Recipe, card: Card) -> None:
+    autoencoder = getattr(data_of(recipe), "autoencoder", None)
+    if isinstance(autoencoder, Autoencoder) and Path(autoencoder.source).is_dir():
+        try:
+            autoencoder.check_channels(card.shape[0])
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: data.{error}, the first of the shape of {card.name!r}") from error
 
 
 def _exact(data) -> MixtureTeacher:
@@ -115,7 +140,8 @@ def _exact(data) -> MixtureTeacher:
 def missing_weights(card: Card) -> str | None:
     """Why a pretrained card cannot be used here, in one line; None where it can."""
     if card.kind == "diffusers":
-        return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: not on this machine; fit fetches it"
+        lacks = "not on this machine; fit fetches it" if is_hub_id(card.source) else "no such folder, and no hub id (owner/name)"
+        return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: {lacks}"
     folder = weights_folder(card)
     if (folder / "config.json").is_file():
         return None
@@ -178,6 +204,11 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         if teacher.network.config.shape != data.shape:
             theirs = teacher.network.config.shape
             raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of the teacher {recipe.teacher.card!r} {theirs}")
+    if isinstance(net, DiffusersModel):
+        try:
+            check_text(net, data.conditions_at(torch.zeros(1, dtype=torch.int64)))
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: {error}") from error
     return StudentConfig(
         net=net,
         sampler=recipe.sampler,
@@ -214,8 +245,6 @@ def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher |
 
     Frozen weights under adapters are the teacher's own parameters; all others are trained.
     """
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:

@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; key=value may stand on both sides of an option, which argparse alone does not allow."""
+    """The arguments; key=value and +FILE may stand on both sides of an option, which argparse alone does not allow."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    odd = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    odd = [word for word in rest if word.startswith("-") or not ("=" in word or word.startswith("+")) or not hasattr(arguments, "overrides")]
     if odd:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
     if rest:
@@ -207,7 +207,7 @@ def _export(a: argparse.Namespace) -> int:
 
     if a.push is not None:
         check_repository(a.push)
-    options = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, overwrite=a.overwrite)
+    options = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, text=not a.no_text, overwrite=a.overwrite)
     print(export(load_student(a.student), a.out, **options))
     if a.push is not None:
         print(push(Path(a.out), a.push))
@@ -333,12 +333,13 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
     weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
 
-    export = _verb(verbs, "export", _export, "write a student as a diffusers pipeline or a torch program, for those without flowmap")
+    export = _verb(verbs, "export", _export, "write a student as a diffusers pipeline or LoRA or a torch program, for those without flowmap")
     export.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
-    export.add_argument("--to", choices=["diffusers", "torch"], default="diffusers")
+    export.add_argument("--to", choices=["diffusers", "torch", "lora"], default="diffusers")
     export.add_argument("--steps", type=int, metavar="K", help="steps that it is made for (default: the sampler's largest)")
     export.add_argument("--guidance", type=float, metavar="W", help="guidance scale that it is made for (default: the recipe's)")
     export.add_argument("--custom", action="store_true", help="a pipeline with its own code, also where diffusers has a stock one")
+    export.add_argument("--no-text", action="store_true", help="leave the student's text encoders out of the folder")
     export.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
     export.add_argument("--push", metavar="OWNER/NAME", help="then upload the folder to that repository of the hub")
     export.add_argument("--out", required=True, help="folder for the export")
@@ -357,7 +358,7 @@ def _verb(verbs, name: str, run, help: str) -> argparse.ArgumentParser:
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace the recipe's; +FILE: those of a YAML file")
     _import_argument(parser)
 
 

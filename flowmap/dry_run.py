@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from flowmap.build import missing_weights, on_this_machine, student_config
+from flowmap.build import check_teachers, missing_weights, on_this_machine, student_config
 from flowmap.config import RecipeError
 from flowmap.data import Dataset
-from flowmap.nets.diffusers_model import DiffusersModel, read_spec
+from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.lora import Base
+from flowmap.nets.pretrained import read_spec
 from flowmap.plan import Encoding, Stage, data_of, find_card, plan, runs_root, teacher_cards
 from flowmap.recipe import FromTeacher, PowerEMA, Recipe, read_recipe
 from flowmap.student import StudentConfig
@@ -40,6 +41,8 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
     missing += [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
+    if not missing:
+        check_teachers(recipe)
     data = None
     if not any(key.startswith("data") for key in recipe.missing()):
         try:

@@ -49,11 +49,14 @@ def encode(
     say = say or (lambda message: None)
     lock = folder / f".process-{rank}-of-{world}"
     with only_process(lock):
-        _check_plan(spec, folder)
         encoder = Encoder(spec, device)
-        _fill(spec, folder, encoder, rank, world, batch_size)
-        with suppress(OSError):
-            lock.rmdir()
+        try:
+            _check_plan(spec, folder, encoder)
+            _fill(spec, folder, encoder, rank, world, batch_size)
+        finally:
+            for empty in (lock, folder):  # the folder goes where nothing could be begun
+                with suppress(OSError):
+                    empty.rmdir()
     shards = _all_shards(spec, folder)
     return None if shards is None else _finish(spec, folder, encoder, shards, say)
 
@@ -71,6 +74,13 @@ class Encoder:
         if self.spec.flip:
             columns["mirrored"] = self._latents(images.flip(-1))
         return columns | {f"cond_{name}": value for name, value in self.text(captions).items()}
+
+    def load(self) -> None:
+        """Loads the networks now. ValueError where one cannot be had."""
+        if self.spec.autoencoder is not None:
+            self._autoencoder  # noqa: B018
+        if self.spec.text is not None:
+            self._text  # noqa: B018
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -98,11 +108,12 @@ def _on(network: Any, device: torch.device | str) -> Any:
     return network.to(device) if hasattr(network, "to") else network
 
 
-def _check_plan(spec: Encoded, folder: Path) -> None:
-    """Writes down what is being made; ValueError where the folder holds something else, or the source has changed since."""
+def _check_plan(spec: Encoded, folder: Path, encoder: Encoder) -> None:
+    """Writes down what is being made, once its networks are loaded; ValueError where the folder holds something else, or the source has changed."""
     images = spec.images
     plan = {"identity": spec.identity(), "shard_items": spec.shard_items, "length": images.length(), "fingerprint": images.fingerprint()}
     if not (folder / PLAN).is_file():
+        encoder.load()
         write_json(folder / PLAN, plan)
     found = difference(read_json(folder / PLAN), plan)
     if found:

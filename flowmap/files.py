@@ -70,9 +70,9 @@ def only_process(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """The files of a folder, copied one by one beside and renamed; those that are there already in the same size are left."""
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool] = Path.is_file) -> None:
+    """The files of a folder (those `wanted`), copied one by one beside and renamed; those that are there already in the same size are left."""
+    for path in sorted(p for p in source.rglob("*") if p.is_file() and wanted(p)):
         there = target / path.relative_to(source)
         if not there.is_file() or there.stat().st_size != path.stat().st_size:
             write_beside(there, lambda temporary, path=path: shutil.copyfile(path, temporary))

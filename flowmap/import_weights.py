@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.averaging import posthoc_coefficients
+from flowmap.nets.flow_map import misfit
 from flowmap.published import config_of, tensors_of_net
+from flowmap.snapshots import weighted_sum
 from flowmap.student import StudentConfig, save_student
 from flowmap.teachers.pickled import Record, read_pickle
 
@@ -49,19 +51,16 @@ def _average(parts: list[dict[str, Tensor]], files: list[str], std: float) -> di
             raise ValueError(f"{file}: its name does not end in -NUMBER-STD.pkl, which says where in training it was taken")
     steps, stds = [int(m[1]) for m in found], [float(m[2]) for m in found]
     coefficients = posthoc_coefficients(steps, stds, target_step=None, target_std=std).tolist()
-    for part, file in zip(parts, files, strict=True):
-        if {k: v.shape for k, v in part.items()} != {k: v.shape for k, v in parts[0].items()}:
-            raise ValueError(f"{file}: holds other tensors than {files[0]}")
-    return {name: sum(c * part[name].double() for c, part in zip(coefficients, parts, strict=True)).float() for name in parts[0]}
+    return weighted_sum(zip(coefficients, files, parts, strict=True))
 
 
 def _in_place(config: StudentConfig, weights: dict[str, Tensor], file: str) -> dict[str, Tensor]:
     """The weights by the names that they have in a student; every tensor has its place, and none is left over."""
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+        expected = config.build().state_dict()
     named = {f"net.{name}": tensor.contiguous() for name, tensor in weights.items()}
-    got = {name: tuple(tensor.shape) for name, tensor in named.items()}
-    odd = next((name for name in [*expected, *got] if expected.get(name) != got.get(name)), None)
+    odd = misfit(expected, named)
     if odd is not None:
-        raise ValueError(f"{file}: {odd} is {got.get(odd, 'absent')}, a network of these settings has {expected.get(odd, 'no such layer')}")
+        name, wants, was = odd
+        raise ValueError(f"{file}: {name} is {was}, in a network of these settings it is {wants}")
     return named

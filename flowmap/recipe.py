@@ -139,12 +139,17 @@ TABLES: Mapping[type, Mapping[str, type]] = {
 
 
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name or path, with `key=value` overrides; RecipeError names file, key, value and what is allowed."""
+    """The recipe of that name or path; overrides are `key=value`, or `+FILE`, a file of settings laid over it, before any key=value.
+
+    RecipeError names file, key, value and what is allowed.
+    """
     path = find_recipe(name)
     plain = _with_base(path)
+    for override in (word for word in overrides if word.startswith("+")):
+        plain = _merge(plain, _load(find_recipe(override[1:])))
     plain.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
     config = OmegaConf.create({**_defaults(), **plain})
-    for override in overrides:
+    for override in (word for word in overrides if not word.startswith("+")):
         _override(config, override)
     return recipe_from(_plain(config, path.name), file=path.name)
 

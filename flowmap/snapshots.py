@@ -6,12 +6,14 @@ Source: EDM2's post-hoc EMA (Karras et al. 2024, arXiv:2312.02696, section 3.2).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from flowmap.files import read_tensors, write_tensors
 from flowmap.flow.averaging import posthoc_coefficients
+from flowmap.nets.flow_map import misfit
 
 _NAME = re.compile(r"step-(\d+)-std-(\d\.\d+)\.safetensors")
 
@@ -43,11 +45,15 @@ def combine(run: Path, *, std: float, step: int | None = None) -> dict[str, Tens
     if not snapshots:
         raise ValueError(f"{run / 'ema'}: no snapshot at or before step {step}")
     weights = posthoc_coefficients([s[0] for s in snapshots], [s[1] for s in snapshots], target_step=step, target_std=std)
+    return weighted_sum((weight, str(path), read_tensors(path)) for weight, (_, _, path) in zip(weights.tolist(), snapshots, strict=True))
+
+
+def weighted_sum(parts: Iterable[tuple[float, str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """The sum, taken in float64, of weight times tensor over parts (weight, file, tensors); ValueError names a file that holds others."""
     total: dict[str, Tensor] = {}
-    for weight, (_, _, path) in zip(weights.tolist(), snapshots, strict=True):
-        tensors = read_tensors(path)
-        if total and {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in total.items()}:
-            raise ValueError(f"{path}: holds other tensors than the run's other snapshots")
+    for weight, file, tensors in parts:
+        if total and (odd := misfit(total, tensors)):
+            raise ValueError(f"{file}: holds other tensors than the ones before it: {odd[0]} is {odd[2]}, not {odd[1]}")
         for name, tensor in tensors.items():
             total[name] = total[name] + weight * tensor.double() if name in total else weight * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}

@@ -23,6 +23,7 @@ from flowmap.nets.lora import Base, LoRA, add_lora, load_base, merged
 from flowmap.recipe import TABLES, StudentSpec
 from flowmap.samplers import Gamma
 from flowmap.samplers.grids import FewStep
+from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
 
 FORMAT = 1
@@ -106,7 +107,8 @@ class Student:
         """The same map to rounding, its adapters added into weights of its own: no base to fetch, no adapters to run. Itself if it has none."""
         if self.config.lora is None:
             return self
-        return Student(replace(self.config, lora=None, base=None), FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False))
+        flow_map = FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False)
+        return Student(replace(self.config, lora=None, base=None), flow_map, self.folder)
 
     @property
     def device(self) -> torch.device:
@@ -165,6 +167,8 @@ class Student:
         spec = self.config.autoencoder
         if spec is not None and spec.source == BESIDE and self.folder is not None:
             spec = replace(spec, source=str(self.folder / BESIDE))
+        if isinstance(spec, DiffusersAutoencoder):
+            spec.check_channels(self.config.shape[0])
         return None if spec is None else spec.load()
 
     @cached_property

@@ -98,7 +98,7 @@ def test_a_dry_run_says_what_it_would_do(tmp_path, monkeypatch):
     assert lines[0].startswith("[1/2] digits-teacher: ") and "M parameters" in lines[1]
     assert lines[-1] == "nothing is missing on this machine"
     lines = dry_run(read_recipe("imagenet512"), None)
-    assert lines[-1].startswith("missing on this machine: data.root") and "edm2-s-imagenet512" in lines[-1]
+    assert lines[-1].startswith("missing on this machine: data.images.path") and "edm2-s-imagenet512" in lines[-1]
     assert not any(tmp_path.iterdir())
 
 

@@ -150,7 +150,7 @@ def test_a_pickle_of_edm_becomes_a_folder_with_the_same_velocity(family, num_cla
         ({"outer": "iDDPMPrecond"}, "preconditioned by iDDPMPrecond"),
         ({"inner": "OtherUNet"}, "is of class OtherUNet; of EDM's networks SongUNet and DhariwalUNet are read"),
         ({"inner": "DhariwalUNet"}, "channels: 32 must be a multiple of 64"),
-        ({"family": "DhariwalUNet", "inner": "SongUNet"}, "net.model.enc.8x8_block0.affine.weight is (128, 256), a network of these settings has"),
+        ({"family": "DhariwalUNet", "inner": "SongUNet"}, "net.model.enc.8x8_block0.affine.weight is (128, 256), in a network of these"),
     ],
 )
 def test_another_network_is_one_line(changed, says, theirs, command, tmp_path):
@@ -207,7 +207,17 @@ def storage_bytes(count):
     return buffer.getvalue()[:-12] + struct.pack("<q", count) + bytes(4)
 
 
+def module_with(modules) -> bytes:
+    """A file whose network is a torch module (an inert record to the reader) with that for its _modules; None: itself, without end."""
+    net = torch.nn.Identity()
+    net.__dict__["_modules"] = {"again": net} if modules is None else modules
+    return pickle.dumps({"ema": net})
+
+
 HOSTILE = {
+    "modules that are none": (lambda: module_with([1, 2]), "no mapping from names"),
+    "modules without a name": (lambda: module_with({3: None}), "no mapping from names"),
+    "a module in itself": (lambda: module_with(None), "deep"),
     "system": (lambda: pickle.dumps(Bomb(os.system, "touch executed")), "system"),
     "eval": (lambda: pickle.dumps(Bomb(eval, "1")), "eval"),
     "nested": (lambda: pickle.dumps(Bomb(torch.storage._load_from_bytes, pickle.dumps(Bomb(os.system, "touch executed")))), "system"),

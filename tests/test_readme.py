@@ -172,6 +172,14 @@ def test_a_block_is_filled_from_its_results_and_from_nothing_else(monkeypatch):
     assert fill.filled(once, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}}) == once
 
 
+def test_a_result_of_several_tables_fills_each_in_its_place(monkeypatch):
+    fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
+    made = {"tables": {"parity_teachers": {"columns": ["a"], "rows": [["x"]]}, "parity_exports": {"columns": ["b"], "rows": [["y"]]}}}
+    text = "".join(f"<!-- figures:{name} -->\n<!-- /figures -->\n" for name in made["tables"])
+    first, second = fill.filled(text, dict.fromkeys(made["tables"], made)).split("<!-- /figures -->")[:2]
+    assert "| x |" in first and "| y |" not in first and "| y |" in second and "`benchmarks/results/parity.json`" in second
+
+
 def test_figures_by_steps_stand_side_by_side(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
     rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [["ring", "real against real", 0, 0.05, 0.0, 1.0]]

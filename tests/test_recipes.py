@@ -83,3 +83,12 @@ def test_a_file_that_is_no_recipe(text, tmp_path):
     path.write_text(text)
     with pytest.raises(RecipeError, match="bad.yaml"):
         read_recipe(path)
+
+
+def test_a_file_of_settings_is_laid_over_a_recipe_before_single_ones(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("objective: {warmup_steps: 3}\ntrainer: {steps: 7}\ntimes: {kind: uniform}\n")
+    recipe = read_recipe("digits", ["trainer.steps=9", f"+{tmp_path / 'tiny.yaml'}"])
+    assert (recipe.objective.warmup_steps, recipe.trainer.steps, type(recipe.times).__name__) == (3, 9, "Uniform")
+    assert recipe.objective.r_max == read_recipe("digits").objective.r_max and recipe.name == "digits"
+    with pytest.raises(RecipeError, match="no file and no shipped recipe 'nowhere'"):
+        read_recipe("digits", ["+nowhere"])

@@ -1,4 +1,4 @@
-"""A student for those who do not have flowmap: a diffusers pipeline or a torch program, in a folder with its model card."""
+"""A student for those who do not have flowmap: a diffusers pipeline or LoRA, or a torch program, in a folder with its model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowmap.export.plan import make_plan
 from flowmap.files import write_text
 from flowmap.student import Student
 
-TARGETS = ("diffusers", "torch")
+TARGETS = ("diffusers", "torch", "lora")
 
 
 def export(
@@ -21,10 +21,12 @@ def export(
     steps: int | None = None,
     guidance: float | None = None,
     custom: bool = False,
+    text: bool = True,
     overwrite: bool = False,
 ) -> Path:
     """The folder `out`, written whole or not at all: "diffusers", a stock pipeline where one exists and `custom` is not set, else one with
-    its own code; or "torch", a program. steps and guidance: the student's largest and its default. ValueError names what is not possible.
+    its own code; "lora", a LoRA student's adapters for the stock pipeline of its base; or "torch", a program. steps and guidance: the student's
+    largest and its default. text: its text encoders go along. ValueError names what is not possible.
     """
     if to not in TARGETS:
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
@@ -32,7 +34,7 @@ def export(
         raise ValueError("--custom: is a way to export to diffusers")
     out = Path(out)
     check_free(out, overwrite)
-    plan = make_plan(student, steps, guidance)
+    plan = make_plan(student, steps, guidance, merge=to != "lora", text=text)
     kind, write = _way(plan, to, custom)
     with whole_folder(out, plan.note(kind), overwrite=overwrite) as folder:
         write_text(folder / "README.md", export_card(plan, kind, write(plan, folder)))
@@ -45,6 +47,10 @@ def _way(plan, to: str, custom: bool):
         from flowmap.export.program import write_program
 
         return "torch", write_program
+    if to == "lora":
+        from flowmap.export.lora import write_lora
+
+        return "lora", write_lora
     from flowmap.export.custom import write_custom
     from flowmap.export.stock import has_stock, write_stock
 

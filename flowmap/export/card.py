@@ -1,8 +1,15 @@
-"""The model card of an exported folder: what it is, how it is loaded, where it comes from, under which licence, and what was measured."""
+"""The model card of an exported folder: what it is, how it is loaded, where it comes from, under which licence, and what was measured.
+
+It opens with the lines that a hub reads: licence, base model, library, tags.
+"""
 
 from __future__ import annotations
 
-from flowmap.export.plan import Export
+import json
+import re
+from pathlib import Path
+
+from flowmap.export.plan import Export, Written
 from flowmap.plan import find_card
 from flowmap.recipe import read_resolved
 from flowmap.teachers.card import Card
@@ -10,23 +17,37 @@ from flowmap.teachers.card import Card
 WHAT = {
     "stock": "a stock diffusers pipeline: no code of its own",
     "custom": "a diffusers pipeline with its own code in this folder (`pipeline.py` and `flow_map/*.py`: read it before you trust it)",
+    "lora": "a diffusers LoRA, for the stock pipeline of its base model",
     "torch": "one torch program, `program.pt2`: noise and conditions in, samples out",
 }
 
 
-def export_card(plan: Export, kind: str, snippet: str) -> str:
-    """README.md of the folder. kind: stock, custom or torch; snippet: the lines that load and call it."""
+FOLDED = {"stock": "folded into the weights", "lora": "folded into the adapter", "torch": "unrolled"}
+LICENCES = {
+    "apache-2.0": r"Apache[- ]2(\.0)?",
+    "mit": "MIT",
+    "cc-by-nc-sa-4.0": r"CC[- ]BY-NC-SA[- ]4\.0",
+    "cc-by-nc-4.0": r"CC[- ]BY-NC[- ]4\.0",
+    "cc-by-sa-4.0": r"CC[- ]BY-SA[- ]4\.0",
+    "cc-by-4.0": r"CC[- ]BY[- ]4\.0",
+    "creativeml-openrail-m": "CreativeML Open ?RAIL-?M",
+    "openrail++": r"(CreativeML )?Open ?RAIL\+\+(-M)?",
+}  # a hub's name, and how the licence is written in our cards
+
+
+def export_card(plan: Export, kind: str, written: Written) -> str:
+    """README.md of the folder. kind: stock, custom, lora or torch."""
     config = plan.student.config
     scale = "" if plan.guidance is None or kind == "torch" else f", guidance scale {plan.guidance:g}"
-    fixed = "folded into the weights" if kind == "stock" else "unrolled" if kind == "torch" else "the defaults; any other can be asked for"
+    fixed = FOLDED.get(kind, "the defaults; any other can be asked for")
     name, card = _teacher(plan)
     lines = [
-        "---", "library_name: " + ("pytorch" if kind == "torch" else "diffusers"), "tags: [flowmap, few-step]", "---", "",
+        *_front(plan, kind, card), "",
         f"# {config.recipe}", "",
         f"A flowmap student, exported as {WHAT[kind]}. {plan.steps} step{'s' * (plan.steps > 1)}{scale}: {fixed}. "
         f"Samples of shape {tuple(config.shape)}.", "",
-        "```python", snippet, "```", "",
-        *_hints(plan, kind),
+        "```python", written.snippet, "```", "",
+        *(line for note in written.notes for line in (note, "")),
         "## Origin", "", f"- recipe: {config.recipe} ({config.recipe_hash or 'no hash'}), {config.step} training steps",
         f"- teacher: {name}{_origin(card)}", f"- licence of the teacher: {card.licence if card else '?'}", "",
         "## Figures", "", _figures(plan),
@@ -34,13 +55,33 @@ def export_card(plan: Export, kind: str, snippet: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _hints(plan: Export, kind: str) -> list[str]:
-    if kind == "stock":
-        return [
-            f"Take num_inference_steps={plan.steps} and no other: the network is told steps of 1/{plan.steps}. Text encoders are not in this "
-            "folder: give embeddings, or hand the teacher's text encoders and tokenizers to from_pretrained.", "",
-        ]  # fmt: skip
-    return []
+def _front(plan: Export, kind: str, card: Card | None) -> list[str]:
+    """The lines between dashes that a hub reads. What is not known is not said."""
+    lora, base = plan.student.config.lora is not None, _base_model(plan, card)
+    lines = ["---", "library_name: " + ("pytorch" if kind == "torch" else "diffusers"), *_licence(card)]
+    if base is not None:
+        lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if lora else 'finetune'}"]
+    if len(plan.student.config.shape) == 3:
+        prompts = plan.student.config.text is not None
+        lines.append(f"pipeline_tag: {'text-to-image' if prompts else 'unconditional-image-generation'}")
+    return [*lines, f"tags: [flowmap, few-step{', lora' * lora}]", "---"]
+
+
+def _licence(card: Card | None) -> list[str]:
+    """A hub knows licences by short names; any other is "other", with its own."""
+    if card is None or card.licence == "?":
+        return []
+    for short, pattern in LICENCES.items():
+        if re.match(rf"{pattern}(?![\w.+-])", card.licence, re.IGNORECASE):
+            return [f"license: {short}"]
+    return ["license: other", f"license_name: {json.dumps(card.licence)}"]
+
+
+def _base_model(plan: Export, card: Card | None) -> str | None:
+    """The hub id of the network that the student started from; None where that is no model of a hub."""
+    base = plan.student.config.base
+    source = base.source if base else card.source if card and card.kind == "diffusers" else None
+    return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir() else None
 
 
 def _teacher(plan: Export) -> tuple[str, Card | None]:

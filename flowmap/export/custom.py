@@ -15,8 +15,10 @@ from flowmap.config import kind_of
 from flowmap.export.amalgamate import amalgamate
 from flowmap.export.custom_model import FlowMapModel
 from flowmap.export.custom_pipeline import TIME_UNIT
-from flowmap.export.plan import Export
-from flowmap.export.stock import load_weights, scalar, scaled_vae
+from flowmap.export.plan import Export, Written
+from flowmap.export.stock import load_weights
+from flowmap.export.text import PROMPT, TextParts, write_text_parts
+from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.files import write_json, write_text
 from flowmap.recipe import TABLES
 
@@ -32,8 +34,8 @@ TOLD = {
 }  # the arguments of a call, for the card
 
 
-def write_custom(plan: Export, folder: Path) -> str:
-    """Fills the folder with pipeline, network, scheduler and autoencoder, and gives the Python lines that load and call it."""
+def write_custom(plan: Export, folder: Path) -> Written:
+    """Fills the folder with pipeline, network, scheduler, autoencoder and text encoders, and gives the Python lines that load and call it."""
     config = plan.student.config
     module = f"flow_map_{kind_of(config.net, TABLES) or type(config.net).__name__.lower()}"
     network_class = type("FlowMapModel", (FlowMapModel,), {"network": type(config.net), "__module__": FlowMapModel.__module__})
@@ -44,9 +46,12 @@ def write_custom(plan: Export, folder: Path) -> str:
     write_text(folder / "flow_map" / f"{module}.py", network_source(type(config.net)))
     write_text(folder / "pipeline.py", pipeline_source())
     diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(folder / "scheduler")
-    vae = _write_vae(plan, folder)
-    write_json(folder / "model_index.json", _index(plan, module, vae))
-    return _snippet(plan, vae is not None)
+    vae = exported_vae(plan)
+    if vae is not None:
+        vae.save_pretrained(folder / "vae", safe_serialization=True)
+    text = write_text_parts(plan, folder)
+    write_json(folder / "model_index.json", _index(plan, module, vae, text))
+    return Written(_snippet(plan, vae is not None, text is not None), (ENCODER_KEPT,) if plan.unit else ())
 
 
 def network_source(spec: type) -> str:
@@ -66,24 +71,16 @@ def _header(what: str) -> str:
     return HEADER.format(what=what, version=__version__)
 
 
-def _write_vae(plan: Export, folder: Path) -> str | None:
-    """The class name of the autoencoder that was written, or None."""
-    frozen = plan.autoencoder()
-    if frozen is None:
-        return None
-    vae = scaled_vae(frozen.model, scalar("shift", frozen.shift), scalar("scale", frozen.scale))
-    vae.save_pretrained(folder / "vae", safe_serialization=True)
-    return type(vae).__name__
-
-
-def _index(plan: Export, module: str, vae: str | None) -> dict:
+def _index(plan: Export, module: str, vae, text: TextParts | None) -> dict:
     sampler = {key: value for key, value in asdict(plan.sampler).items() if key != "steps"}
     return {
         "_class_name": ["pipeline", "FlowMapPipeline"],
         "_diffusers_version": diffusers.__version__,
         "flow_map": [module, "FlowMapModel"],
         "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"],
-        "vae": ["diffusers", vae] if vae else [None, None],
+        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
+        **(text.index if text else {}),
+        "text": {key: value for key, value in asdict(text).items() if key != "index"} if text else None,
         "sampler": sampler,
         "steps": plan.steps,
         "guidance_scale": plan.guidance,
@@ -91,10 +88,12 @@ def _index(plan: Export, module: str, vae: str | None) -> dict:
     }
 
 
-def _snippet(plan: Export, decodes: bool) -> str:
+def _snippet(plan: Export, decodes: bool, encodes: bool) -> str:
     config = plan.student.config
     arguments = ["class_labels=[0, 1]" if config.num_classes and config.num_classes > 1 else "num_images=2"]
-    if getattr(config.net, "network", "") in TOLD:
+    if encodes:
+        arguments = [f'prompt="{PROMPT}"']
+    elif getattr(config.net, "network", "") in TOLD:
         arguments = [f"{name}={name}" for name in TOLD[config.net.network]]
     arguments.append(f"num_inference_steps={plan.steps}")
     if plan.guidance is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -12,30 +14,50 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowmap.samplers.grids import FewStep
+from flowmap.teachers.text import pipeline_rows, sentence_rows
 
 TIME_UNIT = 1000
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
 class FlowMapPipeline(DiffusionPipeline):
     """Noise to images in a few jumps of a flow map.
 
     sampler: the time grid's settings and gamma, the noise put back between steps; steps, guidance_scale: what a call without them uses.
+    text: how prompts are encoded: the diffusers pipeline whose encode_prompt the text encoders are for (none: one sentence encoder),
+    max_tokens, and for SDXL the size of pictures.
     """
 
-    _optional_components = ["vae"]
-    model_cpu_offload_seq = "flow_map->vae"
+    _optional_components = ["vae", *TEXT_PARTS]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->flow_map->vae"
 
     def __init__(
-        self, flow_map, scheduler, vae=None, sampler: dict | None = None, steps: int = 1, guidance_scale: float | None = None, clamp: bool = True
+        self,
+        flow_map,
+        scheduler,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        text: dict | None = None,
+        sampler: dict | None = None,
+        steps: int = 1,
+        guidance_scale: float | None = None,
+        clamp: bool = True,
     ):
         super().__init__()
-        self.register_modules(flow_map=flow_map, scheduler=scheduler, vae=vae)
-        self.register_to_config(sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp)
+        encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
+        self.register_modules(flow_map=flow_map, scheduler=scheduler, vae=vae, **dict(zip(TEXT_PARTS, encoders, strict=True)))
+        self.register_to_config(text=text, sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
     def __call__(
         self,
+        prompt: str | list[str] | None = None,
         num_images: int | None = None,
         class_labels: int | list[int] | Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -60,8 +82,11 @@ class FlowMapPipeline(DiffusionPipeline):
         device, shape = self._execution_device, tuple(self.flow_map.config.shape)
         rows = {"text": prompt_embeds, "pooled": pooled_prompt_embeds, "text_mask": prompt_attention_mask, "size": time_ids}
         labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
-        lengths = [len(value) for value in (latents, *rows.values(), labels) if value is not None]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        lengths = [len(value) for value in (latents, *rows.values(), labels, prompts) if value is not None]
         num = num_images or max(lengths, default=1)
+        if prompts is not None:
+            rows |= self._encode(prompts * num if len(prompts) == 1 else prompts, num, device)
         cond = {key: value.to(device) for key, value in rows.items() if value is not None}
         cond |= self._classes(labels, num, device) | self._guidance(guidance_scale, num, device)
         if latents is None:
@@ -72,6 +97,31 @@ class FlowMapPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _encode(self, prompts: list[str], num: int, device) -> dict[str, Tensor]:
+        """The conditions of prompts, each distinct one encoded once."""
+        settings = self.config.text
+        if settings is None:
+            raise ValueError("prompt: this folder has no text encoder; give prompt_embeds, or what else the network reads")
+        if len(prompts) != num:
+            raise ValueError(f"prompt: {len(prompts)} given; allowed: one text, or {num} texts")
+        distinct = list(dict.fromkeys(prompts))
+        if settings["pipeline"] is None:
+            rows = sentence_rows(self.tokenizer, self.text_encoder, distinct, settings["max_tokens"])
+        else:
+            encoder = self._stock_encoder(getattr(diffusers, settings["pipeline"]))
+            rows = pipeline_rows(encoder, distinct, device, settings["max_tokens"], settings["size"])
+        places = torch.tensor([distinct.index(one) for one in prompts], device=device)
+        return {key: value.to(device)[places] for key, value in rows.items()}
+
+    def _stock_encoder(self, stock: type) -> DiffusionPipeline:
+        """A pipeline of that class around the text encoders, without a network."""
+        wanted = inspect.signature(stock.__init__).parameters
+        parts = {name: None for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty}
+        parts |= {name: getattr(self, name) for name in (*TEXT_PARTS, "scheduler") if name in wanted}
+        if "requires_safety_checker" in wanted:
+            parts["requires_safety_checker"] = False
+        return stock(**parts)
 
     def _classes(self, labels: Tensor | None, num: int, device) -> dict[str, Tensor]:
         count = self.flow_map.config.num_classes

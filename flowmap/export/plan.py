@@ -13,11 +13,12 @@ from flowmap.student import Student
 
 @dataclass(frozen=True)
 class Export:
-    """A student, its default steps and guidance scale (None where the scale is no input)."""
+    """A student, its default steps and guidance scale (None where the scale is no input); text: its text encoders go along."""
 
     student: Student
     steps: int
     guidance: float | None
+    text: bool = True
 
     @property
     def sampler(self) -> Deterministic | Gamma:
@@ -35,6 +36,11 @@ class Export:
         """The student's frozen autoencoder (model, shift, scale: latents are (z - shift) scale), or None."""
         return None if getattr(self.student.config, "autoencoder", None) is None else self.student.autoencoder
 
+    @property
+    def unit(self) -> bool:
+        """The autoencoder's pictures are on [0, 1], not on [-1, 1]."""
+        return bool(getattr(self.student.config.autoencoder, "unit", False))
+
     def note(self, to: str) -> dict[str, Any]:
         """What the folder's own file says of it."""
         from flowmap import __version__
@@ -44,15 +50,26 @@ class Export:
         return {"format": 1, "to": to, "steps": self.steps, "guidance": self.guidance, **facts, "flowmap": __version__}
 
 
-def make_plan(student: Student, steps: int | None, guidance: float | None) -> Export:
-    """The student with its defaults filled in: the largest of its sampler's steps, its default guidance scale. ValueError names what is wrong."""
-    student = student.merged()
+@dataclass(frozen=True)
+class Written:
+    """What a writer did: the Python lines that load and call the folder, and what a reader of its card must know besides."""
+
+    snippet: str
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(student: Student, steps: int | None, guidance: float | None, *, merge: bool = True, text: bool = True) -> Export:
+    """The student with its defaults filled in: the largest of its sampler's steps, its default guidance scale. ValueError names what is wrong.
+
+    merge: a LoRA student's adapters are added into its weights.
+    """
+    student = student.merged() if merge else student
     sampler = student.config.sampler
     if type(sampler) not in (Deterministic, Gamma):
         raise ValueError(f"sampler: {type(sampler).__name__} cannot be exported; what can: deterministic, gamma")
     steps = max(sampler.steps) if steps is None else steps
     sampler.times(steps)
-    return Export(student, steps, _scale(student, guidance))
+    return Export(student, steps, _scale(student, guidance), text)
 
 
 def _scale(student: Student, guidance: float | None) -> float | None:

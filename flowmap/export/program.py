@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmap.export.plan import Export
+from flowmap.export.plan import Export, Written
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 
@@ -26,7 +26,7 @@ class SamplerProgram(nn.Module):
         super().__init__()
         self.flow_map, self.sampler, self.steps, self.clamp = plan.student.flow_map, plan.sampler, plan.steps, plan.student.config.clamp
         frozen = plan.autoencoder()
-        self.autoencoder = None if frozen is None else frozen.model
+        self.autoencoder, self.unit = None if frozen is None else frozen.model, plan.unit
         for name, values in (("shift", (0.0,)), ("scale", (1.0,))):
             self.register_buffer(name, torch.tensor(getattr(frozen, name, values)).view(-1, 1, 1))
 
@@ -34,10 +34,11 @@ class SamplerProgram(nn.Module):
         x = self.sampler(self.flow_map, noise, cond, steps=self.steps)
         if self.autoencoder is not None:
             x = self.autoencoder.decode(x / self.scale + self.shift, return_dict=False)[0]
+            x = 2 * x - 1 if self.unit else x
         return x.clamp(-1, 1) if self.clamp or self.autoencoder is not None else x
 
 
-def write_program(plan: Export, folder: Path) -> str:
+def write_program(plan: Export, folder: Path) -> Written:
     """Writes program.pt2, for any batch size where torch can show that it does not matter, and gives the Python lines that call it."""
     if plan.gamma > 0 and plan.steps > 1:
         raise ValueError(f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1")
@@ -46,7 +47,7 @@ def write_program(plan: Export, folder: Path) -> str:
     program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
     folder.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, folder / PROGRAM)
-    return _snippet(plan, cond, batch_sizes(program))
+    return Written(_snippet(plan, cond, batch_sizes(program)))
 
 
 def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export.ExportedProgram:

@@ -7,7 +7,7 @@ bias of the embeddings' last layer.
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from flowmap.export.plan import Export
+from flowmap.export.plan import Export, Written
+from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_parts
+from flowmap.export.vae import ENCODER_KEPT, exported_vae
+from flowmap.files import write_json
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import TIME_EMBEDDINGS, DiffusersNet
 from flowmap.nets.embed import branches
@@ -31,6 +34,7 @@ class Family:
     empty: tuple[str, ...]
     conditions: tuple[str, ...]
     call: tuple[str, ...] = ("guidance_scale=1.0",)
+    prompting: tuple[str, ...] = ()  # what a call with prompts is told besides, so that they are encoded as in training
     shifts: bool = True  # its decoding reads the autoencoder's shift_factor
 
     def build_scheduler(self, unit: float) -> diffusers.SchedulerMixin:
@@ -46,7 +50,7 @@ FAMILIES = {
     ),
     "SanaTransformer2DModel": Family(
         "SanaPipeline", "FlowMapEulerDiscreteScheduler", ("text_encoder", "tokenizer"), ("prompt_embeds", "prompt_attention_mask"),
-        ("guidance_scale=1.0", "use_resolution_binning=False"), shifts=False,
+        ("guidance_scale=1.0", "use_resolution_binning=False"), ("complex_human_instruction=None",), shifts=False,
     ),
     "FluxTransformer2DModel": Family(
         "FluxPipeline", "FlowMatchEulerDiscreteScheduler", ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -65,7 +69,7 @@ def has_stock(plan: Export) -> bool:
     return isinstance(net, DiffusersNet) and isinstance(net.clock, FlowClock) and type(net.model).__name__ in FAMILIES
 
 
-def write_stock(plan: Export, folder: Path) -> str:
+def write_stock(plan: Export, folder: Path) -> Written:
     """Fills the folder with the pipeline, and gives the Python lines that load and call it. ValueError where a stock pipeline would differ."""
     check_grid(plan)
     net = plan.student.flow_map.net
@@ -73,10 +77,13 @@ def write_stock(plan: Export, folder: Path) -> str:
     vae = _vae(plan, family)
     parts = {"transformer": folded(plan), "scheduler": family.build_scheduler(net.clock.unit), "vae": vae, **dict.fromkeys(family.empty)}
     pipe = getattr(diffusers, family.pipeline)(**parts)
-    pipe.save_config(folder)  # model_index.json; the empty parts have nothing to save
     for name in ("transformer", "scheduler", *(["vae"] if vae is not None else [])):
         parts[name].save_pretrained(folder / name)
-    return _snippet(plan, family, pipe)
+    text = write_text_parts(plan, folder, for_pipeline=family.pipeline)
+    pipe.save_config(folder)  # model_index.json, of the parts that are none of its text encoders
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    write_json(folder / "model_index.json", index | (text.index if text and text.pipeline else {}))
+    return Written(_snippet(plan, family, pipe, text), _notes(plan, text))
 
 
 def check_grid(plan: Export) -> None:
@@ -100,12 +107,17 @@ def folded(plan: Export) -> nn.Module:
     model = type(net.model).from_config(net.model.config)
     load_weights(model, net.model.state_dict())
     extra = constant_extra(plan)
-    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    for module in found if extra is not None else []:
-        if getattr(module, "post_act", None) is not None or module.linear_2.bias is None:
-            raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a bias; take --custom")
+    for _, module in time_embeddings(model) if extra is not None else []:
         module.linear_2.bias += extra.to(module.linear_2.bias)
     return model.eval().cpu()
+
+
+def time_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's time embeddings by name. ValueError where one does not end in a layer with a bias."""
+    found = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
+    if any(getattr(module, "post_act", None) is not None or module.linear_2.bias is None for _, module in found):
+        raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a bias; take --custom")
+    return found
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -125,42 +137,47 @@ def constant_extra(plan: Export) -> Tensor | None:
     return None if extra is None else extra[0]
 
 
-def _vae(plan: Export, family: Family):
-    """The student's autoencoder, its configuration saying how latents are scaled, or None."""
-    frozen = plan.autoencoder()
-    if frozen is None:
-        return None
-    shift, scale = scalar("shift", frozen.shift), scalar("scale", frozen.scale)
-    if shift and not family.shifts:
-        raise ValueError(f"autoencoder: {family.pipeline} knows no shift of latents, and this one has {shift:g}; take --custom")
-    return scaled_vae(frozen.model, shift, scale)
-
-
-def scaled_vae(model: nn.Module, shift: float, scale: float) -> nn.Module:
-    """A copy of the autoencoder on the CPU whose configuration carries scaling_factor, and shift_factor where its class has one."""
-    vae = copy.deepcopy(model).cpu()
-    known = {"scaling_factor": scale, "shift_factor": shift}
-    vae.register_to_config(**{key: value for key, value in known.items() if key in vae.config or value})
+def _vae(plan: Export, family: Family) -> nn.Module | None:
+    vae = exported_vae(plan, shifts=family.shifts)
+    if vae is not None and family.pipeline == "QwenImagePipeline":
+        raise ValueError(f"autoencoder: {family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not; take --custom")
     return vae
 
 
-def scalar(name: str, value) -> float:
-    values = torch.as_tensor(value, dtype=torch.float64).flatten()
-    if not bool((values == values[0]).all()):
-        raise ValueError(f"autoencoder: its {name} differs by channel, which no diffusers configuration says")
-    return float(values[0])
+def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
+    notes = [f"Take num_inference_steps={plan.steps} and no other: the network is told steps of 1/{plan.steps}."]
+    if text is None:
+        notes[0] += " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and tokenizers to from_pretrained."
+    elif text.pipeline is None:
+        notes[0] += " This pipeline cannot call the text encoder of the folder itself: the lines above do."
+    return (*notes, *([ENCODER_KEPT] if plan.unit else []))
 
 
-def _snippet(plan: Export, family: Family, pipe) -> str:
-    net, shape = plan.student.flow_map.net, plan.student.config.shape
-    call = list(family.call)
-    if net.model.config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
-        call = [f"guidance_scale={plan.guidance:g}"]
+def _snippet(plan: Export, family: Family, pipe, text: TextParts | None) -> str:
+    shape, encodes = plan.student.config.shape, text is not None and text.pipeline is not None
     size = [f"{key}={side * pipe.vae_scale_factor}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
-    given = [f"{key}={key}" for key in family.conditions]
-    kind = "" if pipe.vae is not None else ', output_type="latent"'
-    empty = ", ".join(f'"{name}"' for name in (*family.empty, *(["vae"] if pipe.vae is None else [])))
-    lines = ["from diffusers import DiffusionPipeline", "", f"not_here = dict.fromkeys([{empty}])"]
-    lines += ['pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", **not_here)', "images = pipe("]
-    lines += [f"    {', '.join(given)},", f"    num_inference_steps={plan.steps}, {', '.join([*call, *size])}{kind},", ").images"]
-    return "\n".join(lines)
+    empty = [name for name in family.empty if not (encodes and name in text.index)] + (["vae"] if pipe.vae is None else [])
+    lines = [*sentence_lines(text), "from diffusers import DiffusionPipeline", ""]
+    if empty:
+        lines += [f"not_here = dict.fromkeys([{', '.join(map(_quoted, empty))}])"]
+    lines += [f'pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{", **not_here" * bool(empty)})']
+    return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=pipe.vae is not None)])
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
+
+
+def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | None, *, decodes: bool) -> list[str]:
+    """The card's lines that call a stock pipeline: with a prompt where it has the text encoders, else with their embeddings."""
+    config, call = plan.student.flow_map.net.model.config, list(family.call)
+    if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
+        call = [f"guidance_scale={plan.guidance:g}"]
+    if text is not None and text.pipeline is not None:
+        given = [f'prompt="{PROMPT}"', *family.prompting]
+        given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None else []
+    else:
+        given = [f"{key}={key}" for key in family.conditions]
+    kind = "" if decodes else ', output_type="latent"'
+    lines = ["images = pipe(", f"    {', '.join(given)},"]
+    return [*lines, f"    num_inference_steps={plan.steps}, {', '.join([*call, *size])}{kind},", ").images"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,18 +51,12 @@ class DiffusersModel:
                 raise ValueError(f"{name}: {error}") from error
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> DiffusersNet:
-        import diffusers
-
-        model = getattr(diffusers, self.network).from_config(json.loads(self.settings))
-        return DiffusersNet(model, *self.clock(), arrival=arrival, guidance=guidance)
+        return DiffusersNet(made(self.network, self.settings), *self.clock(), arrival=arrival, guidance=guidance)
 
     def clock(self) -> tuple[FlowClock | TableClock, str]:
-        import diffusers
-
-        if not self.scheduler.endswith("Scheduler") or not hasattr(diffusers, self.scheduler):
-            raise ValueError(f"scheduler: diffusers has no {self.scheduler!r}")
+        check_scheduler(self.scheduler)
         with torch.device("cpu"):  # also where the network is built without memory
-            return clock_of(getattr(diffusers, self.scheduler).from_config(json.loads(self.scheduler_settings)))
+            return clock_of(made(self.scheduler, self.scheduler_settings))
 
 
 class DiffusersNet(nn.Module):
@@ -179,43 +172,26 @@ class _Conditions:
         return self.cond.get(key)
 
 
-def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[DiffusersModel, DiffusersNet]:
-    """The spec and the network (without branches of ours) of a pipeline's folder, or of its hub id at that revision.
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
-    Only its network and scheduler are read, weights from safetensors alone. Raises ValueError, in one line, for a source that is not
-    there, has no network or scheduler, or a schedule that is not known.
-    """
+
+def made(name: str, settings: str) -> Any:
+    """The object of that class of diffusers' by these settings; ValueError where they do not make one."""
     import diffusers
 
-    network, scheduler = _component(source, revision, ("transformer", "unet")), _component(source, revision, ("scheduler",))
-    if network[1] not in CALLS:
-        raise ValueError(f"{source}: no call is known for {network[1]}; known: {', '.join(CALLS)}")
     try:
-        model = getattr(diffusers, network[1]).from_pretrained(
-            source, subfolder=network[0], revision=revision, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
-        )
-        schedule = getattr(diffusers, scheduler[1]).from_pretrained(source, subfolder=scheduler[0], revision=revision)
-    except (OSError, AttributeError) as error:
-        raise ValueError(f"{source}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    spec = DiffusersModel(network[1], _json(model.config), type(schedule).__name__, _json(schedule.config))
-    return spec, DiffusersNet(model, *clock_of(schedule), arrival=False, guidance=False)
+        return getattr(diffusers, name).from_config(json.loads(settings))
+    except Exception as error:  # settings of others make the library raise anything at all
+        raise ValueError(f"{name}: its settings do not make one: {first_line(error)}") from error
 
 
-def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
-    """What `load_pretrained` says of a pipeline, without its weights, which are not read. Raises ValueError as that does."""
+def check_scheduler(name: Any) -> None:
     import diffusers
 
-    names = _component(source, revision, ("transformer", "unet")), _component(source, revision, ("scheduler",))
-    try:
-        texts = [_json(getattr(diffusers, name).load_config(source, subfolder=part, revision=revision)) for part, name in names]
-    except (OSError, AttributeError) as error:
-        raise ValueError(f"{source}: cannot be read: {str(error).splitlines()[0]}") from error
-    return DiffusersModel(names[0][1], texts[0], names[1][1], texts[1])
-
-
-def _json(config) -> str:
-    """A diffusers configuration as text, without what says where it was loaded from."""
-    return json.dumps({key: value for key, value in dict(config).items() if not key.startswith("_")}, sort_keys=True)
+    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"scheduler: diffusers has no {name!r}")
 
 
 def _check_sizes(value: Any, key: str = "") -> None:
@@ -230,20 +206,6 @@ def _check_sizes(value: Any, key: str = "") -> None:
         most = LARGEST_DEPTH if "layers" in key else LARGEST_SETTING
         if abs(value) > most:
             raise ValueError(f"{key}: {value} is more than {most}")
-
-
-def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tuple[str, str]:
-    """(folder, class name) of the first of these components that the pipeline's model_index.json names."""
-    from diffusers import DiffusionPipeline
-
-    try:
-        index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=os.path.isdir(source))
-    except OSError as error:
-        raise ValueError(f"{source}: no diffusers pipeline is there (model_index.json): {str(error).splitlines()[0]}") from error
-    for name in names:
-        if isinstance(index.get(name), (list, tuple)) and index[name][1]:
-            return name, index[name][1]
-    raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
 
 
 def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:

@@ -6,6 +6,9 @@ Source: Align Your Flow, arXiv:2506.14603.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, along
@@ -29,6 +32,16 @@ class FlowMapNet(nn.Module):
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
+
+
+def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:
+    """The first tensor that two state dicts do not share in name and shape: (name, shape wanted, shape given); None where they fit.
+
+    A tensor that is not there has the shape "absent".
+    """
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (wanted, given)]
+    odd = next((name for name in [*shapes[0], *shapes[1]] if shapes[0].get(name) != shapes[1].get(name)), None)
+    return None if odd is None else (odd, *(one.get(odd, "absent") for one in shapes))
 
 
 SILENT = ("arrival.", "guidance.")

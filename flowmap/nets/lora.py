@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, load_pretrained
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
+from flowmap.nets.flow_map import misfit
+from flowmap.nets.pretrained import load_pretrained
 
 ADAPTER = "default"  # the one name that diffusers gives to an adapter that was given none
 
@@ -97,12 +99,10 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
     """The frozen network, without branches, on the clock of `spec`. ValueError, in one line, if it is not there or not the one trained on."""
     _, net = load_pretrained(base.source, base.revision)
     with torch.device("meta"):
-        wanted = _shapes(spec.build((), arrival=False).model)
-    given = _shapes(net.model)
-    odd = next((name for name in [*wanted, *given] if wanted.get(name) != given.get(name)), None)
+        odd = misfit(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
     if odd is not None:
-        was, wants = given.get(odd, "absent"), wanted.get(odd, "absent")
-        raise ValueError(f"{base}: is another network than this student was trained on: {odd} is {was} there, {wants} here")
+        name, wants, was = odd
+        raise ValueError(f"{base}: is another network than this student was trained on: {name} is {was} there, {wants} here")
     found = fingerprint(net.model)
     if found != base.sha256:
         hashes = f"its weights have SHA-256 {found[:12]}, those that this student was trained on {base.sha256[:12]}"
@@ -121,10 +121,6 @@ def fingerprint(model: nn.Module) -> str:
 
 def _is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _peft_config(lora: LoRA):

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PARTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "vae/*")
+
 
 @dataclass(frozen=True)
 class Autoencoder:
     """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by one of our recipes (`recipe`).
 
     Latents are (z - shift) * scale, one number or one for each channel; left out, they are the model's own: shift_factor and
-    scaling_factor, or latents_mean and 1 / latents_std.
+    scaling_factor, or latents_mean and 1 / latents_std. unit: it is given pictures on [0, 1], not [-1, 1], as EDM2 used Stable Diffusion's.
     """
 
     source: str | None = None
@@ -27,6 +29,7 @@ class Autoencoder:
     revision: str | None = None
     shift: tuple[float, ...] | None = None
     scale: tuple[float, ...] | None = None
+    unit: bool = False
 
     def __post_init__(self):
         if (self.source is None) == (self.recipe is None):
@@ -42,24 +45,32 @@ class Autoencoder:
         try:
             cls = getattr(diffusers, config["_class_name"])
             model = cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {str(error).splitlines()[0]}") from error
-        return FrozenAutoencoder(model, *self._normalisation(config), self.identity())
+        except Exception as error:  # a foreign folder makes the library raise anything at all
+            raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
+        return FrozenAutoencoder(model, *self._normalisation(config), self.unit, self.identity())
 
     def identity(self) -> dict[str, Any]:
         """What makes its latents unlike those of another: class, weights, normalisation; plain values, found without loading it."""
         folder, config = self._place()
         shift, scale = self._normalisation(config)
-        return {"class": config["_class_name"], "weights": digest_of(folder), "shift": list(shift), "scale": list(scale)}
+        told = {"class": config["_class_name"], "weights": digest_of(folder), "shift": list(shift), "scale": list(scale)}
+        return told | ({"unit": True} if self.unit else {})
+
+    def check_channels(self, channels: int) -> None:
+        """ValueError where its latents are known to have another number of channels; found without loading it."""
+        _, config = self._place()
+        if config.get("latent_channels") not in (None, channels):
+            made = config["latent_channels"]
+            raise ValueError(f"autoencoder.source: {self.source!r}: its latents have {made} channels, those wanted {channels}")
 
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its folder on this machine, and what its config.json says."""
         if self.source is None:
             raise ValueError(f"autoencoder.recipe: {self.recipe!r} is trained first: `flowmap fit` of a recipe that uses it does")
-        root = local_folder(self.source, self.revision, "autoencoder.source")
+        root = local_folder(self.source, self.revision, "autoencoder.source", PARTS)
         for folder in (root, root / "vae"):  # itself, or a part of a pipeline
             if (folder / "config.json").is_file():
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+                config = _read(folder / "config.json")
                 if str(config.get("_class_name")).startswith("Autoencoder"):
                     return folder, config
         raise ValueError(f"autoencoder.source: {self.source!r} is no diffusers autoencoder: no config.json there names an Autoencoder class")
@@ -80,22 +91,24 @@ class Autoencoder:
 class FrozenAutoencoder:
     """encode: pictures (B, C, H, W) in [-1, 1] -> latents (B, c, h, w); decode: back. Deterministic: the posterior's mean."""
 
-    def __init__(self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], identity: dict[str, Any]):
-        self.model, self.shift, self.scale, self._identity = model.eval().requires_grad_(False), shift, scale, identity
+    def __init__(self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], unit: bool, identity: dict[str, Any]):
+        self.model, self.shift, self.scale, self.unit, self._identity = model.eval().requires_grad_(False), shift, scale, unit, identity
 
     def identity(self) -> dict[str, Any]:
         return self._identity
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        out = self.model.encode(x.to(self.device, self.dtype))
+        x = x.to(self.device, self.dtype)
+        out = self.model.encode((x + 1) / 2 if self.unit else x)
         z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
         return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
-        return self.model.decode(z.to(self.dtype)).sample.float()
+        x = self.model.decode(z.to(self.dtype)).sample.float()
+        return 2 * x - 1 if self.unit else x
 
     def to(self, device) -> FrozenAutoencoder:
         self.model.to(device)
@@ -113,17 +126,30 @@ class FrozenAutoencoder:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
 
-def local_folder(source: str, revision: str | None, key: str) -> Path:
-    """The folder of that name, or of that hub id and revision, fetched where it is not in the cache. ValueError names `key`."""
+def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, ...]) -> Path:
+    """The folder of that name, or of that hub id and revision: of it `parts` are fetched where they are not in the cache. ValueError names `key`."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(parts)))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors
         at = f" at revision {revision}" if revision else ""
         raise ValueError(f"{key}: {source!r} is no folder, and as a hub id{at}: {str(error).splitlines()[0]}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON: {first_line(error)}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def no_bars_in_files() -> None:
@@ -140,7 +166,8 @@ def digest_of(folder: Path) -> str:
     """Sixteen hexadecimal digits of the safetensors files below: their names, sizes, first and last megabytes."""
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: holds no *.safetensors")
+        pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise ValueError(f"{folder}: holds no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else ""))
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

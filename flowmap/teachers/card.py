@@ -44,6 +44,8 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path.name}: kind: {card.kind!r} is not one of {', '.join(KINDS)}")
     if card.kind == "diffusers" and not card.source:
         raise ValueError(f"{path.name}: source: a card of kind diffusers names a pipeline's folder or hub id")
+    if card.kind == "diffusers" and not (card.shape and all(size > 0 for size in card.shape)):
+        raise ValueError(f"{path.name}: shape: {card.shape} is not the shape of what the model denoises, such as [4, 32, 32]")
     if card.kind == "recipe" and not card.recipe:
         raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
     return card

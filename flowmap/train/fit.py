@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -21,11 +22,12 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build import build_data, build_student, build_teacher, check_teachers, student_config
 from flowmap.config import RecipeError, to_plain
 from flowmap.encode import encode
 from flowmap.evaluate import measure
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
+from flowmap.nets.flow_map import misfit
 from flowmap.plan import Encoding, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
@@ -72,6 +74,9 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
     if not is_child():
         check_writable(folder, "--out")
         _guard(stages[-1], resume=resume, overwrite=overwrite)
+        for stage in stages:  # before pictures are encoded for hours
+            if isinstance(stage, Stage) and not stage.complete:
+                check_teachers(stage.recipe)
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1
@@ -196,12 +201,10 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
         state = read_checkpoint(path)
     except ValueError as error:
         raise RecipeError(f"--resume: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
-    odd = next((name for name in [*expected, *got] if expected.get(name) != got.get(name)), None)
+    odd = misfit(module.state_dict(), state["state_dict"])
     if odd is not None:
-        was, wants = got.get(odd, "absent"), expected.get(odd, "absent")
-        raise RecipeError(f"--resume: {path}: is of another architecture: {odd} is {was}, the recipe's student has {wants}")
+        name, wants, was = odd
+        raise RecipeError(f"--resume: {path}: is of another architecture: {name} is {was}, the recipe's student has {wants}")
     return int(state["global_step"])
 
 
@@ -247,10 +250,21 @@ def _loggers(stage: Stage, start: int) -> list:
         wandb.setup()  # reads WANDB_SILENT, before anything of it warns
         # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
         mode = "offline" if _offline() else "online"
-        logger = WandbLogger(name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode)
+        known = dict(id=_wandb_id(stage.folder, start), resume="allow")
+        logger = WandbLogger(
+            name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode, **known
+        )  # fmt: skip
         logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
         loggers.append(logger)
     return loggers
+
+
+def _wandb_id(folder: Path, start: int) -> str:
+    """The W&B run that a resumed run goes on with, or a new one."""
+    path = folder / "wandb" / "run-id"
+    if not (start and path.is_file()):
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8")
 
 
 def _offline() -> bool:

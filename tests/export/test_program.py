@@ -12,6 +12,7 @@ from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student import StudentConfig
+from tests import parity
 from tests.export.alone import alone, foreign, shaken, snippet
 
 diffusers = pytest.importorskip("diffusers")
@@ -70,13 +71,18 @@ def exported(names, at):
     return at
 
 
-def check(name, folder):
+def from_the_student(folder, name):
+    """The program's samples against the student's own, the largest over the batch sizes: see parity.relative."""
     steps, make = STUDENTS[name]
-    student = make()
+    student, worst = make(), 0.0
     for (noise, cond), got in zip(torch.load(folder / f"{name}-given.pt"), torch.load(folder / f"{name}-done.pt"), strict=True):
         wanted = student.config.sampler(student.flow_map, noise, cond, steps=steps)
-        wanted = wanted.clamp(-1, 1) if student.config.clamp else wanted
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        worst = max(worst, parity.relative(got, wanted.clamp(-1, 1) if student.config.clamp else wanted))
+    return worst
+
+
+def check(name, folder):
+    assert from_the_student(folder, name) < 1e-5
     sizes = "2 to 63" if name == "table_unet" else "any"  # diffusers' up-sampling does otherwise from 64 rows on
     assert f"# batch size: {sizes}\n" in (folder / name / "README.md").read_text()
 

@@ -52,7 +52,8 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"to": "onnx"}, "diffusers, torch"),
+        ({"to": "onnx"}, "diffusers, torch, lora"),
+        ({"to": "lora"}, "no LoRA student"),
         ({"steps": 0}, "steps"),
         ({"guidance": 2.0}, "not trained"),
         ({"to": "torch", "custom": True}, "--custom"),
@@ -72,7 +73,7 @@ def test_the_command_exports_a_run_with_its_card(finished, tmp_path, command):
     assert "licence of the teacher: " in card and "student, 1 step" in card, "the figures of the student's own card"
     code, out, err = command("export", "--student", finished, "--out", tmp_path / "p")
     assert code == 2 and err.count("\n") == 1 and "--overwrite" in err
-    code, _, err = command("export", "--student", finished, "--out", tmp_path / "p", "--overwrite")
+    code, _, err = command("export", "--student", finished, "--out", tmp_path / "p", "--overwrite", "--no-text")
     assert code == 0 and (tmp_path / "p" / "pipeline.py").is_file() and not (tmp_path / "p" / "program.pt2").exists(), err
 
 

@@ -1,6 +1,7 @@
 """EDM's networks: their sizes are the published ones, their outputs the original implementation's, and the tangent rides through them."""
 
 import zlib
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm_unet import Block, resized, square_filter
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import SIGMA_MAX, SIGMA_MIN
+from tests import parity
 
 SONG = {"channels": 32, "multipliers": (1, 2, 2), "num_blocks": 2, "attention_at": (8,)}
 SMALL = {
@@ -99,21 +101,51 @@ def test_the_output_is_the_original_implementations(family):
     torch.testing.assert_close(rounded.flatten(1)[:, 0:701:100], original.float(), rtol=0, atol=1e-4)
 
 
-@families
-def test_a_student_starts_as_its_teacher(family):
+def student_of(family):
+    """(teacher's map, student's at step 0), float32."""
     teacher = FlowMapNet(filled(family).float())
     student = FlowMapNet(SMALL[family].build(SHAPE, num_classes=10, arrival=True, guidance=True)).eval()
     start_from(student, teacher)
+    return teacher, student
+
+
+def points():
+    """(x, t, s, conditions) at which a student is asked, float32."""
     x, t, label = inputs()
-    x, t, s = x.float(), t.float(), 0.3 * t.float()
-    cond = {"class": label, "guidance": torch.tensor([1.0, 2.0, 3.0, 1.5])}
+    return x.float(), t.float(), 0.3 * t.float(), {"class": label, "guidance": torch.tensor([1.0, 2.0, 3.0, 1.5])}
+
+
+def from_its_teacher(family):
+    """The student at step 0 against its teacher: see parity.at_start."""
+    teacher, student = student_of(family)
+    return parity.at_start(student, teacher, *points())
+
+
+@families
+def test_a_student_starts_as_its_teacher(family):
+    assert from_its_teacher(family) == 0
+
+
+@families
+def test_a_student_listens_to_both_branches(family):
+    (teacher, student), (x, t, s, cond) = student_of(family), points()
     with torch.no_grad():
         v = teacher.mean_velocity(x, t, t, cond)
-        assert torch.equal(student.mean_velocity(x, t, s, cond), v)
         for branch in (student.net.arrival, student.net.guidance):
             torch.nn.init.normal_(branch.out.weight)
             assert not torch.equal(student.mean_velocity(x, t, s, cond), v)
             torch.nn.init.zeros_(branch.out.weight)
+
+
+def from_its_scheduler(family):
+    """Euler with our velocity against diffusers' EDM scheduler, guidance on: see parity.of_edm_steps."""
+    net, (x, _, label) = filled(family).float(), inputs()
+    return parity.of_edm_steps(net, net.model, x.float(), label.clamp(min=0), guidance=2.5)
+
+
+@families
+def test_euler_on_the_schedulers_grid_is_the_scheduler(family):
+    assert from_its_scheduler(family) < 1e-4
 
 
 @families
@@ -132,22 +164,35 @@ def test_it_is_finite_and_steady_at_both_ends(family):
         torch.testing.assert_close(at(1.0), x - 0.5 * unet(x, SIGMA_MAX))
 
 
-@families
-def test_the_tangent_rides(family):
+@cache
+def moved(family, mode):
+    """(F, dF/dt along a velocity) and (F, dF/ds) of a student with loud branches, float64."""
+    torch.manual_seed(0)
     net = FlowMapNet(filled(family, arrival=True, guidance=True))
     for branch in (net.net.arrival, net.net.guidance):
         torch.nn.init.normal_(branch.out.weight, std=0.1)
     x, t, label = inputs()
     s, v = 0.3 * t, torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     cond = {"class": label, "guidance": torch.linspace(1, 3, 4).double()}
-    moved = {}
-    for mode in ("ride", "forward", "difference"):
-        moved[mode] = along_path(net, x, t, s, v, cond, mode=mode), in_arrival(net, x, t, s, cond, mode=mode)
-    for ridden, exact, near in zip(*moved.values(), strict=True):
+    return along_path(net, x, t, s, v, cond, mode=mode), in_arrival(net, x, t, s, cond, mode=mode)
+
+
+def rates(family, mode):
+    return [rate for _, rate in moved(family, mode)]
+
+
+def from_the_reference_tangent(family):
+    """The riding tangents beside torch.func.jvp, float64: see parity.of_rates."""
+    return parity.of_rates(rates(family, "ride"), rates(family, "forward"))
+
+
+@families
+def test_the_tangent_rides(family):
+    assert from_the_reference_tangent(family) < 1e-9
+    for ridden, exact in zip(moved(family, "ride"), moved(family, "forward"), strict=True):
         assert torch.equal(ridden[0], exact[0]) and ridden[0].requires_grad
-        scale = exact[1].norm()
-        assert 0 < scale and (ridden[1] - exact[1]).norm() < 1e-9 * scale
-        assert (near[1] - exact[1]).norm() < 1e-4 * scale  # a one-sided difference of 1e-7, rates of 1e2 at t = 0.01
+    # a one-sided difference of 1e-7, rates of 1e2 at t = 0.01
+    assert parity.of_rates(rates(family, "difference"), rates(family, "forward")) < 1e-4
 
 
 @families

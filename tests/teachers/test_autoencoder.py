@@ -89,3 +89,14 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         Autoencoder()
     with pytest.raises(ValueError, match="scale: .* must be above 0"):
         Autoencoder(source="x", scale=(0.0,))
+
+
+def test_pictures_on_the_unit_interval(tmp_path):
+    model = kl(tmp_path)
+    frozen = Autoencoder(source=str(tmp_path), unit=True, scale=(1.0,)).load()
+    x = torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.encode(x), model.encode((x + 1) / 2).latent_dist.mode())
+        z = frozen.encode(x)
+        torch.testing.assert_close(frozen.decode(z), 2 * model.decode(z).sample - 1)
+    assert frozen.identity() != Autoencoder(source=str(tmp_path), scale=(1.0,)).identity()

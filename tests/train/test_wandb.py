@@ -14,6 +14,22 @@ import flowmap
 
 
 @pytest.mark.slow
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path):
+    path, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(TINY.replace("wandb: false", "wandb: true"))
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(out)]
+    kill = "import flowmap.train.callbacks as c, os, sys; from flowmap.cli import main; keep = c.Keep.keep\n"
+    kill += "c.Keep.keep = lambda *a: (keep(*a), os._exit(9))\nmain(sys.argv[1:])"
+    stopped = subprocess.run([sys.executable, "-c", kill, *command[3:]], env=clean, capture_output=True, text=True, timeout=120)
+    assert stopped.returncode == 9, stopped.stderr
+    first = (out / "wandb" / "run-id").read_text()
+    done = subprocess.run([*command, "--resume"], env=clean, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [p.name.split("-")[-1] for p in sorted(out.glob("wandb/offline-run-*"))] == [first, first]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "offline"])
 def test_what_an_offline_run_shows(tmp_path, mode):
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"

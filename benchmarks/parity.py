@@ -1,0 +1,72 @@
+"""How far is a student at step 0 from its teacher, our clock from theirs, the riding tangent from torch.func.jvp, an export from its student?
+
+The functions that the tests assert on, called and printed: real architectures of small size with random weights, guidance on
+(tests/nets, tests/export; what the figures are, tests/parity.py says).
+`python benchmarks/parity.py`, about a minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from _report import environment, table, write
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ is
+from tests.export import test_custom, test_program, test_stock  # noqa: E402
+from tests.nets import test_diffusers_model, test_edm, test_edm2  # noqa: E402
+
+TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its scheduler's grid", "riding tangent"]
+EXPORTS = ["export", "network", "steps", "largest difference"]
+EDM = {"ddpmpp": "EDM DDPM++", "ncsnpp": "EDM NCSN++", "adm": "EDM ADM"}
+NAMES = {
+    "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage", "dit": "our DiT", "edm2": "EDM2",
+    "mlp": "our MLP", "table_dit": "DiT of diffusers", "table_unet": "UNet2D",
+}  # fmt: skip
+
+
+def teachers() -> Iterator[list]:
+    """A row for each network and schedule: the student at step 0, our clock, the tangent."""
+    diffusers = test_diffusers_model
+    for row in diffusers.ROWS:
+        yield [*row, diffusers.from_its_teacher(*row), diffusers.from_its_scheduler(*row), diffusers.from_the_reference_tangent(*row)]
+    measures = test_edm.from_its_teacher, test_edm.from_its_scheduler, test_edm.from_the_reference_tangent
+    yield ["EDM2", "EDM", test_edm2.from_its_teacher(), test_edm2.from_its_scheduler(), test_edm2.from_the_reference_tangent()]
+    for family, name in EDM.items():
+        yield [name, "EDM", *(measure(family) for measure in measures)]
+
+
+def exports(at: Path) -> Iterator[list]:
+    """A row for each export and number of steps, the exports made in folders below `at` and sampled by a Python without flowmap."""
+    places = [at / kind for kind in ("stock", "custom", "torch")]
+    for place in places:
+        place.mkdir()
+    stock, custom = test_stock.exported(places[0]), test_custom.exported(places[1])
+    programs = test_program.exported(list(test_program.STUDENTS), places[2])
+    for name, steps in test_stock.ROWS:
+        yield ["stock", NAMES[name], steps, test_stock.from_the_student(stock, name, steps)]
+    for name, steps in test_custom.ROWS:
+        yield ["own code", NAMES[name], steps, test_custom.from_the_student(custom, name, steps)]
+    for name, (steps, _) in test_program.STUDENTS.items():
+        yield ["torch", NAMES[name], steps, test_program.from_the_student(programs, name)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    start, made = time.perf_counter(), {}
+    made["parity_teachers"] = {"columns": TEACHERS, "rows": list(teachers())}
+    with tempfile.TemporaryDirectory() as folder:
+        made["parity_exports"] = {"columns": EXPORTS, "rows": list(exports(Path(folder)))}
+    for part in made.values():
+        print(table(part["rows"], part["columns"]), end="\n\n")
+    settings = {"weights": "random", "first two columns and exports": "float32", "tangents": "float64"}
+    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings}
+    write("parity", {**payload, "seconds": time.perf_counter() - start, "tables": made})
+
+
+if __name__ == "__main__":
+    main()

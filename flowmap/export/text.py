@@ -1,0 +1,91 @@
+"""A student's text encoders beside its network: copied where a pipeline calls them itself, else shown in the card with transformers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowmap.export.plan import Export
+from flowmap.files import copy_folder
+from flowmap.teachers.autoencoder import local_folder
+from flowmap.teachers.text import PIPELINE, PipelineText, Sentence
+
+PROMPT = "a blue cat"  # of the card's lines
+KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
+PARTS = tuple(f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("text_encoder", "tokenizer"))
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """The text encoders of an exported folder (or of its base): model_index.json's entries for them, and what pipeline they belong to.
+
+    pipeline: the class whose encode_prompt they are for; None for a sentence encoder.
+    """
+
+    index: dict[str, list[str]]
+    pipeline: str | None = None
+    max_tokens: int | None = None
+    size: int | None = None
+
+
+def write_text_parts(plan: Export, folder: Path, *, for_pipeline: str | None = None, of_base: bool = False) -> TextParts | None:
+    """Puts the student's text encoders and tokenizers into the folder; None where it has none, or none that can be used there.
+
+    for_pipeline: encoders of another pipeline class are left out. of_base: those of the LoRA student's base stay there.
+    """
+    spec = plan.student.config.text
+    if spec is None or not plan.text:
+        return None
+    if isinstance(spec, Sentence):
+        return _write_sentence(plan, folder)
+    if not isinstance(spec, PipelineText):
+        return None
+    parts, source = _pipeline_parts(spec)
+    if of_base:
+        base = plan.student.config.base
+        same = PipelineText(source=base.source, revision=base.revision, max_tokens=spec.max_tokens, size=spec.size).identity() == spec.identity()
+        return parts if same else None
+    if for_pipeline not in (None, parts.pipeline):
+        return None
+    for name in parts.index:
+        _copy(source / name, folder / name)
+    return parts
+
+
+def _pipeline_parts(spec: PipelineText) -> tuple[TextParts, Path]:
+    source = local_folder(spec.source, spec.revision, "text.source", PIPELINE)
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    there = {name: index[name] for name in PARTS if (index.get(name) or [None])[0]}
+    return TextParts(there, index["_class_name"], spec.max_tokens, spec.size), source
+
+
+def _write_sentence(plan: Export, folder: Path) -> TextParts:
+    frozen = plan.student.text
+    frozen.tokenizer.save_pretrained(folder / "tokenizer")
+    frozen.model.save_pretrained(folder / "text_encoder")
+    index = {"text_encoder": ["transformers", type(frozen.model).__name__], "tokenizer": ["transformers", type(frozen.tokenizer).__name__]}
+    return TextParts(index, max_tokens=frozen.spec.max_tokens)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The files of one part, in full precision and without pickles."""
+    copy_folder(source, target, lambda path: path.name.endswith(KEPT) and ".fp16." not in path.name)
+
+
+def sentence_lines(parts: TextParts | None) -> list[str]:
+    """The card's lines that make a pipeline's conditions with transformers alone; none where the pipeline encodes prompts itself."""
+    if parts is None or parts.pipeline is not None:
+        return []
+    return [
+        "import torch",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder/tokenizer")',
+        'encoder = AutoModel.from_pretrained("path/to/this/folder/text_encoder").requires_grad_(False)',
+        f'tokens = tokenizer(["{PROMPT}"], padding="max_length", truncation=True, max_length={parts.max_tokens}, return_tensors="pt")',
+        'prompt_attention_mask = prompt_embeds_mask = tokens["attention_mask"]',
+        "prompt_embeds = encoder(**tokens).last_hidden_state * prompt_attention_mask.unsqueeze(-1)",
+        "pooled_prompt_embeds = torch.nn.functional.normalize(prompt_embeds.sum(1), dim=-1)",
+        "",
+    ]

@@ -1,0 +1,96 @@
+"""A diffusers pipeline's folder or hub id becomes a network of ours: settings, schedule and safetensors, never a pickle nor code of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, check_scheduler, first_line, made
+
+NETWORK = ("transformer", "unet")
+
+
+def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[DiffusersModel, DiffusersNet]:
+    """The spec and the network (without branches of ours) of a pipeline's folder, or of its hub id at that revision.
+
+    Only its network and scheduler are read, weights from safetensors alone, and no code of the folder's is run. Raises ValueError, in one
+    line, for a source that is not there, has no network or scheduler, or a schedule that is not known.
+    """
+    import diffusers
+
+    said = read_spec(source, revision)  # refuses what it can before anything large is read
+    where, _ = _component(source, revision, NETWORK)
+    try:
+        model = getattr(diffusers, said.network).from_pretrained(
+            source, subfolder=where, revision=revision, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # a foreign folder makes the library raise anything at all
+        raise ValueError(f"{_at(source, revision)}: {where} cannot be loaded: {first_line(error)}") from error
+    return replace(said, settings=_json(model.config)), DiffusersNet(model, *said.clock(), arrival=False, guidance=False)
+
+
+def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
+    """What `load_pretrained` says of a pipeline, without its weights, which are not read. Raises ValueError as that does."""
+    import diffusers
+
+    (part, network), (beside, scheduler) = (_component(source, revision, names) for names in (NETWORK, ("scheduler",)))
+    place = _at(source, revision)
+    _check_weights(source, part)
+    if network not in CALLS:
+        raise ValueError(f"{place}: no call is known for {network}; known: {', '.join(CALLS)}")
+    try:
+        check_scheduler(scheduler)
+        settings = getattr(diffusers, network).load_config(source, subfolder=part, revision=revision)
+        schedule = getattr(diffusers, scheduler).load_config(source, subfolder=beside, revision=revision)
+        check_scheduler(schedule.get("_class_name", scheduler))
+        spec = DiffusersModel(network, _json(settings), scheduler, _json(schedule))
+        return replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))
+    except Exception as error:  # a foreign folder makes the library raise anything at all
+        raise ValueError(f"{place}: cannot be read: {first_line(error)}") from error
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether it has the form owner/name, which no path from the root or from here has."""
+    return source.count("/") == 1 and not source.startswith((".", "/"))
+
+
+def _check_weights(source: str, part: str) -> None:
+    """ValueError where that part of a folder on this machine holds pickles alone, or nothing."""
+    folder = Path(source) / part
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
+        raise ValueError(f"{source}: {part} cannot be loaded: there is no *.safetensors{what}")
+
+
+def _at(source: str, revision: str | None) -> str:
+    return f"{source} at revision {revision}" if revision else source
+
+
+def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tuple[str, str]:
+    """(folder, class name) of the first of these components that the pipeline's model_index.json names."""
+    from diffusers import DiffusionPipeline
+
+    here = os.path.isdir(source)
+    if not here and not is_hub_id(source):
+        raise ValueError(f"{source}: no diffusers pipeline is there: no such folder, and no hub id (owner/name)")
+    try:
+        index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=here)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{_at(source, revision)}: no diffusers pipeline is there (model_index.json): {first_line(error)}") from error
+    for name in names:
+        part = index.get(name) if isinstance(index, dict) else None
+        if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str):
+            if part[0] != "diffusers":
+                raise ValueError(f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run")
+            return name, part[1]
+    raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
+
+
+def _json(config) -> str:
+    """A diffusers configuration as text, without what says where it was loaded from."""
+    return json.dumps({key: value for key, value in dict(config).items() if not key.startswith("_")}, sort_keys=True)

@@ -1,0 +1,147 @@
+"""Every recipe for a pretrained teacher, unchanged but for a +tiny file, on the real classes at tiny size: pictures on disk -> latents ->
+student -> exported folder -> samples."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flowmap
+from flowmap.export import export
+from flowmap.nets.edm2 import EDM2
+from flowmap.samplers import Deterministic
+from flowmap.student import StudentConfig, save_student
+from tests.tiny_pipelines import WORDS, save
+
+TINY = """
+data: {{images: {images}{parts}, held_out: 4, reference_images: 8, batch_size: 4}}
+teacher: {{card: {card}}}
+objective: {{warmup_steps: 1}}
+trainer: {{steps: 2, devices: 1, strategy: auto, precision: "32", accelerator: cpu, checkpoint_every_steps: 2}}
+metrics: [{{kind: frechet, features: pixels, images: 8}}]
+evaluation: {{teacher_steps: 2, batch_size: 8}}
+log: {{wandb: false, samples_every_steps: 0, grid_images: 4}}
+"""
+PIXELS = 16
+
+
+def pictures(folder, count=12):
+    """Class folders, and captions beside them."""
+    generator = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        name = f"{'ab'[i % 2]}/{i}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (PIXELS, PIXELS, 3), dtype=np.uint8)).save(folder / name)
+        lines.append({"file_name": name, "text": " ".join(generator.choice(WORDS, 3))})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def edm2_zip(path, size, count=12):
+    generator = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as file:
+        labels = []
+        for i in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(generator.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(buffer, format="png")
+            file.writestr(f"00000/img{i:08d}.png", buffer.getvalue())
+            labels.append([f"00000/img{i:08d}.png", i % 3])
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+def edm2_weights(folder, shape):
+    """Two tiny EDM2 networks where the cards of imagenet64 and imagenet512 look for theirs."""
+    for size, name in (("s", 0), ("xs", 1)):
+        torch.manual_seed(name)
+        config = StudentConfig(
+            net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), sampler=Deterministic(), shape=shape, num_classes=3,
+            arrival=False, clamp=shape[0] == 3,
+        )  # fmt: skip
+        side = 512 if shape[0] == 4 else 64
+        save_student(folder / f"edm2-{size}-imagenet{side}", config, config.build().state_dict(), recipe="", card="")
+
+
+def card(path, source, shape, num_classes=None):
+    classes = "" if num_classes is None else f"num_classes: {num_classes}\n"
+    path.write_text(f"kind: diffusers\nsource: {source}\nshape: {list(shape)}\n{classes}")
+    return path
+
+
+#          recipe: family, number of latent channels, exported as
+PIPELINES = {"dit256": "dit", "sd15": "sd", "sd35-medium": "sd3", "sana": "sana", "flux-dev-lora": "flux"}
+
+
+def tiny_file(recipe, folder):
+    """The +tiny file of that recipe, with all that it names."""
+    if recipe in PIPELINES:
+        family = PIPELINES[recipe]
+        pipe = save(family, folder / "pipe")
+        images = f"{{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}"
+        parts = f", autoencoder: {{source: {pipe}}}" + (f", text: {{source: {pipe}, max_tokens: 12}}" if family != "dit" else "")
+        if family == "sd":
+            parts = parts.replace(", max_tokens: 12", "")
+        where = card(folder / "card.yaml", pipe, (4, 8, 8), 10 if family == "dit" else None)
+    else:
+        shape = (4, 8, 8) if recipe == "imagenet512" else (3, 8, 8)
+        edm2_weights(folder / "weights", shape)
+        size = PIXELS if recipe == "imagenet512" else 8
+        images = f"{{path: {edm2_zip(folder / 'pictures.zip', size)}, size: {size}}}"
+        parts = f", autoencoder: {{source: {save('dit', folder / 'pipe') / 'vae'}}}" if recipe == "imagenet512" else ""
+        where = f"edm2-s-{recipe}"
+    (folder / "tiny.yaml").write_text(TINY.format(images=images, parts=parts, card=where))
+    return folder / "tiny.yaml"
+
+
+@pytest.mark.parametrize("recipe", [*PIPELINES, "imagenet64", "imagenet512"])
+def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
+    tiny = tiny_file(recipe, tmp_path)
+    code, out, err = command("fit", "--recipe", recipe, f"+{tiny}", "--out", tmp_path / "run")
+    assert code == 0 and "teacher 2" in out, err
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    student = flowmap.load_student(tmp_path / "run")
+    cond = {"prompt": "a red cat"} if student.config.text is not None else {"class": 1}
+    images = student.sample(3, steps=2, cond=cond, seed=1)
+    side = 8 if recipe == "imagenet64" else PIXELS
+    assert images.shape == (3, 3, side, side) and images.isfinite().all() and float(images.abs().max()) <= 1
+    code, out, err = command("sample", "--student", tmp_path / "run", "--num", 4, "--steps", 1, "--out", tmp_path / "drawn", *words(cond))
+    assert code == 0 and (tmp_path / "drawn" / "steps-1.png").is_file(), err
+    folder = export(student, tmp_path / "exported", steps=2)
+    assert (folder / "model_index.json").is_file() and (folder / "vae").is_dir() == (recipe != "imagenet64")
+
+
+def words(cond):
+    return ("--prompt", cond["prompt"]) if "prompt" in cond else ("--class", cond["class"])
+
+
+def test_what_a_prompt_may_be(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    tiny = tiny_file("sd15", tmp_path)
+    assert command("fit", "--recipe", "sd15", f"+{tiny}", "--out", tmp_path / "run")[0] == 0
+    student = flowmap.load_student(tmp_path / "run")
+    both = student.sample(2, cond={"prompt": ["a red cat", "the dog"]}, seed=3)
+    alone = student.sample(2, cond={"prompt": "a red cat"}, seed=3)
+    torch.testing.assert_close(both[0], alone[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(both[1], alone[1], atol=1e-4)
+    encoded = student.text(["a red cat", "the dog"])
+    torch.testing.assert_close(student.sample(2, cond=encoded, seed=3), both, rtol=1e-4, atol=1e-4)
+    for cond, says in (
+        ({}, "prompt: is required"),
+        ({"prompt": ["a"]}, "prompt: 1 given; allowed: one text, or 2 texts"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": "a", **encoded}, "stand without prompt"),
+        ({"class": 1}, "'class' is no condition of this student; allowed: guidance, prompt"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            student.sample(2, cond=cond)
+    code, out, err = command("sample", "--student", tmp_path / "run", "--num", 2, "--out", tmp_path / "drawn")
+    assert code == 2 and "prompt: is required" in err and len(err.strip().splitlines()) == 1
