@@ -25,6 +25,9 @@ from _report import environment, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.py", "flow/derivative.py", "flow/distance.py"
+RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
+MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
+FREE, CM = "objectives/freeflow.py", "objectives/consistency.py"
 
 
 class Mutant(NamedTuple):
@@ -45,6 +48,42 @@ BACK = "return mean_velocity[place], rate[place]"
 EMD_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
 WARM_UP = "return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max"
 TARGET = "target = (_wide(F) - _wide(g)).detach()"
+PAIR_ERROR = "else self.distance(velocity, sample.x1 - sample.x0)"
+HUBER = "huber = PseudoHuber(self.scale)(velocity, sample.x1 - sample.x0)"
+GUESS = "guess = sample.xt - along(sample.t, sample.xt) * velocity"
+SEEN = "perceptual = distance_by(self.net, guess, sample.x0)"
+BOTH_TERMS = "return (1 - sample.t) * huber + weight * perceptual"
+PAIR_WEIGHT = 'weight = 1.0 if self.weight == "one" else 1 / sample.t.clamp(min=EDGE)'
+
+PATH_TANGENT = "(velocity.to(x.dtype), torch.ones_like(t))"
+MF_TARGET = "target = v - along(t - s, x) * rate"
+MF_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
+MF_TANGENT = 'direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)'
+MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped"
+MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
+MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
+MF_DERIVE = "derive, sample, direction, needed"
+CT_WHOLE = "whole = along(1 - t, x) * (pull + along(t, x) * rate)"
+CT_G = "g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)"
+CT_RIDE = "along_path(student, x, t, torch.zeros_like(t), v, cond"
+CT_NETWORK = "network = along(radius / self.sigma_data, x) * mean_velocity"
+SELF_TARGET = "target = still.vt if teacher is None else teacher.velocity(still.xt, still.t, still.cond)"
+ESD_OWN = "own = without_graph(student, x, t, t, cond)"
+ESD_SUM = "return mean_velocity + length * (rate + space_rate), own"
+ESD_PLAIN = "return mean_velocity + length * rate, own"
+LSD_SUM = "return mean_velocity - length * rate, own"
+LSD_OWN = "own = without_graph(student, arrival, s, s, cond)"
+LSD_ARRIVAL = "arrival = (x - length * mean_velocity.detach())"
+PSD_SUM = "return mean_velocity, along(h, x) * first + along(1 - h, x) * second"
+PSD_BETWEEN = "between = (x + along(middle - t, x) * first)"
+SHORT_FIRST = "without_graph(student, x, t, torch.where(shortest, t, middle), cond)"
+SHORT_SECOND = "without_graph(student, between, middle, torch.where(shortest, middle, s), cond)"
+FREE_TARGET = "target = teacher.velocity(arrival, s, cond) + length * rate"
+FREE_RIDE = "in_arrival(student, x, torch.ones_like(s), s, cond"
+CM_Y = "y = x + along(u - t, x) * self._slope(teacher, sample, u)"
+CM_TARGET = "target = y - along(u, x) * without_graph(student, y, u, zero, cond)"
+CM_SECOND = "teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)"
+CHOSEN = "counted.diff() > 0"
 
 MUTANTS = [
     Mutant("flow_matching", "flipped sign of the teacher", FM, ASK_TEACHER, f"-{ASK_TEACHER}"),
@@ -59,6 +98,37 @@ MUTANTS = [
     Mutant("flow_matching", "stop-gradient on the student", FM, "self.distance(velocity, ", "self.distance(velocity.detach() + 0 * velocity, "),
     Mutant("flow_matching", "ascent", FM, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("flow_matching", "sum over the batch", FM, "Loss(error.mean(),", "Loss(error.sum(),"),
+    Mutant("rectified", "student asked at s", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.t, sample.t", "sample.t, sample.s")),
+    Mutant("rectified", "student asked from s", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.t, sample.t", "sample.s, sample.s")),
+    Mutant("rectified", "student asked at the data", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("xt", "x0")),
+    Mutant("rectified", "condition lost", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.cond", "None")),
+    Mutant("rectified", "flipped sign of the velocity", RECTIFIED, ASK_STUDENT, f"-{ASK_STUDENT}"),
+    Mutant("rectified", "pair swapped", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace("x1 - sample.x0", "x0 - sample.x1")),
+    Mutant("rectified", "noise as the target", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace(" - sample.x0", "")),
+    Mutant("rectified", "from the point, not the data", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace("sample.x0", "sample.xt")),
+    Mutant("rectified", "teacher asked", RECTIFIED, PAIR_ERROR, "else self.distance(velocity, teacher.velocity(sample.xt, sample.t, sample.cond))"),
+    Mutant("rectified", "ascent", RECTIFIED, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("rectified", "sum over the batch", RECTIFIED, "Loss(error.mean(),", "Loss(error.sum(),"),
+    Mutant("rectified", "huber: pair swapped", RECTIFIED, HUBER, HUBER.replace("x1 - sample.x0", "x0 - sample.x1")),
+    Mutant("rectified", "huber: noise as the target", RECTIFIED, HUBER, HUBER.replace(" - sample.x0", "")),
+    Mutant("rectified", "huber: its scale ignored", RECTIFIED, HUBER, HUBER.replace("self.scale", "")),
+    Mutant("rectified", "guess: flipped sign", RECTIFIED, GUESS, GUESS.replace(" - along", " + along")),
+    Mutant("rectified", "guess: the other time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(1 - sample.t")),
+    Mutant("rectified", "guess: arrival time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(sample.s")),
+    Mutant("rectified", "guess: time missing", RECTIFIED, GUESS, GUESS.replace("along(sample.t, sample.xt) * ", "")),
+    Mutant("rectified", "guess: from the noise", RECTIFIED, GUESS, GUESS.replace("guess = sample.xt", "guess = sample.x1")),
+    Mutant("rectified", "seen beside the noise", RECTIFIED, SEEN, SEEN.replace("x0", "x1")),
+    Mutant("rectified", "seen the wrong way round", RECTIFIED, SEEN, SEEN.replace("guess, sample.x0", "sample.x0, guess")),
+    Mutant("rectified", "seen without a gradient", RECTIFIED, SEEN, SEEN.replace("guess,", "guess.detach(),")),
+    Mutant("rectified", "weights swapped in time", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t)", "sample.t")),
+    Mutant("rectified", "weight of huber missing", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t) * ", "")),
+    Mutant("rectified", "huber missing", RECTIFIED, BOTH_TERMS, "return weight * perceptual"),
+    Mutant("rectified", "perceptual missing", RECTIFIED, BOTH_TERMS, "return (1 - sample.t) * huber"),
+    Mutant("rectified", "weight of perceptual missing", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("weight * ", "")),
+    Mutant("rectified", "t in place of 1 / t", RECTIFIED, PAIR_WEIGHT, PAIR_WEIGHT.replace("1 / sample", "sample")),
+    Mutant("rectified", "the other weight", RECTIFIED, PAIR_WEIGHT, PAIR_WEIGHT.replace("==", "!=")),
+    Mutant("rectified", "1 / t without an end", RECTIFIED, PAIR_WEIGHT, PAIR_WEIGHT.replace(".clamp(min=EDGE)", "")),
+    Mutant("rectified", "not resized", PERCEPTUAL, "SIZE = 224", "SIZE = 8"),
     Mutant("ayf_emd", "flipped sign of the derivative", AYF, EMD_G, EMD_G.replace("+ r", "- r")),
     Mutant("ayf_emd", "flipped sign of the residual", AYF, EMD_G, EMD_G.replace("g = (", "g = -(").replace("+ r", "- r")),
     Mutant("ayf_emd", "flipped sign of the velocity", AYF, EMD_G, EMD_G.replace("- v", "+ v")),
@@ -109,6 +179,102 @@ MUTANTS = [
     Mutant("ayf, both", "target on the other side", DISTANCE, TARGET, TARGET.replace(" - ", " + ")),
     Mutant("ayf, both", "normalised across the batch", DISTANCE, "vector_norm(flat, dim=1)", "vector_norm(flat, dim=1).mean().expand(len(flat))"),
     Mutant("ayf, both", "dimension left out of rms", DISTANCE, "length / flat.shape[1] ** 0.5", "length / flat.shape[0] ** 0.5"),
+    Mutant("ayf_mixed", "shares exchanged", AYF, CHOSEN, "counted.diff() <= 0"),
+    Mutant("ayf_mixed", "parts not weighted", AYF, "loss.value * (int(rows.sum()) / len(rows))", "loss.value / len(losses)"),
+    Mutant("ayf_mixed", "settings lost", AYF, "kind(**settings)) for", "kind()) for"),
+    Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][rows] = loss.logs[key]", "logs[key][: int(rows.sum())] = loss.logs[key]"),
+    Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
+    Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),
+    Mutant("meanflow", "t in place of (t - s)", MF, MF_TARGET, MF_TARGET.replace("t - s", "t")),
+    Mutant("meanflow", "flipped sign of the velocity", MF, MF_TARGET, MF_TARGET.replace("v -", "-v -")),
+    Mutant("meanflow", "teacher asked at s", MF, MF_TEACHER, MF_TEACHER.replace("x, t", "x, s")),
+    Mutant("meanflow", "teacher asked at the noise", MF, MF_TEACHER, MF_TEACHER.replace("(x,", "(sample.x1,")),
+    Mutant("meanflow", "teacher's condition lost", MF, MF_TEACHER, MF_TEACHER.replace("cond)", "None)")),
+    Mutant("meanflow", "vt in place of the teacher", MF, MF_TEACHER, "v = sample.vt"),
+    Mutant("meanflow", "tangents exchanged", MF, MF_TANGENT, MF_TANGENT.replace("==", "!=")),
+    Mutant("meanflow", "the student's velocity at s", MF, MF_TANGENT, MF_TANGENT.replace("x, t, t", "x, t, s")),
+    Mutant("meanflow", "derivative along vt", MF, MF_DERIVE, "derive, sample, sample.vt, needed"),
+    Mutant("meanflow", "zero time tangent", DERIVATIVE, PATH_TANGENT, PATH_TANGENT.replace("torch", "0 * torch")),
+    Mutant("meanflow", "guidance turned round", MF, MF_MIXED, MF_SWAPPED),
+    Mutant("meanflow", "kappa left out of the rest", MF, MF_MIXED, MF_MIXED.replace(" - self.kappa", "")),
+    Mutant("meanflow", "guided without a class", MF, MF_INSIDE, MF_INSIDE.replace(' & (cond["class"] >= 0)', "")),
+    Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
+    Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("scm", "flipped sign of the derivative", CT, CT_WHOLE, CT_WHOLE.replace("pull + along", "pull - along")),
+    Mutant("scm", "t missing", CT, CT_WHOLE, CT_WHOLE.replace("along(t, x) * rate", "rate")),
+    Mutant("scm", "weight 1 - t missing", CT, CT_WHOLE, CT_WHOLE.replace("along(1 - t, x) * ", "")),
+    Mutant("scm", "flipped sign of the tangent", CT, CT_G, CT_G.replace("-along", "along")),
+    Mutant("scm", "radius missing", CT, CT_G, CT_G.replace("-along(radius, x) * ", "-")),
+    Mutant("scm", "cosine not squared", CT, "radius) ** 2", "radius)"),
+    Mutant("scm", "warm-up turned round", CT, CT_G, CT_G.replace("(1 - r)", "r").replace("+ r *", "+ (1 - r) *")),
+    Mutant("scm", "arrival at s", CT, CT_RIDE, CT_RIDE.replace("torch.zeros_like(t)", "sample.s")),
+    Mutant("scm", "derivative along vt", CT, CT_RIDE, CT_RIDE.replace("v, cond", "sample.vt, cond")),
+    Mutant("scm", "teacher asked at s", CT, "teacher.velocity(x, t, cond)", "teacher.velocity(x, sample.s, cond)"),
+    Mutant("scm", "teacher's condition lost", CT, "teacher.velocity(x, t, cond)", "teacher.velocity(x, t, None)"),
+    Mutant("scm", "zero time tangent", DERIVATIVE, PATH_TANGENT, PATH_TANGENT.replace("torch", "0 * torch")),
+    Mutant("scm", "network not scaled", CT, CT_NETWORK, "network = mean_velocity"),
+    Mutant("scm", "target on the other side", CT, "network, -normalise", "network, normalise"),
+    Mutant("scm", "settings of the norm ignored", CT, "c=self.c, norm=self.norm", "c=self.c"),
+    Mutant("self_distilled", "teacher asked off the diagonal's place", SELF, SELF_TARGET, SELF_TARGET.replace("still.xt", "still.x1")),
+    Mutant("self_distilled", "flipped sign of vt", SELF, SELF_TARGET, SELF_TARGET.replace("= still.vt", "= -still.vt")),
+    Mutant("self_distilled", "teacher's condition lost", SELF, SELF_TARGET, SELF_TARGET.replace("still.cond", "None")),
+    Mutant("self_distilled", "no anchor", SELF, "self.distance(velocity, target.detach())", "0 * self.distance(velocity, target.detach())"),
+    Mutant("self_distilled", "no stop-gradient", DERIVATIVE, "with torch.no_grad(), torch.autocast(device", "with torch.autocast(device"),
+    Mutant("self_distilled", "ascent", SELF, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("esd", "flipped sign of the derivative", SELF, ESD_SUM, ESD_SUM.replace("+ length", "- length")),
+    Mutant("esd", "(t - s) missing", SELF, ESD_SUM, ESD_SUM.replace("length * ", "")),
+    Mutant("esd", "zero time tangent", SELF, ESD_SUM, ESD_SUM.replace("(rate + space_rate)", "space_rate")),
+    Mutant("esd", "zero space tangent", SELF, ESD_SUM, ESD_SUM.replace("(rate + space_rate)", "rate")),
+    Mutant("esd", "gradient not through the rate", SELF, ESD_SUM, ESD_SUM.replace("(rate +", "(rate.detach() +")),
+    Mutant("esd", "velocity asked at s", SELF, ESD_OWN, ESD_OWN.replace("x, t, t", "x, t, s")),
+    Mutant("esd", "velocity asked at the noise", SELF, ESD_OWN, ESD_OWN.replace("x, t, t", "sample.x1, t, t")),
+    Mutant("esd", "velocity's condition lost", SELF, ESD_OWN, ESD_OWN.replace("cond", "None")),
+    Mutant("esd", "in the target: flipped sign", SELF, ESD_PLAIN, ESD_PLAIN.replace("+ length", "- length")),
+    Mutant("lsd", "flipped sign of the derivative", SELF, LSD_SUM, LSD_SUM.replace("- length", "+ length")),
+    Mutant("lsd", "(t - s) missing", SELF, LSD_SUM, LSD_SUM.replace("length * ", "")),
+    Mutant("lsd", "zero time tangent", SELF, LSD_SUM, "return mean_velocity, own"),
+    Mutant("lsd", "gradient not through the rate", SELF, LSD_SUM, LSD_SUM.replace("rate", "rate.detach()")),
+    Mutant("lsd", "torch's LayerNorm under the rate", DERIVATIVE, "sdpa_kernel(SDPBackend.MATH), LayerNormByParts()", "sdpa_kernel(SDPBackend.MATH)"),
+    Mutant("lsd", "velocity asked at the departure", SELF, LSD_OWN, LSD_OWN.replace("arrival, s, s", "x, t, t")),
+    Mutant("lsd", "velocity asked at arrival, t", SELF, LSD_OWN, LSD_OWN.replace("arrival, s, s", "arrival, t, t")),
+    Mutant("lsd", "velocity's condition lost", SELF, LSD_OWN, LSD_OWN.replace("cond", "None")),
+    Mutant("lsd", "arrival on the other side", SELF, LSD_ARRIVAL, LSD_ARRIVAL.replace("x - length", "x + length")),
+    Mutant("psd", "shares exchanged", SELF, PSD_SUM, "return mean_velocity, along(1 - h, x) * first + along(h, x) * second"),
+    Mutant("psd", "flipped sign of the second jump", SELF, PSD_SUM, PSD_SUM.replace("+ along", "- along")),
+    Mutant("psd", "first jump on the other side", SELF, PSD_BETWEEN, PSD_BETWEEN.replace("middle - t", "t - middle")),
+    Mutant("psd", "second jump from the departure", SELF, "second = without_graph(student, between,", "second = without_graph(student, x,"),
+    Mutant("psd", "first jump of the velocity", SELF, "first = without_graph(student, x, t, middle,", "first = without_graph(student, x, t, t,"),
+    Mutant("psd", "splits exchanged", SELF, 'if self.split == "uniform"', 'if self.split != "uniform"'),
+    Mutant("shortcut", "first jump to the end", SHORT, SHORT_FIRST, SHORT_FIRST.replace("middle)", "s)")),
+    Mutant("shortcut", "second jump from the departure", SHORT, SHORT_SECOND, SHORT_SECOND.replace("between", "x")),
+    Mutant("shortcut", "second jump at the departure", SHORT, SHORT_SECOND, SHORT_SECOND.replace("between, middle", "between, t")),
+    Mutant("shortcut", "flipped sign of the second jump", SHORT, "(first + second) / 2", "(first - second) / 2"),
+    Mutant("shortcut", "not halved", SHORT, "(first + second) / 2", "(first + second)"),
+    Mutant("shortcut", "(t - s) missing", SHORT, "along(middle - t, x) * first", "first"),
+    Mutant("shortcut", "the shortest are not the velocity's", SHORT, "1 + 1e-6 if self.finest else", "-1 if self.finest else"),
+    Mutant("shortcut", "all are the velocity's", SHORT, "1 + 1e-6 if self.finest else", "1e6 if self.finest else"),
+    Mutant("shortcut", "condition lost", SHORT, SHORT_SECOND, SHORT_SECOND.replace("cond", "None")),
+    Mutant("freeflow", "flipped sign of the derivative", FREE, FREE_TARGET, FREE_TARGET.replace("+ length", "- length")),
+    Mutant("freeflow", "(1 - s) missing", FREE, FREE_TARGET, FREE_TARGET.replace("length * ", "")),
+    Mutant("freeflow", "flipped sign of the velocity", FREE, FREE_TARGET, FREE_TARGET.replace("= teacher", "= -teacher")),
+    Mutant("freeflow", "teacher asked at the departure", FREE, FREE_TARGET, FREE_TARGET.replace("arrival, s", "x, torch.ones_like(s)")),
+    Mutant("freeflow", "teacher asked at arrival, t", FREE, FREE_TARGET, FREE_TARGET.replace("arrival, s", "arrival, sample.t")),
+    Mutant("freeflow", "teacher's condition lost", FREE, FREE_TARGET, FREE_TARGET.replace("cond", "None")),
+    Mutant("freeflow", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (0 * torch.ones_like(s),)"),
+    Mutant("freeflow", "from a point of the data's path", FREE, "x, s, cond = sample.x1,", "x, s, cond = sample.xt,"),
+    Mutant("freeflow", "departure at t", FREE, FREE_RIDE, FREE_RIDE.replace("torch.ones_like(s)", "sample.t")),
+    Mutant("consistency", "step on the other side", CM, CM_Y, CM_Y.replace("u - t", "t - u")),
+    Mutant("consistency", "no step", CM, CM_Y, "y = x"),
+    Mutant("consistency", "(t - u) missing", CM, CM_Y, CM_Y.replace("along(u - t, x) * ", "")),
+    Mutant("consistency", "target asked at t", CM, CM_TARGET, CM_TARGET.replace("y, u, zero", "y, t, zero")),
+    Mutant("consistency", "target jumps from t", CM, CM_TARGET, CM_TARGET.replace("along(u, x)", "along(t, x)")),
+    Mutant("consistency", "target on the other side", CM, CM_TARGET, CM_TARGET.replace("y - along", "y + along")),
+    Mutant("consistency", "target's condition lost", CM, CM_TARGET, CM_TARGET.replace("cond", "None")),
+    Mutant("consistency", "teacher asked twice at t", CM, CM_SECOND, CM_SECOND.replace("u, cond", "t, cond")),
+    Mutant("consistency", "teacher asked twice at x", CM, CM_SECOND, "teacher.velocity(x, u, cond)"),
+    Mutant("consistency", "solvers exchanged", CM, 'if self.solver == "euler"', 'if self.solver != "euler"'),
+    Mutant("consistency", "arrival at s", CM, "self.earlier(t), torch.zeros_like(t)", "self.earlier(t), sample.s"),
+    Mutant("consistency", "grids exchanged", CM, 'if self.grid == "uniform"', 'if self.grid != "uniform"'),
 ]
 
 
@@ -164,7 +330,8 @@ def copy_of_package(folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "flowmap", folder / "flowmap", ignore=ignore)
     shutil.copytree(ROOT / "tests" / "objectives", folder / "tests" / "objectives", ignore=ignore)
-    shutil.copy(ROOT / "tests" / "oracle.py", folder / "tests" / "oracle.py")
+    for name in ("oracle.py", "straight.py"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
     shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
 
 

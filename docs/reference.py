@@ -49,7 +49,7 @@ def places(slot: type) -> list[str]:
         hints = [(f.name, typing.get_type_hints(cls)[f.name]) for cls in table.values() for f in dataclasses.fields(cls)]
         inside = [name for name, hint in hints if slot in (hint, *typing.get_args(hint))]
         found += [f"{places(outer)[0]}.{name}" for name in inside] if outer is not slot else []
-    return found
+    return list(dict.fromkeys(found))
 
 
 def says(cls: type) -> str:
@@ -93,7 +93,9 @@ def written(value) -> str:
     """The value as a recipe writes it; a slot by its kind, a section as {}."""
     if dataclasses.is_dataclass(value):
         kind = kind_of(value, TABLES)
-        return "{}" if kind is None else f"{{kind: {kind}}}"
+        own = [f for f in dataclasses.fields(value) if f.default is not dataclasses.MISSING and getattr(value, f.name) != f.default]
+        changed = "".join(f", {f.name}: {written(getattr(value, f.name))}" for f in own)
+        return "{}" if kind is None else f"{{kind: {kind}{changed}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(written, value))}]"
     if isinstance(value, str):

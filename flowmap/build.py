@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import os
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from flowmap.config import RecipeError
-from flowmap.data import Dataset
+from flowmap.config import RecipeError, construct
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -19,10 +19,21 @@ from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import is_hub_id, load_pretrained, read_spec
-from flowmap.plan import data_of, dependency_folder, find_card, lora_card, teacher_cards
-from flowmap.recipe import Autoguidance, ClassifierFree, FromTeacher, Recipe, read_recipe
+from flowmap.objectives import FlowMatching
+from flowmap.plan import (
+    data_of,
+    dependency_folder,
+    find_card,
+    lora_card,
+    pairs_identity,
+    pairs_of,
+    pairs_teacher,
+    teacher_cards,
+    weights_folder,
+)  # fmt: skip
+from flowmap.recipe import TABLES, Autoguidance, ClassifierFree, FromTeacher, Recipe, StudentSpec, read_recipe
 from flowmap.snapshots import nearest_snapshot
-from flowmap.student import BESIDE, Student, StudentConfig, load_student
+from flowmap.student import BESIDE, Student, StudentConfig, load_student, read_config
 from flowmap.teachers.autoencoder import Autoencoder
 from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
@@ -44,6 +55,13 @@ class BuiltTeacher:
             module.to(device)
         return self
 
+    def told_empty(self, empty: Cond) -> BuiltTeacher:
+        """Itself, its networks told the conditions (one row each) of an empty text."""
+        for module in self.modules:
+            if hasattr(module.net, "empty"):
+                module.net.empty = dict(empty)
+        return self
+
     def solve(self, x1: Tensor, cond: Cond | None, steps: int) -> Tensor:
         """Where Euler's steps along the guided velocity take x1."""
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
@@ -60,6 +78,33 @@ def build_data(recipe: Recipe) -> Dataset:
         raise RecipeError(f"{recipe.name}: {error}") from error
 
 
+def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
+    """What training reads: the data itself, or the pairs made of it, checked against what the recipe wants."""
+    if not isinstance(recipe.coupling, Pairs):
+        return data
+    try:
+        return PairedDataset(Path(pairs_of(recipe).root), data, pairs_identity(recipe))
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
+    """What makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"]. RecipeError for samples of another shape."""
+    slot = pairs_teacher(recipe)
+    alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())
+    if slot is not None:
+        built = build_teacher(alone, data)
+    else:
+        folder = dependency_folder(read_recipe(recipe.coupling.recipe))
+        if not (folder / "student").is_dir():
+            raise RecipeError(f"{recipe.name}: coupling.recipe: {recipe.coupling.recipe!r} is not trained yet; `flowmap fit` trains it first")
+        student = load_student(folder)
+        built = BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,))
+    if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
+        raise RecipeError(f"{recipe.name}: coupling: its teacher's samples are {built.network.config.shape}, those of the data {data.shape}")
+    return built
+
+
 def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher | None:
     """The recipe's teacher with its guidance, its weights read from the runs that trained it; None where the recipe has none.
 
@@ -67,11 +112,7 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
     """
     if recipe.teacher is None:
         return None
-    teacher = _guided(recipe)
-    for module in teacher.modules if data is not None else ():
-        if hasattr(module.net, "empty"):
-            module.net.empty = dict(data.empty)
-    return teacher
+    return _guided(recipe).told_empty({} if data is None else data.empty)
 
 
 def _guided(recipe: Recipe) -> BuiltTeacher:
@@ -107,6 +148,30 @@ def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.
     flow_map = FlowMapNet(net)
     config = StudentConfig(net=spec, sampler=recipe.sampler, shape=tuple(card.shape), num_classes=card.num_classes, arrival=False, clamp=False)
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
+
+
+def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
+    """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
+    none of them says it. RecipeError where the card says it wrongly."""
+    if card.kind == "recipe":
+        trained = read_recipe(card.recipe, recipe.teacher.overrides)
+        return spec_of(find_card(trained.teacher.card), trained) if isinstance(trained.student, FromTeacher) else trained.student
+    if card.kind == "diffusers" and on_this_machine(card):
+        return read_spec(card.source, card.revision)
+    if card.kind == "edm2" and missing_weights(card) is None:
+        return read_config(weights_folder(card) / "config.json").net
+    if not card.network:
+        return None
+    plain = {"kind": "diffusers", **card.network}
+    for name in ("settings", "scheduler_settings"):
+        if isinstance(plain.get(name), dict):
+            plain[name] = json.dumps(plain[name])
+    return construct(_Network, {"network": plain}, TABLES, file=f"{card.name}.yaml").network
+
+
+@dataclass(frozen=True)
+class _Network:
+    network: StudentSpec
 
 
 def check_teachers(recipe: Recipe) -> None:
@@ -146,11 +211,6 @@ def missing_weights(card: Card) -> str | None:
     if (folder / "config.json").is_file():
         return None
     return f"{card.name!r} is the published model {card.source}: fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
-
-
-def weights_folder(card: Card) -> Path:
-    """Where `flowmap import` is told to put a published network's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
-    return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
 
 
 def on_this_machine(card: Card) -> bool:

@@ -13,17 +13,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 from flowmap import __version__
+from flowmap.papers import PAPERS
 from flowmap.processes import is_child
-
-PAPERS = {
-    "ayf": ("Align Your Flow (objective ayf_emd, ayf_lmd; autoguidance distillation)", "Sabour, Fidler, Kreis", 2025, "2506.14603"),
-    "flow_matching": ("Flow matching for generative modeling (objective flow_matching)", "Lipman, Chen, Ben-Hamu, Nickel, Le", 2022, "2210.02747"),
-    "autoguidance": ("Guiding a diffusion model with a bad version of itself", "Karras, Aittala, Kynkaanniemi, et al.", 2024, "2406.02507"),
-    "edm2": ("Analyzing and improving the training dynamics of diffusion models (power-function EMA)", "Karras et al.", 2024, "2312.02696"),
-    "dit": ("Scalable diffusion models with transformers", "Peebles, Xie", 2022, "2212.09748"),
-    "ctm": ("Consistency trajectory models (gamma-sampling)", "Kim, Lai, Liao, et al.", 2024, "2310.02279"),
-}
-
 
 PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -88,7 +79,7 @@ def _fit(a: argparse.Namespace) -> int:
     if a.dry_run:
         from flowmap.dry_run import dry_run
 
-        print("\n".join(dry_run(recipe, a.out)))
+        print("\n".join(dry_run(recipe, a.out, throughput=a.throughput)))
         return 0
     from flowmap.train.fit import fit
 
@@ -140,33 +131,15 @@ def _doctor(a: argparse.Namespace) -> int:
 
 
 def _encode(a: argparse.Namespace) -> int:
-    from flowmap.data import Encoded
-    from flowmap.encode import encode
-    from flowmap.files import check_writable
-    from flowmap.plan import data_of
-    from flowmap.recipe import read_recipe
+    from flowmap.shard_verbs import encode_verb
 
-    recipe = read_recipe(a.recipe, a.overrides)
-    if not isinstance(recipe.data, Encoded):
-        raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
-    spec = data_of(recipe)
-    folder = Path(a.out or spec.root)
-    check_writable(folder, "--out")
-    say = lambda message: print(message, file=sys.stderr, flush=True)
-    index = encode(spec, folder, shard=_part(a.shard), device=_device(a.device), batch_size=a.batch, say=say)
-    if index is None:
-        print(f"{folder}: this part is done; the encoding is complete when all parts are")
-        return 0
-    counts = f"{index['grey']} grey, {index['missing_captions']} without a caption"
-    print(f"{folder}: {index['rows']} samples of shape {tuple(index['shape'])}, {len(index['left_out'])} pictures left out, {counts}")
-    return 0
+    return encode_verb(a, _device(a.device))
 
 
-def _part(text: str) -> tuple[int, int]:
-    first, _, count = text.partition("/")
-    if not (first.isdecimal() and count.isdecimal()):
-        raise ValueError(f"--shard: {text!r} is not of the form I/N, such as 0/4")
-    return int(first), int(count)
+def _pairs(a: argparse.Namespace) -> int:
+    from flowmap.shard_verbs import pairs_verb
+
+    return pairs_verb(a, _device(a.device))
 
 
 def _average(a: argparse.Namespace) -> int:
@@ -291,7 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", help="run folder (default: runs/<recipe name>)")
     fit.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     fit.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
-    fit.add_argument("--dry-run", action="store_true", help="print the plan, parameter counts, memory and what is missing; train nothing")
+    fit.add_argument("--dry-run", action="store_true", help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing")
+    fit.add_argument("--throughput", type=float, default=200.0, metavar="T", help="TFLOP/s of one device, for the dry run's hours (default: 200)")
 
     sample = _verb(verbs, "sample", _sample, "draw samples as pictures")
     _student_arguments(sample)
@@ -312,10 +286,12 @@ def _parser() -> argparse.ArgumentParser:
 
     encode = _verb(verbs, "encode", _encode, "turn a recipe's pictures into latents and text embeddings on disk; goes on where it was cut")
     _recipe_arguments(encode)
-    encode.add_argument("--shard", default="0/1", metavar="I/N", help="make part I of N (from 0), beside other processes that make the others")
-    encode.add_argument("--batch", type=int, default=32, help="pictures that the networks see at once")
-    encode.add_argument("--device", default="cpu")
-    encode.add_argument("--out", help="folder (default: the recipe's data.root)")
+    _shard_arguments(encode, batch=32, out="the recipe's data.root")
+
+    pairs = _verb(verbs, "pairs", _pairs, "join noise to data by a teacher's ODE, for recipes with coupling pairs; goes on where it was cut")
+    _recipe_arguments(pairs)
+    _shard_arguments(pairs, batch=256, out="the recipe's coupling.root")
+    pairs.add_argument("--verify", type=int, metavar="N", help="make N of the pairs that are there anew and report the largest difference")
 
     doctor = _verb(verbs, "doctor", _doctor, "try one training step of a recipe on its real network: which derivative works, what it costs")
     _recipe_arguments(doctor)
@@ -360,6 +336,13 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace the recipe's; +FILE: those of a YAML file")
     _import_argument(parser)
+
+
+def _shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) -> None:
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="make part I of N (from 0), beside other processes that make the others")
+    parser.add_argument("--batch", type=int, default=batch, help="samples that the networks see at once")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help=f"folder (default: {out})")
 
 
 def _import_argument(parser: argparse.ArgumentParser) -> None:

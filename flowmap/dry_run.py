@@ -1,46 +1,51 @@
-"""What `fit` would do: the plan, parameter counts, an estimate of memory, and what is missing on this machine."""
+"""What `fit` would do: the plan, what each stage costs in parameters, FLOPs, memory and hours, and what is missing on this machine."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+from torch import Tensor, nn
 
-from flowmap.build import check_teachers, missing_weights, on_this_machine, student_config
+from flowmap.build import check_teachers, missing_weights, spec_of, student_config
 from flowmap.config import RecipeError
-from flowmap.data import Dataset
+from flowmap.costs import Cost, cost_of
+from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
-from flowmap.nets.pretrained import read_spec
-from flowmap.plan import Encoding, Stage, data_of, find_card, plan, runs_root, teacher_cards
-from flowmap.recipe import FromTeacher, PowerEMA, Recipe, read_recipe
+from flowmap.plan import Encoding, Pairing, Stage, autoencoder_recipes, data_of, pairs_cards, plan, runs_root, teacher_cards
+from flowmap.recipe import ClassifierFree, FromTeacher, PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
+from flowmap.teachers.card import Card
+
+THROUGHPUT = 200.0  # TFLOP/s of one device: about half of the dense bf16 peak that an H100's maker states
 
 
-def dry_run(recipe: Recipe, out: str | None) -> list[str]:
+def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) -> list[str]:
     """The lines that `flowmap fit --dry-run` prints; the last says what is missing, or that nothing is."""
+    if not throughput > 0:
+        raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
     stages = plan(recipe, Path(out) if out else runs_root() / recipe.name)
     lines, missing = [], []
     for i, stage in enumerate(stages):
-        if isinstance(stage, Encoding):
-            state = "complete" if stage.complete else "its pictures -> latents"
-            lines.append(f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {state} -> {stage.folder}")
-            continue
-        state = "complete" if stage.complete else f"{stage.recipe.trainer.steps} steps"
-        lines.append(f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {state} -> {stage.folder}")
-        found, lacks = _look(stage)
-        lines += [f"      {line}" for line in found]
-        missing += [m for m in lacks if m not in missing]
+        state = _state(stage)
+        lines.append(f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {'complete' if stage.complete else state} -> {stage.folder}")
+        if isinstance(stage, Pairing) and not stage.complete:
+            missing += _weights_missing(pairs_cards(stage.recipe))
+        if isinstance(stage, Stage):
+            found, lacks = _look(stage.recipe, throughput)
+            lines += [f"      {line}" for line in found]
+            missing += lacks
+    missing = list(dict.fromkeys(missing))
     return [*lines, "missing on this machine: " + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
 
-def _look(stage: Stage) -> tuple[list[str], list[str]]:
-    recipe = stage.recipe
+def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
-    missing += [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
+    missing += _weights_missing(cards)
     if not missing:
         check_teachers(recipe)
     data = None
@@ -49,73 +54,130 @@ def _look(stage: Stage) -> tuple[list[str], list[str]]:
             data = data_of(recipe).build()
         except ValueError as error:
             missing.append(str(error))
-    config = _config(recipe, data)
+    config = _config(recipe, data, cards)
     if config is None:
-        known = [f"{card.name} {card.parameters / 1e6:.0f} M" for card in cards if card.parameters]
-        return [f"parameters: {', '.join(known) or '?'} (the student's network is its teacher's)" if known else "parameters: ?"], missing
-    return _sizes(recipe, config), missing
+        return ["parameters: ? (nothing here says what the network is)"], missing
+    try:
+        return _lines(recipe, config, cards, throughput), missing
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: student: {error}") from error
 
 
-def _config(recipe: Recipe, data: Dataset | None) -> StudentConfig | None:
-    """The student's configuration, its network taken from the teacher's recipe or pipeline without any weights; None where it is not known."""
-    if data is None:
+def _state(stage: Stage | Encoding | Pairing) -> str:
+    if isinstance(stage, Encoding):
+        return "its pictures -> latents"
+    return f"{stage.recipe.coupling.num} pairs" if isinstance(stage, Pairing) else f"{stage.recipe.trainer.steps} steps"
+
+
+def _weights_missing(cards: list[Card]) -> list[str]:
+    return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What is known of a data set that is not here: as much of data/dataset.py's Dataset as a student's configuration asks for."""
+
+    shape: tuple[int, ...]
+    num_classes: int | None
+    spec: StudentSpec
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        return example_conditions(self.spec, len(places)) if isinstance(self.spec, DiffusersModel) else {}
+
+
+def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
+    """The student's configuration without any weights or data; None where nothing says what it is."""
+    spec = spec_of(cards[0], recipe) if isinstance(recipe.student, FromTeacher) and cards else recipe.student
+    if data is None and spec is not None:
+        shape = tuple(cards[0].shape) if cards else _latents(recipe)
+        data = _Described(shape, cards[0].num_classes if cards else None, spec) if shape else None
+    if spec is None or data is None or isinstance(spec, FromTeacher):
         return None
-    if not isinstance(recipe.student, FromTeacher):
-        return student_config(recipe, data, None)
-    card = find_card(recipe.teacher.card)
-    if card.kind == "diffusers" and on_this_machine(card):
-        spec = read_spec(card.source, card.revision)
-        config = student_config(replace(recipe, student=spec), data, None)
-        return replace(config, lora=recipe.lora, base=Base(card.source, card.revision) if recipe.lora else None)
-    if card.kind != "recipe":
-        return None
-    trained = read_recipe(card.recipe, recipe.teacher.overrides)
-    return student_config(replace(recipe, student=trained.student), data, None)
+    config = student_config(replace(recipe, student=spec), data, None)
+    return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
 
 
-def _sizes(recipe: Recipe, config: StudentConfig) -> list[str]:
-    with torch.device("meta"):
-        try:
-            flow_map = config.build()
-        except ValueError as error:
-            raise RecipeError(f"{recipe.name}: student: {error}") from error
-    frozen = sum(p.numel() for p in flow_map.parameters() if not p.requires_grad)
-    count = sum(p.numel() for p in flow_map.parameters()) - frozen
+def _latents(recipe: Recipe) -> tuple[int, ...] | None:
+    """The shape of latents of an autoencoder that one of our recipes trains."""
+    for trained in autoencoder_recipes(recipe):
+        side = recipe.data.images.size // 2 ** (len(trained.student.channels) - 1)
+        return trained.student.latent_channels, side, side
+    return None
+
+
+def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput: float) -> list[str]:
+    student, teachers = cost_of(config), _teachers(recipe, config, cards)
+    trainer, batch = recipe.trainer, recipe.data.batch_size
+    lines = [f"student: {counted(student)}, samples of shape {tuple(config.shape)}"]
+    if teachers:
+        lines.append("teacher: " + " + ".join(f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in teachers))
+    lines.append(_memory(recipe, student, teachers))
+    each = _step_flops(recipe, student, [cost for _, cost in teachers])
+    samples = batch * trainer.accumulate * trainer.devices * trainer.num_nodes
+    hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
+    lines.append(f"a step: {_flops(each * samples)} for {samples} samples ({_flops(student.flops)} a forward pass of one)")
+    if trainer.accelerator != "cpu" and hours >= 0.01:
+        lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
+    return lines
+
+
+def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[tuple[Card, Cost]]:
+    """Each network that the guided velocity calls, with its cost."""
+    found = []
+    for card in cards:
+        spec = spec_of(card, recipe) if card.kind != "exact" else None
+        if spec is not None:
+            num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
+            plain = dict(net=spec, arrival=False, guidance=None, lora=None, base=None, num_classes=num_classes)
+            found.append((card, cost_of(replace(config, **plain))))
+    return found
+
+
+def _step_flops(recipe: Recipe, student: Cost, teachers: list[Cost]) -> float:
+    """Of one sample: a forward pass, a backward pass (two), a tangent (one) where the objective takes one, and the teacher's calls."""
+    tangent = 1 if hasattr(recipe.objective, "derivative") else 0
+    calls = sum(cost.flops for cost in teachers)
+    if recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree):
+        calls *= 2
+    if getattr(recipe.teacher and recipe.teacher.guidance, "weak", "") is None:  # a weak model that is the strong one at another time
+        calls *= 2
+    return (3 + tangent) * student.flops + calls
+
+
+def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]]) -> str:
+    trainer = recipe.trainer
     averages = 1 + (len(recipe.ema.snapshot_stds) if isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps else 0)
-    state = 4 * (count * (4 + averages) + frozen)
-    size = f"student: {counted(flow_map)}, samples of shape {tuple(config.shape)}"
-    memory = f"memory for each device, estimated: {_gib(state)} weights, gradients, optimiser and averages"
-    if isinstance(config.net, DiffusersModel):  # which does not run without memory
-        return [size, f"{memory} + activations, which `flowmap doctor` measures"]
-    activations = _activation_bytes(flow_map, config) * recipe.data.batch_size
-    if recipe.trainer.activation_checkpointing:
-        activations /= max(len(getattr(flow_map.net, "blocks", ())), 1)
-    return [size, f"{memory} + {_gib(activations)} activations at batch {recipe.data.batch_size}"]
+    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
+    state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
+    frozen = 4 * sum(cost.parameters for _, cost in teachers) - (4 * teachers[0][1].parameters if recipe.lora else 0)  # a base is shared
+    activations = student.kept_bytes * recipe.data.batch_size * (0.5 if trainer.precision == "bf16" else 1)
+    how = [trainer.precision] if trainer.precision != "32" else []
+    if trainer.activation_checkpointing:
+        activations /= student.blocks
+        how.append("checkpointed")
+    parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
+    parts += [f"{_gib(frozen)} teacher"] if frozen else []
+    parts.append(" ".join([f"{_gib(activations)} activations at batch {recipe.data.batch_size}", *([f"({', '.join(how)})"] if how else [])]))
+    return "memory for each device, estimated: " + " + ".join(parts)
 
 
-def counted(net: torch.nn.Module) -> str:
+def counted(net: nn.Module | Cost) -> str:
     """How many parameters a network has; the trained and the frozen ones apart where it has both."""
-    total = sum(p.numel() for p in net.parameters())
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    if isinstance(net, Cost):
+        total, trained = net.parameters, net.trained
+    else:
+        total = sum(p.numel() for p in net.parameters())
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     if trained == total:
         return f"{total / 1e6:.2f} M parameters"
     return f"{total / 1e6:.2f} M parameters: {trained / 1e6:.2f} M trained, {(total - trained) / 1e6:.2f} M frozen"
 
 
-def _activation_bytes(flow_map, config: StudentConfig) -> float:
-    """Bytes that autograd keeps for one sample, counted on the meta device."""
-    kept = 0
-
-    def pack(tensor):
-        nonlocal kept
-        kept += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x, t = torch.zeros(2, *config.shape), torch.zeros(2)
-        cond = {"class": torch.zeros(2, dtype=torch.int64)} if config.num_classes else {}
-        flow_map.mean_velocity(x, t, t, cond)
-    return kept / 2
+def _flops(count: float) -> str:
+    for size, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count / 1e6:.3g} MFLOP"
 
 
 def _gib(count: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.data.encoded import EMPTY, INDEX, PLAN, REFERENCE, Encoded, difference, shard_name
+from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
+from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.encode_shard import Shard
-from flowmap.files import only_process, read_json, write_beside, write_json, write_tensors
+from flowmap.files import read_json, write_json, write_tensors
+from flowmap.shards import check_plan, making, once, sweep_stale, whole, write_shard
 
 PREFIX = 4  # of a stream, held-out and reference samples come from this many times their number of first samples
 
@@ -40,23 +41,16 @@ def encode(
     shard (r, n) makes those whose number leaves r when divided by n. ValueError where the folder holds another encoding; WriteError names
     a shard that could not be written, and the ones before it stay.
     """
-    rank, world = shard
-    if not 0 <= rank < world:
-        raise ValueError(f"shard: {rank}/{world} must be I/N with 0 <= I < N")
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
     optional("pyarrow")
     say = say or (lambda message: None)
-    lock = folder / f".process-{rank}-of-{world}"
-    with only_process(lock):
-        encoder = Encoder(spec, device)
-        try:
-            _check_plan(spec, folder, encoder)
-            _fill(spec, folder, encoder, rank, world, batch_size)
-        finally:
-            for empty in (lock, folder):  # the folder goes where nothing could be begun
-                with suppress(OSError):
-                    empty.rmdir()
+    with making(folder, shard):
+        encoder, what = Encoder(spec, device), _plan(spec)
+        if not (folder / PLAN).is_file():
+            encoder.load()  # before anything is written down
+        check_plan(folder, what, "encoding", ("length", "fingerprint"))
+        _fill(spec, folder, encoder, *shard, batch_size)
     shards = _all_shards(spec, folder)
     return None if shards is None else _finish(spec, folder, encoder, shards, say)
 
@@ -108,18 +102,10 @@ def _on(network: Any, device: torch.device | str) -> Any:
     return network.to(device) if hasattr(network, "to") else network
 
 
-def _check_plan(spec: Encoded, folder: Path, encoder: Encoder) -> None:
-    """Writes down what is being made, once its networks are loaded; ValueError where the folder holds something else, or the source has changed."""
+def _plan(spec: Encoded) -> dict[str, Any]:
+    """What is being made, and of how many pictures."""
     images = spec.images
-    plan = {"identity": spec.identity(), "shard_items": spec.shard_items, "length": images.length(), "fingerprint": images.fingerprint()}
-    if not (folder / PLAN).is_file():
-        encoder.load()
-        write_json(folder / PLAN, plan)
-    found = difference(read_json(folder / PLAN), plan)
-    if found:
-        changed = found.startswith(("length", "fingerprint"))
-        what = "its source has changed since it was begun" if changed else "holds another encoding"
-        raise ValueError(f"{folder}: {what}: {found}; choose another folder, or delete this one")
+    return {"identity": spec.identity(), "shard_items": spec.shard_items, "length": images.length(), "fingerprint": images.fingerprint()}
 
 
 def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, batch_size: int) -> None:
@@ -136,35 +122,18 @@ def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, 
                 return
 
 
-def whole(folder: Path, number: int) -> dict[str, Any] | None:
-    """What a shard's .json says of it; None where the shard is not there, or not whole."""
-    path = folder / shard_name(number)
-    try:
-        told = read_json(path.with_suffix(".json"))
-        return told if path.stat().st_size == told["bytes"] else None
-    except (ValueError, KeyError, OSError):
-        return None
-
-
 def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size: int) -> dict[str, Any]:
     """Encodes one shard, in memory, and writes it: first what it holds (.json), then the shard itself."""
-    path, start = folder / shard_name(number), number * spec.shard_items
-    for stale in folder.glob(f".{path.stem}.*.tmp"):  # of a killed process: this one alone makes the shard now
-        stale.unlink(missing_ok=True)
+    start = number * spec.shard_items
     shard = Shard(encoder, start, spec.images.num_classes(), wants_text=spec.text is not None)
     items = spec.images.items(start, start + spec.shard_items)
     for batch in _one_ahead(iter(lambda: list(islice(items, batch_size)), [])):
         shard.add(batch)
     length = spec.images.length()
     if length is not None and shard.positions != min(spec.shard_items, length - start):
+        path = folder / shard_name(number)
         raise RuntimeError(f"{path}: the source gave {shard.positions} items from position {start}; it has changed while it was read")
-
-    def write(temporary: Path) -> None:
-        shard.write(temporary)
-        write_json(path.with_suffix(".json"), shard.told() | {"bytes": temporary.stat().st_size})
-
-    write_beside(path, write)
-    return read_json(path.with_suffix(".json"))
+    return write_shard(folder, number, shard.write, shard.told())
 
 
 def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
@@ -191,17 +160,13 @@ def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
 
 def _finish(spec: Encoded, folder: Path, encoder: Encoder, shards: list[dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any] | None:
     """Writes what is common to all shards, index.json last; returns it. The same shards give the same bytes. None: another process is at it."""
-    lock = folder / ".process-last"
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(only_process(lock))
-        except ValueError:
-            return None
+
+    def finish() -> dict[str, Any]:
         index = _index(spec, shards)
         _write_common(spec, folder, encoder, index, shards, say)
-        with suppress(OSError):
-            lock.rmdir()
-    return index
+        return index
+
+    return once(folder, finish)
 
 
 def _write_common(
@@ -210,9 +175,7 @@ def _write_common(
     there = [folder / name for name in (INDEX, REFERENCE, *([EMPTY] if spec.text is not None else []))]
     if all(path.is_file() for path in there) and read_json(folder / INDEX) == index:
         return
-    for name in (PLAN, EMPTY, REFERENCE, INDEX):  # what a killed process left
-        for stale in folder.glob(f".{name}.*.tmp"):
-            stale.unlink(missing_ok=True)
+    sweep_stale(folder, (PLAN, EMPTY, REFERENCE, INDEX))
     (folder / INDEX).unlink(missing_ok=True)
     if spec.text is not None:
         write_tensors(folder / EMPTY, encoder.text([""]))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.data.shards import to_column, write_stream
 from flowmap.data.sources import Item
 
 
@@ -52,12 +53,7 @@ class Shard:
 
     def write(self, path: Path) -> None:
         """An Arrow stream file; without any row, one of the plain columns alone."""
-        import pyarrow
-
-        batches = self.batches or [_batch([], {})]
-        with open(path, "wb") as file, pyarrow.ipc.new_stream(file, batches[0].schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+        write_stream(path, self.batches or [_batch([], {})])
 
     def _problem(self, item: Item) -> str | None:
         if item.image is None:
@@ -96,7 +92,5 @@ def _batch(kept: list[tuple[int, Item]], columns: dict[str, Tensor]) -> Any:
         "label": pyarrow.array([-1 if item.label is None else item.label for _, item in kept], pyarrow.int64()),
         "caption": pyarrow.array([item.caption for _, item in kept], pyarrow.string()),
     }
-    for name, value in columns.items():
-        flat = (value.to(torch.uint8) if value.dtype == torch.bool else value).contiguous()
-        arrays[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat.flatten().numpy()), max(flat[0].numel(), 1))
+    arrays |= {name: to_column(value) for name, value in columns.items()}
     return pyarrow.record_batch(arrays)

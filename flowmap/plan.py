@@ -1,4 +1,4 @@
-"""What a recipe needs before it can run, in order: autoencoders and teachers that recipes train, each in a run folder of its own, and latents."""
+"""What a recipe needs before it can run, in order: autoencoders and teachers that recipes train, each in a run folder of its own, latents, pairs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, to_plain
-from flowmap.data import Encoded
+from flowmap.data import Encoded, Pairs, pairs
 from flowmap.data.dataset import Source
-from flowmap.data.encoded import difference, read_index
-from flowmap.recipe import TABLES, Autoguidance, Recipe, read_recipe, read_resolved, shipped
+from flowmap.data.encoded import read_index
+from flowmap.data.shards import difference
+from flowmap.provenance import WHERE, identity
+from flowmap.recipe import TABLES, Autoguidance, Recipe, TeacherSlot, read_recipe, read_resolved, shipped
 from flowmap.teachers.card import Card, read_card
 
 
@@ -56,29 +58,55 @@ class Encoding:
             return False
 
 
-def plan(recipe: Recipe, folder: Path) -> list[Stage | Encoding]:
+@dataclass(frozen=True)
+class Pairing:
+    """Pairs that a teacher's ODE makes, and the folder that holds them."""
+
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return Path(pairs_of(self.recipe).root)
+
+    @property
+    def complete(self) -> bool:
+        try:
+            return pairs.unlike(pairs.read_index(self.folder)["identity"], pairs_identity(self.recipe)) is None
+        except ValueError:  # not there, torn, or its data is still to be encoded
+            return False
+
+
+Needed = Stage | Encoding | Pairing
+
+
+def plan(recipe: Recipe, folder: Path) -> list[Needed]:
     """What leads to the recipe, in order, itself the last. RecipeError where recipes need each other in a loop."""
     if recipe.lora is not None:
         lora_card(recipe)
-    stages: list[Stage | Encoding] = []
+    stages: list[Needed] = []
     for needed in _needs(recipe, (recipe.name,)):
         if all(stage.folder != needed.folder for stage in stages):
             stages.append(needed)
     return [*stages, Stage(recipe, folder)]
 
 
-def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Stage | Encoding]:
-    found: list[Stage | Encoding] = []
+def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
+    found: list[Needed] = []
     for needed in autoencoder_recipes(recipe):
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.data, Encoded):
         found.append(Encoding(recipe))
     for needed in teacher_recipes(recipe):
         found += _with_needs(recipe, needed, chain)
+    if isinstance(recipe.coupling, Pairs):
+        pairing = Pairing(recipe)
+        for needed in [] if pairing.complete else pairs_recipes(recipe):
+            found += _with_needs(recipe, needed, chain)
+        found.append(pairing)
     return found
 
 
-def _with_needs(recipe: Recipe, needed: Recipe, chain: tuple[str, ...]) -> list[Stage | Encoding]:
+def _with_needs(recipe: Recipe, needed: Recipe, chain: tuple[str, ...]) -> list[Needed]:
     if needed.name in chain:
         raise RecipeError(f"{recipe.name}: recipes need each other in a loop: {' -> '.join((*chain, needed.name))}")
     return [*_needs(needed, (*chain, needed.name)), Stage(needed, dependency_folder(needed))]
@@ -110,11 +138,14 @@ def _encoding_hash(recipe: Recipe, trained: list[Recipe]) -> str:
 
 def teacher_cards(recipe: Recipe) -> list[Card]:
     """The cards of the teacher and of its weak companion, where there are any."""
-    if recipe.teacher is None:
+    return _cards(recipe.teacher)
+
+
+def _cards(slot: TeacherSlot | None) -> list[Card]:
+    if slot is None:
         return []
-    guidance = recipe.teacher.guidance
-    weak = [guidance.weak] if isinstance(guidance, Autoguidance) and guidance.weak else []
-    return [find_card(name) for name in [recipe.teacher.card, *weak]]
+    weak = [slot.guidance.weak] if isinstance(slot.guidance, Autoguidance) and slot.guidance.weak else []
+    return [find_card(name) for name in [slot.card, *weak]]
 
 
 def lora_card(recipe: Recipe) -> Card:
@@ -128,7 +159,56 @@ def lora_card(recipe: Recipe) -> Card:
 
 def teacher_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipes that train those cards, with the slot's overrides; none for other kinds of cards."""
-    return [read_recipe(card.recipe, recipe.teacher.overrides) for card in teacher_cards(recipe) if card.kind == "recipe"]
+    return _trained(recipe.teacher)
+
+
+def _trained(slot: TeacherSlot | None) -> list[Recipe]:
+    return [read_recipe(card.recipe, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
+
+
+def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
+    """The teacher that makes the recipe's pairs, where a card names it."""
+    made = recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
+    return None if made is None else TeacherSlot(made.card, made.guidance, made.overrides)
+
+
+def pairs_cards(recipe: Recipe) -> list[Card]:
+    return _cards(pairs_teacher(recipe))
+
+
+def pairs_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes that train what makes the pairs."""
+    return _trained(pairs_teacher(recipe)) if recipe.coupling.recipe is None else [read_recipe(recipe.coupling.recipe)]
+
+
+def pairs_of(recipe: Recipe) -> Pairs:
+    """The recipe's pairs with the folder where they lie: runs/pairs-<hash> unless it names one."""
+    if recipe.coupling.root:
+        return recipe.coupling
+    plain = {key: value for key, value in to_plain(recipe.coupling, TABLES).items() if key != "shard_items"}
+    data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    parts = (plain, data, [one.hash() for one in (*pairs_recipes(recipe), *autoencoder_recipes(recipe))])
+    return replace(recipe.coupling, root=str(runs_root() / f"pairs-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"))
+
+
+def pairs_identity(recipe: Recipe) -> dict[str, Any]:
+    """The provenance of the recipe's pairs (provenance.py), as things are on this machine."""
+    return identity(recipe, data_of(recipe), find_card, weights_of)
+
+
+def weights_of(named: Card | Recipe) -> Path | None:
+    """The file or folder of the weights that a card or a recipe names; None where they are not on this machine, or there are none."""
+    if isinstance(named, Recipe):
+        return dependency_folder(named) / "student" / "model.safetensors"
+    if named.kind == "diffusers":
+        folder = Path(named.source)
+        return next((part for name in ("transformer", "unet") if (part := folder / name).is_dir()), None) if folder.is_dir() else None
+    return weights_folder(named) if named.kind == "edm2" else None
+
+
+def weights_folder(card: Card) -> Path:
+    """Where `flowmap import` is told to put a published network's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
+    return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
 
 
 def find_card(name: str) -> Card:

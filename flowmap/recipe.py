@@ -17,16 +17,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowmap.config import MISSING, RecipeError, construct, to_plain
-from flowmap.data import DATA, IMAGE_SOURCES, Autoencoder, ImageSource, TextEncoder
-from flowmap.flow.distance import DISTANCES, Distance
+from flowmap.data import COUPLINGS, DATA, IMAGE_SOURCES, Autoencoder, Coupling, ImageSource, Independent, Pairs, TextEncoder
+from flowmap.flow.distance import DISTANCES, Distance, Squared
 from flowmap.flow.path import PATHS, Linear
 from flowmap.flow.prior import PRIORS, Gaussian
+from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES, Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.nets import NETS, AutoencoderKL
 from flowmap.nets.lora import LoRA
-from flowmap.objectives import OBJECTIVES, Reconstruction
+from flowmap.objectives import OBJECTIVES, Reconstruction, Rectified
+from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
+from flowmap.objectives.rectified import LPIPSHuber, RectifiedDistance
 from flowmap.optimizer import AdamW
 from flowmap.samplers import SAMPLERS, Deterministic
 from flowmap.settings import (
@@ -70,6 +73,7 @@ class Recipe:
     seed: int = 0
     path: Path = Linear()
     prior: Prior = Gaussian()
+    coupling: Coupling = Independent()
     times: TimeSampler = Interval()
     sampler: Sampler = Deterministic()
     metrics: tuple[Metric, ...] = ()
@@ -88,6 +92,10 @@ class Recipe:
             raise ValueError(f"seed: {self.seed} must be 0 or more")
         if self.lora is not None:
             self._check_lora()
+        if isinstance(self.coupling, Pairs) and self.trains_autoencoder:
+            raise ValueError("coupling: pairs are no use to an autoencoder; leave it independent")
+        if isinstance(self.objective, Rectified):
+            self._check_rectified()
 
     @property
     def lora(self) -> LoRA | None:
@@ -100,6 +108,20 @@ class Recipe:
         if self.lora.dropout and getattr(self.objective, "derivative", "ride") != "ride":
             way = self.objective.derivative
             raise ValueError(f"student.lora.dropout: {self.lora.dropout} wants objective.derivative: ride; {way!r} would see another mask")
+
+    def _check_rectified(self) -> None:
+        distance = self.objective.distance
+        if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
+            raise ValueError("objective.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
+        if not isinstance(self.path, Linear):
+            raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
+        if self.teacher is not None and self.teacher.guidance is not None:
+            raise ValueError("teacher.guidance: objective rectified does not ask the teacher; guidance is baked in by coupling.teacher.guidance")
+        if isinstance(distance, LPIPSHuber):
+            if not self.data.in_pixels:
+                raise ValueError("objective.distance: lpips_huber looks at pictures, and the data's samples are latents")
+            if any(getattr(metric, "features", None) == distance.net for metric in self.metrics):
+                raise ValueError(f"objective.distance.net: {distance.net!r} is also a metric's; a loss and a metric must not share a network")
 
     @property
     def trains_autoencoder(self) -> bool:
@@ -128,8 +150,11 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     StudentSpec: {"from_teacher": FromTeacher, **NETS},
     Objective: OBJECTIVES,
     Distance: DISTANCES,
+    RectifiedDistance: RECTIFIED_DISTANCES,
     Path: PATHS,
     Prior: PRIORS,
+    Coupling: COUPLINGS,
+    Solver: SOLVERS,
     TimeSampler: TIMES,
     Sampler: SAMPLERS,
     Metric: METRICS,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
+from flowmap.data import Guidance
 from flowmap.nets.lora import LoRA
-
-
-class Guidance(Protocol): ...
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def load_student(source: str | Path, *, base: str | Path | None = None) -> Stude
     have moved); nothing is unpickled. ValueError names the file and what is wrong with it.
     """
     folder = _local(source)
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     if base is not None:
         if config.base is None:
             raise ValueError(f"base: {str(base)!r} was given, but this student has its weights with it")
@@ -293,7 +293,8 @@ def _local(source: str | Path) -> Path:
     raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
 
 
-def _read_config(path: Path) -> StudentConfig:
+def read_config(path: Path) -> StudentConfig:
+    """What a student's folder says of it; ValueError names the file and what is wrong."""
     plain = read_json(path)
     if str(plain.get("_class_name", "")).startswith("Autoencoder"):
         raise ValueError(f"{path}: is an autoencoder's, not a student's")

@@ -1,5 +1,5 @@
 """What a recipe's `data` slot may name: DATA maps a kind to a frozen spec whose `build()` gives a data set, IMAGE_SOURCES one to where pictures
-come from.
+come from, COUPLINGS one to how noise is joined to data.
 
 Nothing heavy is imported before `build()`, so that reading a recipe stays quick.
 """
@@ -10,6 +10,7 @@ from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
 from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.huggingface import HuggingFaceImages
 from flowmap.data.images import Digits, Fashion
+from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs
 from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches
 from flowmap.data.tensors import Latents, Pictures
@@ -29,16 +30,22 @@ DATA = {
 IMAGE_SOURCES = {"folder": FolderImages, "huggingface": HuggingFaceImages, "edm2_zip": EDM2Images, "webdataset": WebDatasetImages}
 
 __all__ = [
+    "COUPLINGS",
     "DATA",
     "IMAGE_SOURCES",
     "Autoencoder",
+    "Coupling",
     "Dataset",
     "Digits",
     "Encoded",
     "Fashion",
     "Folder",
+    "Guidance",
     "ImageSource",
+    "Independent",
     "Latents",
+    "PairedDataset",
+    "Pairs",
     "Pictures",
     "StepBatches",
     "TextEncoder",

@@ -1,13 +1,12 @@
 """Pictures that `flowmap encode` has turned into latents and text embeddings: Arrow shards on disk, mapped into memory, never read whole.
 
-The folder: plan.json (what is being made), shard-00000.arrow and .json (a fixed range of the source's positions each), empty.safetensors
-(the encoding of ""), reference.safetensors (pictures for metrics, uint8), and last index.json: where that stands, all is complete.
+The folder is one of shards (shards.py), a fixed range of the source's positions each, with empty.safetensors (the encoding of "") and
+reference.safetensors (pictures for metrics, uint8).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.data import shards
 from flowmap.data.dataset import Source
-from flowmap.data.sources import ImageSource, optional
+from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
 
 FORMAT = 1
-INDEX, PLAN, EMPTY, REFERENCE = "index.json", "plan.json", "empty.safetensors", "reference.safetensors"
+EMPTY, REFERENCE = "empty.safetensors", "reference.safetensors"
+MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 
 
 class Autoencoder(Protocol):
@@ -103,7 +105,7 @@ class EncodedDataset:
             raise ValueError(f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe")
         self.shape, self.num_classes = tuple(self.index["shape"]), self.index["num_classes"]
         self._columns = {name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()}
-        self._table = _open(folder, [shard for shard in self.index["shards"] if shard["rows"]])
+        self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)
         self._flip = spec.flip
 
     def __len__(self) -> int:
@@ -172,60 +174,15 @@ class EncodedDataset:
 
     def _column(self, table: Any, name: str) -> Tensor:
         shape, dtype = self._columns[name]
-        values = torch.from_numpy(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
-        values = values.view(-1, *shape)
+        values = from_column(table, name, shape)
         if name in ("x0", "mirrored"):
             return values.float().div_(127.5).sub_(1) if dtype == "uint8" else values.float()
         return values.bool() if dtype == "bool" else values.float()
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.arrow"
-
-
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a complete encoding; ValueError says how far it is otherwise."""
-    if not (folder / INDEX).is_file():
-        done = len(list(folder.glob("shard-*.arrow")))
-        state = f"is not complete ({done} shards are there)" if (folder / PLAN).is_file() else "holds no encoding"
-        raise ValueError(f"data.root: {folder}: {state}; run `flowmap encode`")
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX}: is not JSON: {error}") from error
-    if not isinstance(index, dict) or index.get("identity", {}).get("format") != FORMAT:
-        raise ValueError(f"{folder / INDEX}: is not an encoding of format {FORMAT}")
-    return index
-
-
-def difference(there: Any, here: Any, key: str = "") -> str | None:
-    """The first key whose value differs, with both values; None where all are equal."""
-    if there == here:
-        return None
-    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
-        return f"{key}: {there!r} there, {here!r} here"
-    names = dict.fromkeys((*there, *here))
-    found = (difference(there.get(name), here.get(name), f"{key}.{name}" if key else name) for name in names)
-    return next((one for one in found if one), None)
-
-
-def _open(folder: Path, shards: list[Mapping[str, Any]]) -> Any:
-    """The shards as one data set, mapped into memory; ValueError names one that is torn."""
-    datasets = optional("datasets")
-    tables = []
-    for shard in shards:
-        path = folder / shard["file"]
-        size = os.path.getsize(path) if path.is_file() else None
-        if size != shard["bytes"]:
-            state = "is missing" if size is None else f"is torn: it has {size} bytes, not {shard['bytes']}"
-            raise ValueError(f"{path}: {state}; `flowmap encode` makes it anew")
-        try:
-            tables.append(datasets.Dataset.from_file(str(path)))
-        except Exception as error:  # Arrow's own errors, and those of datasets for a schema that it does not know
-            raise ValueError(f"{path}: is torn: {' '.join(str(error).split())[:200]}; delete it and run `flowmap encode`") from error
-        if len(tables[-1]) != shard["rows"]:
-            raise ValueError(f"{path}: is torn: it has {len(tables[-1])} samples, not {shard['rows']}")
-    return datasets.concatenate_datasets(tables)
+    return shards.read_index(folder, MADE)
 
 
 def _safetensors(path: Path) -> Any:

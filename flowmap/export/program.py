@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from flowmap.export.plan import Export, Written
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import example_conditions as example_text
 
 PROGRAM = "program.pt2"
 EXAMPLE = 3  # rows of the example that the program is traced with: no other size of a sample
@@ -91,20 +91,8 @@ def example_conditions(plan: Export) -> dict[str, Tensor]:
     if plan.guidance is not None:
         cond["guidance"] = torch.full((EXAMPLE,), plan.guidance)
     if isinstance(config.net, DiffusersModel):
-        cond |= {key: torch.zeros(EXAMPLE, *shape) for key, shape in text_shapes(config.net).items()}
+        cond |= example_text(config.net, EXAMPLE, tokens=8)
     return cond
-
-
-def text_shapes(net: DiffusersModel, tokens: int = 8) -> dict[str, tuple[int, ...]]:
-    """The shapes, without batch, of what a text-conditioned network is told."""
-    settings = json.loads(net.settings)
-    if net.network == "UNet2DConditionModel":
-        return {"text": (tokens, settings["cross_attention_dim"])}
-    if net.network in ("SanaTransformer2DModel", "PixArtTransformer2DModel"):
-        return {"text": (tokens, settings["caption_channels"])}
-    if net.network in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
-        return {"text": (tokens, settings["joint_attention_dim"]), "pooled": (settings["pooled_projection_dim"],)}
-    return {}
 
 
 def _snippet(plan: Export, cond: Cond, sizes: str) -> str:

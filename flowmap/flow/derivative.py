@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from flowmap.flow.riding import random_state, replayed, ride
 from flowmap.flow.types import Cond, FlowMap, along
@@ -82,6 +83,43 @@ def in_arrival(
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, s, t) if mode == "difference" else None
     return of_rows(lambda s: student.mean_velocity(x, t, s, cond), (s,), (torch.ones_like(s),), mode, step, rows)
+
+
+def value_and_graded_rate(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """value_and_rate with a graph for both, by one torch.func.jvp: for objectives whose gradient runs through the rate as well."""
+    moving = [i for i, t in enumerate(tangents) if t is not None]
+    with sdpa_kernel(SDPBackend.MATH), LayerNormByParts():
+        return jvp_of(function, primals, tangents, moving)
+
+
+class LayerNormByParts(TorchFunctionMode):
+    """Inside, layer_norm is made of mean and square.
+
+    The forward derivative of torch's own (2.13) takes mean and deviation for constants in what it records: the rate is right, its gradient
+    is not. (That of group_norm and rms_norm is right.)
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = layer_norm_by_parts if func in (torch.nn.functional.layer_norm, torch.layer_norm) else func
+        return func(*args, **(kwargs or {}))
+
+
+def layer_norm_by_parts(x: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, *unused) -> Tensor:
+    """torch's layer_norm, in float32 or better, typed like x."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    unit = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    scaled = unit if weight is None else unit * weight
+    return (scaled if bias is None else scaled + bias).to(x.dtype)
+
+
+def without_graph(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+    """F(x, t, s) as a number to aim at: no graph, and none of the casts that autocast would keep, which would have none either."""
+    device = x.device.type
+    options = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False)
+    with torch.no_grad(), torch.autocast(device, **options):
+        return student.mean_velocity(x, at_least_float32(t), at_least_float32(s), cond)
 
 
 def of_rows(function, primals, tangents, mode, step, rows: int | None) -> tuple[Tensor, Tensor]:

@@ -194,6 +194,11 @@ class NoiseAnchored(Solver):
         return integrate(velocity, x, self.times(start, end), step=step, keep=keep)
 
 
+def invert(velocity: Velocity, x0: Tensor, solver: Solver) -> Solution:
+    """The noise x1 whose path along the velocity ends in x0, both (B, ...): the solver's steps run from t = 0 to t = 1."""
+    return solver(velocity, x0, start=0.0, end=1.0)
+
+
 def _check_steps(steps: int) -> None:
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; allowed: a whole number from 1")

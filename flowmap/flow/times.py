@@ -1,6 +1,6 @@
 """Times: the law of the pairs (t, s) that a training step looks at, 0 <= s <= t <= 1, t = 1 is noise.
 
-Each sampler is called with n and gives (t, s), both (n,) float32. `density(t)` is the probability density of t's marginal.
+Each sampler is called with n and gives (t, s), both (n,) float32. `density(t)` is the probability density of t's marginal (Dyadic's has none).
 Laws of a single time come with a field `pairs`: "diagonal" is s = t (flow matching), "sorted" draws twice and gives the later to t,
 "consistency" is s = 0.
 """
@@ -194,6 +194,33 @@ class Consistency:
 
 
 @dataclass(frozen=True)
+class Dyadic:
+    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal shares, from a multiple of their own length: shortcut models (arXiv:2410.12557).
+
+    The last round(n diagonal) rows have s = t instead, at any multiple of 1/finest but 0.
+    """
+
+    finest: int = 64
+    diagonal: float = 0.75
+
+    def __post_init__(self):
+        if self.finest < 1 or self.finest & (self.finest - 1):
+            raise ValueError(f"finest is {self.finest!r}; allowed: a power of two, from 1")
+        if not 0 <= self.diagonal <= 1:
+            raise ValueError(f"diagonal is {self.diagonal!r}; allowed: from 0 to 1")
+
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
+        which, where = _uniform(n, device, generator), _uniform(n, device, generator)
+        still = torch.arange(n, device=which.device) >= n - round(n * self.diagonal)
+        jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
+        count = torch.where(still, torch.full_like(jumps, self.finest), jumps)
+        start = torch.floor(where * count)
+        t = (start + 1) / count
+        return t, torch.where(still, t, start / count)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t.
 
@@ -262,5 +289,6 @@ TIMES = {
     "interval": Interval,
     "u_shaped": UShaped,
     "consistency": Consistency,
+    "dyadic": Dyadic,
     "mixture": Mixture,
 }

@@ -33,6 +33,13 @@ class PathSample:
     cond: Cond | None = None
 
 
+def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
+    """The sample with those rows alone, in that order; rows is an index or a mask."""
+    cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
+    parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
+    return PathSample(**parts, cond=cond)
+
+
 @dataclass(frozen=True)
 class Loss:
     """The value to descend, with what is worth watching.

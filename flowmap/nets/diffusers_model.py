@@ -157,6 +157,11 @@ def _listening(cls: type) -> type:
     return _LISTENING[cls]
 
 
+def called(model: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """What the model predicts for its own state x (B, C, H, W) at its own time (B,), called as its family is."""
+    return CALLS[type(model).__name__](model, x, time, _Conditions(type(model).__name__, cond))
+
+
 class _Conditions:
     """cond by key; a key that is not there is a ValueError that names the network."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -18,6 +19,21 @@ WIDTHS = {
     "SanaTransformer2DModel": {"text": ("caption_channels",)},
     "PixArtTransformer2DModel": {"text": ("caption_channels",)},
 }
+
+
+def example_conditions(net: DiffusersModel, batch: int, tokens: int = 77) -> dict[str, Tensor]:
+    """Zeros in the shapes of what the network reads of text: "text" (batch, tokens, D), "pooled" (batch, P), SDXL's "size" (batch, 6)."""
+    settings = json.loads(net.settings)
+    found = {}
+    for key, names in WIDTHS.get(net.network, {}).items():
+        width = next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
+        if width is not None:
+            found[key] = torch.zeros(batch, tokens, width) if key == "text" else torch.zeros(batch, width)
+    if settings.get("addition_embed_type") == "text_time":
+        numbers = 6 * settings["addition_time_embed_dim"]
+        found["pooled"] = torch.zeros(batch, settings["projection_class_embeddings_input_dim"] - numbers)
+        found["size"] = torch.zeros(batch, 6)
+    return found
 
 
 def check_text(net: DiffusersModel, cond: Mapping[str, Tensor]) -> None:

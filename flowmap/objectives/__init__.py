@@ -1,7 +1,29 @@
 """Floor 1: what a student is trained to satisfy. One file a paper; a new objective is a frozen dataclass and a line here."""
 
-from flowmap.objectives.ayf import AYFEMD, AYFLMD
+from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
+from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
+from flowmap.objectives.freeflow import FreeFlow
+from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
+from flowmap.objectives.rectified import Rectified
+from flowmap.objectives.scm import SCM
+from flowmap.objectives.self_distilled import ESD, LSD, PSD
+from flowmap.objectives.shortcut import Shortcut
 
-OBJECTIVES = {"flow_matching": FlowMatching, "ayf_emd": AYFEMD, "ayf_lmd": AYFLMD, "reconstruction": Reconstruction}
+OBJECTIVES = {
+    "flow_matching": FlowMatching,
+    "ayf_emd": AYFEMD,
+    "ayf_lmd": AYFLMD,
+    "ayf_mixed": AYFMixed,
+    "meanflow": MeanFlow,
+    "scm": SCM,
+    "esd": ESD,
+    "lsd": LSD,
+    "psd": PSD,
+    "shortcut": Shortcut,
+    "freeflow": FreeFlow,
+    "consistency": Consistency,
+    "rectified": Rectified,
+    "reconstruction": Reconstruction,
+}

@@ -9,7 +9,7 @@ Clock: 0 data, 1 noise.  At the exact map, with d/dt taken along the teacher's v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
 from flowmap.flow.distance import gradient_as_target, normalise
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class AYFEMD(_AYF):
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         r = self.tangent_weight(step)
         derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
-        mean_velocity, rate = _off_diagonal(derive, sample, v, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, sample, v, needed=r > 0)
         g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate
         return self._loss(mean_velocity, g, rate, step)
 
@@ -86,13 +86,38 @@ class AYFLMD(_AYF):
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         r = self.tangent_weight(step)
         derive = lambda x, t, s, v, cond, rows: in_arrival(student, x, t, s, cond, mode=self.derivative, rows=rows)
-        mean_velocity, rate = _off_diagonal(derive, sample, sample.vt, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, sample, sample.vt, needed=r > 0)
         arrival = x + along(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)
         return self._loss(mean_velocity, g, rate, step)
 
 
-def _off_diagonal(derive, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class AYFMixed(_AYF):
+    """AYF-LMD on a share `lagrangian` of the rows, evenly spread over the batch, AYF-EMD on the others; the mean over all rows."""
+
+    lagrangian: float = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.lagrangian <= 1:
+            raise ValueError(f"lagrangian: {self.lagrangian} must lie in [0, 1]")
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
+        counted = torch.floor(torch.arange(len(sample.t) + 1, dtype=torch.float64, device=sample.t.device) * self.lagrangian)
+        chosen = counted.diff() > 0
+        parts = [(rows, kind(**settings)) for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)) if bool(rows.any())]
+        losses = [(rows, objective(student, teacher, rows_of(sample, rows), step)) for rows, objective in parts]
+        logs = dict(losses[0][1].logs)
+        for key in ("residual_norm", "tangent_norm"):
+            logs[key] = torch.empty(len(chosen), dtype=logs[key].dtype, device=chosen.device)
+            for rows, loss in losses:
+                logs[key][rows] = loss.logs[key]
+        return Loss(sum(loss.value * (int(rows.sum()) / len(rows)) for rows, loss in losses), logs)
+
+
+def off_diagonal(derive, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
     """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s).
 
     One forward pass whatever the times: where the diagonal samples are not the last of the batch it is put in that order and back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,7 +14,10 @@ KINDS = ("recipe", "exact", "edm2", "diffusers")
 
 @dataclass
 class Card:
-    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers"."""
+    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers".
+
+    network: what it is built of, so that its size is known where its weights are not; fetch: how to get them.
+    """
 
     kind: str
     recipe: str | None = None
@@ -27,6 +31,8 @@ class Card:
     licence: str = "?"
     reference: str = ""
     figures: dict[str, str] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    fetch: str = ""
     name: str = ""
 
     def describe(self) -> str:

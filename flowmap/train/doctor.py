@@ -4,16 +4,18 @@ what each costs in time and memory. The data is noise, so none need be there; th
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from flowmap.build import BuiltTeacher, build_student, build_teacher, student_config
-from flowmap.config import RecipeError
+from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.data import Dataset
 from flowmap.dry_run import counted
-from flowmap.flow.types import PathSample
+from flowmap.flow.types import Cond, PathSample
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import example_conditions
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
@@ -30,7 +32,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     config = student_config(recipe, data, teacher)
     student = build_student(recipe, config, teacher).to(device).train()
     if teacher is not None:
-        teacher.to(device)
+        teacher.told_empty({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)
     lines = [f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
@@ -54,19 +56,28 @@ def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
     if teacher is not None and teacher.network is not None:
         shape, num_classes = teacher.network.config.shape, teacher.network.config.num_classes
     else:
-        try:
-            data = recipe.data.build()
-        except ValueError as error:
-            raise RecipeError(f"{recipe.name}: {error}") from error
+        data = build_data(recipe)
         shape, num_classes = data.shape, data.num_classes
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(batch, *shape, generator=generator).clamp(-1, 1)
     labels = torch.randint(num_classes, (batch,), generator=generator) if num_classes else None
-    return Dataset("noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes)
+    net = teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student
+    text = example_conditions(net, batch) if isinstance(net, DiffusersModel) else {}
+    return _Noise("noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes, text=text)
+
+
+@dataclass(frozen=True, eq=False)
+class _Noise(Dataset):
+    """Samples and text of nothing."""
+
+    text: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        return {**super().conditions_at(places), **{key: value[places] for key, value in self.text.items()}}
 
 
 def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
-    cond = {} if data.labels is None else {"class": data.labels.to(device)}
+    cond = {key: value.to(device) for key, value in data.conditions_at(torch.arange(len(data))).items()}
     return draw_sample(recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0))
 
 

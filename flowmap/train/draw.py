@@ -27,14 +27,17 @@ def drawing_from(generator: torch.Generator):
         yield
 
 
-def draw_sample(recipe: Recipe, x0: Tensor, cond: Cond, generator: torch.Generator, empty: Cond | None = None) -> PathSample:
+def draw_sample(
+    recipe: Recipe, x0: Tensor, cond: Cond, generator: torch.Generator, empty: Cond | None = None, x1: Tensor | None = None
+) -> PathSample:
     """Noise, times, dropped conditions and guidance scale for a batch x0 (B, ...), in this order, from one generator.
 
-    A dropped condition is class -1, and the row of `empty` (one row each) for what came of text.
+    x1: the noise that the batch is paired with; the prior is not asked then. A dropped condition is class -1, and the row of `empty` (one
+    row each) for what came of text.
     """
     n, device = len(x0), x0.device
     cond = dict(cond) if recipe.data.conditional else {}
-    x1 = recipe.prior.sample(x0, cond, generator)
+    x1 = recipe.prior.sample(x0, cond, generator) if x1 is None else x1
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
         dropped = torch.rand(n, generator=generator, device=device) < recipe.data.drop_condition

@@ -22,13 +22,14 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from flowmap.build import build_data, build_student, build_teacher, check_teachers, student_config
+from flowmap.build import build_data, build_samples, build_student, build_teacher, check_teachers, student_config
 from flowmap.config import RecipeError, to_plain
 from flowmap.encode import encode
 from flowmap.evaluate import measure
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
+from flowmap.make_pairs import make_pairs
 from flowmap.nets.flow_map import misfit
-from flowmap.plan import Encoding, Stage, data_of, holds, is_complete, plan, runs_root
+from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import BESIDE, Student, StudentConfig, load_student
@@ -87,6 +88,10 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
             say(f"{label}: its pictures -> latents in {stage.folder}")
             _encode(stage, say)
             continue
+        if isinstance(stage, Pairing):
+            say(f"{label}: {stage.recipe.coupling.num} pairs -> {stage.folder}")
+            _pair(stage, say)
+            continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
         with nullcontext() if is_child() else only_process(stage.folder):
             _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
@@ -97,11 +102,23 @@ def _silent(message: str) -> None: ...
 
 
 def _encode(stage: Encoding, say: Say) -> None:
-    device = "cuda" if torch.cuda.is_available() and stage.recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
     try:
-        encode(stage.spec, stage.folder, device=device, say=say)
+        encode(stage.spec, stage.folder, device=_device(stage), say=say)
     except ValueError as error:
         raise RecipeError(f"{stage.recipe.name}: {error}") from error
+
+
+def _pair(stage: Pairing, say: Say) -> None:
+    try:
+        make_pairs(stage.recipe, stage.folder, device=_device(stage), say=say)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{stage.recipe.name}: {error}") from error
+
+
+def _device(stage: Encoding | Pairing) -> str:
+    return "cuda" if torch.cuda.is_available() and stage.recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
 def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
@@ -142,7 +159,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
-    module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
+    module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
     if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
         for net in (module.student, *(teacher.modules if teacher else ())):
             net.net.compile()

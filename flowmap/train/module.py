@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowmap.build import BuiltTeacher
-from flowmap.data import Dataset, StepBatches, as_it_is
+from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.types import Loss, PathSample
 from flowmap.recipe import PowerEMA, Recipe
@@ -32,9 +32,13 @@ class DistillModule(L.LightningModule):
     student is shared by all, and in no state_dict (nets/lora.py).
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset):
+    def __init__(
+        self, recipe: Recipe, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset, samples: Dataset | PairedDataset | None = None
+    ):
+        """samples: what batches are read from, where that is not the data itself but pairs made of it."""
         super().__init__()
         self.recipe, self.teacher, self.data = recipe, teacher, data
+        self.samples = data if samples is None else samples
         self.student = student.train()
         self.widths = _widths(recipe)
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
@@ -64,7 +68,7 @@ class DistillModule(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """From the step that the run is at: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(
-            len(self.data),
+            len(self.samples),
             self.recipe.data.batch_size,
             seed=self.recipe.seed,
             start_step=self.global_step,
@@ -73,7 +77,7 @@ class DistillModule(L.LightningModule):
             world=self.trainer.world_size,
             accumulate=self.recipe.trainer.accumulate,
         )
-        return DataLoader(self.data, batch_sampler=batches, collate_fn=as_it_is)
+        return DataLoader(self.samples, batch_sampler=batches, collate_fn=as_it_is)
 
     def on_train_start(self) -> None:
         self._micro = 0
@@ -81,12 +85,12 @@ class DistillModule(L.LightningModule):
             self.teacher.to(self.device)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
-        x0, cond = batch
+        x0, cond, *paired = batch
         step, micro = self.global_step, self._micro
         self._micro = (micro + 1) % self.recipe.trainer.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
-        sample = draw_sample(self.recipe, x0, cond, generator, self.data.empty)
+        sample = draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired)
         with drawing_from(generator) if self.recipe.lora and self.recipe.lora.dropout else nullcontext():
             loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
         self.last_sample, self.last_loss = sample, loss

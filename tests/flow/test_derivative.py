@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flowmap.flow.derivative import DERIVATIVES, MODES, along_path, in_arrival, inward_step, value_and_rate
+from flowmap.flow.derivative import (
+    DERIVATIVES,
+    MODES,
+    LayerNormByParts,
+    along_path,
+    in_arrival,
+    inward_step,
+    value_and_graded_rate,
+    value_and_rate,
+    without_graph,
+)
 from flowmap.flow.riding import Riding, ride
 
 B, N, D = 5, 6, 12
@@ -86,6 +96,37 @@ def test_every_mode_is_the_derivative_in_arrival(mode):
     value, rate = in_arrival(net, x, t, s, mode=mode)
     assert value.requires_grad and not rate.requires_grad
     torch.testing.assert_close(rate, truth, rtol=1e-6, atol=1e-6)
+
+
+def test_a_graded_rate_has_the_same_value_and_its_own_gradient():
+    net, x, t, s, _ = setting()
+    value, rate = value_and_graded_rate(lambda s: net(x, t, s), (s,), (torch.ones_like(s),))
+    torch.testing.assert_close(rate.detach(), in_arrival(net, x, t, s)[1])
+    got = torch.autograd.grad((value * value + rate * rate).sum(), net.times.weight)[0]
+    by_hand = (net(x, t, s + 1e-5) - net(x, t, s - 1e-5)) / 2e-5
+    expected = torch.autograd.grad((net(x, t, s) ** 2 + by_hand**2).sum(), net.times.weight)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_layer_norm_by_parts_is_torchs_own():
+    x = torch.randn(5, 6, 4, dtype=torch.float64)
+    layers = (nn.LayerNorm(4, eps=1e-2).double(), nn.LayerNorm((6, 4), elementwise_affine=False))
+    nn.init.normal_(layers[0].weight), nn.init.normal_(layers[0].bias)
+    for call in (*layers, lambda x: torch.layer_norm(x, (4,)), nn.GroupNorm(3, 6).double()):
+        with LayerNormByParts():
+            ours = call(x)
+        torch.testing.assert_close(ours, call(x))
+
+
+def test_without_graph_is_the_same_number_and_changes_no_setting():
+    net, x, t, s, _ = setting(torch.float32)
+    value = without_graph(net, x, t.half(), s)
+    assert not value.requires_grad and torch.equal(value, net(x, t.half().float(), s).detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = torch.is_autocast_cache_enabled(), torch.get_autocast_dtype("cpu")
+        assert torch.equal(without_graph(net, x, t, s), net(x, t, s).detach())
+        assert (torch.is_autocast_cache_enabled(), torch.get_autocast_dtype("cpu")) == before
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_riding_is_forward_mode_to_rounding():

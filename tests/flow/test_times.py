@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowmap.flow.times import TIMES, Consistency, Interval, LogitNormal, Mixture, Uniform, UShaped
+from flowmap.flow.times import TIMES, Consistency, Dyadic, Interval, LogitNormal, Mixture, Uniform, UShaped
 from tests.oracle import seeded
 
 LAWS = [
@@ -114,6 +114,19 @@ def test_arrival_density_is_that_of_the_draws(base):
     assert abs(float(law.density(points).mean()) - 0.9) < 1e-3
 
 
+def test_dyadic_jumps_are_powers_of_two_from_multiples_of_themselves():
+    law = Dyadic(finest=8, diagonal=0.25)
+    t, s = law(40_000, generator=seeded(7))
+    d, moving = t - s, slice(0, 30_000)
+    assert (0 <= s).all() and (t <= 1).all() and (d[30_000:] == 0).all() and t.dtype == s.dtype == torch.float32
+    for k in range(4):
+        rows = d[moving] == 2.0**-k
+        assert abs(float(rows.float().mean()) - 1 / 4) < 0.01
+        assert set((t[moving][rows] * 2**k).tolist()) == set(range(1, 2**k + 1))  # every multiple, none at a half
+    assert set((t[30_000:] * 8).tolist()) == set(range(1, 9)) and abs(float(t[30_000:].mean()) - 9 / 16) < 0.02
+    assert torch.equal(t, law(40_000, generator=seeded(7))[0])
+
+
 def test_mistakes_are_named():
     for make, words in [
         (lambda: Uniform(pairs="both"), "pairs is 'both'.*sorted"),
@@ -121,6 +134,8 @@ def test_mistakes_are_named():
         (lambda: UShaped(a=-4), "a is -4"),
         (lambda: UShaped(edge=0.5), "edge is 0.5"),
         (lambda: Consistency(law="normal"), "law is 'normal'"),
+        (lambda: Dyadic(finest=6), "finest is 6.*power of two"),
+        (lambda: Dyadic(diagonal=1.5), "diagonal is 1.5"),
         (lambda: Mixture(one_step=1.5), "one_step is 1.5"),
         (lambda: Mixture(diagonal_at="s"), "diagonal_at is 's'.*arrival"),
         (lambda: Mixture(Consistency(), diagonal_at="arrival"), "Consistency arrives at one time only"),
@@ -128,4 +143,4 @@ def test_mistakes_are_named():
     ]:
         with pytest.raises(ValueError, match=words):
             make()
-    assert len(TIMES) == 6
+    assert len(TIMES) == 7

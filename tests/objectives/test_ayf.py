@@ -1,6 +1,6 @@
 """Align Your Flow's objectives: still at the exact map, towards it from both sides, and equal to their formulas taken by hand.
 
-`Nearly` is the exact map with two numbers that train; `bent()` is a small network on which every term of a formula is different from zero.
+`Nearly` is the exact map with two numbers that train; `bent()` is a small network: see nearly.py.
 """
 
 from __future__ import annotations
@@ -13,32 +13,14 @@ from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.path import Linear
 from flowmap.flow.riding import Riding
 from flowmap.flow.types import along
-from flowmap.nets import MLP
-from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, FlowMatching
-from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance
-from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
+from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, chosen, drawn, gradients, pull, same, teachers
+from tests.oracle import GAUSSIAN, ExactStudent, draw_times
 
-MIXTURE = MixtureTeacher(means=((1.0, 0.0), (-0.5, 0.8), (-0.4, -1.0)), std=(0.3, 0.5, 0.4), flow_steps=32)
-WEAK = GaussianTeacher(mean=(0.2,), std=0.9)
 BOTH = [AYFEMD, AYFLMD]
 objectives = pytest.mark.parametrize("kind", BOTH)
-teachers = pytest.mark.parametrize(("teacher", "shape"), [(GAUSSIAN, SHAPE), (MIXTURE, (5, 2))], ids=["gaussian", "mixture"])
 norms = pytest.mark.parametrize("norm", ["none", "l2", "rms"])
-
-
-class Nearly(nn.Module):
-    """The exact mean velocity, times scale, plus the shift of the row that cond names (all of them one number each)."""
-
-    def __init__(self, teacher, scale=1.0, shift=0.0):
-        super().__init__()
-        self.exact = ExactStudent(teacher)
-        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
-        self.shift = nn.Parameter(torch.full((5,), shift, dtype=torch.float64))
-
-    def mean_velocity(self, x, t, s, cond):
-        return self.scale * self.exact.mean_velocity(x, t, s) + along(self.shift[cond["row"]], x)
 
 
 class Counted(nn.Module):
@@ -56,53 +38,8 @@ class Counted(nn.Module):
         return self.student.mean_velocity(x, t, s, cond)
 
 
-class Watched:
-    """A teacher that remembers where it was asked."""
-
-    def __init__(self, teacher):
-        self.teacher = teacher
-
-    def velocity(self, x, t, cond=None):
-        assert not x.requires_grad, "a teacher never needs grad"
-        self.asked = (x, t, cond)
-        return self.teacher.velocity(x, t, cond)
-
-
-def bent(shape=SHAPE, guidance=False):
-    """A network with nothing silent: F depends on x, t, s and guidance."""
-    torch.manual_seed(3)
-    net = MLP(width=16, depth=1).build(shape[1:], guidance=guidance)
-    for layer in filter(None, (net.conditioning.arrival, net.conditioning.guidance)):
-        nn.init.normal_(layer.out.weight, std=0.2)
-    return FlowMapNet(net).double()
-
-
-def drawn(shape=SHAPE, t=None, s=None, **cond):
-    x0, x1, (later, earlier) = draw(*shape, seed=1), draw(*shape, seed=2), draw_times()
-    return Linear().sample(x0, x1, later if t is None else t, earlier if s is None else s, {"row": torch.arange(5), **cond})
-
-
-def chosen(sample, rows):
-    return Linear().sample(sample.x0[rows], sample.x1[rows], sample.t[rows], sample.s[rows], {k: v[rows] for k, v in sample.cond.items()})
-
-
 def exact(kind, norm="none", **settings):
     return kind(**{"warmup_steps": 0, "r_max": 1.0, "norm": norm, **settings})
-
-
-def gradients(objective, student, teacher, sample, step=0):
-    return torch.autograd.grad(objective(student, teacher, sample, step).value, list(student.parameters()))
-
-
-def pull(student, sample, weights):
-    """The gradient of mean_b 2 <weights_b, F_b>: what an objective whose residual is `weights` must give."""
-    F = student.mean_velocity(sample.xt, sample.t, sample.s, sample.cond)
-    return torch.autograd.grad((2 * weights * F).flatten(1).sum(1).mean(), list(student.parameters()))
-
-
-def same(one, other, tolerance=1e-9):
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def by_hand(kind, student, teacher, sample, r):

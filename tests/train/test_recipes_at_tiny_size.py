@@ -145,3 +145,10 @@ def test_what_a_prompt_may_be(tmp_path, monkeypatch, command):
             student.sample(2, cond=cond)
     code, out, err = command("sample", "--student", tmp_path / "run", "--num", 2, "--out", tmp_path / "drawn")
     assert code == 2 and "prompt: is required" in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_doctor_tries_a_network_that_reads_text(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    tiny = tiny_file("sd35-medium", tmp_path)
+    code, out, err = command("doctor", "--recipe", "sd35-medium", f"+{tiny}")
+    assert code == 0 and "choose objective.derivative=ride" in out, err

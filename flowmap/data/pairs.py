@@ -1,0 +1,200 @@
+"""The coupling of noise and data: independent, or pairs that a teacher's ODE has joined, made by `flowmap pairs` and kept on disk.
+
+Sources: rectified flow (arXiv:2209.03003), improved as 2-rectified flow++ (arXiv:2405.20320). Clock: 0 data, 1 noise.
+The folder is one of shards (shards.py). Noise is kept as a seed: pair i starts from `noise_of(seed, i, shape)`, on any machine, whoever
+makes it. Pairs by inversion, real data carried to t = 1, come last and keep both ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmap.data import shards
+from flowmap.data.dataset import Dataset
+from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.flow.solver import Heun, NoiseAnchored, Solver
+from flowmap.flow.types import Cond
+
+FORMAT = 1
+CLOCK = "0 data, 1 noise, linear path"
+MADE = Made("coupling.root", "pairs", "flowmap pairs", FORMAT)
+DTYPES = ("auto", "uint8", "float16", "float32")
+
+
+class Guidance(Protocol):
+    """How a teacher is guided; settings.py has the kinds."""
+
+
+class Coupling(Protocol): ...
+
+
+@dataclass(frozen=True)
+class Independent:
+    """Noise is drawn from the recipe's prior, whatever the data."""
+
+
+@dataclass(frozen=True)
+class PairsTeacher:
+    """The teacher that makes pairs: a card, the guidance around it, and key=value for the recipes that train it."""
+
+    card: str
+    guidance: Guidance | None = None
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """num pairs (x0, x1) joined by the ODE of a `teacher`, or of the student that one of our recipes trains (`recipe`).
+
+    guidance: the one scale that is baked in (none: the default of the teacher's guidance). Conditions are the data's: classes in turn, or
+    where there is text the rows of the data, in an order drawn by `seed`. inverted: the share of pairs that are real samples carried to
+    noise. dtype: how x0 is kept; "auto" is uint8 for pictures and float16 for anything else. root: the folder, by default in runs/.
+    """
+
+    teacher: PairsTeacher | None = None
+    recipe: str | None = None
+    guidance: float | None = None
+    num: int = 50_000
+    solver: Solver = Heun(steps=18, grid="rho", euler_last=True)
+    inverted: float = 0.0
+    seed: int = 0
+    dtype: str = "auto"
+    shard_items: int = 1000
+    root: str = ""
+
+    def __post_init__(self):
+        if (self.teacher is None) == (self.recipe is None):
+            raise ValueError("teacher: pairs want exactly one of teacher (a card) and recipe (one of ours)")
+        if self.guidance is not None and self.teacher is not None and self.teacher.guidance is None:
+            raise ValueError(f"guidance: {self.guidance} wants teacher.guidance, which says what is guided and how")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"guidance: {self.guidance} must be 0 or more")
+        for name, least in (("num", 1), ("shard_items", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
+        if not 0 <= self.inverted <= 1:
+            raise ValueError(f"inverted: {self.inverted} must lie in [0, 1]")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.inverted and isinstance(self.solver, NoiseAnchored):
+            raise ValueError("solver: the anchored rule runs from noise to data only; choose another for inverted pairs")
+
+    @property
+    def num_inverted(self) -> int:
+        """How many pairs, the last ones, start from real data."""
+        return round(self.num * self.inverted)
+
+
+COUPLINGS = {"independent": Independent, "pairs": Pairs}
+
+
+def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
+    """The noise of pair i, `shape`, float32 on the CPU: a function of (seed, i) alone."""
+    digest = hashlib.sha256(f"pair/{seed}/{i}".encode()).digest()
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+
+
+def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
+    return torch.stack([noise_of(seed, int(i), shape) for i in pairs])
+
+
+def pack(x0: Tensor, dtype: str) -> Tensor:
+    """x0 as it is kept: uint8 are the grey levels of [-1, 1], rounded and cut off."""
+    if dtype == "uint8":
+        return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return x0.to(getattr(torch, dtype)).cpu()
+
+
+def unpack(kept: Tensor) -> Tensor:
+    """What training sees of it, float32."""
+    return kept.float().div_(127.5).sub_(1) if kept.dtype == torch.uint8 else kept.float()
+
+
+def contents(data: Dataset, seed: int) -> dict[str, Any]:
+    """What pairs depend on of the data as it is here: shape, classes, length, a hash of some samples, and one of the noise of pair 0."""
+    rows = torch.linspace(0, len(data) - 1, 16).long().tolist()
+    x0, cond = data.__getitems__(rows)
+    shape = list(data.shape)
+    hashed = {"samples": _hash(x0, *(cond[key] for key in sorted(cond))), "noise": _hash(noise_of(seed, 0, shape))}
+    return {"shape": shape, "num_classes": data.num_classes, "length": len(data), **hashed}
+
+
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def has_text(data: Dataset) -> bool:
+    """Whether conditions are more than classes, so that pairs keep the row of the data that they come from."""
+    return bool(set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class"})
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of complete pairs; ValueError says how far they are otherwise."""
+    return shards.read_index(folder, MADE)
+
+
+def unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first key of provenance that differs. Weights that are not on this machine (None here) are not compared."""
+    return difference(there, _filled(here, there))
+
+
+def _filled(here: Any, there: Any) -> Any:
+    if not (isinstance(here, Mapping) and isinstance(there, Mapping)):
+        return here
+    return {k: there.get(k) if k == "weights" and v is None else _filled(v, there.get(k)) for k, v in here.items()}
+
+
+class PairedDataset:
+    """What training reads in place of the data: batches (x0, cond, x1). Everything else about the data stays with `data`."""
+
+    def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any]):
+        """identity: the provenance that is wanted. ValueError names the first key that differs, or a shard that is torn."""
+        self.data, self.index = data, read_index(folder)
+        found = unlike(self.index["identity"], identity) or difference(self.index["contents"], contents(data, identity["seed"]))
+        if found:
+            raise ValueError(f"coupling.root: {folder}: holds other pairs: {found}; `flowmap pairs` makes them for this recipe")
+        self._seed, self._shape, self._has_text = identity["seed"], self.index["contents"]["shape"], has_text(data)
+        generated, inverted = ([shard for shard in self.index["shards"] if shard["inverted"] == which] for which in (False, True))
+        self.num_generated = sum(shard["rows"] for shard in generated)
+        self._generated, self._inverted = (open_shards(folder, part, MADE) if part else None for part in (generated, inverted))
+
+    def __len__(self) -> int:
+        return sum(len(table) for table in (self._generated, self._inverted) if table is not None)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond, Tensor]:
+        """The pairs of those numbers: x0 and x1 float32 (B, *shape), cond as the data gives it."""
+        pairs = torch.as_tensor(list(indices))
+        real = pairs >= self.num_generated
+        x0, x1 = (torch.empty(len(pairs), *self._shape) for _ in range(2))
+        label, place = (torch.empty(len(pairs), dtype=torch.int64) for _ in range(2))
+        for chosen, read in ((~real, self._read_generated), (real, self._read_inverted)):
+            if bool(chosen.any()):
+                x0[chosen], label[chosen], place[chosen], x1[chosen] = read(pairs[chosen])
+        return x0, self._conditions(label, place), x1
+
+    def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        table = self._generated.with_format("arrow")[pairs.tolist()]
+        return *self._common(table), noises(self._seed, pairs.tolist(), self._shape)
+
+    def _read_inverted(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        table = self._inverted.with_format("arrow")[(pairs - self.num_generated).tolist()]
+        return *self._common(table), from_column(table, "x1", self._shape).float()
+
+    def _common(self, table: Any) -> tuple[Tensor, ...]:
+        labels, places = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("label", "place"))
+        return unpack(from_column(table, "x0", self._shape)), labels, places
+
+    def _conditions(self, label: Tensor, place: Tensor) -> Cond:
+        if self._has_text:
+            return self.data.conditions_at(place)
+        return {} if self.data.num_classes is None else {"class": label}

@@ -1,0 +1,101 @@
+"""Arrow shards of a fixed number of samples each, as encodings and pairs keep them: what reads them, and what a writer must agree on.
+
+A folder: plan.json (what is being made), shard-00000.arrow with a .json of what it holds, and last index.json: where that stands, all is
+complete. flowmap/shards.py writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.data.sources import optional
+
+INDEX, PLAN = "index.json", "plan.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What such folders hold, as messages name it: the recipe's key, the thing, the verb that makes it, the format that this version reads."""
+
+    key: str
+    thing: str
+    verb: str
+    format: int
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
+
+
+def read_index(folder: Path, made: Made) -> dict[str, Any]:
+    """index.json of a complete folder; ValueError says how far it is otherwise."""
+    if not (folder / INDEX).is_file():
+        done = len(list(folder.glob("shard-*.arrow")))
+        state = f"is not complete ({done} shards are there)" if (folder / PLAN).is_file() else f"holds no {made.thing}"
+        raise ValueError(f"{made.key}: {folder}: {state}; run `{made.verb}`")
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{folder / INDEX}: is not JSON: {error}") from error
+    if not isinstance(index, dict) or index.get("identity", {}).get("format") != made.format:
+        raise ValueError(f"{folder / INDEX}: is not {made.thing} of format {made.format}")
+    return index
+
+
+def difference(there: Any, here: Any, key: str = "") -> str | None:
+    """The first key whose value differs, with both values; None where all are equal."""
+    if there == here:
+        return None
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return f"{key}: {there!r} there, {here!r} here"
+    names = dict.fromkeys((*there, *here))
+    found = (difference(there.get(name), here.get(name), f"{key}.{name}" if key else name) for name in names)
+    return next((one for one in found if one), None)
+
+
+def open_shards(folder: Path, shards: Sequence[Mapping[str, Any]], made: Made) -> Any:
+    """The shards as one data set, mapped into memory; ValueError names one that is torn."""
+    datasets = optional("datasets")
+    tables = []
+    for shard in shards:
+        path = folder / shard["file"]
+        size = os.path.getsize(path) if path.is_file() else None
+        if size != shard["bytes"]:
+            state = "is missing" if size is None else f"is torn: it has {size} bytes, not {shard['bytes']}"
+            raise ValueError(f"{path}: {state}; `{made.verb}` makes it anew")
+        try:
+            tables.append(datasets.Dataset.from_file(str(path)))
+        except Exception as error:  # Arrow's own errors, and those of datasets for a schema that it does not know
+            raise ValueError(f"{path}: is torn: {' '.join(str(error).split())[:200]}; delete it and run `{made.verb}`") from error
+        if len(tables[-1]) != shard["rows"]:
+            raise ValueError(f"{path}: is torn: it has {len(tables[-1])} samples, not {shard['rows']}")
+    return datasets.concatenate_datasets(tables)
+
+
+def to_column(values: Tensor) -> Any:
+    """(B, ...) as one Arrow column of fixed-size lists; bool becomes uint8."""
+    pyarrow = optional("pyarrow")
+    flat = (values.to(torch.uint8) if values.dtype == torch.bool else values).contiguous()
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat.flatten().numpy()), max(flat[0].numel(), 1))
+
+
+def from_column(table: Any, name: str, shape: Sequence[int]) -> Tensor:
+    """The inverse: (B, *shape), in the dtype that was stored."""
+    values = torch.from_numpy(table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy())
+    return values.view(-1, *shape)
+
+
+def write_stream(path: Path, batches: Sequence[Any]) -> None:
+    """An Arrow stream file of those record batches."""
+    pyarrow = optional("pyarrow")
+    with open(path, "wb") as file, pyarrow.ipc.new_stream(file, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)

@@ -1,0 +1,47 @@
+"""FreeFlow: a flow map from noise alone, by the Lagrangian identity at t = 1; no data is looked at.
+
+Source: Tong, Ma, Xie, Jaakkola 2025, arXiv:2511.19428 (its prediction objective, in the continuous form; its correction objective, which
+trains a second network beside the student, is not here).  Clock: 0 data, 1 noise; the paper's duration is 1 - s.
+
+    F(x1, 1, s) = v(f, s) + (1 - s) dF/ds,   f = x1 - (1 - s) F
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flowmap.flow.derivative import DERIVATIVES, in_arrival
+from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+
+
+@dataclass(frozen=True)
+class FreeFlow:
+    """distance(F(x1, 1, s), sg(v(f, s) + (1 - s) dF/ds)): of the sample only noise, arrival time and condition are read.
+
+    Such a student jumps from t = 1 alone. distance: the paper's weight could not be had; `adaptive` is MeanFlow's.
+    derivative: "ride", "forward" or "difference".
+    """
+
+    distance: Distance = Squared(mean=False)
+    derivative: str = "ride"
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        if teacher is None:
+            raise ValueError("objective.kind: freeflow asks the teacher at the student's own arrival point, so the recipe needs a teacher")
+        x, s, cond = sample.x1, sample.s, sample.cond
+        mean_velocity, rate = in_arrival(student, x, torch.ones_like(s), s, cond, mode=self.derivative)
+        length = along(1 - s, x)
+        arrival = (x - length * mean_velocity.detach()).to(x.dtype)
+        target = teacher.velocity(arrival, s, cond) + length * rate
+        residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
+        error = self.distance(mean_velocity, target.detach())
+        return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})

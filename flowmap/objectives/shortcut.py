@@ -1,0 +1,44 @@
+"""Shortcut models: one jump is two jumps of half its length, for lengths that are powers of two.
+
+Source: Frans, Hafner, Levine, Abbeel 2024, arXiv:2410.12557.  Clock: 0 data, 1 noise; theirs runs the other way.
+The lengths come from the recipe's times: `dyadic`, whose diagonal samples are the flow-matching ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.derivative import without_graph
+from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.types import FlowMap, PathSample, along
+from flowmap.objectives.self_distilled import SelfDistilled
+
+
+@dataclass(frozen=True)
+class Shortcut(SelfDistilled):
+    """distance(F, sg(half of F(x, t, m) + F(f(x, t, m), m, s))), m halfway; on the diagonal distance(F, v), v conditional or the teacher's.
+
+    finest: half jumps of 1 / finest or shorter are Euler steps of the velocity F(., t, t), where the paper's ladder of lengths ends;
+    0: none are. The paper's target comes from averaged weights and its guidance from a doubled batch; here it is the student itself, whose
+    guidance is the teacher's.
+    """
+
+    distance: Distance = Squared()
+    finest: int = 128
+
+    def __post_init__(self):
+        if self.finest < 0:
+            raise ValueError(f"finest: {self.finest} must be 0 or more")
+
+    def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
+        x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
+        mean_velocity = student.mean_velocity(x, t, s, cond)
+        middle = (t + s) / 2
+        shortest = (t - s) / 2 * self.finest <= 1 + 1e-6 if self.finest else torch.zeros_like(t, dtype=torch.bool)
+        first = without_graph(student, x, t, torch.where(shortest, t, middle), cond)
+        between = (x + along(middle - t, x) * first).to(x.dtype)
+        second = without_graph(student, between, middle, torch.where(shortest, middle, s), cond)
+        return mean_velocity, (first + second) / 2

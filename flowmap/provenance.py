@@ -1,0 +1,105 @@
+"""What pairs on disk were made of, as plain values that another machine would find equal: teacher and weights, guidance, solver, data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flowmap.config import RecipeError, to_plain
+from flowmap.data import Encoded
+from flowmap.data.dataset import Source
+from flowmap.data.pairs import CLOCK, FORMAT
+from flowmap.recipe import TABLES, Autoguidance, Recipe, read_recipe
+from flowmap.teachers.card import Card
+
+WHERE = ("root", *(field.name for field in fields(Source) if field.name != "conditional"))  # of data: what no pair depends on
+
+
+def scale_of(recipe: Recipe) -> float | None:
+    """The one guidance scale that the pairs are made with; None where their teacher has no guidance."""
+    spec, guidance = recipe.coupling, None
+    if spec.teacher is not None:
+        guidance = spec.teacher.guidance
+    else:
+        trained = read_recipe(spec.recipe)
+        guidance = trained.teacher.guidance if trained.teacher is not None else None
+        if guidance is None and spec.guidance is not None:
+            raise RecipeError(f"{recipe.name}: coupling.guidance: {spec.guidance} was given, but {spec.recipe!r} takes no guidance")
+    if guidance is None:
+        return None
+    return guidance.default if spec.guidance is None else spec.guidance
+
+
+def identity(recipe: Recipe, data: Any, card_of: Callable[[str], Card], weights_of: Callable[..., Path | None]) -> dict[str, Any]:
+    """Everything that the recipe's pairs depend on, as JSON would give it back; weights are None where they are not on this machine.
+
+    data: the recipe's, its folders filled in. weights_of(card or recipe): the folder or file with those weights.
+    """
+    spec = recipe.coupling
+    told = {
+        "format": FORMAT,
+        "clock": CLOCK,
+        "teacher": _of_recipe(spec.recipe, weights_of) if spec.teacher is None else _of_card(spec.teacher, card_of, weights_of),
+        "guidance": scale_of(recipe),
+        "solver": to_plain(spec.solver, TABLES),
+        **{name: getattr(spec, name) for name in ("num", "inverted", "seed", "dtype")},
+        "data": _of_data(recipe, data),
+    }
+    return json.loads(json.dumps(told))
+
+
+def _of_recipe(name: str, weights_of) -> dict[str, Any]:
+    trained = read_recipe(name)
+    return {"recipe": trained.name, "hash": trained.hash(), "weights": weights_hash(weights_of(trained))}
+
+
+def _of_card(teacher: Any, card_of, weights_of) -> dict[str, Any]:
+    card, guidance = card_of(teacher.card), teacher.guidance
+    told = _card(card, teacher, weights_of)
+    if guidance is not None:
+        plain = to_plain(guidance, TABLES)
+        told["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
+    if isinstance(guidance, Autoguidance) and guidance.weak is not None:
+        told["weak"] = _card(card_of(guidance.weak), teacher, weights_of)
+    return told
+
+
+def _card(card: Card, teacher: Any, weights_of) -> dict[str, Any]:
+    here = card.source is not None and Path(card.source).is_dir()  # then its weights name it, not where they lie
+    told = {"card": card.name, "kind": card.kind, "source": None if here else card.source, "revision": card.revision}
+    trained = read_recipe(card.recipe, teacher.overrides) if card.kind == "recipe" else None
+    told |= {"recipe": trained and trained.name, "hash": trained and trained.hash()}
+    folder = weights_of(trained or card)
+    return {key: value for key, value in told.items() if value is not None} | {"weights": weights_hash(folder)}
+
+
+def _of_data(recipe: Recipe, data: Any) -> dict[str, Any]:
+    if isinstance(data, Encoded):
+        return {"kind": "encoded", "conditional": data.conditional, **data.identity(), **data.chosen()}
+    return {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+
+
+def weights_hash(where: Path | None) -> str | None:
+    """SHA-256 over a file of weights, or all safetensors of a folder by name; None where there are none. About a second a gigabyte, once."""
+    if where is None or not where.exists():
+        return None
+    files = [where] if where.is_file() else sorted(where.rglob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        state = os.stat(path)
+        digest.update(_file_hash(str(path), state.st_size, state.st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=64)
+def _file_hash(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
