@@ -14,7 +14,7 @@ from _report import RESULTS, _cell, table
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
-    "parity_teachers": "parity.json", "parity_exports": "parity.json",
+    "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
 }  # fmt: skip
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)

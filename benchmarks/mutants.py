@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.py", "flow/derivative.py", "flow/distance.py"
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
+TANGENT = "objectives/tangent.py"
 FREE, CM = "objectives/freeflow.py", "objectives/consistency.py"
 
 
@@ -159,9 +160,9 @@ MUTANTS = [
     Mutant("ayf_lmd", "graph through the teacher", AYF, ARRIVAL, ARRIVAL.replace(".detach()", "")),
     Mutant("ayf_lmd", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (torch.zeros_like(s),)"),
     Mutant("ayf_lmd", "no teacher, no refusal", AYF, 'raise ValueError("objective.kind: ayf_lmd', 'print("objective.kind: ayf_lmd'),
-    Mutant("ayf, both", "warm-up turned round", AYF, WARM_UP, WARM_UP.replace("step / self.warmup_steps", "1 - step / self.warmup_steps")),
-    Mutant("ayf, both", "warm-up: the larger of both", AYF, WARM_UP, WARM_UP.replace("min(", "max(")),
-    Mutant("ayf, both", "no warm-up means no derivative", AYF, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")),
+    Mutant("ayf, both", "warm-up turned round", TANGENT, WARM_UP, WARM_UP.replace("step / self.warmup_steps", "1 - step / self.warmup_steps")),
+    Mutant("ayf, both", "warm-up: the larger of both", TANGENT, WARM_UP, WARM_UP.replace("min(", "max(")),
+    Mutant("ayf, both", "no warm-up means no derivative", TANGENT, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")),
     Mutant("ayf, both", "diagonal mask inverted", AYF, STILL, STILL.replace("<=", ">")),
     Mutant("ayf, both", "diagonal rows pay", AYF, STILL, STILL.replace("<=", "<")),
     Mutant("ayf, both", "weight zero pays", AYF, STILL, STILL.replace("ones_like", "zeros_like")),

@@ -205,7 +205,9 @@ def _exact(data) -> MixtureTeacher:
 def missing_weights(card: Card) -> str | None:
     """Why a pretrained card cannot be used here, in one line; None where it can."""
     if card.kind == "diffusers":
-        lacks = "not on this machine; fit fetches it" if is_hub_id(card.source) else "no such folder, and no hub id (owner/name)"
+        lacks = "no such folder, and no hub id (owner/name)"
+        if is_hub_id(card.source):
+            lacks = f"not on this machine; fit fetches it{f' ({card.fetch})' if card.fetch else ''}"
         return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: {lacks}"
     folder = weights_folder(card)
     if (folder / "config.json").is_file():

@@ -168,6 +168,11 @@ def _import_weights(a: argparse.Namespace) -> int:
     from flowmap.import_weights import import_weights
 
     check_writable(Path(a.out), "--out")
+    if len(a.files) == 1 and a.std is None and Path(a.files[0]).is_dir():
+        from flowmap.import_pipeline import convert_pipeline
+
+        print(f"{a.out}: weights of {', '.join(convert_pipeline(a.files[0], a.out))} as safetensors")
+        return 0
     config = import_weights(a.files, a.out, std=a.std)
     print(f"{a.out}: samples of shape {tuple(config.shape)}, {config.num_classes or 'no'} classes")
     return 0
@@ -304,8 +309,9 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("--step", type=int, metavar="N", help="as of that step (default: the last)")
     average.add_argument("--out", required=True, help="folder for the student")
 
-    weights = _verb(verbs, "import", _import_weights, "convert published EDM and EDM2 pickles, executing nothing in them, to a folder of safetensors")
-    weights.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl", help="one network, or several snapshots of one run")
+    weights = _verb(verbs, "import", _import_weights, "convert published pickles to safetensors, executing nothing in them")
+    what = "one EDM or EDM2 network, several snapshots of one run, or a diffusers pipeline's folder"
+    weights.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl|DIR", help=what)
     weights.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
     weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
 

@@ -1,11 +1,14 @@
-"""What a network costs, found without any weights: parameters, FLOPs of a forward pass, bytes that autograd keeps for the backward pass.
+"""What a network costs, found without any weights: parameters, FLOPs of its passes, bytes that it keeps for the backward pass.
 
-FLOPs are those of matrix products, convolutions and attention, two for each multiply-add, as torch.utils.flop_counter counts them. Attention
-is counted as the fused kernels do it: no matrix of tokens by tokens is kept.
+One forward and one backward pass are run on the meta device, which holds no values. FLOPs are those of matrix products, convolutions and
+attention, two for each multiply-add. Attention is counted as the fused kernels do it: no matrix of tokens by tokens is kept, and the
+scores that they compute anew in the backward pass are not counted.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,93 +16,136 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmap.nets.diffusers_model import DiffusersNet, called
+from flowmap.data import TextEncoder
+from flowmap.flow.types import Cond
+from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.student import StudentConfig
+from flowmap.teachers.text import Sentence
 
-ROWS = 2  # of the batch that is counted; the figures are for one sample
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the fused kernel that has shapes on every device
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sample: FLOPs of a forward pass, and bytes kept in float32; trained and frozen parameters; blocks that checkpointing cuts at."""
+    """FLOPs of one sample's forward pass and of its backward pass (what checkpointing computes anew among them); bytes that are kept in
+    between, in float32, of each sample and of a batch whatever its size; trained and frozen parameters."""
 
     flops: float
+    backward_flops: float
     kept_bytes: float
+    shared_bytes: float
     trained: int
     frozen: int
-    blocks: int
 
     @property
     def parameters(self) -> int:
         return self.trained + self.frozen
 
 
-def cost_of(config: StudentConfig) -> Cost:
-    """Counted on the meta device, which holds no values. ValueError where the network cannot be built."""
+def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool = False) -> Cost:
+    """Counted on the meta device; without `graded` the forward pass alone. ValueError where the network cannot be built."""
     with torch.device("meta"):
         flow_map = config.build()
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in flow_map.parameters()) - trained
-    flow_map.to("meta")  # tables that a library makes by numpy
-    kept = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += 0 if isinstance(tensor, nn.Parameter) else tensor.numel() * tensor.element_size()
-        return tensor
-
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"), _fused_attention() as attention, counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        _forward(flow_map.net, config)
-    return Cost((counter.get_total_flops() + attention.flops) / ROWS, kept / ROWS, trained, frozen, _blocks(flow_map.net))
+    net = flow_map.to("meta").train().net  # also tables that a library makes by numpy
+    if checkpointing and hasattr(net, "activation_checkpointing"):
+        net.activation_checkpointing = True
+    if not graded:
+        with torch.no_grad():
+            return Cost(_passes(net, config, 1, graded)[0], 0, 0, 0, trained, frozen)
+    one, two = (_passes(net, config, rows, graded) for rows in (1, 2))
+    forward, backward, kept = (b - a for a, b in zip(one, two, strict=True))
+    return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
 
 
-def _forward(net: nn.Module, config: StudentConfig) -> None:
-    x, t = torch.zeros(ROWS, *config.shape), torch.full((ROWS,), 0.5)
-    cond = {"class": torch.zeros(ROWS, dtype=torch.int64)} if config.num_classes else {}
-    if isinstance(net, DiffusersNet):  # its clock looks at values, and costs nothing beside the network
-        called(net.model, x, t, cond | {"guidance": t} | example_conditions(config.net, ROWS))
-    else:
-        net(x, t, t, cond | ({"guidance": t} if config.guidance else {}))
+def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> tuple[int, int, int]:
+    """(FLOPs forward, FLOPs backward, bytes kept in between) of a batch."""
+    with torch.device("meta"):
+        x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), _conditions(config, rows)
+    there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
+    with torch.device("meta"), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with _Kept(there) as kept:
+            out = net(x, t, t, cond)
+        forward, bytes_kept = counter.get_total_flops(), sum(kept.sizes.values())
+        if graded:
+            out.sum().backward()
+    net.zero_grad(set_to_none=True)
+    return forward, counter.get_total_flops() - forward, bytes_kept
 
 
-def _blocks(net: nn.Module) -> int:
-    """How many parts activation checkpointing cuts the network into."""
-    model = getattr(net, "model", net)
-    rows = [getattr(model, name, ()) for name in ("blocks", "transformer_blocks", "single_transformer_blocks")]
-    return max(1, sum(map(len, rows)) or sum(type(part).__name__.startswith(("Resnet", "Transformer2D", "UNetBlock")) for part in model.modules()))
+def _conditions(config: StudentConfig, rows: int) -> Cond:
+    cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
+    if isinstance(config.net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
+        return cond | {"guidance": torch.ones(rows)} | example_conditions(config.net, rows, tokens_of(config.net.network, config.text))
+    return cond | ({"guidance": torch.ones(rows)} if config.guidance else {})
 
 
-class _Fused(torch.autograd.Function):
-    """Attention's shapes and what its fused kernels keep: queries, keys, values and the result."""
+def tokens_of(network: str, text: TextEncoder | None) -> int:
+    """How many tokens of text a network reads: its encoder's max_tokens, else what its family's pipeline cuts at; SD3 has CLIP's 77 before T5's."""
+    most = getattr(text, "max_tokens", None)
+    if isinstance(text, Sentence):
+        return most
+    if network == "SD3Transformer2DModel":
+        return 77 + (most or 256)
+    return most or {"FluxTransformer2DModel": 512, "SanaTransformer2DModel": 300, "PixArtTransformer2DModel": 300}.get(network, 77)
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        ctx.save_for_backward(q, k, v, out)
+
+class _Kept(TorchDispatchMode):
+    """Follows every storage that is made, and forgets those that are freed: `sizes` holds what is alive, in bytes, what was there apart."""
+
+    def __init__(self, there: list[Tensor]):
+        super().__init__()
+        self.there, self.sizes = {tensor.untyped_storage()._cdata for tensor in there}, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.there and key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, key, None)
         return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise AssertionError("only the forward pass is counted")
-
-
-class _Attention:
-    flops = 0
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        self.flops += 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        return _Fused.apply(query, key, value)
 
 
 @contextmanager
-def _fused_attention() -> Iterator[_Attention]:
-    original, attention = F.scaled_dot_product_attention, _Attention()
+def _fused_attention() -> Iterator[None]:
+    """Inside, attention is a fused kernel, which keeps queries, keys, values and the result; so it is where checkpointing computes it anew."""
+    original = F.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
     F.scaled_dot_product_attention = attention
     try:
-        yield attention
+        yield
     finally:
         F.scaled_dot_product_attention = original
+
+
+def _attention_flops(query, key, value, *args, **kwargs) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
+    return 2 * _attention_flops(query, key, value)
+
+
+def _convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed, extra, groups, wanted, **kwargs) -> int:
+    """As many as forward for each of the two gradients that is wanted, in groups too, which torch's own formula leaves out."""
+    places = x if transposed else grad
+    return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
+
+
+FORMULAS = {
+    ATTENTION: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from flowmap.build import check_teachers, missing_weights, spec_of, student_config
+from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
 from flowmap.costs import Cost, cost_of
 from flowmap.flow.types import Cond
@@ -16,7 +17,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.plan import Encoding, Pairing, Stage, autoencoder_recipes, data_of, pairs_cards, plan, runs_root, teacher_cards
-from flowmap.recipe import ClassifierFree, FromTeacher, PowerEMA, Recipe, StudentSpec
+from flowmap.recipe import FromTeacher, PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
 from flowmap.teachers.card import Card
 
@@ -89,8 +90,8 @@ def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
     spec = spec_of(cards[0], recipe) if isinstance(recipe.student, FromTeacher) and cards else recipe.student
     if data is None and spec is not None:
-        shape = tuple(cards[0].shape) if cards else _latents(recipe)
-        data = _Described(shape, cards[0].num_classes if cards else None, spec) if shape else None
+        shape, num_classes = (tuple(cards[0].shape), cards[0].num_classes) if cards else recipe.data.outline() or (_latents(recipe), None)
+        data = _Described(shape, num_classes, spec) if shape else None
     if spec is None or data is None or isinstance(spec, FromTeacher):
         return None
     config = student_config(replace(recipe, student=spec), data, None)
@@ -106,16 +107,19 @@ def _latents(recipe: Recipe) -> tuple[int, ...] | None:
 
 
 def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput: float) -> list[str]:
-    student, teachers = cost_of(config), _teachers(recipe, config, cards)
-    trainer, batch = recipe.trainer, recipe.data.batch_size
+    trainer = recipe.trainer
+    student, teachers = cost_of(config, checkpointing=trainer.activation_checkpointing), _teachers(recipe, config, cards)
     lines = [f"student: {counted(student)}, samples of shape {tuple(config.shape)}"]
     if teachers:
         lines.append("teacher: " + " + ".join(f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in teachers))
     lines.append(_memory(recipe, student, teachers))
-    each = _step_flops(recipe, student, [cost for _, cost in teachers])
-    samples = batch * trainer.accumulate * trainer.devices * trainer.num_nodes
+    calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
+    each = _step_flops(calls, student, [cost for _, cost in teachers])
+    samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
     hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
-    lines.append(f"a step: {_flops(each * samples)} for {samples} samples ({_flops(student.flops)} a forward pass of one)")
+    asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
+    asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if teachers else []
+    lines.append(f"a step: {_flops(each * samples)} for {samples} samples: passes {', '.join(asked)}; {_flops(student.flops)} a forward pass of one")
     if trainer.accelerator != "cpu" and hours >= 0.01:
         lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
     return lines
@@ -129,31 +133,28 @@ def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[
         if spec is not None:
             num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
             plain = dict(net=spec, arrival=False, guidance=None, lora=None, base=None, num_classes=num_classes)
-            found.append((card, cost_of(replace(config, **plain))))
+            found.append((card, cost_of(replace(config, **plain), graded=False)))
     return found
 
 
-def _step_flops(recipe: Recipe, student: Cost, teachers: list[Cost]) -> float:
-    """Of one sample: a forward pass, a backward pass (two), a tangent (one) where the objective takes one, and the teacher's calls."""
-    tangent = 1 if hasattr(recipe.objective, "derivative") else 0
-    calls = sum(cost.flops for cost in teachers)
-    if recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree):
-        calls *= 2
-    if getattr(recipe.teacher and recipe.teacher.guidance, "weak", "") is None:  # a weak model that is the strong one at another time
-        calls *= 2
-    return (3 + tangent) * student.flops + calls
+def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
+    """Of one sample: the student's passes and the teacher's calls. A weak model that is the strong one at another time costs what that does."""
+    strong = teachers[0].flops if teachers else 0
+    weak = teachers[-1].flops if teachers else 0
+    return calls.forward * student.flops + calls.backward * student.backward_flops + calls.strong * strong + calls.weak * weak
 
 
 def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]]) -> str:
     trainer = recipe.trainer
-    averages = 1 + (len(recipe.ema.snapshot_stds) if isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps else 0)
+    power = isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps
+    averages = len({recipe.ema.std, *recipe.ema.snapshot_stds}) if power else 1
     shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
     state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
     frozen = 4 * sum(cost.parameters for _, cost in teachers) - (4 * teachers[0][1].parameters if recipe.lora else 0)  # a base is shared
-    activations = student.kept_bytes * recipe.data.batch_size * (0.5 if trainer.precision == "bf16" else 1)
+    kept = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
+    activations = kept * (0.5 if trainer.precision == "bf16" else 1)
     how = [trainer.precision] if trainer.precision != "32" else []
     if trainer.activation_checkpointing:
-        activations /= student.blocks
         how.append("checkpointed")
     parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
     parts += [f"{_gib(frozen)} teacher"] if frozen else []

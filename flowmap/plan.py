@@ -221,9 +221,12 @@ def find_card(name: str) -> Card:
         close = difflib.get_close_matches(name, cards, n=1)
         raise RecipeError(f"teacher.card: no card {name!r}{f', did you mean {close[0]!r}?' if close else ''} Cards: {', '.join(cards)}")
     try:
-        return read_card(path)
+        card = read_card(path)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    if card.kind == "diffusers" and (weights_folder(card) / "model_index.json").is_file():  # converted, or fetched to there
+        card.source, card.revision = str(weights_folder(card)), None
+    return card
 
 
 def list_cards() -> list[str]:

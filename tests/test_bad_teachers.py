@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from tests import tiny_pipelines  # noqa: E402
+from tests import tiny_nets, tiny_pipelines  # noqa: E402
 
 RECIPE = """
 name: words
@@ -133,7 +133,7 @@ def torn(part: str):
 def kl(channels: int):
     def change(place: Path) -> None:
         torch.manual_seed(5)
-        tiny_pipelines.kl(channels).save_pretrained(place / "pipe" / "vae")
+        tiny_nets.kl(channels).save_pretrained(place / "pipe" / "vae")
 
     return change
 

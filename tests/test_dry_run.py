@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 
 from flowmap.build import spec_of
+from flowmap.calls import Calls, calls_of
 from flowmap.costs import cost_of
 from flowmap.dry_run import dry_run
 from flowmap.nets import DiT
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.lora import Base, LoRA
 from flowmap.nets.mlp import MLP
 from flowmap.plan import find_card, list_cards
 from flowmap.recipe import list_recipes, read_recipe
@@ -40,16 +46,19 @@ def test_attention_is_counted_and_keeps_no_matrix_of_tokens_by_tokens():
 def test_a_cards_network_has_the_published_number_of_parameters(name):
     card = find_card(name)
     spec = spec_of(card, read_recipe("digits"))
-    cost = cost_of(config(spec, tuple(card.shape), num_classes=card.num_classes, arrival=False))
+    cost = cost_of(config(spec, tuple(card.shape), num_classes=card.num_classes, arrival=False), graded=False)
     assert cost.parameters == pytest.approx(card.parameters, rel=0.005)
 
 
-@pytest.mark.parametrize("name", list_recipes())
+LARGE = ("flux-dev-lora", "imagenet512", "imagenet64", "sana", "sd15", "sd35-medium")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in list_recipes()])
 def test_every_recipe_says_what_it_costs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
     lines = dry_run(read_recipe(name), None)
     text = "\n".join(lines)
-    assert "parameters: ?" not in text and "M parameters" in text and "FLOP" in text and "memory for each device" in text
+    assert ": ?" not in text and "M parameters" in text and "FLOP" in text and "memory for each device" in text
     if read_recipe(name).trainer.devices > 1:
         assert "GPU-hours at 200 TFLOP/s" in text
     assert not any(tmp_path.iterdir())
@@ -59,9 +68,78 @@ def test_hours_follow_the_throughput():
     hours = {
         throughput: float(line.split("steps: ")[1].split()[0])
         for throughput in (100.0, 200.0)
-        for line in dry_run(read_recipe("dit256"), None, throughput=throughput)
+        for line in dry_run(read_recipe("fashion-teacher", ["trainer.accelerator=auto"]), None, throughput=throughput)
         if "GPU-hours" in line
     }
     assert hours[100.0] == pytest.approx(2 * hours[200.0], rel=0.01)
     with pytest.raises(ValueError, match="--throughput: 0"):
-        dry_run(read_recipe("dit256"), None, throughput=0)
+        dry_run(read_recipe("digits"), None, throughput=0)
+
+
+@pytest.mark.parametrize("name", ["digits-teacher", "fashion14-teacher"])
+def test_the_costs_are_the_same_without_the_data(name, monkeypatch):
+    from flowmap.data import Digits, Fashion
+
+    recipe = read_recipe(name)
+    assert recipe.data.outline() in (None, ((1, 14, 14), 10))
+    if name == "digits-teacher":
+        data = recipe.data.build()
+        monkeypatch.setattr(Digits, "outline", lambda self: (data.shape, data.num_classes))
+    costs = lambda lines: [line for line in lines if line.startswith("      ")]
+    there = costs(dry_run(recipe, None))
+    for kind in (Digits, Fashion):
+        monkeypatch.setattr(kind, "build", lambda self: (_ for _ in ()).throw(ValueError("not here")))
+    assert costs(dry_run(recipe, None)) == there and "M parameters" in there[0]
+
+
+def test_a_step_asks_what_its_objective_asks():
+    """AYF-EMD: a forward pass, a tangent, a backward pass, and the guided teacher's two networks; samples on the diagonal have no tangent."""
+    times = "times={kind: interval, mean: -0.6, std: 1.6}"
+    calls = lambda *overrides: calls_of(read_recipe("digits", overrides), conditional=True)
+    assert calls(times) == Calls(2, 1, 1, 1)
+    assert calls(times, "teacher.guidance={kind: classifier_free}") == Calls(2, 1, 2, 0)
+    assert calls(times, "objective.derivative=difference") == Calls(2, 1, 1, 1)
+    assert calls("objective={kind: flow_matching}") == Calls(1, 1, 1, 1)
+    diagonal = read_recipe("digits").times.diagonal
+    assert calls().forward == pytest.approx(2 - diagonal, abs=0.01)
+
+
+def test_a_backward_pass_is_two_forward_passes_and_one_where_the_weights_are_frozen():
+    plain = cost_of(config(DiT(preset="nano", patch=1), (1, 8, 8)))
+    again = cost_of(config(DiT(preset="nano", patch=1), (1, 8, 8)), checkpointing=True)
+    assert plain.backward_flops == pytest.approx(2 * plain.flops, rel=0.02)
+    assert again.backward_flops == pytest.approx(3 * plain.flops, rel=0.05) and again.kept_bytes < plain.kept_bytes / 4
+    heads = {"num_attention_heads": 2, "attention_head_dim": 32, "num_cross_attention_heads": 2, "cross_attention_head_dim": 32}
+    sana = heads | {"patch_size": 1, "in_channels": 4, "out_channels": 4, "num_layers": 4, "caption_channels": 16, "sample_size": 8}
+    net = DiffusersModel("SanaTransformer2DModel", json.dumps(sana | {"cross_attention_dim": 64}), "FlowMatchEulerDiscreteScheduler", "{}")
+    whole, lora = cost_of(config(net, (4, 8, 8))), cost_of(config(net, (4, 8, 8), lora=LoRA(rank=1), base=Base("there")))
+    assert whole.backward_flops == pytest.approx(2 * whole.flops, rel=0.02)  # its convolutions are in groups
+    assert lora.frozen and lora.backward_flops == pytest.approx(lora.flops, rel=0.1)
+
+
+def test_what_is_kept_is_what_autograd_keeps():
+    """Against the storages that a real network keeps on this machine's processor, with its own fused attention."""
+    spec, rows = config(DiT(preset="nano", patch=1), (1, 16, 16)), 3
+    flow_map, kept = spec.build(), {}
+    weights = {p.untyped_storage().data_ptr() for p in flow_map.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x, t = torch.randn(rows, 1, 16, 16), torch.rand(rows)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = flow_map.mean_velocity(x, t, t / 2)
+    cost = cost_of(spec)
+    assert out.isfinite().all()
+    assert cost.kept_bytes * rows + cost.shared_bytes == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_averages_are_counted_once():
+    """Of digits-teacher's widths the one that ships is a snapshot's too: weights, gradients, two moments and two averages."""
+    lines = dry_run(read_recipe("digits-teacher", ["student={kind: mlp, width: 512, depth: 8}"]), None)
+    count = float(lines[1].split()[1]) * 1e6
+    said = float(lines[2].split("estimated: ")[1].split()[0])
+    assert said == pytest.approx(6 * 4 * count / 2**20, abs=1.1)

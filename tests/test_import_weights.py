@@ -249,3 +249,41 @@ def test_plain_containers_and_tensors_come_back(tmp_path):
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(held))
     back = read_pickle(tmp_path / "plain.pkl")
     assert torch.equal(back.pop("b"), held.pop("b")) and back == held
+
+
+def pipeline_of_pickles(folder):
+    """A tiny pipeline whose network and autoencoder are .bin files, as older repositories have them."""
+    from safetensors.torch import load_file
+
+    from tests.tiny_pipelines import save
+
+    save("dit", folder)
+    for part in ("transformer", "vae"):
+        path = folder / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    return folder
+
+
+def test_a_pipeline_of_pickles_becomes_one_of_safetensors(tmp_path, command, monkeypatch):
+    from flowmap.nets.pretrained import load_pretrained
+    from flowmap.plan import find_card
+    from flowmap.teachers.autoencoder import Autoencoder
+    from tests.tiny_pipelines import save
+
+    source, out = pipeline_of_pickles(tmp_path / "pickles"), tmp_path / "weights" / "dit-xl-2-256"
+    code, said, err = command("import", "--from", source, "--out", out)
+    assert code == 0 and "transformer, vae" in said, err
+    same = load_pretrained(str(save("dit", tmp_path / "plain")))[1]
+    found = load_pretrained(str(out))[1]
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), found.parameters(), strict=True))
+    assert Autoencoder(source=str(out)).load().model.config.latent_channels == 4
+    assert not list(out.rglob("*.bin"))
+    monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
+    assert find_card("dit-xl-2-256").source == str(out)
+    code, _, err = command("import", "--from", tmp_path / "plain", "--out", tmp_path / "again")
+    assert code == 2 and "holds no pickles" in err
+    (source / "vae" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(os.system, f"touch {tmp_path / 'executed'}")))
+    code, _, err = command("import", "--from", source, "--out", tmp_path / "third")
+    assert code == 2 and "nothing was executed" in err and len(err.splitlines()) == 1 and not (tmp_path / "executed").exists()
+    assert not (tmp_path / "third").exists() and not list(tmp_path.glob(".third*"))

@@ -24,6 +24,10 @@ class Source:
     drop_condition: float = 0.0
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
 
+    def outline(self) -> tuple[tuple[int, ...], int | None] | None:
+        """(shape of a sample, number of classes) where the settings alone say it, without the data; None where they do not."""
+        return None
+
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size: {self.batch_size} must be 1 or more")

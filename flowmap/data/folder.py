@@ -121,6 +121,9 @@ class Folder(Source):
         if self.size < 1 or self.channels not in (1, 3) or self.held_out < 0:
             raise ValueError(f"size: {self.size}, channels: {self.channels} and held_out: {self.held_out}; allowed: from 1; 1 or 3; from 0")
 
+    def outline(self) -> tuple[tuple[int, ...], int | None]:
+        return (self.channels, self.size, self.size), None  # how many classes there are, only the folder says
+
     def build(self) -> Dataset:
         source = FolderImages(self.size, self.channels, self.root, captions=False)
         images, labels, left_out, grey = [], [], [], 0

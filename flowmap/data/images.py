@@ -47,6 +47,9 @@ class Fashion(Source):
     root: str = ".data/fashion"
     size: int = 28
 
+    def outline(self) -> tuple[tuple[int, ...], int | None]:
+        return (1, self.size, self.size), 10
+
     def build(self) -> Dataset:
         if self.size not in (28, 14):
             raise ValueError(f"data.size is {self.size}; fashion allows 28 or 14")

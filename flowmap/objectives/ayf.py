@@ -10,46 +10,19 @@ Clock: 0 data, 1 noise.  At the exact map, with d/dt taken along the teacher's v
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
+from flowmap.flow.derivative import along_path, in_arrival
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
+from flowmap.objectives.tangent import Tangent
 
 
 @dataclass(frozen=True)
-class _AYF:
-    """The settings that both share.
-
-    warmup_steps, r_max: the tangent's weight is r = min(r_max, step / warmup_steps); what r_max lacks of 1 is a flow-matching pull.
-    norm, c: the residual g becomes g / (||g|| + c) per sample; norm is "l2", "rms" (l2 / sqrt of the dimension) or "none".
-    derivative: how d/dt or d/ds is taken: "ride", "forward" or "difference" (flow/derivative.py).
-    """
-
-    warmup_steps: int = 10_000
-    r_max: float = 0.99
-    norm: str = "l2"
-    c: float = 0.1
-    derivative: str = "ride"
-    diagonal: ClassVar[bool] = False
-
-    def __post_init__(self):
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
-        if self.norm not in ("l2", "rms", "none"):
-            raise ValueError(f"norm: {self.norm!r} is not one of l2, rms, none")
-        if not 0 <= self.r_max <= 1:
-            raise ValueError(f"r_max: {self.r_max} must lie in [0, 1]")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} must be 0 or more")
-        if not self.c >= 0:
-            raise ValueError(f"c: {self.c} must be 0 or more")
-
-    def tangent_weight(self, step: int) -> float:
-        return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max
+class _AYF(Tangent):
+    """What r_max lacks of 1 is a flow-matching pull."""
 
     def _loss(self, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int) -> Loss:
         size = g.flatten(1).norm(dim=1)

@@ -11,50 +11,32 @@ is d x / A, and its network (A / d) F + ((1 - t) d^2 - t) x / (A d), so that on 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.derivative import DERIVATIVES, along_path
+from flowmap.flow.derivative import along_path
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.objectives.tangent import Tangent
 
 
 @dataclass(frozen=True)
-class SCM:
+class SCM(Tangent):
     """|| N - sg(N + g / (||g|| + c)) ||^2 / D, N the network as TrigFlow would have it, D the number of elements of a sample.
 
-    sigma_data: the data's std. warmup_steps, r_max: the weight of what holds a derivative, r = min(r_max, step / warmup_steps).
-    norm, c: the length that g is divided by: "l2", "rms" (l2 / sqrt of D) or "none". derivative: "ride", "forward" or "difference".
+    sigma_data: the data's std. r weighs all that holds a derivative.
     The paper's learned weight exp(w(t)) is left out: it would live in the network, and once g is normalised it has little to even out.
     The sample's arrival time is not looked at. At t = 1 exactly g is zero, as it is in TrigFlow: such samples teach nothing.
     """
 
-    sigma_data: float = 0.5
-    warmup_steps: int = 10_000
     r_max: float = 1.0
-    norm: str = "l2"
-    c: float = 0.1
-    derivative: str = "ride"
-    diagonal: ClassVar[bool] = False
+    sigma_data: float = 0.5
 
     def __post_init__(self):
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
-        if self.norm not in ("l2", "rms", "none"):
-            raise ValueError(f"norm: {self.norm!r} is not one of l2, rms, none")
+        super().__post_init__()
         if not self.sigma_data > 0:
             raise ValueError(f"sigma_data: {self.sigma_data} must be above 0")
-        if not 0 <= self.r_max <= 1:
-            raise ValueError(f"r_max: {self.r_max} must lie in [0, 1]")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps: {self.warmup_steps} must be 0 or more")
-        if not self.c >= 0:
-            raise ValueError(f"c: {self.c} must be 0 or more")
-
-    def tangent_weight(self, step: int) -> float:
-        return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond

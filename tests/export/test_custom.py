@@ -12,34 +12,11 @@ from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student import StudentConfig
-from tests import parity
+from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, own_modules, shaken, snippet
 
 diffusers = pytest.importorskip("diffusers")
 SCALES = (1.0, 3.0, 1.5)
-
-
-def diffusers_dit():
-    return diffusers.DiTTransformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, in_channels=3, out_channels=6, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-
-
-def unet():
-    return diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32,
-        caption_projection_dim=32, pooled_projection_dim=24, out_channels=4,
-    )  # fmt: skip
-
-
 DDIM = diffusers.DDIMScheduler(clip_sample=False)
 STUDENTS = {
     "dit": lambda: shaken(StudentConfig(DiT(preset="nano"), Deterministic(), (1, 8, 8), num_classes=10, guidance=SCALES)),
@@ -47,8 +24,8 @@ STUDENTS = {
         StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Deterministic(middle=(0.6,)), (3, 8, 8), num_classes=5)
     ),
     "mlp": lambda: shaken(StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), clamp=False)),
-    "table_dit": lambda: foreign(diffusers_dit(), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, clamp=True),
-    "table_unet": lambda: foreign(unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), clamp=True),
+    "table_dit": lambda: foreign(tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, clamp=True),
+    "table_unet": lambda: foreign(tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), clamp=True),
 }
 ROWS = [(name, steps) for name in STUDENTS for steps in (1, 2, 4)]
 SCRIPT = """
@@ -120,7 +97,7 @@ def test_the_code_stands_alone(done):
 
 def test_custom_is_possible_where_a_stock_pipeline_exists(tmp_path, monkeypatch):
     own_modules(monkeypatch, tmp_path)
-    student = foreign(sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8), Deterministic(middle=(0.7,)))
+    student = foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8), Deterministic(middle=(0.7,)))
     pipe = diffusers.DiffusionPipeline.from_pretrained(export(student, tmp_path / "out", custom=True), trust_remote_code=True)
     noise, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 24)
     for steps in (1, 2):

@@ -12,32 +12,16 @@ from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student import StudentConfig
-from tests import parity
+from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, shaken, snippet
 
 diffusers = pytest.importorskip("diffusers")
-
-
-def unet():
-    return diffusers.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, sample_size=8, patch_size=2, in_channels=4, num_layers=1, joint_attention_dim=32,
-        caption_projection_dim=32, pooled_projection_dim=24, out_channels=4,
-    )  # fmt: skip
-
-
 STUDENTS = {
     "dit": (4, lambda: shaken(StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5)))),
     "edm2": (1, lambda: shaken(StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Gamma(), (3, 8, 8)))),
     "mlp": (2, lambda: shaken(StudentConfig(MLP(width=16, depth=1), Deterministic(middle=(0.6,)), (2,), clamp=False))),
-    "table_unet": (1, lambda: foreign(unet(), diffusers.DDIMScheduler(), (3, 8, 8))),
-    "sd3": (1, lambda: foreign(sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))),
+    "table_unet": (1, lambda: foreign(tiny_nets.unet(sample_size=8), diffusers.DDIMScheduler(), (3, 8, 8))),
+    "sd3": (1, lambda: foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))),
 }
 SCRIPT = """
 import json

@@ -15,37 +15,10 @@ from flowmap.nets.diffusers_model import pack, unpack
 from flowmap.samplers import Deterministic, Gamma
 from tests import parity
 from tests.export.alone import alone, foreign, own_modules, snippet
+from tests.tiny_nets import flux, kl, qwen, sana, sd3
 
 diffusers = pytest.importorskip("diffusers")
-HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32, caption_projection_dim=32,
-        pooled_projection_dim=24, out_channels=4,
-    )  # fmt: skip
-
-
-def sana():
-    return diffusers.SanaTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
-        cross_attention_dim=32, caption_channels=32, sample_size=8,
-    )  # fmt: skip
-
-
-def flux(guidance_embeds=False):
-    return diffusers.FluxTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=24,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
-    )  # fmt: skip
-
-
-def qwen():
-    return diffusers.QwenImageTransformer2DModel(
-        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 4, 8)
-    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +30,7 @@ class Case:
 
 CASES = {
     "sd3": Case(sd3, (1, 2, 4)), "sana": Case(sana, (1, 4)), "flux": Case(flux, (1, 4), packed=True),
-    "flux_dev": Case(lambda: flux(True), (2,), packed=True), "qwen": Case(qwen, (4,), packed=True),
+    "flux_dev": Case(lambda: flux(guidance_embeds=True), (2,), packed=True), "qwen": Case(qwen, (4,), packed=True),
 }  # fmt: skip
 ROWS = [(name, steps) for name, case in CASES.items() for steps in case.steps]
 SCRIPT = """
@@ -152,8 +125,7 @@ class Frozen:
 def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
     own_modules(monkeypatch, tmp_path)
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-                                  up_block_types=("UpDecoderBlock2D",) * 2).eval()  # fmt: skip
+    vae = kl().eval()
     student, frozen = student_of("sd3"), Frozen(vae, (0.25,), (1.5,))
     object.__setattr__(student.config, "autoencoder", "kl")
     student.autoencoder = frozen

@@ -22,76 +22,14 @@ from flowmap.nets.pretrained import load_pretrained
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree
 from flowmap.teachers.network import NetworkTeacher
 from tests import parity
+from tests.tiny_nets import dit, flux, pixart, qwen, sana, sd, sd3, sdxl, unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 B, W = 2, 2.5
-HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
-UNET = dict(
-    sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=32, attention_head_dim=8,
-)  # fmt: skip
 
 
 def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def dit(**more):
-    return diffusers.DiTTransformer2DModel(
-        **HEADS, in_channels=4, out_channels=8, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4, **more
-    )
-
-
-def unet():
-    return diffusers.UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-
-
-def sd():
-    return diffusers.UNet2DConditionModel(**UNET)
-
-
-def sdxl():
-    return diffusers.UNet2DConditionModel(
-        **UNET, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8
-    )
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32, caption_projection_dim=32,
-        pooled_projection_dim=24, out_channels=4,
-    )  # fmt: skip
-
-
-def flux(guidance_embeds=False):
-    return diffusers.FluxTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=32, pooled_projection_dim=24,
-        axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
-    )  # fmt: skip
-
-
-def sana():
-    return diffusers.SanaTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
-        cross_attention_dim=32, caption_channels=32, sample_size=8,
-    )  # fmt: skip
-
-
-def pixart():
-    return diffusers.PixArtTransformer2DModel(
-        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=32,
-        use_additional_conditions=False, norm_num_groups=4,
-    )  # fmt: skip
-
-
-def qwen():
-    return diffusers.QwenImageTransformer2DModel(
-        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=32, axes_dims_rope=(4, 4, 8)
-    )
 
 
 TEXT = {"text": numbers(B, 5, 32)}
@@ -102,8 +40,8 @@ EMPTY = {"text": numbers(1, 5, 32) + 1, "pooled": numbers(1, 24) + 1, "size": SI
 FAMILIES = {
     "DiT": (dit, {"class": torch.tensor([3, 7])}, (4, 8, 8), ("epsilon",)),
     "UNet2D": (unet, {}, (3, 16, 16), ("epsilon", "sample", "v_prediction")),
-    "SD": (sd, TEXT, (4, 16, 16), ("epsilon", "v_prediction")),
-    "SDXL": (sdxl, SIZE, (4, 16, 16), ("epsilon",)),
+    "SD": (sd, TEXT, (4, 8, 8), ("epsilon", "v_prediction")),
+    "SDXL": (sdxl, SIZE, (4, 8, 8), ("epsilon",)),
     "PixArt": (pixart, TEXT, (4, 8, 8), ("epsilon",)),
     "SD3": (sd3, BOTH, (4, 8, 8), ("flow",)),
     "Flux": (flux, BOTH, (4, 8, 8), ("flow",)),
@@ -117,11 +55,7 @@ rows = pytest.mark.parametrize(("family", "kind"), ROWS)
 
 def made(make):
     torch.manual_seed(0)
-    net = make().eval()
-    with torch.no_grad():
-        for p in net.parameters():  # zero-initialised gates would hide everything behind them
-            p.copy_(torch.randn(p.shape) * 0.05)
-    return net
+    return with_random_weights(make()).eval()
 
 
 def scheduler_of(kind):
@@ -255,7 +189,7 @@ def test_a_guidance_distilled_model_reads_the_scale_itself():
 
 
 def test_layers_can_be_skipped_for_autoguidance():
-    strong = teacher_of(made(dit), scheduler_of("epsilon"))
+    strong = teacher_of(made(lambda: dit(num_layers=3)), scheduler_of("epsilon"))
     net = strong.flow_map.net
     weak = NetworkTeacher(FlowMapNet(net.without_blocks((1,))))
     assert len(net.model.transformer_blocks) == 3 and len(weak.flow_map.net.model.transformer_blocks) == 2
@@ -302,7 +236,7 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="prediction_type 'score'"):
         clock_of(odd)
     with pytest.raises(ValueError, match="UNet2DConditionModel needs 'text'; given: nothing"):
-        teacher_of(made(sd), scheduler_of("epsilon")).velocity(numbers(B, 4, 16, 16), torch.tensor([0.2, 0.9]))
+        teacher_of(made(sd), scheduler_of("epsilon")).velocity(numbers(B, 4, 8, 8), torch.tensor([0.2, 0.9]))
 
 
 @pytest.mark.parametrize(

@@ -16,33 +16,12 @@ from flowmap.flow.derivative import along_path, value_and_rate
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, fingerprint, load_base, merged
+from tests.tiny_nets import dit, sd, sd3, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 B = 5
-HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 EVERY = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def dit():
-    return diffusers.DiTTransformer2DModel(
-        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4
-    )
-
-
-def sd3():
-    return diffusers.SD3Transformer2DModel(
-        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32, caption_projection_dim=32,
-        pooled_projection_dim=24, out_channels=4,
-    )  # fmt: skip
-
-
-def sd():
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=8,
-    )  # fmt: skip
 
 
 def numbers(*shape):
@@ -61,10 +40,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 def teacher_of(family) -> DiffusersNet:
     make, scheduler, _ = FAMILIES[family]
     torch.manual_seed(0)
-    net = make()
-    with torch.no_grad():
-        for p in net.parameters():  # zero-initialised gates would hide everything behind them
-            p.copy_(torch.randn(p.shape) * 0.05)
+    net = with_random_weights(make())
     return DiffusersNet(net, *clock_of(scheduler()), arrival=False, guidance=False).eval().requires_grad_(False)
 
 

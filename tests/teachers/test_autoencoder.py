@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from flowmap.teachers.autoencoder import Autoencoder
+from tests import tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
 
 
 def kl(folder, seed=0, **more):
     torch.manual_seed(seed)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3,
-        norm_num_groups=4, sample_size=16, **more,
-    )  # fmt: skip
+    model = tiny_nets.kl(latent_channels=3, **more)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -62,11 +60,7 @@ def test_other_classes_of_autoencoders(tmp_path):
     diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     ).save_pretrained(tmp_path / "tiny")
-    diffusers.AutoencoderDC(
-        latent_channels=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()), scaling_factor=0.41,
-    ).save_pretrained(tmp_path / "dc")  # fmt: skip
+    tiny_nets.dc().save_pretrained(tmp_path / "dc")
     for name in ("tiny", "dc"):
         frozen = Autoencoder(source=str(tmp_path / name)).load()
         z = frozen.encode(torch.zeros(2, 3, 16, 16))

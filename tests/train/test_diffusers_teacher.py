@@ -12,6 +12,7 @@ import torch
 
 import flowmap
 from flowmap.build import build_teacher
+from tests.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -34,15 +35,8 @@ def pipeline(tmp_path, monkeypatch):
     """A class-conditional DiT with random weights, as DiTPipeline saves it but for the autoencoder, and a card for it."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     torch.manual_seed(0)
-    net = diffusers.DiTTransformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, in_channels=1, out_channels=2, num_layers=3, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
     folder = tmp_path / "pipe"
-    net.save_pretrained(folder / "transformer")
+    with_random_weights(dit(channels=1, num_layers=3), scale=0.15).save_pretrained(folder / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
     parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     (folder / "model_index.json").write_text(json.dumps(parts))

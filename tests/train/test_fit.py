@@ -121,6 +121,7 @@ def test_ctrl_c_says_one_line_and_the_run_can_be_resumed(tiny, tmp_path, monkeyp
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(DistillModule, "training_step", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
     lines = err.splitlines()
     assert code == 1 and len(lines) == 2 and lines[0].startswith("[1/1] tiny: 20 steps")

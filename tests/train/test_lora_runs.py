@@ -19,6 +19,7 @@ from flowmap.student import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
 from flowmap.train.strategy import read_checkpoint
+from tests.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -45,14 +46,7 @@ def place(tmp_path_factory):
     """A class-conditional DiT with random weights as a pipeline's folder, a card for it, and two recipes, one with dropout."""
     place = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
-    net = diffusers.DiTTransformer2DModel(
-        attention_head_dim=16, num_attention_heads=2, in_channels=1, out_channels=2, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    net.save_pretrained(place / "pipe" / "transformer")
+    with_random_weights(dit(channels=1), scale=0.15).save_pretrained(place / "pipe" / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(place / "pipe" / "scheduler")
     parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     (place / "pipe" / "model_index.json").write_text(json.dumps(parts))

@@ -1,0 +1,92 @@
+"""What one training step asks of its networks, found by taking one: the recipe's own objective on its own times, with stand-ins for student
+and teacher that cost one matrix product a call, and these products counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmap.flow.types import Cond, along
+from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
+from flowmap.recipe import Autoguidance, ClassifierFree, Recipe
+from flowmap.teachers.guidance import Autoguidance as Autoguided
+from flowmap.teachers.guidance import ClassifierFree as Guided
+
+ROWS, WIDTH = 1000, 8
+UNIT = 2 * ROWS * WIDTH**2  # FLOPs of one call for every sample
+WARM = 10**9  # a step after every warm-up
+
+
+@dataclass(frozen=True)
+class Calls:
+    """For each sample of a step: forward passes of the student (a tangent counts as one), backward passes, calls of the strong teacher and
+    of the weak one."""
+
+    forward: float
+    backward: float
+    strong: float
+    weak: float
+
+
+def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
+    """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted."""
+    if recipe.trains_autoencoder:
+        return Calls(1, 1, 0, 0)
+    student, strong, weak = _Student(), _Teacher(), _Teacher()
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator)
+    t, s = recipe.times(ROWS, device=x0.device, generator=generator)
+    cond: dict[str, Tensor] = {"class": torch.zeros(ROWS, dtype=torch.int64)} if conditional else {}
+    guidance, teacher = recipe.teacher and recipe.teacher.guidance, strong if recipe.teacher else None
+    if guidance is not None:
+        low, high = guidance.scale
+        cond["guidance"] = torch.linspace(low, high, ROWS)
+    if isinstance(guidance, ClassifierFree):
+        teacher = Guided(strong, default=guidance.default)
+    if isinstance(guidance, Autoguidance):
+        teacher = Autoguided(strong, weak, default=guidance.default)
+    sample = recipe.path.sample(x0, x1, t, s, cond or None)
+    with FlopCounterMode(display=False) as counter:
+        loss = _without_networks(recipe.objective)(student, teacher, sample, WARM).value
+        forward = counter.get_total_flops()
+        loss.backward()
+    backward = counter.get_total_flops() - forward
+    return Calls(forward / UNIT, backward / (2 * UNIT), strong.rows / ROWS, weak.rows / ROWS)
+
+
+def _without_networks(objective):
+    if isinstance(getattr(objective, "distance", None), LPIPSHuber):
+        return replace(objective, distance=PseudoHuber(objective.distance.scale))
+    return objective
+
+
+class _Student(nn.Module):
+    """A flow map of one matrix, which all of x, t and s reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(WIDTH) / 2)
+        self.bias = nn.Parameter(torch.zeros(WIDTH))  # so that the matrix's input has a gradient, as in a deep network
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return F.linear(x + self.bias + along(t, x) + along(s, x) / 2, self.matrix)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        return self.mean_velocity(x, t, t, cond)
+
+
+class _Teacher:
+    """A velocity that costs nothing, and counts the samples that it is asked for."""
+
+    rows = 0
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        self.rows += len(x)
+        return -x.detach()
