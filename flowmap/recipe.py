@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowmap.config import MISSING, RecipeError, construct, to_plain
-from flowmap.data import COUPLINGS, DATA, IMAGE_SOURCES, Autoencoder, Coupling, ImageSource, Independent, Pairs, TextEncoder
+from flowmap.data import COUPLINGS, DATA, IMAGE_SOURCES, Autoencoder, Coupling, Guidance, ImageSource, Independent, Pairs, TeacherSlot, TextEncoder
 from flowmap.flow.distance import DISTANCES, Distance, Squared
 from flowmap.flow.path import PATHS, Linear
 from flowmap.flow.prior import PRIORS, Gaussian
@@ -39,10 +39,8 @@ from flowmap.settings import (
     Embedded,
     Evaluation,
     FromTeacher,
-    Guidance,
     Log,
     PowerEMA,
-    TeacherSlot,
     Trainer,
 )
 from flowmap.teachers.autoencoder import AUTOENCODERS

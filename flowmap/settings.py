@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowmap.data import Guidance
 from flowmap.nets.lora import LoRA
 
 
@@ -57,15 +56,6 @@ class Embedded:
 
     def __post_init__(self):
         _check_scale(self.scale, self.default)
-
-
-@dataclass(frozen=True)
-class TeacherSlot:
-    """A frozen teacher by its card, and the guidance around it; overrides: key=value for the recipes that train it and its weak model."""
-
-    card: str
-    guidance: Guidance | None = None
-    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

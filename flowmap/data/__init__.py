@@ -10,7 +10,7 @@ from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
 from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.huggingface import HuggingFaceImages
 from flowmap.data.images import Digits, Fashion
-from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs
+from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs, TeacherSlot
 from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches
 from flowmap.data.tensors import Latents, Pictures
@@ -48,6 +48,7 @@ __all__ = [
     "Pairs",
     "Pictures",
     "StepBatches",
+    "TeacherSlot",
     "TextEncoder",
     "Toy",
     "as_it_is",

@@ -41,8 +41,8 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class PairsTeacher:
-    """The teacher that makes pairs: a card, the guidance around it, and key=value for the recipes that train it."""
+class TeacherSlot:
+    """A frozen teacher by its card, and the guidance around it; overrides: key=value for the recipes that train it and its weak model."""
 
     card: str
     guidance: Guidance | None = None
@@ -58,7 +58,7 @@ class Pairs:
     noise. dtype: how x0 is kept; "auto" is uint8 for pictures and float16 for anything else. root: the folder, by default in runs/.
     """
 
-    teacher: PairsTeacher | None = None
+    teacher: TeacherSlot | None = None
     recipe: str | None = None
     guidance: float | None = None
     num: int = 50_000
