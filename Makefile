@@ -20,7 +20,7 @@ demo: .venv/ready   ## the main job: digits teacher -> 1/2/4-step student -> sam
 	$(BIN)/flowmap fit --recipe digits --resume
 	$(BIN)/flowmap sample --student runs/digits/student --steps 1 2 4 --num 64 --out runs/digits/drawn
 
-test: .venv/ready   ## the tests (a minute or two on two cores)
+test: .venv/ready   ## the tests (two to four minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: .venv/ready  ## the long tests as well
