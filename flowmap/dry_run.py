@@ -12,6 +12,7 @@ from flowmap.build import check_teachers, missing_weights, spec_of, student_conf
 from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
 from flowmap.costs import Cost, cost_of
+from flowmap.data import Encoded
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
@@ -54,7 +55,7 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
         try:
             data = data_of(recipe).build()
         except ValueError as error:
-            missing.append(str(error))
+            missing += _lacks_pictures(recipe) if isinstance(recipe.data, Encoded) else [str(error)]  # latents are a stage of their own
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
@@ -62,6 +63,14 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
         return _lines(recipe, config, cards, throughput), missing
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: student: {error}") from error
+
+
+def _lacks_pictures(recipe: Recipe) -> list[str]:
+    try:
+        recipe.data.images.length()
+        return []
+    except ValueError as error:
+        return [str(error)]
 
 
 def _state(stage: Stage | Encoding | Pairing) -> str:

@@ -11,7 +11,7 @@ import torch
 from flowmap.data import Encoded, Pairs
 from flowmap.encode import encode
 from flowmap.files import check_writable
-from flowmap.plan import data_of, pairs_of
+from flowmap.plan import autoencoder_recipes, data_of, dependency_folder, pairs_of
 from flowmap.recipe import read_recipe
 
 
@@ -19,6 +19,9 @@ def encode_verb(a: Namespace, device: torch.device) -> int:
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.data, Encoded):
         raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
+    for trained in autoencoder_recipes(recipe):
+        if not (dependency_folder(trained) / "student").is_dir():
+            raise ValueError(f"data.autoencoder.recipe: {trained.name!r} is not trained yet: `flowmap fit --recipe {trained.name}` trains it")
     spec = data_of(recipe)
     folder = Path(a.out or spec.root)
     check_writable(folder, "--out")

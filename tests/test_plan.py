@@ -74,6 +74,13 @@ def test_fit_makes_all_of_it_once_and_the_student_carries_its_autoencoder(recipe
     assert command("evaluate", "--student", recipes / "run", "--steps", 1)[0] == 0
 
 
+def test_before_anything_is_made(recipes, command):
+    code, out, err = command("encode", "--recipe", recipes / "student.yaml")
+    assert code == 2 and "'ae' is not trained yet" in err.replace(f"{recipes.name}-", "") and len(err.splitlines()) == 1
+    code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--dry-run")
+    assert code == 0 and "nothing is missing" in out  # the pictures are there: fit makes the rest
+
+
 def test_recipes_that_need_each_other_are_refused(recipes):
     (recipes / "ae.yaml").write_text((recipes / "student.yaml").read_text())
     with pytest.raises(RecipeError, match="in a loop"):
