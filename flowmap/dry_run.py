@@ -13,6 +13,7 @@ from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
 from flowmap.costs import Cost, cost_of
 from flowmap.data import Encoded
+from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
@@ -55,7 +56,7 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
         try:
             data = data_of(recipe).build()
         except ValueError as error:
-            missing += _lacks_pictures(recipe) if isinstance(recipe.data, Encoded) else [str(error)]  # latents are a stage of their own
+            missing += [str(error)] if not _to_be_encoded(recipe) else _lacks_pictures(recipe)
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
@@ -63,6 +64,11 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
         return _lines(recipe, config, cards, throughput), missing
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: student: {error}") from error
+
+
+def _to_be_encoded(recipe: Recipe) -> bool:
+    """The recipe's latents are not there yet: `fit` makes them, as a stage of their own."""
+    return isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file()
 
 
 def _lacks_pictures(recipe: Recipe) -> list[str]:
