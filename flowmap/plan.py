@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Encoding:
 
     recipe: Recipe
 
-    @property
+    @cached_property
     def spec(self) -> Encoded:
         return data_of(self.recipe)
 
@@ -64,7 +65,7 @@ class Pairing:
 
     recipe: Recipe
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return Path(pairs_of(self.recipe).root)
 
@@ -168,8 +169,7 @@ def _trained(slot: TeacherSlot | None) -> list[Recipe]:
 
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
     """The teacher that makes the recipe's pairs, where a card names it."""
-    made = recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
-    return None if made is None else TeacherSlot(made.card, made.guidance, made.overrides)
+    return recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
 
 
 def pairs_cards(recipe: Recipe) -> list[Card]:

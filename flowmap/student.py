@@ -212,10 +212,10 @@ class Student:
         prompts = [prompt] * num if isinstance(prompt, str) else list(prompt)
         if len(prompts) != num or not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt: {len(prompts)} given; allowed: one text, or {num} texts")
-        distinct = list(dict.fromkeys(prompts))
-        places = torch.tensor([distinct.index(one) for one in prompts], device=self.device)
+        place = {one: i for i, one in enumerate(dict.fromkeys(prompts))}
+        places = torch.tensor([place[one] for one in prompts], device=self.device)
         self.text.to(self.device)
-        return {key: value.to(self.device)[places] for key, value in self.text(distinct).items()}
+        return {key: value.to(self.device)[places] for key, value in self.text(list(place)).items()}
 
     def _classes(self, num: int, label: Any) -> Tensor:
         count = self.config.num_classes

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from flowmap.data.dataset import Source
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves
+from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
 
 MAX_LABELS_BYTES = 2**30
@@ -167,8 +168,7 @@ class ZipLatents:
         return (mean + std * noise - raw_mean) / raw_std * self.spec.final_std
 
     def _noise(self, place: int) -> Tensor:
-        digest = hashlib.sha256(f"{self.spec.seed}/{place}".encode()).digest()
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+        return torch.randn(self.shape, generator=seeded(f"{self.spec.seed}/{place}"))
 
 
 class Archive:

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import Cond
 
@@ -97,8 +98,7 @@ COUPLINGS = {"independent": Independent, "pairs": Pairs}
 
 def noise_of(seed: int, i: int, shape: Sequence[int]) -> Tensor:
     """The noise of pair i, `shape`, float32 on the CPU: a function of (seed, i) alone."""
-    digest = hashlib.sha256(f"pair/{seed}/{i}".encode()).digest()
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    return torch.randn(*shape, generator=seeded(f"pair/{seed}/{i}"))
 
 
 def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -34,7 +34,7 @@ class Export:
 
     def autoencoder(self) -> Any | None:
         """The student's frozen autoencoder (model, shift, scale: latents are (z - shift) scale), or None."""
-        return None if getattr(self.student.config, "autoencoder", None) is None else self.student.autoencoder
+        return self.student.autoencoder
 
     @property
     def unit(self) -> bool:

@@ -163,11 +163,6 @@ def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], 
     save_student(stage.folder / "student", config, state, recipe=stage.recipe.to_yaml(), card=model_card(stage.recipe, config, metrics))
 
 
-def live_student(stage: Stage, config: StudentConfig, module: DistillModule) -> Student:
-    """The averaged student as it is now."""
-    return Student(config, module.averaged, stage.folder / "student")
-
-
 def full_state(net: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on the CPU; gathered where the weights are sharded (all processes call it)."""
     from torch.distributed.tensor import DTensor
@@ -179,9 +174,9 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
 class Pictures(AtSteps):
     """samples/step-N.png: the averaged student at each number of steps, above the teacher from the same noise."""
 
-    def __init__(self, stage: Stage, config: StudentConfig):
+    def __init__(self, stage: Stage, student: Student):
         super().__init__()
-        self.stage, self.config, self.teacher_grid = stage, config, None
+        self.stage, self.student, self.teacher_grid = stage, student, None
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         every = self.stage.recipe.log.samples_every_steps
@@ -191,7 +186,7 @@ class Pictures(AtSteps):
     @torch.no_grad()
     def draw(self, trainer, module: DistillModule, done: int) -> None:
         recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
-        student = live_student(self.stage, self.config, module)
+        student = self.student
         cond = conditions_for(student, module.data, num)(torch.arange(num))
         grids = [to_grid(student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed), columns=16) for k in recipe.sampler.steps]
         if module.teacher is not None:
@@ -210,23 +205,23 @@ class Pictures(AtSteps):
 
     def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
-        x1 = torch.randn(num, *self.config.shape, generator=generator).to(module.device)
+        x1 = torch.randn(num, *self.student.config.shape, generator=generator).to(module.device)
         return module.teacher.solve(x1, cond, self.stage.recipe.evaluation.teacher_steps)
 
 
 class Measure(AtSteps):
     """The recipe's metrics of the averaged student every so many steps (the teacher's row waits for the end)."""
 
-    def __init__(self, stage: Stage, config: StudentConfig):
+    def __init__(self, stage: Stage, student: Student):
         super().__init__()
-        self.stage, self.config = stage, config
+        self.stage, self.student = stage, student
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
         if not recipe.log.metrics_every_steps or done % recipe.log.metrics_every_steps or done == recipe.trainer.steps:
             return
         metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
-        rows = measure(recipe, live_student(self.stage, self.config, module), None, module.data, metrics=metrics)["student"]
+        rows = measure(recipe, self.student, None, module.data, metrics=metrics)["student"]
         logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond, PathSample, along
 from flowmap.recipe import Recipe
 
 
 def generator_for(seed: int, step: int, micro: int, rank: int, device: torch.device) -> torch.Generator:
     """A generator seeded by a hash of those four numbers."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return seeded(f"{seed}/{step}/{micro}/{rank}", device)
 
 
 @contextmanager

@@ -32,9 +32,9 @@ from flowmap.nets.flow_map import misfit
 from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
-from flowmap.student import BESIDE, Student, StudentConfig, load_student
+from flowmap.student import BESIDE, Student, load_student
 from flowmap.train.autoencoder import KeepAutoencoder, Reconstructions, measure_autoencoder, save_autoencoder
-from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student, live_student
+from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
@@ -167,7 +167,8 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if start:
         say(f"resuming at step {start}")
-    trainer = _trainer(stage, config)
+    student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
+    trainer = _trainer(stage, student)
     if not is_child():
         if overwrite and folder.exists():  # only now that the recipe is known to build
             shutil.rmtree(folder)
@@ -180,7 +181,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
         trainer.loggers = _loggers(stage, start)
         _train(trainer, module, checkpoint if start else None)
         seconds = time.perf_counter() - started
-        _finish(stage, config, module, trainer, full_state(module.averaged), seconds, say)
+        _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say)
     except BaseException:
         _close_wandb(1)
         raise
@@ -225,13 +226,13 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, config: StudentConfig) -> L.Trainer:
+def _trainer(stage: Stage, student: Student) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
-    shows = [Measure(stage, config), Pictures(stage, config), Keep(stage, config)]
+    shows = [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
     if recipe.trains_autoencoder:
-        shows = [Reconstructions(stage), KeepAutoencoder(stage, config)]
+        shows = [Reconstructions(stage), KeepAutoencoder(stage, student.config)]
     callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *shows]
     try:
         return L.Trainer(
@@ -302,7 +303,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing of ours writes into an output
 
 
-def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say) -> None:
+def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say) -> None:
     """Measures the averaged student and writes student/ and metrics.json, the latter last."""
     recipe = stage.recipe
     module.averaged.to(trainer.strategy.root_device)
@@ -311,14 +312,14 @@ def _finish(stage: Stage, config: StudentConfig, module: DistillModule, trainer:
     if recipe.trains_autoencoder:
         metrics = measure_autoencoder(module)
     else:
-        metrics = measure(recipe, live_student(stage, config, module), module.teacher, module.data, progress=say if trainer.is_global_zero else None)
+        metrics = measure(recipe, student, module.teacher, module.data, progress=say if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
         return
     metrics["seconds"]["train"] = round(seconds, 2)
     if recipe.trains_autoencoder:
         save_autoencoder(stage, module, state, recipe.trainer.steps, metrics)
     else:
-        keep_student(stage, config, state, recipe.trainer.steps, metrics)
+        keep_student(stage, student.config, state, recipe.trainer.steps, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logs, recipe.trainer.steps - 1)
