@@ -21,6 +21,7 @@ from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import is_hub_id, load_pretrained, read_spec
 from flowmap.objectives import FlowMatching
 from flowmap.plan import (
+    card_of,
     data_of,
     dependency_folder,
     find_card,
@@ -28,10 +29,11 @@ from flowmap.plan import (
     pairs_identity,
     pairs_of,
     pairs_teacher,
+    start_recipes,
     teacher_cards,
     weights_folder,
 )  # fmt: skip
-from flowmap.recipe import TABLES, Autoguidance, ClassifierFree, FromTeacher, Recipe, StudentSpec, read_recipe
+from flowmap.recipe import TABLES, Autoguidance, ClassifierFree, FromRecipe, FromTeacher, Recipe, StudentSpec, read_recipe
 from flowmap.snapshots import nearest_snapshot
 from flowmap.student import BESIDE, Student, StudentConfig, load_student, read_config
 from flowmap.teachers.autoencoder import Autoencoder
@@ -95,10 +97,8 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     if slot is not None:
         built = build_teacher(alone, data)
     else:
-        folder = dependency_folder(read_recipe(recipe.coupling.recipe))
-        if not (folder / "student").is_dir():
-            raise RecipeError(f"{recipe.name}: coupling.recipe: {recipe.coupling.recipe!r} is not trained yet; `flowmap fit` trains it first")
-        student = load_student(folder)
+        trained = read_recipe(recipe.coupling.recipe)
+        student = load_student(_trained_student(trained, f"{recipe.name}: coupling.recipe: {recipe.coupling.recipe!r}"))
         built = BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,))
     if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
         raise RecipeError(f"{recipe.name}: coupling: its teacher's samples are {built.network.config.shape}, those of the data {data.shape}")
@@ -116,7 +116,7 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
 
 
 def _guided(recipe: Recipe) -> BuiltTeacher:
-    card = find_card(recipe.teacher.card)
+    card = card_of(recipe.teacher)
     strong, network, modules = _load(card, recipe)
     guidance = recipe.teacher.guidance
     if isinstance(guidance, ClassifierFree):
@@ -154,8 +154,7 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
     """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
     none of them says it. RecipeError where the card says it wrongly."""
     if card.kind == "recipe":
-        trained = read_recipe(card.recipe, recipe.teacher.overrides)
-        return spec_of(find_card(trained.teacher.card), trained) if isinstance(trained.student, FromTeacher) else trained.student
+        return net_of(read_recipe(card.recipe, recipe.teacher.overrides))
     if card.kind == "diffusers" and on_this_machine(card):
         return read_spec(card.source, card.revision)
     if card.kind == "edm2" and missing_weights(card) is None:
@@ -167,6 +166,15 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
         if isinstance(plain.get(name), dict):
             plain[name] = json.dumps(plain[name])
     return construct(_Network, {"network": plain}, TABLES, file=f"{card.name}.yaml").network
+
+
+def net_of(recipe: Recipe) -> StudentSpec | None:
+    """The network of the recipe's student without its weights, by way of what it starts from; None as in spec_of."""
+    if isinstance(recipe.student, FromRecipe):
+        return net_of(start_recipes(recipe)[0])
+    if isinstance(recipe.student, FromTeacher):
+        return spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
+    return recipe.student
 
 
 @dataclass(frozen=True)
@@ -228,10 +236,14 @@ def on_this_machine(card: Card) -> bool:
 
 
 def trained_folder(card: Card, recipe: Recipe) -> Path:
-    trained = read_recipe(card.recipe, recipe.teacher.overrides)
+    return _trained_student(read_recipe(card.recipe, recipe.teacher.overrides), f"{recipe.name}: teacher.card: {card.name!r}")
+
+
+def _trained_student(trained: Recipe, asked: str) -> Path:
+    """The folder of that recipe's run; RecipeError, which begins with who asked for it, where it has not been made."""
     folder = dependency_folder(trained)
     if not (folder / "student").is_dir():
-        raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
+        raise RecipeError(f"{asked} is not trained yet; `flowmap fit` trains it first")
     return folder
 
 
@@ -257,15 +269,13 @@ def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student |
 def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) -> StudentConfig:
     """What the student is: its network, sample shape, conditions and sampler."""
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    if not isinstance(recipe.student, FromTeacher):
-        net = recipe.student
-    elif teacher is None or teacher.network is None:
-        raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
-    else:
-        net = teacher.network.config.net
-        if teacher.network.config.shape != data.shape:
-            theirs = teacher.network.config.shape
-            raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of the teacher {recipe.teacher.card!r} {theirs}")
+    start = _start(recipe, teacher)
+    net = recipe.student if start is None else start.net
+    if start is not None and start.shape != data.shape:
+        origin = recipe.student.recipe if isinstance(recipe.student, FromRecipe) else f"the teacher {recipe.teacher.name}"
+        raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
+    if start is not None and start.arrival and recipe.objective.diagonal:
+        raise RecipeError(f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s")
     if isinstance(net, DiffusersModel):
         try:
             check_text(net, data.conditions_at(torch.zeros(1, dtype=torch.int64)))
@@ -288,6 +298,22 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
     )
 
 
+def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None:
+    """What the student starts from: the teacher, or another recipe's student; None where it is built anew."""
+    if isinstance(recipe.student, FromRecipe):
+        return read_config(started_folder(recipe) / "config.json")
+    if not isinstance(recipe.student, FromTeacher):
+        return None
+    if teacher is None or teacher.network is None:
+        raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
+    return teacher.network.config
+
+
+def started_folder(recipe: Recipe) -> Path:
+    """The student/ that a student of kind from_recipe starts from."""
+    return _trained_student(start_recipes(recipe)[0], f"{recipe.name}: student.recipe: {recipe.student.recipe!r}") / "student"
+
+
 def _beside(recipe: Recipe) -> Autoencoder | None:
     """The autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
     autoencoder = getattr(recipe.data, "autoencoder", None)
@@ -303,7 +329,7 @@ def _base(recipe: Recipe, teacher: BuiltTeacher) -> Base:
 
 
 def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
-    """The student at step 0: the teacher's weights where the recipe says so, else random ones from the recipe's seed.
+    """The student at step 0: the weights that it starts from where the recipe says so, else random ones from the recipe's seed.
 
     Frozen weights under adapters are the teacher's own parameters; all others are trained.
     """
@@ -315,6 +341,8 @@ def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher |
             flow_map = config.build()
             if isinstance(recipe.student, FromTeacher):
                 start_from(flow_map, teacher.network.merged().flow_map)
+            elif isinstance(recipe.student, FromRecipe):
+                start_from(flow_map, load_student(started_folder(recipe)).merged().flow_map)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from flowmap.build import check_teachers, missing_weights, spec_of, student_config
+from flowmap.build import check_teachers, missing_weights, net_of, spec_of, student_config
 from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
 from flowmap.costs import Cost, cost_of
@@ -19,7 +19,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.plan import Encoding, Pairing, Stage, autoencoder_recipes, data_of, pairs_cards, plan, runs_root, teacher_cards
-from flowmap.recipe import FromTeacher, PowerEMA, Recipe, StudentSpec
+from flowmap.recipe import PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
 from flowmap.teachers.card import Card
 
@@ -103,11 +103,12 @@ class _Described:
 
 def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
-    spec = spec_of(cards[0], recipe) if isinstance(recipe.student, FromTeacher) and cards else recipe.student
+    spec = net_of(recipe)
     if data is None and spec is not None:
-        shape, num_classes = (tuple(cards[0].shape), cards[0].num_classes) if cards else recipe.data.outline() or (_latents(recipe), None)
+        known = (tuple(cards[0].shape), cards[0].num_classes) if cards and cards[0].shape else None
+        shape, num_classes = known or recipe.data.outline() or (_latents(recipe), None)
         data = _Described(shape, num_classes, spec) if shape else None
-    if spec is None or data is None or isinstance(spec, FromTeacher):
+    if spec is None or data is None:
         return None
     config = student_config(replace(recipe, student=spec), data, None)
     return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config

@@ -15,7 +15,7 @@ from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
 from flowmap.provenance import WHERE, identity
-from flowmap.recipe import TABLES, Autoguidance, Recipe, TeacherSlot, read_recipe, read_resolved, shipped
+from flowmap.recipe import TABLES, Autoguidance, FromRecipe, Recipe, TeacherSlot, read_recipe, read_resolved, shipped
 from flowmap.teachers.card import Card, read_card
 
 
@@ -97,7 +97,7 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.data, Encoded):
         found.append(Encoding(recipe))
-    for needed in teacher_recipes(recipe):
+    for needed in (*teacher_recipes(recipe), *start_recipes(recipe)):
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.coupling, Pairs):
         pairing = Pairing(recipe)
@@ -146,12 +146,17 @@ def _cards(slot: TeacherSlot | None) -> list[Card]:
     if slot is None:
         return []
     weak = [slot.guidance.weak] if isinstance(slot.guidance, Autoguidance) and slot.guidance.weak else []
-    return [find_card(name) for name in [slot.card, *weak]]
+    return [card_of(slot), *map(find_card, weak)]
+
+
+def card_of(slot: TeacherSlot) -> Card:
+    """The card that the slot names; of a teacher that is named by its recipe, a card that says so."""
+    return find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.recipe)
 
 
 def lora_card(recipe: Recipe) -> Card:
     """The card of the teacher whose frozen weights lie under the recipe's LoRA student; RecipeError where it is no diffusers model."""
-    card = find_card(recipe.teacher.card) if recipe.teacher else None
+    card = card_of(recipe.teacher) if recipe.teacher else None
     if card is None or card.kind != "diffusers":
         what = "there is none" if card is None else f"{card.name!r} is of kind {card.kind}"
         raise RecipeError(f"{recipe.name}: student.lora: wants a teacher of kind diffusers; {what}")
@@ -165,6 +170,11 @@ def teacher_recipes(recipe: Recipe) -> list[Recipe]:
 
 def _trained(slot: TeacherSlot | None) -> list[Recipe]:
     return [read_recipe(card.recipe, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
+
+
+def start_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe whose student this one's starts from, where it says so."""
+    return [read_recipe(recipe.student.recipe, recipe.student.overrides)] if isinstance(recipe.student, FromRecipe) else []
 
 
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
@@ -193,7 +203,7 @@ def pairs_of(recipe: Recipe) -> Pairs:
 
 def pairs_identity(recipe: Recipe) -> dict[str, Any]:
     """The provenance of the recipe's pairs (provenance.py), as things are on this machine."""
-    return identity(recipe, data_of(recipe), find_card, weights_of)
+    return identity(recipe, data_of(recipe), card_of, find_card, weights_of)
 
 
 def weights_of(named: Card | Recipe) -> Path | None:

@@ -36,16 +36,19 @@ def scale_of(recipe: Recipe) -> float | None:
     return guidance.default if spec.guidance is None else spec.guidance
 
 
-def identity(recipe: Recipe, data: Any, card_of: Callable[[str], Card], weights_of: Callable[..., Path | None]) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, data: Any, card_of: Callable[[Any], Card], find_card: Callable[[str], Card], weights_of: Callable[..., Path | None]
+) -> dict[str, Any]:
     """Everything that the recipe's pairs depend on, as JSON would give it back; weights are None where they are not on this machine.
 
-    data: the recipe's, its folders filled in. weights_of(card or recipe): the folder or file with those weights.
+    data: the recipe's, its folders filled in. card_of(teacher slot) and find_card(name) give cards; weights_of(card or recipe) the folder or
+    file with those weights.
     """
     spec = recipe.coupling
     told = {
         "format": FORMAT,
         "clock": CLOCK,
-        "teacher": _of_recipe(spec.recipe, weights_of) if spec.teacher is None else _of_card(spec.teacher, card_of, weights_of),
+        "teacher": _of_recipe(spec.recipe, weights_of) if spec.teacher is None else _of_card(spec.teacher, card_of, find_card, weights_of),
         "guidance": scale_of(recipe),
         "solver": to_plain(spec.solver, TABLES),
         **{name: getattr(spec, name) for name in ("num", "inverted", "seed", "dtype")},
@@ -59,14 +62,14 @@ def _of_recipe(name: str, weights_of) -> dict[str, Any]:
     return {"recipe": trained.name, "hash": trained.hash(), "weights": weights_hash(weights_of(trained))}
 
 
-def _of_card(teacher: Any, card_of, weights_of) -> dict[str, Any]:
-    card, guidance = card_of(teacher.card), teacher.guidance
+def _of_card(teacher: Any, card_of, find_card, weights_of) -> dict[str, Any]:
+    card, guidance = card_of(teacher), teacher.guidance
     told = _card(card, teacher, weights_of)
     if guidance is not None:
         plain = to_plain(guidance, TABLES)
         told["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
-        told["weak"] = _card(card_of(guidance.weak), teacher, weights_of)
+        told["weak"] = _card(find_card(guidance.weak), teacher, weights_of)
     return told
 
 

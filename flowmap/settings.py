@@ -18,6 +18,14 @@ class FromTeacher:
 
 
 @dataclass(frozen=True)
+class FromRecipe:
+    """The student starts from the averaged weights of the student that another recipe trains; what the start has no branch for stays silent."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ClassifierFree:
     """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
 

@@ -43,11 +43,21 @@ class Independent:
 
 @dataclass(frozen=True)
 class TeacherSlot:
-    """A frozen teacher by its card, and the guidance around it; overrides: key=value for the recipes that train it and its weak model."""
+    """A frozen teacher by its card, or by the recipe of ours that trains it, and the guidance around it; overrides: key=value for the
+    recipes that train it and its weak model."""
 
-    card: str
+    card: str | None = None
     guidance: Guidance | None = None
     overrides: tuple[str, ...] = ()
+    recipe: str | None = None
+
+    def __post_init__(self):
+        if (self.card is None) == (self.recipe is None):
+            raise ValueError("card: a teacher wants exactly one of card and recipe (one of ours)")
+
+    @property
+    def name(self) -> str:
+        return self.card or self.recipe
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from flowmap.export.plan import Export, Written
-from flowmap.plan import find_card
-from flowmap.recipe import read_resolved
+from flowmap.plan import card_of
+from flowmap.recipe import TeacherSlot, read_resolved
 from flowmap.teachers.card import Card
 
 WHAT = {
@@ -91,14 +91,14 @@ def _teacher(plan: Export) -> tuple[str, Card | None]:
         recipe = read_resolved(folder / "recipe.yaml") if folder and (folder / "recipe.yaml").is_file() else None
         if recipe is None or recipe.teacher is None:
             return ("?" if recipe is None else "none"), None
-        return recipe.teacher.card, _card(recipe.teacher.card)
+        return recipe.teacher.name, _card(recipe.teacher)
     except ValueError:
         return "?", None
 
 
-def _card(name: str) -> Card | None:
+def _card(slot: TeacherSlot) -> Card | None:
     try:
-        return find_card(name)
+        return card_of(slot)
     except ValueError:
         return None
 

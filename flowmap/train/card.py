@@ -19,7 +19,7 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         f"# {recipe.name}",
         "",
         f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. Objective: {kind_of(recipe.objective, TABLES)}; "
-        f"teacher: {recipe.teacher.card if recipe.teacher else 'none'}; trained for {config.step} steps.",
+        f"teacher: {recipe.teacher.name if recipe.teacher else 'none'}; trained for {config.step} steps.",
         "",
         "```python",
         "import flowmap",

@@ -1,0 +1,90 @@
+"""Runs that go on from other runs: a student that starts from another recipe's, a teacher that is named by the recipe that trains it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import flowmap
+from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.config import RecipeError
+from flowmap.plan import dependency_folder, plan
+from flowmap.recipe import read_recipe
+
+FLOW = """\
+name: flow
+data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.1}
+student: {kind: mlp, width: 16, depth: 1}
+times: {kind: uniform}
+objective: {kind: flow_matching}
+optimizer: {lr: 1.0e-2}
+sampler: {kind: deterministic, steps: [2]}
+trainer: {steps: 4, accelerator: cpu}
+log: {wandb: false, grid_images: 4}
+"""
+MAP = """\
+base: flow
+name: map
+data: {drop_condition: 0.0}
+teacher: {recipe: FOLDER/flow.yaml, guidance: {kind: classifier_free}}
+student: {kind: from_recipe, recipe: FOLDER/flow.yaml}
+times: {kind: interval}
+objective: {kind: ayf_emd, warmup_steps: 2}
+sampler: {kind: deterministic, steps: [1, 2]}
+evaluation: {teacher_steps: 2, batch_size: 50}
+"""
+ON = ["name=further", "student.recipe=FOLDER/map.yaml", "objective={kind: ayf_lmd, warmup_steps: 0}"]  # laid over map
+
+
+def quiet(message):
+    pass
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """recipes(name, key=value, ...): the recipe flow, map or further; runs go to runs/ beside them."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    for name, text in (("flow", FLOW), ("map", MAP)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+
+    def read(name, *overrides):
+        laid = [line.replace("FOLDER", str(tmp_path)) for line in ON] if name == "further" else []
+        return read_recipe(tmp_path / f"{'map' if name == 'further' else name}.yaml", [*laid, *overrides])
+
+    return read
+
+
+def test_what_a_run_starts_from_is_trained_first_and_once(recipes, tmp_path, command):
+    recipe = recipes("further")
+    assert [stage.recipe.name for stage in plan(recipe, tmp_path / "run")] == ["flow", "map", "further"]
+    code, out, err = command("fit", "--recipe", tmp_path / "map.yaml", "--dry-run")
+    assert code == 0 and "student: 0.0" in out and "nothing is missing" in out, out + err
+    flowmap.fit(recipe, tmp_path / "run", say=quiet)
+    assert flowmap.load_student(tmp_path / "run").sample(3, steps=2).shape == (3, 2)
+    assert f"teacher: {tmp_path / 'flow.yaml'};" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
+def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
+    flowmap.fit(recipes("map"), tmp_path / "runs" / "map", say=quiet)
+    for name, start in (("map", dependency_folder(recipes("flow"))), ("further", tmp_path / "runs" / "map")):
+        recipe, other = recipes(name), flowmap.load_student(start)
+        data = build_data(recipe)
+        teacher = build_teacher(recipe, data)
+        student = build_student(recipe, student_config(recipe, data, teacher), teacher)
+        x, t, s, scale = torch.randn(5, 2), torch.rand(5), torch.zeros(5), {"guidance": torch.ones(5)}
+        cond = {"class": torch.zeros(5, dtype=torch.int64)}
+        assert torch.equal(student(x, t, s, cond | scale), other(x, t, s, cond if name == "map" else cond | scale))
+
+
+def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
+    recipe = recipes("map")
+    with pytest.raises(RecipeError, match="student.recipe: .*flow.yaml' is not trained yet; `flowmap fit` trains it first"):
+        student_config(recipe, build_data(recipe), None)
+    with pytest.raises(RecipeError, match="teacher.*exactly one of card and recipe"):
+        recipes("map", "teacher.card=digits")
+    flowmap.fit(recipe, tmp_path / "runs" / "map", say=quiet)
+    plain = recipes("further", "teacher=null", "objective={kind: flow_matching}")
+    with pytest.raises(RecipeError, match="starts from a flow map, of which this objective trains only the diagonal"):
+        student_config(plain, build_data(plain), None)
+    with pytest.raises(RecipeError, match="need each other in a loop"):
+        plan(recipes("map", f"teacher.recipe={tmp_path / 'map.yaml'}"), tmp_path / "run")
