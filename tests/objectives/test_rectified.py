@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from flowmap.flow.distance import PseudoHuber, Squared
 from flowmap.flow.path import Linear
 from flowmap.objectives import OBJECTIVES
-from flowmap.objectives.perceptual import EfficientNetLite0, check_name, distance_by
+from flowmap.objectives.perceptual import EfficientNetLite0, RandomConv, check_name, distance_by
 from flowmap.objectives.rectified import LPIPSHuber, Rectified
 from tests.oracle import GAUSSIAN, draw, draw_times
 from tests.straight import StraightStudent, pair
@@ -185,3 +185,16 @@ def test_a_packaged_network_is_a_distance_with_a_gradient():
 def test_the_exact_pairs_are_those_of_the_exact_flow():
     x0, x1 = pair()
     torch.testing.assert_close(GAUSSIAN.flow_map(x1, torch.ones(5).double(), torch.zeros(5).double()), x0)
+
+
+def test_random_convolutions_are_the_same_everywhere_and_take_pictures_as_they_are():
+    a, b = torch.rand(3, 1, 8, 8) * 2 - 1, torch.rand(3, 1, 8, 8) * 2 - 1
+    found = distance_by("random_conv", a.requires_grad_(), b)
+    assert found.shape == (3,) and bool((found > 0).all())
+    assert float(distance_by("random_conv", b, b).abs().max()) == 0
+    found.sum().backward()
+    assert bool(a.grad.isfinite().all()) and float(a.grad.abs().sum()) > 0
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert torch.equal(RandomConv()(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)), found)
+    assert torch.equal(torch.get_rng_state(), state)
