@@ -1,0 +1,260 @@
+"""What does reflow buy, which of 2-rectified flow++'s steps hold at this scale, and how does it stand beside AYF-EMD at equal cost?
+
+Every seed has its own teacher, pairs and students, each made by `flowmap` in a process of its own and kept under runs/bench/rectified: what is
+done is not done again, so a benchmark that was cut goes on. The machine is shared, so costs are CPU seconds of whole processes, imports
+included. Frechet distances are in the recipe's first feature space; the losses' perceptual net is another.
+`python benchmarks/rectified.py [--set digits|fashion14] [--seeds 5] [--parts reflow ablation ayf instaflow speed]`
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from _report import environment, table, write
+
+KEPT = Path("runs/bench/rectified")
+MANY = 50  # steps of the many-step rows
+LONG = (1, 2, 4, 8, MANY)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: a shipped recipe with changes, looked at with `steps`; `made_by`: keys of its recipe that name the recipe files of other arms."""
+
+    recipe: str
+    made_by: dict[str, str]
+    changes: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A data set: its teacher's recipe, its arms by part, how many samples a Frechet distance takes, and in which features."""
+
+    teacher: str
+    parts: dict[str, dict[str, Arm]]
+    features: str
+    images: int
+
+    def arms(self, parts) -> dict[str, Arm]:
+        return {name: arm for part in parts for name, arm in self.parts.get(part, {}).items()}
+
+
+def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, ayf_steps: int) -> Case:
+    """steps: of every reflow; ayf_steps: what costs AYF-EMD as much CPU time as the pairs and one reflow together."""
+    length = lambda count: (f"trainer.steps={count}",)
+    on_pairs = {"teacher.recipe": "teacher", "coupling.teacher.recipe": "teacher"}
+    of_reflow = {"teacher.recipe": "reflow", "coupling.teacher.recipe": "reflow"}
+    unguided = ("coupling.teacher.guidance=null", "coupling.guidance=null")
+    short = (*length(steps // 2), "objective.warmup_steps=50", "teacher.guidance=null")
+    reflow = {
+        "reflow": Arm(f"{rfpp}d", on_pairs, length(steps), steps=LONG),
+        "third": Arm(f"{rfpp}d", of_reflow, (*length(steps), *unguided), steps=LONG),
+    }
+    ablation = {letter: Arm(f"{rfpp}{letter}", on_pairs, length(steps)) for letter in "abcef"}
+    ablation["g"] = Arm(f"{rfpp}g", on_pairs | {"student.recipe": "f"}, length(steps // 4))
+    few = {
+        "ayf": Arm(ayf, {"teacher.recipe": "teacher"}, (*length(ayf_steps), f"objective.warmup_steps={ayf_steps // 10}"), steps=(1, 2, 4)),
+        "ayf of reflow": Arm(ayf, {"teacher.recipe": "reflow"}, short, steps=(1, 2, 4)),
+    }
+    return Case(teacher, {"reflow": reflow, "ablation": ablation, "ayf": few}, features, images)
+
+
+CASES = {
+    "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=1000, ayf_steps=1600),
+    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=5000, steps=1500, ayf_steps=2500),
+}
+
+
+class Seed:
+    """The runs of one seed in a folder of their own; what has been measured of them is in result.json."""
+
+    def __init__(self, name: str, seed: int):
+        self.case, self.seed, self.root = CASES[name], seed, KEPT / name / f"seed-{seed}"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.kept = self.root / "result.json"
+        self.found = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
+        self._recipe("teacher", self.case.teacher, {}, ("log.wandb=false",))
+
+    def keep(self, key: str, value) -> None:
+        self.found[key] = value
+        beside = self.kept.with_suffix(".part")
+        beside.write_text(json.dumps(self.found))
+        beside.replace(self.kept)
+
+    def make(self, name: str, arm: Arm) -> None:
+        """Trains the arm, its pairs first, where that is not done, and looks at it."""
+        if name in self.found:
+            return
+        path = self._arm(name, arm)
+        pairs = self._run("pairs", path) if "coupling.teacher.recipe" in arm.made_by else 0.0
+        cost = {"pairs": pairs, "fit": self._run("fit", path, "--resume")}
+        self.keep(name, {"cpu_seconds": cost, **self._look(path, arm)})
+        print(f"seed {self.seed}, {name}: {cost}, {self.found[name]['student']}", flush=True)
+
+    def teachers(self) -> None:
+        """The guided teacher's rows, from the recipe of the arm that distils it, and the teacher's network as a first flow of its own."""
+        arm = self.case.parts["reflow"]["reflow"]
+        for key in ("teacher", "first"):
+            if key not in self.found:
+                self.keep(key, self._look(self._arm("reflow", arm), arm, whose=key))
+
+    def _arm(self, name: str, arm: Arm) -> Path:
+        common = ("metrics=[]", "log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "evaluation.batch_size=250")
+        return self._recipe(name.replace(" ", "-"), arm.recipe, arm.made_by, (*common, *arm.changes))
+
+    def _recipe(self, name: str, shipped: str, made_by: dict[str, str], changes: tuple[str, ...]) -> Path:
+        from omegaconf import OmegaConf
+
+        from flowmap.recipe import read_recipe
+
+        plain = OmegaConf.create(read_recipe(shipped, (*changes, f"seed={self.seed}")).to_yaml())
+        for key, other in made_by.items():
+            OmegaConf.update(plain, key, str((self.root / f"{other}.yaml").resolve()), force_add=True)
+            if key.endswith("teacher.recipe"):
+                OmegaConf.update(plain, key.replace("recipe", "card"), None)
+        plain.name = plain.name if name == "teacher" else name
+        path = self.root / f"{name}.yaml"
+        path.write_text(OmegaConf.to_yaml(plain))
+        return path
+
+    def _run(self, verb: str, path: Path, *more: str) -> float:
+        """CPU seconds of that command."""
+        env = os.environ | {"FLOWMAP_RUNS": str(self.root), "WANDB_MODE": "disabled"}
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "flowmap", verb, "--recipe", str(path), *more], check=True, env=env, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    def _look(self, path: Path, arm: Arm, whose: str = "student") -> dict:
+        command = [sys.executable, __file__, "--look", str(path), "--steps", *map(str, arm.steps), "--set", self.root.parent.name, "--whose", whose]
+        env = os.environ | {"FLOWMAP_RUNS": str(self.root)}
+        done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def look(path: Path, steps: list[int], name: str, whose: str) -> dict:
+    """The figures of a finished run: as samples, as a path and, of plain flows, as an inverse and a loss by time."""
+    from flowmap.build import build_data, build_teacher
+    from flowmap.evaluate import measure
+    from flowmap.flow.solver import Heun
+    from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Straightness
+    from flowmap.plan import dependency_folder
+    from flowmap.recipe import read_recipe
+    from flowmap.student import load_student
+
+    case, recipe = CASES[name], read_recipe(path)
+    evaluation = replace(recipe.evaluation, teacher_steps=MANY, teacher_extra_steps=tuple(k for k in steps if k != MANY))
+    metrics = [Frechet(case.features, case.images), Straightness(256, 32), EndpointError(500, MANY), Agreement(case.features, case.images)]
+    flow = [LossByTime(500), Inversion(256, Heun(steps=16))]
+    if whose == "teacher":
+        teaching = replace(recipe, evaluation=evaluation, teacher=recipe.coupling.teacher)
+        data = build_data(recipe)
+        student = load_student(dependency_folder(read_recipe(path.parent / "teacher.yaml")))
+        found = measure(teaching, student, build_teacher(teaching, data), data, steps=[1], metrics=metrics)
+        return {"student": found["teacher_few"] | {str(MANY): found["teacher"]}, "floor": found["floor"]}
+    if whose == "first":  # the teacher's network without guidance, on noise and data that nothing has joined
+        recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [MANY], []
+    student = load_student(dependency_folder(recipe))
+    metrics += [] if student.config.arrival else flow
+    return {"student": measure(recipe, student, None, build_data(recipe), steps=steps, metrics=metrics)["student"]}
+
+
+def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
+    """Pairs a second against the bare network's forward passes, as many as the solver asks for: medians of rounds that take turns."""
+    import torch
+
+    from flowmap.make_pairs import Maker
+    from flowmap.recipe import read_recipe
+
+    os.environ["FLOWMAP_RUNS"] = str(seed.root)
+    maker = Maker.of(read_recipe(seed._arm("reflow", seed.case.parts["reflow"]["reflow"])), "cpu")
+    network, x, t = maker.teacher.network.flow_map, torch.randn(num, *maker.data.shape), torch.rand(num)
+    cond = {"class": torch.arange(num) % maker.data.num_classes}
+    calls, ratios, rates = maker.columns(range(num))[1], [], []
+    for _ in range(rounds):
+        started = time.process_time()
+        maker.columns(range(num))
+        made = time.process_time()
+        with torch.no_grad():
+            for _ in range(calls):
+                network.velocity(x, t, cond)
+        bare = time.process_time() - made
+        ratios.append(bare / (made - started))
+        rates.append(num / (made - started))
+    return {"calls a pair": calls, "pairs a CPU second": statistics.median(rates), "of the bound": statistics.median(ratios), "each": ratios}
+
+
+def rows_of(seeds: list[Seed], arms: list[str]) -> list[list]:
+    """[arm, steps, metric, median, least, most] over the seeds that have it."""
+    rows = []
+    for arm in arms:
+        have = [seed.found[arm] for seed in seeds if arm in seed.found]
+        for k, row in (have[0]["student"] if have else {}).items():
+            for metric in row:
+                values = [one["student"][k][metric] for one in have]
+                rows.append([arm, int(k), metric, statistics.median(values), min(values), max(values)])
+    return rows
+
+
+def told(seeds: list[Seed], name: str) -> dict:
+    """Every row, what each arm cost, and the ratios that the question asks for, each the median over seeds of a ratio within one seed."""
+    case = CASES[name]
+    arms = ["teacher", "first", *case.arms(case.parts)]
+    key = f"frechet_{case.features}"
+    costs = {arm: [seed.found[arm]["cpu_seconds"] for seed in seeds if "cpu_seconds" in seed.found.get(arm, {})] for arm in arms}
+    ratios = {}
+    for what, k in ((key, "1"), ("straightness", "1"), ("endpoint_error", "1"), (key, str(MANY))):
+        for over, under in (("teacher", "reflow"), ("reflow", "third")):
+            both = [seed.found for seed in seeds if over in seed.found and under in seed.found]
+            values = [found[over]["student"][k][what] / found[under]["student"][k][what] for found in both]
+            if values:
+                ratios[f"{what} at {k}: {over} / {under}"] = [statistics.median(values), min(values), max(values)]
+    floors = [seed.found["teacher"]["floor"] for seed in seeds if "teacher" in seed.found]
+    return {"rows": rows_of(seeds, arms), "cpu_seconds": costs, "ratios": ratios, "floor": floors, "runs": [seed.found for seed in seeds]}
+
+
+def report(name: str, seeds: list[Seed]) -> None:
+    found = told(seeds, name)
+    quality = [row for row in found["rows"] if row[2].startswith(("frechet", "straight", "endpoint", "agree", "inver"))]
+    columns = ["arm", "steps", "metric", "median", "least", "most"]
+    print(table(quality, columns))
+    print(table([[key, *values] for key, values in found["ratios"].items()], ["ratio within a seed", "median", "least", "most"]))
+    median = lambda values, part: statistics.median(one[part] for one in values)
+    costs = [[arm, median(values, "pairs"), median(values, "fit")] for arm, values in found["cpu_seconds"].items() if values]
+    print(table(costs, ["arm", "CPU seconds of pairs", "of training"]))
+    payload = {"environment": environment(), "set": name, "seeds": len(seeds), "columns": columns, **found}
+    write(f"rectified_{name}", {"question": __doc__.splitlines()[0], **payload})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", default="digits", choices=CASES)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["reflow", "ablation", "ayf", "instaflow", "speed"])
+    parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--whose", default="student", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.look:
+        print(json.dumps(look(arguments.look, arguments.steps, arguments.set, arguments.whose)))
+        return
+    seeds = [Seed(arguments.set, i) for i in range(arguments.seeds)]
+    for seed in seeds:
+        for name, arm in seed.case.arms(arguments.parts).items():
+            seed.make(name, arm)
+        seed.teachers()
+    if "speed" in arguments.parts and "speed" not in seeds[0].found:
+        seeds[0].keep("speed", speed(seeds[0]))
+    report(arguments.set, seeds)
+
+
+if __name__ == "__main__":
+    main()
