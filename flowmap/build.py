@@ -14,6 +14,7 @@ from flowmap.config import RecipeError, construct
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
+from flowmap.metrics import check_metrics
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -74,10 +75,14 @@ class BuiltTeacher:
 
 
 def build_data(recipe: Recipe) -> Dataset:
+    """The recipe's data, which has what the recipe's metrics need; RecipeError otherwise."""
     try:
-        return data_of(recipe).build()
+        data = data_of(recipe).build()
+        if not recipe.trains_autoencoder:
+            check_metrics(recipe.metrics, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
+    return data
 
 
 def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:

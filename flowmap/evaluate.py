@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from flowmap.build import BuiltTeacher, build_data, build_teacher
 from flowmap.config import RecipeError
-from flowmap.data import Dataset
+from flowmap.data import Dataset, Pairs
 from flowmap.files import write_json
-from flowmap.flow.solver import Euler
+from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
-from flowmap.metrics import floor
+from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student import ENCODED, Student, load_student
+from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
 Progress = Callable[[str], None]
+REAL = ("inversion", "loss")  # what starts from real samples, not from noise
 
 
 def evaluate(
@@ -72,6 +75,7 @@ def measure(
     started = time.perf_counter()
     say = progress or (lambda message: None)
     specs = recipe.metrics if metrics is None else metrics
+    check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     rows = _Rows(recipe, student, teacher, data, specs, guidance)
     result: dict[str, Any] = {"student": {}}
     seconds: dict[str, float] = {}
@@ -89,7 +93,7 @@ def measure(
             say("teacher at few steps")
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
     say("real against real")
-    result["floor"] = {k: v for spec in specs if spec.needs == "samples" for k, v in floor(spec, data).items()}
+    result["floor"] = floors(specs, data)
     seconds["evaluate"] = time.perf_counter() - started
     result["seconds"] = {key: round(value, 4) for key, value in seconds.items()}
     result["nfe"] = nfe
@@ -101,18 +105,20 @@ class _Rows:
 
     def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None):
         self.recipe, self.flow_map, self.specs, self.pictures = recipe, student.flow_map, specs, student.pictures
+        self.draws = lambda of, num: of(recipe, student, data, num, guidance)
         self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device = student.device
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
-        self.num = max((spec.images for spec in specs), default=0) // world * world
+        self.num = max((spec.images for spec in specs if spec.needs not in REAL), default=0) // world * world
         generator = torch.Generator().manual_seed(recipe.evaluation.seed)
         x1 = torch.randn(self.num, *data.shape, generator=generator) if self.num else torch.zeros(0, *data.shape)
         self.x1, self.world = x1[rank::world], world
         self.places = torch.arange(self.num)[rank::world]
         self.conditions = conditions_for(student, data, self.num, guidance) if self.num else None
-        self.built = [spec.build(data.reference) if spec.needs == "samples" else spec.build() for spec in specs]
-        self.known: dict[tuple, Any] = {}  # what rows share: the many-step end points, and straightness, of student and teacher
+        real = {"samples": lambda: (data.reference,), "conditions": lambda: (data.reference, data.reference_conditions)}
+        self.built = [spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
+        self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
     def student(self, k: int) -> tuple[dict[str, float], float]:
         def draw(x1: Tensor, cond) -> Tensor:
@@ -151,8 +157,17 @@ class _Rows:
                 metric.reset()
                 metric.update(samples[: spec.images // self.world].cpu(), real=False)
                 row |= spec.report(metric)
+            elif spec.needs == "conditions":
+                metric.reset()
+                mine = spec.images // self.world
+                metric.update(samples[:mine].cpu(), {key: value.cpu() for key, value in self.conditions(self.places[:mine]).items()})
+                row |= spec.report(metric)
             elif spec.needs == "trajectory":
                 row |= self._straightness(spec, metric, whose)
+            elif spec.needs == "inversion":
+                row |= self._inversion(spec, metric, draw, whose)
+            elif spec.needs == "loss":
+                row |= self._loss(spec, metric, whose)
         return row | self._endpoints(draw, whose), seconds
 
     @torch.no_grad()
@@ -164,6 +179,32 @@ class _Rows:
         for x1, cond in self._batches(spec.images):
             path = solver(lambda x, t, cond=cond: velocity(x, t, cond), x1, keep=True).trajectory
             metric.update(path.cpu(), torch.tensor(solver.times()))
+        self.known[whose, spec] = spec.report(metric)
+        return self.known[whose, spec]
+
+    @torch.no_grad()
+    def _inversion(self, spec, metric, draw, whose: str) -> dict[str, float]:
+        metric.reset()
+        for part in self._inverted(spec, whose):
+            metric.update(part.x0.cpu(), part.x1.cpu(), draw(part.x1, part.cond).cpu())
+        return spec.report(metric)
+
+    def _inverted(self, spec, whose: str) -> list[Draws]:
+        """Held-out samples, batch by batch, with the noise that the velocity carries them to in place of that drawn."""
+        if (whose, spec) not in self.known:
+            velocity, batches = self._velocity(whose), self.draws(held_out_draws, spec.images).batches(self.recipe.evaluation.batch_size)
+            noise = lambda part: invert(lambda x, t: velocity(x, t, part.cond), part.x0, spec.solver).x
+            self.known[whose, spec] = [replace(part, x1=noise(part)) for part in batches]
+        return self.known[whose, spec]
+
+    @torch.no_grad()
+    def _loss(self, spec, metric, whose: str) -> dict[str, float]:
+        if (whose, spec) in self.known:
+            return self.known[whose, spec]
+        if spec not in self.known:
+            self.known[spec] = self.draws(coupled_draws, spec.images)
+        metric.reset()
+        add_losses(metric, self.recipe, self._velocity(whose), self.known[spec])
         self.known[whose, spec] = spec.report(metric)
         return self.known[whose, spec]
 

@@ -23,7 +23,8 @@ from flowmap.data.pairs import contents, has_text, noises, pack, unpack
 from flowmap.data.shards import INDEX, PLAN, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
 from flowmap.files import read_json, write_json
-from flowmap.flow.solver import invert
+from flowmap.flow.prior import chi_square
+from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.plan import pairs_identity, pairs_of
 from flowmap.provenance import scale_of
@@ -100,9 +101,7 @@ class Maker:
     def columns(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], int]:
         """The columns x0, label, place (and x1 of inverted pairs) of pairs that are all inverted or all not, and the calls of a network for each."""
         label, place, cond = self._conditions(pairs)
-        guided = cond if self.scale is None else {**cond, "guidance": torch.full((len(pairs),), self.scale)}
-        on_device = {key: value.to(self.device) for key, value in guided.items()} or None
-        velocity = lambda x, t: self.teacher.guided.velocity(x, t, on_device)
+        velocity = self.velocity(cond, len(pairs))
         columns = {"label": label, "place": place}
         if self.inverted(pairs):
             columns["x0"] = pack(self.data.__getitems__(place.tolist())[0], self.dtype)
@@ -113,6 +112,16 @@ class Maker:
             columns["x0"] = pack(solved.x, self.dtype)
         self._must_be_finite(solved.x, columns, pairs)
         return columns, solved.calls * self.teacher.calls_per_step
+
+    def velocity(self, cond: Cond, num: int) -> Velocity:
+        """The teacher's, at these conditions (num, ...) and the one scale."""
+        guided = cond if self.scale is None else {**cond, "guidance": torch.full((num,), self.scale)}
+        on_device = {key: value.to(self.device) for key, value in guided.items()} or None
+        return lambda x, t: self.teacher.guided.velocity(x, t, on_device)
+
+    def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
+        """(x0, cond) of those pairs, as training would see them."""
+        return unpack(self.columns(pairs)[0]["x0"]), self._conditions(pairs)[2]
 
     def _conditions(self, pairs: Sequence[int]) -> tuple[Tensor, Tensor, Cond]:
         """(label, place in the data, what the teacher sees) of those pairs; -1 where there is no label or no place."""
@@ -184,16 +193,6 @@ def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callabl
     elif norms:
         say(described(index["inverted_noise"]))
     return index
-
-
-def chi_square(squared_norms: list[float], dims: int) -> dict[str, float]:
-    """How squared norms of noise in D dimensions compare with chi^2_D, whose mean is D and std sqrt(2 D): that of their mean, in standard
-    errors (z), and the probability of one as far (p, by the normal law that means of many have)."""
-    norms = torch.tensor(squared_norms, dtype=torch.float64)
-    z = float((norms.mean() - dims) / math.sqrt(2 * dims / len(norms)))
-    mean, std = float(norms.mean()), float(norms.std()) if len(norms) > 1 else 0.0
-    law = {"dims": dims, "expected_mean": float(dims), "expected_std": math.sqrt(2 * dims)}
-    return {"count": len(norms), **law, "mean": mean, "std": std, "z": z, "p": math.erfc(abs(z) / math.sqrt(2))}
 
 
 def described(found: Mapping[str, float]) -> str:

@@ -1,7 +1,6 @@
 """Pairs on disk: those of the exact flow, the same whoever makes them and however often they are killed, refused where they are others'."""
 
 import json
-import math
 import os
 import resource
 import subprocess
@@ -20,7 +19,7 @@ from flowmap.data.pairs import contents, noise_of, unlike
 from flowmap.encode import encode
 from flowmap.files import WriteError
 from flowmap.flow.solver import Heun
-from flowmap.make_pairs import Maker, _fill, _finish, _make, chi_square, make_pairs, verify
+from flowmap.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
 from flowmap.recipe import read_recipe
 from flowmap.shards import whole
 
@@ -244,14 +243,6 @@ def test_inverted_noise_is_held_against_chi_square(recipe, tmp_path):
         found = make_pairs(recipe(*whole_set, "coupling.solver.steps=1"), tmp_path / "coarse")["inverted_noise"]
     assert abs(found["z"]) > 4 and json.loads((tmp_path / "coarse" / "index.json").read_text())["inverted_noise"] == found
     assert make_pairs(recipe("coupling.inverted=0"), tmp_path / "none")["inverted_noise"] is None
-
-
-def test_chi_square_by_hand_and_of_true_noise():
-    found = chi_square([8.0, 14.0, 11.0, 11.0], 10)
-    assert found["mean"] == 11 and math.isclose(found["std"], 6**0.5) and math.isclose(found["z"], 1 / math.sqrt(20 / 4))
-    assert math.isclose(found["p"], 0.6547, rel_tol=1e-3)
-    noise = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert abs(chi_square(noise.square().sum(1).tolist(), 50)["z"]) < 4 < chi_square((1.1 * noise).square().sum(1).tolist(), 50)["z"]
 
 
 class Tells:

@@ -69,6 +69,15 @@ class Dataset:
         """The conditions of those training samples."""
         return {} if self.labels is None else {"class": self.labels[places]}
 
+    @property
+    def reference_conditions(self) -> Cond:
+        """The conditions of the reference, row by row; {} where there are none."""
+        return {} if self.labels is None else {"class": self.labels}
+
+    def held_out_samples(self) -> tuple[Tensor, Cond]:
+        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
+        return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
+
     def __len__(self) -> int:
         return len(self.train)
 

@@ -119,8 +119,11 @@ class ZipLatents:
         """(N,) int64, -1 where a sample has no class; None where there are none."""
         if self.num_classes is None:
             return None
-        every = torch.tensor([-1 if (label := self.archive.labels.get(name)) is None else label for name in self.names])
-        return every[self._kept]
+        return self._labels[self._kept]
+
+    @cached_property
+    def _labels(self) -> Tensor:
+        return torch.tensor([-1 if (label := self.archive.labels.get(name)) is None else label for name in self.names])
 
     @property
     def held_out(self) -> Tensor:
@@ -129,6 +132,15 @@ class ZipLatents:
     @property
     def reference(self) -> Tensor:
         return self._draw(self._kept[: self.spec.reference_images])
+
+    @property
+    def reference_conditions(self) -> Cond:
+        """The conditions of the reference, row by row; {} where there are none."""
+        return {} if self.labels is None else {"class": self.labels[: self.spec.reference_images]}
+
+    def held_out_samples(self) -> tuple[Tensor, Cond]:
+        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
+        return self.held_out, {} if self.num_classes is None else {"class": self._labels[self._out]}
 
     def __len__(self) -> int:
         return len(self._kept)

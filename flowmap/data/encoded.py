@@ -150,6 +150,23 @@ class EncodedDataset:
     def reference(self) -> Tensor:
         return self._pictures("reference")
 
+    @property
+    def reference_conditions(self) -> Cond:
+        """The conditions of the reference, row by row."""
+        return self._conditions(self._rows(self._rows_of("reference")))
+
+    def held_out_samples(self) -> tuple[Tensor, Cond]:
+        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
+        rows = self._rows_of("held_out")
+        if not len(rows):
+            return torch.zeros(0, *self.shape), {}
+        table = self._rows(rows)
+        return self._column(table, "x0"), self._conditions(table)
+
+    def _rows_of(self, name: str) -> Tensor:
+        with _safetensors(self.folder / REFERENCE) as file:
+            return file.get_tensor(f"{name}_rows")
+
     def _pictures(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
             return file.get_tensor(name).float().div_(127.5).sub_(1)
@@ -158,8 +175,7 @@ class EncodedDataset:
     def _kept(self) -> Tensor:
         """The rows trained on."""
         kept = torch.ones(len(self._table), dtype=torch.bool)
-        with _safetensors(self.folder / REFERENCE) as file:
-            kept[file.get_tensor("held_out_rows")] = False
+        kept[self._rows_of("held_out")] = False
         return kept.nonzero().flatten()
 
     def _rows(self, rows: Tensor, names: list[str] | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,3 +31,13 @@ class Gaussian:
 
 
 PRIORS = {"gaussian": Gaussian}
+
+
+def chi_square(squared_norms: list[float], dims: int) -> dict[str, float]:
+    """How squared norms of noise in D dimensions compare with chi^2_D, whose mean is D and std sqrt(2 D): that of their mean, in standard
+    errors (z), and the probability of one as far (p, by the normal law that means of many have)."""
+    norms = torch.tensor(squared_norms, dtype=torch.float64)
+    z = float((norms.mean() - dims) / math.sqrt(2 * dims / len(norms)))
+    mean, std = float(norms.mean()), float(norms.std()) if len(norms) > 1 else 0.0
+    law = {"dims": dims, "expected_mean": float(dims), "expected_std": math.sqrt(2 * dims)}
+    return {"count": len(norms), **law, "mean": mean, "std": std, "z": z, "p": math.erfc(abs(z) / math.sqrt(2))}

@@ -3,7 +3,23 @@
 Importing this costs nothing: torchmetrics is imported by `build()`.
 """
 
+from flowmap.metrics.checks import check_metrics
 from flowmap.metrics.features import FEATURES
-from flowmap.metrics.specs import METRICS, EndpointError, Frechet, PrecisionRecall, Straightness, floor
+from flowmap.metrics.floor import floor, floors
+from flowmap.metrics.specs import METRICS, Agreement, EndpointError, Frechet, Inversion, LossByTime, PrecisionRecall, Retrieval, Straightness
 
-__all__ = ["FEATURES", "METRICS", "EndpointError", "Frechet", "PrecisionRecall", "Straightness", "floor"]
+__all__ = [
+    "FEATURES",
+    "METRICS",
+    "Agreement",
+    "EndpointError",
+    "Frechet",
+    "Inversion",
+    "LossByTime",
+    "PrecisionRecall",
+    "Retrieval",
+    "Straightness",
+    "check_metrics",
+    "floor",
+    "floors",
+]

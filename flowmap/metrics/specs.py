@@ -1,30 +1,28 @@
-"""The metrics that a recipe may ask for, as values, and the floor: what real samples score against real samples.
+"""The metrics that a recipe may ask for, as values.
 
-`needs` says what a metric is fed: "samples" (update(x, real=False)), "trajectory" (update(trajectory, times)) or
-"endpoints" (update(few, many)). `report(metric)` gives results under the names of metrics.json.
+`needs` says what a metric is fed: "samples" (update(x, real=False)), "conditions" (update(x, cond)), "trajectory" (update(trajectory, times)),
+"endpoints" (update(few, many)), "inversion" (update(x0, x1, back)) or "loss" (update(place, velocity, vt)). `report(metric)` gives results
+under the names of metrics.json.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from flowmap.flow.solver import Heun, NoiseAnchored, Solver
+from flowmap.flow.types import Cond
 from flowmap.metrics.features import build_features, short_name
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
+    from flowmap.metrics.agreement import CaptionRetrieval, ClassAgreement
     from flowmap.metrics.frechet import FrechetDistance
+    from flowmap.metrics.held_out import InversionScore, LossByTimeScore
     from flowmap.metrics.precision_recall import PrecisionRecallScore
     from flowmap.metrics.trajectories import EndpointScore, StraightnessScore
-
-
-class HasReference(Protocol):
-    """What `floor` asks of a data set: real samples that are compared with, and others, never trained on."""
-
-    reference: Tensor
-    held_out: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Frechet:
 
         features = build_features(self.features, reference)
         metric = FrechetDistance(features, dims=_dims(features, reference)).to(reference.device)
-        metric.update(_share(_some(reference, self.reference_images)), real=True)
+        metric.update(share(some(reference, self.reference_images)), real=True)
         return metric
 
     def report(self, metric: FrechetDistance) -> dict[str, float]:
@@ -69,7 +67,7 @@ class PrecisionRecall:
         if self.k < 1:
             raise ValueError(f"metrics.k is {self.k}; 1 or more is allowed")
         metric = PrecisionRecallScore(build_features(self.features, reference), self.k).to(reference.device)
-        metric.update(_share(_some(reference, self.images)), real=True)
+        metric.update(share(some(reference, self.images)), real=True)
         return metric
 
     def report(self, metric: PrecisionRecallScore) -> dict[str, float]:
@@ -110,46 +108,135 @@ class EndpointError:
         return {"endpoint_error": float(metric.compute())}
 
 
-METRICS = {"frechet": Frechet, "precision_recall": PrecisionRecall, "straightness": Straightness, "endpoint_error": EndpointError}
+@dataclass(frozen=True)
+class Inversion:
+    """Reconstruction by inversion: `images` held-out samples carried to t = 1 by the velocity (`solver`), and back by the sampler.
 
-
-def floor(spec: Frechet | PrecisionRecall, dataset: HasReference, *, splits: int = 5) -> dict[str, float]:
-    """What real samples score against real samples, under the names of `spec.report`, at the sizes at which generated ones are measured.
-
-    With as many held-out samples as `spec.images`: that many of them against the reference, as generated ones would be.
-    With fewer (digits): all real samples are cut into halves, `splits` times, and the mean is taken. A Frechet distance between halves
-    of h is brought to the sizes of use, n of the reference and m generated, by its bias law: times (1/n + 1/m) / (2/h). Precision and
-    recall have no such law and stay as measured on halves. A sampler that repeats the reference can score below the floor.
+    inversion_error is the mean squared error per value, of samples as training sees them; inversion_noise the mean squared norm of the
+    noise per value (1 for N(0, I)), inversion_z how far that is off, in standard errors. Where guidance is an input, its default is used,
+    and a guided velocity does not carry real samples to N(0, I).
     """
-    if len(dataset.held_out) >= spec.images:
-        return _between(spec, dataset.reference, _some(dataset.held_out, spec.images))
-    real = torch.cat([dataset.reference, dataset.held_out])
-    half, found = len(real) // 2, []
-    for seed in range(splits):
-        mixed = _some(real, None, seed=seed)
-        found.append(_between(spec, mixed[:half], mixed[half : 2 * half]))
-    mean = {key: sum(one[key] for one in found) / splits for key in found[0]}
-    if not isinstance(spec, Frechet):
-        return mean
-    used = len(_some(dataset.reference, spec.reference_images))
-    measured = min(half, spec.reference_images or half)
-    factor = (1 / used + 1 / spec.images) / (1 / measured + 1 / half)
-    return {key: value * factor for key, value in mean.items()}
+
+    images: int = 256
+    solver: Solver = Heun(steps=32)
+    needs: ClassVar[str] = "inversion"
+
+    def __post_init__(self):
+        if isinstance(self.solver, NoiseAnchored):
+            raise ValueError("solver: the anchored rule runs from noise to data only; choose another to invert")
+
+    def build(self) -> InversionScore:
+        from flowmap.metrics.held_out import InversionScore
+
+        return InversionScore()
+
+    def report(self, metric: InversionScore) -> dict[str, float]:
+        return {f"inversion_{name}": value for name, value in metric.compute().items()}
 
 
-def _between(spec: Frechet | PrecisionRecall, reference: Tensor, samples: Tensor) -> dict[str, float]:
-    metric = spec.build(reference)
-    metric.update(_share(samples), real=False)
-    return spec.report(metric)
+@dataclass(frozen=True)
+class LossByTime:
+    """The mean squared error per value of the velocity against the conditional one, x1 - x0 on the linear path, at each of `times`.
+
+    Over `images` draws of the recipe's own coupling that were not trained on: held-out samples with fresh noise, or pairs made anew, with
+    their teacher, from other noise. Its lowest value is the variance of x1 - x0 given xt: 0 for a straight coupling alone.
+    """
+
+    images: int = 1000
+    times: tuple[float, ...] = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
+    needs: ClassVar[str] = "loss"
+
+    def __post_init__(self):
+        if not self.times or not all(0 <= t <= 1 for t in self.times) or len(set(self.times)) < len(self.times):
+            raise ValueError(f"times: {self.times} must be different numbers in [0, 1]")
+
+    def build(self) -> LossByTimeScore:
+        from flowmap.metrics.held_out import LossByTimeScore
+
+        return LossByTimeScore(self.times)
+
+    def report(self, metric: LossByTimeScore) -> dict[str, float]:
+        return {f"loss_t{t:g}": value for t, value in zip(self.times, metric.losses(), strict=True)}
 
 
-def _some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:
+@dataclass(frozen=True)
+class Agreement:
+    """The share of `images` samples in which a classifier sees the class that they were asked for.
+
+    The classifier, a support vector machine on `features`, is fitted to `reference_images` real samples (None: all) and used by no loss.
+    The floor is its figure on held-out samples, and on those with their classes shuffled. It rises as samples blur into the mean of their
+    class: never use it alone.
+    """
+
+    features: str = "pixels"
+    images: int = 2000
+    reference_images: int | None = 5000
+    needs: ClassVar[str] = "conditions"
+
+    def build(self, reference: Tensor, conditions: Cond) -> ClassAgreement:
+        """The metric, fitted to the reference (N, ...) with its "class" (N,)."""
+        from flowmap.metrics.agreement import ClassAgreement
+
+        real, labels = some(reference, self.reference_images), some(conditions["class"], self.reference_images)
+        return ClassAgreement(build_features(self.features, reference), real, labels)
+
+    def report(self, metric: ClassAgreement) -> dict[str, float]:
+        return {f"agreement_{short_name(self.features)}": float(metric.compute())}
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How often the caption of a sample is among the 1 and the 5 (`top`) nearest of `among` captions, over `images` samples.
+
+    Nearest by a ridge regression from `features` to sentence embeddings, fitted to `reference_images` real samples (None: all). The floor
+    is its figure on held-out samples, and on those with their captions shuffled; chance is top / among. Samples are drawn with captions
+    of training, so one that repeats a training picture scores above held-out ones. It rises as samples blur into the mean of what their
+    captions name: never use it alone.
+    """
+
+    features: str = "efficientnet_lite0"
+    images: int = 1000
+    among: int = 100
+    top: tuple[int, ...] = (1, 5)
+    reference_images: int | None = None
+    needs: ClassVar[str] = "conditions"
+
+    def __post_init__(self):
+        if self.among < 2 or not self.top or not all(1 <= k < self.among for k in self.top):
+            raise ValueError(f"top: {self.top} must lie in 1..{self.among - 1}, below among, which is 2 or more")
+
+    def build(self, reference: Tensor, conditions: Cond) -> CaptionRetrieval:
+        """The metric, fitted to the reference (N, ...) with its conditions of text (N, ...)."""
+        from flowmap.metrics.agreement import CaptionRetrieval
+
+        chosen = {key: some(value, self.reference_images) for key, value in conditions.items()}
+        features = build_features(self.features, reference)
+        return CaptionRetrieval(features, some(reference, self.reference_images), chosen, top=self.top, among=self.among)
+
+    def report(self, metric: CaptionRetrieval) -> dict[str, float]:
+        found = metric.compute().reshape(-1).tolist()  # torchmetrics makes a number of one entry
+        return {f"retrieval_top{k}_{short_name(self.features)}": value for k, value in zip(self.top, found, strict=True)}
+
+
+METRICS = {
+    "frechet": Frechet,
+    "precision_recall": PrecisionRecall,
+    "straightness": Straightness,
+    "endpoint_error": EndpointError,
+    "inversion": Inversion,
+    "loss_by_time": LossByTime,
+    "agreement": Agreement,
+    "retrieval": Retrieval,
+}
+
+
+def some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:
     """`count` rows of x (None or too many: all), in an order that depends on seed alone."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
     return x[order.to(x.device)]
 
 
-def _share(x: Tensor) -> Tensor:
+def share(x: Tensor) -> Tensor:
     """This process's rows of what every process holds: metrics add up over processes."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return x[torch.distributed.get_rank() :: torch.distributed.get_world_size()] if ready else x

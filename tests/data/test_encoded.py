@@ -51,6 +51,19 @@ def test_held_out_and_reference_are_pictures_and_disjoint(made):
     assert all(any(torch.equal(one, other) for other in trained) for one in data.reference)
 
 
+def test_held_out_samples_and_the_reference_have_their_conditions(made):
+    data = spec(made).build()
+    out = sorted(set(Numbers().usable) - set(positions_of(data)))
+    x0, cond = data.held_out_samples()
+    assert torch.equal(x0, torch.stack([F.avg_pool2d(pixels(i), 2) for i in out]).half().float())
+    assert cond["class"].tolist() == [i % 3 for i in out] and cond.keys() == {"class", "text", "text_mask", "pooled"}
+    place = {tuple(pixels(i).flatten().tolist()): i for i in Numbers().usable}
+    seen = [place[tuple(one.flatten().tolist())] for one in data.reference]
+    assert data.reference_conditions["class"].tolist() == [i % 3 for i in seen]
+    lengths = [[len("" if i % 5 == 0 else f"picture {i}")] for i in seen]
+    assert data.reference_conditions["pooled"].tolist() == lengths
+
+
 def test_empty_and_the_conditions_alone(made):
     data = spec(made).build()
     empty = Letters().load()([""])
@@ -64,7 +77,9 @@ def test_empty_and_the_conditions_alone(made):
 def test_a_dataset_in_memory_has_harmless_ones():
     data = Dataset("x", torch.zeros(4, 2), torch.zeros(0, 2), torch.arange(4), torch.zeros(0), num_classes=4)
     assert data.empty == {} and data.conditions_at(torch.tensor([2, 0]))["class"].tolist() == [2, 0]
-    assert Dataset("x", torch.zeros(4, 2), torch.zeros(0, 2)).conditions_at(torch.arange(2)) == {}
+    bare = Dataset("x", torch.zeros(4, 2), torch.zeros(3, 2))
+    assert bare.conditions_at(torch.arange(2)) == bare.reference_conditions == bare.held_out_samples()[1] == {}
+    assert torch.equal(data.reference_conditions["class"], torch.arange(4)) and set(data.held_out_samples()[1]) == {"class"}
 
 
 def test_it_feeds_a_loader(made):

@@ -239,6 +239,9 @@ def test_edm2_latents_are_normalised_and_drawn_once_for_all(tmp_path):
     x0, cond = data.__getitems__([2, 0])
     assert x0.dtype == torch.float32 and torch.equal(data.__getitems__([0])[0][0], x0[1]) and torch.equal(cond["class"], data.labels[[2, 0]])
     assert torch.equal(data.reference[2], x0[0]) and torch.equal(data.conditions_at(torch.tensor([0, 2]))["class"], data.labels[[0, 2]])
+    every = torch.cat([data.labels, data.held_out_samples()[1]["class"]])[torch.cat([data._kept, data._out]).argsort()]
+    assert every.tolist() == data._labels.tolist() and torch.equal(data.held_out_samples()[0], data.held_out)
+    assert torch.equal(data.reference_conditions["class"], data.labels)
     # the published figures, against the formula in float64: raw = mean + std * noise, final = (raw - raw_mean) / raw_std * 0.5
     place = int(data._kept[2])
     raw = torch.from_numpy(arrays[place][:4]).double() + torch.from_numpy(arrays[place][4:]).double() * data._noise(place).double()

@@ -1,0 +1,162 @@
+"""Does a sample show what its condition says: its class, seen by a classifier, or its caption, found among others.
+
+Both are fitted to real samples alone, deterministically, and are used by no loss. Both rise as samples blur into the mean of what their
+condition names: read them beside a distance, never alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from flowmap.flow.types import Cond
+
+SAME = 1 - 1e-5  # cosine from which two encodings are those of one caption; half precision and other batches move it by 1e-7
+RIDGES = torch.logspace(-4, 3, 15, dtype=torch.float64)  # in units of the mean variance of a feature
+
+
+class ClassAgreement(Metric):
+    """The share of samples in which a support vector machine (radial kernel, C = 10) sees the class of their condition.
+
+    features maps (B, ...) to (B, dims). It is fitted to `real` (N, ...) with `labels` (N,); labels below 0 are no class and do not count.
+    ValueError for fewer than two classes.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, labels: Tensor):
+        super().__init__()
+        from sklearn.svm import SVC
+
+        known = labels >= 0
+        if len(labels[known].unique()) < 2:
+            raise ValueError("metrics: agreement needs real samples of two classes or more")
+        self.features = features
+        self.classifier = SVC(C=10.0).fit(_rows(features, real[known]).cpu().numpy(), labels[known].cpu().numpy())
+        for name in ("right", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, x: Tensor, cond: Cond) -> None:
+        """x (B, ...) with cond["class"] (B,)."""
+        known = cond["class"] >= 0
+        if not bool(known.any()):
+            return
+        seen = torch.as_tensor(self.classifier.predict(_rows(self.features, x[known]).cpu().numpy()))
+        self.right += (seen == cond["class"][known].cpu()).sum()
+        self.count += len(seen)
+
+    def compute(self) -> Tensor:
+        """A float64 scalar in [0, 1]. Raises ValueError where no sample had a class."""
+        if not self.count:
+            raise ValueError("metrics: agreement was given no sample with a class")
+        return self.right / self.count
+
+
+class CaptionRetrieval(Metric):
+    """How often the caption of a sample is among the k nearest, for each k of `top`, of `among` captions.
+
+    A ridge regression from features (dims) to sentence embeddings is fitted to `real` (N, ...) with their conditions; nearest is by cosine
+    to the prediction, both less the mean embedding. The other captions are among - 1 different ones of the real samples; the figure is
+    the mean over all ways to draw them (the hypergeometric law), so nothing is drawn. Captions as near as the true one count against it.
+    Chance is k / among.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, cond: Cond, *, top: tuple[int, ...] = (1, 5), among: int = 100):
+        super().__init__()
+        self.features, self.top, self.among = features, top, among
+        captions = sentences(cond)
+        self.regression = Ridge(_rows(features, real), captions)
+        self.pool = _different(captions)
+        if len(self.pool) < among + 1:  # one of them may be the sample's own
+            raise ValueError(f"metrics.among: {among} wants more than {among} different captions of real samples; there are {len(self.pool)}")
+        self.add_state("found", torch.zeros(len(top), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, x: Tensor, cond: Cond) -> None:
+        """x (B, ...) with the conditions of text that it was drawn with: "pooled" (B, P), or "text" (B, L, P) and its mask."""
+        own, mean = sentences(cond), self.regression.mean
+        predicted = F.normalize(self.regression(_rows(self.features, x)) - mean)
+        near = predicted @ F.normalize(self.pool - mean).T
+        true = (predicted * F.normalize(own - mean)).sum(1, keepdim=True)
+        others = own @ self.pool.T < SAME
+        nearer = ((near >= true) & others).sum(1).double()
+        chances = below(nearer, others.sum(1).double(), draws=self.among - 1, most=max(self.top))
+        self.found += torch.stack([chances[:, :k].sum(1).sum() for k in self.top]).cpu()
+        self.count += len(x)
+
+    def compute(self) -> Tensor:
+        """(len(top),) float64 in [0, 1]. Raises ValueError where no sample was given."""
+        if not self.count:
+            raise ValueError("metrics: retrieval was given no sample")
+        return self.found / self.count
+
+
+class Ridge:
+    """A linear map from features (N, D) to targets (N, P) with a constant: least squares with the penalty that leaves the least error on
+    each sample in turn when it is left out (closed form). Called, it gives (B, P) for (B, D); `mean` (P,) is the mean target."""
+
+    def __init__(self, features: Tensor, targets: Tensor):
+        self.centre, self.scale = features.mean(0), features.std(0).clamp_min(1e-12)
+        self.mean = targets.mean(0)
+        x, y = (features - self.centre) / self.scale, targets - self.mean
+        left, sizes, right = torch.linalg.svd(x, full_matrices=False)
+        z, shared, values = left * sizes, sizes[:, None] * (left.T @ y), sizes.square()
+        penalties = (RIDGES.to(x) * len(x)).tolist()
+        best = min(penalties, key=lambda penalty: _left_out_error(z, values + penalty, shared, y))
+        self.weights = right.T @ (shared / (values + best)[:, None])
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.centre) / self.scale @ self.weights + self.mean
+
+
+def _left_out_error(z: Tensor, shrunk: Tensor, shared: Tensor, y: Tensor) -> float:
+    """The mean squared error on a row that is left out: z (N, D) in principal directions, shrunk z^T z plus the penalty, shared z^T y."""
+    leverage = (z.square() / shrunk).sum(1) + 1 / len(z)
+    return float(((y - z @ (shared / shrunk[:, None])).square().sum(1) / (1 - leverage).clamp_min(1e-6).square()).mean())
+
+
+def below(marked: Tensor, total: Tensor, *, draws: int, most: int) -> Tensor:
+    """(B, most): the chances that 0, 1, ... most - 1 of `draws` without replacement from `total` (B,) are among the `marked` (B,) ones."""
+
+    def ways(n: Tensor, k: Tensor) -> Tensor:
+        inside = (k >= 0) & (k <= n)
+        k = torch.where(inside, k, 0)
+        return torch.where(inside, torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1), -torch.inf)
+
+    b, m = marked[:, None], total[:, None]
+    j = torch.arange(most, dtype=torch.float64, device=marked.device).expand(len(marked), most)
+    return (ways(b, j) + ways(m - b, draws - j) - ways(m, torch.full_like(m, draws))).exp()
+
+
+def sentences(cond: Cond) -> Tensor:
+    """(B, P) float64 of length 1: the pooled embedding of a text, or the mean of its words' where there is none. ValueError without text."""
+    if "pooled" in cond:
+        return F.normalize(cond["pooled"].double())
+    if "text" not in cond:
+        raise ValueError(f"metrics: retrieval needs conditions of text (pooled or text); these are {', '.join(cond) or 'none'}")
+    words = cond["text"].double()
+    mask = cond["text_mask"] if "text_mask" in cond else torch.ones(words.shape[:2], device=words.device)
+    return F.normalize((words * mask.double()[..., None]).sum(1))
+
+
+def _different(captions: Tensor) -> Tensor:
+    """Those rows that are unlike every row before them."""
+    repeats = torch.cat([((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)])  # argmax: the first such row
+    return captions[repeats == torch.arange(len(captions), device=captions.device)]
+
+
+@torch.no_grad()
+def _rows(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([features(part).double() for part in x.split(256)])
