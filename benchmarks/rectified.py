@@ -143,9 +143,11 @@ class Seed:
 def look(path: Path, steps: list[int], name: str, whose: str) -> dict:
     """The figures of a finished run: as samples, as a path and, of plain flows, as an inverse and a loss by time."""
     from flowmap.build import build_data, build_teacher
+    from flowmap.data import Independent
     from flowmap.evaluate import measure
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Straightness
+    from flowmap.objectives import FlowMatching
     from flowmap.plan import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.student import load_student
@@ -155,7 +157,9 @@ def look(path: Path, steps: list[int], name: str, whose: str) -> dict:
     metrics = [Frechet(case.features, case.images), Straightness(256, 32), EndpointError(500, MANY), Agreement(case.features, case.images)]
     flow = [LossByTime(500), Inversion(256, Heun(steps=16))]
     if whose == "teacher":
-        teaching = replace(recipe, evaluation=evaluation, teacher=recipe.coupling.teacher)
+        slot, scale = recipe.coupling.teacher, recipe.coupling.guidance
+        slot = replace(slot, guidance=replace(slot.guidance, default=scale))
+        teaching = replace(recipe, evaluation=evaluation, teacher=slot, coupling=Independent(), objective=FlowMatching())
         data = build_data(recipe)
         student = load_student(dependency_folder(read_recipe(path.parent / "teacher.yaml")))
         found = measure(teaching, student, build_teacher(teaching, data), data, steps=[1], metrics=metrics)
