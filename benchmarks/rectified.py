@@ -26,12 +26,16 @@ LONG = (1, 2, 4, MANY)
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: a shipped recipe with changes, looked at with `steps`; `made_by`: keys of its recipe that name the recipe files of other arms."""
+    """One run: a shipped recipe with changes, looked at with `steps`; `made_by`: keys of its recipe that name the recipe files of other arms.
+
+    kept: where another benchmark keeps the finished runs of that very recipe, {seed} for the seed; they are not made again.
+    """
 
     recipe: str
     made_by: dict[str, str]
     changes: tuple[str, ...] = ()
     steps: tuple[int, ...] = (1, 2)
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Case:
         return {name: arm for part in parts for name, arm in self.parts.get(part, {}).items()}
 
 
-def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int) -> Case:
+def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int, kept: str) -> Case:
     """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe as it is shipped; few: of each row of the ablation."""
     length = lambda count: (f"trainer.steps={count}",)
     on_pairs = {"teacher.recipe": "teacher", "coupling.teacher.recipe": "teacher"}
@@ -61,15 +65,16 @@ def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps
     ablation = {letter: Arm(f"{rfpp}{letter}", on_pairs, length(few)) for letter in "abcdef"}
     ablation["g"] = Arm(f"{rfpp}g", on_pairs | {"student.recipe": "f"}, length(few // 3))
     maps = {
-        "ayf": Arm(ayf, {"teacher.recipe": "teacher"}, steps=(1, 2, 4)),
+        "ayf": Arm(ayf, {"teacher.recipe": "teacher"}, steps=(1, 2, 4), kept=kept),
         "ayf of reflow": Arm(ayf, {"teacher.recipe": "reflow"}, short, steps=(1, 2, 4)),
     }
     return Case(teacher, {"reflow": reflow, "ablation": ablation, "ayf": maps}, features, images)
 
 
+KEPT_AYF = "runs/bench/digits/seed-{seed}/digits"  # benchmarks/main_job.py
 CASES = {
-    "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600),
-    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=5000, steps=2500, few=600),
+    "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF),
+    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=5000, steps=2500, few=600, kept="runs/fashion14"),
 }
 
 
@@ -93,11 +98,29 @@ class Seed:
         """Trains the arm, its pairs first, where that is not done, and looks at it."""
         if name in self.found:
             return
+        if arm.kept:
+            return self._take(name, arm)
         path = self._arm(name, arm)
         pairs = self._run("pairs", path) if "coupling.teacher.recipe" in arm.made_by else 0.0
         cost = {"pairs": pairs, "fit": self._run("fit", path, "--resume")}
         self.keep(name, {"cpu_seconds": cost, **self._look(path, arm)})
         print(f"seed {self.seed}, {name}: {cost}, {self.found[name]['student']}", flush=True)
+
+    def _take(self, name: str, arm: Arm) -> None:
+        """Looks at a run that is kept elsewhere; what it cost in CPU seconds is taken from two short runs of the first seed."""
+        run = Path(arm.kept.format(seed=self.seed))
+        if not (run / "metrics.json").is_file():
+            raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {arm.recipe}` any other")
+        found = self._look(run / "recipe.yaml", arm, student=run)
+        if self.seed == 0:
+            timed = [self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(f"trainer.steps={k}",)))) for k in (20, 120)]
+            found["cpu_seconds"] = {"pairs": 0.0, "fit": timed[0] + (timed[1] - timed[0]) / 100 * self._steps(run)}
+        self.keep(name, found)
+
+    def _steps(self, run: Path) -> int:
+        from flowmap.recipe import read_resolved
+
+        return read_resolved(run / "recipe.yaml").trainer.steps
 
     def teachers(self) -> None:
         """The guided teacher's rows, from the recipe of the arm that distils it, and the teacher's network as a first flow of its own."""
@@ -133,14 +156,15 @@ class Seed:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    def _look(self, path: Path, arm: Arm, whose: str = "student") -> dict:
+    def _look(self, path: Path, arm: Arm, whose: str = "student", student: Path | None = None) -> dict:
         command = [sys.executable, __file__, "--look", str(path), "--steps", *map(str, arm.steps), "--set", self.root.parent.name, "--whose", whose]
+        command += ["--student", str(student)] if student else []
         env = os.environ | {"FLOWMAP_RUNS": str(self.root)}
         done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
 
-def look(path: Path, steps: list[int], name: str, whose: str) -> dict:
+def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) -> dict:
     """The figures of a finished run: as samples, as a path and, of plain flows, as an inverse and a loss by time."""
     from flowmap.build import build_data, build_teacher
     from flowmap.data import Independent
@@ -166,7 +190,7 @@ def look(path: Path, steps: list[int], name: str, whose: str) -> dict:
         return {"student": found["teacher_few"] | {str(MANY): found["teacher"]}, "floor": found["floor"]}
     if whose == "first":  # the teacher's network without guidance, on noise and data that nothing has joined
         recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [MANY], []
-    student = load_student(dependency_folder(recipe))
+    student = load_student(run or dependency_folder(recipe))
     metrics += flow if MANY in steps else []
     return {"student": measure(recipe, student, None, build_data(recipe), steps=steps, metrics=metrics)["student"]}
 
@@ -246,10 +270,11 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["reflow", "ablation", "ayf", "instaflow", "speed"])
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--whose", default="student", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.look:
-        print(json.dumps(look(arguments.look, arguments.steps, arguments.set, arguments.whose)))
+        print(json.dumps(look(arguments.look, arguments.steps, arguments.set, arguments.whose, arguments.student)))
         return
     seeds = [Seed(arguments.set, i) for i in range(arguments.seeds)]
     for seed in seeds:
