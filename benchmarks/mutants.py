@@ -29,6 +29,7 @@ RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
 TANGENT = "objectives/tangent.py"
 FREE, CM = "objectives/freeflow.py", "objectives/consistency.py"
+ADV = "objectives/adversarial.py"
 
 
 class Mutant(NamedTuple):
@@ -39,6 +40,8 @@ class Mutant(NamedTuple):
     new: str
 
 
+ADV_STUDENT = "return pairing_loss(scores(fake, cond, noise), of_real).mean()"
+ADV_PENALTY = "value = value + (r1 * on_real.mean() + r2 * on_fake.mean()) / 2"
 EMD_G = "g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate"
 LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)"
 ASK_STUDENT = "student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)"
@@ -276,6 +279,28 @@ MUTANTS = [
     Mutant("consistency", "solvers exchanged", CM, 'if self.solver == "euler"', 'if self.solver != "euler"'),
     Mutant("consistency", "arrival at s", CM, "self.earlier(t), torch.zeros_like(t)", "self.earlier(t), sample.s"),
     Mutant("consistency", "grids exchanged", CM, 'if self.grid == "uniform"', 'if self.grid != "uniform"'),
+    Mutant("adversarial", "pairing turned round", ADV, "return F.softplus(lower - higher)", "return F.softplus(higher - lower)"),
+    Mutant("adversarial", "discriminator likes fakes", ADV, "pairing_loss(of_real, of_fake)", "pairing_loss(of_fake, of_real)"),
+    Mutant("adversarial", "student pushed down", ADV, ADV_STUDENT, "return pairing_loss(of_real, scores(fake, cond, noise)).mean()"),
+    Mutant("adversarial", "not paired", ADV, ADV_STUDENT, "return F.softplus(-scores(fake, cond, noise)).mean()"),
+    Mutant("adversarial", "condition lost", ADV, "out = scores(both, twice,", "out = scores(both, None,"),
+    Mutant("adversarial", "noise of the other row", ADV, "torch.cat([noise, noise])", "torch.cat([noise, noise.flip(0)])"),
+    Mutant("adversarial", "penalties not halved", ADV, ADV_PENALTY, ADV_PENALTY.replace(" / 2", "")),
+    Mutant("adversarial", "penalties exchanged", ADV, ADV_PENALTY, ADV_PENALTY.replace("r1", "r0").replace("r2", "r1").replace("r0", "r2")),
+    Mutant("adversarial", "penalties subtracted", ADV, ADV_PENALTY, ADV_PENALTY.replace("value + (", "value - (")),
+    Mutant("adversarial", "penalty without its graph", ADV, "create_graph=True", "retain_graph=True"),
+    Mutant("adversarial", "norm not squared", ADV, "gradient.flatten(1).square().sum(1)", "gradient.flatten(1).norm(dim=1)"),
+    Mutant("adversarial", "mean for sum in the norm", ADV, "gradient.flatten(1).square().sum(1)", "gradient.flatten(1).square().mean(1)"),
+    Mutant("adversarial", "fake keeps the student's graph", ADV, "torch.cat([real, fake]).detach()", "torch.cat([real, fake])"),
+    Mutant("adversarial", "ratio turned round", ADV, "(above / below.clamp_min(1e-12))", "(below / above.clamp_min(1e-12))"),
+    Mutant("adversarial", "sides of the factor exchanged", ADV, 'if self.balance == "base"', 'if self.balance == "adversarial"'),
+    Mutant("adversarial", "weight left out", ADV, "self.weight * _ratio(of_adversarial, of_base)", "_ratio(of_adversarial, of_base)"),
+    Mutant("adversarial", "factor without bound", ADV, ".clamp(max=MOST)", ""),
+    Mutant("adversarial", "starts a step late", ADV, "if step < self.start", "if step <= self.start"),
+    Mutant("adversarial", "base left out before the start", ADV, "return one, 0 * one", "return 0 * one, one"),
+    Mutant("adversarial", "graph of the first call", ADV, "self.left == 0 and", "self.left == 1 and"),
+    Mutant("adversarial", "graph of every call", ADV, "self.left == 0 and torch", "torch"),
+    Mutant("adversarial", "base at another step", ADV, "self.base(student, teacher, sample, step)", "self.base(student, teacher, sample, 0)"),
 ]
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.flow.types import Cond, along
+from flowmap.objectives import Adversarial
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
 from flowmap.recipe import Autoguidance, ClassifierFree, Recipe
 from flowmap.teachers.guidance import Autoguidance as Autoguided
@@ -51,11 +52,20 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         teacher = Autoguided(strong, weak, default=guidance.default)
     sample = recipe.path.sample(x0, x1, t, s, cond or None)
     with FlopCounterMode(display=False) as counter:
-        loss = _without_networks(recipe.objective)(student, teacher, sample, WARM).value
+        loss = _without_networks(recipe.distillation)(student, teacher, sample, WARM).value
         forward = counter.get_total_flops()
         loss.backward()
     backward = counter.get_total_flops() - forward
-    return Calls(forward / UNIT, backward / (2 * UNIT), strong.rows / ROWS, weak.rows / ROWS)
+    drawn, kept = _sampling(recipe)
+    return Calls(forward / UNIT + drawn, backward / (2 * UNIT) + kept, strong.rows / ROWS, weak.rows / ROWS)
+
+
+def _sampling(recipe: Recipe) -> tuple[float, float]:
+    """Forward and backward passes for the samples that a discriminator looks at, in the mean over their numbers of steps."""
+    if not isinstance(recipe.objective, Adversarial):
+        return 0, 0
+    mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
+    return mean, mean if recipe.objective.through == "all" else 1
 
 
 def _without_networks(objective):

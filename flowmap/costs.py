@@ -24,6 +24,7 @@ from flowmap.data import TextEncoder
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
+from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
 from flowmap.student import StudentConfig
 from flowmap.teachers.text import Sentence
 
@@ -64,10 +65,45 @@ def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool =
     return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
 
 
+def discriminator_cost(net: nn.Module, config: StudentConfig, objective: Adversarial) -> Cost:
+    """A discriminator's share in a step, counted on the meta device: both losses with their penalties and backward passes, all as forward."""
+    one, two = (_judged(net, config, objective, rows) for rows in (1, 2))
+    flops, kept = (b - a for a, b in zip(one, two, strict=True))
+    return Cost(flops, 0, kept, max(one[1] - kept, 0), sum(p.numel() for p in net.parameters()), 0)
+
+
+def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows: int) -> tuple[int, int]:
+    """(FLOPs, bytes kept for the backward pass of the discriminator's loss) of a batch."""
+    with torch.device("meta"):
+        real, fake, noise = (torch.zeros(rows, *config.shape) for _ in range(3))
+        cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
+    there = [real, fake, noise, *cond.values(), *net.parameters()]
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = _Nowhere()  # torch's own hangs hooks on gradients, which torch.autograd.grad refuses (torch 2.13)
+    with torch.device("meta"), counter:
+        generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
+        net.zero_grad(set_to_none=True)
+        with _Kept(there) as kept:
+            loss = discriminator_loss(net, real, fake.detach(), cond, noise, r1=objective.r1, r2=objective.r2)
+        bytes_kept = sum(kept.sizes.values())
+        loss.value.backward()
+    return counter.get_total_flops(), bytes_kept
+
+
+class _Nowhere:
+    """Does not follow which module is running."""
+
+    parents = ("Global",)
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+
+
 def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> tuple[int, int, int]:
     """(FLOPs forward, FLOPs backward, bytes kept in between) of a batch."""
     with torch.device("meta"):
-        x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), _conditions(config, rows)
+        x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
     there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
     with torch.device("meta"), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         with _Kept(there) as kept:
@@ -79,7 +115,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
     return forward, counter.get_total_flops() - forward, bytes_kept
 
 
-def _conditions(config: StudentConfig, rows: int) -> Cond:
+def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
     if isinstance(config.net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
         return cond | {"guidance": torch.ones(rows)} | example_conditions(config.net, rows, tokens_of(config.net.network, config.text))

@@ -6,18 +6,21 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.build import check_teachers, missing_weights, net_of, spec_of, student_config
+from flowmap.build_discriminator import discriminator_on
 from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
-from flowmap.costs import Cost, cost_of
+from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost
 from flowmap.data import Encoded
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
+from flowmap.objectives import Adversarial
 from flowmap.plan import Encoding, Pairing, Stage, autoencoder_recipes, data_of, pairs_cards, plan, runs_root, teacher_cards
 from flowmap.recipe import PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
@@ -128,9 +131,12 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
     lines = [f"student: {counted(student)}, samples of shape {tuple(config.shape)}"]
     if teachers:
         lines.append("teacher: " + " + ".join(f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in teachers))
-    lines.append(_memory(recipe, student, teachers))
+    judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
+    if judge is not None:
+        lines.append(f"discriminator: {counted(judge)}; {_flops(judge.flops)} a step for one sample, penalties and their gradients among them")
+    lines.append(_memory(recipe, student, teachers, judge))
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
-    each = _step_flops(calls, student, [cost for _, cost in teachers])
+    each = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
     samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
     hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
@@ -153,6 +159,20 @@ def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[
     return found
 
 
+def _discriminator(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> Cost | None:
+    """Its cost without any weights of the teacher that it looks through; None where nothing says what that is."""
+    network, example = None, {}
+    if recipe.objective.discriminator.trunk == "teacher":
+        spec = spec_of(cards[0], recipe) if cards[0].kind != "exact" else None
+        if spec is None:
+            return None
+        plain = replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
+        with torch.device("meta"):
+            network, example = plain.build().to("meta").net, conditions_of(plain, 1)
+    net = discriminator_on(recipe, config, network, example).to("meta")
+    return discriminator_cost(net, config, recipe.objective)
+
+
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     """Of one sample: the student's passes and the teacher's calls. A weak model that is the strong one at another time costs what that does."""
     strong = teachers[0].flops if teachers else 0
@@ -160,7 +180,7 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     return calls.forward * student.flops + calls.backward * student.backward_flops + calls.strong * strong + calls.weak * weak
 
 
-def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]]) -> str:
+def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]], judge: Cost | None) -> str:
     trainer = recipe.trainer
     power = isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps
     averages = len({recipe.ema.std, *recipe.ema.snapshot_stds}) if power else 1
@@ -168,6 +188,10 @@ def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]]) ->
     state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
     frozen = 4 * sum(cost.parameters for _, cost in teachers) - (4 * teachers[0][1].parameters if recipe.lora else 0)  # a base is shared
     kept = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
+    if judge is not None:  # the samples' graph stands beside that of the distillation loss; the discriminator's own loss comes after both
+        state += 16 * judge.trained
+        graphs = 1 + (max(recipe.objective.steps) if recipe.objective.through == "all" else 1)
+        kept = max(graphs * kept, judge.kept_bytes * recipe.data.batch_size + judge.shared_bytes)
     activations = kept * (0.5 if trainer.precision == "bf16" else 1)
     how = [trainer.precision] if trainer.precision != "32" else []
     if trainer.activation_checkpointing:

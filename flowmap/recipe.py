@@ -25,9 +25,10 @@ from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES, Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
-from flowmap.nets import NETS, AutoencoderKL
+from flowmap.nets import DISCRIMINATORS, NETS, AutoencoderKL
 from flowmap.nets.lora import LoRA
-from flowmap.objectives import OBJECTIVES, Reconstruction, Rectified
+from flowmap.objectives import OBJECTIVES, Adversarial, Reconstruction, Rectified
+from flowmap.objectives.adversarial import DiscriminatorSpec
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import LPIPSHuber, RectifiedDistance
 from flowmap.optimizer import AdamW
@@ -93,8 +94,15 @@ class Recipe:
             self._check_lora()
         if isinstance(self.coupling, Pairs) and self.trains_autoencoder:
             raise ValueError("coupling: pairs are no use to an autoencoder; leave it independent")
-        if isinstance(self.objective, Rectified):
+        if isinstance(self.distillation, Rectified):
             self._check_rectified()
+        if isinstance(self.objective, Adversarial):
+            self._check_adversarial()
+
+    @property
+    def distillation(self) -> Objective:
+        """What the student is compared with its teacher by: the objective, or the one that an adversarial stage keeps."""
+        return self.objective.base if isinstance(self.objective, Adversarial) else self.objective
 
     @property
     def lora(self) -> LoRA | None:
@@ -104,23 +112,35 @@ class Recipe:
     def _check_lora(self) -> None:
         if self.trainer.strategy == "fsdp":
             raise ValueError("trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp")
-        if self.lora.dropout and getattr(self.objective, "derivative", "ride") != "ride":
-            way = self.objective.derivative
+        if self.lora.dropout and getattr(self.distillation, "derivative", "ride") != "ride":
+            way = self.distillation.derivative
             raise ValueError(f"student.lora.dropout: {self.lora.dropout} wants objective.derivative: ride; {way!r} would see another mask")
 
     def _check_rectified(self) -> None:
-        distance = self.objective.distance
+        distance, key = self.distillation.distance, "objective.base" if isinstance(self.objective, Adversarial) else "objective"
         if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
-            raise ValueError("objective.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
+            raise ValueError(f"{key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
         if not isinstance(self.path, Linear):
             raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
         if self.teacher is not None and self.teacher.guidance is not None:
             raise ValueError("teacher.guidance: objective rectified does not ask the teacher; guidance is baked in by coupling.teacher.guidance")
         if isinstance(distance, LPIPSHuber):
             if not self.data.in_pixels:
-                raise ValueError("objective.distance: lpips_huber looks at pictures, and the data's samples are latents")
+                raise ValueError(f"{key}.distance: lpips_huber looks at pictures, and the data's samples are latents")
             if any(getattr(metric, "features", None) == distance.net for metric in self.metrics):
-                raise ValueError(f"objective.distance.net: {distance.net!r} is also a metric's; a loss and a metric must not share a network")
+                raise ValueError(f"{key}.distance.net: {distance.net!r} is also a metric's; a loss and a metric must not share a network")
+
+    def _check_adversarial(self) -> None:
+        where, spec = "objective.discriminator", self.objective.discriminator
+        if self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp")
+        if spec.trunk == "teacher" and self.teacher is None:
+            raise ValueError(f"{where}.kind: 'teacher' looks through the teacher's network, and the recipe has no teacher")
+        if spec.trunk == "features":
+            if not self.data.in_pixels:
+                raise ValueError(f"{where}.kind: 'features' looks at pictures, and the data's samples are latents")
+            if any(getattr(metric, "features", None) == spec.net for metric in self.metrics):
+                raise ValueError(f"{where}.net: {spec.net!r} is also a metric's; a discriminator and a metric must not share a network")
 
     @property
     def trains_autoencoder(self) -> bool:
@@ -148,6 +168,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     TextEncoder: TEXT_ENCODERS,
     StudentSpec: {"from_teacher": FromTeacher, "from_recipe": FromRecipe, **NETS},
     Objective: OBJECTIVES,
+    DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,
     RectifiedDistance: RECTIFIED_DISTANCES,
     Path: PATHS,

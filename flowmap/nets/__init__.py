@@ -2,6 +2,8 @@
 
 from flowmap.nets.autoencoder_kl import AutoencoderKL
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.discriminator import Conv
+from flowmap.nets.discriminator_features import OnFeatures, OnTeacher
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
@@ -16,3 +18,4 @@ NETS = {
     "diffusers": DiffusersModel,
     "autoencoder_kl": AutoencoderKL,
 }
+DISCRIMINATORS = {"conv": Conv, "teacher": OnTeacher, "features": OnFeatures}

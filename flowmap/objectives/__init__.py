@@ -1,5 +1,6 @@
 """Floor 1: what a student is trained to satisfy. One file a paper; a new objective is a frozen dataclass and a line here."""
 
+from flowmap.objectives.adversarial import Adversarial
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
 from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
@@ -25,5 +26,6 @@ OBJECTIVES = {
     "freeflow": FreeFlow,
     "consistency": Consistency,
     "rectified": Rectified,
+    "adversarial": Adversarial,
     "reconstruction": Reconstruction,
 }

@@ -90,7 +90,7 @@ class Figures(AtSteps):
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)
         logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if getattr(module.recipe.objective, "derivative", None) == "ride" and ((done - 1) // self.every) % 10 == 0:
+        if getattr(module.recipe.distillation, "derivative", None) == "ride" and ((done - 1) // self.every) % 10 == 0:
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)
@@ -140,8 +140,8 @@ class Keep(AtSteps):
             self.keep(trainer, module, done)
 
     def check(self, module: DistillModule, done: int) -> None:
-        if not bool(torch.isfinite(norm_of([p.detach() for p in trained(module.student)]))):
-            raise NotFinite(f"a weight of the student is not finite after step {done - 1}")
+        if not bool(torch.isfinite(norm_of([p.detach() for p in trained(module)]))):
+            raise NotFinite(f"a weight that is trained is not finite after step {done - 1}")
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
         self.check(module, done)

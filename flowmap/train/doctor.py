@@ -37,12 +37,12 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     lines = [f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
-    if not hasattr(recipe.objective, "derivative"):
+    if not hasattr(recipe.distillation, "derivative"):
         return [*lines, "this objective takes no derivative of the network"]
     works = []
     for way in WAYS:
         try:
-            seconds, kept = _measured(replace(recipe.objective, derivative=way), student, teacher, sample)
+            seconds, kept = _measured(replace(recipe.distillation, derivative=way), student, teacher, sample)
             works.append(way)
             share = kept / max(plain[1], 1)
             lines.append(f"derivative {way}: {seconds:.3g} s with the teacher's calls, {_mib(kept)} of activations ({share:.2f} of plain)")

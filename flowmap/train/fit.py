@@ -23,16 +23,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_samples, build_student, build_teacher, check_teachers, student_config
+from flowmap.build_discriminator import build_discriminator
 from flowmap.config import RecipeError, to_plain
 from flowmap.encode import encode
 from flowmap.evaluate import measure
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
 from flowmap.make_pairs import make_pairs
 from flowmap.nets.flow_map import misfit
+from flowmap.objectives import Adversarial
 from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import BESIDE, Student, load_student
+from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.autoencoder import KeepAutoencoder, Reconstructions, measure_autoencoder, save_autoencoder
 from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
 from flowmap.train.csv_log import CSVLog
@@ -159,7 +162,9 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
-    module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
+    parts = (recipe, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
+    adversarial = isinstance(recipe.objective, Adversarial)
+    module = AdversarialModule(*parts, build_discriminator(recipe, config, teacher)) if adversarial else DistillModule(*parts)
     if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
         for net in (module.student, *(teacher.modules if teacher else ())):
             net.net.compile()
@@ -168,7 +173,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     if start:
         say(f"resuming at step {start}")
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
-    trainer = _trainer(stage, student)
+    trainer = _trainer(stage, student, automatic=module.automatic_optimization)
     if not is_child():
         if overwrite and folder.exists():  # only now that the recipe is known to build
             shutil.rmtree(folder)
@@ -226,7 +231,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, student: Student) -> L.Trainer:
+def _trainer(stage: Stage, student: Student, *, automatic: bool) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
@@ -242,8 +247,8 @@ def _trainer(stage: Stage, student: Student) -> L.Trainer:
             strategy=strategy_for(recipe),
             precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
             max_steps=trainer.steps,
-            accumulate_grad_batches=trainer.accumulate,
-            gradient_clip_val=recipe.optimizer.clip_norm or None,
+            accumulate_grad_batches=trainer.accumulate if automatic else 1,  # else the module's own doing
+            gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=callbacks,
             logger=False,  # set by _run, once nothing can be refused any more
             plugins=[AtomicCheckpointIO()],

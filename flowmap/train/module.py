@@ -85,17 +85,29 @@ class DistillModule(L.LightningModule):
             self.teacher.to(self.device)
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
+        sample, generator = self.draw(batch)
+        with self.dropping(generator):
+            loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, self.global_step)
+        self.keep(sample, loss)
+        return loss.value
+
+    def draw(self, batch) -> tuple[PathSample, torch.Generator]:
+        """The micro-batch's sample and the generator that drew it; the student's learning rate is that of the step."""
         x0, cond, *paired = batch
         step, micro = self.global_step, self._micro
         self._micro = (micro + 1) % self.recipe.trainer.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
-        sample = draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired)
-        with drawing_from(generator) if self.recipe.lora and self.recipe.lora.dropout else nullcontext():
-            loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, step)
+        return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired), generator
+
+    def dropping(self, generator: torch.Generator):
+        """Inside, the dropout of adapters, where there is any, draws from the generator."""
+        return drawing_from(generator) if self.recipe.lora and self.recipe.lora.dropout else nullcontext()
+
+    def keep(self, sample: PathSample, loss: Loss) -> None:
+        """The last sample and loss, for the logs; NotFinite unless it is finite."""
         self.last_sample, self.last_loss = sample, loss
         self._must_be_finite("loss", loss.value.detach())
-        return loss.value
 
     def on_before_optimizer_step(self, optimizer) -> None:
         self._must_be_finite("gradient's norm", norm_of([p.grad for p in self.student.parameters() if p.grad is not None]))

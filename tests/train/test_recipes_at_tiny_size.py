@@ -119,6 +119,19 @@ def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypat
     assert (folder / "model_index.json").is_file() and (folder / "vae").is_dir() == (recipe != "imagenet64")
 
 
+def test_the_adversarial_stage_of_a_large_recipe(tmp_path, monkeypatch, command):
+    """The student that imagenet512 leaves is finetuned in latents, by micro-batches, on EDM2's network."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
+    tiny = tiny_file("imagenet512", tmp_path)
+    over = tmp_path / "adversarial.yaml"
+    over.write_text(tiny.read_text().replace("objective: {warmup_steps: 1}", "objective: {discriminator: {width: 8}}"))
+    settings = [f"+{over}", f"student.overrides=['+{tiny}']", "trainer.accumulate=2"]
+    code, out, err = command("fit", "--recipe", "imagenet512-adversarial", *settings, "--out", tmp_path / "run")
+    assert code == 0 and [line.split("]")[0] for line in err.splitlines() if line.startswith("[")] == ["[1/3", "[2/3", "[3/3"], err
+    assert flowmap.load_student(tmp_path / "run").sample(2, steps=2).shape == (2, 3, PIXELS, PIXELS)
+
+
 def words(cond):
     return ("--prompt", cond["prompt"]) if "prompt" in cond else ("--class", cond["class"])
 

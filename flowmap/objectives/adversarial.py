@@ -1,0 +1,150 @@
+"""Adversarial finetuning: a distilled student trained on by its own objective and by a discriminator of its few-step samples.
+
+Source: Align Your Flow, arXiv:2506.14603 (section on adversarial finetuning); the loss is that of R3GAN, arXiv:2501.05441: relativistic
+pairing with zero-centred gradient penalties.  A discriminator D(x, cond, noise) gives one score (B,) a sample, higher for data.
+
+    D      softplus(D(fake) - D(real)) + r1/2 |dD/dx (real)|^2 + r2/2 |dD/dx (fake)|^2
+    G      softplus(D(real) - D(fake)),   fake the student's sample in k steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, Sampler, Teacher
+from flowmap.objectives.reconstruction import Reconstruction
+
+Scores = Callable[[Tensor, Cond | None, Tensor | None], Tensor]
+MOST = 1e4  # of the adaptive factor, where one gradient vanishes
+
+
+class DiscriminatorSpec(Protocol): ...
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """The distillation loss of `base`, kept, and the pairing loss of the student's samples in one of `steps` steps, drawn for each batch.
+
+    balance: which of the two losses is multiplied by `weight` times the ratio of both gradients' norms at the student's last layer: "base"
+    (sources of the paper: weight 0.1), "adversarial", or "none", where `weight` alone multiplies the adversarial loss. r1 and r2 weigh the
+    penalties. through: the gradient of a sample goes through the "last" jump or through "all". Before step `start` the discriminator learns
+    and the student descends the base's loss alone. The discriminator's learning rate follows the student's schedule.
+    """
+
+    base: Objective
+    discriminator: DiscriminatorSpec
+    steps: tuple[int, ...] = (1, 2, 4)
+    weight: float = 0.1
+    balance: str = "base"
+    r1: float = 0.1
+    r2: float = 0.1
+    through: str = "last"
+    start: int = 0
+    discriminator_lr: float = 2e-5
+    discriminator_betas: tuple[float, float] = (0.0, 0.99)
+
+    def __post_init__(self):
+        for name, allowed in (("balance", ("base", "adversarial", "none")), ("through", ("last", "all"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
+        for name in ("weight", "r1", "r2", "start"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+        if not self.discriminator_lr > 0:
+            raise ValueError(f"discriminator_lr: {self.discriminator_lr} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.discriminator_betas):
+            raise ValueError(f"discriminator_betas: {self.discriminator_betas} must lie in [0, 1)")
+        if isinstance(self.base, (Adversarial, Reconstruction)):
+            raise ValueError("base: wants an objective that trains a flow map, not adversarial or reconstruction")
+
+    @property
+    def diagonal(self) -> bool:
+        return self.base.diagonal
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        """The distillation loss alone: what a discriminator adds is train/adversarial.py's."""
+        return self.base(student, teacher, sample, step)
+
+    def factors(self, of_base: Tensor, of_adversarial: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What the base's and the adversarial loss are multiplied by, given the norms of their gradients at the student's last layer."""
+        one = torch.ones_like(of_base)
+        if step < self.start:
+            return one, 0 * one
+        if self.balance == "base":
+            return self.weight * _ratio(of_adversarial, of_base), one
+        return one, self.weight * (_ratio(of_base, of_adversarial) if self.balance == "adversarial" else one)
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    return (above / below.clamp_min(1e-12)).clamp(max=MOST).detach()
+
+
+def pairing_loss(higher: Tensor, lower: Tensor) -> Tensor:
+    """softplus(lower - higher), row by row: small where the scores `higher` (B,) lie above those of `lower`."""
+    return F.softplus(lower - higher)
+
+
+def discriminator_loss(
+    scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None, *, r1: float, r2: float
+) -> Loss:
+    """What the discriminator descends. real, fake and noise are (B, ...), rows that share a condition; one pass of both together."""
+    penalised = r1 > 0 or r2 > 0
+    both = torch.cat([real, fake]).detach().requires_grad_(penalised)
+    twice = None if cond is None else {key: torch.cat([value, value]) for key, value in cond.items()}
+    out = scores(both, twice, None if noise is None else torch.cat([noise, noise]))
+    of_real, of_fake = out.chunk(2)
+    value = pairing_loss(of_real, of_fake).mean()
+    logs = {"score_gap": (of_real - of_fake).mean(), "discriminator_loss": value}
+    if penalised:
+        on_real, on_fake = squared_gradient(out, both).chunk(2)
+        value = value + (r1 * on_real.mean() + r2 * on_fake.mean()) / 2
+        logs |= {"r1": on_real.mean(), "r2": on_fake.mean()}
+    return Loss(value, {key: log.detach() for key, log in logs.items()})
+
+
+def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
+    """|d scores_i / d x_i|^2 of each row i, (B,), with its graph; scores (B,) made of x (B, ...), row by row."""
+    (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+    return gradient.flatten(1).square().sum(1)
+
+
+def generator_loss(scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
+    """What the student descends beside its distillation loss, a scalar that carries grad to fake."""
+    with torch.no_grad():
+        of_real = scores(real, cond, noise)
+    return pairing_loss(scores(fake, cond, noise), of_real).mean()
+
+
+def generate(
+    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: torch.Generator, through: str
+) -> Tensor:
+    """The student's sample from x1 in `steps` calls, with the graph of its last call or of all."""
+    called = student if through == "all" else _LastCall(student, steps)
+    return sampler(called, x1, cond, steps=steps, generator=generator)
+
+
+class _LastCall:
+    """A flow map that keeps the graph of its num_calls-th call alone."""
+
+    def __init__(self, student: FlowMap, num_calls: int):
+        self.student, self.left = student, num_calls
+
+    def _graph(self) -> torch.set_grad_enabled:
+        self.left -= 1
+        return torch.set_grad_enabled(self.left == 0 and torch.is_grad_enabled())
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        with self._graph():
+            return self.student(x, t, s, cond)
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        with self._graph():
+            return self.student.mean_velocity(x, t, s, cond)
