@@ -28,7 +28,7 @@ FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.p
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
 TANGENT = "objectives/tangent.py"
-FREE, CM = "objectives/freeflow.py", "objectives/consistency.py"
+FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
 
 
@@ -88,6 +88,9 @@ CM_Y = "y = x + along(u - t, x) * self._slope(teacher, sample, u)"
 CM_TARGET = "target = y - along(u, x) * without_graph(student, y, u, zero, cond)"
 CM_SECOND = "teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)"
 CHOSEN = "counted.diff() > 0"
+MID_STATES = "x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]"
+MID_TARGET = "target = (x - y) / along(t - s, x).to(x.dtype)"
+MID_ASK = "student.mean_velocity(x, t, s, cond)"
 
 MUTANTS = [
     Mutant("flow_matching", "flipped sign of the teacher", FM, ASK_TEACHER, f"-{ASK_TEACHER}"),
@@ -267,6 +270,21 @@ MUTANTS = [
     Mutant("freeflow", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (0 * torch.ones_like(s),)"),
     Mutant("freeflow", "from a point of the data's path", FREE, "x, s, cond = sample.x1,", "x, s, cond = sample.xt,"),
     Mutant("freeflow", "departure at t", FREE, FREE_RIDE, FREE_RIDE.replace("torch.ones_like(s)", "sample.t")),
+    Mutant("cmt", "flipped sign", MID, MID_TARGET, MID_TARGET.replace("x - y", "y - x")),
+    Mutant("cmt", "(t - s) missing", MID, MID_TARGET, "target = x - y"),
+    Mutant("cmt", "student asked at the end", MID, MID_ASK, MID_ASK.replace("x, t", "y, t")),
+    Mutant("cmt", "student's times exchanged", MID, MID_ASK, MID_ASK.replace("t, s", "s, t")),
+    Mutant("cmt", "student asked at the sample's times", MID, MID_ASK, MID_ASK.replace("t, s", "sample.t, sample.s")),
+    Mutant("cmt", "student's own condition", MID, MID_ASK, MID_ASK.replace("cond", "sample.cond")),
+    Mutant("cmt", "ends exchanged", MID, MID_STATES, MID_STATES.replace("[i, leader], trajectory[j", "[j, leader], trajectory[i")),
+    Mutant("cmt", "a trajectory of another row", MID, MID_STATES, MID_STATES.replace("[j, leader]", "[j, leader * 0]")),
+    Mutant("cmt", "from the data", MID, "sample.x1[rows]", "sample.x0[rows]"),
+    Mutant("cmt", "from the path", MID, "sample.x1[rows]", "sample.xt[rows]"),
+    Mutant("cmt", "teacher's condition lost", MID, "teacher.velocity(x, t, cond)", "teacher.velocity(x, t, None)"),
+    Mutant("cmt", "condition of the first rows", MID, "{key: value[rows] for", "{key: value[: len(rows)] for"),
+    Mutant("cmt", "no step between", MID, "torch.maximum(nearest(s), i + 1)", "torch.maximum(nearest(s), i)"),
+    Mutant("cmt", "always to the data", MID, "torch.maximum(nearest(s), i + 1)", "torch.full_like(i, len(times) - 1)"),
+    Mutant("cmt", "ascent", MID, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("consistency", "step on the other side", CM, CM_Y, CM_Y.replace("u - t", "t - u")),
     Mutant("consistency", "no step", CM, CM_Y, "y = x"),
     Mutant("consistency", "(t - u) missing", CM, CM_Y, CM_Y.replace("along(u - t, x) * ", "")),

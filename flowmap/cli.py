@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from flowmap import __version__
+from flowmap.compare_verb import compare_arguments, compare_verb
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
 
@@ -288,6 +289,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
     _import_argument(evaluate)
+
+    compare = _verb(verbs, "compare", compare_verb, "train recipes on equal terms, seed by seed, and tabulate them; goes on where it was cut")
+    compare_arguments(compare)
+    _import_argument(compare)
 
     encode = _verb(verbs, "encode", _encode, "turn a recipe's pictures into latents and text embeddings on disk; goes on where it was cut")
     _recipe_arguments(encode)

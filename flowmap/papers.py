@@ -10,6 +10,7 @@ PAPERS = {
     "shortcut": ("One step diffusion via shortcut models (objective shortcut)", "Frans, Hafner, Levine, Abbeel", 2024, "2410.12557"),
     "freeflow": ("Flow map distillation without data (objective freeflow)", "Tong, Ma, Xie, Jaakkola", 2025, "2511.19428"),
     "consistency": ("Consistency models (objective consistency)", "Song, Dhariwal, Chen, Sutskever", 2023, "2303.01469"),
+    "cmt": ("CMT: mid-training for flow map models (objective cmt)", "Hu, Lai, Mitsufuji, Ermon", 2025, "2509.24526"),
     "autoguidance": ("Guiding a diffusion model with a bad version of itself", "Karras, Aittala, Kynkaanniemi, et al.", 2024, "2406.02507"),
     "edm2": ("Analyzing and improving the training dynamics of diffusion models (power-function EMA)", "Karras et al.", 2024, "2312.02696"),
     "dit": ("Scalable diffusion models with transformers", "Peebles, Xie", 2022, "2212.09748"),

@@ -2,6 +2,7 @@
 
 from flowmap.objectives.adversarial import Adversarial
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
+from flowmap.objectives.cmt import CMT
 from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
@@ -25,6 +26,7 @@ OBJECTIVES = {
     "shortcut": Shortcut,
     "freeflow": FreeFlow,
     "consistency": Consistency,
+    "cmt": CMT,
     "rectified": Rectified,
     "adversarial": Adversarial,
     "reconstruction": Reconstruction,

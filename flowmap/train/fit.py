@@ -37,7 +37,8 @@ from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import BESIDE, Student, load_student
 from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.autoencoder import KeepAutoencoder, Reconstructions, measure_autoencoder, save_autoencoder
-from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student
+from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student, peak_gib
+from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
@@ -64,11 +65,20 @@ class Run:
         return load_student(self.folder / "student")
 
 
-def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False, say: Say | None = None) -> Run:
+def fit(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    say: Say | None = None,
+    clock: Clock | None = None,
+) -> Run:
     """Runs the recipe, and first whatever it needs; stages that are complete and unchanged are skipped.
 
     out: the run folder, default runs/<recipe name>. A folder that holds another or an unfinished run is touched only with resume or
-    overwrite. Raises RecipeError for a user's mistake, FitError where training had to stop.
+    overwrite. clock: counts the seconds of the recipe's own training, and may end it before its last step. Raises RecipeError for a
+    user's mistake, FitError where training had to stop.
     """
     say = _silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = Path(out) if out else runs_root() / recipe.name
@@ -97,7 +107,7 @@ def fit(recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, 
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
         with nullcontext() if is_child() else only_process(stage.folder):
-            _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say)
+            _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say, clock=clock if last else None)
     return Run(folder, {} if is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
 
 
@@ -157,7 +167,7 @@ def _first_difference(recipe: Recipe, path: Path) -> str:
     return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
 
 
-def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
+def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock | None) -> None:
     recipe, folder = stage.recipe, stage.folder
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
@@ -173,7 +183,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     if start:
         say(f"resuming at step {start}")
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
-    trainer = _trainer(stage, student, automatic=module.automatic_optimization)
+    trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
     if not is_child():
         if overwrite and folder.exists():  # only now that the recipe is known to build
             shutil.rmtree(folder)
@@ -184,15 +194,15 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say) -> None:
     started = time.perf_counter()
     try:
         trainer.loggers = _loggers(stage, start)
-        _train(trainer, module, checkpoint if start else None)
+        _train(trainer, module, checkpoint if start else None, clock)
         seconds = time.perf_counter() - started
-        _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say)
+        _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say, clock)
     except BaseException:
         _close_wandb(1)
         raise
 
 
-def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None) -> None:
+def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
         trainer.fit(module, ckpt_path=checkpoint, **safe)
@@ -202,7 +212,7 @@ def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None) -
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}") from error
-    if trainer.global_step < module.recipe.trainer.steps:
+    if trainer.global_step < module.recipe.trainer.steps and not (clock and clock.spent):
         raise FitError(f"stopped at step {trainer.global_step} of {module.recipe.trainer.steps}; --resume goes on: {_last_checkpoint(trainer)}")
 
 
@@ -231,7 +241,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, student: Student, *, automatic: bool) -> L.Trainer:
+def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: bool) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
@@ -239,6 +249,8 @@ def _trainer(stage: Stage, student: Student, *, automatic: bool) -> L.Trainer:
     if recipe.trains_autoencoder:
         shows = [Reconstructions(stage), KeepAutoencoder(stage, student.config)]
     callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *shows]
+    if clock is not None:
+        callbacks = [callbacks[0], clock, *callbacks[1:], clock.restart]
     try:
         return L.Trainer(
             accelerator=trainer.accelerator,
@@ -308,9 +320,9 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing of ours writes into an output
 
 
-def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say) -> None:
+def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say, clock) -> None:
     """Measures the averaged student and writes student/ and metrics.json, the latter last."""
-    recipe = stage.recipe
+    recipe, done, peak = stage.recipe, trainer.global_step, peak_gib(module.device)
     module.averaged.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
@@ -321,13 +333,15 @@ def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Tr
     if not trainer.is_global_zero:
         return
     metrics["seconds"]["train"] = round(seconds, 2)
+    if clock is not None:
+        metrics["training"] = {"seconds": round(clock.seconds, 4), "steps": done, "peak_gib": round(peak, 4)}
     if recipe.trains_autoencoder:
-        save_autoencoder(stage, module, state, recipe.trainer.steps, metrics)
+        save_autoencoder(stage, module, state, done, metrics)
     else:
-        keep_student(stage, student.config, state, recipe.trainer.steps, metrics)
+        keep_student(stage, student.config, state, done, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(logs, recipe.trainer.steps - 1)
+        logger.log_metrics(logs, done - 1)
         logger.finalize("success")
     _close_wandb(0)
     write_json(stage.folder / "metrics.json", metrics)

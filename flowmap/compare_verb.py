@@ -1,0 +1,33 @@
+"""The verb `flowmap compare`: its arguments, and what it prints. Light to import: the work is in flowmap/compare/."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipes", required=True, nargs="+", metavar="NAME|PATH", help="recipes of the same data and the same teacher")
+    terms = parser.add_mutually_exclusive_group(required=True)
+    terms.add_argument("--budget", type=float, metavar="SECONDS", help="seconds of training for each recipe and seed")
+    terms.add_argument("--calls", type=float, metavar="N", help="network evaluations for each instead, a backward pass counted as two")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1, each with a teacher of its own (default: 5)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], metavar="K", help="steps at which students are measured")
+    parser.add_argument("--out", metavar="DIR", help="folder for runs, table and plot (default: runs/compare)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what is missing; train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace every recipe's")
+
+
+def compare_verb(a: argparse.Namespace) -> int:
+    from flowmap.compare import compare, dry_compare
+
+    settings = [word for word in a.recipes if "=" in word or word.startswith("+")]  # what stands behind the names belongs to them for argparse
+    names = [word for word in a.recipes if word not in settings]
+    options = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=[*settings, *a.overrides])
+    if a.dry_run:
+        print("\n".join(dry_compare(names, **options)))
+        return 0
+    folder = Path(compare(names, **options)["folder"])
+    print((folder / "table.md").read_text(encoding="utf-8"), end="")
+    print(f"\n{folder}: compare.json, table.md, quality.png")
+    return 0

@@ -1,0 +1,67 @@
+"""Consistency mid-training: a flow map is begun by regression on points of the teacher's own solver trajectories.
+
+Source: Hu, Lai, Mitsufuji, Ermon 2025, arXiv:2509.24526 (as its abstract and reviews give it: its weights and distances are settings here).
+Clock: 0 data, 1 noise. With x_0 = x1, x_1, ... x_K the states of a solver at falling times from 1 to 0, for i < j:
+
+    F(x_i, t_i, t_j) = (x_i - x_j) / (t_i - t_j)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.solver import Heun, NoiseAnchored, Solver
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+
+
+@dataclass(frozen=True)
+class CMT:
+    """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
+
+    Trajectories start from the sample's noise, one for `points` rows, which share its condition; nothing of them is stored. The grid's
+    times nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
+    """
+
+    solver: Solver = field(default_factory=lambda: Heun(steps=16))
+    points: int = 8
+    distance: Distance = Squared()
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.points < 1:
+            raise ValueError(f"points: {self.points} must be 1 or more")
+        if isinstance(self.solver, NoiseAnchored):
+            raise ValueError("solver: the anchored rule's states are no points of one trajectory; choose euler, midpoint, heun or rk4")
+
+    def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        if teacher is None:
+            raise ValueError("objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher")
+        row = torch.arange(len(sample.t), device=sample.t.device)
+        leader = row // self.points
+        trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
+        times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)
+        i, j = places(times, sample.t, sample.s)
+        cond = None if cond is None else {key: value[leader] for key, value in cond.items()}
+        x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]
+        target = (x - y) / along(t - s, x).to(x.dtype)
+        error = self.distance(student.mean_velocity(x, t, s, cond), target)
+        return Loss(error.mean(), {"error": error.detach()})
+
+    @torch.no_grad()
+    def _trajectories(self, teacher: Teacher, sample: PathSample, count: int):
+        """The states at every time of the grid, (K + 1, count, ...), from evenly spaced rows of the sample's noise, and those rows' conditions."""
+        rows = torch.arange(count, device=sample.t.device) * self.points
+        cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
+        return self.solver(lambda x, t: teacher.velocity(x, t, cond), sample.x1[rows], keep=True).trajectory, cond
+
+
+def places(times: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(i, j): where in the falling `times` (K + 1,) the ones nearest to t and s stand, j at least i + 1 and i below K."""
+    nearest = lambda at: (at[:, None] - times[None, :]).abs().argmin(1)
+    i = nearest(t).clamp_max(len(times) - 2)
+    return i, torch.maximum(nearest(s), i + 1)
