@@ -28,6 +28,7 @@ FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.p
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
 TANGENT = "objectives/tangent.py"
+INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
 
@@ -55,7 +56,13 @@ TARGET = "target = (_wide(F) - _wide(g)).detach()"
 PAIR_ERROR = "else self.distance(velocity, sample.x1 - sample.x0)"
 HUBER = "huber = PseudoHuber(self.scale)(velocity, sample.x1 - sample.x0)"
 GUESS = "guess = sample.xt - along(sample.t, sample.xt) * velocity"
-SEEN = "perceptual = distance_by(self.net, guess, sample.x0)"
+SEEN = "perceptual = distance_by(self.net, pictures_of(student, guess), wanted)"
+WANTED = "wanted = pictures_of(student, sample.x0)"
+END = "arrival = student(sample.x1, one, torch.zeros_like(one), sample.cond)"
+END_SEEN = "seen = self.perceptual(pictures_of(student, arrival), wanted)"
+END_SUM = "value = self.squared * error + (1 - self.squared) * seen"
+END_EARLY = "if self.perceptual is None or step < self.perceptual_after_steps:"
+END_ERROR = "error = Squared()(arrival, sample.x0)"
 BOTH_TERMS = "return (1 - sample.t) * huber + weight * perceptual"
 PAIR_WEIGHT = 'weight = 1.0 if self.weight == "one" else 1 / sample.t.clamp(min=EDGE)'
 
@@ -124,9 +131,17 @@ MUTANTS = [
     Mutant("rectified", "guess: arrival time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(sample.s")),
     Mutant("rectified", "guess: time missing", RECTIFIED, GUESS, GUESS.replace("along(sample.t, sample.xt) * ", "")),
     Mutant("rectified", "guess: from the noise", RECTIFIED, GUESS, GUESS.replace("guess = sample.xt", "guess = sample.x1")),
-    Mutant("rectified", "seen beside the noise", RECTIFIED, SEEN, SEEN.replace("x0", "x1")),
-    Mutant("rectified", "seen the wrong way round", RECTIFIED, SEEN, SEEN.replace("guess, sample.x0", "sample.x0, guess")),
-    Mutant("rectified", "seen without a gradient", RECTIFIED, SEEN, SEEN.replace("guess,", "guess.detach(),")),
+    Mutant("rectified", "seen beside the noise", RECTIFIED, WANTED, WANTED.replace("x0", "x1")),
+    Mutant(
+        "rectified",
+        "seen the wrong way round",
+        RECTIFIED,
+        SEEN,
+        SEEN.replace("pictures_of(student, guess), wanted", "wanted, pictures_of(student, guess)"),
+    ),
+    Mutant("rectified", "seen without a gradient", RECTIFIED, SEEN, SEEN.replace("guess)", "guess.detach())")),
+    Mutant("rectified", "guess not decoded", RECTIFIED, SEEN, SEEN.replace("pictures_of(student, guess)", "guess")),
+    Mutant("rectified", "data not decoded", RECTIFIED, WANTED, "wanted = sample.x0"),
     Mutant("rectified", "weights swapped in time", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t)", "sample.t")),
     Mutant("rectified", "weight of huber missing", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t) * ", "")),
     Mutant("rectified", "huber missing", RECTIFIED, BOTH_TERMS, "return weight * perceptual"),
@@ -136,6 +151,27 @@ MUTANTS = [
     Mutant("rectified", "the other weight", RECTIFIED, PAIR_WEIGHT, PAIR_WEIGHT.replace("==", "!=")),
     Mutant("rectified", "1 / t without an end", RECTIFIED, PAIR_WEIGHT, PAIR_WEIGHT.replace(".clamp(min=EDGE)", "")),
     Mutant("rectified", "not resized", PERCEPTUAL, "SIZE = 224", "SIZE = 8"),
+    Mutant("endpoint", "from the point", INSTA, END, END.replace("sample.x1", "sample.xt")),
+    Mutant("endpoint", "from the sample's time", INSTA, END, END.replace("one, torch", "sample.t, torch")),
+    Mutant("endpoint", "to the sample's time", INSTA, END, END.replace("torch.zeros_like(one)", "sample.s")),
+    Mutant("endpoint", "condition lost", INSTA, END, END.replace("sample.cond", "None")),
+    Mutant("endpoint", "mean velocity in place of the arrival", INSTA, END, END.replace("student(", "student.mean_velocity(")),
+    Mutant("endpoint", "noise as the target", INSTA, END_ERROR, END_ERROR.replace("x0", "x1")),
+    Mutant("endpoint", "squared without a gradient", INSTA, END_ERROR, END_ERROR.replace("arrival,", "arrival.detach(),")),
+    Mutant("endpoint", "seen without a gradient", INSTA, END_SEEN, END_SEEN.replace("arrival)", "arrival.detach())")),
+    Mutant("endpoint", "seen the wrong way round", INSTA, END_SEEN, "seen = self.perceptual(wanted, pictures_of(student, arrival))"),
+    Mutant("endpoint", "arrival not decoded", INSTA, END_SEEN, END_SEEN.replace("pictures_of(student, arrival)", "arrival")),
+    Mutant("endpoint", "data not decoded", INSTA, WANTED, "wanted = sample.x0"),
+    Mutant("endpoint", "noise is what is wanted", INSTA, WANTED, WANTED.replace("x0", "x1")),
+    Mutant("endpoint", "shares exchanged", INSTA, END_SUM, "value = (1 - self.squared) * error + self.squared * seen"),
+    Mutant("endpoint", "squared share missing", INSTA, END_SUM, "value = (1 - self.squared) * seen"),
+    Mutant("endpoint", "perceptual at full weight", INSTA, END_SUM, "value = self.squared * error + seen"),
+    Mutant("endpoint", "one step late", INSTA, END_EARLY, END_EARLY.replace("step <", "step <=")),
+    Mutant("endpoint", "first as pictures", INSTA, END_EARLY, END_EARLY.replace("step <", "step >=")),
+    Mutant("endpoint", "ascent", INSTA, "return Loss(value.mean(),", "return Loss(-value.mean(),"),
+    Mutant("endpoint", "squared ascent", INSTA, "return Loss(error.mean(),", "return Loss(-error.mean(),"),
+    Mutant("endpoint", "sum over the batch", INSTA, "return Loss(value.mean(),", "return Loss(value.sum(),"),
+    Mutant("endpoint", "the wrong way round, by the network", INSTA, "return distance_by(self.net, a, b)", "return distance_by(self.net, b, a)"),
     Mutant("ayf_emd", "flipped sign of the derivative", AYF, EMD_G, EMD_G.replace("+ r", "- r")),
     Mutant("ayf_emd", "flipped sign of the residual", AYF, EMD_G, EMD_G.replace("g = (", "g = -(").replace("+ r", "- r")),
     Mutant("ayf_emd", "flipped sign of the velocity", AYF, EMD_G, EMD_G.replace("- v", "+ v")),

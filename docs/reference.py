@@ -24,7 +24,12 @@ def reference() -> str:
     for cls, place in sections().items():
         parts += [f"## {place}", says(cls), settings(cls)]
     for slot, table in TABLES.items():
-        parts += [f"## {' and '.join(places(slot))}: {len(table)} kind{'s' * (len(table) > 1)}", *shared(table)]
+        parts += [f"## {' and '.join(places(slot))}: {len(table)} kind{'s' * (len(table) > 1)}"]
+        whole = next((other for other, kinds in TABLES.items() if len(kinds) > len(table) and table.items() <= kinds.items()), None)
+        if whole is not None:
+            parts += [f"Those of `{places(whole)[0]}`: {', '.join(table)}."]
+            continue
+        parts += shared(table)
         for kind, cls in table.items():
             parts += [f"### {places(slot)[0]}, kind {kind}", says(cls), settings(cls), *inner(cls)]
     return "\n\n".join(part for part in parts if part)

@@ -20,6 +20,7 @@ from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import is_hub_id, load_pretrained, read_spec
+from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
 from flowmap.plan import (
     card_of,
@@ -34,10 +35,11 @@ from flowmap.plan import (
     teacher_cards,
     weights_folder,
 )  # fmt: skip
+from flowmap.provenance import baked_scale
 from flowmap.recipe import TABLES, Autoguidance, ClassifierFree, FromRecipe, FromTeacher, Recipe, StudentSpec, read_recipe
 from flowmap.snapshots import nearest_snapshot
 from flowmap.student import BESIDE, Student, StudentConfig, load_student, read_config
-from flowmap.teachers.autoencoder import Autoencoder
+from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
@@ -93,6 +95,16 @@ def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
         return PairedDataset(Path(pairs_of(recipe).root), data, pairs_identity(recipe))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
+    """What makes pictures of the recipe's latents, where its objective looks at pictures; None where it needs none."""
+    if recipe.data.in_pixels or not getattr(recipe.distillation, "sees_pictures", False):
+        return None
+    try:
+        return data_of(recipe).autoencoder.load()
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: data.{error}") from error
 
 
 def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
@@ -175,11 +187,12 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
 
 def net_of(recipe: Recipe) -> StudentSpec | None:
     """The network of the recipe's student without its weights, by way of what it starts from; None as in spec_of."""
-    if isinstance(recipe.student, FromRecipe):
-        return net_of(start_recipes(recipe)[0])
-    if isinstance(recipe.student, FromTeacher):
-        return spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
-    return recipe.student
+    net = recipe.start
+    if isinstance(net, FromRecipe):
+        net = net_of(start_recipes(recipe)[0])
+    elif isinstance(net, FromTeacher):
+        net = spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
+    return Stacked(net) if isinstance(recipe.student, Stacked) and net is not None else net
 
 
 @dataclass(frozen=True)
@@ -275,15 +288,15 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
     """What the student is: its network, sample shape, conditions and sampler."""
     guidance = recipe.teacher.guidance if recipe.teacher else None
     start = _start(recipe, teacher)
-    net = recipe.student if start is None else start.net
+    net = recipe.student if start is None else Stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
     if start is not None and start.shape != data.shape:
-        origin = recipe.student.recipe if isinstance(recipe.student, FromRecipe) else f"the teacher {recipe.teacher.name}"
+        origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {recipe.teacher.name}"
         raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
     if start is not None and start.arrival and recipe.objective.diagonal:
         raise RecipeError(f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s")
-    if isinstance(net, DiffusersModel):
+    if isinstance(net_within(net), DiffusersModel):
         try:
-            check_text(net, data.conditions_at(torch.zeros(1, dtype=torch.int64)))
+            check_text(net_within(net), data.conditions_at(torch.zeros(1, dtype=torch.int64)))
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: {error}") from error
     return StudentConfig(
@@ -293,6 +306,7 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         num_classes=data.num_classes if recipe.data.conditional else None,
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
+        baked_guidance=baked_scale(recipe),
         clamp=len(data.shape) == 3 and recipe.data.in_pixels,
         autoencoder=_beside(recipe),
         text=getattr(recipe.data, "text", None),
@@ -305,9 +319,9 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
 
 def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None:
     """What the student starts from: the teacher, or another recipe's student; None where it is built anew."""
-    if isinstance(recipe.student, FromRecipe):
+    if isinstance(recipe.start, FromRecipe):
         return read_config(started_folder(recipe) / "config.json")
-    if not isinstance(recipe.student, FromTeacher):
+    if not isinstance(recipe.start, FromTeacher):
         return None
     if teacher is None or teacher.network is None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
@@ -316,7 +330,7 @@ def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None
 
 def started_folder(recipe: Recipe) -> Path:
     """The student/ that a student of kind from_recipe starts from."""
-    return _trained_student(start_recipes(recipe)[0], f"{recipe.name}: student.recipe: {recipe.student.recipe!r}") / "student"
+    return _trained_student(start_recipes(recipe)[0], f"{recipe.name}: student.recipe: {recipe.start.recipe!r}") / "student"
 
 
 def _beside(recipe: Recipe) -> Autoencoder | None:
@@ -344,9 +358,9 @@ def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher |
             if config.lora is not None:
                 return config.build(teacher.network.flow_map.net)
             flow_map = config.build()
-            if isinstance(recipe.student, FromTeacher):
+            if isinstance(recipe.start, FromTeacher):
                 start_from(flow_map, teacher.network.merged().flow_map)
-            elif isinstance(recipe.student, FromRecipe):
+            elif isinstance(recipe.start, FromRecipe):
                 start_from(flow_map, load_student(started_folder(recipe)).merged().flow_map)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.flow.types import Cond, along
 from flowmap.objectives import Adversarial
+from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
 from flowmap.recipe import Autoguidance, ClassifierFree, Recipe
 from flowmap.teachers.guidance import Autoguidance as Autoguided
@@ -34,7 +35,7 @@ class Calls:
 
 
 def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
-    """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted."""
+    """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted, nor is a decoder before it."""
     if recipe.trains_autoencoder:
         return Calls(1, 1, 0, 0)
     student, strong, weak = _Student(), _Teacher(), _Teacher()
@@ -69,6 +70,8 @@ def _sampling(recipe: Recipe) -> tuple[float, float]:
 
 
 def _without_networks(objective):
+    if isinstance(objective, Endpoint):
+        return Endpoint()
     if isinstance(getattr(objective, "distance", None), LPIPSHuber):
         return replace(objective, distance=PseudoHuber(objective.distance.scale))
     return objective

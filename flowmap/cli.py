@@ -16,6 +16,7 @@ from flowmap import __version__
 from flowmap.compare_verb import compare_arguments, compare_verb
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
+from flowmap.terminal import Bar, summary
 
 PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -86,7 +87,7 @@ def _fit(a: argparse.Namespace) -> int:
 
     run = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)
     if run.metrics:
-        print(_summary(run.metrics))
+        print(summary(run.metrics))
         print(f"student: {run.folder / 'student'}")
     return 0
 
@@ -98,11 +99,18 @@ def _sample(a: argparse.Namespace) -> int:
 
     check_writable(Path(a.out), "--out")
     student = load_student(a.student).to(_device(a.device))
-    if a.prompt is not None and student.config.text is None:
+    if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
-    cond = {key: value for key, value in (("class", a.label), ("prompt", a.prompt)) if value is not None}
-    with _bar(a.num * len(a.steps)) as progress:
-        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed)
+    prompt = a.prompt if student.config.text is not None else None
+    given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
+    cond = {key: value for key, value in given if value is not None}
+    refine = None
+    if a.refiner is not None:
+        from flowmap.teachers.refiner import Refiner
+
+        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=a.seed).load().to(student.device)
+    with Bar(a.num * len(a.steps)) as progress:
+        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine)
         grids = sample(student, a.out, **options, progress=progress)
     for grid in grids:
         print(grid)
@@ -119,7 +127,7 @@ def _evaluate(a: argparse.Namespace) -> int:
         check_writable(Path(a.out).parent, "--out")
     student = load_student(a.student).to(_device(a.device))
     metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
-    print(_summary(metrics) if a.out else json.dumps(metrics, indent=2))
+    print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
 
 
@@ -179,6 +187,12 @@ def _import_weights(a: argparse.Namespace) -> int:
     return 0
 
 
+def _merge(a: argparse.Namespace) -> int:
+    from flowmap.merge import merge_verb
+
+    return merge_verb(a)
+
+
 def _export(a: argparse.Namespace) -> int:
     from flowmap.export import export
     from flowmap.export.hub import check_repository, push
@@ -230,36 +244,6 @@ def _cite(a: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(metrics: dict) -> str:
-    rows = {f"student {k}": row for k, row in metrics["student"].items()}
-    rows |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
-    if "teacher" in metrics:
-        rows[f"teacher {metrics['teacher']['steps']}"] = metrics["teacher"]
-    rows["floor"] = metrics["floor"]
-    names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
-    lines = ["steps".ljust(14) + "".join(name.rjust(max(12, len(name) + 2)) for name in names)]
-    for label, row in rows.items():
-        cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
-        lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
-    return "\n".join(lines)
-
-
-class _bar:
-    """A progress bar, on a terminal alone."""
-
-    def __init__(self, total: int):
-        self.total = total
-
-    def __enter__(self):
-        from tqdm import tqdm
-
-        self.tqdm = tqdm(total=self.total, disable=not sys.stderr.isatty(), unit="image")
-        return self.tqdm.update
-
-    def __exit__(self, *exc) -> None:
-        self.tqdm.close()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowmap", description="Distil a slow diffusion or flow teacher into a student of 1, 2 or 4 steps.")
     parser.add_argument("--version", action="version", version=f"flowmap {__version__}")
@@ -279,6 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num", type=int, default=64, help="samples for each number of steps")
     sample.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
     sample.add_argument("--prompt", help="text, for students that are conditioned on it")
+    sample.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
+    sample.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
+    sample.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
     sample.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, help="folder for the pictures")
@@ -319,6 +306,17 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl|DIR", help=what)
     weights.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
     weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
+
+    merge = _verb(verbs, "merge", _merge, "add a finetune's difference from its base, or a LoRA, onto a student's weights, without training")
+    merge.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    merge.add_argument("--delta", metavar="DIR|FILE", help="the finetune: a diffusers folder, a student folder or a safetensors file")
+    merge.add_argument("--base", metavar="DIR|FILE", help="what it was trained from")
+    merge.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how much of the difference")
+    merge.add_argument("--lora", metavar="FILE", help="a LoRA in the format of diffusers or peft, safetensors")
+    merge.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of the LoRA")
+    merge.add_argument("--strict", action="store_true", help="refuse what does not fit whole")
+    merge.add_argument("--overwrite", action="store_true", help="replace the merge that the folder holds")
+    merge.add_argument("--out", required=True, help="folder for the student")
 
     export = _verb(verbs, "export", _export, "write a student as a diffusers pipeline or LoRA or a torch program, for those without flowmap")
     export.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")

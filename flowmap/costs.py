@@ -24,6 +24,7 @@ from flowmap.data import TextEncoder
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
+from flowmap.nets.stacked import net_within
 from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
 from flowmap.student import StudentConfig
 from flowmap.teachers.text import Sentence
@@ -117,8 +118,9 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
-    if isinstance(config.net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
-        return cond | {"guidance": torch.ones(rows)} | example_conditions(config.net, rows, tokens_of(config.net.network, config.text))
+    net = net_within(config.net)
+    if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
+        return cond | {"guidance": torch.ones(rows)} | example_conditions(net, rows, tokens_of(net.network, config.text))
     return cond | ({"guidance": torch.ones(rows)} if config.guidance else {})
 
 

@@ -20,8 +20,21 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
+from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial
-from flowmap.plan import Encoding, Pairing, Stage, autoencoder_recipes, data_of, pairs_cards, plan, runs_root, teacher_cards
+from flowmap.plan import (
+    Encoding,
+    Pairing,
+    Stage,
+    autoencoder_recipes,
+    data_of,
+    pairs_cards,
+    plan,
+    runs_root,
+    start_recipes,
+    teacher_cards,
+    teacher_recipes,
+)
 from flowmap.recipe import PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
 from flowmap.teachers.card import Card
@@ -101,20 +114,28 @@ class _Described:
     spec: StudentSpec
 
     def conditions_at(self, places: Tensor) -> Cond:
-        return example_conditions(self.spec, len(places)) if isinstance(self.spec, DiffusersModel) else {}
+        net = net_within(self.spec)
+        return example_conditions(net, len(places)) if isinstance(net, DiffusersModel) else {}
 
 
 def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
     spec = net_of(recipe)
     if data is None and spec is not None:
-        known = (tuple(cards[0].shape), cards[0].num_classes) if cards and cards[0].shape else None
-        shape, num_classes = known or recipe.data.outline() or (_latents(recipe), None)
+        shape, num_classes = _carded(recipe) or recipe.data.outline() or (_latents(recipe), None)
         data = _Described(shape, num_classes, spec) if shape else None
     if spec is None or data is None:
         return None
     config = student_config(replace(recipe, student=spec), data, None)
     return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
+
+
+def _carded(recipe: Recipe) -> tuple[tuple[int, ...], int | None] | None:
+    """(shape, classes) of the samples as the teacher's card says them, or that of the recipe that it or the student comes from."""
+    cards = teacher_cards(recipe)
+    if cards and cards[0].shape:
+        return tuple(cards[0].shape), cards[0].num_classes
+    return next((found for needed in (*teacher_recipes(recipe), *start_recipes(recipe)) if (found := _carded(needed))), None)
 
 
 def _latents(recipe: Recipe) -> tuple[int, ...] | None:

@@ -174,7 +174,7 @@ def _trained(slot: TeacherSlot | None) -> list[Recipe]:
 
 def start_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe whose student this one's starts from, where it says so."""
-    return [read_recipe(recipe.student.recipe, recipe.student.overrides)] if isinstance(recipe.student, FromRecipe) else []
+    return [read_recipe(recipe.start.recipe, recipe.start.overrides)] if isinstance(recipe.start, FromRecipe) else []
 
 
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, to_plain
-from flowmap.data import Encoded
+from flowmap.data import Encoded, Pairs
 from flowmap.data.dataset import Source
 from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.recipe import TABLES, Autoguidance, Recipe, read_recipe
@@ -34,6 +34,15 @@ def scale_of(recipe: Recipe) -> float | None:
     if guidance is None:
         return None
     return guidance.default if spec.guidance is None else spec.guidance
+
+
+def baked_scale(recipe: Recipe) -> float | None:
+    """The guidance scale that the recipe's pairs have in them: of what made them, or of the pairs that that in turn learned from."""
+    if not isinstance(recipe.coupling, Pairs):
+        return None
+    made_by = recipe.coupling.recipe or recipe.coupling.teacher.recipe
+    scale = scale_of(recipe)
+    return baked_scale(read_recipe(made_by)) if scale is None and made_by is not None else scale
 
 
 def identity(

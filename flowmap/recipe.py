@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowmap.config import MISSING, RecipeError, construct, to_plain
+from flowmap.config import MISSING, RecipeError, construct, kind_of, to_plain
 from flowmap.data import COUPLINGS, DATA, IMAGE_SOURCES, Autoencoder, Coupling, Guidance, ImageSource, Independent, Pairs, TeacherSlot, TextEncoder
 from flowmap.flow.distance import DISTANCES, Distance, Squared
 from flowmap.flow.path import PATHS, Linear
@@ -27,10 +27,12 @@ from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.nets import DISCRIMINATORS, NETS, AutoencoderKL
 from flowmap.nets.lora import LoRA
-from flowmap.objectives import OBJECTIVES, Adversarial, Reconstruction, Rectified
+from flowmap.nets.stacked import NetSpec, Stacked, net_within
+from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, Reconstruction, Rectified
 from flowmap.objectives.adversarial import DiscriminatorSpec
+from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
-from flowmap.objectives.rectified import LPIPSHuber, RectifiedDistance
+from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.optimizer import AdamW
 from flowmap.samplers import SAMPLERS, Deterministic
 from flowmap.settings import (
@@ -94,8 +96,10 @@ class Recipe:
             self._check_lora()
         if isinstance(self.coupling, Pairs) and self.trains_autoencoder:
             raise ValueError("coupling: pairs are no use to an autoencoder; leave it independent")
-        if isinstance(self.distillation, Rectified):
-            self._check_rectified()
+        if isinstance(self.distillation, (Rectified, Endpoint)):
+            self._check_pairs()
+        if getattr(self.distillation, "sees_pictures", False):
+            self._check_pictures()
         if isinstance(self.objective, Adversarial):
             self._check_adversarial()
 
@@ -103,6 +107,11 @@ class Recipe:
     def distillation(self) -> Objective:
         """What the student is compared with its teacher by: the objective, or the one that an adversarial stage keeps."""
         return self.objective.base if isinstance(self.objective, Adversarial) else self.objective
+
+    @property
+    def start(self) -> StudentSpec:
+        """Where the student's weights come from: the teacher, another recipe, or the network's own settings; of a stack, those of both."""
+        return net_within(self.student)
 
     @property
     def lora(self) -> LoRA | None:
@@ -116,19 +125,26 @@ class Recipe:
             way = self.distillation.derivative
             raise ValueError(f"student.lora.dropout: {self.lora.dropout} wants objective.derivative: ride; {way!r} would see another mask")
 
-    def _check_rectified(self) -> None:
-        distance, key = self.distillation.distance, "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+    def _check_pairs(self) -> None:
+        kind, distance = kind_of(self.distillation, TABLES), getattr(self.distillation, "distance", None)
+        key = "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+        if not isinstance(self.coupling, Pairs) and isinstance(self.distillation, Endpoint):
+            raise ValueError("coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean")
         if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
             raise ValueError(f"{key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
         if not isinstance(self.path, Linear):
             raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
         if self.teacher is not None and self.teacher.guidance is not None:
-            raise ValueError("teacher.guidance: objective rectified does not ask the teacher; guidance is baked in by coupling.teacher.guidance")
-        if isinstance(distance, LPIPSHuber):
-            if not self.data.in_pixels:
-                raise ValueError(f"{key}.distance: lpips_huber looks at pictures, and the data's samples are latents")
-            if any(getattr(metric, "features", None) == distance.net for metric in self.metrics):
-                raise ValueError(f"{key}.distance.net: {distance.net!r} is also a metric's; a loss and a metric must not share a network")
+            raise ValueError(f"teacher.guidance: objective {kind} does not ask the teacher; guidance is baked in by coupling.teacher.guidance")
+
+    def _check_pictures(self) -> None:
+        """The objective looks at pictures: those that the data's latents decode to, by a network that no metric has."""
+        key = "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+        where, net = ("perceptual" if isinstance(self.distillation, Endpoint) else "distance"), self.distillation.loss_net
+        if not self.data.in_pixels and getattr(self.data, "autoencoder", None) is None:
+            raise ValueError(f"{key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder")
+        if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
+            raise ValueError(f"{key}.{where}.net: {net!r} is also a metric's; a loss and a metric must not share a network")
 
     def _check_adversarial(self) -> None:
         where, spec = "objective.discriminator", self.objective.discriminator
@@ -161,16 +177,20 @@ class Recipe:
         return _missing(to_plain(self, TABLES), "")
 
 
+STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
+
 TABLES: Mapping[type, Mapping[str, type]] = {
     Data: DATA,
     ImageSource: IMAGE_SOURCES,
     Autoencoder: AUTOENCODERS,
     TextEncoder: TEXT_ENCODERS,
-    StudentSpec: {"from_teacher": FromTeacher, "from_recipe": FromRecipe, **NETS},
+    StudentSpec: {**STARTS, **NETS},
+    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net not in (Stacked, AutoencoderKL)}},
     Objective: OBJECTIVES,
     DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,
     RectifiedDistance: RECTIFIED_DISTANCES,
+    PictureDistance: PICTURE_DISTANCES,
     Path: PATHS,
     Prior: PRIORS,
     Coupling: COUPLINGS,

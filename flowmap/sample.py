@@ -20,15 +20,19 @@ def sample(
     gamma: float | None = None,
     seed: int = 0,
     progress=None,
+    refine=None,
 ) -> list[Path]:
-    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as text."""
+    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as text.
+
+    refine: as Student.sample has it.
+    """
     student = student if isinstance(student, Student) else load_student(student)
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
     grids = []
     for k in steps:
-        x0 = student.sample(num, steps=k, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress)
+        x0 = student.sample(num, steps=k, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress, refine=refine)
         grids.append(Path(out) / f"steps-{k}.png")
         save_picture(grids[-1], to_grid(x0))
         if x0.ndim == 4:

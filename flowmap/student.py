@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
 from flowmap.config import RecipeError, construct, to_plain
 from flowmap.data import Autoencoder, TextEncoder
 from flowmap.files import read_json, read_tensors, write_json, write_tensors
@@ -20,6 +21,7 @@ from flowmap.flow.types import Sampler
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, load_base, merged
+from flowmap.nets.stacked import net_within
 from flowmap.recipe import TABLES, StudentSpec
 from flowmap.samplers import Gamma
 from flowmap.samplers.grids import FewStep
@@ -27,6 +29,7 @@ from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
 
 FORMAT = 1
+Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
 BESIDE = "autoencoder"
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
@@ -36,7 +39,8 @@ MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
 class StudentConfig:
     """All that is needed to build the network again and to sample from it.
 
-    guidance: the range of scales it was trained on and the default, or None where the scale is no input. arrival: False for a plain
+    guidance: the range of scales it was trained on and the default, or None where the scale is no input;
+    baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
     velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
     source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
     branches beside the frozen `base`.
@@ -48,6 +52,7 @@ class StudentConfig:
     num_classes: int | None = None
     arrival: bool = True
     guidance: tuple[float, float, float] | None = None
+    baked_guidance: float | None = None
     clamp: bool = True
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
@@ -126,12 +131,14 @@ class Student:
         batch_size: int = 256,
         progress=None,
         latents: bool = False,
+        refine: Refine | None = None,
     ) -> Tensor:
         """(num, *shape): pictures in [-1, 1]. The same seed gives the same noise (and, without cond, the same classes) on every device.
 
         cond: {"class": one label or num labels}, without it classes in turn; {"prompt": one text or num texts} for students that are
         conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
-        with the number of new samples. latents: give latents, not their pictures. Raises ValueError that names what is wrong.
+        with the number of new samples. latents: give latents, not their pictures. refine: called with the pictures and their
+        prompts (None without text), gives the refined ones (teachers/refiner.py). Raises ValueError that names what is wrong.
         """
         if not 1 <= num <= MAX_IMAGES:
             raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
@@ -139,6 +146,8 @@ class Student:
             raise ValueError(f"steps: {steps} must lie in 1..{MAX_STEPS}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
+        if refine is not None and latents:
+            raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator)
         conditions = self.conditions(num, cond, guidance)
@@ -151,7 +160,10 @@ class Student:
             if progress is not None:
                 progress(len(chunk))
         x0 = torch.cat(out)
-        return x0 if latents else self.pictures(x0, batch_size)
+        if latents:
+            return x0
+        pictures = self.pictures(x0, batch_size)
+        return pictures if refine is None else refine(pictures, prompts_of(num, cond)).clamp(-1, 1)
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
@@ -181,6 +193,10 @@ class Student:
         cond = dict(cond or {})
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
         allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has] + [*text]
+        if "negative_prompt" in cond:
+            raise ValueError(f"negative_prompt: {cond['negative_prompt']!r} was given, but {NO_NEGATIVE}")
+        if self.config.guidance is None and (scale := cond.get("guidance", guidance)) is not None:
+            raise ValueError(f"guidance: {scale} was given, but {no_scale(self.config.baked_guidance)}")
         for key in cond:
             if key not in allowed:
                 raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
@@ -190,13 +206,11 @@ class Student:
         if self.config.guidance is not None:
             scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
             low, high, _ = self.config.guidance
-            rows["guidance"] = _rows(scale, num, "guidance", torch.float32).to(self.device)
+            rows["guidance"] = rows_of(scale, num, "guidance", torch.float32).to(self.device)
             if not bool(((rows["guidance"] >= 0) & rows["guidance"].isfinite()).all()):
                 raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
             if not bool(((rows["guidance"] >= low - 1e-6) & (rows["guidance"] <= high + 1e-6)).all()):
                 warnings.warn(f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
-        elif guidance is not None:
-            raise ValueError(f"guidance: {guidance} was given, but this student was not trained with a guidance scale as input")
         return rows
 
     def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -221,7 +235,7 @@ class Student:
         count = self.config.num_classes
         if label is None:
             return (torch.arange(num) % count).to(self.device)
-        labels = _rows(label, num, "class", torch.int64)
+        labels = rows_of(label, num, "class", torch.int64)
         if int(labels.min()) < -1 or int(labels.max()) >= count:
             bad = labels[(labels < -1) | (labels >= count)][0].item()
             raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")
@@ -312,7 +326,7 @@ def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> Fl
     """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
     largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
     rank = None if config.lora is None else config.lora.rank
-    for name, value in [*vars(config.net).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
+    for name, value in [*vars(net_within(config.net)).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
         if isinstance(value, int) and not -1 < value <= largest:
             raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
     if math.prod(config.shape) > MAX_SIZE:
@@ -335,17 +349,3 @@ def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], fil
     for name in got:
         if name not in expected:
             raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")
-
-
-def _rows(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{key}: {value!r} is neither a number nor {num} numbers") from None
-    if dtype == torch.int64 and tensor.is_floating_point():
-        raise ValueError(f"{key}: {value!r} is not a whole number")
-    if tensor.ndim == 0:
-        return tensor.to(dtype).expand(num)
-    if tensor.shape != (num,):
-        raise ValueError(f"{key}: has shape {tuple(tensor.shape)}, wants one value or {num}")
-    return tensor.to(dtype)

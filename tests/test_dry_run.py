@@ -50,7 +50,16 @@ def test_a_cards_network_has_the_published_number_of_parameters(name):
     assert cost.parameters == pytest.approx(card.parameters, rel=0.005)
 
 
-LARGE = ("flux-dev-lora", "imagenet512", "imagenet512-adversarial", "imagenet64", "sana", "sd15", "sd35-medium")
+LARGE = (
+    "flux-dev-lora",
+    "imagenet512",
+    "imagenet512-adversarial",
+    "imagenet64",
+    "sana",
+    "sd15",
+    "sd35-medium",
+    *(f"instaflow/sd15{stage}" for stage in ("", "-reflow", "-reflow-1024")),
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in list_recipes()])

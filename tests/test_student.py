@@ -123,3 +123,18 @@ def test_gamma_keeps_the_grid_of_the_students_sampler():
     from flowmap.student import with_gamma
 
     assert with_gamma(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), 0.3) == Gamma((2,), "shifted", 3.0, t_max=0.9, gamma=0.3)
+
+
+def test_what_a_distilled_student_cannot_honour_is_refused_with_its_reason():
+    student = built()
+    with pytest.raises(
+        ValueError, match="negative_prompt: 'blurred' was given, but a distilled student makes one prediction a step.*sample the teacher"
+    ):
+        student.sample(2, cond={"negative_prompt": "blurred"})
+    plain = Student(replace(student.config, guidance=None), student.flow_map)
+    for call in (dict(guidance=2.0), dict(cond={"guidance": 2.0})):
+        with pytest.raises(ValueError, match="guidance: 2.0 was given, but this student was not trained with a guidance scale as input$"):
+            plain.sample(2, **call)
+    baked = Student(replace(plain.config, baked_guidance=6.0), student.flow_map)
+    with pytest.raises(ValueError, match="scale as input: 6 is baked in by the pairs that it learned from; leave it out"):
+        baked.sample(2, guidance=2.0)

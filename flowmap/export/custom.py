@@ -20,6 +20,7 @@ from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.files import write_json, write_text
+from flowmap.nets.stacked import Stacked, net_within, stack_of
 from flowmap.recipe import TABLES
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
@@ -38,12 +39,14 @@ def write_custom(plan: Export, folder: Path) -> Written:
     """Fills the folder with pipeline, network, scheduler, autoencoder and text encoders, and gives the Python lines that load and call it."""
     config = plan.student.config
     module = f"flow_map_{kind_of(config.net, TABLES) or type(config.net).__name__.lower()}"
-    network_class = type("FlowMapModel", (FlowMapModel,), {"network": type(config.net), "__module__": FlowMapModel.__module__})
-    settings = json.loads(json.dumps(asdict(config.net)))
+    net, stacked = net_within(config.net), isinstance(config.net, Stacked)
+    network = staticmethod(stack_of(type(net))) if stacked else type(net)
+    network_class = type("FlowMapModel", (FlowMapModel,), {"network": network, "__module__": FlowMapModel.__module__})
+    settings = json.loads(json.dumps(asdict(net)))
     model = network_class(settings, list(config.shape), config.num_classes, config.arrival, config.guidance is not None)
     load_weights(model.flow_map, plan.student.flow_map.state_dict())
     model.save_pretrained(folder / "flow_map", safe_serialization=True)
-    write_text(folder / "flow_map" / f"{module}.py", network_source(type(config.net)))
+    write_text(folder / "flow_map" / f"{module}.py", network_source(type(net), stacked=stacked))
     write_text(folder / "pipeline.py", pipeline_source())
     diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(folder / "scheduler")
     vae = exported_vae(plan)
@@ -54,11 +57,13 @@ def write_custom(plan: Export, folder: Path) -> Written:
     return Written(_snippet(plan, vae is not None, text is not None), (ENCODER_KEPT,) if plan.unit else ())
 
 
-def network_source(spec: type) -> str:
-    """The network's file: the settings' class with all that it builds, and the diffusers model around it."""
+def network_source(spec: type, *, stacked: bool = False) -> str:
+    """The network's file: the settings' class with all that it builds, two in series where it is stacked, and the diffusers model around it."""
     roots = [("flowmap.export.custom_model", "FlowMapModel"), (spec.__module__, spec.__name__)]
-    header = _header(f"A flow map's network ({spec.__name__}).")
-    return amalgamate(roots, header=header, tail=f"FlowMapModel.network = {spec.__name__}")
+    roots += [(stack_of.__module__, stack_of.__name__)] if stacked else []
+    header = _header(f"A flow map's network ({spec.__name__}{', two in series' if stacked else ''}).")
+    made = f"staticmethod(stack_of({spec.__name__}))" if stacked else spec.__name__
+    return amalgamate(roots, header=header, tail=f"FlowMapModel.network = {made}")
 
 
 def pipeline_source() -> str:
@@ -93,8 +98,8 @@ def _snippet(plan: Export, decodes: bool, encodes: bool) -> str:
     arguments = ["class_labels=[0, 1]" if config.num_classes and config.num_classes > 1 else "num_images=2"]
     if encodes:
         arguments = [f'prompt="{PROMPT}"']
-    elif getattr(config.net, "network", "") in TOLD:
-        arguments = [f"{name}={name}" for name in TOLD[config.net.network]]
+    elif (network := getattr(net_within(config.net), "network", "")) in TOLD:
+        arguments = [f"{name}={name}" for name in TOLD[network]]
     arguments.append(f"num_inference_steps={plan.steps}")
     if plan.guidance is not None:
         arguments.append(f"guidance_scale={plan.guidance:g}")

@@ -15,19 +15,19 @@ MARK = "flowmap_export.json"
 
 
 @contextmanager
-def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
-    """Gives a new folder to fill; at the end it stands at `out`, `note` in it. On any failure `out` is as it was.
+def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: str = MARK, what: str = "export") -> Iterator[Path]:
+    """Gives a new folder to fill; at the end it stands at `out`, `note` in it under the name `mark`. On any failure `out` is as it was.
 
-    Raises ValueError where `out` is there already, unless it is empty, or an earlier export and `overwrite` is set.
+    Raises ValueError where `out` is there already, unless it is empty, or an earlier one (`what`) and `overwrite` is set.
     """
-    check_free(out, overwrite)
+    check_free(out, overwrite, mark=mark, what=what)
     out = out.absolute()
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
         beside.mkdir(parents=True)
         yield beside
-        write_json(beside / MARK, note)
+        write_json(beside / mark, note)
         _flush(beside)
         if out.exists():
             os.rename(out, old)
@@ -42,8 +42,8 @@ def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool) -> Iter
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """ValueError unless an export may be written to `out`."""
+def check_free(out: Path, overwrite: bool, *, mark: str = MARK, what: str = "export") -> None:
+    """ValueError unless it may be written to `out`."""
     check_writable(out.parent, "--out")
     if not os.path.lexists(out):
         return
@@ -51,10 +51,10 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise ValueError(f"--out: {out} is there and is no folder")
     if not any(out.iterdir()):
         return
-    if not (out / MARK).is_file():
-        raise ValueError(f"--out: {out} holds something that is no export of flowmap's; choose another folder")
+    if not (out / mark).is_file():
+        raise ValueError(f"--out: {out} holds something that is no {what} of flowmap's; choose another folder")
     if not overwrite:
-        raise ValueError(f"--out: {out} holds an export of {read_json(out / MARK).get('recipe', 'a student')!r}; --overwrite replaces it")
+        raise ValueError(f"--out: {out} holds an earlier {what} of {read_json(out / mark).get('recipe', 'a student')!r}; --overwrite replaces it")
 
 
 def _flush(folder: Path) -> None:

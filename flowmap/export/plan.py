@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from flowmap.conditions import no_scale
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student import Student
 
@@ -75,7 +76,7 @@ def make_plan(student: Student, steps: int | None, guidance: float | None, *, me
 def _scale(student: Student, guidance: float | None) -> float | None:
     if student.config.guidance is None:
         if guidance is not None:
-            raise ValueError(f"--guidance: {guidance:g} was given, but this student was not trained with a guidance scale as input")
+            raise ValueError(f"--guidance: {guidance:g} was given, but {no_scale(student.config.baked_guidance)}")
         return None
     low, high, default = student.config.guidance
     scale = default if guidance is None else guidance

@@ -14,6 +14,7 @@ from flowmap.export.plan import Export, Written
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
+from flowmap.nets.stacked import net_within
 
 PROGRAM = "program.pt2"
 EXAMPLE = 3  # rows of the example that the program is traced with: no other size of a sample
@@ -90,8 +91,9 @@ def example_conditions(plan: Export) -> dict[str, Tensor]:
     cond = {"class": torch.arange(EXAMPLE) % config.num_classes} if config.num_classes else {}
     if plan.guidance is not None:
         cond["guidance"] = torch.full((EXAMPLE,), plan.guidance)
-    if isinstance(config.net, DiffusersModel):
-        cond |= example_text(config.net, EXAMPLE, tokens=8)
+    net = net_within(config.net)
+    if isinstance(net, DiffusersModel):
+        cond |= example_text(net, EXAMPLE, tokens=8)
     return cond
 
 

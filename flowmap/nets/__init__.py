@@ -8,6 +8,7 @@ from flowmap.nets.dit import DiT
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.mlp import MLP
+from flowmap.nets.stacked import Stacked
 
 NETS = {
     "dit": DiT,
@@ -16,6 +17,7 @@ NETS = {
     "edm_ddpmpp": DDPMpp,
     "edm_adm": ADM,
     "diffusers": DiffusersModel,
+    "stacked": Stacked,
     "autoencoder_kl": AutoencoderKL,
 }
 DISCRIMINATORS = {"conv": Conv, "teacher": OnTeacher, "features": OnFeatures}

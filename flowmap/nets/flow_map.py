@@ -6,7 +6,7 @@ Source: Align Your Flow, arXiv:2506.14603.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,13 @@ from flowmap.flow.types import Cond, along
 
 
 class FlowMapNet(nn.Module):
-    """A student: a network F(x, t, s, cond) read as the mean velocity over [s, t]."""
+    """A student: a network F(x, t, s, cond) read as the mean velocity over [s, t].
+
+    decode: what makes pictures of latents, with grad, for objectives that look at pictures; train/ sets it on the student that trains. It
+    is no submodule: no state_dict and no copy has it.
+    """
+
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -33,6 +39,10 @@ class FlowMapNet(nn.Module):
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
 
+    def pictures(self, x: Tensor) -> Tensor:
+        """What samples x look like, with grad: x itself where nothing decodes."""
+        return x if self.decode is None else self.decode(x)
+
 
 def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:
     """The first tensor that two state dicts do not share in name and shape: (name, shape wanted, shape given); None where they fit.
@@ -47,11 +57,16 @@ def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[s
 SILENT = ("arrival.", "guidance.")
 
 
-def start_from(student: nn.Module, teacher: nn.Module) -> None:
+def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     """The student's weights are the teacher's; its arrival and guidance branches, where the teacher has none, stay silent: F(x, t, s) = v(x, t).
 
-    Raises ValueError, and changes nothing, if the two networks differ in anything but those branches.
+    A stack whose start is a single network takes those weights twice. Raises ValueError, and changes nothing, if the two networks differ in
+    anything but those branches.
     """
+    if hasattr(student.net, "parts") and not hasattr(teacher.net, "parts"):
+        for part in student.net.parts:
+            start_from(FlowMapNet(part), teacher)
+        return
     wanted, given = student.state_dict(), teacher.state_dict()
     odd = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
     odd += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]

@@ -6,6 +6,7 @@ from flowmap.objectives.cmt import CMT
 from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
+from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
@@ -29,5 +30,6 @@ OBJECTIVES = {
     "cmt": CMT,
     "rectified": Rectified,
     "adversarial": Adversarial,
+    "endpoint": Endpoint,
     "reconstruction": Reconstruction,
 }

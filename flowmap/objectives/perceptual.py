@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,12 @@ def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     net = perceptual(name, a.device)
     size = getattr(net, "size", SIZE)
     return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
+
+
+def pictures_of(student: Any, x: Tensor) -> Tensor:
+    """What samples x look like to the student: decoded, with grad, where they are latents; x itself where they are pictures."""
+    look = getattr(student, "pictures", None)
+    return x if look is None else look(x)
 
 
 @lru_cache(maxsize=4)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from flowmap.flow.distance import PseudoHuber, Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
-from flowmap.objectives.perceptual import check_name, distance_by
+from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
 
 EDGE = 1e-5  # below it 1 / t is not followed: where U-shaped times end
 
@@ -27,7 +28,7 @@ class LPIPSHuber:
 
     net: "lpips" (VGG trunk) or "lpips_alex", through the lpips package where the trunk's weights are at hand; "efficientnet_lite0", whose
     weights are a package; "random_conv", which needs none; or "package.mod:attr", a call (a, b) -> (B,) on pictures (B, 3, H, W) of side
-    `attr.size` (224 where it says nothing, None for any). Pictures alone.
+    `attr.size` (224 where it says nothing, None for any). Latents are decoded first.
     """
 
     scale: float = 0.00054
@@ -40,10 +41,12 @@ class LPIPSHuber:
             raise ValueError(f"weight: {self.weight!r} is not one of one, inverse_time")
         check_name(self.net)
 
-    def __call__(self, velocity: Tensor, sample: PathSample) -> Tensor:
+    def __call__(self, velocity: Tensor, sample: PathSample, student: FlowMap) -> Tensor:
         huber = PseudoHuber(self.scale)(velocity, sample.x1 - sample.x0)
         guess = sample.xt - along(sample.t, sample.xt) * velocity
-        perceptual = distance_by(self.net, guess, sample.x0)
+        with torch.no_grad():
+            wanted = pictures_of(student, sample.x0)
+        perceptual = distance_by(self.net, pictures_of(student, guess), wanted)
         weight = 1.0 if self.weight == "one" else 1 / sample.t.clamp(min=EDGE)
         return (1 - sample.t) * huber + weight * perceptual
 
@@ -58,8 +61,16 @@ class Rectified:
     distance: RectifiedDistance = PseudoHuber()
     diagonal: ClassVar[bool] = True
 
+    @property
+    def sees_pictures(self) -> bool:
+        return isinstance(self.distance, LPIPSHuber)
+
+    @property
+    def loss_net(self) -> str | None:
+        """The network that the loss looks through, which no metric may share."""
+        return getattr(self.distance, "net", None)
+
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         velocity = student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)
-        perceptual = isinstance(self.distance, LPIPSHuber)
-        error = self.distance(velocity, sample) if perceptual else self.distance(velocity, sample.x1 - sample.x0)
+        error = self.distance(velocity, sample, student) if self.sees_pictures else self.distance(velocity, sample.x1 - sample.x0)
         return Loss(error.mean(), {"error": error.detach()})

@@ -106,6 +106,10 @@ class FrozenAutoencoder:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
+        return self.decode_with_grad(z)
+
+    def decode_with_grad(self, z: Tensor) -> Tensor:
+        """The same pictures, carrying grad to z."""
         z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
         x = self.model.decode(z.to(self.dtype)).sample.float()
         return 2 * x - 1 if self.unit else x
@@ -152,8 +156,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def no_bars_in_files() -> None:
-    """The libraries' progress bars over weights are for a terminal alone."""
+def before_loading() -> None:
+    """What must come before the libraries load weights: their progress bars are for a terminal alone, and torch must know its devices.
+
+    torch remembers at their first use which functions a device context moves; transformers (5.23) exchanges torch.linspace while it loads, and
+    if that came first, no context of this process would move the true one any more.
+    """
+    with torch.device("meta"):
+        torch.zeros(())
     if not sys.stderr.isatty():
         import diffusers
         import transformers

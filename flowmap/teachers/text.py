@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowmap.teachers.autoencoder import digest_of, first_line, local_folder, no_bars_in_files
+from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, local_folder
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
@@ -43,7 +43,7 @@ class Sentence:
         from transformers import AutoModel, AutoTokenizer
 
         folder = self._folder()
-        no_bars_in_files()
+        before_loading()
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks, where there is a terminal
             model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
@@ -101,7 +101,7 @@ class PipelineText:
             if "requires_safety_checker" in wanted:
                 left_out["requires_safety_checker"] = False
             _check_libraries({part: index[part] for part in there if part not in NOT_TEXT} | {part: index.get(part) for part in FIRST})
-            no_bars_in_files()
+            before_loading()
             pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
         except Exception as error:  # a foreign folder makes the library raise anything at all
             raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}") from error

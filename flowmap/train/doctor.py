@@ -16,6 +16,7 @@ from flowmap.dry_run import counted
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
+from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
@@ -61,7 +62,7 @@ def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(batch, *shape, generator=generator).clamp(-1, 1)
     labels = torch.randint(num_classes, (batch,), generator=generator) if num_classes else None
-    net = teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student
+    net = net_within(teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student)
     text = example_conditions(net, batch) if isinstance(net, DiffusersModel) else {}
     return _Noise("noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes, text=text)
 

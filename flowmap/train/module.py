@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowmap.build import BuiltTeacher
+from flowmap.build import BuiltTeacher, build_decoder
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.types import Loss, PathSample
@@ -44,6 +44,7 @@ class DistillModule(L.LightningModule):
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
+        self._decoder = build_decoder(recipe)  # no module either, as the teacher
         self._micro = 0
 
     @property
@@ -83,6 +84,8 @@ class DistillModule(L.LightningModule):
         self._micro = 0
         if self.teacher is not None:
             self.teacher.to(self.device)
+        if self._decoder is not None:
+            self.student.decode = self._decoder.to(self.device).decode_with_grad
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         sample, generator = self.draw(batch)

@@ -198,7 +198,20 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
             "objective.distance.net: 'efficientnet_lite0' is also a metric's",
         ),
         (["objective.distance={kind: adaptive}"], "objective.distance.kind: no 'adaptive'; allowed: squared, pseudo_huber, lpips_huber"),
-        (["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"], "lpips_huber looks at pictures"),
+        (["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"], "objective.distance: looks at pictures, and nothing decodes"),
+        (["objective={kind: endpoint}", "coupling.kind=independent"], "coupling: objective endpoint is for pairs"),
+        (["objective={kind: endpoint}", "path.kind=trig"], "path: "),
+        (["objective={kind: endpoint}", "teacher.guidance={kind: classifier_free}"], "teacher.guidance: objective endpoint does not ask"),
+        (["objective={kind: endpoint, perceptual_after_steps: 3}"], "objective.perceptual_after_steps, squared: say when"),
+        (["objective={kind: endpoint, perceptual: {kind: vgg}}"], "objective.perceptual.kind: no 'vgg'; allowed: network, pictures"),
+        (["objective={kind: endpoint, perceptual: {kind: pictures}}", "data={kind: latents, root: r}"], "objective.perceptual: looks at pictures"),
+        (
+            [
+                "objective={kind: endpoint, perceptual: {kind: network, net: efficientnet_lite0}}",
+                "metrics=[{kind: frechet, features: efficientnet_lite0}]",
+            ],
+            "objective.perceptual.net: 'efficientnet_lite0' is also a metric's",
+        ),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(overrides, says):

@@ -1,0 +1,43 @@
+"""What a user says of the samples wanted, checked: rows of numbers, prompts, and why a distilled student refuses some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_NEGATIVE = (
+    "a distilled student makes one prediction a step, and has none of a negative prompt to move away from; leave it out and say in the "
+    "prompt what is wanted, or sample the teacher"
+)
+
+
+def no_scale(baked: float | None) -> str:
+    """Why a guidance scale cannot be honoured, and what to do instead; baked: the one in the pairs that the student learned from."""
+    why = "this student was not trained with a guidance scale as input"
+    if baked is None:
+        return why
+    return f"{why}: {baked:g} is baked in by the pairs that it learned from; leave it out, or train on pairs of another coupling.guidance"
+
+
+def prompts_of(num: int, cond: Mapping[str, Any] | None) -> list[str] | None:
+    """The prompts of `num` samples; None where cond has none."""
+    prompt = (cond or {}).get("prompt")
+    return [prompt] * num if isinstance(prompt, str) else None if prompt is None else list(prompt)
+
+
+def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
+    """One value for all, or one each, as (num,) of that type; ValueError names `key`."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{key}: {value!r} is neither a number nor {num} numbers") from None
+    if dtype == torch.int64 and tensor.is_floating_point():
+        raise ValueError(f"{key}: {value!r} is not a whole number")
+    if tensor.ndim == 0:
+        return tensor.to(dtype).expand(num)
+    if tensor.shape != (num,):
+        raise ValueError(f"{key}: has shape {tuple(tensor.shape)}, wants one value or {num}")
+    return tensor.to(dtype)

@@ -1,0 +1,36 @@
+"""What the command line shows: figures as a table, a progress bar."""
+
+from __future__ import annotations
+
+import sys
+
+
+def summary(metrics: dict) -> str:
+    """metrics.json as a table, a row for each number of steps."""
+    rows = {f"student {k}": row for k, row in metrics["student"].items()}
+    rows |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
+    if "teacher" in metrics:
+        rows[f"teacher {metrics['teacher']['steps']}"] = metrics["teacher"]
+    rows["floor"] = metrics["floor"]
+    names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
+    lines = ["steps".ljust(14) + "".join(name.rjust(max(12, len(name) + 2)) for name in names)]
+    for label, row in rows.items():
+        cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
+        lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
+    return "\n".join(lines)
+
+
+class Bar:
+    """A progress bar, on a terminal alone."""
+
+    def __init__(self, total: int):
+        self.total = total
+
+    def __enter__(self):
+        from tqdm import tqdm
+
+        self.tqdm = tqdm(total=self.total, disable=not sys.stderr.isatty(), unit="image")
+        return self.tqdm.update
+
+    def __exit__(self, *exc) -> None:
+        self.tqdm.close()
