@@ -20,8 +20,6 @@ from pathlib import Path
 from _report import environment, table, write
 
 KEPT = Path("runs/bench/rectified")
-MANY = 50  # steps of the many-step rows
-LONG = (1, 2, 4, MANY)
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Case:
-    """A data set: its teacher's recipe, its arms by part, how many samples a Frechet distance takes, and in which features."""
+    """A data set: its teacher's recipe, its arms by part, how many samples a Frechet distance takes and in which features, and how many steps
+    count as many."""
 
     teacher: str
     parts: dict[str, dict[str, Arm]]
     features: str
     images: int
+    many: int = 50
 
     def arms(self, parts) -> dict[str, Arm]:
         return {name: arm for part in parts for name, arm in self.parts.get(part, {}).items()}
@@ -53,17 +53,17 @@ class Case:
 
 def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int, kept: str) -> Case:
     """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe as it is shipped; few: of each row of the ablation."""
-    length = lambda count: (f"trainer.steps={count}",)
+    long = (1, 2, 4, 50)
     on_pairs = {"teacher.recipe": "teacher", "coupling.teacher.recipe": "teacher"}
     of_reflow = {"teacher.recipe": "reflow", "coupling.teacher.recipe": "reflow"}
     unguided = ("coupling.teacher.guidance=null", "coupling.guidance=null")
-    short = (*length(steps // 4), "objective.warmup_steps=50", "teacher.guidance=null")
+    short = (*_length(steps // 4), "objective.warmup_steps=50", "teacher.guidance=null")
     reflow = {
-        "reflow": Arm(f"{rfpp}d", on_pairs, length(steps), steps=LONG),
-        "third": Arm(f"{rfpp}d", of_reflow, (*length(steps // 2), *unguided), steps=LONG),
+        "reflow": Arm(f"{rfpp}d", on_pairs, _length(steps), steps=long),
+        "third": Arm(f"{rfpp}d", of_reflow, (*_length(steps // 2), *unguided), steps=long),
     }
-    ablation = {letter: Arm(f"{rfpp}{letter}", on_pairs, length(few)) for letter in "abcdef"}
-    ablation["g"] = Arm(f"{rfpp}g", on_pairs | {"student.recipe": "f"}, length(few // 3))
+    ablation = {letter: Arm(f"{rfpp}{letter}", on_pairs, _length(few)) for letter in "abcdef"}
+    ablation["g"] = Arm(f"{rfpp}g", on_pairs | {"student.recipe": "f"}, _length(few // 3))
     maps = {
         "ayf": Arm(ayf, {"teacher.recipe": "teacher"}, steps=(1, 2, 4), kept=kept),
         "ayf of reflow": Arm(ayf, {"teacher.recipe": "reflow"}, short, steps=(1, 2, 4)),
@@ -71,11 +71,41 @@ def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps
     return Case(teacher, {"reflow": reflow, "ablation": ablation, "ayf": maps}, features, images)
 
 
+def _length(count: int) -> tuple[str, ...]:
+    return (f"trainer.steps={count}",)
+
+
+def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int, long: tuple[int, ...]) -> dict[str, Arm]:
+    """Reflow and then distillation, or distillation alone on the same pairs for as many steps; each by squares, or seen at its end."""
+    on_teacher, on_reflow = ({"teacher.recipe": of, "coupling.teacher.recipe": of} for of in ("teacher", "insta-reflow"))
+    pairing = (f"coupling.num={pairs}", f"coupling.solver={solver}")
+    guided = ("coupling.guidance=2.0", "coupling.teacher={card: digits, guidance: {kind: classifier_free}}", "coupling.recipe=null")
+    squares = ("objective.perceptual=null", "objective.perceptual_after_steps=0")
+    seen = lambda count: (f"objective.perceptual_after_steps={count - distil // 3}",)
+    arms = {"insta reflow": Arm(f"{recipe}-reflow", on_teacher, (*_length(reflow), *pairing), long)}
+    for name, ends in (("", lambda count: squares), (", seen", seen)):
+        arms[f"insta reflow + distil{name}"] = Arm(
+            recipe, on_reflow | {"student.recipe": "insta-reflow"}, (*_length(distil), *pairing, *ends(distil), "coupling.recipe=null"), (1,)
+        )
+        both = reflow + distil
+        arms[f"insta distil{name}"] = Arm(
+            recipe, on_teacher | {"student.recipe": "teacher"}, (*_length(both), *pairing, *ends(both), *guided), (1,)
+        )  # fmt: skip
+    return arms
+
+
 KEPT_AYF = "runs/bench/digits/seed-{seed}/digits"  # benchmarks/main_job.py
 CASES = {
     "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF),
     "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=5000, steps=2500, few=600, kept="runs/fashion14"),
+    "emoji": Case("emoji32-teacher", {}, "efficientnet_lite0", 1000, many=25),
 }
+CASES["digits"].parts["instaflow"] = instaflow(
+    "instaflow/digits", pairs=4000, solver="{kind: heun, steps: 10}", reflow=1200, distil=600, long=(1, 2, 4, 50)
+)
+CASES["emoji"].parts["instaflow"] = instaflow(
+    "instaflow/emoji", pairs=2400, solver="{kind: euler, steps: 25}", reflow=600, distil=300, long=(1, 2, 25)
+)
 
 
 class Seed:
@@ -94,17 +124,21 @@ class Seed:
         beside.write_text(json.dumps(self.found))
         beside.replace(self.kept)
 
-    def make(self, name: str, arm: Arm) -> None:
-        """Trains the arm, its pairs first, where that is not done, and looks at it."""
-        if name in self.found:
+    def make(self, name: str, arm: Arm, again: bool = False) -> None:
+        """Trains the arm, its pairs first, where that is not done, and looks at it; again: looks once more."""
+        if name in self.found and not again:
             return
         if arm.kept:
             return self._take(name, arm)
         path = self._arm(name, arm)
-        pairs = self._run("pairs", path) if "coupling.teacher.recipe" in arm.made_by else 0.0
-        cost = {"pairs": pairs, "fit": self._run("fit", path, "--resume")}
+        if name in self.found:
+            cost = self.found[name]["cpu_seconds"]
+        else:
+            pairs = self._run("pairs", path) if "coupling.teacher.recipe" in arm.made_by else 0.0
+            cost = {"pairs": pairs, "fit": self._run("fit", path, "--resume")}
         self.keep(name, {"cpu_seconds": cost, **self._look(path, arm)})
-        print(f"seed {self.seed}, {name}: {cost}, {self.found[name]['student']}", flush=True)
+        distances = {k: round(next(iter(row.values())), 4) for k, row in self.found[name]["student"].items()}
+        print(f"seed {self.seed}, {name}: {cost}, {distances}", flush=True)
 
     def _take(self, name: str, arm: Arm) -> None:
         """Looks at a run that is kept elsewhere; what it cost in CPU seconds is taken from two short runs of the first seed."""
@@ -124,10 +158,11 @@ class Seed:
 
     def teachers(self) -> None:
         """The guided teacher's rows, from the recipe of the arm that distils it, and the teacher's network as a first flow of its own."""
-        arm = self.case.parts["reflow"]["reflow"]
-        for key in ("teacher", "first"):
-            if key not in self.found:
-                self.keep(key, self._look(self._arm("reflow", arm), arm, whose=key))
+        rows = {"teacher": "reflow", "first": "reflow", "insta teacher": "insta reflow"}
+        arms = self.case.arms(self.case.parts)
+        for key, name in rows.items():
+            if name in self.found and key not in self.found:
+                self.keep(key, self._look(self._arm(name, arms[name]), arms[name], whose=key.split()[-1]))
 
     def _arm(self, name: str, arm: Arm) -> Path:
         common = ("metrics=[]", "log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "evaluation.batch_size=250")
@@ -140,6 +175,8 @@ class Seed:
 
         plain = OmegaConf.create(read_recipe(shipped, (*changes, f"seed={self.seed}")).to_yaml())
         for key, other in made_by.items():
+            if OmegaConf.select(plain, key.rpartition(".")[0]) is None:
+                OmegaConf.update(plain, key.rpartition(".")[0], {})
             OmegaConf.update(plain, key, str((self.root / f"{other}.yaml").resolve()), force_add=True)
             if key.endswith("teacher.recipe"):
                 OmegaConf.update(plain, key.replace("recipe", "card"), None)
@@ -170,29 +207,34 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     from flowmap.data import Independent
     from flowmap.evaluate import measure
     from flowmap.flow.solver import Heun
-    from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Straightness
+    from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
     from flowmap.plan import dependency_folder
     from flowmap.recipe import read_recipe
+    from flowmap.samplers import Anchored, Deterministic
     from flowmap.student import load_student
 
     case, recipe = CASES[name], read_recipe(path)
-    evaluation = replace(recipe.evaluation, teacher_steps=MANY, teacher_extra_steps=tuple(k for k in steps if k != MANY))
-    metrics = [Frechet(case.features, case.images), Straightness(256, 32), EndpointError(500, MANY), Agreement(case.features, case.images)]
+    many, data = case.many, build_data(recipe)
+    evaluation = replace(recipe.evaluation, teacher_steps=many, teacher_extra_steps=tuple(k for k in steps if k != many))
+    agreement = Retrieval(case.features, case.images) if name == "emoji" else Agreement(case.features, case.images)
+    metrics = [Frechet(case.features, case.images), Straightness(256, 32), EndpointError(500, many), agreement]
     flow = [LossByTime(500), Inversion(256, Heun(steps=16))]
     if whose == "teacher":
         slot, scale = recipe.coupling.teacher, recipe.coupling.guidance
         slot = replace(slot, guidance=replace(slot.guidance, default=scale))
         teaching = replace(recipe, evaluation=evaluation, teacher=slot, coupling=Independent(), objective=FlowMatching())
-        data = build_data(recipe)
         student = load_student(dependency_folder(read_recipe(path.parent / "teacher.yaml")))
         found = measure(teaching, student, build_teacher(teaching, data), data, steps=[1], metrics=metrics)
-        return {"student": found["teacher_few"] | {str(MANY): found["teacher"]}, "floor": found["floor"]}
+        return {"student": found["teacher_few"] | {str(many): found["teacher"]}, "floor": found["floor"]}
     if whose == "first":  # the teacher's network without guidance, on noise and data that nothing has joined
-        recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [MANY], []
+        recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [many], []
     student = load_student(run or dependency_folder(recipe))
-    metrics += flow if MANY in steps else []
-    return {"student": measure(recipe, student, None, build_data(recipe), steps=steps, metrics=metrics)["student"]}
+    found = {"student": measure(recipe, student, None, data, steps=steps, metrics=metrics + (flow if many in steps else []))["student"]}
+    if isinstance(recipe.sampler, Anchored) and many in steps:
+        plain = replace(recipe, sampler=Deterministic(recipe.sampler.steps))
+        found["euler"] = measure(plain, student, None, data, steps=steps[1:], metrics=metrics[:1])["student"]
+    return found
 
 
 def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
@@ -235,11 +277,11 @@ def rows_of(seeds: list[Seed], arms: list[str]) -> list[list]:
 def told(seeds: list[Seed], name: str) -> dict:
     """Every row, what each arm cost, and the ratios that the question asks for, each the median over seeds of a ratio within one seed."""
     case = CASES[name]
-    arms = ["teacher", "first", *case.arms(case.parts)]
+    arms = ["teacher", "first", "insta teacher", *case.arms(case.parts)]
     key = f"frechet_{case.features}"
     costs = {arm: [seed.found[arm]["cpu_seconds"] for seed in seeds if "cpu_seconds" in seed.found.get(arm, {})] for arm in arms}
     ratios = {}
-    for what, k in ((key, "1"), ("straightness", "1"), ("endpoint_error", "1"), (key, str(MANY))):
+    for what, k in ((key, "1"), ("straightness", "1"), ("endpoint_error", "1"), (key, str(case.many))):
         for over, under in (("teacher", "reflow"), ("reflow", "third")):
             both = [seed.found for seed in seeds if over in seed.found and under in seed.found]
             power = 2 if what == "endpoint_error" else 1
@@ -268,6 +310,7 @@ def main() -> None:
     parser.add_argument("--set", default="digits", choices=CASES)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["reflow", "ablation", "ayf", "instaflow", "speed"])
+    parser.add_argument("--look-again", action="store_true", help="measure finished runs once more")
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--student", type=Path, help=argparse.SUPPRESS)
@@ -279,7 +322,7 @@ def main() -> None:
     seeds = [Seed(arguments.set, i) for i in range(arguments.seeds)]
     for seed in seeds:
         for name, arm in seed.case.arms(arguments.parts).items():
-            seed.make(name, arm)
+            seed.make(name, arm, again=arguments.look_again)
         seed.teachers()
     if "speed" in arguments.parts and "speed" not in seeds[0].found:
         seeds[0].keep("speed", speed(seeds[0]))
