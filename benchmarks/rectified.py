@@ -309,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", default="digits", choices=CASES)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="leave the seeds below it to another process")
     parser.add_argument("--parts", nargs="+", default=["reflow", "ablation", "ayf", "instaflow", "speed"])
     parser.add_argument("--look-again", action="store_true", help="measure finished runs once more")
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
@@ -320,11 +321,11 @@ def main() -> None:
         print(json.dumps(look(arguments.look, arguments.steps, arguments.set, arguments.whose, arguments.student)))
         return
     seeds = [Seed(arguments.set, i) for i in range(arguments.seeds)]
-    for seed in seeds:
+    for seed in seeds[arguments.first_seed :]:
         for name, arm in seed.case.arms(arguments.parts).items():
             seed.make(name, arm, again=arguments.look_again)
         seed.teachers()
-    if "speed" in arguments.parts and "speed" not in seeds[0].found:
+    if arguments.first_seed == 0 and "speed" in arguments.parts and "speed" not in seeds[0].found:
         seeds[0].keep("speed", speed(seeds[0]))
     report(arguments.set, seeds)
 
