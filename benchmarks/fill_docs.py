@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
+    **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
+       for one in ("reflow", "ratios", "ablation", "few", "loss", "instaflow", "speed")},
 }  # fmt: skip
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
@@ -32,7 +34,7 @@ def filled(text: str, found: dict[str, dict]) -> str:
 
 def block(name: str, result: dict) -> str:
     """The table of that name, of a result that has several or one alone, and where its figures come from."""
-    made = result["tables"][name] if "tables" in result else result
+    made = result["tables"].get(name) or result["tables"][name.rpartition("_")[2]] if "tables" in result else result
     rows, columns = made["rows"], made.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)

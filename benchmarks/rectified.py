@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from _rectified_tables import tables
 from _report import environment, table, write
 
 KEPT = Path("runs/bench/rectified")
@@ -262,47 +263,14 @@ def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
     return {"calls a pair": calls, "pairs a CPU second": statistics.median(rates), "of the bound": statistics.median(ratios), "each": ratios}
 
 
-def rows_of(seeds: list[Seed], arms: list[str]) -> list[list]:
-    """[arm, steps, metric, median, least, most] over the seeds that have it."""
-    rows = []
-    for arm in arms:
-        have = [seed.found[arm] for seed in seeds if arm in seed.found]
-        for k, row in (have[0]["student"] if have else {}).items():
-            for metric in row:
-                values = [one["student"][k][metric] for one in have]
-                rows.append([arm, int(k), metric, statistics.median(values), min(values), max(values)])
-    return rows
-
-
-def told(seeds: list[Seed], name: str) -> dict:
-    """Every row, what each arm cost, and the ratios that the question asks for, each the median over seeds of a ratio within one seed."""
-    case = CASES[name]
-    arms = ["teacher", "first", "insta teacher", *case.arms(case.parts)]
-    key = f"frechet_{case.features}"
-    costs = {arm: [seed.found[arm]["cpu_seconds"] for seed in seeds if "cpu_seconds" in seed.found.get(arm, {})] for arm in arms}
-    ratios = {}
-    for what, k in ((key, "1"), ("straightness", "1"), ("endpoint_error", "1"), (key, str(case.many))):
-        for over, under in (("teacher", "reflow"), ("reflow", "third")):
-            both = [seed.found for seed in seeds if over in seed.found and under in seed.found]
-            power = 2 if what == "endpoint_error" else 1
-            values = [(found[over]["student"][k][what] / found[under]["student"][k][what]) ** power for found in both]
-            if values:
-                ratios[f"{what}{'^2' if power == 2 else ''} at {k}: {over} / {under}"] = [statistics.median(values), min(values), max(values)]
-    floors = [seed.found["teacher"]["floor"] for seed in seeds if "teacher" in seed.found]
-    return {"rows": rows_of(seeds, arms), "cpu_seconds": costs, "ratios": ratios, "floor": floors, "runs": [seed.found for seed in seeds]}
-
-
 def report(name: str, seeds: list[Seed]) -> None:
-    found = told(seeds, name)
-    quality = [row for row in found["rows"] if row[2].startswith(("frechet", "straight", "endpoint", "agree", "inver"))]
-    columns = ["arm", "steps", "metric", "median", "least", "most"]
-    print(table(quality, columns))
-    print(table([[key, *values] for key, values in found["ratios"].items()], ["ratio within a seed", "median", "least", "most"]))
-    median = lambda values, part: statistics.median(one[part] for one in values)
-    costs = [[arm, median(values, "pairs"), median(values, "fit")] for arm, values in found["cpu_seconds"].items() if values]
-    print(table(costs, ["arm", "CPU seconds of pairs", "of training"]))
-    payload = {"environment": environment(), "set": name, "seeds": len(seeds), "columns": columns, **found}
-    write(f"rectified_{name}", {"question": __doc__.splitlines()[0], **payload})
+    """Prints every table and writes them with all that was measured."""
+    runs = [seed.found for seed in seeds if seed.found]
+    made = tables(runs, f"frechet_{CASES[name].features}", CASES[name].many)
+    for key, one in made.items():
+        print(f"\n{key}\n{table(one['rows'], one['columns'])}")
+    payload = {"environment": environment(), "settings": {"set": name, "seeds": list(range(len(runs)))}}
+    write(f"rectified_{name}", {"question": __doc__.splitlines()[0], **payload, "tables": made, "figures": runs})
 
 
 def main() -> None:
