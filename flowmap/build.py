@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.config import RecipeError, construct
-from flowmap.data import Dataset, Independent, PairedDataset, Pairs
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, Styles, TextDataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.metrics import check_metrics
@@ -45,6 +45,7 @@ from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
 from flowmap.teachers.network import NetworkTeacher
+from flowmap.text_student import fitted, text_config
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def build_data(recipe: Recipe) -> Dataset:
     """The recipe's data, which has what the recipe's metrics need; RecipeError otherwise."""
     try:
         data = data_of(recipe).build()
+        data = StyledDataset.of(data, recipe.coupling) if isinstance(recipe.coupling, Styles) else data
         if not recipe.trains_autoencoder:
             check_metrics(recipe.metrics, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     except ValueError as error:
@@ -294,6 +296,8 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
     if start is not None and start.arrival and recipe.objective.diagonal:
         raise RecipeError(f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s")
+    if isinstance(data, TextDataset):
+        net = fitted(recipe, net, data)
     if isinstance(net_within(net), DiffusersModel):
         try:
             check_text(net_within(net), data.conditions_at(torch.zeros(1, dtype=torch.int64)))
@@ -308,8 +312,9 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
         clamp=len(data.shape) == 3 and recipe.data.in_pixels,
-        autoencoder=_beside(recipe),
+        autoencoder=None if isinstance(data, TextDataset) else _beside(recipe),
         text=getattr(recipe.data, "text", None),
+        **(text_config(recipe, data, _beside(recipe)) if isinstance(data, TextDataset) else {}),
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
         recipe=recipe.name,

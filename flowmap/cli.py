@@ -94,7 +94,7 @@ def _fit(a: argparse.Namespace) -> int:
 
 def _sample(a: argparse.Namespace) -> int:
     from flowmap.files import check_writable
-    from flowmap.sample import sample
+    from flowmap.sample import attribute_of, edit_file, sample
     from flowmap.student import load_student
 
     check_writable(Path(a.out), "--out")
@@ -104,6 +104,10 @@ def _sample(a: argparse.Namespace) -> int:
     prompt = a.prompt if student.config.text is not None else None
     given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
     cond = {key: value for key, value in given if value is not None}
+    cond |= dict(map(attribute_of, a.attribute))
+    if a.texts is not None:
+        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond))))
+        return 0
     refine = None
     if a.refiner is not None:
         from flowmap.teachers.refiner import Refiner
@@ -257,12 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--dry-run", action="store_true", help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing")
     fit.add_argument("--throughput", type=float, default=200.0, metavar="T", help="TFLOP/s of one device, for the dry run's hours (default: 200)")
 
-    sample = _verb(verbs, "sample", _sample, "draw samples as pictures")
+    sample = _verb(verbs, "sample", _sample, "draw samples as pictures or sentences")
     _student_arguments(sample)
     sample.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     sample.add_argument("--num", type=int, default=64, help="samples for each number of steps")
     sample.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
     sample.add_argument("--prompt", help="text, for students that are conditioned on it")
+    sample.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
+    sample.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
     sample.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
     sample.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
     sample.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")

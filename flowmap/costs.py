@@ -118,6 +118,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
+    cond |= {name: torch.zeros(rows, dtype=torch.int64) if count else torch.zeros(rows, *config.shape) for name, count in config.further}
     net = net_within(config.net)
     if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
         return cond | {"guidance": torch.ones(rows)} | example_conditions(net, rows, tokens_of(net.network, config.text))

@@ -14,7 +14,7 @@ from flowmap.build_discriminator import discriminator_on
 from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError
 from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost
-from flowmap.data import Encoded
+from flowmap.data import Encoded, Text
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -38,6 +38,7 @@ from flowmap.plan import (
 from flowmap.recipe import PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
 from flowmap.teachers.card import Card
+from flowmap.text_student import described
 
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of the dense bf16 peak that an H100's maker states
 
@@ -68,7 +69,10 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
     if not missing:
         check_teachers(recipe)
     data = None
-    if not any(key.startswith("data") for key in recipe.missing()):
+    if isinstance(recipe.data, Text):
+        data, lacks = described(recipe)
+        missing += lacks
+    elif not any(key.startswith("data") for key in recipe.missing()):
         try:
             data = data_of(recipe).build()
         except ValueError as error:

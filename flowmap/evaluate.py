@@ -94,9 +94,14 @@ def measure(
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
     say("real against real")
     result["floor"] = floors(specs, data)
+    for spec, metric in zip(specs, rows.built, strict=True):
+        result["floor"] |= spec.floor(metric, data) if spec.needs == "texts" else {}
+    seconds |= {"decode": rows.decode_seconds} if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs) else {}
     seconds["evaluate"] = time.perf_counter() - started
     result["seconds"] = {key: round(value, 4) for key, value in seconds.items()}
     result["nfe"] = nfe
+    if hasattr(data, "counts"):
+        result["sentences"] = {"train": len(data), "held_out": len(data.held_out), **data.counts}
     return result
 
 
@@ -113,10 +118,14 @@ class _Rows:
         self.num = max((spec.images for spec in specs if spec.needs not in REAL), default=0) // world * world
         generator = torch.Generator().manual_seed(recipe.evaluation.seed)
         x1 = torch.randn(self.num, *data.shape, generator=generator) if self.num else torch.zeros(0, *data.shape)
+        self.sentences, self.sources = student.sentences, data.wanted(self.num) if hasattr(data, "wanted") else None
+        if hasattr(data, "starts"):
+            x1, self.sources = data.starts(self.num)
+        self.sources, self.decode_seconds = self.sources and self.sources[rank::world], 0.0
         self.x1, self.world = x1[rank::world], world
         self.places = torch.arange(self.num)[rank::world]
         self.conditions = conditions_for(student, data, self.num, guidance) if self.num else None
-        real = {"samples": lambda: (data.reference,), "conditions": lambda: (data.reference, data.reference_conditions)}
+        real = {"samples": lambda: (data.reference,), "conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
         self.built = [spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
         self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
@@ -155,11 +164,17 @@ class _Rows:
         started = time.perf_counter()
         samples = self.pictures(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
         seconds = time.perf_counter() - started
+        looked = max((spec.images for spec in self.specs if spec.needs == "texts"), default=0)
+        began, texts = time.perf_counter(), self.sentences(samples[: looked // self.world]) if looked else []
+        self.decode_seconds = time.perf_counter() - began
         for spec, metric in zip(self.specs, self.built, strict=True):
             if spec.needs == "samples":
                 metric.reset()
                 metric.update(samples[: spec.images // self.world].cpu(), real=False)
                 row |= spec.report(metric)
+            elif spec.needs == "texts":
+                mine = spec.images // self.world
+                row |= spec.report(metric, texts[:mine], self.conditions(self.places[:mine]), self.sources)
             elif spec.needs == "conditions":
                 metric.reset()
                 mine = spec.images // self.world
@@ -233,13 +248,13 @@ class _Rows:
 def conditions_for(student: Student, data: Dataset, num: int, guidance: float | None = None) -> Callable[[Tensor], Cond]:
     """What gives the conditions at some places of a set of `num` samples: those of as many training samples, evenly spaced, where there is
     text; else classes in turn. ValueError at once where the guidance scale does not fit."""
-    if student.config.text is None:
+    if student.config.text is None and not student.config.further:
         whole = student.conditions(num, guidance=guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
-    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []))
+    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []), *(name for name, _ in student.config.further))
 
     def at(places: Tensor) -> Cond:
-        given = data.conditions_at(places * len(data) // num)
+        given = data.asked_at(places, num) if hasattr(data, "asked_at") else data.conditions_at(places * len(data) // num)
         return student.conditions(len(places), {key: value for key, value in given.items() if key in allowed}, guidance)
 
     at(torch.arange(1))

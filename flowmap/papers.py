@@ -17,6 +17,7 @@ PAPERS = {
     "rectified_flow_pp": ("Improving the training of rectified flows (objective rectified, coupling pairs)", "Lee, Lin, Fanti", 2024, "2405.20320"),
     "instaflow": ("InstaFlow: one step is enough (objective endpoint, student stacked, merges)", "Liu, Zhang, Ma, Peng, Liu", 2023, "2309.06380"),
     "edm": ("Elucidating the design space of diffusion-based generative models (networks, grids)", "Karras, Aittala, et al.", 2022, "2206.00364"),
+    "language_flow": ("Language rectified flow (data text, coupling styles, objective text_elbo)", "Zhang, Wu, Gong, Liu", 2024, "2403.16995"),
     "lora": ("LoRA: low-rank adaptation of large language models (student.lora)", "Hu, Shen, Wallis, et al.", 2021, "2106.09685"),
     "ctm": ("Consistency trajectory models (gamma-sampling)", "Kim, Lai, Liao, et al.", 2024, "2310.02279"),
 }

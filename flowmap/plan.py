@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, to_plain
-from flowmap.data import Encoded, Pairs, pairs
+from flowmap.data import Encoded, Pairs, Text, pairs
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
@@ -116,18 +116,21 @@ def _with_needs(recipe: Recipe, needed: Recipe, chain: tuple[str, ...]) -> list[
 def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe that trains the autoencoder of the data, where one does."""
     autoencoder = getattr(recipe.data, "autoencoder", None)
-    return [read_recipe(autoencoder.recipe)] if autoencoder is not None and autoencoder.recipe is not None else []
+    overrides = getattr(autoencoder, "overrides", ())
+    return [read_recipe(autoencoder.recipe, overrides)] if autoencoder is not None and autoencoder.recipe is not None else []
 
 
 def data_of(recipe: Recipe) -> Any:
     """The recipe's data with folders in the place of names: where its latents lie, and where the run that trains its autoencoder does."""
     data = recipe.data
-    if not isinstance(data, Encoded):
+    if not isinstance(data, Encoded) and getattr(data, "autoencoder", None) is None:
         return data
     trained = autoencoder_recipes(recipe)
     if trained:
         source = str(dependency_folder(trained[0]) / "student")
         data = replace(data, autoencoder=replace(data.autoencoder, source=source, recipe=None))
+    if isinstance(data, Text):
+        return data if data.root else replace(data, root=str(runs_root() / "text-latents"))
     return data if data.root else replace(data, root=str(runs_root() / f"encoded-{_encoding_hash(recipe, trained)}"))
 
 

@@ -17,7 +17,24 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowmap.config import MISSING, RecipeError, construct, kind_of, to_plain
-from flowmap.data import COUPLINGS, DATA, IMAGE_SOURCES, Autoencoder, Coupling, Guidance, ImageSource, Independent, Pairs, TeacherSlot, TextEncoder
+from flowmap.data import (
+    COUPLINGS,
+    DATA,
+    IMAGE_SOURCES,
+    TEXT_SOURCES,
+    TOKENIZERS,
+    Autoencoder,
+    Coupling,
+    Guidance,
+    ImageSource,
+    Independent,
+    Pairs,
+    TeacherSlot,
+    TextCoder,
+    TextEncoder,
+    TextSource,
+    Tokenizer,
+)  # fmt: skip
 from flowmap.flow.distance import DISTANCES, Distance, Squared
 from flowmap.flow.path import PATHS, Linear
 from flowmap.flow.prior import PRIORS, Gaussian
@@ -25,10 +42,10 @@ from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES, Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
-from flowmap.nets import DISCRIMINATORS, NETS, AutoencoderKL
+from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import NetSpec, Stacked, net_within
-from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, Reconstruction, Rectified
+from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, Rectified
 from flowmap.objectives.adversarial import DiscriminatorSpec
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
@@ -49,6 +66,7 @@ from flowmap.settings import (
 )
 from flowmap.teachers.autoencoder import AUTOENCODERS
 from flowmap.teachers.text import TEXT_ENCODERS
+from flowmap.text_autoencoder import TextAutoencoder
 
 
 class Data(Protocol): ...
@@ -88,8 +106,8 @@ class Recipe:
     def __post_init__(self):
         if self.teacher is not None and not isinstance(self.path, Linear):
             raise ValueError("path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}")
-        if self.trains_autoencoder != isinstance(self.student, AutoencoderKL):
-            raise ValueError("objective: reconstruction trains a student of kind autoencoder_kl, and nothing else does")
+        if getattr(self.objective, "trains", None) != getattr(self.student, "codes", None):
+            raise ValueError("objective: reconstruction trains a student of kind autoencoder_kl, text_elbo a text autoencoder, and nothing else does")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be 0 or more")
         if self.lora is not None:
@@ -161,7 +179,7 @@ class Recipe:
     @property
     def trains_autoencoder(self) -> bool:
         """Whether the run leaves an autoencoder, not a student that samples."""
-        return isinstance(self.objective, Reconstruction)
+        return hasattr(self.objective, "trains")
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, every default written out; reading it gives the same recipe."""
@@ -184,8 +202,11 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     ImageSource: IMAGE_SOURCES,
     Autoencoder: AUTOENCODERS,
     TextEncoder: TEXT_ENCODERS,
+    TextSource: TEXT_SOURCES,
+    Tokenizer: TOKENIZERS,
+    TextCoder: {"text": TextAutoencoder},
     StudentSpec: {**STARTS, **NETS},
-    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net not in (Stacked, AutoencoderKL)}},
+    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and not hasattr(net, "codes")}},
     Objective: OBJECTIVES,
     DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,

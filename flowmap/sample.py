@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from flowmap.data.text_sources import lines_of, one_line
+from flowmap.evaluate import conditions_for
+from flowmap.files import write_text
 from flowmap.pictures import save_picture, to_grid, to_picture
 from flowmap.student import Student, load_student
 
@@ -22,7 +27,8 @@ def sample(
     progress=None,
     refine=None,
 ) -> list[Path]:
-    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as text.
+    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as
+    out/steps-K.csv, sentences as out/steps-K.txt, one a line.
 
     refine: as Student.sample has it.
     """
@@ -33,13 +39,51 @@ def sample(
     grids = []
     for k in steps:
         x0 = student.sample(num, steps=k, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress, refine=refine)
+        if student.config.text_autoencoder is not None:
+            grids.append(Path(out) / f"steps-{k}.txt")
+            write_text(grids[-1], "\n".join(" ".join(text.splitlines()) for text in x0) + "\n")
+            continue
         grids.append(Path(out) / f"steps-{k}.png")
         save_picture(grids[-1], to_grid(x0))
         if x0.ndim == 4:
             for i, one in enumerate(x0):
                 save_picture(Path(out) / f"steps-{k}" / f"{i:05d}.png", to_picture(one))
         else:
-            from flowmap.files import write_text
-
             write_text(Path(out) / f"steps-{k}.csv", "\n".join(",".join(f"{v:.6g}" for v in row) for row in x0.flatten(1).tolist()) + "\n")
     return grids
+
+
+def sentences_of(student: Student, data, recipe) -> str:
+    """Sentences at each of the recipe's numbers of steps, under a line that says it; a student that edits starts from held-out ones, shown first."""
+    num, seed, parts = recipe.log.grid_images, recipe.evaluation.seed, []
+    cond = conditions_for(student, data, num)(torch.arange(num))
+    cond = {key: value for key, value in cond.items() if key != "guidance"}
+    if student.config.edits:
+        x1, texts = data.starts(num)
+        parts.append(("source", texts))
+    for k in recipe.sampler.steps:
+        if student.config.edits:
+            made = student.carry(x1.to(student.device), k, cond, None, torch.Generator().manual_seed(seed))
+        else:
+            made = student.sample(num, steps=k, cond=cond, seed=seed)
+        parts.append((f"{k} step{'s' * (k > 1)}", made))
+    return "\n".join(line for name, texts in parts for line in (f"# {name}", *texts)) + "\n"
+
+
+def edit_file(student: Student, file: Path, out: Path, steps: Sequence[int], cond: dict) -> list[Path]:
+    """Writes out/steps-K.txt: the sentences of a file, one a line (empty lines are left out), carried to the student's target style."""
+    if not file.is_file():
+        raise ValueError(f"--texts: {file}: there is no such file")
+    texts = [one for one in map(one_line, lines_of(file)) if one]
+    paths = [out / f"steps-{k}.txt" for k in steps]
+    for k, path in zip(steps, paths, strict=True):
+        write_text(path, "\n".join(" ".join(text.splitlines()) for text in student.edit(texts, k, cond)) + "\n")
+    return paths
+
+
+def attribute_of(word: str) -> tuple[str, str | int]:
+    """name=value of the command line as a condition; whole numbers are numbers."""
+    name, sign, value = word.partition("=")
+    if not sign:
+        raise ValueError(f"--attribute: {word!r} is not of the form name=value")
+    return name, int(value) if value.lstrip("-").isdigit() else value

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flowmap.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
 from flowmap.config import RecipeError, construct, to_plain
-from flowmap.data import Autoencoder, TextEncoder
+from flowmap.data import Autoencoder, TextCoder, TextEncoder
+from flowmap.data.text import Attribute
 from flowmap.files import read_json, read_tensors, write_json, write_tensors
 from flowmap.flow.types import Sampler
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
@@ -27,10 +28,10 @@ from flowmap.samplers import Gamma
 from flowmap.samplers.grids import FewStep
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
+from flowmap.text_student import BESIDE, Sentences, further_conditions
 
 FORMAT = 1
 Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
-BESIDE = "autoencoder"
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
 
@@ -44,6 +45,9 @@ class StudentConfig:
     velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
     source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
     branches beside the frozen `base`.
+
+    text_autoencoder: samples are latents that it makes sentences of (text_student.py). attributes and contexts are then conditions. edits:
+    the styles (source, target) of a student that starts from sentences, not from noise.
     """
 
     net: StudentSpec
@@ -56,6 +60,10 @@ class StudentConfig:
     clamp: bool = True
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
+    text_autoencoder: TextCoder | None = None
+    attributes: tuple[Attribute, ...] = ()
+    contexts: tuple[str, ...] = ()
+    edits: tuple[str, ...] = ()
     lora: LoRA | None = None
     base: Base | None = None
     recipe: str = "unnamed"
@@ -73,11 +81,19 @@ class StudentConfig:
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
 
+    @property
+    def further(self) -> tuple[tuple[str, int], ...]:
+        """The conditions beside class and guidance, as networks are told of them."""
+        return (*((one.name, len(one.values)) for one in self.attributes), *((name, 0) for name in self.contexts))
+
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
         guidance = self.guidance is not None
+        if self.further and not getattr(self.net, "takes_further", False):
+            raise ValueError(f"attributes: {', '.join(name for name, _ in self.further)}: networks of kind dit and mlp alone take them")
+        further = {"further": self.further} if self.further else {}
         if base is None:
-            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance)
+            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
         else:
             net = base.with_branches(arrival=self.arrival, guidance=guidance)
         if self.lora is not None:
@@ -85,7 +101,7 @@ class StudentConfig:
         return FlowMapNet(net)
 
 
-class Student:
+class Student(Sentences):
     """A flow map that samples. student(x, t, s, cond) is the map itself; student.sample(num, steps=...) draws."""
 
     def __init__(self, config: StudentConfig, flow_map: FlowMapNet, folder: Path | None = None):
@@ -132,8 +148,8 @@ class Student:
         progress=None,
         latents: bool = False,
         refine: Refine | None = None,
-    ) -> Tensor:
-        """(num, *shape): pictures in [-1, 1]. The same seed gives the same noise (and, without cond, the same classes) on every device.
+    ) -> Tensor | list[str]:
+        """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives the same noise (and, without cond, the same classes) anywhere.
 
         cond: {"class": one label or num labels}, without it classes in turn; {"prompt": one text or num texts} for students that are
         conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
@@ -146,10 +162,19 @@ class Student:
             raise ValueError(f"steps: {steps} must lie in 1..{MAX_STEPS}")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
-        if refine is not None and latents:
+        if self.config.edits:
+            raise ValueError(f"num: this student carries sentences of {self.config.edits[0]} to {self.config.edits[1]}; use edit(texts)")
+        if refine is not None and (latents or self.config.text_autoencoder is not None):
             raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
         x1 = torch.randn(num, *self.config.shape, generator=generator)
+        found = self.carry(x1, steps, cond, guidance, generator, gamma, batch_size, progress, latents)
+        return found if refine is None else refine(found, prompts_of(num, cond)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def carry(self, x1: Tensor, steps: int, cond, guidance, generator, gamma=None, batch_size: int = 256, progress=None, latents: bool = False):
+        """Samples from the given starts x1 (num, *shape), as `sample` gives them."""
+        num = len(x1)
         conditions = self.conditions(num, cond, guidance)
         sampler = self.config.sampler if gamma is None else with_gamma(self.config.sampler, gamma)
         out = []
@@ -162,8 +187,7 @@ class Student:
         x0 = torch.cat(out)
         if latents:
             return x0
-        pictures = self.pictures(x0, batch_size)
-        return pictures if refine is None else refine(pictures, prompts_of(num, cond)).clamp(-1, 1)
+        return self.pictures(x0, batch_size) if self.config.text_autoencoder is None else self.sentences(x0)
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
@@ -193,6 +217,7 @@ class Student:
         cond = dict(cond or {})
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
         allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has] + [*text]
+        allowed += [name for name, _ in self.config.further]
         if "negative_prompt" in cond:
             raise ValueError(f"negative_prompt: {cond['negative_prompt']!r} was given, but {NO_NEGATIVE}")
         if self.config.guidance is None and (scale := cond.get("guidance", guidance)) is not None:
@@ -201,6 +226,8 @@ class Student:
             if key not in allowed:
                 raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
         rows = self._text(num, cond) if text else {}
+        if self.config.further:
+            rows |= further_conditions(self, num, cond)
         if self.config.num_classes:
             rows["class"] = self._classes(num, cond.get("class"))
         if self.config.guidance is not None:
@@ -310,7 +337,7 @@ def _local(source: str | Path) -> Path:
 def read_config(path: Path) -> StudentConfig:
     """What a student's folder says of it; ValueError names the file and what is wrong."""
     plain = read_json(path)
-    if str(plain.get("_class_name", "")).startswith("Autoencoder"):
+    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith("flowmap-text-autoencoder"):
         raise ValueError(f"{path}: is an autoencoder's, not a student's")
     if plain.get("format") != FORMAT:
         raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")

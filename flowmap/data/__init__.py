@@ -13,7 +13,11 @@ from flowmap.data.images import Digits, Fashion
 from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs, TeacherSlot
 from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches
+from flowmap.data.styles import StyledDataset, Styles
 from flowmap.data.tensors import Latents, Pictures
+from flowmap.data.text import Text, TextCoder, TextDataset
+from flowmap.data.text_sources import TEXT_SOURCES, TextSource
+from flowmap.data.tokens import TOKENIZERS, Tokenizer
 from flowmap.data.toy import Toy
 from flowmap.data.webdataset import WebDatasetImages
 
@@ -26,13 +30,17 @@ DATA = {
     "pictures": Pictures,
     "encoded": Encoded,
     "edm2_zip": EDM2Latents,
+    "text": Text,
 }
+COUPLINGS["styles"] = Styles
 IMAGE_SOURCES = {"folder": FolderImages, "huggingface": HuggingFaceImages, "edm2_zip": EDM2Images, "webdataset": WebDatasetImages}
 
 __all__ = [
     "COUPLINGS",
     "DATA",
     "IMAGE_SOURCES",
+    "TEXT_SOURCES",
+    "TOKENIZERS",
     "Autoencoder",
     "Coupling",
     "Dataset",
@@ -48,8 +56,15 @@ __all__ = [
     "Pairs",
     "Pictures",
     "StepBatches",
+    "StyledDataset",
+    "Styles",
     "TeacherSlot",
+    "Text",
+    "TextCoder",
+    "TextDataset",
     "TextEncoder",
+    "TextSource",
+    "Tokenizer",
     "Toy",
     "as_it_is",
 ]

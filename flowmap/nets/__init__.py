@@ -9,6 +9,8 @@ from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.mlp import MLP
 from flowmap.nets.stacked import Stacked
+from flowmap.nets.text_pair import TextPair
+from flowmap.nets.text_vae import TextVAE
 
 NETS = {
     "dit": DiT,
@@ -19,5 +21,7 @@ NETS = {
     "diffusers": DiffusersModel,
     "stacked": Stacked,
     "autoencoder_kl": AutoencoderKL,
+    "text_vae": TextVAE,
+    "text_pair": TextPair,
 }
 DISCRIMINATORS = {"conv": Conv, "teacher": OnTeacher, "features": OnFeatures}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class AutoencoderKL:
     latent_channels: int = 4
     layers: int = 1
     groups: int = 8
+    codes: ClassVar[str] = "pictures"
 
     def __post_init__(self):
         if not self.channels or any(c < 1 or c % self.groups for c in self.channels):

@@ -6,14 +6,16 @@ Source: Peebles and Xie 2022, arXiv:2212.09748 (block, sizes S to XL); all layer
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flowmap.nets.embed import Conditioning
+from flowmap.nets.embed import Conditioning, Further
 
 #          width depth heads
 PRESETS = {
@@ -38,6 +40,7 @@ class DiT:
     heads: int | None = None
     mlp_ratio: float = 8 / 3
     cycles: float = 4.0
+    takes_further: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -51,16 +54,18 @@ class DiT:
         width, depth, heads = PRESETS[self.preset]
         return self.width or width, self.depth or depth, self.heads or heads
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Further = ()
+    ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
             raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
-        return DiTNet(self, shape, num_classes, arrival, guidance)
+        return DiTNet(self, shape, num_classes, arrival, guidance, further)
 
 
 class DiTNet(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, W)."""
 
-    def __init__(self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool):
+    def __init__(self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Further = ()):
         super().__init__()
         width, depth, heads = spec.sizes
         self.shape, self.patch = shape, spec.patch
@@ -68,7 +73,8 @@ class DiTNet(nn.Module):
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
         self.position = nn.Parameter(_sine_positions(*self.grid, width))
-        self.conditioning = Conditioning(width, num_classes=num_classes, arrival=arrival, guidance=guidance, cycles=spec.cycles)
+        more = dict(cycles=spec.cycles, further=further, size=math.prod(shape))
+        self.conditioning = Conditioning(width, num_classes=num_classes, arrival=arrival, guidance=guidance, **more)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, size)
@@ -140,7 +146,7 @@ def _norm(h: Tensor) -> Tensor:
 
 def _sine_positions(rows: int, columns: int, width: int) -> Tensor:
     """(1, rows * columns, width): half of the channels encode the row, half the column."""
-    octaves = torch.exp2(-torch.linspace(0, 6, width // 4))
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    octaves = torch.exp2(-torch.linspace(0, 6, width // 4, device=y.device))  # named: transformers 5 can make linspace forget a default device
     angle = torch.cat([y.reshape(-1, 1) * octaves, x.reshape(-1, 1) * octaves], -1)
     return torch.cat([angle.sin(), angle.cos()], -1).unsqueeze(0)

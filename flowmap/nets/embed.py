@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Further = tuple[tuple[str, int], ...]
+"""Conditions beside the class: a name and how many classes it has, or 0 for one that is shaped like a sample."""
+
 
 class ScalarEmbedding(nn.Module):
     """A scalar near [0, 1] as a vector of `width`; with `silent`, zero until it is trained.
@@ -46,13 +49,16 @@ class Conditioning(nn.Module):
     The arrival branch sees the interval t - s.
     """
 
-    def __init__(self, width: int, *, num_classes: int | None, arrival: bool, guidance: bool, cycles: float):
+    def __init__(self, width: int, *, num_classes: int | None, arrival: bool, guidance: bool, cycles: float, further: Further = (), size: int = 0):
+        """further: more conditions; size: the entries of a sample."""
         super().__init__()
         self.num_classes = num_classes
         self.departure = ScalarEmbedding(width, cycles=cycles)
         self.arrival = ScalarEmbedding(width, cycles=cycles, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.names = tuple(name for name, _ in further)
+        self.further = nn.ModuleList(nn.Embedding(count + 1, width) if count else nn.Linear(size, width) for _, count in further)
 
     def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
         cond = cond or {}
@@ -64,7 +70,17 @@ class Conditioning(nn.Module):
         if self.label is not None:
             label = cond["class"] if "class" in cond else torch.full(t.shape, -1, device=t.device)
             c = c + self.label(torch.where(label < 0, self.num_classes, label))
+        for name, layer in zip(self.names, self.further, strict=True):
+            c = c + _embedded(layer, cond.get(name), t)
         return c
+
+
+def _embedded(layer: nn.Module, value: Tensor | None, t: Tensor) -> Tensor:
+    """A further condition as (B, width): -1, and zeros of one that is shaped like a sample, are "none", as is a condition that is not there."""
+    if isinstance(layer, nn.Linear):
+        return layer(value.flatten(1).to(layer.weight.dtype)) if value is not None else layer.bias
+    value = torch.full(t.shape, -1, device=t.device) if value is None else value
+    return layer(torch.where(value < 0, layer.num_embeddings - 1, value))
 
 
 def branches(arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond) -> Tensor | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowmap.nets.embed import Conditioning
+from flowmap.nets.embed import Conditioning, Further
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,23 @@ class MLP:
     width: int = 128
     depth: int = 3
     cycles: float = 4.0
+    takes_further: ClassVar[bool] = True
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
-        return MLPNet(self, shape, num_classes, arrival, guidance)
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Further = ()
+    ) -> nn.Module:
+        return MLPNet(self, shape, num_classes, arrival, guidance, further)
 
 
 class MLPNet(nn.Module):
     """F(x, t, s, cond) for x (B, *shape)."""
 
-    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool):
+    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool, further: Further = ()):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
-        self.conditioning = Conditioning(spec.width, num_classes=num_classes, arrival=arrival, guidance=guidance, cycles=spec.cycles)
+        more = dict(cycles=spec.cycles, further=further, size=math.prod(shape))
+        self.conditioning = Conditioning(spec.width, num_classes=num_classes, arrival=arrival, guidance=guidance, **more)
         self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, size)
 

@@ -7,6 +7,7 @@ from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
+from flowmap.objectives.language import TextELBO
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
@@ -32,4 +33,5 @@ OBJECTIVES = {
     "adversarial": Adversarial,
     "endpoint": Endpoint,
     "reconstruction": Reconstruction,
+    "text_elbo": TextELBO,
 }

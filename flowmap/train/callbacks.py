@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowmap.evaluate import conditions_for, measure
+from flowmap.files import write_text
 from flowmap.flow.derivative import along_path
 from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
@@ -181,7 +182,16 @@ class Pictures(AtSteps):
     def at(self, trainer, module: DistillModule, done: int) -> None:
         every = self.stage.recipe.log.samples_every_steps
         if (every and done % every == 0) or done == self.stage.recipe.trainer.steps:
-            self.draw(trainer, module, done)
+            (self.draw if self.student.config.text_autoencoder is None else self.write)(trainer, module, done)
+
+    @torch.no_grad()
+    def write(self, trainer, module: DistillModule, done: int) -> None:
+        """samples/step-N.txt: sentences at each number of steps, from the same noise (or from the same sentences, which come first)."""
+        from flowmap.sample import sentences_of
+
+        text = sentences_of(self.student, module.data, self.stage.recipe)
+        if trainer.is_global_zero:
+            write_text(self.stage.folder / "samples" / f"step-{done:08d}.txt", text)
 
     @torch.no_grad()
     def draw(self, trainer, module: DistillModule, done: int) -> None:

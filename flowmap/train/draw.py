@@ -43,6 +43,9 @@ def draw_sample(
         nothing = {"class": torch.tensor([-1], device=device)} | {key: row.to(device) for key, row in (empty or {}).items()}
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(along(dropped, cond[key]), nothing[key], cond[key])
+    share = getattr(recipe.data, "drop_attribute", 0.0)
+    for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
+        cond[key] = torch.where(torch.rand(n, generator=generator, device=device) < share, -1, cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None
     if guidance is not None:
         low, high = guidance.scale

@@ -35,8 +35,8 @@ from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, 
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import BESIDE, Student, load_student
+from flowmap.train import autoencoder, text_autoencoder
 from flowmap.train.adversarial import AdversarialModule
-from flowmap.train.autoencoder import KeepAutoencoder, Reconstructions, measure_autoencoder, save_autoencoder
 from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
@@ -114,6 +114,11 @@ def fit(
 def _silent(message: str) -> None: ...
 
 
+def autoencoder_kind(recipe: Recipe):
+    """The module that shows, measures and saves the autoencoder that the recipe trains."""
+    return text_autoencoder if recipe.objective.trains == "text" else autoencoder
+
+
 def _encode(stage: Encoding, say: Say) -> None:
     try:
         encode(stage.spec, stage.folder, device=_device(stage), say=say)
@@ -189,7 +194,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
             shutil.rmtree(folder)
         sweep(folder)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
-        if config.autoencoder is not None and config.autoencoder.source == BESIDE:
+        if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
             copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
     started = time.perf_counter()
     try:
@@ -247,7 +252,8 @@ def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: 
     # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
     shows = [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
     if recipe.trains_autoencoder:
-        shows = [Reconstructions(stage), KeepAutoencoder(stage, student.config)]
+        kind = autoencoder_kind(recipe)
+        shows = [kind.Reconstructions(stage), kind.KeepAutoencoder(stage, student.config)]
     callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *shows]
     if clock is not None:
         callbacks = [callbacks[0], clock, *callbacks[1:], clock.restart]
@@ -327,7 +333,7 @@ def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Tr
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
     if recipe.trains_autoencoder:
-        metrics = measure_autoencoder(module)
+        metrics = autoencoder_kind(recipe).measure_autoencoder(module)
     else:
         metrics = measure(recipe, student, module.teacher, module.data, progress=say if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
@@ -336,7 +342,7 @@ def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Tr
     if clock is not None:
         metrics["training"] = {"seconds": round(clock.seconds, 4), "steps": done, "peak_gib": round(peak, 4)}
     if recipe.trains_autoencoder:
-        save_autoencoder(stage, module, state, done, metrics)
+        autoencoder_kind(recipe).save_autoencoder(stage, module, state, done, metrics)
     else:
         keep_student(stage, student.config, state, done, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from flowmap.data import Text
 from flowmap.recipe import read_recipe
+from flowmap.text_autoencoder import TextAutoencoder
 from flowmap.train.draw import draw_sample
 
 B = 200
@@ -44,3 +46,18 @@ def test_noise_and_times_do_not_depend_on_dropping():
         assert torch.equal(with_text.x1, other.x1) and torch.equal(with_text.t, other.t) and torch.equal(with_text.s, other.s)
     assert torch.equal(with_text.cond["class"], without.cond["class"]) and torch.equal(with_text.cond["guidance"], without.cond["guidance"])
     assert torch.equal(kept.cond["class"], torch.arange(B))
+
+
+def test_attributes_are_dropped_one_by_one_and_all_together():
+    recipe = read_recipe("digits-teacher")
+    data = Text(autoencoder=TextAutoencoder(source="none"), attributes=("length",), drop_attribute=0.3, drop_condition=0.1)
+    recipe, n = replace(recipe, data=data), 20_000
+    cond = {"a": torch.zeros(n, dtype=torch.int64), "b": torch.ones(n, dtype=torch.int64), "left": torch.ones(n, 2)}
+    empty = {"a": torch.tensor([-1]), "b": torch.tensor([-1]), "left": torch.zeros(1, 2)}
+    found = draw_sample(recipe, torch.zeros(n, 2), cond, torch.Generator().manual_seed(0), empty).cond
+    gone = {key: found[key] == -1 for key in ("a", "b")} | {"left": found["left"][:, 0] == 0}
+    assert abs(float(gone["left"].float().mean()) - 0.1) < 0.01  # all together
+    for key in ("a", "b"):
+        assert bool(gone[key][gone["left"]].all()) and abs(float(gone[key].float().mean()) - (0.1 + 0.9 * 0.3)) < 0.015
+    both = float((gone["a"] & gone["b"] & ~gone["left"]).float().mean())
+    assert abs(both - 0.9 * 0.09) < 0.01  # one by one

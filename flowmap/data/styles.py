@@ -1,0 +1,80 @@
+"""The coupling of two empirical sets: latents of sentences in one style are carried to latents of sentences in another, unpaired.
+
+Source: Language Rectified Flow, arXiv:2403.16995, editing.  Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from flowmap.data.text import TextDataset
+
+
+@dataclass(frozen=True)
+class Styles:
+    """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set."""
+
+    source: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("source", "target"):
+            rules = getattr(self, name)
+            if not rules or any("=" not in rule for rule in rules):
+                raise ValueError(f"{name}: {list(rules)} must be a list of attribute=value")
+        if self.source == self.target:
+            raise ValueError(f"target: {list(self.target)} is the source as well")
+
+
+@dataclass(frozen=True, eq=False)
+class StyledDataset(TextDataset):
+    """Sentences of the target style (training and held-out), and latents of the source style for them to start from."""
+
+    sources: Tensor | None = None
+    held_out_sources: Tensor | None = None
+    source_texts: Sequence[str] = ()
+    held_out_source_texts: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:
+        """The styles' part of the data. ValueError where the data is no text, or an attribute or value was never seen."""
+        if not isinstance(data, TextDataset) or data.tokens is not None:
+            raise ValueError("coupling: styles joins latents of sentences: data of kind text with an autoencoder")
+        places = {}
+        for name in ("source", "target"):
+            rules = dict(rule.split("=", 1) for rule in getattr(styles, name))
+            rules = {key: int(value) if key == "length" and value.isdigit() else value for key, value in rules.items()}
+            try:
+                places[name] = data.of(rules), data.of(rules, held_out=True)
+            except ValueError as error:
+                raise ValueError(f"coupling.{name}: {error}") from error
+            if not len(places[name][0]):
+                raise ValueError(f"coupling.{name}: {list(getattr(styles, name))}: no training sentence has all of it")
+        (source, source_out), (target, target_out) = places["source"], places["target"]
+        plain = {field.name: getattr(data, field.name) for field in fields(TextDataset)}
+        return cls(**plain | {
+            "train": data.train[target], "held_out": data.held_out[target_out],
+            "texts": _at(data.texts, target), "held_out_texts": _at(data.held_out_texts, target_out),
+            "codes": {key: rows[target] for key, rows in data.codes.items()},
+            "held_out_codes": {key: rows[target_out] for key, rows in data.held_out_codes.items()},
+            "sources": data.train[source], "held_out_sources": data.held_out[source_out],
+            "source_texts": _at(data.texts, source), "held_out_source_texts": _at(data.held_out_texts, source_out),
+        })  # fmt: skip
+
+    def partners(self, num: int, generator: torch.Generator) -> Tensor:
+        """x1 for `num` samples: training latents of the source, each drawn from all of them, on the generator's device."""
+        places = torch.randint(len(self.sources), (num,), generator=generator, device=generator.device)
+        return self.sources[places.cpu()].to(generator.device)
+
+    def starts(self, num: int) -> tuple[Tensor, list[str]]:
+        """x1 and its sentences for a look at `num` samples: the held-out ones of the source, again and again where there are fewer."""
+        places = torch.arange(num) % len(self.held_out_sources)
+        return self.held_out_sources[places], _at(self.held_out_source_texts, places)
+
+
+def _at(texts: Sequence[str], places: Tensor) -> list[str]:
+    return [texts[i] for i in places.tolist()]

@@ -1,0 +1,271 @@
+"""Sentences as samples: token rows for a text autoencoder, or the latents that a frozen one makes of them for a flow.
+
+The held-out part shares no entry (see Sentence.keys) and no text with the training part. Attributes are conditions of their own: one int64
+number a sentence, -1 where it has none. Source of the setting: Language Rectified Flow, arXiv:2403.16995.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmap.data.dataset import Dataset, Source
+from flowmap.data.text_sources import Sentence, TextSource, WordNet
+from flowmap.data.tokens import BPE, Tokenizer, Tokens
+from flowmap.flow.types import Cond
+
+LENGTH = "length"
+MAX_LENGTH = 24  # words; longer sentences are of the last class of the attribute "length"
+
+
+class TextCoder(Protocol):
+    """Names a frozen text autoencoder. load() gives encode(list[str]) -> normalised latents (N, *shape), decode(z) -> list[str]."""
+
+    def load(self) -> Any: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A condition of sentences: its name and the values that its numbers 0, 1, ... stand for."""
+
+    name: str
+    values: tuple[str, ...]
+
+    def number(self, value: Any) -> int:
+        """The number of a value, given by name or as that number (-1: none). ValueError names what is allowed."""
+        if isinstance(value, str) and value in self.values:
+            return self.values.index(value)
+        if self.name == LENGTH and isinstance(value, int) and value > 0:
+            return min(value, len(self.values)) - 1
+        if isinstance(value, int) and not isinstance(value, bool) and self.name != LENGTH and -1 <= value < len(self.values):
+            return value
+        shown = f"1 to {len(self.values)} words" if self.name == LENGTH else ", ".join(self.values[:60])
+        raise ValueError(f"{self.name}: {value!r} was never seen; allowed: {shown}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Source):
+    """Sentences of a source. Without `autoencoder` a sample is its row of tokens, with it the latents that it makes of the sentence.
+
+    attributes: which become conditions; "length" (in words) every source has. Each is dropped with drop_attribute, all with drop_condition.
+    only: "attribute=value" that every sentence must have. held_out: the share of entries. infill: a sample is the middle third of a
+    sentence, the latents of its left and right parts are the conditions "left" and "right". root: where latents are kept.
+    """
+
+    sentences: TextSource = WordNet()
+    tokenizer: Tokenizer | None = None
+    autoencoder: TextCoder | None = None
+    attributes: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    drop_attribute: float = 0.0
+    held_out: float = 0.02
+    infill: bool = False
+    limit: int | None = None
+    seed: int = 0
+    root: str = ""
+    in_pixels: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("drop_attribute", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1)")
+        if self.autoencoder is not None and self.tokenizer is not None:
+            raise ValueError("tokenizer: the text autoencoder brings its own; leave one of the two out")
+        if self.infill and self.autoencoder is None:
+            raise ValueError("infill: wants latents, so an autoencoder")
+        if any("=" not in rule for rule in self.only):
+            raise ValueError(f"only: {list(self.only)} must be a list of attribute=value")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit: {self.limit} must be 2 or more")
+
+    def read(self) -> tuple[list[Sentence], list[Sentence], tuple[Attribute, ...], Counter]:
+        """(training sentences, held-out ones, attributes, counts of those left out); ValueError where sentences cannot be read, an attribute
+        is unknown, or nothing is left."""
+        found, counts = self.sentences.read()
+        kept = self._chosen(found)
+        train, held_out = split(kept, self.held_out, self.seed, counts)
+        if not train:
+            raise ValueError(f"data.held_out: {self.held_out} leaves nothing of {len(kept)} sentences ({dict(counts)} left out)")
+        return train, held_out, tuple(_attribute(name, train) for name in self.attributes), counts
+
+    def build(self) -> TextDataset:
+        """The data set; ValueError as from read(), or where the autoencoder or a tokenizer cannot be had."""
+        train, held_out, attributes, counts = self.read()
+        if self.autoencoder is None:
+            tokens = (self.tokenizer or BPE()).fit([one.text for one in train])
+            code, conditions = tokens_of(tokens, counts), None
+        else:
+            from flowmap.data.text_latents import Latent
+
+            tokens, code = None, Latent(self, counts)
+            conditions = code.contexts if self.infill else None
+        parts = [_Part(code, conditions, part, attributes) for part in (train, held_out)]
+        return TextDataset(
+            "text", parts[0].samples, parts[1].samples, texts=parts[0].texts, held_out_texts=parts[1].texts, attributes=attributes,
+            codes=parts[0].codes, held_out_codes=parts[1].codes, counts=counts, tokens=tokens,
+        )  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """What latents on disk depend on, beside the sentences themselves."""
+        return {"autoencoder": self.autoencoder.identity(), "infill": self.infill}
+
+    def _chosen(self, found: Sequence[Sentence]) -> list[Sentence]:
+        known = {LENGTH, *(name for one in found[:1000] for name in one.attributes), *(name for one in found for name in one.attributes)}
+        rules = [tuple(rule.split("=", 1)) for rule in self.only]
+        for name in (*self.attributes, *(name for name, _ in rules)):
+            if name not in known:
+                raise ValueError(f"data.attributes: {name!r} is no attribute of these sentences; allowed: {', '.join(sorted(known))}")
+        kept = [one for one in found if all(value_of(one, name) == value for name, value in rules)]
+        if not kept and found:
+            values = ", ".join(sorted({str(value_of(one, name)) for one in found for name, _ in rules})[:60])
+            raise ValueError(f"data.only: {list(self.only)} was never seen; values: {values}")
+        if not kept:
+            raise ValueError("data.sentences: holds no sentences")
+        return kept[:: -(-len(kept) // self.limit)] if self.limit else kept
+
+
+@dataclass(frozen=True, eq=False)
+class TextDataset(Dataset):
+    """A data set (see data/dataset.py) of sentences; samples are float32: token numbers (N, L), or latents.
+
+    texts are the training sentences as read. codes: the conditions, attributes by number and, for infilling, contexts. counts: sentences
+    that were "empty", "cut", or left out as they share an entry with the held-out ones ("shared"). tokens: where samples are token rows.
+    """
+
+    texts: Sequence[str] = ()
+    held_out_texts: Sequence[str] = ()
+    attributes: tuple[Attribute, ...] = ()
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
+    held_out_codes: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    tokens: Tokens | None = None
+
+    @cached_property
+    def empty(self) -> Mapping[str, Tensor]:
+        """One row of each condition as it is when dropped: -1 of an attribute, zeros of a context."""
+        return {key: torch.full_like(rows[:1], 0 if rows.is_floating_point() else -1) for key, rows in self.codes.items()}
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        return {key: rows[places] for key, rows in self.codes.items()}
+
+    def held_out_samples(self) -> tuple[Tensor, Cond]:
+        return self.held_out, self.held_out_codes
+
+    def asked_at(self, places: Tensor, num: int) -> Cond:
+        """The conditions at some places of a look at `num` samples: those of held-out sentences, evenly spaced; without any, of training ones."""
+        codes, rows = (self.held_out_codes, len(self.held_out)) if len(self.held_out) else (self.codes, len(self.train))
+        return {key: column[_spread(places, num, rows)] for key, column in codes.items()}
+
+    def wanted(self, num: int) -> list[str] | None:
+        """What infilling should give at those places, the middle parts; None where nothing is infilled."""
+        if not any(column.is_floating_point() for column in self.codes.values()):
+            return None
+        texts = self.held_out_texts or self.texts
+        return [outer_thirds(texts[i])[1] for i in _spread(torch.arange(num), num, len(texts)).tolist()]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
+        rows = torch.as_tensor(list(indices))
+        return self.train[rows], self.conditions_at(rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
+        return self.train[index], {key: rows[index] for key, rows in self.codes.items()}
+
+    def of(self, rules: Mapping[str, str], *, held_out: bool = False) -> Tensor:
+        """The places of the training (or held-out) sentences with those attributes. ValueError for values that were never seen."""
+        by_name, codes = {one.name: one for one in self.attributes}, self.held_out_codes if held_out else self.codes
+        kept = torch.ones(len(self.held_out if held_out else self.train), dtype=torch.bool)
+        for name, value in rules.items():
+            if name not in by_name:
+                raise ValueError(f"{name}: is no attribute of the data; allowed: {', '.join(by_name) or 'none (data.attributes)'}")
+            kept &= codes[name] == by_name[name].number(value)
+        return kept.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Training or held-out sentences as tensors."""
+
+    code: Callable[[list[str]], Tensor]
+    contexts: Callable[[list[str]], Mapping[str, Tensor]] | None
+    sentences: Sequence[Sentence]
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [one.text for one in self.sentences]
+
+    @cached_property
+    def samples(self) -> Tensor:
+        return self.code(self.texts)
+
+    @cached_property
+    def codes(self) -> dict[str, Tensor]:
+        contexts = {} if self.contexts is None else self.contexts(self.texts)
+        return contexts | {one.name: torch.tensor([_number(one, s) for s in self.sentences], dtype=torch.int64) for one in self.attributes}
+
+
+def _spread(places: Tensor, num: int, rows: int) -> Tensor:
+    """Places of a look at `num` samples as places among `rows`: evenly spaced, or again and again where there are fewer."""
+    return places * rows // num if rows >= num else places % rows
+
+
+def tokens_of(tokens: Tokens, counts: Counter) -> Callable[[list[str]], Tensor]:
+    def code(texts: list[str]) -> Tensor:
+        rows, cut = tokens.encode(texts)
+        counts["cut"] += cut
+        return rows.float()
+
+    return code
+
+
+def split(sentences: Sequence[Sentence], share: float, seed: int, counts: Counter) -> tuple[list[Sentence], list[Sentence]]:
+    """(training, held-out): a sentence is held out if its first key, hashed with the seed, falls in the share.
+
+    No training sentence has a key or a text of a held-out one; those that would are left out and counted as "shared".
+    """
+    held_out = [one for one in sentences if _draw(one, seed) < share]
+    keys, texts = {key for one in held_out for key in one.keys}, {one.text for one in held_out}
+    rest = [one for one in sentences if _draw(one, seed) >= share]
+    train = [one for one in rest if one.text not in texts and keys.isdisjoint(one.keys)]
+    counts["shared"] += len(rest) - len(train)
+    return train, held_out
+
+
+def _draw(sentence: Sentence, seed: int) -> float:
+    key = sentence.keys[0] if sentence.keys else sentence.text
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def value_of(sentence: Sentence, name: str) -> str | None:
+    """The value of an attribute, "length" counted here; None where the sentence has none."""
+    return str(min(len(sentence.text.split()), MAX_LENGTH)) if name == LENGTH else sentence.attributes.get(name)
+
+
+def _attribute(name: str, sentences: Sequence[Sentence]) -> Attribute:
+    if name == LENGTH:
+        return Attribute(LENGTH, tuple(str(n + 1) for n in range(MAX_LENGTH)))
+    return Attribute(name, tuple(sorted({one.attributes[name] for one in sentences if name in one.attributes})))
+
+
+def _number(attribute: Attribute, sentence: Sentence) -> int:
+    value = value_of(sentence, attribute.name)
+    return attribute.values.index(value) if value in attribute.values else -1
+
+
+def outer_thirds(text: str) -> tuple[str, str, str]:
+    """(left, middle, right) by words; the middle has at least one word, the others where there are three or more."""
+    words = text.split()
+    third = len(words) // 3
+    return " ".join(words[:third]), " ".join(words[third : len(words) - third]), " ".join(words[len(words) - third :])
+
+

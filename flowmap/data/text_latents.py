@@ -1,0 +1,67 @@
+"""Latents of sentences, made once by a frozen text autoencoder and kept in a folder under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.data.text import Text, outer_thirds
+
+
+class Latent:
+    """latent(texts): (N, *shape) float32, read from the folder where they lie already, else made and written there."""
+
+    def __init__(self, spec: Text, counts: Counter):
+        self.spec, self.counts = spec, counts
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self._kept([outer_thirds(one)[1] for one in texts] if self.spec.infill else texts)
+
+    def contexts(self, texts: list[str]) -> dict[str, Tensor]:
+        """The conditions of infilling: "left" and "right", (N, *shape) each."""
+        return {side: self._kept([outer_thirds(one)[place] for one in texts]) for side, place in (("left", 0), ("right", 2))}
+
+    def path(self, texts: list[str]) -> Path:
+        digest = hashlib.sha256(repr(sorted(self._identity.items())).encode())
+        for text in texts:
+            digest.update(text.encode() + b"\n")
+        return Path(self.spec.root) / f"{digest.hexdigest()[:16]}.safetensors"
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return self.spec.autoencoder.identity()
+
+    @cached_property
+    def _coder(self) -> Any:
+        coder = self.spec.autoencoder.load()
+        return coder.to("cuda") if torch.cuda.is_available() else coder
+
+    def _kept(self, texts: list[str]) -> Tensor:
+        from safetensors.torch import load_file
+
+        path = self.path(texts) if self.spec.root else None
+        made = load_file(path) if path is not None and path.is_file() else self._made(texts)
+        if path is not None and not path.is_file():
+            _write(path, made)
+        self.counts["cut"] += int(made["cut"])
+        return made["latents"].float()
+
+    def _made(self, texts: list[str]) -> dict[str, Tensor]:
+        z, cut = self._coder.encode(texts, count_cut=True)
+        return {"latents": z.half().cpu().contiguous(), "cut": torch.tensor([cut])}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)

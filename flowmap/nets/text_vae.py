@@ -1,0 +1,172 @@
+"""A text autoencoder that we train: a transformer encoder to a latent, an autoregressive transformer decoder that is conditioned on it.
+
+Source: Bowman et al. 2015, arXiv:1511.06349 (text VAE); Li et al. 2020, arXiv:2004.04092 (transformers; the latent as memory and embedding).
+Rows of tokens are (B, L), as data/tokens.py makes them: tokens, the end token, padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SHARP = -4.0  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
+IGNORED = -100  # of targets: torch's cross-entropy leaves them out
+
+
+@dataclass(frozen=True)
+class TextVAE:
+    """A latent of `slots` vectors of `dims` numbers: samples of the flow are (dims,) for one slot, else (dims, 1, slots).
+
+    vocab and special (the pad, start, end and mask tokens) are the tokenizer's; left out, they are taken from the data.
+    """
+
+    slots: int = 4
+    dims: int = 32
+    width: int = 192
+    depth: int = 3
+    heads: int = 4
+    vocab: int | None = None
+    special: tuple[int, int, int, int] | None = None
+    codes: ClassVar[str] = "text"
+
+    def __post_init__(self):
+        for name in ("slots", "dims", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+        if self.width % self.heads:
+            raise ValueError(f"width: {self.width} is not a multiple of heads ({self.heads})")
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (self.dims,) if self.slots == 1 else (self.dims, 1, self.slots)
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+        if len(shape) != 1:
+            raise ValueError(f"text_vae: samples are rows of tokens (L,), not {tuple(shape)}; data of kind text without an autoencoder")
+        if self.vocab is None or self.special is None:
+            raise ValueError("vocab: and special: are the tokenizer's; data of kind text says them")
+        return TextVAENet(self, shape[0])
+
+
+class TextVAENet(nn.Module):
+    """moments: (mean, log variance) of the posterior, (B, *latent_shape) each; logits: what the decoder says of every next token."""
+
+    def __init__(self, spec: TextVAE, max_tokens: int):
+        super().__init__()
+        self.spec, self.max_tokens = spec, max_tokens
+        self.pad, self.start, self.end, self.mask = spec.special
+        width, small = spec.width, 0.02
+        self.embed = nn.Embedding(spec.vocab, width)
+        self.encoder_places = nn.Parameter(small * torch.randn(spec.slots + max_tokens, width))
+        self.decoder_places = nn.Parameter(small * torch.randn(spec.slots + max_tokens, width))
+        self.queries = nn.Parameter(small * torch.randn(spec.slots, width))
+        self.encoder = nn.ModuleList(Block(width, spec.heads) for _ in range(spec.depth))
+        self.posterior = nn.Linear(width, 2 * spec.dims)
+        self.memory = nn.Linear(spec.dims, width)
+        self.everywhere = nn.Linear(spec.dims * spec.slots, width)
+        self.decoder = nn.ModuleList(Block(width, spec.heads) for _ in range(spec.depth))
+        self.leave = nn.Linear(width, spec.vocab)
+        nn.init.normal_(self.embed.weight, std=small)
+        nn.init.zeros_(self.posterior.bias)
+        nn.init.constant_(self.posterior.bias[spec.dims :], SHARP)
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = rows.long()
+        real = torch.cat([torch.ones_like(rows[:, :1]).expand(-1, self.spec.slots), self._real(rows)], 1).bool()
+        h = torch.cat([self.queries.expand(len(rows), -1, -1), self.embed(rows)], 1) + self.encoder_places[: self.spec.slots + rows.shape[1]]
+        for block in self.encoder:
+            h, _ = block(h, mask=real[:, None, None, :])
+        mean, logvar = self.posterior(_norm(h[:, : self.spec.slots])).chunk(2, -1)
+        return self._latent(mean), self._latent(logvar.clamp(-12, 6))
+
+    def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """((B, L, vocab), targets (B, L) with -100 at padding): the next token at every place from those before it and the latent z.
+
+        dropped (B, L) bool: inputs that are shown as the mask token (word dropout)."""
+        rows = rows.long()
+        before = F.pad(rows[:, :-1], (1, 0), value=self.start)
+        if dropped is not None:
+            before = torch.where(dropped & (before != self.start), self.mask, before)
+        h, _ = self._decode(self._prefix(z), before, z, 0, None)
+        return self.leave(_norm(h)), rows.masked_fill(self._real(rows) == 0, IGNORED)
+
+    @torch.no_grad()
+    def generate(self, z: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+        """Rows (B, max_tokens) int64, token by token from z: the likeliest ones, or drawn at a temperature above 0."""
+        rows = torch.full((len(z), self.max_tokens), self.pad, device=z.device)
+        token, kept = rows.new_full((len(z), 1), self.start), None
+        done = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for i in range(self.max_tokens):
+            h, kept = self._decode(self._prefix(z) if i == 0 else None, token, z, i, kept)
+            scores = self.leave(_norm(h[:, -1])).float()
+            if temperature > 0:
+                token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            rows[:, i] = torch.where(done, self.pad, token[:, 0])
+            done |= token[:, 0] == self.end
+            if bool(done.all()):
+                break
+        return rows
+
+    def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond=None) -> Tensor:
+        """What the decoder says of every next token of the rows x, the true ones before it and the posterior's mean given."""
+        return self.logits(self.moments(x)[0], x)[0]
+
+    def _real(self, rows: Tensor) -> Tensor:
+        """(B, L) 0/1: up to the first end token, which may also be what pads."""
+        ended = (rows == self.end).long()
+        return (ended.cumsum(1) - ended == 0).long() * ((rows != self.pad) | (rows == self.end)).long()
+
+    def _latent(self, h: Tensor) -> Tensor:
+        return h[:, 0] if self.spec.slots == 1 else h.transpose(1, 2).unsqueeze(2)
+
+    def _slots(self, z: Tensor) -> Tensor:
+        """(B, slots, dims) of z (B, *latent_shape)."""
+        return z.unsqueeze(1) if self.spec.slots == 1 else z.squeeze(2).transpose(1, 2)
+
+    def _prefix(self, z: Tensor) -> Tensor:
+        return self.memory(self._slots(z)) + self.decoder_places[: self.spec.slots]
+
+    def _decode(self, prefix: Tensor | None, tokens: Tensor, z: Tensor, start: int, kept: list | None) -> tuple[Tensor, list]:
+        """(hidden states of `tokens`, keys and values): tokens stand at places start, ...; kept: keys and values of all before them."""
+        places = self.decoder_places[self.spec.slots + start : self.spec.slots + start + tokens.shape[1]]
+        h = self.embed(tokens) + places + self.everywhere(z.flatten(1)).unsqueeze(1)
+        if prefix is not None:
+            h = torch.cat([prefix, h], 1)
+        mask = None if kept is not None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        if mask is not None:
+            mask[:, : self.spec.slots] = True  # the latent is seen from everywhere, itself included
+        after = []
+        for i, block in enumerate(self.decoder):
+            h, pair = block(h, mask=mask, kept=None if kept is None else kept[i])
+            after.append(pair)
+        return h[:, -tokens.shape[1] :], after
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each behind a norm; gives the keys and values as well, for the tokens that come after."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor, *, mask: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
+        batch, tokens, width = h.shape
+        q, k, v = self.qkv(_norm(h)).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if kept is not None:
+            k, v = torch.cat([kept[0], k], 2), torch.cat([kept[1], v], 2)
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = h + self.merge(seen.transpose(1, 2).reshape(batch, tokens, width))
+        return h + self.down(F.gelu(self.up(_norm(h)))), (k, v)
+
+
+def _norm(h: Tensor) -> Tensor:
+    return F.rms_norm(h, (h.shape[-1],), eps=1e-6)
+

@@ -1,0 +1,68 @@
+"""Training a text autoencoder: sentences come back from their latents, whose posterior stays near a Gaussian.
+
+Source: the evidence lower bound (Kingma, Welling 2013, arXiv:1312.6114) with annealing (Bowman et al. 2015, arXiv:1511.06349) and free bits
+(Kingma et al. 2016, arXiv:1606.04934).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowmap.flow.seeds import seeded
+from flowmap.flow.types import Loss, PathSample, Teacher
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TextELBO:
+    """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps); KL = sum over latent entries of max(mean_B KL_d, free_bits).
+
+    Sums over the tokens of a sentence and the entries of its latent, means over the batch; free_bits in nats an entry. z is a draw of the
+    posterior, and a share word_dropout of the decoder's inputs is masked; both draws are functions of the sample's noise x1. The student's
+    network is a text autoencoder (moments, logits); times and teacher are not looked at.
+    """
+
+    kl: float = 1.0
+    free_bits: float = 0.1
+    anneal_steps: int = 1000
+    word_dropout: float = 0.0
+    diagonal: ClassVar[bool] = True
+    trains: ClassVar[str] = "text"
+
+    def __post_init__(self):
+        for name in ("kl", "free_bits", "anneal_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"word_dropout: {self.word_dropout} must lie in [0, 1]")
+
+    def beta(self, step: int) -> float:
+        return self.kl * min(1.0, step / self.anneal_steps) if self.anneal_steps else self.kl
+
+    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        mean, logvar = student.net.moments(sample.x0)
+        generator = seeded(repr(float(sample.x1.double().sum())), mean.device)
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        dropped = torch.rand(sample.x0.shape, generator=generator, device=mean.device) < self.word_dropout
+        logits, targets = student.net.logits(z, sample.x0, dropped if self.word_dropout else None)
+        counted = targets != IGNORED
+        tokens = counted.sum(1)
+        nll = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1)
+        kl, bounded = divergence(mean, logvar, self.free_bits)
+        value = (nll.mean() + self.beta(step) * bounded) / tokens.float().mean()
+        right = ((logits.argmax(-1) == targets) & counted).sum(1) / tokens
+        logs = {"nll_per_token": (nll.sum() / tokens.sum()).detach(), "kl": kl.detach(), "accuracy": right.mean().detach()}
+        return Loss(value, logs | {"beta": torch.tensor(self.beta(step))})
+
+
+def divergence(mean: Tensor, logvar: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of a batch (B, ...), in nats: summed over entries, mean over the batch; and the same with no entry
+    below free_bits, where its gradient vanishes."""
+    each = ((mean.float().square() + logvar.float().exp() - 1 - logvar.float()) / 2).flatten(1).mean(0)
+    return each.sum(), each.clamp_min(free_bits).sum()

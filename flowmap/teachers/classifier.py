@@ -1,0 +1,48 @@
+"""Classifier guidance: a velocity whose samples a classifier is made to agree with.
+
+Source: Dhariwal, Nichol 2021, arXiv:2105.05233, on our clock. The score is -(x + (1 - t) v) / t, so adding w grad log p(y | x_t) to it takes
+t / (1 - t) w grad log p from the velocity; this grows without bound towards t = 1, where a true classifier of noise knows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.types import Cond, Teacher, along
+
+LogProb = Callable[[Tensor, Tensor, Cond | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ClassifierGuided:
+    """v - scale t / (1 - t) grad_x log p(y | x, t): log_prob(x, t, cond) is (B,), of noisy points x, or with `denoised` of predicted data.
+
+    denoised: log_prob sees x0 = x - t v (v taken as constant) and t = 0, so that a classifier of clean samples will do. The factor
+    t / (1 - t) is cut at `most`. cond reaches both teacher and classifier.
+    """
+
+    teacher: Teacher
+    log_prob: LogProb
+    scale: float = 1.0
+    denoised: bool = False
+    most: float = 20.0
+
+    @property
+    def network_calls(self) -> int:
+        """Calls of the teacher's network; the classifier's are not counted."""
+        return getattr(self.teacher, "network_calls", 1)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        v = self.teacher.velocity(x, t, cond)
+        if self.scale == 0:
+            return v
+        with torch.enable_grad():
+            free = x.detach().requires_grad_(True)
+            seen, time = (free - along(t, x) * v.detach(), torch.zeros_like(t)) if self.denoised else (free, t)
+            (gradient,) = torch.autograd.grad(self.log_prob(seen, time, cond).sum(), free)
+        factor = (t / (1 - t).clamp_min(1e-12)).clamp_max(self.most)
+        return v - self.scale * along(factor, x).to(x.dtype) * gradient

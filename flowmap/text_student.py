@@ -1,0 +1,164 @@
+"""What a student of sentences has beside one of pictures: attributes and contexts as conditions, editing, and how a recipe names them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowmap.config import RecipeError
+from flowmap.data import Styles, TextCoder, TextDataset
+from flowmap.data.tokens import BPE, Pair
+from flowmap.flow.solver import Euler
+
+if TYPE_CHECKING:
+    from flowmap.recipe import Recipe, StudentSpec
+    from flowmap.student import Student
+
+
+BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
+
+
+class Sentences:
+    """What a Student can do whose samples are latents of sentences."""
+
+    config: Any
+    folder: Path | None
+
+    def sentences(self, x0: Tensor) -> list[str]:
+        """What latents x0 (B, *shape) say."""
+        return self.words.to(x0.device).decode(x0)
+
+    @torch.no_grad()
+    def edit(self, texts: Sequence[str], steps: int = 1, cond: Mapping[str, Any] | None = None, *, reverse: bool = False) -> list[str]:
+        """The sentences, carried from the style that this student starts from to the other; reverse: the other way, by a velocity alone.
+
+        ValueError where the student starts from noise, a sentence is empty, or reverse is asked of a flow map.
+        """
+        return edit(self, texts, steps, cond, reverse)
+
+    @cached_property
+    def words(self):
+        """The frozen text autoencoder, loaded when first asked for; None where samples are no sentences."""
+        spec = self.config.text_autoencoder
+        if spec is not None and spec.source == BESIDE and self.folder is not None:
+            spec = replace(spec, source=str(self.folder / BESIDE))
+        coder = None if spec is None else spec.load()
+        if coder is not None and tuple(coder.shape) != tuple(self.config.shape):
+            raise ValueError(f"text_autoencoder: its latents have shape {tuple(coder.shape)}, the student's samples {tuple(self.config.shape)}")
+        return coder
+
+
+def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
+    """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
+    if getattr(net, "codes", None) != "text":
+        if data.tokens is not None:
+            raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
+        return net
+    if data.tokens is None:
+        raise RecipeError(f"{recipe.name}: data.autoencoder: a text autoencoder is trained on tokens; leave it out")
+    if net.vocab is not None and net.vocab < data.tokens.vocab:
+        raise RecipeError(f"{recipe.name}: student.vocab: {net.vocab} is smaller than the tokenizer's {data.tokens.vocab}")
+    if data.tokens.pair != hasattr(net, "encoder_tokens"):
+        raise RecipeError(f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else")
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.told())
+
+
+def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:
+    """The recipe's data as far as it is known without any network, with no sentence in it, and what is missing on this machine."""
+    from flowmap.plan import autoencoder_recipes
+
+    spec, attributes, missing, trained = recipe.data, (), [], autoencoder_recipes(recipe)
+    tokenizer = spec.tokenizer or BPE()
+    shape = (tokenizer.max_tokens * (2 if isinstance(tokenizer, Pair) else 1),)
+    try:
+        if spec.autoencoder is not None:
+            shape = trained[0].student.latent_shape if trained else spec.autoencoder.load().shape
+        attributes = spec.read()[2] if "???" not in repr(spec.sentences) else ()
+    except ValueError as error:
+        missing.append(str(error))
+    latents = torch.zeros(1, *shape) if spec.autoencoder is not None else None
+    codes = {"left": latents, "right": latents} if spec.infill else {}
+    tokens = None if spec.autoencoder is not None else _Unfitted(tokenizer)
+    data = TextDataset("text", torch.zeros(0, *shape), torch.zeros(0, *shape), attributes=attributes, codes=codes, tokens=tokens)
+    return data, missing
+
+
+class _Unfitted:
+    """As much of a tokenizer as a network is told, before it has seen a sentence."""
+
+    def __init__(self, spec):
+        self.vocab, self.pair = getattr(spec, "vocab", 50_000), isinstance(spec, Pair)
+        self.max_tokens = spec.max_tokens
+
+    def told(self) -> dict[str, Any]:
+        return {"special": (0, 1, 2, 3)} | ({"encoder_tokens": self.max_tokens} if self.pair else {})
+
+
+def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
+    """The fields of StudentConfig that a student of sentences has."""
+    edits = (", ".join(recipe.coupling.source), ", ".join(recipe.coupling.target)) if isinstance(recipe.coupling, Styles) else ()
+    plain = {"text_autoencoder": autoencoder, "edits": edits}
+    if recipe.data.conditional and not recipe.trains_autoencoder:
+        plain |= {"attributes": data.attributes, "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point())}
+    return plain
+
+
+def further_conditions(student: Student, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Attributes (a value by name, or num of them; -1 and absent: none) and contexts (texts, or latents) as rows on the student's device."""
+    rows = {}
+    for attribute in student.config.attributes:
+        value = cond.get(attribute.name, -1)
+        if isinstance(value, Tensor):
+            if value.shape != (num,) or int(value.min()) < -1 or int(value.max()) >= len(attribute.values):
+                raise ValueError(f"{attribute.name}: wants {num} whole numbers in -1..{len(attribute.values) - 1}")
+            rows[attribute.name] = value.to(student.device)
+            continue
+        values = [value] * num if isinstance(value, (str, int)) else list(value)
+        if len(values) != num:
+            raise ValueError(f"{attribute.name}: {len(values)} values given; allowed: one, or {num}")
+        numbers = [-1 if isinstance(one, int) and one == -1 else attribute.number(one) for one in values]
+        rows[attribute.name] = torch.tensor(numbers, device=student.device)
+    for name in student.config.contexts:
+        rows[name] = _context(student, num, name, cond.get(name))
+    return rows
+
+
+def _context(student: Student, num: int, name: str, given: Any) -> Tensor:
+    if isinstance(given, Tensor):
+        if given.shape != (num, *student.config.shape):
+            raise ValueError(f"{name}: has shape {tuple(given.shape)}, wants {(num, *student.config.shape)}")
+        return given.to(student.device)
+    if given is None:
+        return torch.zeros(num, *student.config.shape, device=student.device)
+    texts = [given] * num if isinstance(given, str) else list(given)
+    if len(texts) != num or not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"{name}: {len(texts)} given; allowed: one text, or {num} texts")
+    return student.words.to(student.device).encode(texts).to(student.device)
+
+
+def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool) -> list[str]:
+    """The sentences, their latents carried from t = 1 to 0 (reverse: from 0 to 1 by Euler), decoded."""
+    if not student.config.edits:
+        raise ValueError("texts: this student starts from noise, not from sentences; use sample(num)")
+    if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+        raise ValueError("texts: must be one or more sentences, none of them empty")
+    if steps < 1:
+        raise ValueError(f"steps: {steps} must be 1 or more")
+    x, cut = student.words.to(student.device).encode(list(texts), count_cut=True)
+    x = x.to(student.device)
+    if cut:
+        most = student.words.tokens.max_tokens
+        warnings.warn(f"texts: {cut} of {len(texts)} are longer than the decoder's {most} tokens and were cut", stacklevel=3)
+    if not reverse:
+        return student.carry(x, steps, cond, None, torch.Generator().manual_seed(0))
+    if student.config.arrival:
+        raise ValueError("reverse: a flow map runs from its source to its target alone; a velocity (objective rectified) runs both ways")
+    rows = student.conditions(len(x), cond)
+    return student.sentences(Euler(steps=steps)(lambda x, t: student.flow_map.velocity(x, t, rows), x, start=0.0, end=1.0).x)

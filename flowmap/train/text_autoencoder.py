@@ -1,0 +1,107 @@
+"""What a run of the objective `text_elbo` leaves: a text autoencoder with its tokenizer, sentences that came back, its figures."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.files import write_text
+from flowmap.objectives.language import IGNORED, divergence
+from flowmap.plan import Stage
+from flowmap.text_autoencoder import save_text_autoencoder
+from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.module import DistillModule
+
+MEASURED = 1000  # sentences for figures, if there are as many
+MAX_FOR_STATISTICS = 4096  # sentences from which the latents' shift and scale are measured
+
+
+class KeepAutoencoder(Keep):
+    """As Keep; student/ is a folder that text_autoencoder.TextAutoencoder loads."""
+
+    def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
+        save_autoencoder(self.stage, module, state, done)
+
+
+class Reconstructions(AtSteps):
+    """samples/step-N.txt: held-out sentences, each above what the autoencoder makes of it."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage = stage
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        every = self.stage.recipe.log.samples_every_steps
+        if not ((every and done % every == 0) or done == self.stage.recipe.trainer.steps) or not trainer.is_global_zero:
+            return
+        rows = _unseen(module)[: self.stage.recipe.log.grid_images]
+        pairs = zip(module.data.tokens.decode(rows), reconstructed(module, rows), strict=True)
+        write_text(self.stage.folder / "samples" / f"step-{done:08d}.txt", "\n".join(f"{a}\n  {b}" for a, b in pairs) + "\n")
+
+
+@torch.no_grad()
+def reconstructed(module: DistillModule, rows: Tensor, batch_size: int = 256) -> list[str]:
+    """What comes back of token rows (N, L): the posterior's mean, decoded greedily."""
+    net = module.averaged.net
+    parts = [net.generate(net.moments(part.to(module.device).float())[0]).cpu() for part in rows.split(batch_size)]
+    return [text for part in parts for text in module.data.tokens.decode(part)]
+
+
+@torch.no_grad()
+def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
+    """metrics.json's contents, on held-out sentences (as tokens, so cut where they were cut): under "student" "1"
+    exact: the share that comes back letter by letter; word_accuracy: of words at their places; token_accuracy and nll_per_token: of next
+    tokens, the true ones before given, from the posterior's mean; kl, in nats; active: latent entries with a KL above 0.01 nats."""
+    started, rows = time.perf_counter(), _unseen(module)[:MEASURED]
+    net, texts = module.averaged.net, module.data.tokens.decode(rows)
+    again = reconstructed(module, rows)
+    row = {
+        "exact": sum(a == b for a, b in zip(texts, again, strict=True)) / len(texts),
+        "word_accuracy": sum(map(_words_kept, texts, again)) / len(texts),
+        **_teacher_forced(net, rows.to(module.device)),
+    }
+    seconds = {"evaluate": round(time.perf_counter() - started, 4)}
+    counts = {key: int(value) for key, value in module.data.counts.items()}
+    sentences = {"train": len(module.data), "held_out": len(module.data.held_out), **counts}
+    return {"student": {"1": row}, "floor": {}, "seconds": seconds, "nfe": {"student": {"1": 1}}, "sentences": sentences}
+
+
+def _teacher_forced(net, rows: Tensor) -> dict[str, float]:
+    right = tokens = nll = 0.0
+    kls, active = [], 0
+    for part in rows.split(256):
+        mean, logvar = net.moments(part)
+        logits, targets = net.logits(mean, part)
+        counted = targets != IGNORED
+        right += float(((logits.argmax(-1) == targets) & counted).sum())
+        tokens += float(counted.sum())
+        nll += float(torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"))
+        kls.append(float(divergence(mean, logvar, 0.0)[0]) * len(part))
+    each = ((mean.square() + logvar.exp() - 1 - logvar) / 2).flatten(1).mean(0)
+    active = int((each > 0.01).sum())
+    return {"token_accuracy": right / tokens, "nll_per_token": nll / tokens, "kl": sum(kls) / len(rows), "active": active}
+
+
+def _words_kept(text: str, again: str) -> float:
+    words, found = text.split(), again.split()
+    return sum(a == b for a, b in zip(words, found, strict=False)) / max(len(words), len(found), 1)
+
+
+def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+    """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences."""
+    from flowmap.train.card import figures_table
+
+    what = f"A text autoencoder, trained for {done} steps: `flowmap.text_autoencoder.TextAutoencoder(source=folder).load()` has encode and decode."
+    card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
+    weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()
+    folder, recipe = stage.folder / "student", stage.recipe.to_yaml()
+    save_text_autoencoder(folder, module.averaged.net, weights, module.data.tokens, rows, recipe=recipe, card=card)
+
+
+def _unseen(module: DistillModule) -> Tensor:
+    """Rows of held-out sentences; where there are none, those of training."""
+    return (module.data.held_out if len(module.data.held_out) else module.data.reference).long()

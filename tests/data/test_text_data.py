@@ -1,0 +1,170 @@
+"""Sentences as data: the split, tokenizers, attributes, and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from flowmap.data.text import Attribute, Text, outer_thirds, split
+from flowmap.data.text_sources import HuggingFaceText, Sentence, TextFiles, WordNet
+from flowmap.data.tokens import BPE, Pretrained, Tokens, load_tokens
+from tests.tiny_text import wordnet_files
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    return WordNet(root=str(wordnet_files(tmp_path)))
+
+
+def test_wordnet_is_read(wordnet):
+    found, counts = wordnet.read()
+    assert len(found) == 80 and not counts
+    assert found[0] == Sentence("to say cat and dog n", {"part_of_speech": "noun", "category": "noun.animal"}, ("cat", "dog"))
+    assert found[1].text == "cat again as n"
+    examples = WordNet(root=wordnet.root, examples=True).read()[0]
+    assert [one.text for one in examples[:3]] == ["to say cat and dog n", "a cat!", "ah"]
+
+
+def test_the_held_out_part_shares_no_entry(wordnet):
+    found, counts = wordnet.read()[0], Counter()
+    train, held_out = split(found, 0.2, 0, counts)
+    keys = [{key for one in part for key in one.keys} for part in (train, held_out)]
+    assert held_out and train and keys[0].isdisjoint(keys[1])
+    assert len(train) + len(held_out) + counts["shared"] == len(found) and counts["shared"] > 0
+    assert split(found, 0.2, 0, Counter()) == (train, held_out) and split(found, 0.2, 1, Counter())[1] != held_out
+
+
+def test_a_text_is_on_one_side_alone():
+    same = [Sentence("the same words", {}, (f"entry{i}",)) for i in range(50)] + [Sentence(f"number {i}", {}, (str(i),)) for i in range(50)]
+    train, held_out = split(same, 0.3, 0, Counter())
+    assert {one.text for one in train}.isdisjoint(one.text for one in held_out)
+
+
+def test_a_data_set(wordnet):
+    data = Text(sentences=wordnet, tokenizer=BPE(vocab=300, max_tokens=16), attributes=("category", "length"), held_out=0.2).build()
+    assert data.shape == (16,) and data.train.dtype == torch.float32 and len(data.texts) == len(data)
+    x0, cond = data.__getitems__([3, 0])
+    assert set(cond) == {"category", "length"} and data.tokens.decode(x0.long())[1] == data.texts[0]
+    assert data.attributes[0].values == ("adj.all", "adv.all", "noun.animal", "verb.change")
+    assert data.empty["category"].tolist() == [-1]
+    assert int(cond["length"][1]) == len(data.texts[0].split()) - 1
+    kept = data.of({"category": "adv.all"})
+    assert len(kept) and all(data.texts[i].endswith(" r") for i in kept.tolist())
+    only = Text(sentences=wordnet, tokenizer=BPE(vocab=300), only=("part_of_speech=verb",)).build()
+    assert all(text.endswith(" v") for text in only.texts)
+
+
+def test_the_same_texts_give_the_same_tokenizer_and_every_text_comes_back(tmp_path):
+    texts = ["the café of naïve owls, 3.5 km away; \"why?\"", "日本語 and emoji 🦉", "a", "the the the"]
+    one, two = (BPE(vocab=290, max_tokens=80).fit(texts) for _ in range(2))
+    assert one.model == two.model and one.digest() == two.digest() and one.vocab <= 290
+    rows, cut = one.encode(texts)
+    assert one.decode(rows) == texts and cut == 0
+    (tmp_path / "tokenizer.json").write_text(one.model, encoding="utf-8")
+    (tmp_path / "tokenizer_settings.json").write_text(json.dumps(one.settings()))
+    assert torch.equal(load_tokens(tmp_path).encode(texts)[0], rows) and load_tokens(tmp_path).digest() == one.digest()
+
+
+def test_long_sentences_are_cut_and_counted(wordnet):
+    data = Text(sentences=wordnet, tokenizer=BPE(vocab=260, max_tokens=4), held_out=0.0).build()
+    assert data.counts["cut"] == 80 and (data.train[:, -1] == data.tokens.end).all()
+
+
+def test_a_tokenizer_of_transformers(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    fitted = BPE(vocab=280).fit(["some words to look at", "more words"])
+    PreTrainedTokenizerFast(tokenizer_object=fitted.fast, eos_token="<end>", bos_token="<start>", pad_token="<pad>").save_pretrained(tmp_path)
+    found = Pretrained(source=str(tmp_path), max_tokens=20).fit([])
+    assert isinstance(found, Tokens) and (found.pad, found.start, found.end) == (0, 1, 2)
+    assert found.decode(found.encode(["more words"])[0]) == ["more words"]
+    with pytest.raises(ValueError, match="tokenizer.source"):
+        Pretrained(source=str(tmp_path / "nothing")).fit([])
+
+
+def test_files_of_text_and_jsonl(tmp_path):
+    (tmp_path / "good.txt").write_text("very  good \n\n   \nfine\n", encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "one", "stars": 5, "story": "a"}\n{"text": "two", "stars": 1}\n{"text": " "}\n')
+    found, counts = TextFiles(root=str(tmp_path), key="story").read()
+    assert [one.text for one in found] == ["very good", "fine", "one", "two"] and counts["empty"] == 3
+    assert found[0].attributes == {"file": "good"} and found[2] == Sentence("one", {"stars": "5"}, ("a",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"fine\nnot \xff utf-8\n", "a.txt:2: is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{oops\n', "a.jsonl:2: is not JSON"),
+        ("a.jsonl", b'{"words": "x"}\n', "a.jsonl:1: has no text 'text'"),
+        ("a.md", b"x", "holds no"),
+        ("a.txt", b"\n  \n", "holds no sentences"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        Text(sentences=TextFiles(root=str(tmp_path)), tokenizer=BPE(vocab=260)).build()
+
+
+def test_a_data_set_of_hugging_face(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"review": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"]), "id": datasets.Value("int64")}
+    features = datasets.Features(columns)
+    rows = datasets.Dataset.from_dict({"review": ["so  so", "", "fine"], "label": [0, 1, 1], "id": [1, 2, 3]}, features=features)
+    rows.save_to_disk(tmp_path / "saved")
+    found, counts = HuggingFaceText(path=str(tmp_path / "saved"), text="review", columns=("label",), key="id").read()
+    assert found == [Sentence("so so", {"label": "bad"}, ("1",)), Sentence("fine", {"label": "good"}, ("3",))] and counts["empty"] == 1
+    with pytest.raises(ValueError, match="'text' is no column"):
+        HuggingFaceText(path=str(tmp_path / "saved")).read()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attributes": ("colour",)}, "'colour' is no attribute .* allowed: category, length, part_of_speech"),
+        ({"only": ("category=noun.bird",)}, "was never seen; values: adj.all, "),
+        ({"only": ("category",)}, "only: "),
+        ({"held_out": 1.0}, "held_out: 1.0"),
+        ({"infill": True}, "infill: "),
+        ({"drop_attribute": -0.1}, "drop_attribute: "),
+        ({"limit": 0}, "limit: 0"),
+    ],
+)
+def test_settings_are_checked(wordnet, change, says):
+    with pytest.raises(ValueError, match=says):
+        Text(sentences=wordnet, tokenizer=BPE(vocab=260), **change).build()
+
+
+def test_the_numbers_of_values():
+    part, length = Attribute("part", ("noun", "verb")), Attribute("length", tuple(map(str, range(1, 25))))
+    assert (part.number("verb"), part.number(1), part.number(-1), length.number(3), length.number("7"), length.number(99)) == (1, 1, -1, 2, 6, 23)
+    for attribute, value in ((part, "adverb"), (part, 2), (part, 1.5), (length, 0), (length, "many")):
+        with pytest.raises(ValueError, match="was never seen; allowed: "):
+            attribute.number(value)
+
+
+def test_thirds():
+    assert outer_thirds("a b c d e f g") == ("a b", "c d e", "f g")
+    assert outer_thirds("a") == ("", "a", "") and outer_thirds("a b") == ("", "a b", "")
+
+
+def test_fetching_wordnet_leaves_what_is_there_and_says_what_to_do_without_apt(tmp_path, monkeypatch, capsys):
+    from flowmap.data import fetch
+
+    wordnet_files(tmp_path / "wordnet")
+    assert fetch.main(["wordnet", "--out", str(tmp_path)]) == 0 and "nothing to do" in capsys.readouterr().out
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert fetch.main(["wordnet", "--out", str(tmp_path / "other")]) == 2
+    said = capsys.readouterr().err
+    assert "data.noun" in said and "by hand" not in said and len(said.strip().splitlines()) == 1
+
+
+def test_wordnet_that_is_not_there_says_how_to_have_it(tmp_path):
+    with pytest.raises(ValueError, match="flowmap.data.fetch wordnet"):
+        WordNet(root=str(tmp_path)).read()
+    (tmp_path / "data.noun").write_text("nothing like it\n")
+    with pytest.raises(ValueError, match="data.noun:1: is no line"):
+        WordNet(root=str(tmp_path)).read()

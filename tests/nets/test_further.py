@@ -1,0 +1,46 @@
+"""Conditions beside the class: attributes by number, contexts shaped like a sample."""
+
+import pytest
+import torch
+
+from flowmap.flow.derivative import along_path
+from flowmap.nets import MLP, DiT
+from flowmap.nets.flow_map import FlowMapNet
+
+FURTHER = (("kind", 4), ("length", 7), ("left", 0))
+SHAPE = (3, 1, 2)
+
+
+@pytest.fixture(params=[DiT(patch=1, width=16, depth=2, heads=2), MLP(width=16, depth=2)], ids=["dit", "mlp"])
+def net(request):
+    torch.manual_seed(0)
+    net = request.param.build(SHAPE, further=FURTHER)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return FlowMapNet(net.double())
+
+
+X, T, S = torch.randn(5, *SHAPE, dtype=torch.float64), torch.linspace(0.5, 0.9, 5).double(), torch.linspace(0.0, 0.4, 5).double()
+COND = {"kind": torch.tensor([0, 1, 2, 3, 1]), "length": torch.tensor([6, 5, 0, 1, 2]), "left": torch.randn(5, *SHAPE, dtype=torch.float64)}
+
+
+def test_none_is_minus_one_zeros_and_absence(net):
+    none = {"kind": torch.full((5,), -1), "length": torch.full((5,), -1), "left": torch.zeros(5, *SHAPE, dtype=torch.float64)}
+    torch.testing.assert_close(net(X, T, S, none), net(X, T, S, None))
+    torch.testing.assert_close(net(X, T, S, {"kind": COND["kind"]}), net(X, T, S, none | {"kind": COND["kind"]}))
+
+
+def test_each_reaches_its_own_row_alone(net):
+    before = net(X, T, S, COND)
+    for key, value in (("kind", 3), ("length", 4), ("left", 1.5)):
+        changed = COND[key].clone()
+        changed[2] = value
+        moved = (net(X, T, S, COND | {key: changed}) - before).abs().flatten(1).amax(1)
+        assert float(moved[2].detach()) > 1e-6 and float(moved[[0, 1, 3, 4]].detach().max()) == 0, key
+
+
+def test_the_tangent_rides_through_them(net):
+    v = torch.randn(5, *SHAPE, dtype=torch.float64)
+    ridden, forward = (along_path(net, X, T, S, v, COND, mode=mode) for mode in ("ride", "forward"))
+    for a, b in zip(ridden, forward, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-9, atol=1e-9)
