@@ -21,10 +21,8 @@ NAMES = {
 def tables(runs: Sequence[Found], distance: str, many: int) -> dict[str, dict]:
     """Every table that the runs have figures for: name -> {"columns": [...], "rows": [[...], ...]}."""
     here = Tables(runs, distance, str(many))
-    made = {
-        "reflow": here.reflow(), "ratios": here.ratios(), "ablation": here.ablation(), "few": here.few(), "loss": here.loss(),
-        "instaflow": here.instaflow(), "speed": here.speed(),
-    }  # fmt: skip
+    kinds = ("reflow", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")
+    made = {name: getattr(here, name)() for name in kinds}
     return {name: one for name, one in made.items() if one["rows"]}
 
 
@@ -64,6 +62,16 @@ class Tables:
             cells = [self.ratio(over, under, read) for over, under in (("teacher", "reflow"), ("reflow", "third"))]
             rows.append([what, *cells])
         return self.table(["", "teacher / one reflow", "one reflow / two"], rows)
+
+    def rule(self) -> dict:
+        """The sampler's update rule beside Euler's, from the same noise."""
+        steps = ("2", "4", self.many)
+        rows = []
+        for arm in ("reflow", "third"):
+            for name, source in (("2-rectified flow++'s rule", "student"), ("Euler", "euler")):
+                if any(source in run.get(arm, {}) for run in self.runs):
+                    rows.append([f"{NAMES[arm]}, {name}", *(self.cell(arm, k, self.distance, source) for k in steps)])
+        return self.table([self.distance, *(f"{k} steps" for k in steps)], rows)
 
     def ablation(self) -> dict:
         columns = ["row", f"1-step {self.distance}", "2", "endpoint error^2", "seen as asked", "the paper's FID, CIFAR-10"]

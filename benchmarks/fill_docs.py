@@ -16,7 +16,7 @@ FILES = {
     "main_job": "main_job_digits.json", "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
-       for one in ("reflow", "ratios", "ablation", "few", "loss", "instaflow", "speed")},
+       for one in ("reflow", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
 }  # fmt: skip
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
