@@ -147,7 +147,9 @@ class Seed:
         if not (run / "metrics.json").is_file():
             raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {arm.recipe}` any other")
         found = self._look(run / "recipe.yaml", arm, student=run)
-        if self.seed == 0:
+        if self.seed == 0 and name in self.found:
+            found["cpu_seconds"] = self.found[name]["cpu_seconds"]
+        elif self.seed == 0:
             timed = [self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(f"trainer.steps={k}",)))) for k in (20, 120)]
             found["cpu_seconds"] = {"pairs": 0.0, "fit": timed[0] + (timed[1] - timed[0]) / 100 * self._steps(run)}
         self.keep(name, found)
@@ -230,6 +232,8 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
         return {"student": found["teacher_few"] | {str(many): found["teacher"]}, "floor": found["floor"]}
     if whose == "first":  # the teacher's network without guidance, on noise and data that nothing has joined
         recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [many], []
+    if run is not None:  # kept since before its recipe's sampler was what it is
+        recipe = replace(recipe, sampler=read_recipe(recipe.name).sampler)
     student = load_student(run or dependency_folder(recipe))
     found = {"student": measure(recipe, student, None, data, steps=steps, metrics=metrics + (flow if many in steps else []))["student"]}
     if isinstance(recipe.sampler, Anchored) and many in steps:
