@@ -9,6 +9,7 @@ included. Frechet distances are in the recipe's first feature space; the losses'
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -25,13 +26,12 @@ KEPT = Path("runs/bench/rectified")
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: a shipped recipe with changes, looked at with `steps`; `made_by`: keys of its recipe that name the recipe files of other arms.
+    """One run: a shipped recipe with changes, in which @NAME is the recipe file of another arm; looked at with `steps`.
 
     kept: where another benchmark keeps the finished runs of that very recipe, {seed} for the seed; they are not made again.
     """
 
     recipe: str
-    made_by: dict[str, str]
     changes: tuple[str, ...] = ()
     steps: tuple[int, ...] = (1, 2)
     kept: str = ""
@@ -55,19 +55,18 @@ class Case:
 def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int, kept: str) -> Case:
     """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe as it is shipped; few: of each row of the ablation."""
     long = (1, 2, 4, 50)
-    on_pairs = {"teacher.recipe": "teacher", "coupling.teacher.recipe": "teacher"}
-    of_reflow = {"teacher.recipe": "reflow", "coupling.teacher.recipe": "reflow"}
-    unguided = ("coupling.teacher.guidance=null", "coupling.guidance=null")
+    on_pairs = (*_taught("teacher"), *_paired("teacher"))
+    of_reflow = (*_taught("reflow"), *_paired("reflow"), "coupling.teacher.guidance=null", "coupling.guidance=null")
     short = (*_length(steps // 4), "objective.warmup_steps=50", "teacher.guidance=null")
     reflow = {
-        "reflow": Arm(f"{rfpp}d", on_pairs, _length(steps), steps=long),
-        "third": Arm(f"{rfpp}d", of_reflow, (*_length(steps // 2), *unguided), steps=long),
+        "reflow": Arm(f"{rfpp}d", (*on_pairs, *_length(steps)), long),
+        "third": Arm(f"{rfpp}d", (*of_reflow, *_length(steps // 2)), long),
     }
-    ablation = {letter: Arm(f"{rfpp}{letter}", on_pairs, _length(few)) for letter in "abcdef"}
-    ablation["g"] = Arm(f"{rfpp}g", on_pairs | {"student.recipe": "f"}, _length(few // 3))
+    ablation = {letter: Arm(f"{rfpp}{letter}", (*on_pairs, *_length(few))) for letter in "abcdef"}
+    ablation["g"] = Arm(f"{rfpp}g", (*on_pairs, "student.recipe=@f", *_length(few // 3)))
     maps = {
-        "ayf": Arm(ayf, {"teacher.recipe": "teacher"}, steps=(1, 2, 4), kept=kept),
-        "ayf of reflow": Arm(ayf, {"teacher.recipe": "reflow"}, short, steps=(1, 2, 4)),
+        "ayf": Arm(ayf, _taught("teacher"), (1, 2, 4), kept),
+        "ayf of reflow": Arm(ayf, (*_taught("reflow"), *short), (1, 2, 4)),
     }
     return Case(teacher, {"reflow": reflow, "ablation": ablation, "ayf": maps}, features, images)
 
@@ -76,22 +75,28 @@ def _length(count: int) -> tuple[str, ...]:
     return (f"trainer.steps={count}",)
 
 
+def _taught(by: str) -> tuple[str, ...]:
+    return ("teacher.card=null", f"teacher.recipe=@{by}")
+
+
+def _paired(by: str) -> tuple[str, ...]:
+    return ("coupling.teacher.card=null", f"coupling.teacher.recipe=@{by}")
+
+
 def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int, long: tuple[int, ...]) -> dict[str, Arm]:
     """Reflow and then distillation, or distillation alone on the same pairs for as many steps; each by squares, or seen at its end."""
-    on_teacher, on_reflow = ({"teacher.recipe": of, "coupling.teacher.recipe": of} for of in ("teacher", "insta-reflow"))
-    pairing = (f"coupling.num={pairs}", f"coupling.solver={solver}")
-    guided = ("coupling.guidance=2.0", "coupling.teacher={card: digits, guidance: {kind: classifier_free}}", "coupling.recipe=null")
-    squares = ("objective.perceptual=null", "objective.perceptual_after_steps=0")
-    seen = lambda count: (f"objective.perceptual_after_steps={count - distil // 3}",)
-    arms = {"insta reflow": Arm(f"{recipe}-reflow", on_teacher, (*_length(reflow), *pairing), long)}
-    for name, ends in (("", lambda count: squares), (", seen", seen)):
-        arms[f"insta reflow + distil{name}"] = Arm(
-            recipe, on_reflow | {"student.recipe": "insta-reflow"}, (*_length(distil), *pairing, *ends(distil), "coupling.recipe=null"), (1,)
-        )
-        both = reflow + distil
-        arms[f"insta distil{name}"] = Arm(
-            recipe, on_teacher | {"student.recipe": "teacher"}, (*_length(both), *pairing, *ends(both), *guided), (1,)
-        )  # fmt: skip
+    pairing, both = (f"coupling.num={pairs}", f"coupling.solver={solver}"), reflow + distil
+    guided = ("coupling.guidance=2.0", "coupling.recipe=null", "coupling.teacher={recipe: @teacher, guidance: {kind: classifier_free}}")
+    ends = {
+        "": lambda count: ("objective.perceptual=null", "objective.perceptual_after_steps=0"),
+        ", seen": lambda count: (f"objective.perceptual_after_steps={count - distil // 3}",),
+    }
+    arms = {"insta reflow": Arm(f"{recipe}-reflow", (*_taught("teacher"), *_paired("teacher"), *_length(reflow), *pairing), long)}
+    for name, end in ends.items():
+        own = ("coupling.recipe=null", "coupling.teacher={recipe: @insta-reflow}", "student.recipe=@insta-reflow", *_taught("insta-reflow"))
+        arms[f"insta reflow + distil{name}"] = Arm(recipe, (*own, *_length(distil), *pairing, *end(distil)), (1,))
+        direct = (*guided, "student.recipe=@teacher", *_taught("teacher"))
+        arms[f"insta distil{name}"] = Arm(recipe, (*direct, *_length(both), *pairing, *end(both)), (1,))
     return arms
 
 
@@ -109,6 +114,11 @@ CASES["emoji"].parts["instaflow"] = instaflow(
 )
 
 
+def _file(arm: str) -> str:
+    """The arm's name as its recipe, file and run have it."""
+    return "-".join(re.findall(r"\w+", arm))
+
+
 class Seed:
     """The runs of one seed in a folder of their own; what has been measured of them is in result.json."""
 
@@ -117,7 +127,7 @@ class Seed:
         self.root.mkdir(parents=True, exist_ok=True)
         self.kept = self.root / "result.json"
         self.found = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
-        self._recipe("teacher", self.case.teacher, {}, ("log.wandb=false",))
+        self._recipe("teacher", self.case.teacher, ("log.wandb=false",))
 
     def keep(self, key: str, value) -> None:
         self.found[key] = value
@@ -135,7 +145,7 @@ class Seed:
         if name in self.found:
             cost = self.found[name]["cpu_seconds"]
         else:
-            pairs = self._run("pairs", path) if "coupling.teacher.recipe" in arm.made_by else 0.0
+            pairs = self._run("pairs", path) if "kind: pairs" in path.read_text() else 0.0
             cost = {"pairs": pairs, "fit": self._run("fit", path, "--resume")}
         self.keep(name, {"cpu_seconds": cost, **self._look(path, arm)})
         distances = {k: round(next(iter(row.values())), 4) for k, row in self.found[name]["student"].items()}
@@ -150,7 +160,7 @@ class Seed:
         if self.seed == 0 and name in self.found:
             found["cpu_seconds"] = self.found[name]["cpu_seconds"]
         elif self.seed == 0:
-            timed = [self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(f"trainer.steps={k}",)))) for k in (20, 120)]
+            timed = [self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(*arm.changes, f"trainer.steps={k}")))) for k in (20, 120)]
             found["cpu_seconds"] = {"pairs": 0.0, "fit": timed[0] + (timed[1] - timed[0]) / 100 * self._steps(run)}
         self.keep(name, found)
 
@@ -169,20 +179,15 @@ class Seed:
 
     def _arm(self, name: str, arm: Arm) -> Path:
         common = ("metrics=[]", "log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "evaluation.batch_size=250")
-        return self._recipe(name.replace(" ", "-"), arm.recipe, arm.made_by, (*common, *arm.changes))
+        return self._recipe(_file(name), arm.recipe, (*common, *arm.changes))
 
-    def _recipe(self, name: str, shipped: str, made_by: dict[str, str], changes: tuple[str, ...]) -> Path:
+    def _recipe(self, name: str, shipped: str, changes: tuple[str, ...]) -> Path:
         from omegaconf import OmegaConf
 
         from flowmap.recipe import read_recipe
 
+        changes = (re.sub(r"@([\w-]+)", lambda m: str((self.root / f"{m[1]}.yaml").resolve()), change) for change in changes)
         plain = OmegaConf.create(read_recipe(shipped, (*changes, f"seed={self.seed}")).to_yaml())
-        for key, other in made_by.items():
-            if OmegaConf.select(plain, key.rpartition(".")[0]) is None:
-                OmegaConf.update(plain, key.rpartition(".")[0], {})
-            OmegaConf.update(plain, key, str((self.root / f"{other}.yaml").resolve()), force_add=True)
-            if key.endswith("teacher.recipe"):
-                OmegaConf.update(plain, key.replace("recipe", "card"), None)
         plain.name = plain.name if name == "teacher" else name
         path = self.root / f"{name}.yaml"
         path.write_text(OmegaConf.to_yaml(plain))
