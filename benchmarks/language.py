@@ -211,6 +211,7 @@ def diffused(bench: Bench, look: Look, steps: int) -> dict:
 def edit(bench: Bench, look: Look) -> None:
     """Of the flow between two categories, and of the difference of their mean latents added to the source."""
     from flowmap.build import build_data
+    from flowmap.flow.prior import Start
     from flowmap.metrics.text import ContentKept, Distinct, StyleHit
     from flowmap.recipe import read_resolved
 
@@ -224,7 +225,7 @@ def edit(bench: Bench, look: Look) -> None:
         found = {key: v for spec, metric in zip(specs, built, strict=True) for key, v in spec.report(metric, texts, {}, sources).items()}
         return found | {"calls": calls} | ({"first": list(zip(sources, texts, strict=True))[:10]} if bench.seed == 0 else {})
 
-    carried = lambda steps: student.carry(x1, steps, None, None, torch.Generator().manual_seed(0))
+    carried = lambda steps: student.carry(Start(x1), student.conditions(len(x1)), steps, torch.Generator().manual_seed(0))
     for steps in (1, 2, 4, 20):
         bench.keep("edit", f"flow {steps}", lambda steps=steps: figures(carried(steps), steps))
     difference = data.train.mean(0) - data.sources.mean(0)

@@ -28,6 +28,7 @@ FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.p
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
 TANGENT = "objectives/tangent.py"
+LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
@@ -87,6 +88,13 @@ LSD_OWN = "own = without_graph(student, arrival, s, s, cond)"
 LSD_ARRIVAL = "arrival = (x - length * mean_velocity.detach())"
 PSD_SUM = "return mean_velocity, along(h, x) * first + along(1 - h, x) * second"
 PSD_BETWEEN = "between = (x + along(middle - t, x) * first)"
+LEDI_NLL = "return ((x - mean).square() * (-logvar).exp() + logvar).flatten(1).mean(1) / 2"
+LEDI_KL = "return (mean.square() + logvar.exp() - 1 - logvar) / 2"
+LEDI_CODE = "mean + (logvar / 2).exp() * noise"
+LEDI_VALUE = "value = found.mean() + weight * units.clamp(min=self.free_bits).sum() / entries"
+LEDI_NORMAL = "return weight / (weight.mean()"
+FM_ROOT = "root = self.weight(sample.variance).sqrt()"
+FM_WEIGHTED = "velocity, target = root * velocity, root * target"
 SHORT_FIRST = "without_graph(student, x, t, torch.where(shortest, t, middle), cond)"
 SHORT_SECOND = "without_graph(student, between, middle, torch.where(shortest, middle, s), cond)"
 FREE_TARGET = "target = teacher.velocity(arrival, s, cond) + length * rate"
@@ -108,7 +116,6 @@ MUTANTS = [
     Mutant("flow_matching", "teacher's condition lost", FM, ASK_TEACHER, ASK_TEACHER.replace("sample.cond", "None")),
     Mutant("flow_matching", "student's condition lost", FM, ASK_STUDENT, ASK_STUDENT.replace("sample.cond", "None")),
     Mutant("flow_matching", "vt in place of the teacher", FM, "sample.vt if teacher is None", "sample.vt if teacher is not False"),
-    Mutant("flow_matching", "no stop-gradient on the target", FM, "target.detach()", "target"),
     Mutant("flow_matching", "stop-gradient on the student", FM, "self.distance(velocity, ", "self.distance(velocity.detach() + 0 * velocity, "),
     Mutant("flow_matching", "ascent", FM, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("flow_matching", "sum over the batch", FM, "Loss(error.mean(),", "Loss(error.sum(),"),
@@ -332,6 +339,28 @@ MUTANTS = [
     Mutant("consistency", "teacher asked twice at x", CM, CM_SECOND, "teacher.velocity(x, u, cond)"),
     Mutant("consistency", "solvers exchanged", CM, 'if self.solver == "euler"', 'if self.solver != "euler"'),
     Mutant("consistency", "arrival at s", CM, "self.earlier(t), torch.zeros_like(t)", "self.earlier(t), sample.s"),
+    Mutant("lediflow", "variance in place of its inverse", LEDI, LEDI_NLL, LEDI_NLL.replace("(-logvar)", "logvar")),
+    Mutant("lediflow", "log-variance rewarded", LEDI, LEDI_NLL, LEDI_NLL.replace("+ logvar", "- logvar")),
+    Mutant("lediflow", "log-variance left out", LEDI, LEDI_NLL, LEDI_NLL.replace(" + logvar", "")),
+    Mutant("lediflow", "log-variance twice", LEDI, LEDI_NLL, LEDI_NLL.replace("+ logvar", "+ 2 * logvar")),
+    Mutant("lediflow", "absolute residual", LEDI, LEDI_NLL, LEDI_NLL.replace("square", "abs")),
+    Mutant("lediflow", "KL without the mean", LEDI, LEDI_KL, LEDI_KL.replace("mean.square() + ", "")),
+    Mutant("lediflow", "KL's log-variance flipped", LEDI, LEDI_KL, LEDI_KL.replace("1 - logvar", "1 + logvar")),
+    Mutant("lediflow", "KL not halved", LEDI, LEDI_KL, LEDI_KL.replace(" / 2", "")),
+    Mutant("lediflow", "code drawn with the variance", LEDI, LEDI_CODE, LEDI_CODE.replace("logvar / 2", "logvar")),
+    Mutant("lediflow", "code not drawn", LEDI, LEDI_CODE, "mean + 0 * noise"),
+    Mutant("lediflow", "KL rewarded", LEDI, LEDI_VALUE, LEDI_VALUE.replace("+ weight", "- weight")),
+    Mutant("lediflow", "KL not shared over entries", LEDI, LEDI_VALUE, LEDI_VALUE.replace(" / entries", "")),
+    Mutant("lediflow", "KL a mean over units", LEDI, LEDI_VALUE, LEDI_VALUE.replace(".sum()", ".mean()")),
+    Mutant("lediflow", "free bits at most", LEDI, LEDI_VALUE, LEDI_VALUE.replace("min=", "max=")),
+    Mutant("lediflow", "warm-up the other way", LEDI, "step / self.warmup_steps) if", "1 - step / self.warmup_steps) if"),
+    Mutant("lediflow", "powers exchanged", LEDI, "power: ClassVar[float] = -1.0", "power: ClassVar[float] = 1.0"),
+    Mutant("lediflow", "not normalised", LEDI, LEDI_NORMAL, "return weight / (1 if self.floor >= 0 else weight.mean()"),
+    Mutant("lediflow", "floor left out", LEDI, "(variance + self.floor) **", "variance **"),
+    Mutant("lediflow", "weight not rooted", FM, FM_ROOT, FM_ROOT.replace(".sqrt()", "")),
+    Mutant("lediflow", "weight on the target alone", FM, FM_WEIGHTED, "velocity, target = velocity, root * target"),
+    Mutant("lediflow", "weight on the student alone", FM, FM_WEIGHTED, "velocity, target = root * velocity, target"),
+    Mutant("flow_matching", "no stop-gradient on the target", FM, "target = target.detach()", "target = target"),
     Mutant("consistency", "grids exchanged", CM, 'if self.grid == "uniform"', 'if self.grid != "uniform"'),
     Mutant("adversarial", "pairing turned round", ADV, "return F.softplus(lower - higher)", "return F.softplus(higher - lower)"),
     Mutant("adversarial", "discriminator likes fakes", ADV, "pairing_loss(of_real, of_fake)", "pairing_loss(of_fake, of_real)"),

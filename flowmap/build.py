@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowmap.build_prior import build_prior, shipped_prior
 from flowmap.config import RecipeError, construct
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, Styles, TextDataset
 from flowmap.flow.solver import Euler
@@ -82,7 +83,7 @@ def build_data(recipe: Recipe) -> Dataset:
     try:
         data = data_of(recipe).build()
         data = StyledDataset.of(data, recipe.coupling) if isinstance(recipe.coupling, Styles) else data
-        if not recipe.trains_autoencoder:
+        if recipe.leaves == "student":
             check_metrics(recipe.metrics, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
@@ -94,7 +95,7 @@ def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
     if not isinstance(recipe.coupling, Pairs):
         return data
     try:
-        return PairedDataset(Path(pairs_of(recipe).root), data, pairs_identity(recipe))
+        return PairedDataset(Path(pairs_of(recipe).root), data, pairs_identity(recipe), build_prior(recipe))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
 
@@ -118,7 +119,7 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     else:
         trained = read_recipe(recipe.coupling.recipe)
         student = load_student(_trained_student(trained, f"{recipe.name}: coupling.recipe: {recipe.coupling.recipe!r}"))
-        built = BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,))
+        built = _same_start(recipe, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
     if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
         raise RecipeError(f"{recipe.name}: coupling: its teacher's samples are {built.network.config.shape}, those of the data {data.shape}")
     return built
@@ -131,7 +132,15 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
     """
     if recipe.teacher is None:
         return None
-    return _guided(recipe).told_empty({} if data is None else data.empty)
+    return _same_start(recipe, _guided(recipe)).told_empty({} if data is None else data.empty)
+
+
+def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
+    """The teacher; RecipeError unless its paths start at the recipe's own prior, N(0, I) for teachers that are no networks of ours."""
+    theirs, ours = teacher.network and teacher.network.config.prior, shipped_prior(recipe)
+    if (ours is None) != (theirs is None) or (ours is not None and not ours.same_start(theirs)):
+        raise RecipeError(f"{recipe.name}: prior: the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}")
+    return teacher
 
 
 def _guided(recipe: Recipe) -> BuiltTeacher:
@@ -317,6 +326,7 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         **(text_config(recipe, data, _beside(recipe)) if isinstance(data, TextDataset) else {}),
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
+        prior=shipped_prior(recipe),
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )

@@ -101,6 +101,9 @@ def _sample(a: argparse.Namespace) -> int:
     student = load_student(a.student).to(_device(a.device))
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
+    if (a.inpaint is None) != (a.mask is None):
+        raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
+    edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
     prompt = a.prompt if student.config.text is not None else None
     given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
     cond = {key: value for key, value in given if value is not None}
@@ -114,8 +117,8 @@ def _sample(a: argparse.Namespace) -> int:
 
         refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=a.seed).load().to(student.device)
     with Bar(a.num * len(a.steps)) as progress:
-        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine)
-        grids = sample(student, a.out, **options, progress=progress)
+        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine, solver=a.solver)
+        grids = sample(student, a.out, **options, **edits, progress=progress)
     for grid in grids:
         print(grid)
     return 0
@@ -156,24 +159,9 @@ def _pairs(a: argparse.Namespace) -> int:
 
 
 def _average(a: argparse.Namespace) -> int:
-    from dataclasses import replace
+    from flowmap.train.average_verb import average_verb
 
-    from flowmap.files import check_writable
-    from flowmap.recipe import read_resolved
-    from flowmap.snapshots import combine
-    from flowmap.student import load_student, save_student
-    from flowmap.train.card import model_card
-
-    run, out = Path(a.run_folder), Path(a.out)
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"--run: {run} is not a run folder (no recipe.yaml)")
-    check_writable(out, "--out")
-    recipe, config = read_resolved(run / "recipe.yaml"), load_student(run).config
-    weights = combine(run, std=a.std, step=a.step)
-    config = replace(config, step=config.step if a.step is None else a.step)
-    save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
-    print(out)
-    return 0
+    return average_verb(a)
 
 
 def _import_weights(a: argparse.Namespace) -> int:
@@ -273,6 +261,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
     sample.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
     sample.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
+    sample.add_argument("--solver", choices=["euler", "midpoint", "heun", "rk4"], help="solve the student's velocity, in the place of its sampler")
+    sample.add_argument("--inpaint", metavar="IMAGE", help="draw part of this picture anew, through the code of a learned prior (with --mask)")
+    sample.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
+    sample.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="samples between two pictures, through the code of a learned prior")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", required=True, help="folder for the pictures")
 

@@ -21,11 +21,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.data import TextEncoder
+from flowmap.flow.prior import Learned, MixtureCodes
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
+from flowmap.plan import prior_recipes
+from flowmap.recipe import Recipe
 from flowmap.student import StudentConfig
 from flowmap.teachers.text import Sentence
 
@@ -66,6 +69,20 @@ def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool =
     return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
 
 
+def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
+    """FLOPs of one start at sampling: the auxiliary model's decoder and the z-sampler; 0 under the Gaussian prior."""
+    if not isinstance(recipe.prior, Learned):
+        return 0.0
+    trained, *flow = prior_recipes(recipe)
+    size = trained.student.size
+    with torch.device("meta"):
+        net, z = trained.student.build(shape), torch.zeros(1, size)
+        with torch.no_grad(), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            net.decode(z)
+    flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(recipe.prior.z, MixtureCodes) else 0.0)
+    for one in flow:  # Heun: two calls a step
+        flops += 2 * recipe.prior.z.steps * cost_of(StudentConfig(one.student, one.sampler, (size,), arrival=False), graded=False).flops
+    return flops
 def discriminator_cost(net: nn.Module, config: StudentConfig, objective: Adversarial) -> Cost:
     """A discriminator's share in a step, counted on the meta device: both losses with their penalties and backward passes, all as forward."""
     one, two = (_judged(net, config, objective, rows) for rows in (1, 2))
@@ -118,7 +135,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
-    cond |= {name: torch.zeros(rows, dtype=torch.int64) if count else torch.zeros(rows, *config.shape) for name, count in config.further}
+    cond |= {one.name: one.example(rows) for one in config.further}
     net = net_within(config.net)
     if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
         return cond | {"guidance": torch.ones(rows)} | example_conditions(net, rows, tokens_of(net.network, config.text))

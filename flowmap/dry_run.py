@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from flowmap.build import check_teachers, missing_weights, net_of, spec_of, student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.calls import Calls, calls_of
-from flowmap.config import RecipeError
-from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost
+from flowmap.config import RecipeError, kind_of
+from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.data import Encoded, Text
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
@@ -27,15 +27,19 @@ from flowmap.plan import (
     Pairing,
     Stage,
     autoencoder_recipes,
+    code_recipes,
     data_of,
+    find_card,
+    list_cards,
     pairs_cards,
     plan,
+    prior_recipes,
     runs_root,
     start_recipes,
     teacher_cards,
     teacher_recipes,
 )
-from flowmap.recipe import PowerEMA, Recipe, StudentSpec
+from flowmap.recipe import TABLES, PowerEMA, Recipe, StudentSpec
 from flowmap.student import StudentConfig
 from flowmap.teachers.card import Card
 from flowmap.text_student import described
@@ -76,7 +80,7 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
         try:
             data = data_of(recipe).build()
         except ValueError as error:
-            missing += [str(error)] if not _to_be_encoded(recipe) else _lacks_pictures(recipe)
+            missing += _lacks_pictures(recipe) if _to_be_encoded(recipe) else [] if code_recipes(recipe) else [str(error)]
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
@@ -126,12 +130,17 @@ def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
     spec = net_of(recipe)
     if data is None and spec is not None:
-        shape, num_classes = _carded(recipe) or recipe.data.outline() or (_latents(recipe), None)
+        shape, num_classes = _carded(recipe) or recipe.data.outline() or (_codes(recipe) or _latents(recipe), None)
         data = _Described(shape, num_classes, spec) if shape else None
     if spec is None or data is None:
         return None
     config = student_config(replace(recipe, student=spec), data, None)
     return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
+
+
+def _codes(recipe: Recipe) -> tuple[int, ...] | None:
+    """The shape of codes, where they are the data."""
+    return next(((trained.student.size,) for trained in code_recipes(recipe)), None)
 
 
 def _carded(recipe: Recipe) -> tuple[tuple[int, ...], int | None] | None:
@@ -143,10 +152,15 @@ def _carded(recipe: Recipe) -> tuple[tuple[int, ...], int | None] | None:
 
 
 def _latents(recipe: Recipe) -> tuple[int, ...] | None:
-    """The shape of latents of an autoencoder that one of our recipes trains."""
+    """The shape of latents of an autoencoder that one of our recipes trains, or that a card of kind autoencoder describes."""
     for trained in autoencoder_recipes(recipe):
         side = recipe.data.images.size // 2 ** (len(trained.student.channels) - 1)
         return trained.student.latent_channels, side, side
+    source = getattr(getattr(recipe.data, "autoencoder", None), "source", None)
+    for card in map(find_card, list_cards()) if source else ():
+        if card.kind == "autoencoder" and card.source == source:
+            scale = recipe.data.images.size / card.pixels
+            return card.shape[0], *(round(side * scale) for side in card.shape[1:])
     return None
 
 
@@ -156,6 +170,8 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
     lines = [f"student: {counted(student)}, samples of shape {tuple(config.shape)}"]
     if teachers:
         lines.append("teacher: " + " + ".join(f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in teachers))
+    if config.prior is not None:
+        lines.append(_prior(recipe, config))
     judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
     if judge is not None:
         lines.append(f"discriminator: {counted(judge)}; {_flops(judge.flops)} a step for one sample, penalties and their gradients among them")
@@ -170,6 +186,13 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
     if trainer.accelerator != "cpu" and hours >= 0.01:
         lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
     return lines
+
+
+def _prior(recipe: Recipe, config: StudentConfig) -> str:
+    trained = prior_recipes(recipe)[0]
+    auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
+    start = start_flops(recipe, config.shape)
+    return f"learned prior: {counted(auxiliary)} ({trained.name}), codes by {kind_of(recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
 
 
 def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[tuple[Card, Cost]]:

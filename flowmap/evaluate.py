@@ -15,6 +15,7 @@ from flowmap.build import BuiltTeacher, build_data, build_teacher
 from flowmap.config import RecipeError
 from flowmap.data import Dataset, Pairs
 from flowmap.files import write_json
+from flowmap.flow.prior import Start, rows_told
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import check_metrics, floors
@@ -82,7 +83,7 @@ def measure(
     for k in steps or recipe.sampler.steps:
         say(f"student at {k} step{'s' if k > 1 else ''}")
         result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k)
-    nfe: dict[str, Any] = {"student": {str(k): k for k in steps or recipe.sampler.steps}}
+    nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in steps or recipe.sampler.steps}}
     if teacher is not None:
         n = recipe.evaluation.teacher_steps
         say(f"teacher at {n} steps")
@@ -117,12 +118,12 @@ class _Rows:
         rank = torch.distributed.get_rank() if world > 1 else 0
         self.num = max((spec.images for spec in specs if spec.needs not in REAL), default=0) // world * world
         generator = torch.Generator().manual_seed(recipe.evaluation.seed)
-        x1 = torch.randn(self.num, *data.shape, generator=generator) if self.num else torch.zeros(0, *data.shape)
-        self.sentences, self.sources = student.sentences, data.wanted(self.num) if hasattr(data, "wanted") else None
+        self.start, self.sources = student.start(self.num, generator), data.wanted(self.num) if hasattr(data, "wanted") else None
         if hasattr(data, "starts"):
             x1, self.sources = data.starts(self.num)
-        self.sources, self.decode_seconds = self.sources and self.sources[rank::world], 0.0
-        self.x1, self.world = x1[rank::world], world
+            self.start = Start(x1)
+        self.x1, self.world, self.rank = self.start.x1[rank::world], world, rank
+        self.sentences, self.sources, self.decode_seconds = student.sentences, self.sources and self.sources[rank::world], 0.0
         self.places = torch.arange(self.num)[rank::world]
         self.conditions = conditions_for(student, data, self.num, guidance) if self.num else None
         real = {"samples": lambda: (data.reference,), "conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
@@ -242,16 +243,16 @@ class _Rows:
         size, num = self.recipe.evaluation.batch_size, num // self.world
         for i in range(0, num, size):
             rows = slice(i, min(i + size, num))
-            yield self.x1[rows].to(self.device), self.conditions(self.places[rows])
+            yield self.x1[rows].to(self.device), self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
 
 
 def conditions_for(student: Student, data: Dataset, num: int, guidance: float | None = None) -> Callable[[Tensor], Cond]:
     """What gives the conditions at some places of a set of `num` samples: those of as many training samples, evenly spaced, where there is
     text; else classes in turn. ValueError at once where the guidance scale does not fit."""
-    if student.config.text is None and not student.config.further:
+    if student.config.text is None and not student.config.descriptions:
         whole = student.conditions(num, guidance=guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
-    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []), *(name for name, _ in student.config.further))
+    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []), *student.config.descriptions)
 
     def at(places: Tensor) -> Cond:
         given = data.asked_at(places, num) if hasattr(data, "asked_at") else data.conditions_at(places * len(data) // num)

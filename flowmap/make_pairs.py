@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from flowmap.build import BuiltTeacher, build_data, build_pairs_teacher
+from flowmap.build_prior import build_prior
 from flowmap.data import Dataset, PairedDataset, Pairs
-from flowmap.data.pairs import contents, has_text, noises, pack, unpack
+from flowmap.data.pairs import contents, has_text, pack, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
 from flowmap.files import read_json, write_json
-from flowmap.flow.prior import chi_square
+from flowmap.flow.prior import LearnedPrior, Start, chi_square
 from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.plan import pairs_identity, pairs_of
@@ -72,6 +73,7 @@ class Maker:
     device: torch.device | str
     conditional: bool
     dtype: str
+    prior: LearnedPrior | None = None
 
     @staticmethod
     def of(recipe: Recipe, device: torch.device | str) -> Maker:
@@ -83,7 +85,9 @@ class Maker:
         if dtype == "uint8" and not pictures:
             raise ValueError("coupling.dtype: uint8 is for pictures in [-1, 1]; allowed here: float16, float32")
         teacher = build_pairs_teacher(recipe, data).to(device)
-        return Maker(spec, data, teacher, scale_of(recipe), pairs_identity(recipe), device, recipe.data.conditional, dtype)
+        prior = build_prior(recipe)
+        prior = prior and prior.exact()
+        return Maker(spec, data, teacher, scale_of(recipe), pairs_identity(recipe), device, recipe.data.conditional, dtype, prior)
 
     def plan(self) -> dict[str, Any]:
         return {"identity": self.identity, "contents": contents(self.data, self.spec.seed), "shard_items": self.spec.shard_items}
@@ -101,14 +105,15 @@ class Maker:
     def columns(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], int]:
         """The columns x0, label, place (and x1 of inverted pairs) of pairs that are all inverted or all not, and the calls of a network for each."""
         label, place, cond = self._conditions(pairs)
-        velocity = self.velocity(cond, len(pairs))
         columns = {"label": label, "place": place}
         if self.inverted(pairs):
             columns["x0"] = pack(self.data.__getitems__(place.tolist())[0], self.dtype)
+            velocity = self.velocity(cond, len(pairs))
             solved = invert(velocity, unpack(columns["x0"]).to(self.device), self.spec.solver)
             columns["x1"] = solved.x.half().cpu()
         else:
-            solved = self.spec.solver(velocity, noises(self.spec.seed, pairs, self.data.shape).to(self.device))
+            start = self.starts(pairs)
+            solved = self.spec.solver(self.velocity({**cond, **start.told}, len(pairs)), start.x1.to(self.device))
             columns["x0"] = pack(solved.x, self.dtype)
         self._must_be_finite(solved.x, columns, pairs)
         return columns, solved.calls * self.teacher.calls_per_step
@@ -118,6 +123,10 @@ class Maker:
         guided = cond if self.scale is None else {**cond, "guidance": torch.full((num,), self.scale)}
         on_device = {key: value.to(self.device) for key, value in guided.items()} or None
         return lambda x, t: self.teacher.guided.velocity(x, t, on_device)
+
+    def starts(self, pairs: Sequence[int]) -> Start:
+        """Where those pairs start."""
+        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape)
 
     def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
         """(x0, cond) of those pairs, as training would see them."""
@@ -211,7 +220,7 @@ def verify(recipe: Recipe, folder: Path | None = None, *, num: int, device: torc
     if num < 1 or batch_size < 1:
         raise ValueError(f"--verify: {num} and --batch: {batch_size} must be 1 or more")
     maker = Maker.of(recipe, device)
-    kept = PairedDataset(folder or Path(pairs_of(recipe).root), maker.data, maker.identity)
+    kept = PairedDataset(folder or Path(pairs_of(recipe).root), maker.data, maker.identity, maker.prior)
     wanted = torch.linspace(0, len(kept) - 1, min(num, len(kept))).long().tolist()
     gaps = {}
     for part in ([i for i in wanted if i < kept.num_generated], [i for i in wanted if i >= kept.num_generated]):

@@ -15,6 +15,8 @@ PAPERS = {
     "edm2": ("Analyzing and improving the training dynamics of diffusion models (power-function EMA)", "Karras et al.", 2024, "2312.02696"),
     "dit": ("Scalable diffusion models with transformers", "Peebles, Xie", 2022, "2212.09748"),
     "rectified_flow_pp": ("Improving the training of rectified flows (objective rectified, coupling pairs)", "Lee, Lin, Fanti", 2024, "2405.20320"),
+    "lediflow": ("LeDiFlow: learned distribution-guided flow matching (prior learned)", "Zwick, Friederich, Beichter, et al.", 2025, "2505.20723"),
+    "cmmd": ("Rethinking FID: towards a better evaluation metric (metric mmd)", "Jayasumana, Ramalingam, Veit, et al.", 2024, "2401.09603"),
     "instaflow": ("InstaFlow: one step is enough (objective endpoint, student stacked, merges)", "Liu, Zhang, Ma, Peng, Liu", 2023, "2309.06380"),
     "edm": ("Elucidating the design space of diffusion-based generative models (networks, grids)", "Karras, Aittala, et al.", 2022, "2206.00364"),
     "language_flow": ("Language rectified flow (data text, coupling styles, objective text_elbo)", "Zhang, Wu, Gong, Liu", 2024, "2403.16995"),

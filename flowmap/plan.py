@@ -11,9 +11,11 @@ from typing import Any
 
 from flowmap.config import RecipeError, to_plain
 from flowmap.data import Encoded, Pairs, Text, pairs
+from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
+from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.provenance import WHERE, identity
 from flowmap.recipe import TABLES, Autoguidance, FromRecipe, Recipe, TeacherSlot, read_recipe, read_resolved, shipped
 from flowmap.teachers.card import Card, read_card
@@ -97,7 +99,7 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.data, Encoded):
         found.append(Encoding(recipe))
-    for needed in (*teacher_recipes(recipe), *start_recipes(recipe)):
+    for needed in (*code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)):
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.coupling, Pairs):
         pairing = Pairing(recipe)
@@ -120,9 +122,26 @@ def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
     return [read_recipe(autoencoder.recipe, overrides)] if autoencoder is not None and autoencoder.recipe is not None else []
 
 
-def data_of(recipe: Recipe) -> Any:
-    """The recipe's data with folders in the place of names: where its latents lie, and where the run that trains its autoencoder does."""
+def code_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe that trains the encoder of codes, where they are the data."""
     data = recipe.data
+    return [read_recipe(data.recipe, data.overrides)] if isinstance(data, Codes) and data.recipe else []
+
+
+def prior_recipes(recipe: Recipe) -> list[Recipe]:
+    """Where the prior is a learned one, the recipe that trains its auxiliary model, then the one that trains its flow of codes, if any."""
+    prior = recipe.prior
+    if not isinstance(prior, Learned):
+        return []
+    flow = [read_recipe(prior.z.recipe, prior.z.overrides)] if isinstance(prior.z, FlowCodes) else []
+    return [read_recipe(prior.recipe, prior.overrides), *flow]
+
+
+def data_of(recipe: Recipe) -> Any:
+    """The recipe's data with folders in the place of names: where its latents lie, and where the run that trains its encoder does."""
+    data = recipe.data
+    if isinstance(data, Codes) and data.recipe:
+        return replace(data, root=str(dependency_folder(code_recipes(recipe)[0]) / "student"))
     if not isinstance(data, Encoded) and getattr(data, "autoencoder", None) is None:
         return data
     trained = autoencoder_recipes(recipe)
@@ -154,7 +173,10 @@ def _cards(slot: TeacherSlot | None) -> list[Card]:
 
 def card_of(slot: TeacherSlot) -> Card:
     """The card that the slot names; of a teacher that is named by its recipe, a card that says so."""
-    return find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.recipe)
+    card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.recipe)
+    if card.kind == "autoencoder":
+        raise RecipeError(f"teacher.card: {card.name!r} is an autoencoder's, and no teacher; data.autoencoder.source names it")
+    return card
 
 
 def lora_card(recipe: Recipe) -> Card:
@@ -201,6 +223,8 @@ def pairs_of(recipe: Recipe) -> Pairs:
     plain = {key: value for key, value in to_plain(recipe.coupling, TABLES).items() if key != "shard_items"}
     data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
     parts = (plain, data, [one.hash() for one in (*pairs_recipes(recipe), *autoencoder_recipes(recipe))])
+    if isinstance(recipe.prior, Learned):
+        parts += (to_plain(recipe.prior, TABLES), [one.hash() for one in prior_recipes(recipe)])
     return replace(recipe.coupling, root=str(runs_root() / f"pairs-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"))
 
 

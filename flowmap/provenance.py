@@ -15,6 +15,7 @@ from flowmap.config import RecipeError, to_plain
 from flowmap.data import Encoded, Pairs
 from flowmap.data.dataset import Source
 from flowmap.data.pairs import CLOCK, FORMAT
+from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.recipe import TABLES, Autoguidance, Recipe, read_recipe
 from flowmap.teachers.card import Card
 
@@ -63,11 +64,21 @@ def identity(
         **{name: getattr(spec, name) for name in ("num", "inverted", "seed", "dtype")},
         "data": _of_data(recipe, data),
     }
+    if isinstance(recipe.prior, Learned):
+        told["prior"] = _of_prior(recipe.prior, weights_of)
     return json.loads(json.dumps(told))
 
 
-def _of_recipe(name: str, weights_of) -> dict[str, Any]:
-    trained = read_recipe(name)
+def _of_prior(prior: Learned, weights_of) -> dict[str, Any]:
+    """Without what does not change where pairs start: whether a network is told of it."""
+    codes = prior.z if not isinstance(prior.z, FlowCodes) else None
+    flow = {"flow": _of_recipe(prior.z.recipe, weights_of, prior.z.overrides), "steps": prior.z.steps} if codes is None else {}
+    told = _of_recipe(prior.recipe, weights_of, prior.overrides)
+    return {**told, "scale": prior.scale, "z": to_plain(codes, TABLES), **flow}
+
+
+def _of_recipe(name: str, weights_of, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    trained = read_recipe(name, overrides)
     return {"recipe": trained.name, "hash": trained.hash(), "weights": weights_hash(weights_of(trained))}
 
 

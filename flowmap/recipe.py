@@ -29,6 +29,7 @@ from flowmap.data import (
     ImageSource,
     Independent,
     Pairs,
+    Styles,
     TeacherSlot,
     TextCoder,
     TextEncoder,
@@ -37,7 +38,7 @@ from flowmap.data import (
 )  # fmt: skip
 from flowmap.flow.distance import DISTANCES, Distance, Squared
 from flowmap.flow.path import PATHS, Linear
-from flowmap.flow.prior import PRIORS, Gaussian
+from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler, Gaussian, Learned
 from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES, Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
@@ -45,13 +46,14 @@ from flowmap.metrics import METRICS
 from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import NetSpec, Stacked, net_within
-from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, Rectified
+from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, FlowMatching, Rectified
 from flowmap.objectives.adversarial import DiscriminatorSpec
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
+from flowmap.objectives.lediflow import WEIGHTS, Unweighted, Weight
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.optimizer import AdamW
-from flowmap.samplers import SAMPLERS, Deterministic
+from flowmap.samplers import SAMPLERS, Deterministic, Gamma
 from flowmap.settings import (
     Autoguidance,
     ClassifierFree,
@@ -106,14 +108,14 @@ class Recipe:
     def __post_init__(self):
         if self.teacher is not None and not isinstance(self.path, Linear):
             raise ValueError("path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}")
-        if getattr(self.objective, "trains", None) != getattr(self.student, "codes", None):
-            raise ValueError("objective: reconstruction trains a student of kind autoencoder_kl, text_elbo a text autoencoder, and nothing else does")
+        self._check_leaves()
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must be 0 or more")
         if self.lora is not None:
             self._check_lora()
-        if isinstance(self.coupling, Pairs) and self.trains_autoencoder:
-            raise ValueError("coupling: pairs are no use to an autoencoder; leave it independent")
+        if isinstance(self.coupling, Pairs) and self.leaves != "student":
+            raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")
+        self._check_prior()
         if isinstance(self.distillation, (Rectified, Endpoint)):
             self._check_pairs()
         if getattr(self.distillation, "sees_pictures", False):
@@ -135,6 +137,13 @@ class Recipe:
     def lora(self) -> LoRA | None:
         """The adapters that are trained instead of the student's weights, where the recipe says so."""
         return getattr(self.student, "lora", None)
+
+    def _check_leaves(self) -> None:
+        if left_by(self.student) == self.leaves:
+            return
+        kinds = [kind for kind, net in TABLES[StudentSpec].items() if left_by(net) == self.leaves]
+        objective, student = kind_of(self.objective, TABLES), kind_of(self.student, TABLES)
+        raise ValueError(f"objective: {objective} does not train a student of kind {student}; allowed: {', '.join(kinds)}")
 
     def _check_lora(self) -> None:
         if self.trainer.strategy == "fsdp":
@@ -176,10 +185,32 @@ class Recipe:
             if any(getattr(metric, "features", None) == spec.net for metric in self.metrics):
                 raise ValueError(f"{where}.net: {spec.net!r} is also a metric's; a discriminator and a metric must not share a network")
 
+    def _check_prior(self) -> None:
+        learned, objective = isinstance(self.prior, Learned), self.distillation
+        weighted = isinstance(objective, FlowMatching) and not isinstance(objective.weight, Unweighted)
+        if weighted and not (learned and isinstance(self.coupling, Independent)):
+            raise ValueError("objective.weight: is by the variance of a learned prior, on an independent coupling; allowed here: none")
+        if not learned:
+            return
+        if self.leaves != "student":
+            raise ValueError("prior: an autoencoder or an auxiliary model is trained without one; leave it gaussian")
+        if self.data.conditional:
+            raise ValueError("prior: the codes of a learned prior know no conditions, so that it wants data.conditional: false")
+        if self.teacher is not None and isinstance(self.teacher.guidance, ClassifierFree):
+            raise ValueError("teacher.guidance: classifier_free wants conditions, and flows that start at a learned prior have none")
+        if isinstance(self.sampler, Gamma):
+            raise ValueError("sampler: gamma puts back N(0, I), and the prior is a learned one; choose another")
+        if any(metric.needs == "inversion" for metric in self.metrics):
+            raise ValueError("metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out")
+        if isinstance(self.coupling, Styles):
+            raise ValueError("prior: a flow of coupling styles starts at sentences, not at a prior; leave it gaussian")
+        if isinstance(self.coupling, Pairs) and self.coupling.inverted:
+            raise ValueError("coupling.inverted: real data carried to t = 1 has no code; with a learned prior it must be 0")
+
     @property
-    def trains_autoencoder(self) -> bool:
-        """Whether the run leaves an autoencoder, not a student that samples."""
-        return hasattr(self.objective, "trains")
+    def leaves(self) -> str:
+        """What the run leaves: a student that samples, an autoencoder, a text_autoencoder, or a prior (the auxiliary model of one)."""
+        return left_by(self.objective)
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, every default written out; reading it gives the same recipe."""
@@ -195,6 +226,12 @@ class Recipe:
         return _missing(to_plain(self, TABLES), "")
 
 
+
+def left_by(part: Any) -> str:
+    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
+    return getattr(part, "leaves", "student")
+
+
 STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
 
 TABLES: Mapping[type, Mapping[str, type]] = {
@@ -206,7 +243,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Tokenizer: TOKENIZERS,
     TextCoder: {"text": TextAutoencoder},
     StudentSpec: {**STARTS, **NETS},
-    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and not hasattr(net, "codes")}},
+    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"}},
     Objective: OBJECTIVES,
     DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,
@@ -214,6 +251,8 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     PictureDistance: PICTURE_DISTANCES,
     Path: PATHS,
     Prior: PRIORS,
+    CodeSampler: CODE_SAMPLERS,
+    Weight: WEIGHTS,
     Coupling: COUPLINGS,
     Solver: SOLVERS,
     TimeSampler: TIMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +11,19 @@ import torch
 from flowmap.data.text_sources import lines_of, one_line
 from flowmap.evaluate import conditions_for
 from flowmap.files import write_text
+from flowmap.flow.prior import Start
 from flowmap.pictures import save_picture, to_grid, to_picture
 from flowmap.student import Student, load_student
+
+
+def _edited(student: Student, inpaint, interpolate, **options):
+    """What draws num pictures in so many `steps`, the files read and checked now."""
+    from flowmap import edit
+
+    channels = edit.picture_shape(student)[0]
+    if inpaint is not None:
+        return partial(edit.inpaint, student, edit.read_picture(inpaint[0], channels, "--inpaint"), edit.read_mask(inpaint[1]), **options)
+    return partial(edit.interpolate, student, *(edit.read_picture(path, channels, "--interpolate") for path in interpolate), **options)
 
 
 def sample(
@@ -26,19 +38,27 @@ def sample(
     seed: int = 0,
     progress=None,
     refine=None,
+    solver: str | None = None,
+    inpaint: tuple[str | Path, str | Path] | None = None,
+    interpolate: tuple[str | Path, str | Path] | None = None,
 ) -> list[Path]:
     """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as
     out/steps-K.csv, sentences as out/steps-K.txt, one a line.
 
-    refine: as Student.sample has it.
+    refine, solver: as Student.sample has them. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py).
     """
     student = student if isinstance(student, Student) else load_student(student)
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
+    draw = partial(student.sample, num, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress, refine=refine, solver=solver)
+    if inpaint is not None or interpolate is not None:
+        if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):
+            raise ValueError("--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner")
+        draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
     grids = []
     for k in steps:
-        x0 = student.sample(num, steps=k, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress, refine=refine)
+        x0 = draw(steps=k)
         if student.config.text_autoencoder is not None:
             grids.append(Path(out) / f"steps-{k}.txt")
             write_text(grids[-1], "\n".join(" ".join(text.splitlines()) for text in x0) + "\n")
@@ -63,7 +83,7 @@ def sentences_of(student: Student, data, recipe) -> str:
         parts.append(("source", texts))
     for k in recipe.sampler.steps:
         if student.config.edits:
-            made = student.carry(x1.to(student.device), k, cond, None, torch.Generator().manual_seed(seed))
+            made = student.carry(Start(x1), student.conditions(num, cond), k, torch.Generator().manual_seed(seed))
         else:
             made = student.sample(num, steps=k, cond=cond, seed=seed)
         parts.append((f"{k} step{'s' * (k > 1)}", made))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,27 @@ import torch
 from torch import Tensor
 
 from flowmap.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
-from flowmap.config import RecipeError, construct, to_plain
+from flowmap.config import RecipeError, construct, kind_of, to_plain
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text import Attribute
 from flowmap.files import read_json, read_tensors, write_json, write_tensors
-from flowmap.flow.types import Sampler
+from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
+from flowmap.flow.types import Cond, Sampler
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
+from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, load_base, merged
 from flowmap.nets.stacked import net_within
+from flowmap.prior import PRIOR, Shipped, load_prior
 from flowmap.recipe import TABLES, StudentSpec
-from flowmap.samplers import Gamma
-from flowmap.samplers.grids import FewStep
+from flowmap.samplers import asked_for
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
-from flowmap.text_student import BESIDE, Sentences, further_conditions
+from flowmap.text_student import BESIDE, Sentences, described_by
 
 FORMAT = 1
 Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
+FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
 
@@ -44,7 +47,7 @@ class StudentConfig:
     baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
     velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
     source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
-    branches beside the frozen `base`.
+    branches beside the frozen `base`. prior: the learned prior in the folder prior/ beside the weights, where samples do not start at N(0, I).
 
     text_autoencoder: samples are latents that it makes sentences of (text_student.py). attributes and contexts are then conditions. edits:
     the styles (source, target) of a student that starts from sentences, not from noise.
@@ -66,6 +69,7 @@ class StudentConfig:
     edits: tuple[str, ...] = ()
     lora: LoRA | None = None
     base: Base | None = None
+    prior: Shipped | None = None
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
@@ -80,17 +84,34 @@ class StudentConfig:
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
+        if self.told and not getattr(self.net, "takes_further", False):
+            raise ValueError(f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false")
+        if self.descriptions and not getattr(self.net, "takes_further", False):
+            kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_further", False))
+            what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
+            raise ValueError(f"attributes: {what}; allowed: {kinds}")
 
     @property
-    def further(self) -> tuple[tuple[str, int], ...]:
+    def told(self) -> bool:
+        """The network is told the code z of where a sample starts."""
+        return self.prior is not None and self.prior.told
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """The conditions that describe a sentence: its attributes and contexts."""
+        return (*(one.name for one in self.attributes), *self.contexts)
+
+    @property
+    def further(self) -> tuple[Further, ...]:
         """The conditions beside class and guidance, as networks are told of them."""
-        return (*((one.name, len(one.values)) for one in self.attributes), *((name, 0) for name in self.contexts))
+        attributes = (Further(one.name, len(one.values), "number") for one in self.attributes)
+        contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
+        code = [Further("z", self.prior.size, "code")] if self.told else []
+        return (*attributes, *contexts, *code)
 
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
         guidance = self.guidance is not None
-        if self.further and not getattr(self.net, "takes_further", False):
-            raise ValueError(f"attributes: {', '.join(name for name, _ in self.further)}: networks of kind dit and mlp alone take them")
         further = {"further": self.further} if self.further else {}
         if base is None:
             net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
@@ -148,13 +169,15 @@ class Student(Sentences):
         progress=None,
         latents: bool = False,
         refine: Refine | None = None,
+        solver: str | None = None,
     ) -> Tensor | list[str]:
         """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives the same noise (and, without cond, the same classes) anywhere.
 
         cond: {"class": one label or num labels}, without it classes in turn; {"prompt": one text or num texts} for students that are
         conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
         with the number of new samples. latents: give latents, not their pictures. refine: called with the pictures and their
-        prompts (None without text), gives the refined ones (teachers/refiner.py). Raises ValueError that names what is wrong.
+        prompts (None without text), gives the refined ones (teachers/refiner.py). solver: of the velocity F(x, t, t), in the place of the
+        student's own sampler. Raises ValueError that names what is wrong.
         """
         if not 1 <= num <= MAX_IMAGES:
             raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
@@ -167,20 +190,38 @@ class Student(Sentences):
         if refine is not None and (latents or self.config.text_autoencoder is not None):
             raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
-        x1 = torch.randn(num, *self.config.shape, generator=generator)
-        found = self.carry(x1, steps, cond, guidance, generator, gamma, batch_size, progress, latents)
+        rows = self.conditions(num, cond, guidance)
+        start = self.start(num, generator, rows.pop("z", None))
+        options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
+        found = self.carry(start, rows, steps, generator, **options)
         return found if refine is None else refine(found, prompts_of(num, cond)).clamp(-1, 1)
 
     @torch.no_grad()
-    def carry(self, x1: Tensor, steps: int, cond, guidance, generator, gamma=None, batch_size: int = 256, progress=None, latents: bool = False):
-        """Samples from the given starts x1 (num, *shape), as `sample` gives them."""
-        num = len(x1)
-        conditions = self.conditions(num, cond, guidance)
-        sampler = self.config.sampler if gamma is None else with_gamma(self.config.sampler, gamma)
+    def carry(
+        self,
+        start: Start,
+        conditions: Cond,
+        steps: int,
+        generator: torch.Generator,
+        *,
+        gamma: float | None = None,
+        solver: str | None = None,
+        batch_size: int = 256,
+        progress=None,
+        latents: bool = False,
+    ) -> Tensor | list[str]:
+        """Samples from the given start (N, *shape), be it noise, a learned prior's or latents, as `sample` gives them.
+
+        conditions: as `conditions` makes them of the user's. The rest as `sample` has it.
+        """
+        if gamma is not None and self.config.prior is not None:
+            raise ValueError("gamma: puts back N(0, I), and this student starts at a learned prior")
+        sampler = asked_for(self.config.sampler, gamma=gamma, solver=solver)
         out = []
-        for i in range(0, num, batch_size):
-            rows = {key: value[i : i + batch_size] for key, value in conditions.items()}
-            chunk = x1[i : i + batch_size].to(self.device)
+        for i in range(0, len(start.x1), batch_size):
+            at = slice(i, i + batch_size)
+            rows = {key: value[at] for key, value in conditions.items()} | rows_told(start, at, self.device)
+            chunk = start.x1[at].to(self.device)
             out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=generator))
             if progress is not None:
                 progress(len(chunk))
@@ -188,6 +229,17 @@ class Student(Sentences):
         if latents:
             return x0
         return self.pictures(x0, batch_size) if self.config.text_autoencoder is None else self.sentences(x0)
+
+    def start(self, num: int, generator: torch.Generator, z: Tensor | None = None) -> Start:
+        """Where `num` samples start, on the CPU: a function of the generator's seed, and of the codes z (num, Z) where they are given."""
+        prior = None if self.prior is None else self.prior.to(self.device)
+        return starts(prior, tuple(self.config.shape), num, generator, z=z)
+
+    @cached_property
+    def prior(self) -> LearnedPrior | None:
+        """The learned prior, loaded when first asked for; None where samples start at N(0, I)."""
+        told = self.config.prior
+        return None if told is None else load_prior(self.folder / PRIOR, scale=told.scale, told=told.told)
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
@@ -216,8 +268,8 @@ class Student(Sentences):
         """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
         cond = dict(cond or {})
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
-        allowed = [key for key, has in (("class", self.config.num_classes), ("guidance", self.config.guidance)) if has] + [*text]
-        allowed += [name for name, _ in self.config.further]
+        has = (("class", self.config.num_classes), ("guidance", self.config.guidance), ("z", self.config.prior))
+        allowed = [*(key for key, there in has if there), *text, *self.config.descriptions]
         if "negative_prompt" in cond:
             raise ValueError(f"negative_prompt: {cond['negative_prompt']!r} was given, but {NO_NEGATIVE}")
         if self.config.guidance is None and (scale := cond.get("guidance", guidance)) is not None:
@@ -226,8 +278,12 @@ class Student(Sentences):
             if key not in allowed:
                 raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
         rows = self._text(num, cond) if text else {}
-        if self.config.further:
-            rows |= further_conditions(self, num, cond)
+        if self.config.descriptions:
+            rows |= described_by(self, num, cond)
+        if "z" in cond:
+            rows["z"] = torch.as_tensor(cond["z"], dtype=torch.float32).to(self.device)
+            if rows["z"].shape != (num, self.config.prior.size):
+                raise ValueError(f"z: has shape {tuple(rows['z'].shape)}, wants {(num, self.config.prior.size)}")
         if self.config.num_classes:
             rows["class"] = self._classes(num, cond.get("class"))
         if self.config.guidance is not None:
@@ -267,11 +323,6 @@ class Student(Sentences):
             bad = labels[(labels < -1) | (labels >= count)][0].item()
             raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")
         return labels.to(self.device)
-
-
-def with_gamma(sampler: Sampler, gamma: float) -> Gamma:
-    """Gamma-sampling on the grid of another few-step sampler."""
-    return Gamma(gamma=gamma, **{field.name: getattr(sampler, field.name) for field in fields(FewStep)})
 
 
 def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
@@ -328,7 +379,7 @@ def _local(source: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "recipe.yaml", "README.md", f"{BESIDE}/*"]))
+            return Path(snapshot_download(source, allow_patterns=[*FILES, f"{BESIDE}/*", f"{PRIOR}/*"]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
     raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
@@ -339,6 +390,8 @@ def read_config(path: Path) -> StudentConfig:
     plain = read_json(path)
     if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith("flowmap-text-autoencoder"):
         raise ValueError(f"{path}: is an autoencoder's, not a student's")
+    if plain.get("what") == PRIOR:
+        raise ValueError(f"{path}: is a learned prior's, not a student's")
     if plain.get("format") != FORMAT:
         raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
     try:

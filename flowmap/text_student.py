@@ -15,7 +15,9 @@ from torch import Tensor
 from flowmap.config import RecipeError
 from flowmap.data import Styles, TextCoder, TextDataset
 from flowmap.data.tokens import BPE, Pair
+from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
+from flowmap.recipe import left_by
 
 if TYPE_CHECKING:
     from flowmap.recipe import Recipe, StudentSpec
@@ -57,7 +59,7 @@ class Sentences:
 
 def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
     """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
-    if getattr(net, "codes", None) != "text":
+    if left_by(net) != "text_autoencoder":
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
         return net
@@ -105,12 +107,12 @@ def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None
     """The fields of StudentConfig that a student of sentences has."""
     edits = (", ".join(recipe.coupling.source), ", ".join(recipe.coupling.target)) if isinstance(recipe.coupling, Styles) else ()
     plain = {"text_autoencoder": autoencoder, "edits": edits}
-    if recipe.data.conditional and not recipe.trains_autoencoder:
+    if recipe.data.conditional and recipe.leaves == "student":
         plain |= {"attributes": data.attributes, "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point())}
     return plain
 
 
-def further_conditions(student: Student, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+def described_by(student: Student, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
     """Attributes (a value by name, or num of them; -1 and absent: none) and contexts (texts, or latents) as rows on the student's device."""
     rows = {}
     for attribute in student.config.attributes:
@@ -157,7 +159,7 @@ def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool
         most = student.words.tokens.max_tokens
         warnings.warn(f"texts: {cut} of {len(texts)} are longer than the decoder's {most} tokens and were cut", stacklevel=3)
     if not reverse:
-        return student.carry(x, steps, cond, None, torch.Generator().manual_seed(0))
+        return student.carry(Start(x), student.conditions(len(x), cond), steps, torch.Generator().manual_seed(0))
     if student.config.arrival:
         raise ValueError("reverse: a flow map runs from its source to its target alone; a velocity (objective rectified) runs both ways")
     rows = student.conditions(len(x), cond)

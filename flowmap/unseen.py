@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowmap.build import build_data
 from flowmap.data import Dataset, Pairs
-from flowmap.data.pairs import noises
+from flowmap.flow.prior import rows_told, start_of
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
@@ -45,10 +45,14 @@ def held_out_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gu
     if not len(x0):
         raise ValueError("metrics: inversion and loss_by_time look at held-out samples, and data.held_out is 0")
     x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
-    x1 = recipe.prior.sample(x0, cond, seeded(f"held-out/{recipe.evaluation.seed}"))
+    prior = student.prior and student.prior.to(student.device)
+    x0 = x0.to(student.device) if prior else x0
+    start = start_of(prior or recipe.prior, x0, cond, seeded(f"held-out/{recipe.evaluation.seed}"))
     mine = _mine(len(x0))
     cond = _taken(student, {key: value[mine] for key, value in cond.items()}, len(mine), guidance)
-    return Draws(x0[mine].to(student.device), x1[mine].to(student.device), cond)
+    told = {key: value[mine.to(value.device)] for key, value in start.told.items()}
+    mine = mine.to(x0.device)
+    return Draws(x0[mine].to(student.device), start.x1[mine].to(student.device), {**cond, **told})
 
 
 def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
@@ -103,8 +107,9 @@ def _generated(maker: Maker, student: Student, pairs: list[int], batch_size: int
 
 def _pairs(maker: Maker, student: Student, pairs: list[int], guidance: float | None) -> Draws:
     x0, cond = maker.samples(pairs)
-    x1 = noises(maker.spec.seed, pairs, maker.data.shape)
-    return Draws(x0.to(student.device), x1.to(student.device), _taken(student, cond, len(pairs), guidance))
+    start = maker.starts(pairs)
+    cond = {**_taken(student, cond, len(pairs), guidance), **rows_told(start, slice(None), student.device)}
+    return Draws(x0.to(student.device), start.x1.to(student.device), cond)
 
 
 def _inverted(maker: Maker, draws: Draws) -> Draws:

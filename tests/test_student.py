@@ -119,10 +119,9 @@ def test_public_names(finished, tmp_path):
 
 
 def test_gamma_keeps_the_grid_of_the_students_sampler():
-    from flowmap.samplers import Deterministic, Gamma
-    from flowmap.student import with_gamma
+    from flowmap.samplers import Deterministic, Gamma, asked_for
 
-    assert with_gamma(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), 0.3) == Gamma((2,), "shifted", 3.0, t_max=0.9, gamma=0.3)
+    assert asked_for(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), gamma=0.3) == Gamma((2,), "shifted", 3.0, t_max=0.9, gamma=0.3)
 
 
 def test_what_a_distilled_student_cannot_honour_is_refused_with_its_reason():

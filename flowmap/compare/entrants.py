@@ -32,8 +32,8 @@ def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[R
 def _check(entrant: Recipe) -> None:
     if entrant.missing():
         raise RecipeError(f"{entrant.name}: {', '.join(entrant.missing())}: must be given, as key=value or in a recipe of your own")
-    if entrant.trains_autoencoder:
-        raise RecipeError(f"{entrant.name}: objective: an autoencoder has no samples to compare")
+    if entrant.leaves != "student":
+        raise RecipeError(f"{entrant.name}: objective: leaves no student (but: {entrant.leaves}), so no samples to compare")
     if entrant.trainer.devices * entrant.trainer.num_nodes > 1:
         raise RecipeError(f"{entrant.name}: trainer.devices: {entrant.trainer.devices}; compare trains on one device")
 

@@ -4,6 +4,7 @@ come from, COUPLINGS one to how noise is joined to data.
 Nothing heavy is imported before `build()`, so that reading a recipe stays quick.
 """
 
+from flowmap.data.codes import Codes
 from flowmap.data.dataset import Dataset, as_it_is
 from flowmap.data.edm2_zip import EDM2Images, EDM2Latents
 from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
@@ -31,6 +32,7 @@ DATA = {
     "encoded": Encoded,
     "edm2_zip": EDM2Latents,
     "text": Text,
+    "codes": Codes,
 }
 COUPLINGS["styles"] = Styles
 IMAGE_SOURCES = {"folder": FolderImages, "huggingface": HuggingFaceImages, "edm2_zip": EDM2Images, "webdataset": WebDatasetImages}

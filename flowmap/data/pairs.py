@@ -19,6 +19,7 @@ from torch import Tensor
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.flow.prior import LearnedPrior, Start, placed
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import Cond
@@ -115,6 +116,15 @@ def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([noise_of(seed, int(i), shape) for i in pairs])
 
 
+def starts_of(prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Start:
+    """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`."""
+    noise = noises(seed, pairs, shape)
+    if prior is None:
+        return Start(noise)
+    coarse = torch.stack([torch.randn(prior.size + 1, generator=seeded(f"code/{seed}/{int(i)}")) for i in pairs])
+    return placed(prior, noise, coarse)
+
+
 def pack(x0: Tensor, dtype: str) -> Tensor:
     """x0 as it is kept: uint8 are the grey levels of [-1, 1], rounded and cut off."""
     if dtype == "uint8":
@@ -167,9 +177,10 @@ def _filled(here: Any, there: Any) -> Any:
 class PairedDataset:
     """What training reads in place of the data: batches (x0, cond, x1). Everything else about the data stays with `data`."""
 
-    def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any]):
-        """identity: the provenance that is wanted. ValueError names the first key that differs, or a shard that is torn."""
-        self.data, self.index = data, read_index(folder)
+    def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any], prior: LearnedPrior | None = None):
+        """identity: the provenance that is wanted; prior: the learned one that the pairs start at. ValueError names the first key that differs,
+        or a shard that is torn."""
+        self.data, self.index, self._prior = data, read_index(folder), prior and prior.exact()
         found = unlike(self.index["identity"], identity) or difference(self.index["contents"], contents(data, identity["seed"]))
         if found:
             raise ValueError(f"coupling.root: {folder}: holds other pairs: {found}; `flowmap pairs` makes them for this recipe")
@@ -182,7 +193,7 @@ class PairedDataset:
         return sum(len(table) for table in (self._generated, self._inverted) if table is not None)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond, Tensor]:
-        """The pairs of those numbers: x0 and x1 float32 (B, *shape), cond as the data gives it."""
+        """The pairs of those numbers: x0 and x1 float32 (B, *shape), cond as the data gives it, and the code z that a network is told."""
         pairs = torch.as_tensor(list(indices))
         real = pairs >= self.num_generated
         x0, x1 = (torch.empty(len(pairs), *self._shape) for _ in range(2))
@@ -190,7 +201,10 @@ class PairedDataset:
         for chosen, read in ((~real, self._read_generated), (real, self._read_inverted)):
             if bool(chosen.any()):
                 x0[chosen], label[chosen], place[chosen], x1[chosen] = read(pairs[chosen])
-        return x0, self._conditions(label, place), x1
+        if self._prior is None:
+            return x0, self._conditions(label, place), x1
+        start = starts_of(self._prior, self._seed, pairs.tolist(), self._shape)  # all of them: none is inverted
+        return x0, {**self._conditions(label, place), **start.told}, start.x1
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
         table = self._generated.with_format("arrow")[pairs.tolist()]

@@ -64,6 +64,8 @@ def make_plan(student: Student, steps: int | None, guidance: float | None, *, me
 
     merge: a LoRA student's adapters are added into its weights.
     """
+    if student.config.prior is not None:
+        raise ValueError("student: starts at a learned prior, which no format of others has; what can be exported starts at N(0, I)")
     student = student.merged() if merge else student
     sampler = student.config.sampler
     if type(sampler) not in (Deterministic, Gamma):

@@ -1,13 +1,21 @@
-"""Priors: where a path starts. x1 is shaped like x0; a learned prior may look at x0 and cond, the Gaussian one does not."""
+"""Priors: where a path starts. x1 is shaped like x0; a learned prior looks at x0 through its code z, the Gaussian one does not.
+
+Learned priors: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723): x1 = mu(z) + k sigma(z) eps, with z from the encoder of x0 in training and
+from a z-sampler otherwise.  `Learned` is what a recipe says; `LearnedPrior` is built of it and holds the networks.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
 
 
@@ -21,6 +29,21 @@ def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
 
 
+def beside(generator: torch.Generator | None) -> torch.Generator | None:
+    """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
+    return None if generator is None else seeded(f"code/{generator.initial_seed()}", generator.device)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where paths start: x1 (B, ...), what the network is told of it ({} or {"z": (B, Z)}), and the variance of x1's entries given z
+    (None: it is 1)."""
+
+    x1: Tensor
+    told: Cond = field(default_factory=dict)
+    variance: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """x1 ~ N(0, I), independent of x0 and cond."""
@@ -30,7 +53,152 @@ class Gaussian:
         return normal_like(x0, generator)
 
 
-PRIORS = {"gaussian": Gaussian}
+class CodeSampler(Protocol):
+    """Says where codes come from at sampling."""
+
+
+@dataclass(frozen=True)
+class NormalCodes:
+    """z ~ N(0, I), what the KL term pulls all codes together towards."""
+
+
+@dataclass(frozen=True)
+class MixtureCodes:
+    """z from a mixture of `components` Gaussians of full covariance, fitted (EM, scikit-learn, `seed`) to codes of the training data."""
+
+    components: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.components < 1 or self.seed < 0:
+            raise ValueError(f"components: {self.components} must be 1 or more, seed: {self.seed} 0 or more")
+
+
+@dataclass(frozen=True)
+class FlowCodes:
+    """z from a flow that a recipe of its own (data of kind codes) trains, by `steps` Heun steps of it; overrides: key=value for that recipe."""
+
+    recipe: str
+    steps: int = 8
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps} must be 1 or more")
+
+
+CODE_SAMPLERS = {"normal": NormalCodes, "mixture": MixtureCodes, "flow": FlowCodes}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """x1 = mu(z) + scale sigma(z) eps, by the auxiliary model that `recipe` trains (objective variance_guided).
+
+    told: the network is given z as well. z: where codes come from at sampling; in training they are the encoder's. overrides: key=value for
+    the recipe.
+    """
+
+    recipe: str
+    scale: float = 1.0
+    told: bool = True
+    z: CodeSampler = NormalCodes()
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not self.scale > 0:
+            raise ValueError(f"scale: {self.scale} must be above 0")
+
+
+PRIORS = {"gaussian": Gaussian, "learned": Learned}
+
+
+class LearnedPrior:
+    """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
+
+    model: encode(x0) -> (mean, log-variance) of z, each (B, Z); decode(z) -> (mean, log-variance) of x1, each shaped like x0.
+    codes: noise (B, Z + 1), standard normal -> z (B, Z).
+    """
+
+    def __init__(self, model, codes: Callable[[Tensor], Tensor], size: int, *, scale: float = 1.0, told: bool = True):
+        self.model, self.codes, self.size, self.scale, self.told = model, codes, size, scale, told
+
+    @torch.no_grad()
+    def encode(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A code of each x0 (B, ...), drawn from the posterior; its mean where there is no generator."""
+        with _without_autocast(x0):
+            mean, logvar = self.model.encode(x0)
+        return mean if generator is None else mean + (logvar / 2).exp() * normal_like(mean, generator)
+
+    @torch.no_grad()
+    def place(self, z: Tensor, noise: Tensor) -> Start:
+        """The start of the path whose code is z (B, Z) and whose noise is eps (B, ...)."""
+        with _without_autocast(z):
+            mean, logvar = self.model.decode(z)
+        std = self.scale * (logvar / 2).exp()
+        return Start(mean + std * noise, {"z": z} if self.told else {}, std.square())
+
+    def start(self, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Start:
+        """Training's start: the code is cond["z"] or else the encoder's; eps is what the Gaussian prior would draw."""
+        z = cond["z"] if cond and "z" in cond else self.encode(x0, beside(generator))
+        return self.place(z, normal_like(x0, generator))
+
+    def sample(self, x0: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None) -> Tensor:
+        return self.start(x0, cond, generator).x1
+
+    def to(self, device: torch.device | str) -> LearnedPrior:
+        for part in (self.model, self.codes):
+            part.to(device)
+        return self
+
+    def exact(self) -> LearnedPrior:
+        """Itself in float64 on the CPU: rounded to float32, its starts do not depend on how many are computed at once."""
+        model, codes = (copy.deepcopy(part).to("cpu").double() for part in (self.model, self.codes))
+        return LearnedPrior(model, codes, self.size, scale=self.scale, told=self.told)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """Inside, where paths start is computed as precisely as it is given, whatever the training's precision."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def start_of(prior, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Start:
+    """Training's start by any prior, one that has no more than `sample` included."""
+    return prior.start(x0, cond, generator) if hasattr(prior, "start") else Start(prior.sample(x0, cond, generator))
+
+
+@torch.no_grad()
+def starts(
+    prior: LearnedPrior | None, shape: tuple[int, ...], num: int, generator: torch.Generator, *, z: Tensor | None = None, batch_size: int = 256
+) -> Start:
+    """Where `num` samples start, float32 on the CPU: a function of the generator's seed. None is the Gaussian prior.
+
+    eps are the draws that the Gaussian prior would make; codes are drawn beside them, unless z (num, Z) is given.
+    """
+    noise = torch.randn(num, *shape, generator=generator)
+    if prior is None:
+        return Start(noise)
+    coarse = torch.randn(num, prior.size + 1, generator=beside(generator))
+    return placed(prior, noise, coarse, z=z, batch_size=batch_size)
+
+
+@torch.no_grad()
+def placed(prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | None = None, batch_size: int = 256) -> Start:
+    """The starts of that noise (N, ...) and of the codes that coarse (N, Z + 1) or z stands for, batch by batch, on the CPU."""
+    where = next(prior.model.parameters())
+    like = dict(device=where.device, dtype=where.dtype)
+    parts = []
+    for i in range(0, len(noise), batch_size):
+        rows = slice(i, i + batch_size)
+        code = prior.codes(coarse[rows].to(**like)) if z is None else z[rows].to(**like)
+        parts.append(prior.place(code, noise[rows].to(**like)))
+    told = {key: torch.cat([part.told[key].float().cpu() for part in parts]) for key in (parts[0].told if parts else {})}
+    x1, variance = (torch.cat([getattr(part, name).float().cpu() for part in parts]) if parts else noise for name in ("x1", "variance"))
+    return Start(x1, told, variance)
+
+
+def rows_told(start: Start, rows: slice | Tensor, device: torch.device | str) -> Mapping[str, Tensor]:
+    """What the network is told at those rows, on that device."""
+    return {key: value[rows].to(device) for key, value in start.told.items()}
 
 
 def chi_square(squared_norms: list[float], dims: int) -> dict[str, float]:

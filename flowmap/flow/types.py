@@ -21,7 +21,8 @@ Cond = Mapping[str, Tensor]
 class PathSample:
     """All randomness of a training step, drawn before an objective sees it.
 
-    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better.
+    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of x1's entries, given what a
+    learned prior knows of them (B, ...); None where it is 1.
     """
 
     x0: Tensor
@@ -31,13 +32,14 @@ class PathSample:
     xt: Tensor
     vt: Tensor
     cond: Cond | None = None
+    variance: Tensor | None = None
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    return PathSample(**parts, cond=cond)
+    return PathSample(**parts, cond=cond, variance=None if sample.variance is None else sample.variance[rows])
 
 
 @dataclass(frozen=True)

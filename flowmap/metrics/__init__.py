@@ -6,7 +6,7 @@ Importing this costs nothing: torchmetrics is imported by `build()`.
 from flowmap.metrics.checks import check_metrics
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
-from flowmap.metrics.specs import METRICS, Agreement, EndpointError, Frechet, Inversion, LossByTime, PrecisionRecall, Retrieval, Straightness
+from flowmap.metrics.specs import METRICS, MMD, Agreement, EndpointError, Frechet, Inversion, LossByTime, PrecisionRecall, Retrieval, Straightness
 from flowmap.metrics.text import TEXT_METRICS
 
 METRICS |= TEXT_METRICS
@@ -14,6 +14,7 @@ METRICS |= TEXT_METRICS
 __all__ = [
     "FEATURES",
     "METRICS",
+    "MMD",
     "Agreement",
     "EndpointError",
     "Frechet",

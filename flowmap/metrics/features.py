@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -88,6 +89,31 @@ class Inception(nn.Module):
         return self.net(bytes_).flatten(1)
 
 
+class CLIP(nn.Module):
+    """The image embeddings of CLIP ViT-L/14 at 336 pixels, those of the CMMD metric, not normalised; weights at hand, as safetensors, are read:
+    in the folder clip-vit-large-patch14-336 of $FLOWMAP_WEIGHTS (default weights/), or in the hub's cache."""
+
+    name = "clip-vit-large-patch14-336"
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        from transformers import CLIPVisionModelWithProjection
+
+        folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), self.name)
+        source = str(folder) if folder.is_dir() else f"openai/{self.name}"
+        try:
+            self.net = CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"features 'clip' needs openai/{self.name}, safetensors, in {folder} or the hub's cache; none are downloaded") from error
+        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))  # CLIP's own preprocessing
+        self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.net.config.image_size
+        x = F.interpolate(in_colour(x).float().clamp(-1, 1), (side, side), mode="bicubic", antialias=True)
+        return self.net(pixel_values=((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std).image_embeds
+
+
 class Remembered(nn.Module):
     """A network's features; those of the last `capacity` distinct samples are kept, so that real pictures pass through it once, however
     often metrics and floors look at them."""
@@ -115,6 +141,7 @@ FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
     "pca": PCA,
     "efficientnet_lite0": EfficientNetLite0,
     "inception": Inception,
+    "clip": CLIP,
 }
 
 
@@ -124,7 +151,7 @@ def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
     A name with a colon, "package.mod:attr", is imported: a module or function x -> (B, D), or a class to be made without arguments.
     Raises ValueError for an unknown name, and for one whose package or weights are not there.
     """
-    if ":" in name or name in ("efficientnet_lite0", "inception"):
+    if ":" in name or name in ("efficientnet_lite0", "inception", "clip"):
         found = _network(name)
     elif name in FEATURES:
         found = FEATURES[name](reference)

@@ -52,7 +52,7 @@ def floor(spec: Frechet | PrecisionRecall, dataset: HasReference, *, splits: int
     With as many held-out samples as `spec.images`: that many of them against the reference, as generated ones would be.
     With fewer (digits): all real samples are cut into halves, `splits` times, and the mean is taken. A Frechet distance between halves
     of h is brought to the sizes of use, n of the reference and m generated, by its bias law: times (1/n + 1/m) / (2/h). Precision and
-    recall have no such law and stay as measured on halves. A sampler that repeats the reference can score below the floor.
+    recall have no such law and stay as measured on halves; the MMD has no bias. A sampler that repeats the reference can score below the floor.
     """
     if len(dataset.held_out) >= spec.images:
         return _between(spec, dataset.reference, some(dataset.held_out, spec.images))

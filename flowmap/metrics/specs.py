@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.agreement import CaptionRetrieval, ClassAgreement
     from flowmap.metrics.frechet import FrechetDistance
     from flowmap.metrics.held_out import InversionScore, LossByTimeScore
+    from flowmap.metrics.mmd import MaximumMeanDiscrepancy
     from flowmap.metrics.precision_recall import PrecisionRecallScore
     from flowmap.metrics.trajectories import EndpointScore, StraightnessScore
 
@@ -72,6 +73,41 @@ class PrecisionRecall:
 
     def report(self, metric: PrecisionRecallScore) -> dict[str, float]:
         return {f"{name}_{short_name(self.features)}": float(value) for name, value in metric.compute().items()}
+
+
+@dataclass(frozen=True)
+class MMD:
+    """Maximum mean discrepancy of `images` generated samples to the reference, squared, unbiased, times 1000, by a Gaussian kernel.
+
+    sigma: the kernel's width; None: the median distance between samples of the reference. unit: features are first divided by their length.
+    CMMD (arXiv:2401.09603) is {features: clip, unit: true, sigma: 10}, and is reported under that name.
+    """
+
+    features: str = "pixels"
+    images: int = 2000
+    reference_images: int | None = None
+    sigma: float | None = None
+    unit: bool = False
+    needs: ClassVar[str] = "samples"
+
+    def __post_init__(self):
+        if self.sigma is not None and not self.sigma > 0:
+            raise ValueError(f"sigma: {self.sigma} must be above 0")
+
+    def build(self, reference: Tensor) -> MaximumMeanDiscrepancy:
+        """The metric with the reference (N, ...) already counted, each process a share of it."""
+        from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
+
+        features, chosen = build_features(self.features, reference), some(reference, self.reference_images)
+        metric = MaximumMeanDiscrepancy(features, sigma=self.sigma or 1.0, unit=self.unit).to(reference.device)
+        if self.sigma is None:
+            metric.sigma = median_distance(metric.seen(some(reference, 1000)))
+        metric.update(share(chosen), real=True)
+        return metric
+
+    def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
+        clip = (self.features, self.unit, self.sigma) == ("clip", True, 10.0)
+        return {"cmmd" if clip else f"mmd_{short_name(self.features)}": float(metric.compute())}
 
 
 @dataclass(frozen=True)
@@ -221,6 +257,7 @@ class Retrieval:
 METRICS = {
     "frechet": Frechet,
     "precision_recall": PrecisionRecall,
+    "mmd": MMD,
     "straightness": Straightness,
     "endpoint_error": EndpointError,
     "inversion": Inversion,

@@ -1,6 +1,7 @@
 """Floor 1: everything with weights that we train."""
 
 from flowmap.nets.autoencoder_kl import AutoencoderKL
+from flowmap.nets.auxiliary import ConvPrior, TransformerPrior
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.discriminator import Conv
 from flowmap.nets.discriminator_features import OnFeatures, OnTeacher
@@ -23,5 +24,7 @@ NETS = {
     "autoencoder_kl": AutoencoderKL,
     "text_vae": TextVAE,
     "text_pair": TextPair,
+    "conv_prior": ConvPrior,
+    "transformer_prior": TransformerPrior,
 }
 DISCRIMINATORS = {"conv": Conv, "teacher": OnTeacher, "features": OnFeatures}

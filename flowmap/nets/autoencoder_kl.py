@@ -20,7 +20,7 @@ class AutoencoderKL:
     latent_channels: int = 4
     layers: int = 1
     groups: int = 8
-    codes: ClassVar[str] = "pictures"
+    leaves: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
         if not self.channels or any(c < 1 or c % self.groups for c in self.channels):

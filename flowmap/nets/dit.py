@@ -6,7 +6,7 @@ Source: Peebles and Xie 2022, arXiv:2212.09748 (block, sizes S to XL); all layer
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -55,7 +55,7 @@ class DiT:
         return self.width or width, self.depth or depth, self.heads or heads
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Further = ()
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
     ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
             raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
@@ -65,16 +65,18 @@ class DiT:
 class DiTNet(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, W)."""
 
-    def __init__(self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Further = ()):
+    def __init__(
+        self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()
+    ):
         super().__init__()
         width, depth, heads = spec.sizes
         self.shape, self.patch = shape, spec.patch
         self.grid = (shape[1] // spec.patch, shape[2] // spec.patch)
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
-        self.position = nn.Parameter(_sine_positions(*self.grid, width))
-        more = dict(cycles=spec.cycles, further=further, size=math.prod(shape))
-        self.conditioning = Conditioning(width, num_classes=num_classes, arrival=arrival, guidance=guidance, **more)
+        self.position = nn.Parameter(sine_positions(*self.grid, width))
+        told = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        self.conditioning = Conditioning(width, cycles=spec.cycles, **told)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, size)
@@ -144,9 +146,11 @@ def _norm(h: Tensor) -> Tensor:
     return F.rms_norm(h, (h.shape[-1],), eps=1e-6)
 
 
-def _sine_positions(rows: int, columns: int, width: int) -> Tensor:
+def sine_positions(rows: int, columns: int, width: int) -> Tensor:
     """(1, rows * columns, width): half of the channels encode the row, half the column."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    octaves = torch.exp2(-torch.linspace(0, 6, width // 4, device=y.device))  # named: transformers 5 can make linspace forget a default device
+    # said, as under `torch.device("meta")` torch forgets linspace and arange once transformers 5 has patched them (from_pretrained came first)
+    here = torch.get_default_device()
+    octaves = torch.exp2(-torch.linspace(0, 6, width // 4, device=here))
+    y, x = torch.meshgrid(torch.arange(rows, device=here), torch.arange(columns, device=here), indexing="ij")
     angle = torch.cat([y.reshape(-1, 1) * octaves, x.reshape(-1, 1) * octaves], -1)
     return torch.cat([angle.sin(), angle.cos()], -1).unsqueeze(0)

@@ -8,14 +8,16 @@ the embedding, silent at the start.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flowmap.nets.embed import ScalarEmbedding, branches
+from flowmap.nets.embed import Further, FurtherEmbeddings, ScalarEmbedding, branches
 from flowmap.nets.preconditioning import one_hot, velocity_of
 
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -31,6 +33,7 @@ class EDM2:
     num_blocks: int = 3
     attention_at: tuple[int, ...] = (16, 8)
     sigma_data: float = 0.5
+    takes_further: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.preset not in PRESETS:
@@ -44,27 +47,34 @@ class EDM2:
     def width(self) -> int:
         return PRESETS[self.preset] if self.channels is None else self.channels
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
+    ) -> nn.Module:
         halvings = 2 ** (len(self.multipliers) - 1)
         if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
             raise ValueError(f"multipliers: {len(self.multipliers)} levels do not halve a square sample of shape {tuple(shape)}")
-        return EDM2Net(self, shape, num_classes, arrival, guidance)
+        return EDM2Net(self, shape, num_classes, arrival, guidance, further)
 
 
 class EDM2Net(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, H), the velocity of preconditioning.py. A class of -1 is no class."""
 
-    def __init__(self, spec: EDM2, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool):
+    def __init__(
+        self, spec: EDM2, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()
+    ):
         super().__init__()
         self.sigma_data, self.num_classes = spec.sigma_data, num_classes
         self.unet = UNet(spec, shape, num_classes or 0)
         width = self.unet.emb_noise.out_channels
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
+        self.further = FurtherEmbeddings(further, width)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
         cond = cond or {}
         labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
+        for part in self.further(cond):
+            extra = part if extra is None else extra + part
         return velocity_of(lambda scaled, noise: self.unet(scaled, noise, labels, extra), x, t, self.sigma_data)
 
     @property

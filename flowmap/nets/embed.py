@@ -7,13 +7,34 @@ and high frequencies make dF/dt large (Align Your Flow, arXiv:2506.14603; sCM, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Further = tuple[tuple[str, int], ...]
-"""Conditions beside the class: a name and how many classes it has, or 0 for one that is shaped like a sample."""
+from flowmap.flow.types import Cond
+
+
+@dataclass(frozen=True)
+class Further:
+    """A condition beside class and guidance scale, by its name in cond.
+
+    kind number: one of `size` whole numbers, -1 or absent for none.  kind context: `size` numbers in any shape, zeros or absent for none.
+    kind code: the `size` numbers of a learned prior's code, never absent.
+    """
+
+    name: str
+    size: int
+    kind: str
+
+    def __post_init__(self):
+        assert self.kind in FURTHER, self.kind
+
+    def example(self, rows: int) -> Tensor:
+        """That condition in `rows` rows."""
+        return torch.zeros(rows, dtype=torch.int64) if self.kind == "number" else torch.zeros(rows, self.size)
 
 
 class ScalarEmbedding(nn.Module):
@@ -42,23 +63,65 @@ class ScalarEmbedding(nn.Module):
             return self.out(F.silu(self.hidden(waves)))
 
 
+class NumberEmbedding(nn.Embedding):
+    """One of `size` whole numbers (B,) as a vector (B, width); none has a row of its own."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__(size + 1, width)
+
+    def forward(self, value: Tensor | None) -> Tensor:
+        return self.weight[-1] if value is None else super().forward(torch.where(value < 0, self.num_embeddings - 1, value))
+
+
+class ContextEmbedding(nn.Linear):
+    """(B, ...) with `size` numbers a row as a vector (B, width)."""
+
+    def forward(self, value: Tensor | None) -> Tensor:
+        return self.bias if value is None else super().forward(value.flatten(1).to(self.weight.dtype))
+
+
+class CodeEmbedding(nn.Module):
+    """The code z of a learned prior, (B, size), as a vector (B, width)."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(size, width), nn.Linear(width, width)
+
+    def forward(self, z: Tensor | None) -> Tensor:
+        if z is None:
+            raise ValueError("z: this network is told the code of where its paths start, and cond has none")
+        return self.out(F.silu(self.hidden(z.to(self.hidden.weight.dtype))))
+
+
+FURTHER = {"number": NumberEmbedding, "context": ContextEmbedding, "code": CodeEmbedding}
+
+
+class FurtherEmbeddings(nn.ModuleList):
+    """Each further condition as a vector (B, width), or (width,) where cond lacks it."""
+
+    def __init__(self, further: Sequence[Further], width: int):
+        super().__init__(FURTHER[one.kind](one.size, width) for one in further)
+        self.names = tuple(one.name for one in further)
+
+    def forward(self, cond: Cond) -> list[Tensor]:
+        return [embed(cond.get(name)) for name, embed in zip(self.names, self, strict=True)]
+
+
 class Conditioning(nn.Module):
-    """Departure, and as asked arrival, guidance scale and class, summed into one vector (B, width).
+    """Departure, and as asked arrival, guidance scale, class and further conditions, summed into one vector (B, width).
 
     The branches for arrival and guidance are zero at the start, so that a teacher's weights loaded beside them give the teacher's output.
     The arrival branch sees the interval t - s.
     """
 
-    def __init__(self, width: int, *, num_classes: int | None, arrival: bool, guidance: bool, cycles: float, further: Further = (), size: int = 0):
-        """further: more conditions; size: the entries of a sample."""
+    def __init__(self, width: int, *, num_classes: int | None, arrival: bool, guidance: bool, cycles: float, further: Sequence[Further] = ()):
         super().__init__()
         self.num_classes = num_classes
         self.departure = ScalarEmbedding(width, cycles=cycles)
         self.arrival = ScalarEmbedding(width, cycles=cycles, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.names = tuple(name for name, _ in further)
-        self.further = nn.ModuleList(nn.Embedding(count + 1, width) if count else nn.Linear(size, width) for _, count in further)
+        self.further = FurtherEmbeddings(further, width)
 
     def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
         cond = cond or {}
@@ -70,17 +133,9 @@ class Conditioning(nn.Module):
         if self.label is not None:
             label = cond["class"] if "class" in cond else torch.full(t.shape, -1, device=t.device)
             c = c + self.label(torch.where(label < 0, self.num_classes, label))
-        for name, layer in zip(self.names, self.further, strict=True):
-            c = c + _embedded(layer, cond.get(name), t)
+        for part in self.further(cond):
+            c = c + part
         return c
-
-
-def _embedded(layer: nn.Module, value: Tensor | None, t: Tensor) -> Tensor:
-    """A further condition as (B, width): -1, and zeros of one that is shaped like a sample, are "none", as is a condition that is not there."""
-    if isinstance(layer, nn.Linear):
-        return layer(value.flatten(1).to(layer.weight.dtype)) if value is not None else layer.bias
-    value = torch.full(t.shape, -1, device=t.device) if value is None else value
-    return layer(torch.where(value < 0, layer.num_embeddings - 1, value))
 
 
 def branches(arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ class MLP:
     takes_further: ClassVar[bool] = True
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Further = ()
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
     ) -> nn.Module:
         return MLPNet(self, shape, num_classes, arrival, guidance, further)
 
@@ -30,12 +31,12 @@ class MLP:
 class MLPNet(nn.Module):
     """F(x, t, s, cond) for x (B, *shape)."""
 
-    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool, further: Further = ()):
+    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
-        more = dict(cycles=spec.cycles, further=further, size=math.prod(shape))
-        self.conditioning = Conditioning(spec.width, num_classes=num_classes, arrival=arrival, guidance=guidance, **more)
+        told = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        self.conditioning = Conditioning(spec.width, cycles=spec.cycles, **told)
         self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, size)
 

@@ -37,7 +37,7 @@ class TextPair:
     encoder_pad: int = 0
     encoder_tokens: int = 0
     configs: tuple[str, str] | None = None
-    codes: ClassVar[str] = "text"
+    leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         if self.slots < 1 or self.dims < 1:

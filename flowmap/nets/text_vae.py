@@ -31,7 +31,7 @@ class TextVAE:
     heads: int = 4
     vocab: int | None = None
     special: tuple[int, int, int, int] | None = None
-    codes: ClassVar[str] = "text"
+    leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         for name in ("slots", "dims", "width", "depth", "heads"):

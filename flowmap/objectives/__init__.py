@@ -8,6 +8,7 @@ from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.language import TextELBO
+from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
@@ -34,4 +35,5 @@ OBJECTIVES = {
     "endpoint": Endpoint,
     "reconstruction": Reconstruction,
     "text_elbo": TextELBO,
+    "variance_guided": VarianceGuided,
 }

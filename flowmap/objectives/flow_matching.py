@@ -10,17 +10,27 @@ from typing import ClassVar
 
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher
+from flowmap.objectives.lediflow import Unweighted, Weight
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """The distance between F(xt, t, t) and v, the conditional velocity, or the teacher's where there is one; by default the mean square."""
+    """The distance between F(xt, t, t) and v, the conditional velocity, or the teacher's where there is one; by default the mean square.
+
+    weight: of each entry, by the variance that a learned prior gives it (1 under the Gaussian one); both velocities are multiplied by its
+    root.
+    """
 
     distance: Distance = Squared()
+    weight: Weight = Unweighted()
     diagonal: ClassVar[bool] = True  # the arrival time plays no part
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)
         velocity = student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)
-        error = self.distance(velocity, target.detach())
+        target = target.detach()
+        if sample.variance is not None and not isinstance(self.weight, Unweighted):
+            root = self.weight(sample.variance).sqrt()
+            velocity, target = root * velocity, root * target
+        error = self.distance(velocity, target)
         return Loss(error.mean(), {"error": error.detach()})

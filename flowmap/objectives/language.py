@@ -33,7 +33,7 @@ class TextELBO:
     anneal_steps: int = 1000
     word_dropout: float = 0.0
     diagonal: ClassVar[bool] = True
-    trains: ClassVar[str] = "text"
+    leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         for name in ("kl", "free_bits", "anneal_steps"):

@@ -23,7 +23,7 @@ class Reconstruction:
     squared: float = 1.0
     kl: float = 1e-4
     diagonal: ClassVar[bool] = True
-    trains: ClassVar[str] = "pictures"
+    leaves: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
         for name in ("squared", "kl"):

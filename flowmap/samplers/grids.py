@@ -63,6 +63,14 @@ class FewStep:
         sigma_max = min(self.t_max / max(1 - self.t_max, 1e-9), 80.0)
         return rho_times(steps, rho=self.rho, sigma_min=min(self.sigma_min, sigma_max), sigma_max=sigma_max)
 
+    def calls(self, steps: int) -> int:
+        """How often a sample of so many steps asks the student."""
+        return steps
+
+    def step(self, student, x: Tensor, t: float, s: float, cond) -> Tensor:
+        """x at time t carried to time s, one step."""
+        return jump(student, x, t, s, cond)
+
     def start(self, x1: Tensor) -> Tensor:
         """The state at t_max."""
         return x1 if self.t_max == 1 else self.t_max * x1

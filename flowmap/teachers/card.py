@@ -9,12 +9,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-KINDS = ("recipe", "exact", "edm2", "diffusers")
+KINDS = ("recipe", "exact", "edm2", "diffusers", "autoencoder")
 
 
 @dataclass
 class Card:
-    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers".
+    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers";
+    "autoencoder" is no teacher, and says what its latents are: shape is that of a picture of `pixels` a side.
 
     network: what it is built of, so that its size is known where its weights are not; fetch: how to get them.
     """
@@ -26,6 +27,7 @@ class Card:
     prediction: str = "velocity"
     schedule: str = "linear"
     shape: list[int] = field(default_factory=list)
+    pixels: int | None = None
     num_classes: int | None = None
     parameters: int | None = None
     licence: str = "?"
@@ -52,6 +54,8 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path.name}: source: a card of kind diffusers names a pipeline's folder or hub id")
     if card.kind == "diffusers" and not (card.shape and all(size > 0 for size in card.shape)):
         raise ValueError(f"{path.name}: shape: {card.shape} is not the shape of what the model denoises, such as [4, 32, 32]")
+    if card.kind == "autoencoder" and not (card.source and card.pixels and len(card.shape) == 3):
+        raise ValueError(f"{path.name}: pixels: a card of kind autoencoder names source, pixels and the shape of their latents, such as [4, 32, 32]")
     if card.kind == "recipe" and not card.recipe:
         raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
     return card

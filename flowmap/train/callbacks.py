@@ -14,6 +14,7 @@ from tqdm import tqdm
 from flowmap.evaluate import conditions_for, measure
 from flowmap.files import write_text
 from flowmap.flow.derivative import along_path
+from flowmap.flow.prior import rows_told
 from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
@@ -214,9 +215,9 @@ class Pictures(AtSteps):
                     logger.log_image(f"samples/{name}", [grid], step=done - 1)
 
     def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
-        x1 = torch.randn(num, *self.student.config.shape, generator=generator).to(module.device)
-        return module.teacher.solve(x1, cond, self.stage.recipe.evaluation.teacher_steps)
+        start = self.student.start(num, torch.Generator().manual_seed(self.stage.recipe.evaluation.seed))
+        cond = {**cond, **rows_told(start, slice(None), module.device)}
+        return module.teacher.solve(start.x1.to(module.device), cond, self.stage.recipe.evaluation.teacher_steps)
 
 
 class Measure(AtSteps):

@@ -34,6 +34,8 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     ]
     if config.lora is not None:
         lines.insert(-3, f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.")
+    if config.prior is not None:
+        lines.insert(-3, f"Samples start at {config.prior}; it lies in `prior/`.")
     return "\n".join(lines + figures_table(metrics)) + "\n"
 
 

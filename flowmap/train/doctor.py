@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build_prior import build_prior
 from flowmap.data import Dataset
 from flowmap.dry_run import counted
 from flowmap.flow.types import Cond, PathSample
@@ -79,7 +80,9 @@ class _Noise(Dataset):
 
 def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
     cond = {key: value.to(device) for key, value in data.conditions_at(torch.arange(len(data))).items()}
-    return draw_sample(recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0))
+    prior = build_prior(recipe)
+    prior = prior and prior.to(device)
+    return draw_sample(recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0), prior=prior)
 
 
 def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sample: PathSample) -> tuple[float, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flowmap.flow.prior import LearnedPrior, Start, start_of
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond, PathSample, along
 from flowmap.recipe import Recipe
@@ -27,16 +29,24 @@ def drawing_from(generator: torch.Generator):
 
 
 def draw_sample(
-    recipe: Recipe, x0: Tensor, cond: Cond, generator: torch.Generator, empty: Cond | None = None, x1: Tensor | None = None
+    recipe: Recipe,
+    x0: Tensor,
+    cond: Cond,
+    generator: torch.Generator,
+    empty: Cond | None = None,
+    x1: Tensor | None = None,
+    prior: LearnedPrior | None = None,
 ) -> PathSample:
     """Noise, times, dropped conditions and guidance scale for a batch x0 (B, ...), in this order, from one generator.
 
-    x1: the noise that the batch is paired with; the prior is not asked then. A dropped condition is class -1, and the row of `empty` (one
+    x1: the noise that the batch is paired with; the prior is not asked then, and its code, if any, is cond["z"]. prior: the recipe's, where
+    it is a learned one. A dropped condition is class -1, and the row of `empty` (one
     row each) for what came of text.
     """
     n, device = len(x0), x0.device
-    cond = dict(cond) if recipe.data.conditional else {}
-    x1 = recipe.prior.sample(x0, cond, generator) if x1 is None else x1
+    told = {"z": cond["z"]} if "z" in cond else {}
+    cond = {key: value for key, value in cond.items() if key != "z"} if recipe.data.conditional else {}
+    start = start_of(prior or recipe.prior, x0, cond, generator) if x1 is None else Start(x1, told)
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
         dropped = torch.rand(n, generator=generator, device=device) < recipe.data.drop_condition
@@ -50,4 +60,4 @@ def draw_sample(
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = low + (high - low) * torch.rand(n, generator=generator, device=device)
-    return recipe.path.sample(x0, x1, t, s, cond or None)
+    return replace(recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance)

@@ -24,9 +24,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_samples, build_student, build_teacher, check_teachers, student_config
 from flowmap.build_discriminator import build_discriminator
+from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError, to_plain
 from flowmap.encode import encode
-from flowmap.evaluate import measure
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
 from flowmap.make_pairs import make_pairs
 from flowmap.nets.flow_map import misfit
@@ -35,11 +35,11 @@ from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, 
 from flowmap.processes import is_child
 from flowmap.recipe import TABLES, Recipe, read_resolved
 from flowmap.student import BESIDE, Student, load_student
-from flowmap.train import autoencoder, text_autoencoder
 from flowmap.train.adversarial import AdversarialModule
-from flowmap.train.callbacks import Average, Bar, Figures, Keep, Measure, Pictures, full_state, keep_student, peak_gib
+from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
+from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
 
@@ -114,11 +114,6 @@ def fit(
 def _silent(message: str) -> None: ...
 
 
-def autoencoder_kind(recipe: Recipe):
-    """The module that shows, measures and saves the autoencoder that the recipe trains."""
-    return text_autoencoder if recipe.objective.trains == "text" else autoencoder
-
-
 def _encode(stage: Encoding, say: Say) -> None:
     try:
         encode(stage.spec, stage.folder, device=_device(stage), say=say)
@@ -177,9 +172,11 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
+    prior = build_prior(recipe)
     parts = (recipe, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
     adversarial = isinstance(recipe.objective, Adversarial)
     module = AdversarialModule(*parts, build_discriminator(recipe, config, teacher)) if adversarial else DistillModule(*parts)
+    module.prior = prior
     if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
         for net in (module.student, *(teacher.modules if teacher else ())):
             net.net.compile()
@@ -188,6 +185,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     if start:
         say(f"resuming at step {start}")
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
+    student.prior = prior
     trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
     if not is_child():
         if overwrite and folder.exists():  # only now that the recipe is known to build
@@ -196,6 +194,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
             copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
+        write_prior(recipe, folder / "student")
     started = time.perf_counter()
     try:
         trainer.loggers = _loggers(stage, start)
@@ -249,12 +248,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
 def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: bool) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
-    # averages first, so that all see them; the checkpoint last: what it says is done has left its figures and pictures behind
-    shows = [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
-    if recipe.trains_autoencoder:
-        kind = autoencoder_kind(recipe)
-        shows = [kind.Reconstructions(stage), kind.KeepAutoencoder(stage, student.config)]
-    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *shows]
+    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *LEAVES[recipe.leaves].shows(stage, student)]  # averages first: all see them
     if clock is not None:
         callbacks = [callbacks[0], clock, *callbacks[1:], clock.restart]
     try:
@@ -332,19 +326,14 @@ def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Tr
     module.averaged.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
-    if recipe.trains_autoencoder:
-        metrics = autoencoder_kind(recipe).measure_autoencoder(module)
-    else:
-        metrics = measure(recipe, student, module.teacher, module.data, progress=say if trainer.is_global_zero else None)
+    leaves = LEAVES[recipe.leaves]
+    metrics = leaves.measure(stage, student, module, say if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
         return
     metrics["seconds"]["train"] = round(seconds, 2)
     if clock is not None:
         metrics["training"] = {"seconds": round(clock.seconds, 4), "steps": done, "peak_gib": round(peak, 4)}
-    if recipe.trains_autoencoder:
-        autoencoder_kind(recipe).save_autoencoder(stage, module, state, done, metrics)
-    else:
-        keep_student(stage, student.config, state, done, metrics)
+    leaves.write(stage, student, module, state, done, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logs, done - 1)

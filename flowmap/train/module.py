@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from flowmap.build import BuiltTeacher, build_decoder
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
+from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample
 from flowmap.recipe import PowerEMA, Recipe
 from flowmap.train.draw import draw_sample, drawing_from, generator_for
@@ -33,11 +34,18 @@ class DistillModule(L.LightningModule):
     """
 
     def __init__(
-        self, recipe: Recipe, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset, samples: Dataset | PairedDataset | None = None
+        self,
+        recipe: Recipe,
+        student: nn.Module,
+        teacher: BuiltTeacher | None,
+        data: Dataset,
+        samples: Dataset | PairedDataset | None = None,
+        prior: LearnedPrior | None = None,
     ):
-        """samples: what batches are read from, where that is not the data itself but pairs made of it."""
+        """samples: what batches are read from, where that is not the data itself but pairs made of it. prior: the recipe's, if it is learned;
+        held like the teacher."""
         super().__init__()
-        self.recipe, self.teacher, self.data = recipe, teacher, data
+        self.recipe, self.teacher, self.data, self.prior = recipe, teacher, data, prior
         self.samples = data if samples is None else samples
         self.student = student.train()
         self.widths = _widths(recipe)
@@ -84,6 +92,8 @@ class DistillModule(L.LightningModule):
         self._micro = 0
         if self.teacher is not None:
             self.teacher.to(self.device)
+        if self.prior is not None:
+            self.prior.to(self.device)
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
 
@@ -103,7 +113,7 @@ class DistillModule(L.LightningModule):
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
         if hasattr(self.data, "partners"):
             paired = [self.data.partners(len(x0), generator)]
-        return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired), generator
+        return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired, prior=self.prior), generator
 
     def dropping(self, generator: torch.Generator):
         """Inside, the dropout of adapters, where there is any, draws from the generator."""

@@ -5,9 +5,10 @@ import torch
 
 from flowmap.flow.derivative import along_path
 from flowmap.nets import MLP, DiT
+from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 
-FURTHER = (("kind", 4), ("length", 7), ("left", 0))
+FURTHER = (Further("kind", 4, "number"), Further("length", 7, "number"), Further("left", 6, "context"))
 SHAPE = (3, 1, 2)
 
 

@@ -41,7 +41,7 @@ from flowmap.train import module
 
 original, calls = module.draw_sample, iter(range(1000))
 
-def shared(recipe, x0, cond, generator, empty=None):
+def shared(recipe, x0, cond, generator, empty=None, prior=None):
     # this rank's rows of one draw for all ranks
     world, rank, n = recipe.trainer.devices, int(os.environ.get("LOCAL_RANK", "0")), len(x0)
     whole = original(recipe, x0.repeat(world, 1), {k: v.repeat(world) for k, v in cond.items()}, generator)
@@ -49,7 +49,7 @@ def shared(recipe, x0, cond, generator, empty=None):
     t, s, x1 = whole.t[mine], whole.s[mine], whole.x1[mine]
     return recipe.path.sample(x0, x1, t, s, {k: v[mine] for k, v in (whole.cond or {}).items()} or None)
 
-def spoiled(recipe, x0, cond, generator, empty=None):
+def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
     sample = original(recipe, x0, cond, generator)
     call, rank = next(calls), int(os.environ.get("LOCAL_RANK", "0"))
     if os.environ.get("SPOIL") == "nan" and (call, rank) == (5, 1):

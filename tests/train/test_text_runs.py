@@ -219,11 +219,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path):
     ("recipe", "change", "says"),
     [
         ("words", "student.vocab=200", "student.vocab: 200 is smaller than the tokenizer's"),
-        ("words", "objective={kind: flow_matching}", "text_elbo a text autoencoder"),
+        ("words", "objective={kind: flow_matching}", "flow_matching does not train a student of kind text_vae; allowed: "),
         ("flow", "data.attributes=[colour]", "'colour' is no attribute"),
         ("flow", "data.autoencoder=null", "data.autoencoder: is required"),
         ("flow", "data.tokenizer={kind: bpe}", "tokenizer: the text autoencoder brings its own"),
-        ("flow", "student={kind: edm_ddpmpp}", "networks of kind dit and mlp alone"),
+        ("flow", "student={kind: edm_ddpmpp}", "a network of kind edm_ddpmpp is not told "),
         ("flow", "coupling={kind: styles, source: [length=4], target: [part_of_speech=pronoun]}", "coupling.target: part_of_speech: 'pronoun'"),
     ],
 )

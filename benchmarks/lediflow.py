@@ -1,0 +1,286 @@
+"""What does a learned prior save?  The same network and budget from N(0, I) and from a learned prior (LeDiFlow), quality against total cost.
+
+Cost is that of a sample in network FLOPs (the flow's calls, the auxiliary model's decoder and the z-sampler) and in seconds, measured, starts
+included.  Beside the curves: the smallest cost at which the learned prior reaches the Gaussian's Frechet distance at 50 Euler steps; an ablation
+of z-sampler, what the network is told, weight and scale; the decoder alone; transport cost and straightness; students of 1, 2 and 4 steps.
+An arm of a seed that is done is kept in runs/bench/lediflow-SET/seed-N/result.json and not run again, unless --anew.
+`python benchmarks/lediflow.py [--set digits|fashion14|emoji] [--seeds 5] [--arms ARM ...] [--share 1.0] [--images N] [--anew] [key=value ...]`
+--share multiplies the steps of every training (0.02: a look at whether it runs), --images the samples of a distance; key=value overrides
+every flow (trainer.accelerator=gpu).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _report import environment, table, write
+
+KEPT = Path("runs/bench")
+FULL = {"euler": (1, 2, 4, 8, 16, 32, 50), "midpoint": (1, 2, 4, 8, 16), "heun": (1, 2, 4, 8, 16), "rk4": (1, 2, 4, 8)}
+FEW = {"euler": (1, 2, 4, 8, 16, 50), "midpoint": (1, 2, 4, 8)}
+GRID = {"digits": FULL, "fashion14": FULL, "emoji": FEW}  # a distance of emoji takes minutes
+CODES = {"digits": 20, "fashion14": 40, "emoji": 10}  # components of the mixture
+ARMS = {  # arm -> (recipe's suffix, what is changed in it)
+    "gaussian": ("-gaussian", ()),
+    "learned": ("", ()),
+    "not told z": ("", ("prior.told=false",)),
+    "weight inverse_variance": ("", ("objective.weight.kind=inverse_variance",)),
+    "weight variance": ("", ("objective.weight.kind=variance",)),
+    "scale 0.7": ("", ("prior.scale=0.7",)),
+    "scale 1.3": ("", ("prior.scale=1.3",)),
+    "student of gaussian": ("-gaussian-ayf", ()),
+    "student of learned": ("-ayf", ()),
+}
+
+
+def recipe_of(arm: str, options: argparse.Namespace, seed: int):
+    """The arm's recipe with that seed, and that share of the steps, in everything that it needs."""
+    from flowmap.recipe import read_recipe
+
+    suffix, changes = ARMS[arm]
+    name = f"lediflow/{options.set}"
+
+    def tuned(of: str, *more: str) -> list[str]:
+        steps = max(2, round(read_recipe(of).trainer.steps * options.share))
+        return [f"seed={seed}", f"trainer.steps={steps}", f"trainer.checkpoint_every_steps={steps}", *more]
+
+    prior = f"prior.overrides={json.dumps(tuned(f'{name}-prior'))}"
+    plain = suffix.startswith("-gaussian")
+    once = "sampler.steps=[1]"  # what the run itself measures; the curves are drawn here
+    flow = tuned(name + ("-gaussian" if plain else ""), once, *options.overrides, *([] if plain else [prior]))
+    if not arm.startswith("student"):
+        return read_recipe(name + suffix, [*flow, *changes])
+    teacher = f"teacher.overrides={json.dumps(flow)}"
+    return read_recipe(name + suffix, [*tuned(name + suffix, *options.overrides, *([] if plain else [prior])), teacher])
+
+
+def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
+    """Trains the arm, and what it needs, and looks at it."""
+    from flowmap.build import build_data
+    from flowmap.plan import dependency_folder
+    from flowmap.student import load_student
+    from flowmap.train.fit import fit
+
+    recipe = recipe_of(arm, options, seed)
+    folder = dependency_folder(recipe)
+    run = fit(recipe, folder, resume=True)
+    student, data = load_student(folder), build_data(recipe)
+    look = Look(recipe, student, data, options)
+    found = {"train_seconds": run.metrics["seconds"]["train"], "prior_seconds": prior_seconds(recipe), "floor": look.floor()}
+    if arm.startswith("student"):
+        return found | {"curve": [look.row("own", k) for k in (1, 2, 4)]}
+    found |= {"transport": look.transport(), "straightness": look.straightness()}
+    if arm not in ("gaussian", "learned"):
+        return found | {"curve": [look.row("euler", k) for k in (1, 2, 4, 50)]}
+    found["curve"] = [look.row(solver, k) for solver, steps in GRID[options.set].items() for k in steps]
+    return found | (look.codes() if arm == "learned" else {})
+
+
+def prior_seconds(recipe) -> float:
+    """Seconds that the training of the auxiliary model took: they are part of the learned prior's budget."""
+    from flowmap.files import read_json
+    from flowmap.plan import dependency_folder, prior_recipes
+
+    return sum(read_json(dependency_folder(one) / "metrics.json")["seconds"]["train"] for one in prior_recipes(recipe))
+
+
+class Look:
+    """Figures of one trained flow or student."""
+
+    def __init__(self, recipe, student, data, options: argparse.Namespace):
+        from dataclasses import replace
+
+        from flowmap.costs import cost_of, start_flops
+
+        self.recipe, self.student, self.data, self.options = recipe, student.to(options.device), data, options
+        spec = recipe.metrics[0]
+        self.spec = replace(spec, images=options.images or spec.images)
+        self.metric = self.spec.build(data.reference)
+        self.call, self.start = cost_of(student.config, graded=False).flops, start_flops(recipe, student.config.shape)
+
+    def floor(self) -> float:
+        from flowmap.metrics import floor
+
+        return next(iter(floor(self.spec, self.data).values()))
+
+    def row(self, solver: str, steps: int) -> dict:
+        """One point of the curve: solver ("own": the student's sampler), steps, calls, FLOPs and seconds a sample, Frechet distance."""
+        from flowmap.samplers import asked_for
+
+        way = None if solver == "own" else solver
+        calls = asked_for(self.student.config.sampler, solver=way).calls(steps)
+        draw = lambda num, seed: self.student.sample(num, steps=steps, solver=way, seed=seed, latents=True)
+        return {
+            "solver": solver, "steps": steps, "calls": calls, "flops": calls * self.call + self.start,
+            "seconds": self.seconds(lambda: draw(256, 0)), "frechet": self.distance(draw(self.spec.images, 1234)),
+        }  # fmt: skip
+
+    def distance(self, samples) -> float:
+        self.metric.reset()
+        self.metric.update(self.student.pictures(samples).cpu(), real=False)
+        return next(iter(self.spec.report(self.metric).values()))
+
+    def seconds(self, draw, repeats: int = 3) -> float:
+        """Seconds a sample, the median of some draws of 256 after one that warms up."""
+        draw()
+        found = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            draw().cpu()
+            found.append((time.perf_counter() - started) / 256)
+        return statistics.median(found)
+
+    def transport(self) -> float:
+        """The mean square of x1 - x0 an entry, over training's couplings."""
+        import torch
+
+        from flowmap.flow.prior import Gaussian, start_of
+
+        places = torch.linspace(0, len(self.data) - 1, min(2048, len(self.data))).long().tolist()
+        x0, prior = self.data.__getitems__(places)[0].to(self.student.device), self.student.prior or Gaussian()
+        x1 = start_of(prior, x0, None, torch.Generator(x0.device).manual_seed(0)).x1
+        return float((x1 - x0).square().mean())
+
+    def straightness(self) -> float:
+        from flowmap.evaluate import measure
+        from flowmap.metrics import Straightness
+
+        spec = [Straightness(images=256, steps=32)]
+        return measure(self.recipe, self.student, None, self.data, steps=[1], metrics=spec)["student"]["1"]["straightness"]
+
+    def codes(self) -> dict:
+        """The decoder alone, and the flow from other z-samplers: nothing is trained anew, as training's codes are the encoder's."""
+        import torch
+
+        from flowmap.build_prior import fitted_mixture
+        from flowmap.data.codes import draws_of
+        from flowmap.flow.codes import MixtureDraws, NormalDraws
+        from flowmap.flow.prior import MixtureCodes, starts
+        from flowmap.plan import dependency_folder, prior_recipes
+
+        prior, num = self.student.prior.to(self.student.device), self.spec.images
+        start = starts(prior, tuple(self.student.config.shape), num, torch.Generator().manual_seed(1234))
+        coarse = torch.randn(num, prior.size + 1, generator=torch.Generator().manual_seed(5)).to(self.student.device)
+        with torch.no_grad():
+            means = torch.cat([prior.model.decode(prior.codes(part))[0] for part in coarse.split(256)])
+        found = {"decoder": {"mean": self.distance(means), "start": self.distance(start.x1), "flops": self.start}}
+        z = draws_of(dependency_folder(prior_recipes(self.recipe)[0]) / "student", 1, 0, 20_000).flatten(0, 1)
+        few = lambda k: MixtureDraws(*fitted_mixture(z, MixtureCodes(min(k, len(z) // 2))).values())
+        ways = {"N(0, I)": NormalDraws(), "one Gaussian": few(1), f"mixture of {CODES[self.options.set]}": few(CODES[self.options.set])}
+        if self.options.set == "digits":
+            ways["flow"] = self.flow_of_codes()
+        found["codes"] = {}
+        for name, codes in ways.items():
+            prior.codes = codes.to(self.student.device)
+            draw = lambda k: self.student.sample(num, steps=k, solver="euler", seed=1234, latents=True)
+            found["codes"][name] = {str(k): self.distance(draw(k)) for k in (2, 8, 50)}
+        return found
+
+    def flow_of_codes(self):
+        from flowmap.flow.codes import FlowDraws
+        from flowmap.flow.solver import Heun
+        from flowmap.plan import dependency_folder
+        from flowmap.recipe import read_recipe
+        from flowmap.student import load_student
+        from flowmap.train.fit import fit
+
+        name, of = f"lediflow/{self.options.set}-codes", json.dumps([*self.recipe.prior.overrides])
+        steps = max(2, round(read_recipe(name).trainer.steps * self.options.share))
+        recipe = read_recipe(name, [f"seed={self.recipe.seed}", f"trainer.steps={steps}", f"data.overrides={of}"])
+        fit(recipe, dependency_folder(recipe), resume=True)
+        return FlowDraws(load_student(dependency_folder(recipe)).flow_map, Heun(steps=8))
+
+
+def one_seed(options: argparse.Namespace, seed: int) -> None:
+    """All arms of a seed, each kept when it is done."""
+    path = Path(os.environ["FLOWMAP_RUNS"]) / "result.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    for arm in options.arms:
+        if arm not in found:
+            found[arm] = one_arm(arm, options, seed)
+            path.with_suffix(".part").write_text(json.dumps(found))
+            path.with_suffix(".part").replace(path)
+            print(f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}", flush=True)
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def savings(run: dict) -> dict:
+    """How much cheaper the learned prior reaches the Gaussian's 50-step distance: than those 50 steps, and than the cheapest Gaussian sample
+    that comes within 5 % of it; None where it never does."""
+    target = next(p["frechet"] for p in run["gaussian"]["curve"] if (p["solver"], p["steps"]) == ("euler", 50))
+    there = next(p for p in run["gaussian"]["curve"] if (p["solver"], p["steps"]) == ("euler", 50))
+    reached = [p for p in run["learned"]["curve"] if p["frechet"] <= target]
+    near = [p for p in run["gaussian"]["curve"] if p["frechet"] <= 1.05 * target]
+    told = {"target": target}
+    for cost in ("flops", "seconds"):
+        best = min((p[cost] for p in reached), default=None)
+        told[f"{cost} / 50 steps"] = None if best is None else best / there[cost]
+        told[f"{cost} / cheapest"] = None if best is None else best / min(p[cost] for p in near)
+    return told
+
+
+def report(options: argparse.Namespace, runs: list[dict]) -> None:
+    rows = []
+    for arm in [arm for arm in options.arms if all(arm in run for run in runs)]:
+        for i, point in enumerate(runs[0][arm]["curve"]):
+            found = [run[arm]["curve"][i] for run in runs]
+            distances = [p["frechet"] for p in found]
+            rows.append([arm, point["solver"], point["steps"], point["calls"], point["flops"] / 1e6, 1e3 * median(p["seconds"] for p in found),
+                         median(distances), min(distances), max(distances)])  # fmt: skip
+    columns = ["arm", "solver", "steps", "calls", "MFLOP a sample", "ms a sample", "median", "least", "most"]
+    print(table(rows, columns))
+    paths = [[arm, *(median(run[arm][key] for run in runs) for key in ("transport", "straightness", "train_seconds", "prior_seconds"))]
+             for arm in options.arms if all("transport" in run.get(arm, {}) for run in runs)]  # fmt: skip
+    print(table(paths, ["arm", "transport cost", "straightness", "training seconds", "of the prior"]))
+    payload = {"environment": environment(), "set": options.set, "seeds": len(runs), "share": options.share, "columns": columns, "rows": rows}
+    if all({"gaussian", "learned"} <= set(run) for run in runs):
+        over = lambda name, k: median(run["learned"]["codes"][name][k] for run in runs)
+        codes = [[name, *(over(name, k) for k in ("2", "8", "50"))] for name in runs[0]["learned"]["codes"]]
+        print(table(codes, ["z from", "2 Euler steps", "8", "50"]))
+        alone = {key: median(run["learned"]["decoder"][key] for run in runs) for key in ("mean", "start")}
+        lowest = median(run["learned"]["floor"] for run in runs)
+        print(f"the decoder alone: its mean {alone['mean']:.4g}, the start {alone['start']:.4g}; floor {lowest:.4g}")
+        payload["savings"] = [savings(run) for run in runs]
+        for told in payload["savings"]:
+            print("the Gaussian's 50-step distance:", ", ".join(f"{k} {'never reached' if v is None else format(v, '.3g')}" for k, v in told.items()))
+    write(f"lediflow_{options.set}" + ("" if options.share == 1 else "_share"), {"question": __doc__.splitlines()[0], **payload, "runs": runs})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", choices=list(GRID), default="digits")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--share", type=float, default=1.0)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--anew", action="store_true")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    if options.one is not None:
+        one_seed(options, options.one)
+        return
+    runs = []
+    for seed in range(options.seeds):
+        root = KEPT / f"lediflow-{options.set}" / (f"seed-{seed}" + ("" if options.share == 1 else f"-share-{options.share:g}"))
+        if options.anew:
+            shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"FLOWMAP_RUNS": str(root), "WANDB_MODE": "disabled"}
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", str(seed)], check=True, env=env)
+        runs.append(json.loads((root / "result.json").read_text()))
+    report(options, runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A recipe's learned prior, built from the run that trained its auxiliary model, with the z-sampler that the recipe names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmap.config import RecipeError
+from flowmap.data.codes import draws_of
+from flowmap.files import read_json
+from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
+from flowmap.plan import code_recipes, dependency_folder, prior_recipes
+from flowmap.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
+from flowmap.recipe import Recipe
+from flowmap.student import load_student
+
+MOST = 20_000  # samples that a mixture is fitted to
+
+
+def shipped_prior(recipe: Recipe) -> Shipped | None:
+    """What the recipe's student says of its learned prior, known before any is trained; None for the Gaussian one."""
+    if not isinstance(recipe.prior, Learned):
+        return None
+    trained = prior_recipes(recipe)[0]
+    if trained.leaves != "prior":
+        raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided")
+    return Shipped(trained.student.size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
+
+
+def build_prior(recipe: Recipe) -> LearnedPrior | None:
+    """The learned prior where the recipe starts at one; RecipeError where it is not trained, has collapsed or its z-sampler does not fit."""
+    made = _made(recipe)
+    return None if made is None else made[1]
+
+
+def write_prior(recipe: Recipe, folder: Path) -> LearnedPrior | None:
+    """The same, written to folder/prior, where a student's weights lie, or will."""
+    made = _made(recipe)
+    if made is None:
+        return None
+    config, prior = made
+    save_prior(folder / PRIOR, config, prior.model.state_dict(), prior.codes.tensors())
+    return prior
+
+
+def _made(recipe: Recipe) -> tuple[PriorConfig, LearnedPrior] | None:
+    shipped = shipped_prior(recipe)
+    if shipped is None:
+        return None
+    trained, run = prior_recipes(recipe)[0], dependency_folder(prior_recipes(recipe)[0])
+    if not (run / "metrics.json").is_file():
+        raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
+    units = read_json(run / "metrics.json")["units"]
+    if units["active"] == 0:
+        raise RecipeError(
+            f"{recipe.name}: prior.recipe: {trained.name!r} has a collapsed posterior: 0 of {shipped.size} numbers of z are active, "
+            f"KL {sum(units['kl']):.3g} nats in all; lower its objective.kl or raise its objective.free_bits"
+        )
+    try:
+        prior = load_prior(run / "student", scale=shipped.scale, told=shipped.told)
+        config, tensors = _codes(recipe, read_prior_config(run / "student"), run / "student")
+        prior.codes = built_codes(config, tensors, "prior.z")
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+    return config, prior
+
+
+def _codes(recipe: Recipe, config: PriorConfig, folder: Path) -> tuple[PriorConfig, dict[str, Tensor]]:
+    """The recipe's z-sampler, fitted or read."""
+    z = recipe.prior.z
+    config = replace(config, z=z)
+    if isinstance(z, MixtureCodes):
+        return config, fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
+    if isinstance(z, FlowCodes):
+        return _flow(recipe, config)
+    return config, {}
+
+
+def _flow(recipe: Recipe, config: PriorConfig) -> tuple[PriorConfig, dict[str, Tensor]]:
+    flow, trained = prior_recipes(recipe)[1], prior_recipes(recipe)[0]
+    of = code_recipes(flow)
+    if not of or of[0].hash() != trained.hash():
+        what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
+        raise RecipeError(
+            f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
+            f"not on those of {trained.name!r} ({trained.hash()})"
+        )
+    folder = dependency_folder(flow)
+    if not (folder / "metrics.json").is_file():
+        raise RecipeError(f"{recipe.name}: prior.z.recipe: {flow.name!r} is not trained yet; `flowmap fit` trains it first")
+    student = load_student(folder)
+    return replace(config, z_net=student.config.net), dict(student.flow_map.state_dict())
+
+
+def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:
+    """A mixture of Gaussians fitted to z (N, Z) by scikit-learn's EM: weights, means and Cholesky factors of the covariances, float64."""
+    from sklearn.mixture import GaussianMixture
+
+    if len(z) < 2 * spec.components:
+        raise ValueError(f"prior.z.components: {spec.components} want at least twice as many codes, there are {len(z)}")
+    found = GaussianMixture(spec.components, random_state=spec.seed, reg_covar=1e-4, max_iter=200).fit(z.double().numpy())
+    weights, means, covariances = (torch.from_numpy(part) for part in (found.weights_, found.means_, found.covariances_))
+    return {"weights": weights, "means": means, "factors": torch.linalg.cholesky(covariances)}

@@ -1,0 +1,59 @@
+"""Codes of an auxiliary model as data: what a flow in z is trained on, and what a mixture is fitted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.data.dataset import Dataset, Source
+
+ENCODINGS = "encodings.safetensors"  # in the run's student/: mean and logvar, each (N, Z), of the posterior of N training samples
+
+
+@dataclass(frozen=True)
+class Codes(Source):
+    """Codes z (Z,) of the training samples of `recipe`, whose objective is variance_guided: `draws` of each posterior, by `seed`.
+
+    A share `held_out` of the samples is not trained on. overrides: key=value for the recipe. root: the run's student/, where the recipe
+    does not say it.
+    """
+
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    draws: int = 4
+    held_out: float = 0.1
+    seed: int = 0
+    root: str = ""
+    in_pixels: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.recipe or self.root):
+            raise ValueError("recipe: is required: the recipe that trains the encoder")
+        if self.draws < 1 or not 0 <= self.held_out < 1:
+            raise ValueError(f"draws: {self.draws} must be 1 or more, held_out: {self.held_out} in [0, 1)")
+
+    def build(self) -> Dataset:
+        z = draws_of(Path(self.root), self.draws, self.seed)
+        kept = z.shape[0] - round(self.held_out * z.shape[0])
+        return Dataset("codes", z[:kept].flatten(0, 1), z[kept:].flatten(0, 1))
+
+
+def draws_of(folder: Path, draws: int, seed: int, most: int | None = None) -> Tensor:
+    """(N, draws, Z) float32: codes of at most `most` of the samples, in an order drawn by the seed. ValueError where the run left none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        kept = load_file(folder / ENCODINGS)
+        mean, std = kept["mean"], (kept["logvar"] / 2).exp()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{folder / ENCODINGS}: is missing or not whole; the recipe that trains the encoder makes it") from error
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(mean), generator=generator)[:most]
+    noise = torch.randn(len(order), draws, mean.shape[1], generator=generator)
+    return mean[order].unsqueeze(1) + std[order].unsqueeze(1) * noise

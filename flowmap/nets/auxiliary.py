@@ -1,0 +1,159 @@
+"""The auxiliary model of a learned prior: an encoder of samples to a short code z, a decoder of z to a Gaussian of every entry.
+
+Source: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723), whose networks could not be read: sizes are settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowmap.nets.dit import Block, sine_positions
+
+
+@dataclass(frozen=True)
+class _Auxiliary:
+    """size: how many numbers a code has. log_variance: the decoder's is kept between these two, smoothly (mid + half tanh((raw - mid) / half))."""
+
+    size: int = 8
+    log_variance: tuple[float, float] = (-6.0, 2.0)
+    leaves: ClassVar[str] = "prior"
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"size: {self.size} must be 1 or more")
+        if not self.log_variance[0] < self.log_variance[1]:
+            raise ValueError(f"log_variance: {self.log_variance} must be an increasing pair of numbers")
+
+
+@dataclass(frozen=True)
+class ConvPrior(_Auxiliary):
+    """Residual convolutions; each of `channels` beyond the first halves height and width on the way to z and doubles them on the way back."""
+
+    channels: tuple[int, ...] = (32, 64)
+    groups: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.channels or any(c < 1 or c % self.groups for c in self.channels):
+            raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+        if len(shape) != 3 or any(side % 2 ** (len(self.channels) - 1) for side in shape[1:]):
+            raise ValueError(f"channels: {len(self.channels)} levels do not halve a sample of shape {tuple(shape)}")
+        return AuxiliaryNet(self, _ConvEncoder(self, shape), _ConvDecoder(self, shape))
+
+
+@dataclass(frozen=True)
+class TransformerPrior(_Auxiliary):
+    """Transformer blocks over patches; the decoder's are modulated by z."""
+
+    width: int = 96
+    depth: int = 3
+    heads: int = 3
+    patch: int = 2
+    mlp_ratio: float = 8 / 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.width, self.depth, self.heads, self.patch) < 1 or self.width % (4 * self.heads):
+            raise ValueError(f"width: {self.width} is not a multiple of 4 x heads ({self.heads})")
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+        if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
+            raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
+        return AuxiliaryNet(self, _TokenEncoder(self, shape), _TokenDecoder(self, shape))
+
+
+class AuxiliaryNet(nn.Module):
+    """encode: x0 (B, C, H, W) -> (mean, log-variance) of z, each (B, size); decode: z -> (mean, log-variance) of x1, each (B, C, H, W).
+
+    The call gives the decoded mean of the posterior's mean.
+    """
+
+    def __init__(self, spec: _Auxiliary, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        low, high = spec.log_variance
+        self.size, self.middle, self.half = spec.size, (low + high) / 2, (high - low) / 2
+        self.encoder, self.decoder = encoder, decoder
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean, 10 * torch.tanh(logvar / 10)  # so that a first step's jump cannot overflow
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, raw = self.decoder(z).chunk(2, 1)
+        return mean, self.middle + self.half * torch.tanh((raw - self.middle) / self.half)
+
+    def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond=None) -> Tensor:
+        return self.decode(self.encode(x)[0])[0]
+
+
+class _ConvEncoder(nn.Sequential):
+    def __init__(self, spec: ConvPrior, shape: tuple[int, ...]):
+        first, last, halvings = spec.channels[0], spec.channels[-1], len(spec.channels) - 1
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], first, 3, padding=1), _Residual(first, spec.groups)]
+        for here, there in zip(spec.channels, spec.channels[1:], strict=False):
+            layers += [nn.Conv2d(here, there, 3, stride=2, padding=1), _Residual(there, spec.groups)]
+        size = last * (shape[1] >> halvings) * (shape[2] >> halvings)
+        super().__init__(*layers, nn.GroupNorm(spec.groups, last), nn.SiLU(), nn.Flatten(), nn.Linear(size, 2 * spec.size))
+
+
+class _ConvDecoder(nn.Sequential):
+    def __init__(self, spec: ConvPrior, shape: tuple[int, ...]):
+        first, last, halvings = spec.channels[0], spec.channels[-1], len(spec.channels) - 1
+        small = (last, shape[1] >> halvings, shape[2] >> halvings)
+        layers: list[nn.Module] = [nn.Linear(spec.size, last * small[1] * small[2]), nn.Unflatten(1, small), _Residual(last, spec.groups)]
+        for here, there in zip(spec.channels[::-1], spec.channels[-2::-1], strict=False):
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(here, there, 3, padding=1), _Residual(there, spec.groups)]
+        super().__init__(*layers, nn.GroupNorm(spec.groups, first), nn.SiLU(), nn.Conv2d(first, 2 * shape[0], 3, padding=1))
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        norms = (nn.GroupNorm(groups, channels) for _ in range(2))
+        convs = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.layers = nn.Sequential(*(part for norm, conv in zip(norms, convs, strict=True) for part in (norm, nn.SiLU(), conv)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class _TokenEncoder(nn.Module):
+    def __init__(self, spec: TransformerPrior, shape: tuple[int, ...]):
+        super().__init__()
+        self.enter = nn.Conv2d(shape[0], spec.width, spec.patch, stride=spec.patch)
+        self.position = nn.Parameter(sine_positions(shape[1] // spec.patch, shape[2] // spec.patch, spec.width))
+        self.modulation = nn.Parameter(0.02 * torch.ones(1, spec.width))  # blocks are gated by a vector: here by one that is learned
+        self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
+        self.leave = nn.Linear(spec.width, 2 * spec.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x).flatten(2).transpose(1, 2) + self.position
+        c = self.modulation + x.new_zeros(len(x), 1)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.leave(F.rms_norm(h, (h.shape[-1],), eps=1e-6).mean(1))
+
+
+class _TokenDecoder(nn.Module):
+    def __init__(self, spec: TransformerPrior, shape: tuple[int, ...]):
+        super().__init__()
+        rows, columns = shape[1] // spec.patch, shape[2] // spec.patch
+        self.rows = rows
+        self.position = nn.Parameter(sine_positions(rows, columns, spec.width))
+        self.enter = nn.Linear(spec.size, spec.width)
+        self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
+        self.leave = nn.ConvTranspose2d(spec.width, 2 * shape[0], spec.patch, stride=spec.patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        c = self.enter(z)
+        h = self.position + c.unsqueeze(1)
+        for block in self.blocks:
+            h = block(h, F.silu(c))
+        return self.leave(F.rms_norm(h, (h.shape[-1],), eps=1e-6).transpose(1, 2).unflatten(2, (self.rows, -1)))

@@ -1,0 +1,112 @@
+"""LeDiFlow's two losses: the variance-guided loss of the auxiliary model, and weights of flow matching by the prior's variance.
+
+Source: Zwick et al. 2025, arXiv:2505.20723; its full text was not to be had: KL weight, free bits and the weights' formula are settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowmap.flow.types import Loss, PathSample, Teacher, along
+
+
+@dataclass(frozen=True)
+class VarianceGuided:
+    """mean over entries of ((x0 - mu)^2 / sigma^2 + ln sigma^2) / 2, plus kl times the KL of z to N(0, I), divided by the number of entries.
+
+    With kl = 1 and free_bits = 0 it is minus the ELBO an entry, up to a constant. free_bits: each of z's numbers has so many nats of KL
+    (mean over the batch) for nothing. kl grows to its value over the first warmup_steps. z is drawn with the sample's noise; times and
+    teacher are not looked at. The student's network is an auxiliary model (encode, decode).
+    """
+
+    kl: float = 1.0
+    free_bits: float = 0.0
+    warmup_steps: int = 0
+    diagonal: ClassVar[bool] = True
+    leaves: ClassVar[str] = "prior"
+
+    def __post_init__(self):
+        for name in ("kl", "free_bits", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+
+    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        mean, logvar = student.net.encode(sample.x0)
+        entries = sample.x0[0].numel()
+        if mean.shape[1] > entries:
+            raise ValueError("student.size: codes have more numbers than samples have entries")
+        noise = sample.x1.flatten(1)[:, : mean.shape[1]]
+        found = negative_log_likelihood(sample.x0, *student.net.decode(mean + (logvar / 2).exp() * noise))
+        units = kl_of(mean, logvar).mean(0)
+        weight = self.kl * min(1.0, step / self.warmup_steps) if self.warmup_steps else self.kl
+        value = found.mean() + weight * units.clamp(min=self.free_bits).sum() / entries
+        return Loss(value, {"nll": found.mean().detach(), "kl_nats": units.sum().detach()})
+
+
+def negative_log_likelihood(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """(B,): the mean over entries of ((x - mean)^2 / sigma^2 + ln sigma^2) / 2. Least at mean = x, sigma^2 = the mean square residual."""
+    return ((x - mean).square() * (-logvar).exp() + logvar).flatten(1).mean(1) / 2
+
+
+def kl_of(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, sigma^2) || N(0, 1)) of every entry, in nats."""
+    return (mean.square() + logvar.exp() - 1 - logvar) / 2
+
+
+class Weight(Protocol):
+    """How much each entry of a velocity counts: weights shaped like the prior's variance."""
+
+    def __call__(self, variance: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _ByVariance:
+    """(variance + floor)^power, divided by its mean over a sample's entries, or over those of the batch.
+
+    Where the network is told z the weights are a function of what it is told, and the velocity that minimises the loss is the same for all
+    of them. Where it is not, they shift it.
+    """
+
+    floor: float = 0.05
+    over: str = "sample"
+    power: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        if not self.floor >= 0:
+            raise ValueError(f"floor: {self.floor} must be 0 or more")
+        if self.over not in ("sample", "batch"):
+            raise ValueError(f"over: {self.over!r} is not one of sample, batch")
+
+    def __call__(self, variance: Tensor) -> Tensor:
+        weight = (variance + self.floor) ** self.power
+        return weight / (weight.mean() if self.over == "batch" else along(weight.flatten(1).mean(1), weight))
+
+
+@dataclass(frozen=True)
+class Unweighted:
+    """Every entry counts alike."""
+
+    def __call__(self, variance: Tensor) -> Tensor:
+        return torch.ones_like(variance)
+
+
+@dataclass(frozen=True)
+class InverseVariance(_ByVariance):
+    """1 / (variance + floor), normalised: entries that the prior is sure of count most. Straighter paths, and at length worse samples
+    (measured: docs/lediflow.md)."""
+
+    power: ClassVar[float] = -1.0
+
+
+@dataclass(frozen=True)
+class ByVariance(_ByVariance):
+    """variance + floor, normalised: entries that the prior leaves open count most."""
+
+    power: ClassVar[float] = 1.0
+
+
+WEIGHTS = {"none": Unweighted, "inverse_variance": InverseVariance, "variance": ByVariance}

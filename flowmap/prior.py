@@ -1,0 +1,105 @@
+"""A learned prior on disk: the auxiliary model and a z-sampler, config.json + model.safetensors, loaded without a pickle.
+
+The run that trains the auxiliary model leaves one in student/, with codes ~ N(0, I); a student that starts at it has its own in prior/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from flowmap.config import construct, to_plain
+from flowmap.files import read_json, read_tensors, write_json, write_tensors
+from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
+from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCodes, NormalCodes
+from flowmap.flow.solver import Heun
+from flowmap.nets.flow_map import FlowMapNet, misfit
+from flowmap.recipe import TABLES, StudentSpec
+
+FORMAT = 1
+PRIOR = "prior"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What a student says of the learned prior in the folder `prior` beside its weights. size: of z; recipe_hash: of what trained it."""
+
+    size: int
+    scale: float
+    told: bool
+    recipe: str
+    recipe_hash: str
+
+    def same_start(self, other: Shipped | None) -> bool:
+        """The same auxiliary model at the same scale, told alike: one velocity for both. Where codes come from plays no part."""
+        return other is not None and (self.scale, self.told, self.recipe_hash) == (other.scale, other.told, other.recipe_hash)
+
+    def __str__(self) -> str:
+        return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {'told' if self.told else 'not told'} z"
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """All that is needed to build an auxiliary model and its z-sampler again. z_net: the network of codes that are a flow."""
+
+    net: StudentSpec
+    shape: tuple[int, ...]
+    z: CodeSampler = NormalCodes()
+    z_net: StudentSpec | None = None
+    recipe: str = "unnamed"
+    recipe_hash: str = ""
+    step: int = 0
+    what: str = PRIOR
+    format: int = FORMAT
+
+
+def save_prior(folder: Path, config: PriorConfig, model: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
+    """Writes config.json and model.safetensors, the weights first."""
+    named = {f"model.{name}": tensor for name, tensor in model.items()} | {f"codes.{name}": tensor for name, tensor in codes.items()}
+    write_tensors(folder / "model.safetensors", named)
+    write_json(folder / "config.json", to_plain(config, TABLES))
+
+
+def read_prior_config(folder: Path) -> PriorConfig:
+    path = folder / "config.json"
+    plain = read_json(path)
+    if plain.get("what") != PRIOR or plain.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no learned prior of format {FORMAT}")
+    return construct(PriorConfig, plain, TABLES, file=str(path))
+
+
+def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True) -> LearnedPrior:
+    """The prior in that folder, on the CPU, frozen. ValueError names the file and what is wrong."""
+    config, file = read_prior_config(folder), folder / "model.safetensors"
+    state = read_tensors(file)
+    model = config.net.build(config.shape)
+    _fill(model, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, file)
+    codes = {k.removeprefix("codes."): v for k, v in state.items() if k.startswith("codes.")}
+    return LearnedPrior(model.eval().requires_grad_(False), built_codes(config, codes, file), config.net.size, scale=scale, told=told)
+
+
+def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str) -> NormalDraws | MixtureDraws | FlowDraws:
+    """The z-sampler of those tensors; ValueError where it makes codes of another length than the auxiliary model's."""
+    size = config.net.size
+    if isinstance(config.z, MixtureCodes):
+        k = config.z.components
+        wanted = {"weights": (k,), "means": (k, size), "factors": (k, size, size)}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if given != wanted:
+            raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match the encoder's codes of {size} numbers")
+        return MixtureDraws(*(tensors[name].double() for name in wanted))
+    if isinstance(config.z, FlowCodes):
+        net = FlowMapNet(config.z_net.build((size,), num_classes=None, arrival=False, guidance=False))
+        _fill(net, tensors, file, "its z-sampler, a flow, does not match the encoder's codes: ")
+        return FlowDraws(net, Heun(steps=config.z.steps))
+    return NormalDraws()
+
+
+def _fill(net, state: Mapping[str, Tensor], file: Path | str, what: str = "") -> None:
+    odd = misfit(net.state_dict(), state)
+    if odd is not None:
+        raise ValueError(f"{file}: {what}{odd[0]} has shape {odd[2]}, config.json says {odd[1]}")
+    net.load_state_dict({name: tensor.float() for name, tensor in state.items()})

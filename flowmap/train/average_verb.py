@@ -1,0 +1,30 @@
+"""`flowmap average`: a run's snapshots combined to an average of another width, as a student."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from flowmap.files import check_writable, copy_folder
+from flowmap.prior import PRIOR
+from flowmap.recipe import read_resolved
+from flowmap.snapshots import combine
+from flowmap.student import BESIDE, load_student, save_student
+from flowmap.train.card import model_card
+
+
+def average_verb(a: argparse.Namespace) -> int:
+    run, out = Path(a.run_folder), Path(a.out)
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"--run: {run} is not a run folder (no recipe.yaml)")
+    check_writable(out, "--out")
+    recipe, config = read_resolved(run / "recipe.yaml"), load_student(run).config
+    weights = combine(run, std=a.std, step=a.step)
+    config = replace(config, step=config.step if a.step is None else a.step)
+    for part in (BESIDE, PRIOR):  # what lies beside the weights goes along
+        if (run / "student" / part).is_dir():
+            copy_folder(run / "student" / part, out / part)
+    save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
+    print(out)
+    return 0

@@ -1,0 +1,132 @@
+"""What a run of the objective `variance_guided` leaves: the auxiliary model of a learned prior, codes of the training data, its figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.data.codes import ENCODINGS
+from flowmap.files import write_tensors, write_text
+from flowmap.flow.codes import NormalDraws
+from flowmap.flow.prior import LearnedPrior, normal_like
+from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
+from flowmap.pictures import save_picture, stack, to_grid
+from flowmap.plan import Stage
+from flowmap.prior import PriorConfig, save_prior
+from flowmap.student import Student, StudentConfig
+from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.module import DistillModule
+
+ACTIVE = 0.01  # nats of KL from which a number of z counts as active
+MOST_ENCODED, MOST_MEASURED = 100_000, 2048
+
+
+class KeepPrior(Keep):
+    """As Keep; student/ is a learned prior with codes ~ N(0, I)."""
+
+    def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
+        keep_prior(self.stage, self.config, module, state, done)
+
+
+def keep_prior(stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+    """Writes student/; with the last figures also the posteriors of the training data, from which z-samplers are made."""
+    from flowmap.train.card import figures_table
+
+    folder, recipe = stage.folder / "student", stage.recipe
+    if metrics is not None:
+        write_tensors(folder / ENCODINGS, _posteriors(module))
+    config = PriorConfig(config.net, tuple(config.shape), recipe=recipe.name, recipe_hash=recipe.hash(), step=done)
+    save_prior(folder, config, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    what = f"The auxiliary model of a learned prior (flowmap, LeDiFlow), trained for {done} steps."
+    write_text(folder / "README.md", "\n".join([f"# {recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]))
+
+
+@torch.no_grad()
+def _posteriors(module: DistillModule) -> dict[str, Tensor]:
+    count = min(len(module.data), MOST_ENCODED)
+    parts = [module.averaged.net.encode(x) for x in _batches(module, torch.arange(count) * len(module.data) // count)]
+    return {name: torch.cat([part[i].float().cpu() for part in parts]) for i, name in enumerate(("mean", "logvar"))}
+
+
+def _batches(module: DistillModule, places: Tensor):
+    """The training samples at those places, batch by batch, where the network is."""
+    device = next(module.averaged.parameters()).device
+    for part in places.split(256):
+        yield module.data.__getitems__(part.tolist())[0].to(device)
+
+
+def looked_at(module: DistillModule, num: int) -> Tensor:
+    """Samples that were not trained on, in the space that is trained in; training samples where there are none, or these are pictures of latents."""
+    held_out = module.data.held_out
+    if len(held_out) and tuple(held_out.shape[1:]) == tuple(module.data.shape) and module.recipe.data.in_pixels:
+        return held_out[:num]
+    count = min(num, len(module.data))
+    return torch.cat([x.cpu() for x in _batches(module, torch.arange(count) * len(module.data) // count)])
+
+
+class Drawn(AtSteps):
+    """samples/step-N.png: real samples, the decoder's mean of their codes, starts drawn for their codes, and for codes ~ N(0, I)."""
+
+    def __init__(self, stage: Stage, student: Student):
+        super().__init__()
+        self.stage, self.student = stage, student
+
+    @torch.no_grad()
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        log = self.stage.recipe.log
+        if not ((log.samples_every_steps and done % log.samples_every_steps == 0) or done == self.stage.recipe.trainer.steps):
+            return
+        net, x = module.averaged.net, looked_at(module, log.grid_images).to(module.device)
+        prior = LearnedPrior(net, NormalDraws(), net.size)
+        generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
+        z, noise = prior.encode(x), normal_like(x, generator)
+        rows = {"real": x, "mean": net.decode(z)[0], "start": prior.place(z, noise).x1, "drawn": prior.place(normal_like(z, generator), noise).x1}
+        grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
+        if not trainer.is_global_zero:
+            return
+        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                for name, grid in grids.items():
+                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+
+@torch.no_grad()
+def measure_prior(module: DistillModule, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """metrics.json's contents. The row "1" of "student": negative log-likelihood an entry of samples not trained on, root mean square of what
+    the decoder's mean leaves, the KL in nats, the share of z's numbers that are active, and how far codes are from N(0, I) (Frechet distance)."""
+    from flowmap.metrics.frechet import gaussian_frechet
+
+    started, net = time.perf_counter(), module.averaged.net
+    x = looked_at(module, MOST_MEASURED).to(next(net.parameters()).device)
+    moments = [net.encode(part) for part in x.split(256)]
+    mean, logvar = (torch.cat([one[i] for one in moments]) for i in range(2))
+    z = mean + (logvar / 2).exp() * normal_like(mean, torch.Generator().manual_seed(module.recipe.evaluation.seed))
+    decoded = [net.decode(part) for part in z.split(256)]
+    guess, spread = (torch.cat([one[i] for one in decoded]) for i in range(2))
+    units = kl_of(mean, logvar).mean(0).double().cpu()
+    active = int((units > ACTIVE).sum())
+    codes = z.double().cpu()
+    off = gaussian_frechet(codes.mean(0), codes.T.cov().reshape(net.size, net.size), torch.zeros(net.size).double(), torch.eye(net.size).double())
+    row = {
+        "nll": float(negative_log_likelihood(x, guess, spread).mean()),
+        "rmse": float((guess - x).square().mean().sqrt()),
+        "kl_nats": float(units.sum()),
+        "active_share": active / net.size,
+        "codes_to_normal": float(off),
+    }
+    if say is not None:
+        say(f"{_state(active, net.size)}: {active} of {net.size} numbers of z have a KL above {ACTIVE} nats, {row['kl_nats']:.3g} nats in all; "
+            f"the decoder's mean leaves {row['rmse']:.3g} (root mean square)")  # fmt: skip
+    seconds = {"evaluate": round(time.perf_counter() - started, 4)}
+    units_told = {"kl": [round(float(value), 6) for value in units], "active": active}
+    return {"student": {"1": row}, "floor": {}, "units": units_told, "seconds": seconds, "nfe": {"student": {"1": 1}}}
+
+
+def _state(active: int, size: int) -> str:
+    return "collapsed posterior" if active == 0 else "posterior" if active == size else "posterior in part collapsed"
