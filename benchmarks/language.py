@@ -69,7 +69,7 @@ class Bench:
         return out
 
     def student(self, name: str):
-        from flowmap.student import load_student
+        from flowmap.student_folder import load_student
 
         return load_student(self.folder(name))
 

@@ -64,7 +64,7 @@ def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
     """Trains the arm, and what it needs, and looks at it."""
     from flowmap.build import build_data
     from flowmap.plan import dependency_folder
-    from flowmap.student import load_student
+    from flowmap.student_folder import load_student
     from flowmap.train.fit import fit
 
     recipe = recipe_of(arm, options, seed)
@@ -187,7 +187,7 @@ class Look:
         from flowmap.flow.solver import Heun
         from flowmap.plan import dependency_folder
         from flowmap.recipe import read_recipe
-        from flowmap.student import load_student
+        from flowmap.student_folder import load_student
         from flowmap.train.fit import fit
 
         name, of = f"lediflow/{self.options.set}-codes", json.dumps([*self.recipe.prior.overrides])

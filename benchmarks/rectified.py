@@ -220,7 +220,7 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     from flowmap.plan import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
-    from flowmap.student import load_student
+    from flowmap.student_folder import load_student
 
     case, recipe = CASES[name], read_recipe(path)
     many, data = case.many, build_data(recipe)

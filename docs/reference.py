@@ -12,7 +12,8 @@ import typing
 from pathlib import Path
 
 from flowmap.config import kind_of
-from flowmap.recipe import TABLES, Recipe
+from flowmap.kinds import TABLES
+from flowmap.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipes.md"
 MARKERS = ("<!-- reference -->", "<!-- /reference -->")

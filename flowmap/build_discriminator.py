@@ -13,7 +13,7 @@ from flowmap.costs import conditions_of
 from flowmap.flow.types import Cond
 from flowmap.objectives.perceptual import perceptual
 from flowmap.recipe import Recipe
-from flowmap.student import StudentConfig
+from flowmap.student_config import StudentConfig
 
 
 def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:

@@ -15,7 +15,7 @@ from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.plan import code_recipes, dependency_folder, prior_recipes
 from flowmap.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
 from flowmap.recipe import Recipe
-from flowmap.student import load_student
+from flowmap.student_folder import load_student
 
 MOST = 20_000  # samples that a mixture is fitted to
 

@@ -14,7 +14,8 @@ from flowmap.flow.types import Cond, along
 from flowmap.objectives import Adversarial
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
-from flowmap.recipe import Autoguidance, ClassifierFree, Recipe
+from flowmap.recipe import Recipe
+from flowmap.settings import Autoguidance, ClassifierFree
 from flowmap.teachers.guidance import Autoguidance as Autoguided
 from flowmap.teachers.guidance import ClassifierFree as Guided
 

@@ -16,7 +16,8 @@ from flowmap import __version__
 from flowmap.compare_verb import compare_arguments, compare_verb
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
-from flowmap.terminal import Bar, summary
+from flowmap.sample_verb import sample_arguments, sample_verb
+from flowmap.terminal import summary
 
 PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 
@@ -93,41 +94,13 @@ def _fit(a: argparse.Namespace) -> int:
 
 
 def _sample(a: argparse.Namespace) -> int:
-    from flowmap.files import check_writable
-    from flowmap.sample import attribute_of, edit_file, sample
-    from flowmap.student import load_student
-
-    check_writable(Path(a.out), "--out")
-    student = load_student(a.student).to(_device(a.device))
-    if a.prompt is not None and student.config.text is None and a.refiner is None:
-        raise ValueError("--prompt: this student is not conditioned on text")
-    if (a.inpaint is None) != (a.mask is None):
-        raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
-    edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
-    prompt = a.prompt if student.config.text is not None else None
-    given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
-    cond = {key: value for key, value in given if value is not None}
-    cond |= dict(map(attribute_of, a.attribute))
-    if a.texts is not None:
-        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond))))
-        return 0
-    refine = None
-    if a.refiner is not None:
-        from flowmap.teachers.refiner import Refiner
-
-        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=a.seed).load().to(student.device)
-    with Bar(a.num * len(a.steps)) as progress:
-        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine, solver=a.solver)
-        grids = sample(student, a.out, **options, **edits, progress=progress)
-    for grid in grids:
-        print(grid)
-    return 0
+    return sample_verb(a, _device(a.device))
 
 
 def _evaluate(a: argparse.Namespace) -> int:
     from flowmap.evaluate import evaluate
     from flowmap.files import check_writable
-    from flowmap.student import load_student
+    from flowmap.student_folder import load_student
 
     say = lambda message: print(message, file=sys.stderr, flush=True)
     if a.out is not None:
@@ -188,7 +161,7 @@ def _merge(a: argparse.Namespace) -> int:
 def _export(a: argparse.Namespace) -> int:
     from flowmap.export import export
     from flowmap.export.hub import check_repository, push
-    from flowmap.student import load_student
+    from flowmap.student_folder import load_student
 
     if a.push is not None:
         check_repository(a.push)
@@ -216,8 +189,9 @@ def _show(a: argparse.Namespace) -> int:
 
 
 def _list(a: argparse.Namespace) -> int:
+    from flowmap.kinds import TABLES
     from flowmap.plan import list_cards
-    from flowmap.recipe import TABLES, Recipe, find_recipe, list_recipes
+    from flowmap.recipe import Recipe, find_recipe, list_recipes
 
     print("recipes")
     for name in list_recipes():
@@ -251,22 +225,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sample = _verb(verbs, "sample", _sample, "draw samples as pictures or sentences")
     _student_arguments(sample)
-    sample.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
-    sample.add_argument("--num", type=int, default=64, help="samples for each number of steps")
-    sample.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
-    sample.add_argument("--prompt", help="text, for students that are conditioned on it")
-    sample.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
-    sample.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
-    sample.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
-    sample.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
-    sample.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
-    sample.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
-    sample.add_argument("--solver", choices=["euler", "midpoint", "heun", "rk4"], help="solve the student's velocity, in the place of its sampler")
-    sample.add_argument("--inpaint", metavar="IMAGE", help="draw part of this picture anew, through the code of a learned prior (with --mask)")
-    sample.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
-    sample.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="samples between two pictures, through the code of a learned prior")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", required=True, help="folder for the pictures")
+    sample_arguments(sample)
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "measure a student by its recipe's metrics")
     _student_arguments(evaluate)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmap.build import check_teachers, missing_weights, net_of, spec_of, student_config
+from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError, kind_of
@@ -17,6 +17,8 @@ from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost, star
 from flowmap.data import Encoded, Text
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
+from flowmap.kinds import TABLES, StudentSpec
+from flowmap.named_networks import check_teachers, missing_weights, net_of, spec_of
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
@@ -39,8 +41,9 @@ from flowmap.plan import (
     teacher_cards,
     teacher_recipes,
 )
-from flowmap.recipe import TABLES, PowerEMA, Recipe, StudentSpec
-from flowmap.student import StudentConfig
+from flowmap.recipe import Recipe
+from flowmap.settings import PowerEMA
+from flowmap.student_config import StudentConfig
 from flowmap.teachers.card import Card
 from flowmap.text_student import described
 

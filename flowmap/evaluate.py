@@ -20,7 +20,8 @@ from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
-from flowmap.student import ENCODED, Student, load_student
+from flowmap.student import ENCODED, Student
+from flowmap.student_folder import load_student
 from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
 Progress = Callable[[str], None]
@@ -264,7 +265,7 @@ def conditions_for(student: Student, data: Dataset, num: int, guidance: float | 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
     from flowmap.config import kind_of
-    from flowmap.recipe import TABLES, Metric
+    from flowmap.kinds import TABLES, Metric
 
     if kinds is None:
         return list(recipe.metrics)

@@ -12,7 +12,8 @@ from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.nets.flow_map import misfit
 from flowmap.published import config_of, tensors_of_net
 from flowmap.snapshots import weighted_sum
-from flowmap.student import StudentConfig, save_student
+from flowmap.student_config import StudentConfig
+from flowmap.student_folder import save_student
 from flowmap.teachers.pickled import Record, read_pickle
 
 SNAPSHOT = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")

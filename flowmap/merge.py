@@ -19,7 +19,9 @@ from flowmap.export.folder import check_free, whole_folder
 from flowmap.files import copy_folder, read_json, read_tensors
 from flowmap.lora_file import read_lora
 from flowmap.nets.flow_map import SILENT
-from flowmap.student import BESIDE, Student, StudentConfig, load_student, save_student
+from flowmap.student import Student
+from flowmap.student_config import BESIDE, StudentConfig
+from flowmap.student_folder import load_student, save_student
 
 PARTS = ("unet", "transformer")
 WITHIN = re.compile(r"^net\.(?:(?:first|second)\.)?(?:model\.)?")  # a student's name of a weight, before the network's own

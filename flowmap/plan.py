@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, to_plain
-from flowmap.data import Encoded, Pairs, Text, pairs
+from flowmap.data import Encoded, Pairs, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
 from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.kinds import TABLES
 from flowmap.provenance import WHERE, identity
-from flowmap.recipe import TABLES, Autoguidance, FromRecipe, Recipe, TeacherSlot, read_recipe, read_resolved, shipped
+from flowmap.recipe import Recipe, read_recipe, read_resolved, shipped
+from flowmap.settings import Autoguidance, FromRecipe
 from flowmap.teachers.card import Card, read_card
 
 

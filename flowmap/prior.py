@@ -16,8 +16,8 @@ from flowmap.files import read_json, read_tensors, write_json, write_tensors
 from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
 from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCodes, NormalCodes
 from flowmap.flow.solver import Heun
+from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.flow_map import FlowMapNet, misfit
-from flowmap.recipe import TABLES, StudentSpec
 
 FORMAT = 1
 PRIOR = "prior"

@@ -16,7 +16,9 @@ from flowmap.data import Encoded, Pairs
 from flowmap.data.dataset import Source
 from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.flow.prior import FlowCodes, Learned
-from flowmap.recipe import TABLES, Autoguidance, Recipe, read_recipe
+from flowmap.kinds import TABLES
+from flowmap.recipe import Recipe, read_recipe
+from flowmap.settings import Autoguidance
 from flowmap.teachers.card import Card
 
 WHERE = ("root", *(field.name for field in fields(Source) if field.name != "conditional"))  # of data: what no pair depends on

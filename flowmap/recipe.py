@@ -11,76 +11,26 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path as File
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flowmap.config import MISSING, RecipeError, construct, kind_of, to_plain
-from flowmap.data import (
-    COUPLINGS,
-    DATA,
-    IMAGE_SOURCES,
-    TEXT_SOURCES,
-    TOKENIZERS,
-    Autoencoder,
-    Coupling,
-    Guidance,
-    ImageSource,
-    Independent,
-    Pairs,
-    Styles,
-    TeacherSlot,
-    TextCoder,
-    TextEncoder,
-    TextSource,
-    Tokenizer,
-)  # fmt: skip
-from flowmap.flow.distance import DISTANCES, Distance, Squared
-from flowmap.flow.path import PATHS, Linear
-from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler, Gaussian, Learned
-from flowmap.flow.solver import SOLVERS, Solver
-from flowmap.flow.times import TIMES, Interval
+from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
+from flowmap.flow.distance import Squared
+from flowmap.flow.path import Linear
+from flowmap.flow.prior import Gaussian, Learned
+from flowmap.flow.times import Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
-from flowmap.metrics import METRICS
-from flowmap.nets import DISCRIMINATORS, NETS
+from flowmap.kinds import EMA, TABLES, Data, Metric, StudentSpec, left_by
 from flowmap.nets.lora import LoRA
-from flowmap.nets.stacked import NetSpec, Stacked, net_within
-from flowmap.objectives import OBJECTIVES, Adversarial, Endpoint, FlowMatching, Rectified
-from flowmap.objectives.adversarial import DiscriminatorSpec
-from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
-from flowmap.objectives.lediflow import WEIGHTS, Unweighted, Weight
-from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
-from flowmap.objectives.rectified import RectifiedDistance
+from flowmap.nets.stacked import net_within
+from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified
+from flowmap.objectives.lediflow import Unweighted
 from flowmap.optimizer import AdamW
-from flowmap.samplers import SAMPLERS, Deterministic, Gamma
-from flowmap.settings import (
-    Autoguidance,
-    ClassifierFree,
-    ConstantEMA,
-    Embedded,
-    Evaluation,
-    FromRecipe,
-    FromTeacher,
-    Log,
-    PowerEMA,
-    Trainer,
-)
-from flowmap.teachers.autoencoder import AUTOENCODERS
-from flowmap.teachers.text import TEXT_ENCODERS
-from flowmap.text_autoencoder import TextAutoencoder
-
-
-class Data(Protocol): ...
-
-
-class StudentSpec(Protocol): ...
-
-
-class Metric(Protocol): ...
-
-
-class EMA(Protocol): ...
+from flowmap.samplers import Deterministic, Gamma
+from flowmap.settings import ClassifierFree, Evaluation, Log, PowerEMA, Trainer
 
 
 @dataclass(frozen=True)
@@ -225,42 +175,6 @@ class Recipe:
         """Keys whose value is ??? and must be given before a run."""
         return _missing(to_plain(self, TABLES), "")
 
-
-
-def left_by(part: Any) -> str:
-    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
-    return getattr(part, "leaves", "student")
-
-
-STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
-
-TABLES: Mapping[type, Mapping[str, type]] = {
-    Data: DATA,
-    ImageSource: IMAGE_SOURCES,
-    Autoencoder: AUTOENCODERS,
-    TextEncoder: TEXT_ENCODERS,
-    TextSource: TEXT_SOURCES,
-    Tokenizer: TOKENIZERS,
-    TextCoder: {"text": TextAutoencoder},
-    StudentSpec: {**STARTS, **NETS},
-    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"}},
-    Objective: OBJECTIVES,
-    DiscriminatorSpec: DISCRIMINATORS,
-    Distance: DISTANCES,
-    RectifiedDistance: RECTIFIED_DISTANCES,
-    PictureDistance: PICTURE_DISTANCES,
-    Path: PATHS,
-    Prior: PRIORS,
-    CodeSampler: CODE_SAMPLERS,
-    Weight: WEIGHTS,
-    Coupling: COUPLINGS,
-    Solver: SOLVERS,
-    TimeSampler: TIMES,
-    Sampler: SAMPLERS,
-    Metric: METRICS,
-    Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
-    EMA: {"power": PowerEMA, "constant": ConstantEMA},
-}
 
 
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,8 @@ from flowmap.evaluate import conditions_for
 from flowmap.files import write_text
 from flowmap.flow.prior import Start
 from flowmap.pictures import save_picture, to_grid, to_picture
-from flowmap.student import Student, load_student
+from flowmap.student import Student
+from flowmap.student_folder import load_student
 
 
 def _edited(student: Student, inpaint, interpolate, **options):

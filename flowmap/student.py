@@ -1,11 +1,10 @@
-"""The student as a user has it: a flow map with its sampler, saved as config.json + model.safetensors, loaded without a pickle."""
+"""The student as a user has it: a flow map with its sampler and whatever makes pictures or sentences of its samples."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,112 +13,20 @@ import torch
 from torch import Tensor
 
 from flowmap.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
-from flowmap.config import RecipeError, construct, kind_of, to_plain
-from flowmap.data import Autoencoder, TextCoder, TextEncoder
-from flowmap.data.text import Attribute
-from flowmap.files import read_json, read_tensors, write_json, write_tensors
 from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
-from flowmap.flow.types import Cond, Sampler
-from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
-from flowmap.nets.embed import Further
+from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.lora import Base, LoRA, add_lora, load_base, merged
-from flowmap.nets.stacked import net_within
-from flowmap.prior import PRIOR, Shipped, load_prior
-from flowmap.recipe import TABLES, StudentSpec
+from flowmap.nets.lora import merged
+from flowmap.prior import PRIOR, load_prior
 from flowmap.samplers import asked_for
+from flowmap.student_config import BESIDE, StudentConfig
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
-from flowmap.text_student import BESIDE, Sentences, described_by
+from flowmap.text_student import Sentences, described_by
 
-FORMAT = 1
-Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
-FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
-MAX_IMAGES, MAX_STEPS, MAX_SIZE = 1_000_000, 100_000, 1 << 28
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """All that is needed to build the network again and to sample from it.
-
-    guidance: the range of scales it was trained on and the default, or None where the scale is no input;
-    baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
-    velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
-    source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
-    branches beside the frozen `base`. prior: the learned prior in the folder prior/ beside the weights, where samples do not start at N(0, I).
-
-    text_autoencoder: samples are latents that it makes sentences of (text_student.py). attributes and contexts are then conditions. edits:
-    the styles (source, target) of a student that starts from sentences, not from noise.
-    """
-
-    net: StudentSpec
-    sampler: Sampler
-    shape: tuple[int, ...]
-    num_classes: int | None = None
-    arrival: bool = True
-    guidance: tuple[float, float, float] | None = None
-    baked_guidance: float | None = None
-    clamp: bool = True
-    autoencoder: Autoencoder | None = None
-    text: TextEncoder | None = None
-    text_autoencoder: TextCoder | None = None
-    attributes: tuple[Attribute, ...] = ()
-    contexts: tuple[str, ...] = ()
-    edits: tuple[str, ...] = ()
-    lora: LoRA | None = None
-    base: Base | None = None
-    prior: Shipped | None = None
-    recipe: str = "unnamed"
-    recipe_hash: str = ""
-    step: int = 0
-    format: int = FORMAT
-
-    def __post_init__(self):
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
-        if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
-            raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
-        if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
-            raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
-        if self.told and not getattr(self.net, "takes_further", False):
-            raise ValueError(f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false")
-        if self.descriptions and not getattr(self.net, "takes_further", False):
-            kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_further", False))
-            what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
-            raise ValueError(f"attributes: {what}; allowed: {kinds}")
-
-    @property
-    def told(self) -> bool:
-        """The network is told the code z of where a sample starts."""
-        return self.prior is not None and self.prior.told
-
-    @property
-    def descriptions(self) -> tuple[str, ...]:
-        """The conditions that describe a sentence: its attributes and contexts."""
-        return (*(one.name for one in self.attributes), *self.contexts)
-
-    @property
-    def further(self) -> tuple[Further, ...]:
-        """The conditions beside class and guidance, as networks are told of them."""
-        attributes = (Further(one.name, len(one.values), "number") for one in self.attributes)
-        contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
-        code = [Further("z", self.prior.size, "code")] if self.told else []
-        return (*attributes, *contexts, *code)
-
-    def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
-        """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
-        guidance = self.guidance is not None
-        further = {"further": self.further} if self.further else {}
-        if base is None:
-            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
-        else:
-            net = base.with_branches(arrival=self.arrival, guidance=guidance)
-        if self.lora is not None:
-            add_lora(net, self.lora)
-        return FlowMapNet(net)
+Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
+MAX_IMAGES, MAX_STEPS = 1_000_000, 100_000
 
 
 class Student(Sentences):
@@ -325,107 +232,3 @@ class Student(Sentences):
         return labels.to(self.device)
 
 
-def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
-    """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
-    from flowmap.files import write_text
-
-    write_tensors(folder / "model.safetensors", weights)
-    write_json(folder / "config.json", to_plain(config, TABLES))
-    write_text(folder / "recipe.yaml", recipe)
-    write_text(folder / "README.md", card)
-
-
-def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
-    """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation mode.
-
-    Only config.json and model.safetensors are read, and for a LoRA student its base's safetensors (`base`: where they are now, if they
-    have moved); nothing is unpickled. ValueError names the file and what is wrong with it.
-    """
-    folder = _local(source)
-    config = read_config(folder / "config.json")
-    if base is not None:
-        if config.base is None:
-            raise ValueError(f"base: {str(base)!r} was given, but this student has its weights with it")
-        config = replace(config, base=replace(config.base, source=str(base), revision=None))
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-        what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
-        raise ValueError(f"{weights}: there is no such file{what}")
-    state = read_tensors(weights)
-    flow_map = _empty(config, state, folder / "config.json")
-    _check_shapes(flow_map.state_dict(), state, weights)
-    if config.lora is not None:
-        try:
-            flow_map = config.build(load_base(config.base, config.net))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
-    elif getattr(config.net, "holds_constants", False):
-        flow_map = config.build()
-    flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return Student(config, flow_map.eval().requires_grad_(False), folder)
-
-
-def _local(source: str | Path) -> Path:
-    folder = Path(source)
-    if (folder / "student").is_dir():
-        folder = folder / "student"
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors")
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(source, allow_patterns=[*FILES, f"{BESIDE}/*", f"{PRIOR}/*"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
-
-
-def read_config(path: Path) -> StudentConfig:
-    """What a student's folder says of it; ValueError names the file and what is wrong."""
-    plain = read_json(path)
-    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith("flowmap-text-autoencoder"):
-        raise ValueError(f"{path}: is an autoencoder's, not a student's")
-    if plain.get("what") == PRIOR:
-        raise ValueError(f"{path}: is a learned prior's, not a student's")
-    if plain.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
-    try:
-        return construct(StudentConfig, plain, TABLES, file=str(path))
-    except RecipeError:
-        raise
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:
-    """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
-    largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
-    rank = None if config.lora is None else config.lora.rank
-    for name, value in [*vars(net_within(config.net)).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
-        if isinstance(value, int) and not -1 < value <= largest:
-            raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
-    if math.prod(config.shape) > MAX_SIZE:
-        raise ValueError(f"{file}: shape: {config.shape} has more than {MAX_SIZE} entries")
-    try:
-        with torch.device("meta"):
-            return config.build()
-    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: net: {str(error).splitlines()[0]}") from error
-
-
-def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path) -> None:
-    for name, tensor in expected.items():
-        if name not in got:
-            raise ValueError(f"{file}: {name}: is missing; the weights are of another architecture than config.json says")
-        if got[name].shape != tensor.shape:
-            raise ValueError(f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}")
-        if not got[name].is_floating_point():
-            raise ValueError(f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights")
-    for name in got:
-        if name not in expected:
-            raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")

@@ -17,14 +17,13 @@ from flowmap.data import Styles, TextCoder, TextDataset
 from flowmap.data.tokens import BPE, Pair
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
-from flowmap.recipe import left_by
+from flowmap.kinds import left_by
+from flowmap.student_config import BESIDE
 
 if TYPE_CHECKING:
-    from flowmap.recipe import Recipe, StudentSpec
+    from flowmap.kinds import StudentSpec
+    from flowmap.recipe import Recipe
     from flowmap.student import Student
-
-
-BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
 
 
 class Sentences:

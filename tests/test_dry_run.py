@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from flowmap.build import spec_of
 from flowmap.calls import Calls, calls_of
 from flowmap.costs import cost_of
 from flowmap.dry_run import dry_run
+from flowmap.named_networks import spec_of
 from flowmap.nets import DiT
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.lora import Base, LoRA
@@ -18,7 +18,7 @@ from flowmap.nets.mlp import MLP
 from flowmap.plan import find_card, list_cards
 from flowmap.recipe import list_recipes, read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.student import StudentConfig
+from flowmap.student_config import StudentConfig
 
 
 def config(net, shape, **more):

@@ -14,7 +14,9 @@ from flowmap.nets.auxiliary import ConvPrior
 from flowmap.nets.mlp import MLP
 from flowmap.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.samplers import Deterministic
-from flowmap.student import Student, StudentConfig, load_student, save_student
+from flowmap.student import Student
+from flowmap.student_config import StudentConfig
+from flowmap.student_folder import load_student, save_student
 
 SHAPE = (1, 8, 12)
 

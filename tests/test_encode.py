@@ -11,9 +11,10 @@ import pytest
 from encoding import Averages, Letters, Numbers, files, spec
 
 from flowmap.cli import main
+from flowmap.data import DATA, IMAGE_SOURCES
 from flowmap.encode import encode
 from flowmap.files import WriteError, only_process
-from flowmap.recipe import DATA, IMAGE_SOURCES, read_recipe
+from flowmap.recipe import read_recipe
 
 pyarrow = pytest.importorskip("pyarrow")
 

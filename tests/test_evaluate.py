@@ -11,7 +11,8 @@ from flowmap.build import build_data, build_student, build_teacher, student_conf
 from flowmap.dry_run import dry_run
 from flowmap.evaluate import evaluate, measure
 from flowmap.recipe import read_recipe
-from flowmap.student import Student, save_student
+from flowmap.student import Student
+from flowmap.student_folder import save_student
 
 METRICS = "metrics=[{kind: frechet, images: 500}, {kind: endpoint_error, images: 20}, {kind: straightness, images: 20}]"
 FEW = ["evaluation.teacher_steps=16", "evaluation.seed=1", METRICS]

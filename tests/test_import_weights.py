@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from flowmap.import_weights import import_weights
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
-from flowmap.student import load_student
+from flowmap.student_folder import load_student
 from flowmap.teachers.pickled import read_pickle
 
 SPEC = EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,))

@@ -13,7 +13,9 @@ from flowmap.files import read_tensors, write_tensors
 from flowmap.merge import MARK, merge
 from flowmap.nets import MLP, Stacked
 from flowmap.samplers import Deterministic
-from flowmap.student import Student, StudentConfig, load_student, save_student
+from flowmap.student import Student
+from flowmap.student_config import StudentConfig
+from flowmap.student_folder import load_student, save_student
 from tests.conftest import bytes_of
 from tests.oracle import draw
 

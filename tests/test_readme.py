@@ -73,7 +73,8 @@ def digits_run(desk, monkeypatch):
     from flowmap.build import build_data
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
-    from flowmap.student import StudentConfig, save_student
+    from flowmap.student_config import StudentConfig
+    from flowmap.student_folder import save_student
     from flowmap.train.fit import Run
 
     recipe = read_recipe("digits", ["metrics=[{kind: frechet, features: pixels, images: 100}]"])

@@ -7,7 +7,7 @@ import flowmap
 from flowmap.files import read_tensors, write_text
 from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.snapshots import combine, list_snapshots, nearest_snapshot, save_snapshot
-from flowmap.student import load_student
+from flowmap.student_folder import load_student
 from flowmap.train.fit import fit
 
 

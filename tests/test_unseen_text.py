@@ -13,7 +13,8 @@ from flowmap.metrics import Agreement, Retrieval
 from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.student import Student, StudentConfig
+from flowmap.student import Student
+from flowmap.student_config import StudentConfig
 
 pytest.importorskip("datasets")
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from flowmap.config import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
+from flowmap.kinds import TABLES
 from flowmap.plan import card_of, pairs_recipes, teacher_recipes
 from flowmap.provenance import WHERE, scale_of
-from flowmap.recipe import TABLES, FromRecipe, Recipe, read_recipe
+from flowmap.recipe import Recipe, read_recipe
+from flowmap.settings import FromRecipe
 
 LENGTHS = ("warmup_steps", "decay_from")  # settings in steps that a recipe chose for its own length
 

@@ -19,9 +19,11 @@ from flowmap.compare.terms import NothingLeft, Terms, device_of, evaluations_of,
 from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
 from flowmap.files import read_json, write_json
+from flowmap.kinds import TABLES
 from flowmap.plan import Pairing, Stage
-from flowmap.recipe import TABLES, Recipe
-from flowmap.student import Student, load_student
+from flowmap.recipe import Recipe
+from flowmap.student import Student
+from flowmap.student_folder import load_student
 from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, fit

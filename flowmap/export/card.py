@@ -9,9 +9,10 @@ import json
 import re
 from pathlib import Path
 
+from flowmap.data import TeacherSlot
 from flowmap.export.plan import Export, Written
 from flowmap.plan import card_of
-from flowmap.recipe import TeacherSlot, read_resolved
+from flowmap.recipe import read_resolved
 from flowmap.teachers.card import Card
 
 WHAT = {

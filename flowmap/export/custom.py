@@ -20,8 +20,8 @@ from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.files import write_json, write_text
+from flowmap.kinds import TABLES
 from flowmap.nets.stacked import Stacked, net_within, stack_of
-from flowmap.recipe import TABLES
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
 

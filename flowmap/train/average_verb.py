@@ -10,7 +10,8 @@ from flowmap.files import check_writable, copy_folder
 from flowmap.prior import PRIOR
 from flowmap.recipe import read_resolved
 from flowmap.snapshots import combine
-from flowmap.student import BESIDE, load_student, save_student
+from flowmap.student_config import BESIDE
+from flowmap.student_folder import load_student, save_student
 from flowmap.train.card import model_card
 
 

@@ -19,7 +19,9 @@ from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
 from flowmap.snapshots import save_snapshot
-from flowmap.student import Student, StudentConfig, save_student
+from flowmap.student import Student
+from flowmap.student_config import StudentConfig
+from flowmap.student_folder import save_student
 from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from flowmap.config import kind_of
-from flowmap.recipe import TABLES, Recipe
-from flowmap.student import StudentConfig
+from flowmap.kinds import TABLES
+from flowmap.recipe import Recipe
+from flowmap.student_config import StudentConfig
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:

@@ -15,7 +15,8 @@ from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample
-from flowmap.recipe import PowerEMA, Recipe
+from flowmap.recipe import Recipe
+from flowmap.settings import PowerEMA
 from flowmap.train.draw import draw_sample, drawing_from, generator_for
 
 BINS = 4  # of t, in which per-sample logs are also shown

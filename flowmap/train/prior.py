@@ -17,7 +17,8 @@ from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
 from flowmap.prior import PriorConfig, save_prior
-from flowmap.student import Student, StudentConfig
+from flowmap.student import Student
+from flowmap.student_config import StudentConfig
 from flowmap.train.callbacks import AtSteps, Keep
 from flowmap.train.module import DistillModule
 

@@ -15,7 +15,7 @@ import flowmap
 from flowmap.build import build_teacher
 from flowmap.files import read_tensors
 from flowmap.nets.lora import fingerprint
-from flowmap.student import load_student, save_student
+from flowmap.student_folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
 from flowmap.train.strategy import read_checkpoint

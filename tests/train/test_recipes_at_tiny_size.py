@@ -16,7 +16,8 @@ import flowmap
 from flowmap.export import export
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student import StudentConfig, save_student
+from flowmap.student_config import StudentConfig
+from flowmap.student_folder import save_student
 from tests.tiny_pipelines import WORDS, save
 
 TINY = """

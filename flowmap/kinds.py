@@ -1,0 +1,90 @@
+"""What each slot of a recipe may be: TABLES maps a slot to its kinds, by the names that stand in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from flowmap.data import (
+    COUPLINGS,
+    DATA,
+    IMAGE_SOURCES,
+    TEXT_SOURCES,
+    TOKENIZERS,
+    Autoencoder,
+    Coupling,
+    Guidance,
+    ImageSource,
+    TextCoder,
+    TextEncoder,
+    TextSource,
+    Tokenizer,
+)  # fmt: skip
+from flowmap.flow.distance import DISTANCES, Distance
+from flowmap.flow.path import PATHS
+from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler
+from flowmap.flow.solver import SOLVERS, Solver
+from flowmap.flow.times import TIMES
+from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
+from flowmap.metrics import METRICS
+from flowmap.nets import DISCRIMINATORS, NETS
+from flowmap.nets.stacked import NetSpec, Stacked
+from flowmap.objectives import OBJECTIVES
+from flowmap.objectives.adversarial import DiscriminatorSpec
+from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
+from flowmap.objectives.lediflow import WEIGHTS, Weight
+from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
+from flowmap.objectives.rectified import RectifiedDistance
+from flowmap.samplers import SAMPLERS
+from flowmap.settings import Autoguidance, ClassifierFree, ConstantEMA, Embedded, FromRecipe, FromTeacher, PowerEMA
+from flowmap.teachers.autoencoder import AUTOENCODERS
+from flowmap.teachers.text import TEXT_ENCODERS
+from flowmap.text_autoencoder import TextAutoencoder
+
+
+class Data(Protocol): ...
+
+
+class StudentSpec(Protocol): ...
+
+
+class Metric(Protocol): ...
+
+
+class EMA(Protocol): ...
+
+
+def left_by(part: Any) -> str:
+    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
+    return getattr(part, "leaves", "student")
+
+
+STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
+
+TABLES: Mapping[type, Mapping[str, type]] = {
+    Data: DATA,
+    ImageSource: IMAGE_SOURCES,
+    Autoencoder: AUTOENCODERS,
+    TextEncoder: TEXT_ENCODERS,
+    TextSource: TEXT_SOURCES,
+    Tokenizer: TOKENIZERS,
+    TextCoder: {"text": TextAutoencoder},
+    StudentSpec: {**STARTS, **NETS},
+    NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"}},
+    Objective: OBJECTIVES,
+    DiscriminatorSpec: DISCRIMINATORS,
+    Distance: DISTANCES,
+    RectifiedDistance: RECTIFIED_DISTANCES,
+    PictureDistance: PICTURE_DISTANCES,
+    Path: PATHS,
+    Prior: PRIORS,
+    CodeSampler: CODE_SAMPLERS,
+    Weight: WEIGHTS,
+    Coupling: COUPLINGS,
+    Solver: SOLVERS,
+    TimeSampler: TIMES,
+    Sampler: SAMPLERS,
+    Metric: METRICS,
+    Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
+    EMA: {"power": PowerEMA, "constant": ConstantEMA},
+}

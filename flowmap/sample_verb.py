@@ -1,0 +1,59 @@
+"""The verb `flowmap sample`: its arguments, and what it does with them. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowmap.terminal import Bar
+
+
+def sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
+    parser.add_argument("--num", type=int, default=64, help="samples for each number of steps")
+    parser.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
+    parser.add_argument("--prompt", help="text, for students that are conditioned on it")
+    parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
+    parser.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
+    parser.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
+    parser.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
+    parser.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
+    parser.add_argument("--solver", choices=["euler", "midpoint", "heun", "rk4"], help="solve the student's velocity, in the place of its sampler")
+    parser.add_argument("--inpaint", metavar="IMAGE", help="draw part of this picture anew, through the code of a learned prior (with --mask)")
+    parser.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
+    parser.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="samples between two pictures, through the code of a learned prior")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="folder for the pictures")
+
+
+def sample_verb(a: argparse.Namespace, device) -> int:
+    from flowmap.files import check_writable
+    from flowmap.sample import attribute_of, edit_file, sample
+    from flowmap.student_folder import load_student
+
+    check_writable(Path(a.out), "--out")
+    student = load_student(a.student).to(device)
+    if a.prompt is not None and student.config.text is None and a.refiner is None:
+        raise ValueError("--prompt: this student is not conditioned on text")
+    if (a.inpaint is None) != (a.mask is None):
+        raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
+    edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
+    prompt = a.prompt if student.config.text is not None else None
+    given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
+    cond = {key: value for key, value in given if value is not None}
+    cond |= dict(map(attribute_of, a.attribute))
+    if a.texts is not None:
+        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond))))
+        return 0
+    refine = None
+    if a.refiner is not None:
+        from flowmap.teachers.refiner import Refiner
+
+        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=a.seed).load().to(student.device)
+    with Bar(a.num * len(a.steps)) as progress:
+        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine, solver=a.solver)
+        grids = sample(student, a.out, **options, **edits, progress=progress)
+    for grid in grids:
+        print(grid)
+    return 0

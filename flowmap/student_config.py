@@ -1,0 +1,103 @@
+"""All that a student's config.json says: its network, how it samples, what it is conditioned on, what lies beside its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from flowmap.config import kind_of
+from flowmap.data import Autoencoder, TextCoder, TextEncoder
+from flowmap.data.text import Attribute
+from flowmap.flow.types import Sampler
+from flowmap.kinds import TABLES, StudentSpec
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
+from flowmap.nets.embed import Further
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.lora import Base, LoRA, add_lora
+from flowmap.prior import Shipped
+
+FORMAT = 1
+BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """All that is needed to build the network again and to sample from it.
+
+    guidance: the range of scales it was trained on and the default, or None where the scale is no input;
+    baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
+    velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
+    source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
+    branches beside the frozen `base`. prior: the learned prior in the folder prior/ beside the weights, where samples do not start at N(0, I).
+
+    text_autoencoder: samples are latents that it makes sentences of (text_student.py). attributes and contexts are then conditions. edits:
+    the styles (source, target) of a student that starts from sentences, not from noise.
+    """
+
+    net: StudentSpec
+    sampler: Sampler
+    shape: tuple[int, ...]
+    num_classes: int | None = None
+    arrival: bool = True
+    guidance: tuple[float, float, float] | None = None
+    baked_guidance: float | None = None
+    clamp: bool = True
+    autoencoder: Autoencoder | None = None
+    text: TextEncoder | None = None
+    text_autoencoder: TextCoder | None = None
+    attributes: tuple[Attribute, ...] = ()
+    contexts: tuple[str, ...] = ()
+    edits: tuple[str, ...] = ()
+    lora: LoRA | None = None
+    base: Base | None = None
+    prior: Shipped | None = None
+    recipe: str = "unnamed"
+    recipe_hash: str = ""
+    step: int = 0
+    format: int = FORMAT
+
+    def __post_init__(self):
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
+        if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
+            raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
+        if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
+            raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
+        if self.told and not getattr(self.net, "takes_further", False):
+            raise ValueError(f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false")
+        if self.descriptions and not getattr(self.net, "takes_further", False):
+            kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_further", False))
+            what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
+            raise ValueError(f"attributes: {what}; allowed: {kinds}")
+
+    @property
+    def told(self) -> bool:
+        """The network is told the code z of where a sample starts."""
+        return self.prior is not None and self.prior.told
+
+    @property
+    def descriptions(self) -> tuple[str, ...]:
+        """The conditions that describe a sentence: its attributes and contexts."""
+        return (*(one.name for one in self.attributes), *self.contexts)
+
+    @property
+    def further(self) -> tuple[Further, ...]:
+        """The conditions beside class and guidance, as networks are told of them."""
+        attributes = (Further(one.name, len(one.values), "number") for one in self.attributes)
+        contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
+        code = [Further("z", self.prior.size, "code")] if self.told else []
+        return (*attributes, *contexts, *code)
+
+    def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
+        """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
+        guidance = self.guidance is not None
+        further = {"further": self.further} if self.further else {}
+        if base is None:
+            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
+        else:
+            net = base.with_branches(arrival=self.arrival, guidance=guidance)
+        if self.lora is not None:
+            add_lora(net, self.lora)
+        return FlowMapNet(net)

@@ -1,0 +1,128 @@
+"""A student's folder: config.json + model.safetensors, written and read without a pickle, from this machine or the hub."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmap.config import RecipeError, construct, to_plain
+from flowmap.files import read_json, read_tensors, write_json, write_tensors, write_text
+from flowmap.kinds import TABLES
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.lora import load_base
+from flowmap.nets.stacked import net_within
+from flowmap.prior import PRIOR
+from flowmap.student import Student
+from flowmap.student_config import BESIDE, FORMAT, StudentConfig
+
+FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")  # beside which lie the folders of what it needs
+MAX_SIZE = 1 << 28  # entries of a sample
+
+
+def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
+    """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
+    write_tensors(folder / "model.safetensors", weights)
+    write_json(folder / "config.json", to_plain(config, TABLES))
+    write_text(folder / "recipe.yaml", recipe)
+    write_text(folder / "README.md", card)
+
+
+def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
+    """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation mode.
+
+    Only config.json and model.safetensors are read, and for a LoRA student its base's safetensors (`base`: where they are now, if they
+    have moved); nothing is unpickled. ValueError names the file and what is wrong with it.
+    """
+    folder = _local(source)
+    config = read_config(folder / "config.json")
+    if base is not None:
+        if config.base is None:
+            raise ValueError(f"base: {str(base)!r} was given, but this student has its weights with it")
+        config = replace(config, base=replace(config.base, source=str(base), revision=None))
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
+        raise ValueError(f"{weights}: there is no such file{what}")
+    state = read_tensors(weights)
+    flow_map = _empty(config, state, folder / "config.json")
+    _check_shapes(flow_map.state_dict(), state, weights)
+    if config.lora is not None:
+        try:
+            flow_map = config.build(load_base(config.base, config.net))
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
+    elif getattr(config.net, "holds_constants", False):
+        flow_map = config.build()
+    flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return Student(config, flow_map.eval().requires_grad_(False), folder)
+
+
+def _local(source: str | Path) -> Path:
+    folder = Path(source)
+    if (folder / "student").is_dir():
+        folder = folder / "student"
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors")
+    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(source, allow_patterns=[*FILES, f"{BESIDE}/*", f"{PRIOR}/*"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
+    raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
+
+
+def read_config(path: Path) -> StudentConfig:
+    """What a student's folder says of it; ValueError names the file and what is wrong."""
+    plain = read_json(path)
+    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith("flowmap-text-autoencoder"):
+        raise ValueError(f"{path}: is an autoencoder's, not a student's")
+    if plain.get("what") == PRIOR:
+        raise ValueError(f"{path}: is a learned prior's, not a student's")
+    if plain.get("format") != FORMAT:
+        raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
+    try:
+        return construct(StudentConfig, plain, TABLES, file=str(path))
+    except RecipeError:
+        raise
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:
+    """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
+    largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
+    rank = None if config.lora is None else config.lora.rank
+    for name, value in [*vars(net_within(config.net)).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
+        if isinstance(value, int) and not -1 < value <= largest:
+            raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
+    if math.prod(config.shape) > MAX_SIZE:
+        raise ValueError(f"{file}: shape: {config.shape} has more than {MAX_SIZE} entries")
+    try:
+        with torch.device("meta"):
+            return config.build()
+    except (RuntimeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: net: {str(error).splitlines()[0]}") from error
+
+
+def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in expected.items():
+        if name not in got:
+            raise ValueError(f"{file}: {name}: is missing; the weights are of another architecture than config.json says")
+        if got[name].shape != tensor.shape:
+            raise ValueError(f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}")
+        if not got[name].is_floating_point():
+            raise ValueError(f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights")
+    for name in got:
+        if name not in expected:
+            raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")
