@@ -39,6 +39,14 @@ def test_a_round_trip_is_exact(tmp_path, config):
     assert load_student(str(tmp_path)).config == config
 
 
+def test_sampling_is_carrying_its_own_start():
+    student, generator = built(), torch.Generator().manual_seed(3)
+    start = student.start(5, generator)
+    assert torch.equal(start.x1, torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(3)))
+    carried = student.carry(start, student.conditions(5, {"class": 2}), 2, generator)
+    assert torch.equal(carried, student.sample(5, steps=2, cond={"class": 2}, seed=3))
+
+
 def test_half_precision_weights_are_read_as_float32(tmp_path):
     from flowmap.files import read_tensors, write_tensors
 

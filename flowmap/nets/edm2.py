@@ -68,13 +68,13 @@ class EDM2Net(nn.Module):
         width = self.unet.emb_noise.out_channels
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
-        self.further = FurtherEmbeddings(further, width)
+        self.further = FurtherEmbeddings(further, width) if further else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
         cond = cond or {}
         labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
-        for part in self.further(cond):
-            extra = part if extra is None else extra + part
+        if self.further is not None:
+            extra = self.further(cond) + (0 if extra is None else extra)
         return velocity_of(lambda scaled, noise: self.unet(scaled, noise, labels, extra), x, t, self.sigma_data)
 
     @property

@@ -97,14 +97,14 @@ FURTHER = {"number": NumberEmbedding, "context": ContextEmbedding, "code": CodeE
 
 
 class FurtherEmbeddings(nn.ModuleList):
-    """Each further condition as a vector (B, width), or (width,) where cond lacks it."""
+    """The sum of further conditions, each as a vector (B, width), or (width,) where cond lacks it."""
 
     def __init__(self, further: Sequence[Further], width: int):
         super().__init__(FURTHER[one.kind](one.size, width) for one in further)
         self.names = tuple(one.name for one in further)
 
-    def forward(self, cond: Cond) -> list[Tensor]:
-        return [embed(cond.get(name)) for name, embed in zip(self.names, self, strict=True)]
+    def forward(self, cond: Cond) -> Tensor:
+        return sum(embed(cond.get(name)) for name, embed in zip(self.names, self, strict=True))
 
 
 class Conditioning(nn.Module):
@@ -121,7 +121,7 @@ class Conditioning(nn.Module):
         self.arrival = ScalarEmbedding(width, cycles=cycles, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.further = FurtherEmbeddings(further, width)
+        self.further = FurtherEmbeddings(further, width) if further else None
 
     def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
         cond = cond or {}
@@ -133,8 +133,8 @@ class Conditioning(nn.Module):
         if self.label is not None:
             label = cond["class"] if "class" in cond else torch.full(t.shape, -1, device=t.device)
             c = c + self.label(torch.where(label < 0, self.num_classes, label))
-        for part in self.further(cond):
-            c = c + part
+        if self.further is not None:
+            c = c + self.further(cond)
         return c
 
 

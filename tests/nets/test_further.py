@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import along_path
-from flowmap.nets import MLP, DiT
+from flowmap.nets import EDM2, MLP, DiT
 from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 
@@ -45,3 +45,19 @@ def test_the_tangent_rides_through_them(net):
     ridden, forward = (along_path(net, X, T, S, v, COND, mode=mode) for mode in ("ride", "forward"))
     for a, b in zip(ridden, forward, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spec", [DiT(width=24, depth=1, heads=2), MLP(width=16, depth=1), EDM2(channels=8, multipliers=(1, 2), num_blocks=1)])
+def test_any_network_reads_numbers_and_a_code_side_by_side(spec):
+    torch.manual_seed(0)
+    net = FlowMapNet(spec.build((3, 4, 4), further=(Further("kind", 4, "number"), Further("z", 7, "code"))))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x, t, z = torch.randn(5, 3, 4, 4), torch.full((5,), 0.5), torch.randn(5, 7)
+    none = net(x, t, t / 2, {"z": z})
+    torch.testing.assert_close(none, net(x, t, t / 2, {"z": z, "kind": torch.full((5,), -1)}))
+    for changed in ({"z": z + 1}, {"z": z, "kind": torch.full((5,), 2)}):
+        assert not torch.allclose(none, net(x, t, t / 2, changed))
+    with pytest.raises(ValueError, match="z: this network is told the code"):
+        net(x, t, t / 2, {})

@@ -203,6 +203,7 @@ def test_a_flow_of_codes(recipes, tmp_path, trained):
         ("flow", "prior.kind=gaussian", "objective.weight: is by the variance of a learned prior"),
         ("flow", "objective.weight.kind=inverse_varianc", "did you mean 'inverse_variance'"),
         ("reflow", "coupling.inverted=0.5", "coupling.inverted"),
+        ("map", "coupling={kind: styles, source: [a=1], target: [a=2]}", "coupling styles starts at sentences"),
         ("prior", "student.kind=mlp", "variance_guided does not train a student of kind mlp; allowed: conv_prior, transformer_prior"),
         ("prior", "student.size=0", "student.size: 0"),
         ("prior", "student.log_variance=[1,0]", "log_variance"),

@@ -1,0 +1,20 @@
+"""What runs leave: every name that an objective or a network declares has its entry, and what does not train it is refused."""
+
+import pytest
+
+from flowmap.config import RecipeError
+from flowmap.kinds import left_by
+from flowmap.nets import NETS
+from flowmap.objectives import OBJECTIVES
+from flowmap.recipe import read_recipe
+from flowmap.train.leaves import LEAVES
+
+
+def test_the_table_is_what_objectives_and_networks_declare():
+    assert set(LEAVES) == set(map(left_by, OBJECTIVES.values())) == set(map(left_by, NETS.values()))
+
+
+@pytest.mark.parametrize("objective", ["reconstruction", "text_elbo", "variance_guided"])
+def test_an_objective_trains_its_own_kind_alone(objective):
+    with pytest.raises(RecipeError, match=f"objective: {objective} does not train a student of kind dit; allowed: "):
+        read_recipe("digits-teacher", [f"objective={{kind: {objective}}}"])
