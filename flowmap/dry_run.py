@@ -108,7 +108,7 @@ def _lacks_pictures(recipe: Recipe) -> list[str]:
 
 def _state(stage: Stage | Encoding | Pairing) -> str:
     if isinstance(stage, Encoding):
-        return "its pictures -> latents"
+        return f"its pictures -> {stage.makes}"
     return f"{stage.recipe.coupling.num} pairs" if isinstance(stage, Pairing) else f"{stage.recipe.trainer.steps} steps"
 
 

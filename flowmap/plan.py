@@ -51,6 +51,10 @@ class Encoding:
         return data_of(self.recipe)
 
     @property
+    def makes(self) -> str:
+        return "a data set on disk" if self.spec.autoencoder is None else "latents"
+
+    @property
     def folder(self) -> Path:
         return Path(self.spec.root)
 

@@ -102,7 +102,7 @@ def fit(
             say(f"{label}: complete in {stage.folder}")
             continue
         if isinstance(stage, Encoding):
-            say(f"{label}: its pictures -> latents in {stage.folder}")
+            say(f"{label}: its pictures -> {stage.makes} in {stage.folder}")
             _encode(stage, say)
             continue
         if isinstance(stage, Pairing):
