@@ -98,7 +98,7 @@ def test_fetch_does_nothing_where_all_is_there(small_fashion, monkeypatch, capsy
 
 
 def test_fetch_puts_whole_files_in_place(small_fashion, monkeypatch):
-    def unpack(scratch):
+    def unpack(scratch, package, by_hand):
         folder = scratch / "unpacked" / idx.SYSTEM_FOLDER.relative_to("/")
         folder.mkdir(parents=True)
         for name in idx.FASHION_FILES:

@@ -31,7 +31,8 @@ def test_floats_keep_their_precision(dtype, error):
 
 def test_the_share_of_inverted_pairs_is_a_count():
     assert [Pairs(recipe="r", num=n, inverted=s).num_inverted for n, s in ((10, 0.0), (10, 0.25), (10, 1.0), (63, 0.4))] == [0, 2, 10, 25]
-    assert noises(0, [3, 4], (2,)).shape == (2, 2) and set(COUPLINGS) == {"independent", "pairs"} and {"euler", "heun", "rk4"} <= set(SOLVERS)
+    assert noises(0, [3, 4], (2,)).shape == (2, 2)
+    assert set(COUPLINGS) == {"independent", "pairs", "styles"} and {"euler", "heun", "rk4"} <= set(SOLVERS)
 
 
 class Halves:

@@ -31,7 +31,7 @@ def test_names_of_results():
     straight.update(torch.stack([x, 0 * x]), torch.tensor([1.0, 0.0]))
     ends.update(x, x)
     assert Straightness().report(straight) == {"straightness": 0.0} and EndpointError().report(ends) == {"endpoint_error": 0.0}
-    assert {spec().needs for spec in METRICS.values()} == {"samples", "conditions", "trajectory", "endpoints", "inversion", "loss"}
+    assert {spec().needs for spec in METRICS.values()} == {"samples", "conditions", "trajectory", "endpoints", "inversion", "loss", "texts"}
 
 
 def test_pixels_do_not_see_the_data_scale():

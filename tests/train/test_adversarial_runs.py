@@ -113,7 +113,7 @@ def test_micro_batches_add_up(path, monkeypatch, tmp_path):
 
     original, micros = module.draw_sample, []
 
-    def whole(recipe, x0, cond, generator, empty=None):
+    def whole(recipe, x0, cond, generator, empty=None, prior=None):
         """Rows that depend on the step and their place alone."""
         start = 6 * (len(micros) % 2) if len(x0) == 6 else 0
         micros.append(start)
