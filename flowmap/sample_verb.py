@@ -44,6 +44,7 @@ def sample_verb(a: argparse.Namespace, device) -> int:
     cond = {key: value for key, value in given if value is not None}
     cond |= dict(map(attribute_of, a.attribute))
     if a.texts is not None:
+        _alone(a)
         print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond))))
         return 0
     refine = None
@@ -57,3 +58,11 @@ def sample_verb(a: argparse.Namespace, device) -> int:
     for grid in grids:
         print(grid)
     return 0
+
+
+def _alone(a: argparse.Namespace) -> None:
+    """ValueError where --texts is given what editing sentences does not heed."""
+    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt")
+    given = next((name for name in names if getattr(a, name) is not None), None)
+    if given is not None:
+        raise ValueError(f"--{given}: does not go with --texts, which takes --steps, --class and --attribute")

@@ -162,6 +162,8 @@ def test_editing_starts_from_sentences_both_ways(runs, tmp_path, command):
         student.edit(["cat again", "to say " * 30])
     (tmp_path / "in.txt").write_text("cat again as n\n\n")
     assert command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--steps", 1, "--out", tmp_path / "out")[0] == 0
+    code, _, err = command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--solver", "heun", "--out", tmp_path / "out")
+    assert code == 2 and "--solver: does not go with --texts" in err and len(err.splitlines()) == 1
     assert len((tmp_path / "out" / "steps-1.txt").read_text().splitlines()) == 1
     (tmp_path / "in.txt").write_bytes(b"\xff\n")
     code, out, err = command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--steps", 1, "--out", tmp_path / "out")
