@@ -1,4 +1,4 @@
-"""What many tests need: a tiny recipe as text, one tiny finished run, and the command called inside this process."""
+"""What many tests need: a tiny recipe and a tiny flow as text, one tiny finished run, and the command called inside this process."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ ema: {kind: power, std: 0.1, snapshot_stds: [0.05, 0.1], snapshot_every_steps: 5
 metrics: [{kind: frechet, features: pixels, images: 100}]
 evaluation: {teacher_steps: 4, batch_size: 200}
 log: {wandb: false, every_steps: 1, grid_images: 16}
+"""
+
+FLOW = """\
+name: flow
+data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.1}
+student: {kind: mlp, width: 16, depth: 1}
+times: {kind: uniform}
+objective: {kind: flow_matching}
+optimizer: {lr: 1.0e-2}
+sampler: {kind: deterministic, steps: [2]}
+trainer: {steps: 4, accelerator: cpu}
+log: {wandb: false, every_steps: 1, grid_images: 4}
 """
 
 

@@ -13,7 +13,7 @@ from flowmap.files import write_json, write_tensors, write_text
 from flowmap.metrics import floor
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.plan import Stage
-from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
 MAX_FOR_STATISTICS = 4096  # pictures from which the latents' shift and scale are measured
@@ -26,19 +26,12 @@ class KeepAutoencoder(Keep):
         save_autoencoder(self.stage, module, state, done)
 
 
-class Reconstructions(AtSteps):
+class Reconstructions(AtPictures):
     """samples/step-N.png: pictures that were not trained on, above what the autoencoder makes of them."""
 
-    def __init__(self, stage: Stage):
-        super().__init__()
-        self.stage = stage
-
     @torch.no_grad()
-    def at(self, trainer, module: DistillModule, done: int) -> None:
-        every, log = self.stage.recipe.log.samples_every_steps, self.stage.recipe.log
-        if not ((every and done % every == 0) or done == self.stage.recipe.trainer.steps):
-            return
-        x = _unseen(module)[: log.grid_images].to(module.device)
+    def show(self, trainer, module: DistillModule, done: int) -> None:
+        x = _unseen(module)[: self.stage.recipe.log.grid_images].to(module.device)
         grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
         if not trainer.is_global_zero:
             return

@@ -43,6 +43,22 @@ class AtSteps(L.Callback):
         raise NotImplementedError
 
 
+class AtPictures(AtSteps):
+    """Calls `show(trainer, module, done)` every log.samples_every_steps and after the last step."""
+
+    def __init__(self, stage: Stage):
+        super().__init__()
+        self.stage = stage
+
+    def at(self, trainer, module: DistillModule, done: int) -> None:
+        every = self.stage.recipe.log.samples_every_steps
+        if (every and done % every == 0) or done == self.stage.recipe.trainer.steps:
+            self.show(trainer, module, done)
+
+    def show(self, trainer, module: DistillModule, done: int) -> None:
+        raise NotImplementedError
+
+
 class Average(AtSteps):
     """The averages take every step in. First among the callbacks (which run before the module's own hook): what the others keep has the step."""
 
@@ -175,17 +191,15 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu() for name, tensor in state.items()}
 
 
-class Pictures(AtSteps):
+class Pictures(AtPictures):
     """samples/step-N.png: the averaged student at each number of steps, above the teacher from the same noise."""
 
     def __init__(self, stage: Stage, student: Student):
-        super().__init__()
-        self.stage, self.student, self.teacher_grid = stage, student, None
+        super().__init__(stage)
+        self.student, self.teacher_grid = student, None
 
-    def at(self, trainer, module: DistillModule, done: int) -> None:
-        every = self.stage.recipe.log.samples_every_steps
-        if (every and done % every == 0) or done == self.stage.recipe.trainer.steps:
-            (self.draw if self.student.config.text_autoencoder is None else self.write)(trainer, module, done)
+    def show(self, trainer, module: DistillModule, done: int) -> None:
+        (self.draw if self.student.config.text_autoencoder is None else self.write)(trainer, module, done)
 
     @torch.no_grad()
     def write(self, trainer, module: DistillModule, done: int) -> None:

@@ -19,7 +19,7 @@ from flowmap.plan import Stage
 from flowmap.prior import PriorConfig, save_prior
 from flowmap.student import Student
 from flowmap.student_config import StudentConfig
-from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
 ACTIVE = 0.01  # nats of KL from which a number of z counts as active
@@ -70,19 +70,16 @@ def looked_at(module: DistillModule, num: int) -> Tensor:
     return torch.cat([x.cpu() for x in _batches(module, torch.arange(count) * len(module.data) // count)])
 
 
-class Drawn(AtSteps):
+class Drawn(AtPictures):
     """samples/step-N.png: real samples, the decoder's mean of their codes, starts drawn for their codes, and for codes ~ N(0, I)."""
 
     def __init__(self, stage: Stage, student: Student):
-        super().__init__()
-        self.stage, self.student = stage, student
+        super().__init__(stage)
+        self.student = student
 
     @torch.no_grad()
-    def at(self, trainer, module: DistillModule, done: int) -> None:
-        log = self.stage.recipe.log
-        if not ((log.samples_every_steps and done % log.samples_every_steps == 0) or done == self.stage.recipe.trainer.steps):
-            return
-        net, x = module.averaged.net, looked_at(module, log.grid_images).to(module.device)
+    def show(self, trainer, module: DistillModule, done: int) -> None:
+        net, x = module.averaged.net, looked_at(module, self.stage.recipe.log.grid_images).to(module.device)
         prior = LearnedPrior(net, NormalDraws(), net.size)
         generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
         z, noise = prior.encode(x), normal_like(x, generator)

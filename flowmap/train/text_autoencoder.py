@@ -12,7 +12,7 @@ from flowmap.files import write_text
 from flowmap.objectives.language import IGNORED, divergence
 from flowmap.plan import Stage
 from flowmap.text_autoencoder import save_text_autoencoder
-from flowmap.train.callbacks import AtSteps, Keep
+from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
 MEASURED = 1000  # sentences for figures, if there are as many
@@ -26,16 +26,11 @@ class KeepAutoencoder(Keep):
         save_autoencoder(self.stage, module, state, done)
 
 
-class Reconstructions(AtSteps):
+class Reconstructions(AtPictures):
     """samples/step-N.txt: held-out sentences, each above what the autoencoder makes of it."""
 
-    def __init__(self, stage: Stage):
-        super().__init__()
-        self.stage = stage
-
-    def at(self, trainer, module: DistillModule, done: int) -> None:
-        every = self.stage.recipe.log.samples_every_steps
-        if not ((every and done % every == 0) or done == self.stage.recipe.trainer.steps) or not trainer.is_global_zero:
+    def show(self, trainer, module: DistillModule, done: int) -> None:
+        if not trainer.is_global_zero:
             return
         rows = _unseen(module)[: self.stage.recipe.log.grid_images]
         pairs = zip(module.data.tokens.decode(rows), reconstructed(module, rows), strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
 
 import pytest
 from conftest import TINY, bytes_of
@@ -13,34 +12,9 @@ from flowmap.calls import calls_of
 from flowmap.compare import compare
 from flowmap.compare.entrants import at_seed, of_length, read_entrants
 from flowmap.compare.terms import evaluations_of
-from flowmap.flow.types import Loss
-from flowmap.objectives import OBJECTIVES, FlowMatching
+from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
-
-
-class Hands:
-    """A clock's hands, which move when they are moved."""
-
-    at = 0.0
-
-    def __call__(self) -> float:
-        return self.at
-
-
-HANDS = Hands()
-
-
-@dataclass(frozen=True)
-class Slow(FlowMatching):
-    """Flow matching in which every step takes `cost` seconds of the hands; from `breaks_at` on its loss is not finite (never: -1)."""
-
-    cost: float = 1.0
-    breaks_at: int = -1
-
-    def __call__(self, student, teacher, sample, step) -> Loss:
-        HANDS.at += self.cost
-        loss = super().__call__(student, teacher, sample, step)
-        return Loss(loss.value * (float("nan") if 0 <= self.breaks_at <= step else 1.0), loss.logs)
+from tests.slow_clock import HANDS, Slow
 
 
 @pytest.fixture

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 import flowmap
-from flowmap.flow.types import Loss
-from flowmap.objectives import OBJECTIVES, FlowMatching
+from flowmap.objectives import OBJECTIVES
 from flowmap.train import callbacks
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, fit
 from flowmap.train.strategy import read_checkpoint
-
-
-class Hands:
-    """A clock's hands, which move when they are moved."""
-
-    at = 0.0
-
-    def __call__(self) -> float:
-        return self.at
-
-
-HANDS = Hands()
-
-
-@dataclass(frozen=True)
-class Slow(FlowMatching):
-    """Flow matching in which every step takes `cost` seconds of the hands."""
-
-    cost: float = 1.0
-
-    def __call__(self, student, teacher, sample, step) -> Loss:
-        HANDS.at += self.cost
-        return super().__call__(student, teacher, sample, step)
+from tests.slow_clock import HANDS, Slow
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FLOW
 
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
@@ -11,17 +12,6 @@ from flowmap.config import RecipeError
 from flowmap.plan import dependency_folder, plan
 from flowmap.recipe import read_recipe
 
-FLOW = """\
-name: flow
-data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.1}
-student: {kind: mlp, width: 16, depth: 1}
-times: {kind: uniform}
-objective: {kind: flow_matching}
-optimizer: {lr: 1.0e-2}
-sampler: {kind: deterministic, steps: [2]}
-trainer: {steps: 4, accelerator: cpu}
-log: {wandb: false, grid_images: 4}
-"""
 MAP = """\
 base: flow
 name: map

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FLOW
 
 import flowmap
 from flowmap.nets import Stacked
@@ -15,17 +16,6 @@ from flowmap.recipe import read_recipe
 
 pytest.importorskip("datasets")
 
-FLOW = """\
-name: flow
-data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.1}
-student: {kind: mlp, width: 16, depth: 1}
-times: {kind: uniform}
-objective: {kind: flow_matching}
-optimizer: {lr: 1.0e-2}
-sampler: {kind: deterministic, steps: [2]}
-trainer: {steps: 4, accelerator: cpu}
-log: {wandb: false, grid_images: 4}
-"""
 REFLOW = """\
 base: flow
 name: reflow
@@ -107,7 +97,8 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one net", "stacked"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True], ids=["one net", "stacked"])
 def test_the_full_scale_recipes_from_pictures_on_disk_to_one_step(stacked, tmp_path, monkeypatch, command):
     from tests.tiny_pipelines import save
     from tests.train.test_recipes_at_tiny_size import card, pictures

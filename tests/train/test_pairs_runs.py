@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FLOW
 
 import flowmap
 from flowmap.build import build_data, build_samples
@@ -22,17 +23,6 @@ from flowmap.train.module import DistillModule
 pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore:coupling.inverted")
 
-TEACHER = """\
-name: small-teacher
-data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.1}
-student: {kind: mlp, width: 16, depth: 1}
-times: {kind: uniform}
-objective: {kind: flow_matching}
-optimizer: {lr: 1.0e-2}
-sampler: {kind: deterministic, steps: [2]}
-trainer: {steps: 4, accelerator: cpu}
-log: {wandb: false, every_steps: 1, grid_images: 4}
-"""
 STUDENT = """\
 name: small-student
 data: {kind: toy, points: 200, batch_size: 16, drop_condition: 0.2}
@@ -61,7 +51,7 @@ def small(tmp_path, monkeypatch):
     """small(key=value, ...): the student's recipe; its teacher's lies beside it."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     (tmp_path / "card.yaml").write_text(f"kind: recipe\nrecipe: {tmp_path / 'teacher.yaml'}\nshape: [2]\n")
-    (tmp_path / "teacher.yaml").write_text(TEACHER)
+    (tmp_path / "teacher.yaml").write_text(FLOW.replace("name: flow", "name: small-teacher"))
     (tmp_path / "student.yaml").write_text(STUDENT.replace("CARD", str(tmp_path / "card.yaml")))
     return lambda *overrides: read_recipe(tmp_path / "student.yaml", overrides)
 

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import FLOW
 
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.nets import MLP, Stacked
 from flowmap.recipe import read_recipe
 
-FLOW = """\
-name: flow
-data: {kind: toy, points: 200, batch_size: 16, conditional: false}
-student: {kind: mlp, width: 16, depth: 1}
-times: {kind: uniform}
-objective: {kind: flow_matching}
-optimizer: {lr: 1.0e-2}
-sampler: {kind: deterministic, steps: [2]}
-trainer: {steps: 4, accelerator: cpu}
-log: {wandb: false, grid_images: 4}
-"""
 STACK = """\
 base: flow
 name: stack
@@ -37,7 +27,7 @@ evaluation: {teacher_steps: 2, batch_size: 50}
 @pytest.fixture(params=["from_teacher", "from_recipe, recipe: FOLDER/flow.yaml"], ids=["teacher", "recipe"])
 def recipe(request, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
-    (tmp_path / "flow.yaml").write_text(FLOW)
+    (tmp_path / "flow.yaml").write_text(FLOW.replace("drop_condition: 0.1", "conditional: false"))
     (tmp_path / "stack.yaml").write_text(STACK.replace("START", request.param).replace("FOLDER", str(tmp_path)))
     return read_recipe(tmp_path / "stack.yaml")
 
