@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flowmap.data import idx
@@ -40,14 +42,10 @@ def fetch_fashion(out: Path) -> Path:
         if idx.complete(there):
             print(f"{there}: complete, nothing to do")
             return there
-    _needs_apt(folder, BY_HAND)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
-        _download(Path(scratch), PACKAGE, BY_HAND)
-        unpacked = Path(scratch, "unpacked") / idx.SYSTEM_FOLDER.relative_to("/")
+    with _unpacked(PACKAGE, folder, BY_HAND) as system:
         for name in idx.FASHION_FILES:
-            idx.read(unpacked, name)
-            os.replace(unpacked / name, folder / name)
+            idx.read(system / idx.SYSTEM_FOLDER.relative_to("/"), name)
+            os.replace(system / idx.SYSTEM_FOLDER.relative_to("/") / name, folder / name)
     print(f"{folder}: 60,000 training and 10,000 held-out images")
     return folder
 
@@ -58,19 +56,22 @@ def fetch_wordnet(out: Path) -> Path:
     if all((folder / name).is_file() for name in WORDNET_FILES):
         print(f"{folder}: complete, nothing to do")
         return folder
-    _needs_apt(folder, WORDNET_BY_HAND)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
-        _download(Path(scratch), WORDNET, WORDNET_BY_HAND)
+    with _unpacked(WORDNET, folder, WORDNET_BY_HAND) as system:
         for name in WORDNET_FILES:
-            os.replace(Path(scratch, "unpacked/usr/share/wordnet", name), folder / name)
+            os.replace(system / "usr/share/wordnet" / name, folder / name)
     print(f"{folder}: 117,659 definitions (WordNet licence)")
     return folder
 
 
-def _needs_apt(folder: Path, by_hand: str) -> None:
+@contextmanager
+def _unpacked(package: str, folder: Path, by_hand: str) -> Iterator[Path]:
+    """The package's files as they would lie below /, for as long as the context lasts; `folder`, which they are for, is made."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise ValueError(f"this machine has no apt-get to fill {folder} with; {by_hand}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+        _download(Path(scratch), package, by_hand)
+        yield Path(scratch, "unpacked")
 
 
 def _download(scratch: Path, name: str, by_hand: str) -> None:
