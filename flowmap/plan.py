@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from dataclasses import dataclass, fields, replace
@@ -278,9 +279,11 @@ def list_cards() -> list[str]:
 
 
 def dependency_folder(recipe: Recipe) -> Path:
-    """runs/<name> if it holds this very recipe's finished run, else runs/<name>-<hash>, so that no run is overwritten by another."""
-    plain = runs_root() / recipe.name
-    return plain if is_complete(plain, recipe) else runs_root() / f"{recipe.name}-{recipe.hash()}"
+    """runs/<name> or a runs/<name>-<hash> if it holds this very recipe's finished run, else the latter of today's hash, so that no run is
+    overwritten by another. (Settings that a later version adds change the hash of a name, not what a folder holds.)"""
+    named = runs_root() / f"{recipe.name}-{recipe.hash()}"
+    older = sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))
+    return next((folder for folder in (runs_root() / recipe.name, named, *older) if is_complete(folder, recipe)), named)
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:

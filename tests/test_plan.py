@@ -85,3 +85,14 @@ def test_recipes_that_need_each_other_are_refused(recipes):
     (recipes / "ae.yaml").write_text((recipes / "student.yaml").read_text())
     with pytest.raises(RecipeError, match="in a loop"):
         plan(read_recipe(recipes / "student.yaml"), recipes / "run")
+
+
+def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny, tmp_path):
+    import flowmap
+    from flowmap.plan import dependency_folder
+
+    recipe, runs = read_recipe(tiny), tmp_path / "runs"
+    flowmap.fit(recipe, runs / "tiny-01234567", say=lambda message: None)
+    assert dependency_folder(recipe) == runs / "tiny-01234567"
+    other = read_recipe(tiny, ["seed=1"])
+    assert dependency_folder(other) == runs / f"tiny-{other.hash()}"
