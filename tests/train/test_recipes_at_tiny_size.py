@@ -14,6 +14,7 @@ from PIL import Image
 
 import flowmap
 from flowmap.export import export
+from flowmap.nets.edm import ADM
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
 from flowmap.student_config import StudentConfig
@@ -166,3 +167,20 @@ def test_the_doctor_tries_a_network_that_reads_text(tmp_path, monkeypatch, comma
     tiny = tiny_file("sd35-medium", tmp_path)
     code, out, err = command("doctor", "--recipe", "sd35-medium", f"+{tiny}")
     assert code == 0 and "choose objective.derivative=ride" in out, err
+
+
+def test_2_rectified_flow_from_a_published_diffusion_network_and_its_pairs(tmp_path, monkeypatch, command):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
+    net = ADM(channels=64, multipliers=(1,), num_blocks=1, attention_at=())
+    config = StudentConfig(net=net, sampler=Deterministic(), shape=(3, 8, 8), num_classes=3, arrival=False)
+    save_student(tmp_path / "weights" / "edm-imagenet64", config, config.build().state_dict(), recipe="", card="")
+    tiny = TINY.format(images=f"{{path: {edm2_zip(tmp_path / 'pictures.zip', 8)}, size: 8}}", parts="", card="edm-imagenet64")
+    tiny = tiny.replace("objective: {warmup_steps: 1}", "objective: {distance: {net: random_conv}}")
+    (tmp_path / "tiny.yaml").write_text(tiny + "coupling: {num: 8, solver: {steps: 3}}\n")
+    code, out, err = command("fit", "--recipe", "rfpp/imagenet64", f"+{tmp_path / 'tiny.yaml'}", "--out", tmp_path / "run")
+    assert code == 0 and "student 1" in out, err
+    index = json.loads(next((tmp_path / "runs").glob("pairs-*/index.json")).read_text())
+    assert index["nfe"] == 5 and index["rows"] == 8  # Heun's three steps on EDM's grid, the last one Euler's
+    student = flowmap.load_student(tmp_path / "run")
+    assert not student.config.arrival and student.sample(3, steps=2, cond={"class": 1}).shape == (3, 3, 8, 8)
