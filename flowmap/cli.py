@@ -194,9 +194,11 @@ def _list(a: argparse.Namespace) -> int:
     from flowmap.recipe import Recipe, find_recipe, list_recipes
 
     print("recipes")
-    for name in list_recipes():
+    names = list_recipes()
+    width = max(map(len, names))
+    for name in names:
         first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
-        print(f"  {name:20s} {first.removeprefix('#').strip()}")
+        print(f"  {name:{width}s} {first.removeprefix('#').strip()}")
     print("teachers\n  " + ", ".join(list_cards()))
     keys = {slot: key for key, slot in get_type_hints(Recipe).items()}
     for slot, table in TABLES.items():
