@@ -13,8 +13,13 @@ NAMES = {
     "third": "two reflows",
     "first": "first flow, unguided",
     "ayf": "AYF-EMD",
-    "ayf of reflow": "AYF-EMD from the reflowed model",
+    "ayf of reflow": "AYF-EMD from the reflowed model (costs: beyond it)",
     "insta teacher": "teacher, guidance 2",
+    "insta reflow": "reflow",
+    "insta reflow + distil": "reflow, then distillation",
+    "insta distil": "distillation alone, as many steps",
+    "insta reflow + distil, seen": "reflow, then distillation, perceptual at its end",
+    "insta distil, seen": "distillation alone, perceptual at its end",
 }
 
 
