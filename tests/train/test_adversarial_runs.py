@@ -267,7 +267,7 @@ from flowmap.train import module, adversarial
 original = module.draw_sample
 rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD"])
 
-def shared(recipe, x0, cond, generator, empty=None):
+def shared(recipe, x0, cond, generator, empty=None, prior=None):
     # this rank's rows of one draw for all ranks
     n = 12 // world
     x0 = torch.linspace(-1, 1, 12)[:, None, None, None].expand(12, 1, 8, 8)
