@@ -13,9 +13,9 @@ from pathlib import Path
 
 from _report import environment, table, write
 
-from flowmap.compare import compare
-from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.plan import dependency_folder, holds, is_complete, runs_root, teacher_recipes
+from flowmap.train.compare import compare
+from flowmap.train.compare.entrants import at_seed, read_entrants
 
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps
 RECIPES = (

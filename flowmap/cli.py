@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 from flowmap import __version__
-from flowmap.compare_verb import compare_arguments, compare_verb
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
 from flowmap.sample_verb import sample_arguments, sample_verb
 from flowmap.terminal import summary
+from flowmap.train.compare_verb import compare_arguments, compare_verb
 
 PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
 

@@ -101,13 +101,10 @@ def fit(
         if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
             continue
-        if isinstance(stage, Encoding):
-            say(f"{label}: its pictures -> {stage.makes} in {stage.folder}")
-            _encode(stage, say)
-            continue
-        if isinstance(stage, Pairing):
-            say(f"{label}: {stage.recipe.coupling.num} pairs -> {stage.folder}")
-            _pair(stage, say)
+        if not isinstance(stage, Stage):
+            what = f"{stage.recipe.coupling.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
+            say(f"{label}: {what} {stage.folder}")
+            make(stage, say)
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
         with nullcontext() if is_child() else only_process(stage.folder):
@@ -118,24 +115,23 @@ def fit(
 def _silent(message: str) -> None: ...
 
 
-def _encode(stage: Encoding, say: Say) -> None:
+def make(stage: Encoding | Pairing, say: Say) -> None:
+    """Makes the data set on disk or the pairs of that stage, or what of them is not there yet. RecipeError names the recipe."""
+    device = device_of(stage.recipe)
     try:
-        encode(stage.spec, stage.folder, device=_device(stage), say=say)
-    except ValueError as error:
-        raise RecipeError(f"{stage.recipe.name}: {error}") from error
-
-
-def _pair(stage: Pairing, say: Say) -> None:
-    try:
-        make_pairs(stage.recipe, stage.folder, device=_device(stage), say=say)
+        if isinstance(stage, Pairing):
+            make_pairs(stage.recipe, stage.folder, device=device, say=say)
+        else:
+            encode(stage.spec, stage.folder, device=device, say=say)
     except RecipeError:
         raise
     except ValueError as error:
         raise RecipeError(f"{stage.recipe.name}: {error}") from error
 
 
-def _device(stage: Encoding | Pairing) -> str:
-    return "cuda" if torch.cuda.is_available() and stage.recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+def device_of(recipe: Recipe) -> str:
+    """Where the recipe's networks run outside a Lightning trainer."""
+    return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
 def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:

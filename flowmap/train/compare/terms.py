@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from flowmap.calls import calls_of
 from flowmap.data import Pairs
-from flowmap.encode import encode
 from flowmap.files import read_json
-from flowmap.make_pairs import Maker, make_pairs
+from flowmap.make_pairs import Maker
 from flowmap.plan import Encoding, Needed, Pairing, Stage, autoencoder_recipes, dependency_folder, pairs_recipes, plan, teacher_recipes
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
-from flowmap.train.fit import fit
+from flowmap.train.fit import device_of, fit
+from flowmap.train.fit import make as make_on_disk
 
 PAIRS = 256  # pairs in the batch that is timed
 
@@ -79,14 +77,8 @@ def make(stage: Needed, say, now: Callable[[], float]) -> None:
     """Makes a stage that is not complete; what a run took is in its metrics.json."""
     if isinstance(stage, Stage):
         fit(stage.recipe, stage.folder, resume=True, say=say, clock=Clock(now=now))
-    elif isinstance(stage, Encoding):
-        encode(stage.spec, stage.folder, device=device_of(stage.recipe), say=say)
     else:
-        make_pairs(stage.recipe, stage.folder, device=device_of(stage.recipe), say=say)
-
-
-def device_of(recipe: Recipe) -> str:
-    return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+        make_on_disk(stage, say)
 
 
 def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> float:

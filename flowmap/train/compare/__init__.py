@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmap.compare.entrants import at_seed, read_entrants
-from flowmap.compare.entry import Entry, Look, beside
-from flowmap.compare.report import report, write_report
-from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.dry_run import dry_run
 from flowmap.files import check_writable, only_process, read_json, write_json
 from flowmap.plan import runs_root
 from flowmap.recipe import Recipe
+from flowmap.train.compare.entrants import at_seed, read_entrants
+from flowmap.train.compare.entry import Entry, Look, beside
+from flowmap.train.compare.report import report, write_report
+from flowmap.train.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 
 Say = Callable[[str], None]
 STEPS = (1, 2, 4, 8)

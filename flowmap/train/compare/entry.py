@@ -14,8 +14,6 @@ from typing import Any
 import torch
 
 from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.compare.entrants import of_length
-from flowmap.compare.terms import NothingLeft, Terms, device_of, evaluations_of, left_of, make, needs_of, own_stages, price_of, samples_of
 from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
 from flowmap.files import read_json, write_json
@@ -26,7 +24,9 @@ from flowmap.student import Student
 from flowmap.student_folder import load_student
 from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
-from flowmap.train.fit import FitError, fit
+from flowmap.train.compare.entrants import of_length
+from flowmap.train.compare.terms import NothingLeft, Terms, evaluations_of, left_of, make, needs_of, own_stages, price_of, samples_of
+from flowmap.train.fit import FitError, device_of, fit
 from flowmap.train.module import NotFinite
 
 Say = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""The verb `flowmap compare`: its arguments, and what it prints. Light to import: the work is in flowmap/compare/."""
+"""The verb `flowmap compare`: its arguments, and what it prints. Light to import: the work is in flowmap/train/compare/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare_verb(a: argparse.Namespace) -> int:
-    from flowmap.compare import compare, dry_compare
+    from flowmap.train.compare import compare, dry_compare
 
     settings = [word for word in a.recipes if "=" in word or word.startswith("+")]  # what stands behind the names belongs to them for argparse
     names = [word for word in a.recipes if word not in settings]

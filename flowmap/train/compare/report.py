@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmap.compare.plot import plot
-from flowmap.compare.terms import Terms
 from flowmap.files import write_json, write_text
 from flowmap.pictures import save_picture
+from flowmap.train.compare.plot import plot
+from flowmap.train.compare.terms import Terms
 
 Spread = Mapping[str, float]  # median, least, most, over `count` runs
 

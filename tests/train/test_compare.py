@@ -9,11 +9,11 @@ import pytest
 from conftest import TINY, bytes_of
 
 from flowmap.calls import calls_of
-from flowmap.compare import compare
-from flowmap.compare.entrants import at_seed, of_length, read_entrants
-from flowmap.compare.terms import evaluations_of
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
+from flowmap.train.compare import compare
+from flowmap.train.compare.entrants import at_seed, of_length, read_entrants
+from flowmap.train.compare.terms import evaluations_of
 from tests.slow_clock import HANDS, Slow
 
 
@@ -67,7 +67,7 @@ def test_equal_evaluations_are_equal_whatever_the_time(three, tmp_path):
 
 
 def test_what_is_finished_is_kept_and_what_was_cut_off_is_gone_on_with(three, tmp_path, monkeypatch):
-    from flowmap.compare.entry import Entry
+    from flowmap.train.compare.entry import Entry
 
     real = Entry.figures
 
@@ -110,7 +110,7 @@ def test_a_run_that_diverges_is_a_row(three, tmp_path):
 
 
 def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monkeypatch):
-    from flowmap.compare import entry
+    from flowmap.train.compare import entry
 
     monkeypatch.setattr(entry.Entry, "_prepared", lambda self, say: {"one": 0.0, "two": 16.0, "four": 40.0}[self.recipe.name])
     found, _ = run(three, tmp_path / "out", seeds=1)
