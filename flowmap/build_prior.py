@@ -15,7 +15,7 @@ from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.plan import code_recipes, dependency_folder, prior_recipes
 from flowmap.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
 from flowmap.recipe import Recipe
-from flowmap.student_folder import load_student
+from flowmap.student_folder import load_student, read_config
 
 MOST = 20_000  # samples that a mixture is fitted to
 
@@ -30,27 +30,19 @@ def shipped_prior(recipe: Recipe) -> Shipped | None:
     return Shipped(trained.student.size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
 
 
+def write_prior(recipe: Recipe, prior: LearnedPrior, folder: Path) -> None:
+    """The recipe's built prior, written to folder/prior, where a student's weights lie, or will."""
+    run = dependency_folder(prior_recipes(recipe)[0])
+    save_prior(folder / PRIOR, _config(recipe, run / "student"), prior.model.state_dict(), prior.codes.tensors())
+
+
 def build_prior(recipe: Recipe) -> LearnedPrior | None:
     """The learned prior where the recipe starts at one; RecipeError where it is not trained, has collapsed or its z-sampler does not fit."""
-    made = _made(recipe)
-    return None if made is None else made[1]
-
-
-def write_prior(recipe: Recipe, folder: Path) -> LearnedPrior | None:
-    """The same, written to folder/prior, where a student's weights lie, or will."""
-    made = _made(recipe)
-    if made is None:
-        return None
-    config, prior = made
-    save_prior(folder / PRIOR, config, prior.model.state_dict(), prior.codes.tensors())
-    return prior
-
-
-def _made(recipe: Recipe) -> tuple[PriorConfig, LearnedPrior] | None:
     shipped = shipped_prior(recipe)
     if shipped is None:
         return None
-    trained, run = prior_recipes(recipe)[0], dependency_folder(prior_recipes(recipe)[0])
+    trained = prior_recipes(recipe)[0]
+    run = dependency_folder(trained)
     if not (run / "metrics.json").is_file():
         raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
     units = read_json(run / "metrics.json")["units"]
@@ -61,26 +53,30 @@ def _made(recipe: Recipe) -> tuple[PriorConfig, LearnedPrior] | None:
         )
     try:
         prior = load_prior(run / "student", scale=shipped.scale, told=shipped.told)
-        config, tensors = _codes(recipe, read_prior_config(run / "student"), run / "student")
-        prior.codes = built_codes(config, tensors, "prior.z")
+        prior.codes = built_codes(_config(recipe, run / "student"), _codes(recipe, run / "student"), "prior.z")
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
-    return config, prior
+    return prior
 
 
-def _codes(recipe: Recipe, config: PriorConfig, folder: Path) -> tuple[PriorConfig, dict[str, Tensor]]:
-    """The recipe's z-sampler, fitted or read."""
+def _config(recipe: Recipe, folder: Path) -> PriorConfig:
+    """That of the auxiliary model in the folder, with the recipe's z-sampler."""
     z = recipe.prior.z
-    config = replace(config, z=z)
+    net = read_config(_flow_folder(recipe) / "student" / "config.json").net if isinstance(z, FlowCodes) else None
+    return replace(read_prior_config(folder), z=z, z_net=net)
+
+
+def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
+    """The tensors of the recipe's z-sampler, fitted or read."""
+    z = recipe.prior.z
     if isinstance(z, MixtureCodes):
-        return config, fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
-    if isinstance(z, FlowCodes):
-        return _flow(recipe, config)
-    return config, {}
+        return fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
+    return dict(load_student(_flow_folder(recipe)).flow_map.state_dict()) if isinstance(z, FlowCodes) else {}
 
 
-def _flow(recipe: Recipe, config: PriorConfig) -> tuple[PriorConfig, dict[str, Tensor]]:
-    flow, trained = prior_recipes(recipe)[1], prior_recipes(recipe)[0]
+def _flow_folder(recipe: Recipe) -> Path:
+    """The run that trained the flow of codes; RecipeError where it has not been made, or is one of other codes."""
+    trained, flow = prior_recipes(recipe)
     of = code_recipes(flow)
     if not of or of[0].hash() != trained.hash():
         what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
@@ -91,8 +87,7 @@ def _flow(recipe: Recipe, config: PriorConfig) -> tuple[PriorConfig, dict[str, T
     folder = dependency_folder(flow)
     if not (folder / "metrics.json").is_file():
         raise RecipeError(f"{recipe.name}: prior.z.recipe: {flow.name!r} is not trained yet; `flowmap fit` trains it first")
-    student = load_student(folder)
-    return replace(config, z_net=student.config.net), dict(student.flow_map.state_dict())
+    return folder
 
 
 def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:

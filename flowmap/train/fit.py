@@ -194,7 +194,8 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
             copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
-        write_prior(recipe, folder / "student")
+        if prior is not None:
+            write_prior(recipe, prior, folder / "student")
     started = time.perf_counter()
     try:
         trainer.loggers = _loggers(stage, start)
