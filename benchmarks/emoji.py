@@ -22,7 +22,7 @@ from flowmap.evaluate import conditions_for
 from flowmap.export import export
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.recipe import read_resolved
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where tests/ is

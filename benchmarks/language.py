@@ -58,7 +58,7 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """The finished run of that name, trained first where it is not there."""
-        from flowmap.plan import dependency_folder, is_complete
+        from flowmap.planning.plan import dependency_folder, is_complete
         from flowmap.recipe import read_recipe
 
         recipe, changes = RECIPE.get(name, RECIPE["flow"]), self.overrides(name)
@@ -69,7 +69,7 @@ class Bench:
         return out
 
     def student(self, name: str):
-        from flowmap.student_folder import load_student
+        from flowmap.student.folder import load_student
 
         return load_student(self.folder(name))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _report import environment, table, write
 
-from flowmap.plan import dependency_folder, holds, is_complete, runs_root, teacher_recipes
+from flowmap.planning.plan import dependency_folder, holds, is_complete, runs_root, teacher_recipes
 from flowmap.train.compare import compare
 from flowmap.train.compare.entrants import at_seed, read_entrants
 

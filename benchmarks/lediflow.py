@@ -63,8 +63,8 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
     """Trains the arm, and what it needs, and looks at it."""
     from flowmap.build import build_data
-    from flowmap.plan import dependency_folder
-    from flowmap.student_folder import load_student
+    from flowmap.planning.plan import dependency_folder
+    from flowmap.student.folder import load_student
     from flowmap.train.fit import fit
 
     recipe = recipe_of(arm, options, seed)
@@ -85,7 +85,7 @@ def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
 def prior_seconds(recipe) -> float:
     """Seconds that the training of the auxiliary model took: they are part of the learned prior's budget."""
     from flowmap.files import read_json
-    from flowmap.plan import dependency_folder, prior_recipes
+    from flowmap.planning.plan import dependency_folder, prior_recipes
 
     return sum(read_json(dependency_folder(one) / "metrics.json")["seconds"]["train"] for one in prior_recipes(recipe))
 
@@ -96,7 +96,7 @@ class Look:
     def __init__(self, recipe, student, data, options: argparse.Namespace):
         from dataclasses import replace
 
-        from flowmap.costs import cost_of, start_flops
+        from flowmap.planning.costs import cost_of, start_flops
 
         self.recipe, self.student, self.data, self.options = recipe, student.to(options.device), data, options
         spec = recipe.metrics[0]
@@ -162,7 +162,7 @@ class Look:
         from flowmap.data.codes import draws_of
         from flowmap.flow.codes import MixtureDraws, NormalDraws
         from flowmap.flow.prior import MixtureCodes, starts
-        from flowmap.plan import dependency_folder, prior_recipes
+        from flowmap.planning.plan import dependency_folder, prior_recipes
 
         prior, num = self.student.prior.to(self.student.device), self.spec.images
         start = starts(prior, tuple(self.student.config.shape), num, torch.Generator().manual_seed(1234))
@@ -185,9 +185,9 @@ class Look:
     def flow_of_codes(self):
         from flowmap.flow.codes import FlowDraws
         from flowmap.flow.solver import Heun
-        from flowmap.plan import dependency_folder
+        from flowmap.planning.plan import dependency_folder
         from flowmap.recipe import read_recipe
-        from flowmap.student_folder import load_student
+        from flowmap.student.folder import load_student
         from flowmap.train.fit import fit
 
         name, of = f"lediflow/{self.options.set}-codes", json.dumps([*self.recipe.prior.overrides])

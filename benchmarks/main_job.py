@@ -55,7 +55,7 @@ def look(out: Path) -> dict:
     from flowmap.evaluate import measure
     from flowmap.metrics import Frechet
     from flowmap.recipe import read_recipe, read_resolved
-    from flowmap.student_folder import load_student
+    from flowmap.student.folder import load_student
 
     figures = json.loads((out / "metrics.json").read_text())
     recipe, student = read_resolved(out / "recipe.yaml"), load_student(out / "student")

@@ -217,10 +217,10 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
-    from flowmap.plan import dependency_folder
+    from flowmap.planning.plan import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
-    from flowmap.student_folder import load_student
+    from flowmap.student.folder import load_student
 
     case, recipe = CASES[name], read_recipe(path)
     many, data = case.many, build_data(recipe)
@@ -251,8 +251,8 @@ def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
     """Pairs a second against the bare network's forward passes, as many as the solver asks for: medians of rounds that take turns."""
     import torch
 
-    from flowmap.make_pairs import Maker
     from flowmap.recipe import read_recipe
+    from flowmap.shards.make_pairs import Maker
 
     os.environ["FLOWMAP_RUNS"] = str(seed.root)
     maker = Maker.of(read_recipe(seed._arm("reflow", seed.case.parts["reflow"]["reflow"])), "cpu")

@@ -17,7 +17,7 @@ __all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "__versio
 torchvision_shim.install()
 
 _HOME = {
-    "load_student": "flowmap.student_folder",
+    "load_student": "flowmap.student.folder",
     "read_recipe": "flowmap.recipe",
     "fit": "flowmap.train.fit",
     "sample": "flowmap.sample",

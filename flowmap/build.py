@@ -15,7 +15,6 @@ from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDatas
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.metrics import check_metrics
-from flowmap.named_networks import missing_weights
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -23,7 +22,8 @@ from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
-from flowmap.plan import (
+from flowmap.planning.named_networks import missing_weights
+from flowmap.planning.plan import (
     card_of,
     data_of,
     dependency_folder,
@@ -35,20 +35,20 @@ from flowmap.plan import (
     start_recipes,
     weights_folder,
 )  # fmt: skip
-from flowmap.provenance import baked_scale
+from flowmap.planning.provenance import baked_scale
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.settings import Autoguidance, ClassifierFree, FromRecipe, FromTeacher
-from flowmap.snapshots import nearest_snapshot
-from flowmap.student import Student
-from flowmap.student_config import BESIDE, StudentConfig
-from flowmap.student_folder import load_student, read_config
+from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.folder import load_student, read_config
+from flowmap.student.snapshots import nearest_snapshot
+from flowmap.student.student import Student
+from flowmap.student.text import fitted, text_config
 from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
 from flowmap.teachers.network import NetworkTeacher
-from flowmap.text_student import fitted, text_config
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import nn
 
 from flowmap.build import BuiltTeacher
 from flowmap.config import RecipeError
-from flowmap.costs import conditions_of
 from flowmap.flow.types import Cond
 from flowmap.objectives.perceptual import perceptual
+from flowmap.planning.costs import conditions_of
 from flowmap.recipe import Recipe
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 
 
 def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:

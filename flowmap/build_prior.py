@@ -12,10 +12,10 @@ from flowmap.config import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.files import read_json
 from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
-from flowmap.plan import code_recipes, dependency_folder, prior_recipes
-from flowmap.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
+from flowmap.planning.plan import code_recipes, dependency_folder, prior_recipes
 from flowmap.recipe import Recipe
-from flowmap.student_folder import load_student, read_config
+from flowmap.student.folder import load_student, read_config
+from flowmap.student.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
 
 MOST = 20_000  # samples that a mixture is fitted to
 

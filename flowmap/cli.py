@@ -80,7 +80,7 @@ def _fit(a: argparse.Namespace) -> int:
 
     recipe = read_recipe(a.recipe, a.overrides)
     if a.dry_run:
-        from flowmap.dry_run import dry_run
+        from flowmap.planning.dry_run import dry_run
 
         print("\n".join(dry_run(recipe, a.out, throughput=a.throughput)))
         return 0
@@ -100,7 +100,7 @@ def _sample(a: argparse.Namespace) -> int:
 def _evaluate(a: argparse.Namespace) -> int:
     from flowmap.evaluate import evaluate
     from flowmap.files import check_writable
-    from flowmap.student_folder import load_student
+    from flowmap.student.folder import load_student
 
     say = lambda message: print(message, file=sys.stderr, flush=True)
     if a.out is not None:
@@ -120,13 +120,13 @@ def _doctor(a: argparse.Namespace) -> int:
 
 
 def _encode(a: argparse.Namespace) -> int:
-    from flowmap.shard_verbs import encode_verb
+    from flowmap.shards.verbs import encode_verb
 
     return encode_verb(a, _device(a.device))
 
 
 def _pairs(a: argparse.Namespace) -> int:
-    from flowmap.shard_verbs import pairs_verb
+    from flowmap.shards.verbs import pairs_verb
 
     return pairs_verb(a, _device(a.device))
 
@@ -139,11 +139,11 @@ def _average(a: argparse.Namespace) -> int:
 
 def _import_weights(a: argparse.Namespace) -> int:
     from flowmap.files import check_writable
-    from flowmap.import_weights import import_weights
+    from flowmap.importing.weights import import_weights
 
     check_writable(Path(a.out), "--out")
     if len(a.files) == 1 and a.std is None and Path(a.files[0]).is_dir():
-        from flowmap.import_pipeline import convert_pipeline
+        from flowmap.importing.pipeline import convert_pipeline
 
         print(f"{a.out}: weights of {', '.join(convert_pipeline(a.files[0], a.out))} as safetensors")
         return 0
@@ -153,7 +153,7 @@ def _import_weights(a: argparse.Namespace) -> int:
 
 
 def _merge(a: argparse.Namespace) -> int:
-    from flowmap.merge import merge_verb
+    from flowmap.student.merge import merge_verb
 
     return merge_verb(a)
 
@@ -161,7 +161,7 @@ def _merge(a: argparse.Namespace) -> int:
 def _export(a: argparse.Namespace) -> int:
     from flowmap.export import export
     from flowmap.export.hub import check_repository, push
-    from flowmap.student_folder import load_student
+    from flowmap.student.folder import load_student
 
     if a.push is not None:
         check_repository(a.push)
@@ -190,7 +190,7 @@ def _show(a: argparse.Namespace) -> int:
 
 def _list(a: argparse.Namespace) -> int:
     from flowmap.kinds import TABLES
-    from flowmap.plan import list_cards
+    from flowmap.planning.plan import list_cards
     from flowmap.recipe import Recipe, find_recipe, list_recipes
 
     print("recipes")

@@ -20,8 +20,8 @@ from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
-from flowmap.student import ENCODED, Student
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
+from flowmap.student.student import ENCODED, Student
 from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
 Progress = Callable[[str], None]

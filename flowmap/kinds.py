@@ -37,9 +37,9 @@ from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.samplers import SAMPLERS
 from flowmap.settings import Autoguidance, ClassifierFree, ConstantEMA, Embedded, FromRecipe, FromTeacher, PowerEMA
+from flowmap.student.text_autoencoder import TextAutoencoder
 from flowmap.teachers.autoencoder import AUTOENCODERS
 from flowmap.teachers.text import TEXT_ENCODERS
-from flowmap.text_autoencoder import TextAutoencoder
 
 
 class Data(Protocol): ...

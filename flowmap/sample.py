@@ -13,13 +13,13 @@ from flowmap.evaluate import conditions_for
 from flowmap.files import write_text
 from flowmap.flow.prior import Start
 from flowmap.pictures import save_picture, to_grid, to_picture
-from flowmap.student import Student
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
+from flowmap.student.student import Student
 
 
 def _edited(student: Student, inpaint, interpolate, **options):
     """What draws num pictures in so many `steps`, the files read and checked now."""
-    from flowmap import edit
+    from flowmap.student import edit
 
     channels = edit.picture_shape(student)[0]
     if inpaint is not None:

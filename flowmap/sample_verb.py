@@ -30,7 +30,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 def sample_verb(a: argparse.Namespace, device) -> int:
     from flowmap.files import check_writable
     from flowmap.sample import attribute_of, edit_file, sample
-    from flowmap.student_folder import load_student
+    from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
     student = load_student(a.student).to(device)

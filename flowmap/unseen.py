@@ -14,10 +14,10 @@ from flowmap.flow.prior import rows_told, start_of
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
-from flowmap.make_pairs import Maker
 from flowmap.metrics import LossByTime
 from flowmap.recipe import Recipe
-from flowmap.student import ENCODED, Student
+from flowmap.shards.make_pairs import Maker
+from flowmap.student.student import ENCODED, Student
 
 Velocity = Callable[[Tensor, Tensor, Cond | None], Tensor]
 

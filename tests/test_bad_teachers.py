@@ -310,7 +310,7 @@ def test_captions_of_another_form(place, command):
 def student_in(place: Path) -> Path:
     """An untrained student of the recipe, as a run leaves it."""
     from flowmap.build import build_data, build_student, build_teacher, student_config
-    from flowmap.student_folder import save_student
+    from flowmap.student.folder import save_student
 
     recipe = flowmap.read_recipe(place / "recipe.yaml")
     data = build_data(recipe)

@@ -184,8 +184,8 @@ def labelled(tmp_path):
     """An untrained student with ten classes and a guidance scale."""
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
-    from flowmap.student_config import StudentConfig
-    from flowmap.student_folder import save_student
+    from flowmap.student.config import StudentConfig
+    from flowmap.student.folder import save_student
 
     config = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5))
     save_student(tmp_path / "labelled", config, config.build().state_dict(), recipe="", card="")

@@ -8,11 +8,11 @@ import torch
 
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.dry_run import dry_run
 from flowmap.evaluate import evaluate, measure
+from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
-from flowmap.student import Student
-from flowmap.student_folder import save_student
+from flowmap.student.folder import save_student
+from flowmap.student.student import Student
 
 METRICS = "metrics=[{kind: frechet, images: 500}, {kind: endpoint_error, images: 20}, {kind: straightness, images: 20}]"
 FEW = ["evaluation.teacher_steps=16", "evaluation.seed=1", METRICS]
@@ -70,7 +70,7 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
     """digits: F(x, t, s) = v(x, t) to the bit, whatever s and the guidance scale are."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
     recipe = read_recipe("digits")
-    from flowmap.plan import plan
+    from flowmap.planning.plan import plan
 
     stage = plan(recipe, tmp_path / "digits")[0]
     data = build_data(stage.recipe)
@@ -80,7 +80,7 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
         for parameter in trained.parameters():
             parameter.normal_(std=0.2)
     save_student(stage.folder / "student", config, trained.state_dict(), recipe=stage.recipe.to_yaml(), card="")
-    from flowmap.snapshots import save_snapshot
+    from flowmap.student.snapshots import save_snapshot
 
     save_snapshot(stage.folder, 100, 0.05, trained.state_dict())
     teacher = build_teacher(recipe)

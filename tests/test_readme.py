@@ -73,8 +73,8 @@ def digits_run(desk, monkeypatch):
     from flowmap.build import build_data
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
-    from flowmap.student_config import StudentConfig
-    from flowmap.student_folder import save_student
+    from flowmap.student.config import StudentConfig
+    from flowmap.student.folder import save_student
     from flowmap.train.fit import Run
 
     recipe = read_recipe("digits", ["metrics=[{kind: frechet, features: pixels, images: 100}]"])

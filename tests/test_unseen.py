@@ -10,7 +10,7 @@ from flowmap.config import RecipeError
 from flowmap.evaluate import evaluate, measure
 from flowmap.files import write_tensors
 from flowmap.recipe import read_recipe
-from flowmap.student import Student
+from flowmap.student.student import Student
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.unseen import coupled_draws, held_out_draws, loss_by_time
 from tests.oracle import ExactStudent

@@ -6,15 +6,15 @@ import pytest
 import torch
 from encoding import Numbers, spec
 
-from flowmap.encode import encode
 from flowmap.evaluate import measure
 from flowmap.flow.seeds import seeded
 from flowmap.metrics import Agreement, Retrieval
 from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
+from flowmap.shards.encode import encode
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
 
 pytest.importorskip("datasets")
 

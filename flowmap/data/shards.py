@@ -1,7 +1,7 @@
 """Arrow shards of a fixed number of samples each, as encodings and pairs keep them: what reads them, and what a writer must agree on.
 
 A folder: plan.json (what is being made), shard-00000.arrow with a .json of what it holds, and last index.json: where that stands, all is
-complete. flowmap/shards.py writes them.
+complete. flowmap/shards/write.py writes them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from flowmap.export.card import export_card
 from flowmap.export.folder import check_free, whole_folder
 from flowmap.export.plan import make_plan
 from flowmap.files import write_text
-from flowmap.student import Student
+from flowmap.student.student import Student
 
 TARGETS = ("diffusers", "torch", "lora")
 

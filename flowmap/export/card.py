@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flowmap.data import TeacherSlot
 from flowmap.export.plan import Export, Written
-from flowmap.plan import card_of
+from flowmap.planning.plan import card_of
 from flowmap.recipe import read_resolved
 from flowmap.teachers.card import Card
 

@@ -7,9 +7,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from flowmap.conditions import no_scale
 from flowmap.samplers import Deterministic, Gamma
-from flowmap.student import Student
+from flowmap.student.conditions import no_scale
+from flowmap.student.student import Student
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmap.files import write_json, write_tensors, write_text
 from flowmap.metrics import floor
 from flowmap.pictures import save_picture, stack, to_grid
-from flowmap.plan import Stage
+from flowmap.planning.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowmap.files import check_writable, copy_folder
-from flowmap.prior import PRIOR
 from flowmap.recipe import read_resolved
-from flowmap.snapshots import combine
-from flowmap.student_config import BESIDE
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import BESIDE
+from flowmap.student.folder import load_student, save_student
+from flowmap.student.prior import PRIOR
+from flowmap.student.snapshots import combine
 from flowmap.train.card import model_card
 
 

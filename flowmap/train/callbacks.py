@@ -17,11 +17,11 @@ from flowmap.flow.derivative import along_path
 from flowmap.flow.prior import rows_told
 from flowmap.flow.types import Cond
 from flowmap.pictures import save_picture, stack, to_grid
-from flowmap.plan import Stage
-from flowmap.snapshots import save_snapshot
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import save_student
+from flowmap.planning.plan import Stage
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import save_student
+from flowmap.student.snapshots import save_snapshot
+from flowmap.student.student import Student
 from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flowmap.config import kind_of
 from flowmap.kinds import TABLES
 from flowmap.recipe import Recipe
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:

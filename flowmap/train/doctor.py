@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior
 from flowmap.data import Dataset
-from flowmap.dry_run import counted
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
+from flowmap.planning.dry_run import counted
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
 

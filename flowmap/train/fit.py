@@ -26,19 +26,19 @@ from flowmap.build import build_data, build_samples, build_student, build_teache
 from flowmap.build_discriminator import build_discriminator
 from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError, to_plain
-from flowmap.encode import encode
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
 from flowmap.kinds import TABLES
-from flowmap.make_pairs import make_pairs
-from flowmap.named_networks import check_teachers
 from flowmap.nets.flow_map import misfit
 from flowmap.objectives import Adversarial
-from flowmap.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
+from flowmap.planning.named_networks import check_teachers
+from flowmap.planning.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe, read_resolved
-from flowmap.student import Student
-from flowmap.student_config import BESIDE
-from flowmap.student_folder import load_student
+from flowmap.shards.encode import encode
+from flowmap.shards.make_pairs import make_pairs
+from flowmap.student.config import BESIDE
+from flowmap.student.folder import load_student
+from flowmap.student.student import Student
 from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
 from flowmap.train.clock import Clock

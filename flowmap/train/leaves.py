@@ -11,8 +11,8 @@ import lightning as L
 from torch import Tensor
 
 from flowmap.evaluate import measure
-from flowmap.plan import Stage
-from flowmap.student import Student
+from flowmap.planning.plan import Stage
+from flowmap.student.student import Student
 from flowmap.train import autoencoder, text_autoencoder
 from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
 from flowmap.train.module import DistillModule

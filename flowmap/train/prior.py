@@ -15,10 +15,10 @@ from flowmap.flow.codes import NormalDraws
 from flowmap.flow.prior import LearnedPrior, normal_like
 from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
 from flowmap.pictures import save_picture, stack, to_grid
-from flowmap.plan import Stage
-from flowmap.prior import PriorConfig, save_prior
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
+from flowmap.planning.plan import Stage
+from flowmap.student.config import StudentConfig
+from flowmap.student.prior import PriorConfig, save_prior
+from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 

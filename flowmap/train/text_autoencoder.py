@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowmap.files import write_text
 from flowmap.objectives.language import IGNORED, divergence
-from flowmap.plan import Stage
-from flowmap.text_autoencoder import save_text_autoencoder
+from flowmap.planning.plan import Stage
+from flowmap.student.text_autoencoder import save_text_autoencoder
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
@@ -89,7 +89,8 @@ def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tenso
     """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences."""
     from flowmap.train.card import figures_table
 
-    what = f"A text autoencoder, trained for {done} steps: `flowmap.text_autoencoder.TextAutoencoder(source=folder).load()` has encode and decode."
+    call = "flowmap.student.text_autoencoder.TextAutoencoder(source=folder).load()"
+    what = f"A text autoencoder, trained for {done} steps: `{call}` has encode and decode."
     card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()

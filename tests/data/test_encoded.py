@@ -8,7 +8,7 @@ from encoding import Averages, Letters, Numbers, spec
 from torch.nn import functional as F
 
 from flowmap.data import Dataset, StepBatches, as_it_is
-from flowmap.encode import encode
+from flowmap.shards.encode import encode
 
 pytest.importorskip("datasets")
 

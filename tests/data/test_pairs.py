@@ -8,8 +8,8 @@ from flowmap.data import Latents, Pairs, Pictures
 from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
 from flowmap.files import write_tensors
 from flowmap.flow.solver import SOLVERS, Heun
-from flowmap.make_pairs import Maker, verify
 from flowmap.recipe import read_recipe
+from flowmap.shards.make_pairs import Maker, verify
 from tests.oracle import draw
 
 
@@ -44,7 +44,7 @@ class Halves:
 
 @pytest.mark.parametrize(("kind", "cls", "dtype"), [("pictures", Pictures, "uint8"), ("latents", Latents, "float16")])
 def test_pictures_are_kept_in_bytes_and_latents_in_half_precision(tmp_path, monkeypatch, kind, cls, dtype):
-    import flowmap.make_pairs as module
+    import flowmap.shards.make_pairs as module
 
     write_tensors(tmp_path / "data" / "a.safetensors", {"x0": draw(20, 3, 4, 6).float().clamp(-1, 1)})
     data = f"data={{kind: {kind}, root: {tmp_path / 'data'}}}"

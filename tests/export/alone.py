@@ -13,8 +13,8 @@ import torch
 
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SHIM = Path(__file__).parents[2] / "flowmap" / "torchvision_shim.py"  # for torchvision, which may be broken here; the export needs none

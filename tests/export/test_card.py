@@ -10,8 +10,8 @@ import yaml
 from flowmap.export import export
 from flowmap.nets import DiT
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import load_student, save_student
 from tests.export.alone import shaken
 
 pytest.importorskip("diffusers")

@@ -11,7 +11,7 @@ from flowmap.export import export
 from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, own_modules, shaken, snippet
 

@@ -9,8 +9,8 @@ import pytest
 
 from flowmap.nets import DiT
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import save_student
 from tests.export.alone import own_modules, shaken
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"

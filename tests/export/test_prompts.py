@@ -16,8 +16,8 @@ from flowmap.nets.diffusers_model import pack
 from flowmap.nets.lora import Base, LoRA, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder
 from flowmap.teachers.text import PipelineText, Sentence
 from tests.export.alone import alone, own_modules, snippet

@@ -8,8 +8,8 @@ import torch
 from flowmap.export.plan import Export
 from flowmap.export.vae import exported_vae
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 
 diffusers = pytest.importorskip("diffusers")

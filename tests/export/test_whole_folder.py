@@ -10,7 +10,7 @@ from flowmap.export import export, hub
 from flowmap.export.folder import MARK, whole_folder
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 from tests.conftest import bytes_of
 from tests.export.alone import shaken
 

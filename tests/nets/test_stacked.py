@@ -15,8 +15,8 @@ from flowmap.nets.stacked import StackedNet, net_within, stack_of
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
 from flowmap.settings import FromTeacher
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import load_student, save_student
 from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
 
 pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ import torch
 import flowmap
 from flowmap.nets.text_pair import TextPair
 from flowmap.recipe import read_recipe
-from flowmap.text_autoencoder import TextAutoencoder
+from flowmap.student.text_autoencoder import TextAutoencoder
 from tests.tiny_text import wordnet_files
 
 

@@ -9,9 +9,9 @@ import torch
 
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import save_student
+from flowmap.student.student import Student
 from flowmap.teachers.refiner import Refiner
 from tests.oracle import draw
 

@@ -16,12 +16,12 @@ import flowmap
 from flowmap.build import build_data, build_student, student_config
 from flowmap.build_discriminator import build_discriminator
 from flowmap.config import RecipeError
-from flowmap.dry_run import dry_run
 from flowmap.files import read_tensors
 from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
+from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.train.adversarial import AdversarialModule, last_layer
 from flowmap.train.strategy import read_checkpoint

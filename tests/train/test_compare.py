@@ -8,8 +8,8 @@ import statistics
 import pytest
 from conftest import TINY, bytes_of
 
-from flowmap.calls import calls_of
 from flowmap.objectives import OBJECTIVES
+from flowmap.planning.calls import calls_of
 from flowmap.recipe import read_recipe
 from flowmap.train.compare import compare
 from flowmap.train.compare.entrants import at_seed, of_length, read_entrants

@@ -8,7 +8,7 @@ import torch
 
 from flowmap.data import Text
 from flowmap.recipe import read_recipe
-from flowmap.text_autoencoder import TextAutoencoder
+from flowmap.student.text_autoencoder import TextAutoencoder
 from flowmap.train.draw import draw_sample
 
 B = 200

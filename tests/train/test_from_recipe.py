@@ -9,7 +9,7 @@ from conftest import FLOW
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.config import RecipeError
-from flowmap.plan import dependency_folder, plan
+from flowmap.planning.plan import dependency_folder, plan
 from flowmap.recipe import read_recipe
 
 MAP = """\

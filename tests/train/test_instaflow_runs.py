@@ -10,8 +10,8 @@ from conftest import FLOW
 import flowmap
 from flowmap.nets import Stacked
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.plan import Pairing, Stage, plan
-from flowmap.provenance import baked_scale
+from flowmap.planning.plan import Pairing, Stage, plan
+from flowmap.planning.provenance import baked_scale
 from flowmap.recipe import read_recipe
 
 pytest.importorskip("datasets")

@@ -15,9 +15,9 @@ from flowmap.config import RecipeError
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import beside, starts
 from flowmap.flow.solver import Heun
-from flowmap.make_pairs import verify
-from flowmap.plan import dependency_folder, plan
+from flowmap.planning.plan import dependency_folder, plan
 from flowmap.recipe import read_recipe
+from flowmap.shards.make_pairs import verify
 from flowmap.train.fit import FitError
 from flowmap.train.module import DistillModule
 

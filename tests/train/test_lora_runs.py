@@ -15,7 +15,7 @@ import flowmap
 from flowmap.build import build_teacher
 from flowmap.files import read_tensors
 from flowmap.nets.lora import fingerprint
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
 from flowmap.train.strategy import read_checkpoint
@@ -182,7 +182,7 @@ def test_dry_run_and_doctor_count_what_is_trained(place, run, command):
 def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
     """Also guided by its own earlier snapshot, which lies beside the same base; a student of its own starts from the merged weights."""
     from flowmap.build import build_data, build_student, student_config
-    from flowmap.snapshots import nearest_snapshot
+    from flowmap.student.snapshots import nearest_snapshot
 
     monkeypatch.setenv("FLOWMAP_RUNS", str(place / "runs"))
     (tmp_path / "card.yaml").write_text(f"kind: recipe\nrecipe: {place / 'plain.yaml'}\n")

@@ -15,7 +15,7 @@ from flowmap.config import RecipeError
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
 from flowmap.files import read_tensors
-from flowmap.plan import Pairing, Stage, pairs_of, plan
+from flowmap.planning.plan import Pairing, Stage, pairs_of, plan
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import DistillModule
@@ -81,7 +81,7 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
 @pytest.fixture
 def ready(small, tmp_path):
     """The teacher trained and the pairs made."""
-    from flowmap.make_pairs import make_pairs
+    from flowmap.shards.make_pairs import make_pairs
 
     flowmap.fit(read_recipe(tmp_path / "teacher.yaml"), tmp_path / "runs" / "small-teacher", say=quiet)
     make_pairs(small())

@@ -17,8 +17,8 @@ from flowmap.export import export
 from flowmap.nets.edm import ADM
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import save_student
 from tests.tiny_pipelines import WORDS, save
 
 TINY = """

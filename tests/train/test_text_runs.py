@@ -10,7 +10,7 @@ import torch
 
 import flowmap
 from flowmap.recipe import read_recipe
-from flowmap.text_autoencoder import TextAutoencoder
+from flowmap.student.text_autoencoder import TextAutoencoder
 from tests.tiny_text import wordnet_files
 
 VAE = """
@@ -122,10 +122,10 @@ def test_latents_are_made_once_and_are_those_of_their_autoencoder(runs, monkeypa
 
     recipe = read_recipe(runs.parent / "flow.yaml")
     first, files = build_data(recipe), sorted((runs / "text-latents").iterdir())
-    monkeypatch.setattr("flowmap.text_autoencoder.FrozenTextAutoencoder.encode", None)
+    monkeypatch.setattr("flowmap.student.text_autoencoder.FrozenTextAutoencoder.encode", None)
     assert torch.equal(build_data(recipe).train, first.train) and build_data(recipe).counts == first.counts
     assert first.counts["shared"] > 0 and sorted((runs / "text-latents").iterdir()) == files
-    monkeypatch.setattr("flowmap.text_autoencoder.TextAutoencoder.identity", lambda self: {"weights": "others"})
+    monkeypatch.setattr("flowmap.student.text_autoencoder.TextAutoencoder.identity", lambda self: {"weights": "others"})
     with pytest.raises(TypeError):
         build_data(recipe)  # another encoder: its latents are not these
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmap.dry_run import dry_run
 from flowmap.files import check_writable, only_process, read_json, write_json
-from flowmap.plan import runs_root
+from flowmap.planning.dry_run import dry_run
+from flowmap.planning.plan import runs_root
 from flowmap.recipe import Recipe
 from flowmap.train.compare.entrants import at_seed, read_entrants
 from flowmap.train.compare.entry import Entry, Look, beside

@@ -9,8 +9,8 @@ from typing import Any
 from flowmap.config import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.kinds import TABLES
-from flowmap.plan import card_of, pairs_recipes, teacher_recipes
-from flowmap.provenance import WHERE, scale_of
+from flowmap.planning.plan import card_of, pairs_recipes, teacher_recipes
+from flowmap.planning.provenance import WHERE, scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.settings import FromRecipe
 

@@ -18,10 +18,10 @@ from flowmap.config import RecipeError, to_plain
 from flowmap.evaluate import measure
 from flowmap.files import read_json, write_json
 from flowmap.kinds import TABLES
-from flowmap.plan import Pairing, Stage
+from flowmap.planning.plan import Pairing, Stage
 from flowmap.recipe import Recipe
-from flowmap.student import Student
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
+from flowmap.student.student import Student
 from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.compare.entrants import of_length

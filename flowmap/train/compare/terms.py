@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flowmap.calls import calls_of
 from flowmap.data import Pairs
 from flowmap.files import read_json
-from flowmap.make_pairs import Maker
-from flowmap.plan import Encoding, Needed, Pairing, Stage, autoencoder_recipes, dependency_folder, pairs_recipes, plan, teacher_recipes
+from flowmap.planning.calls import calls_of
+from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, autoencoder_recipes, dependency_folder, pairs_recipes, plan, teacher_recipes
 from flowmap.recipe import Recipe
+from flowmap.shards.make_pairs import Maker
 from flowmap.train.clock import Clock
 from flowmap.train.fit import device_of, fit
 from flowmap.train.fit import make as make_on_disk

@@ -27,10 +27,10 @@ from flowmap.files import read_json, write_json
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
 from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
-from flowmap.plan import pairs_identity, pairs_of
-from flowmap.provenance import scale_of
+from flowmap.planning.plan import pairs_identity, pairs_of
+from flowmap.planning.provenance import scale_of
 from flowmap.recipe import Recipe
-from flowmap.shards import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.shards.write import check_plan, making, once, sweep_stale, whole, write_shard
 
 OFF = 4.0  # standard errors from which inverted noise is called off
 

@@ -16,12 +16,12 @@ from flowmap.build import BuiltTeacher, build_data, build_samples
 from flowmap.config import RecipeError
 from flowmap.data import PairedDataset, Pairs
 from flowmap.data.pairs import contents, noise_of, unlike
-from flowmap.encode import encode
 from flowmap.files import WriteError
 from flowmap.flow.solver import Heun
-from flowmap.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
 from flowmap.recipe import read_recipe
-from flowmap.shards import whole
+from flowmap.shards.encode import encode
+from flowmap.shards.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
+from flowmap.shards.write import whole
 
 pytest.importorskip("datasets")
 
@@ -91,7 +91,7 @@ def test_processes_make_what_one_makes_and_a_second_call_changes_nothing(recipe,
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
-from flowmap.make_pairs import make_pairs
+from flowmap.shards.make_pairs import make_pairs
 from flowmap.recipe import read_recipe
 from flowmap.teachers.exact import MixtureTeacher
 

@@ -14,7 +14,7 @@ from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora
-from flowmap.prior import Shipped
+from flowmap.student.prior import Shipped
 
 FORMAT = 1
 BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
@@ -30,7 +30,7 @@ class StudentConfig:
     source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
     branches beside the frozen `base`. prior: the learned prior in the folder prior/ beside the weights, where samples do not start at N(0, I).
 
-    text_autoencoder: samples are latents that it makes sentences of (text_student.py). attributes and contexts are then conditions. edits:
+    text_autoencoder: samples are latents that it makes sentences of (text.py). attributes and contexts are then conditions. edits:
     the styles (source, target) of a student that starts from sentences, not from noise.
     """
 

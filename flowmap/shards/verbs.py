@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from flowmap.data import Encoded, Pairs
-from flowmap.encode import encode
 from flowmap.files import check_writable
-from flowmap.plan import autoencoder_recipes, data_of, dependency_folder, pairs_of
+from flowmap.planning.plan import autoencoder_recipes, data_of, dependency_folder, pairs_of
 from flowmap.recipe import read_recipe
+from flowmap.shards.encode import encode
 
 
 def encode_verb(a: Namespace, device: torch.device) -> int:
@@ -35,7 +35,7 @@ def encode_verb(a: Namespace, device: torch.device) -> int:
 
 
 def pairs_verb(a: Namespace, device: torch.device) -> int:
-    from flowmap.make_pairs import make_pairs, verify
+    from flowmap.shards.make_pairs import make_pairs, verify
 
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.coupling, Pairs):

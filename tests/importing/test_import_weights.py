@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowmap.import_weights import import_weights
+from flowmap.importing.weights import import_weights
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
 from flowmap.teachers.pickled import read_pickle
 
 SPEC = EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,))
@@ -267,7 +267,7 @@ def pipeline_of_pickles(folder):
 
 def test_a_pipeline_of_pickles_becomes_one_of_safetensors(tmp_path, command, monkeypatch):
     from flowmap.nets.pretrained import load_pretrained
-    from flowmap.plan import find_card
+    from flowmap.planning.plan import find_card
     from flowmap.teachers.autoencoder import Autoencoder
     from tests.tiny_pipelines import save
 

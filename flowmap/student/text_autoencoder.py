@@ -68,7 +68,7 @@ class TextAutoencoder:
 
     def identity(self) -> dict[str, Any]:
         """What makes its latents unlike those of another; plain values, found without loading it."""
-        from flowmap.provenance import weights_hash
+        from flowmap.planning.provenance import weights_hash
 
         config = self._config()
         weights = weights_hash(self._folder() / "model.safetensors")

@@ -12,9 +12,9 @@ from encoding import Averages, Letters, Numbers, files, spec
 
 from flowmap.cli import main
 from flowmap.data import DATA, IMAGE_SOURCES
-from flowmap.encode import encode
 from flowmap.files import WriteError, only_process
 from flowmap.recipe import read_recipe
+from flowmap.shards.encode import encode
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -124,7 +124,7 @@ SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
 from encoding import Numbers, spec
-from flowmap.encode import encode
+from flowmap.shards.encode import encode
 
 def child(folder, shard):
     pid = os.fork()

@@ -6,8 +6,8 @@ import torch
 import flowmap
 from flowmap.files import read_tensors, write_text
 from flowmap.flow.averaging import posthoc_coefficients
-from flowmap.snapshots import combine, list_snapshots, nearest_snapshot, save_snapshot
-from flowmap.student_folder import load_student
+from flowmap.student.folder import load_student
+from flowmap.student.snapshots import combine, list_snapshots, nearest_snapshot, save_snapshot
 from flowmap.train.fit import fit
 
 

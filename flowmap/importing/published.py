@@ -10,7 +10,7 @@ from torch import Tensor
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 from flowmap.teachers.pickled import Record, tensors_of
 
 NOT_NEEDED = ("logvar_", "model.map_augment.")

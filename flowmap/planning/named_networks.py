@@ -10,10 +10,10 @@ from flowmap.config import RecipeError, construct
 from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.pretrained import is_hub_id, read_spec
 from flowmap.nets.stacked import Stacked
-from flowmap.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
+from flowmap.planning.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.settings import FromRecipe, FromTeacher
-from flowmap.student_folder import read_config
+from flowmap.student.folder import read_config
 from flowmap.teachers.autoencoder import Autoencoder
 from flowmap.teachers.card import Card
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from flowmap.export.folder import check_free, whole_folder
 from flowmap.files import copy_folder, read_json, read_tensors
-from flowmap.lora_file import read_lora
 from flowmap.nets.flow_map import SILENT
-from flowmap.student import Student
-from flowmap.student_config import BESIDE, StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.folder import load_student, save_student
+from flowmap.student.lora_file import read_lora
+from flowmap.student.student import Student
 
 PARTS = ("unet", "transformer")
 WITHIN = re.compile(r"^net\.(?:(?:first|second)\.)?(?:model\.)?")  # a student's name of a weight, before the network's own

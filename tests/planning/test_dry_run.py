@@ -7,18 +7,18 @@ import json
 import pytest
 import torch
 
-from flowmap.calls import Calls, calls_of
-from flowmap.costs import cost_of
-from flowmap.dry_run import dry_run
-from flowmap.named_networks import spec_of
 from flowmap.nets import DiT
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.lora import Base, LoRA
 from flowmap.nets.mlp import MLP
-from flowmap.plan import find_card, list_cards
+from flowmap.planning.calls import Calls, calls_of
+from flowmap.planning.costs import cost_of
+from flowmap.planning.dry_run import dry_run
+from flowmap.planning.named_networks import spec_of
+from flowmap.planning.plan import find_card, list_cards
 from flowmap.recipe import list_recipes, read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 
 
 def config(net, shape, **more):

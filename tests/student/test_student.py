@@ -9,9 +9,9 @@ import torch
 import flowmap
 from flowmap.nets import MLP, DiT
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import load_student, save_student
+from flowmap.student.student import Student
 
 CONFIG = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9)
 

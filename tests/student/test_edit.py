@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmap.edit import code_of_part, inpaint, interpolate, slerp
 from flowmap.flow.codes import NormalDraws
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.nets.mlp import MLP
-from flowmap.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.edit import code_of_part, inpaint, interpolate, slerp
+from flowmap.student.folder import load_student, save_student
+from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
+from flowmap.student.student import Student
 
 SHAPE = (1, 8, 12)
 

@@ -27,9 +27,9 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
-from flowmap.plan import prior_recipes
+from flowmap.planning.plan import prior_recipes
 from flowmap.recipe import Recipe
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
 from flowmap.teachers.text import Sentence
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the fused kernel that has shapes on every device

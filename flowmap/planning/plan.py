@@ -18,7 +18,7 @@ from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
-from flowmap.provenance import WHERE, identity
+from flowmap.planning.provenance import WHERE, identity
 from flowmap.recipe import Recipe, read_recipe, read_resolved, shipped
 from flowmap.settings import Autoguidance, FromRecipe
 from flowmap.teachers.card import Card, read_card

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from flowmap.files import read_tensors, write_tensors
-from flowmap.merge import MARK, merge
 from flowmap.nets import MLP, Stacked
 from flowmap.samplers import Deterministic
-from flowmap.student import Student
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import load_student, save_student
+from flowmap.student.merge import MARK, merge
+from flowmap.student.student import Student
 from tests.conftest import bytes_of
 from tests.oracle import draw
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
 from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
-from flowmap.prior import PRIOR, load_prior
 from flowmap.samplers import asked_for
-from flowmap.student_config import BESIDE, StudentConfig
+from flowmap.student.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
+from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.prior import PRIOR, load_prior
+from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
-from flowmap.text_student import Sentences, described_by
 
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 Refine = Callable[[Tensor, Sequence[str] | None], Tensor]

@@ -18,12 +18,12 @@ from flowmap.data.tokens import BPE, Pair
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
 from flowmap.kinds import left_by
-from flowmap.student_config import BESIDE
+from flowmap.student.config import BESIDE
 
 if TYPE_CHECKING:
     from flowmap.kinds import StudentSpec
     from flowmap.recipe import Recipe
-    from flowmap.student import Student
+    from flowmap.student.student import Student
 
 
 class Sentences:
@@ -73,7 +73,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
 
 def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:
     """The recipe's data as far as it is known without any network, with no sentence in it, and what is missing on this machine."""
-    from flowmap.plan import autoencoder_recipes
+    from flowmap.planning.plan import autoencoder_recipes
 
     spec, attributes, missing, trained = recipe.data, (), [], autoencoder_recipes(recipe)
     tokenizer = spec.tokenizer or BPE()

@@ -16,9 +16,9 @@ from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
-from flowmap.prior import PRIOR
-from flowmap.student import Student
-from flowmap.student_config import BESIDE, FORMAT, StudentConfig
+from flowmap.student.config import BESIDE, FORMAT, StudentConfig
+from flowmap.student.prior import PRIOR
+from flowmap.student.student import Student
 
 FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")  # beside which lie the folders of what it needs
 MAX_SIZE = 1 << 28  # entries of a sample

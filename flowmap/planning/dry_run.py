@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
-from flowmap.calls import Calls, calls_of
 from flowmap.config import RecipeError, kind_of
-from flowmap.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.data import Encoded, Text
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond
 from flowmap.kinds import TABLES, StudentSpec
-from flowmap.named_networks import check_teachers, missing_weights, net_of, spec_of
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial
-from flowmap.plan import (
+from flowmap.planning.calls import Calls, calls_of
+from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
+from flowmap.planning.named_networks import check_teachers, missing_weights, net_of, spec_of
+from flowmap.planning.plan import (
     Encoding,
     Pairing,
     Stage,
@@ -43,9 +43,9 @@ from flowmap.plan import (
 )
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
-from flowmap.student_config import StudentConfig
+from flowmap.student.config import StudentConfig
+from flowmap.student.text import described
 from flowmap.teachers.card import Card
-from flowmap.text_student import described
 
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of the dense bf16 peak that an H100's maker states
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.averaging import posthoc_coefficients
+from flowmap.importing.published import config_of, tensors_of_net
 from flowmap.nets.flow_map import misfit
-from flowmap.published import config_of, tensors_of_net
-from flowmap.snapshots import weighted_sum
-from flowmap.student_config import StudentConfig
-from flowmap.student_folder import save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import save_student
+from flowmap.student.snapshots import weighted_sum
 from flowmap.teachers.pickled import Record, read_pickle
 
 SNAPSHOT = re.compile(r"-(\d+)-(\d+\.\d+)\.pkl$")

@@ -20,9 +20,9 @@ from torch import Tensor
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
-from flowmap.encode_shard import Shard
 from flowmap.files import read_json, write_json, write_tensors
-from flowmap.shards import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.shards.encode_shard import Shard
+from flowmap.shards.write import check_plan, making, once, sweep_stale, whole, write_shard
 
 PREFIX = 4  # of a stream, held-out and reference samples come from this many times their number of first samples
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from flowmap.data.sources import FORMATS, MAX_PIXELS
 from flowmap.flow.prior import LearnedPrior, rows_told, starts
 from flowmap.samplers import asked_for
-from flowmap.student import Student
+from flowmap.student.student import Student
 
 ROUNDS = 4  # how often the code of a masked picture is found anew, with the hole filled by its own decoding
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from flowmap.config import RecipeError
-from flowmap.plan import Encoding, data_of, plan
+from flowmap.planning.plan import Encoding, data_of, plan
 from flowmap.recipe import read_recipe
 
 AUTOENCODER = """
@@ -89,7 +89,7 @@ def test_recipes_that_need_each_other_are_refused(recipes):
 
 def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny, tmp_path):
     import flowmap
-    from flowmap.plan import dependency_folder
+    from flowmap.planning.plan import dependency_folder
 
     recipe, runs = read_recipe(tiny), tmp_path / "runs"
     flowmap.fit(recipe, runs / "tiny-01234567", say=lambda message: None)
