@@ -1,14 +1,16 @@
 """Which objective is best at 1, 2 and 4 steps for the same work?  digits, five seeds, one teacher a seed, every objective at 1, 2, 4, 8 steps.
 
-By `flowmap compare`: equal seconds of training, or with --calls equal network evaluations; quality, cost, memory, runs that diverged.  Teachers
-that main_job.py has trained are taken over.  What is finished is kept in runs/league: the same command goes on where it was cut off.
-`python benchmarks/league.py [--seeds 5] [--budget 240 | --calls 1.4e6] [--recipes digits digits-scm] [--out runs/league]`
+By `flowmap compare`: equal seconds of training, or with --calls equal network evaluations; quality, cost, memory, runs that diverged.  Machines
+are shared, so the seconds are the process's CPU seconds (--wall: those of the clock on the wall).  Teachers that main_job.py has trained are taken
+over.  What is finished is kept in runs/league: the same command goes on where it was cut off.
+`python benchmarks/league.py [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall] [--recipes digits digits-scm] [--out runs/league]`
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import time
 from pathlib import Path
 
 from _report import environment, table, write
@@ -33,18 +35,20 @@ def main() -> None:
     terms = parser.add_mutually_exclusive_group()
     terms.add_argument("--budget", type=float, help="seconds of training for each recipe and seed (default: 240)")
     terms.add_argument("--calls", type=float, help="network evaluations instead")
+    parser.add_argument("--wall", action="store_true", help="seconds as the wall clock shows them: on a GPU, or a machine of one's own")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--out", type=Path, help="default: runs/league")
     a = parser.parse_args()
     budget = 240.0 if a.budget is None and a.calls is None else a.budget
     for seed in range(a.seeds):
         take_over(a.recipes, seed)
-    found = compare(a.recipes, budget=budget, calls=a.calls, seeds=a.seeds, out=a.out or runs_root() / "league")
+    now = time.perf_counter if a.wall else time.process_time
+    found = compare(a.recipes, budget=budget, calls=a.calls, seeds=a.seeds, out=a.out or runs_root() / "league", now=now)
     rows, columns = rows_of(found)
     print(table(rows, columns))
     best = best_of(found)
     print(table(best, BEST))
-    payload = {"environment": environment(), "columns": columns, "rows": rows, "best": best, **found}
+    payload = {"environment": environment(), "seconds": "wall" if a.wall else "cpu", "columns": columns, "rows": rows, "best": best, **found}
     write("league_digits", {"question": __doc__.splitlines()[0], **payload})
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+from _lediflow_tables import tables
 from _report import environment, table, write
 
 KEPT = Path("runs/bench")
@@ -209,50 +210,34 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
             print(f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}", flush=True)
 
 
-def median(values) -> float:
-    return statistics.median(values)
-
-
-def savings(run: dict) -> dict:
-    """How much cheaper the learned prior reaches the Gaussian's 50-step distance: than those 50 steps, and than the cheapest Gaussian sample
-    that comes within 5 % of it; None where it never does."""
-    target = next(p["frechet"] for p in run["gaussian"]["curve"] if (p["solver"], p["steps"]) == ("euler", 50))
-    there = next(p for p in run["gaussian"]["curve"] if (p["solver"], p["steps"]) == ("euler", 50))
-    reached = [p for p in run["learned"]["curve"] if p["frechet"] <= target]
-    near = [p for p in run["gaussian"]["curve"] if p["frechet"] <= 1.05 * target]
-    told = {"target": target}
-    for cost in ("flops", "seconds"):
-        best = min((p[cost] for p in reached), default=None)
-        told[f"{cost} / 50 steps"] = None if best is None else best / there[cost]
-        told[f"{cost} / cheapest"] = None if best is None else best / min(p[cost] for p in near)
-    return told
-
-
 def report(options: argparse.Namespace, runs: list[dict]) -> None:
-    rows = []
-    for arm in [arm for arm in options.arms if all(arm in run for run in runs)]:
-        for i, point in enumerate(runs[0][arm]["curve"]):
-            found = [run[arm]["curve"][i] for run in runs]
-            distances = [p["frechet"] for p in found]
-            rows.append([arm, point["solver"], point["steps"], point["calls"], point["flops"] / 1e6, 1e3 * median(p["seconds"] for p in found),
-                         median(distances), min(distances), max(distances)])  # fmt: skip
-    columns = ["arm", "solver", "steps", "calls", "MFLOP a sample", "ms a sample", "median", "least", "most"]
-    print(table(rows, columns))
-    paths = [[arm, *(median(run[arm][key] for run in runs) for key in ("transport", "straightness", "train_seconds", "prior_seconds"))]
-             for arm in options.arms if all("transport" in run.get(arm, {}) for run in runs)]  # fmt: skip
-    print(table(paths, ["arm", "transport cost", "straightness", "training seconds", "of the prior"]))
-    payload = {"environment": environment(), "set": options.set, "seeds": len(runs), "share": options.share, "columns": columns, "rows": rows}
-    if all({"gaussian", "learned"} <= set(run) for run in runs):
-        over = lambda name, k: median(run["learned"]["codes"][name][k] for run in runs)
-        codes = [[name, *(over(name, k) for k in ("2", "8", "50"))] for name in runs[0]["learned"]["codes"]]
-        print(table(codes, ["z from", "2 Euler steps", "8", "50"]))
-        alone = {key: median(run["learned"]["decoder"][key] for run in runs) for key in ("mean", "start")}
-        lowest = median(run["learned"]["floor"] for run in runs)
-        print(f"the decoder alone: its mean {alone['mean']:.4g}, the start {alone['start']:.4g}; floor {lowest:.4g}")
-        payload["savings"] = [savings(run) for run in runs]
-        for told in payload["savings"]:
-            print("the Gaussian's 50-step distance:", ", ".join(f"{k} {'never reached' if v is None else format(v, '.3g')}" for k, v in told.items()))
-    write(f"lediflow_{options.set}" + ("" if options.share == 1 else "_share"), {"question": __doc__.splitlines()[0], **payload, "runs": runs})
+    made = tables(runs)
+    for name, one in made.items():
+        print(f"\n{name}\n{table(one['rows'], one['columns'])}")
+    if "curve" in made and options.share == 1:
+        plot(made["curve"], Path("docs") / f"lediflow_{options.set}_curve.png")
+    settings = {"set": options.set, "seeds": len(runs), "share": options.share}
+    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "tables": made, "figures": runs}
+    write(f"lediflow_{options.set}" + ("" if options.share == 1 else "_share"), payload)
+
+
+def plot(made: dict, path: Path) -> None:
+    """Distance against FLOPs of a sample, both priors by solver."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    picture, axes = plt.subplots(figsize=(7, 4))
+    solvers = list(dict.fromkeys(row[1] for row in made["rows"]))
+    for prior, color in (("gaussian", "tab:gray"), ("learned", "tab:blue")):
+        for solver, marker in zip(solvers, "os^D", strict=False):
+            points = [(row[4], float(str(row[6]).split()[0])) for row in made["rows"] if row[:2] == [prior, solver]]
+            axes.plot(*zip(*points, strict=True), marker + "-", color=color, alpha=0.8, label=f"{prior}, {solver}")
+    axes.set(xscale="log", yscale="log", xlabel="MFLOP a sample, decoder and z-sampler counted", ylabel="Frechet distance")
+    axes.legend(fontsize=7)
+    picture.tight_layout()
+    picture.savefig(path, dpi=110)
 
 
 def main() -> None:
