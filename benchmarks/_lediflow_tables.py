@@ -1,0 +1,110 @@
+"""The tables of lediflow.py: medians over seeds, with least and most in brackets where there are several."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+Run = dict  # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ..., "codes": ...}
+MANY = 50  # Euler steps of the Gaussian whose distance is to be reached
+PAIR = ("gaussian", "learned")
+STUDENTS = ("student of gaussian", "student of learned")
+
+
+def tables(runs: Sequence[Run]) -> dict[str, dict]:
+    """Every table that all runs have figures for: name -> {"columns": [...], "rows": [[...], ...]}."""
+    have = {arm for arm in runs[0] if all(arm in run for run in runs)}
+    made = {"ablation": ablation(runs, have), "students": students(runs, have)}
+    if set(PAIR) <= have:
+        made |= {"curve": curve(runs), "savings": saved(runs), "codes": codes(runs)}
+    return {name: one for name, one in made.items() if one["rows"]}
+
+
+def curve(runs: Sequence[Run]) -> dict:
+    """Both priors by solver and steps: what a sample costs, and its distance."""
+    columns = ["prior", "solver", "steps", "network calls", "MFLOP a sample", "ms a sample", "Frechet distance"]
+    rows = [
+        [arm, point["solver"], point["steps"], point["calls"], point["flops"] / 1e6, *_cells(runs, arm, i)]
+        for arm in PAIR for i, point in enumerate(runs[0][arm]["curve"])
+    ]  # fmt: skip
+    return {"columns": columns, "rows": rows}
+
+
+def _cells(runs: Sequence[Run], arm: str, i: int) -> list:
+    points = [run[arm]["curve"][i] for run in runs]
+    return [1e3 * statistics.median(p["seconds"] for p in points), spread(p["frechet"] for p in points)]
+
+
+def students(runs: Sequence[Run], have: set[str]) -> dict:
+    """The few-step students beside each other, and beside their own teachers at as many Euler steps."""
+    rows = []
+    for arm in STUDENTS:
+        if arm in have:
+            rows.append([arm, *(spread(at(run[arm], "own", k)["frechet"] for run in runs) for k in (1, 2, 4))])
+    for arm in PAIR if rows else ():
+        if arm in have:
+            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)["frechet"] for run in runs) for k in (1, 2, 4))])
+    return {"columns": ["Frechet distance", "1 step", "2", "4"], "rows": rows}
+
+
+def ablation(runs: Sequence[Run], have: set[str]) -> dict:
+    """Every flow: its distances by Euler's steps, transport cost, straightness, and what its training took."""
+    columns = ["flow", "1 Euler step", "2", "4", f"{MANY}", "transport cost", "straightness", "training seconds", "of the prior"]
+    rows = []
+    for arm in runs[0]:
+        if arm in have and arm not in STUDENTS:
+            distances = [spread(at(run[arm], "euler", k)["frechet"] for run in runs) for k in (1, 2, 4, MANY)]
+            costs = [statistics.median(run[arm][key] for run in runs) for key in ("transport", "straightness", "train_seconds", "prior_seconds")]
+            rows.append([arm, *distances, *costs])
+    return {"columns": columns, "rows": rows}
+
+
+def codes(runs: Sequence[Run]) -> dict:
+    """Where z is drawn, and the decoder without any flow."""
+    of = lambda read: spread(read(run["learned"]) for run in runs)
+    rows = [[name, *(of(lambda one, n=name, k=k: one["codes"][n][k]) for k in ("2", "8", str(MANY)))] for name in runs[0]["learned"]["codes"]]
+    rows.append(["no flow: the decoder's mean", of(lambda one: one["decoder"]["mean"]), "", ""])
+    rows.append(["no flow: a draw of the prior", of(lambda one: one["decoder"]["start"]), "", ""])
+    rows.append(["floor: real against real", of(lambda one: one["floor"]), "", ""])
+    return {"columns": ["z from", "2 Euler steps", "8", str(MANY)], "rows": rows}
+
+
+def saved(runs: Sequence[Run]) -> dict:
+    """What the learned prior's cheapest sample costs that is as good as the Gaussian's of 50 Euler steps, as a share of what the Gaussian's costs."""
+    told = [savings(run) for run in runs]
+    rows = [[f"{cost}, beside {beside}", _shares([one[f"{cost} / {beside}"] for one in told])]
+            for cost in ("flops", "seconds") for beside in ("50 steps", "cheapest")]  # fmt: skip
+    rows.append(["the distance to reach", spread(one["target"] for one in told)])
+    return {"columns": ["", "learned / Gaussian"], "rows": rows}
+
+
+def _shares(values: Sequence[float | None]) -> str:
+    reached = [value for value in values if value is not None]
+    never = "" if len(reached) == len(values) else f"{len(values) - len(reached)} of {len(values)} seeds never"
+    return ", ".join(part for part in (spread(reached) if reached else "", never) if part)
+
+
+def savings(run: Run) -> dict:
+    """How much cheaper the learned prior reaches the Gaussian's 50-step distance: than those 50 steps, and than the cheapest Gaussian sample
+    that comes within 5 % of it; None where it never does."""
+    there = at(run["gaussian"], "euler", MANY)
+    reached = [p for p in run["learned"]["curve"] if p["frechet"] <= there["frechet"]]
+    near = [p for p in run["gaussian"]["curve"] if p["frechet"] <= 1.05 * there["frechet"]]
+    told = {"target": there["frechet"]}
+    for cost in ("flops", "seconds"):
+        best = min((p[cost] for p in reached), default=None)
+        told[f"{cost} / 50 steps"] = None if best is None else best / there[cost]
+        told[f"{cost} / cheapest"] = None if best is None else best / min(p[cost] for p in near)
+    return told
+
+
+def at(arm: dict, solver: str, steps: int) -> dict:
+    """The arm's point of the curve by that solver in that many steps."""
+    return next(p for p in arm["curve"] if (p["solver"], p["steps"]) == (solver, steps))
+
+
+def spread(values) -> str | float:
+    """The median, least and most where there are several."""
+    values = sorted(values)
+    middle = statistics.median(values)
+    return middle if len(values) == 1 else f"{middle:.3g} ({values[0]:.3g} to {values[-1]:.3g})"
