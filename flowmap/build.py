@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.build_prior import build_prior, shipped_prior
-from flowmap.config import RecipeError
+from flowmap.config import RecipeError, kind_of
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, Styles, TextDataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
@@ -226,6 +226,8 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
     if start is not None and start.arrival and recipe.objective.diagonal:
         raise RecipeError(f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s")
+    if (share := getattr(net_within(net), "dropout", 0.0)) and (way := getattr(recipe.distillation, "derivative", "ride")) != "ride":
+        raise RecipeError(f"{recipe.name}: student.dropout: {share} wants objective.derivative: ride; {way!r} would see another mask")
     if isinstance(data, TextDataset):
         net = fitted(recipe, net, data)
     if isinstance(net_within(net), DiffusersModel):
@@ -261,7 +263,17 @@ def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None
         return None
     if teacher is None or teacher.network is None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
-    return teacher.network.config
+    config = teacher.network.config
+    return config if recipe.start.dropout is None else replace(config, net=_dropping(config.net, recipe))
+
+
+def _dropping(net: StudentSpec, recipe: Recipe) -> StudentSpec:
+    """The network's settings with the recipe's dropout."""
+    try:
+        return replace(net, dropout=recipe.start.dropout)
+    except (TypeError, ValueError) as error:
+        why = error if hasattr(net, "dropout") else f"a network of kind {kind_of(net, TABLES)} has none"
+        raise RecipeError(f"{recipe.name}: student.dropout: {why}") from error
 
 
 def started_folder(recipe: Recipe) -> Path:

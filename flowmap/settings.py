@@ -12,9 +12,11 @@ class FromTeacher:
     """The student is the teacher's network with its weights, beside silent branches for arrival time and guidance scale.
 
     lora: the weights stay frozen, adapters and branches are trained (a teacher of kind diffusers alone); `{}` is every default.
+    dropout: of the student's network in training, where that has such a setting (EDM's and EDM2's); null keeps what the teacher's says.
     """
 
     lora: LoRA | None = None
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)

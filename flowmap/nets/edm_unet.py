@@ -21,7 +21,7 @@ class Family:
 
     adaptive: the embedding scales and shifts after the second normalisation; otherwise it is added before. head: channels of one head of
     attention, None for a single head. scale: of each residual sum. projected: a skip that changes its size has a 1x1 convolution.
-    taps: of the filter with which sizes change.
+    taps: of the filter with which sizes change. dropout: before each block's second convolution, in training alone.
     """
 
     adaptive: bool
@@ -30,6 +30,7 @@ class Family:
     eps: float
     projected: bool
     taps: tuple[int, ...] = (1, 1)
+    dropout: float = 0.0
 
 
 SONG = Family(adaptive=False, head=None, scale=math.sqrt(0.5), eps=1e-6, projected=True)
@@ -111,8 +112,8 @@ class UNet(nn.Module):
 class SongUNet(UNet):
     """DDPM++; with ncsnpp NCSN++, whose encoder has a residual way past its blocks."""
 
-    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, ncsnpp: bool):
-        family = replace(SONG, taps=(1, 3, 3, 1)) if ncsnpp else SONG
+    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, ncsnpp: bool, dropout: float):
+        family = replace(SONG, taps=(1, 3, 3, 1) if ncsnpp else SONG.taps, dropout=dropout)
         super().__init__(size, channels, multipliers, num_blocks, attention_at, family, first=channels, residual=ncsnpp)
         noise = 2 * channels if ncsnpp else channels
         self.map_noise = Fourier(noise) if ncsnpp else Positional(noise, last=channels // 2 - 1)
@@ -149,8 +150,9 @@ class SongUNet(UNet):
 class DhariwalUNet(UNet):
     """ADM: the embedding scales and shifts, attention has heads of 64 channels."""
 
-    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None):
-        super().__init__(size, channels, multipliers, num_blocks, attention_at, DHARIWAL, first=channels * multipliers[0])
+    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, dropout: float):
+        family = replace(DHARIWAL, dropout=dropout)
+        super().__init__(size, channels, multipliers, num_blocks, attention_at, family, first=channels * multipliers[0])
         self.map_noise = Positional(channels, last=channels // 2)
         self.map_layer0 = nn.Linear(channels, 4 * channels)
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
@@ -183,7 +185,7 @@ class Block(nn.Module):
 
     def __init__(self, inside: int, out: int, emb: int, family: Family, *, way: str | None = None, attention: bool = False):
         super().__init__()
-        self.adaptive, self.scale = family.adaptive, family.scale
+        self.adaptive, self.scale, self.dropout = family.adaptive, family.scale, family.dropout
         self.heads = 0 if not attention else 1 if family.head is None else out // family.head
         self.norm0 = norm(inside, family.eps)
         self.conv0 = Conv(inside, out, 3, way, family.taps)
@@ -207,7 +209,8 @@ class Block(nn.Module):
             y = self.norm1(y) * (scale + 1) + shift
         else:
             y = self.norm1(y + told)
-        y = self.conv1(F.silu(y))
+        y = F.silu(y)
+        y = self.conv1(F.dropout(y, self.dropout) if self.training and self.dropout else y)
         x = (y + (x if self.skip is None else self.skip(x))) * self.scale
         return (self._attend(x) + x) * self.scale if self.heads else x
 

@@ -1,6 +1,7 @@
 """EDM's networks: their sizes are the published ones, their outputs the original implementation's, and the tangent rides through them."""
 
 import zlib
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -229,6 +230,21 @@ def test_a_new_network_says_little(family):
     assert out.abs().max() < 1e-3
 
 
+@families
+def test_dropout_is_for_training_alone(family):
+    plain, x_t = filled(family).float(), [v.float() for v in inputs()[:2]]
+    net = replace(SMALL[family], dropout=0.3).build(SHAPE, num_classes=10, arrival=False)
+    net.load_state_dict(plain.state_dict())
+    once = lambda seed: (torch.manual_seed(seed), net(*x_t, x_t[1], {"class": inputs()[2]}))[1]
+    assert torch.equal(net.eval() and once(0), plain(*x_t, x_t[1], {"class": inputs()[2]}))
+    net.train()
+    assert torch.equal(once(0), once(0)) and not torch.equal(once(0), once(1))
+    kept = once(0)
+    net.activation_checkpointing = True
+    first, again = (torch.autograd.grad(once(0).square().sum(), net.model.map_layer0.weight)[0] for _ in range(2))
+    assert torch.equal(once(0), kept) and torch.equal(first, again)
+
+
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_a_constant_stays_itself_at_twice_and_half_the_size(taps):
     x = torch.full((1, 2, 8, 8), 3.0)
@@ -249,6 +265,7 @@ def test_a_constant_stays_itself_at_twice_and_half_the_size(taps):
         (DDPMpp, {"num_blocks": 0}, "num_blocks: 0"),
         (ADM, {"channels": 32}, "channels: 32 must be a multiple of 64"),
         (ADM, {"sigma_data": 0.0}, "sigma_data: 0.0"),
+        (ADM, {"dropout": 1.0}, r"dropout: 1.0 must be in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_named(spec, settings, says):
