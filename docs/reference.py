@@ -13,8 +13,10 @@ from pathlib import Path
 
 from flowmap.config import kind_of
 from flowmap.kinds import TABLES
+from flowmap.list_verb import keys_of_slots
 from flowmap.recipe import Recipe
 
+KEYS = keys_of_slots()
 PAGE = Path(__file__).parent / "recipes.md"
 MARKERS = ("<!-- reference -->", "<!-- /reference -->")
 
@@ -48,14 +50,7 @@ def sections() -> dict[type, str]:
 
 def places(slot: type) -> list[str]:
     """The keys that take a value of this slot: "objective", "teacher.guidance", "times.base" ..."""
-    found = [key for key, cls in typing.get_type_hints(Recipe).items() if slot in (cls, *typing.get_args(cls))]
-    for cls, key in sections().items():
-        found += [f"{key}.{name}" for name, hint in typing.get_type_hints(cls).items() if slot in (hint, *typing.get_args(hint))]
-    for outer, table in TABLES.items():
-        hints = [(f.name, typing.get_type_hints(cls)[f.name]) for cls in table.values() for f in dataclasses.fields(cls)]
-        inside = [name for name, hint in hints if slot in (hint, *typing.get_args(hint))]
-        found += [f"{places(outer)[0]}.{name}" for name in inside] if outer is not slot else []
-    return list(dict.fromkeys(found))
+    return list(KEYS[slot])
 
 
 def says(cls: type) -> str:

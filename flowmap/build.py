@@ -14,6 +14,7 @@ from flowmap.config import RecipeError, kind_of
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, Styles, TextDataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
+from flowmap.kinds import TABLES, StudentSpec
 from flowmap.metrics import check_metrics
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
@@ -26,13 +27,14 @@ from flowmap.planning.named_networks import missing_weights
 from flowmap.planning.plan import (
     card_of,
     data_of,
-    dependency_folder,
     find_card,
     lora_card,
     pairs_identity,
     pairs_of,
+    pairs_recipes,
     pairs_teacher,
     start_recipes,
+    trained_run,
     weights_folder,
 )  # fmt: skip
 from flowmap.planning.provenance import baked_scale
@@ -119,8 +121,7 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     if slot is not None:
         built = build_teacher(alone, data)
     else:
-        trained = read_recipe(recipe.coupling.recipe)
-        student = load_student(_trained_student(trained, f"{recipe.name}: coupling.recipe: {recipe.coupling.recipe!r}"))
+        student = load_student(trained_run(pairs_recipes(recipe)[0], recipe, "coupling.recipe"))
         built = _same_start(recipe, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
     if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
         raise RecipeError(f"{recipe.name}: coupling: its teacher's samples are {built.network.config.shape}, those of the data {data.shape}")
@@ -164,7 +165,7 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
         return _exact(recipe.data), None, ()
     if card.kind == "diffusers":
         return _pretrained(card, recipe)
-    if card.kind == "edm2" and (line := missing_weights(card)):
+    if card.kind == "converted" and (line := missing_weights(card)):
         raise RecipeError(f"{recipe.name}: teacher.card: {line}")
     student = load_student(trained_folder(card, recipe) if card.kind == "recipe" else weights_folder(card))
     return NetworkTeacher(student.flow_map), student, (student.flow_map,)
@@ -186,15 +187,7 @@ def _exact(data) -> MixtureTeacher:
 
 
 def trained_folder(card: Card, recipe: Recipe) -> Path:
-    return _trained_student(read_recipe(card.recipe, recipe.teacher.overrides), f"{recipe.name}: teacher.card: {card.name!r}")
-
-
-def _trained_student(trained: Recipe, asked: str) -> Path:
-    """The folder of that recipe's run; RecipeError, which begins with who asked for it, where it has not been made."""
-    folder = dependency_folder(trained)
-    if not (folder / "student").is_dir():
-        raise RecipeError(f"{asked} is not trained yet; `flowmap fit` trains it first")
-    return folder
+    return trained_run(read_recipe(card.recipe, recipe.teacher.overrides), recipe, "teacher")
 
 
 def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None) -> tuple[Teacher, tuple[nn.Module, ...]]:
@@ -278,7 +271,7 @@ def _dropping(net: StudentSpec, recipe: Recipe) -> StudentSpec:
 
 def started_folder(recipe: Recipe) -> Path:
     """The student/ that a student of kind from_recipe starts from."""
-    return _trained_student(start_recipes(recipe)[0], f"{recipe.name}: student.recipe: {recipe.start.recipe!r}") / "student"
+    return trained_run(start_recipes(recipe)[0], recipe, "student.recipe") / "student"
 
 
 def _beside(recipe: Recipe) -> Autoencoder | None:

@@ -12,7 +12,7 @@ from flowmap.config import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.files import read_json
 from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
-from flowmap.planning.plan import code_recipes, dependency_folder, prior_recipes
+from flowmap.planning.plan import code_recipes, prior_recipes, trained_run
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student, read_config
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
@@ -32,7 +32,7 @@ def shipped_prior(recipe: Recipe) -> Shipped | None:
 
 def write_prior(recipe: Recipe, prior: LearnedPrior, folder: Path) -> None:
     """The recipe's built prior, written to folder/prior, where a student's weights lie, or will."""
-    run = dependency_folder(prior_recipes(recipe)[0])
+    run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
     save_prior(folder / PRIOR, _config(recipe, run / "student"), prior.model.state_dict(), prior.codes.tensors())
 
 
@@ -41,14 +41,11 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
     shipped = shipped_prior(recipe)
     if shipped is None:
         return None
-    trained = prior_recipes(recipe)[0]
-    run = dependency_folder(trained)
-    if not (run / "metrics.json").is_file():
-        raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
+    run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
     units = read_json(run / "metrics.json")["units"]
     if units["active"] == 0:
         raise RecipeError(
-            f"{recipe.name}: prior.recipe: {trained.name!r} has a collapsed posterior: 0 of {shipped.size} numbers of z are active, "
+            f"{recipe.name}: prior.recipe: {shipped.recipe!r} has a collapsed posterior: 0 of {shipped.size} numbers of z are active, "
             f"KL {sum(units['kl']):.3g} nats in all; lower its objective.kl or raise its objective.free_bits"
         )
     try:
@@ -84,10 +81,7 @@ def _flow_folder(recipe: Recipe) -> Path:
             f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
             f"not on those of {trained.name!r} ({trained.hash()})"
         )
-    folder = dependency_folder(flow)
-    if not (folder / "metrics.json").is_file():
-        raise RecipeError(f"{recipe.name}: prior.z.recipe: {flow.name!r} is not trained yet; `flowmap fit` trains it first")
-    return folder
+    return trained_run(flow, recipe, "prior.z.recipe")
 
 
 def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:

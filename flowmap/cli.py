@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
 
 from flowmap import __version__
 from flowmap.papers import PAPERS
@@ -189,21 +188,9 @@ def _show(a: argparse.Namespace) -> int:
 
 
 def _list(a: argparse.Namespace) -> int:
-    from flowmap.kinds import TABLES
-    from flowmap.planning.plan import list_cards
-    from flowmap.recipe import Recipe, find_recipe, list_recipes
+    from flowmap.list_verb import list_verb
 
-    print("recipes")
-    names = list_recipes()
-    width = max(map(len, names))
-    for name in names:
-        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
-        print(f"  {name:{width}s} {first.removeprefix('#').strip()}")
-    print("teachers\n  " + ", ".join(list_cards()))
-    keys = {slot: key for key, slot in get_type_hints(Recipe).items()}
-    for slot, table in TABLES.items():
-        print(f"{keys.get(slot, slot.__name__.lower())} kinds\n  {', '.join(table)}")
-    return 0
+    return list_verb(a)
 
 
 def _cite(a: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import types
 import typing
@@ -61,6 +62,11 @@ def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None
             if type(value) is cls:
                 return kind
     return None
+
+
+def short_hash(value: Any) -> str:
+    """Eight hexadecimal digits that change with what is printed of the value."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:

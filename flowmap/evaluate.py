@@ -21,7 +21,7 @@ from flowmap.flow.types import Cond
 from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
-from flowmap.student.student import ENCODED, Student
+from flowmap.student.student import Student
 from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
 Progress = Callable[[str], None]
@@ -151,7 +151,7 @@ class _Rows:
         return Euler(steps=steps)(lambda x, t: self.flow_map.velocity(x, t, cond), x1).x
 
     def _velocity(self, whose: str):
-        return self.guided.velocity if whose == "teacher" else lambda x, t, cond: self.flow_map.mean_velocity(x, t, t, cond)
+        return (self.guided if whose == "teacher" else self.flow_map).velocity
 
     def _many(self, whose: str, num: int, steps: int) -> list[Tensor]:
         """End points of `steps` steps, batch by batch: of a plain flow those of Euler's, whatever rule draws its few-step samples."""
@@ -253,11 +253,10 @@ def conditions_for(student: Student, data: Dataset, num: int, guidance: float | 
     if student.config.text is None and not student.config.descriptions:
         whole = student.conditions(num, guidance=guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
-    allowed = (*ENCODED, *(["class"] if student.config.num_classes else []), *student.config.descriptions)
 
     def at(places: Tensor) -> Cond:
         given = data.asked_at(places, num) if hasattr(data, "asked_at") else data.conditions_at(places * len(data) // num)
-        return student.conditions(len(places), {key: value for key, value in given.items() if key in allowed}, guidance)
+        return student.taken(len(places), given, guidance)
 
     at(torch.arange(1))
     return at

@@ -7,7 +7,6 @@ specs (data, student, metrics) have one build().  A slot in YAML is `kind` plus 
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path as File
@@ -16,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowmap.config import MISSING, RecipeError, construct, kind_of, to_plain
+from flowmap.config import MISSING, RecipeError, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear
@@ -79,6 +78,11 @@ class Recipe:
         return self.objective.base if isinstance(self.objective, Adversarial) else self.objective
 
     @property
+    def _key(self) -> str:
+        """The key under which `distillation` stands."""
+        return "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+
+    @property
     def start(self) -> StudentSpec:
         """Where the student's weights come from: the teacher, another recipe, or the network's own settings; of a stack, those of both."""
         return net_within(self.student)
@@ -104,11 +108,10 @@ class Recipe:
 
     def _check_pairs(self) -> None:
         kind, distance = kind_of(self.distillation, TABLES), getattr(self.distillation, "distance", None)
-        key = "objective.base" if isinstance(self.objective, Adversarial) else "objective"
         if not isinstance(self.coupling, Pairs) and isinstance(self.distillation, Endpoint):
             raise ValueError("coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean")
         if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
-            raise ValueError(f"{key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
+            raise ValueError(f"{self._key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs")
         if not isinstance(self.path, Linear):
             raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
         if self.teacher is not None and self.teacher.guidance is not None:
@@ -116,12 +119,10 @@ class Recipe:
 
     def _check_pictures(self) -> None:
         """The objective looks at pictures: those that the data's latents decode to, by a network that no metric has."""
-        key = "objective.base" if isinstance(self.objective, Adversarial) else "objective"
         where, net = ("perceptual" if isinstance(self.distillation, Endpoint) else "distance"), self.distillation.loss_net
         if not self.data.in_pixels and getattr(self.data, "autoencoder", None) is None:
-            raise ValueError(f"{key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder")
-        if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
-            raise ValueError(f"{key}.{where}.net: {net!r} is also a metric's; a loss and a metric must not share a network")
+            raise ValueError(f"{self._key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder")
+        self._check_unmeasured(net, f"{self._key}.{where}.net", "a loss")
 
     def _check_adversarial(self) -> None:
         where, spec = "objective.discriminator", self.objective.discriminator
@@ -132,8 +133,11 @@ class Recipe:
         if spec.trunk == "features":
             if not self.data.in_pixels:
                 raise ValueError(f"{where}.kind: 'features' looks at pictures, and the data's samples are latents")
-            if any(getattr(metric, "features", None) == spec.net for metric in self.metrics):
-                raise ValueError(f"{where}.net: {spec.net!r} is also a metric's; a discriminator and a metric must not share a network")
+            self._check_unmeasured(spec.net, f"{where}.net", "a discriminator")
+
+    def _check_unmeasured(self, net: str | None, key: str, what: str) -> None:
+        if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
+            raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
 
     def _check_prior(self) -> None:
         learned, objective = isinstance(self.prior, Learned), self.distillation
@@ -168,13 +172,11 @@ class Recipe:
 
     def hash(self) -> str:
         """Eight hexadecimal digits that change with anything that changes the result (not with how the run is logged)."""
-        plain = {key: value for key, value in to_plain(self, TABLES).items() if key != "log"}
-        return hashlib.sha256(repr(plain).encode()).hexdigest()[:8]
+        return short_hash({key: value for key, value in to_plain(self, TABLES).items() if key != "log"})
 
     def missing(self) -> list[str]:
         """Keys whose value is ??? and must be given before a run."""
         return _missing(to_plain(self, TABLES), "")
-
 
 
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:

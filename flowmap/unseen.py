@@ -17,7 +17,7 @@ from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
 from flowmap.recipe import Recipe
 from flowmap.shards.make_pairs import Maker
-from flowmap.student.student import ENCODED, Student
+from flowmap.student.student import Student
 
 Velocity = Callable[[Tensor, Tensor, Cond | None], Tensor]
 
@@ -86,7 +86,7 @@ def loss_by_time(
     spec = LossByTime(images, tuple(times))
     draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
     metric = spec.build()
-    add_losses(metric, recipe, lambda x, t, cond: student.flow_map.mean_velocity(x, t, t, cond), draws)
+    add_losses(metric, recipe, student.flow_map.velocity, draws)
     return dict(zip(spec.times, metric.losses(), strict=True))
 
 
@@ -127,8 +127,7 @@ def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Co
     """Of those conditions, what the student takes; ValueError where it wants classes and there are none."""
     if student.config.num_classes and "class" not in cond:
         raise ValueError("metrics: inversion and loss_by_time want the classes of held-out samples, and the data has none")
-    allowed = (*(ENCODED if student.config.text is not None else ()), *(["class"] if student.config.num_classes else []))
-    return student.conditions(num, {key: value for key, value in cond.items() if key in allowed}, guidance)
+    return student.taken(num, cond, guidance)
 
 
 def _mine(num: int) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flowmap.flow.path import Linear
 from flowmap.flow.types import along
-from tests.oracle import GAUSSIAN, draw
+from tests.oracle import GAUSSIAN, draw, draw_times
 
+NET = f"{__name__}:one_sided"
 MEAN, STD = GAUSSIAN.mean[0], GAUSSIAN.std
 
 
@@ -26,3 +28,25 @@ class StraightStudent:
 
     def __call__(self, x, t, s, cond=None):
         return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+
+
+class Refuses:
+    """A teacher that nobody may ask."""
+
+    def velocity(self, x, t, cond=None):
+        raise AssertionError("the teacher is in the pairs")
+
+
+def drawn(cond=None, seed=2):
+    """Pairs of the exact flow at times of their own."""
+    return Linear().sample(*pair(seed=seed), *draw_times(), cond)
+
+
+def loose(seed=5):
+    """Data and noise that have nothing to do with one another: every term is far from zero."""
+    return Linear().sample(draw(seed=seed), draw(seed=seed + 1), *draw_times())
+
+
+def one_sided(a, b):
+    """A distance that is not the same from both ends, (B,)."""
+    return ((a - b).square() * (1 + b.square())).flatten(1).mean(1)

@@ -140,7 +140,7 @@ def kl(channels: int):
 
 TEACHERS = {
     "no such folder": (card("/pipe", "/nowhere"), "no such folder, and no hub id (owner/name)"),
-    "an edm2 card without weights": (card("kind: diffusers", "kind: edm2"), "fetch its pickle and run `flowmap import"),
+    "a card of converted weights without weights": (card("kind: diffusers", "kind: converted"), "fetch its pickle and run `flowmap import"),
     "a card without a shape": (card("shape: [4, 8, 8]", ""), "card.yaml: shape: [] is not the shape of what the model denoises"),
     "an unknown prediction": (edit(SCHEDULER, prediction_type="score"), "prediction_type 'score' is not one of epsilon, sample"),
     "an unknown scheduler": (edit(SCHEDULER, _class_name="NoSuchScheduler"), "diffusers has no 'NoSuchScheduler'"),

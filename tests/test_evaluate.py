@@ -9,6 +9,7 @@ import torch
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.evaluate import evaluate, measure
+from flowmap.files import write_json
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
@@ -28,6 +29,9 @@ class Exact(torch.nn.Module):
     def mean_velocity(self, x, t, s, cond=None):
         moving = (t - s).clamp_min(1e-6).unsqueeze(1)
         return torch.where(t.unsqueeze(1) > s.unsqueeze(1), (x - self(x, t, s)) / moving, self.teacher.velocity(x, t))
+
+    def velocity(self, x, t, cond=None):
+        return self.teacher.velocity(x, t)
 
     def forward(self, x, t, s, cond=None):
         return self.teacher.flow_map(x, t, s)
@@ -80,6 +84,7 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
         for parameter in trained.parameters():
             parameter.normal_(std=0.2)
     save_student(stage.folder / "student", config, trained.state_dict(), recipe=stage.recipe.to_yaml(), card="")
+    write_json(stage.folder / "metrics.json", {})
     from flowmap.student.snapshots import save_snapshot
 
     save_snapshot(stage.folder, 100, 0.05, trained.state_dict())

@@ -1,5 +1,7 @@
 """The loss by time of an exact velocity is the conditional variance in closed form; that of a straight coupling is 0; draws are unseen ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,8 +9,12 @@ import torch.multiprocessing as mp
 
 from flowmap.build import build_data, student_config
 from flowmap.config import RecipeError
+from flowmap.data import TextDataset
+from flowmap.data.text import Attribute
 from flowmap.evaluate import evaluate, measure
 from flowmap.files import write_tensors
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
 from flowmap.teachers.exact import GaussianTeacher
@@ -33,9 +39,6 @@ class Straight:
     def mean_velocity(self, x, t, s, cond=None):
         return (1 - STD) * x / ((1 - t) * STD + t)[:, None]
 
-    def __call__(self, x, t, s, cond=None):
-        return x + (s - t)[:, None] * self.mean_velocity(x, t, s)
-
 
 class Kept:
     """Leaves noise as it is, or gives a training sample of the class that is asked for."""
@@ -49,22 +52,16 @@ class Kept:
         first = torch.stack([(self.data.labels == k).nonzero()[0, 0] for k in range(10)])
         return x - self.data.train[first[cond["class"]]]
 
-    def __call__(self, x, t, s, cond=None):
-        return x + (s - t).view(-1, 1, 1, 1) * self.mean_velocity(x, t, s, cond)
 
-
-class Net(torch.nn.Module):
+class Net(FlowMapNet):
     """An exact flow in a network's clothes."""
 
     def __init__(self, flow):
-        super().__init__()
-        self.flow, self.weight = flow, torch.nn.Parameter(torch.zeros(1))
+        super().__init__(torch.nn.Linear(1, 1))
+        self.flow = flow
 
     def mean_velocity(self, x, t, s, cond=None):
         return self.flow.mean_velocity(x, t, s, cond)
-
-    def forward(self, x, t, s, cond=None):
-        return self.flow(x, t, s, cond)
 
 
 def made(text, tmp_path, flow, *overrides):
@@ -115,6 +112,15 @@ def test_classes_come_with_the_samples(tmp_path):
     none = type(data)("none", data.train, data.held_out[:0])
     with pytest.raises(ValueError, match="data.held_out is 0"):
         held_out_draws(recipe, student, none, 70)
+
+
+def test_attributes_come_with_the_sentences(tmp_path):
+    recipe, student, _ = made(GAUSS, tmp_path, Straight())
+    style, codes = Attribute("style", ("plain", "odd")), {"style": torch.arange(9) % 2}
+    data = TextDataset("text", torch.randn(9, 2), torch.randn(9, 2), attributes=(style,), codes=codes, held_out_codes=codes)
+    told = Student(replace(student.config, net=MLP(), attributes=(style,)), student.flow_map)
+    assert torch.equal(held_out_draws(recipe, told, data, 7).cond["style"], codes["style"][:7])
+    assert held_out_draws(recipe, student, data, 7).cond == {}
 
 
 METRICS = "metrics=[{kind: inversion, images: 100, solver: {kind: euler, steps: 3}}, {kind: loss_by_time, images: 100, times: [0.5]}]"

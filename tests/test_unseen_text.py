@@ -41,6 +41,9 @@ class Painter(torch.nn.Module):
         picture = cond["pooled"].repeat(1, 32).reshape(len(x), 3, 8, 8) / 4
         return x - picture if self.reads else torch.zeros_like(x)
 
+    def velocity(self, x, t, cond=None):
+        return self.mean_velocity(x, t, t, cond)
+
     def forward(self, x, t, s, cond=None):
         return x + (s - t).view(-1, 1, 1, 1) * self.mean_velocity(x, t, s, cond)
 

@@ -120,7 +120,7 @@ class Text(Source):
         return {"autoencoder": self.autoencoder.identity(), "infill": self.infill}
 
     def _chosen(self, found: Sequence[Sentence]) -> list[Sentence]:
-        known = {LENGTH, *(name for one in found[:1000] for name in one.attributes), *(name for one in found for name in one.attributes)}
+        known = {LENGTH, *(name for one in found for name in one.attributes)}
         rules = [tuple(rule.split("=", 1)) for rule in self.only]
         for name in (*self.attributes, *(name for name, _ in rules)):
             if name not in known:

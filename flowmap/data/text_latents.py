@@ -16,7 +16,7 @@ from flowmap.data.text import Text, outer_thirds
 
 
 class Latent:
-    """latent(texts): (N, *shape) float32, read from the folder where they lie already, else made and written there."""
+    """latent(texts): (N, *shape) float32, read from the folder where they lie already and whole, else made and written there."""
 
     def __init__(self, spec: Text, counts: Counter):
         self.spec, self.counts = spec, counts
@@ -44,18 +44,29 @@ class Latent:
         return coder.to("cuda") if torch.cuda.is_available() else coder
 
     def _kept(self, texts: list[str]) -> Tensor:
-        from safetensors.torch import load_file
-
         path = self.path(texts) if self.spec.root else None
-        made = load_file(path) if path is not None and path.is_file() else self._made(texts)
-        if path is not None and not path.is_file():
-            _write(path, made)
+        made = None if path is None else _read(path)
+        if made is None:
+            made = self._made(texts)
+            if path is not None:
+                _write(path, made)
         self.counts["cut"] += int(made["cut"])
         return made["latents"].float()
 
     def _made(self, texts: list[str]) -> dict[str, Tensor]:
         z, cut = self._coder.encode(texts, count_cut=True)
         return {"latents": z.half().cpu().contiguous(), "cut": torch.tensor([cut])}
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What is kept there; None where nothing is, or it is torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.is_file() else None
+    except SafetensorError:
+        return None
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

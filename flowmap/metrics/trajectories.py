@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from flowmap.flow.types import along
+from flowmap.metrics.mean import MeanScore
 
 
-class StraightnessScore(Metric):
+class StraightnessScore(MeanScore):
     """S = mean over steps of |dx/dt - (x1_end - x0_start)|^2, a dimension; 0 on straight paths at constant speed.
 
     Steps are weighted by their length in t, so S is the integral over time, and the plain mean where steps are equal.
     """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, trajectory: Tensor, times: Tensor) -> None:
@@ -38,21 +29,9 @@ class StraightnessScore(Metric):
         self.total += (off * steps / length).sum() * x.shape[1]
         self.count += x.shape[1]
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
-
-class EndpointScore(Metric):
+class EndpointScore(MeanScore):
     """Root mean square, a dimension, between few-step and many-step end points from the same noise."""
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, few: Tensor, many: Tensor) -> None:
@@ -63,4 +42,4 @@ class EndpointScore(Metric):
         self.count += few.numel()
 
     def compute(self) -> Tensor:
-        return (self.total / self.count).sqrt()
+        return super().compute().sqrt()

@@ -35,7 +35,7 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
         return net_of(read_recipe(card.recipe, recipe.teacher.overrides))
     if card.kind == "diffusers" and on_this_machine(card):
         return read_spec(card.source, card.revision)
-    if card.kind == "edm2" and missing_weights(card) is None:
+    if card.kind == "converted" and missing_weights(card) is None:
         return read_config(weights_folder(card) / "config.json").net
     if not card.network:
         return None
@@ -79,7 +79,7 @@ def on_this_machine(card: Card) -> bool:
 def check_teachers(recipe: Recipe) -> None:
     """RecipeError where a pretrained teacher is not there, is not one that is known, or has other latents; its weights are not read."""
     for card in teacher_cards(recipe):
-        if card.kind == "edm2" and (line := missing_weights(card)):
+        if card.kind == "converted" and (line := missing_weights(card)):
             raise RecipeError(f"{recipe.name}: teacher.card: {line}")
         try:
             if card.kind == "diffusers":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import RecipeError, to_plain
+from flowmap.config import RecipeError, short_hash, to_plain
 from flowmap.data import Encoded, Pairs, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
@@ -163,7 +162,7 @@ def data_of(recipe: Recipe) -> Any:
 def _encoding_hash(recipe: Recipe, trained: list[Recipe]) -> str:
     """Eight hexadecimal digits of all that the stored samples depend on: recipes that share them share the folder."""
     plain = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in (f.name for f in fields(Source))}
-    return hashlib.sha256(repr((plain, [one.hash() for one in trained])).encode()).hexdigest()[:8]
+    return short_hash((plain, [one.hash() for one in trained]))
 
 
 def teacher_cards(recipe: Recipe) -> list[Card]:
@@ -232,7 +231,7 @@ def pairs_of(recipe: Recipe) -> Pairs:
     parts = (plain, data, [one.hash() for one in (*pairs_recipes(recipe), *autoencoder_recipes(recipe))])
     if isinstance(recipe.prior, Learned):
         parts += (to_plain(recipe.prior, TABLES), [one.hash() for one in prior_recipes(recipe)])
-    return replace(recipe.coupling, root=str(runs_root() / f"pairs-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"))
+    return replace(recipe.coupling, root=str(runs_root() / f"pairs-{short_hash(parts)}"))
 
 
 def pairs_identity(recipe: Recipe) -> dict[str, Any]:
@@ -247,7 +246,7 @@ def weights_of(named: Card | Recipe) -> Path | None:
     if named.kind == "diffusers":
         folder = Path(named.source)
         return next((part for name in ("transformer", "unet") if (part := folder / name).is_dir()), None) if folder.is_dir() else None
-    return weights_folder(named) if named.kind == "edm2" else None
+    return weights_folder(named) if named.kind == "converted" else None
 
 
 def weights_folder(card: Card) -> Path:
@@ -284,6 +283,14 @@ def dependency_folder(recipe: Recipe) -> Path:
     named = runs_root() / f"{recipe.name}-{recipe.hash()}"
     older = sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))
     return next((folder for folder in (runs_root() / recipe.name, named, *older) if is_complete(folder, recipe)), named)
+
+
+def trained_run(trained: Recipe, recipe: Recipe, slot: str) -> Path:
+    """The folder of the finished run of a recipe that `slot` of another names; RecipeError where there is none."""
+    folder = dependency_folder(trained)
+    if not (folder / "metrics.json").is_file():
+        raise RecipeError(f"{recipe.name}: {slot}: {trained.name!r} is not trained yet; `flowmap fit --recipe {recipe.name}` trains it first")
+    return folder
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:

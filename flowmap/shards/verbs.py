@@ -10,7 +10,7 @@ import torch
 
 from flowmap.data import Encoded, Pairs
 from flowmap.files import check_writable
-from flowmap.planning.plan import autoencoder_recipes, data_of, dependency_folder, pairs_of
+from flowmap.planning.plan import autoencoder_recipes, data_of, pairs_of, trained_run
 from flowmap.recipe import read_recipe
 from flowmap.shards.encode import encode
 
@@ -20,8 +20,7 @@ def encode_verb(a: Namespace, device: torch.device) -> int:
     if not isinstance(recipe.data, Encoded):
         raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
     for trained in autoencoder_recipes(recipe):
-        if not (dependency_folder(trained) / "student").is_dir():
-            raise ValueError(f"data.autoencoder.recipe: {trained.name!r} is not trained yet: `flowmap fit --recipe {trained.name}` trains it")
+        trained_run(trained, recipe, "data.autoencoder.recipe")
     spec = data_of(recipe)
     folder = Path(a.out or spec.root)
     check_writable(folder, "--out")

@@ -28,6 +28,14 @@ def prompts_of(num: int, cond: Mapping[str, Any] | None) -> list[str] | None:
     return [prompt] * num if isinstance(prompt, str) else None if prompt is None else list(prompt)
 
 
+def texts_of(value: Any, num: int, key: str) -> list[str]:
+    """One text for all, or one each, as `num` texts; ValueError names `key`."""
+    texts = [value] * num if isinstance(value, str) else list(value)
+    if len(texts) != num or not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"{key}: {len(texts)} given; allowed: one text, or {num} texts")
+    return texts
+
+
 def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
     """One value for all, or one each, as (num,) of that type; ValueError names `key`."""
     try:

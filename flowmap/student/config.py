@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from flowmap.config import kind_of
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
@@ -18,6 +20,11 @@ from flowmap.student.prior import Shipped
 
 FORMAT = 1
 BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
+
+
+def found_beside(spec: Any, folder: Path | None) -> Any:
+    """An autoencoder (or None) whose source is the folder beside the weights, told where that is; any other as it is."""
+    return replace(spec, source=str(folder / BESIDE)) if spec is not None and spec.source == BESIDE and folder is not None else spec
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmap.config import RecipeError, construct, to_plain
-from flowmap.files import read_json, read_tensors, write_json, write_tensors, write_text
+from flowmap.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
@@ -20,7 +20,8 @@ from flowmap.student.config import BESIDE, FORMAT, StudentConfig
 from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
 
-FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")  # beside which lie the folders of what it needs
+FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
+FOLDERS = (BESIDE, PRIOR)  # what may lie beside these files: whatever the student needs beyond its own weights
 MAX_SIZE = 1 << 28  # entries of a sample
 
 
@@ -30,6 +31,12 @@ def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tens
     write_json(folder / "config.json", to_plain(config, TABLES))
     write_text(folder / "recipe.yaml", recipe)
     write_text(folder / "README.md", card)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """What lies beside the weights in one student folder (its autoencoder, its prior), copied into another."""
+    for part in FOLDERS:
+        copy_folder(source / part, target / part)
 
 
 def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
@@ -76,7 +83,7 @@ def _local(source: str | Path) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(source, allow_patterns=[*FILES, f"{BESIDE}/*", f"{PRIOR}/*"]))
+            return Path(snapshot_download(source, allow_patterns=[*FILES, *(f"{part}/*" for part in FOLDERS)]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
     raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from flowmap.export.folder import check_free, whole_folder
-from flowmap.files import copy_folder, read_json, read_tensors
+from flowmap.files import read_json, read_tensors
 from flowmap.nets.flow_map import SILENT
-from flowmap.student.config import BESIDE, StudentConfig
-from flowmap.student.folder import load_student, save_student
+from flowmap.student.config import StudentConfig
+from flowmap.student.folder import copy_beside, load_student, save_student
 from flowmap.student.lora_file import read_lora
 from flowmap.student.student import Student
 
@@ -108,9 +108,9 @@ def write_merged(merged: Merged, student: Student, out: str | Path, *, overwrite
     text = recipe.read_text(encoding="utf-8") if recipe is not None and recipe.is_file() else ""
     note = {"recipe": merged.config.recipe, "merged": [report.what for report in merged.reports], "report": merged.lines()}
     with whole_folder(Path(out), note, overwrite=overwrite, mark=MARK, what="merge") as folder:
+        if student.folder is not None:
+            copy_beside(student.folder, folder)
         save_student(folder, merged.config, merged.weights, recipe=text, card=_card(merged))
-        if merged.config.autoencoder is not None and merged.config.autoencoder.source == BESIDE and student.folder is not None:
-            copy_folder(student.folder / BESIDE, folder / BESIDE)
     return Path(out)
 
 

@@ -17,8 +17,8 @@ from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
-from flowmap.student.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of
-from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of, texts_of
+from flowmap.student.config import StudentConfig, found_beside
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
@@ -159,9 +159,7 @@ class Student(Sentences):
     @cached_property
     def autoencoder(self) -> FrozenAutoencoder | None:
         """The frozen autoencoder that makes pictures of latents, loaded when first asked for; None where samples are no latents."""
-        spec = self.config.autoencoder
-        if spec is not None and spec.source == BESIDE and self.folder is not None:
-            spec = replace(spec, source=str(self.folder / BESIDE))
+        spec = found_beside(self.config.autoencoder, self.folder)
         if isinstance(spec, DiffusersAutoencoder):
             spec.check_channels(self.config.shape[0])
         return None if spec is None else spec.load()
@@ -203,6 +201,11 @@ class Student(Sentences):
                 warnings.warn(f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
         return rows
 
+    def taken(self, num: int, cond: Mapping[str, Any], guidance: float | None = None) -> dict[str, Tensor]:
+        """The conditions of `num` samples of the data, of which this student takes those that it knows."""
+        known = (*(ENCODED if self.config.text is not None else ()), *(("class",) if self.config.num_classes else ()), *self.config.descriptions)
+        return self.conditions(num, {key: value for key, value in cond.items() if key in known}, guidance)
+
     def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
         """What the network reads of prompts: encoded here, or already by the caller."""
         encoded = {key: cond[key].to(self.device) for key in ENCODED if key in cond}
@@ -213,9 +216,7 @@ class Student(Sentences):
         prompt = cond.get("prompt")
         if prompt is None:
             raise ValueError("prompt: is required: this student is conditioned on text")
-        prompts = [prompt] * num if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != num or not all(isinstance(one, str) for one in prompts):
-            raise ValueError(f"prompt: {len(prompts)} given; allowed: one text, or {num} texts")
+        prompts = texts_of(prompt, num, "prompt")
         place = {one: i for i, one in enumerate(dict.fromkeys(prompts))}
         places = torch.tensor([place[one] for one in prompts], device=self.device)
         self.text.to(self.device)
@@ -230,5 +231,3 @@ class Student(Sentences):
             bad = labels[(labels < -1) | (labels >= count)][0].item()
             raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")
         return labels.to(self.device)
-
-

@@ -18,7 +18,8 @@ from flowmap.data.tokens import BPE, Pair
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
 from flowmap.kinds import left_by
-from flowmap.student.config import BESIDE
+from flowmap.student.conditions import texts_of
+from flowmap.student.config import found_beside
 
 if TYPE_CHECKING:
     from flowmap.kinds import StudentSpec
@@ -47,9 +48,7 @@ class Sentences:
     @cached_property
     def words(self):
         """The frozen text autoencoder, loaded when first asked for; None where samples are no sentences."""
-        spec = self.config.text_autoencoder
-        if spec is not None and spec.source == BESIDE and self.folder is not None:
-            spec = replace(spec, source=str(self.folder / BESIDE))
+        spec = found_beside(self.config.text_autoencoder, self.folder)
         coder = None if spec is None else spec.load()
         if coder is not None and tuple(coder.shape) != tuple(self.config.shape):
             raise ValueError(f"text_autoencoder: its latents have shape {tuple(coder.shape)}, the student's samples {tuple(self.config.shape)}")
@@ -138,10 +137,7 @@ def _context(student: Student, num: int, name: str, given: Any) -> Tensor:
         return given.to(student.device)
     if given is None:
         return torch.zeros(num, *student.config.shape, device=student.device)
-    texts = [given] * num if isinstance(given, str) else list(given)
-    if len(texts) != num or not all(isinstance(one, str) for one in texts):
-        raise ValueError(f"{name}: {len(texts)} given; allowed: one text, or {num} texts")
-    return student.words.to(student.device).encode(texts).to(student.device)
+    return student.words.to(student.device).encode(texts_of(given, num, name)).to(student.device)
 
 
 def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool) -> list[str]:

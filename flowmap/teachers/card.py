@@ -9,13 +9,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-KINDS = ("recipe", "exact", "edm2", "diffusers", "autoencoder")
+KINDS = ("recipe", "exact", "converted", "diffusers", "autoencoder")
 
 
 @dataclass
 class Card:
-    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "edm2", "diffusers";
-    "autoencoder" is no teacher, and says what its latents are: shape is that of a picture of `pixels` a side.
+    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "diffusers", "converted" (published
+    pickles, by `flowmap import`); "autoencoder" is no teacher, and says what its latents are: shape is that of a picture of `pixels` a side.
 
     network: what it is built of, so that its size is known where its weights are not; fetch: how to get them.
     """

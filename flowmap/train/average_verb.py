@@ -6,11 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flowmap.files import check_writable, copy_folder
+from flowmap.files import check_writable
 from flowmap.recipe import read_resolved
-from flowmap.student.config import BESIDE
-from flowmap.student.folder import load_student, save_student
-from flowmap.student.prior import PRIOR
+from flowmap.student.folder import copy_beside, load_student, save_student
 from flowmap.student.snapshots import combine
 from flowmap.train.card import model_card
 
@@ -23,9 +21,7 @@ def average_verb(a: argparse.Namespace) -> int:
     recipe, config = read_resolved(run / "recipe.yaml"), load_student(run).config
     weights = combine(run, std=a.std, step=a.step)
     config = replace(config, step=config.step if a.step is None else a.step)
-    for part in (BESIDE, PRIOR):  # what lies beside the weights goes along
-        if (run / "student" / part).is_dir():
-            copy_folder(run / "student" / part, out / part)
+    copy_beside(run / "student", out)
     save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
     print(out)
     return 0

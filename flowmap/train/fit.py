@@ -84,7 +84,7 @@ def fit(
     overwrite. clock: counts the seconds of the recipe's own training, and may end it before its last step. Raises RecipeError for a
     user's mistake, FitError where training had to stop.
     """
-    say = _silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
+    say = silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = Path(out) if out else runs_root() / recipe.name
     if recipe.missing():
         raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
@@ -112,7 +112,7 @@ def fit(
     return Run(folder, {} if is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
 
 
-def _silent(message: str) -> None: ...
+def silent(message: str) -> None: ...
 
 
 def make(stage: Encoding | Pairing, say: Say) -> None:

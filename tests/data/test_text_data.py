@@ -57,6 +57,39 @@ def test_a_data_set(wordnet):
     assert all(text.endswith(" v") for text in only.texts)
 
 
+class Counting:
+    """A text autoencoder that counts how often it is asked: a latent is the sentence's length."""
+
+    asked = 0
+
+    def identity(self):
+        return {"id": "counting"}
+
+    def load(self):
+        return self
+
+    def to(self, device):
+        return self
+
+    def encode(self, texts, count_cut):
+        self.asked += 1
+        return torch.tensor([[float(len(one))] for one in texts]), 1
+
+
+def test_latents_are_kept_and_made_anew_where_what_is_kept_is_torn(wordnet, tmp_path):
+    coder, folder = Counting(), tmp_path / "latents"
+    text = Text(sentences=wordnet, autoencoder=coder, root=str(folder), held_out=0.2)
+    first = text.build()
+    assert coder.asked == 2 and len(list(folder.iterdir())) == 2
+    assert torch.equal(text.build().train, first.train) and coder.asked == 2
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in whole:
+        path.write_bytes(path.read_bytes()[:-3])
+    again = text.build()
+    assert coder.asked == 4 and torch.equal(again.train, first.train) and again.counts == first.counts
+    assert {path: path.read_bytes() for path in folder.iterdir()} == whole
+
+
 def test_the_same_texts_give_the_same_tokenizer_and_every_text_comes_back(tmp_path):
     texts = ["the café of naïve owls, 3.5 km away; \"why?\"", "日本語 and emoji 🦉", "a", "the the the"]
     one, two = (BPE(vocab=290, max_tokens=80).fit(texts) for _ in range(2))

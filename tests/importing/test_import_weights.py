@@ -178,7 +178,7 @@ def test_from_pickles_to_a_student(theirs, command, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
     for i, name in enumerate(("strong", "weak")):
         written(tmp_path / f"{name}.pkl", theirs, seed=i)
-        (tmp_path / f"{name}.yaml").write_text("kind: edm2\nsource: tests\nshape: [3, 8, 8]\nnum_classes: 5\n")
+        (tmp_path / f"{name}.yaml").write_text("kind: converted\nsource: tests\nshape: [3, 8, 8]\nnum_classes: 5\n")
     (tmp_path / "pictures").mkdir()
     save_file({"x0": torch.randn(400, 3, 8, 8).clamp(-1, 1), "class": torch.arange(400) % 5}, tmp_path / "pictures" / "0.safetensors")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=tmp_path))

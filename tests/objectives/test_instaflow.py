@@ -13,17 +13,11 @@ from flowmap.objectives import OBJECTIVES, Endpoint
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, Network, Pictures
 from flowmap.objectives.rectified import LPIPSHuber, Rectified
 from tests.oracle import GAUSSIAN, ExactStudent, draw, draw_times
-from tests.straight import pair
+from tests.straight import NET, Refuses, drawn, loose, one_sided
 
-NET = f"{__name__}:one_sided"
 SEES = {"network": Network(NET), "pictures": Pictures()}
 OBJECTS = {"squared": Endpoint(), **{name: Endpoint(seen, 0, 0.25) for name, seen in SEES.items()}, "alone": Endpoint(Pictures())}
 objectives = pytest.mark.parametrize("objective", OBJECTS.values(), ids=OBJECTS)
-
-
-def one_sided(a, b):
-    """A distance that is not the same from both ends, (B,)."""
-    return ((a - b).square() * (1 + b.square())).flatten(1).mean(1)
 
 
 class Nearly(nn.Module):
@@ -44,20 +38,6 @@ class Decoded(Nearly):
 
     def pictures(self, x):
         return torch.cat([2 * x, x.square()], -1)
-
-
-class Refuses:
-    def velocity(self, x, t, cond=None):
-        raise AssertionError("the teacher is in the pairs")
-
-
-def drawn(cond=None, seed=2):
-    return Linear().sample(*pair(seed=seed), *draw_times(), cond)
-
-
-def loose(seed=5):
-    """Data and noise that have nothing to do with one another: every term is far from zero."""
-    return Linear().sample(draw(seed=seed), draw(seed=seed + 1), *draw_times())
 
 
 def by_hand(objective, student, sample, pictures):

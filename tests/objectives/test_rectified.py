@@ -10,18 +10,12 @@ from flowmap.flow.path import Linear
 from flowmap.objectives import OBJECTIVES
 from flowmap.objectives.perceptual import EfficientNetLite0, RandomConv, check_name, distance_by
 from flowmap.objectives.rectified import LPIPSHuber, Rectified
-from tests.oracle import GAUSSIAN, draw, draw_times
-from tests.straight import StraightStudent, pair
+from tests.oracle import GAUSSIAN, draw
+from tests.straight import NET, Refuses, StraightStudent, drawn, loose, one_sided, pair
 
-NET = f"{__name__}:one_sided"
 PLAIN = [Squared(), PseudoHuber(), PseudoHuber(0.02)]
 LPIPS = [LPIPSHuber(net=NET), LPIPSHuber(net=NET, weight="inverse_time", scale=0.01)]
 distances = pytest.mark.parametrize("distance", PLAIN + LPIPS, ids=["squared", "huber", "huber .02", "lpips", "lpips / t"])
-
-
-def one_sided(a, b):
-    """A distance that is not the same from both ends, (B,)."""
-    return ((a - b).square() * (1 + b.square())).flatten(1).mean(1)
 
 
 class Nearly(nn.Module):
@@ -35,21 +29,6 @@ class Nearly(nn.Module):
     def mean_velocity(self, x, t, s, cond=None):
         self.asked = (x, t, s, cond)
         return self.scale * self.exact.mean_velocity(x, t, s) + self.shift
-
-
-class Refuses:
-    def velocity(self, x, t, cond=None):
-        raise AssertionError("the teacher is in the pairs")
-
-
-def drawn(cond=None, seed=2):
-    """Pairs of the exact flow at their own times; arrivals play no part."""
-    return Linear().sample(*pair(seed=seed), *draw_times(), cond)
-
-
-def loose(seed=5):
-    """Data and noise that have nothing to do with one another: every term is far from zero."""
-    return Linear().sample(draw(seed=seed), draw(seed=seed + 1), *draw_times())
 
 
 def by_hand(distance, velocity, sample):

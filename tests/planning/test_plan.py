@@ -76,7 +76,8 @@ def test_fit_makes_all_of_it_once_and_the_student_carries_its_autoencoder(recipe
 
 def test_before_anything_is_made(recipes, command):
     code, out, err = command("encode", "--recipe", recipes / "student.yaml")
-    assert code == 2 and "'ae' is not trained yet" in err.replace(f"{recipes.name}-", "") and len(err.splitlines()) == 1
+    says = "student: data.autoencoder.recipe: 'ae' is not trained yet; `flowmap fit --recipe student` trains it first"
+    assert code == 2 and says in err.replace(f"{recipes.name}-", "") and len(err.splitlines()) == 1
     code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--dry-run")
     assert code == 0 and "nothing is missing" in out  # the pictures are there: fit makes the rest
 

@@ -11,18 +11,20 @@ from safetensors.torch import save_file
 
 from flowmap.files import read_tensors, write_tensors
 from flowmap.nets import MLP, Stacked
+from flowmap.nets.auxiliary import ConvPrior
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.merge import MARK, merge
+from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.student.student import Student
 from tests.conftest import bytes_of
 from tests.oracle import draw
 
 
-def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True):  # noqa: B008
+def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True, shape=(2,), prior=None):  # noqa: B008
     torch.manual_seed(seed)
-    config = StudentConfig(spec, Deterministic(), (2,), clamp=False, arrival=arrival, recipe="mine", step=9)
+    config = StudentConfig(spec, Deterministic(), shape, clamp=False, arrival=arrival, prior=prior, recipe="mine", step=9)
     student = Student(config, config.build().eval(), folder)
     save_student(folder, config, student.flow_map.state_dict(), recipe="", card="# mine\n")
     return folder
@@ -70,6 +72,22 @@ def test_a_stack_takes_it_twice(three, tmp_path):
         key = f"net.{part}.enter.weight"
         assert torch.equal(merged.weights[key], student.flow_map.state_dict()[key] + change)
     assert len(merged.reports[0].changed) == 2 * len(weights(base))
+
+
+def test_what_lies_beside_the_weights_goes_along(tmp_path, command):
+    net, shape = ConvPrior(size=3, channels=(8,), groups=4), (1, 4, 4)
+    student = saved(tmp_path / "student", shape=shape, prior=Shipped(3, 1.0, False, "prior", "0" * 8))
+    base, custom = (saved(tmp_path / name, seed=seed, shape=shape, arrival=False) for seed, name in enumerate(("base", "custom"), 1))
+    save_prior(student / PRIOR, PriorConfig(net, shape), net.build(shape).state_dict(), {})
+    write_tensors(student / "autoencoder" / "part" / "model.safetensors", {"one": torch.ones(1)})
+    code, _, err = command("merge", "--student", student, "--delta", custom, "--base", base, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert bytes_of(tmp_path / "out" / PRIOR) == bytes_of(student / PRIOR)
+    assert bytes_of(tmp_path / "out" / "autoencoder") == bytes_of(student / "autoencoder")
+    merged, before = load_student(tmp_path / "out"), load_student(student)
+    assert merged.sample(4).shape == (4, *shape)
+    drawn = [one.start(4, torch.Generator().manual_seed(0)).x1 for one in (merged, before)]
+    assert torch.equal(*drawn)
 
 
 def test_what_does_not_fit_is_reported_and_refused_when_strict(three, tmp_path, command):

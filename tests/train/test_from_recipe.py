@@ -7,8 +7,10 @@ import torch
 from conftest import FLOW
 
 import flowmap
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build import _dropping, build_data, build_student, build_teacher, student_config
 from flowmap.config import RecipeError
+from flowmap.nets.dit import DiT
+from flowmap.nets.edm import DDPMpp
 from flowmap.planning.plan import dependency_folder, plan
 from flowmap.recipe import read_recipe
 
@@ -68,7 +70,7 @@ def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
 
 def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
     recipe = recipes("map")
-    with pytest.raises(RecipeError, match="student.recipe: .*flow.yaml' is not trained yet; `flowmap fit` trains it first"):
+    with pytest.raises(RecipeError, match="map: student.recipe: '.*flow' is not trained yet; `flowmap fit --recipe .*map` trains it first$"):
         student_config(recipe, build_data(recipe), None)
     with pytest.raises(RecipeError, match="teacher.*exactly one of card and recipe"):
         recipes("map", "teacher.card=digits")
@@ -78,3 +80,12 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
         student_config(plain, build_data(plain), None)
     with pytest.raises(RecipeError, match="need each other in a loop"):
         plan(recipes("map", f"teacher.recipe={tmp_path / 'map.yaml'}"), tmp_path / "run")
+
+
+def test_dropout_is_refused_of_a_network_without_any():
+    recipe = read_recipe("digits", ["student={kind: from_teacher, dropout: 0.1}"])
+    with pytest.raises(RecipeError, match="student.dropout: a network of kind dit has none"):
+        _dropping(DiT(), recipe)
+    with pytest.raises(RecipeError, match=r"student.dropout: dropout: 2.0 must be in \[0, 1\)"):
+        _dropping(DDPMpp(), read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"]))
+    assert _dropping(DDPMpp(), recipe).dropout == 0.1

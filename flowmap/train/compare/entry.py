@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.config import RecipeError, to_plain
+from flowmap.config import RecipeError, short_hash, to_plain
 from flowmap.evaluate import measure
 from flowmap.files import read_json, write_json
 from flowmap.kinds import TABLES
@@ -26,7 +25,7 @@ from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.compare.entrants import of_length
 from flowmap.train.compare.terms import NothingLeft, Terms, evaluations_of, left_of, make, needs_of, own_stages, price_of, samples_of
-from flowmap.train.fit import FitError, device_of, fit
+from flowmap.train.fit import FitError, device_of, fit, silent
 from flowmap.train.module import NotFinite
 
 Say = Callable[[str], None]
@@ -55,7 +54,7 @@ class Look:
 
     @property
     def hash(self) -> str:
-        return _hash([to_plain(self.metrics, TABLES), to_plain(self.recipe.evaluation, TABLES)])
+        return short_hash([to_plain(self.metrics, TABLES), to_plain(self.recipe.evaluation, TABLES)])
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Entry:
     @property
     def same(self) -> str:
         """Changes with anything that changes the training: the settings and the terms."""
-        return _hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
+        return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
 
     def kept(self) -> dict[str, Any] | None:
         """The finished result, its figures taken anew or completed where others are asked for; RecipeError if it is another's."""
@@ -99,7 +98,7 @@ class Entry:
             say(f"seed {self.recipe.seed}, {self.recipe.name}: {plan['planned_steps']} steps in {self.terms}")
             clock = Clock(math.inf if self.terms.seconds is None else self.terms.seconds - plan["own_seconds"], self.now)
             forget_peak()
-            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, say=_silent, clock=clock).metrics["training"]
+            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, say=silent, clock=clock).metrics["training"]
             end = {"ended": "cut" if trained["steps"] < plan["planned_steps"] else "whole", "figures": self.figures(self.steps())}
         except NothingLeft as error:
             end = {"ended": "no time", "why": str(error), "figures": {}}
@@ -154,7 +153,7 @@ class Entry:
         recipe = self.bare(FOREVER)
         recipe = replace(recipe, objective=self.recipe.objective, optimizer=self.recipe.optimizer)
         with tempfile.TemporaryDirectory() as scratch:
-            fit(recipe, Path(scratch) / "run", say=_silent, clock=clock)
+            fit(recipe, Path(scratch) / "run", say=silent, clock=clock)
         return clock.step_seconds
 
     def bare(self, steps: int) -> Recipe:
@@ -197,10 +196,3 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
-
-
-def _silent(message: str) -> None: ...

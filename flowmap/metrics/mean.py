@@ -1,0 +1,23 @@
+"""A mean over all that a metric was told, on all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class MeanScore(Metric):
+    """total / count, float64 of the given shape: what `update` adds up; lower is better."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
