@@ -181,6 +181,25 @@ def test_a_result_of_several_tables_fills_each_in_its_place(monkeypatch):
     assert "| x |" in first and "| y |" not in first and "| y |" in second and "`benchmarks/results/parity.json`" in second
 
 
+def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
+    """Two seeds in which the stage divides the distance by two and adds .1 of recall, and training on does nothing."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/_adversarial_tables.py", monkeypatch)
+    row = lambda distance, recall: {"1": {"frechet_pixels": distance, "recall_pixels": recall}}
+    arms = lambda d: {"before": row(d, 0.5), "control": row(d, 0.5), "after": row(d / 2, 0.6)}
+    runs = [{"student": arms(d), "floor": {"frechet_pixels": 0.1}} for d in (2.0, 4.0)]
+    runs[0]["seconds a step"] = {"control": 0.1, "after": 0.25}
+    found = made.tables(runs)
+    assert found["few"]["rows"][2] == ["1", made.NAMES["after"], "1.5 (1 to 2)", "0.6 (0.6 to 0.6)"]
+    half, same = ["times 0.5 (0.5 to 0.5)", "2 of 2"], ["times 1 (1 to 1)", "0 of 2"]
+    assert found["ratios"]["rows"][0] == ["1", "frechet_pixels", *half, *same, *half]
+    assert found["ratios"]["rows"][1][2:4] == ["+0.100 (+0.100 to +0.100)", "2 of 2"]
+    assert found["cost"]["rows"] == [[made.NAMES["control"], "0.1", "", ""], [made.NAMES["after"], "0.25", "", ""]]
+    fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
+    text = "<!-- figures:adversarial_ratios -->\n<!-- /figures -->\n"
+    assert "times 0.5" in fill.filled(text, {"adversarial_ratios": {"tables": found}})
+
+
 def test_figures_by_steps_stand_side_by_side(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
     rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [["ring", "real against real", 0, 0.05, 0.0, 1.0]]

@@ -9,12 +9,12 @@ Clock: 0 data, 1 noise.  At the exact map, with d/dt taken along the teacher's v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.flow.derivative import along_path, in_arrival, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
 from flowmap.objectives.tangent import Tangent
@@ -67,19 +67,30 @@ class AYFLMD(_AYF):
 
 @dataclass(frozen=True)
 class AYFMixed(_AYF):
-    """AYF-LMD on a share `lagrangian` of the rows, evenly spread over the batch, AYF-EMD on the others; the mean over all rows."""
+    """AYF-LMD on a share `lagrangian` of the rows, AYF-EMD on the others; the mean over all rows.
+
+    own_lagrangian and own_eulerian: of either kind's rows, the share that departs not from the path between noise and data but from the
+    student's own state, where it arrives from the row's noise in one jump, f(x1, 1, t), without gradient: one forward pass more for those
+    rows. Both identities hold wherever the teacher's velocity does, and these are the states at which the student is asked when it
+    samples. Shares are evenly spread over the batch.
+    """
 
     lagrangian: float = 0.25
+    own_lagrangian: float = 0.0
+    own_eulerian: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.lagrangian <= 1:
-            raise ValueError(f"lagrangian: {self.lagrangian} must lie in [0, 1]")
+        for name in ("lagrangian", "own_lagrangian", "own_eulerian"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        if teacher is None and self.own_eulerian:
+            raise ValueError(f"objective.own_eulerian: {self.own_eulerian} asks a teacher at the student's own states; without one it must be 0")
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
-        counted = torch.floor(torch.arange(len(sample.t) + 1, dtype=torch.float64, device=sample.t.device) * self.lagrangian)
-        chosen = counted.diff() > 0
+        chosen, own = self.rows(len(sample.t), sample.t.device)
+        sample = at_own_states(student, sample, own)
         parts = [(rows, kind(**settings)) for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)) if bool(rows.any())]
         losses = [(rows, objective(student, teacher, rows_of(sample, rows), step)) for rows, objective in parts]
         logs = dict(losses[0][1].logs)
@@ -88,6 +99,31 @@ class AYFMixed(_AYF):
             for rows, loss in losses:
                 logs[key][rows] = loss.logs[key]
         return Loss(sum(loss.value * (int(rows.sum()) / len(rows)) for rows, loss in losses), logs)
+
+    def rows(self, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(which of n rows are Lagrangian, which depart from the student's own states), masks (n,)."""
+        chosen = evenly(n, self.lagrangian, device)
+        own = torch.zeros_like(chosen)
+        own[chosen] = evenly(int(chosen.sum()), self.own_lagrangian, device)
+        own[~chosen] = evenly(int((~chosen).sum()), self.own_eulerian, device)
+        return chosen, own
+
+
+def evenly(n: int, share: float, device: torch.device | str) -> Tensor:
+    """A mask (n,) that is true on floor(n share) rows, evenly spread."""
+    counted = torch.floor(torch.arange(n + 1, dtype=torch.float64, device=device) * share)
+    return counted.diff() > 0
+
+
+def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSample:
+    """The sample in which xt of those rows (a mask) is f(x1, 1, t), the student's own state, without gradient; at t = 1 that is the noise."""
+    if not bool(rows.any()):
+        return sample
+    part = rows_of(sample, rows)
+    jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)
+    xt = sample.xt.clone()
+    xt[rows] = (part.x1 + along(part.t - 1, part.x1) * jump).to(xt.dtype)
+    return replace(sample, xt=xt)
 
 
 def off_diagonal(derive, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:

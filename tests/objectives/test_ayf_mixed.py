@@ -1,11 +1,14 @@
 """AYF's two residuals in one batch: each row has one of them, and the mean is over all rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from flowmap.flow.types import along
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, AYFMixed
-from tests.objectives.nearly import WEAK, bent, chosen, drawn, gradients, same, still_and_towards
-from tests.oracle import GAUSSIAN, draw_times
+from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, chosen, drawn, gradients, same, slopes, still_and_towards
+from tests.oracle import GAUSSIAN, SHAPE, draw_times
 
 SETTINGS = {"warmup_steps": 10, "r_max": 0.9, "norm": "rms", "c": 0.3}
 
@@ -37,11 +40,66 @@ def test_still_at_the_exact_map_and_towards_it_from_both_sides(norm):
     still_and_towards(objective, GAUSSIAN, drawn(), accuracy=1e-10)
 
 
+OWN = [  # lagrangian, own_lagrangian, own_eulerian: which rows are Lagrangian, which depart from the student's own states
+    (0.4, 0.5, 0.34, (2, 4), (3, 4)),
+    (0.4, 1.0, 0.0, (2, 4), (2, 4)),
+    (0.0, 0.0, 1.0, (), (0, 1, 2, 3, 4)),
+    (1.0, 0.4, 0.0, (0, 1, 2, 3, 4), (2, 4)),
+]
+
+
+@pytest.mark.parametrize(("share", "own_lagrangian", "own_eulerian", "lagrangian", "own"), OWN)
+def test_rows_on_own_states_are_those_of_a_sample_drawn_where_the_student_arrives(share, own_lagrangian, own_eulerian, lagrangian, own):
+    sample, student, teacher = mixed(guidance=torch.linspace(1, 3, 5).double()), bent(guidance=True), Watched(WEAK)
+    path, reached = sample.xt.clone(), student(sample.x1, torch.ones(5).double(), sample.t, sample.cond).detach()
+    there = replace(sample, xt=torch.where(along(torch.tensor([i in own for i in range(5)]), path), reached, path))
+    objective = AYFMixed(**SETTINGS, lagrangian=share, own_lagrangian=own_lagrangian, own_eulerian=own_eulerian)
+    loss, by_hand = objective(student, teacher, sample, 6), AYFMixed(**SETTINGS, lagrangian=share)(student, teacher, there, 6)
+    assert [tuple(mask.nonzero().flatten().tolist()) for mask in objective.rows(5)] == [lagrangian, own]
+    torch.testing.assert_close(loss.value, by_hand.value)
+    torch.testing.assert_close(loss.logs["residual_norm"], by_hand.logs["residual_norm"])
+    same(gradients(objective, student, teacher, sample, 6), gradients(AYFMixed(**SETTINGS, lagrangian=share), student, teacher, there, 6))
+    assert torch.equal(sample.xt, path)
+
+
+@pytest.mark.parametrize("lagrangian", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("teacher", "shape", "accuracy"), [(GAUSSIAN, SHAPE, 1e-10), (MIXTURE, (5, 2), 1e-5)], ids=["gaussian", "mixture"])
+def test_on_own_states_it_is_still_at_the_exact_map_and_towards_it(teacher, shape, accuracy, lagrangian):
+    objective = AYFMixed(warmup_steps=0, r_max=1.0, norm="none", lagrangian=lagrangian, own_lagrangian=1.0, own_eulerian=1.0)
+    still_and_towards(objective, teacher, drawn(shape), accuracy=accuracy)
+
+
+def test_descent_on_own_states_returns_to_the_exact_map_from_either_side():
+    sample, objective = drawn(), AYFMixed(warmup_steps=0, r_max=1.0, norm="none", lagrangian=0.4, own_lagrangian=1.0, own_eulerian=1.0)
+    for sign in (+1, -1):
+        student, gaps = Nearly(GAUSSIAN, scale=1 + 0.02 * sign), [0.02]
+        for _ in range(4):
+            by_scale, _ = slopes(objective, student, GAUSSIAN, sample)
+            with torch.no_grad():
+                student.scale -= 0.2 * by_scale / 72
+            gaps.append(sign * (float(student.scale.detach()) - 1))
+        assert gaps == sorted(gaps, reverse=True) and 0 < gaps[-1] < 0.019
+
+
+def test_the_own_state_at_the_noise_is_the_noise():
+    ones = torch.ones(5).double()
+    sample, student = drawn(t=ones, s=0 * ones), bent()
+    settings = {"warmup_steps": 0, "lagrangian": 0.4}
+    own = gradients(AYFMixed(**settings, own_lagrangian=1.0, own_eulerian=1.0), student, WEAK, sample)
+    same(own, gradients(AYFMixed(**settings), student, WEAK, sample))
+
+
 def test_a_share_outside_the_batch_is_refused():
     with pytest.raises(ValueError, match="lagrangian"):
         AYFMixed(lagrangian=1.5)
+    for name in ("own_lagrangian", "own_eulerian"):
+        with pytest.raises(ValueError, match=name):
+            AYFMixed(**{name: -0.1})
     with pytest.raises(ValueError, match="norm"):
         AYFMixed(norm="l1")
     with pytest.raises(ValueError, match="teacher"):
         AYFMixed()(bent(), None, drawn(), 0)
+    with pytest.raises(ValueError, match="own_eulerian.*teacher"):
+        AYFMixed(lagrangian=0.0, own_eulerian=0.5)(bent(), None, drawn(), 0)
+    AYFMixed(lagrangian=0.0)(bent(), None, drawn(), 0)
     assert OBJECTIVES["ayf_mixed"] is AYFMixed

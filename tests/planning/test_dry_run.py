@@ -111,6 +111,9 @@ def test_a_step_asks_what_its_objective_asks():
     assert calls(times, "teacher.guidance={kind: classifier_free}") == Calls(2, 1, 2, 0)
     assert calls(times, "objective.derivative=difference") == Calls(2, 1, 1, 1)
     assert calls("objective={kind: flow_matching}") == Calls(1, 1, 1, 1)
+    mixed = lambda lagrangian, eulerian: f"objective={{kind: ayf_mixed, lagrangian: 0.25, own_lagrangian: {lagrangian}, own_eulerian: {eulerian}}}"
+    assert calls(times, mixed(0, 0)) == Calls(2, 1, 1, 1)
+    assert calls(times, mixed(1.0, 0.4)) == Calls(2 + 0.25 + 0.75 * 0.4, 1, 1, 1)  # a jump from the noise for each row on an own state
     diagonal = read_recipe("digits").times.diagonal
     assert calls().forward == pytest.approx(2 - diagonal, abs=0.01)
 

@@ -91,6 +91,16 @@ def test_steps_are_the_students_and_what_ships_is_the_student_alone(run, monkeyp
     assert flowmap.load_student(folder).sample(2, steps=2).shape == (2, 1, 8, 8)
 
 
+def test_where_the_discriminator_never_steers_the_run_is_the_bases_own(run):
+    """So that the base alone is the control of the stage (benchmarks/adversarial.py): the same draws, schedule and averages."""
+    common = ["trainer.steps=4", "log.samples_every_steps=0", "metrics=[]"]
+    never, base = run("objective.start=4", *common), run("objective={kind: ayf_emd, warmup_steps: 0}", *common)
+    one, other = (read_tensors(folder / "student" / "model.safetensors") for folder in (never, base))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6)  # gradients are clipped by two routines
+
+
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path):
     """The discriminator and both optimisers among it, bit by bit."""
     assert in_process(path, tmp_path / "whole") == 0

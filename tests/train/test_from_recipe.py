@@ -56,6 +56,26 @@ def test_what_a_run_starts_from_is_trained_first_and_once(recipes, tmp_path, com
     assert f"teacher: {tmp_path / 'flow.yaml'};" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
+COMBINED = [  # all of methods.md's combinations in one recipe, laid over map
+    "name=combined",
+    "student.recipe=FOLDER/warm.yaml",
+    "times={kind: mixture, base: {kind: interval}, one_step: 0.15, diagonal: 0.2, diagonal_at: arrival}",
+    "objective={kind: ayf_mixed, warmup_steps: 0, lagrangian: 0.25, own_lagrangian: 1.0, own_eulerian: 0.3}",
+]
+
+
+def test_warm_start_anchor_one_step_pairs_and_both_residuals_on_own_states_go_together(recipes, tmp_path):
+    warm = recipes("map", "name=warm", "objective={kind: cmt, solver: {kind: heun, steps: 4}, points: 4}")
+    (tmp_path / "warm.yaml").write_text(warm.to_yaml())
+    recipe = recipes("map", *(line.replace("FOLDER", str(tmp_path)) for line in COMBINED))
+    assert [stage.recipe.name for stage in plan(recipe, tmp_path / "run")] == ["flow", "warm", "combined"]
+    run = flowmap.fit(recipe, tmp_path / "run", say=quiet)
+    figures = flowmap.load_student(tmp_path / "run").sample(3, steps=2)
+    assert figures.isfinite().all() and (tmp_path / "run" / "metrics.json").is_file() and run is not None
+    with pytest.raises(RecipeError, match="objective.own_eulerian: 1.5 must lie in"):
+        recipes("map", "objective={kind: ayf_mixed, own_eulerian: 1.5}")
+
+
 def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
     flowmap.fit(recipes("map"), tmp_path / "runs" / "map", say=quiet)
     for name, start in (("map", dependency_folder(recipes("flow"))), ("further", tmp_path / "runs" / "map")):
