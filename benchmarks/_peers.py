@@ -1,0 +1,234 @@
+"""The peers' losses, imported at run time from checkouts beside the project and asked about our networks; none of their code is kept here.
+
+NVlabs/FastGen (Apache-2.0): MeanFlow and sCM.  Gsunshine/py-meanflow (CC BY-NC-SA 4.0): MeanFlow.  Their clock is ours: t = 1 is noise, r is our s.
+A peer draws noise inside its loss, as the first draw there: it is ours where torch's seed is the one that drew ours.  Times are given.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.abc
+import importlib.machinery
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowmap.flow.types import Cond, PathSample, Teacher, along
+from flowmap.nets.flow_map import FlowMapNet
+
+Loss = Callable[[PathSample, int, int], Tensor]
+"""(sample, the seed that drew its noise, step) -> a scalar to descend."""
+
+NOT_NEEDED = ("av", "boto3", "einops", "ftfy", "imageio", "loguru", "pynvml")  # what FastGen imports and these losses never call
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A folder of theirs: its commit, the first line of its licence, which of its imports had to be stood in for."""
+
+    folder: Path
+    commit: str | None
+    licence: str
+    stubbed: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(folder: Path, stubbed=()) -> Checkout:
+        lines = [line.strip() for line in (folder / "LICENSE").read_text().splitlines() if line.strip(" =")]
+        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True)
+        top, _, commit = found.stdout.strip().partition("\n")
+        its_own = found.returncode == 0 and Path(top).resolve() == folder.resolve()
+        return Checkout(folder, commit if its_own else None, lines[0], tuple(stubbed))
+
+    def said(self) -> dict:
+        return {"commit": self.commit, "licence": self.licence, "stubbed": list(self.stubbed)}
+
+
+class PyMeanFlow:
+    """Gsunshine/py-meanflow's MeanFlow.forward_with_loss: its published weight is power 0.75, offset 1e-3."""
+
+    def __init__(self, folder: Path):
+        sys.path.insert(0, str(folder / "meanflow"))
+        try:
+            self.module = importlib.import_module("models.meanflow")
+        finally:
+            sys.path.remove(str(folder / "meanflow"))
+        self.sample_times = self.module.sample_two_timesteps
+        self.checkout = Checkout.of(folder)
+
+    def mean_flow(self, student: FlowMapNet, *, power: float, offset: float, own_times: bool = False) -> Loss:
+        """own_times: the times of its script cifar10_v1.sh in place of the sample's."""
+        law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
+        args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
+        nets = iter((_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student))))  # the second is its own average, which stays as it is
+        model = self.module.MeanFlow(lambda: next(nets), args, {})
+
+        def loss(sample: PathSample, seed: int, step: int) -> Tensor:
+            given = lambda args, num_samples, device: (sample.t, sample.s)
+            self.module.sample_two_timesteps = self.sample_times if own_times else given
+            torch.manual_seed(seed)
+            return model.forward_with_loss(sample.x0, sample.cond)
+
+        return loss
+
+
+class _ForPyMeanFlow(nn.Module):
+    """Our network as theirs is called: net(z, (t, t - r), condition)."""
+
+    def __init__(self, student: FlowMapNet):
+        super().__init__()
+        self.student = student
+
+    def forward(self, z: Tensor, times: tuple[Tensor, Tensor], aug_cond: Cond | None) -> Tensor:
+        t, h = times
+        with _attention_for(z):
+            return self.student.mean_velocity(z, t, t - h, aug_cond)
+
+
+class FastGen:
+    """NVlabs/FastGen's MeanFlowModel and SCMModel, without its trainer, configurations and video networks."""
+
+    def __init__(self, folder: Path):
+        with _standing_in(NOT_NEEDED) as stubbed, _found_in(folder):
+            methods = types.ModuleType("fastgen.methods")  # its own __init__ imports every method and every video network
+            methods.__path__ = [str(folder / "fastgen/methods")]
+            sys.modules[methods.__name__] = methods
+            methods.FastGenModel = importlib.import_module("fastgen.methods.model").FastGenModel
+            methods.CMModel = importlib.import_module("fastgen.methods.consistency_model.CM").CMModel
+            self.MeanFlow = importlib.import_module("fastgen.methods.consistency_model.mean_flow").MeanFlowModel
+            self.SCM = importlib.import_module("fastgen.methods.consistency_model.sCM").SCMModel
+            self.Network = importlib.import_module("fastgen.networks.network").FastGenNetwork
+        self.checkout = Checkout.of(folder, [*stubbed, "fastgen.methods/__init__"])
+
+    def mean_flow(self, student: FlowMapNet, teacher: Teacher | None, **settings) -> Loss:
+        """settings: of its LossConfig; power and offset say its weight in our words, guidance (omega, kappa) that in the target."""
+        power, offset, (omega, kappa) = settings.pop("power", 1.0), settings.pop("offset", 0.1), settings.pop("guidance", (1.0, 0.0))
+        given = dict(use_jvp_finite_diff=False, tangent_warmup_steps=0, tangent_spatial_invariance=False, loss_type="l2")
+        loss_config = SimpleNamespace(use_cd=teacher is not None, norm_method=f"poly_{power}", norm_const=offset, **given | settings)
+        sides = dict(sample_r_cfg=SimpleNamespace(enabled=False), guidance_mixture_ratio=kappa or None, guidance_t_start=0.0, guidance_t_end=1.0)
+        sides |= dict(cond_dropout_prob=0.0, cond_keys_no_dropout=[])  # None in place of 0 would drop the guidance
+        config = self._config(student, teacher, loss_config, SimpleNamespace(), **sides)
+        config.guidance_scale = None if omega == 1.0 else omega
+        model = self.MeanFlow(config)
+
+        def loss(sample: PathSample, seed: int, step: int) -> Tensor:
+            torch.manual_seed(seed)
+            dropped = {**sample.cond, "class": torch.full_like(sample.cond["class"], -1)}
+            return model._compute_mf_loss(sample.x0, sample.t.double(), sample.s.double(), step, sample.cond, dropped)[0].mean()
+
+        return loss
+
+    def scm(self, student: FlowMapNet, teacher: Teacher, *, sigma_data: float, warmup_steps: int, **settings) -> Loss:
+        """settings: of its LossConfig, by default its own. Its learned log-variance, a layer of its networks, is 0: ours have none."""
+        given = dict(tangent_warmup_const=0.1, prior_weighting_enabled=True, g_norm_spatial_invariance=True, divide_x_0_spatial_dim=True)
+        given |= dict(use_cd=True, use_jvp_finite_diff=False, tangent_warmup_steps=warmup_steps) | settings
+        times = SimpleNamespace(sigma_data=sigma_data, quantize=False)
+        model = self.SCM(self._config(student, teacher, SimpleNamespace(**given), times))
+
+        def loss(sample: PathSample, seed: int, step: int) -> Tensor:
+            torch.manual_seed(seed)
+            return model._compute_scm_loss(sample.x0, sample.t.double(), sample.cond, iteration=step)[0].mean()
+
+        return loss
+
+    def _config(self, student: FlowMapNet, teacher: Teacher | None, loss_config, times, **more) -> SimpleNamespace:
+        """What its models read of a configuration, on one CPU in the precision of the data, the average being ours."""
+        dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
+        precisions = dict(precision=dtype, precision_amp=None, precision_amp_infer=None, precision_amp_enc=None, precision_fsdp=None)
+        absent = dict(pretrained_model_path="", pretrained_student_net_path="", guidance_scale=None, skip_layers=None, precision_amp_jvp=None)
+        off = dict(use_ema=False, fsdp_meta_init=False, add_teacher_to_fsdp_dict=False, enable_preprocessors=False, load_student_weights=False)
+        nets = dict(net={"_target_": lambda: self._student(student)}, teacher={"_target_": lambda: self._teacher(teacher)})
+        slots = dict(device="cpu", input_shape=[], sample_t_cfg=times, loss_config=loss_config)
+        return SimpleNamespace(**precisions, **absent, **off, **nets, **slots, **more)
+
+    def _student(self, student: FlowMapNet) -> nn.Module:
+        def mean_velocity(x: Tensor, t: Tensor, r: Tensor | None, cond: Cond | None) -> Tensor:
+            with _attention_for(x):
+                return student.mean_velocity(x, t, torch.zeros_like(t) if r is None else r, cond)
+
+        net = self._network(mean_velocity)
+        net.student = student
+        return net
+
+    def _teacher(self, teacher: Teacher) -> nn.Module:
+        return self._network(lambda x, t, r, cond: teacher.velocity(x, t, cond))
+
+    def _network(self, velocity) -> nn.Module:
+        """A network as its methods call one: rectified flow, predicting the flow or x0 (the sample at r, or at 0 without one)."""
+
+        class Net(self.Network):
+            def forward(self, x_t, t, condition=None, r=None, return_logvar=False, fwd_pred_type=None, **unused):
+                t, r = t.to(x_t.dtype), None if r is None else r.to(x_t.dtype)  # its times are float64 whatever the data
+                flow = velocity(x_t, t, r, condition)
+                out = x_t - along(t, x_t) * flow if fwd_pred_type == "x0" else flow
+                return (out, out.new_zeros(len(out), 1)) if return_logvar else out
+
+        return Net(net_pred_type="flow", schedule_type="rf")
+
+
+def _attention_for(x: Tensor):
+    """Where x carries a tangent, attention by plain products, as FastGen asks for on a GPU: torch's fused one on CPU has no forward derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if forward_ad.unpack_dual(x).tangent is not None else nullcontext()
+
+
+class _Nothing:
+    """Whatever is asked of it or called on it is it again."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+
+class _standing_in(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Inside, those packages, where they are not installed, are modules of nothing; gives the list of those that were asked for."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.asked = names, []
+
+    def __enter__(self) -> list[str]:
+        sys.meta_path.append(self)  # the last to be asked: what is installed is found before
+        return self.asked
+
+    def __exit__(self, *error) -> None:
+        sys.meta_path.remove(self)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in self.names:
+            return None
+        self.asked += [] if "." in name else [name]
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _Nothing().__getattr__
+        return module
+
+    def exec_module(self, module) -> None:
+        pass
+
+
+class _found_in:
+    """Inside, modules are looked for in that folder first."""
+
+    def __init__(self, folder: Path):
+        self.place = str(folder)
+
+    def __enter__(self) -> None:
+        sys.path.insert(0, self.place)
+
+    def __exit__(self, *error) -> None:
+        sys.path.remove(self.place)

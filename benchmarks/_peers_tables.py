@@ -1,0 +1,126 @@
+"""The tables of peers.py: do the losses agree, what does a step cost, what is trained in equal seconds?"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from _peers_jobs import Job, Row, ours
+
+from flowmap.flow.times import Mixture
+from flowmap.objectives import FlowMatching
+from flowmap.recipe import Recipe
+
+STEPS = (1, 2, 4)
+WARM = 3  # rounds that are not timed
+
+
+def agreement(rows: list[Row]) -> Iterator[list]:
+    """Each peer's loss and gradient beside ours on one draw and one network with random weights, in float64 and in float32."""
+    for job_name in dict.fromkeys(row.job for row in rows):
+        job = Job(job_name, 0)
+        mine, *peers = [row for row in rows if row.job == job_name]
+        found = {dtype: {row.whose: value_and_gradient(row, job, dtype) for row in (mine, *peers)} for dtype in (torch.float64, torch.float32)}
+        for row in peers:
+            if row.make is None:
+                yield [row.job, row.whose, "not there", "", "", "", ""]
+                continue
+            pairs = [(found[dtype][mine.whose], found[dtype][row.whose]) for dtype in found]
+            (value, gradient), (their_value, their_gradient) = pairs[0]
+            ratio = float(their_gradient @ gradient / (gradient @ gradient))
+            cosine = float(torch.nn.functional.cosine_similarity(their_gradient, gradient, dim=0))
+            yield [row.job, row.whose, their_value / value, ratio, cosine, *(apart_by(one[1], other[1]) for one, other in pairs)]
+
+
+AGREEMENT = ["job", "loss of", "loss / ours", "gradient / ours", "cosine of gradients", "gradients apart, float64", "float32"]
+
+
+def apart_by(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """|theirs / k - mine| / |mine| with k = <theirs, mine> / |mine|^2: a constant factor is no difference."""
+    ratio = theirs @ mine / (mine @ mine)
+    return float((theirs / ratio - mine).norm() / mine.norm())
+
+
+def value_and_gradient(row: Row, job: Job, dtype: torch.dtype) -> tuple[float, torch.Tensor] | None:
+    """The loss at half of its warm-up and its gradient, flat in float64, of a network whose branches have all been shaken awake."""
+    if row.make is None:
+        return None
+    for module in job.teacher.modules if job.teacher else ():
+        module.to(dtype)
+    student, generator = job.student().to(dtype), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(dtype))
+    sample, seed = job.draw(0, dtype=dtype)
+    value = row.make(job.recipe, student, job.guided)(sample, seed, 200)
+    value.backward()
+    return value.item(), torch.cat([p.grad.flatten().double() for p in student.parameters() if p.grad is not None])
+
+
+def timing(rows: list[Row], rounds: int) -> Iterator[list]:
+    """Loss and backward pass, row after row within a round on the same draw; as the recipes draw times, and without samples at s = t."""
+    for job_name in dict.fromkeys(row.job for row in rows):
+        job = Job(job_name, 0)
+        ready = [row for row in rows if row.job == job_name and row.make is not None and not row.published]
+        for recipe, share in laws(job.recipe):
+            plain = Row(job_name, "plain flow matching", lambda recipe, *nets: ours(replace(recipe, objective=FlowMatching()), *nets))
+            students = [(row.whose, row.make, job.student()) for row in (*ready, plain)]
+            losses = {name: (student, make(job.recipe, student, job.guided)) for name, make, student in students}
+            seconds = time_in_turns(job, recipe, losses, rounds)
+            for name, times in seconds.items():
+                ratios = sorted(a / b for a, b in zip(times, seconds["flowmap"], strict=True))
+                quarter = len(ratios) // 4
+                yield [job_name, share, name, 1e3 * statistics.median(times), statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]]
+
+
+TIMING = ["job", "share at s = t", "loss of", "milliseconds", "of ours (median)", "lower quartile", "upper quartile"]
+
+
+def laws(recipe: Recipe) -> list[tuple[Recipe, float]]:
+    """The recipe and its share of samples at s = t, and the same without them."""
+    if not isinstance(recipe.times, Mixture) or not recipe.times.diagonal:
+        return [(recipe, 0.0)]
+    return [(recipe, recipe.times.diagonal), (replace(recipe, times=replace(recipe.times, diagonal=0.0)), 0.0)]
+
+
+def time_in_turns(job: Job, recipe: Recipe, losses: dict, rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    for i in range(rounds + WARM):
+        sample, seed = job.draw(i, recipe)
+        for name, (student, loss) in losses.items():
+            student.zero_grad(set_to_none=True)
+            started = time.process_time()
+            loss(sample, seed, i).backward()
+            if i >= WARM:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
+    """A row for each that trained: steps, time of a step, Frechet distance at each number of steps, the median over seeds and its range."""
+    results = [result for seed in trained.values() for result in seed]
+    for row in rows:
+        found = [result for result in results if (result.get("job"), result.get("whose")) == (row.job, row.whose)]
+        if not found:
+            yield [row.job, row.whose, "not there", *[""] * (1 + len(STEPS))]
+            continue
+        done = [result["figures"] for result in found if result["failed"] is None]
+        cells = [spread([figures[str(k)] for figures in done]) if done else f"{len(found)} of {len(found)} failed" for k in STEPS]
+        steps, milliseconds = (statistics.median(result[key] for result in found) for key in ("steps", "step_seconds"))
+        yield [row.job, row.whose, int(steps), 1e3 * milliseconds, *cells]
+    besides = [result for result in results if "floor" in result]
+    if besides:
+        yield [f"teacher at {besides[0]['teacher']['steps']} steps", *[""] * 3, spread([one["teacher"]["figure"] for one in besides]), "", ""]
+        yield ["floor: real against real", *[""] * 3, spread([one["floor"] for one in besides]), "", ""]
+
+
+QUALITY = ["job", "loss of", "steps", "milliseconds", *(f"frechet_pixels at {k}" for k in STEPS)]
+
+
+def spread(values: list[float]) -> str:
+    """The median, and the range where there are several."""
+    middle = f"{statistics.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
