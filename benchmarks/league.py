@@ -23,7 +23,7 @@ DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, a
 RECIPES = (
     DEFAULT,
     *(f"digits-{name}" for name in ("ayf-lmd", "ayf-mixed", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")),
-    *(f"digits-{name}" for name in ("esd", "lsd", "psd", "shortcut", "freeflow")),
+    *(f"digits-{name}" for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd")),
     "rfpp/digits",
 )
 METRIC = "frechet_pixels"

@@ -32,6 +32,8 @@ LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
+SCORE = "objectives/score_distillation.py"
+UNSURE = "objectives/uncertainty.py"
 
 
 class Mutant(NamedTuple):
@@ -44,6 +46,11 @@ class Mutant(NamedTuple):
 
 ADV_STUDENT = "return pairing_loss(scores(fake, cond, noise), of_real).mean()"
 ADV_PENALTY = "value = value + (r1 * on_real.mean() + r2 * on_fake.mean()) / 2"
+SCORE_ASK = "real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)"
+SCORE_G = "g = along(t, x) * (real - other)"
+SCORE_AWAY = "away = (sample.x0 - (x - along(t, x) * real)).abs().flatten(1).mean(1)"
+SCORE_LOSS = "loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())"
+SCORE_STOP = "self.calls == self.at and torch.is_grad_enabled()"
 EMD_G = "g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate"
 LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)"
 ASK_STUDENT = "student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)"
@@ -399,6 +406,47 @@ MUTANTS = [
     Mutant("adversarial", "graph of the first call", ADV, "self.left == 0 and", "self.left == 1 and"),
     Mutant("adversarial", "graph of every call", ADV, "self.left == 0 and torch", "torch"),
     Mutant("adversarial", "base at another step", ADV, "self.base(student, teacher, sample, step)", "self.base(student, teacher, sample, 0)"),
+    Mutant("score_distillation", "flipped sign", SCORE, SCORE_G, SCORE_G.replace("real - other", "other - real")),
+    Mutant("score_distillation", "t missing", SCORE, SCORE_G, "g = real - other"),
+    Mutant("score_distillation", "1 - t in place of t", SCORE, SCORE_G, SCORE_G.replace("along(t", "along(1 - t")),
+    Mutant("score_distillation", "the fake left out", SCORE, SCORE_G, "g = along(t, x) * real"),
+    Mutant("score_distillation", "fake and teacher exchanged", SCORE, SCORE_ASK, SCORE_ASK.replace("real, other", "other, real")),
+    Mutant("score_distillation", "teacher asked at the sample", SCORE, SCORE_ASK, SCORE_ASK.replace("velocity(x, t, c", "velocity(sample.x0, t, c")),
+    Mutant("score_distillation", "teacher asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("y(x, t, cond),", "y(x, sample.s, cond),")),
+    Mutant("score_distillation", "fake asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("(x, t, t,", "(x, t, sample.s,")),
+    Mutant("score_distillation", "teacher's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("cond), fake", "None), fake")),
+    Mutant("score_distillation", "fake's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("t, t, cond)", "t, t, None)")),
+    Mutant("score_distillation", "weight by the fake's distance", SCORE, SCORE_AWAY, SCORE_AWAY.replace("* real", "* other")),
+    Mutant("score_distillation", "weight by the noised sample", SCORE, SCORE_AWAY, SCORE_AWAY.replace("sample.x0 - (x", "x - (x")),
+    Mutant("score_distillation", "guess on the other side", SCORE, SCORE_AWAY, SCORE_AWAY.replace("(x - along", "(x + along")),
+    Mutant("score_distillation", "weight by the sum", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".mean(1)", ".sum(1)")),
+    Mutant("score_distillation", "weight by the square", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".abs()", ".square()")),
+    Mutant("score_distillation", "normalised the other way round", SCORE, "if self.normalised else g", "if not self.normalised else g"),
+    Mutant("score_distillation", "divided by nothing", SCORE, "along(away.clamp_min(LEAST), g)", "along(away, g)"),
+    Mutant("score_distillation", "ascent", SCORE, SCORE_LOSS, SCORE_LOSS.replace("direction.to", "-direction.to")),
+    Mutant("score_distillation", "not halved", SCORE, SCORE_LOSS, SCORE_LOSS.replace("2 * x", "x")),
+    Mutant("score_distillation", "sum over the entries", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(2 * x[0].numel())", "2")),
+    Mutant("score_distillation", "the noised point descends", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(sample.x0, d", "(sample.xt, d")),
+    Mutant("score_distillation", "asked with a graph", SCORE, "sample.xt.detach(), sample.t", "sample.xt, sample.t"),
+    Mutant("score_distillation", "fake learns from the teacher", SCORE, "return FlowMatching()(fake, None,", "return FlowMatching()(fake, fake,"),
+    Mutant("score_distillation", "the last jump alone", SCORE, "1 + drawn(num_steps)", "num_steps"),
+    Mutant("score_distillation", "never the last jump", SCORE, "1 + drawn(num_steps)", "1 + drawn(max(num_steps - 1, 1))"),
+    Mutant("score_distillation", "the most steps alone", SCORE, "self.steps[drawn(len(self.steps))]", "self.steps[-1]"),
+    Mutant("score_distillation", "through exchanged", SCORE, 'if self.through == "all"', 'if self.through == "last"'),
+    Mutant("score_distillation", "graph of every jump", SCORE, SCORE_STOP, "torch.is_grad_enabled()"),
+    Mutant("score_distillation", "graph of the first jump", SCORE, SCORE_STOP, SCORE_STOP.replace("self.at and", "1 and")),
+    Mutant("learned_weight", "weight turned round", UNSURE, "(-u).exp() * error", "u.exp() * error"),
+    Mutant("learned_weight", "u subtracted", UNSURE, "(-u).exp() * error + u", "(-u).exp() * error - u"),
+    Mutant("learned_weight", "u left out", UNSURE, "* error + u", "* error"),
+    Mutant("learned_weight", "the error left alone", UNSURE, "(-u).exp() * error", "error"),
+    Mutant("learned_weight", "u not trained", UNSURE, "student.log_error(t, s).to(error.dtype)", "student.log_error(t, s).to(error.dtype).detach()"),
+    Mutant("learned_weight", "the error not trained", UNSURE, "(-u).exp() * error", "(-u).exp() * error.detach()"),
+    Mutant("learned_weight", "times exchanged", UNSURE, "student.log_error(t, s)", "student.log_error(s, t)"),
+    Mutant("learned_weight", "sCM without it", CT, "loss = self.weight(error, student, t, torch.zeros_like(t))", "loss = error"),
+    Mutant("learned_weight", "sCM at the sample's arrival", CT, "student, t, torch.zeros_like(t))", "student, t, sample.s)"),
+    Mutant("learned_weight", "self-distilled without it", SELF, "self.weight(error, student, sample.t, sample.s).mean()", "error.mean()"),
+    Mutant("learned_weight", "self-distilled on the diagonal", SELF, "student, sample.t, sample.s).mean()", "student, sample.t, sample.t).mean()"),
+    Mutant("score_distillation", "runs on to its end", SCORE, "if self.calls > self.at", "if self.calls > self.at + 9"),
 ]
 
 

@@ -35,6 +35,7 @@ from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
 from flowmap.objectives.lediflow import WEIGHTS, Weight
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
+from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
 from flowmap.samplers import SAMPLERS
 from flowmap.settings import Autoguidance, ClassifierFree, ConstantEMA, Embedded, FromRecipe, FromTeacher, PowerEMA
 from flowmap.student.text_autoencoder import TextAutoencoder
@@ -80,6 +81,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Prior: PRIORS,
     CodeSampler: CODE_SAMPLERS,
     Weight: WEIGHTS,
+    TimeWeight: TIME_WEIGHTS,
     Coupling: COUPLINGS,
     Solver: SOLVERS,
     TimeSampler: TIMES,

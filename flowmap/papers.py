@@ -9,6 +9,8 @@ PAPERS = {
     "self_distilled": ("How to build a consistency model (objective esd, lsd, psd)", "Boffi, Albergo, Vanden-Eijnden", 2025, "2505.18825"),
     "shortcut": ("One step diffusion via shortcut models (objective shortcut)", "Frans, Hafner, Levine, Abbeel", 2024, "2410.12557"),
     "freeflow": ("Flow map distillation without data (objective freeflow)", "Tong, Ma, Xie, Jaakkola", 2025, "2511.19428"),
+    "dmd2": ("Improved distribution matching distillation (objective score_distillation)", "Yin, Gharbi, Park, et al.", 2024, "2405.14867"),
+    "dmd": ("One-step diffusion with distribution matching distillation (its gradient)", "Yin, Gharbi, Zhang, et al.", 2023, "2311.18828"),
     "consistency": ("Consistency models (objective consistency)", "Song, Dhariwal, Chen, Sutskever", 2023, "2303.01469"),
     "cmt": ("CMT: mid-training for flow map models (objective cmt)", "Hu, Lai, Mitsufuji, Ermon", 2025, "2509.24526"),
     "autoguidance": ("Guiding a diffusion model with a bad version of itself", "Karras, Aittala, Kynkaanniemi, et al.", 2024, "2406.02507"),

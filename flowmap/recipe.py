@@ -25,7 +25,7 @@ from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.kinds import EMA, TABLES, Data, Metric, StudentSpec, left_by
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import net_within
-from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified
+from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified, ScoreDistillation
 from flowmap.objectives.lediflow import Unweighted
 from flowmap.optimizer import AdamW
 from flowmap.samplers import Deterministic, Gamma
@@ -71,6 +71,8 @@ class Recipe:
             self._check_pictures()
         if isinstance(self.objective, Adversarial):
             self._check_adversarial()
+        if isinstance(self.distillation, ScoreDistillation):
+            self._check_scores()
 
     @property
     def distillation(self) -> Objective:
@@ -138,6 +140,20 @@ class Recipe:
     def _check_unmeasured(self, net: str | None, key: str, what: str) -> None:
         if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
             raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
+
+    def _check_scores(self) -> None:
+        key, way = "objective.base" if isinstance(self.objective, Adversarial) else "objective", self.distillation.through
+        if self.teacher is None:
+            raise ValueError("teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one")
+        if self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy: 'fsdp' cannot shard the fake of score_distillation beside the student; use ddp")
+        if not isinstance(self.coupling, Independent):
+            raise ValueError("coupling: objective score_distillation compares laws, not pairs: its samples start at noise; leave it independent")
+        if not isinstance(self.prior, Gaussian):
+            raise ValueError("prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian")
+        to_data = isinstance(self.sampler, Gamma) and self.sampler.gamma == 1
+        if way == "last" and max(self.distillation.steps) > 1 and not to_data:
+            raise ValueError(f"{key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}")
 
     def _check_prior(self) -> None:
         learned, objective = isinstance(self.prior, Learned), self.distillation

@@ -18,7 +18,8 @@ class FlowMapNet(nn.Module):
     """A student: a network F(x, t, s, cond) read as the mean velocity over [s, t].
 
     decode: what makes pictures of latents, with grad, for objectives that look at pictures; train/ sets it on the student that trains. It
-    is no submodule: no state_dict and no copy has it.
+    is no submodule: no state_dict and no copy has it. uncertainty: the branch of a learned weight (uncertainty.py) while the student trains, and
+    None in what ships.
     """
 
     decode: Callable[[Tensor], Tensor] | None = None
@@ -26,6 +27,7 @@ class FlowMapNet(nn.Module):
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+        self.register_module("uncertainty", None)
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """F(x, t, s), shaped and typed like x. x (B, ...), t and s (B,)."""
@@ -38,6 +40,10 @@ class FlowMapNet(nn.Module):
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
+
+    def log_error(self, t: Tensor, s: Tensor) -> Tensor:
+        """u(t, s), (B,): the logarithm of the error that the student expects of itself there."""
+        return self.uncertainty(t, s)
 
     def pictures(self, x: Tensor) -> Tensor:
         """What samples x look like, with grad: x itself where nothing decodes."""
@@ -55,6 +61,7 @@ def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[s
 
 
 SILENT = ("arrival.", "guidance.")
+BESIDE_NET = "uncertainty."  # what a state dict names so is no part of the map
 
 
 def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:

@@ -13,6 +13,7 @@ from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
 from flowmap.objectives.scm import SCM
+from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
 from flowmap.objectives.shortcut import Shortcut
 
@@ -30,6 +31,7 @@ OBJECTIVES = {
     "freeflow": FreeFlow,
     "consistency": Consistency,
     "cmt": CMT,
+    "score_distillation": ScoreDistillation,
     "rectified": Rectified,
     "adversarial": Adversarial,
     "endpoint": Endpoint,

@@ -19,6 +19,7 @@ from flowmap.flow.derivative import along_path
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
 from flowmap.objectives.tangent import Tangent
+from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,13 @@ class SCM(Tangent):
     """|| N - sg(N + g / (||g|| + c)) ||^2 / D, N the network as TrigFlow would have it, D the number of elements of a sample.
 
     sigma_data: the data's std. r weighs all that holds a derivative.
-    The paper's learned weight exp(w(t)) is left out: it would live in the network, and once g is normalised it has little to even out.
+    weight: {kind: learned} is the paper's exp(w(t)), with w = -u; once g is normalised it has little to even out.
     The sample's arrival time is not looked at. At t = 1 exactly g is zero, as it is in TrigFlow: such samples teach nothing.
     """
 
     r_max: float = 1.0
     sigma_data: float = 0.5
+    weight: TimeWeight = EvenWeight()
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,8 +50,10 @@ class SCM(Tangent):
         whole = along(1 - t, x) * (pull + along(t, x) * rate)
         g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)
         network = along(radius / self.sigma_data, x) * mean_velocity  # what TrigFlow adds to it has no gradient
-        loss = gradient_as_target(network, -normalise(g, c=self.c, norm=self.norm)) / x[0].numel()
-        logs = {"residual_norm": g.flatten(1).norm(dim=1), "tangent_norm": rate.flatten(1).norm(dim=1), "tangent_weight": torch.tensor(r)}
+        error = gradient_as_target(network, -normalise(g, c=self.c, norm=self.norm)) / x[0].numel()
+        loss = self.weight(error, student, t, torch.zeros_like(t))
+        logs = {"residual_norm": g.flatten(1).norm(dim=1), "tangent_norm": rate.flatten(1).norm(dim=1)}
+        logs |= {"tangent_weight": torch.tensor(r), "error": error}
         return Loss(loss.mean(), {key: value.detach() for key, value in logs.items()})
 
     def _radius_and_cos2(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,15 +19,17 @@ from torch import Tensor
 from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival, value_and_graded_rate, value_and_rate, without_graph
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
+from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
 SPLITS = ("midpoint", "uniform")
 
 
 @dataclass(frozen=True)
 class SelfDistilled:
-    """distance: of both kinds of sample, by default the paper's sum of squares. The paper's learned weight by (t, s) is left out."""
+    """distance: of both kinds of sample, by default the paper's sum of squares. weight: {kind: learned} is the paper's, by (t, s)."""
 
     distance: Distance = Squared(mean=False)
+    weight: TimeWeight = EvenWeight()
     diagonal: ClassVar[bool] = False
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
@@ -42,7 +44,7 @@ class SelfDistilled:
             prediction, target = self._sides(student, rows_of(sample, moving), step)
             error = error.masked_scatter(moving, self.distance(prediction, target).to(error.dtype))
         logs = {"error": error, "diagonal_error": _mean(error, ~moving), "self_error": _mean(error, moving)}
-        return Loss(error.mean(), {key: value.detach() for key, value in logs.items()})
+        return Loss(self.weight(error, student, sample.t, sample.s).mean(), {key: value.detach() for key, value in logs.items()})
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         """(what carries grad, what it is to be, which carries none), both like x, for samples with t > s."""

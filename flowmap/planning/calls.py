@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.flow.types import Cond, along
-from flowmap.objectives import Adversarial
+from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
 from flowmap.recipe import Recipe
@@ -26,8 +26,8 @@ WARM = 10**9  # a step after every warm-up
 
 @dataclass(frozen=True)
 class Calls:
-    """For each sample of a step: forward passes of the student (a tangent counts as one), backward passes, calls of the strong teacher and
-    of the weak one."""
+    """For each sample of a step: forward passes of the student (a tangent counts as one) and of the fake that trains beside it, backward
+    passes, calls of the strong teacher and of the weak one."""
 
     forward: float
     backward: float
@@ -41,7 +41,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         return Calls(1, 1, 0, 0)
     student, strong, weak = _Student(), _Teacher(), _Teacher()
     generator = torch.Generator().manual_seed(0)
-    x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator)
+    x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator).unbind()
     t, s = recipe.times(ROWS, device=x0.device, generator=generator)
     cond: dict[str, Tensor] = {"class": torch.zeros(ROWS, dtype=torch.int64)} if conditional else {}
     guidance, teacher = recipe.teacher and recipe.teacher.guidance, strong if recipe.teacher else None
@@ -52,6 +52,8 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         teacher = Guided(strong, default=guidance.default)
     if isinstance(guidance, Autoguidance):
         teacher = Autoguided(strong, weak, default=guidance.default)
+    if isinstance(recipe.distillation, ScoreDistillation):
+        x0.requires_grad_()  # in the place of the student's samples
     sample = recipe.path.sample(x0, x1, t, s, cond or None)
     with FlopCounterMode(display=False) as counter:
         loss = _without_networks(recipe.distillation)(student, teacher, sample, WARM).value
@@ -63,11 +65,18 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
 
 
 def _sampling(recipe: Recipe) -> tuple[float, float]:
-    """Forward and backward passes for the samples that a discriminator looks at, in the mean over their numbers of steps."""
-    if not isinstance(recipe.objective, Adversarial):
-        return 0, 0
-    mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
-    return mean, mean if recipe.objective.through == "all" else 1
+    """Forward and backward passes for the samples that a discriminator and a fake look at, the fake's own among them, in the mean over their
+    numbers of steps."""
+    forward = backward = 0.0
+    if isinstance(recipe.objective, Adversarial):
+        mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
+        forward, backward = mean, mean if recipe.objective.through == "all" else 1
+    if isinstance(recipe.distillation, ScoreDistillation):
+        steps, whole, learns = recipe.distillation.steps, recipe.distillation.through == "all", recipe.distillation.fake_steps
+        mean = sum(k if whole else (k + 1) / 2 for k in steps) / len(steps)
+        forward += mean + learns * (mean + 1)
+        backward += (mean if whole else 1) + learns
+    return forward, backward
 
 
 def _without_networks(objective):
@@ -88,6 +97,9 @@ class _Student(nn.Module):
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         return F.linear(x + self.bias + along(t, x) + along(s, x) / 2, self.matrix)
+
+    def log_error(self, t: Tensor, s: Tensor) -> Tensor:
+        return torch.zeros_like(t)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)

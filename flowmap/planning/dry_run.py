@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
+from flowmap.build_fake import fake_config
 from flowmap.config import RecipeError, kind_of
 from flowmap.data import Encoded, Text
 from flowmap.data.shards import INDEX
@@ -20,7 +21,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
-from flowmap.objectives import Adversarial
+from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import check_teachers, missing_weights, net_of, spec_of
@@ -178,7 +179,10 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
     judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
     if judge is not None:
         lines.append(f"discriminator: {counted(judge)}; {_flops(judge.flops)} a step for one sample, penalties and their gradients among them")
-    lines.append(_memory(recipe, student, teachers, judge))
+    fake = cost_of(fake_config(recipe, config)) if isinstance(recipe.distillation, ScoreDistillation) else None
+    if fake is not None:
+        lines.append(f"fake score: {counted(fake)}, {recipe.distillation.fake_steps} steps of its own for each of the student's")
+    lines.append(_memory(recipe, student, teachers, judge, fake))
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
     samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
@@ -231,18 +235,21 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     return calls.forward * student.flops + calls.backward * student.backward_flops + calls.strong * strong + calls.weak * weak
 
 
-def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]], judge: Cost | None) -> str:
+def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]], judge: Cost | None, fake: Cost | None) -> str:
     trainer = recipe.trainer
     power = isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps
     averages = len({recipe.ema.std, *recipe.ema.snapshot_stds}) if power else 1
     shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
     state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
     frozen = 4 * sum(cost.parameters for _, cost in teachers) - (4 * teachers[0][1].parameters if recipe.lora else 0)  # a base is shared
-    kept = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
+    kept = one = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
+    if fake is not None:
+        state += 16 * fake.trained
+        kept *= max(recipe.distillation.steps) if recipe.distillation.through == "all" else 1
     if judge is not None:  # the samples' graph stands beside that of the distillation loss; the discriminator's own loss comes after both
         state += 16 * judge.trained
-        graphs = 1 + (max(recipe.objective.steps) if recipe.objective.through == "all" else 1)
-        kept = max(graphs * kept, judge.kept_bytes * recipe.data.batch_size + judge.shared_bytes)
+        graphs = max(recipe.objective.steps) if recipe.objective.through == "all" else 1
+        kept = max(kept + graphs * one, judge.kept_bytes * recipe.data.batch_size + judge.shared_bytes)
     activations = kept * (0.5 if trainer.precision == "bf16" else 1)
     how = [trainer.precision] if trainer.precision != "32" else []
     if trainer.activation_checkpointing:

@@ -16,6 +16,7 @@ from flowmap.files import write_text
 from flowmap.flow.derivative import along_path
 from flowmap.flow.prior import rows_told
 from flowmap.flow.types import Cond
+from flowmap.nets.flow_map import BESIDE_NET
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
 from flowmap.student.config import StudentConfig
@@ -184,11 +185,12 @@ def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], 
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict on the CPU; gathered where the weights are sharded (all processes call it)."""
+    """The whole state dict of the map on the CPU, as it ships; gathered where the weights are sharded (all processes call it)."""
     from torch.distributed.tensor import DTensor
 
     state = net.state_dict()
-    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu() for name, tensor in state.items()}
+    whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu() for name, tensor in state.items()}
+    return {name: tensor for name, tensor in whole.items() if not name.startswith(BESIDE_NET)}
 
 
 class Pictures(AtPictures):

@@ -23,13 +23,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
-from flowmap.build_discriminator import build_discriminator
 from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError, to_plain
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
-from flowmap.objectives import Adversarial
 from flowmap.planning.named_networks import check_teachers
 from flowmap.planning.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
@@ -39,12 +37,12 @@ from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
-from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.modules import module_of
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
 
 Say = Callable[[str], None]
@@ -173,12 +171,10 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
     prior = build_prior(recipe)
-    parts = (recipe, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
-    adversarial = isinstance(recipe.objective, Adversarial)
-    module = AdversarialModule(*parts, build_discriminator(recipe, config, teacher)) if adversarial else DistillModule(*parts)
+    module = module_of(recipe, config, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
     module.prior = prior
     if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
-        for net in (module.student, *(teacher.modules if teacher else ())):
+        for net in (module.student, *(teacher.modules if teacher else ()), *([module.fake] if hasattr(module, "fake") else ())):
             net.net.compile()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0

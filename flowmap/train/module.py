@@ -15,6 +15,8 @@ from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample
+from flowmap.nets.uncertainty import with_uncertainty
+from flowmap.objectives.uncertainty import learns_weight
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
 from flowmap.train.draw import draw_sample, drawing_from, generator_for
@@ -48,7 +50,7 @@ class DistillModule(L.LightningModule):
         super().__init__()
         self.recipe, self.teacher, self.data, self.prior = recipe, teacher, data, prior
         self.samples = data if samples is None else samples
-        self.student = student.train()
+        self.student = (with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student).train()
         self.widths = _widths(recipe)
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None

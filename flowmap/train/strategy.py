@@ -33,7 +33,7 @@ def shard(net: nn.Module, mesh) -> None:
     for block in getattr(net.net, "blocks", ()):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    for method in ("mean_velocity", "velocity"):
+    for method in ("mean_velocity", "velocity", "log_error"):
         torch.distributed.fsdp.register_fsdp_forward_method(net, method)
 
 

@@ -149,7 +149,7 @@ def test_micro_batches_add_up(path, monkeypatch, tmp_path):
 def test_both_nets_step_from_the_same_weights(path, tmp_path, monkeypatch):
     """Gradients of both stand ready before either steps, and the student's pass leaves none in the discriminator."""
     still = {}
-    monkeypatch.setattr(AdversarialModule, "_step", lambda self: still.update(g=_gradients(self)))
+    monkeypatch.setattr(AdversarialModule, "step_student", lambda self: still.update(g=_gradients(self)))
     module = module_of(path, "objective.start=0", "trainer.accumulate=1")
     trainer = type("T", (), {"optimizers": module.configure_optimizers(), "world_size": 1, "global_step": 0, "global_rank": 0})()
     module._trainer = trainer

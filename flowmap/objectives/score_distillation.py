@@ -1,0 +1,95 @@
+"""Score distillation: the law of the student's few-step samples moves to the teacher's, sample by sample along the difference of their scores.
+
+Source: DMD2, Yin et al. 2024, arXiv:2405.14867; the gradient and its weight are DMD's, Yin et al. 2023, arXiv:2311.18828 (its equations 7, 8).
+Clock: 0 data, 1 noise.  A second network, the fake, learns the velocity of the student's own samples by flow matching while the student
+trains (flowmap/train/beside.py).  For a sample x0 put to a time t with fresh noise, v the teacher's and w the fake's velocity there,
+
+    g = (x0^fake - x0^real) / mean|x0 - x0^real| = t (v - w) / mean|x0 - (xt - t v)|        x0^ = xt - t velocity
+    loss = || x0 - sg(x0 - g) ||^2 / (2 D)                                                   its gradient in x0 is g / D
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.distance import gradient_as_target
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, along
+from flowmap.objectives.flow_matching import FlowMatching
+
+LEAST = 1e-6  # of the mean that g is divided by
+
+
+@dataclass(frozen=True)
+class ScoreDistillation:
+    """The student's samples in one of `steps` steps, drawn for each batch, descend the difference between the fake's prediction and the teacher's.
+
+    fake_steps: how often the fake steps before each step of the student (the paper has 5 on ImageNet-64), each time on new samples.
+    through "last": such a run is stopped at one of its jumps, drawn too, whose arrival is the sample, and the gradient is that jump's (the
+    paper's backward simulation; every jump must go to the data, as those of sampler gamma 1 do). through "all": whole runs, and the gradient
+    of all their jumps. normalised: without it g is not divided. fake_lr: the optimiser's own where it is None; it follows the student's schedule.
+
+    The times of recipe are those at which both networks look at the samples; its data gives conditions alone.
+    """
+
+    steps: tuple[int, ...] = (1, 2, 4)
+    fake_steps: int = 5
+    through: str = "last"
+    normalised: bool = True
+    fake_lr: float | None = None
+    diagonal: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
+        if self.fake_steps < 1:
+            raise ValueError(f"fake_steps: {self.fake_steps} must be 1 or more")
+        if self.through not in ("last", "all"):
+            raise ValueError(f"through: {self.through!r} is not one of last, all")
+        if self.fake_lr is not None and not self.fake_lr > 0:
+            raise ValueError(f"fake_lr: {self.fake_lr} must be above 0")
+
+    def __call__(self, fake: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        """What the student descends, by way of sample.x0, its samples with their graph; the fake, in the student's place here, is only asked."""
+        if teacher is None:
+            raise ValueError("objective.kind: score_distillation compares with the teacher's velocity, so the recipe needs a teacher")
+        x, t, cond = sample.xt.detach(), sample.t, sample.cond
+        with torch.no_grad():
+            real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)
+            g = along(t, x) * (real - other)
+            away = (sample.x0 - (x - along(t, x) * real)).abs().flatten(1).mean(1)
+            direction = g / along(away.clamp_min(LEAST), g) if self.normalised else g
+        loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())
+        return Loss(loss.mean(), {"residual_norm": g.flatten(1).norm(dim=1), "distance_to_teacher": away})
+
+    def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
+        """What the fake descends: flow matching on samples that the student has made, sample.x0 without their graph."""
+        return FlowMatching()(fake, None, sample, 0)
+
+    def samples(self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The student's samples from x1 as `through` has it, and in how many jumps."""
+        drawn = lambda n: int(torch.randint(n, (), generator=generator, device=generator.device))
+        num_steps = self.steps[drawn(len(self.steps))]
+        if self.through == "all":
+            return sampler(student, x1, cond, steps=num_steps, generator=generator), num_steps
+        stopped = Stopped(student, 1 + drawn(num_steps))
+        sampler(stopped, x1, cond, steps=num_steps, generator=generator)
+        return stopped.arrival, stopped.at
+
+
+class Stopped:
+    """A flow map for one run of a sampler: `arrival` is where its call number `at` arrives, with that call's graph; later calls cost nothing."""
+
+    def __init__(self, student: FlowMap, at: int):
+        self.student, self.at, self.calls = student, at, 0
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        self.calls += 1
+        if self.calls > self.at:
+            return x
+        with torch.set_grad_enabled(self.calls == self.at and torch.is_grad_enabled()):
+            self.arrival = self.student(x, t, s, cond)
+        return self.arrival.detach()
