@@ -103,7 +103,7 @@ def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int,
 KEPT_AYF = "runs/bench/digits/seed-{seed}/digits"  # benchmarks/main_job.py
 CASES = {
     "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF),
-    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=5000, steps=2500, few=600, kept="runs/fashion14"),
+    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=2000, steps=2500, few=600, kept="runs/fashion14"),
     "emoji": Case("emoji32-teacher", {}, "efficientnet_lite0", 1000, many=25),
 }
 CASES["digits"].parts["instaflow"] = instaflow(
