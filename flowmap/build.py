@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.build_prior import build_prior, shipped_prior
 from flowmap.config import RecipeError, kind_of
-from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, Styles, TextDataset
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TextDataset
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.kinds import TABLES, StudentSpec
@@ -34,6 +34,7 @@ from flowmap.planning.plan import (
     pairs_recipes,
     pairs_teacher,
     start_recipes,
+    styles_of,
     trained_run,
     weights_folder,
 )  # fmt: skip
@@ -86,7 +87,8 @@ def build_data(recipe: Recipe) -> Dataset:
     """The recipe's data, which has what the recipe's metrics need; RecipeError otherwise."""
     try:
         data = data_of(recipe).build()
-        data = StyledDataset.of(data, recipe.coupling) if isinstance(recipe.coupling, Styles) else data
+        styles = styles_of(recipe)
+        data = StyledDataset.of(data, styles) if styles is not None else data
         if recipe.leaves == "student":
             check_metrics(recipe.metrics, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     except ValueError as error:

@@ -22,6 +22,7 @@ from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.student.text import flow_alone
 from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
 Progress = Callable[[str], None]
@@ -44,7 +45,7 @@ def evaluate(
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
         raise ValueError("student: evaluate needs the recipe.yaml that lies beside the weights")
-    recipe = read_resolved(student.folder / "recipe.yaml")
+    recipe = flow_alone(read_resolved(student.folder / "recipe.yaml"), student.folder)
     chosen = _chosen(recipe, metrics)
     for k in steps or ():
         if k < 1:

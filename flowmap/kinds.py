@@ -29,9 +29,11 @@ from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.stacked import NetSpec, Stacked
+from flowmap.nets.text_joint import TextCoderSpec
 from flowmap.objectives import OBJECTIVES
 from flowmap.objectives.adversarial import DiscriminatorSpec
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
+from flowmap.objectives.language import TextELBOSpec
 from flowmap.objectives.lediflow import WEIGHTS, Weight
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
@@ -72,7 +74,9 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     TextCoder: {"text": TextAutoencoder},
     StudentSpec: {**STARTS, **NETS},
     NetSpec: {**STARTS, **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"}},
+    TextCoderSpec: {"text_vae": NETS["text_vae"]},
     Objective: OBJECTIVES,
+    TextELBOSpec: {"text_elbo": OBJECTIVES["text_elbo"]},
     DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,
     RectifiedDistance: RECTIFIED_DISTANCES,

@@ -95,6 +95,8 @@ class Recipe:
         return getattr(self.student, "lora", None)
 
     def _check_leaves(self) -> None:
+        if self.leaves == "text_joint" and self.trainer.strategy == "fsdp":
+            raise ValueError("trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp")
         if left_by(self.student) == self.leaves:
             return
         kinds = [kind for kind, net in TABLES[StudentSpec].items() if left_by(net) == self.leaves]

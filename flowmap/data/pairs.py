@@ -2,7 +2,8 @@
 
 Sources: rectified flow (arXiv:2209.03003), improved as 2-rectified flow++ (arXiv:2405.20320). Clock: 0 data, 1 noise.
 The folder is one of shards (shards.py). Noise is kept as a seed: pair i starts from `noise_of(seed, i, shape)`, on any machine, whoever
-makes it. Pairs by inversion, real data carried to t = 1, come last and keep both ends.
+makes it; those of an editing flow start from the latents of its source, in an order drawn by the seed. Pairs by inversion, real data carried
+to t = 1, come last and keep both ends.
 """
 
 from __future__ import annotations
@@ -116,8 +117,16 @@ def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([noise_of(seed, int(i), shape) for i in pairs])
 
 
-def starts_of(prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Start:
-    """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`."""
+def starts_of(
+    prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None
+) -> Start:
+    """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`.
+
+    sources (N, *shape): what the pairs of an editing flow start from, all of them in an order drawn by the seed, again and again.
+    """
+    if sources is not None:
+        order = torch.randperm(len(sources), generator=seeded(f"sources/{seed}"))
+        return Start(sources[order[torch.as_tensor(list(pairs)) % len(order)]])
     noise = noises(seed, pairs, shape)
     if prior is None:
         return Start(noise)
@@ -142,7 +151,8 @@ def contents(data: Dataset, seed: int) -> dict[str, Any]:
     rows = torch.linspace(0, len(data) - 1, 16).long().tolist()
     x0, cond = data.__getitems__(rows)
     shape = list(data.shape)
-    hashed = {"samples": _hash(x0, *(cond[key] for key in sorted(cond))), "noise": _hash(noise_of(seed, 0, shape))}
+    start = starts_of(None, seed, [0], shape, getattr(data, "sources", None)).x1[0]
+    hashed = {"samples": _hash(x0, *(cond[key] for key in sorted(cond))), "noise": _hash(start)}
     return {"shape": shape, "num_classes": data.num_classes, "length": len(data), **hashed}
 
 
@@ -208,7 +218,7 @@ class PairedDataset:
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
         table = self._generated.with_format("arrow")[pairs.tolist()]
-        return *self._common(table), noises(self._seed, pairs.tolist(), self._shape)
+        return *self._common(table), starts_of(None, self._seed, pairs.tolist(), self._shape, getattr(self.data, "sources", None)).x1
 
     def _read_inverted(self, pairs: Tensor) -> tuple[Tensor, ...]:
         table = self._inverted.with_format("arrow")[(pairs - self.num_generated).tolist()]

@@ -7,6 +7,7 @@ number a sentence, -1 where it has none. Source of the setting: Language Rectifi
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,9 @@ class Text(Source):
 
     attributes: which become conditions; "length" (in words) every source has. Each is dropped with drop_attribute, all with drop_condition.
     only: "attribute=value" that every sentence must have. held_out: the share of entries. infill: a sample is the middle third of a
-    sentence, the latents of its left and right parts are the conditions "left" and "right". root: where latents are kept.
+    sentence, the latents of its left and right parts are the conditions "left" and "right". max_words, common_words: sentences of more
+    words, or with one that is not among so many most frequent ones of the source, are left out and counted ("long", "rare"). root: where
+    latents are kept.
     """
 
     sentences: TextSource = WordNet()
@@ -70,6 +73,8 @@ class Text(Source):
     held_out: float = 0.02
     infill: bool = False
     limit: int | None = None
+    max_words: int | None = None
+    common_words: int | None = None
     seed: int = 0
     root: str = ""
     in_pixels: ClassVar[bool] = False
@@ -85,14 +90,15 @@ class Text(Source):
             raise ValueError("infill: wants latents, so an autoencoder")
         if any("=" not in rule for rule in self.only):
             raise ValueError(f"only: {list(self.only)} must be a list of attribute=value")
-        if self.limit is not None and self.limit < 2:
-            raise ValueError(f"limit: {self.limit} must be 2 or more")
+        for name, least in (("limit", 2), ("max_words", 1), ("common_words", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
 
     def read(self) -> tuple[list[Sentence], list[Sentence], tuple[Attribute, ...], Counter]:
         """(training sentences, held-out ones, attributes, counts of those left out); ValueError where sentences cannot be read, an attribute
         is unknown, or nothing is left."""
         found, counts = self.sentences.read()
-        kept = self._chosen(found)
+        kept = self._chosen(self._plain(found, counts))
         train, held_out = split(kept, self.held_out, self.seed, counts)
         if not train:
             raise ValueError(f"data.held_out: {self.held_out} leaves nothing of {len(kept)} sentences ({dict(counts)} left out)")
@@ -118,6 +124,20 @@ class Text(Source):
     def identity(self) -> dict[str, Any]:
         """What latents on disk depend on, beside the sentences themselves."""
         return {"autoencoder": self.autoencoder.identity(), "infill": self.infill}
+
+    def _plain(self, found: list[Sentence], counts: Counter) -> list[Sentence]:
+        """Those that are neither too long nor of rare words."""
+        if self.max_words is not None:
+            short = [one for one in found if len(one.text.split()) <= self.max_words]
+            counts["long"] += len(found) - len(short)
+        else:
+            short = found
+        if self.common_words is None:
+            return short
+        common = {word for word, _ in Counter(word for one in found for word in words_of(one.text)).most_common(self.common_words)}
+        plain = [one for one in short if common.issuperset(words_of(one.text))]
+        counts["rare"] += len(short) - len(plain)
+        return plain
 
     def _chosen(self, found: Sequence[Sentence]) -> list[Sentence]:
         known = {LENGTH, *(name for one in found for name in one.attributes)}
@@ -244,6 +264,11 @@ def split(sentences: Sequence[Sentence], share: float, seed: int, counts: Counte
 def _draw(sentence: Sentence, seed: int) -> float:
     key = sentence.keys[0] if sentence.keys else sentence.text
     return int.from_bytes(hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def words_of(text: str) -> list[str]:
+    """The words in lower case, without marks."""
+    return re.findall(r"\w+", text.lower())
 
 
 def value_of(sentence: Sentence, name: str) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowmap.metrics.text_features import FEATURES, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
+from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
 
 Cond = Mapping[str, Tensor]
 
@@ -34,11 +35,12 @@ class _Texts:
         raise NotImplementedError
 
     def floor(self, metric: Any, data: Any) -> dict[str, float]:
-        """The figures of real sentences that were not trained on, with their own attributes."""
-        held_out = list(data.held_out_texts)[: self.images]
-        if not held_out:
+        """The figures of real sentences that were not trained on, evenly spaced (a source may be sorted), with their own attributes."""
+        count, num = len(data.held_out_texts), min(self.images, len(data.held_out_texts))
+        places = [i * count // num for i in range(num)]
+        if not places:
             return {}
-        return self.report(metric, held_out, {key: rows[: len(held_out)] for key, rows in data.held_out_codes.items()}, None)
+        return self.report(metric, [data.held_out_texts[i] for i in places], {key: rows[places] for key, rows in data.held_out_codes.items()}, None)
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,35 @@ class Control(_Texts):
 
 
 @dataclass(frozen=True)
+class Phrase(_Texts):
+    """phrase_hit: the share of sentences that are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py;
+    phrase_hit_even: the mean of that share over the parts of speech asked for, each counting alike; phrase_chance: what phrase_hit would be
+    if the sentences had nothing to do with what was asked. The floor, real definitions, is the ceiling: what tagger and rules can say."""
+
+    attribute: str = "part_of_speech"
+
+    def build(self, data: Any) -> Any:
+        values = next((one.values for one in data.attributes if one.name == self.attribute), None)
+        if values is None or not set(values) <= set(KINDS):
+            raise ValueError(f"metrics.attribute: {self.attribute!r} must be an attribute of the data whose values are of {', '.join(KINDS)}")
+        return values
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        numbers = cond[self.attribute][: len(texts)].tolist() if self.attribute in cond else []
+        asked = [metric[number] if number >= 0 else None for number in numbers]
+        pairs = [(kind, kind_of_phrase(tagged(text))) for kind, text in zip(asked, texts, strict=False) if kind]
+        if not pairs:
+            return {}
+        wanted, found = (Counter(column) for column in zip(*pairs, strict=True))
+        hits = Counter(a for a, b in pairs if a == b)
+        return {
+            "phrase_hit": sum(hits.values()) / len(pairs),
+            "phrase_hit_even": sum(hits[kind] / count for kind, count in wanted.items()) / len(wanted),
+            "phrase_chance": sum(count * found[kind] for kind, count in wanted.items()) / len(pairs) ** 2,
+        }
+
+
+@dataclass(frozen=True)
 class ContentKept(_Texts):
     """What an edited sentence keeps of its source: BLEU (sacrebleu) and ROUGE-L (rouge-score) against it, both 0..100, and the cosine of
     their MiniLM embeddings where `embedding`; unchanged: the share that came back as it was. Nothing where there are no sources."""
@@ -238,6 +269,7 @@ TEXT_METRICS = {
     "text_divergence": TextDivergence,
     "memorised": Memorised,
     "control": Control,
+    "phrase": Phrase,
     "content_kept": ContentKept,
     "style_hit": StyleHit,
     "infilled": Infilled,

@@ -10,6 +10,7 @@ from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.mlp import MLP
 from flowmap.nets.stacked import Stacked
+from flowmap.nets.text_joint import TextJoint
 from flowmap.nets.text_pair import TextPair
 from flowmap.nets.text_vae import TextVAE
 
@@ -24,6 +25,7 @@ NETS = {
     "autoencoder_kl": AutoencoderKL,
     "text_vae": TextVAE,
     "text_pair": TextPair,
+    "text_joint": TextJoint,
     "conv_prior": ConvPrior,
     "transformer_prior": TransformerPrior,
 }

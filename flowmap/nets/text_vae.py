@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SHARP = -4.0  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
+LOUD = 0.3  # spread of embeddings that go into the latent directly
 IGNORED = -100  # of targets: torch's cross-entropy leaves them out
 
 
@@ -21,7 +22,9 @@ IGNORED = -100  # of targets: torch's cross-entropy leaves them out
 class TextVAE:
     """A latent of `slots` vectors of `dims` numbers: samples of the flow are (dims,) for one slot, else (dims, 1, slots).
 
-    vocab and special (the pad, start, end and mask tokens) are the tokenizer's; left out, they are taken from the data.
+    direct: linear paths beside the transformers, from the embedded row to the posterior's mean and from the latent to each place of the
+    decoder: a short training learns to copy through them. vocab and special (the pad, start, end and mask tokens) are the tokenizer's; left
+    out, they are taken from the data.
     """
 
     slots: int = 4
@@ -29,6 +32,7 @@ class TextVAE:
     width: int = 192
     depth: int = 3
     heads: int = 4
+    direct: bool = False
     vocab: int | None = None
     special: tuple[int, int, int, int] | None = None
     leaves: ClassVar[str] = "text_autoencoder"
@@ -73,6 +77,27 @@ class TextVAENet(nn.Module):
         nn.init.normal_(self.embed.weight, std=small)
         nn.init.zeros_(self.posterior.bias)
         nn.init.constant_(self.posterior.bias[spec.dims :], SHARP)
+        if spec.direct:
+            entries, row = spec.slots * spec.dims, max_tokens * width
+            self.into, self.out = nn.Linear(row, entries, bias=False), nn.Linear(entries, row)
+            self._start_copying()
+
+    @torch.no_grad()
+    def _start_copying(self) -> None:
+        """The direct paths as they start: every place has its own share of the latent's entries, a random projection of its token's embedding to
+        a spread of 1, and the way back from there points where the token is read off: in a rotation of the embeddings, so that a token that is
+        merely the one before says nothing."""
+        entries, width = len(self.into.weight), self.spec.width
+        nn.init.normal_(self.embed.weight, std=LOUD)
+        place = torch.arange(entries) * self.max_tokens // entries
+        mine = F.one_hot(place, self.max_tokens).repeat_interleave(width, 1)
+        nn.init.normal_(self.into.weight, std=1 / (LOUD * width**0.5)).mul_(mine)
+        turn = torch.linalg.qr(torch.randn(width, width))[0]
+        back = self.into.weight.unflatten(1, (self.max_tokens, width)) @ turn
+        self.out.weight.copy_(2 * LOUD**2 * (width * self.max_tokens / entries) ** 0.5 * back.flatten(1).T)  # twice as loud as an embedding
+        self.out.bias.zero_()
+        self.leave.weight.copy_(self.embed.weight @ turn / 2)
+        self.leave.bias.zero_()
 
     def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.long()
@@ -81,6 +106,9 @@ class TextVAENet(nn.Module):
         for block in self.encoder:
             h, _ = block(h, mask=real[:, None, None, :])
         mean, logvar = self.posterior(_norm(h[:, : self.spec.slots])).chunk(2, -1)
+        if self.spec.direct:
+            embedded = (self.embed(rows) * self._real(rows).unsqueeze(-1)).flatten(1)
+            mean = mean + self.into(F.pad(embedded, (0, self.into.in_features - embedded.shape[1]))).reshape(mean.shape)
         return self._latent(mean), self._latent(logvar.clamp(-12, 6))
 
     def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,6 +164,8 @@ class TextVAENet(nn.Module):
         """(hidden states of `tokens`, keys and values): tokens stand at places start, ...; kept: keys and values of all before them."""
         places = self.decoder_places[self.spec.slots + start : self.spec.slots + start + tokens.shape[1]]
         h = self.embed(tokens) + places + self.everywhere(z.flatten(1)).unsqueeze(1)
+        if self.spec.direct:
+            h = h + self.out(self._slots(z).flatten(1)).unflatten(1, (self.max_tokens, -1))[:, start : start + tokens.shape[1]]
         if prefix is not None:
             h = torch.cat([prefix, h], 1)
         mask = None if kept is not None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()

@@ -7,7 +7,7 @@ from flowmap.objectives.consistency import Consistency
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
-from flowmap.objectives.language import TextELBO
+from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
@@ -37,5 +37,6 @@ OBJECTIVES = {
     "endpoint": Endpoint,
     "reconstruction": Reconstruction,
     "text_elbo": TextELBO,
+    "text_joint": TextJoint,
     "variance_guided": VarianceGuided,
 }

@@ -1,20 +1,21 @@
 """Training a text autoencoder: sentences come back from their latents, whose posterior stays near a Gaussian.
 
 Source: the evidence lower bound (Kingma, Welling 2013, arXiv:1312.6114) with annealing (Bowman et al. 2015, arXiv:1511.06349) and free bits
-(Kingma et al. 2016, arXiv:1606.04934).
+(Kingma et al. 2016, arXiv:1606.04934). Both together with a flow: Language Rectified Flow, arXiv:2403.16995.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.flow.barrier import barrier, barrier_weight
 from flowmap.flow.seeds import seeded
-from flowmap.flow.types import Loss, PathSample, Teacher
+from flowmap.flow.types import Loss, PathSample, Teacher, along
 
 IGNORED = -100
 
@@ -59,6 +60,56 @@ class TextELBO:
         right = ((logits.argmax(-1) == targets) & counted).sum(1) / tokens
         logs = {"nll_per_token": (nll.sum() / tokens.sum()).detach(), "kl": kl.detach(), "accuracy": right.mean().detach()}
         return Loss(value, logs | {"beta": torch.tensor(self.beta(step))})
+
+
+class TextELBOSpec(Protocol):
+    """What reconstructs: `text_elbo`."""
+
+
+@dataclass(frozen=True)
+class TextJoint:
+    """f + lambda g: reconstruction g (`elbo`) first, the flow f between noise and the posterior's means after it, by flow/barrier.py.
+
+    f = mean (v(zt, t) - (x1 - z))^2 with z the means less their mean over the batch, over their spread: no shrinking of latents lowers it.
+    lambda is held constant, so that the gradient is grad f + lambda grad g, of all weights: g falls at least at the rate
+    min(alpha (g - least), beta |grad g|^2). least: g, in nats a token, that is good enough. Each process has the lambda of its own batch.
+    """
+
+    elbo: TextELBOSpec = TextELBO()
+    least: float = 0.0
+    alpha: float = 1.0
+    beta: float = 1.0
+    diagonal: ClassVar[bool] = True
+    leaves: ClassVar[str] = "text_joint"
+
+    def __post_init__(self):
+        for name in ("least", "alpha", "beta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+
+    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+        first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)
+        weights = [p for p in student.parameters() if p.requires_grad]
+        grads = [torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True) for value in (first.value, flow)]
+        weight = barrier_weight(*grads, barrier(grads[0], self.least, first.value.detach(), alpha=self.alpha, beta=self.beta))
+        logs = {"reconstruction": first.value.detach(), "flow": flow.detach(), "weight": weight}
+        return Loss(flow + weight * first.value, {**first.logs, **logs})
+
+    def flow(self, student: nn.Module, sample: PathSample) -> Tensor:
+        """f; its noise is a function of the sample's x1."""
+        means = student.net.moments(sample.x0)[0]
+        z = normalised(means)
+        generator = seeded(f"flow/{float(sample.x1.double().sum())!r}", z.device)
+        x1 = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        t = along(sample.t, z)
+        velocity = student.velocity(((1 - t) * z + t * x1).to(z.dtype), sample.t, sample.cond)
+        return (velocity - (x1 - z)).float().square().mean()
+
+
+def normalised(means: Tensor) -> Tensor:
+    """Latents (B, ...) less their mean over the batch, over the spread of all entries together: what a kept autoencoder does with its own."""
+    centred = means - means.mean(0)
+    return centred / centred.square().mean().sqrt().clamp_min(1e-6)
 
 
 def divergence(mean: Tensor, logvar: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:

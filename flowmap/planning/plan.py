@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, short_hash, to_plain
-from flowmap.data import Encoded, Pairs, TeacherSlot, Text, pairs
+from flowmap.data import Encoded, Pairs, Styles, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
@@ -20,6 +20,7 @@ from flowmap.kinds import TABLES
 from flowmap.planning.provenance import WHERE, identity
 from flowmap.recipe import Recipe, read_recipe, read_resolved, shipped
 from flowmap.settings import Autoguidance, FromRecipe
+from flowmap.student.config import BESIDE
 from flowmap.teachers.card import Card, read_card
 
 
@@ -152,7 +153,8 @@ def data_of(recipe: Recipe) -> Any:
         return data
     trained = autoencoder_recipes(recipe)
     if trained:
-        source = str(dependency_folder(trained[0]) / "student")
+        folder = dependency_folder(trained[0]) / "student"
+        source = str(folder / BESIDE if trained[0].leaves == "text_joint" else folder)
         data = replace(data, autoencoder=replace(data.autoencoder, source=source, recipe=None))
     if isinstance(data, Text):
         return data if data.root else replace(data, root=str(runs_root() / "text-latents"))
@@ -220,6 +222,14 @@ def pairs_cards(recipe: Recipe) -> list[Card]:
 def pairs_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipes that train what makes the pairs."""
     return _trained(pairs_teacher(recipe)) if recipe.coupling.recipe is None else [read_recipe(recipe.coupling.recipe)]
+
+
+def styles_of(recipe: Recipe) -> Styles | None:
+    """What the recipe's flow runs between where that is two styles: its coupling, or that of the editing flow which made its pairs."""
+    if isinstance(recipe.coupling, Styles):
+        return recipe.coupling
+    made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
+    return styles_of(made_by[0]) if made_by else None
 
 
 def pairs_of(recipe: Recipe) -> Pairs:

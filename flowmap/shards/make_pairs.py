@@ -78,6 +78,8 @@ class Maker:
     @staticmethod
     def of(recipe: Recipe, device: torch.device | str) -> Maker:
         spec, data = pairs_of(recipe), build_data(recipe)
+        if spec.num_inverted and hasattr(data, "sources"):
+            raise ValueError("coupling.inverted: an editing flow carries sentences to sentences, and back by itself; here it must be 0")
         if spec.num_inverted > len(data):
             raise ValueError(f"coupling.inverted: wants {spec.num_inverted} real samples, the data has {len(data)}")
         pictures = recipe.data.in_pixels and len(data.shape) == 3
@@ -126,7 +128,7 @@ class Maker:
 
     def starts(self, pairs: Sequence[int]) -> Start:
         """Where those pairs start."""
-        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape)
+        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape, getattr(self.data, "sources", None))
 
     def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
         """(x0, cond) of those pairs, as training would see them."""

@@ -13,18 +13,23 @@ import torch
 from torch import Tensor
 
 from flowmap.config import RecipeError
-from flowmap.data import Styles, TextCoder, TextDataset
+from flowmap.data import TextCoder, TextDataset
 from flowmap.data.tokens import BPE, Pair
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
 from flowmap.kinds import left_by
+from flowmap.objectives import FlowMatching
 from flowmap.student.conditions import texts_of
-from flowmap.student.config import found_beside
+from flowmap.student.config import BESIDE, found_beside
+from flowmap.student.text_autoencoder import TextAutoencoder
 
 if TYPE_CHECKING:
     from flowmap.kinds import StudentSpec
     from flowmap.recipe import Recipe
     from flowmap.student.student import Student
+
+
+ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
 
 
 class Sentences:
@@ -57,7 +62,7 @@ class Sentences:
 
 def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
     """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
-    if left_by(net) != "text_autoencoder":
+    if left_by(net) not in ON_TOKENS:
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
         return net
@@ -68,6 +73,14 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
     if data.tokens.pair != hasattr(net, "encoder_tokens"):
         raise RecipeError(f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else")
     return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.told())
+
+
+def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as one of a flow in the latents of the autoencoder beside the student in that folder, where it trained both; else itself."""
+    if recipe.leaves != "text_joint":
+        return recipe
+    data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / BESIDE)), tokenizer=None)
+    return replace(recipe, data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
 def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:
@@ -103,9 +116,12 @@ class _Unfitted:
 
 def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
     """The fields of StudentConfig that a student of sentences has."""
-    edits = (", ".join(recipe.coupling.source), ", ".join(recipe.coupling.target)) if isinstance(recipe.coupling, Styles) else ()
+    from flowmap.planning.plan import styles_of
+
+    styles = styles_of(recipe)
+    edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     plain = {"text_autoencoder": autoencoder, "edits": edits}
-    if recipe.data.conditional and recipe.leaves == "student":
+    if recipe.data.conditional and recipe.leaves in ("student", "text_joint"):
         plain |= {"attributes": data.attributes, "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point())}
     return plain
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowmap.evaluate import measure
 from flowmap.planning.plan import Stage
 from flowmap.student.student import Student
-from flowmap.train import autoencoder, text_autoencoder
+from flowmap.train import autoencoder, text_autoencoder, text_joint
 from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
 from flowmap.train.module import DistillModule
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
@@ -71,9 +71,23 @@ class APrior:
         keep_prior(stage, student.config, module, state, done, metrics)
 
 
+class Both:
+    """A text autoencoder and the flow in its latents."""
+
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        return text_joint.measure_joint(stage, module, say)
+
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None:
+        text_joint.save_joint(stage, student.config, module, state, done, metrics)
+
+
 LEAVES: dict[str, Leaves] = {
     "student": AStudent(),
     "autoencoder": AnAutoencoder(autoencoder),
     "text_autoencoder": AnAutoencoder(text_autoencoder),
+    "text_joint": Both(),
     "prior": APrior(),
 }

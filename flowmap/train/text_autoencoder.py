@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     """metrics.json's contents, on held-out sentences (as tokens, so cut where they were cut): under "student" "1"
     exact: the share that comes back letter by letter; word_accuracy: of words at their places; token_accuracy and nll_per_token: of next
     tokens, the true ones before given, from the posterior's mean; kl, in nats; active: latent entries with a KL above 0.01 nats."""
-    started, rows = time.perf_counter(), _unseen(module)[:MEASURED]
+    started, rows = time.perf_counter(), _unseen(module)
+    rows = rows[:: -(-len(rows) // MEASURED)]  # evenly spaced: a source may be sorted
     net, texts = module.averaged.net, module.data.tokens.decode(rows)
     again = reconstructed(module, rows)
     row = {
@@ -85,8 +87,13 @@ def _words_kept(text: str, again: str) -> float:
     return sum(a == b for a, b in zip(words, found, strict=False)) / max(len(words), len(found), 1)
 
 
-def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
-    """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences."""
+def save_autoencoder(
+    stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None, *, net=None, folder: Path | None = None
+) -> None:
+    """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences.
+
+    net, folder: the autoencoder and its place, where those are not the whole network and student/.
+    """
     from flowmap.train.card import figures_table
 
     call = "flowmap.student.text_autoencoder.TextAutoencoder(source=folder).load()"
@@ -94,8 +101,8 @@ def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tenso
     card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()
-    folder, recipe = stage.folder / "student", stage.recipe.to_yaml()
-    save_text_autoencoder(folder, module.averaged.net, weights, module.data.tokens, rows, recipe=recipe, card=card)
+    folder, net = folder or stage.folder / "student", module.averaged.net if net is None else net
+    save_text_autoencoder(folder, net, weights, module.data.tokens, rows, recipe=stage.recipe.to_yaml(), card=card)
 
 
 def _unseen(module: DistillModule) -> Tensor:

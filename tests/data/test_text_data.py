@@ -179,6 +179,20 @@ def test_the_numbers_of_values():
             attribute.number(value)
 
 
+def test_long_sentences_and_rare_words_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("the cat sat\nThe cat, the dog\na dog barks\nthe cat and the dog sat\n")
+    source = TextFiles(str(tmp_path))
+    kept = lambda **change: Text(sentences=source, held_out=0.0, **change).read()
+    train, _, _, counts = kept(max_words=4)
+    assert [one.text for one in train] == ["the cat sat", "The cat, the dog", "a dog barks"] and counts["long"] == 1
+    train, _, _, counts = kept(common_words=4)  # the, cat, dog, sat
+    assert [one.text for one in train] == ["the cat sat", "The cat, the dog"] and counts["rare"] == 2
+    with pytest.raises(ValueError, match="common_words: 0 must be 1 or more"):
+        Text(common_words=0)
+    with pytest.raises(ValueError, match="holds no sentences"):
+        kept(max_words=2)
+
+
 def test_thirds():
     assert outer_thirds("a b c d e f g") == ("a b", "c d e", "f g")
     assert outer_thirds("a") == ("", "a", "") and outer_thirds("a b") == ("", "a b", "")

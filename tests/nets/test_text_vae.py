@@ -8,10 +8,11 @@ from flowmap.nets.text_vae import IGNORED, TextVAE
 SPECIAL = (0, 1, 2, 3)
 
 
-@pytest.fixture(params=[1, 3], ids=["vector", "sequence"])
+@pytest.fixture(params=[(1, False), (3, False), (1, True), (3, True)], ids=["vector", "sequence", "vector-direct", "sequence-direct"])
 def net(request):
     torch.manual_seed(0)
-    return TextVAE(slots=request.param, dims=4, width=16, depth=2, heads=2, vocab=13, special=SPECIAL).build((7,)).double()
+    slots, direct = request.param
+    return TextVAE(slots=slots, direct=direct, dims=4, width=16, depth=2, heads=2, vocab=13, special=SPECIAL).build((7,)).double()
 
 
 ROWS = torch.tensor([[4, 5, 6, 7, 8, 9, 2], [5, 2, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0], [12, 11, 10, 9, 8, 7, 6], [6, 6, 6, 2, 0, 0, 0]])
@@ -39,6 +40,26 @@ def test_generating_is_the_likeliest_next_token_of_the_whole_row(net):
     said, targets = net.logits(z, rows)
     seen = targets != IGNORED
     assert torch.equal(said.argmax(-1)[seen], rows[seen])
+
+
+def test_what_pads_and_how_far_changes_no_latent(net):
+    mean, logvar = net.moments(ROWS[1:3])
+    for rows in (ROWS[1:3, :2], torch.tensor([[5, 2, 9, 9, 9, 9, 9], [2, 9, 9, 9, 9, 9, 9]])):
+        again = net.moments(rows)
+        torch.testing.assert_close(again[0], mean), torch.testing.assert_close(again[1], logvar)
+
+
+def test_direct_paths_start_by_copying():
+    """Before any training nearly half the tokens are said again, by chance one of fifty; each entry of the latent is of one place."""
+    torch.manual_seed(0)
+    net = TextVAE(slots=4, dims=28, direct=True, width=64, depth=1, heads=2, vocab=50, special=SPECIAL).build((7,))
+    rows = torch.randint(4, 50, (200, 7))
+    said, targets = net.logits(net.moments(rows)[0], rows)
+    assert float((said.argmax(-1) == targets).float().mean()) > 0.4
+    direct = lambda rows: net.into(net.embed(rows).flatten(1))
+    changed = rows[:1].clone()
+    changed[0, 3] = (changed[0, 3] - 3) % 46 + 4
+    assert int((direct(changed) != direct(rows[:1])).sum()) == 4 * 28 // 7
 
 
 def test_targets_end_with_the_end_token(net):

@@ -170,6 +170,32 @@ def test_editing_starts_from_sentences_both_ways(runs, tmp_path, command):
     assert code == 2 and "is not UTF-8" in err
 
 
+def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
+    """x1 are latents of the source, x0 where the editing flow carries them, and the result edits as it does."""
+    from flowmap.build import build_data, build_samples, build_teacher
+    from flowmap.shards.make_pairs import verify
+
+    styles = "coupling={kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"
+    path, plain = runs.parent / "edited.yaml", ["metrics=[]", "data.conditional=false", "trainer.steps=4"]
+    path.write_text(read_recipe(runs.parent / "flow.yaml", ["name=edited", styles, *plain]).to_yaml())
+    pairs = f"coupling={{kind: pairs, recipe: {path}, num: 30, solver: {{kind: heun, steps: 2}}, shard_items: 8}}"
+    again = [pairs, f"student={{kind: from_recipe, recipe: {path}}}", "objective={kind: rectified}", "times={kind: u_shaped}"]
+    recipe = read_recipe(path, ["name=edited-again", *again])
+    run = flowmap.fit(recipe, **QUIET)
+    assert run.student.config.edits == ("part_of_speech=noun", "part_of_speech=verb") and len(run.student.edit(["cat again as n"])) == 1
+    assert verify(recipe, num=30) == (0, 0)
+    data = build_data(recipe)
+    x0, _, x1 = build_samples(recipe, data).__getitems__(range(30))
+    rows = {tuple(row.flatten().tolist()) for row in data.sources}
+    assert {tuple(row.flatten().tolist()) for row in x1} <= rows and len({tuple(row.flatten().tolist()) for row in x1}) == min(30, len(rows))
+    taught = build_teacher(read_recipe(path, [f"teacher={{recipe: {path}}}", "student={kind: from_teacher}"]), data)
+    from flowmap.flow.solver import Heun
+
+    torch.testing.assert_close(x0, Heun(steps=2)(lambda x, t: taught.guided.velocity(x, t, None), x1).x, atol=2e-3, rtol=2e-3)  # kept as float16
+    with pytest.raises(flowmap.recipe.RecipeError, match="coupling.inverted: an editing flow"):
+        flowmap.fit(read_recipe(path, ["name=inverted", *again, "coupling.inverted=0.5"]), **QUIET)
+
+
 def test_an_autoencoder_is_no_student_and_one_that_is_not_there_is_named(runs, tmp_path, command):
     code, out, err = command("sample", "--student", runs / "words", "--num", 4, "--out", tmp_path / "drawn")
     assert code == 2 and "is an autoencoder's, not a student's" in err

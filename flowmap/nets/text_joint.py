@@ -1,0 +1,66 @@
+"""A text autoencoder and the flow in its latents as one network, for training them together.
+
+Source: Language Rectified Flow, arXiv:2403.16995. What is wired here is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from flowmap.flow.types import Cond
+from flowmap.nets.stacked import NetSpec
+from flowmap.nets.text_vae import TextVAE
+
+
+class TextCoderSpec(Protocol):
+    """The settings of a text autoencoder that can be trained with a flow."""
+
+
+@dataclass(frozen=True)
+class TextJoint:
+    """The settings of both; vocab and special are the tokenizer's, as those of the autoencoder."""
+
+    flow: NetSpec
+    autoencoder: TextCoderSpec = TextVAE()
+    vocab: int | None = None
+    special: tuple[int, int, int, int] | None = None
+    leaves: ClassVar[str] = "text_joint"
+
+    def __post_init__(self):
+        if not hasattr(self.flow, "build"):
+            raise ValueError("flow: wants the settings of a network; what starts from other weights is not known here")
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.autoencoder.latent_shape
+
+    @property
+    def takes_further(self) -> bool:
+        return getattr(self.flow, "takes_further", False)
+
+    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False, **told) -> nn.Module:
+        coder = replace(self.autoencoder, vocab=self.vocab, special=self.special).build(shape)
+        return TextJointNet(coder, self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **told))
+
+
+class TextJointNet(nn.Module):
+    """F(x, t, s, cond) of latents x (B, *latent_shape), and the autoencoder's moments, logits and generate."""
+
+    def __init__(self, autoencoder: nn.Module, flow: nn.Module):
+        super().__init__()
+        self.autoencoder, self.flow = autoencoder, flow
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return self.flow(x, t, s, cond)
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.autoencoder.moments(rows)
+
+    def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.autoencoder.logits(z, rows, dropped)
+
+    def generate(self, z: Tensor) -> Tensor:
+        return self.autoencoder.generate(z)

@@ -1,0 +1,48 @@
+"""What a run of the objective `text_joint` leaves: an ordinary student of sentences, the autoencoder that was trained with it beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flowmap.build import build_data
+from flowmap.evaluate import measure
+from flowmap.planning.plan import Stage
+from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.folder import load_student
+from flowmap.student.text import flow_alone
+from flowmap.student.text_autoencoder import TextAutoencoder
+from flowmap.train.callbacks import Keep, keep_student
+from flowmap.train.module import DistillModule
+from flowmap.train.text_autoencoder import measure_autoencoder, save_autoencoder
+
+
+class KeepJoint(Keep):
+    """As Keep; student/ is that of the flow, student/autoencoder the text autoencoder's."""
+
+    def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
+        save_joint(self.stage, self.config, module, state, done)
+
+
+def measure_joint(stage: Stage, module: DistillModule, say=None) -> dict[str, Any]:
+    """metrics.json's contents: those of a flow, measured on the student as it was kept, and the "autoencoder"'s figures."""
+    folder = stage.folder / "student"
+    alone = flow_alone(stage.recipe, folder)
+    figures = measure(alone, load_student(folder).to(module.device), None, build_data(alone), progress=say)
+    return {**figures, "autoencoder": measure_autoencoder(module)["student"]["1"]}
+
+
+def save_joint(
+    stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None
+) -> None:
+    """Writes the autoencoder, then the student that samples in its latents."""
+    net, mine = config.net, {"net.autoencoder.": {}, "net.flow.": {}}
+    for name, tensor in state.items():
+        part = next(one for one in mine if name.startswith(one))
+        mine[part]["net." + name.removeprefix(part)] = tensor
+    coder = module.averaged.net.autoencoder
+    save_autoencoder(stage, module, mine["net.autoencoder."], done, net=coder, folder=stage.folder / "student" / BESIDE)
+    flow = replace(config, net=net.flow, shape=net.latent_shape, text_autoencoder=TextAutoencoder(source=BESIDE))
+    keep_student(stage, flow, mine["net.flow."], done, metrics)
