@@ -302,7 +302,8 @@ def main() -> None:
         for name, arm in seed.case.arms(arguments.parts).items():
             seed.make(name, arm, again=arguments.look_again)
         seed.teachers()
-    if arguments.first_seed == 0 and "speed" in arguments.parts and "speed" not in seeds[0].found:
+    speedy = "speed" in arguments.parts and "reflow" in seeds[0].case.parts
+    if arguments.first_seed == 0 and speedy and "speed" not in seeds[0].found:
         seeds[0].keep("speed", speed(seeds[0]))
     report(arguments.set, seeds)
 

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
+from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
 from flowmap.planning.plan import prior_recipes
 from flowmap.recipe import Recipe
@@ -54,6 +55,11 @@ class Cost:
 
 def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool = False) -> Cost:
     """Counted on the meta device; without `graded` the forward pass alone. ValueError where the network cannot be built."""
+    if isinstance(joint := config.net, TextJoint):
+        coder = replace(joint.autoencoder, vocab=joint.vocab, special=joint.special)
+        each = (replace(config, net=coder), replace(config, net=joint.flow, shape=joint.latent_shape))
+        parts = [astuple(cost_of(one, graded=graded, checkpointing=checkpointing)) for one in each]
+        return Cost(*map(sum, zip(*parts, strict=True)))
     with torch.device("meta"):
         flow_map = config.build()
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
