@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,14 @@ def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool =
     """Counted on the meta device; without `graded` the forward pass alone. ValueError where the network cannot be built."""
     if isinstance(joint := config.net, TextJoint):
         coder = replace(joint.autoencoder, vocab=joint.vocab, special=joint.special)
-        each = (replace(config, net=coder), replace(config, net=joint.flow, shape=joint.latent_shape))
+        each = (StudentConfig(coder, config.sampler, config.shape, arrival=False), replace(config, net=joint.flow, shape=joint.latent_shape))
         parts = [astuple(cost_of(one, graded=graded, checkpointing=checkpointing)) for one in each]
         return Cost(*map(sum, zip(*parts, strict=True)))
+    return _counted(replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
+
+
+@cache
+def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
     with torch.device("meta"):
         flow_map = config.build()
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
