@@ -103,8 +103,8 @@ def at(arm: dict, solver: str, steps: int) -> dict:
     return next(p for p in arm["curve"] if (p["solver"], p["steps"]) == (solver, steps))
 
 
-def spread(values) -> str | float:
+def spread(values) -> str:
     """The median, least and most where there are several."""
     values = sorted(values)
     middle = statistics.median(values)
-    return middle if len(values) == 1 else f"{middle:.3g} ({values[0]:.3g} to {values[-1]:.3g})"
+    return f"{middle:.3g}" if len(values) == 1 else f"{middle:.3g} ({values[0]:.3g} to {values[-1]:.3g})"

@@ -203,7 +203,7 @@ def report(options: argparse.Namespace, runs: list[dict]) -> None:
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     if "curve" in made and options.share == 1:
         plot(made["curve"], Path("docs") / f"lediflow_{options.set}_curve.png")
-    settings = {"set": options.set, "seeds": len(runs), "share": options.share}
+    settings = {"set": options.set, "seeds": list(range(len(runs)))} | ({} if options.share == 1 else {"share": options.share})
     payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "tables": made, "figures": runs}
     write(f"lediflow_{options.set}" + ("" if options.share == 1 else "_share"), payload)
 
@@ -222,6 +222,9 @@ def plot(made: dict, path: Path) -> None:
             points = [(row[4], float(str(row[6]).split()[0])) for row in made["rows"] if row[:2] == [prior, solver]]
             axes.plot(*zip(*points, strict=True), marker + "-", color=color, alpha=0.8, label=f"{prior}, {solver}")
     axes.set(xscale="log", yscale="log", xlabel="MFLOP a sample, decoder and z-sampler counted", ylabel="Frechet distance")
+    ticks = [15 * 2**k for k in range(7)]
+    axes.set_xticks(ticks, ticks)
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=7)
     picture.tight_layout()
     picture.savefig(path, dpi=110)
