@@ -22,6 +22,7 @@ FILES = {
     **{f"{name}_{one}": f"{name}.json" for name in ("lediflow_digits", "lediflow_fashion14", "lediflow_emoji")
        for one in ("curve", "savings", "students", "ablation", "codes")},
 }  # fmt: skip
+IN_README = ("steps_law", "emoji")  # plots that README.md shows; all others stand in a page beside them
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
 
@@ -42,7 +43,8 @@ def block(name: str, result: dict) -> str:
     rows, columns = made["rows"], made.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)
-    plot = f"![{name}](docs/{name}.png)\n\n" if (ROOT / "docs" / f"{name}.png").is_file() else ""
+    folder = "docs/" if name in IN_README else ""
+    plot = f"![{name}]({folder}{name}.png)\n\n" if (ROOT / "docs" / f"{name}.png").is_file() else ""
     return f"{table(rows, columns or [''] * len(rows[0]))}\n\n{plot}{origin(name, result)}\n"
 
 
