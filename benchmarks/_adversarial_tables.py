@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from _rectified_tables import told
+from _report import spread
 
 Found = dict  # of one seed: {"student": {arm: {steps: {metric: value}}}, "floor": {metric: value}, "cost": {arm: ...}, "seconds a step": {arm: s}}
 NAMES = {
@@ -29,9 +29,9 @@ def few(runs: Sequence[Found]) -> dict:
     metrics, rows = list(next(iter(one.values()))), []
     for k in one:
         for arm, name in NAMES.items():
-            cells = [told([run["student"][arm][k][metric] for run in runs], 3, False) for metric in metrics]
+            cells = [spread([run["student"][arm][k][metric] for run in runs]) for metric in metrics]
             rows.append([k, name, *cells])
-    rows.append(["", "floor: real against real", *(told([run["floor"].get(metric, 0.0) for run in runs][:1], 3, False) for metric in metrics)])
+    rows.append(["", "floor: real against real", *(spread([run["floor"].get(metric, 0.0) for run in runs][:1]) for metric in metrics)])
     return {"columns": ["steps", "", *metrics], "rows": rows}
 
 
@@ -51,10 +51,10 @@ def _compared(runs: Sequence[Found], arms: tuple[str, str], k: str, metric: str)
     if is_share(metric):
         better, values = sum(first > second for first, second in pairs), [first - second for first, second in pairs]
         middle = f"{statistics.median(values):+.3f}"
-        spread = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
-        return middle + spread, f"{better} of {len(runs)}"
+        ends = f" ({min(values):+.3f} to {max(values):+.3f})" if len(values) > 1 else ""
+        return middle + ends, f"{better} of {len(runs)}"
     better = sum(first < second for first, second in pairs)
-    return f"times {told([first / second for first, second in pairs], 3, False)}", f"{better} of {len(runs)}"
+    return f"times {spread([first / second for first, second in pairs])}", f"{better} of {len(runs)}"
 
 
 def is_share(metric: str) -> bool:
@@ -71,7 +71,7 @@ def cost(runs: Sequence[Found]) -> dict:
     }
     rows = []
     for arm in ("control", "after"):
-        rows.append([NAMES[arm], *(told(_known(runs, arm, read), 3, False) for read in reads.values())])
+        rows.append([NAMES[arm], *(spread(_known(runs, arm, read)) for read in reads.values())])
     return {"columns": ["", *reads], "rows": rows}
 
 

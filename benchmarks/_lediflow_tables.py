@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from _report import spread
+
 Run = dict  # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ..., "codes": ...}
 MANY = 50  # Euler steps of the Gaussian whose distance is to be reached
 PAIR = ("gaussian", "learned")
@@ -101,10 +103,3 @@ def savings(run: Run) -> dict:
 def at(arm: dict, solver: str, steps: int) -> dict:
     """The arm's point of the curve by that solver in that many steps."""
     return next(p for p in arm["curve"] if (p["solver"], p["steps"]) == (solver, steps))
-
-
-def spread(values) -> str:
-    """The median, least and most where there are several."""
-    values = sorted(values)
-    middle = statistics.median(values)
-    return f"{middle:.3g}" if len(values) == 1 else f"{middle:.3g} ({values[0]:.3g} to {values[-1]:.3g})"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from _peers_jobs import Job, Row, ours
+from _report import spread
 
 from flowmap.flow.times import Mixture
 from flowmap.objectives import FlowMatching
@@ -118,9 +119,3 @@ def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
 
 
 QUALITY = ["job", "loss of", "steps", "milliseconds", *(f"frechet_pixels at {k}" for k in STEPS)]
-
-
-def spread(values: list[float]) -> str:
-    """The median, and the range where there are several."""
-    middle = f"{statistics.median(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"

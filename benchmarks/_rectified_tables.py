@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
+
+from _report import spread
 
 Found = dict  # of one seed: arm -> {"student": {steps: {metric: value}}, "euler": ..., "cpu_seconds": {"pairs": s, "fit": s}}
 PAPER = {"a": 12.21, "b": 7.14, "c": 5.17, "d": 5.24, "e": 3.42, "f": 3.38, "g": 3.07}
@@ -91,7 +92,7 @@ class Tables:
         columns = ["", f"1-step {self.distance}", "2", "4", "CPU seconds of pairs", "of training"]
         rows = []
         for arm in ("teacher", "reflow", "ayf", "ayf of reflow"):
-            costs = [self.spread(arm, lambda one, part=part: one["cpu_seconds"][part], digits=3) for part in ("pairs", "fit")]
+            costs = [self.spread(arm, lambda one, part=part: one["cpu_seconds"][part]) for part in ("pairs", "fit")]
             rows.append([NAMES[arm], *(self.cell(arm, k, self.distance) for k in ("1", "2", "4")), *costs])
         return self.table(columns, rows)
 
@@ -124,17 +125,17 @@ class Tables:
         """Of that metric at k steps; where there is no row by Euler's steps, the sampler's own."""
         return self.spread(arm, lambda one: one.get(source, one["student"])[k][metric], bare=bare)
 
-    def spread(self, arm: str, read: Callable[[dict], float], digits: int = 3, bare: bool = False) -> str:
+    def spread(self, arm: str, read: Callable[[dict], float], bare: bool = False) -> str:
         values = []
         for run in self.runs:
             try:
                 values.append(read(run[arm]))
             except KeyError:
                 continue
-        return told(values, digits, bare)
+        return spread(values, bare)
 
     def ratio(self, over: str, under: str, read: Callable[[dict], float]) -> str:
-        return told([read(run[over]) / read(run[under]) for run in self.runs if over in run and under in run], 3, False)
+        return spread([read(run[over]) / read(run[under]) for run in self.runs if over in run and under in run])
 
     def agreement(self, arm: str) -> str:
         """The name of the figure that says whether samples show what was asked for."""
@@ -145,13 +146,5 @@ class Tables:
         rows = [row for row in rows if any(cell for cell in row[1:])]
         floors = [run["teacher"]["floor"][self.distance] for run in self.runs if "floor" in run.get("teacher", {})]
         if floor and floors:
-            rows.append([f"floor: real against real {told(floors[:1], 3, False)}", *[""] * (len(columns) - 1)])
+            rows.append([f"floor: real against real {spread(floors[:1])}", *[""] * (len(columns) - 1)])
         return {"columns": columns, "rows": rows}
-
-
-def told(values: Sequence[float], digits: int, bare: bool) -> str:
-    """The median, with least and most where there are several values; nothing where there is none."""
-    if not values:
-        return ""
-    middle = f"{statistics.median(values):.{digits}g}"
-    return middle if bare or len(values) == 1 else f"{middle} ({min(values):.{digits}g} to {max(values):.{digits}g})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -34,13 +35,31 @@ def environment() -> dict:
 
 def write(name: str, payload: Mapping) -> Path:
     """The payload as benchmarks/results/<name>.json, written beside and renamed."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(payload, indent=1) + "\n")
-    beside.replace(path)
+    keep(path, payload)
     print(f"wrote benchmarks/results/{path.name}")
     return path
+
+
+def kept(path: Path) -> dict:
+    """What an earlier run of the benchmark left there; nothing where it left nothing."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def keep(path: Path, found: Mapping) -> None:
+    """Leaves that for the next run, written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(found, indent=1) + "\n")
+    beside.replace(path)
+
+
+def spread(values: Iterable[float], bare: bool = False) -> str:
+    """The median, with least and most where there are several and not only the bare median is asked for; nothing where there is none."""
+    if not (values := list(values)):
+        return ""
+    middle = f"{statistics.median(values):.3g}"
+    return middle if bare or len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
 
 
 def table(rows: Iterable[Sequence], columns: Sequence[str]) -> str:

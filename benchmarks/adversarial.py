@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from _adversarial_tables import tables
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench")
 UNSEEN = "_labels:labels"
@@ -52,7 +52,7 @@ class Seed:
         self.root = (KEPT / name / f"seed-{seed}").resolve()
         self.root.mkdir(parents=True, exist_ok=True)
         self.kept = self.root / "result.json"
-        self.found = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
+        self.found = kept(self.kept)
         self.start = self._start(Path((options.students or self.case.students).format(seed=seed)))
 
     def _start(self, source: Path) -> Path:
@@ -75,9 +75,7 @@ class Seed:
 
     def keep(self, key: str, value) -> None:
         self.found[key] = value
-        beside = self.kept.with_suffix(".part")
-        beside.write_text(json.dumps(self.found))
-        beside.replace(self.kept)
+        keep(self.kept, self.found)
 
     def recipe(self, arm: str, steps: int | None = None) -> Path:
         """The file of the arm's recipe; of `steps` steps where that is said, otherwise as long as the shipped one."""

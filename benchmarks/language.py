@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from _language_nets import Unconditional, ancestral, classifier_of_latents, language_model
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench/language")
 NUM = 400  # sentences of a row
@@ -50,7 +50,7 @@ class Bench:
         self.seed, self.smoke, self.root = seed, smoke, KEPT.with_name("language-smoke") if smoke else KEPT
         self.num = 40 if smoke else NUM
         self.kept = self.root / f"seed-{seed}.json"
-        self.figures = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
+        self.figures = kept(self.kept)
         os.environ["FLOWMAP_RUNS"] = str(self.root)
 
     def overrides(self, name: str) -> list[str]:
@@ -104,8 +104,7 @@ class Bench:
         if key not in rows:
             self.must_have_time()
             rows[key] = make()
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            self.kept.write_text(json.dumps(self.figures, indent=1))
+            keep(self.kept, self.figures)
             print(f"seed {self.seed}: {part}: {key}: {rows[key]}", flush=True)
         return rows[key]
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from _lediflow_tables import tables
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench")
 FULL = {"euler": (1, 2, 4, 8, 16, 32, 50), "midpoint": (1, 2, 4, 8), "heun": (1, 2, 4, 8), "rk4": (1, 2, 4)}
@@ -188,12 +188,11 @@ class Look:
 def one_seed(options: argparse.Namespace, seed: int) -> None:
     """All arms of a seed, each kept when it is done."""
     path = Path(os.environ["FLOWMAP_RUNS"]) / "result.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    found = kept(path)
     for arm in options.arms:
         if arm not in found:
             found[arm] = one_arm(arm, options, seed)
-            path.with_suffix(".part").write_text(json.dumps(found))
-            path.with_suffix(".part").replace(path)
+            keep(path, found)
             print(f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}", flush=True)
 
 
@@ -253,7 +252,7 @@ def main() -> None:
         root.mkdir(parents=True, exist_ok=True)
         env = os.environ | {"FLOWMAP_RUNS": str(root), "WANDB_MODE": "disabled"}
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", str(seed)], check=True, env=env)
-        runs.append(json.loads((root / "result.json").read_text()))
+        runs.append(kept(root / "result.json"))
     report(options, runs)
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 
 NAME = "frechet_pixels"
 LARGE = 2000  # samples of the second look
@@ -43,7 +43,7 @@ def looked_at(out: Path, result: dict) -> dict:
     env = os.environ | {"FLOWMAP_RUNS": str(out.parent)}
     extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
     result |= json.loads(extra.stdout.splitlines()[-1])
-    (out.parent / "result.json").write_text(json.dumps(result))
+    keep(out.parent / "result.json", result)
     return result
 
 
@@ -96,9 +96,9 @@ def main() -> None:
     runs = []
     for seed in range(arguments.seeds):
         done = KEPT / arguments.recipe / f"seed-{seed}" / "result.json"
-        kept = done.is_file() and not arguments.anew
-        runs.append(json.loads(done.read_text()) if kept else run(arguments.recipe, seed, KEPT / arguments.recipe))
-        if kept and arguments.look_again:
+        before = {} if arguments.anew else kept(done)
+        runs.append(before or run(arguments.recipe, seed, KEPT / arguments.recipe))
+        if before and arguments.look_again:
             runs[-1] = looked_at(done.parent / arguments.recipe, runs[-1])
         print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
     report(arguments.recipe, runs)

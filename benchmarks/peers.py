@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from dataclasses import replace
@@ -22,11 +21,10 @@ import torch
 from _peers import FastGen, PyMeanFlow
 from _peers_jobs import TAUGHT, Job, Row, all_rows
 from _peers_tables import AGREEMENT, QUALITY, STEPS, TIMING, agreement, quality, timing
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 from league import take_over
 
 from flowmap.evaluate import measure
-from flowmap.files import write_json
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.planning.plan import runs_root
 from flowmap.recipe import read_recipe
@@ -110,15 +108,15 @@ def beside(seed: int, look: tuple) -> dict:
 def trained_at(seed: int, rows: list[Row], same: dict, anew: bool) -> list[dict]:
     """What is kept of that seed where it was made on the same terms, else made and kept."""
     path = runs_root() / "peers" / f"seed-{seed}.json"
-    if not anew and path.is_file() and (kept := json.loads(path.read_text()))["same"] == same:
-        return kept["results"]
+    before = kept(path)
+    if not anew and before.get("same") == same:
+        return before["results"]
     take_over(["digits-meanflow"], seed)
     for stage in needs_of(Job.recipe_of(TAUGHT, seed)):
         if not stage.complete:
             make(stage, print, time.perf_counter)
     results = train_all([row for row in rows if row.make], seed, same["seconds"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"same": same, "results": results})
+    keep(path, {"same": same, "results": results})
     return results
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from _rectified_tables import tables
-from _report import environment, table, write
+from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench/rectified")
 
@@ -126,14 +126,12 @@ class Seed:
         self.case, self.seed, self.root = CASES[name], seed, KEPT / name / f"seed-{seed}"
         self.root.mkdir(parents=True, exist_ok=True)
         self.kept = self.root / "result.json"
-        self.found = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
+        self.found = kept(self.kept)
         self._recipe("teacher", self.case.teacher, ("log.wandb=false",))
 
     def keep(self, key: str, value) -> None:
         self.found[key] = value
-        beside = self.kept.with_suffix(".part")
-        beside.write_text(json.dumps(self.found))
-        beside.replace(self.kept)
+        keep(self.kept, self.found)
 
     def make(self, name: str, arm: Arm, again: bool = False) -> None:
         """Trains the arm, its pairs first, where that is not done, and looks at it; again: looks once more."""

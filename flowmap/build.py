@@ -264,11 +264,12 @@ def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None
 
 def _dropping(net: StudentSpec, recipe: Recipe) -> StudentSpec:
     """The network's settings with the recipe's dropout."""
+    if not hasattr(net, "dropout"):
+        raise RecipeError(f"{recipe.name}: student.dropout: a network of kind {kind_of(net, TABLES)} has none")
     try:
         return replace(net, dropout=recipe.start.dropout)
-    except (TypeError, ValueError) as error:
-        why = error if hasattr(net, "dropout") else f"a network of kind {kind_of(net, TABLES)} has none"
-        raise RecipeError(f"{recipe.name}: student.dropout: {why}") from error
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: student.dropout: {error}") from error
 
 
 def started_folder(recipe: Recipe) -> Path:

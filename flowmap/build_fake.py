@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from flowmap.build import BuiltTeacher, build_student
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.stacked import Stacked
+from flowmap.nets.stacked import net_within
 from flowmap.recipe import Recipe
 from flowmap.settings import FromRecipe, FromTeacher
 from flowmap.student.config import StudentConfig
@@ -15,8 +15,7 @@ from flowmap.student.config import StudentConfig
 def fake_config(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
     """What the fake is: the student's network, one of a stack, without an arrival time (unless the teacher's network has it), told the same."""
     arrival = _starts_as_teacher(recipe, teacher) and teacher.network.config.arrival
-    net = config.net.net if isinstance(config.net, Stacked) else config.net
-    return replace(config, net=net, arrival=arrival)
+    return replace(config, net=net_within(config.net), arrival=arrival)
 
 
 def build_fake(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:

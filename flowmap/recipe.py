@@ -144,7 +144,7 @@ class Recipe:
             raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
 
     def _check_scores(self) -> None:
-        key, way = "objective.base" if isinstance(self.objective, Adversarial) else "objective", self.distillation.through
+        way = self.distillation.through
         if self.teacher is None:
             raise ValueError("teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one")
         if self.trainer.strategy == "fsdp":
@@ -155,7 +155,7 @@ class Recipe:
             raise ValueError("prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian")
         to_data = isinstance(self.sampler, Gamma) and self.sampler.gamma == 1
         if way == "last" and max(self.distillation.steps) > 1 and not to_data:
-            raise ValueError(f"{key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}")
+            raise ValueError(f"{self._key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}")
 
     def _check_prior(self) -> None:
         learned, objective = isinstance(self.prior, Learned), self.distillation

@@ -17,12 +17,11 @@ from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
-from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.objectives import FlowMatching
-from flowmap.objectives.uncertainty import learns_weight
 from flowmap.planning.dry_run import counted
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
+from flowmap.train.module import as_trained
 
 WAYS = ("ride", "difference", "forward")
 
@@ -34,8 +33,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     teacher = build_teacher(recipe)
     data = _noise(recipe, teacher, batch)
     config = student_config(recipe, data, teacher)
-    student = build_student(recipe, config, teacher)
-    student = (with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student).to(device).train()
+    student = as_trained(build_student(recipe, config, teacher), recipe).to(device).train()
     if teacher is not None:
         teacher.told_empty({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)

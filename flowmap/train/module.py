@@ -28,6 +28,11 @@ class NotFinite(RuntimeError):
     """The loss or a weight became NaN or infinite: the run stops here."""
 
 
+def as_trained(student: nn.Module, recipe: Recipe) -> nn.Module:
+    """The student with what only training needs: the branch of a learned weight, where the objective has one."""
+    return with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student
+
+
 class DistillModule(L.LightningModule):
     """Draws a sample, asks the objective, averages the weights.
 
@@ -50,7 +55,7 @@ class DistillModule(L.LightningModule):
         super().__init__()
         self.recipe, self.teacher, self.data, self.prior = recipe, teacher, data, prior
         self.samples = data if samples is None else samples
-        self.student = (with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student).train()
+        self.student = as_trained(student, recipe).train()
         self.widths = _widths(recipe)
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None

@@ -16,8 +16,8 @@ from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.train.beside import BesideModule
-from flowmap.train.strategy import read_checkpoint
 from tests.conftest import TINY
+from tests.train.test_adversarial_runs import FLOW, checkpoint, quiet
 from tests.train.test_resume import assert_same_run, in_process, trace
 
 SCORE = TINY.replace("{kind: ayf_emd, warmup_steps: 12}", "{kind: score_distillation, fake_steps: 3, fake_lr: 2.0e-2}")
@@ -34,14 +34,6 @@ def path(tmp_path, monkeypatch):
     path = tmp_path / "score.yaml"
     path.write_text(SCORE)
     return path
-
-
-def quiet(message):
-    pass
-
-
-def checkpoint(folder):
-    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
 
 
 def test_the_fake_steps_thrice_as_often_and_does_not_ship(path, tmp_path):
@@ -134,17 +126,6 @@ def test_it_comes_nearer_to_the_teachers_law(path, tmp_path):
         run = flowmap.fit(read_recipe(path, [*settings, f"trainer.steps={steps}"]), tmp_path / str(steps), say=quiet)
         found.append(run.metrics["student"]["1"]["frechet_pixels"])
     assert found[1] < found[0] / 3
-
-
-FLOW = """\
-name: flow
-data: {kind: digits, batch_size: 6, drop_condition: 0.3}
-student: {kind: dit, preset: nano, depth: 1}
-objective: {kind: flow_matching}
-sampler: {kind: deterministic, steps: [2]}
-trainer: {steps: 2, accelerator: cpu}
-log: {wandb: false, grid_images: 4}
-"""
 
 
 def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
