@@ -18,7 +18,7 @@ def tables(runs: Sequence[Run]) -> dict[str, dict]:
     have = {arm for arm in runs[0] if all(arm in run for run in runs)}
     made = {"ablation": ablation(runs, have), "students": students(runs, have)}
     if set(PAIR) <= have:
-        made |= {"curve": curve(runs), "savings": saved(runs), "codes": codes(runs)}
+        made |= {"curve": curve(runs), "savings": saved(runs), "codes": codes(runs), "copies": copies(runs)}
     return {name: one for name, one in made.items() if one["rows"]}
 
 
@@ -69,6 +69,13 @@ def codes(runs: Sequence[Run]) -> dict:
     rows.append(["no flow: a draw of the prior", of(lambda one: one["decoder"]["start"]), "", ""])
     rows.append(["floor: real against real", of(lambda one: one["floor"]), "", ""])
     return {"columns": ["z from", "2 Euler steps", "8", str(MANY)], "rows": rows}
+
+
+def copies(runs: Sequence[Run]) -> dict:
+    """How far samples are from the nearest training sample."""
+    of = lambda arm, key: spread(run[arm]["nearest"][key] for run in runs)
+    rows = [[arm, of(arm, "ratio"), of(arm, "near")] for arm in PAIR if all("nearest" in run[arm] for run in runs)]
+    return {"columns": ["", "to the nearest training sample, as a share of that between training samples", "nearer than nine of ten are"], "rows": rows}
 
 
 def saved(runs: Sequence[Run]) -> dict:

@@ -20,7 +20,7 @@ FILES = {
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "ratios", "cost")},
     **{f"{name}_{one}": f"{name}.json" for name in ("lediflow_digits", "lediflow_fashion14", "lediflow_emoji")
-       for one in ("curve", "savings", "students", "ablation", "codes")},
+       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},
 }  # fmt: skip
 IN_README = ("steps_law", "emoji")  # plots that README.md shows; all others stand in a page beside them
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from _lediflow_tables import tables
+from _lediflow_tables import PAIR, tables
 from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench")
@@ -64,16 +64,12 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
     """Trains the arm, and what it needs, and looks at it."""
-    from flowmap.build import build_data
     from flowmap.planning.plan import dependency_folder
-    from flowmap.student.folder import load_student
     from flowmap.train.fit import fit
 
     recipe = recipe_of(arm, options, seed)
-    folder = dependency_folder(recipe)
-    run = fit(recipe, folder, resume=True)
-    student, data = load_student(folder), build_data(recipe)
-    look = Look(recipe, student, data, options)
+    run = fit(recipe, dependency_folder(recipe), resume=True)
+    look = Look.at(recipe, options)
     found = {"train_seconds": run.metrics["seconds"]["train"], "prior_seconds": prior_seconds(recipe), "floor": look.floor()}
     if arm.startswith("student"):
         return found | {"curve": [look.row("own", k) for k in (1, 2, 4)]}
@@ -105,6 +101,15 @@ class Look:
         self.spec = replace(spec, images=options.images or spec.images)
         self.metric = self.spec.build(data.reference)
         self.call, self.start = cost_of(student.config, graded=False).flops, start_flops(recipe, student.config.shape)
+
+    @classmethod
+    def at(cls, recipe, options: argparse.Namespace) -> "Look":
+        """Of what the recipe has trained."""
+        from flowmap.build import build_data
+        from flowmap.planning.plan import dependency_folder
+        from flowmap.student.folder import load_student
+
+        return cls(recipe, load_student(dependency_folder(recipe)), build_data(recipe), options)
 
     def floor(self) -> float:
         from flowmap.metrics import floor
@@ -139,14 +144,31 @@ class Look:
             found.append((now() - started) / TIMED)
         return statistics.median(found)
 
+    def real(self, most: int):
+        """Samples that it was trained on, evenly picked."""
+        import torch
+
+        places = torch.linspace(0, len(self.data) - 1, min(most, len(self.data))).long().tolist()
+        return self.data.__getitems__(places)[0].to(self.student.device)
+
+    def nearest(self, num: int = 500) -> dict:
+        """Is it copies?  Of samples at 50 Euler steps: the distance to the nearest training sample over that of a training sample to its nearest
+        other (medians), and how many are nearer to one than nine of ten training samples are to theirs."""
+        import torch
+
+        train = self.real(20_000).flatten(1)
+        drawn = self.student.sample(num, steps=50, solver="euler", seed=7, latents=True).to(train).flatten(1)
+        to_real = torch.cdist(drawn, train).amin(1)
+        among_real = torch.cdist(train[:num], train).sort(1).values[:, 1]
+        return {"ratio": float(to_real.median() / among_real.median()), "near": float((to_real < among_real.quantile(0.1)).float().mean())}
+
     def transport(self) -> float:
         """The mean square of x1 - x0 an entry, over training's couplings."""
         import torch
 
         from flowmap.flow.prior import Gaussian, start_of
 
-        places = torch.linspace(0, len(self.data) - 1, min(2048, len(self.data))).long().tolist()
-        x0, prior = self.data.__getitems__(places)[0].to(self.student.device), self.student.prior or Gaussian()
+        x0, prior = self.real(2048), self.student.prior or Gaussian()
         x1 = start_of(prior, x0, None, torch.Generator(x0.device).manual_seed(0)).x1
         return float((x1 - x0).square().mean())
 
@@ -194,6 +216,9 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
             found[arm] = one_arm(arm, options, seed)
             keep(path, found)
             print(f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}", flush=True)
+        if arm in PAIR and "nearest" not in found[arm]:
+            found[arm]["nearest"] = Look.at(recipe_of(arm, options, seed), options).nearest()
+            keep(path, found)
 
 
 def report(options: argparse.Namespace, runs: list[dict]) -> None:
