@@ -14,10 +14,9 @@ STUDENTS = ("student of gaussian", "student of learned")
 
 
 def tables(runs: Sequence[Run]) -> dict[str, dict]:
-    """Every table that all runs have figures for: name -> {"columns": [...], "rows": [[...], ...]}."""
-    have = {arm for arm in runs[0] if all(arm in run for run in runs)}
-    made = {"ablation": ablation(runs, have), "students": students(runs, have)}
-    if set(PAIR) <= have:
+    """Every table that there are figures for: name -> {"columns": [...], "rows": [[...], ...]}."""
+    made = {"ablation": ablation(runs), "students": students(runs)}
+    if all(arm in run for arm in PAIR for run in runs):
         made |= {"curve": curve(runs), "savings": saved(runs), "codes": codes(runs), "copies": copies(runs)}
     return {name: one for name, one in made.items() if one["rows"]}
 
@@ -37,27 +36,27 @@ def _cells(runs: Sequence[Run], arm: str, i: int) -> list:
     return [1e3 * statistics.median(p["seconds"] for p in points), spread(p["frechet"] for p in points)]
 
 
-def students(runs: Sequence[Run], have: set[str]) -> dict:
+def students(runs: Sequence[Run]) -> dict:
     """The few-step students beside each other, and beside their own teachers at as many Euler steps."""
     rows = []
     for arm in STUDENTS:
-        if arm in have:
-            rows.append([arm, *(spread(at(run[arm], "own", k)["frechet"] for run in runs) for k in (1, 2, 4))])
+        if done := [run for run in runs if arm in run]:
+            rows.append([arm, *(spread(at(run[arm], "own", k)["frechet"] for run in done) for k in (1, 2, 4))])
     for arm in PAIR if rows else ():
-        if arm in have:
-            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)["frechet"] for run in runs) for k in (1, 2, 4))])
+        if done := [run for run in runs if arm in run]:
+            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)["frechet"] for run in done) for k in (1, 2, 4))])
     return {"columns": ["Frechet distance", "1 step", "2", "4"], "rows": rows}
 
 
-def ablation(runs: Sequence[Run], have: set[str]) -> dict:
-    """Every flow: its distances by Euler's steps, transport cost, straightness, and what its training took."""
-    columns = ["flow", "1 Euler step", "2", "4", f"{MANY}", "transport cost", "straightness", "training seconds", "of the prior"]
+def ablation(runs: Sequence[Run]) -> dict:
+    """Every flow, of the seeds that have it: its distances by Euler's steps, transport cost, straightness, and what its training took."""
+    columns = ["flow", "seeds", "1 Euler step", "2", "4", f"{MANY}", "transport cost", "straightness", "training seconds", "of the prior"]
     rows = []
-    for arm in runs[0]:
-        if arm in have and arm not in STUDENTS:
-            distances = [spread(at(run[arm], "euler", k)["frechet"] for run in runs) for k in (1, 2, 4, MANY)]
-            costs = [statistics.median(run[arm][key] for run in runs) for key in ("transport", "straightness", "train_seconds", "prior_seconds")]
-            rows.append([arm, *distances, *costs])
+    for arm in dict.fromkeys(arm for run in runs for arm in run if arm not in STUDENTS):
+        done = [run[arm] for run in runs if arm in run]
+        distances = [spread(at(one, "euler", k)["frechet"] for one in done) for k in (1, 2, 4, MANY)]
+        costs = [statistics.median(one[key] for one in done) for key in ("transport", "straightness", "train_seconds", "prior_seconds")]
+        rows.append([arm, len(done), *distances, *costs])
     return {"columns": columns, "rows": rows}
 
 
@@ -75,7 +74,7 @@ def copies(runs: Sequence[Run]) -> dict:
     """How far samples are from the nearest training sample."""
     of = lambda arm, key: spread(run[arm]["nearest"][key] for run in runs)
     rows = [[arm, of(arm, "ratio"), of(arm, "near")] for arm in PAIR if all("nearest" in run[arm] for run in runs)]
-    return {"columns": ["", "to the nearest training sample, as a share of that between training samples", "nearer than nine of ten are"], "rows": rows}
+    return {"columns": ["", "to the nearest training sample / between training samples", "nearer than nine of ten are"], "rows": rows}
 
 
 def saved(runs: Sequence[Run]) -> dict:
