@@ -104,7 +104,7 @@ def _evaluate(a: argparse.Namespace) -> int:
     say = lambda message: print(message, file=sys.stderr, flush=True)
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
-    student = load_student(a.student).to(_device(a.device))
+    student = load_student(a.student, base=a.base).to(_device(a.device))
     metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
@@ -165,7 +165,7 @@ def _export(a: argparse.Namespace) -> int:
     if a.push is not None:
         check_repository(a.push)
     options = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, text=not a.no_text, overwrite=a.overwrite)
-    print(export(load_student(a.student), a.out, **options))
+    print(export(load_student(a.student, base=a.base), a.out, **options))
     if a.push is not None:
         print(push(Path(a.out), a.push))
     return 0
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--out", required=True, help="folder, for a card weights/CARD")
 
     merge = _verb(verbs, "merge", _merge, "add a finetune's difference from its base, or a LoRA, onto a student's weights, without training")
-    merge.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    _student_argument(merge)
     merge.add_argument("--delta", metavar="DIR|FILE", help="the finetune: a diffusers folder, a student folder or a safetensors file")
     merge.add_argument("--base", metavar="DIR|FILE", help="what it was trained from")
     merge.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how much of the difference")
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, help="folder for the student")
 
     export = _verb(verbs, "export", _export, "write a student as a diffusers pipeline or LoRA or a torch program, for those without flowmap")
-    export.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    _student_argument(export, base=True)
     export.add_argument("--to", choices=["diffusers", "torch", "lora"], default="diffusers")
     export.add_argument("--steps", type=int, metavar="K", help="steps that it is made for (default: the sampler's largest)")
     export.add_argument("--guidance", type=float, metavar="W", help="guidance scale that it is made for (default: the recipe's)")
@@ -305,9 +305,15 @@ def _import_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _student_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    _student_argument(parser, base=True)
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
     parser.add_argument("--device", default="cpu")
+
+
+def _student_argument(parser: argparse.ArgumentParser, base: bool = False) -> None:
+    parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    if base:
+        parser.add_argument("--base", metavar="DIR|HUB-ID", help="where a LoRA student's base is now, if it has moved")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def sample_verb(a: argparse.Namespace, device) -> int:
     from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
-    student = load_student(a.student).to(device)
+    student = load_student(a.student, base=a.base).to(device)
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):

@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(place, run, tmp_path, monkeyp
     assert all(torch.equal(tensor, two["state_dict"][name]) for name, tensor in one["state_dict"].items())
 
 
-def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp_path):
+def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp_path, command):
     folder = shutil.copytree(run / "student", tmp_path / "student")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"base": config["base"] | {"source": str(tmp_path / "gone")}}))
@@ -144,6 +144,10 @@ def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp
         load_student(folder)
     assert "\n" not in str(error.value)
     assert torch.equal(load_student(folder, base=place / "pipe").sample(2), load_student(run).sample(2))
+    words = ["sample", "--student", folder, "--num", 2, "--out", tmp_path / "drawn"]
+    code, _, err = command(*words)
+    assert code == 2 and "no diffusers pipeline is there" in err
+    assert command(*words, "--base", place / "pipe")[0] == 0 and len(list((tmp_path / "drawn").glob("*.png"))) >= 2
     (folder / "config.json").write_text(json.dumps(config | {"base": config["base"] | {"sha256": "0" * 64}}))
     with pytest.raises(ValueError, match=r"base: .*SHA-256 \w{12}, those that this student was trained on 000000000000"):
         load_student(folder)
