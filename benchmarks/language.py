@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 from _language_nets import Unconditional, ancestral, classifier_of_latents, language_model
+from _language_tables import tables
 from _report import environment, keep, kept, table, write
 
 KEPT = Path("runs/bench/language")
@@ -277,14 +277,11 @@ def infill(bench: Bench, look: Look) -> None:
         bench.keep("infill", f"flow {steps}", lambda row=row: row)
 
 
-def report(benches: list[Bench], parts) -> None:
-    """A table for each part: medians over seeds, with the least and the most of the first figure."""
-    for part in parts:
-        rows = {key: [b.figures[part][key] for b in benches if key in b.figures.get(part, {})] for key in benches[0].figures.get(part, {})}
-        rows = {key: values for key, values in rows.items() if not isinstance(next(iter(values[0].values())), dict)}
-        names = list(dict.fromkeys(name for values in rows.values() for name in values[0] if name != "first"))
-        middle = lambda values, name: statistics.median(v[name] for v in values) if name in values[0] else ""
-        print(f"\n{part}\n" + table([[key, *(middle(values, name) for name in names)] for key, values in rows.items()], [part, *names]))
+def report(benches: list[Bench]) -> dict[str, dict]:
+    made = tables([bench.figures for bench in benches])
+    for name, one in made.items():
+        print(f"\n{name}\n{table(one['rows'], one['columns'])}")
+    return made
 
 
 def main() -> None:
@@ -305,10 +302,10 @@ def main() -> None:
                 globals()[part](bench, look)
     except OutOfTime:
         print(f"{a.minutes:g} minutes are over: the same command goes on", flush=True)
-    report(benches, a.parts)
-    payload = {"environment": environment(), "seeds": len(benches), "autoencoder": reconstruction, "figures": [b.figures for b in benches]}
+    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": {"seeds": list(range(len(benches)))}}
+    payload |= {"autoencoder": reconstruction, "tables": report(benches), "figures": [bench.figures for bench in benches]}
     if not a.smoke:
-        write("language", {"question": __doc__.splitlines()[0], **payload})
+        write("language", payload)
 
 
 if __name__ == "__main__":
