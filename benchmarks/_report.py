@@ -55,11 +55,11 @@ def keep(path: Path, found: Mapping) -> None:
 
 
 def spread(values: Iterable[float], bare: bool = False) -> str:
-    """The median, with least and most where there are several and not only the bare median is asked for; nothing where there is none."""
+    """The median, with least and most where they differ and not only the bare median is asked for; nothing where there is no value."""
     if not (values := list(values)):
         return ""
-    middle = f"{statistics.median(values):.3g}"
-    return middle if bare or len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
+    middle, least, most = (f"{value:.3g}" for value in (statistics.median(values), min(values), max(values)))
+    return middle if bare or least == most else f"{middle} ({least} to {most})"
 
 
 def table(rows: Iterable[Sequence], columns: Sequence[str]) -> str:

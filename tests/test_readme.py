@@ -78,9 +78,7 @@ def digits_run(desk, monkeypatch):
     from flowmap.train.fit import Run
 
     recipe = read_recipe("digits", ["metrics=[{kind: frechet, features: pixels, images: 100}]"])
-    config = StudentConfig(
-        net=DiT(preset="nano"), sampler=Deterministic(), shape=build_data(recipe).shape, num_classes=10, guidance=(1.0, 3.0, 1.5)
-    )
+    config = StudentConfig(net=DiT(preset="nano"), sampler=Deterministic(), shape=build_data(recipe).shape, num_classes=10, guidance=(1.0, 3.0, 1.5))
     torch.manual_seed(0)
     save_student(desk / "runs/digits/student", config, config.build().state_dict(), recipe=recipe.to_yaml(), card="")
     asked = []
@@ -190,14 +188,26 @@ def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
     runs = [{"student": arms(d), "floor": {"frechet_pixels": 0.1}} for d in (2.0, 4.0)]
     runs[0]["seconds a step"] = {"control": 0.1, "after": 0.25}
     found = made.tables(runs)
-    assert found["few"]["rows"][2] == ["1", made.NAMES["after"], "1.5 (1 to 2)", "0.6 (0.6 to 0.6)"]
-    half, same = ["times 0.5 (0.5 to 0.5)", "2 of 2"], ["times 1 (1 to 1)", "0 of 2"]
+    assert found["few"]["rows"][2] == ["1", made.NAMES["after"], "1.5 (1 to 2)", "0.6"]
+    half, same = ["times 0.5", "2 of 2"], ["times 1", "0 of 2"]
     assert found["ratios"]["rows"][0] == ["1", "frechet_pixels", *half, *same, *half]
     assert found["ratios"]["rows"][1][2:4] == ["+0.100 (+0.100 to +0.100)", "2 of 2"]
     assert found["cost"]["rows"] == [[made.NAMES["control"], "0.1", "", ""], [made.NAMES["after"], "0.25", "", ""]]
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
     text = "<!-- figures:adversarial_ratios -->\n<!-- /figures -->\n"
     assert "times 0.5" in fill.filled(text, {"adversarial_ratios": {"tables": found}})
+
+
+def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_out(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/_language_tables.py", monkeypatch)
+    row = lambda perplexity, *first: {"calls": 20, "perplexity": perplexity} | ({"first": list(first)} if first else {})
+    one = {"few": {"flow 20": row(10.0, "a|b", ""), "ayf 4": row(20.0, "c", "d")}, "diffusion": {"diffusion 1000": row(9.0, "e", "f")}}
+    found = made.tables([one, {"few": {"flow 20": row(30.0)}, "infill": {"flow": {"1": {"infilled_bleu": 1.0}}, "flow 1": {"infilled_bleu": 1.0}}}])
+    assert found["few"]["columns"] == ["", "calls", "perplexity"]
+    assert found["few"]["rows"][0] == ["flow 20", "20", "20 (10 to 30)"] and found["few"]["rows"][2] == ["diffusion 1000", "20", "9"]
+    assert found["samples"] == {"columns": ["flow 20", "ayf 4", "diffusion 1000"], "rows": [["a/b", "c", "e"], ["(empty)", "d", "f"]]}
+    assert found["infill"]["rows"] == [["flow 1", "1"]] and "edited" not in found
 
 
 def test_figures_by_steps_stand_side_by_side(monkeypatch):
