@@ -20,8 +20,8 @@ FILES = {
     **{f"language_{one}": "language.json" for one in ("few", "edit", "control", "infill", "samples", "edited")},
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "ratios", "cost")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("lediflow_digits", "lediflow_fashion14", "lediflow_emoji")
-       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},
+    **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", ""), ("emoji", "_share"))
+       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # emoji with --share 0.2
 }  # fmt: skip
 IN_README = ("steps_law", "emoji")  # plots that README.md shows; all others stand in a page beside them
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
