@@ -1,0 +1,76 @@
+"""The tables of league.py, from what `flowmap compare` found: medians over seeds, with least and most in brackets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from _report import spread
+
+
+def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:
+    """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric that was looked at; `recall` where it was among them."""
+    metrics = found["metrics"]
+    made = {"quality": quality(found, metrics[0]), "best": best(found, metrics[0], default)}
+    recall = next((metric for metric in metrics if metric.startswith("recall")), None)
+    return made | ({"recall": quality(found, recall, costs=False)} if recall else {})
+
+
+def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
+    """A row for each recipe, then the teacher at as many Euler steps and at its own, and real against real."""
+    steps, rows = list(map(str, found["terms"]["steps"])), []
+    for name, one in sorted(found["recipes"].items(), key=lambda item: _middle(item[1], "2", metric)):
+        values = _by_steps(found, name, metric)
+        cost = [_cost(one, key) for key in ("steps", "own_seconds", "peak_gib")] + [f"{one['diverged']} of {one['runs']}"]
+        rows.append([name, *(spread(values[k]) or _why(one) for k in steps), *(cost if costs else ())])
+    blank = [""] * 4 if costs else []
+    few = [_said(found["beside"].get(f"teacher, {k} Euler steps", {}).get(metric)) for k in steps]
+    rows.append(["teacher, as many Euler steps", *few, *blank])
+    for label, row in found["beside"].items():
+        if label not in [f"teacher, {k} Euler steps" for k in steps] and metric in row:
+            rows.append([label, *[_said(row[metric])] * len(steps), *blank])
+    heads = ["optimiser steps", "own seconds", "peak GiB", "diverged"] if costs else []
+    return {"columns": [metric, *(f"{k} step{'s' * (k != '1')}" for k in steps), *heads], "rows": rows}
+
+
+def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
+    """At each number of steps: the recipe of the least median, and how the default stands to it, seed by seed."""
+    rows = []
+    for k in map(str, found["terms"]["steps"]):
+        known = {name: values for name in found["recipes"] if (values := _by_steps(found, name, metric)[k])}
+        if default not in known:
+            continue
+        first = min(known, key=lambda name: _middle(found["recipes"][name], k, metric))
+        mine, other = (found["recipes"][name]["figures"][k][metric] for name in (default, first))
+        pairs = [(one, two) for one, two in zip(*(_by_seed(found, name, k, metric) for name in (default, first)), strict=True) if one and two]
+        behind = "" if first == default else f"{sum(one > two for one, two in pairs)} of {len(pairs)}"
+        within = "yes" if mine["median"] <= other["most"] else "no"
+        rows.append([int(k), first, _said(other), _said(mine), within, behind])
+    columns = ["steps", "best", "its figure", f"{default}'s", f"median of {default} within the best's spread", f"seeds in which {default} is behind"]
+    return {"columns": columns, "rows": rows}
+
+
+def _by_steps(found: Mapping[str, Any], name: str, metric: str) -> dict[str, list[float]]:
+    whole = [result["figures"] for result in found["results"] if result["recipe"] == name]
+    return {str(k): [row[str(k)][metric] for row in whole if str(k) in row] for k in found["terms"]["steps"]}
+
+
+def _by_seed(found: Mapping[str, Any], name: str, k: str, metric: str) -> list[float | None]:
+    by_seed = {result["seed"]: result["figures"] for result in found["results"] if result["recipe"] == name}
+    return [by_seed.get(seed, {}).get(k, {}).get(metric) for seed in range(found["terms"]["seeds"])]
+
+
+def _middle(one: Mapping[str, Any], k: str, metric: str) -> float:
+    return one["figures"].get(k, {}).get(metric, {}).get("median", float("inf"))
+
+
+def _why(one: Mapping[str, Any]) -> str:
+    return "no time" if one["no_time"] else ""
+
+
+def _cost(one: Mapping[str, Any], key: str) -> str:
+    return f"{one['cost'][key]['median']:.3g}" if key in one["cost"] else ""
+
+
+def _said(value: Mapping[str, float] | None) -> str:
+    return "" if value is None else spread([value["median"]] if value["count"] == 1 else [value["least"], value["median"], value["most"]])
