@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,20 +35,19 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
 
 
 def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
-    """At each number of steps: the recipe of the least median, and how the default stands to it, seed by seed."""
-    rows = []
+    """At each number of steps: the recipe of the least median, of those that finished in every seed, and how far the default is behind it, seed by
+    seed; within noise where that is not the same sign in all."""
+    rows, seeds = [], found["terms"]["seeds"]
     for k in map(str, found["terms"]["steps"]):
-        known = {name: values for name in found["recipes"] if (values := _by_steps(found, name, metric)[k])}
-        if default not in known:
+        known = {name: values for name in found["recipes"] if None not in (values := _by_seed(found, name, k, metric))}
+        if default not in known or not seeds:
             continue
-        first = min(known, key=lambda name: _middle(found["recipes"][name], k, metric))
-        mine, other = (found["recipes"][name]["figures"][k][metric] for name in (default, first))
-        pairs = [(one, two) for one, two in zip(*(_by_seed(found, name, k, metric) for name in (default, first)), strict=True) if one and two]
-        behind = "" if first == default else f"{sum(one > two for one, two in pairs)} of {len(pairs)}"
-        within = "yes" if mine["median"] <= other["most"] else "no"
-        rows.append([int(k), first, _said(other), _said(mine), within, behind])
-    columns = ["steps", "best", "its figure", f"{default}'s", f"median of {default} within the best's spread", f"seeds in which {default} is behind"]
-    return {"columns": columns, "rows": rows}
+        first = min(known, key=lambda name: statistics.median(known[name]))
+        behind = [mine / other - 1 for mine, other in zip(known[default], known[first], strict=True)]
+        within = first == default or min(behind) <= 0
+        said = "" if first == default else spread(100 * one for one in behind)
+        rows.append([int(k), first, spread(known[first]), spread(known[default]), said, "yes" if within else "no"])
+    return {"columns": ["steps", "best", "its figure", f"{default}'s", f"{default} behind, %", "within noise"], "rows": rows}
 
 
 def _by_steps(found: Mapping[str, Any], name: str, metric: str) -> dict[str, list[float]]:

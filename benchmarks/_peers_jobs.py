@@ -15,14 +15,16 @@ from flowmap.recipe import Recipe, read_recipe
 from flowmap.train.compare.entrants import at_seed
 from flowmap.train.draw import draw_sample, generator_for
 
-FROM_DATA = ("teacher=null", "student.kind=dit", "student.preset=tiny", "student.patch=2", "student.cycles=1.0")
+BASE = "base: {kind: logit_normal, mean: -0.4, std: 1.0, pairs: sorted}"
+LAW = (f"times={{kind: mixture, {BASE}, one_step: 0.0, diagonal: 0.75, diagonal_at: departure}}",)  # MeanFlow's own
+FROM_DATA = (*LAW, "teacher=null", "student.kind=dit", "student.preset=tiny", "student.patch=2", "student.cycles=1.0")
 FROM_DATA += ("optimizer.lr=2.0e-3", "optimizer.clip_norm=1.0")  # as digits-teacher, which starts from nothing too
 GUIDANCE = ("objective.omega=1.5", "objective.kappa=0.3")
 DATA, GUIDED, TAUGHT, SCM = "MeanFlow from data", "MeanFlow from data, guided", "MeanFlow from a teacher", "sCM from a teacher"
 JOBS = {
     DATA: ("digits-meanflow", FROM_DATA),
     GUIDED: ("digits-meanflow", FROM_DATA + GUIDANCE),
-    TAUGHT: ("digits-meanflow", ()),
+    TAUGHT: ("digits-meanflow", LAW),
     SCM: ("digits-scm", ()),
 }
 

@@ -46,7 +46,7 @@ def main() -> None:
     a = parser.parse_args()
     budget = 240.0 if a.budget is None and a.calls is None else a.budget
     out = a.out or runs_root() / f"league-{a.set}"
-    recipes = a.recipes if a.set == DEFAULT else [over(a.set, name, out.with_name(f"{out.name}-recipes")) for name in a.recipes]
+    recipes = [over(a.set, name, out.with_name(f"{out.name}-recipes")) for name in a.recipes]
     for seed in range(a.seeds):
         take_over(recipes, a.set, seed)
     found = compare(recipes, budget=budget, calls=a.calls, seeds=a.seeds, out=out, now=time.perf_counter if a.wall else time.process_time)
@@ -62,9 +62,11 @@ def _unit(a: argparse.Namespace) -> str:
 
 
 def over(name: str, recipe: str, folder: Path) -> str:
-    """The recipe digits-X as NAME-X, over that recipe instead of digits: a file in the folder; for digits itself the recipe of that name."""
-    if recipe == DEFAULT:
-        return name
+    """The recipe digits-X as NAME-X, over that recipe instead of digits: a file in the folder; digits itself and X/digits as they are shipped."""
+    if name == DEFAULT:
+        return recipe
+    if recipe == DEFAULT or recipe.endswith(f"/{DEFAULT}"):
+        return recipe.replace(DEFAULT, name)
     text = shipped("recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
     if f"base: {DEFAULT}\n" not in text:
         raise SystemExit(f"{recipe}: is not over {DEFAULT}, so it cannot be put over {name}")

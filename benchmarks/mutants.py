@@ -253,7 +253,7 @@ MUTANTS = [
     Mutant("ayf_mixed", "own states on the other side", AYF, OWN_STATE, OWN_STATE.replace("part.t - 1", "1 - part.t")),
     Mutant("ayf_mixed", "own states written over the draw", AYF, "xt = sample.xt.clone()", "xt = sample.xt"),
     Mutant("ayf_mixed", "own states carry grad", AYF, OWN_JUMP, OWN_JUMP.replace("without_graph(student, ", "student.mean_velocity(")),
-    Mutant("ayf_mixed", "no teacher, no refusal", AYF, "raise ValueError(f\"objective.own_eulerian", "print(f\"objective.own_eulerian"),
+    Mutant("ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.own_eulerian', 'print(f"objective.own_eulerian'),
     Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][rows] = loss.logs[key]", "logs[key][: int(rows.sum())] = loss.logs[key]"),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
     Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),

@@ -95,4 +95,4 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     trained = {seed: [{"job": row.job, "whose": row.whose, **kept} for row in rows if row.make] for seed in range(2)}
     lines = list(_peers_tables.quality(rows, trained))
     assert [line[2] for line in lines if line[1] != "flowmap"] == ["not there"] * 6
-    assert lines[0][2:] == [3, 100.0, "0.5 (0.5 to 0.5)", "0.25 (0.25 to 0.25)", "0.25 (0.25 to 0.25)"]
+    assert lines[0][2:] == [3, 100.0, "0.5", "0.25", "0.25"]

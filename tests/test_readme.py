@@ -219,3 +219,20 @@ def test_figures_by_steps_stand_side_by_side(monkeypatch):
     run = {"wall_seconds": 61.4, "peak_gib": 0.75}
     made = fill.block("main_job", {"rows": [["student 1", 1.0, 0.5, 2.0, 1.1]], "runs": [run, run]})
     assert "median ratio to teacher 64" in made and "2 seeds; wall time 61 to 61 s each" in made
+
+
+def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypatch):
+    """Two seeds: b is the best at one step in both, at two steps in one; c, which has one seed, is not ranked."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/_league_tables.py", monkeypatch)
+    figures = {"a": [(2.0, 1.0), (2.2, 1.2)], "b": [(1.0, 0.8), (1.1, 1.25)], "c": [(0.1, 0.1)]}
+    row = lambda one, two: {"1": {"d": one}, "2": {"d": two}}
+    results = [{"recipe": name, "seed": i, "figures": row(*pair)} for name, pairs in figures.items() for i, pair in enumerate(pairs)]
+    said = {"median": 0.1, "least": 0.1, "most": 0.1, "count": 1}
+    one = lambda name: {"figures": row(said, said), "cost": {}, "diverged": 2 - len(figures[name]), "runs": 2, "no_time": 0}
+    found = {"metrics": ["d"], "terms": {"steps": [1, 2], "seeds": 2}, "recipes": {name: one(name) for name in figures}, "results": results}
+    rows = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["best"]["rows"]
+    assert rows[0] == [1, "b", "1.05 (1 to 1.1)", "2.1 (2 to 2.2)", "100", "no"]
+    assert rows[1] == [2, "b", "1.02 (0.8 to 1.25)", "1.1 (1 to 1.2)", "10.5 (-4 to 25)", "yes"]
+    quality = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["quality"]["rows"]
+    assert quality[-1][:3] == ["real against real", "0.1", "0.1"] and quality[2][-1] == "1 of 2"

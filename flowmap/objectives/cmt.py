@@ -23,8 +23,8 @@ from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
 class CMT:
     """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
 
-    Trajectories start from the sample's noise, one for `points` rows, which share its condition; nothing of them is stored. The grid's
-    times nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
+    Trajectories start from the sample's noise, one for `points` rows, which share its condition; nothing of them is stored. Rows take turns
+    among the trajectories, so that each gets its part of every kind of times, whatever their order in the batch. The grid's nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
     """
 
     solver: Solver = field(default_factory=lambda: Heun(steps=16))
@@ -41,9 +41,9 @@ class CMT:
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
             raise ValueError("objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher")
-        row = torch.arange(len(sample.t), device=sample.t.device)
-        leader = row // self.points
-        trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
+        count = -(-len(sample.t) // self.points)
+        leader = torch.arange(len(sample.t), device=sample.t.device) % count
+        trajectory, cond = self._trajectories(teacher, sample, count)
         times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)
         i, j = places(times, sample.t, sample.s)
         cond = None if cond is None else {key: value[leader] for key, value in cond.items()}

@@ -1,6 +1,7 @@
 """Score distillation: the law of the student's few-step samples moves to the teacher's, sample by sample along the difference of their scores.
 
-Source: DMD2, Yin et al. 2024, arXiv:2405.14867; the gradient and its weight are DMD's, Yin et al. 2023, arXiv:2311.18828 (its equations 7, 8).
+Source: DMD2, Yin et al. 2024, arXiv:2405.14867; the gradient and its weight are DMD's, Yin et al. 2023, arXiv:2311.18828, without the paper's
+factor alpha_t = 1 - t.
 Clock: 0 data, 1 noise.  A second network, the fake, learns the velocity of the student's own samples by flow matching while the student
 trains (flowmap/train/beside.py).  For a sample x0 put to a time t with fresh noise, v the teacher's and w the fake's velocity there,
 

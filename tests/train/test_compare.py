@@ -152,6 +152,7 @@ def test_what_a_recipe_counts_in_steps_is_stretched_with_its_length():
     assert (recipe.trainer.steps, recipe.objective.warmup_steps, recipe.optimizer.warmup_steps) == (380, 40, 10)
     assert recipe.optimizer.lr_at(379, 380) < 1e-7 < recipe.optimizer.lr_at(190, 380) and recipe.ema == read_recipe("digits").ema
     assert of_length(read_recipe("digits"), 3).objective.warmup_steps == 1
+    assert of_length(read_recipe("digits-adversarial"), 200).objective.start == 25
     assert of_length(read_recipe("digits-lsd"), 3).objective == read_recipe("digits-lsd").objective
 
 
