@@ -24,7 +24,8 @@ class CMT:
     """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
 
     Trajectories start from the sample's noise, one for `points` rows, which share its condition; nothing of them is stored. Rows take turns
-    among the trajectories, so that each gets its part of every kind of times, whatever their order in the batch. The grid's nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
+    among the trajectories, so that each gets its part of every kind of times, whatever their order in the batch. The grid's times nearest to
+    t and s are taken, at least one step apart. Of the sample the data is not looked at.
     """
 
     solver: Solver = field(default_factory=lambda: Heun(steps=16))

@@ -85,8 +85,9 @@ class TextJoint:
     """f + lambda g: reconstruction g (`elbo`) first, the flow f between noise and the posterior's means after it, by flow/barrier.py.
 
     f = mean (v(zt, t) - (x1 - z))^2 with z the means less their mean over the batch, over their spread: no shrinking of latents lowers it.
-    lambda is held constant, so that the gradient is grad f + lambda grad g, of all weights: along it, in small plain steps, g falls
-    at least at the rate min(alpha (g - least), beta |grad g|^2). least: g, in nats a token, that is good enough. Each process has the lambda of its own batch.
+    lambda is held constant, so that the gradient is grad f + lambda grad g, of all weights: along it, in small plain steps, g falls at least
+    at the rate min(alpha (g - least), beta |grad g|^2). least: g, in nats a token, that is good enough. Each process has the lambda of its
+    own batch.
     """
 
     elbo: TextELBOSpec = TextELBO()

@@ -14,7 +14,8 @@ from flowmap.planning.provenance import WHERE, scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.settings import FromRecipe
 
-LENGTHS = ("warmup_steps", "decay_from", "start", "anneal_steps", "perceptual_after_steps")  # settings in steps that a recipe chose for its own length
+# settings in steps that a recipe chose for its own length
+LENGTHS = ("warmup_steps", "decay_from", "start", "anneal_steps", "perceptual_after_steps")
 
 
 def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
