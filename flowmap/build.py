@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmap.build_prior import build_prior, shipped_prior
+from flowmap.build_prior import build_prior
 from flowmap.config import RecipeError, kind_of
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TextDataset
 from flowmap.flow.solver import Euler
@@ -23,6 +23,7 @@ from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
+from flowmap.planning.beforehand import check_start, shipped_prior
 from flowmap.planning.named_networks import missing_weights
 from flowmap.planning.plan import (
     card_of,
@@ -142,9 +143,7 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
 
 def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
     """The teacher; RecipeError unless its paths start at the recipe's own prior, N(0, I) for teachers that are no networks of ours."""
-    theirs, ours = teacher.network and teacher.network.config.prior, shipped_prior(recipe)
-    if (ours is None) != (theirs is None) or (ours is not None and not ours.same_start(theirs)):
-        raise RecipeError(f"{recipe.name}: prior: the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}")
+    check_start(recipe, teacher.network and teacher.network.config.prior, shipped_prior(recipe))
     return teacher
 
 

@@ -11,23 +11,14 @@ from torch import Tensor
 from flowmap.config import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.files import read_json
-from flowmap.flow.prior import FlowCodes, Learned, LearnedPrior, MixtureCodes
-from flowmap.planning.plan import code_recipes, prior_recipes, trained_run
+from flowmap.flow.prior import FlowCodes, LearnedPrior, MixtureCodes
+from flowmap.planning.beforehand import check_prior, shipped_prior
+from flowmap.planning.plan import prior_recipes, trained_run
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student, read_config
-from flowmap.student.prior import PRIOR, PriorConfig, Shipped, built_codes, load_prior, read_prior_config, save_prior
+from flowmap.student.prior import PRIOR, PriorConfig, built_codes, load_prior, read_prior_config, save_prior
 
 MOST = 20_000  # samples that a mixture is fitted to
-
-
-def shipped_prior(recipe: Recipe) -> Shipped | None:
-    """What the recipe's student says of its learned prior, known before any is trained; None for the Gaussian one."""
-    if not isinstance(recipe.prior, Learned):
-        return None
-    trained = prior_recipes(recipe)[0]
-    if trained.leaves != "prior":
-        raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided")
-    return Shipped(trained.student.size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
 
 
 def write_prior(recipe: Recipe, prior: LearnedPrior, folder: Path) -> None:
@@ -41,6 +32,7 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
     shipped = shipped_prior(recipe)
     if shipped is None:
         return None
+    check_prior(recipe)
     run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
     units = read_json(run / "metrics.json")["units"]
     if units["active"] == 0:
@@ -72,16 +64,8 @@ def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
 
 
 def _flow_folder(recipe: Recipe) -> Path:
-    """The run that trained the flow of codes; RecipeError where it has not been made, or is one of other codes."""
-    trained, flow = prior_recipes(recipe)
-    of = code_recipes(flow)
-    if not of or of[0].hash() != trained.hash():
-        what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
-        raise RecipeError(
-            f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
-            f"not on those of {trained.name!r} ({trained.hash()})"
-        )
-    return trained_run(flow, recipe, "prior.z.recipe")
+    """The run that trained the flow of codes; RecipeError where it has not been made."""
+    return trained_run(prior_recipes(recipe)[1], recipe, "prior.z.recipe")
 
 
 def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:

@@ -42,14 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments; key=value and +FILE may stand on both sides of an option, which argparse alone does not allow."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    odd = [word for word in rest if word.startswith("-") or not ("=" in word or word.startswith("+")) or not hasattr(arguments, "overrides")]
+    parser, words = _parser(), list(sys.argv[1:] if argv is None else argv)
+    # compare's --recipes and --steps would take all that follows
+    behind = [i for i, word in enumerate(words) if words[0] == "compare" and _is_setting(word) and words[i - 1] not in ("--out", "--import")]
+    arguments, rest = parser.parse_known_args([word for i, word in enumerate(words) if i not in behind])
+    odd = [word for word in rest if not _is_setting(word) or not hasattr(arguments, "overrides")]
     if odd:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
-    if rest:
-        arguments.overrides = [*arguments.overrides, *rest]
+    if settings := [*(words[i] for i in behind), *rest]:
+        arguments.overrides = [*arguments.overrides, *settings]
     return arguments
+
+
+def _is_setting(word: str) -> bool:
+    return not word.startswith("-") and ("=" in word or word.startswith("+"))
 
 
 def _say_error(error: object, code: int) -> int:

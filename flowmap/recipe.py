@@ -309,4 +309,6 @@ def _plain(config, file: str) -> Any:
 def _missing(node: Any, key: str) -> list[str]:
     if isinstance(node, Mapping):
         return [m for k, v in node.items() for m in _missing(v, f"{key}.{k}" if key else str(k))]
+    if isinstance(node, (list, tuple)):
+        return [m for i, v in enumerate(node) for m in _missing(v, f"{key}[{i}]")]
     return [key] if node == MISSING else []

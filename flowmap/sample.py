@@ -52,6 +52,8 @@ def sample(
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
+    if num < 1 and (inpaint is not None or interpolate is not None):
+        raise ValueError(f"num: {num} must be 1 or more")
     draw = partial(student.sample, num, cond=cond, guidance=guidance, gamma=gamma, seed=seed, progress=progress, refine=refine, solver=solver)
     if inpaint is not None or interpolate is not None:
         if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):

@@ -3,7 +3,7 @@
 Importing this costs nothing: torchmetrics is imported by `build()`.
 """
 
-from flowmap.metrics.checks import check_metrics
+from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
 from flowmap.metrics.specs import METRICS, MMD, Agreement, EndpointError, Frechet, Inversion, LossByTime, PrecisionRecall, Retrieval, Straightness
@@ -26,4 +26,5 @@ __all__ = [
     "check_metrics",
     "floor",
     "floors",
+    "lacking",
 ]

@@ -1,4 +1,4 @@
-"""What a metric asks of data, found out before anything is trained."""
+"""What a metric asks of data and of this machine, found out before anything is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flowmap.metrics.features import check_features
 from flowmap.metrics.specs import Agreement, Retrieval
 
 
@@ -22,3 +23,17 @@ def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, pair
             raise ValueError("metrics: retrieval needs data with captions that are given to the network; for classes there is agreement")
         if (spec.needs == "inversion" or spec.needs == "loss" and not paired) and not len(dataset.held_out):
             raise ValueError("metrics: inversion and loss_by_time look at held-out samples, and data.held_out is 0")
+
+
+def lacking(specs: Sequence[Any]) -> list[str]:
+    """What the metrics need that is not on this machine (packages, weights, functions of the user's), a line each; no network is loaded."""
+    found = []
+    for spec in specs:
+        try:
+            if spec.needs == "texts":
+                spec.check()
+            elif hasattr(spec, "features"):
+                check_features(spec.features)
+        except ValueError as error:
+            found.append(f"metrics: {str(error).removeprefix('metrics: ').removeprefix('metrics.')}")
+    return list(dict.fromkeys(found))

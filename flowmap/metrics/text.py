@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flowmap.metrics.text_features import FEATURES, features_of
+from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
 from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
 
@@ -27,6 +27,9 @@ class _Texts:
 
     images: int = 1000
     needs: ClassVar[str] = "texts"
+
+    def check(self) -> None:
+        """ValueError where a package or a network that it needs is not on this machine; none is loaded."""
 
     def build(self, data: Any) -> Any:
         return data
@@ -61,6 +64,9 @@ class SelfBLEU(_Texts):
     looked_at: int = 100
     references: int = 100
 
+    def check(self) -> None:
+        library("sacrebleu")
+
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         bleu, scores = library("sacrebleu").BLEU(effective_order=True), []
         for i, text in enumerate(texts[: self.looked_at]):
@@ -85,6 +91,9 @@ class TextDivergence(_Texts):
     def __post_init__(self):
         if self.features not in FEATURES and ":" not in self.features:
             raise ValueError(f"features: {self.features!r} is not one of {', '.join(FEATURES)}, nor package.mod:attr")
+
+    def check(self) -> None:
+        check_features(self.features)
 
     def build(self, data: Any) -> Any:
         step = max(1, len(data.texts) // self.images)
@@ -170,6 +179,9 @@ class Phrase(_Texts):
 
     attribute: str = "part_of_speech"
 
+    def check(self) -> None:
+        tagged("a word")
+
     def build(self, data: Any) -> Any:
         values = next((one.values for one in data.attributes if one.name == self.attribute), None)
         if values is None or not set(values) <= set(KINDS):
@@ -198,6 +210,11 @@ class ContentKept(_Texts):
 
     embedding: bool = False
 
+    def check(self) -> None:
+        library("sacrebleu"), library("rouge_score.rouge_scorer")
+        if self.embedding:
+            check_features("minilm")
+
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         if sources is None or not len(texts):
             return {}
@@ -218,6 +235,9 @@ class ContentKept(_Texts):
 @dataclass(frozen=True)
 class Infilled(_Texts):
     """BLEU and ROUGE-L, both 0..100, of infilled parts against what stood there in held-out sentences, and the share that is exactly that."""
+
+    def check(self) -> None:
+        ContentKept().check()
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         kept = ContentKept().report(metric, texts, cond, sources if "left" in cond else None)
@@ -252,6 +272,11 @@ class Perplexity(_Texts):
 
     source: str = "???"
     batch_size: int = 64
+
+    def check(self) -> None:
+        from flowmap.metrics.text_lm import check_source
+
+        check_source(self.source)
 
     def build(self, data: Any) -> Any:
         from flowmap.metrics.text_lm import LanguageModel

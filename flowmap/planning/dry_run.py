@@ -22,6 +22,7 @@ from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.planning.beforehand import check_prior, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import check_teachers, missing_weights, net_of, spec_of
@@ -76,6 +77,8 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
     missing += _weights_missing(cards)
     if not missing:
         check_teachers(recipe)
+        check_prior(recipe)
+    missing += missing_parts(recipe)
     data = None
     if isinstance(recipe.data, Text):
         data, lacks = described(recipe)
@@ -104,7 +107,7 @@ def _lacks_pictures(recipe: Recipe) -> list[str]:
         recipe.data.images.length()
         return []
     except ValueError as error:
-        return [str(error)]
+        return [str(error).replace("data.root", "data.images.root")]
 
 
 def _state(stage: Stage | Encoding | Pairing) -> str:

@@ -71,9 +71,11 @@ def read_prior_config(folder: Path) -> PriorConfig:
     return construct(PriorConfig, plain, TABLES, file=str(path))
 
 
-def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True) -> LearnedPrior:
-    """The prior in that folder, on the CPU, frozen. ValueError names the file and what is wrong."""
+def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int | None = None) -> LearnedPrior:
+    """The prior in that folder, on the CPU, frozen. size: of the codes that its student is told. ValueError names the file and what is wrong."""
     config, file = read_prior_config(folder), folder / "model.safetensors"
+    if size not in (None, config.net.size):
+        raise ValueError(f"{folder / 'config.json'}: codes of {config.net.size} numbers; the student beside it was trained on codes of {size}")
     state = read_tensors(file)
     model = config.net.build(config.shape)
     _fill(model, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, file)
@@ -89,7 +91,7 @@ def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path |
         wanted = {"weights": (k,), "means": (k, size), "factors": (k, size, size)}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != wanted:
-            raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match the encoder's codes of {size} numbers")
+            raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {k} components of codes of {size} numbers")
         return MixtureDraws(*(tensors[name].double() for name in wanted))
     if isinstance(config.z, FlowCodes):
         net = FlowMapNet(config.z_net.build((size,), num_classes=None, arrival=False, guidance=False))

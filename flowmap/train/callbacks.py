@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -119,9 +120,14 @@ class Figures(AtSteps):
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory that this process has held: on the accelerator where there is one, else resident."""
+    """The most memory that this process has held: on the accelerator where there is one, else resident (on Linux since it was last counted
+    anew, compare/entry.py)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

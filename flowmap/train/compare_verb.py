@@ -21,9 +21,8 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def compare_verb(a: argparse.Namespace) -> int:
     from flowmap.train.compare import compare, dry_compare
 
-    settings = [word for word in a.recipes if "=" in word or word.startswith("+")]  # what stands behind the names belongs to them for argparse
-    names = [word for word in a.recipes if word not in settings]
-    options = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=[*settings, *a.overrides])
+    names = a.recipes
+    options = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=a.overrides)
     if a.dry_run:
         print("\n".join(dry_compare(names, **options)))
         return 0

@@ -28,7 +28,7 @@ from flowmap.config import RecipeError, to_plain
 from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
-from flowmap.planning.named_networks import check_teachers
+from flowmap.planning.beforehand import check_beforehand
 from flowmap.planning.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe, read_resolved
@@ -92,7 +92,7 @@ def fit(
         _guard(stages[-1], resume=resume, overwrite=overwrite)
         for stage in stages:  # before pictures are encoded for hours
             if isinstance(stage, Stage) and not stage.complete:
-                check_teachers(stage.recipe)
+                check_beforehand(stage.recipe)
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1

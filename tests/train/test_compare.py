@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, bytes_of
 
 from flowmap.objectives import OBJECTIVES
@@ -230,3 +232,21 @@ def test_the_command_prints_the_table_and_a_dry_run_writes_nothing(command, tiny
     code, out, err = command(*options)
     assert code == 0 and "| tiny |" in out and "| real against real |" in out and "quality.png" in out, err
     assert "1 of 1 seeds finished" in command(*options, "--dry-run")[1]
+
+
+def test_a_start_has_the_teacher_that_the_comparisons_overrides_say():
+    changed = "teacher.overrides=[trainer.steps=9]"
+    entrant = at_seed(read_entrants(["digits", "digits-warm"], [changed])[1], 3)
+    start = read_recipe(entrant.student.recipe, entrant.student.overrides)
+    assert list(start.teacher.overrides) == list(entrant.teacher.overrides) == ["trainer.steps=9", "seed=3"] and start.seed == 3
+
+
+def test_memory_is_counted_anew(three):
+    from flowmap.train.callbacks import peak_gib
+    from flowmap.train.compare.entry import forget_peak
+
+    many = torch.ones(2**26)  # 256 MiB
+    high = peak_gib(torch.device("cpu"))
+    del many
+    forget_peak()
+    assert peak_gib(torch.device("cpu")) < high - 0.15 or not Path("/proc/self/clear_refs").exists()

@@ -81,7 +81,10 @@ def at_seed(recipe: Recipe, seed: int) -> Recipe:
         changes["coupling"] = replace(recipe.coupling, teacher=_told(recipe.coupling.teacher, word))
     if isinstance(recipe.student, FromRecipe):
         start = at_seed(read_recipe(recipe.student.recipe, recipe.student.overrides), seed)
-        words = [f"teacher.overrides={list(start.teacher.overrides)}"] if start.teacher is not None and start.teacher.overrides else []
+        mine, theirs = changes.get("teacher", recipe.teacher), start.teacher
+        if mine is not None and theirs is not None and (mine.card, mine.recipe) == (theirs.card, theirs.recipe):
+            theirs = mine  # one teacher for both, with what the comparison's overrides say of it
+        words = [f"teacher.overrides={list(theirs.overrides)}"] if theirs is not None and theirs.overrides else []
         changes["student"] = _told(recipe.student, word, *words)
     return replace(recipe, **changes)
 

@@ -1,0 +1,83 @@
+"""What can be told of a recipe before anything is trained or encoded: whether its parts fit, and what of them is not on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flowmap.config import RecipeError
+from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.metrics import lacking
+from flowmap.nets.pretrained import is_hub_id
+from flowmap.planning.named_networks import check_teachers
+from flowmap.planning.plan import code_recipes, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
+from flowmap.recipe import Recipe
+from flowmap.student.prior import Shipped
+from flowmap.teachers.text import MINILM_SOURCE
+
+
+def check_beforehand(recipe: Recipe) -> None:
+    """RecipeError where its teacher, its prior or its metrics cannot be had here or do not fit; no weights are read."""
+    check_teachers(recipe)
+    check_prior(recipe)
+    if lacks := lacking(recipe.metrics):
+        raise RecipeError(f"{recipe.name}: {lacks[0]}")
+
+
+def missing_parts(recipe: Recipe) -> list[str]:
+    """What its metrics and the frozen networks of its data need that is not on this machine, a line each."""
+    parts = [(f"data.{name}.source", getattr(recipe.data, name, None)) for name in ("autoencoder", "text")]
+    return [*lacking(recipe.metrics), *(line for key, part in parts if (line := _missing_source(key, part)))]
+
+
+def _missing_source(key: str, part: Any) -> str | None:
+    source = getattr(part, "source", None)
+    if source in (None, MINILM_SOURCE) or Path(source).is_dir():
+        return None
+    if not is_hub_id(source):
+        return f"{key}: {source!r}: no such folder, and no hub id (owner/name)"
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("config.json", "vae/config.json", "model_index.json")
+    here = any(isinstance(try_to_load_from_cache(source, name, revision=part.revision), str) for name in names)
+    return None if here else f"{key}: {source!r}: not on this machine; fit fetches it"
+
+
+def shipped_prior(recipe: Recipe) -> Shipped | None:
+    """What the recipe's student says of its learned prior, known before any is trained; None for the Gaussian one."""
+    if not isinstance(recipe.prior, Learned):
+        return None
+    trained = prior_recipes(recipe)[0]
+    if trained.leaves != "prior":
+        raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided")
+    return Shipped(trained.student.size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
+
+
+def check_prior(recipe: Recipe) -> None:
+    """RecipeError where the flow of codes is one of other codes than the encoder's, or the teacher's paths start at another prior."""
+    ours = shipped_prior(recipe)
+    if ours is not None and isinstance(recipe.prior.z, FlowCodes):
+        _check_codes(recipe)
+    trained = [*teacher_recipes(recipe), *(pairs_recipes(recipe) if hasattr(recipe.coupling, "recipe") else [])]
+    for teacher in trained:
+        check_start(recipe, shipped_prior(teacher), ours)
+    if ours is not None and not trained and teacher_cards(recipe):
+        check_start(recipe, None, ours)
+
+
+def _check_codes(recipe: Recipe) -> None:
+    trained, flow = prior_recipes(recipe)
+    of = code_recipes(flow)
+    if not of or of[0].hash() != trained.hash():
+        what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
+        raise RecipeError(
+            f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
+            f"not on those of {trained.name!r} ({trained.hash()}); what prior.overrides changes, prior.z.overrides must say too, "
+            'as ["data.overrides=[...]"]'
+        )
+
+
+def check_start(recipe: Recipe, theirs: Shipped | None, ours: Shipped | None) -> None:
+    """RecipeError unless the teacher's paths start where the recipe's do."""
+    if (ours is None) != (theirs is None) or (ours is not None and not ours.same_start(theirs)):
+        raise RecipeError(f"{recipe.name}: prior: the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}")
