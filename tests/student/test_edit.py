@@ -135,6 +135,8 @@ def test_by_the_command_line(folder, command):
         (["--interpolate", "a.png", "text.png"], "--interpolate: text.png: is no picture"),
         (["--interpolate", "a.png", "b.png", "--gamma", "0.5"], "exclude one another"),
         (["--solver", "heun", "--gamma", "0.5"], "gamma"),
+        (["--interpolate", "a.png", "b.png", "--num", "0"], "num: 0 must be 1 or more"),
+        (["--inpaint", "a.png", "--mask", "mask.png", "--num", "-1"], "num: -1 must be 1 or more"),
     ],
 )
 def test_what_does_not_fit_is_one_line(folder, command, monkeypatch, extra, says):
@@ -144,6 +146,13 @@ def test_what_does_not_fit_is_one_line(folder, command, monkeypatch, extra, says
     (folder / "text.png").write_text("no picture")
     code, out, err = command("sample", "--student", folder, "--num", 2, "--steps", 1, "--out", folder / "out", *extra)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_the_prior_of_another_student_is_refused(folder, command):
+    other = ConvPrior(size=6, channels=(8,), groups=4)
+    save_prior(folder / "student" / PRIOR, PriorConfig(other, SHAPE), other.build(SHAPE).state_dict(), {})
+    code, out, err = command("sample", "--student", folder, "--num", 2, "--out", folder / "out")
+    assert code == 2 and "the student beside it was trained on codes of" in err and len(err.strip().splitlines()) == 1
 
 
 def test_a_student_from_the_gaussian_prior_is_refused(finished, folder, command):
