@@ -210,7 +210,8 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     config = OmegaConf.create({**_defaults(), **plain})
     for override in (word for word in overrides if not word.startswith("+")):
         _override(config, override)
-    return recipe_from(_plain(config, path.name), file=path.name)
+    file = f"{name}.yaml" if str(name).endswith(path.stem) else path.name  # lediflow/digits.yaml, not one of several digits.yaml
+    return recipe_from(_plain(config, file), file=file)
 
 
 def _defaults() -> dict[str, Any]:
