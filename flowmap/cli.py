@@ -15,7 +15,7 @@ from flowmap import __version__
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
 from flowmap.sample_verb import sample_arguments, sample_verb
-from flowmap.terminal import summary
+from flowmap.terminal import plain_warnings, summary
 from flowmap.train.compare_verb import compare_arguments, compare_verb
 
 PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in getattr(arguments, "imports", None) or []:
             _import(name)
-        return arguments.run(arguments)
+        with plain_warnings():
+            return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
         return _say_error(error, 2)
     except KeyboardInterrupt as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,18 @@ from flowmap.flow.prior import Start
 from flowmap.pictures import save_picture, to_grid, to_picture
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.student.text import edit
 
 
 def _edited(student: Student, inpaint, interpolate, **options):
     """What draws num pictures in so many `steps`, the files read and checked now."""
-    from flowmap.student import edit
+    from flowmap.student import edit as pictures
 
-    channels = edit.picture_shape(student)[0]
+    channels = pictures.picture_shape(student)[0]
     if inpaint is not None:
-        return partial(edit.inpaint, student, edit.read_picture(inpaint[0], channels, "--inpaint"), edit.read_mask(inpaint[1]), **options)
-    return partial(edit.interpolate, student, *(edit.read_picture(path, channels, "--interpolate") for path in interpolate), **options)
+        picture, mask = pictures.read_picture(inpaint[0], channels, "--inpaint"), pictures.read_mask(inpaint[1])
+        return partial(pictures.inpaint, student, picture, mask, **options)
+    return partial(pictures.interpolate, student, *(pictures.read_picture(path, channels, "--interpolate") for path in interpolate), **options)
 
 
 def sample(
@@ -93,14 +96,25 @@ def sentences_of(student: Student, data, recipe) -> str:
     return "\n".join(line for name, texts in parts for line in (f"# {name}", *texts)) + "\n"
 
 
-def edit_file(student: Student, file: Path, out: Path, steps: Sequence[int], cond: dict) -> list[Path]:
-    """Writes out/steps-K.txt: the sentences of a file, one a line (empty lines are left out), carried to the student's target style."""
+def edit_file(student: Student, file: Path, out: Path, steps: Sequence[int], cond: dict, reverse: bool = False) -> list[Path]:
+    """Writes out/steps-K.txt: the sentences of a file, one a line, carried to the student's target style (reverse: back from it).
+
+    Line i of each is what became of line i; an empty line stays empty, and a warning counts them.
+    """
     if not file.is_file():
         raise ValueError(f"--texts: {file}: there is no such file")
-    texts = [one for one in map(one_line, lines_of(file)) if one]
+    if min(steps) < 1:
+        raise ValueError(f"--steps: {min(steps)} must be 1 or more")
+    lines = [one_line(line) for line in lines_of(file)]
+    texts = [line for line in lines if line]
+    if not texts:
+        raise ValueError(f"--texts: {file}: holds no sentence")
+    if len(texts) < len(lines):
+        warnings.warn(f"--texts: {len(lines) - len(texts)} of {len(lines)} lines are empty, and stay so", stacklevel=2)
     paths = [out / f"steps-{k}.txt" for k in steps]
     for k, path in zip(steps, paths, strict=True):
-        write_text(path, "\n".join(" ".join(text.splitlines()) for text in student.edit(texts, k, cond)) + "\n")
+        edited = iter(edit(student, texts, k, cond, reverse, mark="--"))
+        write_text(path, "\n".join(" ".join(next(edited).splitlines()) if line else "" for line in lines) + "\n")
     return paths
 
 

@@ -15,6 +15,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="text, for students that are conditioned on it")
     parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
     parser.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
+    parser.add_argument("--reverse", action="store_true", help="edit them the other way, from the target style to the source")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
     parser.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
     parser.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
@@ -45,8 +46,12 @@ def sample_verb(a: argparse.Namespace, device) -> int:
     cond |= dict(map(attribute_of, a.attribute))
     if a.texts is not None:
         _alone(a)
-        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond))))
+        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond, a.reverse))))
         return 0
+    if a.reverse:
+        raise ValueError("--reverse: goes with --texts, for students that edit sentences")
+    if student.config.edits:
+        raise ValueError(f"--texts: is required: this student carries sentences of {' to '.join(student.config.edits)}")
     refine = None
     if a.refiner is not None:
         from flowmap.teachers.refiner import Refiner

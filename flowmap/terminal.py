@@ -1,8 +1,32 @@
-"""What the command line shows: figures as a table, a progress bar."""
+"""What the command line shows: figures as a table, a progress bar, warnings."""
 
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flowmap.processes import is_child
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within it each different UserWarning, ours or a library's, is one line on stderr, once, and without the code that gave it."""
+    said = set()
+    with warnings.catch_warnings():
+        shown_else = warnings.showwarning
+
+        def show(message, category, filename, lineno, file=None, line=None):
+            text = " ".join(str(message).split())
+            if not issubclass(category, UserWarning):
+                shown_else(message, category, filename, lineno, file, line)
+            elif text not in said and not is_child():
+                said.add(text)
+                print(f"flowmap: warning: {text}", file=file or sys.stderr)
+
+        warnings.showwarning = show
+        yield
 
 
 def summary(metrics: dict) -> str:

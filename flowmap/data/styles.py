@@ -47,7 +47,6 @@ class StyledDataset(TextDataset):
         places = {}
         for name in ("source", "target"):
             rules = dict(rule.split("=", 1) for rule in getattr(styles, name))
-            rules = {key: int(value) if key == "length" and value.isdigit() else value for key, value in rules.items()}
             try:
                 places[name] = data.of(rules), data.of(rules, held_out=True)
             except ValueError as error:

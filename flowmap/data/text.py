@@ -36,20 +36,33 @@ class TextCoder(Protocol):
 
 @dataclass(frozen=True)
 class Attribute:
-    """A condition of sentences: its name and the values that its numbers 0, 1, ... stand for."""
+    """A condition of sentences: its name and the values that its numbers 0, 1, ... stand for.
+
+    seen: how many of them, from the first, training has seen; None: all. Networks have a row for every value, so that lengths of any data
+    fit the weights of any other.
+    """
 
     name: str
     values: tuple[str, ...]
+    seen: int | None = None
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The values that may be asked for."""
+        return self.values[: self.seen]
 
     def number(self, value: Any) -> int:
-        """The number of a value, given by name or as that number (-1: none). ValueError names what is allowed."""
-        if isinstance(value, str) and value in self.values:
-            return self.values.index(value)
-        if self.name == LENGTH and isinstance(value, int) and value > 0:
-            return min(value, len(self.values)) - 1
-        if isinstance(value, int) and not isinstance(value, bool) and self.name != LENGTH and -1 <= value < len(self.values):
+        """The number of a value, given by name (5 is "5" where values are called so) or as that number (-1: none; never of a length).
+
+        ValueError names what is allowed.
+        """
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        name = str(value) if whole else value
+        if isinstance(name, str) and name in self.known:
+            return self.known.index(name)
+        if whole and self.name != LENGTH and -1 <= value < len(self.known):
             return value
-        shown = f"1 to {len(self.values)} words" if self.name == LENGTH else ", ".join(self.values[:60])
+        shown = f"1 to {len(self.known)} words" if self.name == LENGTH else ", ".join(self.known[:60])
         raise ValueError(f"{self.name}: {value!r} was never seen; allowed: {shown}")
 
 
@@ -142,9 +155,9 @@ class Text(Source):
     def _chosen(self, found: Sequence[Sentence]) -> list[Sentence]:
         known = {LENGTH, *(name for one in found for name in one.attributes)}
         rules = [tuple(rule.split("=", 1)) for rule in self.only]
-        for name in (*self.attributes, *(name for name, _ in rules)):
+        for key, name in (*(("attributes", name) for name in self.attributes), *(("only", name) for name, _ in rules)):
             if name not in known:
-                raise ValueError(f"data.attributes: {name!r} is no attribute of these sentences; allowed: {', '.join(sorted(known))}")
+                raise ValueError(f"data.{key}: {name!r} is no attribute of these sentences; allowed: {', '.join(sorted(known))}")
         kept = [one for one in found if all(value_of(one, name) == value for name, value in rules)]
         if not kept and found:
             values = ", ".join(sorted({str(value_of(one, name)) for one in found for name, _ in rules})[:60])
@@ -278,13 +291,13 @@ def value_of(sentence: Sentence, name: str) -> str | None:
 
 def _attribute(name: str, sentences: Sequence[Sentence]) -> Attribute:
     if name == LENGTH:
-        return Attribute(LENGTH, tuple(str(n + 1) for n in range(MAX_LENGTH)))
+        return Attribute(LENGTH, tuple(str(n + 1) for n in range(MAX_LENGTH)), max(int(value_of(one, LENGTH)) for one in sentences))
     return Attribute(name, tuple(sorted({one.attributes[name] for one in sentences if name in one.attributes})))
 
 
 def _number(attribute: Attribute, sentence: Sentence) -> int:
     value = value_of(sentence, attribute.name)
-    return attribute.values.index(value) if value in attribute.values else -1
+    return attribute.known.index(value) if value in attribute.known else -1
 
 
 def outer_thirds(text: str) -> tuple[str, str, str]:

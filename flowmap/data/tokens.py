@@ -36,8 +36,7 @@ class BPE:
     def __post_init__(self):
         if self.vocab < 256 + len(SPECIAL):
             raise ValueError(f"vocab: {self.vocab} must be {256 + len(SPECIAL)} or more (bytes and special tokens)")
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens: {self.max_tokens} must be 2 or more")
+        _check_max_tokens(self.max_tokens)
 
     def fit(self, texts: Sequence[str]) -> Tokens:
         """The same texts give the same tokenizer, byte by byte."""
@@ -62,17 +61,21 @@ class Pretrained:
     revision: str | None = None
     max_tokens: int = 32
 
-    def fit(self, texts: Sequence[str]) -> Tokens:
+    def __post_init__(self):
+        _check_max_tokens(self.max_tokens)
+
+    def fit(self, texts: Sequence[str], key: str = "data.tokenizer.source") -> Tokens:
+        """key: the setting that errors name."""
         from transformers import AutoTokenizer
 
         try:
             found = AutoTokenizer.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
             fast = found.backend_tokenizer
         except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(f"tokenizer.source: {self.source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+            raise ValueError(f"{key}: {self.source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
         end = next((i for i in (found.eos_token_id, found.sep_token_id) if i is not None), None)
         if end is None:
-            raise ValueError(f"tokenizer.source: {self.source!r} has no token that ends a sentence")
+            raise ValueError(f"{key}: {self.source!r} has no token that ends a sentence")
         start = next((i for i in (found.bos_token_id, found.cls_token_id) if i is not None), end)
         pad = found.pad_token_id if found.pad_token_id is not None else end
         mask = next((i for i in (found.mask_token_id, found.unk_token_id) if i is not None), start)
@@ -87,8 +90,18 @@ class Pair:
     decoder: str
     max_tokens: int = 32
 
+    def __post_init__(self):
+        _check_max_tokens(self.max_tokens)
+
     def fit(self, texts: Sequence[str]) -> PairTokens:
-        return PairTokens(*(Pretrained(source, max_tokens=self.max_tokens).fit(texts) for source in (self.encoder, self.decoder)))
+        sources = {"encoder": self.encoder, "decoder": self.decoder}
+        parts = (Pretrained(one, max_tokens=self.max_tokens).fit(texts, f"data.tokenizer.{name}") for name, one in sources.items())
+        return PairTokens(*parts)
+
+
+def _check_max_tokens(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"max_tokens: {count} must be 2 or more")
 
 
 TOKENIZERS = {"bpe": BPE, "pretrained": Pretrained, "pair": Pair}
@@ -113,18 +126,28 @@ class Tokens:
         return max(self.fast.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
+    def longest(self) -> int:
+        """How many tokens a sentence may have, its end among them."""
+        return self.max_tokens
+
+    @property
     def special(self) -> tuple[int, int, int, int]:
         """(pad, start, end, mask)."""
         return self.pad, self.start, self.end, self.mask
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, int]:
         """Rows (N, max_tokens) int64, and how many sentences were cut."""
-        rows, cut = torch.full((len(texts), self.max_tokens), self.pad), 0
+        rows, cut = self.rows(texts)
+        return rows, int(cut.sum())
+
+    def rows(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Rows (N, max_tokens) int64, and which sentences were cut, (N,) bool."""
+        rows, cut = torch.full((len(texts), self.max_tokens), self.pad), []
         for row, found in zip(rows, self.fast.encode_batch_fast(list(texts), add_special_tokens=False), strict=True):
             ids = found.ids[: self.max_tokens - 1]
-            cut += len(ids) < len(found.ids)
+            cut.append(len(ids) < len(found.ids))
             row[: len(ids) + 1] = torch.tensor([*ids, self.end])
-        return rows, cut
+        return rows, torch.tensor(cut, dtype=torch.bool)
 
     def decode(self, rows: Tensor) -> list[str]:
         """The sentences of rows (N, L), each up to its end token."""
@@ -161,16 +184,22 @@ class PairTokens(Tokens):
     def vocab(self) -> int:
         return self.vocab_of
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, int]:
-        (seen, _), (said, cut) = self.encoder.encode(texts), self.decoder.encode(texts)
-        return torch.cat([seen, said], 1), cut
+    @property
+    def longest(self) -> int:
+        return self.decoder.max_tokens
+
+    def rows(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Rows (N, 2 max_tokens) int64, and which sentences were cut for either model, (N,) bool."""
+        (seen, unseen), (said, unsaid) = self.encoder.rows(texts), self.decoder.rows(texts)
+        return torch.cat([seen, said], 1), unseen | unsaid
 
     def decode(self, rows: Tensor) -> list[str]:
         """Of whole rows, or of the decoder's part alone."""
         return self.decoder.decode(rows[:, -self.decoder.max_tokens :])
 
     def told(self) -> dict[str, Any]:
-        return {"special": self.special, "encoder_pad": self.encoder.pad, "encoder_tokens": self.encoder.max_tokens}
+        seen = {"pad": self.encoder.pad, "tokens": self.encoder.max_tokens, "vocab": self.encoder.vocab}
+        return {"special": self.special} | {f"encoder_{name}": value for name, value in seen.items()}
 
     def settings(self) -> dict[str, Any]:
         return {"encoder": self.encoder.settings(), "decoder": self.decoder.settings()}

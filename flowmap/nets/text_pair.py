@@ -22,7 +22,8 @@ class TextPair:
     """encoder and decoder: folders or hub ids of transformers models, weights from safetensors; frozen unless `train_` says otherwise.
 
     The latent has `slots` vectors of `dims` numbers, as TextVAE's. special: the decoder's (pad, start, end, mask); encoder_pad: the
-    encoder's padding; encoder_tokens: how many tokens of a row are the encoder's. These three are the tokenizer's, taken from the data.
+    encoder's padding; encoder_tokens: how many tokens of a row are the encoder's; encoder_vocab: how many different ones it may be given.
+    These four are the tokenizer's, taken from the data.
     configs: the two models' own, as JSON, where their weights are with ours, so that a folder of ours stands alone.
     """
 
@@ -36,6 +37,7 @@ class TextPair:
     special: tuple[int, int, int, int] | None = None
     encoder_pad: int = 0
     encoder_tokens: int = 0
+    encoder_vocab: int = 0
     configs: tuple[str, str] | None = None
     leaves: ClassVar[str] = "text_autoencoder"
 
@@ -64,11 +66,33 @@ def _loaded(name: str, source: str, config: str | None) -> nn.Module:
 
     cls = AutoModel if name == "encoder" else AutoModelForCausalLM
     try:
+        if config is None and torch.empty(0).is_meta:  # a look at the plan: no weights
+            return cls.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False), trust_remote_code=False)
         if config is not None:
             return cls.from_config(AutoConfig.for_model(**json.loads(config)), trust_remote_code=False)
         return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # a foreign folder makes the library raise anything at all
         raise ValueError(f"{name}: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+
+
+def _check_fit(name: str, model: nn.Module, vocab: int, tokens: int, slots: int) -> None:
+    """ValueError where a model has fewer tokens than its tokenizer, or fewer positions than `tokens` behind `slots` vectors of the latent."""
+    known, places = model.get_input_embeddings().num_embeddings, _positions(model)
+    if vocab > known:
+        raise ValueError(f"{name}: has {known} tokens, its tokenizer (data.tokenizer.{name}) {vocab}; give it the tokenizer of the same model")
+    if places is not None and tokens + slots > places:
+        taken = f", {slots} of them the latent's" if slots else ""
+        raise ValueError(f"{name}: has {places} positions{taken}: data.tokenizer.max_tokens: {tokens} must be {places - slots} or less")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens the model can be given; None where it has no such limit."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    return found if padding is None else found - padding - 1  # RoBERTa counts from behind its padding
 
 
 class TextPairNet(nn.Module):
@@ -79,9 +103,8 @@ class TextPairNet(nn.Module):
         self.spec, self.max_tokens = spec, max_tokens
         self.pad, self.start, self.end, self.mask = spec.special
         self.encoder, self.decoder = encoder.requires_grad_(spec.train_encoder), decoder.requires_grad_(spec.train_decoder)
-        vocab = decoder.get_input_embeddings().num_embeddings
-        if spec.vocab is not None and spec.vocab > vocab:
-            raise ValueError(f"decoder: has {vocab} tokens, its tokenizer {spec.vocab}")
+        _check_fit("encoder", encoder, spec.encoder_vocab, spec.encoder_tokens, 0)
+        _check_fit("decoder", decoder, spec.vocab or 0, max_tokens - spec.encoder_tokens, spec.slots)
         width, seen = decoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
         self.posterior = nn.Linear(seen, 2 * spec.slots * spec.dims)
         self.memory, self.everywhere = nn.Linear(spec.dims, width), nn.Linear(spec.slots * spec.dims, width)
@@ -92,7 +115,8 @@ class TextPairNet(nn.Module):
         ids = rows.long()[:, : self.spec.encoder_tokens]
         real = (ids != self.spec.encoder_pad).long()
         real[:, 0] = 1
-        hidden = self.encoder(input_ids=ids, attention_mask=real).last_hidden_state
+        mask = None if ids.is_meta else real
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
         mean, logvar = self.posterior(pooled).chunk(2, -1)
         return self._latent(mean), self._latent(logvar.clamp(-12, 6))
@@ -103,7 +127,9 @@ class TextPairNet(nn.Module):
         before = F.pad(rows[:, :-1], (1, 0), value=self.start)
         if dropped is not None:
             before = torch.where(dropped[:, self.spec.encoder_tokens :] & (before != self.start), self.mask, before)
-        out = self.decoder(inputs_embeds=torch.cat([self._prefix(z), self._embedded(before, z)], 1), use_cache=False)
+        given = torch.cat([self._prefix(z), self._embedded(before, z)], 1)
+        mask = given.new_zeros(len(given), 1, given.shape[1], given.shape[1]) if given.is_meta else None  # else transformers looks at values
+        out = self.decoder(inputs_embeds=given, attention_mask=mask, use_cache=False)
         ended = (rows == self.end).long()
         return out.logits[:, self.spec.slots :], rows.masked_fill(ended.cumsum(1) - ended > 0, IGNORED)
 

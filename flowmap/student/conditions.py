@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,10 +30,23 @@ def prompts_of(num: int, cond: Mapping[str, Any] | None) -> list[str] | None:
 
 def texts_of(value: Any, num: int, key: str) -> list[str]:
     """One text for all, or one each, as `num` texts; ValueError names `key`."""
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{key}: {value!r} was given; allowed: one text, or {num} texts")
     texts = [value] * num if isinstance(value, str) else list(value)
     if len(texts) != num or not all(isinstance(one, str) for one in texts):
         raise ValueError(f"{key}: {len(texts)} given; allowed: one text, or {num} texts")
     return texts
+
+
+def codes_of(value: Any, num: int, size: int) -> Tensor:
+    """The codes z of a learned prior, (num, size) float32; ValueError where they are not."""
+    try:
+        z = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"z: {value!r} is no ({num}, {size}) numbers") from None
+    if z.shape != (num, size):
+        raise ValueError(f"z: has shape {tuple(z.shape)}, wants {(num, size)}")
+    return z
 
 
 def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:

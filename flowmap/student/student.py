@@ -17,7 +17,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
-from flowmap.student.conditions import NO_NEGATIVE, no_scale, prompts_of, rows_of, texts_of
+from flowmap.student.conditions import NO_NEGATIVE, codes_of, no_scale, prompts_of, rows_of, texts_of
 from flowmap.student.config import StudentConfig, found_beside
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
@@ -186,9 +186,7 @@ class Student(Sentences):
         if self.config.descriptions:
             rows |= described_by(self, num, cond)
         if "z" in cond:
-            rows["z"] = torch.as_tensor(cond["z"], dtype=torch.float32).to(self.device)
-            if rows["z"].shape != (num, self.config.prior.size):
-                raise ValueError(f"z: has shape {tuple(rows['z'].shape)}, wants {(num, self.config.prior.size)}")
+            rows["z"] = codes_of(cond["z"], num, self.config.prior.size).to(self.device)
         if self.config.num_classes:
             rows["class"] = self._classes(num, cond.get("class"))
         if self.config.guidance is not None:

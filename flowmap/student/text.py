@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowmap.config import RecipeError
 from flowmap.data import TextCoder, TextDataset
-from flowmap.data.tokens import BPE, Pair
+from flowmap.data.tokens import BPE, Pair, Pretrained
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
 from flowmap.kinds import left_by
@@ -42,11 +42,11 @@ class Sentences:
         """What latents x0 (B, *shape) say."""
         return self.words.to(x0.device).decode(x0)
 
-    @torch.no_grad()
     def edit(self, texts: Sequence[str], steps: int = 1, cond: Mapping[str, Any] | None = None, *, reverse: bool = False) -> list[str]:
         """The sentences, carried from the style that this student starts from to the other; reverse: the other way, by a velocity alone.
 
-        ValueError where the student starts from noise, a sentence is empty, or reverse is asked of a flow map.
+        Sentences that are too long are cut, and a warning counts them. ValueError where the student starts from noise, texts is no list of
+        sentences, one is empty, or reverse is asked of a flow map.
         """
         return edit(self, texts, steps, cond, reverse)
 
@@ -98,16 +98,27 @@ def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:
         missing.append(str(error))
     latents = torch.zeros(1, *shape) if spec.autoencoder is not None else None
     codes = {"left": latents, "right": latents} if spec.infill else {}
-    tokens = None if spec.autoencoder is not None else _Unfitted(tokenizer)
+    tokens = None if spec.autoencoder is not None else _unfitted(tokenizer, missing)
     data = TextDataset("text", torch.zeros(0, *shape), torch.zeros(0, *shape), attributes=attributes, codes=codes, tokens=tokens)
     return data, missing
+
+
+def _unfitted(spec, missing: list[str]) -> Any:
+    """The tokenizer itself where no sentence trains it, else as much of it as is known; why it cannot be had is told among what is missing."""
+    if isinstance(spec, (Pair, Pretrained)):
+        try:
+            return spec.fit([])
+        except ValueError as error:
+            missing.append(str(error))
+    return _Unfitted(spec)
 
 
 class _Unfitted:
     """As much of a tokenizer as a network is told, before it has seen a sentence."""
 
     def __init__(self, spec):
-        self.vocab, self.pair = getattr(spec, "vocab", 50_000), isinstance(spec, Pair)
+        self.pair = isinstance(spec, Pair)
+        self.vocab = 0 if self.pair else getattr(spec, "vocab", 50_000)
         self.max_tokens = spec.max_tokens
 
     def told(self) -> dict[str, Any]:
@@ -132,14 +143,15 @@ def described_by(student: Student, num: int, cond: Mapping[str, Any]) -> dict[st
     for attribute in student.config.attributes:
         value = cond.get(attribute.name, -1)
         if isinstance(value, Tensor):
-            if value.shape != (num,) or int(value.min()) < -1 or int(value.max()) >= len(attribute.values):
+            odd = value.is_floating_point() or value.shape != (num,)
+            if odd or int(value.min()) < -1 or int(value.max()) >= len(attribute.values):
                 raise ValueError(f"{attribute.name}: wants {num} whole numbers in -1..{len(attribute.values) - 1}")
             rows[attribute.name] = value.to(student.device)
             continue
-        values = [value] * num if isinstance(value, (str, int)) else list(value)
+        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value] * num
         if len(values) != num:
             raise ValueError(f"{attribute.name}: {len(values)} values given; allowed: one, or {num}")
-        numbers = [-1 if isinstance(one, int) and one == -1 else attribute.number(one) for one in values]
+        numbers = [-1 if type(one) is int and one == -1 else attribute.number(one) for one in values]
         rows[attribute.name] = torch.tensor(numbers, device=student.device)
     for name in student.config.contexts:
         rows[name] = _context(student, num, name, cond.get(name))
@@ -153,25 +165,39 @@ def _context(student: Student, num: int, name: str, given: Any) -> Tensor:
         return given.to(student.device)
     if given is None:
         return torch.zeros(num, *student.config.shape, device=student.device)
-    return student.words.to(student.device).encode(texts_of(given, num, name)).to(student.device)
+    texts = texts_of(given, num, name)
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    z, cut = student.words.to(student.device).encode(list(place), count_cut=True)
+    _tell_cut(student, name, cut, len(place), stacklevel=7)  # the caller of Student.sample, which torch wraps
+    return z[torch.tensor([place[text] for text in texts])].to(student.device)
 
 
-def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool) -> list[str]:
-    """The sentences, their latents carried from t = 1 to 0 (reverse: from 0 to 1 by Euler), decoded."""
-    if not student.config.edits:
-        raise ValueError("texts: this student starts from noise, not from sentences; use sample(num)")
-    if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
-        raise ValueError("texts: must be one or more sentences, none of them empty")
-    if steps < 1:
-        raise ValueError(f"steps: {steps} must be 1 or more")
-    x, cut = student.words.to(student.device).encode(list(texts), count_cut=True)
-    x = x.to(student.device)
+def _tell_cut(student: Student, key: str, cut: int, num: int, stacklevel: int) -> None:
     if cut:
-        most = student.words.tokens.max_tokens
-        warnings.warn(f"texts: {cut} of {len(texts)} are longer than the decoder's {most} tokens and were cut", stacklevel=3)
+        most = student.words.tokens.longest
+        warnings.warn(f"{key}: {cut} of {num} are longer than the decoder's {most} tokens and were cut", stacklevel=stacklevel)
+
+
+@torch.no_grad()
+def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool, mark: str = "") -> list[str]:
+    """The sentences, their latents carried from t = 1 to 0 (reverse: from 0 to 1 by Euler), decoded. mark: what stands before the names of
+    arguments in errors and warnings."""
+    if not student.config.edits:
+        raise ValueError(f"{mark}texts: this student starts from noise, not from sentences; {'leave it out' if mark else 'use sample(num)'}")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ValueError(f"{mark}texts: {texts!r} is no list of sentences; for one, give a list of one")
+    texts = list(texts)
+    if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+        raise ValueError(f"{mark}texts: must be one or more sentences, none of them empty")
+    if steps < 1:
+        raise ValueError(f"{mark}steps: {steps} must be 1 or more")
+    if reverse and student.config.arrival:
+        why = "a flow map runs from its source to its target alone; a velocity (objective rectified) runs both ways"
+        raise ValueError(f"{mark}reverse: {why}")
+    rows = student.conditions(len(texts), cond)
+    x, cut = student.words.to(student.device).encode(texts, count_cut=True)
+    x = x.to(student.device)
+    _tell_cut(student, f"{mark}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
     if not reverse:
-        return student.carry(Start(x), student.conditions(len(x), cond), steps, torch.Generator().manual_seed(0))
-    if student.config.arrival:
-        raise ValueError("reverse: a flow map runs from its source to its target alone; a velocity (objective rectified) runs both ways")
-    rows = student.conditions(len(x), cond)
+        return student.carry(Start(x), rows, steps, torch.Generator().manual_seed(0))
     return student.sentences(Euler(steps=steps)(lambda x, t: student.flow_map.velocity(x, t, rows), x, start=0.0, end=1.0).x)

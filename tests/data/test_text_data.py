@@ -157,7 +157,8 @@ def test_a_data_set_of_hugging_face(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"attributes": ("colour",)}, "'colour' is no attribute .* allowed: category, length, part_of_speech"),
+        ({"attributes": ("colour",)}, "data.attributes: 'colour' is no attribute .* allowed: category, length, part_of_speech"),
+        ({"only": ("mood=x",)}, "data.only: 'mood' is no attribute .* allowed: category, length, part_of_speech"),
         ({"only": ("category=noun.bird",)}, "was never seen; values: adj.all, "),
         ({"only": ("category",)}, "only: "),
         ({"held_out": 1.0}, "held_out: 1.0"),
@@ -172,11 +173,24 @@ def test_settings_are_checked(wordnet, change, says):
 
 
 def test_the_numbers_of_values():
-    part, length = Attribute("part", ("noun", "verb")), Attribute("length", tuple(map(str, range(1, 25))))
-    assert (part.number("verb"), part.number(1), part.number(-1), length.number(3), length.number("7"), length.number(99)) == (1, 1, -1, 2, 6, 23)
-    for attribute, value in ((part, "adverb"), (part, 2), (part, 1.5), (length, 0), (length, "many")):
-        with pytest.raises(ValueError, match="was never seen; allowed: "):
+    part, length = Attribute("part", ("noun", "verb")), Attribute("length", tuple(map(str, range(1, 25))), seen=10)
+    assert (part.number("verb"), part.number(1), part.number(-1), length.number(3), length.number("7"), length.number(10)) == (1, 1, -1, 2, 6, 9)
+    assert Attribute("stars", ("1", "2", "5")).number(2) == 1  # the value that is called so, not the third
+    assert Attribute("length", length.values).number(24) == 23  # as students of an earlier day were kept
+    odd = [(part, value) for value in ("adverb", 2, 1.5, None, True)] + [(length, value) for value in (0, "many", 2.5, -1, True, 11, "11", 99)]
+    for attribute, value in odd:
+        allowed = "noun, verb" if attribute is part else "1 to 10 words"
+        with pytest.raises(ValueError, match=f"{attribute.name}: {value!r} was never seen; allowed: {allowed}"):
             attribute.number(value)
+
+
+def test_lengths_are_those_of_the_training_sentences(wordnet):
+    for change, seen in (({}, 6), ({"max_words": 4}, 4)):
+        data = Text(sentences=wordnet, tokenizer=BPE(vocab=260), attributes=("length",), held_out=0.2, **change).build()
+        assert data.attributes[0].known == tuple(str(n + 1) for n in range(seen)) and len(data.attributes[0].values) == 24
+        assert int(data.codes["length"].max()) == seen - 1
+    with pytest.raises(ValueError, match="length: 5 was never seen; allowed: 1 to 4 words"):
+        data.of({"length": 5})
 
 
 def test_long_sentences_and_rare_words_are_left_out_and_counted(tmp_path):

@@ -1,5 +1,6 @@
 """A saved student is loaded as it was, samples what its seed says, and refuses what it was not trained for."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import flowmap
 from flowmap.nets import MLP, DiT
 from flowmap.samplers import Deterministic
+from flowmap.student.conditions import codes_of, texts_of
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
@@ -147,3 +149,16 @@ def test_what_a_distilled_student_cannot_honour_is_refused_with_its_reason():
     baked = Student(replace(plain.config, baked_guidance=6.0), student.flow_map)
     with pytest.raises(ValueError, match="scale as input: 6 is baked in by the pairs that it learned from; leave it out"):
         baked.sample(2, guidance=2.0)
+
+
+def test_conditions_of_another_kind_are_one_line():
+    for call, says in (
+        (lambda: codes_of("a", 3, 2), "z: 'a' is no (3, 2) numbers"),
+        (lambda: codes_of([[1, 2], [3]], 2, 2), "z: [[1, 2], [3]] is no (2, 2) numbers"),
+        (lambda: codes_of(torch.zeros(2, 3), 3, 2), "z: has shape (2, 3), wants (3, 2)"),
+        (lambda: texts_of(3, 2, "left"), "left: 3 was given; allowed: one text, or 2 texts"),
+        (lambda: texts_of(None, 2, "left"), "left: None was given; allowed: one text, or 2 texts"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            call()
+    assert torch.equal(codes_of([[1, 2]], 1, 2), torch.tensor([[1.0, 2.0]]))

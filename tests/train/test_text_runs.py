@@ -105,7 +105,11 @@ def test_the_command_line_writes_sentences(runs, tmp_path, command):
     [
         ({"part_of_speech": "pronoun"}, "part_of_speech: 'pronoun' was never seen; allowed: adjective, adverb, noun, verb"),
         ({"part_of_speech": 7}, "part_of_speech: 7 was never seen"),
-        ({"length": 0}, "length: 0 was never seen"),
+        ({"length": 0}, "length: 0 was never seen; allowed: 1 to 6 words"),
+        ({"length": 99}, "length: 99 was never seen; allowed: 1 to 6 words"),
+        ({"length": 2.5}, "length: 2.5 was never seen"),
+        ({"length": torch.tensor([1.0, 2.0, 3.0])}, "length: wants 3 whole numbers"),
+        ({"part_of_speech": None}, "part_of_speech: None was never seen"),
         ({"length": [3, 4]}, "length: 2 values given; allowed: one, or 3"),
         ({"colour": "red"}, "'colour' is no condition of this student; allowed: part_of_speech, length"),
         ({"class": 1}, "'class' is no condition"),
@@ -142,10 +146,19 @@ def test_reflow_and_ayf_are_ordinary_recipes(runs):
     assert len(run.student.sample(3)) == 3
 
 
-def test_editing_starts_from_sentences_both_ways(runs, tmp_path, command):
+@pytest.fixture(scope="module")
+def editor(place):
+    """A finished run that edits."""
     styles = "coupling={kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"
     metrics = "metrics=[{kind: style_hit, images: 10}, {kind: distinct, images: 10}]"
-    run = flowmap.fit(read_recipe(runs.parent / "flow.yaml", ["name=edit", styles, metrics, "data.conditional=false", "trainer.steps=4"]), **QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWMAP_RUNS", str(place / "runs"))
+        changes = ["name=edit", styles, metrics, "data.conditional=false", "trainer.steps=4"]
+        return flowmap.fit(read_recipe(place / "flow.yaml", changes), **QUIET)
+
+
+def test_editing_starts_from_sentences_both_ways(runs, editor):
+    run = editor
     student, texts = run.student, ["cat again as n", "to say dog and fox n"]
     edited, back = student.edit(texts, steps=2), student.edit(texts, steps=2, reverse=True)
     assert len(edited) == len(back) == 2 and "style_hit" in run.metrics["student"]["1"]
@@ -154,20 +167,58 @@ def test_editing_starts_from_sentences_both_ways(runs, tmp_path, command):
         (lambda: student.sample(3), "use edit"),
         (lambda: student.edit([]), "one or more sentences"),
         (lambda: student.edit(["a", " "]), "none of them empty"),
-        (lambda: flowmap.load_student(runs / "flow").edit(texts), "starts from noise"),
+        (lambda: student.edit("abc"), "texts: 'abc' is no list of sentences"),
+        (lambda: student.edit(3), "texts: 3 is no list of sentences"),
+        (lambda: flowmap.load_student(runs / "flow").edit(texts), "starts from noise.*use sample"),
     ):
         with pytest.raises(ValueError, match=says):
             call()
-    with pytest.warns(UserWarning, match="1 of 2 are longer than the decoder's 12 tokens and were cut"):
+    with pytest.warns(UserWarning, match="^texts: 1 of 2 are longer than the decoder's 12 tokens and were cut") as told:
         student.edit(["cat again", "to say " * 30])
-    (tmp_path / "in.txt").write_text("cat again as n\n\n")
-    assert command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--steps", 1, "--out", tmp_path / "out")[0] == 0
-    code, _, err = command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--solver", "heun", "--out", tmp_path / "out")
-    assert code == 2 and "--solver: does not go with --texts" in err and len(err.splitlines()) == 1
-    assert len((tmp_path / "out" / "steps-1.txt").read_text().splitlines()) == 1
-    (tmp_path / "in.txt").write_bytes(b"\xff\n")
-    code, out, err = command("sample", "--student", run.folder, "--texts", tmp_path / "in.txt", "--steps", 1, "--out", tmp_path / "out")
-    assert code == 2 and "is not UTF-8" in err
+    assert told[0].filename == __file__
+
+
+@pytest.fixture
+def edit_lines(editor, tmp_path, command):
+    """edit_lines(content, *options) -> (exit code, lines of steps-1.txt if there is one, stderr) of `flowmap sample --texts`."""
+
+    def call(content, *options, student=None):
+        (tmp_path / "in.txt").write_bytes(content)
+        given = ("--student", student or editor.folder, "--texts", tmp_path / "in.txt", "--out", tmp_path / "out", *options)
+        code, _, err = command("sample", *given)
+        made = tmp_path / "out" / "steps-1.txt"
+        return code, made.read_text().split("\n") if made.is_file() else None, err
+
+    return call
+
+
+def test_a_file_is_edited_line_by_line(editor, edit_lines):
+    code, lines, err = edit_lines(b"\ncat again as n\n \nto say dog and fox n\n", "--steps", 1, 2)
+    one, other = (" ".join(text.splitlines()) for text in editor.student.edit(["cat again as n", "to say dog and fox n"]))
+    assert code == 0 and lines == ["", one, "", other, ""]
+    assert err.splitlines() == ["flowmap: warning: --texts: 2 of 4 lines are empty, and stay so"]
+    code, _, err = edit_lines(b"cat again\n" + b"to say " * 30 + b"\n", "--steps", 1, 2)
+    assert code == 0 and err.splitlines() == ["flowmap: warning: --texts: 1 of 2 are longer than the decoder's 12 tokens and were cut"]
+    code, lines, err = edit_lines(b"cat again as n\n", "--steps", 1, "--reverse")
+    assert code == 0 and lines[0] == " ".join(editor.student.edit(["cat again as n"], reverse=True)[0].splitlines()) and not err
+
+
+def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines, tmp_path, command):
+    for content, options, says in (
+        (b"cat\n", ("--solver", "heun"), "--solver: does not go with --texts"),
+        (b"cat\n", ("--steps", 1, 0), "--steps: 0 must be 1 or more"),
+        (b"\xff\n", (), "is not UTF-8"),
+        (b"\n \n", (), "holds no sentence"),
+    ):
+        code, lines, err = edit_lines(content, *options)
+        assert code == 2 and lines is None and says in err and len(err.splitlines()) == 1
+    for reverse in ((), ("--reverse",)):
+        code, _, err = edit_lines(b"cat\n", *reverse, student=runs / "flow")
+        assert code == 2 and "--texts: this student starts from noise, not from sentences; leave it out" in err
+    code, _, err = command("sample", "--student", editor.folder, "--out", tmp_path)
+    assert code == 2 and "--texts: is required: this student carries sentences of part_of_speech=noun to part_of_speech=verb" in err
+    code, _, err = command("sample", "--student", runs / "flow", "--reverse", "--out", tmp_path)
+    assert code == 2 and "--reverse: goes with --texts, for students that edit sentences" in err
 
 
 def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
@@ -229,6 +280,12 @@ def test_infilling_is_given_what_stands_around(runs):
     assert not torch.equal(one, other) and student.config.contexts == ("left", "right")
     with pytest.raises(ValueError, match="left: 3 given; allowed: one text, or 2 texts"):
         student.sample(2, cond={"left": ["a"] * 3})
+    with pytest.raises(ValueError, match="left: 3 was given; allowed: one text, or 2 texts"):
+        student.sample(2, cond={"left": 3})
+    with pytest.warns(UserWarning, match="left: 1 of 2 are longer than the decoder's 12 tokens and were cut") as told:
+        cut = student.sample(3, cond={"left": ["to say", "to say " * 30, "to say"]}, latents=True)
+    assert told[0].filename == __file__ and cut.shape == (3, 6, 1, 2)
+    torch.testing.assert_close(student.sample(3, cond={"left": "to say"}, latents=True)[::2], cut[::2])
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path):
