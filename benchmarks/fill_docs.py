@@ -21,8 +21,8 @@ FILES = {
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14") for one in ("quality", "best", "recall")},
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "ratios", "cost")},
-    **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", ""), ("emoji", "_share"))
-       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # emoji with --share 0.2
+    **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", "_share"), ("emoji", "_share"))
+       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # the last two with --share 0.35 and 0.15
 }  # fmt: skip
 IN_README = ("steps_law", "emoji")  # plots that README.md shows; all others stand in a page beside them
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
