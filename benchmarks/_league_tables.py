@@ -44,9 +44,9 @@ def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
             continue
         first = min(known, key=lambda name: statistics.median(known[name]))
         behind = [mine / other - 1 for mine, other in zip(known[default], known[first], strict=True)]
-        within = first == default or min(behind) <= 0
+        within = "yes" if first == default or min(behind) <= 0 else "no" if seeds > 1 else "? (one seed)"
         said = "" if first == default else spread(100 * one for one in behind)
-        rows.append([int(k), first, spread(known[first]), spread(known[default]), said, "yes" if within else "no"])
+        rows.append([int(k), first, spread(known[first]), spread(known[default]), said, within])
     return {"columns": ["steps", "best", "its figure", f"{default}'s", f"{default} behind, %", "within noise"], "rows": rows}
 
 
