@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ def _name(path: Path) -> str:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol: what it holds is said below
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file makes it raise anything at all
         raise ValueError(f"{path}: holds more than tensors, or is torn: {' '.join(str(error).split())[:200]}; nothing was executed") from error
     if not isinstance(held, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in held.items()):
