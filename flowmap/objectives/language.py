@@ -25,18 +25,14 @@ class TextELBO:
     """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps); KL = sum over latent entries of max(mean_B KL_d, free_bits).
 
     Sums over the tokens of a sentence and the entries of its latent, means over the batch; free_bits in nats an entry. z is a draw of the
-    posterior, and a share word_dropout of the decoder's inputs is masked; all draws are functions of the sample's noise x1. The student's
+    posterior, and a share word_dropout of the decoder's inputs is masked; both draws are functions of the sample's noise x1. The student's
     network is a text autoencoder (moments, logits); times and teacher are not looked at.
-
-    noise: the decoder is shown m + sqrt(1 - a^2) (z - m) + a d eps, a uniform in [0, noise], one a sentence, m and d mean and spread of the
-    batch's latents: it learns to make sentences of latents that are a little off, as a flow's are; otherwise every slip becomes another word.
     """
 
     kl: float = 1.0
     free_bits: float = 0.1
     anneal_steps: int = 1000
     word_dropout: float = 0.0
-    noise: float = 0.0
     diagonal: ClassVar[bool] = True
     leaves: ClassVar[str] = "text_autoencoder"
 
@@ -44,9 +40,8 @@ class TextELBO:
         for name in ("kl", "free_bits", "anneal_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
-        for name in ("word_dropout", "noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"word_dropout: {self.word_dropout} must lie in [0, 1]")
 
     def beta(self, step: int) -> float:
         return self.kl * min(1.0, step / self.anneal_steps) if self.anneal_steps else self.kl
@@ -56,8 +51,6 @@ class TextELBO:
         generator = seeded(repr(float(sample.x1.double().sum())), mean.device)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         dropped = torch.rand(sample.x0.shape, generator=generator, device=mean.device) < self.word_dropout
-        if self.noise:
-            z = self._off(z, generator)
         logits, targets = student.net.logits(z, sample.x0, dropped if self.word_dropout else None)
         counted = targets != IGNORED
         tokens = counted.sum(1)
@@ -67,13 +60,6 @@ class TextELBO:
         right = ((logits.argmax(-1) == targets) & counted).sum(1) / tokens
         logs = {"nll_per_token": (nll.sum() / tokens.sum()).detach(), "kl": kl.detach(), "accuracy": right.mean().detach()}
         return Loss(value, logs | {"beta": torch.tensor(self.beta(step))})
-
-    def _off(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        a = self.noise * torch.rand(len(z), *[1] * (z.dim() - 1), generator=generator, device=z.device, dtype=z.dtype)
-        middle = z.detach().mean(0)
-        spread = (z.detach() - middle).square().mean().sqrt()
-        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        return middle + (1 - a**2).sqrt() * (z - middle) + a * spread * noise
 
 
 class TextELBOSpec(Protocol):
