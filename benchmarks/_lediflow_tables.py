@@ -79,17 +79,17 @@ def copies(runs: Sequence[Run]) -> dict:
 
 def saved(runs: Sequence[Run]) -> dict:
     """What the learned prior's cheapest sample costs that is as good as the Gaussian's of 50 Euler steps, as a share of what the Gaussian's costs."""
-    told = [savings(run) for run in runs]
-    rows = [[f"{cost}, beside {beside}", _shares([one[f"{cost} / {beside}"] for one in told])]
+    each = [savings(run) for run in runs]
+    rows = [[f"{cost}, beside {beside}", _shares([one[f"{cost} / {beside}"] for one in each])]
             for cost in ("flops", "seconds") for beside in ("50 steps", "cheapest")]  # fmt: skip
-    rows.append(["the distance to reach", spread(one["target"] for one in told)])
+    rows.append(["the distance to reach", spread(one["target"] for one in each)])
     return {"columns": ["", "learned / Gaussian"], "rows": rows}
 
 
 def _shares(values: Sequence[float | None]) -> str:
     reached = [value for value in values if value is not None]
     never = "" if len(reached) == len(values) else f"{len(values) - len(reached)} of {len(values)} seeds never"
-    return ", ".join(part for part in (spread(reached) if reached else "", never) if part)
+    return ", ".join(part for part in (spread(reached), never) if part)
 
 
 def savings(run: Run) -> dict:
@@ -98,12 +98,12 @@ def savings(run: Run) -> dict:
     there = at(run["gaussian"], "euler", MANY)
     reached = [p for p in run["learned"]["curve"] if p["frechet"] <= there["frechet"]]
     near = [p for p in run["gaussian"]["curve"] if p["frechet"] <= 1.05 * there["frechet"]]
-    told = {"target": there["frechet"]}
+    found = {"target": there["frechet"]}
     for cost in ("flops", "seconds"):
         best = min((p[cost] for p in reached), default=None)
-        told[f"{cost} / 50 steps"] = None if best is None else best / there[cost]
-        told[f"{cost} / cheapest"] = None if best is None else best / min(p[cost] for p in near)
-    return told
+        found[f"{cost} / 50 steps"] = None if best is None else best / there[cost]
+        found[f"{cost} / cheapest"] = None if best is None else best / min(p[cost] for p in near)
+    return found
 
 
 def at(arm: dict, solver: str, steps: int) -> dict:

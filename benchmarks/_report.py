@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from flowmap.files import write_json
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "numpy", "scikit-learn")
 
@@ -49,9 +51,7 @@ def kept(path: Path) -> dict:
 def keep(path: Path, found: Mapping) -> None:
     """Leaves that for the next run, written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(found, indent=1) + "\n")
-    beside.replace(path)
+    write_json(path, found)
 
 
 def spread(values: Iterable[float], bare: bool = False) -> str:

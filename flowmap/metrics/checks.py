@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from flowmap.metrics.features import check_features
 from flowmap.metrics.specs import Agreement, Retrieval
 
 
@@ -30,10 +29,8 @@ def lacking(specs: Sequence[Any]) -> list[str]:
     found = []
     for spec in specs:
         try:
-            if spec.needs == "texts":
+            if hasattr(spec, "check"):
                 spec.check()
-            elif hasattr(spec, "features"):
-                check_features(spec.features)
         except ValueError as error:
             found.append(f"metrics: {str(error).removeprefix('metrics: ').removeprefix('metrics.')}")
     return list(dict.fromkeys(found))

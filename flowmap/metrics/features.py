@@ -107,28 +107,24 @@ class CLIP(nn.Module):
     name = "clip-vit-large-patch14-336"
 
     @classmethod
-    def _source(cls) -> str:
-        folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name)
-        return str(folder) if folder.is_dir() else f"openai/{cls.name}"
-
-    @classmethod
-    def check(cls) -> None:
+    def check(cls) -> str:
+        """The folder or the hub id that it is loaded from."""
         from huggingface_hub import try_to_load_from_cache
 
-        source = cls._source()
-        if not Path(source).is_dir() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
-            folder = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name)
-            raise ValueError(f"features 'clip' needs openai/{cls.name}, safetensors, in {folder} or the hub's cache; none are downloaded")
+        folder, hub_id = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name), f"openai/{cls.name}"
+        if not folder.is_dir() and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            raise ValueError(f"features 'clip' needs {hub_id}, safetensors, in {folder} or the hub's cache; none are downloaded")
+        return str(folder) if folder.is_dir() else hub_id
 
     def __init__(self, reference: Tensor):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        self.check()
+        source = self.check()
         try:
-            self.net = CLIPVisionModelWithProjection.from_pretrained(self._source(), use_safetensors=True, local_files_only=True)
+            self.net = CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"features 'clip': {self._source()} holds no CLIP of transformers as safetensors") from error
+            raise ValueError(f"features 'clip': {source} holds no CLIP of transformers as safetensors") from error
         self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))  # CLIP's own preprocessing
         self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
 

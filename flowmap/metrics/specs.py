@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import Cond
-from flowmap.metrics.features import build_features, short_name
+from flowmap.metrics.features import build_features, check_features, short_name
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.agreement import CaptionRetrieval, ClassAgreement
@@ -26,8 +26,16 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.trajectories import EndpointScore, StraightnessScore
 
 
+class _InFeatures:
+    """A metric that looks at samples in the space `features`."""
+
+    def check(self) -> None:
+        """ValueError where that space cannot be had on this machine; no network is loaded."""
+        check_features(self.features)
+
+
 @dataclass(frozen=True)
-class Frechet:
+class Frechet(_InFeatures):
     """Frechet distance of `images` generated samples to the reference (`reference_images` of it, drawn with a fixed seed; None: all)."""
 
     features: str = "pixels"
@@ -49,7 +57,7 @@ class Frechet:
 
 
 @dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(_InFeatures):
     """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours."""
 
     features: str = "pixels"
@@ -76,7 +84,7 @@ class PrecisionRecall:
 
 
 @dataclass(frozen=True)
-class MMD:
+class MMD(_InFeatures):
     """Maximum mean discrepancy of `images` generated samples to the reference, squared, unbiased, times 1000, by a Gaussian kernel.
 
     sigma: the kernel's width; None: the median distance between samples of the reference. unit: features are first divided by their length.
@@ -196,7 +204,7 @@ class LossByTime:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(_InFeatures):
     """The share of `images` samples in which a classifier sees the class that they were asked for.
 
     The classifier, a support vector machine on `features`, is fitted to `reference_images` real samples (None: all) and used by no loss.
@@ -221,7 +229,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(_InFeatures):
     """How often the caption of a sample is among the 1 and the 5 (`top`) nearest of `among` captions, over `images` samples.
 
     Nearest by a ridge regression from `features` to sentence embeddings, fitted to `reference_images` real samples (None: all). The floor

@@ -62,7 +62,6 @@ def _minilm():
     check_features("minilm")
     from transformers import AutoModel, AutoTokenizer
 
-    spec = importlib.util.find_spec(MINILM)
-    folder = next(Path(spec.origin).parent.rglob("config.json")).parent
+    folder = Path(importlib.util.find_spec(MINILM).origin).parent / "model"
     model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
         return replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))
     except Exception as error:  # a foreign folder makes the library raise anything at all
         raise ValueError(f"{place}: cannot be read: {first_line(error)}") from error
+
+
+def in_hub_cache(source: str, files: Sequence[str], revision: str | None = None) -> bool:
+    """Whether any of those files of a hub id lies in this machine's cache; False for what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return any(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in files)
+    except ValueError:  # no hub id
+        return False
 
 
 def is_hub_id(source: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from flowmap.config import RecipeError
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import lacking
-from flowmap.nets.pretrained import is_hub_id
+from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.planning.named_networks import check_teachers
 from flowmap.planning.plan import code_recipes, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
 from flowmap.recipe import Recipe
@@ -36,10 +36,7 @@ def _missing_source(key: str, part: Any) -> str | None:
         return None
     if not is_hub_id(source):
         return f"{key}: {source!r}: no such folder, and no hub id (owner/name)"
-    from huggingface_hub import try_to_load_from_cache
-
-    names = ("config.json", "vae/config.json", "model_index.json")
-    here = any(isinstance(try_to_load_from_cache(source, name, revision=part.revision), str) for name in names)
+    here = in_hub_cache(source, ("config.json", "vae/config.json", "model_index.json"), part.revision)
     return None if here else f"{key}: {source!r}: not on this machine; fit fetches it"
 
 

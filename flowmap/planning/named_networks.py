@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flowmap.config import RecipeError, construct
 from flowmap.kinds import TABLES, StudentSpec
-from flowmap.nets.pretrained import is_hub_id, read_spec
+from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import Stacked
 from flowmap.planning.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
 from flowmap.recipe import Recipe, read_recipe
@@ -66,14 +66,7 @@ def missing_weights(card: Card) -> str | None:
 
 def on_this_machine(card: Card) -> bool:
     """Whether a diffusers model is a folder here or in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if Path(card.source or "").is_dir():
-        return True
-    try:
-        return isinstance(try_to_load_from_cache(card.source, "model_index.json", revision=card.revision), str)
-    except ValueError:  # not even a hub id
-        return False
+    return Path(card.source or "").is_dir() or in_hub_cache(card.source, ["model_index.json"], card.revision)
 
 
 def check_teachers(recipe: Recipe) -> None:
