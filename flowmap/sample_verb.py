@@ -10,7 +10,7 @@ from flowmap.terminal import Bar
 
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
-    parser.add_argument("--num", type=int, default=64, help="samples for each number of steps")
+    parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
     parser.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
     parser.add_argument("--prompt", help="text, for students that are conditioned on it")
     parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
@@ -24,7 +24,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inpaint", metavar="IMAGE", help="draw part of this picture anew, through the code of a learned prior (with --mask)")
     parser.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
     parser.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="samples between two pictures, through the code of a learned prior")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
 
@@ -52,13 +52,13 @@ def sample_verb(a: argparse.Namespace, device) -> int:
         raise ValueError("--reverse: goes with --texts, for students that edit sentences")
     if student.config.edits:
         raise ValueError(f"--texts: is required: this student carries sentences of {' to '.join(student.config.edits)}")
-    refine = None
+    num, seed, refine = 64 if a.num is None else a.num, a.seed or 0, None
     if a.refiner is not None:
         from flowmap.teachers.refiner import Refiner
 
-        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=a.seed).load().to(student.device)
-    with Bar(a.num * len(a.steps)) as progress:
-        options = dict(steps=a.steps, num=a.num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=a.seed, refine=refine, solver=a.solver)
+        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(student.device)
+    with Bar(num * len(a.steps)) as progress:
+        options = dict(steps=a.steps, num=num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=seed, refine=refine, solver=a.solver)
         grids = sample(student, a.out, **options, **edits, progress=progress)
     for grid in grids:
         print(grid)
@@ -67,7 +67,7 @@ def sample_verb(a: argparse.Namespace, device) -> int:
 
 def _alone(a: argparse.Namespace) -> None:
     """ValueError where --texts is given what editing sentences does not heed."""
-    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt")
+    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt", "num", "seed")
     given = next((name for name in names if getattr(a, name) is not None), None)
     if given is not None:
         raise ValueError(f"--{given}: does not go with --texts, which takes --steps, --class and --attribute")

@@ -206,6 +206,7 @@ def test_a_file_is_edited_line_by_line(editor, edit_lines):
 def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines, tmp_path, command):
     for content, options, says in (
         (b"cat\n", ("--solver", "heun"), "--solver: does not go with --texts"),
+        (b"cat\n", ("--num", "8"), "--num: does not go with --texts"),
         (b"cat\n", ("--steps", 1, 0), "--steps: 0 must be 1 or more"),
         (b"\xff\n", (), "is not UTF-8"),
         (b"\n \n", (), "holds no sentence"),
