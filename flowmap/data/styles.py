@@ -1,6 +1,6 @@
 """The coupling of two empirical sets: latents of sentences in one style are carried to latents of sentences in another, unpaired.
 
-Source: Language Rectified Flow, arXiv:2403.16995, editing.  Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
+Source: Language Rectified Flow, arXiv:2403.16995, editing; minibatch optimal transport: Pooladian et al. 2023, arXiv:2304.14772.  Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from flowmap.data.text import TextDataset
 
 @dataclass(frozen=True)
 class Styles:
-    """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set."""
+    """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set.
+
+    match "independent" joins each x0 to any x1; "optimal" joins those of a batch so that the sum of |x1 - x0|^2 is least: paths are short, and
+    more of a sentence is kept.
+    """
 
     source: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
+    match: str = "independent"
 
     def __post_init__(self):
         for name in ("source", "target"):
@@ -28,6 +33,8 @@ class Styles:
                 raise ValueError(f"{name}: {list(rules)} must be a list of attribute=value")
         if self.source == self.target:
             raise ValueError(f"target: {list(self.target)} is the source as well")
+        if self.match not in ("independent", "optimal"):
+            raise ValueError(f"match: {self.match!r} is not one of independent, optimal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,7 @@ class StyledDataset(TextDataset):
     held_out_sources: Tensor | None = None
     source_texts: Sequence[str] = ()
     held_out_source_texts: Sequence[str] = ()
+    match: str = "independent"
 
     @classmethod
     def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:
@@ -62,17 +70,27 @@ class StyledDataset(TextDataset):
             "held_out_codes": {key: rows[target_out] for key, rows in data.held_out_codes.items()},
             "sources": data.train[source], "held_out_sources": data.held_out[source_out],
             "source_texts": _at(data.texts, source), "held_out_source_texts": _at(data.held_out_texts, source_out),
+            "match": styles.match,
         })  # fmt: skip
 
-    def partners(self, num: int, generator: torch.Generator) -> Tensor:
-        """x1 for `num` samples: training latents of the source, each drawn from all of them, on the generator's device."""
-        places = torch.randint(len(self.sources), (num,), generator=generator, device=generator.device)
-        return self.sources[places.cpu()].to(generator.device)
+    def partners(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+        """x1 for samples x0 (B, ...): training latents of the source, each drawn from all of them, on the generator's device."""
+        places = torch.randint(len(self.sources), (len(x0),), generator=generator, device=generator.device)
+        x1 = self.sources[places.cpu()].to(generator.device)
+        return x1[nearest_together(x0, x1)] if self.match == "optimal" else x1
 
     def starts(self, num: int) -> tuple[Tensor, list[str]]:
         """x1 and its sentences for a look at `num` samples: the held-out ones of the source, again and again where there are fewer."""
         places = torch.arange(num) % len(self.held_out_sources)
         return self.held_out_sources[places], _at(self.held_out_source_texts, places)
+
+
+def nearest_together(x0: Tensor, x1: Tensor) -> Tensor:
+    """The order (B,) of x1 in which the sum over the batch of |x1 - x0|^2 is least."""
+    from scipy.optimize import linear_sum_assignment
+
+    cost = torch.cdist(x0.flatten(1), x1.flatten(1)).square()
+    return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=x1.device)
 
 
 def _at(texts: Sequence[str], places: Tensor) -> list[str]:

@@ -120,7 +120,7 @@ class DistillModule(L.LightningModule):
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
         if not paired and hasattr(self.data, "partners"):
-            paired = [self.data.partners(len(x0), generator)]
+            paired = [self.data.partners(x0, generator)]
         return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired, prior=self.prior), generator
 
     def dropping(self, generator: torch.Generator):

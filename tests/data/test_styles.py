@@ -1,5 +1,6 @@
 """The coupling of two empirical sets: who starts where."""
 
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -33,15 +34,25 @@ def test_each_set_is_its_style():
 def test_no_sample_is_paired_by_its_index():
     """Every target meets every source: over many draws each is as frequent as any other, and two steps draw differently."""
     found = StyledDataset.of(data(), STYLES)
-    draws = torch.stack([found.partners(20, torch.Generator().manual_seed(i))[:, 0] for i in range(2000)])
+    draws = torch.stack([found.partners(found.train[:20], torch.Generator().manual_seed(i))[:, 0] for i in range(2000)])
     counts = torch.stack([torch.bincount((column / 2).long(), minlength=20) for column in draws.T])
     assert counts.min() > 50 and counts.max() < 150  # 100 expected, standard deviation 10
 
 
 def test_partners_are_a_function_of_the_generator():
     found = StyledDataset.of(data(), STYLES)
-    one, two, three = (found.partners(16, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    one, two, three = (found.partners(found.train[:16], torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, three)
+
+
+def test_optimal_partners_are_the_nearest_together():
+    """Against every order of a small batch; the same sentences are drawn as for independent ones, in another order."""
+    found, mixed = (StyledDataset.of(data(), Styles(STYLES.source, STYLES.target, match)) for match in ("optimal", "independent"))
+    x0 = found.train[torch.tensor([7, 1, 12, 3, 18])]
+    x1, drawn = (one.partners(x0, torch.Generator().manual_seed(4)) for one in (found, mixed))
+    least = min((drawn[list(order)] - x0).square().sum() for order in permutations(range(5)))
+    assert (x1 - x0).square().sum() == least < (drawn - x0).square().sum()
+    assert torch.equal(x1[:, 0].sort().values, drawn[:, 0].sort().values)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +68,8 @@ def test_styles_that_are_not_there(source, target, says):
 
 
 def test_what_is_no_coupling():
-    for arguments in ((), (("style",), ("style=odd",)), (("style=odd",), ("style=odd",))):
-        with pytest.raises(ValueError, match="source|target"):
+    for arguments in ((), (("style",), ("style=odd",)), (("style=odd",), ("style=odd",)), (("style=odd",), ("style=plain",), "near")):
+        with pytest.raises(ValueError, match="source|target|match"):
             Styles(*arguments)
     with pytest.raises(ValueError, match="latents of sentences"):
         StyledDataset.of(SimpleNamespace(), STYLES)
