@@ -55,8 +55,8 @@ def samples(rows: dict) -> dict:
 
 
 def edited(rows: dict) -> dict:
-    """The first ten edits of seed 0: category, four calls, beside the mean difference."""
-    shown = [name for name in ("category: flow 4", "category: reflow 1", "category: mean difference x 2") if "first" in rows.get(name, {})]
+    """The first ten edits of seed 0: category, beside the mean difference."""
+    shown = [name for name in ("category: flow 8", "category: reflow 1", "category: mean difference x 2") if "first" in rows.get(name, {})]
     if not shown:
         return {"columns": [], "rows": []}
     sources = [_plain(source) for source, _ in rows[shown[0]]["first"]]

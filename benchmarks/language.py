@@ -31,8 +31,9 @@ NUM = 400  # sentences of a row
 LM_STEPS = 2000
 PARTS = ("few", "diffusion", "edit", "control", "infill")
 NAMES = ("vae", "flow", "reflow", "ayf", "edit", "edit-reflow", "infill")
-RECIPE = {name: f"language/wordnet{'' if name == 'flow' else '-' + name}" for name in NAMES} | {"edit-verb": "language/wordnet-edit"}
-STYLES = "{kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"
+RECIPE = {name: f"language/wordnet{'' if name == 'flow' else '-' + name}" for name in NAMES}
+RECIPE |= {name: RECIPE["edit"] for name in ("edit-verb", "edit-independent")}
+STYLES = "{kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb], match: optimal}"
 VERB = ["name=language-wordnet-edit-verb", "data.attributes=[part_of_speech]", f"coupling={STYLES}"]
 SMOKE = ["data.limit=1500", "trainer.steps=8"]
 SMOKE_VAE = [*SMOKE, "data.batch_size=8", "student.width=32", "student.depth=1", "student.heads=2"]
@@ -65,6 +66,8 @@ class Bench:
             own += ["coupling.teacher.guidance=null", f"coupling.teacher.overrides={flow}", f"student.overrides={flow}"]
         if name == "edit-verb":
             own += VERB
+        if name == "edit-independent":
+            own += ["name=language-wordnet-edit-independent", "coupling.match=independent"]
         if name == "edit-reflow":
             edit = json.dumps(self.overrides("edit"))
             own += [f"coupling.teacher.overrides={edit}", f"student.overrides={edit}"]
@@ -195,8 +198,9 @@ def diffused(bench: Bench, look: Look, steps: int) -> dict:
 
 
 def edit(bench: Bench, look: Look) -> None:
-    """From one category to another, and from nouns to verbs: of the flow, its reflow, and the difference of mean latents added to the source."""
-    edited(bench, "category", ("edit", "edit-reflow"))
+    """From one category to another, and from nouns to verbs: of the flow between sets that minibatch optimal transport joins, its reflow, the flow
+    between sets joined independently, and the difference of mean latents added to the source."""
+    edited(bench, "category", ("edit", "edit-reflow", "edit-independent"))
     edited(bench, "part of speech", ("edit-verb",))
 
 
@@ -220,8 +224,8 @@ def edited(bench: Bench, what: str, names) -> None:
     for name in names:
         student = bench.student(name)
         carried = lambda steps, student=student: student.carry(Start(x1), student.conditions(len(x1)), steps, torch.Generator().manual_seed(0))
-        kind = "reflow" if name.endswith("reflow") else "flow"
-        for steps in (1, 2, 4) if kind == "reflow" else (1, 2, 4, 20):
+        kind = {"edit-reflow": "reflow", "edit-independent": "flow, independent"}.get(name, "flow")
+        for steps in (1, 2, 4) if kind == "reflow" else (1, 2, 4, 8, 20):
             bench.keep("edit", f"{what}: {kind} {steps}", lambda steps=steps, carried=carried: figures(carried(steps), steps))
     difference = data.train.mean(0) - data.sources.mean(0)
     for factor in (0.0, 1.0, 2.0, 3.0):
