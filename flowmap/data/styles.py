@@ -1,6 +1,7 @@
 """The coupling of two empirical sets: latents of sentences in one style are carried to latents of sentences in another, unpaired.
 
-Source: Language Rectified Flow, arXiv:2403.16995, editing; minibatch optimal transport: Pooladian et al. 2023, arXiv:2304.14772.  Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
+Source: Language Rectified Flow, arXiv:2403.16995, editing; minibatch optimal transport: Pooladian et al. 2023, arXiv:2304.14772.
+Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
 """
 
 from __future__ import annotations
