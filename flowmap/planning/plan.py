@@ -15,6 +15,7 @@ from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
+from flowmap.files import read_json, write_json, write_text
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
 from flowmap.planning.provenance import WHERE, identity
@@ -22,6 +23,8 @@ from flowmap.recipe import Recipe, read_recipe, read_resolved, shipped
 from flowmap.settings import Autoguidance, FromRecipe
 from flowmap.student.config import BESIDE
 from flowmap.teachers.card import Card, read_card
+
+BUILT_ON = "built_on.json"  # in a run folder: the runs that its weights or data come of
 
 
 @dataclass(frozen=True)
@@ -290,9 +293,21 @@ def list_cards() -> list[str]:
 def dependency_folder(recipe: Recipe) -> Path:
     """runs/<name> or a runs/<name>-<hash> if it holds this very recipe's finished run, else the latter of today's hash, so that no run is
     overwritten by another. (Settings that a later version adds change the hash of a name, not what a folder holds.)"""
-    named = runs_root() / f"{recipe.name}-{recipe.hash()}"
+    named = runs_root() / _name_of(recipe)
     older = sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))
     return next((folder for folder in (runs_root() / recipe.name, named, *older) if is_complete(folder, recipe)), named)
+
+
+def built_on(recipe: Recipe) -> list[str]:
+    """The recipes whose runs this one's weights or data come of, as <name>-<hash>, where the hash changes with what those come of in turn."""
+    by_recipe = isinstance(recipe.coupling, Pairs) and not recipe.coupling.root  # pairs in a folder of the user's own say themselves what they are
+    found = [*autoencoder_recipes(recipe), *code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)]
+    return sorted({_name_of(one) for one in (*found, *(pairs_recipes(recipe) if by_recipe else ()))})
+
+
+def _name_of(recipe: Recipe) -> str:
+    on = built_on(recipe)
+    return f"{recipe.name}-{short_hash((recipe.hash(), on)) if on else recipe.hash()}"
 
 
 def trained_run(trained: Recipe, recipe: Recipe, slot: str) -> Path:
@@ -309,11 +324,19 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def holds(folder: Path, recipe: Recipe) -> bool:
-    """The folder's recipe.yaml is this recipe (up to how it is logged)."""
-    path = folder / "recipe.yaml"
+    """The folder's recipe.yaml is this recipe (up to how it is logged), and what it was built on is what it would be built on today."""
+    path, on = folder / "recipe.yaml", folder / BUILT_ON
     if not path.is_file():
         return False
     try:
-        return read_resolved(path).hash() == recipe.hash()
-    except RecipeError:
+        same = read_resolved(path).hash() == recipe.hash()
+        return same and (not on.is_file() or read_json(on)["recipes"] == built_on(recipe))  # no file: nothing, or a run of an older version
+    except (ValueError, KeyError):
         return False
+
+
+def mark(folder: Path, recipe: Recipe) -> None:
+    """Writes what `holds` looks at."""
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    if on := built_on(recipe):
+        write_json(folder / BUILT_ON, {"recipes": on})

@@ -29,7 +29,7 @@ from flowmap.files import check_writable, copy_folder, only_process, read_json, 
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
-from flowmap.planning.plan import Encoding, Pairing, Stage, data_of, holds, is_complete, plan, runs_root
+from flowmap.planning.plan import BUILT_ON, Encoding, Pairing, Stage, built_on, data_of, holds, is_complete, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.shards.encode import encode
@@ -161,7 +161,9 @@ def _first_difference(recipe: Recipe, path: Path) -> str:
     except RecipeError:
         return "recipe.yaml cannot be read by this version"
     new = flat(to_plain(recipe, TABLES))
-    key = next((k for k in [*new, *old] if not k.startswith("log.") and old.get(k, "absent") != new.get(k, "absent")), "none")
+    key = next((k for k in [*new, *old] if not k.startswith("log.") and old.get(k, "absent") != new.get(k, "absent")), None)
+    if key is None:
+        return f"the runs that it is built on, {BUILT_ON}; today they are {', '.join(built_on(recipe))}"
     return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
 
 
@@ -187,7 +189,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
         if overwrite and folder.exists():  # only now that the recipe is known to build
             shutil.rmtree(folder)
         sweep(folder)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        mark(folder, recipe)
         if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
             copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
         if prior is not None:

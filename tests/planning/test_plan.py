@@ -74,6 +74,26 @@ def test_fit_makes_all_of_it_once_and_the_student_carries_its_autoencoder(recipe
     assert command("evaluate", "--student", recipes / "run", "--steps", 1)[0] == 0
 
 
+def test_what_is_built_on_a_recipe_that_has_changed_is_made_anew(recipes, command):
+    """The student's own recipe says the same, its teacher's teacher's does not."""
+    fitted = ("fit", "--recipe", recipes / "student.yaml", "--out", recipes / "run")
+    assert command(*fitted)[0] == 0
+    before = (recipes / "ae.yaml").read_text()
+    (recipes / "ae.yaml").write_text(before + "seed: 1\n")
+    assert not any(stage.complete for stage in plan(read_recipe(recipes / "student.yaml"), recipes / "run"))
+    code, _, err = command(*fitted)
+    assert code == 2 and "holds a run of another recipe (first difference: the runs that it is built on, built_on.json" in err
+    code, _, err = command(*fitted, "--overwrite")
+    assert code == 0 and "complete" not in err, err
+    (recipes / "ae.yaml").write_text(before)  # what was made of it is still there
+    assert [stage.complete for stage in plan(read_recipe(recipes / "student.yaml"), recipes / "run")] == [True, True, True, False]
+    (recipes / "run/built_on.json").write_text("{")  # torn
+    assert command(*fitted)[0] == 2
+    (recipes / "run/built_on.json").unlink()  # of a version that did not write it
+    code, _, err = command(*fitted)
+    assert code == 0 and err.count("complete in") == 4
+
+
 def test_before_anything_is_made(recipes, command):
     code, out, err = command("encode", "--recipe", recipes / "student.yaml")
     says = "student: data.autoencoder.recipe: 'ae' is not trained yet; `flowmap fit --recipe student` trains it first"
