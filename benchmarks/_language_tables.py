@@ -20,7 +20,10 @@ CONTROL = {
     "calls": "calls", "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase", "category_hit": "category",
     "perplexity": "perplexity", "distinct_2": "distinct-2",
 }  # fmt: skip
-INFILL = {"infilled_bleu": "BLEU", "infilled_rouge_l": "ROUGE-L", "infilled_exactly": "exactly", "distinct_2": "distinct-2"}
+INFILL = {
+    "calls": "calls", "infilled_bleu": "BLEU", "infilled_rouge_l": "ROUGE-L", "infilled_exactly": "exactly", "perplexity": "perplexity of the whole",
+    "distinct_2": "distinct-2",
+}  # fmt: skip
 COLUMNS = {"few": FEW, "edit": EDIT, "control": CONTROL, "infill": INFILL}
 SHOWN = ("flow 20", "ayf 4", "ayf 1", "reflow 1", "diffusion 1000", "prior of the VAE")  # rows whose sentences are shown
 
@@ -31,20 +34,16 @@ def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
     made = {name: part([{key: row for one in of for key, row in seed.get(one, {}).items()} for seed in seeds], COLUMNS[name])
             for name, of in parts.items()}  # fmt: skip
     made["samples"] = samples({**seeds[0].get("few", {}), **seeds[0].get("diffusion", {})})
-    made["edited"] = edited(seeds[0].get("edit", {}))
+    made["edited"], made["infilled"] = edited(seeds[0].get("edit", {})), infilled(seeds[0].get("infill", {}))
     return {name: one for name, one in made.items() if one["rows"]}
 
 
 def part(seeds: Sequence[dict], columns: dict[str, str]) -> dict:
     """A row for each arm that any seed has, of the columns that any row has."""
-    names = [key for key in dict.fromkeys(key for seed in seeds for key in seed) if not _nested(seeds, key)]
+    names = list(dict.fromkeys(key for seed in seeds for key in seed))
     have = [column for column in columns if any(column in row for seed in seeds for row in seed.values())]
     rows = [[name, *(spread(seed[name][column] for seed in seeds if column in seed.get(name, {})) for column in have)] for name in names]
     return {"columns": ["", *(columns[column] for column in have)], "rows": rows}
-
-
-def _nested(seeds: Sequence[dict], key: str) -> bool:
-    return any(isinstance(value, dict) for seed in seeds for value in seed.get(key, {}).values())
 
 
 def samples(rows: dict) -> dict:
@@ -62,6 +61,12 @@ def edited(rows: dict) -> dict:
     sources = [_plain(source) for source, _ in rows[shown[0]]["first"]]
     lines = [list(line) for line in zip(sources, *([_plain(text) for _, text in rows[name]["first"]] for name in shown), strict=True)]
     return {"columns": ["from", *(name.removeprefix("category: ") for name in shown)], "rows": lines}
+
+
+def infilled(rows: dict) -> dict:
+    """The first ten of seed 0 whole, beside what they were."""
+    shown = [name for name in ("what stood there", "flow 4", "flow 20") if "first" in rows.get(name, {})]
+    return {"columns": shown, "rows": [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)]}
 
 
 def _plain(text: str) -> str:

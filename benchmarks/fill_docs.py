@@ -17,7 +17,7 @@ FILES = {
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
        for one in ("reflow", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
-    **{f"language_{one}": "language.json" for one in ("few", "edit", "control", "infill", "samples", "edited")},
+    **{f"language_{one}": "language.json" for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14") for one in ("quality", "best", "recall")},
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "ratios", "cost")},

@@ -265,20 +265,27 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
 
 
 def infill(bench: Bench, look: Look) -> None:
-    from dataclasses import replace
-
+    """Middle thirds of all held-out sentences from their sides; beside what stood there, through the autoencoder, and what stood in another."""
     from flowmap.build import build_data
-    from flowmap.evaluate import measure
+    from flowmap.data.text import outer_thirds
     from flowmap.metrics.text import Distinct, Infilled
     from flowmap.recipe import read_resolved
 
-    def figures() -> dict:
-        recipe = read_resolved(bench.folder("infill") / "recipe.yaml")
-        found = measure(replace(recipe, metrics=(Infilled(bench.num), Distinct(bench.num))), bench.student("infill"), None, build_data(recipe))
-        return found["student"]
+    data, student = build_data(read_resolved(bench.folder("infill") / "recipe.yaml")), bench.student("infill")
+    num = len(data.held_out)
+    sides, wanted, cond = [outer_thirds(text) for text in data.held_out_texts], data.wanted(num), asked(student, data, num)
 
-    for steps, row in bench.keep("infill", "flow", figures).items():
-        bench.keep("infill", f"flow {steps}", lambda row=row: row)
+    def figures(middles: list[str]) -> dict:
+        whole = [" ".join(f"{left} {middle} {right}".split()) for (left, _, right), middle in zip(sides, middles, strict=True)]
+        found = Infilled().report(None, middles, cond, wanted) | Distinct().report(None, middles, cond)
+        return found | {"perplexity": look.built[0].perplexity(whole)} | ({"first": whole[:10]} if bench.seed == 0 else {})
+
+    drawn = lambda steps: student.sample(num, steps=steps, cond=cond, seed=bench.seed)
+    for steps in (1, 2, 4, 8, 20):
+        bench.keep("infill", f"flow {steps}", lambda steps=steps: {"calls": steps} | figures(drawn(steps)))
+    bench.keep("infill", "another sentence's", lambda: figures([*wanted[1:], wanted[0]]))
+    bench.keep("infill", "what stood there, through the autoencoder", lambda: figures(student.sentences(data.held_out)))
+    bench.keep("infill", "what stood there", lambda: figures(wanted))
 
 
 def report(benches: list[Bench]) -> dict[str, dict]:
