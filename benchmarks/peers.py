@@ -111,7 +111,7 @@ def trained_at(seed: int, rows: list[Row], same: dict, anew: bool) -> list[dict]
     before = kept(path)
     if not anew and before.get("same") == same:
         return before["results"]
-    take_over(["digits-meanflow"], seed)
+    take_over(["digits-meanflow"], "digits", seed)
     for stage in needs_of(Job.recipe_of(TAUGHT, seed)):
         if not stage.complete:
             make(stage, print, time.perf_counter)

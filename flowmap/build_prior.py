@@ -12,7 +12,7 @@ from flowmap.config import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.files import read_json
 from flowmap.flow.prior import FlowCodes, LearnedPrior, MixtureCodes
-from flowmap.planning.beforehand import shipped_prior
+from flowmap.planning.beforehand import check_prior, shipped_prior
 from flowmap.planning.plan import prior_recipes, trained_run
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student, read_config
@@ -32,6 +32,7 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
     shipped = shipped_prior(recipe)
     if shipped is None:
         return None
+    check_prior(recipe)
     run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
     units = read_json(run / "metrics.json")["units"]
     if units["active"] == 0:
