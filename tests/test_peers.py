@@ -96,3 +96,12 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     lines = list(_peers_tables.quality(rows, trained))
     assert [line[2] for line in lines if line[1] != "flowmap"] == ["not there"] * 6
     assert lines[0][2:] == [3, 100.0, "0.5", "0.25", "0.25"]
+
+
+def test_the_network_of_every_job_has_what_its_objective_asks_of_it(peers):
+    """Training here is by the benchmark's own loop, which adds no branch of a learned weight."""
+    import _peers_jobs
+
+    from flowmap.objectives.uncertainty import learns_weight
+
+    assert not any(learns_weight(_peers_jobs.Job.recipe_of(name, 0).objective) for name in _peers_jobs.JOBS)
