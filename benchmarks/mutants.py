@@ -292,7 +292,7 @@ MUTANTS = [
     Mutant("self_distilled", "teacher's condition lost", SELF, SELF_TARGET, SELF_TARGET.replace("still.cond", "None")),
     Mutant("self_distilled", "no anchor", SELF, "self.distance(velocity, target.detach())", "0 * self.distance(velocity, target.detach())"),
     Mutant("self_distilled", "no stop-gradient", DERIVATIVE, "with torch.no_grad(), torch.autocast(device", "with torch.autocast(device"),
-    Mutant("self_distilled", "ascent", SELF, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("self_distilled", "ascent", SELF, "sample.s).mean(),", "sample.s).mean().neg(),"),
     Mutant("esd", "flipped sign of the derivative", SELF, ESD_SUM, ESD_SUM.replace("+ length", "- length")),
     Mutant("esd", "(t - s) missing", SELF, ESD_SUM, ESD_SUM.replace("length * ", "")),
     Mutant("esd", "zero time tangent", SELF, ESD_SUM, ESD_SUM.replace("(rate + space_rate)", "space_rate")),
@@ -509,13 +509,17 @@ def copy_of_package(folder: Path) -> None:
 
 def apply(mutant: Mutant, folder: Path) -> None:
     path = folder / "flowmap" / mutant.file
-    text = path.read_text()
+    path.write_text(mutated(mutant, path.read_text()))
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The file's text with the mutation. ValueError where it has moved with the code, or changes nothing."""
     if text.count(mutant.old) != 1:
         found = f"{mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}; it must stand once"
         raise ValueError(f"{mutant.objective}, {mutant.what}: {found}")
     if mutant.old == mutant.new:
         raise ValueError(f"{mutant.objective}, {mutant.what}: it changes nothing")
-    path.write_text(text.replace(mutant.old, mutant.new))
+    return text.replace(mutant.old, mutant.new)
 
 
 def main() -> int:
@@ -525,9 +529,7 @@ def main() -> int:
     arguments = parser.parse_args()
     mutants = [m for m in MUTANTS if not arguments.objectives or m.objective in arguments.objectives]
     for mutant in mutants:  # a text that has moved is said at once
-        with tempfile.TemporaryDirectory() as scratch:
-            copy_of_package(Path(scratch))
-            apply(mutant, Path(scratch))
+        mutated(mutant, (ROOT / "flowmap" / mutant.file).read_text())
     start = time.perf_counter()
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch", "torch.func", "torch.utils.checkpoint", "pytest"])

@@ -236,3 +236,11 @@ def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypa
     assert rows[1] == [2, "b", "1.02 (0.8 to 1.25)", "1.1 (1 to 1.2)", "10.5 (-4 to 25)", "yes"]
     quality = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["quality"]["rows"]
     assert quality[-1][:3] == ["real against real", "0.1", "0.1"] and quality[2][-1] == "1 of 2"
+
+
+def test_every_mutation_still_finds_its_text(monkeypatch):
+    """`make mutants` is run by hand; what it would refuse is found here."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/mutants.py", monkeypatch)
+    changed = [made.mutated(mutant, (ROOT / "flowmap" / mutant.file).read_text()) for mutant in made.MUTANTS]
+    assert len(changed) > 100 and all(changed)
