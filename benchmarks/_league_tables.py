@@ -36,7 +36,7 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
 
 def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
     """At each number of steps: the recipe of the least median, of those that finished in every seed, and how far the default is behind it, seed by
-    seed; within noise where that is not the same sign in all."""
+    seed; within noise where that is not the same sign in all. Then whoever is ahead of the default in every seed, the best or not."""
     rows, seeds = [], found["terms"]["seeds"]
     for k in map(str, found["terms"]["steps"]):
         known = {name: values for name in found["recipes"] if None not in (values := _by_seed(found, name, k, metric))}
@@ -46,8 +46,11 @@ def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
         behind = [mine / other - 1 for mine, other in zip(known[default], known[first], strict=True)]
         within = "yes" if first == default or min(behind) <= 0 else "no" if seeds > 1 else "? (one seed)"
         said = "" if first == default else spread(100 * one for one in behind)
-        rows.append([int(k), first, spread(known[first]), spread(known[default]), said, within])
-    return {"columns": ["steps", "best", "its figure", f"{default}'s", f"{default} behind, %", "within noise"], "rows": rows}
+        ahead = [name for name in known if all(other < mine for mine, other in zip(known[default], known[name], strict=True))]
+        always = ", ".join(sorted(ahead, key=lambda name: statistics.median(known[name]))) if seeds > 1 else ""
+        rows.append([int(k), first, spread(known[first]), spread(known[default]), said, within, always])
+    columns = ["steps", "best", "its figure", f"{default}'s", f"{default} behind, %", "within noise", "ahead of it in every seed"]
+    return {"columns": columns, "rows": rows}
 
 
 def _by_steps(found: Mapping[str, Any], name: str, metric: str) -> dict[str, list[float]]:

@@ -232,8 +232,8 @@ def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypa
     one = lambda name: {"figures": row(said, said), "cost": {}, "diverged": 2 - len(figures[name]), "runs": 2, "no_time": 0}
     found = {"metrics": ["d"], "terms": {"steps": [1, 2], "seeds": 2}, "recipes": {name: one(name) for name in figures}, "results": results}
     rows = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["best"]["rows"]
-    assert rows[0] == [1, "b", "1.05 (1 to 1.1)", "2.1 (2 to 2.2)", "100", "no"]
-    assert rows[1] == [2, "b", "1.02 (0.8 to 1.25)", "1.1 (1 to 1.2)", "10.5 (-4 to 25)", "yes"]
+    assert rows[0] == [1, "b", "1.05 (1 to 1.1)", "2.1 (2 to 2.2)", "100", "no", "b"]
+    assert rows[1] == [2, "b", "1.02 (0.8 to 1.25)", "1.1 (1 to 1.2)", "10.5 (-4 to 25)", "yes", ""]
     quality = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["quality"]["rows"]
     assert quality[-1][:3] == ["real against real", "0.1", "0.1"] and quality[2][-1] == "1 of 2"
 
