@@ -33,8 +33,9 @@ def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
     parts = {"few": ("few", "diffusion"), "edit": ("edit",), "control": ("control",), "infill": ("infill",)}
     made = {name: part([{key: row for one in of for key, row in seed.get(one, {}).items()} for seed in seeds], COLUMNS[name])
             for name, of in parts.items()}  # fmt: skip
-    made["samples"] = samples({**seeds[0].get("few", {}), **seeds[0].get("diffusion", {})})
-    made["edited"], made["infilled"] = edited(seeds[0].get("edit", {})), infilled(seeds[0].get("infill", {}))
+    made["samples"] = side_by_side({**seeds[0].get("few", {}), **seeds[0].get("diffusion", {})}, SHOWN)
+    made["edited"] = edited(seeds[0].get("edit", {}))
+    made["infilled"] = side_by_side(seeds[0].get("infill", {}), ("what stood there", "flow 4", "flow 20"))
     return {name: one for name, one in made.items() if one["rows"]}
 
 
@@ -46,11 +47,10 @@ def part(seeds: Sequence[dict], columns: dict[str, str]) -> dict:
     return {"columns": ["", *(columns[column] for column in have)], "rows": rows}
 
 
-def samples(rows: dict) -> dict:
-    """The first ten sentences of seed 0, row by row; every row was asked for the same."""
-    shown = [name for name in SHOWN if "first" in rows.get(name, {})]
-    lines = [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)]
-    return {"columns": shown, "rows": lines}
+def side_by_side(rows: dict, names: Sequence[str]) -> dict:
+    """The first ten sentences of seed 0 in those rows; every row was asked for the same."""
+    shown = [name for name in names if "first" in rows.get(name, {})]
+    return {"columns": shown, "rows": [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)]}
 
 
 def edited(rows: dict) -> dict:
@@ -61,12 +61,6 @@ def edited(rows: dict) -> dict:
     sources = [_plain(source) for source, _ in rows[shown[0]]["first"]]
     lines = [list(line) for line in zip(sources, *([_plain(text) for _, text in rows[name]["first"]] for name in shown), strict=True)]
     return {"columns": ["from", *(name.removeprefix("category: ") for name in shown)], "rows": lines}
-
-
-def infilled(rows: dict) -> dict:
-    """The first ten of seed 0 whole, beside what they were."""
-    shown = [name for name in ("what stood there", "flow 4", "flow 20") if "first" in rows.get(name, {})]
-    return {"columns": shown, "rows": [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)]}
 
 
 def _plain(text: str) -> str:

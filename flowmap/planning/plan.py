@@ -109,7 +109,7 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.data, Encoded):
         found.append(Encoding(recipe))
-    for needed in (*code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)):
+    for needed in _weights_recipes(recipe):
         found += _with_needs(recipe, needed, chain)
     if isinstance(recipe.coupling, Pairs):
         pairing = Pairing(recipe)
@@ -117,6 +117,11 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
             found += _with_needs(recipe, needed, chain)
         found.append(pairing)
     return found
+
+
+def _weights_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes whose weights it learns with or starts from; those of its autoencoder and of its pairs apart, which come before and after."""
+    return [*code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)]
 
 
 def _with_needs(recipe: Recipe, needed: Recipe, chain: tuple[str, ...]) -> list[Needed]:
@@ -301,8 +306,8 @@ def dependency_folder(recipe: Recipe) -> Path:
 def built_on(recipe: Recipe) -> list[str]:
     """The recipes whose runs this one's weights or data come of, as <name>-<hash>, where the hash changes with what those come of in turn."""
     by_recipe = isinstance(recipe.coupling, Pairs) and not recipe.coupling.root  # pairs in a folder of the user's own say themselves what they are
-    found = [*autoencoder_recipes(recipe), *code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)]
-    return sorted({_name_of(one) for one in (*found, *(pairs_recipes(recipe) if by_recipe else ()))})
+    found = [*autoencoder_recipes(recipe), *_weights_recipes(recipe), *(pairs_recipes(recipe) if by_recipe else ())]
+    return sorted({_name_of(one) for one in found})
 
 
 def _name_of(recipe: Recipe) -> str:
