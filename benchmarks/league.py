@@ -26,7 +26,7 @@ from flowmap.train.compare.entrants import at_seed, read_entrants
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps
 RECIPES = (
     DEFAULT,
-    *(f"digits-{name}" for name in ("ayf-lmd", "ayf-mixed", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")),
+    *(f"digits-{name}" for name in ("ayf-emd", "ayf-lmd", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")),
     *(f"digits-{name}" for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd")),
     "rfpp/digits",
 )
