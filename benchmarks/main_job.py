@@ -4,7 +4,8 @@ Every seed trains its own teacher and student in a fresh process.  Distances are
 They are given at the recipe's sizes (898 against 898, at which the floor, half of the data against the other half, is measured) and for 2,000
 samples against all training images.  A seed that is done is kept in runs/bench and not run again, unless --anew.
 --look-again measures finished seeds once more, by the sampler that the recipe names now (all else in it must be as it was).
-`python benchmarks/main_job.py [--seeds 5] [--recipe digits] [--anew] [--look-again]`
+--against NAME: and beside another recipe whose runs are kept, seed by seed; each seed's teacher is trained alike for both.
+`python benchmarks/main_job.py [--seeds 5] [--recipe digits] [--anew] [--look-again] [--against digits-ayf-emd]`
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from _report import environment, keep, kept, table, write
+from _report import environment, keep, kept, spread, table, write
 
 NAME = "frechet_pixels"
 LARGE = 2000  # samples of the second look
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="digits")
     parser.add_argument("--anew", action="store_true")
     parser.add_argument("--look-again", action="store_true")
+    parser.add_argument("--against", metavar="NAME")
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.look:
@@ -102,6 +104,12 @@ def main() -> None:
             runs[-1] = looked_at(done.parent / arguments.recipe, runs[-1])
         print(f"seed {seed}: {runs[-1]['wall_seconds']:.0f} s, {runs[-1]['frechet']}", flush=True)
     report(arguments.recipe, runs)
+    if arguments.against:
+        others = [kept(KEPT / arguments.against / f"seed-{seed}" / "result.json") for seed in range(arguments.seeds)]
+        if not all(others):
+            makes = f"`python benchmarks/main_job.py --recipe {arguments.against}`"
+            raise SystemExit(f"--against: runs of {arguments.against} are missing: {makes} makes them")
+        beside(arguments.recipe, runs, arguments.against, others)
 
 
 def report(recipe: str, runs: list[dict]) -> None:
@@ -112,6 +120,23 @@ def report(recipe: str, runs: list[dict]) -> None:
     print(f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds")
     payload = {"environment": environment(), "seeds": len(runs), "columns": columns, "rows": rows, "runs": runs}
     write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
+
+
+def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
+    """A row for each sizes and number of steps: both medians, the ratio within a seed, and in how many seeds the first is ahead."""
+    rows = []
+    for key, sizes in (("frechet", "the recipe's"), ("frechet_large", f"{LARGE} samples")):
+        for name in (name for name in runs[0][key] if name.removeprefix("student ").isdigit() or name == "teacher 64"):
+            mine, other = [[run[key][name] for run in found] for found in (runs, others)]
+            ratios = [a / b for a, b in zip(mine, other, strict=True)]
+            ahead = f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}"
+            rows.append([sizes, name, statistics.median(mine), statistics.median(other), spread(ratios), ahead])
+    columns = ["sizes", "row", recipe, against, "ratio within a seed", "seeds ahead"]
+    print(table(rows, columns))
+    seconds = {name: statistics.median(run["train_seconds"] for run in found) for name, found in ((recipe, runs), (against, others))}
+    print(f"seconds of training, median: {seconds}")
+    payload = {"environment": environment(), "settings": {"seeds": list(range(len(runs)))}, "columns": columns, "rows": rows}
+    write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload, "train_seconds": seconds})
 
 
 def over_seeds(runs: list[dict], key: str, sizes: str) -> list[list]:

@@ -109,9 +109,9 @@ FREE_RIDE = "in_arrival(student, x, torch.ones_like(s), s, cond"
 CM_Y = "y = x + along(u - t, x) * self._slope(teacher, sample, u)"
 CM_TARGET = "target = y - along(u, x) * without_graph(student, y, u, zero, cond)"
 CM_SECOND = "teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)"
-CHOSEN = "chosen = evenly(n, self.lagrangian, device)"
+CHOSEN = "chosen, lagrangian = evenly(count, self.lagrangian)"
 OWN_JUMP = "jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)"
-OWN_LAGRANGIAN = "own[chosen] = evenly(int(chosen.sum()), self.own_lagrangian, device)"
+OWN_LAGRANGIAN = "evenly(lagrangian, self.own_lagrangian)"
 OWN_STATE = "(part.x1 + along(part.t - 1, part.x1) * jump)"
 MID_STATES = "x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]"
 MID_TARGET = "target = (x - y) / along(t - s, x).to(x.dtype)"
@@ -240,12 +240,13 @@ MUTANTS = [
     Mutant("ayf, both", "normalised across the batch", DISTANCE, "vector_norm(flat, dim=1)", "vector_norm(flat, dim=1).mean().expand(len(flat))"),
     Mutant("ayf, both", "dimension left out of rms", DISTANCE, "length / flat.shape[1] ** 0.5", "length / flat.shape[0] ** 0.5"),
     Mutant("ayf_mixed", "shares exchanged", AYF, CHOSEN, CHOSEN.replace("evenly", "~evenly")),
+    Mutant("ayf_mixed", "shares of one batch alone", AYF, "count = step * n + ", "count = "),
     Mutant("ayf_mixed", "parts not weighted", AYF, "loss.value * (int(rows.sum()) / len(rows))", "loss.value / len(losses)"),
     Mutant("ayf_mixed", "settings lost", AYF, "kind(**settings)) for", "kind()) for"),
     Mutant("ayf_mixed", "own states are the path's", AYF, "sample = at_own_states(student, sample, own)", ""),
     Mutant("ayf_mixed", "own states of the other rows", AYF, "at_own_states(student, sample, own)", "at_own_states(student, sample, ~own)"),
-    Mutant("ayf_mixed", "own share of the Lagrangian rows", AYF, OWN_LAGRANGIAN, OWN_LAGRANGIAN.replace("lagrangian", "eulerian")),
-    Mutant("ayf_mixed", "own share of the Eulerian rows", AYF, "self.own_eulerian, device", "self.own_lagrangian, device"),
+    Mutant("ayf_mixed", "own share of the Lagrangian rows", AYF, OWN_LAGRANGIAN, OWN_LAGRANGIAN.replace("own_lagrangian", "own_eulerian")),
+    Mutant("ayf_mixed", "own share of the Eulerian rows", AYF, "lagrangian, self.own_eulerian)", "lagrangian, self.own_lagrangian)"),
     Mutant("ayf_mixed", "own states at the arrival time", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part.cond", "part.s, part.cond")),
     Mutant("ayf_mixed", "own states by the velocity alone", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part", "torch.ones_like(part.t), part")),
     Mutant("ayf_mixed", "own states without conditions", AYF, OWN_JUMP, OWN_JUMP.replace("part.cond", "None")),
@@ -253,7 +254,7 @@ MUTANTS = [
     Mutant("ayf_mixed", "own states on the other side", AYF, OWN_STATE, OWN_STATE.replace("part.t - 1", "1 - part.t")),
     Mutant("ayf_mixed", "own states written over the draw", AYF, "xt = sample.xt.clone()", "xt = sample.xt"),
     Mutant("ayf_mixed", "own states carry grad", AYF, OWN_JUMP, OWN_JUMP.replace("without_graph(student, ", "student.mean_velocity(")),
-    Mutant("ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.own_eulerian', 'print(f"objective.own_eulerian'),
+    Mutant("ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.{name}', 'print(f"objective.{name}'),
     Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][rows] = loss.logs[key]", "logs[key][: int(rows.sum())] = loss.logs[key]"),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
     Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),

@@ -52,8 +52,11 @@ class Case:
         return {name: arm for part in parts for name, arm in self.parts.get(part, {}).items()}
 
 
+EMD = "objective={kind: ayf_emd, warmup_steps: 400, r_max: 1.0}"  # the paper's, over recipes whose own is ayf_mixed
+
+
 def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int, kept: str) -> Case:
-    """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe as it is shipped; few: of each row of the ablation."""
+    """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe (digits-ayf-emd); few: of each row of the ablation."""
     long = (1, 2, 4, 50)
     on_pairs = (*_taught("teacher"), *_paired("teacher"))
     of_reflow = (*_taught("reflow"), *_paired("reflow"), "coupling.teacher.guidance=null", "coupling.guidance=null")
@@ -65,8 +68,8 @@ def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps
     ablation = {letter: Arm(f"{rfpp}{letter}", (*on_pairs, *_length(few))) for letter in "abcdef"}
     ablation["g"] = Arm(f"{rfpp}g", (*on_pairs, "student.recipe=@f", *_length(few // 3)))
     maps = {
-        "ayf": Arm(ayf, _taught("teacher"), (1, 2, 4), kept),
-        "ayf of reflow": Arm(ayf, (*_taught("reflow"), *short), (1, 2, 4)),
+        "ayf": Arm(ayf, (*_taught("teacher"), EMD), (1, 2, 4), kept),
+        "ayf of reflow": Arm(ayf, (*_taught("reflow"), EMD, *short), (1, 2, 4)),
     }
     return Case(teacher, {"reflow": reflow, "ablation": ablation, "ayf": maps}, features, images)
 
@@ -100,10 +103,11 @@ def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int,
     return arms
 
 
-KEPT_AYF = "runs/bench/digits/seed-{seed}/digits"  # benchmarks/main_job.py
+KEPT_AYF = "runs/bench/digits-ayf-emd/seed-{seed}/digits-ayf-emd"  # main_job.py --recipe digits-ayf-emd
+KEPT_FASHION = "runs/fashion14-ayf-emd"  # flowmap fit --recipe fashion14, with EMD as an override
 CASES = {
     "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF),
-    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=2000, steps=2500, few=600, kept="runs/fashion14"),
+    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=2000, steps=2500, few=600, kept=KEPT_FASHION),
     "emoji": Case("emoji32-teacher", {}, "efficientnet_lite0", 1000, many=25),
 }
 CASES["digits"].parts["instaflow"] = instaflow(
@@ -153,7 +157,8 @@ class Seed:
         """Looks at a run that is kept elsewhere; what it cost in CPU seconds is taken from two short runs of the first seed."""
         run = Path(arm.kept.format(seed=self.seed))
         if not (run / "metrics.json").is_file():
-            raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {arm.recipe}` any other")
+            other = f'`flowmap fit --recipe {arm.recipe} "{EMD}" --out {run}`'
+            raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py --recipe digits-ayf-emd` makes digits, {other} any other")
         found = self._look(run / "recipe.yaml", arm, student=run)
         if self.seed == 0 and name in self.found:
             found["cpu_seconds"] = self.found[name]["cpu_seconds"]

@@ -3,7 +3,7 @@
 The law of Align Your Flow (arXiv:2506.14603).  Same net, same budget, same teacher; the flow map is trained on pairs (t, s) and sampled
 deterministically, the consistency model on (t, 0) and sampled by going to data and back (gamma = 1).  On a Gaussian and a ring of Gaussians
 (exact teachers, the settings of exactness.py; error: sliced Wasserstein distance to fresh data, in units of the data's std) and on digits
-(Frechet distance on pixels; the runs that main_job.py left, and the same recipe with s = 0).
+(Frechet distance on pixels; the runs that `main_job.py --recipe digits-ayf-emd` left, and the same recipe with s = 0).
 `python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/steps_law.png]`
 """
 
@@ -27,6 +27,7 @@ from flowmap.samplers import Deterministic, Gamma
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 
 STEPS = (1, 2, 4, 8, 16, 32)
+DIGITS = "digits-ayf-emd"
 RING = tuple((float(torch.cos(a)), float(torch.sin(a))) for a in torch.arange(8) * (2 * torch.pi / 8))
 TEACHERS = {"gaussian": GaussianTeacher(mean=(0.5, -0.5), std=0.5), "ring": MixtureTeacher(means=RING, std=(0.1,))}
 MODELS = {
@@ -89,7 +90,7 @@ def toys(seeds: int, steps: int) -> list[list]:
 
 
 def digits(seeds: int) -> list[list]:
-    """The recipe digits beside the same recipe with s = 0, one teacher each seed."""
+    """The recipe digits-ayf-emd beside the same recipe with s = 0, one teacher each seed."""
     import flowmap
     from flowmap.build import build_data
     from flowmap.evaluate import measure
@@ -100,13 +101,13 @@ def digits(seeds: int) -> list[list]:
     floor = []
     consistency = ["times.base.kind=consistency", "times.diagonal=0", "times.diagonal_at=departure", "sampler.kind=gamma", "sampler.gamma=1"]
     for seed in range(seeds):
-        root = Path(f"runs/bench/digits/seed-{seed}")  # where main_job.py left its teacher and student
+        root = Path(f"runs/bench/{DIGITS}/seed-{seed}")  # where main_job.py left its teacher and student
         os.environ["FLOWMAP_RUNS"] = str(root)
         for model, overrides in (("flow map", []), ("consistency", consistency)):
-            recipe = flowmap.read_recipe("digits", [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides])
+            recipe = flowmap.read_recipe(DIGITS, [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides])
             if overrides:
                 flowmap.fit(recipe, root / "consistency", resume=True)
-            student = flowmap.load_student(root / ("consistency" if overrides else "digits"))
+            student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
             only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
             figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
             found[model].append({k: figures["student"][str(k)]["frechet_pixels"] for k in STEPS})

@@ -68,10 +68,13 @@ class FrechetDistance(Metric):
 
 
 def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """The squared 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2): means (D,), covariances (D, D), maybe singular.
+    """The squared 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2): means (D,), covariances (D, D), maybe singular; NaN where
+    one of them is not finite.
 
     tr (S1^(1/2) S2 S1^(1/2))^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which loses no digits to squaring.
     """
+    if not all(bool(moment.isfinite().all()) for moment in (mean1, cov1, mean2, cov2)):
+        return mean1.new_tensor(float("nan"))
     shared = torch.linalg.svdvals(_root(cov1) @ _root(cov2)).sum()
     return (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * shared
 

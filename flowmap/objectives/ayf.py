@@ -72,7 +72,7 @@ class AYFMixed(_AYF):
     own_lagrangian and own_eulerian: of either kind's rows, the share that departs not from the path between noise and data but from the
     student's own state, where it arrives from the row's noise in one jump, f(x1, 1, t), without gradient: one forward pass more for those
     rows. Both identities hold wherever the teacher's velocity does, and these are the states at which the student is asked when it
-    samples. Shares are evenly spread over the batch.
+    samples. Shares are evenly spread over the rows of a batch and of the batches after it: one of fewer rows than 1 / share has some in its turn.
     """
 
     lagrangian: float = 0.25
@@ -86,10 +86,11 @@ class AYFMixed(_AYF):
                 raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        if teacher is None and self.own_eulerian:
-            raise ValueError(f"objective.own_eulerian: {self.own_eulerian} asks a teacher at the student's own states; without one it must be 0")
+        if teacher is None and (self.own_eulerian or self.lagrangian):
+            name, where = ("own_eulerian", "the student's own states") if self.own_eulerian else ("lagrangian", "where the student arrives")
+            raise ValueError(f"objective.{name}: {getattr(self, name)} asks a teacher at {where}; without one it must be 0")
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
-        chosen, own = self.rows(len(sample.t), sample.t.device)
+        chosen, own = self.rows(len(sample.t), step, sample.t.device)
         sample = at_own_states(student, sample, own)
         parts = [(rows, kind(**settings)) for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)) if bool(rows.any())]
         losses = [(rows, objective(student, teacher, rows_of(sample, rows), step)) for rows, objective in parts]
@@ -100,19 +101,21 @@ class AYFMixed(_AYF):
                 logs[key][rows] = loss.logs[key]
         return Loss(sum(loss.value * (int(rows.sum()) / len(rows)) for rows, loss in losses), logs)
 
-    def rows(self, n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """(which of n rows are Lagrangian, which depart from the student's own states), masks (n,)."""
-        chosen = evenly(n, self.lagrangian, device)
-        own = torch.zeros_like(chosen)
-        own[chosen] = evenly(int(chosen.sum()), self.own_lagrangian, device)
-        own[~chosen] = evenly(int((~chosen).sum()), self.own_eulerian, device)
-        return chosen, own
+    def rows(self, n: int, step: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(which of a step's n rows are Lagrangian, which depart from the student's own states), masks (n,)."""
+        count = step * n + torch.arange(n, device=device)
+        chosen, lagrangian = evenly(count, self.lagrangian), taken(count, self.lagrangian)
+        return chosen, torch.where(chosen, evenly(lagrangian, self.own_lagrangian), evenly(count - lagrangian, self.own_eulerian))
 
 
-def evenly(n: int, share: float, device: torch.device | str) -> Tensor:
-    """A mask (n,) that is true on floor(n share) rows, evenly spread."""
-    counted = torch.floor(torch.arange(n + 1, dtype=torch.float64, device=device) * share)
-    return counted.diff() > 0
+def taken(count: Tensor, share: float) -> Tensor:
+    """How many of the first `count` rows are in a share that is evenly spread, int64."""
+    return torch.floor(count.double() * share).long()
+
+
+def evenly(count: Tensor, share: float) -> Tensor:
+    """Whether the row that comes after `count` others is in that share, a mask."""
+    return taken(count + 1, share) > taken(count, share)
 
 
 def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSample:

@@ -12,16 +12,24 @@ from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.planning.named_networks import check_teachers
 from flowmap.planning.plan import code_recipes, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
 from flowmap.recipe import Recipe
+from flowmap.settings import FromTeacher
 from flowmap.student.prior import Shipped
 from flowmap.teachers.text import MINILM_SOURCE
 
 
 def check_beforehand(recipe: Recipe) -> None:
     """RecipeError where its teacher, its prior or its metrics cannot be had here or do not fit; no weights are read."""
+    check_taught(recipe)
     check_teachers(recipe)
     check_prior(recipe)
     if lacks := lacking(recipe.metrics):
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
+
+
+def check_taught(recipe: Recipe) -> None:
+    """RecipeError for a student that starts as the teacher where there is none."""
+    if isinstance(recipe.start, FromTeacher) and recipe.teacher is None:
+        raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network (dit, mlp, ...)")
 
 
 def missing_parts(recipe: Recipe) -> list[str]:

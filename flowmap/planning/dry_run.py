@@ -22,7 +22,7 @@ from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.planning.beforehand import check_prior, missing_parts
+from flowmap.planning.beforehand import check_prior, check_taught, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import check_teachers, missing_weights, net_of, spec_of
@@ -76,6 +76,7 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
     cards = teacher_cards(recipe)
     missing += _weights_missing(cards)
     if not missing:
+        check_taught(recipe)
         check_teachers(recipe)
         check_prior(recipe)
     missing += missing_parts(recipe)

@@ -95,6 +95,14 @@ def test_singular_covariances_are_finite_and_right():
     assert torch.allclose(distance(z * line, (3 * z + 2) * line), torch.tensor(8.0).double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_have_no_distance(bad):
+    metric = FrechetDistance(lambda x: x, 3)
+    metric.update(torch.randn(20, 3), real=True)
+    metric.update(torch.full((20, 3), bad), real=False)
+    assert bool(metric.compute().isnan())
+
+
 def test_few_samples():
     with pytest.raises(ValueError, match="2 or more fake samples, got 1"):
         distance(gaussian(0), gaussian(1)[:1])

@@ -34,6 +34,16 @@ def test_it_is_the_mean_of_its_rows_each_by_its_own_identity(share, lagrangian):
     same(gradients(objective, student, WEAK, sample, 6), [torch.stack(g).mean(0) for g in zip(*each, strict=True)], 1e-8)
 
 
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_shares_hold_over_steps_where_a_batch_is_too_small_for_them(n):
+    objective, steps = AYFMixed(lagrangian=0.25, own_lagrangian=0.5, own_eulerian=0.2), 160 // n
+    masks = [objective.rows(n, step) for step in range(steps)]
+    chosen, own = (torch.cat([mask[i] for mask in masks]) for i in range(2))
+    lagrangian = steps * n // 4
+    assert [int(mask.sum()) for mask in (chosen, own & chosen, own & ~chosen)] == [lagrangian, lagrangian // 2, (steps * n - lagrangian) // 5]
+    assert n == 1 or int(objective.rows(n, 0)[0].sum()) == n // 4
+
+
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_still_at_the_exact_map_and_towards_it_from_both_sides(norm):
     objective = AYFMixed(warmup_steps=0, r_max=1.0, norm=norm, lagrangian=0.4)
@@ -55,7 +65,7 @@ def test_rows_on_own_states_are_those_of_a_sample_drawn_where_the_student_arrive
     there = replace(sample, xt=torch.where(along(torch.tensor([i in own for i in range(5)]), path), reached, path))
     objective = AYFMixed(**SETTINGS, lagrangian=share, own_lagrangian=own_lagrangian, own_eulerian=own_eulerian)
     loss, by_hand = objective(student, teacher, sample, 6), AYFMixed(**SETTINGS, lagrangian=share)(student, teacher, there, 6)
-    assert [tuple(mask.nonzero().flatten().tolist()) for mask in objective.rows(5)] == [lagrangian, own]
+    assert [tuple(mask.nonzero().flatten().tolist()) for mask in objective.rows(5, 6)] == [lagrangian, own]
     torch.testing.assert_close(loss.value, by_hand.value)
     torch.testing.assert_close(loss.logs["residual_norm"], by_hand.logs["residual_norm"])
     same(gradients(objective, student, teacher, sample, 6), gradients(AYFMixed(**SETTINGS, lagrangian=share), student, teacher, there, 6))
@@ -97,7 +107,7 @@ def test_a_share_outside_the_batch_is_refused():
             AYFMixed(**{name: -0.1})
     with pytest.raises(ValueError, match="norm"):
         AYFMixed(norm="l1")
-    with pytest.raises(ValueError, match="teacher"):
+    with pytest.raises(ValueError, match="objective.lagrangian: 0.25 asks a teacher"):
         AYFMixed()(bent(), None, drawn(), 0)
     with pytest.raises(ValueError, match="own_eulerian.*teacher"):
         AYFMixed(lagrangian=0.0, own_eulerian=0.5)(bent(), None, drawn(), 0)

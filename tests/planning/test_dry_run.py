@@ -106,7 +106,7 @@ def test_the_costs_are_the_same_without_the_data(name, monkeypatch):
 def test_a_step_asks_what_its_objective_asks():
     """AYF-EMD: a forward pass, a tangent, a backward pass, and the guided teacher's two networks; samples on the diagonal have no tangent."""
     times = "times={kind: interval, mean: -0.6, std: 1.6}"
-    calls = lambda *overrides: calls_of(read_recipe("digits", overrides), conditional=True)
+    calls = lambda *overrides: calls_of(read_recipe("digits-ayf-emd", overrides), conditional=True)
     assert calls(times) == Calls(2, 1, 1, 1)
     assert calls(times, "teacher.guidance={kind: classifier_free}") == Calls(2, 1, 2, 0)
     assert calls(times, "objective.derivative=difference") == Calls(2, 1, 1, 1)
@@ -114,7 +114,7 @@ def test_a_step_asks_what_its_objective_asks():
     mixed = lambda lagrangian, eulerian: f"objective={{kind: ayf_mixed, lagrangian: 0.25, own_lagrangian: {lagrangian}, own_eulerian: {eulerian}}}"
     assert calls(times, mixed(0, 0)) == Calls(2, 1, 1, 1)
     assert calls(times, mixed(1.0, 0.4)) == Calls(2 + 0.25 + 0.75 * 0.4, 1, 1, 1)  # a jump from the noise for each row on an own state
-    diagonal = read_recipe("digits").times.diagonal
+    diagonal = read_recipe("digits-ayf-emd").times.diagonal
     assert calls().forward == pytest.approx(2 - diagonal, abs=0.01)
 
 

@@ -210,13 +210,13 @@ TEACHER = "teacher={recipe: PATH, guidance: {kind: classifier_free}}"
 
 
 def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_path, run):
-    flow, distilled = tmp_path / "flow.yaml", tmp_path / "distilled.yaml"
+    flow, distilled, mixed = tmp_path / "flow.yaml", tmp_path / "distilled.yaml", "{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 1.0}"
     flow.write_text(FLOW)
-    text = FLOW.replace("name: flow", "name: distilled").replace("flow_matching", "ayf_emd")
+    text = FLOW.replace("name: flow", "name: distilled").replace("{kind: flow_matching}", mixed)
     teacher = TEACHER.replace("PATH", str(flow))
     distilled.write_text(text.replace("{kind: dit, preset: nano, depth: 1}", "{kind: from_teacher}") + teacher.replace("=", ": ", 1) + "\n")
     settings = [teacher, f"student={{kind: from_recipe, recipe: {distilled}}}", "objective.discriminator={kind: teacher, width: 8}"]
-    settings += ["evaluation.teacher_steps=2", "trainer.steps=3"]
+    settings += ["evaluation.teacher_steps=2", "trainer.steps=3", f"objective.base={mixed}"]
     text = "\n".join(dry_run(read_recipe(path, settings), None))
     assert "discriminator: 0.0" in text and text.count("steps ->") == 3, text
     folder = run(*settings)

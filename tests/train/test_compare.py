@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import TINY, bytes_of
 
+from flowmap.files import read_tensors, write_tensors
 from flowmap.objectives import OBJECTIVES
 from flowmap.planning.calls import calls_of
 from flowmap.recipe import read_recipe
-from flowmap.train.compare import compare
+from flowmap.train.compare import compare, dry_compare
 from flowmap.train.compare.entrants import at_seed, of_length, read_entrants
 from flowmap.train.compare.terms import evaluations_of
 from tests.slow_clock import HANDS, Slow
@@ -109,6 +110,58 @@ def test_a_run_that_diverges_is_a_row(three, tmp_path):
     row = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("| two "))
     assert row.split("|")[2:4] == ["  ", "  "] and row.split("|")[-3:-1] == [" 1 ", " 1 "]
     assert run(three[:2], tmp_path / "out", seeds=1)[0] == found  # it is kept too
+
+
+def test_a_student_whose_samples_are_not_finite_is_a_row_too(three, tmp_path):
+    first, _ = run(three[:2], tmp_path / "out", seeds=1)
+    folder = tmp_path / "out" / "seed-0" / "two"
+    weights = folder / "student" / "model.safetensors"
+    write_tensors(weights, {name: value * 1e30 for name, value in read_tensors(weights).items()})
+    found, said = run(three[:2], tmp_path / "out", seeds=1, steps=(1, 2, 3))  # looked at once more
+    (folder / "result.json").unlink()
+    again, _ = run(three[:2], tmp_path / "out", seeds=1, steps=(1, 2, 3))  # or for the first time
+    for one in (found, again):
+        result = next(r for r in one["results"] if r["recipe"] == "two")
+        assert (result["ended"], result["why"], result["figures"]) == ("diverged", "its samples are not finite", {})
+        assert (result["steps"], one["recipes"]["two"]["diverged"], set(one["recipes"]["one"]["figures"])) == (20, 1, {"1", "2", "3"})
+    assert any("two: diverged: its samples are not finite" in line for line in said)
+
+
+def test_other_terms_are_refused_before_anything_is_trained(three, tmp_path):
+    run(three[:2], tmp_path / "out", seeds=1)
+    before, made = bytes_of(tmp_path / "out"), HANDS.at
+    with pytest.raises(ValueError, match="holds 'two' with other settings or on other terms"):
+        run(three[::-1], tmp_path / "out", seeds=1, budget=20.0)
+    assert HANDS.at == made and bytes_of(tmp_path / "out") == before
+
+
+def test_figures_of_another_look_are_not_mixed_with_those_of_this_one(three, tmp_path, monkeypatch):
+    from flowmap.train.compare.entry import Entry
+
+    run(three[:2], tmp_path / "out", seeds=1)
+    metrics = "metrics: [{kind: frechet, features: pixels, images: 90, reference_images: 90}]"
+    (tmp_path / "first.yaml").write_text(f"base: {three[0]}\nname: first\n{metrics}\n")  # all are looked at as the first is
+    recipes, real = [str(tmp_path / "first.yaml"), three[1]], Entry.figures
+
+    def stop(self, steps):
+        if self.recipe.name == "two":
+            raise KeyboardInterrupt
+        return real(self, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Entry, "figures", stop)
+        run(recipes, tmp_path / "out", seeds=1)
+    assert [r["recipe"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())["results"]] == ["first"]
+    assert len(run(recipes, tmp_path / "out", seeds=1)[0]["results"]) == 2
+
+
+def test_what_fit_would_refuse_is_refused_before_anybody_is_trained(three, tmp_path):
+    (tmp_path / "none.yaml").write_text(f"base: {three[0]}\nname: none\nteacher: null\nstudent: {{kind: from_teacher}}\n")
+    recipes = [three[0], str(tmp_path / "none.yaml")]
+    for call in (lambda: run(recipes, tmp_path / "out"), lambda: dry_compare(recipes, budget=40.0, out=tmp_path / "out")):
+        with pytest.raises(ValueError, match="none: student.kind: from_teacher needs a teacher"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monkeypatch):

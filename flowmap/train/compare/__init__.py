@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flowmap.files import check_writable, only_process, read_json, write_json
+from flowmap.planning.beforehand import check_beforehand
 from flowmap.planning.dry_run import dry_run
 from flowmap.planning.plan import runs_root
 from flowmap.recipe import Recipe
@@ -47,15 +49,19 @@ def compare(
     say = say or (lambda message: print(message, file=sys.stderr, flush=True))
     terms = Terms(budget, calls, tuple(steps))
     entrants, folder = _checked(recipes, overrides, seeds, out)
-    look = Look.of(entrants[0])  # all that can be refused is refused before the folder is there
+    look = Look.of(entrants[0])
+    for entrant in entrants:  # all that can be refused is refused before the folder is there
+        check_beforehand(replace(entrant, metrics=look.metrics))
     with only_process(folder):
-        for seed in range(seeds):
-            entries = _entries(entrants, seed, folder, terms, look, now)
+        by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]
+        for entry in (entry for entries in by_seed for entry in entries):
+            entry.found()  # what was trained on other terms is refused before anything is trained
+        for seed, entries in enumerate(by_seed):
             _beside(entries, folder / f"seed-{seed}" / "beside.json", say)
             for entry in entries:
                 result = entry.kept() or entry.run(say)
                 say(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
-                write_report(folder, _report(entrants, seeds, folder, terms, look))
+                write_report(folder, _report(by_seed, folder))
     return {**read_json(folder / "compare.json"), "folder": str(folder)}
 
 
@@ -103,7 +109,7 @@ def _beside(entries: list[Entry], path: Path, say: Say) -> None:
     taught = [entry for entry in entries if entry.recipe.teacher is not None]
     chosen = next((entry for entry in taught if entry.recipe.teacher.guidance is not None), [*taught, *entries][0])
     same = {"look": chosen.look.hash, "steps": list(chosen.terms.steps), "by": chosen.recipe.name}
-    if path.is_file() and read_json(path)["same"] == same:
+    if path.is_file() and read_json(path).get("same") == same:
         return
     for stage in needs_of(chosen.recipe):
         if stage.folder in chosen.shared and not stage.complete:
@@ -111,12 +117,14 @@ def _beside(entries: list[Entry], path: Path, say: Say) -> None:
     write_json(path, {"same": same, **beside(chosen)})
 
 
-def _report(entrants: list[Recipe], seeds: int, folder: Path, terms: Terms, look: Look) -> dict[str, Any]:
-    """Of what is finished, in the order of recipes and seeds."""
-    names = [entrant.name for entrant in entrants]
-    paths = [folder / f"seed-{seed}" / name / "result.json" for name in names for seed in range(seeds)]
-    besides = [path for seed in range(seeds) if (path := folder / f"seed-{seed}" / "beside.json").is_file()]
-    return report(names, [read_json(path) for path in paths if path.is_file()], [read_json(path) for path in besides], terms, seeds)
+def _report(by_seed: list[list[Entry]], folder: Path) -> dict[str, Any]:
+    """Of what is finished and was looked at alike, in the order of recipes and seeds."""
+    first = by_seed[0][0]
+    found = [entry.found() for entries in zip(*by_seed, strict=True) for entry in entries]
+    besides = [read_json(path) for seed in range(len(by_seed)) if (path := folder / f"seed-{seed}" / "beside.json").is_file()]
+    alike = [result for result in found if result and (not result["figures"] or result["look"] == first.look.hash)]
+    besides = [one for one in besides if one.get("same", {}).get("look") == first.look.hash]
+    return report([entry.recipe.name for entry in by_seed[0]], alike, besides, first.terms, len(by_seed))
 
 
 def _in_words(result: dict[str, Any]) -> str:

@@ -73,18 +73,27 @@ class Entry:
         """Changes with anything that changes the training: the settings and the terms."""
         return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
 
-    def kept(self) -> dict[str, Any] | None:
-        """The finished result, its figures taken anew or completed where others are asked for; RecipeError if it is another's."""
+    def found(self) -> dict[str, Any] | None:
+        """The finished result as it lies there; RecipeError if it is another's."""
         path = self.folder / "result.json"
         if not path.is_file():
             return None
         result = read_json(path)
         if result.get("same") != self.same:
             raise RecipeError(f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; choose another --out")
-        missing = [k for k in self.steps() if str(k) not in result["figures"] or result["look"] != self.look.hash]
-        if missing and result["ended"] in ("whole", "cut"):
-            figures = result["figures"] if result["look"] == self.look.hash else {}
-            result |= {"figures": figures | self.figures(missing), "look": self.look.hash}
+        return result
+
+    def kept(self) -> dict[str, Any] | None:
+        """The finished result, its figures taken anew or completed where others are asked for."""
+        result = self.found()
+        if result is None or result["ended"] not in ("whole", "cut"):
+            return result
+        figures = result["figures"] if result["look"] == self.look.hash else {}
+        if missing := [k for k in self.steps() if str(k) not in figures]:
+            try:
+                result |= {"figures": figures | self.figures(missing), "look": self.look.hash}
+            except NotFinite as error:
+                result |= {"ended": "diverged", "why": str(error), "figures": {}}
             self._keep(result)
         return result
 
@@ -102,13 +111,13 @@ class Entry:
             end = {"ended": "cut" if trained["steps"] < plan["planned_steps"] else "whole", "figures": self.figures(self.steps())}
         except NothingLeft as error:
             end = {"ended": "no time", "why": str(error), "figures": {}}
+        except NotFinite as error:
+            end = {"ended": "diverged", "why": str(error), "figures": {}}
         except FitError as error:
             if not isinstance(error.__cause__, NotFinite):
                 raise
             end = {"ended": "diverged", "why": str(error.__cause__), "figures": {}}
             trained |= {"seconds": round(clock.seconds, 4), "steps": clock.steps, "peak_gib": peak_gib(torch.device(device_of(self.recipe)))}
-        if any(not math.isfinite(value) for row in end["figures"].values() for value in row.values()):
-            end = {"ended": "diverged", "why": "its samples are not finite", "figures": {}}
         result |= {"train_seconds": trained["seconds"], "steps": trained["steps"], "peak_gib": trained["peak_gib"]}
         result |= {"images": trained["steps"] * samples_of(self.recipe), "evaluations": trained["steps"] * evaluations_of(self.recipe), **end}
         self._keep(result)
@@ -166,11 +175,15 @@ class Entry:
         return tuple(k for k in self.terms.steps if k == 1 or tuple(self.recipe.sampler.steps) != (1,))
 
     def figures(self, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+        """The figures of the run's student; NotFinite where one is not."""
         if not steps:
             return {}
         recipe = self.look.at(self.recipe)
         student = load_student(self.folder / "student").to(device_of(recipe))
-        return measure(recipe, student, None, build_data(recipe), steps=steps)["student"]
+        found = measure(recipe, student, None, build_data(recipe), steps=steps)["student"]
+        if any(not math.isfinite(value) for row in found.values() for value in row.values()):
+            raise NotFinite("its samples are not finite")
+        return found
 
 
 def beside(entry: Entry) -> dict[str, Any]:

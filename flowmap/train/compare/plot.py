@@ -73,25 +73,27 @@ class _Page:
         for x, one in points:
             self.stroke([(x, self.y(one["least"])), (x, self.y(one["most"]))], colour, 1)
             self.dot(x, self.y(one["median"]), colour, number)
-        self.legend(label, number, colour, number)
+        x, y = self.legend(label, number, colour)
+        self.dot(x + 11, y, colour, number)
 
     def level(self, value: float, label: str, number: int) -> None:
-        right, y = WIDTH - LEGEND, self.y(value)
-        for x in range(LEFT, right, 8):
-            self.stroke([(x, y), (x + 2 + 3 * (number % 2), y)], GREY)
-        self.legend(f"{label}: {value:.3g}", number, GREY, None)
+        dash = 2 + 3 * (number % 2)
+        for x in range(LEFT, WIDTH - LEGEND, 8):
+            self.stroke([(x, self.y(value)), (x + dash, self.y(value))], GREY)
+        self.legend(f"{label}: {value:.3g}", number, GREY, dash=dash)
 
     def dot(self, x: float, y: float, colour: str, number: int) -> None:
         """A disc, or from the eleventh line on, when colours come again, a square."""
         box = [(x - 3.5) * FINE, (y - 3.5) * FINE, (x + 3.5) * FINE, (y + 3.5) * FINE]
         (self.draw.ellipse if number < len(COLOURS) else self.draw.rectangle)(box, fill=colour)
 
-    def legend(self, label: str, number: int, colour: str, mark: int | None) -> None:
-        x, y = WIDTH - LEGEND + 16, TOP + 6 + 19 * number
-        self.stroke([(x, y), (x + 22, y)], colour)
-        if mark is not None:
-            self.dot(x + 11, y, colour, mark)
-        self.text(x + 30, y, label)
+    def legend(self, label: str, number: int, colour: str, dash: int = 8) -> tuple[float, float]:
+        """Gives where the row's stroke begins. dash: its length, of every eight."""
+        left, y = WIDTH - LEGEND + 16, TOP + 6 + 19 * number
+        for x in range(left, left + 24, 8):
+            self.stroke([(x, y), (x + dash, y)], colour)
+        self.text(left + 30, y, label)
+        return left, y
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
