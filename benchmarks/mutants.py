@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from _report import environment, table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.py", "flow/derivative.py", "flow/distance.py"
@@ -524,6 +523,8 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def main() -> int:
+    from _report import environment, table, write  # not above: the processes read this file too, and the package must be new to them
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("objectives", nargs="*", help="only mutants of these: " + ", ".join(dict.fromkeys(m.objective for m in MUTANTS)))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (default: one a core)")

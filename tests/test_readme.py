@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -244,3 +245,6 @@ def test_every_mutation_still_finds_its_text(monkeypatch):
     made = module_of(ROOT / "benchmarks/mutants.py", monkeypatch)
     changed = [made.mutated(mutant, (ROOT / "flowmap" / mutant.file).read_text()) for mutant in made.MUTANTS]
     assert len(changed) > 100 and all(changed)
+    ours = "import sys; sys.path.insert(0, 'benchmarks'); import mutants; print([name for name in sys.modules if name.startswith('flowmap')])"
+    told = subprocess.run([sys.executable, "-c", ours], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert told.strip() == "[]", "its processes would test the package as it is, not the mutated copy"
