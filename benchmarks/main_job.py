@@ -133,10 +133,8 @@ def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> N
             rows.append([sizes, name, statistics.median(mine), statistics.median(other), spread(ratios), ahead])
     columns = ["sizes", "row", recipe, against, "ratio within a seed", "seeds ahead"]
     print(table(rows, columns))
-    seconds = {name: statistics.median(run["train_seconds"] for run in found) for name, found in ((recipe, runs), (against, others))}
-    print(f"seconds of training, median: {seconds}")
     payload = {"environment": environment(), "settings": {"seeds": list(range(len(runs)))}, "columns": columns, "rows": rows}
-    write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload, "train_seconds": seconds})
+    write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload})
 
 
 def over_seeds(runs: list[dict], key: str, sizes: str) -> list[list]:
