@@ -248,8 +248,8 @@ def find_recipe(name: str | File) -> File:
     if path.is_file():
         return path
     close = difflib.get_close_matches(stem, list_recipes(), n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    raise RecipeError(f"recipe: no file and no shipped recipe {str(name)!r}{hint} Shipped: {', '.join(list_recipes())}")
+    hint = f", did you mean {close[0]!r}?" if close else "."
+    raise RecipeError(f"recipe: no file and no shipped recipe {str(name)!r}{hint} `flowmap list` shows them all")
 
 
 def _with_base(path: File) -> dict:
