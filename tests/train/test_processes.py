@@ -148,7 +148,8 @@ def test_ctrl_c_in_the_real_command(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.replace("steps: 20", "steps: 100000").replace("schedule: cosine", "schedule: constant"))
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for _ in range(600):
         time.sleep(0.1)
         if (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
