@@ -34,6 +34,7 @@ from flowmap.planning.plan import (
     code_recipes,
     data_of,
     find_card,
+    holds,
     list_cards,
     pairs_cards,
     plan,
@@ -67,6 +68,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             found, lacks = _look(stage.recipe, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
+    if (stages[-1].folder / "recipe.yaml").is_file() and not holds(stages[-1].folder, recipe):
+        lines.append(f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite")
     missing = list(dict.fromkeys(missing))
     return [*lines, "missing on this machine: " + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
