@@ -203,7 +203,8 @@ def _list(a: argparse.Namespace) -> int:
 def _cite(a: argparse.Namespace) -> int:
     for key, (title, here, authors, year, arxiv) in PAPERS.items():
         authors = authors.replace("et al.", "others").replace(", ", " and ")  # BibTeX's words
-        print(f"% {here}" if here else "", end="\n" if here else "")
+        if here:
+            print(f"% {here}")
         print(f"@article{{{key},\n  title  = {{{title}}},\n  author = {{{authors}}},\n  year   = {{{year}}},\n  note   = {{arXiv:{arxiv}}},\n}}")
     return 0
 

@@ -19,17 +19,17 @@ from flowmap.teachers.text import MINILM_SOURCE
 
 def check_beforehand(recipe: Recipe) -> None:
     """RecipeError where its teacher, its prior or its metrics cannot be had here or do not fit; no weights are read."""
-    check_taught(recipe)
-    check_teachers(recipe)
-    check_prior(recipe)
+    check_parts(recipe)
     if lacks := lacking(recipe.metrics):
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
 
 
-def check_taught(recipe: Recipe) -> None:
-    """RecipeError for a student that starts as the teacher where there is none."""
+def check_parts(recipe: Recipe) -> None:
+    """RecipeError where student, teacher and prior do not fit each other."""
     if isinstance(recipe.start, FromTeacher) and recipe.teacher is None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network (dit, mlp, ...)")
+    check_teachers(recipe)
+    check_prior(recipe)
 
 
 def missing_parts(recipe: Recipe) -> list[str]:

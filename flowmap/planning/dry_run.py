@@ -22,10 +22,10 @@ from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.planning.beforehand import check_prior, check_taught, missing_parts
+from flowmap.planning.beforehand import check_parts, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
-from flowmap.planning.named_networks import check_teachers, missing_weights, net_of, spec_of
+from flowmap.planning.named_networks import missing_weights, net_of, spec_of
 from flowmap.planning.plan import (
     Encoding,
     Pairing,
@@ -79,9 +79,7 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
     cards = teacher_cards(recipe)
     missing += _weights_missing(cards)
     if not missing:
-        check_taught(recipe)
-        check_teachers(recipe)
-        check_prior(recipe)
+        check_parts(recipe)
     missing += missing_parts(recipe)
     data = None
     if isinstance(recipe.data, Text):

@@ -89,8 +89,8 @@ def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
 def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sample: PathSample) -> tuple[float, int]:
     """(seconds of one forward and backward pass, bytes that autograd kept in between): the least of two passes or more, about a second of
     them, after one that is not counted."""
-    seconds, kept, began, passes = float("inf"), 0, time.perf_counter(), 0
-    while passes < 3 or (passes < 20 and time.perf_counter() - began < 1):
+    seconds: list[float] = []
+    while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 1):
         student.zero_grad(set_to_none=True)
         storages: dict[int, int] = {}
         weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
@@ -107,10 +107,9 @@ def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sampl
             loss = objective(student, teacher and teacher.guided, sample, step=10**9)
         loss.value.backward()
         _wait(sample.xt)
-        taken, kept, passes = time.perf_counter() - started, sum(storages.values()), passes + 1
-        seconds = min(seconds, taken) if passes > 1 else seconds
+        seconds.append(time.perf_counter() - started)
     student.zero_grad(set_to_none=True)
-    return seconds, kept
+    return min(seconds[1:]), sum(storages.values())
 
 
 def _wait(tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Look:
     def at(self, recipe: Recipe) -> Recipe:
         return replace(recipe, metrics=self.metrics, evaluation=self.recipe.evaluation)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         return short_hash([to_plain(self.metrics, TABLES), to_plain(self.recipe.evaluation, TABLES)])
 
@@ -68,7 +69,7 @@ class Entry:
     shared: frozenset[Path]
     now: Callable[[], float]
 
-    @property
+    @cached_property
     def same(self) -> str:
         """Changes with anything that changes the training: the settings and the terms."""
         return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
