@@ -103,6 +103,13 @@ def test_the_costs_are_the_same_without_the_data(name, monkeypatch):
     assert costs(dry_run(recipe, None)) == there and "M parameters" in there[0]
 
 
+def test_a_folder_that_holds_another_run_is_seen(tmp_path):
+    held = read_recipe("toy/mixture", ["seed=1"])
+    (tmp_path / "recipe.yaml").write_text(held.to_yaml())
+    told = lambda recipe: any("holds a run of another recipe" in line for line in dry_run(recipe, str(tmp_path)))
+    assert told(read_recipe("toy/mixture")) and not told(held)
+
+
 def test_a_step_asks_what_its_objective_asks():
     """AYF-EMD: a forward pass, a tangent, a backward pass, and the guided teacher's two networks; samples on the diagonal have no tangent."""
     times = "times={kind: interval, mean: -0.6, std: 1.6}"
