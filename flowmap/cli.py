@@ -240,11 +240,12 @@ def _parser() -> argparse.ArgumentParser:
     encode = _verb(verbs, "encode", _encode, "turn a recipe's pictures into latents and text embeddings on disk; goes on where it was cut")
     _recipe_arguments(encode)
     _shard_arguments(encode, batch=32, out="the recipe's data.root")
+    encode.add_argument("--verify", action="store_true", help="read every file of the finished encoding and compare its checksum; encodes nothing")
 
     pairs = _verb(verbs, "pairs", _pairs, "join noise to data by a teacher's ODE, for recipes with coupling pairs; goes on where it was cut")
     _recipe_arguments(pairs)
     _shard_arguments(pairs, batch=256, out="the recipe's coupling.root")
-    pairs.add_argument("--verify", type=int, metavar="N", help="make N of the pairs that are there anew and report the largest difference")
+    pairs.add_argument("--verify", type=int, metavar="N", help="check every file's checksum, make N of the pairs anew and report the largest difference")
 
     doctor = _verb(verbs, "doctor", _doctor, "try one training step of a recipe on its real network: which derivative works, what it costs")
     _recipe_arguments(doctor)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowmap.data import shards
 from flowmap.data.dataset import Source
-from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
 
@@ -105,6 +105,7 @@ class EncodedDataset:
             raise ValueError(f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe")
         self.shape, self.num_classes = tuple(self.index["shape"]), self.index["num_classes"]
         self._columns = {name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()}
+        check_sums(folder, self.index, MADE)
         self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)
         self._flip = spec.flip
 

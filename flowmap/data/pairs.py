@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
-from flowmap.data.shards import Made, difference, from_column, open_shards
+from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.flow.prior import LearnedPrior, Start, placed
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
@@ -197,6 +197,7 @@ class PairedDataset:
         self._seed, self._shape, self._has_text = identity["seed"], self.index["contents"]["shape"], has_text(data)
         generated, inverted = ([shard for shard in self.index["shards"] if shard["inverted"] == which] for which in (False, True))
         self.num_generated = sum(shard["rows"] for shard in generated)
+        check_sums(folder, self.index, MADE)
         self._generated, self._inverted = (open_shards(folder, part, MADE) if part else None for part in (generated, inverted))
 
     def __len__(self) -> int:

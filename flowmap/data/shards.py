@@ -1,7 +1,8 @@
 """Arrow shards of a fixed number of samples each, as encodings and pairs keep them: what reads them, and what a writer must agree on.
 
 A folder: plan.json (what is being made), shard-00000.arrow with a .json of what it holds, and last index.json: where that stands, all is
-complete. flowmap/shards/write.py writes them.
+complete. flowmap/shards/write.py writes them. index.json has the SHA-256 of each file (folders of flowmap 0.1 have none), which checksums.py
+checks when the folder is opened for the first time or has changed, and --verify of `encode` and `pairs` always.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.data import checksums
 from flowmap.data.sources import optional
 
 INDEX, PLAN = "index.json", "plan.json"
@@ -61,16 +63,34 @@ def difference(there: Any, here: Any, key: str = "") -> str | None:
     return next((one for one in found if one), None)
 
 
+def check_sums(folder: Path, index: Mapping[str, Any], made: Made, *, again: bool = False) -> int:
+    """How many files of the folder have a checksum in its index; ValueError names one that is missing, torn or damaged.
+
+    again: read every file, also those that have not changed since they were last found right.
+    """
+    files = [*index["shards"], *index.get("files", [])]
+    for one in files:
+        check_size(folder, one, made)
+    wanted = {one["file"]: one["sha256"] for one in files if "sha256" in one}
+    checksums.check(folder, wanted, made.verb, again=again)
+    return len(wanted)
+
+
+def check_size(folder: Path, one: Mapping[str, Any], made: Made) -> None:
+    path = folder / one["file"]
+    size = os.path.getsize(path) if path.is_file() else None
+    if size != one["bytes"]:
+        state = "is missing" if size is None else f"is torn: it has {size} bytes, not {one['bytes']}"
+        raise ValueError(f"{path}: {state}; `{made.verb}` makes it anew")
+
+
 def open_shards(folder: Path, shards: Sequence[Mapping[str, Any]], made: Made) -> Any:
-    """The shards as one data set, mapped into memory; ValueError names one that is torn."""
+    """The shards as one data set, mapped into memory; ValueError names one that is torn. `check_sums` comes first."""
     datasets = optional("datasets")
     tables = []
     for shard in shards:
+        check_size(folder, shard, made)
         path = folder / shard["file"]
-        size = os.path.getsize(path) if path.is_file() else None
-        if size != shard["bytes"]:
-            state = "is missing" if size is None else f"is torn: it has {size} bytes, not {shard['bytes']}"
-            raise ValueError(f"{path}: {state}; `{made.verb}` makes it anew")
         try:
             tables.append(datasets.Dataset.from_file(str(path)))
         except Exception as error:  # Arrow's own errors, and those of datasets for a schema that it does not know

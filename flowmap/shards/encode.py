@@ -22,7 +22,7 @@ from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.files import read_json, write_json, write_tensors
 from flowmap.shards.encode_shard import Shard
-from flowmap.shards.write import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.shards.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
 
 PREFIX = 4  # of a stream, held-out and reference samples come from this many times their number of first samples
 
@@ -173,7 +173,7 @@ def _write_common(
     spec: Encoded, folder: Path, encoder: Encoder, index: dict[str, Any], shards: list[dict[str, Any]], say: Callable[[str], None]
 ) -> None:
     there = [folder / name for name in (INDEX, REFERENCE, *([EMPTY] if spec.text is not None else []))]
-    if all(path.is_file() for path in there) and read_json(folder / INDEX) == index:
+    if all(path.is_file() for path in there) and {key: value for key, value in read_json(folder / INDEX).items() if key != "files"} == index:
         return
     sweep_stale(folder, (PLAN, EMPTY, REFERENCE, INDEX))
     (folder / INDEX).unlink(missing_ok=True)
@@ -181,6 +181,7 @@ def _write_common(
         write_tensors(folder / EMPTY, encoder.text([""]))
     say("reading the pictures that metrics compare with")
     write_tensors(folder / REFERENCE, _reference(spec, folder, shards))
+    index["files"] = [{"file": path.name, **measured(path)} for path in there if path.name != INDEX]
     write_json(folder / INDEX, index)
 
 
@@ -201,7 +202,7 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "identity": spec.identity(),
         "chosen": spec.chosen(),
-        "shards": [{key: shard[key] for key in ("file", "rows", "bytes")} for shard in shards],
+        "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256") if key in shard} for shard in shards],
         "rows": rows,
         "left_out": left_out,
         **{key: sum(shard[key] for shard in shards) for key in ("grey", "missing_captions", "unlabelled")},

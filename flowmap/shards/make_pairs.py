@@ -20,8 +20,8 @@ from torch import Tensor
 from flowmap.build import BuiltTeacher, build_data, build_pairs_teacher
 from flowmap.build_prior import build_prior
 from flowmap.data import Dataset, PairedDataset, Pairs
-from flowmap.data.pairs import contents, has_text, pack, starts_of, unpack
-from flowmap.data.shards import INDEX, PLAN, shard_name, to_column, write_stream
+from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, starts_of, unpack
+from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
 from flowmap.files import read_json, write_json
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
@@ -193,7 +193,7 @@ def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callabl
         "dtype": maker.dtype,
         "nfe": max(shard["calls"] for shard in told),
         "rows": maker.spec.num,
-        "shards": [{"file": shard_name(i), **{key: one[key] for key in ("rows", "bytes", "inverted")}} for i, one in enumerate(told)],
+        "shards": [{"file": shard_name(i), **{key: one[key] for key in ("rows", "bytes", "sha256", "inverted") if key in one}} for i, one in enumerate(told)],
         "inverted_noise": chi_square(norms, math.prod(maker.data.shape)) if norms else None,
     }
     if not (folder / INDEX).is_file() or read_json(folder / INDEX) != index:
@@ -222,7 +222,9 @@ def verify(recipe: Recipe, folder: Path | None = None, *, num: int, device: torc
     if num < 1 or batch_size < 1:
         raise ValueError(f"--verify: {num} and --batch: {batch_size} must be 1 or more")
     maker = Maker.of(recipe, device)
-    kept = PairedDataset(folder or Path(pairs_of(recipe).root), maker.data, maker.identity, maker.prior)
+    folder = folder or Path(pairs_of(recipe).root)
+    check_sums(folder, read_index(folder), MADE, again=True)
+    kept = PairedDataset(folder, maker.data, maker.identity, maker.prior)
     wanted = torch.linspace(0, len(kept) - 1, min(num, len(kept))).long().tolist()
     gaps = {}
     for part in ([i for i in wanted if i < kept.num_generated], [i for i in wanted if i >= kept.num_generated]):

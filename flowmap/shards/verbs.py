@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from flowmap.data import Encoded, Pairs
+from flowmap.data.encoded import MADE, read_index
+from flowmap.data.shards import check_sums
 from flowmap.files import check_writable
 from flowmap.planning.plan import autoencoder_recipes, data_of, pairs_of, trained_run
 from flowmap.recipe import read_recipe
@@ -23,6 +25,10 @@ def encode_verb(a: Namespace, device: torch.device) -> int:
         trained_run(trained, recipe, "data.autoencoder.recipe")
     spec = data_of(recipe)
     folder = Path(a.out or spec.root)
+    if a.verify:
+        found = check_sums(folder, read_index(folder), MADE, again=True)
+        print(f"{folder}: {found} files are as they were written" if found else f"{folder}: was made by flowmap 0.1, which kept no checksums")
+        return 0
     check_writable(folder, "--out")
     index = encode(spec, folder, shard=_part(a.shard), device=device, batch_size=a.batch, say=_say)
     if index is None:

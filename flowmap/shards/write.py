@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flowmap.data.checksums import checksum
 from flowmap.data.shards import PLAN, difference, shard_name
 from flowmap.files import only_process, read_json, write_beside, write_json
 
@@ -53,17 +54,22 @@ def whole(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def write_shard(folder: Path, number: int, write: Callable[[Path], None], told: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one shard, first what it holds (.json), then the shard itself; gives the former, its bytes among it."""
+    """Writes one shard, first what it holds (.json), then the shard itself; gives the former, its bytes and SHA-256 among it."""
     path = folder / shard_name(number)
     for stale in folder.glob(f".{path.stem}.*.tmp"):  # of a killed process: this one alone makes the shard now
         stale.unlink(missing_ok=True)
 
     def both(temporary: Path) -> None:
         write(temporary)
-        write_json(path.with_suffix(".json"), {**told, "bytes": temporary.stat().st_size})
+        write_json(path.with_suffix(".json"), {**told, **measured(temporary)})
 
     write_beside(path, both)
     return read_json(path.with_suffix(".json"))
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """The size and the SHA-256 of a file, as index.json keeps them."""
+    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
 
 
 def once(folder: Path, finish: Callable[[], T]) -> T | None:

@@ -228,11 +228,29 @@ def test_verify_finds_nothing_or_the_pair_that_differs(recipe, tmp_path):
     worse = Maker.of(recipe("coupling.solver.steps=3"), "cpu")
     for number in (1, 5):
         _make(worse, tmp_path / "pairs", number, worse.ranges()[number], 64)
+        with pytest.raises(ValueError, match=f"shard-0000{number}.arrow.*damaged"):  # not the file of index.json
+            verify(recipe(), num=63)
+        make_pairs(recipe())  # completes index.json: the shard is whole
         gap, pair = verify(recipe(), num=63)
         assert gap > 1e-3 and pair in worse.ranges()[number]
         _make(Maker.of(recipe(), "cpu"), tmp_path / "pairs", number, worse.ranges()[number], 64)
+        make_pairs(recipe())
     with pytest.raises(ValueError, match="--verify: 0"):
         verify(recipe(), num=0)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_pair_that_was_changed_is_not_trained_on(recipe, tmp_path, number):
+    make_pairs(recipe())
+    maker, shard = Maker.of(recipe(), "cpu"), tmp_path / "pairs" / f"shard-0000{number}.arrow"
+    PairedDataset(tmp_path / "pairs", maker.data, maker.identity)
+    content = bytearray(shard.read_bytes())
+    content[-200] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name}: is torn or damaged: its SHA-256.*flowmap pairs"):
+        PairedDataset(tmp_path / "pairs", maker.data, maker.identity)
+    with pytest.raises(ValueError, match=f"{shard.name}: is torn or damaged"):
+        verify(recipe(), num=2)
 
 
 def test_inverted_noise_is_held_against_chi_square(recipe, tmp_path):

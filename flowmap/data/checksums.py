@@ -1,0 +1,67 @@
+"""SHA-256 checksums of the files of a folder of shards (shards.py): every file is checked once, and again when it has changed.
+
+`checked.json` keeps the size, inode and modification time at which each file was last found right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+CHECKED = "checked.json"
+THREADS = 8
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of that file, hexadecimal; its content is never held whole."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check(folder: Path, wanted: Mapping[str, str], verb: str, *, again: bool = False) -> None:
+    """ValueError names the first file of the folder whose SHA-256 is not the one in `wanted` (name: hexadecimal), and the verb that makes it.
+
+    Files that were found right before and have not changed since are not read, unless `again`.
+    """
+    before = {} if again else _checked(folder)
+    stamps = {name: _stamp(folder / name) for name in wanted}
+    unchecked = [name for name in wanted if before.get(name) != [wanted[name], *stamps[name]]]
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for name, found in zip(unchecked, pool.map(lambda name: checksum(folder / name), unchecked), strict=True):
+            if found != wanted[name]:
+                raise ValueError(
+                    f"{folder / name}: is torn or damaged: its SHA-256 is {found[:12]}, not {wanted[name][:12]}; delete it and run `{verb}`"
+                )
+    if unchecked:
+        _keep(folder, before | {name: [wanted[name], *stamps[name]] for name in unchecked})
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_size, found.st_ino, found.st_mtime_ns
+
+
+def _checked(folder: Path) -> dict[str, list]:
+    try:
+        found = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep(folder: Path, stamps: Mapping[str, list]) -> None:
+    """Writes checked.json; a folder that cannot be written to is checked at every opening instead."""
+    temporary = folder / f".{CHECKED}.{os.getpid()}.tmp"
+    with suppress(OSError):
+        temporary.write_text(json.dumps(stamps), encoding="utf-8")
+        os.replace(temporary, folder / CHECKED)
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
