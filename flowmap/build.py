@@ -234,6 +234,7 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         sampler=recipe.sampler,
         shape=data.shape,
         num_classes=data.num_classes if recipe.data.conditional else None,
+        class_names=_class_names(data, start) if recipe.data.conditional else None,
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
@@ -247,6 +248,12 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )
+
+
+def _class_names(data: Dataset, start: StudentConfig | None) -> tuple[str, ...] | None:
+    """Those of the data, or where it knows none those of the network that the student starts from."""
+    known = start.class_names if start is not None and start.num_classes == data.num_classes else None
+    return data.class_names or known
 
 
 def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None:

@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     pairs = _verb(verbs, "pairs", _pairs, "join noise to data by a teacher's ODE, for recipes with coupling pairs; goes on where it was cut")
     _recipe_arguments(pairs)
     _shard_arguments(pairs, batch=256, out="the recipe's coupling.root")
-    pairs.add_argument("--verify", type=int, metavar="N", help="check every file's checksum, make N of the pairs anew and report the largest difference")
+    pairs.add_argument("--verify", type=int, metavar="N", help="check all checksums, make N of the pairs again and report the largest difference")
 
     doctor = _verb(verbs, "doctor", _doctor, "try one training step of a recipe on its real network: which derivative works, what it costs")
     _recipe_arguments(doctor)

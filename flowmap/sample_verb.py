@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowmap.terminal import Bar
@@ -11,7 +13,7 @@ from flowmap.terminal import Bar
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
-    parser.add_argument("--class", dest="label", type=int, metavar="K", help="one class (default: all in turn)")
+    parser.add_argument("--class", dest="label", metavar="NAME|K", help="one class, by its name or its number (default: all in turn)")
     parser.add_argument("--prompt", help="text, for students that are conditioned on it")
     parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
     parser.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
@@ -41,7 +43,7 @@ def sample_verb(a: argparse.Namespace, device) -> int:
         raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
     edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
     prompt = a.prompt if student.config.text is not None else None
-    given = (("class", a.label), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
+    given = (("class", class_of(a.label, student.config.class_names)), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
     cond = {key: value for key, value in given if value is not None}
     cond |= dict(map(attribute_of, a.attribute))
     if a.texts is not None:
@@ -63,6 +65,13 @@ def sample_verb(a: argparse.Namespace, device) -> int:
     for grid in grids:
         print(grid)
     return 0
+
+
+def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:
+    """What --class names: a class by its name, where the student has one of that name, else by its number."""
+    if given is None or (names and given in names):
+        return given
+    return int(given) if re.fullmatch(r"-?\d{1,18}", given) else given
 
 
 def _alone(a: argparse.Namespace) -> None:

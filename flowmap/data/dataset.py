@@ -39,7 +39,8 @@ class Source:
 class Dataset:
     """Samples in memory, read a batch at a time.
 
-    train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1.
+    train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1, or -1
+    for a sample without a class. class_names, where they are known, are num_classes texts. ValueError where these do not fit together.
     reference is what generated samples are compared with: the training samples, as is the practice for Frechet distances.
     For `torch.utils.data.DataLoader(dataset, batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
     """
@@ -50,6 +51,13 @@ class Dataset:
     labels: Tensor | None = None
     held_out_labels: Tensor | None = None
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        for labels, part in ((self.labels, "training"), (self.held_out_labels, "held-out")):
+            check_labels(labels, self.num_classes, f"{self.name}: {part} sample")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise ValueError(f"data: {self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +97,16 @@ class Dataset:
     def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
         """One sample and its cond, without a batch dimension."""
         return self.train[index], {} if self.labels is None else {"class": self.labels[index]}
+
+
+def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> None:
+    """ValueError, with `what` and its number, for the first label that is not in -1 .. num_classes - 1."""
+    if labels is None or num_classes is None:
+        return
+    wrong = ((labels < -1) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(f"data: {what} {place} has label {int(labels[place])}, not one of 0..{num_classes - 1} (or -1: no class)")
 
 
 def as_it_is(batch):

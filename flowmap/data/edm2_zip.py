@@ -96,6 +96,7 @@ class ZipLatents:
     """A data set (see data/dataset.py) that reads its samples from the zip when they are asked for."""
 
     empty: dict[str, Tensor] = {}
+    class_names: tuple[str, ...] | None = None  # dataset.json has numbers alone
 
     def __init__(self, spec: EDM2Latents):
         self.spec, self.name, self.archive = spec, Path(spec.path).stem, Archive(spec.path, (".npy",))

@@ -104,6 +104,8 @@ class EncodedDataset:
         if found:
             raise ValueError(f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe")
         self.shape, self.num_classes = tuple(self.index["shape"]), self.index["num_classes"]
+        names = self.index.get("class_names")
+        self.class_names = tuple(names) if names else None
         self._columns = {name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()}
         check_sums(folder, self.index, MADE)
         self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)

@@ -138,15 +138,15 @@ class Folder(Source):
         _say(root, len(images), left_out, grey)
         if self.held_out >= len(images):
             raise ValueError(f"data.root: {self.root}: holds {len(images)} readable images, data.held_out: {self.held_out}")
-        num_classes = source.num_classes()
-        return self._dataset(root.name, torch.stack(images), torch.tensor(labels) if num_classes else None, num_classes)
+        names = source.class_names()
+        return self._dataset(root.name, torch.stack(images), torch.tensor(labels) if names else None, names and tuple(names))
 
-    def _dataset(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> Dataset:
+    def _dataset(self, name: str, images: Tensor, labels: Tensor | None, names: tuple[str, ...] | None) -> Dataset:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         out, kept = order[: self.held_out], order[self.held_out :].sort().values
-        if labels is None:
+        if names is None:
             return Dataset(name, images[kept], images[out])
-        return Dataset(name, images[kept], images[out], labels[kept], labels[out], num_classes=num_classes)
+        return Dataset(name, images[kept], images[out], labels[kept], labels[out], num_classes=len(names), class_names=names)
 
 
 def _below(root: str, inside: str) -> Iterator[str]:

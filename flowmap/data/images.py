@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from flowmap.data import idx
 from flowmap.data.dataset import Dataset, Source
 
+FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
 
 @dataclass(frozen=True)
 class Digits(Source):
@@ -33,7 +35,8 @@ class Digits(Source):
             raise ValueError(f"data.held_out is {self.held_out}; the {len(images)} digits allow 2 .. {len(images) - 1}")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         out, kept = order[: self.held_out], order[self.held_out :]
-        return Dataset("digits", images[kept], images[out], labels[kept], labels[out], num_classes=10)
+        names = tuple(map(str, range(10)))
+        return Dataset("digits", images[kept], images[out], labels[kept], labels[out], num_classes=10, class_names=names)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Fashion(Source):
         folder = self._folder()
         train, labels = self._read(folder, "train")
         held_out, held_out_labels = self._read(folder, "t10k")
-        return Dataset(f"fashion{self.size}", train, held_out, labels, held_out_labels, num_classes=10)
+        return Dataset(f"fashion{self.size}", train, held_out, labels, held_out_labels, num_classes=10, class_names=FASHION_CLASSES)
 
     def _folder(self) -> Path:
         for folder in (Path(self.root), idx.SYSTEM_FOLDER):

@@ -46,7 +46,7 @@ def export_card(plan: Export, kind: str, written: Written) -> str:
         *_front(plan, kind, card), "",
         f"# {config.recipe}", "",
         f"A flowmap student, exported as {WHAT[kind]}. {plan.steps} step{'s' * (plan.steps > 1)}{scale}: {fixed}. "
-        f"Samples of shape {tuple(config.shape)}.", "",
+        f"Samples of shape {tuple(config.shape)}.", "", *((config.classes_listed(), "") if config.class_names else ()),
         "```python", written.snippet, "```", "",
         *(line for note in written.notes for line in (note, "")),
         "## Origin", "", f"- recipe: {config.recipe} ({config.recipe_hash or 'no hash'}), {config.step} training steps",

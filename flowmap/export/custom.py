@@ -22,6 +22,7 @@ from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.files import write_json, write_text
 from flowmap.kinds import TABLES
 from flowmap.nets.stacked import Stacked, net_within, stack_of
+from flowmap.student.folder import config_json
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
 
@@ -90,12 +91,14 @@ def _index(plan: Export, module: str, vae, text: TextParts | None) -> dict:
         "steps": plan.steps,
         "guidance_scale": plan.guidance,
         "clamp": plan.student.config.clamp,
+        "id2label": config_json(plan.student.config).get("id2label"),
     }
 
 
 def _snippet(plan: Export, decodes: bool, encodes: bool) -> str:
     config = plan.student.config
-    arguments = ["class_labels=[0, 1]" if config.num_classes and config.num_classes > 1 else "num_images=2"]
+    labels = json.dumps(list(config.class_names[:2]), ensure_ascii=False) if config.class_names else "[0, 1]"
+    arguments = [f"class_labels={labels}" if config.num_classes and config.num_classes > 1 else "num_images=2"]
     if encodes:
         arguments = [f'prompt="{PROMPT}"']
     elif (network := getattr(net_within(config.net), "network", "")) in TOLD:

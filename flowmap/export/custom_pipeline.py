@@ -25,7 +25,7 @@ class FlowMapPipeline(DiffusionPipeline):
 
     sampler: the time grid's settings and gamma, the noise put back between steps; steps, guidance_scale: what a call without them uses.
     text: how prompts are encoded: the diffusers pipeline whose encode_prompt the text encoders are for (none: one sentence encoder),
-    max_tokens, and for SDXL the size of pictures.
+    max_tokens, and for SDXL the size of pictures. id2label: the name of each class, by its number as text.
     """
 
     _optional_components = ["vae", *TEXT_PARTS]
@@ -47,11 +47,13 @@ class FlowMapPipeline(DiffusionPipeline):
         steps: int = 1,
         guidance_scale: float | None = None,
         clamp: bool = True,
+        id2label: dict | None = None,
     ):
         super().__init__()
         encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
         self.register_modules(flow_map=flow_map, scheduler=scheduler, vae=vae, **dict(zip(TEXT_PARTS, encoders, strict=True)))
-        self.register_to_config(text=text, sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp)
+        settings = dict(sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp, id2label=id2label)
+        self.register_to_config(text=text, **settings)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -59,7 +61,7 @@ class FlowMapPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         num_images: int | None = None,
-        class_labels: int | list[int] | Tensor | None = None,
+        class_labels: int | str | list[int | str] | Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -81,7 +83,7 @@ class FlowMapPipeline(DiffusionPipeline):
             raise ValueError(f"output_type: {output_type!r} is not one of pil, np, pt, latent")
         device, shape = self._execution_device, tuple(self.flow_map.config.shape)
         rows = {"text": prompt_embeds, "pooled": pooled_prompt_embeds, "text_mask": prompt_attention_mask, "size": time_ids}
-        labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
+        labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels)).reshape(-1)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         lengths = [len(value) for value in (latents, *rows.values(), labels, prompts) if value is not None]
         num = num_images or max(lengths, default=1)
@@ -97,6 +99,17 @@ class FlowMapPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def get_label_ids(self, label: Any) -> Any:
+        """The numbers of classes given by name, one name or a list with some; anything else as it is. ValueError for an unknown name."""
+        numbers = {name: int(i) for i, name in (self.config.id2label or {}).items()}
+        names = [one for one in ([label] if isinstance(label, str) else label if isinstance(label, list) else []) if isinstance(one, str)]
+        for name in names:
+            if name not in numbers:
+                raise ValueError(f"class_labels: no class {name!r}; there are: {', '.join(numbers) or 'no names, give a number'}")
+        if isinstance(label, str):
+            return numbers[label]
+        return [numbers.get(one, one) for one in label] if names else label
 
     def _encode(self, prompts: list[str], num: int, device) -> dict[str, Tensor]:
         """The conditions of prompts, each distinct one encoded once."""

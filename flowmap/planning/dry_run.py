@@ -129,6 +129,7 @@ class _Described:
     shape: tuple[int, ...]
     num_classes: int | None
     spec: StudentSpec
+    class_names: tuple[str, ...] | None = None
 
     def conditions_at(self, places: Tensor) -> Cond:
         net = net_within(self.spec)

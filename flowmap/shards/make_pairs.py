@@ -32,6 +32,7 @@ from flowmap.planning.provenance import scale_of
 from flowmap.recipe import Recipe
 from flowmap.shards.write import check_plan, making, once, sweep_stale, whole, write_shard
 
+KEPT = ("rows", "bytes", "sha256", "inverted")  # of what a shard's .json says, in index.json
 OFF = 4.0  # standard errors from which inverted noise is called off
 
 
@@ -193,7 +194,7 @@ def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callabl
         "dtype": maker.dtype,
         "nfe": max(shard["calls"] for shard in told),
         "rows": maker.spec.num,
-        "shards": [{"file": shard_name(i), **{key: one[key] for key in ("rows", "bytes", "sha256", "inverted") if key in one}} for i, one in enumerate(told)],
+        "shards": [{"file": shard_name(i), **{key: one[key] for key in KEPT if key in one}} for i, one in enumerate(told)],
         "inverted_noise": chi_square(norms, math.prod(maker.data.shape)) if norms else None,
     }
     if not (folder / INDEX).is_file() or read_json(folder / INDEX) != index:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,27 @@ def codes_of(value: Any, num: int, size: int) -> Tensor:
     if z.shape != (num, size):
         raise ValueError(f"z: has shape {tuple(z.shape)}, wants {(num, size)}")
     return z
+
+
+def labels_of(value: Any, names: Sequence[str] | None) -> Any:
+    """The labels with each name of a class as its number; ValueError for a name that is none of `names`."""
+    if isinstance(value, str):
+        return label_of(value, names)
+    if isinstance(value, Iterable) and not isinstance(value, Tensor):
+        return [label_of(one, names) if isinstance(one, str) else one for one in value]
+    return value
+
+
+def label_of(name: str, names: Sequence[str] | None) -> int:
+    """The number of the class of that name; ValueError with the names that there are."""
+    if not names:
+        raise ValueError(f"class: {name!r} was given, but this student knows no names of classes; give a number")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        raise ValueError(f"class: no class {name!r}{hint}; there are: {shown}")
+    return list(names).index(name)
 
 
 def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ class StudentConfig:
     """All that is needed to build the network again and to sample from it.
 
     guidance: the range of scales it was trained on and the default, or None where the scale is no input;
+    class_names: of each class, in their order, where they are known; config.json has them as `id2label`.
     baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
     velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
     source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
@@ -45,6 +46,7 @@ class StudentConfig:
     sampler: Sampler
     shape: tuple[int, ...]
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
     arrival: bool = True
     guidance: tuple[float, float, float] | None = None
     baked_guidance: float | None = None
@@ -68,6 +70,8 @@ class StudentConfig:
             raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
+        if self.class_names is not None and (len(self.class_names) != self.num_classes or len(set(self.class_names)) != self.num_classes):
+            raise ValueError(f"class_names: {self.num_classes} classes want as many different names, not {len(self.class_names)}")
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
@@ -96,6 +100,12 @@ class StudentConfig:
         contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
         code = [Further("z", self.prior.size, "code")] if self.told else []
         return (*attributes, *contexts, *code)
+
+    def classes_listed(self, shown: int = 20) -> str:
+        """One line with the names of the first classes and their numbers, for a model card."""
+        names = self.class_names or ()
+        rest = f", and {len(names) - shown} more" if len(names) > shown else ""
+        return f"Classes: {', '.join(f'{i} {name}' for i, name in enumerate(names[:shown]))}{rest}."
 
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,26 @@ MAX_SIZE = 1 << 28  # entries of a sample
 def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
     """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
     write_tensors(folder / "model.safetensors", weights)
-    write_json(folder / "config.json", to_plain(config, TABLES))
+    write_json(folder / "config.json", config_json(config))
     write_text(folder / "recipe.yaml", recipe)
     write_text(folder / "README.md", card)
+
+
+def config_json(config: StudentConfig) -> dict[str, Any]:
+    """What config.json holds: the settings, with the names of classes as `id2label`, the key by which hubs and pipelines know them."""
+    plain = to_plain(config, TABLES)
+    names = plain.pop("class_names")
+    return plain if names is None else plain | {"id2label": {str(i): name for i, name in enumerate(names)}}
+
+
+def _class_names(plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same with `id2label` as class_names; ValueError where it is not {"0": name, "1": name, ...}."""
+    labels = plain.pop("id2label", None)
+    if labels is None:
+        return plain
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+        raise ValueError(f'{path}: id2label: is not {{"0": name, "1": name, ...}}')
+    return plain | {"class_names": [labels[str(i)] for i in range(len(labels))]}
 
 
 def copy_beside(source: Path, target: Path) -> None:
@@ -99,7 +117,7 @@ def read_config(path: Path) -> StudentConfig:
     if plain.get("format") != FORMAT:
         raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
     try:
-        return construct(StudentConfig, plain, TABLES, file=str(path))
+        return construct(StudentConfig, _class_names(plain, path), TABLES, file=str(path))
     except RecipeError:
         raise
     except TypeError as error:

@@ -17,7 +17,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
-from flowmap.student.conditions import NO_NEGATIVE, codes_of, no_scale, prompts_of, rows_of, texts_of
+from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
 from flowmap.student.config import StudentConfig, found_beside
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
@@ -80,8 +80,8 @@ class Student(Sentences):
     ) -> Tensor | list[str]:
         """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives the same noise (and, without cond, the same classes) anywhere.
 
-        cond: {"class": one label or num labels}, without it classes in turn; {"prompt": one text or num texts} for students that are
-        conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
+        cond: {"class": one label or num labels, numbers or names}, without it classes in turn; {"prompt": one text or num texts} for students
+        that are conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
         with the number of new samples. latents: give latents, not their pictures. refine: called with the pictures and their
         prompts (None without text), gives the refined ones (teachers/refiner.py). solver: of the velocity F(x, t, t), in the place of the
         student's own sampler. Raises ValueError that names what is wrong.
@@ -224,7 +224,7 @@ class Student(Sentences):
         count = self.config.num_classes
         if label is None:
             return (torch.arange(num) % count).to(self.device)
-        labels = rows_of(label, num, "class", torch.int64)
+        labels = rows_of(labels_of(label, self.config.class_names), num, "class", torch.int64)
         if int(labels.min()) < -1 or int(labels.max()) >= count:
             bad = labels[(labels < -1) | (labels >= count)][0].item()
             raise ValueError(f"class: {bad} is not one of 0..{count - 1} (or -1 for no class)")

@@ -11,7 +11,8 @@ from flowmap.student.config import StudentConfig
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
     """README.md of a student folder: what it is, how to use it, what was measured (and nothing that was not)."""
     steps = ", ".join(str(k) for k in recipe.sampler.steps)
-    given = ['"class": 3'] if config.num_classes else []
+    label = f'"{config.class_names[-1]}"' if config.class_names else min(3, (config.num_classes or 1) - 1)
+    given = [f'"class": {label}'] if config.num_classes else []
     given += ['"prompt": "..."'] if config.text is not None else []
     cond = f"cond={{{', '.join(given)}}}" if given else ""
     guidance = f"guidance={config.guidance[2]}" if config.guidance else ""
@@ -28,6 +29,7 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         f"samples = student.sample({arguments})",
         "```",
         "",
+        *((config.classes_listed(), "") if config.class_names else ()),
         "`recipe.yaml` is the whole recipe. Weights are averaged (EMA) and stored as safetensors.",
         "",
         "## Figures",
