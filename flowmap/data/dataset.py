@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from flowmap.flow.types import Cond
@@ -40,7 +41,7 @@ class Dataset:
     """Samples in memory, read a batch at a time.
 
     train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1.
-    reference is what generated samples are compared with: the training samples, as is the practice for Frechet distances.
+    Generated samples are compared with held_out, and with reference, the training samples, as is the practice for Frechet distances.
     For `torch.utils.data.DataLoader(dataset, batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
     """
 
@@ -78,6 +79,14 @@ class Dataset:
         """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
         return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
 
+    @property
+    def num_held_out(self) -> int:
+        return len(self.held_out)
+
+    def held_out_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those held-out samples."""
+        return {} if self.held_out_labels is None else {"class": self.held_out_labels[places]}
+
     def __len__(self) -> int:
         return len(self.train)
 
@@ -89,6 +98,17 @@ class Dataset:
     def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
         """One sample and its cond, without a batch dimension."""
         return self.train[index], {} if self.labels is None else {"class": self.labels[index]}
+
+
+def looked_at(places: Tensor, rows: int) -> Tensor:
+    """Which of `rows` samples stand at those places of an evaluation: all of them in an order drawn once, as a source may be sorted, so that
+    every first part is a fair draw; then the same again."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[places % rows]
+
+
+def held_out_count(wanted: int | None, samples: int) -> int:
+    """How many of `samples` are held out: as many as are wanted; None: a tenth of them, at most 1,000."""
+    return min(1000, samples // 10) if wanted is None else wanted
 
 
 def as_it_is(batch):
