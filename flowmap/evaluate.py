@@ -14,11 +14,13 @@ from torch import Tensor
 from flowmap.build import BuiltTeacher, build_data, build_teacher
 from flowmap.config import RecipeError
 from flowmap.data import Dataset, Pairs
+from flowmap.data.dataset import looked_at
 from flowmap.files import write_json
+from flowmap.flow.apportion import apportioned
 from flowmap.flow.prior import Start, rows_told
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
-from flowmap.metrics import check_metrics, floors
+from flowmap.metrics import Against, check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -95,8 +97,10 @@ def measure(
         if recipe.evaluation.teacher_extra_steps:
             say("teacher at few steps")
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
+    if not data.num_held_out:
+        say("nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train")
     say("real against real")
-    result["floor"] = floors(specs, data)
+    result["floor"] = floors(list(zip(specs, rows.built, strict=True)), data, rows.classes)
     for spec, metric in zip(specs, rows.built, strict=True):
         result["floor"] |= spec.floor(metric, data) if spec.needs == "texts" else {}
     seconds |= {"decode": rows.decode_seconds} if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs) else {}
@@ -127,9 +131,10 @@ class _Rows:
         self.x1, self.world, self.rank = self.start.x1[rank::world], world, rank
         self.sentences, self.sources, self.decode_seconds = student.sentences, self.sources and self.sources[rank::world], 0.0
         self.places = torch.arange(self.num)[rank::world]
-        self.conditions = conditions_for(student, data, self.num, guidance) if self.num else None
-        real = {"samples": lambda: (data.reference,), "conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
-        self.built = [spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
+        self.classes = classes_by_law(data, recipe.evaluation.classes) if student.config.num_classes else None
+        self.conditions = conditions_for(student, data, self.num, guidance, self.classes) if self.num else None
+        real = {"conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
+        self.built = [Against(spec, data) if spec.needs == "samples" else spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
         self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
     def student(self, k: int) -> tuple[dict[str, float], float]:
@@ -173,8 +178,8 @@ class _Rows:
         for spec, metric in zip(self.specs, self.built, strict=True):
             if spec.needs == "samples":
                 metric.reset()
-                metric.update(samples[: spec.images // self.world].cpu(), real=False)
-                row |= spec.report(metric)
+                metric.update(samples[: spec.images // self.world].cpu(), world=self.world)
+                row |= metric.report()
             elif spec.needs == "texts":
                 mine = spec.images // self.world
                 row |= spec.report(metric, texts[:mine], self.conditions(self.places[:mine]), self.sources)
@@ -248,16 +253,31 @@ class _Rows:
             yield self.x1[rows].to(self.device), self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
 
 
-def conditions_for(student: Student, data: Dataset, num: int, guidance: float | None = None) -> Callable[[Tensor], Cond]:
-    """What gives the conditions at some places of a set of `num` samples: those of as many training samples, evenly spaced, where there is
-    text; else classes in turn. ValueError at once where the guidance scale does not fit."""
+def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:
+    """What gives the classes (num,) of `num` samples: by the law of held-out samples, without any by that of training ones, -1 (no class)
+    among them; uniform: as often each. None where the data has no classes."""
+    labels = data.held_out_labels if data.num_held_out and data.held_out_labels is not None else data.labels
+    if labels is None:
+        return None
+    counts = torch.bincount(labels + 1, minlength=data.num_classes + 1)
+    if law == "uniform":
+        counts = torch.ones(data.num_classes + 1, dtype=torch.int64).index_fill(0, torch.tensor(0), 0)
+    return lambda num: apportioned(counts, num) - 1
+
+
+def conditions_for(
+    student: Student, data: Dataset, num: int, guidance: float | None = None, classes: Callable[[int], Tensor] | None = None
+) -> Callable[[Tensor], Cond]:
+    """What gives the conditions at some places of a set of `num` samples. Where there is text: those of held-out samples, without any of
+    training ones, in an order drawn once. Else `classes`, and without these classes in turn. ValueError at once where the guidance scale
+    does not fit."""
     if student.config.text is None and not student.config.descriptions:
-        whole = student.conditions(num, guidance=guidance)
+        whole = student.conditions(num, None if classes is None else {"class": classes(num)}, guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
+    rows, asked = (data.num_held_out, data.held_out_conditions_at) if data.num_held_out else (len(data), data.conditions_at)
 
     def at(places: Tensor) -> Cond:
-        given = data.asked_at(places, num) if hasattr(data, "asked_at") else data.conditions_at(places * len(data) // num)
-        return student.taken(len(places), given, guidance)
+        return student.taken(len(places), asked(looked_at(places, rows)), guidance)
 
     at(torch.arange(1))
     return at

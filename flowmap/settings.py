@@ -139,12 +139,16 @@ class Log:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The last look at the student: the teacher's row takes teacher_steps Euler steps; all rows start from the same noise, drawn from `seed`."""
+    """The last look at the student: the teacher's row takes teacher_steps Euler steps; all rows start from the same noise, drawn from `seed`.
+
+    classes: of generated samples, "data" as often as in the held-out samples (without any, the training ones), "uniform" each as often.
+    """
 
     teacher_steps: int = 64
     teacher_extra_steps: tuple[int, ...] = ()
     batch_size: int = 512
     seed: int = 1234
+    classes: str = "data"
 
     def __post_init__(self):
         for name in ("teacher_steps", "batch_size"):
@@ -152,6 +156,8 @@ class Evaluation:
                 raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
         if any(k < 1 for k in self.teacher_extra_steps):
             raise ValueError(f"teacher_extra_steps: {self.teacher_extra_steps} must be 1 or more each")
+        if self.classes not in ("data", "uniform"):
+            raise ValueError(f"classes: {self.classes!r} is not one of data, uniform")
 
 
 def _check_scale(scale: tuple[float, float], default: float) -> None:

@@ -8,8 +8,10 @@ import torch
 
 import flowmap
 from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.evaluate import evaluate, measure
+from flowmap.data import Dataset
+from flowmap.evaluate import classes_by_law, evaluate, measure
 from flowmap.files import write_json
+from flowmap.metrics import Frechet
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
@@ -57,13 +59,78 @@ def test_the_exact_student_meets_the_floor_and_the_teacher_does_not_at_two_steps
     assert found["nfe"] == {"student": {"1": 1, "2": 2}, "teacher": 16}
 
 
+class OfItsClass(torch.nn.Module):
+    """Carries noise to its class's Gaussian, exactly: centre + std x1."""
+
+    def __init__(self, centres, std):
+        super().__init__()
+        self.centres, self.std, self.weight = centres, std, torch.nn.Parameter(torch.zeros(1))
+
+    def mean_velocity(self, x, t, s, cond=None):
+        return x - (self.centres[cond["class"]] + self.std * x)
+
+    def forward(self, x, t, s, cond=None):
+        return x - (t - s)[:, None] * self.mean_velocity(x, t, s, cond)
+
+
+def unbalanced(share=0.05, *, held_out=1000):
+    """Two Gaussians 20 apart; the second has that share of the samples."""
+    centres, generator = torch.tensor([[0.0, 0.0], [20.0, 0.0]]), torch.Generator().manual_seed(0)
+
+    def samples(num):
+        labels = (torch.rand(num, generator=generator) < share).long()
+        return centres[labels] + torch.randn(num, 2, generator=generator), labels
+
+    (x, labels), (out, out_labels) = samples(4000), samples(held_out)
+    return Dataset("unbalanced", x, out, labels, out_labels, num_classes=2), OfItsClass(centres, 1.0)
+
+
+@pytest.mark.parametrize("held_out", [1000, 0])
+def test_classes_come_as_the_reference_has_them(parts, held_out):
+    """Of 95 and 5 in a hundred: an exact student scores like real data; with classes in turn it would be 450 times as far away."""
+    recipe = replace(parts[0], metrics=(Frechet(images=1000),))
+    data, exact = unbalanced(held_out=held_out)
+    student = Student(replace(parts[3], num_classes=2), exact)
+    key = "frechet_pixels" if held_out else "frechet_pixels_train"
+    found = measure(recipe, student, None, data, steps=[1])
+    assert found["student"]["1"][key] < 2 * found["floor"][key]
+    evenly = replace(recipe, evaluation=replace(recipe.evaluation, classes="uniform"))
+    assert measure(evenly, student, None, data, steps=[1])["student"]["1"][key] > 100 * found["floor"][key]
+    with pytest.raises(ValueError, match="classes: 'all' is not one of data, uniform"):
+        replace(recipe.evaluation, classes="all")
+
+
+def test_no_class_is_a_class_of_the_law():
+    data = unbalanced()[0]
+    data.held_out_labels[:500] = -1
+    drawn = classes_by_law(data)(200)
+    assert int((drawn == -1).sum()) == 100 and 0 < int((drawn == 1).sum()) < 10
+
+
+def test_every_row_is_compared_with_held_out_and_with_training_samples(parts):
+    recipe, data, teacher, config = parts
+    found = measure(recipe, Student(config, Exact(teacher.guided)), teacher, data, steps=[1])
+    for row in (found["student"]["1"], found["teacher"], found["teacher_few"]["2"], found["floor"]):
+        assert {"frechet_pixels", "frechet_pixels_train"} <= set(row)
+        assert row["frechet_pixels"] != row["frechet_pixels_train"]
+    assert {"frechet_pixels_std", "frechet_pixels_train_std"} <= set(found["floor"])
+
+
+def test_without_held_out_samples_it_is_said_and_only_training_ones_are_compared_with(parts):
+    recipe, data, teacher, config = parts
+    alone, said = replace(data, held_out=data.held_out[:0], held_out_labels=data.held_out_labels[:0]), []
+    found = measure(recipe, Student(config, Exact(teacher.guided)), None, alone, steps=[1], progress=said.append)
+    assert any(line.startswith("nothing is held out") for line in said)
+    assert "frechet_pixels" not in found["student"]["1"] and found["student"]["1"]["frechet_pixels_train"] < 0.02
+
+
 def test_evaluate_reads_the_recipe_beside_the_weights(parts, tmp_path):
     recipe, data, teacher, config = parts
     flow_map = build_student(recipe, config, teacher)
     save_student(tmp_path / "student", config, flow_map.state_dict(), recipe=recipe.to_yaml(), card="")
     found = evaluate(tmp_path / "student", [1], metrics=["frechet"], out=tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == found
-    assert set(found["student"]["1"]) == {"frechet_pixels"}
+    assert set(found["student"]["1"]) == {"frechet_pixels", "frechet_pixels_train"}
     with pytest.raises(ValueError, match="metrics: 'fid' is not one of frechet"):
         evaluate(tmp_path / "student", [1], metrics=["fid"])
     with pytest.raises(ValueError, match="steps: 0 must be 1 or more"):

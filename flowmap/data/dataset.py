@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from flowmap.flow.types import Cond
@@ -41,7 +42,7 @@ class Dataset:
 
     train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1, or -1
     for a sample without a class. class_names, where they are known, are num_classes texts. ValueError where these do not fit together.
-    reference is what generated samples are compared with: the training samples, as is the practice for Frechet distances.
+    Generated samples are compared with held_out, and with reference, the training samples, as is the practice for Frechet distances.
     For `torch.utils.data.DataLoader(dataset, batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
     """
 
@@ -86,6 +87,14 @@ class Dataset:
         """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
         return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
 
+    @property
+    def num_held_out(self) -> int:
+        return len(self.held_out)
+
+    def held_out_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those held-out samples."""
+        return {} if self.held_out_labels is None else {"class": self.held_out_labels[places]}
+
     def __len__(self) -> int:
         return len(self.train)
 
@@ -107,6 +116,17 @@ def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> N
     if len(wrong):
         place = int(wrong[0])
         raise ValueError(f"data: {what} {place} has label {int(labels[place])}, not one of 0..{num_classes - 1} (or -1: no class)")
+
+
+def looked_at(places: Tensor, rows: int) -> Tensor:
+    """Which of `rows` samples stand at those places of an evaluation: all of them in an order drawn once, as a source may be sorted, so that
+    every first part is a fair draw; then the same again."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[places % rows]
+
+
+def held_out_count(wanted: int | None, samples: int) -> int:
+    """How many of `samples` are held out: as many as are wanted; None: a tenth of them, at most 1,000."""
+    return min(1000, samples // 10) if wanted is None else wanted
 
 
 def as_it_is(batch):

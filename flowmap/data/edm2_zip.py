@@ -22,7 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from flowmap.data.dataset import Source
+from flowmap.data.dataset import Source, held_out_count
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
@@ -69,11 +69,11 @@ class EDM2Latents(Source):
     """The latents of an EDM2 zip `path`, drawn as mean + spread * noise and brought by fixed channel figures to mean 0 and spread 0.5.
 
     The noise is a function of (seed, position): a sample is the same in every epoch. Nothing is held in memory but the reference, the
-    first `reference_images` samples. held_out samples, drawn by `seed`, are never trained on.
+    first `reference_images` samples. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
     """
 
     path: str = "???"
-    held_out: int = 0
+    held_out: int | None = None
     reference_images: int = 10_000
     seed: int = 0
     raw_mean: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
@@ -85,7 +85,7 @@ class EDM2Latents(Source):
         super().__post_init__()
         if len(self.raw_mean) != len(self.raw_std) or any(std <= 0 for std in (*self.raw_std, self.final_std)):
             raise ValueError(f"raw_std: {self.raw_std} must be as many as raw_mean, and above 0 like final_std")
-        if self.held_out < 0 or self.reference_images < 1:
+        if (self.held_out or 0) < 0 or self.reference_images < 1:
             raise ValueError(f"held_out: {self.held_out} and reference_images: {self.reference_images}; allowed: from 0; from 1")
 
     def build(self) -> ZipLatents:
@@ -109,10 +109,11 @@ class ZipLatents:
         if len(self.names) < len(names):
             odd = min(set(names) - set(self.names))
             print(f"{spec.path}: {len(names) - len(self.names)} of {len(names)} latents left out: {odd!r} is unlike the first", file=sys.stderr)
-        if spec.held_out >= len(self.names):
-            raise ValueError(f"data.held_out: {spec.held_out} leaves nothing of {len(self.names)} samples")
+        held_out = held_out_count(spec.held_out, len(self.names))
+        if held_out >= len(self.names):
+            raise ValueError(f"data.held_out: {held_out} leaves nothing of {len(self.names)} samples")
         order = torch.randperm(len(self.names), generator=torch.Generator().manual_seed(spec.seed))
-        self._out, self._kept = order[: spec.held_out], order[spec.held_out :].sort().values
+        self._out, self._kept = order[:held_out], order[held_out:].sort().values
         self.num_classes = self.archive.num_classes
 
     @cached_property
@@ -141,7 +142,19 @@ class ZipLatents:
 
     def held_out_samples(self) -> tuple[Tensor, Cond]:
         """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
-        return self.held_out, {} if self.num_classes is None else {"class": self._labels[self._out]}
+        return self.held_out, {} if self.num_classes is None else {"class": self.held_out_labels}
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._out)
+
+    @property
+    def held_out_labels(self) -> Tensor | None:
+        return None if self.num_classes is None else self._labels[self._out]
+
+    def held_out_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those held-out samples."""
+        return {} if self.num_classes is None else {"class": self.held_out_labels[places]}
 
     def __len__(self) -> int:
         return len(self._kept)

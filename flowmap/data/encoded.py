@@ -50,15 +50,16 @@ class Encoded(Source):
     """Pictures of a source as latents of an autoencoder, their captions as text embeddings, made by `flowmap encode` and kept in `root`.
 
     autoencoder none: the pictures themselves are kept, uint8. text none: classes alone. A caption that is missing counts as "". flip: each
-    picture is encoded mirrored too, as a sample of its own. held_out samples and reference_images of those trained on, drawn by `seed`,
-    are kept as pictures for metrics; of a stream both come from its start. A shard holds shard_items positions of the source.
+    picture is encoded mirrored too, as a sample of its own. held_out samples (null: a tenth, at most 1,000) and reference_images of those
+    trained on, drawn by `seed`, are kept as pictures for metrics; of a stream both come from its start. A shard holds shard_items positions
+    of the source.
     """
 
     images: ImageSource
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
     root: str = ""
-    held_out: int = 0
+    held_out: int | None = None
     reference_images: int = 10_000
     shard_items: int = 1000
     flip: bool = False
@@ -67,8 +68,8 @@ class Encoded(Source):
     def __post_init__(self):
         super().__post_init__()
         for name, least in (("held_out", 0), ("reference_images", 1), ("shard_items", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}: {value} must be {least} or more")
 
     @property
     def in_pixels(self) -> bool:
@@ -80,7 +81,7 @@ class Encoded(Source):
         told = {key: None if part is None else part.identity() for key, part in parts.items()}
         return json.loads(json.dumps({"format": FORMAT, **told, "flip": self.flip}))
 
-    def chosen(self) -> dict[str, int]:
+    def chosen(self) -> dict[str, int | None]:
         """Everything that the choice of held-out and reference samples depends on."""
         return {"held_out": self.held_out, "reference_images": self.reference_images, "seed": self.seed}
 
@@ -126,8 +127,7 @@ class EncodedDataset:
 
     def conditions_at(self, places: Tensor) -> Cond:
         """The conditions of those training samples."""
-        names = ["label", *(name for name in self._columns if name.startswith("cond_"))]
-        return self._conditions(self._rows(self._kept[places % len(self._kept)], names))
+        return self._conditions_of(self._kept[places % len(self._kept)])
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -165,6 +165,24 @@ class EncodedDataset:
             return torch.zeros(0, *self.shape), {}
         table = self._rows(rows)
         return self._column(table, "x0"), self._conditions(table)
+
+    @property
+    def num_held_out(self) -> int:
+        return len(self._rows_of("held_out"))
+
+    @property
+    def held_out_labels(self) -> Tensor | None:
+        """(N,) int64, -1 where a held-out sample has no class; None where there are none."""
+        if self.num_classes is None:
+            return None
+        return torch.from_numpy(self._table.data.column("label").to_numpy().copy())[self._rows_of("held_out")]
+
+    def held_out_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those held-out samples."""
+        return self._conditions_of(self._rows_of("held_out")[places])
+
+    def _conditions_of(self, rows: Tensor) -> Cond:
+        return self._conditions(self._rows(rows, ["label", *(name for name in self._columns if name.startswith("cond_"))]))
 
     def _rows_of(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:

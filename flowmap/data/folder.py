@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.data.dataset import Dataset, Source
+from flowmap.data.dataset import Dataset, Source, held_out_count
 from flowmap.data.sources import MAX_PIXELS, SUFFIXES, Item, SquareImages
 
 
@@ -107,18 +107,18 @@ class Folder(Source):
 
     With subfolders each of them is a class, in the order of their names. channels 3 is RGB, 1 grey levels; transparency lies on white.
     Files that cannot be read, or have more than 64 million pixels, are left out, counted and named on stderr; grey files among coloured
-    ones are counted. held_out images, drawn by `seed`, are never trained on.
+    ones are counted. held_out images (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
     """
 
     root: str = "???"
     size: int = 64
     channels: int = 3
-    held_out: int = 0
+    held_out: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size < 1 or self.channels not in (1, 3) or self.held_out < 0:
+        if self.size < 1 or self.channels not in (1, 3) or (self.held_out or 0) < 0:
             raise ValueError(f"size: {self.size}, channels: {self.channels} and held_out: {self.held_out}; allowed: from 1; 1 or 3; from 0")
 
     def outline(self) -> tuple[tuple[int, ...], int | None]:
@@ -136,14 +136,15 @@ class Folder(Source):
             labels.append(item.label)
         root = Path(self.root)
         _say(root, len(images), left_out, grey)
-        if self.held_out >= len(images):
+        if held_out_count(self.held_out, len(images)) >= len(images):
             raise ValueError(f"data.root: {self.root}: holds {len(images)} readable images, data.held_out: {self.held_out}")
         names = source.class_names()
         return self._dataset(root.name, torch.stack(images), torch.tensor(labels) if names else None, names and tuple(names))
 
     def _dataset(self, name: str, images: Tensor, labels: Tensor | None, names: tuple[str, ...] | None) -> Dataset:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-        out, kept = order[: self.held_out], order[self.held_out :].sort().values
+        held_out = held_out_count(self.held_out, len(images))
+        out, kept = order[:held_out], order[held_out:].sort().values
         if names is None:
             return Dataset(name, images[kept], images[out])
         return Dataset(name, images[kept], images[out], labels[kept], labels[out], num_classes=len(names), class_names=names)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from flowmap.data.dataset import looked_at
 from flowmap.data.text import TextDataset
 
 
@@ -82,7 +83,7 @@ class StyledDataset(TextDataset):
 
     def starts(self, num: int) -> tuple[Tensor, list[str]]:
         """x1 and its sentences for a look at `num` samples: the held-out ones of the source, again and again where there are fewer."""
-        places = torch.arange(num) % len(self.held_out_sources)
+        places = looked_at(torch.arange(num), len(self.held_out_sources))
         return self.held_out_sources[places], _at(self.held_out_source_texts, places)
 
 

@@ -8,19 +8,26 @@ from typing import ClassVar
 
 import torch
 
-from flowmap.data.dataset import Dataset, Source
+from flowmap.data.dataset import Dataset, Source, held_out_count
 
 
 @dataclass(frozen=True)
 class Tensors(Source):
     """All shards `*.safetensors` of a folder, each with "x0" (N, C, H, W) and, where there are classes, "class" (N,).
 
-    Values are used as they are. The last `held_out` samples are not trained on. All of it is read into memory.
+    Values are used as they are. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are never trained on. All of it is read
+    into memory.
     """
 
     root: str = "???"
     num_classes: int | None = None
-    held_out: int = 0
+    held_out: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.held_out or 0) < 0:
+            raise ValueError(f"held_out: {self.held_out} must be 0 or more")
 
     def build(self) -> Dataset:
         from safetensors import SafetensorError
@@ -37,17 +44,13 @@ class Tensors(Source):
             raise ValueError(f"data.root: {self.root}: every shard needs x0 (N, C, H, W){' and class (N,)' if self.num_classes else ''}")
         x0 = torch.cat([part["x0"].float() for part in parts])
         labels = torch.cat([part["class"].long() for part in parts]) if self.num_classes else None
-        kept = len(x0) - self.held_out
-        if kept < 1:
-            raise ValueError(f"data.held_out: {self.held_out} leaves nothing of {len(x0)} samples")
-        return Dataset(
-            Path(self.root).name,
-            x0[:kept],
-            x0[kept:],
-            None if labels is None else labels[:kept],
-            None if labels is None else labels[kept:],
-            num_classes=self.num_classes,
-        )
+        held_out = held_out_count(self.held_out, len(x0))
+        if held_out >= len(x0):
+            raise ValueError(f"data.held_out: {held_out} leaves nothing of {len(x0)} samples")
+        order = torch.randperm(len(x0), generator=torch.Generator().manual_seed(self.seed))
+        out, kept = order[:held_out], order[held_out:].sort().values
+        of = lambda rows: None if labels is None else labels[rows]
+        return Dataset(Path(self.root).name, x0[kept], x0[out], of(kept), of(out), num_classes=self.num_classes)
 
 
 @dataclass(frozen=True)

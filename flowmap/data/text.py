@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from flowmap.data.dataset import Dataset, Source
+from flowmap.data.dataset import Dataset, Source, looked_at
 from flowmap.data.text_sources import Sentence, TextSource, WordNet
 from flowmap.data.tokens import BPE, Tokenizer, Tokens
 from flowmap.flow.types import Cond
@@ -194,17 +194,15 @@ class TextDataset(Dataset):
     def held_out_samples(self) -> tuple[Tensor, Cond]:
         return self.held_out, self.held_out_codes
 
-    def asked_at(self, places: Tensor, num: int) -> Cond:
-        """The conditions at some places of a look at `num` samples: those of held-out sentences, evenly spaced; without any, of training ones."""
-        codes, rows = (self.held_out_codes, len(self.held_out)) if len(self.held_out) else (self.codes, len(self.train))
-        return {key: column[_spread(places, num, rows)] for key, column in codes.items()}
+    def held_out_conditions_at(self, places: Tensor) -> Cond:
+        return {key: rows[places] for key, rows in self.held_out_codes.items()}
 
     def wanted(self, num: int) -> list[str] | None:
-        """What infilling should give at those places, the middle parts; None where nothing is infilled."""
+        """What infilling should give at the first `num` places of an evaluation, the middle parts; None where nothing is infilled."""
         if not any(column.is_floating_point() for column in self.codes.values()):
             return None
         texts = self.held_out_texts or self.texts
-        return [outer_thirds(texts[i])[1] for i in _spread(torch.arange(num), num, len(texts)).tolist()]
+        return [outer_thirds(texts[i])[1] for i in looked_at(torch.arange(num), len(texts)).tolist()]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
         rows = torch.as_tensor(list(indices))
@@ -245,11 +243,6 @@ class _Part:
     def codes(self) -> dict[str, Tensor]:
         contexts = {} if self.contexts is None else self.contexts(self.texts)
         return contexts | {one.name: torch.tensor([_number(one, s) for s in self.sentences], dtype=torch.int64) for one in self.attributes}
-
-
-def _spread(places: Tensor, num: int, rows: int) -> Tensor:
-    """Places of a look at `num` samples as places among `rows`: evenly spaced, or again and again where there are fewer."""
-    return places * rows // num if rows >= num else places % rows
 
 
 def tokens_of(tokens: Tokens, counts: Counter) -> Callable[[list[str]], Tensor]:

@@ -3,6 +3,7 @@
 Importing this costs nothing: torchmetrics is imported by `build()`.
 """
 
+from flowmap.metrics.against import TRAIN, Against
 from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
@@ -13,6 +14,8 @@ METRICS |= TEXT_METRICS
 
 __all__ = [
     "FEATURES",
+    "TRAIN",
+    "Against",
     "METRICS",
     "MMD",
     "Agreement",

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import Cond
-from flowmap.metrics.specs import Agreement, Frechet, PrecisionRecall, Retrieval, share, some
+from flowmap.metrics.against import TRAIN, Against, HasReferences
+from flowmap.metrics.specs import Agreement, Frechet, Retrieval, share, some
+
+Classes = Callable[[int], Tensor]  # how many samples -> their classes (num,), by the law of those that are generated
+DRAWS = 5
 
 
-class HasReference(Protocol):
-    """What `floor` asks of a data set: real samples that are compared with, and others, never trained on, both with their conditions."""
-
-    reference: Tensor
-    held_out: Tensor
-    reference_conditions: Cond
-
-    def held_out_samples(self) -> tuple[Tensor, Cond]: ...
-
-
-def floors(specs: Sequence[Any], dataset: HasReference) -> dict[str, float]:
-    """The floors of all metrics that have one."""
-    how = {"samples": floor, "conditions": agreement_floor}
-    return {key: value for spec in specs if spec.needs in how for key, value in how[spec.needs](spec, dataset).items()}
+def floors(built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None) -> dict[str, float]:
+    """The floors of all metrics that have one. built: each spec with the metric made of it, an Against where it needs samples."""
+    found: dict[str, float] = {}
+    for spec, metric in built:
+        if spec.needs == "samples":
+            found |= floor(metric, dataset, classes)
+        elif spec.needs == "conditions":
+            found |= agreement_floor(spec, metric, dataset)
+    return found
 
 
-def agreement_floor(spec: Agreement | Retrieval, dataset: HasReference) -> dict[str, float]:
+def agreement_floor(spec: Agreement | Retrieval, metric: Any, dataset: HasReferences) -> dict[str, float]:
     """What held-out samples score with their own conditions, and, as `..._shuffled`, with those of others: the ceiling and chance.
 
     At most `spec.images` of them; {} where nothing with a condition is held out.
@@ -37,7 +36,7 @@ def agreement_floor(spec: Agreement | Retrieval, dataset: HasReference) -> dict[
     cond = {key: some(value, spec.images) for key, value in cond.items()}
     if not len(held_out) or not cond:
         return {}
-    metric, found = spec.build(dataset.reference, dataset.reference_conditions), {}
+    found: dict[str, float] = {}
     order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))
     for suffix, rows in (("", torch.arange(len(held_out))), ("_shuffled", order)):
         metric.reset()
@@ -46,31 +45,67 @@ def agreement_floor(spec: Agreement | Retrieval, dataset: HasReference) -> dict[
     return found
 
 
-def floor(spec: Frechet | PrecisionRecall, dataset: HasReference, *, splits: int = 5) -> dict[str, float]:
-    """What real samples score against real samples, under the names of `spec.report`, at the sizes at which generated ones are measured.
+def floor(against: Against, dataset: HasReferences, classes: Classes | None = None, *, draws: int = DRAWS) -> dict[str, float]:
+    """What real samples score against real samples, under the keys of `against.report`: means over `draws` draws, and their standard deviations
+    under `<key>_std`.
 
-    With as many held-out samples as `spec.images`: that many of them against the reference, as generated ones would be.
-    With fewer (digits): all real samples are cut into halves, `splits` times, and the mean is taken. A Frechet distance between halves
-    of h is brought to the sizes of use, n of the reference and m generated, by its bias law: times (1/n + 1/m) / (2/h). Precision and
-    recall have no such law and stay as measured on halves; the MMD has no bias. A sampler that repeats the reference can score below the floor.
+    Training samples stand for generated ones against the held-out reference, held-out samples against the training reference; with nothing
+    held out, halves of the training samples against each other. Each draw has as many as are generated, but at most four fifths of what
+    there is, so that draws differ, of classes by the law of the generated ones. A Frechet distance of m samples in the place of `images` is
+    brought to the sizes of use by its bias law: times (1/n + 1/images) / (1/n + 1/m), n of the reference. Precision and recall have no
+    such law and stay as measured; the MMD has no bias. A sampler that repeats the training samples scores below the floor against those.
     """
-    if len(dataset.held_out) >= spec.images:
-        return _between(spec, dataset.reference, some(dataset.held_out, spec.images))
-    real = torch.cat([dataset.reference, dataset.held_out])
-    half, found = len(real) // 2, []
-    for seed in range(splits):
-        mixed = some(real, None, seed=seed)
-        found.append(_between(spec, mixed[:half], mixed[half : 2 * half]))
-    mean = {key: sum(one[key] for one in found) / splits for key in found[0]}
+    found: dict[str, float] = {}
+    for suffix, wanted in against.wanted.items():
+        if suffix != TRAIN:
+            pool, reference = (dataset.reference, dataset.reference_conditions if classes else {}), dataset.held_out
+        elif len(dataset.held_out):
+            pool, reference = (dataset.held_out, dataset.held_out_samples()[1] if classes else {}), dataset.reference
+        else:
+            return _halves(against, dataset.reference, draws)
+        labels = pool[1].get("class")
+        rows = [_drawn(len(pool[0]), labels, classes, min(wanted, max(1, len(pool[0]) * 4 // 5)), seed) for seed in range(draws)]
+        found |= _spread([_scored(against, suffix, pool[0][chosen], len(reference)) for chosen in rows])
+    return found
+
+
+def _drawn(count: int, labels: Tensor | None, classes: Classes | None, num: int, seed: int) -> Tensor:
+    """About num of `count` places, by the law of the classes as far as there are enough of each."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if labels is None or classes is None:
+        return order[:num]
+    mixed, wanted = labels[order], classes(num)
+    parts = [order[mixed == k][: int((wanted == k).sum())] for k in wanted.unique().tolist()]
+    return torch.cat(parts)
+
+
+def _scored(against: Against, suffix: str, samples: Tensor, reference: int) -> dict[str, float]:
+    against.reset()
+    against.metrics[suffix].update(share(samples), real=False)
+    row, spec = against.report(only=suffix), against.spec
     if not isinstance(spec, Frechet):
-        return mean
-    used = len(some(dataset.reference, spec.reference_images))
-    measured = min(half, spec.reference_images or half)
-    factor = (1 / used + 1 / spec.images) / (1 / measured + 1 / half)
-    return {key: value * factor for key, value in mean.items()}
+        return row
+    used = min(reference, spec.reference_images or reference)
+    factor = (1 / used + 1 / spec.images) / (1 / used + 1 / len(samples))
+    return {key: value * factor for key, value in row.items()}
 
 
-def _between(spec: Frechet | PrecisionRecall, reference: Tensor, samples: Tensor) -> dict[str, float]:
-    metric = spec.build(reference)
-    metric.update(share(samples), real=False)
-    return spec.report(metric)
+def _halves(against: Against, real: Tensor, draws: int) -> dict[str, float]:
+    """Of halves of h samples each; a Frechet distance is brought to the sizes of use by (1/n + 1/images) / (1/h + 1/h)."""
+    spec, half, rows = against.spec, len(real) // 2, []
+    trained = against.metrics[TRAIN]
+    for seed in range(draws):
+        mixed = some(real, None, seed=seed)
+        metric = spec.build(mixed[:half], like=trained)
+        metric.update(share(mixed[half : 2 * half]), real=False)
+        rows.append({f"{key}{TRAIN}": value for key, value in spec.report(metric).items()})
+    if isinstance(spec, Frechet):
+        used, measured = min(len(real), spec.reference_images or len(real)), min(half, spec.reference_images or half)
+        factor = (1 / used + 1 / spec.images) / (1 / measured + 1 / half)
+        rows = [{key: value * factor for key, value in row.items()} for row in rows]
+    return _spread(rows)
+
+
+def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
+    means = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    return means | {f"{key}_std": statistics.stdev(row[key] for row in rows) for key in rows[0]}

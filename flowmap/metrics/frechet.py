@@ -35,11 +35,12 @@ class FrechetDistance(Metric):
             self.add_state(f"{kind}_outer", torch.zeros(dims, dims, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, x: Tensor, real: bool) -> None:
+    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
+        """found (B, dims): the features of x, where they are known."""
         kind = "real" if real else "fake"
-        for part in x.split(self.chunk):
-            found = self.features(part).double()
-            for name, value in {"count": len(found), "sum": found.sum(0), "outer": found.T @ found}.items():
+        for part in map(self.features, x.split(self.chunk)) if found is None else (found,):
+            part = part.double()
+            for name, value in {"count": len(part), "sum": part.sum(0), "outer": part.T @ part}.items():
                 setattr(self, f"{kind}_{name}", getattr(self, f"{kind}_{name}") + value)
 
     def compute(self) -> Tensor:

@@ -35,11 +35,14 @@ class MaximumMeanDiscrepancy(Metric):
     @torch.no_grad()
     def seen(self, x: Tensor) -> Tensor:
         """The features (B, D) of x, float64."""
-        found = torch.cat([self.features(part).double() for part in x.split(self.chunk)])
-        return F.normalize(found, dim=1) if self.unit else found
+        return self._scaled(torch.cat([self.features(part) for part in x.split(self.chunk)]))
 
-    def update(self, x: Tensor, real: bool) -> None:
-        (self.real if real else self.fake).append(self.seen(x))
+    def _scaled(self, found: Tensor) -> Tensor:
+        return F.normalize(found.double(), dim=1) if self.unit else found.double()
+
+    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
+        """found (B, D): the features of x, where they are known."""
+        (self.real if real else self.fake).append(self.seen(x) if found is None else self._scaled(found))
 
     def compute(self) -> Tensor:
         """A float64 scalar. Raises ValueError for fewer than two samples of a kind."""

@@ -30,9 +30,10 @@ class PrecisionRecallScore(Metric):
         self.add_state("fake", [], dist_reduce_fx="cat")
 
     @torch.no_grad()
-    def update(self, x: Tensor, real: bool) -> None:
+    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
+        """found (B, D): the features of x, where they are known."""
         kept = self.real if real else self.fake
-        kept.extend(self.features(part).double() for part in x.split(self.chunk))
+        kept.extend(part.double() for part in (map(self.features, x.split(self.chunk)) if found is None else (found,)))
 
     def compute(self) -> dict[str, Tensor]:
         """{"precision", "recall"}: float64 scalars in [0, 1]. Raises ValueError for k or fewer samples of a kind."""

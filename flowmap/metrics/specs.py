@@ -43,11 +43,18 @@ class Frechet(_InFeatures):
     reference_images: int | None = None
     needs: ClassVar[str] = "samples"
 
-    def build(self, reference: Tensor) -> FrechetDistance:
-        """The metric with the reference (N, ...) already counted, each process a share of it."""
+    def compared(self, reference: int) -> int:
+        """How many generated samples are compared with `reference` real ones."""
+        return self.images
+
+    def build(self, reference: Tensor, like: FrechetDistance | None = None) -> FrechetDistance:
+        """The metric with the reference (N, ...) already counted, each process a share of it.
+
+        like: one whose feature space it uses; without it the space is fitted to the reference.
+        """
         from flowmap.metrics.frechet import FrechetDistance
 
-        features = build_features(self.features, reference)
+        features = build_features(self.features, reference) if like is None else like.features
         metric = FrechetDistance(features, dims=_dims(features, reference)).to(reference.device)
         metric.update(share(some(reference, self.reference_images)), real=True)
         return metric
@@ -58,7 +65,10 @@ class Frechet(_InFeatures):
 
 @dataclass(frozen=True)
 class PrecisionRecall(_InFeatures):
-    """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours."""
+    """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours.
+
+    Where fewer are held out, as many generated samples are compared with them.
+    """
 
     features: str = "pixels"
     images: int = 2000
@@ -69,13 +79,17 @@ class PrecisionRecall(_InFeatures):
     def reference_images(self) -> int:
         return self.images
 
-    def build(self, reference: Tensor) -> PrecisionRecallScore:
-        """The metric with the reference (N, ...) already counted, each process a share of it."""
+    def compared(self, reference: int) -> int:
+        return min(self.images, reference)
+
+    def build(self, reference: Tensor, like: PrecisionRecallScore | None = None) -> PrecisionRecallScore:
+        """The metric with the reference (N, ...) already counted, each process a share of it; like: as for Frechet."""
         from flowmap.metrics.precision_recall import PrecisionRecallScore
 
         if self.k < 1:
             raise ValueError(f"metrics.k is {self.k}; 1 or more is allowed")
-        metric = PrecisionRecallScore(build_features(self.features, reference), self.k).to(reference.device)
+        features = build_features(self.features, reference) if like is None else like.features
+        metric = PrecisionRecallScore(features, self.k).to(reference.device)
         metric.update(share(some(reference, self.images)), real=True)
         return metric
 
@@ -102,15 +116,20 @@ class MMD(_InFeatures):
         if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"sigma: {self.sigma} must be above 0")
 
-    def build(self, reference: Tensor) -> MaximumMeanDiscrepancy:
-        """The metric with the reference (N, ...) already counted, each process a share of it."""
+    def compared(self, reference: int) -> int:
+        return self.images
+
+    def build(self, reference: Tensor, like: MaximumMeanDiscrepancy | None = None) -> MaximumMeanDiscrepancy:
+        """The metric with the reference (N, ...) already counted, each process a share of it; like: as for Frechet, and for sigma."""
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
 
-        features, chosen = build_features(self.features, reference), some(reference, self.reference_images)
+        features = build_features(self.features, reference) if like is None else like.features
         metric = MaximumMeanDiscrepancy(features, sigma=self.sigma or 1.0, unit=self.unit).to(reference.device)
-        if self.sigma is None:
+        if like is not None:
+            metric.sigma = like.sigma
+        elif self.sigma is None:
             metric.sigma = median_distance(metric.seen(some(reference, 1000)))
-        metric.update(share(chosen), real=True)
+        metric.update(share(some(reference, self.reference_images)), real=True)
         return metric
 
     def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.data.dataset import held_out_count
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
@@ -189,9 +190,9 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
     filled = [shard for shard in shards if shard["rows"]]
     left_out = [one for shard in shards for one in shard["left_out"]]
     rows = sum(shard["rows"] for shard in shards)
-    if rows <= spec.held_out:
+    if rows <= (held_out := held_out_count(spec.held_out, rows)):
         first = f"; {left_out[0][0]} {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"data.held_out: {spec.held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})")
+        raise ValueError(f"data.held_out: {held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})")
     columns = filled[0]["columns"]
     for shard in filled:
         found = difference(columns, shard["columns"])
@@ -225,10 +226,11 @@ def _moments(shards: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 def _reference(spec: Encoded, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
     """The pictures of held-out samples and of reference ones, uint8, and the rows where they stand."""
     positions = torch.cat([_positions(folder / shard["file"]) for shard in shards if shard["rows"]])
-    wanted = spec.held_out + spec.reference_images
+    held_out = held_out_count(spec.held_out, len(positions))
+    wanted = held_out + spec.reference_images
     among = len(positions) if spec.images.length() is not None else min(len(positions), PREFIX * wanted)
     order = torch.randperm(among, generator=torch.Generator().manual_seed(spec.seed))
-    out, kept = order[: spec.held_out].sort().values, order[spec.held_out : wanted].sort().values
+    out, kept = order[:held_out].sort().values, order[held_out:wanted].sort().values
     rows = torch.cat([out, kept])
     place = {position: i for i, position in enumerate(positions[rows].tolist())}
     pictures = torch.empty(len(rows), spec.images.channels, spec.images.size, spec.images.size, dtype=torch.uint8)

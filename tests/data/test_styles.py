@@ -27,7 +27,8 @@ def test_each_set_is_its_style():
     found = StyledDataset.of(data(), STYLES)
     assert (found.train[:, 0] % 2 == 1).all() and (found.sources[:, 0] % 2 == 0).all() and len(found) == len(found.texts) == 20
     x1, texts = found.starts(50)
-    assert (x1 <= 0).all() and len(x1) == len(texts) == 50 and texts[0] == texts[20] == "out 0"
+    assert (x1 <= 0).all() and len(x1) == len(texts) == 50 and texts[:10] == texts[20:30]
+    assert sorted(texts[:20]) == sorted(found.held_out_source_texts) != texts[:20]  # each once before any comes again, and not as they are sorted
     assert set(found.__getitems__([0, 1])[1]) == {"style"}
 
 

@@ -33,10 +33,14 @@ def scored(spec, real, cond, x, given):
     return spec.report(metric)
 
 
+def built(spec, data):
+    return [(spec, spec.build(data.reference, data.reference_conditions))]
+
+
 def test_classes_of_held_out_digits_and_of_shuffled_ones(digits):
-    found = floors([Agreement()], digits)
+    found = floors(built(Agreement(), digits), digits)
     assert found["agreement_pixels"] > 0.97 and 0.03 < found["agreement_pixels_shuffled"] < 0.2
-    assert floors([Agreement(images=100)], digits)["agreement_pixels"] > 0.95
+    assert floors(built(Agreement(images=100), digits), digits)["agreement_pixels"] > 0.95
 
 
 def test_no_class_does_not_count(digits):
@@ -84,11 +88,11 @@ def test_the_floor_of_retrieval():
     real, cond = captioned(0, 600)
     held_out, own = captioned(3, 300)
     data = SimpleNamespace(reference=real, reference_conditions=cond, held_out=held_out, held_out_samples=lambda: (held_out, own))
-    found = floors([Retrieval("pixels")], data)
+    found = floors(built(Retrieval("pixels"), data), data)
     assert found["retrieval_top1_pixels"] > 0.95 and found["retrieval_top1_pixels_shuffled"] < 0.04
     assert found["retrieval_top5_pixels_shuffled"] == pytest.approx(0.05, abs=0.04)
     none = SimpleNamespace(reference=real, reference_conditions=cond, held_out=held_out[:0], held_out_samples=lambda: (held_out[:0], {}))
-    assert floors([Retrieval("pixels")], none) == {}
+    assert floors(built(Retrieval("pixels"), none), none) == {}
 
 
 def test_the_law_of_drawn_captions_is_that_of_drawing_them():

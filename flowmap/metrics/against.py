@@ -1,0 +1,62 @@
+"""Generated samples against held-out ones in the first place, and against the training samples under keys that end in `_train`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flowmap.flow.types import Cond
+
+TRAIN = "_train"
+CHUNK = 256  # samples through the features at once
+
+
+class HasReferences(Protocol):
+    """What metrics ask of a data set: training samples and held-out ones, both with their conditions."""
+
+    reference: Tensor
+    held_out: Tensor
+    reference_conditions: Cond
+
+    def held_out_samples(self) -> tuple[Tensor, Cond]: ...
+
+
+class Against:
+    """A metric of samples (`spec`, needs "samples") with each reference of a data set: held-out samples, where there are any, and training ones.
+
+    The feature space is fitted to the training samples for both, and samples pass through it once. `reset` and `update` as torchmetrics
+    has them; each process is given its share of `spec.images` samples.
+    """
+
+    def __init__(self, spec: Any, dataset: HasReferences):
+        held_out, trained = dataset.held_out, spec.build(dataset.reference)
+        sizes = {TRAIN: len(dataset.reference)}
+        self.spec, self.metrics = spec, {TRAIN: trained}
+        if len(held_out):
+            self.metrics = {"": spec.build(held_out, like=trained), TRAIN: trained}
+            sizes[""] = len(held_out)
+        self.wanted = {suffix: spec.compared(sizes[suffix]) for suffix in self.metrics}
+
+    def reset(self) -> None:
+        for metric in self.metrics.values():
+            metric.reset()
+
+    @torch.no_grad()
+    def update(self, x: Tensor, *, world: int = 1, only: str | None = None) -> None:
+        """Generated samples x (B, ...), all of this process's; world: the number of processes. only: tells just the metric of that suffix."""
+        told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
+        counts = {suffix: self.wanted[suffix] // world for suffix in told}
+        x = x[: max(counts.values())]
+        for start in range(0, len(x), CHUNK):
+            part = x[start : start + CHUNK]
+            found = self.metrics[TRAIN].features(part)
+            for suffix, metric in told.items():
+                if (rows := counts[suffix] - start) > 0:
+                    metric.update(part[:rows], real=False, found=found[:rows])
+
+    def report(self, *, only: str | None = None) -> dict[str, float]:
+        """The figures under their keys, those against training samples with `_train` after them."""
+        told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
+        return {f"{key}{suffix}": value for suffix, metric in told.items() for key, value in self.spec.report(metric).items()}
