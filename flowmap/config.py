@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MISSING = "???"
+MAX_NAME = 100  # characters; with a hash behind it also the name of a folder
 
 
 class RecipeError(ValueError):
@@ -67,6 +68,14 @@ def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None
 def short_hash(value: Any) -> str:
     """Eight hexadecimal digits that change with what is printed of the value."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def check_name(name: str, key: str) -> None:
+    """ValueError that names `key` unless the name can be that of one folder: runs go to folders of their recipes' names."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError(f"{key}: {name!r} must be a plain name: not empty, '.' or '..', without slashes and control characters")
+    if len(name) > MAX_NAME or len(name.encode()) > 2 * MAX_NAME:
+        raise ValueError(f"{key}: {name[:20]!r}... has {len(name)} characters; at most {MAX_NAME} are allowed")
 
 
 def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:

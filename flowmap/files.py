@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+POLL, MINUTE = 0.5, 60.0  # seconds between two looks at a lock, and between two messages about it
 
 
 class WriteError(OSError):
@@ -39,12 +44,6 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Removes the temporary files that a killed process left in that folder."""
-    for path in folder.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def check_writable(folder: Path, key: str) -> None:
     """ValueError that names `key` where that folder is not there and cannot be made, or cannot be written to. Makes nothing."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
@@ -54,20 +53,51 @@ def check_writable(folder: Path, key: str) -> None:
         raise ValueError(f"{key}: {there} may not be written to")
 
 
+def real_folder(path: Path, key: str) -> Path:
+    """The folder that the path names, a symbolic link followed once. ValueError that names `key` for a link that leads to no folder."""
+    if not path.is_symlink():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{key}: {path} is a symbolic link to {os.readlink(path)}, which is no folder")
+    return path.resolve()
+
+
 @contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Within it no other process fills the folder; ValueError if one does. The lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file is left behind
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise ValueError(f"{folder}: another flowmap process is filling this folder; wait for it or choose another") from error
+def only_process(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within it no other process fills the folder. The lock ends with its process, however that ends.
+
+    Where another process has the lock: ValueError, or with `waiting` it waits; waiting() is called at once and then once a minute.
+    """
+    made = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    handle = _locked(folder, waiting)
     try:
         yield
     finally:
+        for path in made:  # the folders that were made for the lock alone are removed again
+            with suppress(OSError):
+                path.rmdir()
         os.close(handle)
+
+
+def _locked(folder: Path, waiting: Callable[[], None] | None) -> int:
+    """An open descriptor of the folder, locked. The folder itself is locked, so no file is left behind."""
+    said = -math.inf
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
+                return handle
+            os.close(handle)  # the lock is on a folder that has been removed since
+        except BlockingIOError as error:
+            os.close(handle)
+            if waiting is None:
+                raise ValueError(f"{folder}: another flowmap process is filling this folder; wait for it or choose another") from error
+            if time.monotonic() - said >= MINUTE:
+                said = time.monotonic()
+                waiting()
+            time.sleep(POLL)
 
 
 def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool] = Path.is_file) -> None:

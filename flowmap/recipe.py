@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flowmap.config import MISSING, RecipeError, construct, kind_of, short_hash, to_plain
+from flowmap.config import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear
@@ -55,6 +55,7 @@ class Recipe:
     log: Log = Log()
 
     def __post_init__(self):
+        check_name(self.name, "name")
         if self.teacher is not None and not isinstance(self.path, Linear):
             raise ValueError("path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}")
         self._check_leaves()

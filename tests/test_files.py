@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowmap.files import WriteError, check_writable, read_json, read_tensors, sweep, write_beside, write_json, write_tensors, write_text
+from flowmap.files import WriteError, check_writable, only_process, read_json, read_tensors, write_beside, write_json, write_tensors, write_text
 
 
 def failing(error, half=b"half"):
@@ -110,14 +110,6 @@ def test_json(tmp_path):
         read_json(tmp_path / "y.json")
 
 
-def test_sweep_takes_left_over_temporaries_only(tmp_path):
-    for name in (".last.ckpt.17.tmp", "deep/.x.3.tmp", "mine.tmp", ".hidden"):
-        write_text(tmp_path / name, "x")
-    sweep(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".hidden", "mine.tmp"]
-    sweep(tmp_path / "nowhere")
-
-
 def test_check_writable_makes_nothing(tmp_path):
     check_writable(tmp_path / "a" / "b", "--out")
     assert os.listdir(tmp_path) == []
@@ -128,11 +120,60 @@ def test_check_writable_makes_nothing(tmp_path):
 
 
 def test_a_folder_is_filled_by_one_process_at_a_time(tmp_path):
-    from flowmap.files import only_process
-
     with only_process(tmp_path / "run"):
         with pytest.raises(ValueError, match="another flowmap process is filling this folder"):
             with only_process(tmp_path / "run"):
                 raise AssertionError
     with only_process(tmp_path / "run"):
         pass
+
+
+def test_a_lock_is_on_the_folder_that_has_the_name(tmp_path, monkeypatch):
+    """The folder is removed, and made again by a third process, between opening it and locking it."""
+    import flowmap.files as files
+
+    folder, original, left = tmp_path / "run", files.fcntl.flock, [1, 0]
+
+    def replaced(handle, how):
+        if left.pop():
+            folder.rmdir()
+            folder.mkdir()
+        original(handle, how)
+
+    left.reverse()
+    monkeypatch.setattr(files.fcntl, "flock", replaced)
+    with only_process(folder):
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="another flowmap process"):
+            with only_process(folder):
+                raise AssertionError
+
+
+def test_folders_made_for_a_lock_alone_are_removed_again(tmp_path):
+    with only_process(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert os.listdir(tmp_path) == []
+    with only_process(tmp_path / "a" / "b"):
+        write_text(tmp_path / "a" / "b" / "x", "x")
+    (tmp_path / "empty").mkdir()
+    with only_process(tmp_path / "empty"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "empty"]
+
+
+def test_who_waits_for_a_folder_says_so_once_a_minute(tmp_path, monkeypatch):
+    import flowmap.files as files
+
+    now, said = [0.0], []
+    holder = only_process(tmp_path / "run")
+    holder.__enter__()
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] >= 150:
+            holder.__exit__(None, None, None)
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    with only_process(tmp_path / "run", lambda: said.append(now[0])):
+        assert said == [0.0, 60.0, 120.0] and now[0] == 150

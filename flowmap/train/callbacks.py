@@ -25,6 +25,7 @@ from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
 from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
+from flowmap.train.run_folder import drop_old
 
 
 class AtSteps(L.Callback):
@@ -176,6 +177,7 @@ class Keep(AtSteps):
         state = full_state(module.averaged)
         if trainer.is_global_zero:
             self.ship(module, state, done)
+            drop_old(self.stage.folder)  # the run that this one replaces, if it does
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         keep_student(self.stage, self.config, state, done)

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
 import threading
@@ -25,16 +24,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError, to_plain
-from flowmap.files import check_writable, copy_folder, only_process, read_json, sweep, write_json, write_text
+from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder, write_json, write_text
+from flowmap.flow.prior import LearnedPrior
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
-from flowmap.planning.plan import BUILT_ON, Encoding, Pairing, Stage, built_on, data_of, holds, is_complete, mark, plan, runs_root
+from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
-from flowmap.recipe import Recipe, read_resolved
+from flowmap.recipe import Recipe
 from flowmap.shards.encode import encode
 from flowmap.shards.make_pairs import make_pairs
-from flowmap.student.config import BESIDE
+from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
@@ -43,12 +43,10 @@ from flowmap.train.csv_log import CSVLog
 from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
+from flowmap.train.run_folder import STUDENT, guard, move_aside, put_back, recover, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
 
 Say = Callable[[str], None]
-
-
-OURS = ("checkpoints", "ema", "log.csv", "metrics.json", "samples", "student")  # what a run writes into its folder, beside recipe.yaml
 
 
 class FitError(RuntimeError):
@@ -83,16 +81,26 @@ def fit(
     user's mistake, FitError where training had to stop.
     """
     say = silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
-    folder = Path(out) if out else runs_root() / recipe.name
+    folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
     if recipe.missing():
         raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
     stages = plan(recipe, folder)
-    if not is_child():
-        check_writable(folder, "--out")
-        _guard(stages[-1], resume=resume, overwrite=overwrite)
+    if is_child():
+        _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
+        return Run(folder, {})  # the first process may still be writing metrics.json
+    check_writable(folder, "--out")
+    with only_process(folder):
+        recover(folder, say)
+        guard(stages[-1], resume=resume, overwrite=overwrite)
         for stage in stages:  # before pictures are encoded for hours
-            if isinstance(stage, Stage) and not stage.complete:
+            if isinstance(stage, Stage) and not (stage.complete and not (overwrite and stage is stages[-1])):
                 check_beforehand(stage.recipe)
+        _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
+    return Run(folder, read_json(folder / "metrics.json"))
+
+
+def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, clock: Clock | None) -> None:
+    """Makes the stages that are not complete, in order; of the last, the caller has the lock and has asked `guard`."""
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1
@@ -105,9 +113,8 @@ def fit(
             make(stage, say)
             continue
         say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
-        with nullcontext() if is_child() else only_process(stage.folder):
+        with nullcontext() if last or is_child() else only_process(stage.folder):
             _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say, clock=clock if last else None)
-    return Run(folder, {} if is_child() else read_json(folder / "metrics.json"))  # the first process may still be writing it
 
 
 def silent(message: str) -> None: ...
@@ -132,41 +139,6 @@ def device_of(recipe: Recipe) -> str:
     return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
-def _guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
-    """Refuses to touch what a folder holds, unless asked to go on with it or to replace it."""
-    folder = stage.folder
-    if not (folder / "recipe.yaml").is_file():
-        in_the_way = [name for name in OURS if (folder / name).exists()]
-        if overwrite and folder.exists() and any(folder.iterdir()):
-            raise RecipeError(f"--overwrite: {folder} is not a run folder (no recipe.yaml), so it is left alone")
-        if in_the_way:
-            raise RecipeError(f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way[0]} would be replaced; choose another")
-        return
-    if overwrite or is_complete(folder, stage.recipe):
-        return
-    if not holds(folder, stage.recipe):
-        key = _first_difference(stage.recipe, folder / "recipe.yaml")
-        raise RecipeError(f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite")
-    if not resume and (folder / "checkpoints").exists():
-        raise RecipeError(f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew")
-
-
-def _first_difference(recipe: Recipe, path: Path) -> str:
-    def flat(node, key=""):
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-        return {key: node} if items is None else {k: v for name, child in items for k, v in flat(child, f"{key}.{name}".lstrip(".")).items()}
-
-    try:
-        old = flat(to_plain(read_resolved(path), TABLES))
-    except RecipeError:
-        return "recipe.yaml cannot be read by this version"
-    new = flat(to_plain(recipe, TABLES))
-    key = next((k for k in [*new, *old] if not k.startswith("log.") and old.get(k, "absent") != new.get(k, "absent")), None)
-    if key is None:
-        return f"the runs that it is built on, {BUILT_ON}; today they are {', '.join(built_on(recipe))}"
-    return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
-
-
 def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock | None) -> None:
     recipe, folder = stage.recipe, stage.folder
     data = build_data(recipe)
@@ -185,24 +157,42 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
-    if not is_child():
-        if overwrite and folder.exists():  # only now that the recipe is known to build
-            shutil.rmtree(folder)
-        sweep(folder)
-        mark(folder, recipe)
-        if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
-            copy_folder(Path(data_of(recipe).autoencoder.source), folder / "student" / BESIDE)
-        if prior is not None:
-            write_prior(recipe, prior, folder / "student")
+    _check_optimizers(module)
     started = time.perf_counter()
     try:
+        if not is_child():
+            _begin(stage, prior, config, overwrite)
         trainer.loggers = _loggers(stage, start)
         _train(trainer, module, checkpoint if start else None, clock)
         seconds = time.perf_counter() - started
         _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say, clock)
     except BaseException:
         _close_wandb(1)
+        if not is_child() and put_back(folder):
+            say(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
         raise
+
+
+def _check_optimizers(module: DistillModule) -> None:
+    """RecipeError where torch refuses the settings of an optimizer: Lightning builds them only once training begins."""
+    try:
+        module.configure_optimizers()
+    except ValueError as error:
+        raise RecipeError(f"{module.recipe.name}: optimizer: {error}") from error
+
+
+def _begin(stage: Stage, prior: LearnedPrior | None, config: StudentConfig, overwrite: bool) -> None:
+    """Makes the folder that of this run: nothing can be refused any more."""
+    folder = stage.folder
+    if overwrite:
+        move_aside(folder)
+    sweep(folder)
+    mark(folder, stage.recipe)
+    if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
+        source = Path(data_of(stage.recipe).autoencoder.source)
+        copy_folder(source, folder / "student" / BESIDE, lambda path: path.parent == source and path.name in STUDENT)
+    if prior is not None:
+        write_prior(stage.recipe, prior, folder / "student")
 
 
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
