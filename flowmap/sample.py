@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from flowmap.data.text_sources import lines_of, one_line
+from flowmap.data.plain import lines_of
+from flowmap.data.text_sources import one_line
 from flowmap.evaluate import conditions_for
 from flowmap.files import write_text
 from flowmap.flow.prior import Start

@@ -10,21 +10,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from flowmap.data.captions import FolderCaptions, read_captions
 from flowmap.data.dataset import Dataset, Source, held_out_count
-from flowmap.data.sources import MAX_PIXELS, SUFFIXES, Item, SquareImages
+from flowmap.data.listing import Listing, Tally, listing
+from flowmap.data.plain import shown
+from flowmap.data.sources import MAX_PIXELS, Item, SquareImages
 
 
 @dataclass(frozen=True)
 class FolderImages(SquareImages):
-    """Every image below `root`, in the order of their paths; with subfolders each of them is a class, unless `classes` is false.
+    """Every picture below `root`, in the order of their paths; with several subfolders each of them is a class, unless `classes` is false.
 
-    Captions, where wanted, stand in root/metadata.jsonl, a line {"file_name": "cats/a.png", "text": "..."} each, or in a .txt beside the picture.
-    The folder is listed once in the life of this object.
+    Classes are in the order of their names, or of their numbers where all are numbers; one without a usable picture keeps its number.
+    Captions, where wanted, stand in metadata.jsonl or metadata.csv (file_name, text) of any folder, or in a .txt beside the picture. Hidden
+    files and folders are passed over, links to folders followed. The folder is listed once in the life of this object.
     """
 
     root: str = "???"
@@ -33,81 +37,68 @@ class FolderImages(SquareImages):
     kind: ClassVar[str] = "folder"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
-        place, captions = {name: i for i, name in enumerate(self._names)}, self._metadata if self.captions else {}
-        for name in self._files[start:stop]:
-            first, nested = name.split("/", 1)[0], "/" in name
-            if place and not nested:
+        label_of = {name: i for i, name in enumerate(self._classes)}
+        captions = self._captions if self.captions else {}.get
+        for name in self._listing.pictures[start:stop]:
+            top, nested, _ = name.partition("/")
+            if label_of and not nested:
                 yield Item(None, None, None, name, "lies beside the class folders, not in one")
                 continue
-            label = place[first] if len(place) > 1 else None
+            label = label_of.get(top)
             try:
-                caption = captions[name] if name in captions else self._beside(name)
+                caption = captions(name)
             except ValueError as error:
                 yield Item(None, label, None, name, str(error))
                 continue
             yield self._item(os.path.join(self.root, name), label, caption, name, MAX_PIXELS)
 
     def length(self) -> int:
-        return len(self._files)
+        return len(self._listing.pictures)
 
     def num_classes(self) -> int | None:
-        return len(self._names) if len(self._names) > 1 else None
+        return len(self._classes) or None
 
     def class_names(self) -> list[str] | None:
-        return list(self._names) if len(self._names) > 1 else None
+        return [shown(name) for name in self._classes] or None
 
     def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self._files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        told = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
-    @cached_property
-    def _files(self) -> list[str]:
-        """Paths from root, with /, sorted by their parts."""
-        if not Path(self.root).is_dir():
-            raise ValueError(f"data.root: {self.root}: there is no such folder")
-        found = (name for name in _below(self.root, "") if os.path.splitext(name)[1].lower() in SUFFIXES)
-        return sorted(found, key=lambda name: name.split("/"))
+    def passed_over(self) -> dict[str, dict[str, Any]]:
+        return self._listing.passed_over | (self._captions.passed_over if self.captions else {})
 
-    @cached_property
-    def _names(self) -> list[str]:
-        return sorted({name.split("/", 1)[0] for name in self._files if "/" in name}) if self.classes else []
+    def num_captions(self) -> int:
+        return sum(name in self._captions for name in self._listing.pictures) if self.captions else 0
 
-    @cached_property
-    def _metadata(self) -> dict[str, str]:
-        path = Path(self.root) / "metadata.jsonl"
-        if not path.is_file():
-            return {}
-        found = {}
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line) if line.strip() else {"file_name": ""}
-                    name, text = row["file_name"], row.get("text")
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise ValueError(f"{path}: line {number} is not {{\"file_name\": ..., \"text\": ...}}") from error
-                if isinstance(text, str):
-                    found[name] = text
-        return found
-
-    def _beside(self, name: str) -> str | None:
-        """The text of the .txt beside the picture, None where there is none."""
+    @property
+    def captions_stand(self) -> str:
         if not self.captions:
-            return None
-        try:
-            with open(os.path.join(self.root, os.path.splitext(name)[0] + ".txt"), encoding="utf-8") as text:
-                return text.read().strip()
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"its caption cannot be read: {error}") from error
+            return "data.images.captions is false"
+        seen = f"; the keys there are {', '.join(self._captions.keys)}" if self._captions.keys else ""
+        return f"they stand in metadata.jsonl or metadata.csv (file_name, text) or in a .txt beside each picture{seen}"
+
+    @cached_property
+    def _listing(self) -> Listing:
+        return listing(self.root)
+
+    @property
+    def _classes(self) -> list[str]:
+        return self._listing.classes if self.classes else []
+
+    @cached_property
+    def _captions(self) -> FolderCaptions:
+        return read_captions(self.root, self._listing)
 
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """Every image below `root`, cut to the largest centred square and scaled to size x size pixels in [-1, 1]; all held in memory.
+    """Every picture below `root`, turned upright, cut to the largest centred square and scaled to size x size in [-1, 1]; all held in memory.
 
-    With subfolders each of them is a class, in the order of their names. channels 3 is RGB, 1 grey levels; transparency lies on white.
-    Files that cannot be read, or have more than 64 million pixels, are left out, counted and named on stderr; grey files among coloured
-    ones are counted. held_out images (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
+    With several subfolders each of them is a class, in the order of their names (of their numbers where all are numbers). channels 3 is RGB,
+    1 grey levels; transparency lies on white. Files that cannot be read, or have more than 64 million pixels, are left out; they, hidden
+    files, files of other kinds and grey pictures among coloured ones are counted on stderr. held_out images (null: a tenth, at
+    most 1,000), drawn by `seed`, are never trained on.
     """
 
     root: str = "???"
@@ -134,12 +125,11 @@ class Folder(Source):
             grey += item.grey
             images.append(item.image.float() / 127.5 - 1)
             labels.append(item.label)
-        root = Path(self.root)
-        _say(root, len(images), left_out, grey)
+        _say(source, labels, left_out, grey)
         if held_out_count(self.held_out, len(images)) >= len(images):
             raise ValueError(f"data.root: {self.root}: holds {len(images)} readable images, data.held_out: {self.held_out}")
         names = source.class_names()
-        return self._dataset(root.name, torch.stack(images), torch.tensor(labels) if names else None, names and tuple(names))
+        return self._dataset(Path(self.root).name, torch.stack(images), torch.tensor(labels) if names else None, names and tuple(names))
 
     def _dataset(self, name: str, images: Tensor, labels: Tensor | None, names: tuple[str, ...] | None) -> Dataset:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
@@ -150,20 +140,20 @@ class Folder(Source):
         return Dataset(name, images[kept], images[out], labels[kept], labels[out], num_classes=len(names), class_names=names)
 
 
-def _below(root: str, inside: str) -> Iterator[str]:
-    """The files below that folder; links to folders are not followed."""
-    with os.scandir(os.path.join(root, inside)) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _below(root, f"{inside}{entry.name}/")
-            elif entry.is_file():
-                yield inside + entry.name
-
-
-def _say(root: Path, count: int, left_out: list[tuple[str, str]], grey: int) -> None:
+def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[str, str]], grey: int) -> None:
+    """On stderr, what of the folder is not in the data set."""
     if left_out:
-        shown = "; ".join(f"{name} {why}" for name, why in left_out[:3])
+        shown_ones = "; ".join(f"{name} {why}" for name, why in left_out[:3])
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        print(f"{root}: {count} images, {len(left_out)} left out: {shown}{more}", file=sys.stderr)
+        _line(source, f"{len(labels)} images, {len(left_out)} left out: {shown_ones}{more}")
+    for line in Tally(source.passed_over()).lines():
+        _line(source, f"passed over: {line}")
+    seen = set(labels)
+    if empty := [name for i, name in enumerate(source.class_names() or []) if i not in seen]:
+        _line(source, f"classes without a usable picture: {', '.join(empty)}")
     if grey:
-        print(f"{root}: {grey} of {count} images have grey levels alone", file=sys.stderr)
+        _line(source, f"{grey} of {len(labels)} images have grey levels alone")
+
+
+def _line(source: FolderImages, text: str) -> None:
+    print(f"{source.root}: {text}", file=sys.stderr)

@@ -31,6 +31,7 @@ class HuggingFaceImages(SquareImages):
     label: str | None = None
     caption: str | None = None
     kind: ClassVar[str] = "huggingface"
+    captions_stand: ClassVar[str] = "data.images.caption names the column"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         if self.streaming:
@@ -54,6 +55,9 @@ class HuggingFaceImages(SquareImages):
 
     def fingerprint(self) -> str | None:
         return None if self.streaming else str(self._rows._fingerprint)
+
+    def num_captions(self) -> int | None:
+        return 0 if self.caption is None else None
 
     @cached_property
     def _rows(self) -> Any:

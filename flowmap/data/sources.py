@@ -7,26 +7,31 @@ its position and says why.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, BinaryIO, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
+from flowmap.data.plain import open_plain, shown
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
 MAX_PIXELS = 64 * 10**6
 MAX_FILE_BYTES = 256 * 2**20  # of one picture inside an archive
-MAX_TEXT_BYTES = 2**20  # of one caption or label inside an archive
+TEXT_KEYS = ("text", "caption", "prompt")  # of a line or a file of metadata
+READER = "2: upright by EXIF, folders of numbers in their order"  # changes where the same files would give other pictures, labels or positions
 
 
 @dataclass(frozen=True)
 class Item:
     """The picture at one position: uint8 (C, size, size), or None where `problem` says why it cannot be used.
 
-    grey: it has grey levels alone though colour was asked for. key names it to a person.
+    grey: it has grey levels alone though colour was asked for. key names it to a person. All its texts are ones that UTF-8 can hold.
     """
 
     image: Tensor | None
@@ -35,6 +40,11 @@ class Item:
     key: str
     problem: str | None = None
     grey: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "key", shown(self.key))
+        object.__setattr__(self, "problem", self.problem and shown(self.problem))
+        object.__setattr__(self, "caption", self.caption and self.caption.encode("utf-8", "replace").decode())
 
 
 class ImageSource(Protocol):
@@ -60,21 +70,30 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str | None:
-        """Changes with the names or the number of pictures; None where that is not known without reading them."""
+        """Changes with the names, the order or the labels of pictures; None where that is not known without reading them."""
+        ...
+
+    def passed_over(self) -> dict[str, dict[str, Any]]:
+        """What has no position and is not read, by reason: {reason: {"count": 2, "first": [three names at most]}}."""
+        ...
+
+    def num_captions(self) -> int | None:
+        """How many pictures have a caption; None where that is not known without reading them."""
         ...
 
 
 @dataclass(frozen=True)
 class SquareImages:
-    """Every picture is cut to its largest centred square and scaled to size x size pixels.
+    """Every picture is turned upright as its EXIF orientation says, cut to its largest centred square and scaled to size x size pixels.
 
-    channels 3 is RGB, 1 grey levels; transparency lies on white. A picture that is broken or has more than 64 million pixels is left out
-    and named with the reason.
+    channels 3 is RGB, 1 grey levels; transparency lies on white; of an animation the first frame is read. A picture that is broken, has more
+    than 64 million pixels or pixels deeper than 8 bits of grey is left out and named with the reason.
     """
 
     size: int = 64
     channels: int = 3
     kind: ClassVar[str]
+    captions_stand: ClassVar[str] = "it has none"  # where the captions of such a source are looked for
 
     def __post_init__(self):
         if self.size < 1 or self.channels not in (1, 3):
@@ -90,9 +109,15 @@ class SquareImages:
         return None
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self)}
+        return {"kind": self.kind, **asdict(self), "reader": READER}
 
     def fingerprint(self) -> str | None:
+        return None
+
+    def passed_over(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def num_captions(self) -> int | None:
         return None
 
     def _item(self, file: str | BinaryIO, label: int | None, caption: str | None, key: str, max_pixels: int = MAX_PIXELS) -> Item:
@@ -105,20 +130,44 @@ class SquareImages:
 
 def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
     """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
-    from PIL import Image
-
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise _Unusable(f"has {image.width} x {image.height} pixels")
-            if image.mode in ("I", "I;16", "I;16B", "F"):
-                raise _Unusable(f"has pixels of mode {image.mode}, deeper than 8 bits")
-            return _square(image, size, channels), image.mode in ("1", "L", "LA")
+        with open_plain(file) if isinstance(file, str) else file as content:
+            return _decoded(content, size, channels, max_pixels)
     except _Unusable:
         raise
     except Exception as error:  # a decoder raises anything at all on a broken file
-        said = str(error).replace(str(file), "the file")
+        said = (isinstance(error, OSError) and error.strerror) or re.sub(r" ?<[^>]*>", "", str(error))  # <_io.BytesIO object at 0x...>
         raise ValueError(f"cannot be read: {' '.join(said.split()) or type(error).__name__}") from error
+
+
+def _decoded(content: BinaryIO, size: int, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
+    from PIL import Image
+
+    with Image.open(content, formats=_formats()) as image:
+        if image.width * image.height > max_pixels:
+            raise _Unusable(f"has {image.width} x {image.height} pixels")
+        if image.mode.startswith(("I", "F")):
+            raise _Unusable(f"has pixels of mode {image.mode}, deeper than 8 bits")
+        return _square(_upright(image), size, channels), image.mode in ("1", "L", "LA")
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
+
+
+def _upright(image: Any) -> Any:
+    """The picture as its EXIF orientation says it is to be seen; where EXIF is broken, as it is stored."""
+    from PIL import ImageOps
+
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # what describes a picture does not make it unusable
+        return image
 
 
 def optional(name: str) -> ModuleType:
@@ -132,6 +181,13 @@ def optional(name: str) -> ModuleType:
 def leaves(name: str) -> bool:
     """Whether a name inside an archive points out of it: absolute, or up through `..`."""
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"
+
+
+def text_of(row: Mapping[str, Any], keys: tuple[str, ...] = TEXT_KEYS) -> str | None:
+    """The first text among those keys of a row of metadata, of several the first; None where there is none."""
+    found = (row.get(key) for key in keys)
+    texts = (value[0] if isinstance(value, (list, tuple)) and value else value for value in found)
+    return next((text.strip() for text in texts if isinstance(text, str) and text.strip()), None)
 
 
 def as_label(value: Any) -> int | None:

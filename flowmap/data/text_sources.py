@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from flowmap.data.plain import lines_of
 from flowmap.data.sources import optional
 
 
@@ -180,16 +181,6 @@ class HuggingFaceText:
 
 
 TEXT_SOURCES = {"wordnet": WordNet, "files": TextFiles, "huggingface": HuggingFaceText}
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file; ValueError names file and line where it is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: is not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from error
 
 
 def one_line(text: str) -> str:

@@ -15,22 +15,27 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
-from flowmap.data.sources import MAX_FILE_BYTES, MAX_TEXT_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves
+from flowmap.data.plain import MAX_TEXT_BYTES, as_utf8, open_plain
+from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves, text_of
 
 TEXTS = ("cls", "txt", "json")
+BLOCK = tarfile.BLOCKSIZE
+Members = list[tuple[str, tarfile.TarInfo]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WebDatasetImages(SquareImages):
     """The pictures (jpg, png, webp) of local .tar shards, each a path or a pattern with *; class in .cls, caption in .txt or .json.
 
-    A .json is {"caption": "..."} or {"text": "..."}. Each shard's headers are read once to count its samples.
+    A .json is {"caption": "..."} or {"text": "..."}. Several tars joined into one file are read one after the other. Each shard's headers are
+    read once to count its samples.
     """
 
     shards: tuple[str, ...]
     kind: ClassVar[str] = "webdataset"
+    captions_stand: ClassVar[str] = "they stand in a .txt or .json of each sample"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         first = 0
@@ -42,6 +47,9 @@ class WebDatasetImages(SquareImages):
 
     def length(self) -> int:
         return sum(map(len, self._offsets))
+
+    def num_captions(self) -> int:
+        return sum(count for _, count in self._headers)
 
     def fingerprint(self) -> str:
         told = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self._paths)
@@ -57,19 +65,21 @@ class WebDatasetImages(SquareImages):
             found += paths
         return found
 
-    @cached_property
+    @property
     def _offsets(self) -> list[array]:
-        """For each shard where its samples begin, in bytes."""
-        return [_sample_offsets(path) for path in self._paths]
+        return [offsets for offsets, _ in self._headers]
+
+    @cached_property
+    def _headers(self) -> list[tuple[array, int]]:
+        """For each shard where its samples begin, in bytes, and how many have a text."""
+        return [_look(path) for path in self._paths]
 
     def _read(self, path: str, offset: int, count: int) -> Iterator[Item]:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for done, (key, members) in enumerate(_samples(tar), 1):
-                    yield self._sample(tar, f"{os.path.basename(path)}/{key}", members)
-                    if done == count:
-                        return
+        with open_plain(path) as file:
+            for done, (tar, key, members) in enumerate(_samples(file, offset), 1):
+                yield self._sample(tar, f"{os.path.basename(path)}/{key}", members)
+                if done == count:
+                    return
 
     def _sample(self, tar: tarfile.TarFile, key: str, members: list[tuple[str, tarfile.TarInfo]]) -> Item:
         label = caption = None
@@ -85,20 +95,30 @@ class WebDatasetImages(SquareImages):
         return self._item(io.BytesIO(content), label, caption, key)
 
 
-def _sample_offsets(path: str) -> array:
+def _look(path: str) -> tuple[array, int]:
+    offsets, texts = array("Q"), 0
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            found = array("Q", (members[0][1].offset for _, members in _samples(tar)))
-            end = tar.offset
+        with open_plain(path) as file:
+            for _, _, members in _samples(file):
+                offsets.append(members[0][1].offset)
+                texts += any(suffix in ("txt", "json") for suffix, _ in members)
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"data.images.shards: {path}: is not a whole plain .tar: {error}") from error
-    if end >= os.path.getsize(path):
-        raise ValueError(f"data.images.shards: {path}: is torn: the mark at the end of a .tar is missing")
-    return found
+    return offsets, texts
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tuple[str, tarfile.TarInfo]]]]:
-    """(key, [(suffix, member)]) of files that stand together; folders and files without a suffix belong to no sample."""
+def _samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
+    """(tar, key, [(suffix, member)]) of each sample from that byte on, of one tar after the other; ValueError where one of them is torn."""
+    while start is not None:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, members in _together(tar):
+                yield tar, key, members
+            start = _next_tar(file, tar.offset)
+
+
+def _together(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
+    """Files that stand together; folders and files without a suffix belong to no sample."""
     last, members = None, []
     while (member := tar.next()) is not None:
         tar.members = []  # TarFile remembers every member otherwise
@@ -114,6 +134,22 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, list[tuple[str, tarfil
         members.append((suffix.lower(), member))
     if members:
         yield last, members
+
+
+def _next_tar(file: BinaryIO, end: int) -> int | None:
+    """Where the next tar begins after one whose files end at that byte, None at the end of the file; tarfile itself stops there in silence.
+
+    ValueError unless what ends a tar is there, a block of zeros.
+    """
+    file.seek(end)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise ValueError("it is torn: the mark at the end of a .tar is missing")
+    if any(block):
+        raise ValueError(f"it is damaged: byte {end} begins no file and ends no .tar")
+    while (block := file.read(BLOCK)) and not any(block):
+        pass
+    return file.tell() - len(block) if block else None
 
 
 def _parts(members: list[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
@@ -150,12 +186,14 @@ def _label_of(tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> int | 
 
 def _caption_of(tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> str | None:
     if "txt" in parts:
-        return _content(tar, parts["txt"], MAX_TEXT_BYTES).decode("utf-8", "replace").strip()
+        try:
+            return as_utf8(_content(tar, parts["txt"], MAX_TEXT_BYTES)).strip()
+        except ValueError as error:
+            raise ValueError(f"its caption {error}") from error
     if "json" not in parts:
         return None
     try:
         row = json.loads(_content(tar, parts["json"], MAX_TEXT_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its .json cannot be read: {error}") from error
-    found = row.get("caption", row.get("text")) if isinstance(row, dict) else None
-    return found if isinstance(found, str) else None
+    return text_of(row, ("caption", "text", "prompt")) if isinstance(row, dict) else None

@@ -306,3 +306,76 @@ def test_a_hostile_tar(tmp_path, monkeypatch):
             WebDatasetImages(shards=(str(tmp_path / "torn.tar"),)).length()
     with pytest.raises(ValueError, match="no such file"):
         WebDatasetImages(shards=("pipe:touch hacked",)).length()
+
+
+@pytest.mark.parametrize("end", [1024, 10_240, 512])
+def test_tars_joined_into_one_lose_no_sample(tmp_path, end):
+    parts = []
+    for low, high in ((0, 3), (2, 5), (0, 0), (5, 6)):  # samples 2 and 2 meet, and are two
+        tarred(tmp_path / "part.tar", samples(6)[3 * low : 3 * high])
+        content = (tmp_path / "part.tar").read_bytes().rstrip(b"\0")
+        parts.append(content.ljust(-(-len(content) // 512) * 512, b"\0") + bytes(end))
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
+    source = WebDatasetImages(shards=(str(tmp_path / "joined.tar"),), size=4)
+    assert [row[1:] for row in told(source.items())] == [(i % 3, f"text {i}", 10 * i) for i in (0, 1, 2, 2, 3, 4, 5)]
+    assert source.num_captions() == 7
+    check_positions(source)
+
+
+def test_a_tar_damaged_or_cut_anywhere_is_refused(tmp_path):
+    whole = open(tarred(tmp_path / "whole.tar", samples(4)), "rb").read().rstrip(b"\0")
+    whole = whole.ljust(-(-len(whole) // 512) * 512, b"\0")
+    headers = [m.offset for m in tarfile.open(tmp_path / "whole.tar").getmembers()]
+    for cut in (len(whole), len(whole) - 512, headers[5], headers[5] + 100, headers[-1] + 511):
+        (tmp_path / "torn.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="torn.tar"):
+            WebDatasetImages(shards=(str(tmp_path / "torn.tar"),)).length()
+    for place in (headers[0], headers[5], headers[-1]):  # a header's checksum no longer holds
+        (tmp_path / "torn.tar").write_bytes(whole[:place] + b"?" + whole[place + 1 :] + bytes(1024))
+        with pytest.raises(ValueError, match="torn.tar"):
+            WebDatasetImages(shards=(str(tmp_path / "torn.tar"),)).length()
+    (tmp_path / "torn.tar").write_bytes(whole + bytes(1024) + b"rubbish".ljust(512))
+    with pytest.raises(ValueError, match="torn.tar.*begins no file"):
+        WebDatasetImages(shards=(str(tmp_path / "torn.tar"),)).length()
+
+
+def test_captions_of_a_tar_that_are_not_utf8_are_named(tmp_path):
+    path = tarred(tmp_path / "c.tar", [("a.png", png(1)), ("a.txt", b"caf\xe9"), ("b.png", png(2)), ("b.txt", "\ufeffcafé\n".encode())])
+    found = list(WebDatasetImages(shards=(path,)).items())
+    assert "its caption is not UTF-8" in found[0].problem and found[1].caption == "café"
+
+
+def test_what_is_said_of_a_broken_picture_is_the_same_again(tmp_path):
+    path = tarred(tmp_path / "b.tar", [("a.png", b"no picture"), ("b.png", png(2)[:-20])])
+    first, again = ([item.problem for item in WebDatasetImages(shards=(path,)).items()] for _ in range(2))
+    assert first == again and "0x" not in "".join(first)
+
+
+def test_labels_of_an_edm2_zip_match_its_entries(tmp_path, capsys):
+    names = [f"00000/img{i:08d}.png" for i in range(3)]
+    entries = {name: png(10 * i) for i, name in enumerate(names)}
+
+    def made(labels, kind=EDM2Images, **more):
+        return kind(path=zipped(tmp_path / "p.zip", entries | more | {"dataset.json": json.dumps({"labels": labels})}))
+
+    for way in ("./{}", "{}", "00000\\{}"):
+        source = made([[way.format(name if "0\\" not in way else name[6:]), i] for i, name in enumerate(names)])
+        assert [item.label for item in source.items()] == [0, 1, 2] and source.passed_over() == {}
+    with pytest.raises(ValueError, match="none is of an entry: 'img0.png' there, '00000/img00000000.png' in the zip"):
+        made([["img0.png", 1]]).length()
+    with pytest.raises(ValueError, match="has the classes 1 and 2"):
+        made([[names[0], 1], [names[0], 2]]).length()
+    source = made([[names[1], 1], ["gone.png", 9]], **{"__MACOSX/00000/._img.png": b"x"})
+    assert [item.label for item in source.items()] == [None, 1, None] and source.num_classes() == 2
+    first = {reason: one["first"] for reason, one in source.passed_over().items()}
+    assert first == {"hidden": ["__MACOSX/00000/._img.png"], "classes of no entry": ["gone.png"]}
+    path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img00000000.png", 1]]})})
+    with pytest.raises(ValueError, match="none is of an entry"):
+        EDM2Latents(path=path).build()
+    path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img-mean-std-00000000.npy", 1], ["gone.npy", 9]]})})
+    assert EDM2Latents(path=path).build().num_classes == 2 and "1 classes of no entry: gone.npy" in capsys.readouterr().err
+
+
+def test_the_fingerprint_of_a_zip_knows_its_labels(tmp_path):
+    tables = (json.dumps({"labels": [["a.png", label]]}) for label in (0, 1))
+    assert len({EDM2Images(path=zipped(tmp_path / "p.zip", {"a.png": png(1), "dataset.json": table})).fingerprint() for table in tables}) == 2
