@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowmap.build_prior import build_prior
 from flowmap.config import RecipeError, kind_of
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TextDataset
+from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.kinds import TABLES, StudentSpec
@@ -52,6 +53,7 @@ from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
+from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
 
 
@@ -148,6 +150,17 @@ def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
 
 
 def _guided(recipe: Recipe) -> BuiltTeacher:
+    built = _before_limits(recipe)
+    spec = built.network and built.network.config.net
+    limit = spec.limit() if card_of(recipe.teacher).kind == "diffusers" else None
+    if limit is None:
+        return built
+    clock, _ = spec.clock()
+    ends = {"first": clock.t_min, "last": clock.t_max} if isinstance(clock, TableClock) else {}
+    return replace(built, guided=LimitedTeacher(built.guided, limit, **ends))
+
+
+def _before_limits(recipe: Recipe) -> BuiltTeacher:
     card = card_of(recipe.teacher)
     strong, network, modules = _load(card, recipe)
     guidance = recipe.teacher.guidance
@@ -175,6 +188,7 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
 def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
         spec, net = load_pretrained(card.source, card.revision)
+        spec.check(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
     flow_map = FlowMapNet(net)

@@ -149,6 +149,10 @@ TEACHERS = {
     "a scheduler of another kind": (edit(INDEX, scheduler=["diffusers", "ScoreSdeVeScheduler"]), "its clock is not known"),
     "an unknown table": (edit(SCHEDULER, beta_schedule="nosuch"), "nosuch is not implemented"),
     "a table of words": (edit(SCHEDULER, beta_start="x"), "its settings do not make one"),
+    "a prediction of noise where no signal is left": (edit(SCHEDULER, rescale_betas_zero_snr=True), "rescale_betas_zero_snr: true cannot go with"),
+    "a network that is already distilled": (edit(INDEX, scheduler=["diffusers", "LCMScheduler"]), "scheduler LCMScheduler: cannot be a teacher's"),
+    "a network of more channels": (edit("unet/config.json", in_channels=9), "in_channels: 9: it denoises 9 channels, the card's shape says 4"),
+    "a setting of the pipeline's": (edit(INDEX, boundary_ratio=0.9), "boundary_ratio: 0.9 is not known"),
     "a huge table": (edit(SCHEDULER, num_train_timesteps=10**9), "num_train_timesteps: 1000000000 is more than"),
     "an empty table": (edit(SCHEDULER, num_train_timesteps=0), "alphas_cumprod must be a table"),
     "a scheduler that is no JSON": (write(SCHEDULER, "{"), "is not a valid JSON file"),
@@ -202,9 +206,43 @@ def test_a_revision_that_is_not_there(place, command, monkeypatch):
     refused(place, fit(place, command), "owner/words at revision nosuch: no diffusers pipeline is there")
 
 
-def test_torn_weights_of_the_network(place, command):
-    torn("unet")(place)
-    refused(place, fit(place, command), "unet cannot be loaded: Unable to load weights")
+def variant(part: str, stem: str):
+    """Weights in half precision alone, as some hubs' folders have them."""
+    return lambda place: (place / "pipe" / part / f"{stem}.safetensors").rename(place / "pipe" / part / f"{stem}.fp16.safetensors")
+
+
+def without_a_shard(part: str, stem: str):
+    """Weights in two files, as their index says, the second of which did not arrive."""
+
+    def change(place: Path) -> None:
+        folder = place / "pipe" / part
+        first, second = (f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2))
+        (folder / f"{stem}.safetensors").rename(folder / first)
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": first, "b": second}}))
+
+    return change
+
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+FILES = {"of another variant": variant, "without a shard": without_a_shard, "torn": lambda part, stem: torn(part)}
+
+
+@pytest.mark.parametrize("part", STEMS)
+@pytest.mark.parametrize("kind", FILES)
+def test_weight_files_that_are_not_all_there_are_named_before_anything_is_encoded(place, command, part, kind):
+    stem = STEMS[part]
+    FILES[kind](part, stem)(place)
+    says = {
+        "of another variant": f"{stem}.fp16.safetensors is of the variant 'fp16', which is not read: save it as {stem}.safetensors too",
+        "without a shard": f"{stem}-00002-of-00002.safetensors is missing",
+        "torn": f"{stem}.safetensors: is not a whole safetensors file",
+    }[kind]
+    refused(place, fit(place, command), says)
+    code, out, err = fit(place, command, "--dry-run")
+    assert code == 2 and says in err.splitlines()[-1], out + err
+    if part != "unet":
+        refused(place, encode(place, command), says)
+    assert not (place / "latents").exists()
 
 
 def text_encoder(width: int):
@@ -228,7 +266,7 @@ ENCODERS = {
     "an autoencoder of pickles": (pickled("vae"), "diffusion_pytorch_model.bin is a pickle and is not read"),
     "torn weights of an autoencoder": (torn("vae"), "cannot be loaded"),
     "a text encoder of pickles": (pickled("text_encoder", "pytorch_model.bin"), "pytorch_model.bin is a pickle and is not read"),
-    "torn weights of a text encoder": (torn("text_encoder"), "Error while deserializing header"),
+    "torn weights of a text encoder": (torn("text_encoder"), "is not a whole safetensors file"),
     "a text encoder of its own code": (edit(INDEX, text_encoder=["evil", "CLIPTextModel"]), "of 'evil' is no class of transformers"),
     "a tokenizer of its own code": (edit(INDEX, tokenizer=["evil", "CLIPTokenizer"]), "of 'evil' is no class of transformers"),
     "a text encoder of another module": (edit(INDEX, text_encoder=["antigravity", "X"]), "of 'antigravity' is no class of transformers"),

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from flowmap.samplers.grids import FewStep
-from flowmap.teachers.text import pipeline_rows, sentence_rows
+from flowmap.teachers.text import pipeline_rows, say_width, sentence_rows
 
 TIME_UNIT = 1000
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
@@ -122,19 +122,24 @@ class FlowMapPipeline(DiffusionPipeline):
         if settings["pipeline"] is None:
             rows = sentence_rows(self.tokenizer, self.text_encoder, distinct, settings["max_tokens"])
         else:
-            encoder = self._stock_encoder(getattr(diffusers, settings["pipeline"]))
+            encoder = self._stock_encoder(getattr(diffusers, settings["pipeline"]), settings)
             rows = pipeline_rows(encoder, distinct, device, settings["max_tokens"], settings["size"])
         places = torch.tensor([distinct.index(one) for one in prompts], device=device)
         return {key: value.to(device)[places] for key, value in rows.items()}
 
-    def _stock_encoder(self, stock: type) -> DiffusionPipeline:
+    def _stock_encoder(self, stock: type, settings: dict) -> DiffusionPipeline:
         """A pipeline of that class around the text encoders, without a network."""
         wanted = inspect.signature(stock.__init__).parameters
         parts = {name: None for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty}
         parts |= {name: getattr(self, name) for name in (*TEXT_PARTS, "scheduler") if name in wanted}
         if "requires_safety_checker" in wanted:
             parts["requires_safety_checker"] = False
-        return stock(**parts)
+        if "force_zeros_for_empty_prompt" in wanted:
+            parts["force_zeros_for_empty_prompt"] = settings["zeros_for_empty"]
+        encoder = stock(**parts)
+        if settings["width"] is not None:
+            say_width(encoder, settings["width"])
+        return encoder
 
     def _classes(self, labels: Tensor | None, num: int, device) -> dict[str, Tensor]:
         count = self.flow_map.config.num_classes

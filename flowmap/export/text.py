@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from flowmap.export.plan import Export
 from flowmap.files import copy_folder
 from flowmap.teachers.autoencoder import local_folder
-from flowmap.teachers.text import PIPELINE, PipelineText, Sentence
+from flowmap.teachers.text import PIPELINE, T5, WITHOUT_T5, PipelineText, Sentence, pipeline_index, text_width, zeros_for_empty
 
 PROMPT = "a blue cat"  # of the card's lines
 KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
@@ -20,13 +19,16 @@ PARTS = tuple(f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("tex
 class TextParts:
     """The text encoders of an exported folder (or of its base): model_index.json's entries for them, and what pipeline they belong to.
 
-    pipeline: the class whose encode_prompt they are for; None for a sentence encoder.
+    pipeline: the class whose encode_prompt they are for; None for a sentence encoder. zeros_for_empty: an empty prompt becomes zeros (SDXL).
+    width: of the zeros in place of a T5 that SD3 does without; None where it has one.
     """
 
     index: dict[str, list[str]]
     pipeline: str | None = None
     max_tokens: int | None = None
     size: int | None = None
+    zeros_for_empty: bool = False
+    width: int | None = None
 
 
 def write_text_parts(plan: Export, folder: Path, *, for_pipeline: str | None = None, of_base: bool = False) -> TextParts | None:
@@ -55,9 +57,10 @@ def write_text_parts(plan: Export, folder: Path, *, for_pipeline: str | None = N
 
 def _pipeline_parts(spec: PipelineText) -> tuple[TextParts, Path]:
     source = local_folder(spec.source, spec.revision, "text.source", PIPELINE)
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    index = pipeline_index(source)
     there = {name: index[name] for name in PARTS if (index.get(name) or [None])[0]}
-    return TextParts(there, index["_class_name"], spec.max_tokens, spec.size), source
+    width = text_width(source) if index["_class_name"] == WITHOUT_T5 and T5 not in there else None
+    return TextParts(there, index["_class_name"], spec.max_tokens, spec.size, zeros_for_empty(index), width), source
 
 
 def _write_sentence(plan: Export, folder: Path) -> TextParts:

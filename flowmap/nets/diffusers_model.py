@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.flow.clock import FlowClock, TableClock, velocity_of
+from flowmap.flow.limit import Limit
 from flowmap.flow.types import Cond
 from flowmap.nets.embed import ScalarEmbedding, branches
+from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
 
-PREDICTION_OF = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "flow_prediction": "linear_velocity"}
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
 BLOCKS = "transformer_blocks"
 LARGEST_SETTING = 1 << 20
@@ -57,6 +58,21 @@ class DiffusersModel:
         check_scheduler(self.scheduler)
         with torch.device("cpu"):  # also where the network is built without memory
             return clock_of(made(self.scheduler, self.scheduler_settings))
+
+    def limit(self) -> Limit | None:
+        """What a sampler of its scheduler does with the predicted data; the network itself does not do it."""
+        check_scheduler(self.scheduler)
+        with torch.device("cpu"):
+            return limit_of(made(self.scheduler, self.scheduler_settings))
+
+    def check(self, shape: tuple[int, ...] | None = None) -> None:
+        """ValueError, by name, for a setting with which it cannot be a teacher (of samples of that shape)."""
+        import diffusers
+
+        check_scheduler(self.scheduler)
+        check_scheduler_settings(getattr(diffusers, self.scheduler), json.loads(self.scheduler_settings))
+        check_network_settings(self.network, self.settings, shape)
+        self.clock()
 
 
 class DiffusersNet(nn.Module):
@@ -211,19 +227,6 @@ def _check_sizes(value: Any, key: str = "") -> None:
         most = LARGEST_DEPTH if "layers" in key else LARGEST_SETTING
         if abs(value) > most:
             raise ValueError(f"{key}: {value} is more than {most}")
-
-
-def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
-    """The clock and the kind of prediction of a diffusers scheduler. Raises ValueError for one that is neither a flow's nor a table's."""
-    config, name = scheduler.config, type(scheduler).__name__
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        return FlowClock(float(config.get("num_train_timesteps", 1000))), "linear_velocity"
-    if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
-        raise ValueError(f"scheduler {name}: has no alphas_cumprod and is no flow-matching scheduler: its clock is not known")
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_OF:
-        raise ValueError(f"scheduler {name}: prediction_type {kind!r} is not one of {', '.join(PREDICTION_OF)}")
-    return TableClock(scheduler.alphas_cumprod), PREDICTION_OF[kind]
 
 
 def _dit(net, x, time, cond):

@@ -7,10 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, check_scheduler, first_line, made
+from flowmap.nets.teacher_settings import check_pipeline_settings
+from flowmap.nets.weight_files import check_weight_files
 
 NETWORK = ("transformer", "unet")
 
@@ -49,7 +52,10 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
         schedule = getattr(diffusers, scheduler).load_config(source, subfolder=beside, revision=revision)
         check_scheduler(schedule.get("_class_name", scheduler))
         spec = DiffusersModel(network, _json(settings), scheduler, _json(schedule))
-        return replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))
+        spec = replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))
+        check_pipeline_settings(_index(source, revision))
+        spec.check()
+        return spec
     except Exception as error:  # a foreign folder makes the library raise anything at all
         raise ValueError(f"{place}: cannot be read: {first_line(error)}") from error
 
@@ -70,12 +76,12 @@ def is_hub_id(source: str) -> bool:
 
 
 def _check_weights(source: str, part: str) -> None:
-    """ValueError where that part of a folder on this machine holds pickles alone, or nothing."""
-    folder = Path(source) / part
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
-        raise ValueError(f"{source}: {part} cannot be loaded: there is no *.safetensors{what}")
+    """ValueError where that part of a folder on this machine has no whole safetensors."""
+    if (Path(source) / part).is_dir():
+        try:
+            check_weight_files(Path(source) / part)
+        except ValueError as error:
+            raise ValueError(f"{source}: {part} cannot be loaded: {error}") from error
 
 
 def _at(source: str, revision: str | None) -> str:
@@ -84,6 +90,18 @@ def _at(source: str, revision: str | None) -> str:
 
 def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tuple[str, str]:
     """(folder, class name) of the first of these components that the pipeline's model_index.json names."""
+    index = _index(source, revision)
+    for name in names:
+        part = index.get(name)
+        if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str):
+            if part[0] != "diffusers":
+                raise ValueError(f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run")
+            return name, part[1]
+    raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
+
+
+def _index(source: str, revision: str | None) -> dict[str, Any]:
+    """The pipeline's model_index.json."""
     from diffusers import DiffusionPipeline
 
     here = os.path.isdir(source)
@@ -93,13 +111,7 @@ def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tup
         index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=here)
     except (OSError, ValueError) as error:
         raise ValueError(f"{_at(source, revision)}: no diffusers pipeline is there (model_index.json): {first_line(error)}") from error
-    for name in names:
-        part = index.get(name) if isinstance(index, dict) else None
-        if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str):
-            if part[0] != "diffusers":
-                raise ValueError(f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run")
-            return name, part[1]
-    raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
+    return index if isinstance(index, dict) else {}
 
 
 def _json(config) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowmap.config import RecipeError
 from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.frozen_parts import check_frozen_parts
 from flowmap.metrics import lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.planning.named_networks import check_teachers
@@ -30,6 +31,10 @@ def check_parts(recipe: Recipe) -> None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network (dit, mlp, ...)")
     check_teachers(recipe)
     check_prior(recipe)
+    try:
+        check_frozen_parts(recipe.data)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: data.{error}") from error
 
 
 def missing_parts(recipe: Recipe) -> list[str]:

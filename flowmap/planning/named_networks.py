@@ -76,7 +76,7 @@ def check_teachers(recipe: Recipe) -> None:
             raise RecipeError(f"{recipe.name}: teacher.card: {line}")
         try:
             if card.kind == "diffusers":
-                read_spec(card.source, card.revision).clock()
+                read_spec(card.source, card.revision).check(tuple(card.shape))
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
         if card.kind == "diffusers":

@@ -22,6 +22,7 @@ from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.files import read_json, write_json, write_tensors
+from flowmap.frozen_parts import check_frozen_parts
 from flowmap.shards.encode_shard import Shard
 from flowmap.shards.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
 
@@ -49,6 +50,7 @@ def encode(
     with making(folder, shard):
         encoder, what = Encoder(spec, device), _plan(spec)
         if not (folder / PLAN).is_file():
+            check_frozen_parts(spec)
             encoder.load()  # before anything is written down
         check_plan(folder, what, "encoding", ("length", "fingerprint"))
         _fill(spec, folder, encoder, *shard, batch_size)

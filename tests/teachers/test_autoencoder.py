@@ -34,9 +34,10 @@ def test_latents_are_the_posteriors_mean_normalised_and_decode_undoes_it(tmp_pat
 
 
 def test_normalisation_by_channel_from_the_recipe_or_the_model(tmp_path):
-    kl(tmp_path, latents_mean=[0.1, 0.2, 0.3], latents_std=[1.0, 2.0, 4.0])
+    """(z - latents_mean) scaling_factor / latents_std, as diffusers' SDXL pipelines have it."""
+    kl(tmp_path, latents_mean=[0.1, 0.2, 0.3], latents_std=[1.0, 2.0, 4.0], scaling_factor=0.5)
     theirs = Autoencoder(source=str(tmp_path)).load()
-    ours = Autoencoder(source=str(tmp_path), shift=(0.1, 0.2, 0.3), scale=(1.0, 0.5, 0.25)).load()
+    ours = Autoencoder(source=str(tmp_path), shift=(0.1, 0.2, 0.3), scale=(0.5, 0.25, 0.125)).load()
     x = torch.randn(1, 3, 16, 16)
     torch.testing.assert_close(theirs.encode(x), ours.encode(x))
     assert theirs.identity() == ours.identity()

