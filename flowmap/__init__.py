@@ -1,8 +1,8 @@
 """flowmap: a slow diffusion or flow teacher becomes a student that samples in 1, 2 or 4 steps.
 
-    run = flowmap.fit(flowmap.read_recipe("digits"))
-    student = flowmap.load_student("runs/digits/student")
-    images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
+run = flowmap.fit(flowmap.read_recipe("digits"))
+student = flowmap.load_student("runs/digits/student")
+images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
 """
 
 import sys
@@ -12,7 +12,7 @@ from types import ModuleType
 from flowmap import torchvision_shim
 
 __version__ = "0.1.0"
-__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "__version__"]
+__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import", "__version__"]
 
 torchvision_shim.install()
 
@@ -22,6 +22,7 @@ _HOME = {
     "fit": "flowmap.train.fit",
     "sample": "flowmap.sample",
     "evaluate": "flowmap.evaluate",
+    "allow_import": "flowmap.base.trust",
 }
 
 

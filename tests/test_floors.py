@@ -17,7 +17,9 @@ ONLY_IN = {
 
 
 def floor(top):
-    return 0 if top == "flow" else 1 if top in FLOOR_ONE else 3 if top == "train" else 4 if top in ("cli", "__main__", "__init__") else 2
+    if top in ("base", "flow"):
+        return ("base", "flow").index(top) - 1
+    return 1 if top in FLOOR_ONE else 3 if top == "train" else 4 if top in ("cli", "__main__", "__init__") else 2
 
 
 def imports(path):
