@@ -11,7 +11,7 @@ FLOOR_ONE = {"objectives", "samplers", "nets", "teachers", "data", "metrics"}
 ONLY_IN = {
     "lightning": lambda part: part[0] == "train",
     "pytorch_lightning": lambda part: part[0] == "train",
-    "omegaconf": lambda part: part in (("recipe",), ("teachers", "card")),
+    "omegaconf": lambda part: part in (("recipe",), ("teachers", "card"), ("base", "outside")),
     "diffusers": lambda part: part[0] in ("teachers", "nets", "export"),
 }
 
