@@ -156,6 +156,7 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     """{"student": {arm: {steps: figures}}, "floor": figures}: all by the stage's own recipe, with its sampler and noise."""
     import _labels
 
+    from flowmap.base.trust import allow_import
     from flowmap.build import build_data
     from flowmap.evaluate import measure
     from flowmap.recipe import read_recipe
@@ -164,6 +165,8 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     recipe = read_recipe(path)
     data = build_data(recipe)
     known = _labels.fit(data)
+    for space in (UNSEEN, *(space for space in spaces if ":" in space)):
+        allow_import(space.partition(":")[0])
     metrics, found = metrics_for(read_recipe(start / "recipe.yaml").metrics, spaces, smoke), {}
     for arm in ("before", *ARMS):
         student = load_student(start if arm == "before" else path.parent / arm)

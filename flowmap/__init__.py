@@ -12,7 +12,7 @@ from types import ModuleType
 from flowmap import torchvision_shim
 
 __version__ = "0.1.0"
-__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "__version__"]
+__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import", "__version__"]
 
 torchvision_shim.install()
 
@@ -22,6 +22,7 @@ _HOME = {
     "fit": "flowmap.train.fit",
     "sample": "flowmap.sample",
     "evaluate": "flowmap.evaluate",
+    "allow_import": "flowmap.base.trust",
 }
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from flowmap import __version__
+from flowmap.base.trust import allow_import
 from flowmap.papers import PAPERS
 from flowmap.processes import is_child
 from flowmap.sample_verb import sample_arguments, sample_verb
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         for name in getattr(arguments, "imports", None) or []:
-            _import(name)
+            allow_import(name)
         with plain_warnings():
             return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
@@ -64,21 +63,6 @@ def _say_error(error: object, code: int) -> int:
         return code
     print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
     return code
-
-
-def _import(name: str) -> None:
-    """Runs a Python file or module of the user's, which adds to the dicts of kinds (docs/extending.md)."""
-    path = Path(name)
-    try:
-        if path.suffix != ".py":
-            importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(f"flowmap_import_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"--import: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _fit(a: argparse.Namespace) -> int:
@@ -231,7 +215,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, nargs="+", metavar="K", help="default: the recipe's")
     evaluate.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
-    _import_argument(evaluate)
 
     compare = _verb(verbs, "compare", compare_verb, "train recipes on equal terms, seed by seed, and tabulate them; goes on where it was cut")
     compare_arguments(compare)
@@ -257,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("--std", type=float, required=True, help="relative width of the average, as EDM2 gives it: 0.05, 0.10, ...")
     average.add_argument("--step", type=int, metavar="N", help="as of that step (default: the last)")
     average.add_argument("--out", required=True, help="folder for the student")
+    _import_argument(average)
 
     weights = _verb(verbs, "import", _import_weights, "convert published pickles to safetensors, executing nothing in them")
     what = "one EDM or EDM2 network, several snapshots of one run, or a diffusers pipeline's folder"
@@ -312,7 +296,8 @@ def _shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) -
 
 
 def _import_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--import", dest="imports", action="append", metavar="FILE|MODULE", help="run this Python of yours first: it adds kinds")
+    what = "run this Python of yours first: it adds kinds, and a recipe may name its attributes"
+    parser.add_argument("--import", dest="imports", action="append", metavar="FILE|MODULE", help=what)
 
 
 def _student_arguments(parser: argparse.ArgumentParser) -> None:
@@ -323,6 +308,7 @@ def _student_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _student_argument(parser: argparse.ArgumentParser, base: bool = False) -> None:
     parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    _import_argument(parser)
     if base:
         parser.add_argument("--base", metavar="DIR|HUB-ID", help="where a LoRA student's base is now, if it has moved")
 

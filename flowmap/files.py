@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flowmap.base.outside import bounded_text
+
 POLL, MINUTE = 0.5, 60.0  # seconds between two looks at a lock, and between two messages about it
 
 
@@ -145,11 +147,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in that file; ValueError names the file otherwise."""
+    text = bounded_text(path, "json")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (ValueError, OSError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         raise ValueError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is not a JSON object")

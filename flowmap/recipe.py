@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, read_settings, refuse_interpolations
 from flowmap.config import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
@@ -212,7 +213,7 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     for override in (word for word in overrides if not word.startswith("+")):
         _override(config, override)
     file = f"{name}.yaml" if str(name).endswith(path.stem) else path.name  # lediflow/digits.yaml, not one of several digits.yaml
-    return recipe_from(_plain(config, file), file=file)
+    return recipe_from(OmegaConf.to_container(config, resolve=False), file=file)
 
 
 def _defaults() -> dict[str, Any]:
@@ -276,8 +277,11 @@ def _override(config, override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key:
         raise RecipeError(f"command line: {override!r} is not of the form key=value")
+    if INTERPOLATION in override:
+        raise RecipeError(f"command line: {key}: {NO_INTERPOLATION}")
     try:
-        parsed = OmegaConf.from_dotlist([f"value={value}"]).value
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
+        refuse_interpolations(parsed, "")
         if key.endswith(".kind") and OmegaConf.select(config, key) != parsed:
             key, parsed = key.removesuffix(".kind"), {"kind": parsed}
             OmegaConf.update(config, key, parsed, merge=False)
@@ -289,23 +293,9 @@ def _override(config, override: str) -> None:
 
 def _load(path: File) -> dict:
     try:
-        plain = _plain(OmegaConf.load(path), str(path))
-    except RecipeError:
-        raise
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # PyYAML's own errors; omegaconf re-exports no common class for them
-        raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise RecipeError(f"{path}: is not a mapping of settings")
-    return plain
-
-
-def _plain(config, file: str) -> Any:
-    try:
-        return OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{file}: {str(error).splitlines()[0]}") from error
+        return read_settings(path, ["base", *(f.name for f in fields(Recipe))], "recipe")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _missing(node: Any, key: str) -> list[str]:

@@ -11,13 +11,15 @@ FLOOR_ONE = {"objectives", "samplers", "nets", "teachers", "data", "metrics"}
 ONLY_IN = {
     "lightning": lambda part: part[0] == "train",
     "pytorch_lightning": lambda part: part[0] == "train",
-    "omegaconf": lambda part: part in (("recipe",), ("teachers", "card")),
+    "omegaconf": lambda part: part in (("recipe",), ("teachers", "card"), ("base", "outside")),
     "diffusers": lambda part: part[0] in ("teachers", "nets", "export"),
 }
 
 
 def floor(top):
-    return 0 if top == "flow" else 1 if top in FLOOR_ONE else 3 if top == "train" else 4 if top in ("cli", "__main__", "__init__") else 2
+    if top in ("base", "flow"):
+        return ("base", "flow").index(top) - 1
+    return 1 if top in FLOOR_ONE else 3 if top == "train" else 4 if top in ("cli", "__main__", "__init__") else 2
 
 
 def imports(path):

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.outside import bounded_text
+
 FILE, SETTINGS = "tokenizer.json", "tokenizer_settings.json"
 SPECIAL = ("<pad>", "<start>", "<end>", "<mask>")
 TRAINED_ON = 200_000  # sentences, evenly spaced, that BPE looks at
@@ -207,13 +209,12 @@ class PairTokens(Tokens):
 
 def load_tokens(folder: Path) -> Tokens:
     """The tokenizer of an autoencoder's folder; ValueError names the file that is wrong."""
+    settings, model = (bounded_text(folder / name, "json") for name in (SETTINGS, FILE))
     try:
-        settings, model = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), (folder / FILE).read_text(encoding="utf-8")
+        settings = json.loads(settings)
         if "encoder" in settings:
             parts = zip(json.loads(model), (settings["encoder"], settings["decoder"]), strict=True)
             return PairTokens(*(Tokens(part, **{name: int(value) for name, value in one.items()}) for part, one in parts))
         return Tokens(model, **{name: int(value) for name, value in settings.items()})
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: there is no such file; the tokenizer lies beside the text autoencoder's weights") from None
     except Exception as error:  # tokenizers raises bare exceptions on a file that is none
         raise ValueError(f"{folder / FILE}: is no tokenizer: {str(error).splitlines()[0]}") from error

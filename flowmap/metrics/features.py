@@ -7,17 +7,17 @@ Never measure with the network that a loss used.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flowmap.base.trust import allowed_attribute
 
 
 class Pixels(nn.Module):
@@ -168,8 +168,9 @@ FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
 def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
     """The feature space of this name, fitted to the reference samples where it fits anything; frozen, in evaluation mode.
 
-    A name with a colon, "package.mod:attr", is imported: a module or function x -> (B, D), or a class to be made without arguments.
-    Raises ValueError for an unknown name, and for one whose package or weights are not there.
+    A name with a colon, "package.mod:attr", is an attribute of a module that the user allows (base/trust.py): a module or function
+    x -> (B, D), or a class to be made without arguments. Raises ValueError for an unknown name, and for one whose package or weights are not
+    there.
     """
     check_features(name)
     alone = ":" in name or hasattr(FEATURES[name], "check")  # fits nothing to the reference
@@ -180,7 +181,7 @@ def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
 def check_features(name: str) -> None:
     """ValueError, as build_features raises it, where that feature space cannot be had here; no network is loaded."""
     if ":" in name:
-        _found(name)
+        allowed_attribute(name, "features")
     elif name not in FEATURES:
         raise ValueError(f"features is {name!r}; allowed are {', '.join(FEATURES)} or package.mod:attr")
     elif hasattr(FEATURES[name], "check"):
@@ -206,13 +207,5 @@ def _network(name: str) -> nn.Module:
 
 
 def _imported(name: str) -> Callable[[Tensor], Tensor]:
-    found = _found(name)
+    found = allowed_attribute(name, "features")
     return found() if isinstance(found, type) else found
-
-
-def _found(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"features is {name!r}, which cannot be imported: {error}") from error

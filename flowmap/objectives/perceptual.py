@@ -7,7 +7,6 @@ A network that a loss uses must not be one that a metric uses: recipes that name
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flowmap.base.trust import allowed_attribute
 
 SIZE = 224
 TRUNKS = {"lpips": ("vgg", "vgg16-397923af.pth"), "lpips_alex": ("alex", "alexnet-owt-7be5be79.pth")}  # torchvision's release files
@@ -144,11 +145,7 @@ class _Flat(nn.Module):
 
 
 def _imported(name: str) -> Perceptual:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"net: {name!r} cannot be imported: {error}") from error
+    found = allowed_attribute(name, "net")
     return found() if isinstance(found, type) else found
 
 

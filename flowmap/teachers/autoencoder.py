@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.outside import bounded_text
+
 PARTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "vae/*")
 
 
@@ -146,8 +148,8 @@ def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        found = json.loads(bounded_text(path, "json"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON: {first_line(error)}") from error
     return found if isinstance(found, dict) else {}
 

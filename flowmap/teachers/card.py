@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from flowmap.base.outside import read_settings
 
 KINDS = ("recipe", "exact", "converted", "diffusers", "autoencoder")
 
@@ -44,8 +46,9 @@ class Card:
 
 def read_card(path: Path) -> Card:
     """The card in that file; ValueError names the file, the key and what is allowed."""
+    plain = read_settings(path, [one.name for one in fields(Card)], "card")
     try:
-        card = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), OmegaConf.load(path), {"name": path.stem}))
+        card = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), plain, {"name": path.stem}))
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path.name}: {str(error).splitlines()[0]}") from error
     if card.kind not in KINDS:

@@ -231,7 +231,7 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
         (["objective.discriminator={kind: teacher}"], "'teacher' looks through the teacher's network, and the recipe has no teacher"),
         (["objective.discriminator={kind: features}", "metrics=[{kind: frechet, features: efficientnet_lite0}]"], "is also a metric's"),
         (["objective.discriminator={kind: features, net: inception}"], "objective.discriminator.net: 'inception' is not efficientnet_lite0"),
-        (["objective.discriminator={kind: features, net: nowhere:net}"], "net: 'nowhere:net' cannot be imported"),
+        (["objective.discriminator={kind: features, net: nowhere:net}"], "net: 'nowhere:net' names code"),
         (["objective.discriminator.kind=convv"], "objective.discriminator.kind: no 'convv', did you mean 'conv'?"),
         (["objective.discriminator.widht=3"], "objective.discriminator.widht: no such setting, did you mean 'width'?"),
         (["objective={kind: adversarial, discriminator: {kind: conv}}"], "objective.base: is required"),
