@@ -63,7 +63,7 @@ def test_every_suffix_that_is_read_in_any_case(tmp_path):
     names = [f"{place}/{suffix}.{case}" for suffix in READ for place, case in (("a", suffix), ("b", suffix.upper()))]
     source = folder(tmp_path, names)
     assert len(list(source.items())) == 2 * len(READ) and all(item.problem is None for item in source.items())
-    assert Folder(root=str(tmp_path), size=4).build().labels.bincount().tolist() == [len(READ)] * 2
+    assert Folder(root=str(tmp_path), size=4, held_out=0).build().labels.bincount().tolist() == [len(READ)] * 2
 
 
 def test_the_first_frame_of_an_animation(tmp_path):
