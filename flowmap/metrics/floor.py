@@ -19,11 +19,11 @@ DRAWS = 5
 
 
 def floors(built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None) -> dict[str, float]:
-    """The floors of all metrics that have one. built: each spec with the metric made of it, an Against where it needs samples."""
+    """The floors of all metrics that have one. built: each spec with the metric made of it, an Against or Neighbours where it needs samples."""
     found: dict[str, float] = {}
     for spec, metric in built:
         if spec.needs == "samples":
-            found |= floor(metric, dataset, classes)
+            found |= floor(metric, dataset, classes) if isinstance(metric, Against) else metric.floor()
         elif spec.needs == "conditions":
             found |= agreement_floor(spec, metric, dataset)
     return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.metrics.against import Against, HasReferences
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
@@ -21,6 +22,7 @@ from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, InFeatures, Sizes, enough
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
     from flowmap.metrics.mmd import MaximumMeanDiscrepancy
+    from flowmap.metrics.nearest import Neighbours
     from flowmap.metrics.precision_recall import PrecisionRecallScore
 
 
@@ -38,6 +40,10 @@ class _Samples(InFeatures):
     def fits(self, data: Sizes) -> None:
         super().fits(data)
         enough(self.kind, self.least, data)
+
+    def compare(self, data: HasReferences) -> Against:
+        """The metric with each reference of the data already counted."""
+        return Against(self, data)
 
     def compared(self, reference: int) -> int:
         """How many generated samples are compared with `reference` real ones."""
@@ -153,10 +159,40 @@ class MMD(_Samples):
         return {"cmmd" if clip else f"mmd_{short_name(self.features)}": float(metric.compute())}
 
 
+@dataclass(frozen=True)
+class NearestNeighbour(InFeatures):
+    """Distances in `features` from `images` generated samples to the nearest of `reference_images` training samples (None: all).
+
+    nearest_<features> is their median, nearest_<features>_held_out that of as many held-out samples, nearest_<features>_ratio the first over
+    the second: about 1 for fresh samples of the same law, below 1 for copies.
+    """
+
+    features: str = "pixels"
+    images: int = 1000
+    reference_images: int | None = None
+    needs: ClassVar[str] = "samples"
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, reference_images=(1, MAX_SAMPLES))
+
+    def fits(self, data: Sizes) -> None:
+        super().fits(data)
+        if not data.num_held_out:
+            raise ValueError("metrics: nearest_neighbour compares with held-out samples, and data.held_out is 0")
+
+    def compare(self, data: HasReferences) -> Neighbours:
+        """The metric with the training samples already in the feature space."""
+        from flowmap.metrics.nearest import Neighbours
+
+        return Neighbours(self, data)
+
+
 METRICS = {
     "frechet": Frechet,
     "precision_recall": PrecisionRecall,
     "mmd": MMD,
+    "nearest_neighbour": NearestNeighbour,
     "straightness": Straightness,
     "endpoint_error": EndpointError,
     "inversion": Inversion,
