@@ -16,7 +16,6 @@ from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.kinds import TABLES, StudentSpec
-from flowmap.metrics import check_metrics
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -24,7 +23,7 @@ from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
-from flowmap.planning.beforehand import check_start, shipped_prior
+from flowmap.planning.beforehand import check_sizes, check_start, shipped_prior
 from flowmap.planning.named_networks import missing_weights
 from flowmap.planning.plan import (
     card_of,
@@ -92,10 +91,9 @@ def build_data(recipe: Recipe) -> Dataset:
         data = data_of(recipe).build()
         styles = styles_of(recipe)
         data = StyledDataset.of(data, styles) if styles is not None else data
-        if recipe.leaves == "student":
-            check_metrics(recipe.metrics, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
+    check_sizes(recipe, data)
     return data
 
 

@@ -20,7 +20,7 @@ from flowmap.flow.apportion import apportioned
 from flowmap.flow.prior import Start, rows_told
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
-from flowmap.metrics import Against, check_metrics, floors
+from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -134,7 +134,7 @@ class _Rows:
         self.classes = classes_by_law(data, recipe.evaluation.classes) if student.config.num_classes else None
         self.conditions = conditions_for(student, data, self.num, guidance, self.classes) if self.num else None
         real = {"conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
-        self.built = [Against(spec, data) if spec.needs == "samples" else spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
+        self.built = [spec.compare(data) if spec.needs == "samples" else spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
         self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
     def student(self, k: int) -> tuple[dict[str, float], float]:

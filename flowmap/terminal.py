@@ -36,12 +36,19 @@ def summary(metrics: dict) -> str:
     if "teacher" in metrics:
         rows[f"teacher {metrics['teacher']['steps']}"] = metrics["teacher"]
     rows["floor"] = metrics["floor"]
+    if spread := spread_of(metrics["floor"]):
+        rows["floor's spread"] = spread
     names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
     lines = ["steps".ljust(14) + "".join(name.rjust(max(12, len(name) + 2)) for name in names)]
     for label, row in rows.items():
         cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
         lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
     return "\n".join(lines)
+
+
+def spread_of(floor: dict) -> dict:
+    """Under each metric's name the standard deviation of its floor over draws of real samples, where there is one."""
+    return {key.removesuffix("_std"): value for key, value in floor.items() if key.endswith("_std")}
 
 
 class Bar:

@@ -24,6 +24,7 @@ class Source:
     conditional: bool = True
     drop_condition: float = 0.0
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
+    quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
     def outline(self) -> tuple[tuple[int, ...], int | None] | None:
         """(shape of a sample, number of classes) where the settings alone say it, without the data; None where they do not."""
@@ -86,6 +87,15 @@ class Dataset:
     def held_out_samples(self) -> tuple[Tensor, Cond]:
         """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
         return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
+
+    @property
+    def num_reference(self) -> int:
+        return len(self.reference)
+
+    @property
+    def reference_shape(self) -> tuple[int, ...]:
+        """Of one sample of the reference: a picture's where the samples are latents of an autoencoder."""
+        return self.shape
 
     @property
     def num_held_out(self) -> int:

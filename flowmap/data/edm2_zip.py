@@ -156,6 +156,14 @@ class ZipLatents:
         return self.held_out, {} if self.num_classes is None else {"class": self.held_out_labels}
 
     @property
+    def num_reference(self) -> int:
+        return min(len(self._kept), self.spec.reference_images)
+
+    @property
+    def reference_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
     def num_held_out(self) -> int:
         return len(self._out)
 

@@ -167,6 +167,16 @@ class EncodedDataset:
         return self._column(table, "x0"), self._conditions(table)
 
     @property
+    def num_reference(self) -> int:
+        return len(self._rows_of("reference"))
+
+    @property
+    def reference_shape(self) -> tuple[int, ...]:
+        """Of one picture of the reference."""
+        with _safetensors(self.folder / REFERENCE) as file:
+            return tuple(file.get_slice("reference").get_shape()[1:])
+
+    @property
     def num_held_out(self) -> int:
         return len(self._rows_of("held_out"))
 

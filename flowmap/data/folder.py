@@ -106,6 +106,7 @@ class Folder(Source):
     channels: int = 3
     held_out: int | None = None
     seed: int = 0
+    quick: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

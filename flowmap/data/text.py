@@ -91,6 +91,7 @@ class Text(Source):
     seed: int = 0
     root: str = ""
     in_pixels: ClassVar[bool] = False
+    quick: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

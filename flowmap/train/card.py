@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from flowmap.config import kind_of
 from flowmap.kinds import TABLES
+from flowmap.metrics import TRAIN
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
+from flowmap.terminal import spread_of
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
@@ -50,8 +52,12 @@ def figures_table(metrics: dict | None) -> list[str]:
     if "teacher" in metrics:
         rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics["teacher"]
     rows["real against real (floor)"] = metrics["floor"]
+    if spread := spread_of(metrics["floor"]):
+        rows["floor, standard deviation"] = spread
     names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
     table = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for label, row in rows.items():
         table.append(f"| {label} | " + " | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) + " |")
+    if any(name.endswith(TRAIN) for name in names):
+        table += ["", f"Distances are to held-out samples; those that end in `{TRAIN}` are to training samples."]
     return table

@@ -41,8 +41,6 @@ def test_reference_can_be_a_part():
     metric = Frechet(reference_images=50).build(gaussian(0, 300))
     assert metric.real_count == 50
     assert sum(len(part) for part in PrecisionRecall(images=40).build(gaussian(0, 300)).real) == 40
-    with pytest.raises(ValueError, match="metrics.k is 0"):
-        PrecisionRecall(k=0).build(gaussian(0, 300))
 
 
 def test_reading_the_specs_imports_nothing_heavy():

@@ -89,8 +89,15 @@ def test_style_hit_is_of_the_target():
 def test_the_features_of_a_divergence_are_named():
     texts = [f"{word} {other} {i}" for i, word in enumerate(WORDS) for other in WORDS]
     spec = TextDivergence(images=60, clusters=5)
-    row = spec.report(spec.build(SimpleNamespace(texts=texts)), texts[::2], {})
-    assert set(row) == {"divergence_words", "frechet_words"} and row["divergence_words"] < 0.2
+    data = SimpleNamespace(texts=texts, held_out_texts=[f"something entirely different {i}" for i in range(60)])
+    row = spec.report(spec.build(data), texts[::2], {})
+    assert set(row) == {f"{name}_words{suffix}" for name in ("divergence", "frechet") for suffix in ("", "_train")}
+    assert row["divergence_words_train"] < 0.2 < row["divergence_words"]
+    floor = spec.floor(spec.build(data), data)
+    assert set(floor) == set(row) and floor["frechet_words"] == pytest.approx(floor["frechet_words_train"])
+    alone = SimpleNamespace(texts=texts, held_out_texts=[])
+    assert set(spec.report(spec.build(alone), texts[::2], {})) == {"divergence_words_train", "frechet_words_train"}
+    assert spec.floor(spec.build(alone), alone) == {}
     with pytest.raises(ValueError, match="features: 'clip'"):
         TextDivergence(features="clip")
 

@@ -30,7 +30,7 @@ def report(names: Sequence[str], results: Sequence[dict[str, Any]], besides: Seq
     known = {"steps", "nfe"}
     return {
         "terms": {"seconds": terms.seconds, "evaluations": terms.evaluations, "steps": list(terms.steps), "seeds": seeds},
-        "metrics": list(dict.fromkeys(key for b in besides for key in b["floor"])),
+        "metrics": list(dict.fromkeys(key for b in besides for key in b["floor"] if not key.endswith("_std"))),
         "recipes": recipes,
         "beside": {label: _spreads([{k: v for k, v in row.items() if k not in known} for row in found]) for label, found in rows.items() if found},
         "results": list(results),

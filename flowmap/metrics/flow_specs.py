@@ -1,0 +1,109 @@
+"""What a recipe may ask for of a flow itself: of its paths, of its end points, of real samples carried through it.
+
+`needs` and `report`: see specs.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from flowmap.flow.solver import Heun, NoiseAnchored, Solver
+from flowmap.metrics.spec import SAMPLES, STEPS, Spec, within
+
+if TYPE_CHECKING:  # torchmetrics takes seconds to import
+    from flowmap.metrics.held_out import InversionScore, LossByTimeScore
+    from flowmap.metrics.trajectories import EndpointScore, StraightnessScore
+
+
+@dataclass(frozen=True)
+class Straightness(Spec):
+    """How far from straight the paths of `images` samples are, over `steps` steps."""
+
+    images: int = 256
+    steps: int = 32
+    needs: ClassVar[str] = "trajectory"
+
+    def __post_init__(self):
+        within(self, images=SAMPLES, steps=STEPS)
+
+    def build(self) -> StraightnessScore:
+        from flowmap.metrics.trajectories import StraightnessScore
+
+        return StraightnessScore()
+
+    def report(self, metric: StraightnessScore) -> dict[str, float]:
+        return {"straightness": float(metric.compute())}
+
+
+@dataclass(frozen=True)
+class EndpointError(Spec):
+    """How far `images` few-step end points are from those of `steps` steps from the same noise."""
+
+    images: int = 256
+    steps: int = 32
+    needs: ClassVar[str] = "endpoints"
+
+    def __post_init__(self):
+        within(self, images=SAMPLES, steps=STEPS)
+
+    def build(self) -> EndpointScore:
+        from flowmap.metrics.trajectories import EndpointScore
+
+        return EndpointScore()
+
+    def report(self, metric: EndpointScore) -> dict[str, float]:
+        return {"endpoint_error": float(metric.compute())}
+
+
+@dataclass(frozen=True)
+class Inversion(Spec):
+    """Reconstruction by inversion: `images` held-out samples carried to t = 1 by the velocity (`solver`), and back by the sampler.
+
+    inversion_error is the mean squared error per value, of samples as training sees them; inversion_noise the mean squared norm of the
+    noise per value (1 for N(0, I)), inversion_z how far that is off, in standard errors. Where guidance is an input, its default is used,
+    and a guided velocity does not carry real samples to N(0, I).
+    """
+
+    images: int = 256
+    solver: Solver = Heun(steps=32)
+    needs: ClassVar[str] = "inversion"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.solver, NoiseAnchored):
+            raise ValueError("solver: the anchored rule runs from noise to data only; choose another to invert")
+
+    def build(self) -> InversionScore:
+        from flowmap.metrics.held_out import InversionScore
+
+        return InversionScore()
+
+    def report(self, metric: InversionScore) -> dict[str, float]:
+        return {f"inversion_{name}": value for name, value in metric.compute().items()}
+
+
+@dataclass(frozen=True)
+class LossByTime(Spec):
+    """The mean squared error per value of the velocity against the conditional one, x1 - x0 on the linear path, at each of `times`.
+
+    Over `images` draws of the recipe's own coupling that were not trained on: held-out samples with fresh noise, or pairs made anew, with
+    their teacher, from other noise. Its lowest value is the variance of x1 - x0 given xt: 0 for a straight coupling alone.
+    """
+
+    images: int = 1000
+    times: tuple[float, ...] = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
+    needs: ClassVar[str] = "loss"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.times or not all(0 <= t <= 1 for t in self.times) or len(set(self.times)) < len(self.times):
+            raise ValueError(f"times: {self.times} must be different numbers in [0, 1]")
+
+    def build(self) -> LossByTimeScore:
+        from flowmap.metrics.held_out import LossByTimeScore
+
+        return LossByTimeScore(self.times)
+
+    def report(self, metric: LossByTimeScore) -> dict[str, float]:
+        return {f"loss_t{t:g}": value for t, value in zip(self.times, metric.losses(), strict=True)}
