@@ -29,6 +29,7 @@ from flowmap.files import check_writable, copy_folder, only_process, read_json, 
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
+from flowmap.planning.pictures import check_pictures, of_pictures
 from flowmap.planning.plan import BUILT_ON, Encoding, Pairing, Stage, built_on, data_of, holds, is_complete, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe, read_resolved
@@ -93,11 +94,15 @@ def fit(
         for stage in stages:  # before pictures are encoded for hours
             if isinstance(stage, Stage) and not stage.complete:
                 check_beforehand(stage.recipe)
+            elif isinstance(stage, Encoding):
+                check_pictures(stage)
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1
         if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
+            for line in of_pictures(stage) if isinstance(stage, Encoding) else ():
+                say(line)
             continue
         if not isinstance(stage, Stage):
             what = f"{stage.recipe.coupling.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
