@@ -45,7 +45,7 @@ class FolderCaptions:
         except OSError as error:
             raise ValueError(f"its caption cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise ValueError(f"its caption {error}") from error
+            raise ValueError(f"its caption cannot be read: it {error}") from error
 
     def __contains__(self, name: str) -> bool:
         """Whether that picture has a caption; a .txt is one whatever it holds."""

@@ -20,6 +20,7 @@ from flowmap.data.dataset import Dataset, Source, held_out_count
 from flowmap.data.listing import Listing, Tally, listing
 from flowmap.data.plain import shown
 from flowmap.data.sources import MAX_PIXELS, Item, SquareImages
+from flowmap.data.survey import without_pictures
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,8 @@ def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[st
         _line(source, f"{len(labels)} images, {len(left_out)} left out: {shown_ones}{more}")
     for line in Tally(source.passed_over()).lines():
         _line(source, f"passed over: {line}")
-    seen = set(labels)
-    if empty := [name for i, name in enumerate(source.class_names() or []) if i not in seen]:
-        _line(source, f"classes without a usable picture: {', '.join(empty)}")
+    for line in without_pictures(source.class_names(), source.num_classes(), (label for label in labels if label is not None)):
+        _line(source, line)
     if grey:
         _line(source, f"{grey} of {len(labels)} images have grey levels alone")
 

@@ -52,6 +52,7 @@ class ImageSource(Protocol):
 
     size: int
     channels: int
+    captions_stand: str  # where captions of such a source are looked for, as an error says it
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """The items at positions start, start + 1, ... before stop; fewer where the source ends."""

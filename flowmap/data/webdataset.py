@@ -189,7 +189,7 @@ def _caption_of(tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> str 
         try:
             return as_utf8(_content(tar, parts["txt"], MAX_TEXT_BYTES)).strip()
         except ValueError as error:
-            raise ValueError(f"its caption {error}") from error
+            raise ValueError(f"its caption cannot be read: it {error}") from error
     if "json" not in parts:
         return None
     try:

@@ -15,6 +15,7 @@ from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
+from flowmap.data.sources import READER
 from flowmap.files import read_json, write_json, write_text
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
@@ -170,9 +171,9 @@ def data_of(recipe: Recipe) -> Any:
 
 
 def _encoding_hash(recipe: Recipe, trained: list[Recipe]) -> str:
-    """Eight hexadecimal digits of all that the stored samples depend on: recipes that share them share the folder."""
+    """Eight hexadecimal digits of all that the stored samples depend on, how pictures are read among it: recipes that share them share the folder."""
     plain = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in (f.name for f in fields(Source))}
-    return short_hash((plain, [one.hash() for one in trained]))
+    return short_hash((plain, [one.hash() for one in trained], READER))
 
 
 def teacher_cards(recipe: Recipe) -> list[Card]:

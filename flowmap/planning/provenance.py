@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, to_plain
-from flowmap.data import Encoded, Pairs
+from flowmap.data import Encoded, Folder, Pairs
 from flowmap.data.dataset import Source
 from flowmap.data.pairs import CLOCK, FORMAT
+from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
 from flowmap.recipe import Recipe, read_recipe
@@ -107,7 +108,8 @@ def _card(card: Card, teacher: Any, weights_of) -> dict[str, Any]:
 def _of_data(recipe: Recipe, data: Any) -> dict[str, Any]:
     if isinstance(data, Encoded):
         return {"kind": "encoded", "conditional": data.conditional, **data.identity(), **data.chosen()}
-    return {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    told = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    return told | ({"reader": READER} if isinstance(data, Folder) else {})
 
 
 def weights_hash(where: Path | None) -> str | None:

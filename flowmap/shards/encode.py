@@ -7,6 +7,7 @@ See data/encoded.py for the files.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.data import survey
 from flowmap.data.dataset import held_out_count
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
@@ -40,22 +42,33 @@ def encode(
 ) -> dict[str, Any] | None:
     """index.json's contents where the encoding is complete; None where other processes still have shards to make, or complete it just now.
 
-    shard (r, n) makes those whose number leaves r when divided by n. ValueError where the folder holds another encoding; WriteError names
-    a shard that could not be written, and the ones before it stay.
+    shard (r, n) makes those whose number leaves r when divided by n. say: told what the pictures are before they are encoded, and after what
+    was left out. ValueError where the folder holds another encoding, or captions are read and no picture has one; WriteError names a shard
+    that could not be written, and the ones before it stay.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
     optional("pyarrow")
     say = say or (lambda message: None)
+    survey.check_captions(spec.images, spec.text is not None)
     with making(folder, shard):
         encoder, what = Encoder(spec, device), _plan(spec)
         if not (folder / PLAN).is_file():
             check_frozen_parts(spec)
             encoder.load()  # before anything is written down
         check_plan(folder, what, "encoding", ("length", "fingerprint"))
+        if not (folder / INDEX).is_file():
+            _say_each(say, survey.before(spec.images, spec.text is not None))
         _fill(spec, folder, encoder, *shard, batch_size)
     shards = _all_shards(spec, folder)
-    return None if shards is None else _finish(spec, folder, encoder, shards, say)
+    index = None if shards is None else _finish(spec, folder, encoder, shards, say)
+    _say_each(say, [] if index is None else survey.after(index))
+    return index
+
+
+def _say_each(say: Callable[[str], None], lines: list[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 class Encoder:
@@ -195,6 +208,8 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
     if rows <= (held_out := held_out_count(spec.held_out, rows)):
         first = f"; {left_out[0][0]} {left_out[0][1]}" if left_out else ""
         raise ValueError(f"data.held_out: {held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})")
+    if spec.text is not None and sum(shard["missing_captions"] for shard in shards) == rows:
+        raise ValueError(f"data.text: reads captions, and none of {rows} usable pictures has one: {spec.images.captions_stand}")
     columns = filled[0]["columns"]
     for shard in filled:
         found = difference(columns, shard["columns"])
@@ -208,14 +223,22 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
         "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256") if key in shard} for shard in shards],
         "rows": rows,
         "left_out": left_out,
+        "passed_over": spec.images.passed_over(),
         **{key: sum(shard[key] for shard in shards) for key in ("grey", "missing_captions", "unlabelled")},
         "shape": columns["x0"]["shape"],
         "columns": columns,
         "num_classes": spec.images.num_classes() or (max(labels) + 1 if labels else None),
         "class_names": spec.images.class_names(),
+        "class_rows": _class_rows(filled),
         "mean": mean,
         "std": std,
     }
+
+
+def _class_rows(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """How many samples there are of each class, by its number."""
+    found = sum((Counter(shard["class_rows"]) for shard in shards), Counter())
+    return {label: found[label] for label in sorted(found, key=int)}
 
 
 def _moments(shards: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Shard:
         self.encoder, self.start, self.num_classes, self.wants_text = encoder, start, num_classes, wants_text
         self.positions = self.rows = self.grey = self.missing_captions = self.unlabelled = self.values = 0
         self.max_label: int | None = None
+        self.labels: Counter[int] = Counter()
         self.left_out: list[tuple[str, str]] = []
         self.columns: dict[str, Any] = {}
         self.batches: list[Any] = []
@@ -47,9 +49,10 @@ class Shard:
             self._keep(kept, {name: value[finite] for name, value in columns.items()})
 
     def told(self) -> dict[str, Any]:
-        """What is known of the shard, as plain values; sum and squares are over all pixels of each channel of x0."""
+        """What is known of the shard, as plain values; sum and squares are over all pixels of each channel of x0, class_rows by label."""
         names = ("positions", "rows", "grey", "missing_captions", "unlabelled", "max_label", "left_out", "columns", "values")
-        return {name: getattr(self, name) for name in names} | {"sum": self.sum.tolist(), "squares": self.squares.tolist()}
+        class_rows = {str(label): self.labels[label] for label in sorted(self.labels)}
+        return {name: getattr(self, name) for name in names} | {"class_rows": class_rows, "sum": self.sum.tolist(), "squares": self.squares.tolist()}
 
     def write(self, path: Path) -> None:
         """An Arrow stream file; without any row, one of the plain columns alone."""
@@ -72,6 +75,7 @@ class Shard:
         self.grey += sum(item.grey for _, item in kept)
         self.missing_captions += self.wants_text * sum(not (item.caption or "").strip() for _, item in kept)
         labels = [item.label for _, item in kept if item.label is not None]
+        self.labels.update(labels)
         self.unlabelled += len(kept) - len(labels)
         self.max_label = max([*labels, *([] if self.max_label is None else [self.max_label])], default=None)
         self._count(columns["x0"])

@@ -29,6 +29,7 @@ from flowmap.flow.prior import LearnedPrior
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
+from flowmap.planning.pictures import check_pictures, of_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe
@@ -95,6 +96,8 @@ def fit(
         for stage in stages:  # before pictures are encoded for hours
             if isinstance(stage, Stage) and not (stage.complete and not (overwrite and stage is stages[-1])):
                 check_beforehand(stage.recipe)
+            elif isinstance(stage, Encoding):
+                check_pictures(stage)
         _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
     return Run(folder, read_json(folder / "metrics.json"))
 
@@ -106,6 +109,8 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
         last = i == len(stages) - 1
         if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
+            for line in of_pictures(stage) if isinstance(stage, Encoding) else ():
+                say(line)
             continue
         if not isinstance(stage, Stage):
             what = f"{stage.recipe.coupling.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"

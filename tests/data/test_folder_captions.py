@@ -121,7 +121,7 @@ def test_texts_without_end_leave_their_pictures_out(root):
     os.mkfifo(root / "a/2.txt")
     (root / "b/deep/3.txt").write_bytes(b"x" * (2**20 + 1))
     problems = [item.problem for item in FolderImages(root=str(root)).items()]
-    assert problems == ["its caption is no plain file"] * 2 + ["its caption has more than 1048576 bytes"]
+    assert problems == ["its caption cannot be read: it is no plain file"] * 2 + ["its caption cannot be read: it has more than 1048576 bytes"]
 
 
 def test_a_caption_that_utf8_cannot_hold_is_mended(root):

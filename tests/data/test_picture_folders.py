@@ -176,7 +176,7 @@ def test_only_plain_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     source = FolderImages(root=str(tmp_path), size=4)
     (item,) = source.items()
-    assert item.problem == "its caption is no plain file" and source.passed_over()["no plain files"]["count"] == 2
+    assert item.problem == "its caption cannot be read: it is no plain file" and source.passed_over()["no plain files"]["count"] == 2
 
 
 def test_a_folder_that_may_not_be_listed_is_said(tmp_path, monkeypatch):

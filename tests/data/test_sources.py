@@ -342,7 +342,7 @@ def test_a_tar_damaged_or_cut_anywhere_is_refused(tmp_path):
 def test_captions_of_a_tar_that_are_not_utf8_are_named(tmp_path):
     path = tarred(tmp_path / "c.tar", [("a.png", png(1)), ("a.txt", b"caf\xe9"), ("b.png", png(2)), ("b.txt", "\ufeffcafé\n".encode())])
     found = list(WebDatasetImages(shards=(path,)).items())
-    assert "its caption is not UTF-8" in found[0].problem and found[1].caption == "café"
+    assert "its caption cannot be read: it is not UTF-8" in found[0].problem and found[1].caption == "café"
 
 
 def test_what_is_said_of_a_broken_picture_is_the_same_again(tmp_path):

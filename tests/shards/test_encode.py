@@ -70,10 +70,10 @@ def test_another_choice_of_held_out_makes_no_shard_anew(tmp_path):
 @pytest.mark.parametrize("count", [1, 20, 23, 25])
 @pytest.mark.parametrize("processes", [1, 3])
 def test_a_stream_ends_where_it_ends(tmp_path, count, processes):
-    stream = spec(images=Numbers(count=count, stream=True), held_out=0)
+    stream = spec(images=Numbers(count=count, stream=True), held_out=0, text=None)  # the only picture of one has no caption
     for rank in range(processes):
         index = encode(stream, tmp_path / "s", shard=(rank, processes))
-    known = encode(spec(images=Numbers(count=count), held_out=0), tmp_path / "k")
+    known = encode(spec(images=Numbers(count=count), held_out=0, text=None), tmp_path / "k")
     assert rows(tmp_path / "s") == rows(tmp_path / "k") == Numbers(count=count).usable
     assert index["rows"] == known["rows"] and index["left_out"] == known["left_out"]
 

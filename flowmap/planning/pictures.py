@@ -1,0 +1,32 @@
+"""What can be told of an encoding's pictures before one is decoded; of a finished encoding, what its index says."""
+
+from __future__ import annotations
+
+from flowmap.config import RecipeError
+from flowmap.data import survey
+from flowmap.data.encoded import read_index
+from flowmap.planning.plan import Encoding
+
+
+def check_pictures(stage: Encoding) -> None:
+    """RecipeError where the pictures that are still to be encoded are not here, or lack the captions that the recipe reads."""
+    if stage.complete:
+        return
+    data = stage.recipe.data
+    try:
+        survey.check_captions(data.images, data.text is not None)
+    except ValueError as error:
+        raise RecipeError(f"{stage.recipe.name}: {str(error).replace('data.root:', 'data.images.root:')}") from error
+
+
+def of_pictures(stage: Encoding) -> list[str]:
+    """What a person should know of them, a line each; [] where they are not here, or all are used. RecipeError as from `check_pictures`."""
+    if stage.complete:
+        return survey.after(read_index(stage.folder))
+    data = stage.recipe.data
+    try:
+        data.images.length()
+    except ValueError:  # not here: what is missing is told apart
+        return []
+    check_pictures(stage)
+    return survey.before(data.images, data.text is not None)
