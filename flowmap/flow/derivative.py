@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowmap.flow.riding import random_state, replayed, ride
+from flowmap.flow.riding import ride
+from flowmap.flow.riding_torch import random_state, replayed
 from flowmap.flow.types import Cond, FlowMap, along
 
 DERIVATIVES = ("ride", "forward", "difference")

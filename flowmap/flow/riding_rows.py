@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmap.flow.rules_base import constant, every, getters
+from flowmap.flow.rules_base import accepts, constant, every, getters
 from flowmap.flow.rules_elementwise import ELEMENTWISE
 from flowmap.flow.rules_shape import RESHAPES
 
@@ -30,9 +30,16 @@ def partial(riders) -> bool:
     return any(x.rows is not None for x in riders)
 
 
-def filled(x):
-    """x with every tangent in it whole: zero in the rows that were left out; also inside lists, tuples and dicts."""
-    return mapped(x, lambda x: whole(x) if getattr(x, "rows", None) else x)
+def filled(x) -> Tensor:
+    """The tangent of what rides, whole."""
+    return x.tangent if x.rows is None else whole(x)
+
+
+def whole(x) -> Tensor:
+    """The tangent of what rides, zero in the rows that were left out."""
+    missing = list(x.value.shape)
+    missing[x.rows.dim] -= x.rows.count
+    return torch.cat([x.tangent, x.tangent.new_zeros(missing)], x.rows.dim)
 
 
 def mapped(x, change: Callable):
@@ -45,46 +52,47 @@ def mapped(x, change: Callable):
     return {key: mapped(v, change) for key, v in x.items()} if kind is dict else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """One riding tensor with its tangent filled up."""
-    missing = list(x.value.shape)
-    missing[x.rows.dim] -= x.rows.count
-    y = x.value.as_subclass(type(x))
-    y.value, y.ride, y.rows = x.value, x.ride, None
-    y.tangent = torch.cat([x.tangent, x.tangent.new_zeros(missing)], x.rows.dim)
-    return y
+class Part(NamedTuple):
+    """A call on the rows that have a tangent: what a rule is asked, and the rows of what it gives."""
+
+    out: object
+    args: tuple
+    kwargs: dict
+    tangents: dict[int, Tensor]
+    rows: Rows
+    narrowed: list[Tensor]  # alive while tangents names them by id
 
 
-def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list):
-    """(out, args, kwargs, rows) for a rule: the call on the rows that have a tangent, and the rows of what it gives; or None.
-
-    What rides among the arguments comes as an ordinary tensor with a tangent, which is all that a rule looks at.
-    """
+def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list) -> Part | None:
+    """The call on those rows alone; None where the operation is not known to keep them apart. args and kwargs are values."""
     rows, kind = riders[0].rows, KINDS.get(function)
-    if kind is None or not args or any(x.rows != rows for x in riders):
+    if kind is None or not args or any(x.rows != rows for x in riders) or not accepts(kind, len(args), tuple(kwargs)):
         return None
     dim = kind(rows.dim, out, *args, **kwargs)
     if dim is None:
         return None
+    tangents, narrowed, part_of = {}, [], {id(x.value): x.tangent for x in riders}
+
+    def first(x: Tensor, size: int) -> Tensor:
+        """The rows of what rides, or of a constant that broadcasts against a batch of this size."""
+        tangent = part_of.get(id(x))
+        if tangent is None and (x.ndim < -rows.dim or x.shape[rows.dim] != size):
+            return x
+        y = x.narrow(rows.dim, 0, rows.count)
+        if tangent is not None:
+            tangents[id(y)] = tangent
+        narrowed.append(y)
+        return y
+
     if kind in ALIGNED:
         size = out.shape[dim]
-        args, kwargs = mapped(args, lambda x: first(x, rows, size)), mapped(kwargs, lambda x: first(x, rows, size))
-    elif len(riders) == 1 and riders[0] is args[0]:
-        args = (first(args[0], rows), *args[1:])
+        args, kwargs = mapped(args, lambda x: first(x, size)), mapped(kwargs, lambda x: first(x, size))
+    elif len(riders) == 1 and riders[0].value is args[0]:
+        args = (first(args[0], 0), *args[1:])
     else:
         return None
     part = out.narrow(dim, 0, rows.count) if isinstance(out, Tensor) else out
-    return part, args, kwargs, rows if dim == rows.dim else Rows(dim, rows.count)
-
-
-def first(x: Tensor, rows: Rows, size: int = 0) -> Tensor:
-    """The rows of what rides, or of a constant that broadcasts against a batch of this size."""
-    tangent = getattr(x, "tangent", None)
-    if tangent is not None:
-        y = x.value.narrow(rows.dim, 0, rows.count)
-        y.tangent = tangent
-        return y
-    return x.narrow(rows.dim, 0, rows.count) if x.ndim >= -rows.dim and x.shape[rows.dim] == size else x
+    return Part(part, args, kwargs, tangents, rows if dim == rows.dim else Rows(dim, rows.count), narrowed)
 
 
 def by_element(dim, out, /, *args, **kwargs):
@@ -103,9 +111,9 @@ def by_vector(dim, out, x, /, *args, **kwargs):
     return dim if dim < -1 else None
 
 
-def by_normalised(dim, out, x, shape, /, *args, **kwargs):
+def by_normalised(dim, out, x, normalized_shape, *args, **kwargs):
     """A norm over the last dimensions."""
-    return dim if dim < -len(shape) else None
+    return dim if dim < -len(normalized_shape) else None
 
 
 def by_sample(dim, out, x, /, *args, **kwargs):
@@ -113,15 +121,14 @@ def by_sample(dim, out, x, /, *args, **kwargs):
     return dim if dim == -x.ndim and out.ndim == x.ndim and x.ndim > 2 else None
 
 
-def convolved(dim, out, x, weight, /, *args, **kwargs):
+def convolved(dim, out, x, weight, *args, **kwargs):
     """A convolution of a batch."""
     return by_sample(dim, out, x) if x.ndim == weight.ndim else None
 
 
-def along_a_dimension(dim, out, x, along=None, /, *args, **kwargs):
+def along_a_dimension(row, out, x, dim=None, *args, **kwargs):
     """softmax: along any dimension but the rows'."""
-    along = kwargs.get("dim", along)
-    return None if along is None or along % x.ndim == dim % x.ndim else dim
+    return None if dim is None or dim % x.ndim == row % x.ndim else row
 
 
 def reshaped(dim, out, x, /, *args, **kwargs):
@@ -137,11 +144,10 @@ def permuted(dim, out, x, /, *dims, **kwargs):
     return [i % x.ndim for i in dims].index(dim % x.ndim) - x.ndim
 
 
-def transposed(dim, out, x, a=None, b=None, /, **kwargs):
-    """Two dimensions change places."""
-    if a is None or b is None:
-        return None
-    swap = {a % x.ndim: b % x.ndim, b % x.ndim: a % x.ndim}
+def transposed(dim, out, x, *dims, **kwargs):
+    """Two dimensions change places, named dim0 and dim1 or axis0 and axis1."""
+    a, b = (i % x.ndim for i in (*dims, *(kwargs[key] for key in sorted(kwargs))))
+    swap = {a: b, b: a}
     return swap.get(dim % x.ndim, dim % x.ndim) - x.ndim
 
 
@@ -150,27 +156,32 @@ def mirrored(dim, out, x):
     return dim if dim < -2 else None
 
 
-def split(dim, out, x, sizes, along=0, /, **kwargs):
+def split(row, out, x, sizes=None, dim=0, **kwargs):
     """chunk, split: along any dimension but the rows'."""
-    return None if kwargs.get("dim", along) % x.ndim == dim % x.ndim else dim
+    return None if dim % x.ndim == row % x.ndim else row
 
 
-def unbound(dim, out, x, along=0, /, *args, **kwargs):
+def unbound(row, out, x, dim=0, *args, **kwargs):
     """unbind, select: a dimension other than the rows' goes away."""
-    along = kwargs.get("dim", along) % x.ndim
-    return None if along == dim % x.ndim else dim + (along > dim % x.ndim)
+    dim = dim % x.ndim
+    return None if dim == row % x.ndim else row + (dim > row % x.ndim)
 
 
 def picked(dim, out, x, index):
-    """x[:, ...]: whatever happens behind the rows' dimension, if that is the first and stays whole."""
+    """x[:, ...]: whatever happens behind the rows' dimension, if that is the first and stays whole and in front.
+
+    Arrays of indices that are not neighbours put their common dimensions first: x[:, i, :, j] has the rows elsewhere.
+    """
     index = index if isinstance(index, tuple) else (index,)
-    return -out.ndim if dim == -x.ndim and index[:1] == (slice(None),) else None
+    if dim != -x.ndim or not isinstance(index[0], slice) or index[0] != slice(None):
+        return None
+    arrays = [i for i, v in enumerate(index) if not (v is None or v is Ellipsis or isinstance(v, (int, slice)))]
+    return -out.ndim if not arrays or arrays[-1] - arrays[0] + 1 == len(arrays) else None
 
 
-def joined(dim, out, tensors, along=0, /, **kwargs):
+def joined(row, out, tensors, dim=0):
     """cat: along any dimension but the rows', of tensors that all have those rows."""
-    along = kwargs.get("dim", along) % out.ndim
-    return None if along == dim % out.ndim or any(x.ndim != out.ndim for x in tensors) else dim
+    return None if dim % out.ndim == row % out.ndim or any(x.ndim != out.ndim for x in tensors) else row
 
 
 ALIGNED = (by_element, by_matrix, joined)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flowmap.flow.rules_base import Rule
+from flowmap.flow.rules_constant import CONSTANT
 from flowmap.flow.rules_elementwise import ELEMENTWISE
 from flowmap.flow.rules_nn import NN
 from flowmap.flow.rules_shape import SHAPE
 
-RULES: dict[Callable, Rule] = {**ELEMENTWISE, **SHAPE, **NN}
+RULES: dict[Callable, Rule] = {**CONSTANT, **ELEMENTWISE, **SHAPE, **NN}

@@ -10,25 +10,27 @@ import math
 import torch
 from torch import Tensor
 
-from flowmap.flow.rules_base import T, add_up, constant, every, same, tangent_or_zero
+from flowmap.flow.rules_base import T, add_up, by_backward, constant, every, same, tangent_or_zero
 
 aten = torch.ops.aten
 
 
-def add(op, out, a, b, *, alpha=1):
+def add(op, out, a, other, *, alpha=1):
     """d(a + alpha b)."""
-    if T(b) is None:
-        return T(a)
-    if T(a) is None:
-        return T(b) if alpha == 1 else T(b) * alpha
-    return torch.add(T(a), T(b), alpha=alpha)
+    ta, tb = T(a), T(other)
+    if tb is None:
+        return ta
+    if ta is None:
+        return tb if alpha == 1 else tb * alpha
+    return torch.add(ta, tb, alpha=alpha)
 
 
-def subtract(op, out, a, b, *, alpha=1):
+def subtract(op, out, a, other, *, alpha=1):
     """d(a - alpha b)."""
-    if T(b) is None:
-        return T(a)
-    return T(b) * -alpha if T(a) is None else torch.sub(T(a), T(b), alpha=alpha)
+    ta, tb = T(a), T(other)
+    if tb is None:
+        return ta
+    return tb * -alpha if ta is None else torch.sub(ta, tb, alpha=alpha)
 
 
 def subtract_from(op, out, b, a):
@@ -36,24 +38,26 @@ def subtract_from(op, out, b, a):
     return subtract(op, out, a, b)
 
 
-def multiply(op, out, a, b):
+def multiply(op, out, a, other):
     """d(a b) = da b + a db."""
-    if T(b) is None:
-        return T(a) * b
-    if T(a) is None:
-        return a * T(b)
+    ta, b, tb = T(a), other, T(other)
+    if tb is None:
+        return ta * b
+    if ta is None:
+        return a * tb
     if a.dtype == b.dtype:
-        return torch.addcmul(T(a) * b, a, T(b))
-    return T(a) * b + a * T(b)
+        return torch.addcmul(ta * b, a, tb)
+    return ta * b + a * tb
 
 
-def divide(op, out, a, b, *, rounding_mode=None):
+def divide(op, out, a, other, *, rounding_mode=None):
     """d(a / b) = (da - (a / b) db) / b; piecewise constant where the quotient is rounded."""
     if rounding_mode is not None:
-        return None
-    if T(b) is None:
-        return T(a) / b
-    return out * T(b) / -b if T(a) is None else torch.addcmul(T(a), out, T(b), value=-1) / b
+        return constant(op, out, a, other)
+    ta, b, tb = T(a), other, T(other)
+    if tb is None:
+        return ta / b
+    return out * tb / -b if ta is None else torch.addcmul(ta, out, tb, value=-1) / b
 
 
 def divide_into(op, out, b, a):
@@ -65,10 +69,10 @@ def reciprocal(op, out, x):
     return T(x) * out.square().neg_()
 
 
-def add_product(op, out, x, a, b, *, value=1):
+def add_product(op, out, x, tensor1, tensor2, *, value=1):
     """d(x + value a b)."""
     total = T(x)
-    for left, right in ((T(a), b), (a, T(b))):
+    for left, right in ((T(tensor1), tensor2), (tensor1, T(tensor2))):
         if left is not None and right is not None:
             fused = total is not None and total.dtype == left.dtype == right.dtype
             total = torch.addcmul(total, left, right, value=value) if fused else add_up(total, value * (left * right))
@@ -80,7 +84,7 @@ def power(op, out, x, exponent):
     if isinstance(exponent, Tensor) or not isinstance(x, Tensor):
         return NotImplemented
     if exponent == 0:
-        return torch.zeros_like(T(x))
+        return constant(op, out, x)
     return T(x) * x * 2 if exponent == 2 else T(x) * x.pow(exponent - 1).mul_(exponent)
 
 
@@ -133,15 +137,15 @@ def error_function(op, out, x):
 
 
 def sigmoid(op, out, x):
-    return aten.sigmoid_backward(T(x), out)
+    return by_backward(aten.sigmoid_backward, T(x), out)
 
 
 def tanh(op, out, x):
-    return aten.tanh_backward(T(x), out)
+    return by_backward(aten.tanh_backward, T(x), out)
 
 
 def silu(op, out, x, inplace=False):
-    return aten.silu_backward(T(x), x)
+    return by_backward(aten.silu_backward, T(x), x)
 
 
 def gelu(op, out, x, approximate="none"):
@@ -177,26 +181,72 @@ def log_sigmoid(op, out, x):
 
 
 def clamp(op, out, x, min=None, max=None):
-    """The tangent where x is inside; bounds that ride are left to torch."""
-    if T(min) is not None or T(max) is not None:
-        return NotImplemented
-    inside = torch.ones_like(x, dtype=torch.bool)
+    """The tangent where x is inside, 0 elsewhere, also where it is infinite; bounds that ride are left to torch."""
+    t, outside = T(x), None
     if min is not None:
-        inside = inside & (x >= min)
+        outside = x < min
     if max is not None:
-        inside = inside & (x <= max)
-    return T(x) * inside
+        outside = x > max if outside is None else outside | (x > max)
+    return t.masked_fill(outside, 0) if outside.shape == t.shape else torch.where(outside, 0, t)
 
 
-def where(op, out, condition, a=None, b=None):
+def at_least(op, out, x, min):
+    """clamp_min."""
+    return clamp(op, out, x, min)
+
+
+def at_most(op, out, x, max):
+    """clamp_max."""
+    return clamp(op, out, x, None, max)
+
+
+def greater(op, out, x, other):
+    """maximum: the tangent of the greater one, the mean of both where they are equal."""
+    return of_either(x > other, x < other, x, other)
+
+
+def lesser(op, out, x, other):
+    """minimum: the tangent of the lesser one, the mean of both where they are equal."""
+    return of_either(x < other, x > other, x, other)
+
+
+def of_either(first: Tensor, second: Tensor, x: Tensor, other: Tensor) -> Tensor:
+    """The tangent of x where `first`, of the other where `second`, else their mean (a NaN's, too)."""
+    a, b = (0 if t is None else t for t in (T(x), T(other)))
+    return torch.where(first, a, torch.where(second, b, (a + b) / 2))
+
+
+def without_nan(op, out, x, *args, **kwargs):
+    """nan_to_num: what is replaced is constant."""
+    return T(x).masked_fill(~x.isfinite(), 0) if not x.is_complex() else NotImplemented
+
+
+def where(op, out, condition, input=None, other=None):
     """Chosen as the values are."""
-    ta, tb = (0 if T(v) is None else T(v) for v in (a, b))
+    ta, tb = (0 if T(v) is None else T(v) for v in (input, other))
     return torch.where(condition, ta, tb)
 
 
-def where_else(op, out, a, condition, b):
+def where_else(op, out, a, condition, other):
     """a.where(condition, b)."""
-    return where(op, out, condition, a, b)
+    return where(op, out, condition, a, other)
+
+
+def filled_with(op, out, x, fill_value, *args, **kwargs):
+    """full_like: nothing of x but its shape."""
+    T(x)
+    return None if T(fill_value) is None else T(fill_value)
+
+
+def newly_filled(op, out, x, size, fill_value, *args, **kwargs):
+    """x.new_full(size, value)."""
+    return filled_with(op, out, x, fill_value)
+
+
+def step_at_zero(op, out, x, values):
+    """heaviside: constant but at 0, where it is `values`."""
+    T(x)
+    return None if T(values) is None else torch.where(x == 0, T(values), 0)
 
 
 def masked_fill(op, out, x, mask, value):
@@ -206,23 +256,15 @@ def masked_fill(op, out, x, mask, value):
     return T(x).masked_fill(mask, 0) if T(value) is None else torch.where(mask, T(value), T(x))
 
 
-def interpolate_between(op, out, a, b, weight):
+def interpolate_between(op, out, a, end, weight):
     """d lerp(a, b, w) = lerp(da, db, w) + (b - a) dw."""
     steady = None
-    if T(a) is not None or T(b) is not None:
-        steady = torch.lerp(tangent_or_zero(a), tangent_or_zero(b), weight)
-    return add_up(steady, None if T(weight) is None else (b - a) * T(weight))
+    if T(a) is not None or T(end) is not None:
+        steady = torch.lerp(tangent_or_zero(a), tangent_or_zero(end), weight)
+    return add_up(steady, None if T(weight) is None else (end - a) * T(weight))
 
-
-FLAT = (
-    "floor ceil round trunc sign floor_divide __floordiv__ zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
-    "new_zeros new_ones new_empty new_full new_tensor heaviside bernoulli "
-    "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ equal allclose isclose isnan isinf isfinite isposinf isneginf argmax "
-    "argmin argsort count_nonzero nonzero any all logical_and logical_or logical_not logical_xor __bool__ searchsorted bucketize signbit"
-).split()
 
 ELEMENTWISE = {
-    **every(constant, *FLAT),
     **every(add, "add", "__add__", "__radd__"),
     **every(subtract, "sub", "subtract", "__sub__"),
     **every(subtract_from, "__rsub__"),
@@ -257,6 +299,14 @@ ELEMENTWISE = {
     **every(mish, "mish"),
     **every(log_sigmoid, "logsigmoid"),
     **every(clamp, "clamp", "clip"),
+    **every(at_least, "clamp_min"),
+    **every(at_most, "clamp_max"),
+    **every(greater, "maximum"),
+    **every(lesser, "minimum"),
+    **every(without_nan, "nan_to_num"),
+    **every(filled_with, "full_like"),
+    **every(newly_filled, "new_full"),
+    **every(step_at_zero, "heaviside"),
     torch.where: where,
     Tensor.where: where_else,
     **every(masked_fill, "masked_fill"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from flowmap.flow.rules_base import T, constant, every, getters, linear, same, tangent_or_zero
+from flowmap.flow.rules_base import T, constant, every, getters, linear, same, shaped_like, tangent_or_zero
 
 
 def reshaped(op, out, x, *args, **kwargs):
     """The same numbers in out's shape. The tangent may lie in memory otherwise than the value, so it is reshaped, never viewed."""
+    constant(op, out, *args, **kwargs)  # of another tensor view_as and reshape_as take the shape alone
     if T(x) is None:
         return None
     if out.dtype != x.dtype:
@@ -62,28 +63,19 @@ def iterated(op, out, x):
 
 RESHAPES = "view reshape view_as reshape_as flatten unflatten ravel unsqueeze squeeze contiguous".split()
 MOVES = (
-    "permute transpose swapaxes swapdims movedim moveaxis t adjoint expand expand_as broadcast_to repeat tile repeat_interleave "
+    "permute transpose swapaxes swapdims movedim moveaxis t adjoint expand broadcast_to repeat tile repeat_interleave "
     "roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unsafe_chunk unbind narrow select diagonal diag_embed tril triu "
     "unfold fold __getitem__ gather index_select take_along_dim masked_select "
     "sum mean cumsum trace "
-    "to float double half bfloat16 cpu cuda type_as clone view_as_real conj resolve_conj resolve_neg real imag "
+    "float double half bfloat16 cpu cuda clone view_as_real conj resolve_conj resolve_neg real imag "
     "pixel_shuffle pixel_unshuffle channel_shuffle interpolate upsample avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
-).split()
-PROPERTIES = (
-    "dim size numel nelement stride is_contiguous is_floating_point is_complex element_size storage_offset get_device __len__ is_nonzero "
-    "is_same_size is_inference is_pinned ndimension __hash__ __repr__ __format__ is_conj is_neg result_type "
-    "register_hook register_post_accumulate_grad_hook retain_grad detach _is_view"
-).split()
-READ = (
-    "shape dtype device ndim layout requires_grad grad_fn is_leaf is_cuda is_cpu is_mps is_xpu is_meta is_sparse is_sparse_csr "
-    "is_quantized is_mkldnn is_nested itemsize nbytes names output_nr grad retains_grad _version _base name _backward_hooks "
-    "is_vulkan is_xla is_ipu is_maia"
 ).split()
 
 SHAPE = {
     **every(reshaped, *RESHAPES),
     **every(linear, *MOVES),
+    **every(shaped_like, "expand_as", "type_as", "to"),
     **getters(linear, "mT", "T", "H", "mH", "real", "imag"),
     **every(viewed_as_complex, "view_as_complex"),
     **every(joined, "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
@@ -93,6 +85,4 @@ SHAPE = {
     **every(extreme, "max", "min"),
     **every(iterated, "__iter__"),
     **every(same, "requires_grad_"),
-    **every(constant, *PROPERTIES),
-    **getters(constant, *READ),
 }

@@ -1,0 +1,80 @@
+"""Torch's own forward derivative of one operation, for what has no rule; the random numbers of that operation are drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from flowmap.flow.riding_refused import name_of
+from flowmap.flow.riding_rows import mapped
+
+
+class NumbersKept(TorchDispatchMode):
+    """Inside, no number is read from a tensor: a 0-dim tensor given where torch wants a number would lose its tangent."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default and (args[0].is_floating_point() or args[0].is_complex()):
+            raise NotImplementedError("a tensor that rides is given where torch takes a number, which has no tangent")
+        return function(*args, **(kwargs or {}))
+
+
+def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: dict[int, Tensor]):
+    """The tangent of one operation on values by torch's forward mode, attention in elementary operations; tangents by id of the value.
+
+    Raises NotImplementedError that names the operation where torch has no derivative of it.
+    """
+    numbers = NumbersKept() if any(t.ndim == 0 for t in tangents.values()) else nullcontext()
+
+    def dual(x: Tensor) -> Tensor:
+        tangent = tangents.get(id(x))
+        return x if tangent is None else forward_ad.make_dual(x, tangent)
+
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            given, named = mapped(args, dual), mapped(kwargs, dual)
+            with numbers:
+                out = function(*given, **named)
+            leaves, structure = tree_flatten(list(out) if hasattr(out, "__next__") else out)
+            found = [forward_ad.unpack_dual(v).tangent if has_derivative(v) else None for v in leaves]
+    except Exception as error:  # whatever torch says of an operation that it cannot derive
+        raise NotImplementedError(f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it: {error}") from error
+    if any(t is None and has_derivative(v) for t, v in zip(found, leaves, strict=True)):
+        raise NotImplementedError(f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it")
+    return tree_unflatten(found, structure)
+
+
+def has_derivative(out) -> bool:
+    """Whether an output has numbers that a tangent could belong to."""
+    if isinstance(out, Tensor):
+        return out.is_floating_point() or out.is_complex()
+    return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or hasattr(out, "__next__")
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of the generators that an operation on this device may draw from."""
+    return torch.get_rng_state(), None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """The generators, put back."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+@contextmanager
+def replayed(before: tuple[Tensor, Tensor | None], device: torch.device):
+    """Inside, the generators give again what they gave since `before`; afterwards they go on as if nothing had been replayed."""
+    after = random_state(device)
+    set_random_state(before, device)
+    try:
+        yield
+    finally:
+        set_random_state(after, device)
