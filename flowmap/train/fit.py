@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -23,10 +22,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior, write_prior
-from flowmap.config import RecipeError, to_plain
-from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder, write_json, write_text
+from flowmap.config import RecipeError
+from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder, write_json
 from flowmap.flow.prior import LearnedPrior
-from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
 from flowmap.planning.pictures import check_pictures, of_pictures
@@ -46,6 +44,7 @@ from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import STUDENT, guard, move_aside, put_back, recover, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
+from flowmap.train.wandb_log import close_wandb, wandb_logger
 
 Say = Callable[[str], None]
 
@@ -167,12 +166,12 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     try:
         if not is_child():
             _begin(stage, prior, config, overwrite)
-        trainer.loggers = _loggers(stage, start)
+        trainer.loggers = _loggers(stage, start, say)
         _train(trainer, module, checkpoint if start else None, clock)
         seconds = time.perf_counter() - started
         _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say, clock)
     except BaseException:
-        _close_wandb(1)
+        close_wandb(1)
         if not is_child() and put_back(folder):
             say(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
         raise
@@ -219,13 +218,6 @@ def _last_checkpoint(trainer: L.Trainer) -> str:
     return f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})" if last.exists() else "no checkpoint was kept yet"
 
 
-def _close_wandb(code: int) -> None:
-    """Ends the run that W&B still has open, if any: the next run of this process is another."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=code)
-
-
 def _check_checkpoint(path: Path, module: DistillModule) -> int:
     """The step that the checkpoint was taken at; RecipeError if it cannot be read or is of another architecture."""
     try:
@@ -268,40 +260,14 @@ def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: 
         raise RecipeError(f"{recipe.name}: trainer: {' '.join(str(error).split())}") from error
 
 
-def _loggers(stage: Stage, start: int) -> list:
+def _loggers(stage: Stage, start: int, say: Say) -> list:
     if is_child():
         return []
     loggers: list = [CSVLog(stage.folder / "log.csv", keep_below=start)]
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-
-        wandb.setup()  # reads WANDB_SILENT, before anything of it warns
-        # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
-        mode = "offline" if _offline() else "online"
-        known = dict(id=_wandb_id(stage.folder, start), resume="allow")
-        logger = WandbLogger(
-            name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode, **known
-        )  # fmt: skip
-        logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
-        loggers.append(logger)
+        logger = wandb_logger(stage, start, say)
+        loggers += [] if logger is None else [logger]
     return loggers
-
-
-def _wandb_id(folder: Path, start: int) -> str:
-    """The W&B run that a resumed run goes on with, or a new one."""
-    path = folder / "wandb" / "run-id"
-    if not (start and path.is_file()):
-        write_text(path, secrets.token_hex(4))
-    return path.read_text(encoding="utf-8")
-
-
-def _offline() -> bool:
-    """W&B goes online only for a user who is logged in and has not said otherwise."""
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    return mode != "online" if mode else not wandb.login(prompt=False, verify=False)
 
 
 def quiet_lightning() -> None:
@@ -332,5 +298,5 @@ def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Tr
     for logger in trainer.loggers:
         logger.log_metrics(logs, done - 1)
         logger.finalize("success")
-    _close_wandb(0)
+    close_wandb(0)
     write_json(stage.folder / "metrics.json", metrics)

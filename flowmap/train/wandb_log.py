@@ -1,0 +1,109 @@
+"""The run's record in W&B: online for a user who is logged in, offline otherwise and where W&B does not answer. It never ends a run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+
+from flowmap.config import to_plain
+from flowmap.files import write_text
+from flowmap.kinds import TABLES
+from flowmap.planning.plan import Stage
+
+Say = Callable[[str], None]
+SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B's own would wait 90 s, and at the end for ever
+
+
+def wandb_logger(stage: Stage, start: int, say: Say) -> WandbLogger | None:
+    """The logger of a run that begins at step `start`; None where W&B works neither online nor offline. One line says why it is not online."""
+    mode = "offline"
+    try:
+        import wandb
+
+        wandb.setup()  # reads WANDB_SILENT, before anything of it warns
+        mode = "offline" if _offline() else "online"
+        return _started(stage, start, mode, say)
+    except Exception as error:  # of the network, the key, the settings, W&B's own service: it has no common class for them
+        if mode == "online":
+            say(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
+        else:
+            say(f"W&B: {first_line(error)}")
+    try:
+        return _started(stage, start, "offline", say)
+    except Exception as error:
+        say(f"W&B: cannot record offline either ({first_line(error)}); log.csv has the figures")
+        return None
+
+
+def close_wandb(code: int) -> None:
+    """Ends the run that W&B still has open, if any: the next run of this process is another."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        try:
+            wandb.finish(exit_code=code)
+        except Exception as error:  # whatever W&B stumbles over, the run itself is done
+            print(f"W&B: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _started(stage: Stage, start: int, mode: str, say: Say) -> WandbLogger:
+    import wandb
+
+    # a variable of the user's own, WANDB_INIT_TIMEOUT for one, comes first; older versions of wandb have no finish_timeout
+    ours = {key: value for key, value in SECONDS.items() if f"WANDB_{key.upper()}" not in os.environ and key in wandb.Settings.model_fields}
+    # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
+    where = dict(name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode)
+    logger = _Lasting(say, **where, id=_id(stage.folder, start), resume="allow", settings=wandb.Settings(**ours))
+    logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
+    return logger
+
+
+class _Lasting(WandbLogger):
+    """Where W&B fails on the way, one line says so, and the run goes on without it."""
+
+    def __init__(self, say: Say, **settings: Any):
+        super().__init__(**settings)
+        self._say, self._failed = say, False
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().log_metrics, *args, **kwargs)
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().log_image, *args, **kwargs)
+
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._failed:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # of W&B's service, which may have been killed, or a full disk
+            self._failed = True
+            self._say(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
+
+
+def _id(folder: Path, start: int) -> str:
+    """The W&B run that a resumed run goes on with, or a new one."""
+    path = folder / "wandb" / "run-id"
+    if not (start and path.is_file()):
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8")
+
+
+def _offline() -> bool:
+    """W&B goes online only for a user who is logged in and has not said otherwise."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE")
+    return mode != "online" if mode else not wandb.login(prompt=False, verify=False)
