@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -79,9 +80,23 @@ def inner(cls: type) -> list[str]:
 
 
 def settings(cls: type) -> str:
-    """A table of the fields: name, type, default."""
-    rows = [f"| `{f.name}` | {in_cell(f.type)} | {default(f)} |" for f in dataclasses.fields(cls)]
+    """A table of the fields: name, type with the range of its numbers, default."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    rows = [f"| `{f.name}` | {in_cell(written_type(hints[f.name]))} | {default(f)} |" for f in dataclasses.fields(cls)]
     return "\n".join(["| setting | type | default |", "| --- | --- | --- |", *rows]) if rows else "No settings."
+
+
+def written_type(hint) -> str:
+    """The type as Python writes it; a number's with what it must be: "int (1 or more, at most 1000)"."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return f"{parts[0].__name__} ({str(parts[1]).removeprefix('must be ').removeprefix('must lie ')})"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(written_type, parts))
+    if origin is tuple:
+        same = len(set(parts)) == 1 and len(parts) > 1
+        return f"{len(parts)} x {written_type(parts[0])}" if same else f"tuple[{', '.join(map(written_type, parts))}]"
+    return "..." if hint is Ellipsis else "None" if hint is type(None) else hint.__name__
 
 
 def default(field: dataclasses.Field) -> str:

@@ -30,7 +30,7 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
     hints = typing.get_type_hints(cls)
     for name in node:
         if name not in _names(cls):
-            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{_suggest(name, _names(cls))}; allowed: {_listed(_names(cls))}")
+            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{_suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}")
     values = {}
     for field in dataclasses.fields(cls):
         if field.name in node:

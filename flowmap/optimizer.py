@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+
+from flowmap.base.ranges import BelowOne, Count, CountFromZero, FromZero, Range, Rate, check_ranges
 
 SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
@@ -17,22 +20,19 @@ class AdamW:
     schedule: "constant"; "cosine" or "linear" down to 0 at the last step; "inverse_sqrt" (EDM2): lr / sqrt(max(step / decay_from, 1)).
     """
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    lr: Rate = 1e-4
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    warmup_steps: CountFromZero = 0
     schedule: str = "constant"
-    decay_from: int = 10_000
-    clip_norm: float = 0.0
+    decay_from: Count = 10_000
+    clip_norm: FromZero = 0.0
 
     def __post_init__(self):
+        check_ranges(self)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: {self.lr} must be above 0")
-        if self.decay_from < 1:
-            raise ValueError(f"decay_from: {self.decay_from} must be 1 or more")
 
     def __call__(self, parameters) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)

@@ -14,8 +14,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 
 from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, read_settings, refuse_interpolations
+from flowmap.base.ranges import Seed, check_ranges
 from flowmap.config import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
@@ -42,7 +44,7 @@ class Recipe:
     objective: Objective
     teacher: TeacherSlot | None = None
     name: str = "unnamed"
-    seed: int = 0
+    seed: Seed = 0
     path: Path = Linear()
     prior: Prior = Gaussian()
     coupling: Coupling = Independent()
@@ -56,12 +58,11 @@ class Recipe:
     log: Log = Log()
 
     def __post_init__(self):
+        check_ranges(self)
         check_name(self.name, "name")
         if self.teacher is not None and not isinstance(self.path, Linear):
             raise ValueError("path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}")
         self._check_leaves()
-        if self.seed < 0:
-            raise ValueError(f"seed: {self.seed} must be 0 or more")
         if self.lora is not None:
             self._check_lora()
         if isinstance(self.coupling, Pairs) and self.leaves != "student":
@@ -258,7 +259,9 @@ def _with_base(path: File) -> dict:
     plain = _load(path)
     if "base" not in plain:
         return plain
-    base_path = path.parent / f"{str(plain['base']).removesuffix('.yaml')}.yaml"
+    if not isinstance(plain["base"], str):
+        raise RecipeError(f"{path.name}: base: {plain['base']!r} is not the name or the path of one recipe")
+    base_path = path.parent / f"{plain['base'].removesuffix('.yaml')}.yaml"
     base_path = base_path if base_path.is_file() else find_recipe(plain["base"])
     base = _load(base_path)
     if base_path.resolve() == path.resolve() or "base" in base:
@@ -287,8 +290,8 @@ def _override(config, override: str) -> None:
             OmegaConf.update(config, key, parsed, merge=False)
         else:
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
-    except (OmegaConfBaseException, ValueError, AssertionError, IndexError) as error:
-        raise RecipeError(f"command line: {override!r}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, AssertionError, IndexError, RecursionError) as error:
+        raise RecipeError(f"command line: {override!r}: {' '.join(str(error).split()) or 'cannot be read'}") from error
 
 
 def _load(path: File) -> dict:

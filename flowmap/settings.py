@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from flowmap.base.ranges import Batch, BelowOne, Calls, Count, CountFromZero, FromZero, InsideOne, Range, Seed, check_ranges
 from flowmap.nets.lora import LoRA
 
 
@@ -16,7 +18,10 @@ class FromTeacher:
     """
 
     lora: LoRA | None = None
-    dropout: float | None = None
+    dropout: BelowOne | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,12 @@ class FromRecipe:
 class ClassifierFree:
     """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
 
-    scale: tuple[float, float] = (1.0, 3.0)
-    default: float = 1.5
+    scale: tuple[FromZero, FromZero] = (1.0, 3.0)
+    default: FromZero = 1.5
 
     def __post_init__(self):
-        _check_scale(self.scale, self.default)
+        check_ranges(self)
+        _check_scale(self.scale)
 
 
 @dataclass(frozen=True)
@@ -44,28 +50,28 @@ class Autoguidance:
     run's steps, in (0, 1)), or the same network with blocks skipped."""
 
     weak: str | None = None
-    snapshot: float | None = None
-    skip_blocks: tuple[int, ...] = ()
-    scale: tuple[float, float] = (1.0, 3.0)
-    default: float = 2.0
+    snapshot: InsideOne | None = None
+    skip_blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
+    scale: tuple[FromZero, FromZero] = (1.0, 3.0)
+    default: FromZero = 2.0
 
     def __post_init__(self):
-        _check_scale(self.scale, self.default)
+        check_ranges(self)
+        _check_scale(self.scale)
         if sum((self.weak is not None, self.snapshot is not None, bool(self.skip_blocks))) != 1:
             raise ValueError("weak: autoguidance wants exactly one of weak (a card), snapshot (a share of the run) and skip_blocks")
-        if self.snapshot is not None and not 0 < self.snapshot < 1:
-            raise ValueError(f"snapshot: {self.snapshot} must lie between 0 and 1 (a share of the teacher's steps)")
 
 
 @dataclass(frozen=True)
 class Embedded:
     """The guidance of a model that was itself distilled to take the scale as an input (FLUX.1-dev): it is handed through."""
 
-    scale: tuple[float, float] = (1.0, 5.0)
-    default: float = 3.5
+    scale: tuple[FromZero, FromZero] = (1.0, 5.0)
+    default: FromZero = 3.5
 
     def __post_init__(self):
-        _check_scale(self.scale, self.default)
+        check_ranges(self)
+        _check_scale(self.scale)
 
 
 @dataclass(frozen=True)
@@ -75,49 +81,44 @@ class PowerEMA:
     Snapshots of averages with snapshot_stds are kept every snapshot_every_steps (0: none) and can be combined afterwards to any std.
     """
 
-    std: float = 0.05
-    snapshot_stds: tuple[float, ...] = (0.05, 0.10)
-    snapshot_every_steps: int = 0
+    std: Annotated[float, Range(0, 0.25, above=True, below=True)] = 0.05
+    snapshot_stds: tuple[Annotated[float, Range(0, 0.25, above=True, below=True)], ...] = (0.05, 0.10)
+    snapshot_every_steps: CountFromZero = 0
 
     def __post_init__(self):
-        for name, stds in (("std", (self.std,)), ("snapshot_stds", self.snapshot_stds)):
-            if any(not 0 < std < 0.25 for std in stds):
-                raise ValueError(f"{name}: {stds} must lie between 0 and 0.25")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class ConstantEMA:
     """The ordinary exponential average; decay 0 is no average."""
 
-    decay: float = 0.999
+    decay: BelowOne = 0.999
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay: {self.decay} must lie in [0, 1)")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class Trainer:
     """How long and on what: steps are optimiser steps; the batch of data is taken `accumulate` times a step on each of the devices."""
 
-    steps: int = 10_000
-    accumulate: int = 1
+    steps: Count = 10_000
+    accumulate: Annotated[int, Range(1, 1_000_000)] = 1
     accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
+    devices: Annotated[int, Range(1, 1_000_000)] = 1
+    num_nodes: Annotated[int, Range(1, 1_000_000)] = 1
     strategy: str = "auto"
     precision: str = "32"
     activation_checkpointing: bool = False
     compile: bool = False
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: Count = 500
 
     def __post_init__(self):
+        check_ranges(self)
         for name, allowed in (("strategy", ("auto", "ddp", "fsdp")), ("precision", ("32", "bf16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("steps", "accumulate", "devices", "num_nodes", "checkpoint_every_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,13 @@ class Log:
 
     wandb: bool = True
     project: str = "flowmap"
-    every_steps: int = 50
-    samples_every_steps: int = 0
-    metrics_every_steps: int = 0
-    grid_images: int = 64
+    every_steps: Count = 50
+    samples_every_steps: CountFromZero = 0
+    metrics_every_steps: CountFromZero = 0
+    grid_images: Annotated[int, Range(1, 10_000)] = 64
 
     def __post_init__(self):
-        for name, least in (("every_steps", 1), ("samples_every_steps", 0), ("metrics_every_steps", 0), ("grid_images", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -144,24 +143,18 @@ class Evaluation:
     classes: of generated samples, "data" as often as in the held-out samples (without any, the training ones), "uniform" each as often.
     """
 
-    teacher_steps: int = 64
-    teacher_extra_steps: tuple[int, ...] = ()
-    batch_size: int = 512
-    seed: int = 1234
+    teacher_steps: Calls = 64
+    teacher_extra_steps: tuple[Calls, ...] = ()
+    batch_size: Batch = 512
+    seed: Seed = 1234
     classes: str = "data"
 
     def __post_init__(self):
-        for name in ("teacher_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
-        if any(k < 1 for k in self.teacher_extra_steps):
-            raise ValueError(f"teacher_extra_steps: {self.teacher_extra_steps} must be 1 or more each")
+        check_ranges(self)
         if self.classes not in ("data", "uniform"):
             raise ValueError(f"classes: {self.classes!r} is not one of data, uniform")
 
 
-def _check_scale(scale: tuple[float, float], default: float) -> None:
-    if not 0 <= scale[0] <= scale[1]:
+def _check_scale(scale: tuple[float, float]) -> None:
+    if not scale[0] <= scale[1]:
         raise ValueError(f"scale: {scale} must be an increasing pair of numbers")
-    if default < 0:
-        raise ValueError(f"default: {default} must be 0 or more")

@@ -92,3 +92,43 @@ def test_a_file_of_settings_is_laid_over_a_recipe_before_single_ones(tmp_path):
     assert recipe.objective.r_max == read_recipe("digits").objective.r_max and recipe.name == "digits"
     with pytest.raises(RecipeError, match="no file and no shipped recipe 'nowhere'"):
         read_recipe("digits", ["+nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed=[1", "'seed=[1': while parsing a flow sequence"),
+        ("seed={a", "while parsing a flow mapping"),
+        ('name="', "while scanning a quoted scalar"),
+        ("name=*a", "found undefined alias"),
+        ("name=%", "while scanning a directive"),
+        ("sampler.steps=" + "[" * 2000, "nesting depth"),
+        ("metrics.x=2", "invalid literal"),
+    ],
+)
+def test_an_override_that_is_no_yaml_is_one_line(override, says):
+    with pytest.raises(RecipeError, match="command line: ") as caught:
+        read_recipe("digits", [override])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("3: x\n", "holds no setting of a recipe"),
+        ("base: digits\ntrue: 1\n", "True: no such setting"),
+        ("base: digits\nnull: 1\n", "cannot be read: KeyValidationError"),
+        ("base: digits\ntrainer: {1.5: 1}\n", "trainer.1.5: no such setting"),
+        ("base: digits\n? [1, 2]\n: 3\n", "is not YAML (line 2, column 3)"),
+        ("base: [1]\n", "base: [1] is not the name or the path of one recipe"),
+        ("base: {a: 1}\n", "base: {'a': 1} is not the name"),
+        ("base:\n", "base: None is not the name"),
+        ("base: digits\nseed: 1\nseed: 2\n", "is not YAML (line 3, column 1)"),
+        ("base: digits\nseed: &a [*a]\n", "is not YAML (line 2, column 7)"),
+    ],
+)
+def test_keys_that_are_no_text_and_a_base_that_is_no_name_are_one_line(text, says, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="bad.yaml: ") as caught:
+        read_recipe(tmp_path / "bad.yaml")
+    assert says in str(caught.value) and "\n" not in str(caught.value)

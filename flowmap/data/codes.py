@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import BelowOne, Range, Seed
 from flowmap.data.dataset import Dataset, Source
 
 ENCODINGS = "encodings.safetensors"  # in the run's student/: mean and logvar, each (N, Z), of the posterior of N training samples
@@ -24,9 +25,9 @@ class Codes(Source):
 
     recipe: str = ""
     overrides: tuple[str, ...] = ()
-    draws: int = 4
-    held_out: float = 0.1
-    seed: int = 0
+    draws: Annotated[int, Range(1, 1000)] = 4
+    held_out: BelowOne = 0.1
+    seed: Seed = 0
     root: str = ""
     in_pixels: ClassVar[bool] = False
 
@@ -34,8 +35,6 @@ class Codes(Source):
         super().__post_init__()
         if not (self.recipe or self.root):
             raise ValueError("recipe: is required: the recipe that trains the encoder")
-        if self.draws < 1 or not 0 <= self.held_out < 1:
-            raise ValueError(f"draws: {self.draws} must be 1 or more, held_out: {self.held_out} in [0, 1)")
 
     def build(self) -> Dataset:
         z = draws_of(Path(self.root), self.draws, self.seed)

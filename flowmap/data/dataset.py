@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Batch, Share, check_ranges
 from flowmap.flow.types import Cond
 
 
@@ -20,9 +21,9 @@ class Source:
     probability drop_condition, so that it also learns the velocity without a class.
     """
 
-    batch_size: int = 128
+    batch_size: Batch = 128
     conditional: bool = True
-    drop_condition: float = 0.0
+    drop_condition: Share = 0.0
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
@@ -31,10 +32,7 @@ class Source:
         return None
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: {self.batch_size} must be 1 or more")
-        if not 0 <= self.drop_condition <= 1:
-            raise ValueError(f"drop_condition: {self.drop_condition} must lie in [0, 1]")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, eq=False)

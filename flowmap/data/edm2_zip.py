@@ -22,6 +22,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
 from flowmap.data.dataset import Source, held_out_count
 from flowmap.data.listing import Tally, is_hidden, plain_name
 from flowmap.data.plain import open_plain
@@ -82,20 +83,18 @@ class EDM2Latents(Source):
     """
 
     path: str = "???"
-    held_out: int | None = None
-    reference_images: int = 10_000
-    seed: int = 0
-    raw_mean: tuple[float, ...] = (5.81, 3.25, 0.12, -2.15)
-    raw_std: tuple[float, ...] = (4.17, 4.62, 3.71, 3.28)
-    final_std: float = 0.5
+    held_out: CountFromZero | None = None
+    reference_images: Count = 10_000
+    seed: Seed = 0
+    raw_mean: tuple[Number, ...] = (5.81, 3.25, 0.12, -2.15)
+    raw_std: tuple[Positive, ...] = (4.17, 4.62, 3.71, 3.28)
+    final_std: Positive = 0.5
     in_pixels: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.raw_mean) != len(self.raw_std) or any(std <= 0 for std in (*self.raw_std, self.final_std)):
-            raise ValueError(f"raw_std: {self.raw_std} must be as many as raw_mean, and above 0 like final_std")
-        if (self.held_out or 0) < 0 or self.reference_images < 1:
-            raise ValueError(f"held_out: {self.held_out} and reference_images: {self.reference_images}; allowed: from 0; from 1")
+        if len(self.raw_mean) != len(self.raw_std):
+            raise ValueError(f"raw_std: {self.raw_std} must be as many as raw_mean")
 
     def build(self) -> ZipLatents:
         return ZipLatents(self)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.data import shards
 from flowmap.data.dataset import Source
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
@@ -59,17 +60,14 @@ class Encoded(Source):
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
     root: str = ""
-    held_out: int | None = None
-    reference_images: int = 10_000
-    shard_items: int = 1000
+    held_out: CountFromZero | None = None
+    reference_images: Count = 10_000
+    shard_items: Count = 1000
     flip: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("held_out", 0), ("reference_images", 1), ("shard_items", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name}: {value} must be {least} or more")
 
     @property
     def in_pixels(self) -> bool:

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import CountFromZero, Seed, Side
 from flowmap.data.captions import FolderCaptions, read_captions
 from flowmap.data.dataset import Dataset, Source, held_out_count
 from flowmap.data.listing import Listing, Tally, listing
 from flowmap.data.plain import shown
-from flowmap.data.sources import MAX_PIXELS, Item, SquareImages
+from flowmap.data.sources import MAX_PIXELS, Item, SquareImages, check_channels
 from flowmap.data.survey import without_pictures
 
 
@@ -103,16 +104,15 @@ class Folder(Source):
     """
 
     root: str = "???"
-    size: int = 64
-    channels: int = 3
-    held_out: int | None = None
-    seed: int = 0
+    size: Side = 64
+    channels: Side = 3
+    held_out: CountFromZero | None = None
+    seed: Seed = 0
     quick: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size < 1 or self.channels not in (1, 3) or (self.held_out or 0) < 0:
-            raise ValueError(f"size: {self.size}, channels: {self.channels} and held_out: {self.held_out}; allowed: from 1; 1 or 3; from 0")
+        check_channels(self.channels)
 
     def outline(self) -> tuple[tuple[int, ...], int | None]:
         return (self.channels, self.size, self.size), None  # how many classes there are, only the folder says

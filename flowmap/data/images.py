@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowmap.base.ranges import CountFromZero, Seed, Side
 from flowmap.data import idx
 from flowmap.data.dataset import Dataset, Source
 
@@ -22,8 +23,8 @@ class Digits(Source):
     `held_out` of them, drawn by `seed` (the file is not in random order: its tail is no fair sample), are never trained on.
     """
 
-    held_out: int = 297
-    seed: int = 0
+    held_out: CountFromZero = 297
+    seed: Seed = 0
 
     def build(self) -> Dataset:
         from sklearn.datasets import load_digits
@@ -48,7 +49,7 @@ class Fashion(Source):
     """
 
     root: str = ".data/fashion"
-    size: int = 28
+    size: Side = 28
 
     def outline(self) -> tuple[tuple[int, ...], int | None]:
         return (1, self.size, self.size), 10

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
@@ -73,27 +74,21 @@ class Pairs:
 
     teacher: TeacherSlot | None = None
     recipe: str | None = None
-    guidance: float | None = None
-    num: int = 50_000
+    guidance: FromZero | None = None
+    num: Count = 50_000
     solver: Solver = Heun(steps=18, grid="rho", euler_last=True)
-    inverted: float = 0.0
-    seed: int = 0
+    inverted: Share = 0.0
+    seed: Seed = 0
     dtype: str = "auto"
-    shard_items: int = 1000
+    shard_items: Count = 1000
     root: str = ""
 
     def __post_init__(self):
+        check_ranges(self)
         if (self.teacher is None) == (self.recipe is None):
             raise ValueError("teacher: pairs want exactly one of teacher (a card) and recipe (one of ours)")
         if self.guidance is not None and self.teacher is not None and self.teacher.guidance is None:
             raise ValueError(f"guidance: {self.guidance} wants teacher.guidance, which says what is guided and how")
-        if self.guidance is not None and self.guidance < 0:
-            raise ValueError(f"guidance: {self.guidance} must be 0 or more")
-        for name, least in (("num", 1), ("shard_items", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
-        if not 0 <= self.inverted <= 1:
-            raise ValueError(f"inverted: {self.inverted} must lie in [0, 1]")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.inverted and isinstance(self.solver, NoiseAnchored):

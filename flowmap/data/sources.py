@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Side, check_ranges
 from flowmap.data.plain import open_plain, shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -91,14 +92,14 @@ class SquareImages:
     than 64 million pixels or pixels deeper than 8 bits of grey is left out and named with the reason.
     """
 
-    size: int = 64
-    channels: int = 3
+    size: Side = 64
+    channels: Side = 3
     kind: ClassVar[str]
     captions_stand: ClassVar[str] = "it has none"  # where the captions of such a source are looked for
 
     def __post_init__(self):
-        if self.size < 1 or self.channels not in (1, 3):
-            raise ValueError(f"size: {self.size} and channels: {self.channels}; allowed: from 1; 1 or 3")
+        check_ranges(self)
+        check_channels(self.channels)
 
     def length(self) -> int | None:
         return None
@@ -198,6 +199,11 @@ def as_label(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         raise ValueError(f"its label is {str(value)[:40]!r}, not a whole number from 0")
     return value
+
+
+def check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"channels: {channels} is not one of 1 (grey levels), 3 (RGB)")
 
 
 class _Unusable(ValueError):

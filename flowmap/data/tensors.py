@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from flowmap.base.ranges import Classes, CountFromZero, Seed
 from flowmap.data.dataset import Dataset, Source, held_out_count
 
 
@@ -20,14 +21,9 @@ class Tensors(Source):
     """
 
     root: str = "???"
-    num_classes: int | None = None
-    held_out: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.held_out or 0) < 0:
-            raise ValueError(f"held_out: {self.held_out} must be 0 or more")
+    num_classes: Classes | None = None
+    held_out: CountFromZero | None = None
+    seed: Seed = 0
 
     def build(self) -> Dataset:
         from safetensors import SafetensorError

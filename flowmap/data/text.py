@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import BelowOne, Count, Range, Seed
 from flowmap.data.dataset import Dataset, Source, looked_at
 from flowmap.data.text_sources import Sentence, TextSource, WordNet
 from flowmap.data.tokens import BPE, Tokenizer, Tokens
@@ -82,31 +83,25 @@ class Text(Source):
     autoencoder: TextCoder | None = None
     attributes: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-    drop_attribute: float = 0.0
-    held_out: float = 0.02
+    drop_attribute: BelowOne = 0.0
+    held_out: BelowOne = 0.02
     infill: bool = False
-    limit: int | None = None
-    max_words: int | None = None
-    common_words: int | None = None
-    seed: int = 0
+    limit: Annotated[int, Range(2, 1_000_000_000)] | None = None
+    max_words: Count | None = None
+    common_words: Count | None = None
+    seed: Seed = 0
     root: str = ""
     in_pixels: ClassVar[bool] = False
     quick: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("drop_attribute", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1)")
         if self.autoencoder is not None and self.tokenizer is not None:
             raise ValueError("tokenizer: the text autoencoder brings its own; leave one of the two out")
         if self.infill and self.autoencoder is None:
             raise ValueError("infill: wants latents, so an autoencoder")
         if any("=" not in rule for rule in self.only):
             raise ValueError(f"only: {list(self.only)} must be a list of attribute=value")
-        for name, least in (("limit", 2), ("max_words", 1), ("common_words", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} must be {least} or more")
 
     def read(self) -> tuple[list[Sentence], list[Sentence], tuple[Attribute, ...], Counter]:
         """(training sentences, held-out ones, attributes, counts of those left out); ValueError where sentences cannot be read, an attribute

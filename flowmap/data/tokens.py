@@ -10,12 +10,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flowmap.base.outside import bounded_text
+from flowmap.base.ranges import MaxTokens, Range, check_ranges
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_settings.json"
 SPECIAL = ("<pad>", "<start>", "<end>", "<mask>")
@@ -32,13 +33,11 @@ class Tokenizer(Protocol):
 class BPE:
     """Byte-level byte-pair encoding of `vocab` tokens at most, trained on the training sentences: every text comes back as it was."""
 
-    vocab: int = 4096
-    max_tokens: int = 32
+    vocab: Annotated[int, Range(256 + len(SPECIAL), 1_000_000)] = 4096
+    max_tokens: MaxTokens = 32
 
     def __post_init__(self):
-        if self.vocab < 256 + len(SPECIAL):
-            raise ValueError(f"vocab: {self.vocab} must be {256 + len(SPECIAL)} or more (bytes and special tokens)")
-        _check_max_tokens(self.max_tokens)
+        check_ranges(self)
 
     def fit(self, texts: Sequence[str]) -> Tokens:
         """The same texts give the same tokenizer, byte by byte."""
@@ -61,10 +60,10 @@ class Pretrained:
 
     source: str
     revision: str | None = None
-    max_tokens: int = 32
+    max_tokens: MaxTokens = 32
 
     def __post_init__(self):
-        _check_max_tokens(self.max_tokens)
+        check_ranges(self)
 
     def fit(self, texts: Sequence[str], key: str = "data.tokenizer.source") -> Tokens:
         """key: the setting that errors name."""
@@ -90,20 +89,15 @@ class Pair:
 
     encoder: str
     decoder: str
-    max_tokens: int = 32
+    max_tokens: MaxTokens = 32
 
     def __post_init__(self):
-        _check_max_tokens(self.max_tokens)
+        check_ranges(self)
 
     def fit(self, texts: Sequence[str]) -> PairTokens:
         sources = {"encoder": self.encoder, "decoder": self.decoder}
         parts = (Pretrained(one, max_tokens=self.max_tokens).fit(texts, f"data.tokenizer.{name}") for name, one in sources.items())
         return PairTokens(*parts)
-
-
-def _check_max_tokens(count: int) -> None:
-    if count < 2:
-        raise ValueError(f"max_tokens: {count} must be 2 or more")
 
 
 TOKENIZERS = {"bpe": BPE, "pretrained": Pretrained, "pair": Pair}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Range, Seed
 from flowmap.data.dataset import Dataset, Source
 
 
@@ -18,11 +20,11 @@ class Toy(Source):
     One mode with radius 0 is a centred Gaussian. `points` are drawn for training and a fifth as many are held out, both by `seed`.
     """
 
-    num_modes: int = 8
-    radius: float = 1.0
-    std: float = 0.1
-    points: int = 50_000
-    seed: int = 0
+    num_modes: Annotated[int, Range(1, 10_000)] = 8
+    radius: Annotated[float, Range(0, 1000)] = 1.0
+    std: Annotated[float, Range(0, 1000, above=True)] = 0.1
+    points: Annotated[int, Range(10, 100_000_000)] = 50_000
+    seed: Seed = 0
 
     @property
     def means(self) -> Tensor:
@@ -36,11 +38,6 @@ class Toy(Source):
         return torch.full((self.num_modes,), 1 / self.num_modes, dtype=torch.float64)
 
     def build(self) -> Dataset:
-        for key, least in {"num_modes": 1, "points": 10}.items():
-            if getattr(self, key) < least:
-                raise ValueError(f"data.{key} is {getattr(self, key)}; toy allows {least} or more")
-        if self.std <= 0:
-            raise ValueError(f"data.std is {self.std}; toy allows a positive number")
         generator = torch.Generator().manual_seed(self.seed)
         labels = torch.randint(self.num_modes, (self.points + self.points // 5,), generator=generator)
         noise = torch.randn(len(labels), 2, generator=generator, dtype=torch.float64)

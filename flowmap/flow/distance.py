@@ -6,11 +6,12 @@ All reductions run over every dimension but the first, in float32 or better; res
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Positive, Range, check_ranges
 from flowmap.flow.types import along
 
 NORMS = ("l2", "rms", "none")
@@ -41,11 +42,10 @@ class PseudoHuber:
     k grows with D, not with sqrt(D) as in iCT. Far away the gradient has length 1 / D, near by it is that of ||.||^2 / (2 k D).
     """
 
-    scale: float = 0.00054
+    scale: Positive = 0.00054
 
     def __post_init__(self):
-        if not self.scale > 0:
-            raise ValueError(f"scale is {self.scale!r}; allowed: above 0")
+        check_ranges(self)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         difference = _flat(prediction - target)
@@ -60,15 +60,12 @@ class PseudoHuber:
 class Adaptive:
     """sg(w) e with e = ||prediction - target||^2 and w = 1 / (e + offset)^power: MeanFlow's loss (arXiv:2505.13447). power 0 is Squared."""
 
-    power: float = 1.0
-    offset: float = 1e-3
+    power: Annotated[float, Range(0, 100)] = 1.0
+    offset: Positive = 1e-3
     mean: bool = False
 
     def __post_init__(self):
-        if not self.power >= 0:
-            raise ValueError(f"power is {self.power!r}; allowed: from 0")
-        if not self.offset > 0:
-            raise ValueError(f"offset is {self.offset!r}; allowed: above 0")
+        check_ranges(self)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = Squared(self.mean)(prediction, target)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import InsideOne, Positive, check_ranges
 from flowmap.flow.types import Cond, PathSample, along
 
 PREDICTIONS = ("x0", "epsilon", "velocity", "linear_velocity", "v", "score", "trig")
@@ -147,11 +148,10 @@ class Trig(_Path):
     With the data's std in sigma_data the state keeps that std at every t; sigma_data = 1 is the cosine schedule.
     """
 
-    sigma_data: float = 1.0
+    sigma_data: Positive = 1.0
 
     def __post_init__(self):
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data is {self.sigma_data!r}; allowed: above 0")
+        check_ranges(self)
 
     def coefficients(self, t: Tensor | float) -> Coefficients:
         t = wide(t)
@@ -173,15 +173,14 @@ class VariancePreserving(_Path):
     to_linear's largest (0.9935) come back from from_linear_time as 1.
     """
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-    t_min: float = 1e-5
+    beta_min: Positive = 0.1
+    beta_max: Positive = 20.0
+    t_min: InsideOne = 1e-5
 
     def __post_init__(self):
-        if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"beta_min is {self.beta_min!r}; allowed: above 0 and at most beta_max = {self.beta_max!r}")
-        if not 0 < self.t_min < 1:
-            raise ValueError(f"t_min is {self.t_min!r}; allowed: inside (0, 1)")
+        check_ranges(self)
+        if not self.beta_min <= self.beta_max:
+            raise ValueError(f"beta_min: {self.beta_min!r} must be at most beta_max = {self.beta_max!r}")
 
     def _log_a(self, t: Tensor) -> Tensor:
         return -t * t * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2

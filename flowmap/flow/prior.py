@@ -10,11 +10,12 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Calls, Positive, Range, check_ranges
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
 
@@ -66,12 +67,11 @@ class NormalCodes:
 class MixtureCodes:
     """z from a mixture of `components` Gaussians of full covariance, fitted (EM, scikit-learn, `seed`) to codes of the training data."""
 
-    components: int = 16
-    seed: int = 0
+    components: Annotated[int, Range(1, 10_000)] = 16
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
     def __post_init__(self):
-        if self.components < 1 or self.seed < 0:
-            raise ValueError(f"components: {self.components} must be 1 or more, seed: {self.seed} 0 or more")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,11 @@ class FlowCodes:
     """z from a flow that a recipe of its own (data of kind codes) trains, by `steps` Heun steps of it; overrides: key=value for that recipe."""
 
     recipe: str
-    steps: int = 8
+    steps: Calls = 8
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: {self.steps} must be 1 or more")
+        check_ranges(self)
 
 
 CODE_SAMPLERS = {"normal": NormalCodes, "mixture": MixtureCodes, "flow": FlowCodes}
@@ -99,14 +98,13 @@ class Learned:
     """
 
     recipe: str
-    scale: float = 1.0
+    scale: Positive = 1.0
     told: bool = True
     z: CodeSampler = NormalCodes()
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if not self.scale > 0:
-            raise ValueError(f"scale: {self.scale} must be above 0")
+        check_ranges(self)
 
 
 PRIORS = {"gaussian": Gaussian, "learned": Learned}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Calls, Positive, Rho, check_ranges
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Callable[[Tensor, float], Tensor], Tensor, float, float], Tensor]
 GRIDS = ("uniform", "rho")
@@ -112,17 +114,18 @@ class Solver:
     pure noise; it runs between 1 and 0 only.
     """
 
-    steps: int = 50
+    steps: Calls = 50
     grid: str = "uniform"
-    rho: float = 7.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    rho: Rho = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
 
     def __post_init__(self):
-        _check_steps(self.steps)
+        check_ranges(self)
         if self.grid not in GRIDS:
             raise ValueError(f"grid is {self.grid!r}; allowed: {', '.join(GRIDS)}")
-        rho_times(self.steps, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        if not self.sigma_min <= self.sigma_max:
+            raise ValueError(f"sigma_min: {self.sigma_min!r} must be at most sigma_max = {self.sigma_max!r}")
 
     def times(self, start: float = 1.0, end: float = 0.0) -> tuple[float, ...]:
         """The steps + 1 times from `start` to `end`."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Range, Share, check_ranges
 from flowmap.flow.types import TimeSampler
 
 PAIRS = ("diagonal", "sorted", "consistency")
@@ -74,12 +76,12 @@ class Uniform(_OneLaw):
 class LogitNormal(_OneLaw):
     """log(t / (1 - t)) ~ N(mean, std^2): on our clock that is log sigma ~ N(mean, std^2), the law of EDM's noise levels."""
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: Annotated[float, Range(-50, 50)] = 0.0
+    std: Annotated[float, Range(0, 50, above=True)] = 1.0
     pairs: str = "diagonal"
 
     def __post_init__(self):
-        _check_std(self.std)
+        check_ranges(self)
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
@@ -102,15 +104,12 @@ class UShaped(_OneLaw):
     what was run.
     """
 
-    a: float = 4.0
-    edge: float = 1e-5
+    a: Annotated[float, Range(0, 50, above=True)] = 4.0
+    edge: Annotated[float, Range(0, 0.5, below=True)] = 1e-5
     pairs: str = "diagonal"
 
     def __post_init__(self):
-        if not 0 < self.a <= 50:
-            raise ValueError(f"a is {self.a!r}; allowed: above 0, at most 50")
-        if not 0 <= self.edge < 0.5:
-            raise ValueError(f"edge is {self.edge!r}; allowed: from 0, below 0.5")
+        check_ranges(self)
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
@@ -135,11 +134,11 @@ class Interval:
     (-0.8, 1.0) gives jumps longer than 0.9 to 0.14 % of the draws: see Mixture for a share of exact (1, 0).
     """
 
-    mean: float = -0.8
-    std: float = 1.0
+    mean: Annotated[float, Range(-50, 50)] = -0.8
+    std: Annotated[float, Range(0, 50, above=True)] = 1.0
 
     def __post_init__(self):
-        _check_std(self.std)
+        check_ranges(self)
 
     def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
@@ -173,13 +172,13 @@ class Consistency:
     """t by the named law, s = 0: consistency training. law "logit_normal" reads mean and std; "uniform" does not."""
 
     law: str = "logit_normal"
-    mean: float = -0.8
-    std: float = 1.0
+    mean: Annotated[float, Range(-50, 50)] = -0.8
+    std: Annotated[float, Range(0, 50, above=True)] = 1.0
 
     def __post_init__(self):
+        check_ranges(self)
         if self.law not in ("logit_normal", "uniform"):
             raise ValueError(f"law is {self.law!r}; allowed: logit_normal, uniform")
-        _check_std(self.std)
 
     @property
     def _times(self) -> Uniform | LogitNormal:
@@ -200,14 +199,13 @@ class Dyadic:
     The last round(n diagonal) rows have s = t instead, at any multiple of 1/finest but 0.
     """
 
-    finest: int = 64
-    diagonal: float = 0.75
+    finest: Annotated[int, Range(1, 2**20)] = 64
+    diagonal: Share = 0.75
 
     def __post_init__(self):
-        if self.finest < 1 or self.finest & (self.finest - 1):
+        check_ranges(self)
+        if self.finest & (self.finest - 1):
             raise ValueError(f"finest is {self.finest!r}; allowed: a power of two, from 1")
-        if not 0 <= self.diagonal <= 1:
-            raise ValueError(f"diagonal is {self.diagonal!r}; allowed: from 0 to 1")
 
     def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
@@ -229,19 +227,16 @@ class Mixture:
     """
 
     base: TimeSampler = field(default_factory=Interval)
-    one_step: float = 0.0
-    diagonal: float = 0.0
+    one_step: Share = 0.0
+    diagonal: Share = 0.0
     diagonal_at: str = "departure"
 
     def __post_init__(self):
+        check_ranges(self)
         if self.diagonal_at not in ENDS:
             raise ValueError(f"diagonal_at is {self.diagonal_at!r}; allowed: {', '.join(ENDS)}")
         if self.diagonal_at == "arrival" and (not hasattr(self.base, "arrival_density") or getattr(self.base, "pairs", "") == "consistency"):
             raise ValueError(f"diagonal_at is 'arrival', but {type(self.base).__name__} arrives at one time only; allowed: departure")
-        for name in ("one_step", "diagonal"):
-            share = getattr(self, name)
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share!r}; allowed: from 0 to 1")
         if self.one_step + self.diagonal > 1:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
 
@@ -264,11 +259,6 @@ class Mixture:
         """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
         at = self.base.arrival_density(t) if self.diagonal_at == "arrival" else self.base.density(t)
         return (1 - self.one_step - self.diagonal) * self.base.density(t) + self.diagonal * at
-
-
-def _check_std(std: float) -> None:
-    if not std > 0:
-        raise ValueError(f"std is {std!r}; allowed: above 0")
 
 
 def _uniform(n: int, device, generator: torch.Generator | None) -> Tensor:

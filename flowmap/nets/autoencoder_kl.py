@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.ranges import Depth, Width, check_ranges
+
 
 @dataclass(frozen=True)
 class AutoencoderKL:
@@ -16,17 +18,16 @@ class AutoencoderKL:
     Source: Rombach et al. 2022, arXiv:2112.10752, as diffusers builds it.
     """
 
-    channels: tuple[int, ...] = (32, 64, 64)
-    latent_channels: int = 4
-    layers: int = 1
-    groups: int = 8
+    channels: tuple[Width, ...] = (32, 64, 64)
+    latent_channels: Width = 4
+    layers: Depth = 1
+    groups: Width = 8
     leaves: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
-        if not self.channels or any(c < 1 or c % self.groups for c in self.channels):
+        check_ranges(self)
+        if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
-        if self.latent_channels < 1 or self.layers < 1:
-            raise ValueError(f"latent_channels: {self.latent_channels} and layers: {self.layers} must be 1 or more")
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
         if len(shape) != 3 or any(side % 2 ** (len(self.channels) - 1) for side in shape[1:]):

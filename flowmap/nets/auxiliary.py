@@ -6,12 +6,13 @@ Source: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723), whose networks could not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import Depth, Heads, Range, Ratio, Width, check_ranges
 from flowmap.nets.dit import Block, sine_positions
 
 
@@ -19,13 +20,12 @@ from flowmap.nets.dit import Block, sine_positions
 class _Auxiliary:
     """size: how many numbers a code has. log_variance: the decoder's is kept between these two, smoothly (mid + half tanh((raw - mid) / half))."""
 
-    size: int = 8
-    log_variance: tuple[float, float] = (-6.0, 2.0)
+    size: Width = 8
+    log_variance: tuple[Annotated[float, Range(-50, 50)], Annotated[float, Range(-50, 50)]] = (-6.0, 2.0)
     leaves: ClassVar[str] = "prior"
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"size: {self.size} must be 1 or more")
+        check_ranges(self)
         if not self.log_variance[0] < self.log_variance[1]:
             raise ValueError(f"log_variance: {self.log_variance} must be an increasing pair of numbers")
 
@@ -34,12 +34,12 @@ class _Auxiliary:
 class ConvPrior(_Auxiliary):
     """Residual convolutions; each of `channels` beyond the first halves height and width on the way to z and doubles them on the way back."""
 
-    channels: tuple[int, ...] = (32, 64)
-    groups: int = 8
+    channels: tuple[Width, ...] = (32, 64)
+    groups: Width = 8
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.channels or any(c < 1 or c % self.groups for c in self.channels):
+        if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
@@ -52,15 +52,15 @@ class ConvPrior(_Auxiliary):
 class TransformerPrior(_Auxiliary):
     """Transformer blocks over patches; the decoder's are modulated by z."""
 
-    width: int = 96
-    depth: int = 3
-    heads: int = 3
-    patch: int = 2
-    mlp_ratio: float = 8 / 3
+    width: Width = 96
+    depth: Depth = 3
+    heads: Heads = 3
+    patch: Annotated[int, Range(1, 1024)] = 2
+    mlp_ratio: Ratio = 8 / 3
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.width, self.depth, self.heads, self.patch) < 1 or self.width % (4 * self.heads):
+        if self.width % (4 * self.heads):
             raise ValueError(f"width: {self.width} is not a multiple of 4 x heads ({self.heads})")
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:

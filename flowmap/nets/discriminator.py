@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import Range, Width, check_ranges
 from flowmap.flow.types import Cond
 
 
@@ -23,16 +24,15 @@ class Conv:
     """A residual convolutional network that halves height and width down to about 4, or `depth` times, and doubles its channels from
     width to at most max_width."""
 
-    width: int = 32
-    max_width: int = 512
-    depth: int | None = None
+    width: Width = 32
+    max_width: Width = 512
+    depth: Annotated[int, Range(0, 1000)] | None = None
     trunk: ClassVar[str] = "none"
 
     def __post_init__(self):
-        if self.width < 1 or self.max_width < self.width:
-            raise ValueError(f"width: {self.width} must be 1 or more, and max_width: {self.max_width} not below it")
-        if self.depth is not None and self.depth < 0:
-            raise ValueError(f"depth: {self.depth} must be 0 or more")
+        check_ranges(self)
+        if self.max_width < self.width:
+            raise ValueError(f"max_width: {self.max_width} must not be below width = {self.width}")
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None) -> nn.Module:
         check_shape(shape, "conv")

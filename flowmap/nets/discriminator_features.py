@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowmap.base.ranges import BelowOne, Range, Width, check_ranges
 from flowmap.flow.types import Cond, along
 from flowmap.nets.discriminator import Head, channels_of, check_shape, in_float32
 
@@ -32,16 +33,13 @@ class OnTeacher:
     The teacher's network is frozen; attention in it is done in elementary operations, as the penalties are differentiated twice.
     """
 
-    blocks: tuple[int, ...] = ()
-    time: float = 0.1
-    width: int = 64
+    blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
+    time: BelowOne = 0.1
+    width: Width = 64
     trunk: ClassVar[str] = "teacher"
 
     def __post_init__(self):
-        if not 0 <= self.time < 1:
-            raise ValueError(f"time: {self.time} must lie in [0, 1)")
-        if self.width < 1:
-            raise ValueError(f"width: {self.width} must be 1 or more")
+        check_ranges(self)
 
     def build(self, shape: tuple[int, ...], *, network: nn.Module, example: Cond, num_classes: int | None = None) -> nn.Module:
         """network: the teacher's F(x, t, s, cond); example: one row of what it is conditioned on."""
@@ -111,15 +109,14 @@ class OnFeatures:
     """
 
     net: str = "efficientnet_lite0"
-    size: int = 224
-    width: int = 64
+    size: Annotated[int, Range(0, 16_384)] = 224
+    width: Width = 64
     trunk: ClassVar[str] = "features"
 
     def __post_init__(self):
+        check_ranges(self)
         if self.net != "efficientnet_lite0" and not all(self.net.partition(":")):
             raise ValueError(f"net: {self.net!r} is not efficientnet_lite0 or package.mod:attr")
-        if self.size < 0 or self.width < 1:
-            raise ValueError(f"size: {self.size} must be 0 or more, and width: {self.width} 1 or more")
 
     def build(self, shape: tuple[int, ...], *, call: Trunk, num_classes: int | None = None) -> nn.Module:
         """call: that network, frozen."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flowmap.base.ranges import Cycles, Depth, Heads, Range, Ratio, Width, check_ranges
 from flowmap.nets.embed import Conditioning, Further
 
 #          width depth heads
@@ -34,15 +35,16 @@ class DiT:
     """Settings of a diffusion transformer; width, depth and heads come from the preset unless given."""
 
     preset: str = "tiny"
-    patch: int = 2
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    mlp_ratio: float = 8 / 3
-    cycles: float = 4.0
+    patch: Annotated[int, Range(1, 1024)] = 2
+    width: Width | None = None
+    depth: Depth | None = None
+    heads: Heads | None = None
+    mlp_ratio: Ratio = 8 / 3
+    cycles: Cycles = 4.0
     takes_further: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         width, _, heads = self.sizes

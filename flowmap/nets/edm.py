@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Width, check_ranges
 from flowmap.nets.edm_unet import DhariwalUNet, SongUNet, UNet
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.preconditioning import one_hot, velocity_of
@@ -27,15 +28,16 @@ class DDPMpp:
     """
 
     preset: str = "cifar10"
-    channels: int = 128
-    multipliers: tuple[int, ...] | None = None
-    num_blocks: int = 4
-    attention_at: tuple[int, ...] = (16,)
+    channels: Width = 128
+    multipliers: tuple[Multiplier, ...] | None = None
+    num_blocks: Depth = 4
+    attention_at: tuple[Side, ...] = (16,)
     ncsnpp: bool = False
-    sigma_data: float = 0.5
-    dropout: float = 0.0
+    sigma_data: Positive = 0.5
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
+        check_ranges(self)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         _check(self, self.levels, 32)
@@ -57,14 +59,15 @@ class ADM:
     dropout: in training alone; EDM trained with 0.1.
     """
 
-    channels: int = 192
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attention_at: tuple[int, ...] = (32, 16, 8)
-    sigma_data: float = 0.5
-    dropout: float = 0.0
+    channels: Width = 192
+    multipliers: tuple[Multiplier, ...] = (1, 2, 3, 4)
+    num_blocks: Depth = 3
+    attention_at: tuple[Side, ...] = (32, 16, 8)
+    sigma_data: Positive = 0.5
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
+        check_ranges(self)
         _check(self, self.multipliers, 64)
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
@@ -99,14 +102,10 @@ class EDMNet(nn.Module):
 
 
 def _check(spec: DDPMpp | ADM, multipliers: tuple[int, ...], unit: int) -> None:
-    if spec.channels < unit or spec.channels % unit:
+    if spec.channels % unit:
         raise ValueError(f"channels: {spec.channels} must be a multiple of {unit}")
-    if spec.num_blocks < 1 or not multipliers or min(multipliers) < 1:
-        raise ValueError(f"num_blocks: {spec.num_blocks} and multipliers: {multipliers} must be 1 or more")
-    if not spec.sigma_data > 0:
-        raise ValueError(f"sigma_data: {spec.sigma_data} must be above 0")
-    if not 0 <= spec.dropout < 1:
-        raise ValueError(f"dropout: {spec.dropout} must be in [0, 1)")
+    if not multipliers:
+        raise ValueError("multipliers: () must have an entry at least")
 
 
 def _square(shape: tuple[int, ...], multipliers: tuple[int, ...]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Width, check_ranges
 from flowmap.nets.embed import Further, FurtherEmbeddings, ScalarEmbedding, branches
 from flowmap.nets.preconditioning import one_hot, velocity_of
 
@@ -32,23 +33,20 @@ class EDM2:
     """
 
     preset: str = "S"
-    channels: int | None = None
-    multipliers: tuple[int, ...] = (1, 2, 3, 4)
-    num_blocks: int = 3
-    attention_at: tuple[int, ...] = (16, 8)
-    sigma_data: float = 0.5
-    dropout: float = 0.0
+    channels: Width | None = None
+    multipliers: tuple[Multiplier, ...] = (1, 2, 3, 4)
+    num_blocks: Depth = 3
+    attention_at: tuple[Side, ...] = (16, 8)
+    sigma_data: Positive = 0.5
+    dropout: BelowOne = 0.0
     takes_further: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
-        if self.width < 1 or self.num_blocks < 1 or not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"channels: {self.width}, num_blocks: {self.num_blocks} and multipliers: {self.multipliers} must be 1 or more")
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data: {self.sigma_data} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout} must be in [0, 1)")
+        if not self.multipliers:
+            raise ValueError("multipliers: () must have an entry at least")
 
     @property
     def width(self) -> int:

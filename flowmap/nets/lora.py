@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.ranges import BelowOne, Positive, Width, check_ranges
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import misfit
 from flowmap.nets.pretrained import load_pretrained
@@ -28,20 +29,15 @@ class LoRA:
     dropout acts on what the adapters read, in training alone.
     """
 
-    rank: int = 16
-    alpha: float | None = None
+    rank: Width = 16
+    alpha: Positive | None = None
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank: {self.rank} must be 1 or more")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha: {self.alpha} must be above 0")
+        check_ranges(self)
         if not self.targets or not all(self.targets):
             raise ValueError(f"targets: {list(self.targets)} must name at least one layer, and none by an empty text")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

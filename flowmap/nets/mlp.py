@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import Cycles, Depth, Width, check_ranges
 from flowmap.nets.embed import Conditioning, Further
 
 
@@ -17,10 +18,13 @@ from flowmap.nets.embed import Conditioning, Further
 class MLP:
     """Settings of a residual perceptron."""
 
-    width: int = 128
-    depth: int = 3
-    cycles: float = 4.0
+    width: Width = 128
+    depth: Depth = 3
+    cycles: Cycles = 4.0
     takes_further: ClassVar[bool] = True
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def build(
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from flowmap.base.ranges import CountFromZero, Vocab, check_ranges
 from flowmap.flow.types import Cond
 from flowmap.nets.stacked import NetSpec
 from flowmap.nets.text_vae import TextVAE
@@ -25,11 +26,12 @@ class TextJoint:
 
     flow: NetSpec
     autoencoder: TextCoderSpec = TextVAE()
-    vocab: int | None = None
-    special: tuple[int, int, int, int] | None = None
+    vocab: Vocab | None = None
+    special: tuple[CountFromZero, CountFromZero, CountFromZero, CountFromZero] | None = None
     leaves: ClassVar[str] = "text_joint"
 
     def __post_init__(self):
+        check_ranges(self)
         if not hasattr(self.flow, "build"):
             raise ValueError("flow: wants the settings of a network; what starts from other weights is not known here")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import CountFromZero, Width, check_ranges
 from flowmap.nets.text_vae import IGNORED, SHARP
 
 
@@ -29,21 +30,20 @@ class TextPair:
 
     encoder: str = "???"
     decoder: str = "???"
-    slots: int = 1
-    dims: int = 64
+    slots: Width = 1
+    dims: Width = 64
     train_encoder: bool = False
     train_decoder: bool = True
-    vocab: int | None = None
-    special: tuple[int, int, int, int] | None = None
-    encoder_pad: int = 0
-    encoder_tokens: int = 0
-    encoder_vocab: int = 0
+    vocab: CountFromZero | None = None
+    special: tuple[CountFromZero, CountFromZero, CountFromZero, CountFromZero] | None = None
+    encoder_pad: CountFromZero = 0
+    encoder_tokens: CountFromZero = 0
+    encoder_vocab: CountFromZero = 0
     configs: tuple[str, str] | None = None
     leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
-        if self.slots < 1 or self.dims < 1:
-            raise ValueError(f"slots: {self.slots} and dims: {self.dims} must be 1 or more")
+        check_ranges(self)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import CountFromZero, Depth, Heads, Vocab, Width, check_ranges
+
 SHARP = -4.0  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
 LOUD = 0.3  # spread of embeddings that go into the latent directly
 IGNORED = -100  # of targets: torch's cross-entropy leaves them out
@@ -27,20 +29,18 @@ class TextVAE:
     out, they are taken from the data.
     """
 
-    slots: int = 4
-    dims: int = 32
-    width: int = 192
-    depth: int = 3
-    heads: int = 4
+    slots: Width = 4
+    dims: Width = 32
+    width: Width = 192
+    depth: Depth = 3
+    heads: Heads = 4
     direct: bool = False
-    vocab: int | None = None
-    special: tuple[int, int, int, int] | None = None
+    vocab: Vocab | None = None
+    special: tuple[CountFromZero, CountFromZero, CountFromZero, CountFromZero] | None = None
     leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
-        for name in ("slots", "dims", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 1 or more")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"width: {self.width} is not a multiple of heads ({self.heads})")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, Sampler, Teacher
 from flowmap.objectives.reconstruction import Reconstruction
 
@@ -39,29 +40,23 @@ class Adversarial:
 
     base: Objective
     discriminator: DiscriminatorSpec
-    steps: tuple[int, ...] = (1, 2, 4)
-    weight: float = 0.1
+    steps: tuple[Calls, ...] = (1, 2, 4)
+    weight: FromZero = 0.1
     balance: str = "base"
-    r1: float = 0.1
-    r2: float = 0.1
+    r1: FromZero = 0.1
+    r2: FromZero = 0.1
     through: str = "last"
-    start: int = 0
-    discriminator_lr: float = 2e-5
-    discriminator_betas: tuple[float, float] = (0.0, 0.99)
+    start: CountFromZero = 0
+    discriminator_lr: Rate = 2e-5
+    discriminator_betas: tuple[BelowOne, BelowOne] = (0.0, 0.99)
 
     def __post_init__(self):
+        check_ranges(self)
         for name, allowed in (("balance", ("base", "adversarial", "none")), ("through", ("last", "all"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not self.steps or min(self.steps) < 1:
+        if not self.steps:
             raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
-        for name in ("weight", "r1", "r2", "start"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
-        if not self.discriminator_lr > 0:
-            raise ValueError(f"discriminator_lr: {self.discriminator_lr} must be above 0")
-        if not all(0 <= beta < 1 for beta in self.discriminator_betas):
-            raise ValueError(f"discriminator_betas: {self.discriminator_betas} must lie in [0, 1)")
         if isinstance(self.base, (Adversarial, Reconstruction)):
             raise ValueError("base: wants an objective that trains a flow map, not adversarial or reconstruction")
 

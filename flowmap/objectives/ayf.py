@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Share
 from flowmap.flow.derivative import along_path, in_arrival, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
@@ -75,15 +76,9 @@ class AYFMixed(_AYF):
     samples. Shares are evenly spread over the rows of a batch and of the batches after it: one of fewer rows than 1 / share has some in its turn.
     """
 
-    lagrangian: float = 0.25
-    own_lagrangian: float = 0.0
-    own_eulerian: float = 0.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("lagrangian", "own_lagrangian", "own_eulerian"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1]")
+    lagrangian: Share = 0.25
+    own_lagrangian: Share = 0.0
+    own_eulerian: Share = 0.0
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None and (self.own_eulerian or self.lagrangian):

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Count, check_ranges
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
@@ -29,13 +30,12 @@ class CMT:
     """
 
     solver: Solver = field(default_factory=lambda: Heun(steps=16))
-    points: int = 8
+    points: Count = 8
     distance: Distance = Squared()
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.points < 1:
-            raise ValueError(f"points: {self.points} must be 1 or more")
+        check_ranges(self)
         if isinstance(self.solver, NoiseAnchored):
             raise ValueError("solver: the anchored rule's states are no points of one trajectory; choose euler, midpoint, heun or rk4")
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Calls, Positive, Rho, check_ranges
 from flowmap.flow.derivative import without_graph
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
@@ -29,24 +30,23 @@ class Consistency:
     The target is the student's own, as later work found better than the paper's averaged one. The sample's arrival time is not looked at.
     """
 
-    steps: int = 18
+    steps: Calls = 18
     grid: str = "rho"
-    rho: float = 7.0
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    rho: Rho = 7.0
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
     solver: str = "heun"
     distance: Distance = Squared()
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps: {self.steps} must be 1 or more")
+        check_ranges(self)
         if self.grid not in GRIDS:
             raise ValueError(f"grid: {self.grid!r} is not one of {', '.join(GRIDS)}")
         if self.solver not in ("heun", "euler"):
             raise ValueError(f"solver: {self.solver!r} is not one of heun, euler")
-        if not (self.rho > 0 and 0 < self.sigma_min < self.sigma_max):
-            raise ValueError(f"sigma_min: {self.sigma_min} must be above 0 and below sigma_max = {self.sigma_max}, and rho = {self.rho} above 0")
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min: {self.sigma_min} must be below sigma_max = {self.sigma_max}")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import CountFromZero, Share, check_ranges
 from flowmap.flow.distance import Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher
 from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
@@ -55,15 +56,12 @@ class Endpoint:
     """
 
     perceptual: PictureDistance | None = None
-    perceptual_after_steps: int = 0
-    squared: float = 0.0
+    perceptual_after_steps: CountFromZero = 0
+    squared: Share = 0.0
     diagonal: ClassVar[bool] = True  # one network call from noise: an arrival time would be a constant
 
     def __post_init__(self):
-        if self.perceptual_after_steps < 0:
-            raise ValueError(f"perceptual_after_steps: {self.perceptual_after_steps} must be 0 or more")
-        if not 0 <= self.squared <= 1:
-            raise ValueError(f"squared: {self.squared} must lie in [0, 1]: the share of the squared error once the perceptual one is there")
+        check_ranges(self)
         if self.perceptual is None and (self.perceptual_after_steps or self.squared):
             raise ValueError("perceptual_after_steps, squared: say when and how much of `perceptual`, which is not given")
 

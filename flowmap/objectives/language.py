@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.barrier import barrier, barrier_weight
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Loss, PathSample, Teacher, along
@@ -29,19 +30,15 @@ class TextELBO:
     network is a text autoencoder (moments, logits); times and teacher are not looked at.
     """
 
-    kl: float = 1.0
-    free_bits: float = 0.1
-    anneal_steps: int = 1000
-    word_dropout: float = 0.0
+    kl: FromZero = 1.0
+    free_bits: FromZero = 0.1
+    anneal_steps: CountFromZero = 1000
+    word_dropout: Share = 0.0
     diagonal: ClassVar[bool] = True
     leaves: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
-        for name in ("kl", "free_bits", "anneal_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
-        if not 0 <= self.word_dropout <= 1:
-            raise ValueError(f"word_dropout: {self.word_dropout} must lie in [0, 1]")
+        check_ranges(self)
 
     def beta(self, step: int) -> float:
         return self.kl * min(1.0, step / self.anneal_steps) if self.anneal_steps else self.kl
@@ -77,16 +74,14 @@ class TextJoint:
     """
 
     elbo: TextELBOSpec = TextELBO()
-    least: float = 0.0
-    alpha: float = 1.0
-    beta: float = 1.0
+    least: FromZero = 0.0
+    alpha: FromZero = 1.0
+    beta: FromZero = 1.0
     diagonal: ClassVar[bool] = True
     leaves: ClassVar[str] = "text_joint"
 
     def __post_init__(self):
-        for name in ("least", "alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+        check_ranges(self)
 
     def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.ranges import CountFromZero, FromZero, check_ranges
 from flowmap.flow.types import Loss, PathSample, Teacher, along
 
 
@@ -23,16 +24,14 @@ class VarianceGuided:
     teacher are not looked at. The student's network is an auxiliary model (encode, decode).
     """
 
-    kl: float = 1.0
-    free_bits: float = 0.0
-    warmup_steps: int = 0
+    kl: FromZero = 1.0
+    free_bits: FromZero = 0.0
+    warmup_steps: CountFromZero = 0
     diagonal: ClassVar[bool] = True
     leaves: ClassVar[str] = "prior"
 
     def __post_init__(self):
-        for name in ("kl", "free_bits", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+        check_ranges(self)
 
     def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.encode(sample.x0)
@@ -71,13 +70,12 @@ class _ByVariance:
     of them. Where it is not, they shift it.
     """
 
-    floor: float = 0.05
+    floor: FromZero = 0.05
     over: str = "sample"
     power: ClassVar[float] = 0.0
 
     def __post_init__(self):
-        if not self.floor >= 0:
-            raise ValueError(f"floor: {self.floor} must be 0 or more")
+        check_ranges(self)
         if self.over not in ("sample", "batch"):
             raise ValueError(f"over: {self.over!r} is not one of sample, batch")
 

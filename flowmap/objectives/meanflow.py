@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import BelowOne, Positive, Share, check_ranges
 from flowmap.flow.derivative import DERIVATIVES, along_path, without_graph
 from flowmap.flow.distance import Adaptive, Distance
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
@@ -31,22 +32,19 @@ class MeanFlow:
 
     distance: Distance = Adaptive()
     tangent: str = "target"
-    omega: float = 1.0
-    kappa: float = 0.0
-    guided: tuple[float, float] = (0.0, 1.0)
+    omega: Positive = 1.0
+    kappa: BelowOne = 0.0
+    guided: tuple[Share, Share] = (0.0, 1.0)
     derivative: str = "ride"
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_ranges(self)
         if self.derivative not in DERIVATIVES:
             raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
         if self.tangent not in ("target", "student"):
             raise ValueError(f"tangent: {self.tangent!r} is not one of target, student")
-        if not 0 <= self.kappa < 1:
-            raise ValueError(f"kappa: {self.kappa} must be 0 or more, below 1")
-        if not self.omega > 0:
-            raise ValueError(f"omega: {self.omega} must be above 0")
-        if not 0 <= self.guided[0] <= self.guided[1] <= 1:
+        if not self.guided[0] <= self.guided[1]:
             raise ValueError(f"guided: {self.guided} must be two rising times in [0, 1]")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from flowmap.base.ranges import FromZero, check_ranges
 from flowmap.flow.types import Loss, PathSample, Teacher
 
 
@@ -20,15 +21,13 @@ class Reconstruction:
     The student's network is an autoencoder (moments, decode); times and teacher are not looked at.
     """
 
-    squared: float = 1.0
-    kl: float = 1e-4
+    squared: FromZero = 1.0
+    kl: FromZero = 1e-4
     diagonal: ClassVar[bool] = True
     leaves: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
-        for name in ("squared", "kl"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} must be 0 or more")
+        check_ranges(self)
 
     def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.moments(sample.x0)

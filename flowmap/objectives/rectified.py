@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Positive, check_ranges
 from flowmap.flow.distance import PseudoHuber, Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
 from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
@@ -31,12 +32,12 @@ class LPIPSHuber:
     `attr.size` (224 where it says nothing, None for any). Latents are decoded first.
     """
 
-    scale: float = 0.00054
+    scale: Positive = 0.00054
     weight: str = "one"
     net: str = "lpips"
 
     def __post_init__(self):
-        PseudoHuber(self.scale)
+        check_ranges(self)
         if self.weight not in ("one", "inverse_time"):
             raise ValueError(f"weight: {self.weight!r} is not one of one, inverse_time")
         check_name(self.net)

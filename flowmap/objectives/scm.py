@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Positive, Share
 from flowmap.flow.derivative import along_path
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
@@ -31,14 +32,9 @@ class SCM(Tangent):
     The sample's arrival time is not looked at. At t = 1 exactly g is zero, as it is in TrigFlow: such samples teach nothing.
     """
 
-    r_max: float = 1.0
-    sigma_data: float = 0.5
+    r_max: Share = 1.0
+    sigma_data: Positive = 0.5
     weight: TimeWeight = EvenWeight()
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data: {self.sigma_data} must be above 0")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond

@@ -12,11 +12,12 @@ trains (flowmap/train/beside.py).  For a sample x0 put to a time t with fresh no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Calls, Range, Rate, check_ranges
 from flowmap.flow.distance import gradient_as_target
 from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, along
 from flowmap.objectives.flow_matching import FlowMatching
@@ -36,22 +37,19 @@ class ScoreDistillation:
     The times of recipe are those at which both networks look at the samples; its data gives conditions alone.
     """
 
-    steps: tuple[int, ...] = (1, 2, 4)
-    fake_steps: int = 5
+    steps: tuple[Calls, ...] = (1, 2, 4)
+    fake_steps: Annotated[int, Range(1, 1000)] = 5
     through: str = "last"
     normalised: bool = True
-    fake_lr: float | None = None
+    fake_lr: Rate | None = None
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not self.steps or min(self.steps) < 1:
+        check_ranges(self)
+        if not self.steps:
             raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
-        if self.fake_steps < 1:
-            raise ValueError(f"fake_steps: {self.fake_steps} must be 1 or more")
         if self.through not in ("last", "all"):
             raise ValueError(f"through: {self.through!r} is not one of last, all")
-        if self.fake_lr is not None and not self.fake_lr > 0:
-            raise ValueError(f"fake_lr: {self.fake_lr} must be above 0")
 
     def __call__(self, fake: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """What the student descends, by way of sample.x0, its samples with their graph; the fake, in the student's place here, is only asked."""

@@ -7,10 +7,12 @@ The lengths come from the recipe's times: `dyadic`, whose diagonal samples are t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Range, check_ranges
 from flowmap.flow.derivative import without_graph
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.types import FlowMap, PathSample, along
@@ -27,11 +29,10 @@ class Shortcut(SelfDistilled):
     """
 
     distance: Distance = Squared()
-    finest: int = 128
+    finest: Annotated[int, Range(0, 2**20)] = 128
 
     def __post_init__(self):
-        if self.finest < 0:
-            raise ValueError(f"finest: {self.finest} must be 0 or more")
+        check_ranges(self)
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond

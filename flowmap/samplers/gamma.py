@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Share
 from flowmap.flow.prior import normal_like
 from flowmap.flow.types import Cond, FlowMap
 from flowmap.samplers.grids import FewStep, jump
@@ -24,12 +25,7 @@ class Gamma(FewStep):
     noise. On an exact map x_s has the path's own law at s for every gamma.
     """
 
-    gamma: float = 0.5
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma is {self.gamma!r}; allowed: from 0 to 1")
+    gamma: Share = 0.5
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import Calls, Positive, Range, Rho, Share, check_ranges
 from flowmap.flow.solver import rho_times, uniform_times
 
 GRIDS = ("uniform", "shifted", "rho")
@@ -23,24 +25,20 @@ class FewStep:
     middle    times between t_max and 0, falling; they replace the grid for calls of len(middle) + 1 steps
     """
 
-    steps: tuple[int, ...] = (1, 2, 4)
+    steps: tuple[Calls, ...] = (1, 2, 4)
     grid: str = "uniform"
-    shift: float = 1.0
-    rho: float = 7.0
-    sigma_min: float = 0.002
-    t_max: float = 1.0
-    middle: tuple[float, ...] = ()
+    shift: Positive = 1.0
+    rho: Rho = 7.0
+    sigma_min: Positive = 0.002
+    t_max: Annotated[float, Range(0, 1, above=True)] = 1.0
+    middle: tuple[Share, ...] = ()
 
     def __post_init__(self):
-        if not self.steps or any(not isinstance(n, int) or n < 1 for n in self.steps):
-            raise ValueError(f"steps is {self.steps!r}; allowed: whole numbers from 1")
+        check_ranges(self)
+        if not self.steps:
+            raise ValueError(f"steps is {self.steps!r}; allowed: whole numbers from 1, at least one")
         if self.grid not in GRIDS:
             raise ValueError(f"grid is {self.grid!r}; allowed: {', '.join(GRIDS)}")
-        for name in ("shift", "rho", "sigma_min"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: above 0")
-        if not 0 < self.t_max <= 1:
-            raise ValueError(f"t_max is {self.t_max!r}; allowed: above 0, at most 1")
         ends = (self.t_max, *self.middle, 0.0)
         if not all(t > s for t, s in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"middle is {self.middle!r}; allowed: falling times strictly between t_max = {self.t_max!r} and 0")

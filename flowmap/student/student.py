@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.ranges import MAX_STEPS
 from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
@@ -26,7 +27,7 @@ from flowmap.teachers.autoencoder import FrozenAutoencoder
 
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
-MAX_IMAGES, MAX_STEPS = 1_000_000, 100_000
+MAX_IMAGES = 1_000_000
 
 
 class Student(Sentences):

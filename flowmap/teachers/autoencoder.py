@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.outside import bounded_text
+from flowmap.base.ranges import Number, Positive, check_ranges
 
 PARTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "vae/*")
 
@@ -30,15 +31,14 @@ class Autoencoder:
     source: str | None = None
     recipe: str | None = None
     revision: str | None = None
-    shift: tuple[float, ...] | None = None
-    scale: tuple[float, ...] | None = None
+    shift: tuple[Number, ...] | None = None
+    scale: tuple[Positive, ...] | None = None
     unit: bool = False
 
     def __post_init__(self):
+        check_ranges(self)
         if (self.source is None) == (self.recipe is None):
             raise ValueError("source: an autoencoder wants exactly one of source (a folder or hub id) and recipe (one of ours that trains it)")
-        if self.scale is not None and not all(value > 0 for value in self.scale):
-            raise ValueError(f"scale: {self.scale} must be above 0")
 
     def load(self) -> FrozenAutoencoder:
         """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""

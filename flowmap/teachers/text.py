@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowmap.base.ranges import MaxTokens, Side, check_ranges
 from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, local_folder
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
@@ -37,11 +38,10 @@ class Sentence:
 
     source: str = MINILM_SOURCE
     revision: str | None = None
-    max_tokens: int = 24
+    max_tokens: MaxTokens = 24
 
     def __post_init__(self):
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens: {self.max_tokens} must be 2 or more")
+        check_ranges(self)
 
     def load(self) -> FrozenSentence:
         from transformers import AutoModel, AutoTokenizer
@@ -87,8 +87,11 @@ class PipelineText:
 
     source: str
     revision: str | None = None
-    max_tokens: int | None = None
-    size: int = 1024
+    max_tokens: MaxTokens | None = None
+    size: Side = 1024
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def load(self) -> FrozenPipelineText:
         import diffusers

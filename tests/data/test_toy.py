@@ -31,5 +31,5 @@ def test_seed_decides():
 
 @pytest.mark.parametrize(("key", "value"), [("num_modes", 0), ("points", 3), ("std", 0.0)])
 def test_refuses(key, value):
-    with pytest.raises(ValueError, match=f"data.{key} is {value}"):
-        Toy(**{key: value}).build()
+    with pytest.raises(ValueError, match=f"{key}: {value} must be"):
+        Toy(**{key: value})

@@ -88,9 +88,9 @@ def test_reductions_of_bfloat16_are_float32():
 
 def test_mistakes_are_named():
     for make, words in [
-        (lambda: PseudoHuber(scale=0), "scale is 0"),
-        (lambda: Adaptive(power=-1), "power is -1"),
-        (lambda: Adaptive(offset=0), "offset is 0"),
+        (lambda: PseudoHuber(scale=0), "scale: 0 must be above 0"),
+        (lambda: Adaptive(power=-1), "power: -1 must be 0 or more"),
+        (lambda: Adaptive(offset=0), "offset: 0 must be above 0"),
         (lambda: normalise(draw(), norm="max"), "norm is 'max'.*rms"),
         (lambda: normalise(draw(), c=-0.1), "c is -0.1"),
     ]:

@@ -134,7 +134,7 @@ def test_mistakes_are_named():
         Linear().sample(x, x, t[:3], t)
     with pytest.raises(ValueError, match="one shape"):
         Linear().sample(x, x[:, :2], t, t)
-    with pytest.raises(ValueError, match="sigma_data is 0"):
+    with pytest.raises(ValueError, match="sigma_data: 0 must be above 0"):
         Trig(sigma_data=0)
-    with pytest.raises(ValueError, match="beta_min is 30"):
+    with pytest.raises(ValueError, match="beta_min: 30 must be at most beta_max"):
         VariancePreserving(beta_min=30)

@@ -133,7 +133,7 @@ def test_sampling_reaches_the_data_law():
 def test_mistakes_are_named():
     x = draw()
     for make, words in [
-        (lambda: Euler(0), "steps is 0"),
+        (lambda: Euler(0), "steps: 0 must be 1 or more"),
         (lambda: uniform_times(2.5), "steps is 2.5"),
         (lambda: Euler(grid="cosine"), "grid is 'cosine'.*uniform"),
         (lambda: Euler(4, grid="rho").times(0.8, 0.0), "rho"),

@@ -130,13 +130,13 @@ def test_dyadic_jumps_are_powers_of_two_from_multiples_of_themselves():
 def test_mistakes_are_named():
     for make, words in [
         (lambda: Uniform(pairs="both"), "pairs is 'both'.*sorted"),
-        (lambda: LogitNormal(std=0), "std is 0"),
-        (lambda: UShaped(a=-4), "a is -4"),
-        (lambda: UShaped(edge=0.5), "edge is 0.5"),
+        (lambda: LogitNormal(std=0), "std: 0 must be above 0"),
+        (lambda: UShaped(a=-4), "a: -4 must be above 0, at most 50"),
+        (lambda: UShaped(edge=0.5), "edge: 0.5 must lie in"),
         (lambda: Consistency(law="normal"), "law is 'normal'"),
         (lambda: Dyadic(finest=6), "finest is 6.*power of two"),
-        (lambda: Dyadic(diagonal=1.5), "diagonal is 1.5"),
-        (lambda: Mixture(one_step=1.5), "one_step is 1.5"),
+        (lambda: Dyadic(diagonal=1.5), "diagonal: 1.5 must lie in"),
+        (lambda: Mixture(one_step=1.5), "one_step: 1.5 must lie in"),
         (lambda: Mixture(diagonal_at="s"), "diagonal_at is 's'.*arrival"),
         (lambda: Mixture(Consistency(), diagonal_at="arrival"), "Consistency arrives at one time only"),
         (lambda: Mixture(one_step=0.7, diagonal=0.6), "at most 1"),

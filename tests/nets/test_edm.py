@@ -265,7 +265,7 @@ def test_a_constant_stays_itself_at_twice_and_half_the_size(taps):
         (DDPMpp, {"num_blocks": 0}, "num_blocks: 0"),
         (ADM, {"channels": 32}, "channels: 32 must be a multiple of 64"),
         (ADM, {"sigma_data": 0.0}, "sigma_data: 0.0"),
-        (ADM, {"dropout": 1.0}, r"dropout: 1.0 must be in \[0, 1\)"),
+        (ADM, {"dropout": 1.0}, r"dropout: 1.0 must lie in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_named(spec, settings, says):

@@ -25,11 +25,11 @@ def test_values():
 
 def test_mistakes_are_named():
     for settings, words in [
-        ({"steps": (0, 1)}, "steps is"),
+        ({"steps": (0, 1)}, r"steps\[0\]: 0 must be 1 or more"),
         ({"steps": ()}, "steps is"),
         ({"grid": "cosine"}, "grid is 'cosine'.*uniform"),
-        ({"shift": 0}, "shift is 0"),
-        ({"t_max": 1.2}, "t_max is 1.2"),
+        ({"shift": 0}, "shift: 0 must be above 0"),
+        ({"t_max": 1.2}, "t_max: 1.2 must lie in"),
         ({"middle": (0.2, 0.9)}, "middle is"),
         ({"middle": (1.0,)}, "middle is"),
     ]:

@@ -117,5 +117,5 @@ def test_steps_below_one_are_refused(sampler, steps):
 
 
 def test_gamma_is_between_zero_and_one():
-    with pytest.raises(ValueError, match="gamma is 1.1"):
+    with pytest.raises(ValueError, match="gamma: 1.1 must lie in"):
         Gamma(gamma=1.1)

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="exactly one of source"):
         Autoencoder()
-    with pytest.raises(ValueError, match="scale: .* must be above 0"):
+    with pytest.raises(ValueError, match="scale.* must be above 0"):
         Autoencoder(source="x", scale=(0.0,))
 
 

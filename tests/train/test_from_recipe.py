@@ -106,6 +106,6 @@ def test_dropout_is_refused_of_a_network_without_any():
     recipe = read_recipe("digits", ["student={kind: from_teacher, dropout: 0.1}"])
     with pytest.raises(RecipeError, match="student.dropout: a network of kind dit has none"):
         _dropping(DiT(), recipe)
-    with pytest.raises(RecipeError, match=r"student.dropout: dropout: 2.0 must be in \[0, 1\)"):
+    with pytest.raises(RecipeError, match=r"student.dropout: 2.0 must lie in \[0, 1\)"):
         _dropping(DDPMpp(), read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"]))
     assert _dropping(DDPMpp(), recipe).dropout == 0.1
