@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator, normals, uniforms
 from flowmap.flow.types import TimeSampler
 
 PAIRS = ("diagonal", "sorted", "consistency")
@@ -28,7 +29,7 @@ class _OneLaw:
         if self.pairs not in PAIRS:
             raise ValueError(f"pairs is {self.pairs!r}; allowed: {', '.join(PAIRS)}")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
         t = self.draw(n, device, generator)
         if self.pairs == "diagonal":
@@ -61,7 +62,7 @@ class Uniform(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        return _uniform(n, device, generator)
+        return uniforms(n, device, generator)
 
     def density_of_one(self, t: Tensor) -> Tensor:
         return ((t >= 0) & (t <= 1)).to(t.dtype)
@@ -83,7 +84,7 @@ class LogitNormal(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
+        return torch.sigmoid(self.mean + self.std * normals(n, device, generator))
 
     def density_of_one(self, t: Tensor) -> Tensor:
         z = (torch.logit(t) - self.mean) / self.std
@@ -114,7 +115,7 @@ class UShaped(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        u, coin = _uniform(n, device, generator), _uniform(n, device, generator)
+        u, coin = uniforms(n, device, generator), uniforms(n, device, generator)
         e = (torch.log1p(u * math.expm1(self.a)) / self.a).clamp(0, 1)
         return self.edge + (1 - 2 * self.edge) * torch.where(coin < 0.5, e, 1 - e)
 
@@ -141,10 +142,10 @@ class Interval:
     def __post_init__(self):
         _check_std(self.std)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
-        d = torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
-        s = _uniform(n, device, generator) * (1 - d)
+        d = torch.sigmoid(self.mean + self.std * normals(n, device, generator))
+        s = uniforms(n, device, generator) * (1 - d)
         return (s + d).clamp(max=1), s
 
     def density(self, t: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class Consistency:
     def _times(self) -> Uniform | LogitNormal:
         return Uniform("consistency") if self.law == "uniform" else LogitNormal(self.mean, self.std, "consistency")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, 0), each (n,) float32 on `device`; drawn on the generator's device."""
         return self._times(n, device=device, generator=generator)
 
@@ -209,9 +210,9 @@ class Dyadic:
         if not 0 <= self.diagonal <= 1:
             raise ValueError(f"diagonal is {self.diagonal!r}; allowed: from 0 to 1")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
-        which, where = _uniform(n, device, generator), _uniform(n, device, generator)
+        which, where = uniforms(n, device, generator), uniforms(n, device, generator)
         still = torch.arange(n, device=which.device) >= n - round(n * self.diagonal)
         jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
         count = torch.where(still, torch.full_like(jumps, self.finest), jumps)
@@ -250,7 +251,7 @@ class Mixture:
         num_one_step = round(n * self.one_step)
         return num_one_step, min(round(n * self.diagonal), n - num_one_step)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
         num_one_step, num_diagonal = self.counts(n)
         t, s = self.base(n, device=device, generator=generator)
@@ -269,18 +270,6 @@ class Mixture:
 def _check_std(std: float) -> None:
     if not std > 0:
         raise ValueError(f"std is {std!r}; allowed: above 0")
-
-
-def _uniform(n: int, device, generator: torch.Generator | None) -> Tensor:
-    """n float32 draws in [0, 1), drawn on the generator's device, then moved."""
-    where = device if generator is None else generator.device
-    return torch.rand(n, generator=generator, device=where, dtype=torch.float32).to(device)
-
-
-def _normal(n: int, device, generator: torch.Generator | None) -> Tensor:
-    """n float32 standard normal draws, drawn on the generator's device, then moved."""
-    where = device if generator is None else generator.device
-    return torch.randn(n, generator=generator, device=where, dtype=torch.float32).to(device)
 
 
 TIMES = {

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator
+
 Cond = Mapping[str, Tensor]
 """What a velocity is conditioned on, one row a sample: "class" (B,) int64 with -1 for "no class", "guidance" (B,) float, "text" ..."""
 
@@ -76,13 +78,13 @@ class Path(Protocol):
 class Prior(Protocol):
     """Where a path starts: x1, shaped like x0; a learned prior may look at x0 and cond."""
 
-    def sample(self, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Tensor: ...
+    def sample(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Tensor: ...
 
 
 class TimeSampler(Protocol):
     """Draws n pairs (t, s), each (n,) float32 on `device`, 0 <= s <= t <= 1."""
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 class Objective(Protocol):
@@ -95,7 +97,7 @@ class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student."""
 
     def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowmap.flow.prior import normal_like
+from flowmap.flow.draws import normal_like
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT
 from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss

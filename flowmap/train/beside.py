@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flowmap.flow.prior import normal_like
+from flowmap.flow.draws import normal_like
 from flowmap.flow.types import Cond, Loss, PathSample
 from flowmap.train.module import DistillModule, norm_of, trained
 
