@@ -60,9 +60,13 @@ class RowGenerator:
         """One standard normal draw a row, (N,) float32: the inverse of the distribution at the middle of the word's interval."""
         return torch.special.ndtri((self._word().double() + 0.5) * 2.0**-32).float()
 
-    def uniform(self) -> Tensor:
-        """One draw in [0, 1) a row, (N,) float32."""
-        return (self._word() >> 8).float() * 2.0**-24
+    def uniform(self, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Draws in [0, 1), (N, *shape) float32; one a row, (N,), where no shape is given."""
+        if shape is None:
+            return (self._word() >> 8).float() * 2.0**-24
+        count = math.prod(shape)
+        words = self._blocks(-(-count // 4)).permute(1, 2, 0).reshape(len(self), -1)[:, :count]
+        return ((words >> 8).float() * 2.0**-24).reshape(len(self), *shape)
 
     def integers(self, high: int) -> Tensor:
         """One draw of 0 .. high - 1 a row, (N,) int64; high is far below 2^32."""
@@ -134,6 +138,25 @@ def normals(n: int, device: torch.device | str, generator: Generator | None) -> 
         return generator.single_normal().to(device)
     where = device if generator is None else generator.device
     return torch.randn(n, generator=generator, device=where, dtype=torch.float32).to(device)
+
+
+def integers(n: int, high: int, generator: Generator) -> Tensor:
+    """n draws of 0 .. high - 1, int64 on the generator's device."""
+    if isinstance(generator, RowGenerator):
+        return generator.integers(high)
+    return torch.randint(high, (n,), generator=generator, device=generator.device)
+
+
+def one_of(high: int, generator: Generator) -> int:
+    """One draw of 0 .. high - 1 for all samples of a step."""
+    if isinstance(generator, RowGenerator):
+        return generator.together(high)
+    return int(torch.randint(high, (), generator=generator, device=generator.device))
+
+
+def places_of(n: int, device: torch.device | str, generator: Generator | None) -> Tensor:
+    """Which samples of the run n draws are for, (n,) int64: the generator's rows, or the first n where it has none."""
+    return generator.rows.to(device) if isinstance(generator, RowGenerator) else torch.arange(n, device=device)
 
 
 def beside(generator: Generator | None) -> Generator | None:

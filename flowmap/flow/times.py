@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowmap.flow.draws import Generator, normals, uniforms
+from flowmap.flow.draws import Generator, normals, places_of, uniforms
+from flowmap.flow.shares import evenly, fraction, taken
 from flowmap.flow.types import TimeSampler
 
 PAIRS = ("diagonal", "sorted", "consistency")
@@ -196,9 +197,9 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Dyadic:
-    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal shares, from a multiple of their own length: shortcut models (arXiv:2410.12557).
+    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal chances, from a multiple of their own length: shortcut models (arXiv:2410.12557).
 
-    The last round(n diagonal) rows have s = t instead, at any multiple of 1/finest but 0.
+    A share `diagonal` of the samples (flow/shares.py) has s = t instead, at any multiple of 1/finest but 0.
     """
 
     finest: int = 64
@@ -213,7 +214,7 @@ class Dyadic:
     def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
         which, where = uniforms(n, device, generator), uniforms(n, device, generator)
-        still = torch.arange(n, device=which.device) >= n - round(n * self.diagonal)
+        still = evenly(places_of(n, which.device, generator), self.diagonal)
         jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
         count = torch.where(still, torch.full_like(jumps, self.finest), jumps)
         start = torch.floor(where * count)
@@ -223,10 +224,11 @@ class Dyadic:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t.
+    """A base law in which a share `one_step` of the samples is exactly (1, 0) and a share `diagonal` has s = t.
 
     diagonal_at says at which end of the drawn interval: "departure" is at t, "arrival" at s, which lies nearer to data; many short steps
-    need the velocity there. Counts are exact, round(n share), and every shape is constant: the first rows are (1, 0), the last diagonal.
+    need the velocity there. Shares are evenly spread over the samples of the run (flow/shares.py), however they are batched: they hold to
+    within one sample from the start to any step, and exactly in every batch in which they are whole numbers.
     """
 
     base: TimeSampler = field(default_factory=Interval)
@@ -246,19 +248,19 @@ class Mixture:
         if self.one_step + self.diagonal > 1:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
 
-    def counts(self, n: int) -> tuple[int, int]:
-        """How many of n rows are (1, 0), and how many are diagonal."""
-        num_one_step = round(n * self.one_step)
-        return num_one_step, min(round(n * self.diagonal), n - num_one_step)
+    def members(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(which of the samples at those places of the run, (N,) int64, are (1, 0), which are diagonal), masks (N,)."""
+        one_step = fraction(self.one_step)
+        rest = min(fraction(self.diagonal) / (1 - one_step), 1) if one_step < 1 else 0
+        jumps = evenly(place, one_step)
+        return jumps, ~jumps & evenly(place - taken(place, one_step), rest)
 
     def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
-        num_one_step, num_diagonal = self.counts(n)
         t, s = self.base(n, device=device, generator=generator)
-        row = torch.arange(n, device=t.device)
-        t = torch.where(row < num_one_step, torch.ones_like(t), t)
-        s = torch.where(row < num_one_step, torch.zeros_like(s), s)
-        still = row >= n - num_diagonal
+        jumps, still = self.members(places_of(n, t.device, generator))
+        t = torch.where(jumps, torch.ones_like(t), t)
+        s = torch.where(jumps, torch.zeros_like(s), s)
         return (torch.where(still, s, t), s) if self.diagonal_at == "arrival" else (t, torch.where(still, t, s))
 
     def density(self, t: Tensor) -> Tensor:

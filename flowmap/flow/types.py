@@ -24,7 +24,8 @@ class PathSample:
     """All randomness of a training step, drawn before an objective sees it.
 
     x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of x1's entries, given what a
-    learned prior knows of them (B, ...); None where it is 1.
+    learned prior knows of them (B, ...); None where it is 1. place: how many samples of the run come before each, (B,) int64; None where
+    there is no run.
     """
 
     x0: Tensor
@@ -35,13 +36,19 @@ class PathSample:
     vt: Tensor
     cond: Cond | None = None
     variance: Tensor | None = None
+    place: Tensor | None = None
+
+    def places(self, step: int) -> Tensor:
+        """`place`, or where there is none those of a run whose every step has one batch of this size."""
+        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    return PathSample(**parts, cond=cond, variance=None if sample.variance is None else sample.variance[rows])
+    more = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
+    return PathSample(**parts, cond=cond, **more)
 
 
 @dataclass(frozen=True)

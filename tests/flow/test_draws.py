@@ -25,8 +25,8 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
 
 def every_draw(generator):
     """All kinds of draws, in an order in which single and whole ones alternate."""
-    found = [generator.normal((3, 4, 6)), generator.uniform(), generator.single_normal(), generator.normal((5,)), generator.normal((5,))]
-    return [*found, *(generator.integers(10) for _ in range(6)), generator.uniform()]
+    found = [generator.normal((3, 4, 6)), generator.uniform((7,)), generator.uniform(), generator.single_normal()]
+    return [*found, generator.normal((5,)), generator.normal((5,)), *(generator.integers(10) for _ in range(6)), generator.uniform()]
 
 
 def test_a_row_is_the_same_alone_in_another_order_and_narrowed_midway():
@@ -35,17 +35,17 @@ def test_a_row_is_the_same_alone_in_another_order_and_narrowed_midway():
     for found in (every_draw(RowGenerator("a", ROWS[order])), every_draw(RowGenerator("a", ROWS).at(order))):
         assert all(torch.equal(part, draw[order]) for part, draw in zip(found, whole, strict=True))
     midway = RowGenerator("a", ROWS)
-    midway.normal((3, 4, 6)), midway.uniform()
+    midway.normal((3, 4, 6)), midway.uniform((7,)), midway.uniform()
     part = midway.at(slice(1, 3))
-    assert torch.equal(part.single_normal(), whole[2][1:3]) and torch.equal(part.normal((5,)), whole[3][1:3])
-    assert torch.equal(midway.single_normal(), whole[2])  # what is narrowed draws nothing of the whole
+    assert torch.equal(part.single_normal(), whole[3][1:3]) and torch.equal(part.normal((5,)), whole[4][1:3])
+    assert torch.equal(midway.single_normal(), whole[3])  # what is narrowed draws nothing of the whole
 
 
 def test_draws_names_and_rows_differ():
     one = every_draw(RowGenerator("a", ROWS))
-    assert not torch.equal(one[3], one[4]) and not torch.equal(one[1], one[-1])
+    assert not torch.equal(one[4], one[5]) and not torch.equal(one[2], one[-1])
     for other in (RowGenerator("b", ROWS), RowGenerator("a", ROWS + 1), RowGenerator("a", ROWS + 2**32), RowGenerator("a", ROWS).beside("code")):
-        assert not any(torch.equal(a, b) for a, b in zip(one[:5], every_draw(other)[:5], strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(one[:6], every_draw(other)[:6], strict=True))
     assert len({float(x) for x in one[0].flatten()}) == one[0].numel()
 
 
@@ -62,10 +62,10 @@ def test_the_laws():
         moments = [float((z**k).mean()) for k in (1, 2, 3, 4)]
         assert moments == pytest.approx([0, 1, 0, 3], abs=0.12) and abs(moments[0]) < 0.012 and abs(moments[1] - 1) < 0.018
         assert float((torch.corrcoef(z.T) - torch.eye(5)).abs().max()) < 0.03  # 4 standard errors of 20,000 pairs
-    u = torch.stack([generator.uniform() for _ in range(5)], 1)
-    assert float(u.min()) >= 0 and float(u.max()) < 1
-    counts = torch.histc(u, bins=10, min=0, max=1)
-    assert float((counts - 10_000).abs().max()) < 4 * 9000**0.5
+    for u in (generator.uniform((5,)), torch.stack([generator.uniform() for _ in range(5)], 1)):
+        assert float(u.min()) >= 0 and float(u.max()) < 1
+        counts = torch.histc(u, bins=10, min=0, max=1)
+        assert float((counts - 10_000).abs().max()) < 4 * 9000**0.5
     assert generator.integers(7).unique().tolist() == list(range(7))
 
 
