@@ -101,6 +101,6 @@ class Job:
         x0 = x0.to(dtype)
         torch.manual_seed(seed)
         x1 = torch.randn_like(x0)
-        sample = draw_sample(recipe, x0, cond, generator_for(recipe.seed, step, 0, 0, x0.device), self.data.empty, x1)
+        sample = draw_sample(recipe, x0, cond, generator_for(recipe.seed, step, step * len(x0), len(x0), x0.device), self.data.empty, x1)
         wide = recipe.path.sample(x0, x1, sample.t.to(dtype), sample.s.to(dtype), sample.cond)
         return (sample if dtype == torch.float32 else wide), seed

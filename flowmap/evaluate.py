@@ -17,6 +17,7 @@ from flowmap.data import Dataset, Pairs
 from flowmap.data.dataset import looked_at
 from flowmap.files import write_json
 from flowmap.flow.apportion import apportioned
+from flowmap.flow.draws import RowGenerator, of_samples
 from flowmap.flow.prior import Start, rows_told
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
@@ -123,7 +124,9 @@ class _Rows:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         rank = torch.distributed.get_rank() if world > 1 else 0
         self.num = max((spec.images for spec in specs if spec.needs not in REAL), default=0) // world * world
-        generator = torch.Generator().manual_seed(recipe.evaluation.seed)
+        generator, fresh = (torch.Generator().manual_seed(recipe.evaluation.seed) for _ in range(2))
+        # what this process's samples from `first` on draw on their way: those of rank, rank + world, ... among all
+        self.noise = lambda first, count: of_samples(fresh, rank + world * torch.arange(first, first + count))
         self.start, self.sources = student.start(self.num, generator), data.wanted(self.num) if hasattr(data, "wanted") else None
         if hasattr(data, "starts"):
             x1, self.sources = data.starts(self.num)
@@ -138,9 +141,8 @@ class _Rows:
         self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
     def student(self, k: int) -> tuple[dict[str, float], float]:
-        def draw(x1: Tensor, cond) -> Tensor:
-            generator = torch.Generator().manual_seed(self.recipe.evaluation.seed + 1)
-            return self.recipe.sampler(self.flow_map, x1, cond, steps=k, generator=generator)
+        def draw(x1: Tensor, cond, noise: RowGenerator) -> Tensor:
+            return self.recipe.sampler(self.flow_map, x1, cond, steps=k, generator=noise)
 
         row, seconds = self._row(draw, "student")
         if self.guided is not None:
@@ -148,12 +150,12 @@ class _Rows:
         return row, seconds
 
     def teacher(self, n: int) -> tuple[dict[str, float], float]:
-        return self._row(lambda x1, cond: self.built_teacher.solve(x1, cond, n), "teacher")
+        return self._row(lambda x1, cond, noise: self.built_teacher.solve(x1, cond, n), "teacher")
 
-    def _map(self, x1: Tensor, cond, steps: int) -> Tensor:
-        return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=torch.Generator().manual_seed(0))
+    def _map(self, x1: Tensor, cond, noise: RowGenerator, steps: int) -> Tensor:
+        return self.recipe.sampler(self.flow_map, x1, cond, steps=steps, generator=noise)
 
-    def _euler(self, x1: Tensor, cond, steps: int) -> Tensor:
+    def _euler(self, x1: Tensor, cond, noise: RowGenerator, steps: int) -> Tensor:
         return Euler(steps=steps)(lambda x, t: self.flow_map.velocity(x, t, cond), x1).x
 
     def _velocity(self, whose: str):
@@ -162,15 +164,16 @@ class _Rows:
     def _many(self, whose: str, num: int, steps: int) -> list[Tensor]:
         """End points of `steps` steps, batch by batch: of a plain flow those of Euler's, whatever rule draws its few-step samples."""
         if (whose, num, steps) not in self.known:
-            solve = self.built_teacher.solve if whose == "teacher" else self._map if self.arrival else self._euler
-            self.known[whose, num, steps] = [solve(x1, cond, steps).cpu() for x1, cond in self._batches(num)]
+            of_teacher = lambda x1, cond, noise, steps: self.built_teacher.solve(x1, cond, steps)
+            solve = of_teacher if whose == "teacher" else self._map if self.arrival else self._euler
+            self.known[whose, num, steps] = [solve(*batch, steps).cpu() for batch in self._batches(num)]
         return self.known[whose, num, steps]
 
     @torch.no_grad()
     def _row(self, draw, whose: str) -> tuple[dict[str, float], float]:
         row: dict[str, float] = {}
         started = time.perf_counter()
-        samples = self.pictures(torch.cat([draw(x1, cond) for x1, cond in self._batches(self.num)])) if self.num else self.x1
+        samples = self.pictures(torch.cat([draw(*batch) for batch in self._batches(self.num)])) if self.num else self.x1
         seconds = time.perf_counter() - started
         looked = max((spec.images for spec in self.specs if spec.needs == "texts"), default=0)
         began, texts = time.perf_counter(), self.sentences(samples[: looked // self.world]) if looked else []
@@ -202,7 +205,7 @@ class _Rows:
             return self.known[whose, spec]
         metric.reset()
         solver, velocity = Euler(steps=spec.steps), self._velocity(whose)
-        for x1, cond in self._batches(spec.images):
+        for x1, cond, _ in self._batches(spec.images):
             path = solver(lambda x, t, cond=cond: velocity(x, t, cond), x1, keep=True).trajectory
             metric.update(path.cpu(), torch.tensor(solver.times()))
         self.known[whose, spec] = spec.report(metric)
@@ -211,8 +214,10 @@ class _Rows:
     @torch.no_grad()
     def _inversion(self, spec, metric, draw, whose: str) -> dict[str, float]:
         metric.reset()
+        done = 0
         for part in self._inverted(spec, whose):
-            metric.update(part.x0.cpu(), part.x1.cpu(), draw(part.x1, part.cond).cpu())
+            metric.update(part.x0.cpu(), part.x1.cpu(), draw(part.x1, part.cond, self.noise(done, len(part.x0))).cpu())
+            done += len(part.x0)
         return spec.report(metric)
 
     def _inverted(self, spec, whose: str) -> list[Draws]:
@@ -241,16 +246,17 @@ class _Rows:
             if spec.needs != "endpoints":
                 continue
             metric.reset()
-            for (x1, cond), many in zip(self._batches(spec.images), self._many(whose, spec.images, spec.steps), strict=True):
-                metric.update(draw(x1, cond).cpu(), many)
+            for batch, many in zip(self._batches(spec.images), self._many(whose, spec.images, spec.steps), strict=True):
+                metric.update(draw(*batch).cpu(), many)
             row |= spec.report(metric)
         return row
 
-    def _batches(self, num: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def _batches(self, num: int) -> Iterator[tuple[Tensor, dict[str, Tensor], RowGenerator]]:
         size, num = self.recipe.evaluation.batch_size, num // self.world
         for i in range(0, num, size):
             rows = slice(i, min(i + size, num))
-            yield self.x1[rows].to(self.device), self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
+            cond = self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
+            yield self.x1[rows].to(self.device), cond, self.noise(i, rows.stop - i)
 
 
 def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:

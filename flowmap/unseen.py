@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowmap.build import build_data
 from flowmap.data import Dataset, Pairs
+from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import rows_told, start_of
-from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
@@ -47,7 +47,7 @@ def held_out_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gu
     x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
     prior = student.prior and student.prior.to(student.device)
     x0 = x0.to(student.device) if prior else x0
-    start = start_of(prior or recipe.prior, x0, cond, seeded(f"held-out/{recipe.evaluation.seed}"))
+    start = start_of(prior or recipe.prior, x0, cond, RowGenerator(f"held-out/{recipe.evaluation.seed}", torch.arange(len(x0))))
     mine = _mine(len(x0))
     cond = _taken(student, {key: value[mine] for key, value in cond.items()}, len(mine), guidance)
     told = {key: value[mine.to(value.device)] for key, value in start.told.items()}

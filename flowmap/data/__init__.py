@@ -13,7 +13,7 @@ from flowmap.data.huggingface import HuggingFaceImages
 from flowmap.data.images import Digits, Fashion
 from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs, TeacherSlot
 from flowmap.data.sources import ImageSource
-from flowmap.data.steps import StepBatches
+from flowmap.data.steps import StepBatches, first_place
 from flowmap.data.styles import StyledDataset, Styles
 from flowmap.data.tensors import Latents, Pictures
 from flowmap.data.text import Text, TextCoder, TextDataset
@@ -58,6 +58,7 @@ __all__ = [
     "Pairs",
     "Pictures",
     "StepBatches",
+    "first_place",
     "StyledDataset",
     "Styles",
     "TeacherSlot",

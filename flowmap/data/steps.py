@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def first_place(step: int, micro: int, *, batch_size: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> int:
+    """How many samples of the run come before the first of that micro-batch: batch_size of them a micro-batch, rank by rank."""
+    return ((step * accumulate + micro) * world + rank) * batch_size
+
+
 class StepBatches:
     """The index lists of steps start_step, start_step + 1, ...: a `batch_sampler` for DataLoader, one list a micro-batch.
 
@@ -56,7 +61,8 @@ class StepBatches:
 
     def indices(self, step: int, micro: int = 0) -> list[int]:
         """The samples of one micro-batch of this rank."""
-        place = ((step * self.accumulate + micro) * self.world + self.rank) * self.batch_size
+        split = {"batch_size": self.batch_size, "rank": self.rank, "world": self.world, "accumulate": self.accumulate}
+        place = first_place(step, micro, **split)
         end, found = place + self.batch_size, []
         while place < end:
             epoch, offset = divmod(place, self.num_samples)

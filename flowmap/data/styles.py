@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowmap.data.dataset import looked_at
 from flowmap.data.text import TextDataset
+from flowmap.flow.draws import Generator, integers
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Styles:
     """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set.
 
     match "independent" joins each x0 to any x1; "optimal" joins those of a batch so that the sum of |x1 - x0|^2 is least: paths are short, and
-    more of a sentence is kept.
+    more of a sentence is kept. A batch is there a micro-batch of one process: larger ones find shorter paths.
     """
 
     source: tuple[str, ...] = ()
@@ -75,10 +76,9 @@ class StyledDataset(TextDataset):
             "match": styles.match,
         })  # fmt: skip
 
-    def partners(self, x0: Tensor, generator: torch.Generator) -> Tensor:
-        """x1 for samples x0 (B, ...): training latents of the source, each drawn from all of them, on the generator's device."""
-        places = torch.randint(len(self.sources), (len(x0),), generator=generator, device=generator.device)
-        x1 = self.sources[places.cpu()].to(generator.device)
+    def partners(self, x0: Tensor, generator: Generator) -> Tensor:
+        """x1 for samples x0 (B, ...): training latents of the source, each drawn from all of them."""
+        x1 = self.sources[integers(len(x0), len(self.sources), generator).cpu()].to(x0.device)
         return x1[nearest_together(x0, x1)] if self.match == "optimal" else x1
 
     def starts(self, num: int) -> tuple[Tensor, list[str]]:

@@ -13,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flowmap.flow.draws import normal_like, normal_rows, of_samples
 from flowmap.samplers.grids import FewStep
 from flowmap.teachers.text import pipeline_rows, say_width, sentence_rows
 
@@ -91,11 +92,12 @@ class FlowMapPipeline(DiffusionPipeline):
             rows |= self._encode(prompts * num if len(prompts) == 1 else prompts, num, device)
         cond = {key: value.to(device) for key, value in rows.items() if value is not None}
         cond |= self._classes(labels, num, device) | self._guidance(guidance_scale, num, device)
+        noise = of_samples(generator, torch.arange(num)) if isinstance(generator, torch.Generator) else generator
         if latents is None:
-            latents = randn_tensor((num, *shape), generator=generator, device=device, dtype=torch.float32)
+            latents = _noise((num, *shape), generator, device)
         if tuple(latents.shape) != (num, *shape):
             raise ValueError(f"latents: has shape {tuple(latents.shape)}, wants {(num, *shape)}")
-        x = self._sample(latents.to(device), cond, num_inference_steps or self.config.steps, gamma, generator)
+        x = self._sample(latents.to(device), cond, num_inference_steps or self.config.steps, gamma, noise)
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -160,7 +162,7 @@ class FlowMapPipeline(DiffusionPipeline):
         scale = self.config.guidance_scale if scale is None else scale
         return {} if scale is None else {"guidance": torch.full((num,), float(scale), device=device)}
 
-    def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, generator) -> Tensor:
+    def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, noise) -> Tensor:
         """x0 after `steps` calls of the network: jumps, and for gamma > 0 each a little too far, with fresh noise put back (CTM)."""
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.config.sampler.items() if key != "gamma"}
         grid = FewStep(**settings)
@@ -175,7 +177,7 @@ class FlowMapPipeline(DiffusionPipeline):
             mean_velocity = self.flow_map(x, ones * t, ones * target, cond)
             x = ratio * self.scheduler.step(mean_velocity, TIME_UNIT * t, x, r_timestep=TIME_UNIT * target).prev_sample
             if s > 0 and gamma > 0:
-                x = x + gamma * s * randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
+                x = x + gamma * s * (randn_tensor(x.shape, noise, x.device, x.dtype) if isinstance(noise, list) else normal_like(x, noise))
         return x
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
@@ -189,3 +191,10 @@ class FlowMapPipeline(DiffusionPipeline):
         if output_type == "pil":
             raise ValueError("output_type: this student's samples are no pictures; take pt, np or latent")
         return x if output_type == "pt" else x.cpu().numpy()
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device) -> Tensor:
+    """Where samples start: with one generator on the CPU sample i's does not depend on how many there are."""
+    if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
+        return normal_rows(shape, generator).to(device)
+    return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

@@ -16,23 +16,8 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, Positive, Range, check_ranges
-from flowmap.flow.seeds import seeded
+from flowmap.flow.draws import Generator, beside, normal_like, normal_rows
 from flowmap.flow.types import Cond
-
-
-def normal_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal draws with x's shape, device and dtype.
-
-    Drawn in float32 on the generator's device (x's without one) and then moved, so that a CPU generator gives the same noise to every
-    device and precision.
-    """
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
-
-
-def beside(generator: torch.Generator | None) -> torch.Generator | None:
-    """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
-    return None if generator is None else seeded(f"code/{generator.initial_seed()}", generator.device)
 
 
 @dataclass(frozen=True)
@@ -49,7 +34,7 @@ class Start:
 class Gaussian:
     """x1 ~ N(0, I), independent of x0 and cond."""
 
-    def sample(self, x0: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, x0: Tensor, cond: Cond | None = None, generator: Generator | None = None) -> Tensor:
         """Noise shaped, placed and typed like x0; the same generator state gives the same noise."""
         return normal_like(x0, generator)
 
@@ -121,7 +106,7 @@ class LearnedPrior:
         self.model, self.codes, self.size, self.scale, self.told = model, codes, size, scale, told
 
     @torch.no_grad()
-    def encode(self, x0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
         """A code of each x0 (B, ...), drawn from the posterior; its mean where there is no generator."""
         with _without_autocast(x0):
             mean, logvar = self.model.encode(x0)
@@ -135,12 +120,12 @@ class LearnedPrior:
         std = self.scale * (logvar / 2).exp()
         return Start(mean + std * noise, {"z": z} if self.told else {}, std.square())
 
-    def start(self, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Start:
+    def start(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
         """Training's start: the code is cond["z"] or else the encoder's; eps is what the Gaussian prior would draw."""
         z = cond["z"] if cond and "z" in cond else self.encode(x0, beside(generator))
         return self.place(z, normal_like(x0, generator))
 
-    def sample(self, x0: Tensor, cond: Cond | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, x0: Tensor, cond: Cond | None = None, generator: Generator | None = None) -> Tensor:
         return self.start(x0, cond, generator).x1
 
     def to(self, device: torch.device | str) -> LearnedPrior:
@@ -159,7 +144,7 @@ def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def start_of(prior, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Start:
+def start_of(prior, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
     """Training's start by any prior, one that has no more than `sample` included."""
     return prior.start(x0, cond, generator) if hasattr(prior, "start") else Start(prior.sample(x0, cond, generator))
 
@@ -168,14 +153,15 @@ def start_of(prior, x0: Tensor, cond: Cond | None, generator: torch.Generator | 
 def starts(
     prior: LearnedPrior | None, shape: tuple[int, ...], num: int, generator: torch.Generator, *, z: Tensor | None = None, batch_size: int = 256
 ) -> Start:
-    """Where `num` samples start, float32 on the CPU: a function of the generator's seed. None is the Gaussian prior.
+    """Where `num` samples start, float32 on the CPU: a function of the generator's seed, and sample i's whatever `num` is. None is the
+    Gaussian prior.
 
     eps are the draws that the Gaussian prior would make; codes are drawn beside them, unless z (num, Z) is given.
     """
-    noise = torch.randn(num, *shape, generator=generator)
+    noise = normal_rows((num, *shape), generator)
     if prior is None:
         return Start(noise)
-    coarse = torch.randn(num, prior.size + 1, generator=beside(generator))
+    coarse = normal_rows((num, prior.size + 1), beside(generator))
     return placed(prior, noise, coarse, z=z, batch_size=batch_size)
 
 

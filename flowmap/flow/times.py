@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Range, Share, check_ranges
+from flowmap.flow.draws import Generator, normals, places_of, uniforms
+from flowmap.flow.shares import evenly, fraction, taken
 from flowmap.flow.types import TimeSampler
 
 PAIRS = ("diagonal", "sorted", "consistency")
@@ -30,7 +32,7 @@ class _OneLaw:
         if self.pairs not in PAIRS:
             raise ValueError(f"pairs is {self.pairs!r}; allowed: {', '.join(PAIRS)}")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
         t = self.draw(n, device, generator)
         if self.pairs == "diagonal":
@@ -63,7 +65,7 @@ class Uniform(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        return _uniform(n, device, generator)
+        return uniforms(n, device, generator)
 
     def density_of_one(self, t: Tensor) -> Tensor:
         return ((t >= 0) & (t <= 1)).to(t.dtype)
@@ -85,7 +87,7 @@ class LogitNormal(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
+        return torch.sigmoid(self.mean + self.std * normals(n, device, generator))
 
     def density_of_one(self, t: Tensor) -> Tensor:
         z = (torch.logit(t) - self.mean) / self.std
@@ -113,7 +115,7 @@ class UShaped(_OneLaw):
         self._check_pairs()
 
     def draw(self, n: int, device, generator) -> Tensor:
-        u, coin = _uniform(n, device, generator), _uniform(n, device, generator)
+        u, coin = uniforms(n, device, generator), uniforms(n, device, generator)
         e = (torch.log1p(u * math.expm1(self.a)) / self.a).clamp(0, 1)
         return self.edge + (1 - 2 * self.edge) * torch.where(coin < 0.5, e, 1 - e)
 
@@ -140,10 +142,10 @@ class Interval:
     def __post_init__(self):
         check_ranges(self)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
-        d = torch.sigmoid(self.mean + self.std * _normal(n, device, generator))
-        s = _uniform(n, device, generator) * (1 - d)
+        d = torch.sigmoid(self.mean + self.std * normals(n, device, generator))
+        s = uniforms(n, device, generator) * (1 - d)
         return (s + d).clamp(max=1), s
 
     def density(self, t: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class Consistency:
     def _times(self) -> Uniform | LogitNormal:
         return Uniform("consistency") if self.law == "uniform" else LogitNormal(self.mean, self.std, "consistency")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, 0), each (n,) float32 on `device`; drawn on the generator's device."""
         return self._times(n, device=device, generator=generator)
 
@@ -194,9 +196,9 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Dyadic:
-    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal shares, from a multiple of their own length: shortcut models (arXiv:2410.12557).
+    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal chances, from a multiple of their own length: shortcut models (arXiv:2410.12557).
 
-    The last round(n diagonal) rows have s = t instead, at any multiple of 1/finest but 0.
+    A share `diagonal` of the samples (flow/shares.py) has s = t instead, at any multiple of 1/finest but 0.
     """
 
     finest: Annotated[int, Range(1, 2**20)] = 64
@@ -207,10 +209,10 @@ class Dyadic:
         if self.finest & (self.finest - 1):
             raise ValueError(f"finest is {self.finest!r}; allowed: a power of two, from 1")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
-        which, where = _uniform(n, device, generator), _uniform(n, device, generator)
-        still = torch.arange(n, device=which.device) >= n - round(n * self.diagonal)
+        which, where = uniforms(n, device, generator), uniforms(n, device, generator)
+        still = evenly(places_of(n, which.device, generator), self.diagonal)
         jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
         count = torch.where(still, torch.full_like(jumps, self.finest), jumps)
         start = torch.floor(where * count)
@@ -220,10 +222,11 @@ class Dyadic:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A base law in which a share `one_step` of every batch is exactly (1, 0) and a share `diagonal` has s = t.
+    """A base law in which a share `one_step` of the samples is exactly (1, 0) and a share `diagonal` has s = t.
 
     diagonal_at says at which end of the drawn interval: "departure" is at t, "arrival" at s, which lies nearer to data; many short steps
-    need the velocity there. Counts are exact, round(n share), and every shape is constant: the first rows are (1, 0), the last diagonal.
+    need the velocity there. Shares are evenly spread over the samples of the run (flow/shares.py), however they are batched: they hold to
+    within one sample from the start to any step, and exactly in every batch in which they are whole numbers.
     """
 
     base: TimeSampler = field(default_factory=Interval)
@@ -240,37 +243,25 @@ class Mixture:
         if self.one_step + self.diagonal > 1:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
 
-    def counts(self, n: int) -> tuple[int, int]:
-        """How many of n rows are (1, 0), and how many are diagonal."""
-        num_one_step = round(n * self.one_step)
-        return num_one_step, min(round(n * self.diagonal), n - num_one_step)
+    def members(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(which of the samples at those places of the run, (N,) int64, are (1, 0), which are diagonal), masks (N,)."""
+        one_step = fraction(self.one_step)
+        rest = min(fraction(self.diagonal) / (1 - one_step), 1) if one_step < 1 else 0
+        jumps = evenly(place, one_step)
+        return jumps, ~jumps & evenly(place - taken(place, one_step), rest)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
-        num_one_step, num_diagonal = self.counts(n)
         t, s = self.base(n, device=device, generator=generator)
-        row = torch.arange(n, device=t.device)
-        t = torch.where(row < num_one_step, torch.ones_like(t), t)
-        s = torch.where(row < num_one_step, torch.zeros_like(s), s)
-        still = row >= n - num_diagonal
+        jumps, still = self.members(places_of(n, t.device, generator))
+        t = torch.where(jumps, torch.ones_like(t), t)
+        s = torch.where(jumps, torch.zeros_like(s), s)
         return (torch.where(still, s, t), s) if self.diagonal_at == "arrival" else (t, torch.where(still, t, s))
 
     def density(self, t: Tensor) -> Tensor:
         """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
         at = self.base.arrival_density(t) if self.diagonal_at == "arrival" else self.base.density(t)
         return (1 - self.one_step - self.diagonal) * self.base.density(t) + self.diagonal * at
-
-
-def _uniform(n: int, device, generator: torch.Generator | None) -> Tensor:
-    """n float32 draws in [0, 1), drawn on the generator's device, then moved."""
-    where = device if generator is None else generator.device
-    return torch.rand(n, generator=generator, device=where, dtype=torch.float32).to(device)
-
-
-def _normal(n: int, device, generator: torch.Generator | None) -> Tensor:
-    """n float32 standard normal draws, drawn on the generator's device, then moved."""
-    where = device if generator is None else generator.device
-    return torch.randn(n, generator=generator, device=where, dtype=torch.float32).to(device)
 
 
 TIMES = {

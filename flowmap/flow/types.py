@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator
+
 Cond = Mapping[str, Tensor]
 """What a velocity is conditioned on, one row a sample: "class" (B,) int64 with -1 for "no class", "guidance" (B,) float, "text" ..."""
 
@@ -22,7 +24,8 @@ class PathSample:
     """All randomness of a training step, drawn before an objective sees it.
 
     x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of x1's entries, given what a
-    learned prior knows of them (B, ...); None where it is 1.
+    learned prior knows of them (B, ...); None where it is 1. place: how many samples of the run come before each, (B,) int64; None where
+    there is no run.
     """
 
     x0: Tensor
@@ -33,13 +36,19 @@ class PathSample:
     vt: Tensor
     cond: Cond | None = None
     variance: Tensor | None = None
+    place: Tensor | None = None
+
+    def places(self, step: int) -> Tensor:
+        """`place`, or where there is none those of a run whose every step has one batch of this size."""
+        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    return PathSample(**parts, cond=cond, variance=None if sample.variance is None else sample.variance[rows])
+    more = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
+    return PathSample(**parts, cond=cond, **more)
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ class Path(Protocol):
 class Prior(Protocol):
     """Where a path starts: x1, shaped like x0; a learned prior may look at x0 and cond."""
 
-    def sample(self, x0: Tensor, cond: Cond | None, generator: torch.Generator | None) -> Tensor: ...
+    def sample(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Tensor: ...
 
 
 class TimeSampler(Protocol):
     """Draws n pairs (t, s), each (n,) float32 on `device`, 0 <= s <= t <= 1."""
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 class Objective(Protocol):
@@ -95,7 +104,7 @@ class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student."""
 
     def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor: ...
 
 

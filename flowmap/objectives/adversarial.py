@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
+from flowmap.flow.draws import Generator
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, Sampler, Teacher
 from flowmap.objectives.reconstruction import Reconstruction
 
@@ -119,7 +120,7 @@ def generator_loss(scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None
 
 
 def generate(
-    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: torch.Generator, through: str
+    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str
 ) -> Tensor:
     """The student's sample from x1 in `steps` calls, with the graph of its last call or of all."""
     called = student if through == "all" else _LastCall(student, steps)

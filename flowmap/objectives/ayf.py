@@ -17,6 +17,7 @@ from torch import Tensor
 from flowmap.base.ranges import Share
 from flowmap.flow.derivative import along_path, in_arrival, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
+from flowmap.flow.shares import anywhere, called_on, evenly, taken
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
 from flowmap.objectives.tangent import Tangent
 
@@ -45,7 +46,7 @@ class AYFEMD(_AYF):
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         r = self.tangent_weight(step)
         derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
-        mean_velocity, rate = off_diagonal(derive, sample, v, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=r > 0)
         g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate
         return self._loss(mean_velocity, g, rate, step)
 
@@ -60,7 +61,7 @@ class AYFLMD(_AYF):
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         r = self.tangent_weight(step)
         derive = lambda x, t, s, v, cond, rows: in_arrival(student, x, t, s, cond, mode=self.derivative, rows=rows)
-        mean_velocity, rate = off_diagonal(derive, sample, sample.vt, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=r > 0)
         arrival = x + along(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)
         return self._loss(mean_velocity, g, rate, step)
@@ -73,7 +74,7 @@ class AYFMixed(_AYF):
     own_lagrangian and own_eulerian: of either kind's rows, the share that departs not from the path between noise and data but from the
     student's own state, where it arrives from the row's noise in one jump, f(x1, 1, t), without gradient: one forward pass more for those
     rows. Both identities hold wherever the teacher's velocity does, and these are the states at which the student is asked when it
-    samples. Shares are evenly spread over the rows of a batch and of the batches after it: one of fewer rows than 1 / share has some in its turn.
+    samples. Shares are evenly spread over the samples of the run, however they are batched (flow/shares.py).
     """
 
     lagrangian: Share = 0.25
@@ -85,52 +86,45 @@ class AYFMixed(_AYF):
             name, where = ("own_eulerian", "the student's own states") if self.own_eulerian else ("lagrangian", "where the student arrives")
             raise ValueError(f"objective.{name}: {getattr(self, name)} asks a teacher at {where}; without one it must be 0")
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
-        chosen, own = self.rows(len(sample.t), step, sample.t.device)
+        chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
-        parts = [(rows, kind(**settings)) for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)) if bool(rows.any())]
-        losses = [(rows, objective(student, teacher, rows_of(sample, rows), step)) for rows, objective in parts]
-        logs = dict(losses[0][1].logs)
-        for key in ("residual_norm", "tangent_norm"):
-            logs[key] = torch.empty(len(chosen), dtype=logs[key].dtype, device=chosen.device)
-            for rows, loss in losses:
-                logs[key][rows] = loss.logs[key]
-        return Loss(sum(loss.value * (int(rows.sum()) / len(rows)) for rows, loss in losses), logs)
+        losses, logs = [], {}
+        for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)):
+            if (places := called_on(rows, student)) is not None:
+                loss, mine = kind(**settings)(student, teacher, rows_of(sample, places), step), rows[places]
+                losses.append(loss.value * (int(rows.sum()) / len(rows)))
+                logs = {**loss.logs, **{key: logs.get(key, torch.zeros_like(sample.t)) for key in ("residual_norm", "tangent_norm")}}
+                for key in ("residual_norm", "tangent_norm"):
+                    logs[key] = logs[key].to(loss.logs[key].dtype)
+                    logs[key][places[mine]] = loss.logs[key][mine]
+        return Loss(sum(losses), logs)
 
-    def rows(self, n: int, step: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """(which of a step's n rows are Lagrangian, which depart from the student's own states), masks (n,)."""
-        count = step * n + torch.arange(n, device=device)
-        chosen, lagrangian = evenly(count, self.lagrangian), taken(count, self.lagrangian)
-        return chosen, torch.where(chosen, evenly(lagrangian, self.own_lagrangian), evenly(count - lagrangian, self.own_eulerian))
-
-
-def taken(count: Tensor, share: float) -> Tensor:
-    """How many of the first `count` rows are in a share that is evenly spread, int64."""
-    return torch.floor(count.double() * share).long()
-
-
-def evenly(count: Tensor, share: float) -> Tensor:
-    """Whether the row that comes after `count` others is in that share, a mask."""
-    return taken(count + 1, share) > taken(count, share)
+    def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""
+        chosen, lagrangian = evenly(place, self.lagrangian, turned=1), taken(place, self.lagrangian, turned=1)
+        own, own_eulerian = evenly(lagrangian, self.own_lagrangian, turned=2), evenly(place - lagrangian, self.own_eulerian, turned=3)
+        return chosen, torch.where(chosen, own, own_eulerian)
 
 
 def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSample:
     """The sample in which xt of those rows (a mask) is f(x1, 1, t), the student's own state, without gradient; at t = 1 that is the noise."""
-    if not bool(rows.any()):
+    if (places := called_on(rows, student)) is None:
         return sample
-    part = rows_of(sample, rows)
+    part = rows_of(sample, places)
     jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)
-    xt = sample.xt.clone()
-    xt[rows] = (part.x1 + along(part.t - 1, part.x1) * jump).to(xt.dtype)
-    return replace(sample, xt=xt)
+    moved = (part.x1 + along(part.t - 1, part.x1) * jump).to(sample.xt.dtype)
+    return replace(sample, xt=sample.xt.index_copy(0, places, torch.where(along(rows[places], moved), moved, part.xt)))
 
 
-def off_diagonal(derive, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
+def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
     """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s).
 
     One forward pass whatever the times: where the diagonal samples are not the last of the batch it is put in that order and back.
     """
     still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)
     rows = int((~still).sum())
+    if needed and rows == 0 and anywhere(~still, student):
+        rows = 1
     given = (sample.xt, sample.t, sample.s, v)
     if not bool(still[:rows].any()):
         return derive(*given, sample.cond, rows)

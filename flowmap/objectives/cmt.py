@@ -24,9 +24,8 @@ from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
 class CMT:
     """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
 
-    Trajectories start from the sample's noise, one for `points` rows, which share its condition; nothing of them is stored. Rows take turns
-    among the trajectories, so that each gets its part of every kind of times, whatever their order in the batch. The grid's times nearest to
-    t and s are taken, at least one step apart. Of the sample the data is not looked at.
+    Trajectories start from the sample's noise, one for `points` rows in a row, which share the condition of the first; nothing of them is
+    stored. The grid's times nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
     """
 
     solver: Solver = field(default_factory=lambda: Heun(steps=16))
@@ -42,9 +41,8 @@ class CMT:
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
             raise ValueError("objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher")
-        count = -(-len(sample.t) // self.points)
-        leader = torch.arange(len(sample.t), device=sample.t.device) % count
-        trajectory, cond = self._trajectories(teacher, sample, count)
+        leader = torch.arange(len(sample.t), device=sample.t.device) // self.points
+        trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
         times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)
         i, j = places(times, sample.t, sample.s)
         cond = None if cond is None else {key: value[leader] for key, value in cond.items()}
@@ -55,7 +53,7 @@ class CMT:
 
     @torch.no_grad()
     def _trajectories(self, teacher: Teacher, sample: PathSample, count: int):
-        """The states at every time of the grid, (K + 1, count, ...), from evenly spaced rows of the sample's noise, and those rows' conditions."""
+        """The states at every time of the grid, (K + 1, count, ...), from each `points`-th row of the sample's noise, and those rows' conditions."""
         rows = torch.arange(count, device=sample.t.device) * self.points
         cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
         return self.solver(lambda x, t: teacher.velocity(x, t, cond), sample.x1[rows], keep=True).trajectory, cond

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.barrier import barrier, barrier_weight
-from flowmap.flow.seeds import seeded
+from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.types import Loss, PathSample, Teacher, along
 
 IGNORED = -100
@@ -45,9 +45,9 @@ class TextELBO:
 
     def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.moments(sample.x0)
-        generator = seeded(repr(float(sample.x1.double().sum())), mean.device)
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        dropped = torch.rand(sample.x0.shape, generator=generator, device=mean.device) < self.word_dropout
+        generator = named_by_noise("elbo", sample.x1)
+        z = mean + (logvar / 2).exp() * normal_like(mean, generator)
+        dropped = generator.uniform(tuple(sample.x0.shape[1:])) < self.word_dropout
         logits, targets = student.net.logits(z, sample.x0, dropped if self.word_dropout else None)
         counted = targets != IGNORED
         tokens = counted.sum(1)
@@ -95,11 +95,16 @@ class TextJoint:
         """f; its noise is a function of the sample's x1."""
         means = student.net.moments(sample.x0)[0]
         z = normalised(means)
-        generator = seeded(f"flow/{float(sample.x1.double().sum())!r}", z.device)
-        x1 = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        x1 = normal_like(z, named_by_noise("flow", sample.x1))
         t = along(sample.t, z)
         velocity = student.velocity(((1 - t) * z + t * x1).to(z.dtype), sample.t, sample.cond)
         return (velocity - (x1 - z)).float().square().mean()
+
+
+def named_by_noise(name: str, x1: Tensor) -> RowGenerator:
+    """More draws for samples whose noise is x1 (B, ...), each a function of its own: rows are named by the bits of two numbers of it."""
+    bits = x1.flatten(1)[:, [0, -1]].float().contiguous().view(torch.int32).long()
+    return RowGenerator(name, bits[:, 0] << 32 | bits[:, 1] & 0xFFFFFFFF)
 
 
 def normalised(means: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class MeanFlow:
         v = self._guided(student, sample, v).detach()
         direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
         derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
-        mean_velocity, rate = off_diagonal(derive, sample, direction, needed=True)
+        mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=True)
         target = v - along(t - s, x) * rate
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Calls, Range, Rate, check_ranges
 from flowmap.flow.distance import gradient_as_target
+from flowmap.flow.draws import Generator, one_of
 from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, along
 from flowmap.objectives.flow_matching import FlowMatching
 
@@ -27,9 +28,10 @@ LEAST = 1e-6  # of the mean that g is divided by
 
 @dataclass(frozen=True)
 class ScoreDistillation:
-    """The student's samples in one of `steps` steps, drawn for each batch, descend the difference between the fake's prediction and the teacher's.
+    """The student's samples in one of `steps` steps descend the difference between the fake's prediction and the teacher's.
 
-    fake_steps: how often the fake steps before each step of the student (the paper has 5 on ImageNet-64), each time on new samples.
+    In how many is drawn for each step of training, the same for all its samples. fake_steps: how often the fake steps before each step of the
+    student (the paper has 5 on ImageNet-64), each time on new samples.
     through "last": such a run is stopped at one of its jumps, drawn too, whose arrival is the sample, and the gradient is that jump's (the
     paper's backward simulation; every jump must go to the data, as those of sampler gamma 1 do). through "all": whole runs, and the gradient
     of all their jumps. normalised: without it g is not divided. fake_lr: the optimiser's own where it is None; it follows the student's schedule.
@@ -68,13 +70,12 @@ class ScoreDistillation:
         """What the fake descends: flow matching on samples that the student has made, sample.x0 without their graph."""
         return FlowMatching()(fake, None, sample, 0)
 
-    def samples(self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: torch.Generator) -> tuple[Tensor, int]:
+    def samples(self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator) -> tuple[Tensor, int]:
         """The student's samples from x1 as `through` has it, and in how many jumps."""
-        drawn = lambda n: int(torch.randint(n, (), generator=generator, device=generator.device))
-        num_steps = self.steps[drawn(len(self.steps))]
+        num_steps = self.steps[one_of(len(self.steps), generator)]
         if self.through == "all":
             return sampler(student, x1, cond, steps=num_steps, generator=generator), num_steps
-        stopped = Stopped(student, 1 + drawn(num_steps))
+        stopped = Stopped(student, 1 + one_of(num_steps, generator))
         sampler(stopped, x1, cond, steps=num_steps, generator=generator)
         return stopped.arrival, stopped.at
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival, value_and_graded_rate, value_and_rate, without_graph
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.shares import called_on
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
 from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
@@ -35,20 +36,23 @@ class SelfDistilled:
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         moving = sample.t > sample.s
         error = sample.t.new_zeros(len(moving))
-        if not bool(moving.all()):
-            still = rows_of(sample, ~moving)
-            target = still.vt if teacher is None else teacher.velocity(still.xt, still.t, still.cond)
-            velocity = student.mean_velocity(still.xt, still.t, still.s, still.cond)
-            error = error.masked_scatter(~moving, self.distance(velocity, target.detach()).to(error.dtype))
-        if bool(moving.any()):
-            prediction, target = self._sides(student, rows_of(sample, moving), step)
-            error = error.masked_scatter(moving, self.distance(prediction, target).to(error.dtype))
+        sides = lambda part: self._sides(student, part, step)
+        for rows, of_rows in ((~moving, lambda part: _velocities(student, teacher, part)), (moving, sides)):
+            if (places := called_on(rows, student)) is not None:
+                found = self.distance(*of_rows(rows_of(sample, places))).to(error.dtype)
+                error = error.index_add(0, places, found * rows[places])
         logs = {"error": error, "diagonal_error": _mean(error, ~moving), "self_error": _mean(error, moving)}
         return Loss(self.weight(error, student, sample.t, sample.s).mean(), {key: value.detach() for key, value in logs.items()})
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         """(what carries grad, what it is to be, which carries none), both like x, for samples with t > s."""
         raise NotImplementedError
+
+
+def _velocities(student: FlowMap, teacher: Teacher | None, sample: PathSample) -> tuple[Tensor, Tensor]:
+    """F on the diagonal and the velocity that it is to be."""
+    target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)
+    return student.mean_velocity(sample.xt, sample.t, sample.s, sample.cond), target.detach()
 
 
 def _mean(error: Tensor, rows: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ class LSD(_ByRate):
 class PSD(SelfDistilled):
     """|| F - sg(h F(x, t, m) + (1 - h) F(f(x, t, m), m, s)) ||^2: one jump is two.
 
-    split: "midpoint", h = 1/2, or "uniform", h even in (0, 1) over rows and steps (a Weyl sequence: an objective draws nothing).
+    split: "midpoint", h = 1/2, or "uniform", h even in [0, 1) over the samples of the run (a Weyl sequence: an objective draws nothing).
     """
 
     split: str = "midpoint"
@@ -121,7 +125,7 @@ class PSD(SelfDistilled):
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         mean_velocity = student.mean_velocity(x, t, s, cond)
-        h = spread(len(x), step, t) if self.split == "uniform" else torch.full_like(t, 0.5)
+        h = spread(sample.places(step), t) if self.split == "uniform" else torch.full_like(t, 0.5)
         middle = t - h * (t - s)
         first = without_graph(student, x, t, middle, cond)
         between = (x + along(middle - t, x) * first).to(x.dtype)
@@ -129,7 +133,6 @@ class PSD(SelfDistilled):
         return mean_velocity, along(h, x) * first + along(1 - h, x) * second
 
 
-def spread(n: int, step: int, like: Tensor) -> Tensor:
-    """n numbers in [0, 1), (n,) typed and placed like `like`, even over rows and over steps: multiples of the plastic number's powers."""
-    row = torch.arange(n, dtype=torch.float64, device=like.device)
-    return ((row * 0.7548776662466927 + (step % 2**20) * 0.5698402909980532 + 0.5) % 1).to(like.dtype)
+def spread(place: Tensor, like: Tensor) -> Tensor:
+    """A number in [0, 1) for each place, (n,) int64, typed like `like`: any stretch of places has them evenly (multiples of the golden ratio)."""
+    return ((place.double() * 0.6180339887498949 + 0.5) % 1).to(like.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator
 from flowmap.flow.types import Cond, FlowMap
 from flowmap.samplers.grids import FewStep
 
@@ -22,7 +23,7 @@ class Anchored(FewStep):
     """
 
     def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
         times = self.times(steps)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Share
-from flowmap.flow.prior import normal_like
+from flowmap.flow.draws import Generator, normal_like
 from flowmap.flow.types import Cond, FlowMap
 from flowmap.samplers.grids import FewStep, jump
 
@@ -28,7 +27,7 @@ class Gamma(FewStep):
     gamma: Share = 0.5
 
     def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student; fresh noise comes from generator. Raises ValueError for steps < 1."""
         times = self.times(steps)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator
 from flowmap.flow.solver import euler_step, heun_step, integrate, midpoint_step, rk4_step
 from flowmap.flow.types import Cond, FlowMap
 from flowmap.samplers.grids import FewStep
@@ -29,7 +29,7 @@ class Solve(FewStep):
         return steps * STEPS[self.solver][1]
 
     def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: torch.Generator | None = None
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
         """x0, shaped like x1, after calls(steps) calls of the student. generator is not used. Raises ValueError for steps < 1."""
         return self._along(student, self.start(x1), self.times(steps), cond)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import MAX_STEPS
+from flowmap.flow.draws import Generator, of_samples
 from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
@@ -79,7 +80,8 @@ class Student(Sentences):
         refine: Refine | None = None,
         solver: str | None = None,
     ) -> Tensor | list[str]:
-        """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives the same noise (and, without cond, the same classes) anywhere.
+        """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives sample i the same noise, gamma's too (and, without cond,
+        the same class), whatever num, batch_size and the device are.
 
         cond: {"class": one label or num labels, numbers or names}, without it classes in turn; {"prompt": one text or num texts} for students
         that are conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
@@ -99,9 +101,10 @@ class Student(Sentences):
             raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
         rows = self.conditions(num, cond, guidance)
+        noise = of_samples(generator, torch.arange(num))
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
-        found = self.carry(start, rows, steps, generator, **options)
+        found = self.carry(start, rows, steps, noise, **options)
         return found if refine is None else refine(found, prompts_of(num, cond)).clamp(-1, 1)
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class Student(Sentences):
         start: Start,
         conditions: Cond,
         steps: int,
-        generator: torch.Generator,
+        generator: Generator,
         *,
         gamma: float | None = None,
         solver: str | None = None,
@@ -120,17 +123,18 @@ class Student(Sentences):
     ) -> Tensor | list[str]:
         """Samples from the given start (N, *shape), be it noise, a learned prior's or latents, as `sample` gives them.
 
-        conditions: as `conditions` makes them of the user's. The rest as `sample` has it.
+        conditions: as `conditions` makes them of the user's. generator: what sample i draws on its way is a function of its state and of i.
+        The rest as `sample` has it.
         """
         if gamma is not None and self.config.prior is not None:
             raise ValueError("gamma: puts back N(0, I), and this student starts at a learned prior")
         sampler = asked_for(self.config.sampler, gamma=gamma, solver=solver)
-        out = []
+        noise, out = of_samples(generator, torch.arange(len(start.x1))), []
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
             rows = {key: value[at] for key, value in conditions.items()} | rows_told(start, at, self.device)
             chunk = start.x1[at].to(self.device)
-            out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=generator))
+            out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
             if progress is not None:
                 progress(len(chunk))
         x0 = torch.cat(out)

@@ -67,7 +67,7 @@ def check_libraries(index: dict[str, Any]) -> None:
 class FrozenRefiner:
     """refiner(pictures, prompts): pictures (B, 1 or 3, H, W) in [-1, 1] refined, (B, 3, H', W'), in the size that the pipeline gives.
 
-    The same pictures, prompts and seed give the same result.
+    The same pictures, prompts and seed give the same result; picture i draws from a generator of its own, seeded by seed + i.
     """
 
     def __init__(self, pipeline: Any, spec: Refiner):
@@ -81,12 +81,12 @@ class FrozenRefiner:
         if len(prompts) != len(pictures):
             raise ValueError(f"prompts: {len(prompts)} given for {len(pictures)} pictures")
         given = (pictures.float().clamp(-1, 1).expand(-1, 3, -1, -1) + 1) / 2
-        generator = torch.Generator().manual_seed(self.spec.seed)
-        told = dict(strength=self.spec.strength, num_inference_steps=self.spec.steps, guidance_scale=self.spec.guidance)
+        generators = [torch.Generator().manual_seed(self.spec.seed + i) for i in range(len(given))]
+        told = dict(output_type="pt", strength=self.spec.strength, num_inference_steps=self.spec.steps, guidance_scale=self.spec.guidance)
         refined = []
         for i in range(0, len(given), BATCH):
             rows = slice(i, i + BATCH)
-            out = self.pipeline(prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generator, output_type="pt", **told)
+            out = self.pipeline(prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generators[rows], **told)
             refined.append(2 * out.images.float() - 1)
         return torch.cat(refined).to(pictures.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowmap.flow.prior import normal_like
+from flowmap.flow.draws import RowGenerator, normal_like, one_of
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT
 from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss
@@ -31,11 +31,10 @@ class AdversarialModule(BesideModule):
         )
         return {**super().beside(), "discriminator": judge}
 
-    def descend(self, sample: PathSample, generator: torch.Generator, share: float) -> None:
+    def descend(self, sample: PathSample, generator: RowGenerator, share: float) -> None:
         objective = self.recipe.objective
         base = self.distillation_loss(sample, generator)
-        with self.dropping(generator):
-            fake, num_steps = self._generated(sample, generator)
+        fake, num_steps = self._generated(sample, generator)
         noise = normal_like(fake.detach(), generator)
         self.discriminator.requires_grad_(False)
         against = generator_loss(self.discriminator, sample.x0, fake, sample.cond, noise)
@@ -53,11 +52,10 @@ class AdversarialModule(BesideModule):
         self.step_beside("discriminator")
         super().step_student()
 
-    def _generated(self, sample: PathSample, generator: torch.Generator) -> tuple[Tensor, int]:
-        """The student's samples from the batch's own noise, and in how many steps: one of objective.steps, drawn for the micro-batch."""
+    def _generated(self, sample: PathSample, generator: RowGenerator) -> tuple[Tensor, int]:
+        """The student's samples from the batch's own noise, and in how many steps: one of objective.steps, drawn for the step."""
         objective = self.recipe.objective
-        place = int(torch.randint(len(objective.steps), (), generator=generator, device=sample.x1.device))
-        num_steps = objective.steps[place]
+        num_steps = objective.steps[one_of(len(objective.steps), generator)]
         how = {"steps": num_steps, "generator": generator, "through": objective.through}
         return generate(self.recipe.sampler, self.student, sample.x1, sample.cond, **how), num_steps
 

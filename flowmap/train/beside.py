@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flowmap.flow.prior import normal_like
+from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.types import Cond, Loss, PathSample
 from flowmap.train.module import DistillModule, norm_of, trained
 
@@ -25,7 +25,7 @@ class BesideModule(DistillModule):
     def __init__(self, *parts, fake: nn.Module | None = None, **more):
         super().__init__(*parts, **more)
         self.automatic_optimization = False
-        self._waiting: list[tuple[PathSample, torch.Generator]] = []
+        self._waiting: list[tuple[PathSample, RowGenerator]] = []
         if fake is not None:
             self.fake = fake.train()
 
@@ -52,8 +52,8 @@ class BesideModule(DistillModule):
         super().on_train_start()
         self._waiting = []
 
-    def training_step(self, batch, batch_idx: int) -> None:
-        self._waiting.append(self.draw(batch))
+    def learn(self, sample: PathSample, generator: RowGenerator) -> None:
+        self._waiting.append((sample, generator))
         if self._micro:
             return
         drawn, self._waiting = self._waiting, []
@@ -64,18 +64,17 @@ class BesideModule(DistillModule):
             self.descend(sample, generator, 1 / len(drawn))
         self.step_student()
 
-    def descend(self, sample: PathSample, generator: torch.Generator, share: float) -> None:
+    def descend(self, sample: PathSample, generator: RowGenerator, share: float) -> None:
         """Adds `share` of the micro-batch's gradient to that of every network that steps with the student."""
         loss = self.distillation_loss(sample, generator)
         (loss.value * share).backward()
         self.last_loss = Loss(loss.value.detach(), loss.logs)
 
-    def distillation_loss(self, sample: PathSample, generator: torch.Generator) -> Loss:
+    def distillation_loss(self, sample: PathSample, generator: RowGenerator) -> Loss:
         """What the student descends on the micro-batch by what it is compared with its teacher by; kept for the logs."""
         objective, teacher = self.recipe.distillation, self.teacher and self.teacher.guided
         if not hasattr(self, "fake"):
-            with self.dropping(generator):
-                loss = objective(self.student, teacher, sample, self.global_step)
+            loss = objective(self.student, teacher, sample, self.global_step)
             self.keep(sample, loss)
             return loss
         sample, num_jumps = self._looked_at(sample.x1, sample.cond, generator)
@@ -84,22 +83,20 @@ class BesideModule(DistillModule):
         self.keep(sample, loss)
         return loss
 
-    def _fake_step(self, drawn: list[tuple[PathSample, torch.Generator]]) -> None:
+    def _fake_step(self, drawn: list[tuple[PathSample, RowGenerator]]) -> None:
         """One step of the fake on samples that the student makes from new noise, with the conditions of the micro-batches."""
         for sample, generator in drawn:
             with torch.no_grad():
                 made, _ = self._looked_at(normal_like(sample.x1, generator), sample.cond, generator)
-            with self.dropping(generator):
-                loss = self.recipe.distillation.learn(self.fake, made)
+            loss = self.recipe.distillation.learn(self.fake, made)
             self.keep(made, loss)
             self._fake_loss = loss.value.detach()
             (loss.value / len(drawn)).backward()
         self.step_beside("fake")
 
-    def _looked_at(self, x1: Tensor, cond: Cond | None, generator: torch.Generator) -> tuple[PathSample, int]:
+    def _looked_at(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, int]:
         """The student's samples from x1 with fresh noise and times of the recipe's law, and in how many jumps they were made."""
-        with self.dropping(generator):
-            x0, num_jumps = self.recipe.distillation.samples(self.recipe.sampler, self.student, x1, cond, generator)
+        x0, num_jumps = self.recipe.distillation.samples(self.recipe.sampler, self.student, x1, cond, generator)
         noise = normal_like(x1, generator)
         t, s = self.recipe.times(len(x1), device=x1.device, generator=generator)
         return self.recipe.path.sample(x0, noise, t, s, cond), num_jumps

@@ -1,30 +1,35 @@
-"""Every draw of a training step is a function of (run seed, step, micro-batch, rank): a resumed run is bit-equal and saves no generator."""
+"""What a sample of a training step draws is a function of (run seed, how many samples of the run came before it).
+
+A resumed run is bit-equal and saves no generator; a step draws the same however its batch is split over micro-batches and processes. Dropout
+alone, whose masks torch draws for whole batches, is a function of (run seed, step, micro-batch, process).
+"""
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flowmap.flow.draws import Generator, RowGenerator, places_of, uniforms
 from flowmap.flow.prior import LearnedPrior, Start, start_of
-from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond, PathSample, along
 from flowmap.recipe import Recipe
 
 
-def generator_for(seed: int, step: int, micro: int, rank: int, device: torch.device) -> torch.Generator:
-    """A generator seeded by a hash of those four numbers."""
-    return seeded(f"{seed}/{step}/{micro}/{rank}", device)
+def generator_for(seed: int, step: int, first: int, count: int, device: torch.device) -> RowGenerator:
+    """The draws of the samples of that step before which `first`, first + 1, ... others come in the run."""
+    where = device if device.type in ("cpu", "cuda") else "cpu"  # elsewhere there may be no float64
+    return RowGenerator(f"train/{seed}", torch.arange(first, first + count, device=where), step)
 
 
 @contextmanager
-def drawing_from(generator: torch.Generator):
-    """Inside, torch's own draws (dropout takes no generator) are a function of the generator's state; afterwards they go on as before."""
-    device = generator.device
+def drawing_by(name: str, device: torch.device):
+    """Inside, torch's own draws (dropout takes no generator) are a function of the name; afterwards they go on as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
         yield
 
 
@@ -32,7 +37,7 @@ def draw_sample(
     recipe: Recipe,
     x0: Tensor,
     cond: Cond,
-    generator: torch.Generator,
+    generator: Generator,
     empty: Cond | None = None,
     x1: Tensor | None = None,
     prior: LearnedPrior | None = None,
@@ -49,15 +54,16 @@ def draw_sample(
     start = start_of(prior or recipe.prior, x0, cond, generator) if x1 is None else Start(x1, told)
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
-        dropped = torch.rand(n, generator=generator, device=device) < recipe.data.drop_condition
+        dropped = uniforms(n, device, generator) < recipe.data.drop_condition
         nothing = {"class": torch.tensor([-1], device=device)} | {key: row.to(device) for key, row in (empty or {}).items()}
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(along(dropped, cond[key]), nothing[key], cond[key])
     share = getattr(recipe.data, "drop_attribute", 0.0)
     for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
-        cond[key] = torch.where(torch.rand(n, generator=generator, device=device) < share, -1, cond[key])
+        cond[key] = torch.where(uniforms(n, device, generator) < share, -1, cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None
     if guidance is not None:
         low, high = guidance.scale
-        cond["guidance"] = low + (high - low) * torch.rand(n, generator=generator, device=device)
-    return replace(recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance)
+        cond["guidance"] = low + (high - low) * uniforms(n, device, generator)
+    place = places_of(n, device, generator) if isinstance(generator, RowGenerator) else None
+    return replace(recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance, place=place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 
 import lightning as L
 import torch
@@ -11,15 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from flowmap.build import BuiltTeacher, build_decoder
-from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
+from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
 from flowmap.flow.averaging import exponent_from_std, power_beta
+from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.objectives.uncertainty import learns_weight
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
-from flowmap.train.draw import draw_sample, drawing_from, generator_for
+from flowmap.train.draw import draw_sample, drawing_by, generator_for
 
 BINS = 4  # of t, in which per-sample logs are also shown
 
@@ -84,16 +84,7 @@ class DistillModule(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         """From the step that the run is at: a resumed run sees the batches that it would have seen."""
-        batches = StepBatches(
-            len(self.samples),
-            self.recipe.data.batch_size,
-            seed=self.recipe.seed,
-            start_step=self.global_step,
-            num_steps=None,
-            rank=self.global_rank,
-            world=self.trainer.world_size,
-            accumulate=self.recipe.trainer.accumulate,
-        )
+        batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
         return DataLoader(self.samples, batch_sampler=batches, collate_fn=as_it_is)
 
     def on_train_start(self) -> None:
@@ -105,27 +96,34 @@ class DistillModule(L.LightningModule):
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
 
-    def training_step(self, batch, batch_idx: int) -> Tensor:
-        sample, generator = self.draw(batch)
-        with self.dropping(generator):
-            loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, self.global_step)
+    @property
+    def _split(self) -> dict[str, int]:
+        """How a step's samples are dealt out."""
+        recipe = self.recipe
+        ours = {"rank": self.global_rank, "world": self.trainer.world_size}
+        return {"batch_size": recipe.data.batch_size, "accumulate": recipe.trainer.accumulate, **ours}
+
+    def training_step(self, batch, batch_idx: int) -> Tensor | None:
+        """All that `learn` draws by torch's own generator, dropout's masks, is a function of (seed, step, micro-batch, process)."""
+        with drawing_by(f"{self.recipe.seed}/{self.global_step}/{self._micro}/{self.global_rank}", self.device):
+            return self.learn(*self.draw(batch))
+
+    def learn(self, sample: PathSample, generator: RowGenerator) -> Tensor | None:
+        """The micro-batch's loss, or None where the optimisers are stepped here."""
+        loss = self.recipe.objective(self.student, self.teacher and self.teacher.guided, sample, self.global_step)
         self.keep(sample, loss)
         return loss.value
 
-    def draw(self, batch) -> tuple[PathSample, torch.Generator]:
+    def draw(self, batch) -> tuple[PathSample, RowGenerator]:
         """The micro-batch's sample and the generator that drew it; the student's learning rate is that of the step."""
         x0, cond, *paired = batch
         step, micro = self.global_step, self._micro
         self._micro = (micro + 1) % self.recipe.trainer.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
-        generator = generator_for(self.recipe.seed, step, micro, self.global_rank, x0.device)
+        generator = generator_for(self.recipe.seed, step, first_place(step, micro, **self._split), len(x0), x0.device)
         if not paired and hasattr(self.data, "partners"):
             paired = [self.data.partners(x0, generator)]
         return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired, prior=self.prior), generator
-
-    def dropping(self, generator: torch.Generator):
-        """Inside, the dropout of adapters, where there is any, draws from the generator."""
-        return drawing_from(generator) if self.recipe.lora and self.recipe.lora.dropout else nullcontext()
 
     def keep(self, sample: PathSample, loss: Loss) -> None:
         """The last sample and loss, for the logs; NotFinite unless it is finite."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from flowmap.data.codes import ENCODINGS
 from flowmap.files import write_tensors, write_text
 from flowmap.flow.codes import NormalDraws
-from flowmap.flow.prior import LearnedPrior, normal_like
+from flowmap.flow.draws import RowGenerator, normal_like
+from flowmap.flow.prior import LearnedPrior
 from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
 from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
@@ -81,7 +82,7 @@ class Drawn(AtPictures):
     def show(self, trainer, module: DistillModule, done: int) -> None:
         net, x = module.averaged.net, looked_at(module, self.stage.recipe.log.grid_images).to(module.device)
         prior = LearnedPrior(net, NormalDraws(), net.size)
-        generator = torch.Generator().manual_seed(self.stage.recipe.evaluation.seed)
+        generator = RowGenerator(f"drawn/{self.stage.recipe.evaluation.seed}", torch.arange(len(x)))
         z, noise = prior.encode(x), normal_like(x, generator)
         rows = {"real": x, "mean": net.decode(z)[0], "start": prior.place(z, noise).x1, "drawn": prior.place(normal_like(z, generator), noise).x1}
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
@@ -104,7 +105,8 @@ def measure_prior(module: DistillModule, say: Callable[[str], None] | None = Non
     x = looked_at(module, MOST_MEASURED).to(next(net.parameters()).device)
     moments = [net.encode(part) for part in x.split(256)]
     mean, logvar = (torch.cat([one[i] for one in moments]) for i in range(2))
-    z = mean + (logvar / 2).exp() * normal_like(mean, torch.Generator().manual_seed(module.recipe.evaluation.seed))
+    noise = RowGenerator(f"codes/{module.recipe.evaluation.seed}", torch.arange(len(mean)))
+    z = mean + (logvar / 2).exp() * normal_like(mean, noise)
     decoded = [net.decode(part) for part in z.split(256)]
     guess, spread = (torch.cat([one[i] for one in decoded]) for i in range(2))
     units = kl_of(mean, logvar).mean(0).double().cpu()

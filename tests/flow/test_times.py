@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from flowmap.flow.draws import RowGenerator
 from flowmap.flow.times import TIMES, Consistency, Dyadic, Interval, LogitNormal, Mixture, Uniform, UShaped
 from tests.oracle import seeded
 
@@ -82,24 +83,41 @@ def test_interval_joint_density_has_the_marginal():
     assert float(law.joint_density(torch.tensor([0.3]), torch.tensor([0.4]))) == 0
 
 
-def test_mixture_counts_are_exact_and_in_their_rows():
-    law = Mixture(Interval(), one_step=0.1, diagonal=0.25)
+@pytest.mark.parametrize("at", ["departure", "arrival"])
+def test_mixture_counts_are_exact_and_the_other_rows_are_the_bases(at):
+    law = Mixture(Interval(), one_step=0.1, diagonal=0.25, diagonal_at=at)
     t, s = law(40, generator=seeded(5))
     base_t, base_s = Interval()(40, generator=seeded(5))
-    assert (t[:4] == 1).all() and (s[:4] == 0).all()
-    assert torch.equal(t[-10:], base_t[-10:]) and torch.equal(s[-10:], t[-10:])
-    assert torch.equal(t[4:-10], base_t[4:-10]) and torch.equal(s[4:-10], base_s[4:-10])
-    assert (s[4:-10] < t[4:-10]).all()
-    assert Mixture(one_step=0.5, diagonal=0.5).counts(3) == (2, 1)
+    jumps, still = law.members(torch.arange(40))
+    assert int(jumps.sum()) == 4 and int(still.sum()) == 10 and not bool((jumps & still).any())
+    assert (t[jumps] == 1).all() and (s[jumps] == 0).all()
+    assert torch.equal(t[still], (base_s if at == "arrival" else base_t)[still]) and torch.equal(s[still], t[still])
+    rest = ~jumps & ~still
+    assert torch.equal(t[rest], base_t[rest]) and torch.equal(s[rest], base_s[rest]) and (s[rest] < t[rest]).all()
     assert abs(float(law.density(middles(100_000)).mean()) - 0.9) < 1e-4
 
 
-def test_diagonal_at_the_arrival_takes_the_time_that_the_base_arrives_at():
-    law = Mixture(Interval(), one_step=0.1, diagonal=0.25, diagonal_at="arrival")
-    t, s = law(40, generator=seeded(5))
-    base_t, base_s = Interval()(40, generator=seeded(5))
-    assert torch.equal(s[-10:], base_s[-10:]) and torch.equal(t[-10:], s[-10:])
-    assert torch.equal(t[4:-10], base_t[4:-10]) and torch.equal(s[4:-10], base_s[4:-10])
+SHARED = {
+    "mixture": (Mixture(Interval(), one_step=0.05, diagonal=0.2), {"one_step": 0.05, "diagonal": 0.2}),
+    "both ends": (Mixture(Interval(), one_step=0.15, diagonal=0.2, diagonal_at="arrival"), {"one_step": 0.15, "diagonal": 0.2}),
+    "all": (Mixture(Uniform("sorted"), one_step=0.3, diagonal=0.7), {"one_step": 0.3, "diagonal": 0.7}),
+    "dyadic": (Dyadic(finest=64, diagonal=0.75), {"diagonal": 0.75}),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 20])
+@pytest.mark.parametrize(("law", "shares"), SHARED.values(), ids=SHARED)
+def test_shares_hold_to_one_sample_at_any_batch_and_at_any_step(law, shares, batch):
+    """Rounded per batch, a share of 5 % of 4 rows was never trained, and one of 75 % of 2 rows was all of them."""
+    parts = [law(batch, generator=RowGenerator("train/0", torch.arange(k * batch, (k + 1) * batch), k)) for k in range(200)]
+    t, s = (torch.cat([part[i] for part in parts]) for i in range(2))
+    count = torch.arange(1, len(t) + 1)
+    for mask, share in ((t - s == 1, shares.get("one_step")), (t == s, shares["diagonal"])):
+        if share is not None:
+            assert float((mask.cumsum(0) - count * share).abs().max()) < 1 + 1e-9
+            assert batch < 20 or {int(part.sum()) for part in mask.split(20)} == {round(20 * share)}  # whole numbers, exactly
+    whole = law(200 * batch, generator=RowGenerator("train/0", torch.arange(200 * batch)))
+    torch.testing.assert_close((t, s), whole)  # torch's sigmoid has other last bits at the end of a batch
 
 
 @pytest.mark.parametrize("base", [Interval(), Interval(-0.6, 1.6), Uniform("sorted"), LogitNormal(-0.4, 0.9, "sorted"), UShaped()])
@@ -117,13 +135,14 @@ def test_arrival_density_is_that_of_the_draws(base):
 def test_dyadic_jumps_are_powers_of_two_from_multiples_of_themselves():
     law = Dyadic(finest=8, diagonal=0.25)
     t, s = law(40_000, generator=seeded(7))
-    d, moving = t - s, slice(0, 30_000)
-    assert (0 <= s).all() and (t <= 1).all() and (d[30_000:] == 0).all() and t.dtype == s.dtype == torch.float32
+    d = t - s
+    moving = d > 0
+    assert (0 <= s).all() and (t <= 1).all() and int(moving.sum()) == 30_000 and t.dtype == s.dtype == torch.float32
     for k in range(4):
         rows = d[moving] == 2.0**-k
         assert abs(float(rows.float().mean()) - 1 / 4) < 0.01
         assert set((t[moving][rows] * 2**k).tolist()) == set(range(1, 2**k + 1))  # every multiple, none at a half
-    assert set((t[30_000:] * 8).tolist()) == set(range(1, 9)) and abs(float(t[30_000:].mean()) - 9 / 16) < 0.02
+    assert set((t[~moving] * 8).tolist()) == set(range(1, 9)) and abs(float(t[~moving].mean()) - 9 / 16) < 0.02
     assert torch.equal(t, law(40_000, generator=seeded(7))[0])
 
 

@@ -34,7 +34,7 @@ def test_what_is_left_at_the_exact_map_is_the_solvers_error():
 @pytest.mark.parametrize("distance", [CMT().distance, PseudoHuber()])
 def test_value_and_gradient_are_those_of_the_formula_by_hand(distance):
     sample, student, teacher = drawn(guidance=GUIDANCE), bent(guidance=True), Autoguidance(GAUSSIAN, WEAK)
-    leader, times, states = torch.tensor([0, 2, 4, 0, 2]), [1.0, 0.75, 0.5, 0.25, 0.0], [sample.x1]
+    leader, times, states = torch.tensor([0, 0, 2, 2, 4]), [1.0, 0.75, 0.5, 0.25, 0.0], [sample.x1]
     with torch.no_grad():
         for t, s in zip(times, times[1:], strict=False):
             states.append(states[-1] + (s - t) * teacher.velocity(states[-1], torch.full((5,), t).double(), sample.cond))

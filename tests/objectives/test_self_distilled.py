@@ -10,6 +10,7 @@ from torch import nn
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear
+from flowmap.flow.shares import evenly
 from flowmap.flow.types import along
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
@@ -158,7 +159,7 @@ def test_lsd_through_norms_and_attention_is_its_formula_by_hand(build, shape):
 def test_psd_is_its_formula_by_hand(split):
     sample, student, step = drawn(guidance=GUIDANCE), bent(guidance=True), 7
     x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
-    h = torch.full((5,), 0.5).double() if split == "midpoint" else spread(5, step, t)
+    h = torch.full((5,), 0.5).double() if split == "midpoint" else spread(sample.places(step), t)
     m = t - h * (t - s)
     between = x + along(m - t, x) * student.mean_velocity(x, t, m, cond)
     end = between + along(s - m, x) * student.mean_velocity(between, m, s, cond)
@@ -167,10 +168,12 @@ def test_psd_is_its_formula_by_hand(split):
     same(gradients(PSD(split=split), student, None, sample, step), pull(student, sample, g))
 
 
-def test_the_uniform_split_is_even_over_rows_and_steps_and_repeats():
-    draws = torch.stack([spread(7, step, torch.ones(1).double()) for step in range(2000)])
-    assert torch.equal(draws[3], spread(7, 3, torch.ones(1).double())) and draws.shape == (2000, 7)
-    for row in (*draws.T, draws.flatten()):
+def test_the_uniform_split_is_even_over_rows_and_steps_and_is_one_of_the_sample():
+    like = torch.ones(1).double()
+    draws = torch.stack([spread(torch.arange(7 * step, 7 * step + 7), like) for step in range(2000)])
+    assert torch.equal(draws.flatten(), spread(torch.arange(14_000), like))  # whatever the batch
+    moving = evenly(torch.arange(14_000), 0.25)  # the rows off the diagonal
+    for row in (*draws.T, draws.flatten(), draws.flatten()[moving]):
         assert float((torch.histc(row, 10, 0, 1) / len(row) - 0.1).abs().max()) < 0.01
 
 

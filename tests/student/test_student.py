@@ -44,9 +44,21 @@ def test_a_round_trip_is_exact(tmp_path, config):
 def test_sampling_is_carrying_its_own_start():
     student, generator = built(), torch.Generator().manual_seed(3)
     start = student.start(5, generator)
-    assert torch.equal(start.x1, torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(start.x1[:4], torch.randn(4, 3, 4, 6, generator=torch.Generator().manual_seed(3)))  # 4: whole sixteens, as torch draws them
     carried = student.carry(start, student.conditions(5, {"class": 2}), 2, generator)
     assert torch.equal(carried, student.sample(5, steps=2, cond={"class": 2}, seed=3))
+
+
+@pytest.mark.parametrize("gamma", [None, 1.0])
+def test_a_sample_is_the_same_whatever_the_batch_and_the_number(gamma):
+    student, options = built(), dict(steps=4, cond={"class": 2}, gamma=gamma, seed=3)
+    whole = student.sample(10, **options)
+    close = dict(rtol=1e-4, atol=1e-5)  # a matrix product's rounding depends on its rows
+    for size in (1, 3, 7):
+        torch.testing.assert_close(student.sample(10, batch_size=size, **options), whole, **close)
+    for num in (1, 2, 5, 9):
+        torch.testing.assert_close(student.sample(num, **options), whole[:num], **close)
+        assert torch.equal(student.start(num, torch.Generator().manual_seed(3)).x1, student.start(10, torch.Generator().manual_seed(3)).x1[:num])
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path):

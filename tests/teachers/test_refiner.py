@@ -39,10 +39,19 @@ def test_it_gives_what_the_pipeline_gives(folder):
     x, prompts = pictures(3), ["a red cat", "the dog", "a face"]
     refined = Refiner(str(folder), strength=0.5, steps=4, guidance=2.0, seed=7).load()(x, prompts)
     pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None)
-    told = dict(strength=0.5, num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(7), output_type="pt")
+    generator = [torch.Generator().manual_seed(7 + i) for i in range(3)]
+    told = dict(strength=0.5, num_inference_steps=4, guidance_scale=2.0, generator=generator, output_type="pt")
     expected = 2 * pipeline(prompt=prompts, image=(x + 1) / 2, **told).images - 1
     torch.testing.assert_close(refined, expected)
     assert refined.shape == x.shape and float((refined - x).abs().max()) > 1e-2
+
+
+def test_a_picture_is_refined_alike_whatever_the_batch(folder, monkeypatch):
+    x, whole = pictures(5), Refiner(str(folder), strength=0.5, steps=2, seed=7).load()
+    expected = whole(x)
+    torch.testing.assert_close(whole(x[:3]), expected[:3])
+    monkeypatch.setattr("flowmap.teachers.refiner.BATCH", 2)
+    torch.testing.assert_close(whole(x), expected)
 
 
 def test_seed_prompt_and_strength_matter_and_grey_comes_back_in_colour(folder):
