@@ -19,14 +19,15 @@ PAIRS = (("after", "before"), ("control", "before"), ("after", "control"))
 def tables(runs: Sequence[Found]) -> dict[str, dict]:
     """name -> {"columns": [...], "rows": [[...], ...]}, for all that the runs have figures for."""
     looked = [run for run in runs if "student" in run]
-    made = {"few": few(looked), "ratios": ratios(looked)} if looked else {}
+    made = {"few": few(looked), "train": few(looked, trained=True), "ratios": ratios(looked)} if looked else {}
+    made = {name: one for name, one in made.items() if len(one["columns"]) > 2}
     return made | {"cost": cost(runs)}
 
 
-def few(runs: Sequence[Found]) -> dict:
-    """Every figure of every arm at each number of steps."""
+def few(runs: Sequence[Found], trained: bool = False) -> dict:
+    """Every figure of every arm at each number of steps: to held-out samples, or trained: to those of training."""
     one = runs[0]["student"]["before"]
-    metrics, rows = list(next(iter(one.values()))), []
+    metrics, rows = [metric for metric in next(iter(one.values())) if metric.endswith("_train") == trained], []
     for k in one:
         for arm, name in NAMES.items():
             cells = [spread([run["student"][arm][k][metric] for run in runs]) for metric in metrics]
@@ -39,7 +40,7 @@ def ratios(runs: Sequence[Found]) -> dict:
     """Within one seed: distances as ratios, shares (precision and recall) as differences; and in how many seeds the first is the better."""
     rows = []
     for k, row in runs[0]["student"]["before"].items():
-        for metric in row:
+        for metric in [metric for metric in row if not metric.endswith("_train")]:
             cells = [_compared(runs, arms, k, metric) for arms in PAIRS]
             rows.append([k, metric, *(cell for pair in cells for cell in pair)])
     columns = [word for first, second in PAIRS for word in (f"{first} against {second}", "better in")]

@@ -9,6 +9,7 @@ from _report import spread
 Rows = dict  # of one seed: part -> {row: {figure: value, "first": the first ten sentences, seed 0 alone}}
 FEW = {
     "calls": "calls", "seconds": "seconds", "perplexity": "perplexity", "divergence_words": "divergence, words", "divergence_minilm": "MiniLM",
+    "divergence_words_train": "to training: words", "divergence_minilm_train": "to training: MiniLM",
     "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase", "category_hit": "category",
     "distinct_2": "distinct-2", "self_bleu": "self-BLEU", "copied": "copied", "nearest": "nearest",
 }  # fmt: skip

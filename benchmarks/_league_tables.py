@@ -10,11 +10,14 @@ from _report import spread
 
 
 def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:
-    """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric that was looked at; `recall` where it was among them."""
+    """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric that was looked at, to held-out samples and (`train`) to those of
+    training; `recall` where it was among them."""
     metrics = found["metrics"]
     made = {"quality": quality(found, metrics[0]), "best": best(found, metrics[0], default)}
     recall = next((metric for metric in metrics if metric.startswith("recall")), None)
-    return made | ({"recall": quality(found, recall, costs=False)} if recall else {})
+    made |= {"recall": quality(found, recall, costs=False)} if recall else {}
+    trained = f"{metrics[0]}_train"
+    return made | ({"train": quality(found, trained, costs=False)} if trained in metrics else {})
 
 
 def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:

@@ -10,6 +10,7 @@ from _report import spread
 Run = dict  # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ..., "codes": ...}
 MANY = 50  # Euler steps of the Gaussian whose distance is to be reached
 PAIR = ("gaussian", "learned")
+DISTANCES = ("frechet", "frechet_train")  # to held-out samples and to those of training
 STUDENTS = ("student of gaussian", "student of learned")
 
 
@@ -23,7 +24,7 @@ def tables(runs: Sequence[Run]) -> dict[str, dict]:
 
 def curve(runs: Sequence[Run]) -> dict:
     """Both priors by solver and steps: what a sample costs, and its distance."""
-    columns = ["prior", "solver", "steps", "network calls", "MFLOP a sample", "ms a sample", "Frechet distance"]
+    columns = ["prior", "solver", "steps", "network calls", "MFLOP a sample", "ms a sample", "Frechet distance", "to training samples"]
     rows = [
         [arm, point["solver"], point["steps"], point["calls"], point["flops"] / 1e6, *_cells(runs, arm, i)]
         for arm in PAIR for i, point in enumerate(runs[0][arm]["curve"])
@@ -33,7 +34,7 @@ def curve(runs: Sequence[Run]) -> dict:
 
 def _cells(runs: Sequence[Run], arm: str, i: int) -> list:
     points = [run[arm]["curve"][i] for run in runs]
-    return [1e3 * statistics.median(p["seconds"] for p in points), spread(p["frechet"] for p in points)]
+    return [1e3 * statistics.median(p["seconds"] for p in points), *(spread(p[key] for p in points) for key in DISTANCES)]
 
 
 def students(runs: Sequence[Run]) -> dict:
@@ -41,11 +42,11 @@ def students(runs: Sequence[Run]) -> dict:
     rows = []
     for arm in STUDENTS:
         if done := [run for run in runs if arm in run]:
-            rows.append([arm, *(spread(at(run[arm], "own", k)["frechet"] for run in done) for k in (1, 2, 4))])
+            rows.append([arm, *(spread(at(run[arm], "own", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4))])
     for arm in PAIR if rows else ():
         if done := [run for run in runs if arm in run]:
-            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)["frechet"] for run in done) for k in (1, 2, 4))])
-    return {"columns": ["Frechet distance", "1 step", "2", "4"], "rows": rows}
+            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4))])
+    return {"columns": ["Frechet distance", "1 step", "2", "4", "to training samples: 1 step", "2", "4"], "rows": rows}
 
 
 def ablation(runs: Sequence[Run]) -> dict:
@@ -73,8 +74,8 @@ def codes(runs: Sequence[Run]) -> dict:
 def copies(runs: Sequence[Run]) -> dict:
     """How far samples are from the nearest training sample."""
     of = lambda arm, key: spread(run[arm]["nearest"][key] for run in runs)
-    rows = [[arm, of(arm, "ratio"), of(arm, "near")] for arm in PAIR if all("nearest" in run[arm] for run in runs)]
-    return {"columns": ["", "to the nearest training sample / between training samples", "nearer than nine of ten are"], "rows": rows}
+    rows = [[arm, *(of(arm, key) for key in ("generated", "held_out", "ratio"))] for arm in PAIR if all("nearest" in run[arm] for run in runs)]
+    return {"columns": ["to the nearest training sample", "generated", "held out", "ratio (below 1: copies)"], "rows": rows}
 
 
 def saved(runs: Sequence[Run]) -> dict:

@@ -16,6 +16,7 @@ from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
 
 STEPS = (1, 2, 4)
+NAME = "frechet_pixels"  # to held-out digits; with _train to those of training
 WARM = 3  # rounds that are not timed
 
 
@@ -106,16 +107,20 @@ def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
     for row in rows:
         found = [result for result in results if (result.get("job"), result.get("whose")) == (row.job, row.whose)]
         if not found:
-            yield [row.job, row.whose, "not there", *[""] * (1 + len(STEPS))]
+            yield [row.job, row.whose, "not there", *[""] * (1 + 2 * len(STEPS))]
             continue
-        done = [result["figures"] for result in found if result["failed"] is None]
-        cells = [spread([figures[str(k)] for figures in done]) if done else f"{len(found)} of {len(found)} failed" for k in STEPS]
+        done = [result for result in found if result["failed"] is None]
+        failed = f"{len(found)} of {len(found)} failed"
+        cells = [spread([one[key][str(k)] for one in done]) if done else failed for key in ("figures", "figures_train") for k in STEPS]
         steps, milliseconds = (statistics.median(result[key] for result in found) for key in ("steps", "step_seconds"))
         yield [row.job, row.whose, int(steps), 1e3 * milliseconds, *cells]
     besides = [result for result in results if "floor" in result]
     if besides:
-        yield [f"teacher at {besides[0]['teacher']['steps']} steps", *[""] * 3, spread([one["teacher"]["figure"] for one in besides]), "", ""]
-        yield ["floor: real against real", *[""] * 3, spread([one["floor"] for one in besides]), "", ""]
+        blank, both = [""] * (len(STEPS) - 1), ("", "_train")
+        teacher = [cell for suffix in both for cell in (spread([one["teacher"][f"figure{suffix}"] for one in besides]), *blank)]
+        floor = [cell for suffix in both for cell in (spread([one[f"floor{suffix}"] for one in besides]), *blank)]
+        yield [f"teacher at {besides[0]['teacher']['steps']} steps", *[""] * 3, *teacher]
+        yield ["floor: real against real", *[""] * 3, *floor]
 
 
-QUALITY = ["job", "loss of", "steps", "milliseconds", *(f"frechet_pixels at {k}" for k in STEPS)]
+QUALITY = ["job", "loss of", "steps", "milliseconds", *(f"{NAME} at {k}" for k in STEPS), *(f"to training digits at {k}" for k in STEPS)]

@@ -27,7 +27,7 @@ NAMES = {
 def tables(runs: Sequence[Found], distance: str, many: int) -> dict[str, dict]:
     """Every table that the runs have figures for: name -> {"columns": [...], "rows": [[...], ...]}."""
     here = Tables(runs, distance, str(many))
-    kinds = ("reflow", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")
+    kinds = ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")
     made = {name: getattr(here, name)() for name in kinds}
     return {name: one for name, one in made.items() if one["rows"]}
 
@@ -53,6 +53,14 @@ class Tables:
             cells += [self.cell(arm, "1", "straightness"), self.spread(arm, lambda one: one["student"]["1"]["endpoint_error"] ** 2)]
             rows.append([NAMES[arm], *cells, self.cell(arm, "1", self.agreement(arm))])
         return self.table(columns, rows, "floor")
+
+    def train(self) -> dict:
+        """Every arm's distances to training samples, where `reflow` and the others have those to held-out ones."""
+        key = f"{self.distance}_train"
+        steps = ("1", "2", "4", self.many)
+        arms = [arm for arm in dict.fromkeys(name for run in self.runs for name in run) if arm not in ("first", "speed")]
+        rows = [[NAMES.get(arm, arm), *(self.cell(arm, k, key) for k in steps)] for arm in arms]
+        return self.table([key, *(f"{k} step{'s' * (k != '1')}" for k in steps)], rows)
 
     def ratios(self) -> dict:
         """Medians of ratios within one seed."""

@@ -138,7 +138,8 @@ class Seed:
     def look(self) -> None:
         """The figures of all arms, by one process, so that they share what is known of the real pictures."""
         spaces = [UNSEEN, *self.options.features]
-        if self.found.get("spaces") == spaces and not self.options.look_again:
+        before = any(key.endswith("_train") for key in self.found.get("floor", {}))  # else taken to training samples alone
+        if self.found.get("spaces") == spaces and before and not self.options.look_again:
             return
         command = [sys.executable, __file__, "--look", str(self.recipe("after")), "--start", str(self.start), "--features", *spaces]
         command += ["--smoke"] if self.options.smoke else []

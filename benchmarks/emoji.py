@@ -71,8 +71,9 @@ def main() -> None:
     figures |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
     figures |= {f"teacher {metrics['teacher']['steps']}": metrics["teacher"], "floor": metrics["floor"]}
     same = {f"student {k}": value for k, value in parity.items()}
-    rows = [[name, row["frechet_efficientnet_lite0"], same.get(name, "")] for name, row in figures.items()]
-    columns = ["row", "FD-efficientnet-lite0", "largest difference to stock diffusers"]
+    keys = ("frechet_efficientnet_lite0", "frechet_efficientnet_lite0_train")
+    rows = [[name, *(row[key] for key in keys), same.get(name, "")] for name, row in figures.items()]
+    columns = ["row", "FD-efficientnet-lite0", "to training pictures", "largest difference to stock diffusers"]
     print(table(rows, columns))
     settings = {"seeds": [recipe.seed], "steps": recipe.trainer.steps, "objective": type(recipe.objective).__name__, "pictures": NUM}
     payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "metrics": metrics}

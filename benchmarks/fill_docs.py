@@ -17,11 +17,11 @@ FILES = {
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
-       for one in ("reflow", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
+       for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
     **{f"language_{one}": "language.json" for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14") for one in ("quality", "best", "recall")},
+    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14") for one in ("quality", "train", "best", "recall")},
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "ratios", "cost")},
+    **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "train", "ratios", "cost")},
     **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", "_share"), ("emoji", "_share"))
        for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # the last two with --share 0.35 and 0.15
 }  # fmt: skip
@@ -37,12 +37,17 @@ def results() -> dict[str, dict]:
 
 def filled(text: str, found: dict[str, dict]) -> str:
     """The page with every block whose results are found written anew."""
-    return BLOCK.sub(lambda m: m[1] + block(m[2], found[m[2]]) + m[3] if m[2] in found else m[0], text)
+    return BLOCK.sub(lambda m: m[1] + block(m[2], found[m[2]]) + m[3] if m[2] in found and table_of(m[2], found[m[2]]) else m[0], text)
+
+
+def table_of(name: str, result: dict) -> dict | None:
+    """The table of that name, of a result that has several or one alone; None where it was not measured."""
+    return result["tables"].get(name) or result["tables"].get(name.rpartition("_")[2]) if "tables" in result else result
 
 
 def block(name: str, result: dict) -> str:
-    """The table of that name, of a result that has several or one alone, and where its figures come from."""
-    made = result["tables"].get(name) or result["tables"][name.rpartition("_")[2]] if "tables" in result else result
+    """The table of that name, and where its figures come from."""
+    made = table_of(name, result)
     rows, columns = made["rows"], made.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)

@@ -102,9 +102,9 @@ class Bench:
         return load_student(self.folder(name))
 
     def keep(self, part: str, key: str, make) -> dict:
-        """The figures under that key: made by `make()` where they are not there yet."""
+        """The figures under that key: made by `make()` where they are not there yet, or were taken to training sentences alone."""
         rows = self.figures.setdefault(part, {})
-        if key not in rows:
+        if key not in rows or "divergence_words" in rows[key] and "divergence_words_train" not in rows[key]:
             self.must_have_time()
             rows[key] = make()
             keep(self.kept, self.figures)
@@ -267,13 +267,14 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
 def infill(bench: Bench, look: Look) -> None:
     """Middle thirds of all held-out sentences from their sides; beside what stood there, through the autoencoder, and what stood in another."""
     from flowmap.build import build_data
+    from flowmap.data.dataset import looked_at
     from flowmap.data.text import outer_thirds
     from flowmap.metrics.text import Distinct, Infilled
     from flowmap.recipe import read_resolved
 
     data, student = build_data(read_resolved(bench.folder("infill") / "recipe.yaml")), bench.student("infill")
-    num = len(data.held_out)
-    sides, wanted, cond = [outer_thirds(text) for text in data.held_out_texts], data.wanted(num), asked(student, data, num)
+    num, order = len(data.held_out), looked_at(torch.arange(len(data.held_out)), len(data.held_out))
+    sides, wanted, cond = [outer_thirds(data.held_out_texts[i]) for i in order.tolist()], data.wanted(num), asked(student, data, num)
 
     def figures(middles: list[str]) -> dict:
         whole = [" ".join(f"{left} {middle} {right}".split()) for (left, _, right), middle in zip(sides, middles, strict=True)]
@@ -284,7 +285,7 @@ def infill(bench: Bench, look: Look) -> None:
     for steps in (1, 2, 4, 8, 20):
         bench.keep("infill", f"flow {steps}", lambda steps=steps: {"calls": steps} | figures(drawn(steps)))
     bench.keep("infill", "another sentence's", lambda: figures([*wanted[1:], wanted[0]]))
-    bench.keep("infill", "what stood there, through the autoencoder", lambda: figures(student.sentences(data.held_out)))
+    bench.keep("infill", "what stood there, through the autoencoder", lambda: figures(student.sentences(data.held_out[order])))
     bench.keep("infill", "what stood there", lambda: figures(wanted))
 
 

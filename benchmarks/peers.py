@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from _peers import FastGen, PyMeanFlow
 from _peers_jobs import TAUGHT, Job, Row, all_rows
-from _peers_tables import AGREEMENT, QUALITY, STEPS, TIMING, agreement, quality, timing
+from _peers_tables import AGREEMENT, NAME, QUALITY, STEPS, TIMING, agreement, quality, timing
 from _report import environment, keep, kept, table, write
 from league import take_over
 
@@ -81,7 +81,8 @@ class Training:
         if self.failed is None:
             recipe = replace(self.job.recipe, metrics=look)
             figures = measure(recipe, Student(self.job.config, self.average), None, self.job.data, steps=STEPS)["student"]
-            found["figures"] = {k: next(iter(row.values())) for k, row in figures.items()}
+            for suffix in ("", "_train"):
+                found[f"figures{suffix}"] = {k: row[NAME + suffix] for k, row in figures.items()}
         return found
 
 
@@ -101,8 +102,9 @@ def beside(seed: int, look: tuple) -> dict:
     job = Job(TAUGHT, seed)
     recipe = replace(job.recipe, metrics=look, evaluation=replace(job.recipe.evaluation, teacher_extra_steps=()))
     found = measure(recipe, Student(job.config, job.student().eval()), job.teacher, job.data, steps=[1])
-    first = next(iter(found["floor"]))
-    return {"teacher": {"steps": found["teacher"]["steps"], "figure": found["teacher"][first]}, "floor": found["floor"][first]}
+    both = {"": NAME, "_train": f"{NAME}_train"}
+    teacher = {f"figure{suffix}": found["teacher"][name] for suffix, name in both.items()}
+    return {"teacher": {"steps": found["teacher"]["steps"], **teacher}, **{f"floor{suffix}": found["floor"][name] for suffix, name in both.items()}}
 
 
 def trained_at(seed: int, rows: list[Row], same: dict, anew: bool) -> list[dict]:
@@ -147,7 +149,7 @@ def main() -> None:
     rows, to_ask = ([row for row in all_rows(*peers, to_train=train) if wanted(row)] for train in (True, False))
     said = {kind.__name__: peer.checkout.said() if peer else "not there" for kind, peer in zip((FastGen, PyMeanFlow), peers, strict=True)}
     recipes = {row.job: Job.recipe_of(row.job, 0).hash() for row in rows}
-    same = {"seconds": a.seconds, "rows": [row.name for row in rows if row.make], "peers": said, "recipes": recipes}
+    same = {"to": "held-out digits", "seconds": a.seconds, "rows": [row.name for row in rows if row.make], "peers": said, "recipes": recipes}
     trained = {seed: trained_at(seed, rows, same, a.anew) for seed in range(a.seeds)}
     tables = {
         "agreement": {"columns": AGREEMENT, "rows": list(agreement(to_ask))},

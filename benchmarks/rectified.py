@@ -137,9 +137,14 @@ class Seed:
         self.found[key] = value
         keep(self.kept, self.found)
 
+    def outdated(self, key: str) -> bool:
+        """Whether what is kept there was taken to training samples alone."""
+        names = {name for row in self.found.get(key, {}).get("student", {}).values() for name in row}
+        return any(name.startswith("frechet") for name in names) and not any(name.endswith("_train") for name in names)
+
     def make(self, name: str, arm: Arm, again: bool = False) -> None:
         """Trains the arm, its pairs first, where that is not done, and looks at it; again: looks once more."""
-        if name in self.found and not again:
+        if name in self.found and not again and not self.outdated(name):
             return
         if arm.kept:
             return self._take(name, arm)
@@ -177,7 +182,7 @@ class Seed:
         rows = {"teacher": "reflow", "first": "reflow", "insta teacher": "insta reflow"}
         arms = self.case.arms(self.case.parts)
         for key, name in rows.items():
-            if name in self.found and key not in self.found:
+            if name in self.found and (key not in self.found or self.outdated(key)):
                 self.keep(key, self._look(self._arm(name, arms[name]), arms[name], whose=key.split()[-1]))
 
     def _arm(self, name: str, arm: Arm) -> Path:

@@ -3,7 +3,8 @@
 The law of Align Your Flow (arXiv:2506.14603).  Same net, same budget, same teacher; the flow map is trained on pairs (t, s) and sampled
 deterministically, the consistency model on (t, 0) and sampled by going to data and back (gamma = 1).  On a Gaussian and a ring of Gaussians
 (exact teachers, the settings of exactness.py; error: sliced Wasserstein distance to fresh data, in units of the data's std) and on digits
-(Frechet distance on pixels; the runs that `main_job.py --recipe digits-ayf-emd` left, and the same recipe with s = 0).
+(Frechet distance on pixels to held-out digits, and to those of training; the runs that `main_job.py --recipe digits-ayf-emd` left, and the same
+recipe with s = 0).
 `python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/steps_law.png]`
 """
 
@@ -28,6 +29,7 @@ from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 
 STEPS = (1, 2, 4, 8, 16, 32)
 DIGITS = "digits-ayf-emd"
+TRAINING = "digits, to training ones"
 RING = tuple((float(torch.cos(a)), float(torch.sin(a))) for a in torch.arange(8) * (2 * torch.pi / 8))
 TEACHERS = {"gaussian": GaussianTeacher(mean=(0.5, -0.5), std=0.5), "ring": MixtureTeacher(means=RING, std=(0.1,))}
 MODELS = {
@@ -97,8 +99,7 @@ def digits(seeds: int) -> list[list]:
 
     if not seeds:
         return []
-    rows, found = [], {"flow map": [], "consistency": []}
-    floor = []
+    found, floor = {"flow map": [], "consistency": []}, []
     consistency = ["times.base.kind=consistency", "times.diagonal=0", "times.diagonal_at=departure", "sampler.kind=gamma", "sampler.gamma=1"]
     for seed in range(seeds):
         root = Path(f"runs/bench/{DIGITS}/seed-{seed}")  # where main_job.py left its teacher and student
@@ -110,11 +111,13 @@ def digits(seeds: int) -> list[list]:
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
             only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
             figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
-            found[model].append({k: figures["student"][str(k)]["frechet_pixels"] for k in STEPS})
-            floor.append(figures["floor"]["frechet_pixels"])
-    for model, runs in found.items():
-        rows += [["digits", model, k, *spread([f[k] for f in runs])] for k in STEPS]
-    return [*rows, ["digits", "real against real", 0, *spread(floor)]]
+            found[model].append(figures["student"])
+            floor.append(figures["floor"])
+    rows = []
+    for data, key in (("digits", "frechet_pixels"), (TRAINING, "frechet_pixels_train")):
+        rows += [[data, model, k, *spread([run[str(k)][key] for run in runs])] for model, runs in found.items() for k in STEPS]
+        rows.append([data, "real against real", 0, *spread([one[key] for one in floor])])
+    return rows
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -127,7 +130,7 @@ def plot(rows: list[list], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sets = list(dict.fromkeys(row[0] for row in rows))
+    sets = list(dict.fromkeys(row[0] for row in rows if row[0] != TRAINING))
     figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 3.4))
     for axis, name in zip(axes if len(sets) > 1 else [axes], sets, strict=True):
         for model in MODELS:
@@ -153,7 +156,7 @@ def main() -> None:
     parser.add_argument("--plot", default="docs/steps_law.png")
     arguments = parser.parse_args()
     kept = json.loads((RESULTS / "steps_law.json").read_text())["rows"] if arguments.keep_toys else []
-    rows = [row for row in kept if row[0] != "digits"] or toys(arguments.seeds, arguments.steps)
+    rows = [row for row in kept if not row[0].startswith("digits")] or toys(arguments.seeds, arguments.steps)
     rows += digits(arguments.digits_seeds)
     print(table(rows, ["data", "model", "steps", "median", "least", "most"]))
     plot(rows, arguments.plot)

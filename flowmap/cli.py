@@ -96,7 +96,9 @@ def _evaluate(a: argparse.Namespace) -> int:
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
     student = load_student(a.student, base=a.base).to(_device(a.device))
-    metrics = evaluate(student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say)
+    metrics = evaluate(
+        student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say, teacher=a.teacher, anew=a.anew
+    )  # fmt: skip
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
 
@@ -215,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--steps", type=int, nargs="+", metavar="K", help="default: the recipe's")
     evaluate.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
+    evaluate.add_argument("--no-teacher", dest="teacher", action="store_false", help="leave the teacher's rows out")
+    evaluate.add_argument("--anew", action="store_true", help="measure the teacher and the floor again, not as they are in the run's metrics.json")
 
     compare = _verb(verbs, "compare", compare_verb, "train recipes on equal terms, seed by seed, and tabulate them; goes on where it was cut")
     compare_arguments(compare)

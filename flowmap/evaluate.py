@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flowmap.flow.draws import RowGenerator, of_samples
 from flowmap.flow.prior import Start, rows_told
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
+from flowmap.known_rows import LOOK, Row, read_known, stamps, to_teacher
 from flowmap.metrics import check_metrics, floors
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
@@ -40,10 +41,13 @@ def evaluate(
     guidance: float | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
+    teacher: bool = True,
+    anew: bool = False,
 ) -> dict[str, Any]:
     """The contents of metrics.json for a saved student, by its own recipe's data, teacher and metrics.
 
-    steps: default the recipe's. metrics: only those kinds. The teacher's row is left out where its weights are not on this machine.
+    steps: default the recipe's. metrics: only those kinds. The teacher's rows are left out where its weights are not on this machine, and
+    without `teacher`. They and the floor are taken from the run's metrics.json where nothing that they depend on has changed; anew: never.
     """
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
@@ -53,14 +57,15 @@ def evaluate(
     for k in steps or ():
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
-    data = build_data(recipe)
+    data, built = build_data(recipe), None
     try:
-        teacher = build_teacher(recipe, data)
+        built = build_teacher(recipe, data) if teacher else None
     except RecipeError as error:
-        teacher = None
         if progress is not None:
             progress(f"no teacher's row: {error}")
-    measured = measure(recipe, student, teacher, data, steps=steps, metrics=chosen, guidance=guidance, progress=progress)
+    known = {} if anew else read_known(student.folder)
+    options = dict(steps=steps, metrics=chosen, guidance=guidance, progress=progress, known=known)
+    measured = measure(recipe, student, built, data, **options)
     if out is not None:
         write_json(Path(out), measured)
     return measured
@@ -76,20 +81,30 @@ def measure(
     metrics: Sequence[Any] | None = None,
     guidance: float | None = None,
     progress: Progress | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share."""
+    """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share.
+
+    known: those of an earlier look, from which the teacher's rows and the floor are taken where their stamps are the same.
+    """
     started = time.perf_counter()
     say = progress or (lambda message: None)
     specs = recipe.metrics if metrics is None else metrics
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     rows = _Rows(recipe, student, teacher, data, specs, guidance)
-    result: dict[str, Any] = {"student": {}}
+    stamp = stamps(recipe, student, teacher, data, specs, rows.first)
+    same = {key for key in stamp if known and known.get("stamp", {}).get(key) == stamp[key]}
+    result: dict[str, Any] = {"student": {}, "stamp": stamp}
     seconds: dict[str, float] = {}
     for k in steps or recipe.sampler.steps:
         say(f"student at {k} step{'s' if k > 1 else ''}")
-        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k)
+        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k, to_teacher(known, k) if "student" in same else None)
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in steps or recipe.sampler.steps}}
-    if teacher is not None:
+    if "teacher" in same:
+        say("teacher: as in metrics.json, from which nothing has changed")
+        result |= {key: known[key] for key in ("teacher", "teacher_few") if key in known}
+        nfe["teacher"], seconds["teacher"] = known["teacher"]["nfe"], known["seconds"]["teacher"]
+    elif teacher is not None:
         n = recipe.evaluation.teacher_steps
         say(f"teacher at {n} steps")
         row, seconds["teacher"] = rows.teacher(n)
@@ -100,10 +115,9 @@ def measure(
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
     if not data.num_held_out:
         say("nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train")
-    say("real against real")
-    result["floor"] = floors(list(zip(specs, rows.built, strict=True)), data, rows.classes)
-    for spec, metric in zip(specs, rows.built, strict=True):
-        result["floor"] |= spec.floor(metric, data) if spec.needs == "texts" else {}
+    if "floor" not in same:
+        say("real against real")
+    result["floor"] = known["floor"] if "floor" in same else rows.floor(data)
     seconds |= {"decode": rows.decode_seconds} if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs) else {}
     seconds["evaluate"] = time.perf_counter() - started
     result["seconds"] = {key: round(value, 4) for key, value in seconds.items()}
@@ -140,13 +154,26 @@ class _Rows:
         self.built = [spec.compare(data) if spec.needs == "samples" else spec.build(*real.get(spec.needs, tuple)()) for spec in specs]
         self.known: dict[Any, Any] = {}  # what rows share: the many-step end points, straightness, inverted noise ... of student and teacher
 
-    def student(self, k: int) -> tuple[dict[str, float], float]:
+    @property
+    def first(self) -> tuple[Tensor, Cond]:
+        """Where the first samples of every row start, and their conditions."""
+        return self.start.x1[:LOOK], self.conditions(torch.arange(min(LOOK, self.num))) if self.num else {}
+
+    def floor(self, data: Dataset) -> dict[str, float]:
+        found = floors(list(zip(self.specs, self.built, strict=True)), data, self.classes)
+        for spec, metric in zip(self.specs, self.built, strict=True):
+            found |= spec.floor(metric, data) if spec.needs == "texts" else {}
+        return found
+
+    def student(self, k: int, to_teacher: Row | None = None) -> tuple[dict[str, float], float]:
+        """The row at k steps; to_teacher: its distances to the teacher, where they are known."""
+
         def draw(x1: Tensor, cond, noise: RowGenerator) -> Tensor:
             return self.recipe.sampler(self.flow_map, x1, cond, steps=k, generator=noise)
 
         row, seconds = self._row(draw, "student")
         if self.guided is not None:
-            row |= {f"{key}_to_teacher": value for key, value in self._endpoints(draw, "teacher").items()}
+            row |= to_teacher or {f"{key}_to_teacher": value for key, value in self._endpoints(draw, "teacher").items()}
         return row, seconds
 
     def teacher(self, n: int) -> tuple[dict[str, float], float]:

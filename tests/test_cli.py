@@ -46,7 +46,7 @@ def test_evaluate_gives_the_runs_own_figures(command, finished, tmp_path):
     code, out, _ = command("evaluate", "--student", finished, "--out", tmp_path / "m.json")
     assert code == 0 and "student 1" in out
     measured, kept = (json.loads(p.read_text()) for p in (tmp_path / "m.json", finished / "metrics.json"))
-    assert {k: measured[k] for k in ("student", "teacher", "floor")} == {k: kept[k] for k in ("student", "teacher", "floor")}
+    assert {k: measured[k] for k in ("student", "teacher", "floor", "stamp")} == {k: kept[k] for k in ("student", "teacher", "floor", "stamp")}
     code, out, _ = command("evaluate", "--student", finished, "--steps", 1, "--metrics", "frechet")
     assert set(json.loads(out)["student"]) == {"1"}
 

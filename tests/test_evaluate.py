@@ -57,7 +57,7 @@ def test_the_exact_student_meets_the_floor_and_the_teacher_does_not_at_two_steps
     assert one["endpoint_error"] < 1e-3
     assert found["teacher"]["nfe"] == found["teacher"]["steps"] == 16
     assert found["teacher_few"]["2"]["frechet_pixels"] > 20 * one["frechet_pixels"]
-    assert set(found) == {"student", "teacher", "teacher_few", "floor", "seconds", "nfe"}
+    assert set(found) == {"student", "teacher", "teacher_few", "floor", "seconds", "nfe", "stamp"}
     assert found["nfe"] == {"student": {"1": 1, "2": 2}, "teacher": 16}
 
 

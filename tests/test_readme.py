@@ -166,7 +166,7 @@ def test_figures_are_those_of_the_results(page, monkeypatch):
 def test_a_block_is_filled_from_its_results_and_from_nothing_else(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
     text = "before\n<!-- figures:exactness -->\n| a |\n| --- |\n| ? |\n<!-- /figures -->\nafter\n"
-    assert fill.filled(text, {}) == text
+    assert fill.filled(text, {}) == fill.filled(text, {"exactness": {"tables": {"another": {}}}}) == text
     once = fill.filled(text, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}})
     assert "| x | 1.235 |" in once and "?" not in once and once.startswith("before\n") and once.endswith("after\n")
     assert fill.filled(once, {"exactness": {"columns": ["a", "b"], "rows": [["x", 1.23456]]}}) == once
@@ -184,12 +184,14 @@ def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
     """Two seeds in which the stage divides the distance by two and adds .1 of recall, and training on does nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = module_of(ROOT / "benchmarks/_adversarial_tables.py", monkeypatch)
-    row = lambda distance, recall: {"1": {"frechet_pixels": distance, "recall_pixels": recall}}
+    row = lambda distance, recall: {"1": {"frechet_pixels": distance, "recall_pixels": recall, "frechet_pixels_train": distance / 10}}
     arms = lambda d: {"before": row(d, 0.5), "control": row(d, 0.5), "after": row(d / 2, 0.6)}
     runs = [{"student": arms(d), "floor": {"frechet_pixels": 0.1}} for d in (2.0, 4.0)]
     runs[0]["seconds a step"] = {"control": 0.1, "after": 0.25}
     found = made.tables(runs)
     assert found["few"]["rows"][2] == ["1", made.NAMES["after"], "1.5 (1 to 2)", "0.6"]
+    assert found["few"]["columns"] == ["steps", "", "frechet_pixels", "recall_pixels"] and len(found["ratios"]["rows"]) == 2
+    assert found["train"]["columns"] == ["steps", "", "frechet_pixels_train"] and found["train"]["rows"][0][2] == "0.3 (0.2 to 0.4)"
     half, same = ["times 0.5", "2 of 2"], ["times 1", "0 of 2"]
     assert found["ratios"]["rows"][0] == ["1", "frechet_pixels", *half, *same, *half]
     assert found["ratios"]["rows"][1][2:4] == ["+0.100 (+0.100 to +0.100)", "2 of 2"]

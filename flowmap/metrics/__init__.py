@@ -9,7 +9,7 @@ from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
-from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall
+from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
 from flowmap.metrics.text import TEXT_METRICS
 
 METRICS |= TEXT_METRICS
@@ -28,6 +28,7 @@ __all__ = [
     "LossByTime",
     "PrecisionRecall",
     "Retrieval",
+    "Samples",
     "Straightness",
     "check_metrics",
     "floor",

@@ -26,7 +26,7 @@ class HasReferences(Protocol):
 class Against:
     """A metric of samples (`spec`, needs "samples") with each reference of a data set: held-out samples, where there are any, and training ones.
 
-    The feature space is fitted to the training samples for both, and samples pass through it once. `reset` and `update` as torchmetrics
+    A feature space is fitted to the training samples for both, and samples pass through it once. `reset` and `update` as torchmetrics
     has them; each process is given its share of `spec.images` samples.
     """
 
@@ -48,13 +48,13 @@ class Against:
         """Generated samples x (B, ...), all of this process's; world: the number of processes. only: tells just the metric of that suffix."""
         told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
         counts = {suffix: self.wanted[suffix] // world for suffix in told}
-        x = x[: max(counts.values())]
+        x, features = x[: max(counts.values())], self.spec.features_of(self.metrics[TRAIN])
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
-            found = self.metrics[TRAIN].features(part)
+            found = None if features is None else features(part)
             for suffix, metric in told.items():
                 if (rows := counts[suffix] - start) > 0:
-                    metric.update(part[:rows], real=False, found=found[:rows])
+                    metric.update(part[:rows], real=False, **({} if found is None else {"found": found[:rows]}))
 
     def report(self, *, only: str | None = None) -> dict[str, float]:
         """The figures under their keys, those against training samples with `_train` after them."""

@@ -74,6 +74,7 @@ class InFeatures(Spec):
         well_formed(self.features)
 
     def fits(self, data: Sizes) -> None:
+        super().fits(data)
         if needs_pictures(self.features) and (len(data.reference_shape) != 3 or data.reference_shape[0] not in (1, 3)):
             shape = tuple(data.reference_shape)
             raise ValueError(f"metrics: features {self.features!r} look at pictures of 1 or 3 channels, and the samples have shape {shape}")

@@ -7,8 +7,9 @@ under the names of metrics.json.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from flowmap.metrics.against import Against, HasReferences
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
-from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, InFeatures, Sizes, enough, share, some, within
+from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, InFeatures, Sizes, Spec, enough, share, some, within
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
@@ -26,16 +27,16 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.precision_recall import PrecisionRecallScore
 
 
-class _Samples(InFeatures):
-    """A metric of two sets of samples."""
+class Samples(Spec):
+    """A metric of two sets of samples: `build(reference, like)` gives one that has counted the reference, in the feature space of `like`."""
 
     needs: ClassVar[str] = "samples"
     least: ClassVar[int] = 2  # samples of each
-    kind: ClassVar[str]  # its name in METRICS
+    kind: ClassVar[str] = "a metric of samples"  # its name in METRICS
 
     def __post_init__(self):
         super().__post_init__()
-        within(self, images=(self.least, MAX_SAMPLES), reference_images=(self.least, MAX_SAMPLES))
+        within(self, images=(self.least, MAX_SAMPLES))
 
     def fits(self, data: Sizes) -> None:
         super().fits(data)
@@ -49,9 +50,24 @@ class _Samples(InFeatures):
         """How many generated samples are compared with `reference` real ones."""
         return self.images
 
+    def features_of(self, metric: Any) -> Callable[[Tensor], Tensor] | None:
+        """What `update(x, real, found)` takes the features of x from, the same for every reference; None where it takes none."""
+        return None
+
+
+class _InSpace(InFeatures, Samples):
+    """One in a feature space that is fitted to the training samples."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        within(self, reference_images=(self.least, MAX_SAMPLES))
+
+    def features_of(self, metric: Any) -> Callable[[Tensor], Tensor]:
+        return metric.features
+
 
 @dataclass(frozen=True)
-class Frechet(_Samples):
+class Frechet(_InSpace):
     """Frechet distance of `images` generated samples to the reference (`reference_images` of it, drawn with a fixed seed; None: all)."""
 
     features: str = "pixels"
@@ -76,7 +92,7 @@ class Frechet(_Samples):
 
 
 @dataclass(frozen=True)
-class PrecisionRecall(_Samples):
+class PrecisionRecall(_InSpace):
     """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours.
 
     Where fewer are held out, as many generated samples are compared with them.
@@ -122,7 +138,7 @@ class PrecisionRecall(_Samples):
 
 
 @dataclass(frozen=True)
-class MMD(_Samples):
+class MMD(_InSpace):
     """Maximum mean discrepancy of `images` generated samples to the reference, squared, unbiased, times 1000, by a Gaussian kernel.
 
     sigma: the kernel's width; None: the median distance between samples of the reference. unit: features are first divided by their length.

@@ -26,7 +26,10 @@ def last_line(name, *overrides):
     ("metric", "says"),
     [
         ("{kind: frechet, features: clip}", "metrics: features 'clip' needs openai/clip"),
-        ("{kind: precision_recall, images: 200, features: nowhere:net}", "metrics: features: 'nowhere:net' names code, and a recipe imports nothing"),
+        (
+            "{kind: precision_recall, features: nowhere:net, images: 500}",
+            "metrics: features: 'nowhere:net' names code, and a recipe imports nothing on its own",
+        ),
         ("{kind: mmd, features: foo}", "metrics: features is 'foo'; allowed are pixels"),
     ],
 )
