@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowmap.flow.riding_refused import DETACHED, in_place_flag, name_of, refuse_by_name, short_name
-from flowmap.flow.riding_rows import Rows, apart, filled
+from flowmap.flow.riding_rows import Rows, apart, filled, mapped
 from flowmap.flow.riding_torch import forward_derivative, has_derivative, random_state, replayed
 from flowmap.flow.riding_watch import watched
 from flowmap.flow.rules import RULES
@@ -160,6 +160,8 @@ def carry(function: Callable, args: tuple, kwargs: dict):
 def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, live: list[Riding]):
     """(The tangent of out, the rows it is of): of those rows alone where the operation keeps them apart, by torch where the rule leaves it."""
     takes = accepts(rule, len(args), tuple(kwargs))
+    if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
+        args, kwargs, live = each_by_itself(args, kwargs, live)
     if takes:
         for x in live:
             if x.rows is not None:
@@ -173,6 +175,20 @@ def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, 
     tangents = {id(x.value): filled(x) for x in live}
     tangent = ask(rule, function, out, args, kwargs, tangents) if takes else NotImplemented
     return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
+
+
+def each_by_itself(args: tuple, kwargs: dict, live: list[Riding]):
+    """The call with every mention of what rides an object of its own, so that a rule that looks at one mention has not looked at all."""
+    riders, mentioned = {id(x.value): x for x in live}, []
+
+    def mention(value: Tensor) -> Tensor:
+        x = riders.get(id(value))
+        if x is None:
+            return value
+        mentioned.append(riding(value.detach(), x.tangent, x.ride, x.rows))
+        return mentioned[-1].value
+
+    return mapped(args, mention), mapped(kwargs, mention), mentioned
 
 
 def plain(x, riders: list):

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from types import FunctionType
 
+from torch import Tensor
+
 IN_PLACE = "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __imatmul__ __ifloordiv__ __imod__".split()
 ESCAPES = (
     "item tolist numpy data_ptr untyped_storage storage storage_type _typed_storage __array__ __float__ __int__ __index__ __complex__ "
@@ -58,5 +60,9 @@ def refuse_by_name(function: Callable, args: tuple, kwargs: dict) -> None:
         raise NotImplementedError(f"{name} {DETACHED}")
     if writes_in_place(function, args, kwargs):
         raise NotImplementedError(f"{name} writes in place or into out=, which a tangent cannot follow: use the form that returns a new tensor")
-    if short == "normal":  # torch takes the derivative of a draw in its mean and deviation for zero
-        raise NotImplementedError(f"{name} draws with a mean or deviation that rides: write mean + std * torch.randn_like(...)")
+    if short == "triangular_solve":
+        raise NotImplementedError(f"{name}: torch's forward derivative is wrong in the matrix: use torch.linalg.solve_triangular")
+    if short == "normal":
+        raise NotImplementedError(f"{name}: torch takes the derivative in mean and deviation for zero: write mean + std * torch.randn_like(...)")
+    if short == "logcumsumexp" and any(isinstance(x, Tensor) and x.is_complex() for x in (*args, *kwargs.values())):
+        raise NotImplementedError(f"{name} of complex numbers: torch's forward derivative is NaN")

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowmap.flow.riding_refused import name_of
 from flowmap.flow.riding_rows import mapped
 
 
-class NumbersKept(TorchDispatchMode):
-    """Inside, no number is read from a tensor: a 0-dim tensor given where torch wants a number would lose its tangent."""
+class Scalar(Tensor):
+    """A 0-dim value from which no number is read: given where torch wants a number, it would lose its tangent without a word."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and (args[0].is_floating_point() or args[0].is_complex()):
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
             raise NotImplementedError("a tensor that rides is given where torch takes a number, which has no tangent")
-        return function(*args, **(kwargs or {}))
+        given, named = (mapped(x, lambda x: x.value if type(x) is Scalar else x) for x in (args, kwargs or {}))
+        out = function(*given, **named)
+        return scalar(out) if isinstance(out, Tensor) and out.ndim == 0 and has_derivative(out) else out
+
+
+def scalar(value: Tensor) -> Scalar:
+    """The 0-dim value, guarded."""
+    x = value.as_subclass(Scalar)
+    x.value = value
+    return x
 
 
 def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: dict[int, Tensor]):
@@ -30,17 +41,21 @@ def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: 
 
     Raises NotImplementedError that names the operation where torch has no derivative of it.
     """
-    numbers = NumbersKept() if any(t.ndim == 0 for t in tangents.values()) else nullcontext()
 
     def dual(x: Tensor) -> Tensor:
         tangent = tangents.get(id(x))
         return x if tangent is None else forward_ad.make_dual(x, tangent)
 
+    def guarded(x: Tensor) -> Tensor:
+        return scalar(x.detach()) if id(x) in tangents and x.ndim == 0 else x
+
     try:
+        if any(t.ndim == 0 for t in tangents.values()):
+            device = next(iter(tangents.values())).device
+            with torch.no_grad(), replayed(random_state(device), device):
+                function(*mapped(args, guarded), **mapped(kwargs, guarded))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            given, named = mapped(args, dual), mapped(kwargs, dual)
-            with numbers:
-                out = function(*given, **named)
+            out = function(*mapped(args, dual), **mapped(kwargs, dual))
             leaves, structure = tree_flatten(list(out) if hasattr(out, "__next__") else out)
             found = [forward_ad.unpack_dual(v).tangent if has_derivative(v) else None for v in leaves]
     except Exception as error:  # whatever torch says of an operation that it cannot derive

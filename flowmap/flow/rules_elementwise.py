@@ -124,6 +124,15 @@ def logarithm_one_plus(op, out, x):
     return T(x) / (x + 1)
 
 
+def logit(op, out, x, eps=None):
+    return aten.logit_backward(T(x), x, eps)
+
+
+def hypotenuse(op, out, x, other):
+    """d sqrt(x^2 + y^2) = (x dx + y dy) / out."""
+    return add_up(*(None if T(v) is None else T(v) * (v / out) for v in (x, other)))
+
+
 def sine(op, out, x):
     return T(x) * x.cos()
 
@@ -145,7 +154,10 @@ def tanh(op, out, x):
 
 
 def silu(op, out, x, inplace=False):
-    return by_backward(aten.silu_backward, T(x), x)
+    if x.is_complex():  # whose backward kernel does not conjugate throughout
+        s = torch.sigmoid(x)
+        return T(x) * s * (1 + x * (1 - s))
+    return aten.silu_backward(T(x), x)
 
 
 def gelu(op, out, x, approximate="none"):
@@ -210,8 +222,18 @@ def lesser(op, out, x, other):
     return of_either(x < other, x > other, x, other)
 
 
+def greater_number(op, out, x, other):
+    """fmax: the first of equals, and what is a number beside a NaN."""
+    return of_either((x >= other) | other.isnan(), (x < other) | x.isnan(), x, other)
+
+
+def lesser_number(op, out, x, other):
+    """fmin."""
+    return of_either((x <= other) | other.isnan(), (x > other) | x.isnan(), x, other)
+
+
 def of_either(first: Tensor, second: Tensor, x: Tensor, other: Tensor) -> Tensor:
-    """The tangent of x where `first`, of the other where `second`, else their mean (a NaN's, too)."""
+    """The tangent of x where `first`, of the other where `second`, else their mean."""
     a, b = (0 if t is None else t for t in (T(x), T(other)))
     return torch.where(first, a, torch.where(second, b, (a + b) / 2))
 
@@ -284,6 +306,8 @@ ELEMENTWISE = {
     **every(exponential_minus_one, "expm1"),
     **every(logarithm, "log"),
     **every(logarithm_one_plus, "log1p"),
+    **every(logit, "logit"),
+    **every(hypotenuse, "hypot"),
     **every(sine, "sin"),
     **every(cosine, "cos"),
     **every(error_function, "erf"),
@@ -303,6 +327,8 @@ ELEMENTWISE = {
     **every(at_most, "clamp_max"),
     **every(greater, "maximum"),
     **every(lesser, "minimum"),
+    **every(greater_number, "fmax"),
+    **every(lesser_number, "fmin"),
     **every(without_nan, "nan_to_num"),
     **every(filled_with, "full_like"),
     **every(newly_filled, "new_full"),

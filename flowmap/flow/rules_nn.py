@@ -73,6 +73,34 @@ def logsumexp(op, out, x, dim, keepdim=False):
     return (torch.softmax(x, dim) * T(x)).sum(dim, keepdim=keepdim) if isinstance(dim, int) else NotImplemented
 
 
+def vector_norm(op, out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """Re(conj(x) dx) / |x| summed over the dimensions, 0 at 0, for the Euclidean norm; others are left to torch."""
+    if isinstance(ord, Tensor) or ord != 2 or dtype is not None:
+        return NotImplemented
+    inner = (x.conj() * T(x)).real if x.is_complex() else x * T(x)
+    dims = tuple(range(x.ndim)) if dim is None else dim
+    return (inner.sum(dims, keepdim=keepdim) / out).masked_fill(out == 0, 0)
+
+
+def norm(op, out, x, p="fro", dim=None, keepdim=False, dtype=None):
+    """torch.norm, of which "fro" and 2 are Euclidean."""
+    return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if p in ("fro", None) or p == 2 else NotImplemented
+
+
+def norm_of_either(op, out, x, ord=None, dim=None, keepdim=False, *, dtype=None):
+    """torch.linalg.norm, Euclidean where no order is given; of matrices 2 is another norm."""
+    return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if ord is None else NotImplemented
+
+
+def normalize(op, out, x, p=2.0, dim=1, eps=1e-12):
+    """x / max(|x|, eps): (dx - y Re(conj(y) dx)) / |x|; where eps is the greater, dx / eps."""
+    if p != 2 or x.is_complex():
+        return NotImplemented
+    size, t = torch.linalg.vector_norm(x, dim=dim, keepdim=True), T(x)
+    radial = (out * t).sum(dim, keepdim=True).masked_fill(size < eps, 0)
+    return (t - out * radial) / size.clamp_min(eps)
+
+
 def layer_norm(op, out, x, normalized_shape, weight=None, bias=None, eps=1e-5, *unused):
     """weight J dx, with J the symmetric Jacobian of normalising x; weights that ride are left to torch."""
     if T(x) is None or T(weight) is not None or T(bias) is not None:
@@ -207,6 +235,11 @@ NN = {
     **every(softmax, "softmax"),
     **every(log_softmax, "log_softmax"),
     **every(logsumexp, "logsumexp"),
+    torch.linalg.vector_norm: vector_norm,
+    torch.norm: norm,
+    Tensor.norm: norm,
+    torch.linalg.norm: norm_of_either,
+    F.normalize: normalize,
     **every(layer_norm, "layer_norm"),
     **every(rms_norm, "rms_norm"),
     **every(group_norm, "group_norm"),
