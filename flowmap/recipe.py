@@ -195,6 +195,21 @@ class Recipe:
         """Eight hexadecimal digits that change with anything that changes the result (not with how the run is logged)."""
         return short_hash({key: value for key, value in to_plain(self, TABLES).items() if key != "log"})
 
+    def training(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on, as plain values.
+
+        How the run is logged, sampled and measured is not among them; an objective that draws samples depends on the sampler, but for the
+        steps that are reported.
+        """
+        plain = {key: value for key, value in to_plain(self, TABLES).items() if key not in ("sampler", "metrics", "evaluation", "log")}
+        if isinstance(self.objective, Adversarial) or isinstance(self.distillation, ScoreDistillation):
+            plain["sampler"] = {key: value for key, value in to_plain(self.sampler, TABLES).items() if key != "steps"}
+        return plain
+
+    def training_hash(self) -> str:
+        """Eight hexadecimal digits that change with anything in `training`."""
+        return short_hash(self.training())
+
     def missing(self) -> list[str]:
         """Keys whose value is ??? and must be given before a run."""
         return _missing(to_plain(self, TABLES), "")
@@ -229,6 +244,11 @@ def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
 def read_resolved(path: File) -> Recipe:
     """The recipe that a run or a student folder carries."""
     return recipe_from(_load(path), file=str(path))
+
+
+def read_plain(path: File) -> dict[str, Any]:
+    """The settings in that file as they are written there; RecipeError names the file."""
+    return _load(path)
 
 
 def shipped(folder: str) -> File:

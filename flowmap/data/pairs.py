@@ -169,14 +169,17 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first key of provenance that differs. Weights that are not on this machine (None here) are not compared."""
+    """The first key of provenance that differs. Weights that are not on this machine (None here) are not compared; where they are the same,
+    the hash of the recipe that trained them, which changes with how they are measured, is not."""
     return difference(there, _filled(here, there))
 
 
 def _filled(here: Any, there: Any) -> Any:
     if not (isinstance(here, Mapping) and isinstance(there, Mapping)):
         return here
-    return {k: there.get(k) if k == "weights" and v is None else _filled(v, there.get(k)) for k, v in here.items()}
+    unknown = here.get("weights") is None
+    taken = {"weights"} if unknown else {"hash"} if here["weights"] == there.get("weights") else set()
+    return {k: there.get(k) if k in taken else _filled(v, there.get(k)) for k, v in here.items()}
 
 
 class PairedDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,11 @@ from flowmap.files import read_json, write_json, write_text
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
 from flowmap.planning.provenance import WHERE, identity
-from flowmap.recipe import Recipe, read_recipe, read_resolved, shipped
+from flowmap.planning.same_run import BUILT_ON, name_in_0_1, same_training
+from flowmap.recipe import Recipe, read_recipe, shipped
 from flowmap.settings import Autoguidance, FromRecipe
 from flowmap.student.config import BESIDE
 from flowmap.teachers.card import Card, read_card
-
-BUILT_ON = "built_on.json"  # in a run folder: the runs that its weights or data come of
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,19 @@ def data_of(recipe: Recipe) -> Any:
         data = replace(data, autoencoder=replace(data.autoencoder, source=source, recipe=None))
     if isinstance(data, Text):
         return data if data.root else replace(data, root=str(runs_root() / "text-latents"))
-    return data if data.root else replace(data, root=str(runs_root() / f"encoded-{_encoding_hash(recipe, trained)}"))
-
-
-def _encoding_hash(recipe: Recipe, trained: list[Recipe]) -> str:
-    """Eight hexadecimal digits of all that the stored samples depend on, how pictures are read among it: recipes that share them share the folder."""
+    if data.root:
+        return data
     plain = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in (f.name for f in fields(Source))}
-    return short_hash((plain, [one.hash() for one in trained], READER))
+    return replace(data, root=str(_by_hash("encoded", lambda hash_of: (plain, [hash_of(one) for one in trained], READER))))
+
+
+def _by_hash(what: str, parts: Callable[[Callable[[Recipe], str]], Any]) -> Path:
+    """runs/<what>-<hash> of all that a data set on disk depends on, how pictures are read among it: recipes that share it share the folder.
+
+    parts(hash_of): what is hashed. A folder that is there under 0.1's name, which hashed all settings of a recipe, is taken.
+    """
+    named, older = (runs_root() / f"{what}-{short_hash(parts(hash_of))}" for hash_of in (Recipe.training_hash, Recipe.hash))
+    return older if older.is_dir() and not named.is_dir() else named
 
 
 def teacher_cards(recipe: Recipe) -> list[Card]:
@@ -247,10 +253,13 @@ def pairs_of(recipe: Recipe) -> Pairs:
         return recipe.coupling
     plain = {key: value for key, value in to_plain(recipe.coupling, TABLES).items() if key != "shard_items"}
     data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
-    parts = (plain, data, [one.hash() for one in (*pairs_recipes(recipe), *autoencoder_recipes(recipe))])
-    if isinstance(recipe.prior, Learned):
-        parts += (to_plain(recipe.prior, TABLES), [one.hash() for one in prior_recipes(recipe)])
-    return replace(recipe.coupling, root=str(runs_root() / f"pairs-{short_hash(parts)}"))
+    needed = [*pairs_recipes(recipe), *autoencoder_recipes(recipe)]
+
+    def parts(hash_of: Callable[[Recipe], str]) -> tuple:
+        prior = (to_plain(recipe.prior, TABLES), [hash_of(one) for one in prior_recipes(recipe)]) if isinstance(recipe.prior, Learned) else ()
+        return (plain, data, [hash_of(one) for one in needed], *prior)
+
+    return replace(recipe.coupling, root=str(_by_hash("pairs", parts)))
 
 
 def pairs_identity(recipe: Recipe) -> dict[str, Any]:
@@ -297,23 +306,28 @@ def list_cards() -> list[str]:
 
 
 def dependency_folder(recipe: Recipe) -> Path:
-    """runs/<name> or a runs/<name>-<hash> if it holds this very recipe's finished run, else the latter of today's hash, so that no run is
-    overwritten by another. (Settings that a later version adds change the hash of a name, not what a folder holds.)"""
+    """runs/<name> or a runs/<name>-<hash> if it holds this very recipe's finished run, else the latter, of an unfinished one if there is one,
+    or of today's hash, so that no run is overwritten by another. (Settings that a later version adds change the hash of a name, not what a
+    folder holds.)"""
     named = runs_root() / _name_of(recipe)
-    older = sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))
-    return next((folder for folder in (runs_root() / recipe.name, named, *older) if is_complete(folder, recipe)), named)
+    hashed = [named, *sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))]
+    whole = next((folder for folder in (runs_root() / recipe.name, *hashed) if is_complete(folder, recipe)), None)
+    return whole or next((folder for folder in hashed if holds(folder, recipe)), named)
 
 
 def built_on(recipe: Recipe) -> list[str]:
     """The recipes whose runs this one's weights or data come of, as <name>-<hash>, where the hash changes with what those come of in turn."""
+    return sorted({_name_of(one) for one in _built_on(recipe)})
+
+
+def _built_on(recipe: Recipe) -> list[Recipe]:
     by_recipe = isinstance(recipe.coupling, Pairs) and not recipe.coupling.root  # pairs in a folder of the user's own say themselves what they are
-    found = [*autoencoder_recipes(recipe), *_weights_recipes(recipe), *(pairs_recipes(recipe) if by_recipe else ())]
-    return sorted({_name_of(one) for one in found})
+    return [*autoencoder_recipes(recipe), *_weights_recipes(recipe), *(pairs_recipes(recipe) if by_recipe else ())]
 
 
 def _name_of(recipe: Recipe) -> str:
     on = built_on(recipe)
-    return f"{recipe.name}-{short_hash((recipe.hash(), on)) if on else recipe.hash()}"
+    return f"{recipe.name}-{short_hash((recipe.training_hash(), on)) if on else recipe.training_hash()}"
 
 
 def trained_run(trained: Recipe, recipe: Recipe, slot: str) -> Path:
@@ -330,15 +344,20 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def holds(folder: Path, recipe: Recipe) -> bool:
-    """The folder's recipe.yaml is this recipe (up to how it is logged), and what it was built on is what it would be built on today."""
-    path, on = folder / "recipe.yaml", folder / BUILT_ON
-    if not path.is_file():
+    """The folder's run is trained as the recipe says, and what it was built on is what it would be built on today."""
+    if not (folder / "recipe.yaml").is_file():
         return False
     try:
-        same = read_resolved(path).hash() == recipe.hash()
-        return same and (not on.is_file() or read_json(on)["recipes"] == built_on(recipe))  # no file: nothing, or a run of an older version
+        return same_training(folder, recipe) and _same_built_on(folder / BUILT_ON, recipe)
     except (ValueError, KeyError):
         return False
+
+
+def _same_built_on(path: Path, recipe: Recipe) -> bool:
+    if not path.is_file():  # nothing, or a run of an older version
+        return True
+    there = read_json(path)["recipes"]
+    return there == built_on(recipe) or set(there) == {name_in_0_1(dependency_folder(one)) for one in _built_on(recipe)}
 
 
 def mark(folder: Path, recipe: Recipe) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -46,8 +48,16 @@ class AtSteps(L.Callback):
         raise NotImplementedError
 
 
+def going_on(what: str, look: Callable[[], None]) -> None:
+    """look(); where it fails, a warning: training goes on."""
+    try:
+        look()
+    except Exception as error:
+        warnings.warn(f"{what} failed, training goes on: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
+
+
 class AtPictures(AtSteps):
-    """Calls `show(trainer, module, done)` every log.samples_every_steps and after the last step."""
+    """Calls `show(trainer, module, done)` every log.samples_every_steps; the last step's samples are drawn when it has been kept (finish.py)."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -55,8 +65,8 @@ class AtPictures(AtSteps):
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         every = self.stage.recipe.log.samples_every_steps
-        if (every and done % every == 0) or done == self.stage.recipe.trainer.steps:
-            self.show(trainer, module, done)
+        if every and done % every == 0 and done < self.stage.recipe.trainer.steps:
+            going_on("drawing samples", lambda: self.show(trainer, module, done))
 
     def show(self, trainer, module: DistillModule, done: int) -> None:
         raise NotImplementedError
@@ -257,6 +267,10 @@ class Measure(AtSteps):
         recipe = self.stage.recipe
         if not recipe.log.metrics_every_steps or done % recipe.log.metrics_every_steps or done == recipe.trainer.steps:
             return
+        going_on("measuring", lambda: self.look(trainer, module, done))
+
+    def look(self, trainer, module: DistillModule, done: int) -> None:
+        recipe = self.stage.recipe
         metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
         rows = measure(recipe, self.student, None, module.data, metrics=metrics)["student"]
         logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}

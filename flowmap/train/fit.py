@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError
-from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder, write_json
+from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
@@ -36,21 +36,18 @@ from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
-from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
+from flowmap.train.callbacks import Average, Bar, Figures
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
+from flowmap.train.finish import FitError, finish
 from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
-from flowmap.train.run_folder import STUDENT, guard, move_aside, put_back, recover, sweep
+from flowmap.train.run_folder import STUDENT, check_step, guard, measures_again, move_aside, put_back, recover, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
 from flowmap.train.wandb_log import close_wandb, wandb_logger
 
 Say = Callable[[str], None]
-
-
-class FitError(RuntimeError):
-    """A run that stopped for a reason that the user can act on."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,8 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1
-        if stage.complete and not (last and overwrite):
+        again = last and not overwrite and measures_again(stage, resume=resume, log=clock is None)
+        if stage.complete and not again and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
             for line in of_pictures(stage) if isinstance(stage, Encoding) else ():
                 say(line)
@@ -116,9 +114,9 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
             say(f"{label}: {what} {stage.folder}")
             make(stage, say)
             continue
-        say(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
+        say(f"{label}: {'measured again' if again else f'{stage.recipe.trainer.steps} steps'} -> {stage.folder}")
         with nullcontext() if last or is_child() else only_process(stage.folder):
-            _run(stage, resume=resume or not last, overwrite=last and overwrite, say=say, clock=clock if last else None)
+            _run(stage, resume=resume or not last, overwrite=last and overwrite, again=again, say=say, clock=clock if last else None)
 
 
 def silent(message: str) -> None: ...
@@ -143,7 +141,7 @@ def device_of(recipe: Recipe) -> str:
     return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
-def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock | None) -> None:
+def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, clock: Clock | None) -> None:
     recipe, folder = stage.recipe, stage.folder
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
@@ -156,20 +154,23 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
             net.net.compile()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
-    if start:
+    if again:
+        check_step(folder, start)
+    elif start:
         say(f"resuming at step {start}")
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
-    trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
+    steps = start if again else recipe.trainer.steps
+    trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization)
     _check_optimizers(module)
     started = time.perf_counter()
     try:
-        if not is_child():
+        if not is_child() and not again:
             _begin(stage, prior, config, overwrite)
         trainer.loggers = _loggers(stage, start, say)
         _train(trainer, module, checkpoint if start else None, clock)
-        seconds = time.perf_counter() - started
-        _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say, clock)
+        finish(stage, student, module, trainer, time.perf_counter() - started, say, clock, again=again)
+        close_wandb(0)
     except BaseException:
         close_wandb(1)
         if not is_child() and put_back(folder):
@@ -209,8 +210,8 @@ def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, c
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}") from error
-    if trainer.global_step < module.recipe.trainer.steps and not (clock and clock.spent):
-        raise FitError(f"stopped at step {trainer.global_step} of {module.recipe.trainer.steps}; --resume goes on: {_last_checkpoint(trainer)}")
+    if trainer.global_step < trainer.max_steps and not (clock and clock.spent):
+        raise FitError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; --resume goes on: {_last_checkpoint(trainer)}")
 
 
 def _last_checkpoint(trainer: L.Trainer) -> str:
@@ -231,7 +232,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: bool) -> L.Trainer:
+def _trainer(stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *LEAVES[recipe.leaves].shows(stage, student)]  # averages first: all see them
@@ -244,7 +245,7 @@ def _trainer(stage: Stage, student: Student, clock: Clock | None, *, automatic: 
             num_nodes=trainer.num_nodes,
             strategy=strategy_for(recipe),
             precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
-            max_steps=trainer.steps,
+            max_steps=steps,
             accumulate_grad_batches=trainer.accumulate if automatic else 1,  # else the module's own doing
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=callbacks,
@@ -278,25 +279,3 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing of ours writes into an output
-
-
-def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say, clock) -> None:
-    """Measures the averaged student and writes student/ and metrics.json, the latter last."""
-    recipe, done, peak = stage.recipe, trainer.global_step, peak_gib(module.device)
-    module.averaged.to(trainer.strategy.root_device)
-    if module.teacher is not None:
-        module.teacher.to(trainer.strategy.root_device)
-    leaves = LEAVES[recipe.leaves]
-    metrics = leaves.measure(stage, student, module, say if trainer.is_global_zero else None)
-    if not trainer.is_global_zero:
-        return
-    metrics["seconds"]["train"] = round(seconds, 2)
-    if clock is not None:
-        metrics["training"] = {"seconds": round(clock.seconds, 4), "steps": done, "peak_gib": round(peak, 4)}
-    leaves.write(stage, student, module, state, done, metrics)
-    logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
-    for logger in trainer.loggers:
-        logger.log_metrics(logs, done - 1)
-        logger.finalize("success")
-    close_wandb(0)
-    write_json(stage.folder / "metrics.json", metrics)

@@ -19,6 +19,7 @@ from flowmap.train.module import DistillModule
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 
 Say = Callable[[str], None]
+Figures = dict[str, Any]
 
 
 class Leaves(Protocol):
@@ -30,7 +31,7 @@ class Leaves(Protocol):
         """metrics.json's contents."""
         ...
 
-    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None: ...
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None: ...
 
 
 class AStudent:
@@ -40,7 +41,7 @@ class AStudent:
     def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
         return measure(stage.recipe, student, module.teacher, module.data, progress=say)
 
-    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None:
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None:
         keep_student(stage, student.config, state, done, metrics)
 
 
@@ -56,7 +57,7 @@ class AnAutoencoder:
     def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
         return self.kind.measure_autoencoder(module)
 
-    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None:
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None:
         self.kind.save_autoencoder(stage, module, state, done, metrics)
 
 
@@ -67,7 +68,7 @@ class APrior:
     def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
         return measure_prior(module, say)
 
-    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None:
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None:
         keep_prior(stage, student.config, module, state, done, metrics)
 
 
@@ -80,7 +81,7 @@ class Both:
     def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
         return text_joint.measure_joint(stage, module, say)
 
-    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict[str, Any]) -> None:
+    def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None:
         text_joint.save_joint(stage, student.config, module, state, done, metrics)
 
 

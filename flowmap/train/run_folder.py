@@ -18,12 +18,12 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flowmap.config import RecipeError, to_plain
+from flowmap.config import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.tokens import FILE, SETTINGS
-from flowmap.files import write_text
-from flowmap.kinds import TABLES
-from flowmap.planning.plan import BUILT_ON, Stage, built_on, holds, is_complete
+from flowmap.files import read_json, write_text
+from flowmap.planning.plan import Stage, built_on, holds
+from flowmap.planning.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS
 
@@ -50,6 +50,7 @@ WRITTEN = (
 )
 HEADS = tuple(dict.fromkeys(name.rpartition("/")[0] for name in WRITTEN))
 LAST = "checkpoints/last.ckpt"
+NOT_DRAWN = "not_drawn"  # in metrics.json: why the samples of the last step could not be drawn
 ASIDE, REPLACING = ".replaced.", ".replacing"
 NOTE = "A run replaces the one whose files are named .replaced.*; if it ends before its first checkpoint, the next `flowmap fit` puts them back.\n"
 
@@ -116,13 +117,44 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
         return
     if not _is_a_runs(folder):
         raise RecipeError(f"--out: {folder / 'recipe.yaml'} is of no run and would be replaced; choose another folder")
-    if overwrite or is_complete(folder, stage.recipe):
+    if overwrite:
         return
     if not holds(folder, stage.recipe):
-        key = first_difference(stage.recipe, folder / "recipe.yaml")
+        key = _first_difference(folder / "recipe.yaml", stage.recipe)
         raise RecipeError(f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite")
-    if not resume and (folder / "checkpoints").exists():
+    if stage.complete:
+        _guard_measured(stage, resume)
+    elif not resume and (folder / "checkpoints").exists():
         raise RecipeError(f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew")
+
+
+def _guard_measured(stage: Stage, resume: bool) -> None:
+    """RecipeError where the finished run was measured by other settings, and is not to be measured again or cannot be."""
+    folder, recipe = stage.folder, stage.recipe
+    key = first_difference(measurement(read_resolved(folder / "recipe.yaml")), measurement(recipe))
+    if key is not None and not resume:
+        what = f"holds this run, measured otherwise (first difference: {key})"
+        raise RecipeError(f"--out: {folder} {what}; --resume measures it again, --overwrite trains anew")
+    if key is not None and not (folder / LAST).is_file():
+        what = f"{folder / LAST} is not there, and without it the run cannot be measured again"
+        raise RecipeError(f"--resume: {what}; `flowmap evaluate --student {folder}` measures its student")
+
+
+def measures_again(stage: Stage, *, resume: bool, log: bool) -> bool:
+    """Whether `fit` measures the finished run of that folder again: asked to resume it with other settings of its measurement, or with `log`
+    also where those of the log differ or its samples could not be drawn."""
+    folder = stage.folder
+    if not (resume and stage.complete and (folder / LAST).is_file()):
+        return False
+    return not same_measurement(folder, stage.recipe, *(["log"] if log else [])) or (log and NOT_DRAWN in read_json(folder / "metrics.json"))
+
+
+def check_step(folder: Path, step: int) -> None:
+    """RecipeError unless the last checkpoint, of that step, has the weights that were measured before: a run that ran out of time has others."""
+    measured = read_json(folder / "metrics.json").get("training", {}).get("steps", step)
+    if measured != step:
+        what = f"{folder / LAST} is of step {step}, and the student of step {measured}"
+        raise RecipeError(f"--resume: {what}; `flowmap evaluate --student {folder}` measures the student")
 
 
 def _is_a_runs(folder: Path) -> bool:
@@ -136,22 +168,13 @@ def _is_a_runs(folder: Path) -> bool:
         return False
 
 
-def first_difference(recipe: Recipe, path: Path) -> str:
-    """The first setting that differs from that recipe.yaml's, in words."""
-
-    def flat(node, key=""):
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-        return {key: node} if items is None else {k: v for name, child in items for k, v in flat(child, f"{key}.{name}".lstrip(".")).items()}
-
+def _first_difference(path: Path, recipe: Recipe) -> str:
+    """The first setting of the training that differs from that recipe.yaml's, in words."""
     try:
-        old = flat(to_plain(read_resolved(path), TABLES))
+        found = first_difference(read_resolved(path).training(), recipe.training())
     except RecipeError:
         return "recipe.yaml cannot be read by this version"
-    new = flat(to_plain(recipe, TABLES))
-    key = next((k for k in [*new, *old] if not k.startswith("log.") and old.get(k, "absent") != new.get(k, "absent")), None)
-    if key is None:
-        return f"the runs that it is built on, {BUILT_ON}; today they are {', '.join(built_on(recipe))}"
-    return f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
+    return found or f"the runs that it is built on, {BUILT_ON}; today they are {', '.join(built_on(recipe))}"
 
 
 def _remove(folder: Path, paths: Iterator[Path]) -> None:

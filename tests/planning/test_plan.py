@@ -116,4 +116,4 @@ def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny,
     flowmap.fit(recipe, runs / "tiny-01234567", say=lambda message: None)
     assert dependency_folder(recipe) == runs / "tiny-01234567"
     other = read_recipe(tiny, ["seed=1"])
-    assert dependency_folder(other) == runs / f"tiny-{other.hash()}"
+    assert dependency_folder(other) == runs / f"tiny-{other.training_hash()}"

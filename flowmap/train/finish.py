@@ -1,0 +1,97 @@
+"""The end of a run: the trained student is drawn and measured, and its figures are written. On a trained run it can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+
+from flowmap.files import read_json, write_json
+from flowmap.planning.plan import Stage, mark
+from flowmap.student.student import Student
+from flowmap.train.callbacks import AtPictures, full_state, peak_gib
+from flowmap.train.clock import Clock
+from flowmap.train.leaves import LEAVES
+from flowmap.train.module import DistillModule
+from flowmap.train.run_folder import NOT_DRAWN
+
+Say = Callable[[str], None]
+
+
+class FitError(RuntimeError):
+    """A run that stopped for a reason that the user can act on."""
+
+
+def finish(
+    stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, seconds: float, say: Say, clock: Clock | None, *, again: bool
+) -> None:
+    """Draws and measures the averaged student and writes student/ and metrics.json, the latter last.
+
+    The checkpoint of the last step and student/ are there before. again: the run was measured before; its old figures stay until the new
+    ones are known. FitError where measuring or drawing fails.
+    """
+    state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
+    leaves, path = LEAVES[stage.recipe.leaves], stage.folder / "metrics.json"
+    module.to(trainer.strategy.root_device)
+    if module.teacher is not None:
+        module.teacher.to(trainer.strategy.root_device)
+    ended_early = done < stage.recipe.trainer.steps and not again  # by the clock, after a step that keeps nothing
+    if ended_early and trainer.is_global_zero:
+        leaves.write(stage, student, module, state, done, None)
+    not_drawn = None if done < stage.recipe.trainer.steps else _drawn(trainer, module, done)
+    try:
+        metrics = leaves.measure(stage, student, module, say if trainer.is_global_zero else None)
+    except Exception as error:
+        raise _unfinished(stage, done, "measuring", reason(error)) from error
+    if not trainer.is_global_zero:
+        return
+    metrics["seconds"]["train"] = round(seconds, 2)
+    if clock is not None:
+        metrics["training"] = {"seconds": round(clock.seconds, 4), "steps": done, "peak_gib": round(peak, 4)}
+    if again:
+        _keep_training(metrics, read_json(path))
+        path.unlink()  # from here on the run counts as not measured, until the new figures are written
+        mark(stage.folder, stage.recipe)
+    if not_drawn is not None:
+        metrics[NOT_DRAWN] = not_drawn
+    leaves.write(stage, student, module, state, done, metrics)
+    logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(logs, done - 1)
+        logger.finalize("success")
+    write_json(path, metrics)
+    if not_drawn is not None:
+        raise _unfinished(stage, done, "drawing its samples", not_drawn)
+
+
+def _drawn(trainer: L.Trainer, module: DistillModule, done: int) -> str | None:
+    """Draws the samples of the last step; what went wrong, None where nothing did."""
+    try:
+        for callback in trainer.callbacks:
+            if isinstance(callback, AtPictures):
+                callback.show(trainer, module, done)
+    except Exception as error:
+        return reason(error)
+    return None
+
+
+def _keep_training(metrics: dict[str, Any], old: dict[str, Any]) -> None:
+    """What the old figures say of the training holds for the new ones."""
+    if "train" in old.get("seconds", {}):
+        metrics["seconds"]["train"] = old["seconds"]["train"]
+    if "training" in old:
+        metrics["training"] = old["training"]
+
+
+def _unfinished(stage: Stage, done: int, what: str, why: str) -> FitError:
+    return FitError(
+        f"{stage.recipe.name}: trained for {done} steps, but {what} failed: {why}; {stage.folder / 'student'} is whole, "
+        "and `flowmap fit --resume` measures it again, also with other metrics, sampler, evaluation or log"
+    )
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
