@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowmap.data.listing import Listing, Tally, plain_name
-from flowmap.data.plain import lines_of, read_text
+from flowmap.data.plain import lines_of, read_text, shown
 from flowmap.data.sources import TEXT_KEYS, text_of
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "path")
@@ -122,5 +122,6 @@ def _named(row: Mapping[str, Any], where: str) -> str:
     found = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
     if found is None:
         allowed = f"one of {', '.join(FILE_KEYS)}, and a text in one of {', '.join(TEXT_KEYS)}"
-        raise ValueError(f"{where} names no picture; wanted: {allowed}; it has {', '.join(map(str, row)) or 'nothing'} (captions: false reads none)")
+        has = ", ".join(shown(str(key)) for key in [*row][:10]) or "nothing"
+        raise ValueError(f"{where} names no picture; wanted: {allowed}; it has {has} (captions: false reads none)")
     return found

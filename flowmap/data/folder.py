@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,8 @@ class FolderImages(SquareImages):
         return len(self._classes) or None
 
     def class_names(self) -> list[str] | None:
-        return [shown(name) for name in self._classes] or None
+        names = [shown(unicodedata.normalize("NFC", name)) for name in self._classes]
+        return (names if len(set(names)) == len(names) else [*map(shown, self._classes)]) or None
 
     def fingerprint(self) -> str:
         told = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
@@ -77,7 +79,8 @@ class FolderImages(SquareImages):
     def captions_stand(self) -> str:
         if not self.captions:
             return "data.images.captions is false"
-        seen = f"; the keys there are {', '.join(self._captions.keys)}" if self._captions.keys else ""
+        keys = [*map(shown, self._captions.keys)][:10]
+        seen = f"; the keys there are {', '.join(keys)}" if keys else ""
         return f"they stand in metadata.jsonl or metadata.csv (file_name, text) or in a .txt beside each picture{seen}"
 
     @cached_property

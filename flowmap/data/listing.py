@@ -6,6 +6,7 @@ Hidden entries, and those that systems and tools leave behind, are passed over. 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,7 +73,8 @@ def listing(root: str) -> Listing:
         elif suffix in SUFFIXES:
             found.pictures.append(name)
         else:
-            found.passed_over.note(f"files of other kinds ({suffix})" if suffix else "files of other kinds", name)
+            known = re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", suffix)  # not the ending of every numbered file
+            found.passed_over.note(f"files of other kinds ({suffix})" if known else "files of other kinds", name)
     found.pictures.sort(key=lambda name: name.split("/"))
     found.metadata.sort(key=lambda name: (name.count("/"), name))
     found.classes = _in_order([*pictorial, *(name for name in empty if name not in pictorial | other)] if len(pictorial) > 1 else [])

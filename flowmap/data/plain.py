@@ -6,11 +6,13 @@ A link to a device, a pipe or a line without end would stop or fill the process 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
 MAX_TEXT_BYTES = 2**20  # of one caption, one label, or one line of a file of texts
+UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, turns of direction, halves of pairs
 
 
 def open_plain(path: str | os.PathLike) -> BinaryIO:
@@ -53,7 +55,7 @@ def lines_of(path: str | os.PathLike) -> Iterator[str]:
 
 def shown(name: str) -> str:
     """The name as UTF-8 can hold it and a terminal shows it in place: bytes that are not UTF-8, and control characters, as escapes."""
-    return name if name.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in name)
+    return UNSHOWN.sub(lambda found: _escape(found[0]), name)
 
 
 def _escape(character: str) -> str:

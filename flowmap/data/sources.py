@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -132,9 +133,30 @@ class SquareImages:
 
 def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
     """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
+    import numpy
+    from PIL import Image
+
+    image, was_grey = upright(file, max_pixels)
+    try:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.convert("RGB" if channels == 3 else "L").resize(
+            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0
+        )
+    except (OSError, ValueError) as error:  # a mode that has no way to RGB
+        raise ValueError(f"cannot be read: {error}") from error
+    pixels = torch.from_numpy(numpy.array(square))
+    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous(), was_grey
+
+
+def upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[Any, bool]:
+    """A picture for PIL, the first frame of it, turned as its EXIF orientation says and laid on white, and whether it has grey levels alone.
+
+    ValueError says why it cannot be used.
+    """
     try:
         with open_plain(file) if isinstance(file, str) else file as content:
-            return _decoded(content, size, channels, max_pixels)
+            return _decoded(content, max_pixels)
     except _Unusable:
         raise
     except Exception as error:  # a decoder raises anything at all on a broken file
@@ -142,15 +164,22 @@ def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: 
         raise ValueError(f"cannot be read: {' '.join(said.split()) or type(error).__name__}") from error
 
 
-def _decoded(content: BinaryIO, size: int, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
-    from PIL import Image
+def _decoded(content: BinaryIO, max_pixels: int) -> tuple[Any, bool]:
+    from PIL import Image, ImageOps
 
     with Image.open(content, formats=_formats()) as image:
         if image.width * image.height > max_pixels:
             raise _Unusable(f"has {image.width} x {image.height} pixels")
         if image.mode.startswith(("I", "F")):
             raise _Unusable(f"has pixels of mode {image.mode}, deeper than 8 bits")
-        return _square(_upright(image), size, channels), image.mode in ("1", "L", "LA")
+        image.load()
+        with suppress(Exception):  # what describes a picture does not make it unusable
+            ImageOps.exif_transpose(image, in_place=True)
+        was_grey, found = image.mode in ("1", "L", "LA"), image
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            clear = image.convert("RGBA")
+            found = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        return found, was_grey
 
 
 @lru_cache(maxsize=1)
@@ -159,17 +188,6 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
-
-
-def _upright(image: Any) -> Any:
-    """The picture as its EXIF orientation says it is to be seen; where EXIF is broken, as it is stored."""
-    from PIL import ImageOps
-
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # what describes a picture does not make it unusable
-        return image
 
 
 def optional(name: str) -> ModuleType:
@@ -208,19 +226,3 @@ def check_channels(channels: int) -> None:
 
 class _Unusable(ValueError):
     """A picture that can be read but not used."""
-
-
-def _square(image, size: int, channels: int) -> Tensor:
-    import numpy
-    from PIL import Image
-
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    pixels = torch.from_numpy(numpy.array(image))
-    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous()

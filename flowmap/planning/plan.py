@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, short_hash, to_plain
-from flowmap.data import Encoded, Pairs, Styles, TeacherSlot, Text, pairs
+from flowmap.data import Encoded, Folder, Pairs, Styles, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
@@ -248,6 +248,8 @@ def pairs_of(recipe: Recipe) -> Pairs:
     plain = {key: value for key, value in to_plain(recipe.coupling, TABLES).items() if key != "shard_items"}
     data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
     parts = (plain, data, [one.hash() for one in (*pairs_recipes(recipe), *autoencoder_recipes(recipe))])
+    if isinstance(recipe.data, (Encoded, Folder)):
+        parts += (READER,)
     if isinstance(recipe.prior, Learned):
         parts += (to_plain(recipe.prior, TABLES), [one.hash() for one in prior_recipes(recipe)])
     return replace(recipe.coupling, root=str(runs_root() / f"pairs-{short_hash(parts)}"))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import unicodedata
 
 import numpy
 import pytest
@@ -202,6 +203,14 @@ def test_names_that_are_not_utf8_are_told_in_utf8(tmp_path):
     source = FolderImages(root=str(tmp_path), size=4)
     assert labels(source) == {"a/x.png": 0, "b\\xff/bell\\x07.png": 1, "b\\xff/caf\\xe9.png": 1}
     assert all(item.problem is None for item in source.items()) and source.class_names() == ["a", "b\\xff"]
+
+
+def test_names_of_classes_are_composed_and_keep_their_signs(tmp_path):
+    names = [unicodedata.normalize("NFD", "Käse"), "👩\u200d💻", "a\u202eb"]
+    source = folder(tmp_path, [f"{name}/a.png" for name in names])
+    assert set(source.class_names()) == {unicodedata.normalize("NFC", "Käse"), "👩\u200d💻", "a\\u202eb"}
+    folder(tmp_path, [unicodedata.normalize("NFC", "Käse") + "/a.png"])
+    assert len(set(FolderImages(root=str(tmp_path)).class_names())) == 4  # two that a person cannot tell apart stay two
 
 
 def test_the_fingerprint_knows_order_labels_and_captions(tmp_path):
