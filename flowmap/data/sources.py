@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Side, check_ranges
-from flowmap.data.plain import open_plain, shown
+from flowmap.data.safe_files import open_regular, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
 MAX_PIXELS = 64 * 10**6
 MAX_FILE_BYTES = 256 * 2**20  # of one picture inside an archive
 TEXT_KEYS = ("text", "caption", "prompt")  # of a line or a file of metadata
-READER = "2: upright by EXIF, folders of numbers in their order"  # changes where the same files would give other pictures, labels or positions
+READER = "2: upright by EXIF, folders of numbers in their order"  # changes when the same files give other pictures or labels
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Item:
     grey: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "key", shown(self.key))
-        object.__setattr__(self, "problem", self.problem and shown(self.problem))
+        object.__setattr__(self, "key", printable(self.key))
+        object.__setattr__(self, "problem", self.problem and printable(self.problem))
         object.__setattr__(self, "caption", self.caption and self.caption.encode("utf-8", "replace").decode())
 
 
@@ -54,7 +54,7 @@ class ImageSource(Protocol):
 
     size: int
     channels: int
-    captions_stand: str  # where captions of such a source are looked for, as an error says it
+    captions_hint: str  # where such a source looks for captions, for error messages
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """The items at positions start, start + 1, ... before stop; fewer where the source ends."""
@@ -76,8 +76,8 @@ class ImageSource(Protocol):
         """Changes with the names, the order or the labels of pictures; None where that is not known without reading them."""
         ...
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        """What has no position and is not read, by reason: {reason: {"count": 2, "first": [three names at most]}}."""
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        """What is not read and has no position, by reason: {reason: {"count": 2, "first": [at most three names]}}."""
         ...
 
     def num_captions(self) -> int | None:
@@ -96,7 +96,7 @@ class SquareImages:
     size: Side = 64
     channels: Side = 3
     kind: ClassVar[str]
-    captions_stand: ClassVar[str] = "it has none"  # where the captions of such a source are looked for
+    captions_hint: ClassVar[str] = "this source has no captions"
 
     def __post_init__(self):
         check_ranges(self)
@@ -117,7 +117,7 @@ class SquareImages:
     def fingerprint(self) -> str | None:
         return None
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
+    def skipped(self) -> dict[str, dict[str, Any]]:
         return {}
 
     def num_captions(self) -> int | None:
@@ -136,7 +136,7 @@ def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: 
     import numpy
     from PIL import Image
 
-    image, was_grey = upright(file, max_pixels)
+    image, was_grey = load_upright(file, max_pixels)
     try:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -149,13 +149,13 @@ def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: 
     return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous(), was_grey
 
 
-def upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[Any, bool]:
+def load_upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[Any, bool]:
     """A picture for PIL, the first frame of it, turned as its EXIF orientation says and laid on white, and whether it has grey levels alone.
 
     ValueError says why it cannot be used.
     """
     try:
-        with open_plain(file) if isinstance(file, str) else file as content:
+        with open_regular(file) if isinstance(file, str) else file as content:
             return _decoded(content, max_pixels)
     except _Unusable:
         raise

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from flowmap.data.listing import NO_FILE, Tally, below
-from flowmap.data.plain import lines_of
+from flowmap.data.listing import NOT_REGULAR, Tally, walk
+from flowmap.data.safe_files import lines_of
 from flowmap.data.sources import optional
 
 
@@ -123,7 +123,8 @@ class TextFiles:
         """The file itself, or those below the folder that are not hidden; a device or a pipe among them is refused when it is read."""
         if not root.is_dir():
             return [root] if root.is_file() else []
-        return sorted(root / name for name, kind in below(str(root), Tally()) if kind in ("file", NO_FILE) and Path(name).suffix.lower() in ENDINGS)
+        found = (root / name for name, kind in walk(str(root), Tally()) if kind in ("file", NOT_REGULAR))
+        return sorted(path for path in found if path.suffix.lower() in ENDINGS)
 
     def _sentence(self, line: str, path: Path, where: str) -> Sentence:
         if path.suffix.lower() != ".jsonl":

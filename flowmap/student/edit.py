@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowmap.data.sources import upright
+from flowmap.data.sources import load_upright
 from flowmap.flow.prior import LearnedPrior, rows_told, starts
 from flowmap.samplers import asked_for
 from flowmap.student.student import Student
@@ -91,7 +91,7 @@ def read_picture(path: str | Path, channels: int, key: str) -> Tensor:
     import numpy as np
 
     try:
-        image, _ = upright(str(path))
+        image, _ = load_upright(str(path))
     except ValueError as error:
         raise ValueError(f"{key}: {path}: is no picture that can be read: {error}") from error
     pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels]), dtype=np.float32)

@@ -27,7 +27,7 @@ from flowmap.files import check_writable, copy_folder, only_process, read_json, 
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
-from flowmap.planning.pictures import check_pictures, of_pictures
+from flowmap.planning.pictures import check_pictures, describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe
@@ -108,7 +108,7 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
         last = i == len(stages) - 1
         if stage.complete and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
-            for line in of_pictures(stage) if isinstance(stage, Encoding) else ():
+            for line in describe_pictures(stage) if isinstance(stage, Encoding) else ():
                 say(line)
             continue
         if not isinstance(stage, Stage):

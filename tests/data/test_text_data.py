@@ -147,7 +147,7 @@ def test_a_text_without_end_is_refused(tmp_path, kind):
         (tmp_path / "a.txt").symlink_to("/dev/zero")
     else:
         (tmp_path / "a.txt").write_bytes(b"x" * (2**20 + 1))
-    with pytest.raises(ValueError, match="a.txt: is no plain file|a.txt:1: has more than 1048576 bytes"):
+    with pytest.raises(ValueError, match="a.txt: is not a regular file|a.txt:1: has more than 1048576 bytes"):
         TextFiles(root=str(tmp_path)).read()
 
 

@@ -175,5 +175,5 @@ def test_a_picture_to_edit_stands_upright_on_white(tmp_path):
     assert read_picture(tmp_path / "a.png", 1, "--inpaint")[0].tolist() == [[-1, 1], [-1, -1], [-1, -1]]
     Image.new("RGBA", (3, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert bool(read_mask(tmp_path / "clear.png").all())
-    with pytest.raises(ValueError, match="--mask: /dev/zero: is no picture that can be read: cannot be read: is no plain file"):
+    with pytest.raises(ValueError, match="--mask: /dev/zero: is no picture that can be read: cannot be read: is not a regular file"):
         read_mask("/dev/zero")
