@@ -119,6 +119,9 @@ class ZipLatents:
         if len(self.names) < len(names):
             odd = min(set(names) - set(self.names))
             print(f"{spec.path}: {len(names) - len(self.names)} of {len(names)} latents left out: {odd!r} is unlike the first", file=sys.stderr)
+        unlabelled = sum(name not in self.archive.labels for name in self.names)
+        if self.archive.labels and unlabelled:
+            print(f"{spec.path}: {unlabelled} of {len(self.names)} latents have no class", file=sys.stderr)
         held_out = held_out_count(spec.held_out, len(self.names))
         if held_out >= len(self.names):
             raise ValueError(f"data.held_out: {held_out} leaves nothing of {len(self.names)} samples")
