@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flowmap.data.plain import lines_of
+from flowmap.data.safe_files import lines_of
 from flowmap.data.text_sources import one_line
 from flowmap.evaluate import conditions_for
 from flowmap.files import write_text

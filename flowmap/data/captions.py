@@ -1,6 +1,6 @@
-"""The captions of a folder of pictures: metadata.jsonl or metadata.csv in it or in any folder below, or a .txt beside a picture.
+"""The captions of a folder of pictures: metadata.jsonl or metadata.csv in it or any subfolder, or a .txt next to a picture.
 
-The columns are those of Hugging Face's image folders: file_name, from the metadata's own folder, and text; other usual names are read too.
+Columns as in Hugging Face's image folders: file_name, relative to the folder of the metadata file, and text; other common names work too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flowmap.data.listing import Listing, Tally, plain_name
-from flowmap.data.plain import lines_of, read_text
+from flowmap.data.listing import Listing, Tally, normalized_name
+from flowmap.data.safe_files import lines_of, printable, read_text
 from flowmap.data.sources import TEXT_KEYS, text_of
 
 FILE_KEYS = ("file_name", "filename", "file", "image", "path")
@@ -22,20 +22,20 @@ FILE_KEYS = ("file_name", "filename", "file", "image", "path")
 
 @dataclass
 class FolderCaptions:
-    """Captions of the pictures in a folder at `root`; metadata comes before a .txt.
+    """Captions of the pictures in a folder at `root`; metadata takes precedence over a .txt.
 
-    passed_over: captions that are of no picture or come twice, lines without one. keys: those of metadata's lines in which no text was found.
+    skipped: captions without a picture, duplicates, metadata lines without a caption. keys: the keys of those lines.
     """
 
     root: str
     metadata: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
-    passed_over: Tally = field(default_factory=Tally)
+    skipped: Tally = field(default_factory=Tally)
     keys: dict[str, None] = field(default_factory=dict)
 
     def __call__(self, name: str) -> str | None:
         """The caption of that picture, None where it has none; ValueError where its .txt cannot be read."""
-        if (found := self.metadata.get(plain_name(name))) is not None:
+        if (found := self.metadata.get(normalized_name(name))) is not None:
             return found
         beside = self.texts.get(_stem(name))
         if beside is None:
@@ -49,7 +49,7 @@ class FolderCaptions:
 
     def __contains__(self, name: str) -> bool:
         """Whether that picture has a caption; a .txt is one whatever it holds."""
-        return plain_name(name) in self.metadata or _stem(name) in self.texts
+        return normalized_name(name) in self.metadata or _stem(name) in self.texts
 
     def digest(self) -> str:
         """Changes with any caption in metadata, and with the names of the texts beside pictures."""
@@ -59,7 +59,7 @@ class FolderCaptions:
 
 def read_captions(root: str, listing: Listing) -> FolderCaptions:
     """The captions of the pictures in that listing of `root`; ValueError names file and line of metadata that cannot be read."""
-    captions, pictures = FolderCaptions(root), {plain_name(name) for name in listing.pictures}
+    captions, pictures = FolderCaptions(root), {normalized_name(name) for name in listing.pictures}
     for path in listing.metadata:
         for number, row in _rows(root, path):
             _add(captions, pictures, path, number, row)
@@ -68,26 +68,26 @@ def read_captions(root: str, listing: Listing) -> FolderCaptions:
         if stem in stems:
             captions.texts[stem] = path
         else:
-            captions.passed_over.note("texts of no picture", path)
+            captions.skipped.note("text files without a picture", path)
     return captions
 
 
 def _add(captions: FolderCaptions, pictures: set[str], path: str, number: int, row: Mapping[str, Any]) -> None:
     name, text = _named(row, f"{os.path.join(captions.root, path)}: line {number}"), text_of(row)
-    place = plain_name(os.path.join(os.path.dirname(path), name))
+    place = normalized_name(os.path.join(os.path.dirname(path), name))
     if text is None:
-        captions.passed_over.note("lines of metadata without a text", f"{path}:{number}")
+        captions.skipped.note("metadata lines without a caption", f"{path}:{number}")
         captions.keys |= dict.fromkeys(map(str, row))
     elif place not in pictures:
-        captions.passed_over.note("captions of no picture", place)
+        captions.skipped.note("captions without a picture", place)
     else:
         if captions.metadata.get(place, text) != text:
-            captions.passed_over.note("captions of a picture that has another (the last counts)", place)
+            captions.skipped.note("duplicate captions (the last one is used)", place)
         captions.metadata[place] = text
 
 
 def _stem(name: str) -> str:
-    return plain_name(os.path.splitext(name)[0])
+    return normalized_name(os.path.splitext(name)[0])
 
 
 def _rows(root: str, name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -122,5 +122,6 @@ def _named(row: Mapping[str, Any], where: str) -> str:
     found = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
     if found is None:
         allowed = f"one of {', '.join(FILE_KEYS)}, and a text in one of {', '.join(TEXT_KEYS)}"
-        raise ValueError(f"{where} names no picture; wanted: {allowed}; it has {', '.join(map(str, row)) or 'nothing'} (captions: false reads none)")
+        has = ", ".join(printable(str(key)) for key in [*row][:10]) or "nothing"
+        raise ValueError(f"{where} names no picture; allowed: {allowed}; it has {has}; captions: false ignores metadata")
     return found

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
 from flowmap.data.dataset import Source, held_out_count
-from flowmap.data.listing import Tally, is_hidden, plain_name
-from flowmap.data.plain import open_plain
+from flowmap.data.listing import Tally, is_hidden, normalized_name
+from flowmap.data.safe_files import open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
@@ -39,7 +39,7 @@ class EDM2Images(SquareImages):
 
     path: str = "???"
     kind: ClassVar[str] = "edm2_zip"
-    captions_stand: ClassVar[str] = "such a zip has classes and no captions"
+    captions_hint: ClassVar[str] = "an EDM2 zip holds no captions"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         for name in self._zip.names[start:stop]:
@@ -59,8 +59,8 @@ class EDM2Images(SquareImages):
     def fingerprint(self) -> str:
         return self._zip.fingerprint()
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        return dict(self._zip.passed_over)
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        return dict(self._zip.skipped)
 
     def num_captions(self) -> int:
         return 0
@@ -111,14 +111,17 @@ class ZipLatents:
         names = self.archive.names
         if not names:
             raise ValueError(f"data.path: {spec.path}: holds no latents (.npy)")
-        for line in self.archive.passed_over.lines():
-            print(f"{spec.path}: passed over: {line}", file=sys.stderr)
+        for line in self.archive.skipped.lines():
+            print(f"{spec.path}: skipped: {line}", file=sys.stderr)
         self.shape = self._shape(names[0])
         bytes_of_one = self.archive.infos[names[0]].file_size
         self.names = [name for name in names if self.archive.infos[name].file_size == bytes_of_one and not leaves(name)]
         if len(self.names) < len(names):
             odd = min(set(names) - set(self.names))
             print(f"{spec.path}: {len(names) - len(self.names)} of {len(names)} latents left out: {odd!r} is unlike the first", file=sys.stderr)
+        unlabelled = sum(name not in self.archive.labels for name in self.names)
+        if self.archive.labels and unlabelled:
+            print(f"{spec.path}: {unlabelled} of {len(self.names)} latents have no class", file=sys.stderr)
         held_out = held_out_count(spec.held_out, len(self.names))
         if held_out >= len(self.names):
             raise ValueError(f"data.held_out: {held_out} leaves nothing of {len(self.names)} samples")
@@ -219,21 +222,21 @@ class Archive:
     """A zip read as data: nothing is extracted, no name is followed, and an entry larger than it should be is refused.
 
     names: those with one of the suffixes, in order, hidden ones apart. labels: name -> class, from dataset.json, {} where there are none.
-    passed_over: hidden entries, names without a class and classes of no entry. ValueError where there are labels and none is of an entry.
+    skipped: hidden entries and labels without an entry. ValueError where dataset.json has labels and none matches an entry.
     """
 
     def __init__(self, path: str, suffixes: tuple[str, ...]):
         try:
-            self._file = zipfile.ZipFile(open_plain(path))
+            self._file = zipfile.ZipFile(open_regular(path))
         except FileNotFoundError:
             raise ValueError(f"path: {path}: there is no such file") from None
         except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:  # ValueError: a name that is not what it says to be
             raise ValueError(f"path: {path}: is not a whole zip: {error}") from error
-        self.path, self.infos, self.passed_over = path, {info.filename: info for info in self._file.infolist() if not info.is_dir()}, Tally()
+        self.path, self.infos, self.skipped = path, {info.filename: info for info in self._file.infolist() if not info.is_dir()}, Tally()
         found = sorted(name for name in self.infos if name.lower().endswith(suffixes))
         self.names = [name for name in found if not any(map(is_hidden, name.split("/")))]
         for name in sorted({*found} - {*self.names}):
-            self.passed_over.note("hidden", name)
+            self.skipped.note("hidden", name)
         self.labels = self._matched(self._labels())
         self.num_classes = max(self.labels.values()) + 1 if self.labels else None
 
@@ -259,12 +262,12 @@ class Archive:
 
     def _matched(self, labels: dict[str, int]) -> dict[str, int]:
         """The labels by the names of entries."""
-        entries = {plain_name(name): name for name in self.names}
+        entries = {normalized_name(name): name for name in self.names}
         if labels and self.names and entries.keys().isdisjoint(labels):
             there, here = next(iter(labels)), self.names[0]
-            raise ValueError(f"path: {self.path}: dataset.json has classes and none is of an entry: {there!r} there, {here!r} in the zip")
+            raise ValueError(f"path: {self.path}: no label of dataset.json matches an entry: {there!r} there, {here!r} in the zip")
         for name in labels.keys() - entries.keys() if labels else ():
-            self.passed_over.note("classes of no entry", name)
+            self.skipped.note("labels without an entry", name)
         return {entries[name]: label for name, label in labels.items() if name in entries}
 
     def _labels(self) -> dict[str, int]:
@@ -275,8 +278,8 @@ class Archive:
             rows = json.loads(self.read("dataset.json", MAX_LABELS_BYTES))["labels"] or []
             found: dict[str, int] = {}
             for name, label in rows:
-                if label is not None and found.setdefault(plain_name(name), as_label(label)) != label:
-                    raise ValueError(f"{name!r} has the classes {found[plain_name(name)]} and {label}")
+                if label is not None and found.setdefault(normalized_name(name), as_label(label)) != label:
+                    raise ValueError(f"{name!r} has the classes {found[normalized_name(name)]} and {label}")
             return found
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f'path: {self.path}: dataset.json is not {{"labels": [[name, class], ...]}}: {error}') from error

@@ -23,7 +23,7 @@ from flowmap.data.shards import Made, check_sums, difference, from_column, open_
 from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
 
-FORMAT = 1
+FORMAT = 2  # 1: without counts of what was skipped and samples of each class; pictures were read without EXIF
 EMPTY, REFERENCE = "empty.safetensors", "reference.safetensors"
 MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 

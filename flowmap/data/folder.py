@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from flowmap.base.ranges import CountFromZero, Seed, Side
 from flowmap.data.captions import FolderCaptions, read_captions
 from flowmap.data.dataset import Dataset, Source, held_out_count
 from flowmap.data.listing import Listing, Tally, listing
-from flowmap.data.plain import shown
+from flowmap.data.safe_files import printable
 from flowmap.data.sources import MAX_PIXELS, Item, SquareImages, check_channels
 from flowmap.data.survey import without_pictures
 
@@ -30,7 +31,7 @@ class FolderImages(SquareImages):
 
     Classes are in the order of their names, or of their numbers where all are numbers; one without a usable picture keeps its number.
     Captions, where wanted, stand in metadata.jsonl or metadata.csv (file_name, text) of any folder, or in a .txt beside the picture. Hidden
-    files and folders are passed over, links to folders followed. The folder is listed once in the life of this object.
+    files and folders are skipped, links to folders are followed. The folder is listed once in the life of this object.
     """
 
     root: str = "???"
@@ -61,24 +62,26 @@ class FolderImages(SquareImages):
         return len(self._classes) or None
 
     def class_names(self) -> list[str] | None:
-        return [shown(name) for name in self._classes] or None
+        names = [printable(unicodedata.normalize("NFC", name)) for name in self._classes]
+        return (names if len(set(names)) == len(names) else [*map(printable, self._classes)]) or None
 
     def fingerprint(self) -> str:
         told = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        return self._listing.passed_over | (self._captions.passed_over if self.captions else {})
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        return self._listing.skipped | (self._captions.skipped if self.captions else {})
 
     def num_captions(self) -> int:
         return sum(name in self._captions for name in self._listing.pictures) if self.captions else 0
 
     @property
-    def captions_stand(self) -> str:
+    def captions_hint(self) -> str:
         if not self.captions:
             return "data.images.captions is false"
-        seen = f"; the keys there are {', '.join(self._captions.keys)}" if self._captions.keys else ""
-        return f"they stand in metadata.jsonl or metadata.csv (file_name, text) or in a .txt beside each picture{seen}"
+        keys = [*map(printable, self._captions.keys)][:10]
+        seen = f"; the metadata has the keys {', '.join(keys)}" if keys else ""
+        return f"captions are read from metadata.jsonl or metadata.csv (file_name, text) or a .txt next to each picture{seen}"
 
     @cached_property
     def _listing(self) -> Listing:
@@ -99,7 +102,7 @@ class Folder(Source):
 
     With several subfolders each of them is a class, in the order of their names (of their numbers where all are numbers). channels 3 is RGB,
     1 grey levels; transparency lies on white. Files that cannot be read, or have more than 64 million pixels, are left out; they, hidden
-    files, files of other kinds and grey pictures among coloured ones are counted on stderr. held_out images (null: a tenth, at
+    files, unsupported files and grey pictures among coloured ones are counted on stderr. held_out images (null: a tenth, at
     most 1,000), drawn by `seed`, are never trained on.
     """
 
@@ -148,8 +151,8 @@ def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[st
         shown_ones = "; ".join(f"{name} {why}" for name, why in left_out[:3])
         more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         _line(source, f"{len(labels)} images, {len(left_out)} left out: {shown_ones}{more}")
-    for line in Tally(source.passed_over()).lines():
-        _line(source, f"passed over: {line}")
+    for line in Tally(source.skipped()).lines():
+        _line(source, f"skipped: {line}")
     for line in without_pictures(source.class_names(), source.num_classes(), (label for label in labels if label is not None)):
         _line(source, line)
     if grey:

@@ -31,7 +31,7 @@ class HuggingFaceImages(SquareImages):
     label: str | None = None
     caption: str | None = None
     kind: ClassVar[str] = "huggingface"
-    captions_stand: ClassVar[str] = "data.images.caption names the column"
+    captions_hint: ClassVar[str] = "data.images.caption names the column"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         if self.streaming:

@@ -47,8 +47,10 @@ def read_index(folder: Path, made: Made) -> dict[str, Any]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: is not JSON: {error}") from error
-    if not isinstance(index, dict) or index.get("identity", {}).get("format") != made.format:
-        raise ValueError(f"{folder / INDEX}: is not {made.thing} of format {made.format}")
+    found = index.get("identity", {}).get("format") if isinstance(index, dict) else None
+    if found != made.format:
+        what = f"is of format {found}, of an older or newer version" if found else f"is no index of {made.thing}"
+        raise ValueError(f"{folder / INDEX}: {what}; this one reads format {made.format}: `{made.verb}` makes it in another folder")
     return index
 
 

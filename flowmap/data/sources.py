@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -18,14 +19,14 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Side, check_ranges
-from flowmap.data.plain import open_plain, shown
+from flowmap.data.safe_files import open_regular, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
 MAX_PIXELS = 64 * 10**6
 MAX_FILE_BYTES = 256 * 2**20  # of one picture inside an archive
 TEXT_KEYS = ("text", "caption", "prompt")  # of a line or a file of metadata
-READER = "2: upright by EXIF, folders of numbers in their order"  # changes where the same files would give other pictures, labels or positions
+READER = "2: upright by EXIF, folders of numbers in their order"  # changes when the same files give other pictures or labels
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Item:
     grey: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "key", shown(self.key))
-        object.__setattr__(self, "problem", self.problem and shown(self.problem))
+        object.__setattr__(self, "key", printable(self.key))
+        object.__setattr__(self, "problem", self.problem and printable(self.problem))
         object.__setattr__(self, "caption", self.caption and self.caption.encode("utf-8", "replace").decode())
 
 
@@ -53,7 +54,7 @@ class ImageSource(Protocol):
 
     size: int
     channels: int
-    captions_stand: str  # where captions of such a source are looked for, as an error says it
+    captions_hint: str  # where such a source looks for captions, for error messages
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         """The items at positions start, start + 1, ... before stop; fewer where the source ends."""
@@ -75,8 +76,8 @@ class ImageSource(Protocol):
         """Changes with the names, the order or the labels of pictures; None where that is not known without reading them."""
         ...
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
-        """What has no position and is not read, by reason: {reason: {"count": 2, "first": [three names at most]}}."""
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        """What is not read and has no position, by reason: {reason: {"count": 2, "first": [at most three names]}}."""
         ...
 
     def num_captions(self) -> int | None:
@@ -95,7 +96,7 @@ class SquareImages:
     size: Side = 64
     channels: Side = 3
     kind: ClassVar[str]
-    captions_stand: ClassVar[str] = "it has none"  # where the captions of such a source are looked for
+    captions_hint: ClassVar[str] = "this source has no captions"
 
     def __post_init__(self):
         check_ranges(self)
@@ -116,7 +117,7 @@ class SquareImages:
     def fingerprint(self) -> str | None:
         return None
 
-    def passed_over(self) -> dict[str, dict[str, Any]]:
+    def skipped(self) -> dict[str, dict[str, Any]]:
         return {}
 
     def num_captions(self) -> int | None:
@@ -132,9 +133,30 @@ class SquareImages:
 
 def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
     """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
+    import numpy
+    from PIL import Image
+
+    image, was_grey = load_upright(file, max_pixels)
     try:
-        with open_plain(file) if isinstance(file, str) else file as content:
-            return _decoded(content, size, channels, max_pixels)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.convert("RGB" if channels == 3 else "L").resize(
+            (size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side), reducing_gap=3.0
+        )
+    except (OSError, ValueError) as error:  # a mode that has no way to RGB
+        raise ValueError(f"cannot be read: {error}") from error
+    pixels = torch.from_numpy(numpy.array(square))
+    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous(), was_grey
+
+
+def load_upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[Any, bool]:
+    """A picture for PIL, the first frame of it, turned as its EXIF orientation says and laid on white, and whether it has grey levels alone.
+
+    ValueError says why it cannot be used.
+    """
+    try:
+        with open_regular(file) if isinstance(file, str) else file as content:
+            return _decoded(content, max_pixels)
     except _Unusable:
         raise
     except Exception as error:  # a decoder raises anything at all on a broken file
@@ -142,15 +164,22 @@ def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: 
         raise ValueError(f"cannot be read: {' '.join(said.split()) or type(error).__name__}") from error
 
 
-def _decoded(content: BinaryIO, size: int, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
-    from PIL import Image
+def _decoded(content: BinaryIO, max_pixels: int) -> tuple[Any, bool]:
+    from PIL import Image, ImageOps
 
     with Image.open(content, formats=_formats()) as image:
         if image.width * image.height > max_pixels:
             raise _Unusable(f"has {image.width} x {image.height} pixels")
         if image.mode.startswith(("I", "F")):
             raise _Unusable(f"has pixels of mode {image.mode}, deeper than 8 bits")
-        return _square(_upright(image), size, channels), image.mode in ("1", "L", "LA")
+        image.load()
+        with suppress(Exception):  # what describes a picture does not make it unusable
+            ImageOps.exif_transpose(image, in_place=True)
+        was_grey, found = image.mode in ("1", "L", "LA"), image
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            clear = image.convert("RGBA")
+            found = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        return found, was_grey
 
 
 @lru_cache(maxsize=1)
@@ -159,17 +188,6 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF came with Pillow 11.3
-
-
-def _upright(image: Any) -> Any:
-    """The picture as its EXIF orientation says it is to be seen; where EXIF is broken, as it is stored."""
-    from PIL import ImageOps
-
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # what describes a picture does not make it unusable
-        return image
 
 
 def optional(name: str) -> ModuleType:
@@ -208,19 +226,3 @@ def check_channels(channels: int) -> None:
 
 class _Unusable(ValueError):
     """A picture that can be read but not used."""
-
-
-def _square(image, size: int, channels: int) -> Tensor:
-    import numpy
-    from PIL import Image
-
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    pixels = torch.from_numpy(numpy.array(image))
-    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]).contiguous()

@@ -10,6 +10,7 @@ import torch
 
 from flowmap.base.ranges import Classes, CountFromZero, Seed
 from flowmap.data.dataset import Dataset, Source, held_out_count
+from flowmap.data.listing import is_hidden
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tensors(Source):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        shards = sorted(Path(self.root).glob("*.safetensors"))
+        shards = sorted(path for path in Path(self.root).glob("*.safetensors") if not is_hidden(path.name))
         if not shards:
             raise ValueError(f"data.root: {self.root}: holds no *.safetensors shards with x0 (and class)")
         try:

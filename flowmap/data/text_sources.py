@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from flowmap.data.plain import lines_of
+from flowmap.data.listing import NOT_REGULAR, Tally, walk
+from flowmap.data.safe_files import lines_of
 from flowmap.data.sources import optional
 
 
@@ -36,6 +37,7 @@ class TextSource(Protocol):
     def identity(self) -> dict[str, Any]: ...
 
 
+ENDINGS = (".txt", ".jsonl")
 WORDNET_FILES = {"data.noun": "noun", "data.verb": "verb", "data.adj": "adjective", "data.adv": "adverb"}
 # WordNet's lexicographer files, in the order of their numbers (lexnames(5WN))
 CATEGORIES = (
@@ -91,7 +93,8 @@ class WordNet:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """A file, or every file below a folder: of .txt each line is a sentence, of .jsonl each line a mapping with `text` and attributes.
+    """A file, or every file below a folder that is not hidden: of .txt each line is a sentence, of .jsonl each line a mapping with `text`
+    and attributes.
 
     Lines of .txt have the attribute "file", the file's name without its ending (yelp/positive.txt: "positive"). key: the column of a
     .jsonl that names the entry a sentence belongs to, so that entries are not split.
@@ -103,8 +106,7 @@ class TextFiles:
     kind: ClassVar[str] = "files"
 
     def read(self) -> tuple[list[Sentence], Counter]:
-        root = Path(self.root)
-        paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".jsonl"))
+        paths = self._paths(Path(self.root))
         if not paths:
             raise ValueError(f"sentences.root: {self.root!r} is no file, and holds no *.txt or *.jsonl")
         found, counts = [], Counter()
@@ -117,8 +119,15 @@ class TextFiles:
                     found.append(sentence)
         return found, counts
 
+    def _paths(self, root: Path) -> list[Path]:
+        """The file itself, or those below the folder that are not hidden; a device or a pipe among them is refused when it is read."""
+        if not root.is_dir():
+            return [root] if root.is_file() else []
+        found = (root / name for name, kind in walk(str(root), Tally()) if kind in ("file", NOT_REGULAR))
+        return sorted(path for path in found if path.suffix.lower() in ENDINGS)
+
     def _sentence(self, line: str, path: Path, where: str) -> Sentence:
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
             return Sentence(one_line(line), {"file": path.stem})
         try:
             row = json.loads(line)

@@ -15,9 +15,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from flowmap.data.plain import MAX_TEXT_BYTES, as_utf8, open_plain
+from flowmap.data.listing import Tally
+from flowmap.data.safe_files import MAX_TEXT_BYTES, decode_utf8, open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves, text_of
 
 TEXTS = ("cls", "txt", "json")
@@ -35,7 +36,7 @@ class WebDatasetImages(SquareImages):
 
     shards: tuple[str, ...]
     kind: ClassVar[str] = "webdataset"
-    captions_stand: ClassVar[str] = "they stand in a .txt or .json of each sample"
+    captions_hint: ClassVar[str] = "captions are read from the .txt or .json of each sample"
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         first = 0
@@ -49,7 +50,14 @@ class WebDatasetImages(SquareImages):
         return sum(map(len, self._offsets))
 
     def num_captions(self) -> int:
-        return sum(count for _, count in self._headers)
+        return sum(shard.texts for shard in self._headers)
+
+    def skipped(self) -> dict[str, dict[str, Any]]:
+        found = Tally()
+        for shard in self._headers:
+            for name in shard.spare:
+                found.note("further pictures of a sample", name)
+        return dict(found)
 
     def fingerprint(self) -> str:
         told = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self._paths)
@@ -67,15 +75,14 @@ class WebDatasetImages(SquareImages):
 
     @property
     def _offsets(self) -> list[array]:
-        return [offsets for offsets, _ in self._headers]
+        return [shard.offsets for shard in self._headers]
 
     @cached_property
-    def _headers(self) -> list[tuple[array, int]]:
-        """For each shard where its samples begin, in bytes, and how many have a text."""
+    def _headers(self) -> list[_Headers]:
         return [_look(path) for path in self._paths]
 
     def _read(self, path: str, offset: int, count: int) -> Iterator[Item]:
-        with open_plain(path) as file:
+        with open_regular(path) as file:
             for done, (tar, key, members) in enumerate(_samples(file, offset), 1):
                 yield self._sample(tar, f"{os.path.basename(path)}/{key}", members)
                 if done == count:
@@ -95,16 +102,26 @@ class WebDatasetImages(SquareImages):
         return self._item(io.BytesIO(content), label, caption, key)
 
 
-def _look(path: str) -> tuple[array, int]:
-    offsets, texts = array("Q"), 0
+class _Headers(NamedTuple):
+    """Of one shard: where its samples begin, in bytes; how many have a text; pictures that are not read because a sample has another."""
+
+    offsets: array
+    texts: int
+    spare: list[str]
+
+
+def _look(path: str) -> _Headers:
+    offsets, texts, spare = array("Q"), 0, []
     try:
-        with open_plain(path) as file:
+        with open_regular(path) as file:
             for _, _, members in _samples(file):
                 offsets.append(members[0][1].offset)
                 texts += any(suffix in ("txt", "json") for suffix, _ in members)
+                there = {suffix: member.name for suffix, member in members if f".{suffix}" in SUFFIXES}
+                spare += [there[suffix] for suffix in sorted(there, key=lambda s: SUFFIXES.index(f".{s}"))[1:]]
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"data.images.shards: {path}: is not a whole plain .tar: {error}") from error
-    return offsets, texts
+    return _Headers(offsets, texts, spare)
 
 
 def _samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
@@ -153,7 +170,7 @@ def _next_tar(file: BinaryIO, end: int) -> int | None:
 
 
 def _parts(members: list[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
-    """The members that matter, by suffix; ValueError for one that is no plain file, leaves the archive or comes twice."""
+    """The members that matter, by suffix; ValueError for one that is not a regular file, leaves the archive or comes twice."""
     parts: dict[str, tarfile.TarInfo] = {}
     for suffix, member in members:
         if f".{suffix}" not in SUFFIXES and suffix not in TEXTS:
@@ -187,7 +204,7 @@ def _label_of(tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> int | 
 def _caption_of(tar: tarfile.TarFile, parts: dict[str, tarfile.TarInfo]) -> str | None:
     if "txt" in parts:
         try:
-            return as_utf8(_content(tar, parts["txt"], MAX_TEXT_BYTES)).strip()
+            return decode_utf8(_content(tar, parts["txt"], MAX_TEXT_BYTES)).strip()
         except ValueError as error:
             raise ValueError(f"its caption cannot be read: it {error}") from error
     if "json" not in parts:

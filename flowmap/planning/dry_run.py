@@ -26,7 +26,7 @@ from flowmap.planning.beforehand import check_parts, check_sizes, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import missing_weights, net_of, spec_of
-from flowmap.planning.pictures import of_pictures
+from flowmap.planning.pictures import describe_pictures
 from flowmap.planning.plan import (
     Encoding,
     Pairing,
@@ -66,7 +66,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         if isinstance(stage, Pairing) and not stage.complete:
             missing += _weights_missing(pairs_cards(stage.recipe))
         if isinstance(stage, Encoding):
-            lines += [f"      {line}" for line in of_pictures(stage)]
+            lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
             found, lacks = _look(stage.recipe, throughput)
             lines += [f"      {line}" for line in found]

@@ -19,14 +19,14 @@ def check_pictures(stage: Encoding) -> None:
         raise RecipeError(f"{stage.recipe.name}: {str(error).replace('data.root:', 'data.images.root:')}") from error
 
 
-def of_pictures(stage: Encoding) -> list[str]:
+def describe_pictures(stage: Encoding) -> list[str]:
     """What a person should know of them, a line each; [] where they are not here, or all are used. RecipeError as from `check_pictures`."""
     if stage.complete:
-        return survey.after(read_index(stage.folder))
+        return survey.describe_index(read_index(stage.folder))
     data = stage.recipe.data
     try:
         data.images.length()
     except ValueError:  # not here: what is missing is told apart
         return []
     check_pictures(stage)
-    return survey.before(data.images, data.text is not None)
+    return survey.describe_source(data.images, data.text is not None)

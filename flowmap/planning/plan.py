@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.config import RecipeError, short_hash, to_plain
-from flowmap.data import Encoded, Pairs, Styles, TeacherSlot, Text, pairs
+from flowmap.data import Encoded, Folder, Pairs, Styles, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
@@ -257,7 +257,8 @@ def pairs_of(recipe: Recipe) -> Pairs:
 
     def parts(hash_of: Callable[[Recipe], str]) -> tuple:
         prior = (to_plain(recipe.prior, TABLES), [hash_of(one) for one in prior_recipes(recipe)]) if isinstance(recipe.prior, Learned) else ()
-        return (plain, data, [hash_of(one) for one in needed], *prior)
+        reader = (READER,) if isinstance(recipe.data, (Encoded, Folder)) else ()
+        return (plain, data, [hash_of(one) for one in needed], *reader, *prior)
 
     return replace(recipe.coupling, root=str(_by_hash("pairs", parts)))
 

@@ -58,11 +58,11 @@ def encode(
             encoder.load()  # before anything is written down
         check_plan(folder, what, "encoding", ("length", "fingerprint"))
         if not (folder / INDEX).is_file():
-            _say_each(say, survey.before(spec.images, spec.text is not None))
+            _say_each(say, survey.describe_source(spec.images, spec.text is not None))
         _fill(spec, folder, encoder, *shard, batch_size)
     shards = _all_shards(spec, folder)
     index = None if shards is None else _finish(spec, folder, encoder, shards, say)
-    _say_each(say, [] if index is None else survey.after(index))
+    _say_each(say, [] if index is None else survey.describe_index(index))
     return index
 
 
@@ -209,7 +209,7 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
         first = f"; {left_out[0][0]} {left_out[0][1]}" if left_out else ""
         raise ValueError(f"data.held_out: {held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})")
     if spec.text is not None and sum(shard["missing_captions"] for shard in shards) == rows:
-        raise ValueError(f"data.text: reads captions, and none of {rows} usable pictures has one: {spec.images.captions_stand}")
+        raise ValueError(f"data.text: the recipe reads captions and none of {rows} usable pictures has one: {spec.images.captions_hint}")
     columns = filled[0]["columns"]
     for shard in filled:
         found = difference(columns, shard["columns"])
@@ -223,7 +223,7 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
         "shards": [{key: shard[key] for key in ("file", "rows", "bytes", "sha256") if key in shard} for shard in shards],
         "rows": rows,
         "left_out": left_out,
-        "passed_over": spec.images.passed_over(),
+        "skipped": spec.images.skipped(),
         **{key: sum(shard[key] for shard in shards) for key in ("grey", "missing_captions", "unlabelled")},
         "shape": columns["x0"]["shape"],
         "columns": columns,

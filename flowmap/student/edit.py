@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowmap.data.sources import FORMATS, MAX_PIXELS
+from flowmap.data.sources import load_upright
 from flowmap.flow.prior import LearnedPrior, rows_told, starts
 from flowmap.samplers import asked_for
 from flowmap.student.student import Student
@@ -87,17 +87,14 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def read_picture(path: str | Path, channels: int, key: str) -> Tensor:
-    """(C, H, W) in [-1, 1] of an image file, grey for one channel and colour for three; ValueError names `key`."""
+    """(C, H, W) in [-1, 1] of an image file, upright and on white, grey for one channel and colour for three; ValueError names `key`."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"has more than {MAX_PIXELS} pixels")
-            pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels]), dtype=np.float32)
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise ValueError(f"{key}: {path}: is no picture that can be read: {str(error).splitlines()[0]}") from error
+        image, _ = load_upright(str(path))
+    except ValueError as error:
+        raise ValueError(f"{key}: {path}: is no picture that can be read: {error}") from error
+    pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels]), dtype=np.float32)
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1) / 127.5 - 1
 
 

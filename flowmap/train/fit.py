@@ -27,7 +27,7 @@ from flowmap.files import check_writable, copy_folder, only_process, read_json, 
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
-from flowmap.planning.pictures import check_pictures, of_pictures
+from flowmap.planning.pictures import check_pictures, describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe
@@ -106,7 +106,7 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
         again = last and not overwrite and measures_again(stage, resume=resume, log=clock is None)
         if stage.complete and not again and not (last and overwrite):
             say(f"{label}: complete in {stage.folder}")
-            for line in of_pictures(stage) if isinstance(stage, Encoding) else ():
+            for line in describe_pictures(stage) if isinstance(stage, Encoding) else ():
                 say(line)
             continue
         if not isinstance(stage, Stage):

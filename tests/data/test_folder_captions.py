@@ -25,8 +25,8 @@ def captions(root):
     return [item.caption for item in FolderImages(root=str(root), size=4).items()]
 
 
-def passed_over(root):
-    return {reason: one["count"] for reason, one in FolderImages(root=str(root)).passed_over().items()}
+def skipped(root):
+    return {reason: one["count"] for reason, one in FolderImages(root=str(root)).skipped().items()}
 
 
 def jsonl(*rows):
@@ -55,7 +55,7 @@ WAYS = {
 def test_captions_are_found(root, way):
     for name, content in WAYS[way].items():
         (root / name).write_text(content, encoding="utf-8", newline="")
-    assert captions(root) == ["1", "2", "3"] and passed_over(root) == {}
+    assert captions(root) == ["1", "2", "3"] and skipped(root) == {}
     assert FolderImages(root=str(root)).num_captions() == 3 and FolderImages(root=str(root), captions=False).num_captions() == 0
 
 
@@ -81,11 +81,11 @@ def test_captions_of_no_picture_and_captions_twice_are_counted(root):
     (root / "metadata.jsonl").write_text(jsonl(*({"file_name": name, "text": text} for name, text in rows)))
     (root / "LICENSE.txt").write_text("free")
     assert captions(root) == ["uno", None, None]
-    assert passed_over(root) == {
-        "captions of no picture": 2,
-        "captions of a picture that has another (the last counts)": 1,
-        "lines of metadata without a text": 1,
-        "texts of no picture": 1,
+    assert skipped(root) == {
+        "captions without a picture": 2,
+        "duplicate captions (the last one is used)": 1,
+        "metadata lines without a caption": 1,
+        "text files without a picture": 1,
     }
 
 
@@ -112,7 +112,7 @@ def test_metadata_that_cannot_be_read_is_named(root, name, content, says):
 @pytest.mark.parametrize("name", ["metadata.jsonl", "a/metadata.csv"])
 def test_metadata_without_end_is_refused(root, name):
     os.mkfifo(root / name)
-    with pytest.raises(ValueError, match=f"{name}.*is no plain file"):
+    with pytest.raises(ValueError, match=f"{name}.*is not a regular file"):
         captions(root)
 
 
@@ -121,7 +121,7 @@ def test_texts_without_end_leave_their_pictures_out(root):
     os.mkfifo(root / "a/2.txt")
     (root / "b/deep/3.txt").write_bytes(b"x" * (2**20 + 1))
     problems = [item.problem for item in FolderImages(root=str(root)).items()]
-    assert problems == ["its caption cannot be read: it is no plain file"] * 2 + ["its caption cannot be read: it has more than 1048576 bytes"]
+    assert problems == ["its caption cannot be read: it is not a regular file"] * 2 + ["its caption cannot be read: it has more than 1048576 bytes"]
 
 
 def test_a_caption_that_utf8_cannot_hold_is_mended(root):
@@ -132,4 +132,4 @@ def test_a_caption_that_utf8_cannot_hold_is_mended(root):
 def test_a_caption_without_a_key_that_is_read_tells_the_keys(root):
     (root / "metadata.jsonl").write_text(jsonl(*({"file_name": name, "title": "t", "words": 3} for name in NAMES)))
     source = FolderImages(root=str(root))
-    assert source.num_captions() == 0 and "the keys there are file_name, title, words" in source.captions_stand
+    assert source.num_captions() == 0 and "the metadata has the keys file_name, title, words" in source.captions_hint

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import unicodedata
 
 import numpy
 import pytest
@@ -98,7 +99,7 @@ HIDDEN = [".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/cats/._a.png", ".git/
 def test_what_systems_and_tools_leave_is_no_class_and_counted(tmp_path):
     source = folder(tmp_path, ["cats/a.png", "dogs/b.png", *HIDDEN])
     assert source.class_names() == ["cats", "dogs"] and labels(source) == {"cats/a.png": 0, "dogs/b.png": 1}
-    assert source.passed_over()["hidden"]["count"] == len(HIDDEN)
+    assert source.skipped()["hidden"]["count"] == len(HIDDEN)
     assert Folder(root=str(tmp_path), size=4).build().labels.tolist() == [0, 1]
 
 
@@ -116,8 +117,8 @@ def test_links_that_lead_in_circles_end(tmp_path):
     (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
     source = FolderImages(root=str(tmp_path), size=4)
     assert list(labels(source)) == ["cats/a.png", "dogs/b.png"] and source.class_names() == ["cats", "dogs"]
-    passed = source.passed_over()
-    assert passed["links to a folder above them"]["count"] == 2 and passed["no plain files"] == {"count": 1, "first": ["self.png"]}
+    passed = source.skipped()
+    assert passed["links to a parent folder"]["count"] == 2 and passed["not regular files"] == {"count": 1, "first": ["self.png"]}
 
 
 def test_numbered_folders_are_classes_in_the_order_of_their_numbers(tmp_path):
@@ -162,11 +163,11 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
     folder(tmp_path, ["a.png"])
     for name in ("b.heic", "c.HEIC", "d.jxl", "e.json", "noext"):
         (tmp_path / name).write_bytes(b"some")
-    passed = FolderImages(root=str(tmp_path)).passed_over()
-    found = {reason.removeprefix("files of other kinds"): one["count"] for reason, one in passed.items()}
+    passed = FolderImages(root=str(tmp_path)).skipped()
+    found = {reason.removeprefix("unsupported files"): one["count"] for reason, one in passed.items()}
     assert found == {" (.heic)": 2, " (.jxl)": 1, " (.json)": 1, "": 1}
     Folder(root=str(tmp_path), size=4).build()
-    assert "2 files of other kinds (.heic): b.heic, c.HEIC" in capsys.readouterr().err
+    assert "2 unsupported files (.heic): b.heic, c.HEIC" in capsys.readouterr().err
 
 
 def test_only_plain_files_are_opened(tmp_path):
@@ -176,7 +177,7 @@ def test_only_plain_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     source = FolderImages(root=str(tmp_path), size=4)
     (item,) = source.items()
-    assert item.problem == "its caption cannot be read: it is no plain file" and source.passed_over()["no plain files"]["count"] == 2
+    assert item.problem == "its caption cannot be read: it is not a regular file" and source.skipped()["not regular files"]["count"] == 2
 
 
 def test_a_folder_that_may_not_be_listed_is_said(tmp_path, monkeypatch):
@@ -190,7 +191,7 @@ def test_a_folder_that_may_not_be_listed_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", guarded)
     source = FolderImages(root=str(tmp_path), size=4)
-    assert source.class_names() == ["0", "1", "2"] and source.passed_over()["folders that cannot be listed"] == {"count": 1, "first": ["1"]}
+    assert source.class_names() == ["0", "1", "2"] and source.skipped()["unreadable folders"] == {"count": 1, "first": ["1"]}
 
 
 def test_names_that_are_not_utf8_are_told_in_utf8(tmp_path):
@@ -202,6 +203,14 @@ def test_names_that_are_not_utf8_are_told_in_utf8(tmp_path):
     source = FolderImages(root=str(tmp_path), size=4)
     assert labels(source) == {"a/x.png": 0, "b\\xff/bell\\x07.png": 1, "b\\xff/caf\\xe9.png": 1}
     assert all(item.problem is None for item in source.items()) and source.class_names() == ["a", "b\\xff"]
+
+
+def test_names_of_classes_are_composed_and_keep_their_signs(tmp_path):
+    names = [unicodedata.normalize("NFD", "Käse"), "👩\u200d💻", "a\u202eb"]
+    source = folder(tmp_path, [f"{name}/a.png" for name in names])
+    assert set(source.class_names()) == {unicodedata.normalize("NFC", "Käse"), "👩\u200d💻", "a\\u202eb"}
+    folder(tmp_path, [unicodedata.normalize("NFC", "Käse") + "/a.png"])
+    assert len(set(FolderImages(root=str(tmp_path)).class_names())) == 4  # two that a person cannot tell apart stay two
 
 
 def test_the_fingerprint_knows_order_labels_and_captions(tmp_path):

@@ -345,6 +345,13 @@ def test_captions_of_a_tar_that_are_not_utf8_are_named(tmp_path):
     assert "its caption cannot be read: it is not UTF-8" in found[0].problem and found[1].caption == "café"
 
 
+def test_further_pictures_of_a_sample_are_counted(tmp_path):
+    path = tarred(tmp_path / "m.tar", [("a.jpg", png(1)), ("a.png", png(20)), ("b.png", png(30)), ("b.seg.png", png(4))])
+    source = WebDatasetImages(shards=(path,), size=4)
+    assert [int(item.image[0, 0, 0]) for item in source.items()] == [20, 30]
+    assert source.skipped() == {"further pictures of a sample": {"count": 1, "first": ["a.jpg"]}}
+
+
 def test_what_is_said_of_a_broken_picture_is_the_same_again(tmp_path):
     path = tarred(tmp_path / "b.tar", [("a.png", b"no picture"), ("b.png", png(2)[:-20])])
     first, again = ([item.problem for item in WebDatasetImages(shards=(path,)).items()] for _ in range(2))
@@ -360,20 +367,22 @@ def test_labels_of_an_edm2_zip_match_its_entries(tmp_path, capsys):
 
     for way in ("./{}", "{}", "00000\\{}"):
         source = made([[way.format(name if "0\\" not in way else name[6:]), i] for i, name in enumerate(names)])
-        assert [item.label for item in source.items()] == [0, 1, 2] and source.passed_over() == {}
-    with pytest.raises(ValueError, match="none is of an entry: 'img0.png' there, '00000/img00000000.png' in the zip"):
+        assert [item.label for item in source.items()] == [0, 1, 2] and source.skipped() == {}
+    with pytest.raises(ValueError, match="no label of dataset.json matches an entry: 'img0.png' there, '00000/img00000000.png' in the zip"):
         made([["img0.png", 1]]).length()
     with pytest.raises(ValueError, match="has the classes 1 and 2"):
         made([[names[0], 1], [names[0], 2]]).length()
     source = made([[names[1], 1], ["gone.png", 9]], **{"__MACOSX/00000/._img.png": b"x"})
     assert [item.label for item in source.items()] == [None, 1, None] and source.num_classes() == 2
-    first = {reason: one["first"] for reason, one in source.passed_over().items()}
-    assert first == {"hidden": ["__MACOSX/00000/._img.png"], "classes of no entry": ["gone.png"]}
+    first = {reason: one["first"] for reason, one in source.skipped().items()}
+    assert first == {"hidden": ["__MACOSX/00000/._img.png"], "labels without an entry": ["gone.png"]}
     path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img00000000.png", 1]]})})
-    with pytest.raises(ValueError, match="none is of an entry"):
+    with pytest.raises(ValueError, match="no label of dataset.json matches an entry"):
         EDM2Latents(path=path).build()
     path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img-mean-std-00000000.npy", 1], ["gone.npy", 9]]})})
-    assert EDM2Latents(path=path).build().num_classes == 2 and "1 classes of no entry: gone.npy" in capsys.readouterr().err
+    assert EDM2Latents(path=path).build().num_classes == 2
+    said = capsys.readouterr().err
+    assert "1 labels without an entry: gone.npy" in said and "5 of 6 latents have no class" in said
 
 
 def test_the_fingerprint_of_a_zip_knows_its_labels(tmp_path):

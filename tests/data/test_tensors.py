@@ -15,6 +15,7 @@ def shards(folder, classes=True):
 
 def test_shards_are_one_set(tmp_path):
     shards(tmp_path)
+    (tmp_path / "._0.safetensors").write_bytes(b"what another system leaves")
     data = Latents(root=str(tmp_path), num_classes=7, held_out=2).build()
     assert data.train.shape == (6, 4, 6, 3) and data.held_out.shape == (2, 4, 6, 3)
     assert sorted(data.labels.tolist() + data.held_out_labels.tolist()) == [0, 0, 1, 1, 2, 2, 3, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -124,6 +125,30 @@ def test_files_of_text_and_jsonl(tmp_path):
     found, counts = TextFiles(root=str(tmp_path), key="story").read()
     assert [one.text for one in found] == ["very good", "fine", "one", "two"] and counts["empty"] == 3
     assert found[0].attributes == {"file": "good"} and found[2] == Sentence("one", {"stars": "5"}, ("a",))
+
+
+def test_hidden_files_are_no_text_and_linked_folders_are(tmp_path):
+    root = tmp_path / "texts"
+    for name in ("a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/._a.txt", "._a.txt", "folder.txt/b.TXT"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"text of {name}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.JSONL").write_text('\ufeff{"text": "three"}\n', encoding="utf-8")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "link" / "up").symlink_to(root)
+    assert [one.text for one in TextFiles(root=str(root)).read()[0]] == ["text of a.txt", "text of folder.txt/b.TXT", "three"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "zeros", "one line"])
+def test_a_text_without_end_is_refused(tmp_path, kind):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "a.txt")
+    elif kind == "zeros":
+        (tmp_path / "a.txt").symlink_to("/dev/zero")
+    else:
+        (tmp_path / "a.txt").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(ValueError, match="a.txt: is not a regular file|a.txt:1: has more than 1048576 bytes"):
+        TextFiles(root=str(tmp_path)).read()
 
 
 @pytest.mark.parametrize(

@@ -37,20 +37,20 @@ def test_what_is_left_out_is_counted_by_reason_and_said(root, tmp_path):
     said = []
     index = encode(of(root), tmp_path / "e", say=said.append)
     assert index["class_names"] == ["1", "2", "10"] and index["class_rows"] == {"0": 2, "1": 1} and index["num_classes"] == 3
-    assert {reason: one["count"] for reason, one in index["passed_over"].items()} == {
-        "hidden": 1, "files of other kinds (.heic)": 1, "captions of no picture": 1
+    assert {reason: one["count"] for reason, one in index["skipped"].items()} == {
+        "hidden": 1, "unsupported files (.heic)": 1, "captions without a picture": 1
     }  # fmt: skip
     first = said.index("reading the pictures that metrics compare with")
-    assert said[0] == "4 pictures, 3 classes, 3 of them without a caption" and "passed over: 1 captions of no picture: gone.png" in said[:first]
-    assert said[first + 1 :] == survey.after(index) == survey.after(json.loads((tmp_path / "e" / "index.json").read_text()))
-    assert "left out: 1 cannot be read: 10/d.png" in said and "passed over: 1 hidden: .ipynb_checkpoints" in said[first:]
+    assert said[0] == "4 pictures, 3 classes, 3 of them without a caption" and "skipped: 1 captions without a picture: gone.png" in said[:first]
+    assert said[first + 1 :] == survey.describe_index(index) == survey.describe_index(json.loads((tmp_path / "e" / "index.json").read_text()))
+    assert "left out: 1 cannot be read: 10/d.png" in said and "skipped: 1 hidden: .ipynb_checkpoints" in said[first:]
     assert "2 of 3 samples have no caption" in said and "classes without a usable picture: 10" in said
 
 
 def test_reasons_of_one_kind_are_counted_together():
-    index = {"left_out": [[f"{i}.png", f"has {i} x 9 pixels"] for i in range(5)], "passed_over": {}, "grey": 0, "unlabelled": 2, "rows": 3}
+    index = {"left_out": [[f"{i}.png", f"has {i} x 9 pixels"] for i in range(5)], "skipped": {}, "grey": 0, "unlabelled": 2, "rows": 3}
     index |= {"identity": {"text": None}, "num_classes": 2, "class_names": None, "class_rows": {"1": 1}, "missing_captions": 0}
-    assert survey.after(index) == [
+    assert survey.describe_index(index) == [
         "left out: 5 has N x N pixels: 0.png, 1.png, 2.png, ...", "2 of 3 samples have no class", "classes without a usable picture: 0"
     ]  # fmt: skip
     assert survey.without_pictures(None, 2**31, []) == []
@@ -58,7 +58,7 @@ def test_reasons_of_one_kind_are_counted_together():
 
 def test_captions_that_no_picture_has_are_refused_before_anything_is_written(root, tmp_path):
     (root / "1" / "a.txt").unlink()
-    with pytest.raises(ValueError, match="data.text: reads captions, and no picture has one: they stand in metadata.jsonl"):
+    with pytest.raises(ValueError, match="data.text: the recipe reads captions and no picture has one: captions are read from metadata.jsonl"):
         encode(of(root), tmp_path / "e")
     assert not (tmp_path / "e").exists()
     with pytest.raises(ValueError, match="captions is false"):
@@ -92,10 +92,12 @@ def test_an_encoding_that_read_pictures_otherwise_is_refused_in_one_line(root, t
     for name in ("plan.json", "index.json"):
         told = json.loads((tmp_path / "e" / name).read_text())
         del told["identity"]["source"]["reader"]
+        told["identity"]["format"] = 1
         (tmp_path / "e" / name).write_text(json.dumps(told))
-    for refused in (lambda: encode(of(root), tmp_path / "e"), lambda: replace(of(root), root=str(tmp_path / "e")).build()):
-        with pytest.raises(ValueError, match="holds another encoding: .*source.reader: None there, '2: upright by EXIF"):
-            refused()
+    with pytest.raises(ValueError, match="holds another encoding: identity.format: 1 there, 2 here; choose another folder, or delete this one"):
+        encode(of(root), tmp_path / "e")
+    with pytest.raises(ValueError, match="is of format 1, .*`flowmap encode` makes it in another folder"):
+        replace(of(root), root=str(tmp_path / "e")).build()
 
 
 def test_names_that_are_not_utf8_do_not_stop_an_encoding(root, tmp_path):

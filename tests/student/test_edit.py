@@ -13,7 +13,7 @@ from flowmap.nets.auxiliary import ConvPrior
 from flowmap.nets.mlp import MLP
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
-from flowmap.student.edit import code_of_part, inpaint, interpolate, slerp
+from flowmap.student.edit import code_of_part, inpaint, interpolate, read_mask, read_picture, slerp
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.student.student import Student
@@ -164,3 +164,16 @@ def test_a_student_from_the_gaussian_prior_is_refused(finished, folder, command)
 def test_export_is_refused_in_one_line(folder, command):
     code, out, err = command("export", "--student", folder, "--to", "torch", "--out", folder / "exported")
     assert code == 2 and "starts at a learned prior" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_picture_to_edit_stands_upright_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be seen turned by a quarter, clockwise
+    stored = np.zeros((2, 3), dtype=np.uint8)
+    stored[0, 0] = 255
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    assert read_picture(tmp_path / "a.png", 1, "--inpaint")[0].tolist() == [[-1, 1], [-1, -1], [-1, -1]]
+    Image.new("RGBA", (3, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert bool(read_mask(tmp_path / "clear.png").all())
+    with pytest.raises(ValueError, match="--mask: /dev/zero: is no picture that can be read: cannot be read: is not a regular file"):
+        read_mask("/dev/zero")

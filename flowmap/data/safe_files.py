@@ -1,34 +1,38 @@
-"""What may be opened of a folder that others have filled: plain files, whole lines, names that UTF-8 can hold.
+"""Reading files that a user brings: regular files only, lines of bounded length, names that UTF-8 can encode.
 
-A link to a device, a pipe or a line without end would stop or fill the process that reads it.
+A link to a device, a named pipe or an endless line would otherwise block the process or exhaust its memory.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
 MAX_TEXT_BYTES = 2**20  # of one caption, one label, or one line of a file of texts
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # control, bidirectional, surrogates
 
 
-def open_plain(path: str | os.PathLike) -> BinaryIO:
-    """The file at that path, links followed, opened for reading; ValueError where it is a folder, a device or a pipe, OSError as from open()."""
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer does not block
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """The file at that path, links followed, opened for reading; ValueError for a folder, a device or a pipe, OSError as from open()."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a device is not even opened
+        raise ValueError("is not a regular file")
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not block on a pipe that took its place meanwhile
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise ValueError("is no plain file")
+        raise ValueError("is not a regular file")
     return os.fdopen(number, "rb")
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of a small UTF-8 file, without a byte-order mark; ValueError says what else it is."""
-    with open_plain(path) as file:
-        return as_utf8(file.read(limit + 1), limit)
+    with open_regular(path) as file:
+        return decode_utf8(file.read(limit + 1), limit)
 
 
-def as_utf8(content: bytes, limit: int = MAX_TEXT_BYTES) -> str:
+def decode_utf8(content: bytes, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of those bytes, without a byte-order mark; ValueError where they are not UTF-8 or more than `limit`."""
     if len(content) > limit:
         raise ValueError(f"has more than {limit} bytes")
@@ -42,18 +46,18 @@ def lines_of(path: str | os.PathLike) -> Iterator[str]:
     """The lines of a UTF-8 file, without a byte-order mark or line ends; ValueError names file and line where it is something else."""
     number = 0
     try:
-        with open_plain(path) as file:
+        with open_regular(path) as file:
             while line := file.readline(MAX_TEXT_BYTES + 1):
                 number += 1
-                yield as_utf8(line).rstrip("\r\n")
+                yield decode_utf8(line).rstrip("\r\n")
     except (OSError, ValueError) as error:
         where = f"{path}:{number}" if number else path
         raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def shown(name: str) -> str:
-    """The name as UTF-8 can hold it and a terminal shows it in place: bytes that are not UTF-8, and control characters, as escapes."""
-    return name if name.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in name)
+def printable(name: str) -> str:
+    """The name with escapes in place of bytes that are not UTF-8, of control characters and of changes of direction."""
+    return UNPRINTABLE.sub(lambda found: _escape(found[0]), name)
 
 
 def _escape(character: str) -> str:
