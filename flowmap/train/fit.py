@@ -36,6 +36,7 @@ from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.teacher_check import check_teacher
 from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
@@ -158,6 +159,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if start:
         say(f"resuming at step {start}")
+    checked = {} if start or is_child() else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
@@ -167,6 +169,8 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
         if not is_child():
             _begin(stage, prior, config, overwrite)
         trainer.loggers = _loggers(stage, start, say)
+        for logger in trainer.loggers if checked else ():
+            logger.log_metrics(checked, 0)
         _train(trainer, module, checkpoint if start else None, clock)
         seconds = time.perf_counter() - started
         _finish(stage, student, module, trainer, full_state(module.averaged), seconds, say, clock)
