@@ -24,6 +24,7 @@ from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
 from flowmap.planning.beforehand import check_sizes, check_start, shipped_prior
+from flowmap.planning.guidance import check_conditions
 from flowmap.planning.named_networks import missing_weights
 from flowmap.planning.plan import (
     card_of,
@@ -119,6 +120,7 @@ def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
 
 def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     """What makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"]. RecipeError for samples of another shape."""
+    check_conditions(recipe, data)
     slot = pairs_teacher(recipe)
     alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())
     if slot is not None:
@@ -225,6 +227,7 @@ def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student |
 def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) -> StudentConfig:
     """What the student is: its network, sample shape, conditions and sampler."""
     guidance = recipe.teacher.guidance if recipe.teacher else None
+    check_conditions(recipe, data)
     start = _start(recipe, teacher)
     net = recipe.student if start is None else Stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
     if start is not None and start.shape != data.shape:

@@ -11,6 +11,7 @@ from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.frozen_parts import check_frozen_parts
 from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id
+from flowmap.planning.guidance import check_guidance
 from flowmap.planning.named_networks import check_teachers
 from flowmap.planning.plan import code_recipes, data_of, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
 from flowmap.recipe import Recipe
@@ -46,6 +47,7 @@ def check_parts(recipe: Recipe) -> None:
     if isinstance(recipe.start, FromTeacher) and recipe.teacher is None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network (dit, mlp, ...)")
     check_teachers(recipe)
+    check_guidance(recipe)
     check_prior(recipe)
     try:
         check_frozen_parts(recipe.data)

@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowmap.build import BuiltTeacher, build_data, build_pairs_teacher
 from flowmap.build_prior import build_prior
-from flowmap.data import Dataset, PairedDataset, Pairs
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
@@ -27,10 +27,12 @@ from flowmap.files import read_json, write_json
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
 from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
-from flowmap.planning.plan import pairs_identity, pairs_of
+from flowmap.objectives import FlowMatching
+from flowmap.planning.plan import pairs_identity, pairs_of, pairs_teacher
 from flowmap.planning.provenance import scale_of
 from flowmap.recipe import Recipe
 from flowmap.shards.write import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.teacher_check import check_teacher
 
 KEPT = ("rows", "bytes", "sha256", "inverted")  # of what a shard's .json says, in index.json
 OFF = 4.0  # standard errors from which inverted noise is called off
@@ -56,6 +58,10 @@ def make_pairs(
     maker = Maker.of(recipe, device)
     folder = folder or Path(pairs_of(recipe).root)
     with making(folder, shard):
+        slot = pairs_teacher(recipe)
+        if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
+            alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())
+            check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, say=say)
         check_plan(folder, maker.plan(), "set of pairs")
         _fill(maker, folder, shard, batch_size)
     told = [whole(folder, number) for number in range(len(maker.ranges()))]

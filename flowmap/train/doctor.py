@@ -1,5 +1,6 @@
 """What one training step of a recipe does on its real network: which ways of taking the derivative work there, what stops the others, and
-what each costs in time and memory. The data is noise, so none need be there; the teacher's weights must be."""
+what each costs in time and memory; and what the teacher's samples are like. The data of the step is noise, so none need be there; the
+teacher's weights must be."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior
+from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -20,6 +22,7 @@ from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
 from flowmap.planning.dry_run import counted
 from flowmap.recipe import Recipe
+from flowmap.teacher_check import check_teacher
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import as_trained
 
@@ -38,6 +41,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
         teacher.told_empty({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)
     lines = [f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
+    _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
     if not hasattr(recipe.distillation, "derivative"):
@@ -52,6 +56,18 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
         except (NotImplementedError, RuntimeError) as error:
             lines.append(f"derivative {way}: not here: {' '.join(str(error).split())[:300]}")
     return [*lines, f"choose objective.derivative={works[0]}" if works else "no derivative works on this network"]
+
+
+def _teacher_lines(recipe: Recipe, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]) -> None:
+    """Adds what the teacher's samples are like, beside the recipe's data where that is here."""
+    try:
+        data, compare = (build_data(recipe), True) if teacher is not None else (noise, False)
+    except (RecipeError, OSError):
+        data, compare = noise, False
+    prior = build_prior(recipe)
+    if teacher is not None and compare:
+        teacher.told_empty({key: value.to(device) for key, value in data.empty.items()})
+    check_teacher(recipe, teacher, data, device=device, prior=prior, say=lines.append, compare=compare)
 
 
 def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:

@@ -36,6 +36,7 @@ from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.teacher_check import check_teacher
 from flowmap.train.callbacks import Average, Bar, Figures
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
@@ -158,6 +159,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
         check_step(folder, start)
     elif start:
         say(f"resuming at step {start}")
+    checked = {} if start or is_child() else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     steps = start if again else recipe.trainer.steps
@@ -168,6 +170,8 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
         if not is_child() and not again:
             _begin(stage, prior, config, overwrite)
         trainer.loggers = _loggers(stage, start, say)
+        for logger in trainer.loggers if checked else ():
+            logger.log_metrics(checked, 0)
         _train(trainer, module, checkpoint if start else None, clock)
         finish(stage, student, module, trainer, time.perf_counter() - started, say, clock, again=again)
         close_wandb(0)

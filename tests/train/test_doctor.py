@@ -11,9 +11,10 @@ def test_it_says_what_each_derivative_costs(command, tiny):
     code, out, err = command("doctor", "--recipe", tiny, "--batch", 4)
     assert code == 0, err
     lines = out.splitlines()
-    assert "M parameters" in lines[0] and lines[1].startswith("plain flow-matching step")
-    assert [line.split(":")[0] for line in lines[2:5]] == ["derivative ride", "derivative difference", "derivative forward"]
-    assert "(1.00 of plain)" in lines[2] and lines[-1] == "choose objective.derivative=ride"
+    assert "M parameters" in lines[0] and lines[1].startswith("teacher: 32 samples at 4 steps: mean ") and "(data " in lines[1]
+    assert lines[2].startswith("plain flow-matching step")
+    assert [line.split(":")[0] for line in lines[3:6]] == ["derivative ride", "derivative difference", "derivative forward"]
+    assert "(1.00 of plain)" in lines[3] and lines[-1] == "choose objective.derivative=ride"
 
 
 class Unridable(nn.Module):

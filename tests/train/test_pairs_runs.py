@@ -68,6 +68,7 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
     said = []
     flowmap.fit(small(), tmp_path / "run", say=said.append)
     assert any("[2/3] small-student: 90 pairs -> " in line for line in said)
+    assert sum(line.startswith("teacher: 32 samples at 2 steps") for line in said) == 2, "before the pairs, and before the student"
     student = flowmap.load_student(tmp_path / "run")
     assert student.sample(4, steps=2).shape == (4, 2) and student.config.guidance is None and not student.config.arrival
     assert {"train/error", "by_time/error_t0.00-0.25"} <= set((tmp_path / "run" / "log.csv").read_text().split("\n")[0].split(","))
