@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowmap.base.finite import check_finite
 from flowmap.base.outside import bounded_text
 
 POLL, MINUTE = 0.5, 60.0  # seconds between two looks at a lock, and between two messages about it
@@ -118,23 +119,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order)."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, finite: bool = True) -> None:
+    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order).
+    finite: where one of them is not, ValueError, and the file is as it was."""
     from safetensors.torch import save_file
 
+    if finite:
+        check_finite(tensors, path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_beside(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError, in one line that names the file, for anything else. Nothing is unpickled."""
+    """The tensors of a safetensors file, all finite; ValueError, in one line that names the file, for anything else. Nothing is unpickled."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as handle:
             start = handle.read(2)
@@ -143,6 +147,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             what = f"is not a whole safetensors file (torn or not one): {str(error).splitlines()[0]}"
         raise ValueError(f"{path}: {what}") from error
+    check_finite(tensors, path)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

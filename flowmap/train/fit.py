@@ -36,14 +36,15 @@ from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
-from flowmap.train.callbacks import Average, Bar, Figures, full_state, peak_gib
+from flowmap.train.callbacks import Average, Bar, Figures, check_weights, full_state, peak_gib
+from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import STUDENT, guard, move_aside, put_back, recover, sweep
-from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
+from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
 from flowmap.train.wandb_log import close_wandb, wandb_logger
 
 Say = Callable[[str], None]
@@ -157,7 +158,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, say: Say, clock: Clock 
     checkpoint = folder / "checkpoints" / "last.ckpt"
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if start:
-        say(f"resuming at step {start}")
+        say(f"resuming at step {start}{'' if has_checksum(checkpoint) else ', from a checkpoint without a checksum (flowmap 0.1 wrote none)'}")
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     trainer = _trainer(stage, student, clock, automatic=module.automatic_optimization)
@@ -202,7 +203,8 @@ def _begin(stage: Stage, prior: LearnedPrior | None, config: StudentConfig, over
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        trainer.fit(module, ckpt_path=checkpoint, **safe)
+        with restoring(checkpoint, lambda: module.begun):
+            trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
     except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored
@@ -283,6 +285,7 @@ def quiet_lightning() -> None:
 def _finish(stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, state, seconds: float, say: Say, clock) -> None:
     """Measures the averaged student and writes student/ and metrics.json, the latter last."""
     recipe, done, peak = stage.recipe, trainer.global_step, peak_gib(module.device)
+    check_weights(module, done)
     module.averaged.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
