@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,22 +30,34 @@ class WriteError(OSError):
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path), flushes it to disk and renames it to `path`; on any failure `path` is as it was (WriteError names it)."""
-    from safetensors import SafetensorError
-
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for a full disk
-        number = error.errno if isinstance(error, OSError) else errno.EIO
-        reason = os.strerror(number) if isinstance(error, OSError) and number else str(error).splitlines()[0]
-        raise WriteError(number, f"cannot be written ({reason}); nothing that was there is changed", str(path)) from error
+        with naming(path, RuntimeError):  # torch.save's error for a full disk
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def naming(path: Path, *others: type[Exception], kept: str = "nothing that was there is changed") -> Iterator[None]:
+    """Within it, an error of writing (a full disk, say), or one of `others`, becomes a WriteError that names `path` and says what is `kept`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, *others) as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way to give an errno
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else errno.EIO
+        with suppress(OSError):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
+            free = os.statvfs(path.parent if path.parent.is_dir() else ".")
+            number = errno.ENOSPC if number == errno.EIO and free.f_bavail * free.f_frsize < 1 << 20 else number
+        reason = os.strerror(number) if number not in (None, errno.EIO) else (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WriteError(number, f"cannot be written ({reason}); {kept}", str(path)) from error
 
 
 def check_writable(folder: Path, key: str) -> None:
