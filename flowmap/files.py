@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flowmap.base.finite import check_finite
 from flowmap.base.outside import bounded_text
 
 POLL, MINUTE = 0.5, 60.0  # seconds between two looks at a lock, and between two messages about it
@@ -28,22 +30,34 @@ class WriteError(OSError):
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls write(temporary path), flushes it to disk and renames it to `path`; on any failure `path` is as it was (WriteError names it)."""
-    from safetensors import SafetensorError
-
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for a full disk
-        number = error.errno if isinstance(error, OSError) else errno.EIO
-        reason = os.strerror(number) if isinstance(error, OSError) and number else str(error).splitlines()[0]
-        raise WriteError(number, f"cannot be written ({reason}); nothing that was there is changed", str(path)) from error
+        with naming(path, RuntimeError):  # torch.save's error for a full disk
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def naming(path: Path, *others: type[Exception], kept: str = "nothing that was there is changed") -> Iterator[None]:
+    """Within it, an error of writing (a full disk, say), or one of `others`, becomes a WriteError that names `path` and says what is `kept`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, *others) as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way to give an errno
+        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else errno.EIO
+        with suppress(OSError):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
+            free = os.statvfs(path.parent if path.parent.is_dir() else ".")
+            number = errno.ENOSPC if number == errno.EIO and free.f_bavail * free.f_frsize < 1 << 20 else number
+        reason = os.strerror(number) if number not in (None, errno.EIO) else (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WriteError(number, f"cannot be written ({reason}); {kept}", str(path)) from error
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -118,23 +132,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order)."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, finite: bool = True) -> None:
+    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order).
+    finite: where one of them is not, ValueError, and the file is as it was."""
     from safetensors.torch import save_file
 
+    if finite:
+        check_finite(tensors, path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_beside(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; ValueError, in one line that names the file, for anything else. Nothing is unpickled."""
+    """The tensors of a safetensors file, all finite; ValueError, in one line that names the file, for anything else. Nothing is unpickled."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         with open(path, "rb") as handle:
             start = handle.read(2)
@@ -143,6 +160,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             what = f"is not a whole safetensors file (torn or not one): {str(error).splitlines()[0]}"
         raise ValueError(f"{path}: {what}") from error
+    check_finite(tensors, path)
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

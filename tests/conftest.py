@@ -88,3 +88,17 @@ def command(capsys):
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below that folder, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def spoil_average(monkeypatch, which, at, value):
+    """From here on that average of a run is not finite from step `at` on."""
+    from flowmap.train.module import DistillModule
+
+    original = DistillModule.average
+
+    def average(self):
+        original(self)
+        if self.global_step == at:
+            next(self.averages[which].parameters())[0, 0] = value
+
+    monkeypatch.setattr(DistillModule, "average", average)

@@ -87,7 +87,11 @@ class FlowMapPipeline(DiffusionPipeline):
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels)).reshape(-1)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         lengths = [len(value) for value in (latents, *rows.values(), labels, prompts) if value is not None]
-        num = num_images or max(lengths, default=1)
+        num = max(lengths, default=1) if num_images is None else num_images
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        for name, value in (("num_images", num), ("num_inference_steps", steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: {value!r} must be a whole number from 1")
         if prompts is not None:
             rows |= self._encode(prompts * num if len(prompts) == 1 else prompts, num, device)
         cond = {key: value.to(device) for key, value in rows.items() if value is not None}
@@ -97,7 +101,7 @@ class FlowMapPipeline(DiffusionPipeline):
             latents = _noise((num, *shape), generator, device)
         if tuple(latents.shape) != (num, *shape):
             raise ValueError(f"latents: has shape {tuple(latents.shape)}, wants {(num, *shape)}")
-        x = self._sample(latents.to(device), cond, num_inference_steps or self.config.steps, gamma, noise)
+        x = self._sample(latents.to(device, torch.float32), cond, steps, gamma, noise)
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -182,8 +186,7 @@ class FlowMapPipeline(DiffusionPipeline):
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
         if self.vae is not None:
-            config = self.vae.config
-            x = self.vae.decode(x / config.scaling_factor + (config.get("shift_factor") or 0.0), return_dict=False)[0]
+            x = self._decode(x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0))
         if x.ndim == 4 and (self.config.clamp or self.vae is not None):
             if output_type == "pil" and x.shape[1] not in (1, 3):
                 raise ValueError(f"output_type: samples of {x.shape[1]} channels are no pictures; take pt, np or latent")
@@ -191,6 +194,18 @@ class FlowMapPipeline(DiffusionPipeline):
         if output_type == "pil":
             raise ValueError("output_type: this student's samples are no pictures; take pt, np or latent")
         return x if output_type == "pt" else x.cpu().numpy()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """float32 pictures in the autoencoder's own type; in float32 where it is in float16 and its settings say that it overflows there."""
+        kind = self.vae.dtype
+        upcast = kind == torch.float16 and self.vae.config.get("force_upcast", False)
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+        try:
+            return self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
+        finally:
+            if upcast:
+                self.vae.to(dtype=kind)
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device) -> Tensor:

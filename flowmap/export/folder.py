@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmap.files import check_writable, read_json, write_json
+from flowmap.files import check_writable, naming, read_json, write_json
 
 MARK = "flowmap_export.json"
 
@@ -25,10 +25,11 @@ def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: s
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        write_json(beside / mark, note)
-        _flush(beside)
+        with naming(out):
+            beside.mkdir(parents=True)
+            yield beside
+            write_json(beside / mark, note)
+            _flush(beside)
         if out.exists():
             os.rename(out, old)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.export.plan import Export, Written
+from flowmap.files import write_beside
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
@@ -47,7 +49,9 @@ def write_program(plan: Export, folder: Path) -> Written:
     plan.student.to("cpu")
     program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, folder / PROGRAM)
+    buffer = io.BytesIO()  # written in full by Python: where torch's own writer meets a full disk, it ends the process
+    torch.export.save(program, buffer)
+    write_beside(folder / PROGRAM, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     return Written(_snippet(plan, cond, batch_sizes(program)))
 
 

@@ -35,7 +35,7 @@ def convert_pipeline(folder: str | Path, out: str | Path) -> list[str]:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         beside = Path(scratch) / out.name
         for path in pickles:
-            write_tensors(beside / path.parent.name / _name(path), _tensors(path))
+            write_tensors(beside / path.parent.name / _name(path), _tensors(path), finite=False)  # masks of others may hold -inf
         copy_folder(folder, beside, wanted=lambda path: path.suffix in KEPT)
         os.replace(beside, out)
     return [path.parent.name for path in pickles]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.finite import check_finite
 from flowmap.base.outside import bounded_text
 from flowmap.base.ranges import Number, Positive, check_ranges
 
@@ -50,6 +51,7 @@ class Autoencoder:
             model = cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True)
         except Exception as error:  # a foreign folder makes the library raise anything at all
             raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
+        check_finite(model.state_dict(), f"autoencoder.source: {self.source!r}")
         return FrozenAutoencoder(model, *self._normalisation(config), self.unit, self.identity())
 
     def identity(self) -> dict[str, Any]:

@@ -178,8 +178,7 @@ class Keep(AtSteps):
             self.keep(trainer, module, done)
 
     def check(self, module: DistillModule, done: int) -> None:
-        if not bool(torch.isfinite(norm_of([p.detach() for p in trained(module)]))):
-            raise NotFinite(f"a weight that is trained is not finite after step {done - 1}")
+        check_weights(module, done)
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
         self.check(module, done)
@@ -191,6 +190,17 @@ class Keep(AtSteps):
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         keep_student(self.stage, self.config, state, done)
+
+
+def check_weights(module: DistillModule, done: int) -> None:
+    """NotFinite that names a weight or an average of it that is not finite; all processes call it."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    kept = {"a weight that is trained": trained(module)}
+    kept |= {f"the average of width {width:g}": list(net.parameters()) for width, net in zip(module.widths, module.averages, strict=True)}
+    for what, weights in kept.items():
+        if not bool(torch.isfinite(norm_of([p.detach() for p in weights]))):
+            name = next((names.get(id(p), "?") for p in weights if not bool(torch.isfinite(norm_of([p.detach()])))), "the norm of all")
+            raise NotFinite(f"{what} is not finite after step {done - 1}: {name}")
 
 
 def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:

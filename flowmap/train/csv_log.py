@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from flowmap.files import write_text
+from flowmap.files import naming, write_text
 
 
 class CSVLog(Logger):
@@ -38,7 +38,7 @@ class CSVLog(Logger):
             known = set(row) <= set(self.columns)
         self.columns += [key for key in row if key not in self.columns]
         if known:
-            with open(self.path, "a", newline="", encoding="utf-8") as handle:
+            with naming(self.path, kept="all rows but its last are whole"), open(self.path, "a", newline="", encoding="utf-8") as handle:
                 csv.DictWriter(handle, self.columns).writerow(row)
         else:
             self._write()

@@ -10,7 +10,7 @@ import lightning as L
 from flowmap.files import read_json, write_json
 from flowmap.planning.plan import Stage, mark
 from flowmap.student.student import Student
-from flowmap.train.callbacks import AtPictures, full_state, peak_gib
+from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule
@@ -31,6 +31,7 @@ def finish(
     The checkpoint of the last step and student/ are there before. again: the run was measured before; its old figures stay until the new
     ones are known. FitError where measuring or drawing fails.
     """
+    check_weights(module, trainer.global_step)
     state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
     leaves, path = LEAVES[stage.recipe.leaves], stage.folder / "metrics.json"
     module.to(trainer.strategy.root_device)

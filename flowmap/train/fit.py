@@ -38,6 +38,7 @@ from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.teacher_check import check_teacher
 from flowmap.train.callbacks import Average, Bar, Figures
+from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.finish import FitError, finish
@@ -45,7 +46,7 @@ from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import STUDENT, check_step, guard, measures_again, move_aside, put_back, recover, sweep
-from flowmap.train.strategy import AtomicCheckpointIO, read_checkpoint, strategy_for
+from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
 from flowmap.train.wandb_log import close_wandb, wandb_logger
 
 Say = Callable[[str], None]
@@ -158,7 +159,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
     if again:
         check_step(folder, start)
     elif start:
-        say(f"resuming at step {start}")
+        say(f"resuming at step {start}{'' if has_checksum(checkpoint) else ', from a checkpoint without a checksum (flowmap 0.1 wrote none)'}")
     checked = {} if start or is_child() else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
@@ -207,7 +208,8 @@ def _begin(stage: Stage, prior: LearnedPrior | None, config: StudentConfig, over
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        trainer.fit(module, ckpt_path=checkpoint, **safe)
+        with restoring(checkpoint, lambda: module.begun):
+            trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
     except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import lightning as L
 import torch
@@ -61,7 +62,7 @@ class DistillModule(L.LightningModule):
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
         self._decoder = build_decoder(recipe)  # no module either, as the teacher
-        self._micro = 0
+        self._micro, self.begun, self._restored = 0, False, None
 
     @property
     def averaged(self) -> nn.Module:
@@ -87,8 +88,13 @@ class DistillModule(L.LightningModule):
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
         return DataLoader(self.samples, batch_sampler=batches, collate_fn=as_it_is)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = len(checkpoint["optimizer_states"])
+
     def on_train_start(self) -> None:
-        self._micro = 0
+        if self._restored not in (None, len(self.trainer.optimizers)):  # Lightning would go on with a fresh one
+            raise ValueError(f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}")
+        self._micro, self.begun = 0, True
         if self.teacher is not None:
             self.teacher.to(self.device)
         if self.prior is not None:

@@ -1,0 +1,135 @@
+"""A checkpoint's file: torch's zip of tensors, whose comment holds a SHA-256 of all before it, so that it is whole or it is refused.
+
+torch checks no checksum of its own when it reads; files of flowmap 0.1 have none and are read as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowmap.config import RecipeError
+from flowmap.files import write_beside
+
+MARK = b"flowmap sha256 "
+NO_COMMENT = b"\0\0"  # the end of an archive that nothing was added to
+SEAL = len(MARK) + 64  # bytes of the comment, the last of the file
+NEEDED = {"state_dict": dict, "global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes to a temporary file, seals it with its checksum and renames it."""
+
+    def write(temporary: Path) -> None:
+        torch.save(state, temporary)
+        _seal(temporary)
+
+    write_beside(path, write)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in that file; ValueError names it if it is torn, changed, hostile or not a checkpoint. Nothing is unpickled but tensors."""
+    try:
+        _check_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle's protocol; the error below says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such checkpoint") from None
+    except Exception as error:  # the restricted unpickler raises whatever a foreign file makes it stumble over
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ValueError(f"{path}: is not a whole checkpoint (torn, changed, or holds more than tensors): {reason}") from error
+    _check_entries(path, state)
+    return state
+
+
+@contextmanager
+def restoring(path: Path | None, begun: Callable[[], bool]) -> Iterator[None]:
+    """Where training resumes from that file and fails before it has begun, RecipeError names the file: something in it fits nothing here."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if path is None or begun() or isinstance(error, RecipeError):
+            raise
+        what = (str(error).strip() or "?").splitlines()[0]
+        raise RecipeError(f"--resume: {path}: cannot be restored: {type(error).__name__}: {what}") from error
+
+
+def has_checksum(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        return _sealed_with(handle, os.path.getsize(path)) is not None
+
+
+def _seal(path: Path) -> None:
+    """The end of a zip is its comment, and the two bytes before it are the comment's length: 0 in what torch writes."""
+    size = os.path.getsize(path)
+    with open(path, "r+b") as handle:
+        handle.seek(size - 2)
+        assert handle.read(2) == NO_COMMENT, "torch writes a zip without a comment"
+        handle.seek(size - 2)
+        handle.write(SEAL.to_bytes(2, "little"))
+        digest = _digest(handle, size)
+        handle.seek(size)
+        handle.write(MARK + digest)
+
+
+def _check_file(path: Path) -> None:
+    """ValueError unless it is a regular file, what its own checksum says, and an archive that does not unpack to more than it is."""
+    there = os.stat(path)
+    if not stat.S_ISREG(there.st_mode):
+        raise ValueError("is not a regular file")
+    with open(path, "rb") as handle:
+        if handle.read(2) != b"PK":
+            raise ValueError("is no archive of torch's")
+        entries = zipfile.ZipFile(handle).infolist()
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > there.st_size:
+            raise ValueError("unpacks to more than it is, which no checkpoint of ours does")
+        said = _sealed_with(handle, there.st_size)
+        if said is None and not _last_bytes(handle, there.st_size, 2) == NO_COMMENT:
+            raise ValueError("its checksum is torn off")
+        if said is not None and said != _digest(handle, there.st_size - SEAL):
+            raise ValueError("its checksum (SHA-256) is not that of its content")
+
+
+def _sealed_with(handle, size: int) -> bytes | None:
+    found = _last_bytes(handle, size, SEAL)
+    return found[len(MARK) :] if found.startswith(MARK) else None
+
+
+def _last_bytes(handle, size: int, count: int) -> bytes:
+    handle.seek(max(0, size - count))
+    return handle.read(count)
+
+
+def _digest(handle, size: int) -> bytes:
+    """The SHA-256 of the first `size` bytes, as text."""
+    handle.seek(0)
+    digest, left = hashlib.sha256(), size
+    while left:
+        part = handle.read(min(left, 1 << 22))
+        if not part:
+            raise ValueError("ends before its end")
+        digest.update(part)
+        left -= len(part)
+    return digest.hexdigest().encode()
+
+
+def _check_entries(path: Path, state: Any) -> None:
+    if not isinstance(state, dict) or not {"state_dict", "global_step", "optimizer_states"} <= set(state):
+        raise ValueError(f"{path}: is not a checkpoint of a flowmap run")
+    for name, kind in NEEDED.items():
+        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
+            raise ValueError(f"{path}: {name}: {'is not what a checkpoint holds' if name in state else 'is missing'}")
+    if not all(isinstance(value, torch.Tensor) for value in state["state_dict"].values()):
+        raise ValueError(f"{path}: state_dict: holds more than tensors")
+    if state["global_step"] < 0 or state["epoch"] < 0:
+        raise ValueError(f"{path}: global_step: {state['global_step']} must be 0 or more")
