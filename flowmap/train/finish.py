@@ -13,7 +13,7 @@ from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.leaves import LEAVES
-from flowmap.train.module import DistillModule
+from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.run_folder import NOT_DRAWN
 
 Say = Callable[[str], None]
@@ -31,7 +31,10 @@ def finish(
     The checkpoint of the last step and student/ are there before. again: the run was measured before; its old figures stay until the new
     ones are known. FitError where measuring or drawing fails.
     """
-    check_weights(module, trainer.global_step)
+    try:
+        check_weights(module, trainer.global_step)
+    except NotFinite as error:
+        raise FitError(f"{stage.recipe.name}: {error}") from error
     state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
     leaves, path = LEAVES[stage.recipe.leaves], stage.folder / "metrics.json"
     module.to(trainer.strategy.root_device)
