@@ -1,0 +1,78 @@
+"""One training step of a recipe's module without a trainer: the gradients that each network would step by, however the step's batch is split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.data import Pairs, StepBatches
+from flowmap.data.pairs import noises
+from flowmap.recipe import Recipe
+from flowmap.train.module import DistillModule, trained
+from flowmap.train.modules import module_of
+
+STEP = 3
+
+
+def gradients_of_a_step(
+    monkeypatch, recipe: Recipe, *, batch: int, accumulate: int = 1, world: int = 1, state: int = 0
+) -> dict[str, list[torch.Tensor]]:
+    """The gradient of step 3 for each time that a network steps in it, by its name: means over micro-batches and processes, which go in turn here.
+
+    state: that of torch's own generator before every micro-batch.
+    """
+    recipe = replace(recipe, data=replace(recipe.data, batch_size=batch), trainer=replace(recipe.trainer, accumulate=accumulate))
+    parts = [_of_a_process(monkeypatch, recipe, rank, world, state) for rank in range(world)]
+    return {name: [sum(grads) / world for grads in zip(*(part[name] for part in parts), strict=True)] for name in parts[0]}
+
+
+class Paired:
+    """A data set whose samples are paired with noise of their own, in the place of pairs that a teacher made."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitems__(self, places):
+        x0, cond = self.data.__getitems__(places)
+        return x0, cond, noises(0, places, x0.shape[1:])
+
+
+def _of_a_process(monkeypatch, recipe: Recipe, rank: int, world: int, state: int) -> dict[str, list[torch.Tensor]]:
+    data = build_data(recipe)
+    teacher = build_teacher(recipe, data)
+    config = student_config(recipe, data, teacher)
+    samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
+    module = module_of(recipe, config, build_student(recipe, config, teacher), teacher, data, samples)
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def stepped(self, optimizer, parameters, name=None):
+        found[f"{name or 'student'} {len(found)}"] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+
+    optimizers = module.configure_optimizers()
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+    trainer = SimpleNamespace(world_size=world, optimizers=optimizers)
+    for name, value in {"global_step": STEP, "global_rank": rank, "trainer": trainer, "_must_be_finite": lambda *a: None}.items():
+        monkeypatch.setattr(DistillModule, name, value)
+    monkeypatch.setattr(type(module), "_step", stepped, raising=False)
+    monkeypatch.setattr(type(module), "_mean", lambda self, value: value, raising=False)
+    monkeypatch.setattr(type(module), "optimizers", lambda self: [SimpleNamespace(optimizer=one) for one in optimizers])
+    split = dict(rank=rank, world=world, accumulate=recipe.trainer.accumulate)
+    batches = StepBatches(len(module.samples), recipe.data.batch_size, seed=recipe.seed, **split)
+    for micro in range(recipe.trainer.accumulate):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        loss = module.training_step(module.samples.__getitems__(batches.indices(STEP, micro)), micro)
+        assert torch.equal(torch.get_rng_state(), before), "torch's own generator goes on as if nothing had been drawn"
+        if loss is not None:
+            (loss / recipe.trainer.accumulate).backward()
+    if not found:
+        stepped(module, None, trained(module.student))
+    return found
