@@ -18,13 +18,14 @@ T = TypeVar("T")
 
 
 @contextmanager
-def making(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making."""
+def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making, for
+    which it waits with `waiting` (files.py)."""
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard: {rank}/{world} must be I/N with 0 <= I < N")
     lock = folder / f".process-{rank}-of-{world}"
-    with only_process(lock):
+    with only_process(lock, waiting):
         try:
             yield
         finally:
