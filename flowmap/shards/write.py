@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flowmap.data.checksums import checksum
-from flowmap.data.shards import PLAN, difference, shard_name
+from flowmap.data.encoded import EMPTY, REFERENCE
+from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.files import only_process, read_json, write_beside, write_json
 
 T = TypeVar("T")
+OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # what is written after the plan
 
 
 @contextmanager
@@ -37,6 +39,9 @@ def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | N
 def check_plan(folder: Path, plan: Mapping[str, Any], thing: str, changes: tuple[str, ...] = ()) -> None:
     """Writes down what is being made; ValueError where the folder holds something else, or its source (`changes`) has changed since."""
     if not (folder / PLAN).is_file():
+        foreign = next((path.name for pattern in OURS for path in sorted(folder.glob(pattern))), None)
+        if foreign is not None:
+            raise ValueError(f"{folder}: holds {foreign} without a {PLAN}: no {thing} was begun here; choose another folder")
         write_json(folder / PLAN, plan)
     found = difference(read_json(folder / PLAN), plan)
     if found:
