@@ -95,12 +95,22 @@ def _evaluate(a: argparse.Namespace) -> int:
     say = lambda message: print(message, file=sys.stderr, flush=True)
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
+        _check_figures(Path(a.out))
     student = load_student(a.student, base=a.base).to(_device(a.device))
     metrics = evaluate(
         student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say, teacher=a.teacher, anew=a.anew
     )  # fmt: skip
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
+
+
+def _check_figures(path: Path) -> None:
+    """ValueError where that file is there and holds no figures of a student."""
+    try:
+        if path.exists() and "student" not in json.loads(path.read_text(encoding="utf-8")):
+            raise ValueError
+    except (ValueError, TypeError, OSError):
+        raise ValueError(f"--out: {path} is there and holds no figures of a student; choose another file") from None
 
 
 def _doctor(a: argparse.Namespace) -> int:

@@ -14,15 +14,19 @@ from flowmap.files import write_beside
 
 
 def to_picture(x: Tensor) -> Image.Image:
-    """One sample (C, H, W) in [-1, 1] as a picture; one channel is grey, three are colour."""
+    """One sample (C, H, W) in [-1, 1] as a picture: one channel is grey, two are red and green, of more the first three are red, green, blue."""
     pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    if len(pixels) == 2:
+        pixels = np.concatenate([pixels, np.full_like(pixels[:1], 128)])
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels[:3], 0, -1))
 
 
 def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
-    """Samples (N, C, H, W) side by side, enlarged to at least `least` pixels each; points (N, 2) as a density over [-2, 2]^2."""
+    """Samples (N, C, H, W) side by side, enlarged to at least `least` pixels each; points (N, D) as a density of the first two coordinates over
+    [-2, 2]^2. Samples (N, C, L) are pictures of C rows."""
     if x.ndim == 2:
         return _density(x)
+    x = x.unsqueeze(1) if x.ndim == 3 else x
     scale = max(1, -(-least // x.shape[-1]))
     tiles = [to_picture(one) for one in x]
     size = (x.shape[-1] * scale, x.shape[-2] * scale)
@@ -51,7 +55,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def _density(x: Tensor, *, size: int = 256, reach: float = 2.0) -> Image.Image:
-    points = x.detach().float().cpu()[:, :2].numpy()
+    points = torch.nn.functional.pad(x.detach().float().cpu()[:, :2], (0, max(0, 2 - x.shape[1]))).numpy()
     counts, _, _ = np.histogram2d(-points[:, 1], points[:, 0], bins=size // 2, range=[[-reach, reach]] * 2)
     shade = 255 - np.minimum(counts * 80, 255).astype(np.uint8)
     return Image.fromarray(shade).resize((size, size), Image.Resampling.NEAREST)

@@ -12,13 +12,15 @@ from typing import Any
 from flowmap.files import check_writable, naming, read_json, write_json
 
 MARK = "flowmap_export.json"
+FILES = "files"  # in the note: the files that were written
 
 
 @contextmanager
 def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: str = MARK, what: str = "export") -> Iterator[Path]:
-    """Gives a new folder to fill; at the end it stands at `out`, `note` in it under the name `mark`. On any failure `out` is as it was.
+    """Gives a new folder to fill; at the end it stands at `out`, `note` and the names of its files in it under the name `mark`. On any failure
+    `out` is as it was.
 
-    Raises ValueError where `out` is there already, unless it is empty, or an earlier one (`what`) and `overwrite` is set.
+    Raises ValueError where `out` is there already, unless it is empty, or an earlier one (`what`) with no files but its own and `overwrite` is set.
     """
     check_free(out, overwrite, mark=mark, what=what)
     out = out.absolute()
@@ -28,7 +30,7 @@ def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: s
         with naming(out):
             beside.mkdir(parents=True)
             yield beside
-            write_json(beside / mark, note)
+            write_json(beside / mark, {**note, FILES: _files(beside)})
             _flush(beside)
         if out.exists():
             os.rename(out, old)
@@ -54,8 +56,18 @@ def check_free(out: Path, overwrite: bool, *, mark: str = MARK, what: str = "exp
         return
     if not (out / mark).is_file():
         raise ValueError(f"--out: {out} holds something that is no {what} of flowmap's; choose another folder")
+    note = read_json(out / mark)
     if not overwrite:
-        raise ValueError(f"--out: {out} holds an earlier {what} of {read_json(out / mark).get('recipe', 'a student')!r}; --overwrite replaces it")
+        raise ValueError(f"--out: {out} holds an earlier {what} of {note.get('recipe', 'a student')!r}; --overwrite replaces it")
+    if not isinstance(note.get(FILES), list):
+        raise ValueError(f"--out: {out} holds an {what} of version 0.1, which did not note its files; remove it or choose another folder")
+    if others := [name for name in _files(out) if name not in (*note[FILES], mark)]:
+        raise ValueError(f"--out: {out} holds {others[0]}, which no {what} wrote and --overwrite would remove; choose another folder")
+
+
+def _files(folder: Path) -> list[str]:
+    """The names of all files and links below the folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _flush(folder: Path) -> None:

@@ -12,7 +12,7 @@ from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.importing.published import config_of, tensors_of_net
 from flowmap.nets.flow_map import misfit
 from flowmap.student.config import StudentConfig
-from flowmap.student.folder import save_student
+from flowmap.student.folder import check_place, save_student
 from flowmap.student.snapshots import weighted_sum
 from flowmap.teachers.pickled import Record, read_pickle
 
@@ -26,6 +26,7 @@ def import_weights(files: list[str], out: str | Path, *, std: float | None = Non
     """
     if (len(files) > 1) != (std is not None):
         raise ValueError("--std: is the width of an average over several snapshots: give it with more than one file, and only then")
+    check_place(Path(out), "--out")
     nets = [_network(file) for file in files]
     weights = tensors_of_net(nets[0], files[0])
     config = config_of(nets[0], weights, files[0])

@@ -39,19 +39,20 @@ def encode(
     device: torch.device | str = "cpu",
     batch_size: int = 32,
     say: Callable[[str], None] | None = None,
+    waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """index.json's contents where the encoding is complete; None where other processes still have shards to make, or complete it just now.
 
     shard (r, n) makes those whose number leaves r when divided by n. say: told what the pictures are before they are encoded, and after what
     was left out. ValueError where the folder holds another encoding, or captions are read and no picture has one; WriteError names a shard
-    that could not be written, and the ones before it stay.
+    that could not be written, and the ones before it stay. waiting: as only_process (files.py) has it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
     optional("pyarrow")
     say = say or (lambda message: None)
     survey.check_captions(spec.images, spec.text is not None)
-    with making(folder, shard):
+    with making(folder, shard, waiting):
         encoder, what = Encoder(spec, device), _plan(spec)
         if not (folder / PLAN).is_file():
             check_frozen_parts(spec)

@@ -46,18 +46,20 @@ def make_pairs(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
     say: Callable[[str], None] | None = None,
+    waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """index.json's contents where the pairs are complete; None where other processes still have shards to make, or complete it just now.
 
     folder: default where the recipe looks for them. shard (r, n) makes those whose number leaves r when divided by n. ValueError where the
-    folder holds other pairs; WriteError names a shard that could not be written, and the ones before it stay.
+    folder holds other pairs; WriteError names a shard that could not be written, and the ones before it stay. waiting: as only_process
+    (files.py) has it.
     """
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")
     optional("pyarrow")
     maker = Maker.of(recipe, device)
     folder = folder or Path(pairs_of(recipe).root)
-    with making(folder, shard):
+    with making(folder, shard, waiting):
         slot = pairs_teacher(recipe)
         if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
             alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())

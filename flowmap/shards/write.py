@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flowmap.data.checksums import checksum
-from flowmap.data.shards import PLAN, difference, shard_name
+from flowmap.data.encoded import EMPTY, REFERENCE
+from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.files import only_process, read_json, write_beside, write_json
 
 T = TypeVar("T")
+OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # what is written after the plan
 
 
 @contextmanager
-def making(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making."""
+def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making, for
+    which it waits with `waiting` (files.py)."""
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard: {rank}/{world} must be I/N with 0 <= I < N")
     lock = folder / f".process-{rank}-of-{world}"
-    with only_process(lock):
+    with only_process(lock, waiting):
         try:
             yield
         finally:
@@ -36,6 +39,9 @@ def making(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
 def check_plan(folder: Path, plan: Mapping[str, Any], thing: str, changes: tuple[str, ...] = ()) -> None:
     """Writes down what is being made; ValueError where the folder holds something else, or its source (`changes`) has changed since."""
     if not (folder / PLAN).is_file():
+        foreign = next((path.name for pattern in OURS for path in sorted(folder.glob(pattern))), None)
+        if foreign is not None:
+            raise ValueError(f"{folder}: holds {foreign} without a {PLAN}: no {thing} was begun here; choose another folder")
         write_json(folder / PLAN, plan)
     found = difference(read_json(folder / PLAN), plan)
     if found:

@@ -51,6 +51,19 @@ def _class_names(plain: dict[str, Any], path: Path) -> dict[str, Any]:
     return plain | {"class_names": [labels[str(i)] for i in range(len(labels))]}
 
 
+def check_place(folder: Path, key: str) -> None:
+    """ValueError that names `key` unless a student may be written there: to no folder yet, to an empty one, or over a student alone."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (*FILES, *FOLDERS))
+    if others:
+        raise ValueError(f"{key}: {folder} holds {others[0]}, which is no part of a student; choose another folder")
+    try:
+        read_config(folder / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{key}: {folder} is not empty and holds no student, so it is left alone ({error})") from error
+
+
 def copy_beside(source: Path, target: Path) -> None:
     """What lies beside the weights in one student folder (its autoencoder, its prior), copied into another."""
     for part in FOLDERS:

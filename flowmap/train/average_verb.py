@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flowmap.files import check_writable
 from flowmap.recipe import read_resolved
-from flowmap.student.folder import copy_beside, load_student, save_student
+from flowmap.student.folder import check_place, copy_beside, load_student, save_student
 from flowmap.student.snapshots import combine
 from flowmap.train.card import model_card
 
@@ -18,6 +18,9 @@ def average_verb(a: argparse.Namespace) -> int:
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"--run: {run} is not a run folder (no recipe.yaml)")
     check_writable(out, "--out")
+    if out.resolve() == (run / "student").resolve():
+        raise ValueError(f"--out: {out} is the run's own student; choose another folder")
+    check_place(out, "--out")
     recipe, config = read_resolved(run / "recipe.yaml"), load_student(run).config
     weights = combine(run, std=a.std, step=a.step)
     config = replace(config, step=config.step if a.step is None else a.step)

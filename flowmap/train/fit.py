@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior, write_prior
 from flowmap.config import RecipeError
-from flowmap.files import check_writable, copy_folder, only_process, read_json, real_folder
+from flowmap.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.beforehand import check_beforehand
@@ -72,12 +72,14 @@ def fit(
     overwrite: bool = False,
     say: Say | None = None,
     clock: Clock | None = None,
+    shared: bool = False,
 ) -> Run:
     """Runs the recipe, and first whatever it needs; stages that are complete and unchanged are skipped.
 
     out: the run folder, default runs/<recipe name>. A folder that holds another or an unfinished run is touched only with resume or
-    overwrite. clock: counts the seconds of the recipe's own training, and may end it before its last step. Raises RecipeError for a
-    user's mistake, FitError where training had to stop.
+    overwrite. clock: counts the seconds of the recipe's own training, and may end it before its last step. shared: where another process
+    fills the folder, wait for it, as for whatever the recipe needs. Raises RecipeError for a user's mistake, FitError where training had to
+    stop.
     """
     say = silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
@@ -88,7 +90,7 @@ def fit(
         _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
         return Run(folder, {})  # the first process may still be writing metrics.json
     check_writable(folder, "--out")
-    with only_process(folder):
+    with only_process(folder, waiting_for(recipe.name, folder, say) if shared else None):
         recover(folder, say)
         guard(stages[-1], resume=resume, overwrite=overwrite)
         for stage in stages:  # before pictures are encoded for hours
@@ -114,24 +116,31 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
         if not isinstance(stage, Stage):
             what = f"{stage.recipe.coupling.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
             say(f"{label}: {what} {stage.folder}")
-            make(stage, say)
+            make(stage, say, waiting_for(label, stage.folder, say))
             continue
         say(f"{label}: {'measured again' if again else f'{stage.recipe.trainer.steps} steps'} -> {stage.folder}")
-        with nullcontext() if last or is_child() else only_process(stage.folder):
+        with nullcontext() if last or is_child() else only_process(stage.folder, waiting_for(label, stage.folder, say)):
+            if stage.complete and not last:
+                say(f"{label}: complete in {stage.folder}, made by another process")
+                continue
             _run(stage, resume=resume or not last, overwrite=last and overwrite, again=again, say=say, clock=clock if last else None)
 
 
 def silent(message: str) -> None: ...
 
 
-def make(stage: Encoding | Pairing, say: Say) -> None:
+def waiting_for(label: str, folder: Path, say: Say) -> Callable[[], None]:
+    """What says that another process makes that folder."""
+    return lambda: say(f"{label}: another flowmap process is filling {folder}; waiting for it")
+
+
+def make(stage: Encoding | Pairing, say: Say, waiting: Callable[[], None] | None = None) -> None:
     """Makes the data set on disk or the pairs of that stage, or what of them is not there yet. RecipeError names the recipe."""
-    device = device_of(stage.recipe)
+    options = dict(device=device_of(stage.recipe), say=say, waiting=waiting)
+    done = lambda: make_pairs(stage.recipe, stage.folder, **options) if isinstance(stage, Pairing) else encode(stage.spec, stage.folder, **options)
     try:
-        if isinstance(stage, Pairing):
-            make_pairs(stage.recipe, stage.folder, device=device, say=say)
-        else:
-            encode(stage.spec, stage.folder, device=device, say=say)
+        while done() is None:  # another process completes it just now
+            time.sleep(POLL)
     except RecipeError:
         raise
     except ValueError as error:

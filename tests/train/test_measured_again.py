@@ -244,3 +244,11 @@ def test_an_unfinished_run_of_another_hash_is_gone_on_with(taught, monkeypatch):
     said = []
     fit(recipe_of(taught / "taught.yaml"), taught / "run", say=said.append)
     assert "resuming at step 20" in said and sorted(path.name for path in (taught / "runs").iterdir()) == ["flow-01234567"]
+
+
+@pytest.mark.parametrize("setting", ["sampler.steps=[1000000000]", "sampler={kind: gamma, gamma: 0.3, steps: [1, 100001]}"])
+def test_steps_without_end_are_refused_before_training(tiny, tmp_path, command, untrained, setting):
+    untrained()
+    code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", setting)
+    assert code == 2 and "sampler.steps" in err and "from 1 to 100000" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -26,6 +26,7 @@ from flowmap.train.compare.terms import Terms, evaluations_of, make, needs_of, o
 
 Say = Callable[[str], None]
 STEPS = (1, 2, 4, 8)
+REPORT = ("table.md", "quality.png")  # written after compare.json
 
 
 def compare(
@@ -94,6 +95,9 @@ def _checked(recipes: Sequence[str], overrides: Sequence[str], seeds: int, out: 
         raise ValueError("seed: compare trains at the seeds 0 to N - 1 of --seeds N")
     folder = Path(out) if out else runs_root() / "compare"
     check_writable(folder, "--out")
+    foreign = [] if (folder / "compare.json").is_file() else [name for name in REPORT if (folder / name).exists()]
+    if foreign:
+        raise ValueError(f"--out: {folder} holds {foreign[0]} and no compare.json: no comparison wrote it; choose another folder")
     return read_entrants(recipes, overrides), folder
 
 

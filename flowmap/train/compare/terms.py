@@ -14,7 +14,7 @@ from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, autoencoder_
 from flowmap.recipe import Recipe
 from flowmap.shards.make_pairs import Maker
 from flowmap.train.clock import Clock
-from flowmap.train.fit import device_of, fit
+from flowmap.train.fit import device_of, fit, waiting_for
 from flowmap.train.fit import make as make_on_disk
 
 PAIRS = 256  # pairs in the batch that is timed
@@ -76,9 +76,9 @@ def needs_of(recipe: Recipe) -> list[Needed]:
 def make(stage: Needed, say, now: Callable[[], float]) -> None:
     """Makes a stage that is not complete; what a run took is in its metrics.json."""
     if isinstance(stage, Stage):
-        fit(stage.recipe, stage.folder, resume=True, say=say, clock=Clock(now=now))
+        fit(stage.recipe, stage.folder, resume=True, say=say, clock=Clock(now=now), shared=True)
     else:
-        make_on_disk(stage, say)
+        make_on_disk(stage, say, waiting_for(stage.recipe.name, stage.folder, say))
 
 
 def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> float:
