@@ -201,6 +201,21 @@ def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
     assert "times 0.5" in fill.filled(text, {"adversarial_ratios": {"tables": found}})
 
 
+def test_the_main_job_shows_held_out_figures_and_those_of_training(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/main_job.py", monkeypatch)
+    row = lambda value: {"frechet_pixels": value, "frechet_pixels_train": value / 4}
+    spread = {"frechet_pixels_std": 0.02, "frechet_pixels_train_std": 0.01}
+    figures = lambda value: {"student": {"1": row(value)}, "teacher": {"steps": 64, **row(0.5)}, "floor": row(0.4) | spread}
+    runs = [{f"frechet{suffix}": made.rows_of(figures(v), f"frechet_pixels{suffix}") for suffix in made.SUFFIXES} for v in (1.0, 2.0, 3.0)]
+    assert made.over_seeds(runs, "frechet", "sizes") == [
+        ["sizes", "student 1", 2.0, 1.0, 3.0, 4.0, 0.5],
+        ["sizes", "teacher 64", 0.5, 0.5, 0.5, 1.0, 0.125],
+        ["sizes", "floor", 0.4, 0.4, 0.4, 0.8, 0.1],
+        ["sizes", "floor, standard deviation", 0.02, 0.02, 0.02, 0.04, 0.01],
+    ]
+
+
 def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = module_of(ROOT / "benchmarks/_language_tables.py", monkeypatch)
@@ -234,6 +249,7 @@ def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypa
     said = {"median": 0.1, "least": 0.1, "most": 0.1, "count": 1}
     one = lambda name: {"figures": row(said, said), "cost": {}, "diverged": 2 - len(figures[name]), "runs": 2, "no_time": 0}
     found = {"metrics": ["d"], "terms": {"steps": [1, 2], "seeds": 2}, "recipes": {name: one(name) for name in figures}, "results": results}
+    assert "train" not in made.tables(found | {"beside": {}}, "a")
     rows = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["best"]["rows"]
     assert rows[0] == [1, "b", "1.05 (1 to 1.1)", "2.1 (2 to 2.2)", "100", "no", "b"]
     assert rows[1] == [2, "b", "1.02 (0.8 to 1.25)", "1.1 (1 to 1.2)", "10.5 (-4 to 25)", "yes", ""]

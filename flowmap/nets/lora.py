@@ -107,9 +107,13 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights: names, shapes and values in float32; about a second for each gigabyte."""
+    """The SHA-256 of a model's weights: names, shapes and values in float32; about a second for each gigabyte. Where weights are sharded, all
+    processes call it."""
+    from torch.distributed.tensor import DTensor
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
