@@ -28,6 +28,7 @@ LEAVES = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.d
 ALIASES = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
 """Names of numpy's that torch takes for its own."""
 transform = torch._C._functorch.peek_interpreter_stack
+is_graded, set_graded = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 
 class Ride:
@@ -148,12 +149,12 @@ def carry(function: Callable, args: tuple, kwargs: dict):
     out = function(*values, **named)
     if rule is constant or not has_derivative(out) and function is not Tensor.view:  # whose rule refuses to reinterpret bits
         return out
-    graded = torch.is_grad_enabled()  # torch.no_grad, spelled out: this is the busiest place
-    torch._C._set_grad_enabled(False)
+    graded = is_graded()  # torch.no_grad, spelled out: this is the busiest place
+    set_graded(False)
     try:
         tangent, rows = by_rule(rule, function, out, values, named, live)
     finally:
-        torch._C._set_grad_enabled(graded)
+        set_graded(graded)
     return with_tangent(out, tangent, live[0].ride, rows)
 
 
@@ -162,16 +163,10 @@ def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, 
     takes = accepts(rule, len(args), tuple(kwargs))
     if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
         args, kwargs, live = each_by_itself(args, kwargs, live)
-    if takes:
-        for x in live:
-            if x.rows is not None:
-                part = apart(function, out, args, kwargs, live)
-                if part is None:
-                    break
-                tangent = ask(rule, function, part.out, part.args, part.kwargs, part.tangents)
-                if tangent is not NotImplemented:
-                    return tangent, part.rows
-                break
+    if takes and live[0].rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
+        tangent = ask(rule, function, *part[:-1])
+        if tangent is not NotImplemented:
+            return tangent, part[-1]
     tangents = {id(x.value): filled(x) for x in live}
     tangent = ask(rule, function, out, args, kwargs, tangents) if takes else NotImplemented
     return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
