@@ -8,6 +8,7 @@ no_grad. A tangent is never dropped in silence: an operation has a rule, or a fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType
 
@@ -66,7 +67,7 @@ class Riding(Tensor):
         if function is torch.ops.aten.alias.default and riders[0].leaving:
             return function(*values)
         if any(x.ride.under_way for x in riders):
-            way = "torch.func" if transform() is not None else "as a number, as data of a new tensor, or inside a function that torch keeps to itself"
+            way = "inside torch.func" if under_torch_func() else "as a number, as data of a new tensor, or by a function that torch keeps to itself"
             raise NotImplementedError(f"{function} is called on what carries a tangent ({way}), and the tangent cannot follow: .detach() first")
         return function(*values, **named)
 
@@ -207,13 +208,25 @@ def sound(live: list[Riding], function: Callable) -> None:
         if x.version is not None and x.value._version != x.version:
             raise NotImplementedError(f"{name_of(function)} gets a tensor that was written in place through another one: its tangent is not of it")
     if transform() is not None and depth_of_transforms() > live[0].ride.depth:
-        name = str(transform().key()).rpartition(".")[-1].lower()
-        raise NotImplementedError(f"{name_of(function)} inside torch.func.{name} cannot be followed by a tangent: use mode='forward'")
+        raise NotImplementedError(f"{name_of(function)} inside {transform_name()} cannot be followed by a tangent: use mode='forward'")
 
 
 def depth_of_transforms() -> int:
     """How many of torch.func's transforms are under way."""
     return 0 if transform() is None else transform().level()
+
+
+def transform_name() -> str:
+    """The name of the innermost of torch.func's transforms."""
+    return f"torch.func.{str(transform().key()).rpartition('.')[-1].lower()}"
+
+
+def under_torch_func() -> bool:
+    """Whether one of torch.func's transforms has called, which has left torch's stack of them when a kernel is reached."""
+    frame = sys._getframe()
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch._functorch"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def in_torchs_words(rule: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -224,6 +224,29 @@ def test_one_tensor_may_ride_twice_with_two_tangents():
     torch.testing.assert_close(ride(lambda a, b: a * b.sin(), (x, x), (v, None))[1], v * x.sin())
 
 
+def test_running_statistics_are_kept_once():
+    x, v = given()
+    for layer in (torch.nn.BatchNorm1d(3, dtype=torch.float64), torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64)):
+        plain = copy.deepcopy(layer)
+        ride(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
+        plain(x.T[None] if "Instance" in repr(layer) else x)
+        assert torch.equal(layer.running_mean, plain.running_mean) and torch.equal(layer.running_var, plain.running_var)
+
+
+def test_the_error_names_the_operation():
+    x, v = given()
+    for function, words in (
+        (lambda x: torch.func.vmap(torch.sin)(x), "aten.sin.*inside torch.func"),
+        (lambda x: torch.func.vmap(lambda a: a * x)(torch.ones(2, 1, 1)), "mul inside torch.func.vmap"),
+        (lambda x: torch.add(x, 1, alpha=x[0, 0]), "torch.add.*a number"),
+        (lambda x: x.unique(), "no tangent rule for"),
+        (lambda x: torch.autograd.functional.vjp(torch.sin, x, x), "torch.autograd.functional.vjp"),
+        (lambda x: torch.hash_tensor(x), "hash_tensor"),
+    ):
+        with pytest.raises(NotImplementedError, match=words):
+            ride(function, (x,), (v,))
+
+
 def test_a_finished_ride_holds_nothing_back():
     x, v = given()
     kept = []
