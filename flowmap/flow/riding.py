@@ -8,6 +8,7 @@ no_grad. A tangent is never dropped in silence: an operation has a rule, or a fo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType
 
@@ -28,6 +29,7 @@ LEAVES = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.d
 ALIASES = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
 """Names of numpy's that torch takes for its own."""
 transform = torch._C._functorch.peek_interpreter_stack
+is_graded, set_graded = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 
 class Ride:
@@ -65,7 +67,7 @@ class Riding(Tensor):
         if function is torch.ops.aten.alias.default and riders[0].leaving:
             return function(*values)
         if any(x.ride.under_way for x in riders):
-            way = "torch.func" if transform() is not None else "as a number, as data of a new tensor, or inside a function that torch keeps to itself"
+            way = "inside torch.func" if under_torch_func() else "as a number, as data of a new tensor, or by a function that torch keeps to itself"
             raise NotImplementedError(f"{function} is called on what carries a tangent ({way}), and the tangent cannot follow: .detach() first")
         return function(*values, **named)
 
@@ -148,12 +150,12 @@ def carry(function: Callable, args: tuple, kwargs: dict):
     out = function(*values, **named)
     if rule is constant or not has_derivative(out) and function is not Tensor.view:  # whose rule refuses to reinterpret bits
         return out
-    graded = torch.is_grad_enabled()  # torch.no_grad, spelled out: this is the busiest place
-    torch._C._set_grad_enabled(False)
+    graded = is_graded()  # torch.no_grad, spelled out: this is the busiest place
+    set_graded(False)
     try:
         tangent, rows = by_rule(rule, function, out, values, named, live)
     finally:
-        torch._C._set_grad_enabled(graded)
+        set_graded(graded)
     return with_tangent(out, tangent, live[0].ride, rows)
 
 
@@ -162,16 +164,10 @@ def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, 
     takes = accepts(rule, len(args), tuple(kwargs))
     if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
         args, kwargs, live = each_by_itself(args, kwargs, live)
-    if takes:
-        for x in live:
-            if x.rows is not None:
-                part = apart(function, out, args, kwargs, live)
-                if part is None:
-                    break
-                tangent = ask(rule, function, part.out, part.args, part.kwargs, part.tangents)
-                if tangent is not NotImplemented:
-                    return tangent, part.rows
-                break
+    if takes and live[0].rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
+        tangent = ask(rule, function, *part[:-1])
+        if tangent is not NotImplemented:
+            return tangent, part[-1]
     tangents = {id(x.value): filled(x) for x in live}
     tangent = ask(rule, function, out, args, kwargs, tangents) if takes else NotImplemented
     return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
@@ -212,13 +208,25 @@ def sound(live: list[Riding], function: Callable) -> None:
         if x.version is not None and x.value._version != x.version:
             raise NotImplementedError(f"{name_of(function)} gets a tensor that was written in place through another one: its tangent is not of it")
     if transform() is not None and depth_of_transforms() > live[0].ride.depth:
-        name = str(transform().key()).rpartition(".")[-1].lower()
-        raise NotImplementedError(f"{name_of(function)} inside torch.func.{name} cannot be followed by a tangent: use mode='forward'")
+        raise NotImplementedError(f"{name_of(function)} inside {transform_name()} cannot be followed by a tangent: use mode='forward'")
 
 
 def depth_of_transforms() -> int:
     """How many of torch.func's transforms are under way."""
     return 0 if transform() is None else transform().level()
+
+
+def transform_name() -> str:
+    """The name of the innermost of torch.func's transforms."""
+    return f"torch.func.{str(transform().key()).rpartition('.')[-1].lower()}"
+
+
+def under_torch_func() -> bool:
+    """Whether one of torch.func's transforms has called, which has left torch's stack of them when a kernel is reached."""
+    frame = sys._getframe()
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch._functorch"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def in_torchs_words(rule: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -6,6 +6,7 @@ or permutation around them) hands its rule those rows of its arguments; before a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,47 +53,40 @@ def mapped(x, change: Callable):
     return {key: mapped(v, change) for key, v in x.items()} if kind is dict else x
 
 
-class Part(NamedTuple):
-    """A call on the rows that have a tangent: what a rule is asked, and the rows of what it gives."""
-
-    out: object
-    args: tuple
-    kwargs: dict
-    tangents: dict[int, Tensor]
-    rows: Rows
-    narrowed: list[Tensor]  # alive while tangents names them by id
-
-
-def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list) -> Part | None:
-    """The call on those rows alone; None where the operation is not known to keep them apart. args and kwargs are values."""
+def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list):
+    """(out, args, kwargs, tangents by id, rows) for a rule: the call on the rows that have a tangent, and the rows of what it gives; or None
+    where the operation is not known to keep them apart. args and kwargs are values.
+    """
     rows, kind = riders[0].rows, KINDS.get(function)
-    if kind is None or not args or any(x.rows != rows for x in riders) or not accepts(kind, len(args), tuple(kwargs)):
+    if kind is None or not args or rows is None or not accepts(kind, len(args), tuple(kwargs)):
         return None
+    for x in riders:
+        if x.rows is not rows and x.rows != rows:
+            return None
     dim = kind(rows.dim, out, *args, **kwargs)
     if dim is None:
         return None
-    tangents, narrowed, part_of = {}, [], {id(x.value): x.tangent for x in riders}
-
-    def first(x: Tensor, size: int) -> Tensor:
-        """The rows of what rides, or of a constant that broadcasts against a batch of this size."""
-        tangent = part_of.get(id(x))
-        if tangent is None and (x.ndim < -rows.dim or x.shape[rows.dim] != size):
-            return x
-        y = x.narrow(rows.dim, 0, rows.count)
-        if tangent is not None:
-            tangents[id(y)] = tangent
-        narrowed.append(y)
-        return y
-
     if kind in ALIGNED:
-        size = out.shape[dim]
-        args, kwargs = mapped(args, lambda x: first(x, size)), mapped(kwargs, lambda x: first(x, size))
+        tangents = {}
+        narrow = functools.partial(first, rows, out.shape[dim], {id(x.value): x.tangent for x in riders}, tangents)
+        args, kwargs = mapped(args, narrow), mapped(kwargs, narrow) if kwargs else kwargs
     elif len(riders) == 1 and riders[0].value is args[0]:
-        args = (first(args[0], 0), *args[1:])
+        part = args[0].narrow(rows.dim, 0, rows.count)
+        args, tangents = (part, *args[1:]), {id(part): riders[0].tangent}
     else:
         return None
     part = out.narrow(dim, 0, rows.count) if isinstance(out, Tensor) else out
-    return Part(part, args, kwargs, tangents, rows if dim == rows.dim else Rows(dim, rows.count), narrowed)
+    return part, args, kwargs, tangents, rows if dim == rows.dim else Rows(dim, rows.count)
+
+
+def first(rows: Rows, size: int, riding: dict[int, Tensor], tangents: dict[int, Tensor], x: Tensor) -> Tensor:
+    """The rows of what rides, noted in tangents, or of a constant that broadcasts against a batch of this size."""
+    tangent = riding.get(id(x))
+    if tangent is None:
+        return x.narrow(rows.dim, 0, rows.count) if x.ndim >= -rows.dim and x.shape[rows.dim] == size else x
+    y = x.narrow(rows.dim, 0, rows.count)
+    tangents[id(y)] = tangent
+    return y
 
 
 def by_element(dim, out, /, *args, **kwargs):

@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from flowmap.flow.riding_refused import name_of
 from flowmap.flow.riding_rows import mapped
 
+KEEPERS = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm, torch.instance_norm}
+"""Functions that write running statistics into an argument: once a call, not again for its derivative."""
+
 
 class Scalar(Tensor):
     """A 0-dim value from which no number is read: given where torch wants a number, it would lose its tangent without a word."""
@@ -44,7 +47,9 @@ def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: 
 
     def dual(x: Tensor) -> Tensor:
         tangent = tangents.get(id(x))
-        return x if tangent is None else forward_ad.make_dual(x, tangent)
+        if tangent is None:
+            return x.clone() if function in KEEPERS else x
+        return forward_ad.make_dual(x, tangent)
 
     def guarded(x: Tensor) -> Tensor:
         return scalar(x.detach()) if id(x) in tangents and x.ndim == 0 else x

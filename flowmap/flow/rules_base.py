@@ -42,8 +42,9 @@ def ask(rule: Rule, function: Callable, out, args: tuple, kwargs: dict, tangents
             raise
         answer = NotImplemented
     finally:
-        complete = UNREAD.isdisjoint(tangents)
-        UNREAD.difference_update(tangents)
+        complete = not UNREAD or UNREAD.isdisjoint(tangents)
+        if not complete:
+            UNREAD.difference_update(tangents)
         for key in tangents:
             del TANGENTS[key]
     return answer if complete else NotImplemented
@@ -107,12 +108,13 @@ def same(op, out, x, *args, **kwargs):
 
 def linear(op, out, x, *args, **kwargs):
     """Out is linear in x, the first argument: the same operation takes tangent to tangent."""
-    return None if T(x) is None else op(T(x), *args, **kwargs)
+    t = T(x)
+    return None if t is None else op(t, *args, **kwargs)
 
 
 def shaped_like(op, out, x, *args, **kwargs):
     """Out is linear in x; of another tensor only shape, dtype and device matter (expand_as, type_as, to)."""
-    constant(op, out, *args, **kwargs)
+    T(args[0] if args else kwargs.get("other"))
     return linear(op, out, x, *args, **kwargs)
 
 

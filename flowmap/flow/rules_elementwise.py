@@ -193,23 +193,31 @@ def log_sigmoid(op, out, x):
 
 
 def clamp(op, out, x, min=None, max=None):
-    """The tangent where x is inside, 0 elsewhere, also where it is infinite; bounds that ride are left to torch."""
-    t, outside = T(x), None
+    """The tangent where x is inside, 0 elsewhere, also where it is infinite; bounds that ride are left to torch.
+
+    At a bound it is torch's own: that of x, but 0 at a bound of clamp that is a tensor.
+    """
+    outside = []
     if min is not None:
-        outside = x < min
+        outside.append(x <= min if isinstance(min, Tensor) else x < min)
     if max is not None:
-        outside = x > max if outside is None else outside | (x > max)
+        outside.append(x >= max if isinstance(max, Tensor) else x > max)
+    return cut_off(T(x), outside[0] if len(outside) == 1 else outside[0] | outside[1])
+
+
+def cut_off(t: Tensor, outside: Tensor) -> Tensor:
+    """t, and 0 outside."""
     return t.masked_fill(outside, 0) if outside.shape == t.shape else torch.where(outside, 0, t)
 
 
 def at_least(op, out, x, min):
     """clamp_min."""
-    return clamp(op, out, x, min)
+    return cut_off(T(x), x < min)
 
 
 def at_most(op, out, x, max):
     """clamp_max."""
-    return clamp(op, out, x, None, max)
+    return cut_off(T(x), x > max)
 
 
 def greater(op, out, x, other):
@@ -223,12 +231,12 @@ def lesser(op, out, x, other):
 
 
 def greater_number(op, out, x, other):
-    """fmax: the first of equals, and what is a number beside a NaN."""
-    return of_either((x >= other) | other.isnan(), (x < other) | x.isnan(), x, other)
+    """fmax: the second of equals, and what is a number beside a NaN."""
+    return of_either((x > other) | other.isnan(), (x <= other) | x.isnan(), x, other)
 
 
 def lesser_number(op, out, x, other):
-    """fmin."""
+    """fmin: the first of equals."""
     return of_either((x <= other) | other.isnan(), (x > other) | x.isnan(), x, other)
 
 

@@ -20,8 +20,10 @@ MAX_BLOCK_NUMBERS = 1 << 24
 
 def linear_layer(op, out, x, weight, bias=None):
     """d(x W' + b); one product where only x rides."""
-    parts = (None if T(x) is None else F.linear(T(x), weight), None if T(weight) is None else F.linear(x, T(weight)), T(bias))
-    return add_up(*parts)
+    tx, tweight, tbias = T(x), T(weight), T(bias)
+    if tweight is None and tbias is None:
+        return F.linear(tx, weight)
+    return add_up(None if tx is None else F.linear(tx, weight), None if tweight is None else F.linear(x, tweight), tbias)
 
 
 def convolution(op, out, x, weight, bias=None, *args, **kwargs):

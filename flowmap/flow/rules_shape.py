@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from flowmap.flow.rules_base import T, constant, every, getters, linear, same, shaped_like, tangent_or_zero
+from flowmap.flow.rules_base import T, every, getters, linear, same, shaped_like, tangent_or_zero
 
 
 def reshaped(op, out, x, *args, **kwargs):
     """The same numbers in out's shape. The tangent may lie in memory otherwise than the value, so it is reshaped, never viewed."""
-    constant(op, out, *args, **kwargs)  # of another tensor view_as and reshape_as take the shape alone
-    if T(x) is None:
+    T(args[0] if args else kwargs.get("other"))  # of which view_as and reshape_as take the shape alone
+    t = T(x)
+    if t is None:
         return None
     if out.dtype != x.dtype:
         raise NotImplementedError(f"Tensor.view as {out.dtype}: the bits of {x.dtype} have no derivative")
-    return T(x).reshape(out.shape)
+    return t.reshape(out.shape)
 
 
 def viewed_as_complex(op, out, x):

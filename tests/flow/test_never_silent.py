@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowmap.flow.derivative import value_and_rate
 from flowmap.flow.riding import Riding, ride
+from flowmap.flow.riding_watch import HIDDEN
 
 W = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
 Z = torch.complex(W, W.flip(0))
@@ -204,27 +205,46 @@ def test_what_cannot_be_followed_is_refused(name, rows):
         ride(case(REFUSED[name]), (x,), (v[:rows],))
 
 
-def wrapped():
-    """What a ride puts its own functions in the place of."""
-    dlpack = (torch.utils.dlpack.to_dlpack, torch._C._to_dlpack)
-    return (torch.autograd.backward, *dlpack, torch.autograd.functional.vjp, torch.jit.ScriptFunction.__call__)
+def replaced():
+    """What a ride replaces in torch."""
+    return [getattr(owner, name) for owner, name in [*HIDDEN, (torch.jit.ScriptFunction, "__call__")]], "data" in Tensor.__dict__
 
 
 def test_torch_is_left_as_it_was_found():
-    before = wrapped()
-    x, v = given()
-    for function in (torch.sin, lambda x: x.item()):
-        try:
-            ride(function, (x,), (v,))
-        except NotImplementedError:
-            pass
-    assert before == wrapped() and "data" not in Tensor.__dict__
+    before, (x, v) = replaced(), given()
+    ride(torch.sin, (x,), (v,))
+    with pytest.raises(NotImplementedError):
+        ride(lambda x: x.item(), (x,), (v,))
+    assert replaced() == before and not before[1]
 
 
 def test_one_tensor_may_ride_twice_with_two_tangents():
     x, v = given()
     torch.testing.assert_close(ride(torch.mul, (x, x), (v, 2 * v))[1], 3 * x * v)
     torch.testing.assert_close(ride(lambda a, b: a * b.sin(), (x, x), (v, None))[1], v * x.sin())
+
+
+def test_running_statistics_are_kept_once():
+    x, v = given()
+    for layer in (torch.nn.BatchNorm1d(3, dtype=torch.float64), torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64)):
+        plain = copy.deepcopy(layer)
+        ride(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
+        plain(x.T[None] if "Instance" in repr(layer) else x)
+        assert torch.equal(layer.running_mean, plain.running_mean) and torch.equal(layer.running_var, plain.running_var)
+
+
+def test_the_error_names_the_operation():
+    x, v = given()
+    for function, words in (
+        (lambda x: torch.func.vmap(torch.sin)(x), "aten.sin.*inside torch.func"),
+        (lambda x: torch.func.vmap(lambda a: a * x)(torch.ones(2, 1, 1)), "mul inside torch.func.vmap"),
+        (lambda x: torch.add(x, 1, alpha=x[0, 0]), "torch.add.*a number"),
+        (lambda x: x.unique(), "no tangent rule for"),
+        (lambda x: torch.autograd.functional.vjp(torch.sin, x, x), "torch.autograd.functional.vjp"),
+        (lambda x: torch.hash_tensor(x), "hash_tensor"),
+    ):
+        with pytest.raises(NotImplementedError, match=words):
+            ride(function, (x,), (v,))
 
 
 def test_a_finished_ride_holds_nothing_back():
