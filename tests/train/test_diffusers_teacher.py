@@ -72,7 +72,8 @@ def test_what_does_not_fit_is_one_line(pipeline, command):
     path, card = recipe_in(pipeline), pipeline / "card.yaml"
     good = card.read_text()
     for text, says in (
-        (good.replace("[1, 8, 8]", "[4, 64, 64]"), "its samples are (1, 8, 8)"),
+        (good.replace("[1, 8, 8]", "[4, 64, 64]"), "in_channels: 1: it denoises 1 channels, the card's shape says 4"),
+        (good.replace("[1, 8, 8]", "[1, 64, 64]"), "its samples are (1, 8, 8)"),
         (good.replace(str(pipeline / "pipe"), str(pipeline / "nowhere")), "no diffusers pipeline is there"),
         ("kind: diffusers\n", "source: a card of kind diffusers names"),
     ):
