@@ -12,13 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.export.plan import Export, Written
+from flowmap.export.text import PROMPT
 from flowmap.files import write_beside
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
 from flowmap.nets.stacked import net_within
+from flowmap.planning.costs import tokens_of
 
 PROGRAM = "program.pt2"
+FEW = 63  # rows from which diffusers' up-sampling goes another way
+TOKENS = ("text", "text_mask")  # the conditions whose second dimension is the tokens of a prompt
+MASKED = ("SanaTransformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel")
 EXAMPLE = 3  # rows of the example that the program is traced with: no other size of a sample
 
 
@@ -45,21 +50,24 @@ def write_program(plan: Export, folder: Path) -> Written:
     """Writes program.pt2, for any batch size where torch can show that it does not matter, and gives the Python lines that call it."""
     if plan.gamma > 0 and plan.steps > 1:
         raise ValueError(f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1")
-    cond = example_conditions(plan)
     plan.student.to("cpu")
+    cond, note = example_conditions(plan)
     program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # written in full by Python: where torch's own writer meets a full disk, it ends the process
     torch.export.save(program, buffer)
     write_beside(folder / PROGRAM, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-    return Written(_snippet(plan, cond, batch_sizes(program)))
+    return Written(_snippet(plan, cond, program), (note,) if note else ())
 
 
 def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export.ExportedProgram:
-    """The traced program, its batch free, or where the network looks at it, as free as torch finds. ValueError where it cannot be traced."""
+    """The traced program, its batch and the number of tokens of a text free, or where the network looks at them, as free as torch finds.
+    ValueError where it cannot be traced."""
+    dim = torch.export.Dim
+    some, few, words = dim("batch", min=1), dim("batch", min=1, max=FEW), dim("tokens", min=1)
     found: Exception | None = None
-    for batch in (torch.export.Dim("batch", min=1), torch.export.Dim.AUTO):
-        shapes = ({0: batch}, {key: {0: batch} for key in cond})
+    for batch, tokens in ((some, words), (few, words), *[(some, dim.STATIC)] * ("text" in cond), (dim.AUTO, dim.AUTO)):
+        shapes = ({0: batch}, {key: {0: batch} | ({1: tokens} if key in TOKENS else {}) for key in cond})
         try:
             with torch.no_grad(), _silent():
                 return torch.export.export(module, (noise, cond), dynamic_shapes=shapes)
@@ -79,33 +87,50 @@ def _silent() -> Iterator[None]:
         log.disabled = before
 
 
-def batch_sizes(program: torch.export.ExportedProgram) -> str:
-    """The batch sizes that the program takes, in words."""
-    size = next(node for node in program.graph.nodes if node.name == "noise").meta["val"].shape[0]
-    if isinstance(size, int):
-        return f"exactly {size}"
+def sizes_of(program: torch.export.ExportedProgram, name: str, dim: int) -> str:
+    """The sizes of a dimension that the program takes, in words. name: "noise", or "cond_" and the name of a condition."""
+    size = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[dim]
+    if isinstance(size, int) or size.node.expr.is_number:
+        return f"exactly {int(size)}"
     limits = program.range_constraints[size.node.expr]
     low, high = int(limits.lower), str(limits.upper)
     return f"{low} to {high}" if high.isdigit() else f"any from {low}" if low > 1 else "any"
 
 
-def example_conditions(plan: Export) -> dict[str, Tensor]:
-    """Conditions of EXAMPLE rows, by key, as the network is called with."""
-    config = plan.student.config
+def example_conditions(plan: Export) -> tuple[dict[str, Tensor], str]:
+    """Conditions of EXAMPLE rows, by key, as the network is called with, and a note for the card.
+
+    Those that the student's own text encoder makes of a prompt; where it has none, or none is at hand, zeros for the network's settings.
+    """
+    config, note = plan.student.config, ""
+    if config.text is not None and plan.text:
+        try:
+            return plan.student.conditions(EXAMPLE, {"prompt": PROMPT}, plan.guidance), note
+        except ValueError as error:
+            note = f"Its text encoder could not be loaded when it was exported ({error}): the conditions above are those that its network names."
     cond = {"class": torch.arange(EXAMPLE) % config.num_classes} if config.num_classes else {}
     if plan.guidance is not None:
         cond["guidance"] = torch.full((EXAMPLE,), plan.guidance)
     net = net_within(config.net)
     if isinstance(net, DiffusersModel):
-        cond |= example_text(net, EXAMPLE, tokens=8)
-    return cond
+        cond |= example_text(net, EXAMPLE, tokens=tokens_of(net.network, config.text))
+        if net.network in MASKED:
+            cond["text_mask"] = torch.ones(EXAMPLE, cond["text"].shape[1], dtype=torch.bool)
+    return cond, note
 
 
-def _snippet(plan: Export, cond: Cond, sizes: str) -> str:
+def _snippet(plan: Export, cond: Cond, program: torch.export.ExportedProgram) -> str:
     num, classes = EXAMPLE, plan.student.config.num_classes
-    made = {key: f"torch.zeros{(num, *value.shape[1:])}" for key, value in cond.items()}
+    made = {key: _filled(value) for key, value in cond.items()}
     known = {"class": f"torch.arange({num}) % {classes}", "guidance": f"torch.full(({num},), {plan.guidance})"}
     rows = [f'"{key}": {known.get(key, text)}' for key, text in made.items()]
     shape = ", ".join(str(n) for n in (num, *plan.student.config.shape))
     lines = ["import torch", "", 'program = torch.export.load("path/to/this/folder/program.pt2").module()']
-    return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # batch size: {sizes}"])
+    sizes = f"batch size: {sizes_of(program, 'noise', 0)}" + (f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else "")
+    return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # {sizes}"])
+
+
+def _filled(value: Tensor) -> str:
+    """The Python of a tensor of that shape and type, for the card: all ones for a mask."""
+    shape = tuple(value.shape)
+    return f"torch.ones({shape}, dtype=torch.bool)" if value.dtype == torch.bool else f"torch.zeros{shape}"

@@ -274,7 +274,7 @@ def _qwen(net, x, time, cond):
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     out = net(
         hidden_states=pack(x), timestep=time / 1000, encoder_hidden_states=cond["text"], encoder_hidden_states_mask=cond.get("text_mask"),
-        img_shapes=[[(1, rows, columns)]] * len(x),
+        img_shapes=[[(1, rows, columns)]],  # all are of one size: one entry keeps the batch free where it is traced
     ).sample  # fmt: skip
     return unpack(out, rows, columns)
 

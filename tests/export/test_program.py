@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from flowmap.export import export
+from flowmap.export.plan import make_plan
+from flowmap.export.program import example_conditions
 from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
@@ -38,7 +40,7 @@ def rows(student, num):
     noise = torch.randn(num, *student.config.shape, generator=generator)
     cond = student.conditions(num, guidance=2.5 if student.config.guidance else None)
     if getattr(student.config.net, "network", "") == "SD3Transformer2DModel":
-        cond |= {"text": torch.randn(num, 8, 32, generator=generator), "pooled": torch.randn(num, 24, generator=generator)}
+        cond |= {"text": torch.randn(num, 7 + num, 32, generator=generator), "pooled": torch.randn(num, 24, generator=generator)}
     return noise, cond
 
 
@@ -49,7 +51,7 @@ def exported(names, at):
         steps, make = STUDENTS[name]
         student = make()
         jobs[name] = snippet(export(student, at / name, to="torch", steps=steps))
-        torch.save([rows(student, num) for num in ((2, 5) if name == "table_unet" else (1, 2, 70))], at / f"{name}-given.pt")
+        torch.save([rows(student, num) for num in ((1, 5, 63) if name == "table_unet" else (1, 2, 70))], at / f"{name}-given.pt")
     (at / "jobs.json").write_text(json.dumps(jobs))
     alone(SCRIPT, at)
     return at
@@ -67,7 +69,8 @@ def from_the_student(folder, name):
 
 def check(name, folder):
     assert from_the_student(folder, name) < 1e-5
-    sizes = "2 to 63" if name == "table_unet" else "any"  # diffusers' up-sampling does otherwise from 64 rows on
+    sizes = "1 to 63" if name == "table_unet" else "any"  # diffusers' up-sampling does otherwise from 64 rows on
+    sizes += "; tokens: any" * (name == "sd3")
     assert f"# batch size: {sizes}\n" in (folder / name / "README.md").read_text()
 
 
@@ -88,3 +91,49 @@ def test_noise_between_steps_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--steps 1"):
         export(student, tmp_path / "out", to="torch", steps=2)
     assert not list(tmp_path.iterdir())
+
+
+FAMILIES = {"pixart": "any; tokens: any", "sd3": "any; tokens: any", "sd": "1 to 63; tokens: any", "qwen": "any; tokens: exactly 16"}
+
+
+def with_sentences(family, folder, tokens):
+    """A student of that network whose prompts go through a small BERT, padded to `tokens`."""
+    transformers = pytest.importorskip("transformers")
+    from flowmap.teachers.text import Sentence
+    from tests import tiny_pipelines
+
+    pooled = {"sd3": {"pooled": 32}}.get(family, {})
+    torch.manual_seed(2)
+    bert = transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertModel(bert).save_pretrained(folder)
+    tiny_pipelines.tokenizer().save_pretrained(folder)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if family in ("sd3", "qwen") else diffusers.DDIMScheduler()
+    student = foreign(getattr(tiny_nets, family)(**pooled), scheduler, (4, 8, 8), text=Sentence(str(folder), max_tokens=tokens))
+    return student
+
+
+@pytest.mark.parametrize("family", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "pixart")])
+def test_a_program_takes_what_the_students_own_text_encoder_gives(tmp_path, family):
+    student = with_sentences(family, tmp_path / "bert", 16)
+    folder = export(student, tmp_path / "out", to="torch", steps=1)
+    card = (folder / "README.md").read_text()
+    assert f"# batch size: {FAMILIES[family]}\n" in card
+    exec(snippet(folder), names := {})
+    assert names["images"].shape == (3, 4, 8, 8), "the card's own lines run"
+    for num in (1, 3, 5):
+        cond = student.conditions(num, {"prompt": ["a blue cat", "a dog", "cat", "", "two cats"][:num]})
+        noise = torch.randn(num, 4, 8, 8)
+        wanted = student.config.sampler(student.flow_map, noise, cond, steps=1)
+        assert cond["text"].shape[1] == 16 and parity.relative(names["program"](noise, cond), wanted) < 1e-5
+    if family == "pixart":
+        longer = with_sentences(family, tmp_path / "bert", 28).conditions(2, {"prompt": "a cat"})
+        assert names["program"](torch.randn(2, 4, 8, 8), longer).shape == (2, 4, 8, 8), "of any number of tokens"
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_where_its_text_encoder_is_not_at_hand_a_student_still_leaves_and_the_card_says_so(tmp_path, text):
+    student = with_sentences("pixart", tmp_path / "bert", 16)
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    cond, note = example_conditions(make_plan(student, 1, None, text=text))
+    assert cond["text"].shape == (3, 16, 32) and cond["text_mask"].dtype == torch.bool and cond["text_mask"].shape == (3, 16)
+    assert ("Its text encoder could not be loaded" in note) == text
