@@ -213,8 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     fit = _verb(verbs, "fit", _fit, "train a recipe, and first whatever it needs")
     _recipe_arguments(fit)
     fit.add_argument("--out", help="run folder (default: runs/<recipe name>)")
-    fit.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
-    fit.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds")
+    what = "; a trained run is measured again with other metrics, sampler, evaluation or log"
+    fit.add_argument("--resume", action="store_true", help=f"go on from the folder's last checkpoint{what}")
+    fit.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds, once the new one has a checkpoint")
     fit.add_argument("--dry-run", action="store_true", help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing")
     fit.add_argument("--throughput", type=float, default=200.0, metavar="T", help="TFLOP/s of one device, for the dry run's hours (default: 200)")
 

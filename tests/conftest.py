@@ -85,6 +85,13 @@ def command(capsys):
     return call
 
 
+def no_runs(folder: Path) -> set[str]:
+    """The files in that run folder which are not in the list of what a run writes, and so would stay when it is overwritten."""
+    from flowmap.train.run_folder import written
+
+    return set(bytes_of(folder)) - {str(path.relative_to(folder)) for path in written(folder)}
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every file below that folder, by its relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+from conftest import no_runs
 
 from flowmap.teachers.autoencoder import Autoencoder
 
@@ -34,6 +35,7 @@ def test_from_a_recipe_to_a_folder_that_diffusers_loads(tmp_path, command, monke
     code, out, err = command("fit", "--recipe", path, "--out", tmp_path / "run")
     assert code == 0 and "psnr" in out, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert no_runs(tmp_path / "run") == set()
     assert metrics["student"]["1"]["psnr"] > 12 and (tmp_path / "run" / "samples").is_dir()
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "run" / "student")
     frozen = Autoencoder(source=str(tmp_path / "run" / "student")).load()

@@ -20,6 +20,7 @@ from flowmap.recipe import read_recipe
 from flowmap.shards.make_pairs import verify
 from flowmap.train.fit import FitError
 from flowmap.train.module import DistillModule
+from tests.conftest import no_runs
 
 PRIOR = """\
 name: small-prior
@@ -105,10 +106,11 @@ def test_the_auxiliary_models_run_says_what_became_of_its_posterior(recipes):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["student"]["1"]) == {"nll", "rmse", "kl_nats", "active_share", "codes_to_normal"}
     assert len(metrics["units"]["kl"]) == 3 and metrics["units"]["active"] == round(3 * metrics["student"]["1"]["active_share"])
-    assert (folder / "samples" / "step-00000006.png").is_file()
+    assert (folder / "samples" / "step-00000006.png").is_file() and no_runs(folder) == set()
 
 
 def test_the_students_prior_ships_with_it_and_gives_the_same_starts(recipes, trained, tmp_path):
+    assert no_runs(trained / "runs" / "small-map") == no_runs(dependency_folder(recipes("flow"))) == set()
     recipe = recipes("map")
     student, built = flowmap.load_student(trained / "runs" / "small-map"), build_prior(recipe)
     assert student.config.prior.told and student.config.prior.scale == 0.8

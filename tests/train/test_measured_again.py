@@ -61,9 +61,9 @@ def test_a_run_whose_measuring_fails_is_trained_and_measured_by_another_recipe(t
     with monkeypatch.context() as patch:
         patch.setattr("flowmap.train.leaves.measure", fail)
         code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
-    said = err.splitlines()
-    assert code == 1 and len(said) == 2 and "trained for 20 steps, but measuring failed: " in said[1] and "`flowmap fit --resume`" in said[1], err
-    assert str(error) in said[1] and (type(error).__name__ in said[1]) == (type(error) not in (ValueError, RuntimeError))
+    (said,) = [line for line in err.splitlines() if line.startswith("flowmap: ")]
+    assert code == 1 and "trained for 20 steps, but measuring failed: " in said and "`flowmap fit --resume`" in said, err
+    assert str(error) in said and (type(error).__name__ in said) == (type(error) not in (ValueError, RuntimeError))
     assert_trained(tmp_path / "run")
     weights = (tmp_path / "run/student/model.safetensors").read_bytes()
     untrained()
@@ -250,5 +250,5 @@ def test_an_unfinished_run_of_another_hash_is_gone_on_with(taught, monkeypatch):
 def test_steps_without_end_are_refused_before_training(tiny, tmp_path, command, untrained, setting):
     untrained()
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", setting)
-    assert code == 2 and "sampler.steps" in err and "from 1 to 100000" in err and len(err.splitlines()) == 1
+    assert code == 2 and "sampler.steps" in err and "100000" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ import pytest
 
 import flowmap
 from flowmap.recipe import read_recipe
+from tests.conftest import no_runs
 from tests.tiny_text import wordnet_files
 
 JOINT = """
@@ -39,6 +40,7 @@ def folder(tmp_path_factory):
 
 def test_the_run_leaves_a_student_with_its_own_decoder(folder):
     run = folder / "runs" / "both"
+    assert no_runs(run) == set()
     figures = json.loads((run / "metrics.json").read_text())
     assert {"frechet_pixels", "length_within"} <= set(figures["student"]["2"]) and {"exact", "nll_per_token"} <= set(figures["autoencoder"])
     student = flowmap.load_student(run)

@@ -11,6 +11,7 @@ import torch
 import flowmap
 from flowmap.recipe import read_recipe
 from flowmap.student.text_autoencoder import TextAutoencoder
+from tests.conftest import no_runs
 from tests.tiny_text import wordnet_files
 
 VAE = """
@@ -61,6 +62,7 @@ def runs(place, monkeypatch):
 
 def test_the_autoencoder_learns_and_its_folder_is_whole(runs):
     figures = json.loads((runs / "words" / "metrics.json").read_text())
+    assert no_runs(runs / "words") == no_runs(runs / "flow") == set()
     row = figures["student"]["1"]
     assert row["token_accuracy"] > 0.1 and set(row) == {"exact", "word_accuracy", "token_accuracy", "nll_per_token", "kl", "active"}
     assert figures["sentences"]["train"] + figures["sentences"]["held_out"] + figures["sentences"]["shared"] == 80
