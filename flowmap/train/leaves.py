@@ -11,6 +11,7 @@ import lightning as L
 from torch import Tensor
 
 from flowmap.evaluate import measure
+from flowmap.known_rows import read_known
 from flowmap.planning.plan import Stage
 from flowmap.student.student import Student
 from flowmap.train import autoencoder, text_autoencoder, text_joint
@@ -39,7 +40,8 @@ class AStudent:
         return [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
-        return measure(stage.recipe, student, module.teacher, module.data, progress=say)
+        known = read_known(stage.folder / "student")  # of a run that is measured again
+        return measure(stage.recipe, student, module.teacher, module.data, progress=say, known=known)
 
     def write(self, stage: Stage, student: Student, module: DistillModule, state: dict[str, Tensor], done: int, metrics: Figures | None) -> None:
         keep_student(stage, student.config, state, done, metrics)
