@@ -195,14 +195,12 @@ def log_sigmoid(op, out, x):
 def clamp(op, out, x, min=None, max=None):
     """The tangent where x is inside, 0 elsewhere, also where it is infinite; bounds that ride are left to torch.
 
-    At a bound it is torch's own: that of x, but 0 at a bound of clamp that is a tensor.
+    At a bound it is torch's own: that of x, but 0 where a tensor is the only bound.
     """
-    outside = []
-    if min is not None:
-        outside.append(x <= min if isinstance(min, Tensor) else x < min)
-    if max is not None:
-        outside.append(x >= max if isinstance(max, Tensor) else x > max)
-    return cut_off(T(x), outside[0] if len(outside) == 1 else outside[0] | outside[1])
+    if min is None or max is None:
+        bound, beyond, reached = (max, torch.gt, torch.ge) if min is None else (min, torch.lt, torch.le)
+        return cut_off(T(x), (reached if isinstance(bound, Tensor) else beyond)(x, bound))
+    return cut_off(T(x), (x < min) | (x > max))
 
 
 def cut_off(t: Tensor, outside: Tensor) -> Tensor:

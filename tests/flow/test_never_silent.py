@@ -79,7 +79,7 @@ FOLLOWED = {
     "nested lists": lambda x, s: torch.cat([torch.stack([x, x.sin()]), torch.stack([W, x])]),
     "ordered dict": lambda x, s: F.linear(**OrderedDict(input=x, weight=x)),
     "foreach": lambda x, s: torch._foreach_mul([x, x.sin()], 2.0)[1] * torch._foreach_exp([x])[0],
-    "rnn": lambda x, s: torch.nn.LSTM(3, 3, dtype=torch.float64)(x)[0],
+    "rnn": lambda x, s: torch.nn.LSTM(3, 3, dtype=torch.float64)(x[:2])[0],
     "fft": lambda x, s: torch.fft.irfft(torch.fft.rfft(x, dim=0) * Z[:3], n=5, dim=0),
     "linalg": lambda x, s: torch.linalg.solve(x.mT @ x + torch.eye(3).double(), x.mT),
     "vector_norm": lambda x, s: torch.linalg.vector_norm(x, dim=1, keepdim=True) + torch.norm(x) + x.norm(dim=0),
@@ -293,6 +293,8 @@ def test_where_an_infinite_value_is_cut_off_the_tangent_is_zero(name, rows):
 
 KINKS = {
     "clamp": (lambda x: x.clamp(0.0, 1.0), [0.0, 1.0], [1.0, 1.0]),
+    "clamp to tensors": (lambda x: x.clamp(torch.zeros_like(x), torch.ones_like(x)), [0.0, 1.0], [1.0, 1.0]),
+    "clamp to one tensor": (lambda x: x.clamp(max=torch.zeros_like(x)), [0.0], [0.0]),
     "relu": (F.relu, [0.0], [0.0]),
     "abs": (torch.abs, [0.0], [0.0]),
     "maximum": (lambda x: torch.maximum(x, torch.zeros_like(x)), [0.0], [0.5]),
