@@ -33,7 +33,7 @@ def refused(call, *says):
     text = str(error.value)
     assert "\n" not in text and SECRET not in text, text
     assert all(part in text for part in says), text
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10  # nothing hangs
     return text
 
 

@@ -29,7 +29,7 @@ def refused(path, *says):
         read_checkpoint(path)
     text = str(error.value)
     assert text.startswith(f"{path}: ") and "\n" not in text and all(part in text for part in says), text
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 10  # nothing hangs
 
 
 def test_a_round_trip_is_exact_and_others_read_it_too(path):
