@@ -24,7 +24,7 @@ def check_frozen_parts(spec: Any) -> None:
 def _folders(spec: Any) -> Iterator[tuple[str, str, Path]]:
     """(key, source, folder with weights) of every part that lies in a folder."""
     autoencoder, text = getattr(spec, "autoencoder", None), getattr(spec, "text", None)
-    if isinstance(autoencoder, Autoencoder) and Path(autoencoder.source or "").is_dir():
+    if isinstance(autoencoder, Autoencoder) and autoencoder.source and Path(autoencoder.source).is_dir():
         root = Path(autoencoder.source)
         folder = root if (root / "config.json").is_file() else root / "vae"
         if (folder / "config.json").is_file():  # else it is no autoencoder, which loading it says

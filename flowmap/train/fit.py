@@ -28,7 +28,7 @@ from flowmap.files import check_writable, copy_folder, only_process, read_json, 
 from flowmap.flow.prior import LearnedPrior
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import misfit
-from flowmap.planning.beforehand import check_beforehand
+from flowmap.planning.dry_run import check_stages
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe
@@ -92,9 +92,7 @@ def fit(
     with only_process(folder):
         recover(folder, say)
         guard(stages[-1], resume=resume, overwrite=overwrite)
-        for stage in stages:  # before pictures are encoded for hours
-            if isinstance(stage, Stage) and not (stage.complete and not (overwrite and stage is stages[-1])):
-                check_beforehand(stage.recipe)
+        check_stages(stages, again=overwrite)  # before pictures are encoded for hours
         _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
     return Run(folder, read_json(folder / "metrics.json"))
 
