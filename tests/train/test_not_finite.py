@@ -13,7 +13,6 @@ from flowmap.files import read_tensors, write_tensors
 from flowmap.train.checkpoint_file import read_checkpoint
 from flowmap.train.clock import Clock
 from flowmap.train.fit import FitError, fit
-from flowmap.train.module import NotFinite
 
 
 def quiet(message):
@@ -34,7 +33,7 @@ def test_an_average_that_is_not_finite_ships_nothing(tiny, tmp_path, monkeypatch
 def test_nor_does_a_run_that_its_clock_ends_between_checkpoints(tiny, tmp_path, monkeypatch):
     spoil_average(monkeypatch, 0, 2, float("nan"))
     seconds = iter(range(10_000))
-    with pytest.raises(NotFinite, match="the average of width"):
+    with pytest.raises(FitError, match="the average of width"):
         recipe = flowmap.read_recipe(tiny, ["ema.snapshot_every_steps=0"])
         fit(recipe, tmp_path / "run", say=quiet, clock=Clock(3.0, lambda: next(seconds), at_least=3))
     assert not list((tmp_path / "run").rglob("model.safetensors"))
