@@ -45,6 +45,7 @@ from flowmap.planning.plan import (
     teacher_cards,
     teacher_recipes,
 )
+from flowmap.planning.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
 from flowmap.student.config import StudentConfig
@@ -73,6 +74,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             missing += lacks
     if (stages[-1].folder / "recipe.yaml").is_file() and not holds(stages[-1].folder, recipe):
         lines.append(f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite")
+    elif stages[-1].complete and not same_measurement(stages[-1].folder, recipe):
+        lines.append(f"      {stages[-1].folder} holds this run, measured by other settings: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
     return [*lines, "missing on this machine: " + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
