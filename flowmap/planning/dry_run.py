@@ -24,6 +24,7 @@ from flowmap.planning.named_networks import missing_weights, net_of, spec_of
 from flowmap.planning.outlines import Described, check_outlines, known_data
 from flowmap.planning.pictures import check_pictures, describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, holds, pairs_cards, plan, prior_recipes, runs_root, teacher_cards
+from flowmap.planning.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
 from flowmap.student.config import StudentConfig
@@ -53,6 +54,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             missing += lacks
     if (stages[-1].folder / "recipe.yaml").is_file() and not holds(stages[-1].folder, recipe):
         lines.append(f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite")
+    elif stages[-1].complete and not same_measurement(stages[-1].folder, recipe):
+        lines.append(f"      {stages[-1].folder} holds this run, measured by other settings: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
     return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 

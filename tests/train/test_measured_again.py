@@ -98,6 +98,8 @@ def test_samples_that_cannot_be_drawn_stop_neither_training_nor_measuring(tiny, 
 def test_a_trained_run_is_measured_again_and_nothing_is_trained(tiny, finished, command, untrained, what):
     before, old = bytes_of(finished), read_json(finished / "metrics.json")
     untrained()
+    out = command("fit", "--recipe", tiny, "--out", finished, OTHER[what], "--dry-run")[1]
+    assert ": complete" in out and ("fit wants --resume, which measures it again" in out) == (what != "log")
     code, out, err = command("fit", "--recipe", tiny, "--out", finished, OTHER[what])
     assert bytes_of(finished) == before
     if what == "log":  # says nothing of the run
