@@ -80,12 +80,13 @@ MF_TANGENT = 'direction = v if self.tangent == "target" else without_graph(stude
 MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped"
 MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
 MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
-MF_DERIVE = "derive, sample, direction, needed"
+MF_DERIVE = "derive, student, sample, direction, needed"
 CT_WHOLE = "whole = along(1 - t, x) * (pull + along(t, x) * rate)"
 CT_G = "g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)"
 CT_RIDE = "along_path(student, x, t, torch.zeros_like(t), v, cond"
 CT_NETWORK = "network = along(radius / self.sigma_data, x) * mean_velocity"
-SELF_TARGET = "target = still.vt if teacher is None else teacher.velocity(still.xt, still.t, still.cond)"
+SELF_TARGET = "target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)"
+SELF_SIDES = "return student.mean_velocity(sample.xt, sample.t, sample.s, sample.cond), target.detach()"
 ESD_OWN = "own = without_graph(student, x, t, t, cond)"
 ESD_SUM = "return mean_velocity + length * (rate + space_rate), own"
 ESD_PLAIN = "return mean_velocity + length * rate, own"
@@ -108,9 +109,9 @@ FREE_RIDE = "in_arrival(student, x, torch.ones_like(s), s, cond"
 CM_Y = "y = x + along(u - t, x) * self._slope(teacher, sample, u)"
 CM_TARGET = "target = y - along(u, x) * without_graph(student, y, u, zero, cond)"
 CM_SECOND = "teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)"
-CHOSEN = "chosen, lagrangian = evenly(count, self.lagrangian)"
+CHOSEN = "chosen, lagrangian = evenly(place, self.lagrangian, turned=1)"
 OWN_JUMP = "jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)"
-OWN_LAGRANGIAN = "evenly(lagrangian, self.own_lagrangian)"
+OWN_LAGRANGIAN = "evenly(lagrangian, self.own_lagrangian, turned=2)"
 OWN_STATE = "(part.x1 + along(part.t - 1, part.x1) * jump)"
 MID_STATES = "x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]"
 MID_TARGET = "target = (x - y) / along(t - s, x).to(x.dtype)"
@@ -201,7 +202,7 @@ MUTANTS = [
     Mutant("ayf_emd", "teacher's condition lost", AYF, EMD_TEACHER, EMD_TEACHER.replace("t, cond", "t, None")),
     Mutant("ayf_emd", "vt in place of the teacher", AYF, EMD_TEACHER, "v = sample.vt"),
     Mutant("ayf_emd", "flipped sign of vt", AYF, EMD_TEACHER, EMD_TEACHER.replace("v = sample.vt", "v = -sample.vt")),
-    Mutant("ayf_emd", "derivative along vt", AYF, "derive, sample, v, needed", "derive, sample, sample.vt, needed"),
+    Mutant("ayf_emd", "derivative along vt", AYF, "derive, student, sample, v, needed", "derive, student, sample, sample.vt, needed"),
     Mutant("ayf_emd", "zero time tangent", DERIVATIVE, "(velocity.to(x.dtype), torch.ones_like(t))", "(velocity.to(x.dtype), torch.zeros_like(t))"),
     Mutant("ayf_emd", "zero space tangent", DERIVATIVE, "(velocity.to(x.dtype), torch", "(0 * velocity.to(x.dtype), torch"),
     Mutant("ayf_lmd", "flipped sign of the derivative", AYF, LMD_G, LMD_G.replace("+ r", "- r")),
@@ -239,22 +240,22 @@ MUTANTS = [
     Mutant("ayf, both", "normalised across the batch", DISTANCE, "vector_norm(flat, dim=1)", "vector_norm(flat, dim=1).mean().expand(len(flat))"),
     Mutant("ayf, both", "dimension left out of rms", DISTANCE, "length / flat.shape[1] ** 0.5", "length / flat.shape[0] ** 0.5"),
     Mutant("ayf_mixed", "shares exchanged", AYF, CHOSEN, CHOSEN.replace("evenly", "~evenly")),
-    Mutant("ayf_mixed", "shares of one batch alone", AYF, "count = step * n + ", "count = "),
-    Mutant("ayf_mixed", "parts not weighted", AYF, "loss.value * (int(rows.sum()) / len(rows))", "loss.value / len(losses)"),
-    Mutant("ayf_mixed", "settings lost", AYF, "kind(**settings)) for", "kind()) for"),
+    Mutant("ayf_mixed", "shares of one batch alone", AYF, "self.rows(sample.places(step))", "self.rows(torch.arange(len(sample.t)))"),
+    Mutant("ayf_mixed", "parts not weighted", AYF, "loss.value * (int(rows.sum()) / len(rows))", "loss.value / 2"),
+    Mutant("ayf_mixed", "settings lost", AYF, "kind(**settings)(student", "kind()(student"),
     Mutant("ayf_mixed", "own states are the path's", AYF, "sample = at_own_states(student, sample, own)", ""),
     Mutant("ayf_mixed", "own states of the other rows", AYF, "at_own_states(student, sample, own)", "at_own_states(student, sample, ~own)"),
     Mutant("ayf_mixed", "own share of the Lagrangian rows", AYF, OWN_LAGRANGIAN, OWN_LAGRANGIAN.replace("own_lagrangian", "own_eulerian")),
-    Mutant("ayf_mixed", "own share of the Eulerian rows", AYF, "lagrangian, self.own_eulerian)", "lagrangian, self.own_lagrangian)"),
+    Mutant("ayf_mixed", "own share of the Eulerian rows", AYF, "lagrangian, self.own_eulerian, t", "lagrangian, self.own_lagrangian, t"),
     Mutant("ayf_mixed", "own states at the arrival time", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part.cond", "part.s, part.cond")),
     Mutant("ayf_mixed", "own states by the velocity alone", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part", "torch.ones_like(part.t), part")),
     Mutant("ayf_mixed", "own states without conditions", AYF, OWN_JUMP, OWN_JUMP.replace("part.cond", "None")),
     Mutant("ayf_mixed", "own states from the path's points", AYF, OWN_JUMP, OWN_JUMP.replace("part.x1", "part.xt")),
     Mutant("ayf_mixed", "own states on the other side", AYF, OWN_STATE, OWN_STATE.replace("part.t - 1", "1 - part.t")),
-    Mutant("ayf_mixed", "own states written over the draw", AYF, "xt = sample.xt.clone()", "xt = sample.xt"),
+    Mutant("ayf_mixed", "own states written over the draw", AYF, "sample.xt.index_copy(", "sample.xt.index_copy_("),
     Mutant("ayf_mixed", "own states carry grad", AYF, OWN_JUMP, OWN_JUMP.replace("without_graph(student, ", "student.mean_velocity(")),
     Mutant("ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.{name}', 'print(f"objective.{name}'),
-    Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][rows] = loss.logs[key]", "logs[key][: int(rows.sum())] = loss.logs[key]"),
+    Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][places[mine]] = ", "logs[key][: int(mine.sum())] = "),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
     Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),
     Mutant("meanflow", "t in place of (t - s)", MF, MF_TARGET, MF_TARGET.replace("t - s", "t")),
@@ -265,7 +266,7 @@ MUTANTS = [
     Mutant("meanflow", "vt in place of the teacher", MF, MF_TEACHER, "v = sample.vt"),
     Mutant("meanflow", "tangents exchanged", MF, MF_TANGENT, MF_TANGENT.replace("==", "!=")),
     Mutant("meanflow", "the student's velocity at s", MF, MF_TANGENT, MF_TANGENT.replace("x, t, t", "x, t, s")),
-    Mutant("meanflow", "derivative along vt", MF, MF_DERIVE, "derive, sample, sample.vt, needed"),
+    Mutant("meanflow", "derivative along vt", MF, MF_DERIVE, "derive, student, sample, sample.vt, needed"),
     Mutant("meanflow", "zero time tangent", DERIVATIVE, PATH_TANGENT, PATH_TANGENT.replace("torch", "0 * torch")),
     Mutant("meanflow", "guidance turned round", MF, MF_MIXED, MF_SWAPPED),
     Mutant("meanflow", "kappa left out of the rest", MF, MF_MIXED, MF_MIXED.replace(" - self.kappa", "")),
@@ -287,10 +288,10 @@ MUTANTS = [
     Mutant("scm", "network not scaled", CT, CT_NETWORK, "network = mean_velocity"),
     Mutant("scm", "target on the other side", CT, "network, -normalise", "network, normalise"),
     Mutant("scm", "settings of the norm ignored", CT, "c=self.c, norm=self.norm", "c=self.c"),
-    Mutant("self_distilled", "teacher asked off the diagonal's place", SELF, SELF_TARGET, SELF_TARGET.replace("still.xt", "still.x1")),
-    Mutant("self_distilled", "flipped sign of vt", SELF, SELF_TARGET, SELF_TARGET.replace("= still.vt", "= -still.vt")),
-    Mutant("self_distilled", "teacher's condition lost", SELF, SELF_TARGET, SELF_TARGET.replace("still.cond", "None")),
-    Mutant("self_distilled", "no anchor", SELF, "self.distance(velocity, target.detach())", "0 * self.distance(velocity, target.detach())"),
+    Mutant("self_distilled", "teacher asked off the diagonal's place", SELF, SELF_TARGET, SELF_TARGET.replace("sample.xt", "sample.x1")),
+    Mutant("self_distilled", "flipped sign of vt", SELF, SELF_TARGET, SELF_TARGET.replace("= sample.vt", "= -sample.vt")),
+    Mutant("self_distilled", "teacher's condition lost", SELF, SELF_TARGET, SELF_TARGET.replace("sample.cond", "None")),
+    Mutant("self_distilled", "no anchor", SELF, SELF_SIDES, "return target.detach(), target.detach()"),
     Mutant("self_distilled", "no stop-gradient", DERIVATIVE, "with torch.no_grad(), torch.autocast(device", "with torch.autocast(device"),
     Mutant("self_distilled", "ascent", SELF, "sample.s).mean(),", "sample.s).mean().neg(),"),
     Mutant("esd", "flipped sign of the derivative", SELF, ESD_SUM, ESD_SUM.replace("+ length", "- length")),
@@ -429,9 +430,9 @@ MUTANTS = [
     Mutant("score_distillation", "the noised point descends", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(sample.x0, d", "(sample.xt, d")),
     Mutant("score_distillation", "asked with a graph", SCORE, "sample.xt.detach(), sample.t", "sample.xt, sample.t"),
     Mutant("score_distillation", "fake learns from the teacher", SCORE, "return FlowMatching()(fake, None,", "return FlowMatching()(fake, fake,"),
-    Mutant("score_distillation", "the last jump alone", SCORE, "1 + drawn(num_steps)", "num_steps"),
-    Mutant("score_distillation", "never the last jump", SCORE, "1 + drawn(num_steps)", "1 + drawn(max(num_steps - 1, 1))"),
-    Mutant("score_distillation", "the most steps alone", SCORE, "self.steps[drawn(len(self.steps))]", "self.steps[-1]"),
+    Mutant("score_distillation", "the last jump alone", SCORE, "1 + one_of(num_steps, generator)", "num_steps"),
+    Mutant("score_distillation", "never the last jump", SCORE, "1 + one_of(num_steps, generator)", "1 + one_of(max(num_steps - 1, 1), generator)"),
+    Mutant("score_distillation", "the most steps alone", SCORE, "self.steps[one_of(len(self.steps), generator)]", "self.steps[-1]"),
     Mutant("score_distillation", "through exchanged", SCORE, 'if self.through == "all"', 'if self.through == "last"'),
     Mutant("score_distillation", "graph of every jump", SCORE, SCORE_STOP, "torch.is_grad_enabled()"),
     Mutant("score_distillation", "graph of the first jump", SCORE, SCORE_STOP, SCORE_STOP.replace("self.at and", "1 and")),

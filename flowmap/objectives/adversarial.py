@@ -31,7 +31,7 @@ class DiscriminatorSpec(Protocol): ...
 
 @dataclass(frozen=True)
 class Adversarial:
-    """The distillation loss of `base`, kept, and the pairing loss of the student's samples in one of `steps` steps, drawn for each batch.
+    """The distillation loss of `base`, kept, and the pairing loss of the student's samples in one of `steps` steps, drawn for each step of training.
 
     balance: which of the two losses is multiplied by `weight` times the ratio of both gradients' norms at the student's last layer: "base"
     (sources of the paper: weight 0.1), "adversarial", or "none", where `weight` alone multiplies the adversarial loss. r1 and r2 weigh the

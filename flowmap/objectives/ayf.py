@@ -122,9 +122,7 @@ def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, nee
     One forward pass whatever the times: where the diagonal samples are not the last of the batch it is put in that order and back.
     """
     still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)
-    rows = int((~still).sum())
-    if needed and rows == 0 and anywhere(~still, student):
-        rows = 1
+    rows = max(int((~still).sum()), int(needed and anywhere(~still, student)))
     given = (sample.xt, sample.t, sample.s, v)
     if not bool(still[:rows].any()):
         return derive(*given, sample.cond, rows)

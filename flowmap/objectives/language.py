@@ -26,7 +26,7 @@ class TextELBO:
     """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps); KL = sum over latent entries of max(mean_B KL_d, free_bits).
 
     Sums over the tokens of a sentence and the entries of its latent, means over the batch; free_bits in nats an entry. z is a draw of the
-    posterior, and a share word_dropout of the decoder's inputs is masked; both draws are functions of the sample's noise x1. The student's
+    posterior, and a share word_dropout of the decoder's inputs is masked; both draws of a sample are functions of its noise x1. The student's
     network is a text autoencoder (moments, logits); times and teacher are not looked at.
     """
 

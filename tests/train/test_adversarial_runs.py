@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -117,28 +116,11 @@ def module_of(path, *overrides):
     return AdversarialModule(recipe, build_student(recipe, config, None), None, data, None, build_discriminator(recipe, config, None))
 
 
-def test_micro_batches_add_up(path, monkeypatch, tmp_path):
+def test_micro_batches_add_up(path, tmp_path):
     """Two micro-batches of six rows step as one of twelve, both nets; with fixed factors, as those of micro-batches are their own."""
-    import flowmap.train.module as module
-
-    original, micros = module.draw_sample, []
-
-    def whole(recipe, x0, cond, generator, empty=None, prior=None):
-        """Rows that depend on the step and their place alone."""
-        start = 6 * (len(micros) % 2) if len(x0) == 6 else 0
-        micros.append(start)
-        generator = torch.Generator().manual_seed((len(micros) - 1) // (12 // len(x0)))
-        sample = original(recipe, torch.linspace(-1, 1, 12)[:, None, None, None].expand(12, 1, 8, 8), {"class": torch.arange(12) % 10}, generator)
-        return dataclasses.replace(
-            sample, **{k: getattr(sample, k)[start : start + len(x0)] for k in ("x0", "x1", "t", "s", "xt", "vt")},
-            cond={k: v[start : start + len(x0)] for k, v in sample.cond.items()},
-        )  # fmt: skip
-
-    monkeypatch.setattr(module, "draw_sample", whole)
     folders = []
     for overrides in (["trainer.accumulate=2"], ["trainer.accumulate=1", "data.batch_size=12"]):
-        micros.clear()
-        fixed = ["objective.balance=none", "objective.start=0", "objective.steps=[2]", "data.drop_condition=0.0", "trainer.steps=3"]
+        fixed = ["objective.balance=none", "objective.start=0", "trainer.steps=3"]
         recipe = read_recipe(path, [*overrides, *fixed, "sampler.steps=[1]"])
         folders.append(flowmap.fit(recipe, tmp_path / overrides[0], say=quiet).folder)
     one, two = (checkpoint(folder)["state_dict"] for folder in folders)
@@ -269,40 +251,14 @@ def test_the_packaged_features_are_a_call_of_their_own(path):
     assert float(x.grad.abs().max()) > 0
 
 
-SCRIPT = """\
-import os, sys, torch
-from flowmap.cli import main
-from flowmap.train import module, adversarial
-
-original = module.draw_sample
-rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ["WORLD"])
-
-def shared(recipe, x0, cond, generator, empty=None, prior=None):
-    # this rank's rows of one draw for all ranks
-    n = 12 // world
-    x0 = torch.linspace(-1, 1, 12)[:, None, None, None].expand(12, 1, 8, 8)
-    whole = original(recipe, x0, {"class": torch.arange(12) % 10}, generator)
-    mine = slice(rank * n, (rank + 1) * n)
-    return recipe.path.sample(x0[mine], whole.x1[mine], whole.t[mine], whole.s[mine], {k: v[mine] for k, v in whole.cond.items()})
-
-module.draw_sample = shared
-module.generator_for = lambda seed, step, micro, rank, device, of=module.generator_for: of(seed, step, micro, 0, device)
-adversarial.normal_like = lambda x, generator: torch.zeros_like(x)
-if __name__ == "__main__":
-    sys.exit(main())
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(path, tmp_path):
     """Both nets, with the factors found on all processes' gradients."""
-    script = tmp_path / "shared.py"
-    script.write_text(SCRIPT)
     settings = ["trainer.accumulate=1", "trainer.steps=6", "objective.start=1", "log.samples_every_steps=0"]
     ways = {"one": ["data.batch_size=12"], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}
     for way, more in ways.items():
-        command = [sys.executable, str(script), "fit", "--recipe", str(path), "--out", str(tmp_path / way), *settings, *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD": "2" if way == "two" else "1"}
+        command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(tmp_path / way), *settings, *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint(tmp_path / way) for way in ways)

@@ -41,14 +41,6 @@ from flowmap.train import module
 
 original, calls = module.draw_sample, iter(range(1000))
 
-def shared(recipe, x0, cond, generator, empty=None, prior=None):
-    # this rank's rows of one draw for all ranks
-    world, rank, n = recipe.trainer.devices, int(os.environ.get("LOCAL_RANK", "0")), len(x0)
-    whole = original(recipe, x0.repeat(world, 1), {k: v.repeat(world) for k, v in cond.items()}, generator)
-    mine = slice(rank * n, (rank + 1) * n)
-    t, s, x1 = whole.t[mine], whole.s[mine], whole.x1[mine]
-    return recipe.path.sample(x0, x1, t, s, {k: v[mine] for k, v in (whole.cond or {}).items()} or None)
-
 def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
     sample = original(recipe, x0, cond, generator)
     call, rank = next(calls), int(os.environ.get("LOCAL_RANK", "0"))
@@ -59,9 +51,6 @@ def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
     return sample
 
 module.draw_sample = spoiled
-if os.environ.get("SPOIL") == "shared":
-    module.draw_sample = shared
-    module.generator_for = lambda seed, step, micro, rank, device, of=module.generator_for: of(seed, step, micro, 0, device)
 if __name__ == "__main__":
     sys.exit(main())
 """
@@ -135,12 +124,34 @@ def test_nan_on_one_process_stops_both(digits, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(tmp_path):
-    """Draws differ by rank; with each rank given its rows of one draw for all, the runs are equal up to the order of float32 sums."""
+    """A sample draws the same in whatever process: the runs are equal up to the order of float32 sums."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    assert fit(path, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp", spoil="shared")[0] == 0
-    assert fit(path, tmp_path / "one", "data.batch_size=32", spoil="shared")[0] == 0
+    path.write_text(TINY.replace("diagonal: 0.25", "one_step: 0.1, diagonal: 0.25"))
+    assert fit(path, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp")[0] == 0
+    assert fit(path, tmp_path / "one", "data.batch_size=32")[0] == 0
     assert_close(tmp_path / "one", tmp_path / "two", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "objective"),
+    [
+        (DIGITS, "{kind: psd}"),
+        (DIGITS, "{kind: ayf_emd, warmup_steps: 0, derivative: difference}"),
+        (TINY, "{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 0.5, own_eulerian: 0.5}"),
+    ],
+    ids=["psd", "ayf_emd", "ayf_mixed"],
+)
+def test_processes_whose_rows_are_of_different_kinds_call_sharded_weights_alike(tmp_path, text, objective):
+    """One row a process: in some steps one has rows of a share that the other has none of, and both must take part in every call."""
+    path = tmp_path / "one.yaml"
+    path.write_text(text)
+    settings = [f"objective={objective}", "times.one_step=0.25", "ema={kind: constant, decay: 0.9}", "metrics=[]", "trainer.steps=8"]
+    sharded = ["trainer.strategy=fsdp", "trainer.devices=2", "data.batch_size=1"]
+    for name, more in (("fsdp", sharded), ("one", ["trainer.devices=1", "data.batch_size=2"])):
+        code, _, err = fit(path, tmp_path / name, *settings, *more)
+        assert code == 0, err
+    assert_close(tmp_path / "one", tmp_path / "fsdp", rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

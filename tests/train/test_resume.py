@@ -70,6 +70,11 @@ def _arrange_death(kind: str, count: int) -> None:
         wrap(torch, "save", lambda state, path: Path(path).write_bytes(b"PK\x03\x04 half a checkpoint"))
 
 
+DROPPED = DIGITS.replace(
+    "{kind: dit, preset: nano, depth: 1}", "{kind: edm2, channels: 8, multipliers: [1, 2], num_blocks: 1, attention_at: [], dropout: 0.3}"
+).replace("{kind: ayf_emd, warmup_steps: 8}", "{kind: psd}")
+
+
 def in_process(recipe: Path, out: Path, die: dict | None = None) -> int:
     """The exit code of `train` in a clean process, forked from one that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
@@ -141,6 +146,15 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(recipe,
     assert len(trace(tmp_path / "whole")) == 20
     deaths = [{"kind": "step", "count": 9}, {"kind": "save", "count": 0}, {"kind": "rename", "count": 7}]
     assert killed_until_done(recipe, tmp_path / "killed", deaths) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_dropouts_masks_are_those_of_the_run_that_was_left_alone(tmp_path):
+    """Torch's own generator, which EDM2's dropout draws from, stands elsewhere in a resumed run."""
+    path = tmp_path / "dropped.yaml"
+    path.write_text(DROPPED)
+    assert in_process(path, tmp_path / "whole") == 0
+    assert killed_until_done(path, tmp_path / "killed", [{"kind": "step", "count": 11}]) == 1
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
