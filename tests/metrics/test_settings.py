@@ -57,6 +57,11 @@ def test_every_number_of_every_kind_is_bounded():
                     cls(**{field.name: -1})
 
 
+class Captioned(Dataset):
+    def conditions_at(self, places):
+        return {"pooled": torch.ones(len(places), 3)}
+
+
 def points(num, held_out, **more):
     return Dataset("points", torch.randn(num, 2), torch.randn(held_out, 2), **more)
 
@@ -74,7 +79,8 @@ def points(num, held_out, **more):
         ({"kind": "loss_by_time"}, points(40, 0), "data.held_out is 0"),
         ({"kind": "nearest_neighbour"}, points(40, 0), "data.held_out is 0"),
         ({"kind": "agreement"}, points(40, 20), "needs data with classes"),
-        ({"kind": "retrieval", "features": "pixels"}, points(40, 20), "metrics.among: 100 wants more captions"),
+        ({"kind": "retrieval"}, points(40, 20), "retrieval needs data with captions"),
+        ({"kind": "retrieval", "features": "pixels"}, Captioned("told", torch.randn(40, 2), torch.randn(20, 2)), "among: 100 wants more captions"),
         ({"kind": "distinct"}, points(40, 20), "Distinct looks at sentences"),
     ],
 )
