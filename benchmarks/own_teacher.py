@@ -17,6 +17,7 @@ from _report import environment, table, write
 
 import flowmap.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
 from flowmap.data import Folder
+from flowmap.recipe import read_resolved
 
 SIZE, BATCH, STEPS, RATE = 32, 16, 1200, 2e-3
 
@@ -70,7 +71,9 @@ def report(run: Path, teacher: Path) -> None:
     rows.append(["real against real", *(metrics["floor"][name] for name in names)])
     columns = ["row, steps", *names]
     print(table(rows, columns))
-    write("own_teacher", {"rows": rows, "columns": columns, "teacher": training, "seconds": metrics["seconds"], "environment": environment()})
+    settings = {"pictures": training["pictures"], "teacher steps": training["steps"], "teacher CPU-seconds": round(training["cpu_seconds"])}
+    settings |= {"student steps": read_resolved(run / "recipe.yaml").trainer.steps}
+    write("own_teacher", {"rows": rows, "columns": columns, "settings": settings, "environment": environment()})
 
 
 if __name__ == "__main__":
