@@ -1,4 +1,5 @@
-"""The command line, a function for each verb. Exit 0 on success, 2 with one line on a user's mistake, 1 on a failure."""
+"""The command line, a function for each verb. Exit 0 on success, 2 with one line on a user's mistake, 3 when a dry run finds that
+something named is missing on this machine, 1 on a failure."""
 
 from __future__ import annotations
 
@@ -70,10 +71,11 @@ def _fit(a: argparse.Namespace) -> int:
 
     recipe = read_recipe(a.recipe, a.overrides)
     if a.dry_run:
-        from flowmap.planning.dry_run import dry_run
+        from flowmap.planning.dry_run import MISSING, dry_run
 
-        print("\n".join(dry_run(recipe, a.out, throughput=a.throughput)))
-        return 0
+        lines = dry_run(recipe, a.out, throughput=a.throughput)
+        print("\n".join(lines))
+        return 3 if lines[-1].startswith(MISSING) else 0
     from flowmap.train.fit import fit
 
     run = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)

@@ -116,7 +116,8 @@ class Trainer:
 
     def __post_init__(self):
         check_ranges(self)
-        for name, allowed in (("strategy", ("auto", "ddp", "fsdp")), ("precision", ("32", "bf16"))):
+        accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
+        for name, allowed in (("accelerator", accelerators), ("strategy", ("auto", "ddp", "fsdp")), ("precision", ("32", "bf16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
 

@@ -157,7 +157,7 @@ def test_recipes_in_a_loop(command, tmp_path):
         (["--steps", "1000000000"], ["steps", "1000000000"]),
         (["--num", "0"], ["num", "0"]),
         (["--num", "99999999999"], ["num", "99999999999"]),
-        (["--gamma", "1.5"], ["gamma", "1.5", "[0, 1]"]),
+        (["--gamma", "1.5"], ["gamma", "1.5", "must lie in [0, 1]"]),
         (["--gamma", "nan"], ["gamma", "nan"]),
         (["--guidance", "2"], ["guidance", "2.0", "not trained"]),
         (["--class", "3"], ["class", "no condition", "none"]),

@@ -47,7 +47,10 @@ class DiffusersModel:
             raise ValueError(f"network: no call is known for {self.network!r}; known: {', '.join(CALLS)}")
         for name in ("settings", "scheduler_settings"):
             try:
-                _check_sizes(json.loads(getattr(self, name)))
+                settings = json.loads(getattr(self, name))
+                if not isinstance(settings, dict):
+                    raise ValueError(f"{settings!r} is not a mapping of settings, as JSON")
+                _check_sizes(settings)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 

@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.build_fake import fake_config
 from flowmap.config import RecipeError, kind_of
-from flowmap.data import Encoded, Text
-from flowmap.data.shards import INDEX
-from flowmap.flow.types import Cond
-from flowmap.kinds import TABLES, StudentSpec
-from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.nets.diffusers_text import example_conditions
+from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base
-from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.planning.beforehand import check_parts, check_sizes, missing_parts
+from flowmap.planning.beforehand import check_beforehand, check_parts, check_sizes, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import missing_weights, net_of, spec_of
-from flowmap.planning.pictures import describe_pictures
-from flowmap.planning.plan import (
-    Encoding,
-    Pairing,
-    Stage,
-    autoencoder_recipes,
-    code_recipes,
-    data_of,
-    find_card,
-    holds,
-    list_cards,
-    pairs_cards,
-    plan,
-    prior_recipes,
-    runs_root,
-    start_recipes,
-    teacher_cards,
-    teacher_recipes,
-)
+from flowmap.planning.outlines import Described, check_outlines, known_data
+from flowmap.planning.pictures import check_pictures, describe_pictures
+from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, holds, pairs_cards, plan, prior_recipes, runs_root, teacher_cards
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
 from flowmap.student.config import StudentConfig
-from flowmap.student.text import described
+from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
+MISSING = "missing on this machine: "
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of the dense bf16 peak that an H100's maker states
 
 
@@ -68,53 +47,66 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = _look(stage.recipe, throughput)
+            found, lacks = look(stage.recipe, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (stages[-1].folder / "recipe.yaml").is_file() and not holds(stages[-1].folder, recipe):
         lines.append(f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite")
     missing = list(dict.fromkeys(missing))
-    return [*lines, "missing on this machine: " + "; ".join(missing) if missing else "nothing is missing on this machine"]
+    return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
 
-def _look(recipe: Recipe, throughput: float) -> tuple[list[str], list[str]]:
+def check_stages(stages: list[Needed], *, again: bool = False) -> None:
+    """RecipeError, before anything is made, where a stage that is not complete could not run: all that a dry run finds but what `fit` fetches.
+
+    again: the last stage is run whether it is complete or not.
+    """
+    for stage in stages:
+        if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
+            check_beforehand(stage.recipe)
+            blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
+            if blocking:
+                raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
+        elif isinstance(stage, Encoding):
+            check_pictures(stage)
+
+
+def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
+    """(what its networks cost, what is missing on this machine), a line each: all is built on the meta device, and asked once for a velocity.
+
+    RecipeError where the parts of the recipe do not fit each other or its data. whole: data that takes long to read is read as well.
+    """
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
     missing += _weights_missing(cards)
     if not missing:
         check_parts(recipe)
-    missing += missing_parts(recipe)
-    data = None
-    if isinstance(recipe.data, Text):
-        data, lacks = described(recipe)
-        missing += lacks
-    elif not any(key.startswith("data") for key in recipe.missing()):
-        try:
-            data = data_of(recipe).build()
-        except ValueError as error:
-            missing += _lacks_pictures(recipe) if _to_be_encoded(recipe) else [] if code_recipes(recipe) else [str(error)]
-        if data is not None and not recipe.missing():
-            check_sizes(recipe, data)
+    missing += [*missing_parts(recipe), *missing_devices(recipe)]
+    data, lacks = known_data(recipe, whole=whole)
+    missing += lacks
+    if not (lacks or recipe.missing() or data is None or isinstance(data, Described)):
+        check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
+    check_outlines(recipe, config)
     try:
         return _lines(recipe, config, cards, throughput), missing
-    except ValueError as error:
-        raise RecipeError(f"{recipe.name}: student: {error}") from error
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        what = str(error) if isinstance(error, ValueError) else f"samples of shape {config.shape} do not pass: {first_line(error)}"
+        raise RecipeError(f"{recipe.name}: {'' if what.startswith(('objective', 'data', 'teacher')) else 'student: '}{what}") from error
 
 
-def _to_be_encoded(recipe: Recipe) -> bool:
-    """The recipe's latents are not there yet: `fit` makes them, as a stage of their own."""
-    return isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file()
-
-
-def _lacks_pictures(recipe: Recipe) -> list[str]:
-    try:
-        recipe.data.images.length()
-        return []
-    except ValueError as error:
-        return [str(error).replace("data.root", "data.images.root")]
+def missing_devices(recipe: Recipe) -> list[str]:
+    """What the trainer asks of this machine and it does not have, a line each."""
+    asked, devices = recipe.trainer.accelerator, recipe.trainer.devices
+    gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
+    there = {"cuda": gpus, "gpu": gpus or int(apple), "mps": int(apple), "auto": gpus or devices, "cpu": devices}[asked]
+    if not there:
+        return [f"trainer.accelerator: {asked!r}: this machine has none"]
+    return [f"trainer.devices: {devices}: this machine has {there}"] if devices > there else []
 
 
 def _state(stage: Stage | Encoding | Pairing) -> str:
@@ -127,56 +119,13 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-@dataclass(frozen=True)
-class _Described:
-    """What is known of a data set that is not here: as much of data/dataset.py's Dataset as a student's configuration asks for."""
-
-    shape: tuple[int, ...]
-    num_classes: int | None
-    spec: StudentSpec
-    class_names: tuple[str, ...] | None = None
-
-    def conditions_at(self, places: Tensor) -> Cond:
-        net = net_within(self.spec)
-        return example_conditions(net, len(places)) if isinstance(net, DiffusersModel) else {}
-
-
 def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
     spec = net_of(recipe)
-    if data is None and spec is not None:
-        shape, num_classes = _carded(recipe) or recipe.data.outline() or (_codes(recipe) or _latents(recipe), None)
-        data = _Described(shape, num_classes, spec) if shape else None
     if spec is None or data is None:
         return None
     config = student_config(replace(recipe, student=spec), data, None)
     return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
-
-
-def _codes(recipe: Recipe) -> tuple[int, ...] | None:
-    """The shape of codes, where they are the data."""
-    return next(((trained.student.size,) for trained in code_recipes(recipe)), None)
-
-
-def _carded(recipe: Recipe) -> tuple[tuple[int, ...], int | None] | None:
-    """(shape, classes) of the samples as the teacher's card says them, or that of the recipe that it or the student comes from."""
-    cards = teacher_cards(recipe)
-    if cards and cards[0].shape:
-        return tuple(cards[0].shape), cards[0].num_classes
-    return next((found for needed in (*teacher_recipes(recipe), *start_recipes(recipe)) if (found := _carded(needed))), None)
-
-
-def _latents(recipe: Recipe) -> tuple[int, ...] | None:
-    """The shape of latents of an autoencoder that one of our recipes trains, or that a card of kind autoencoder describes."""
-    for trained in autoencoder_recipes(recipe):
-        side = recipe.data.images.size // 2 ** (len(trained.student.channels) - 1)
-        return trained.student.latent_channels, side, side
-    source = getattr(getattr(recipe.data, "autoencoder", None), "source", None)
-    for card in map(find_card, list_cards()) if source else ():
-        if card.kind == "autoencoder" and card.source == source:
-            scale = recipe.data.images.size / card.pixels
-            return card.shape[0], *(round(side * scale) for side in card.shape[1:])
-    return None
 
 
 def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput: float) -> list[str]:

@@ -68,6 +68,12 @@ class Autoencoder:
             made = config["latent_channels"]
             raise ValueError(f"autoencoder.source: {self.source!r}: its latents have {made} channels, those wanted {channels}")
 
+    def outline(self) -> tuple[int, int] | None:
+        """(channels of its latents, pixels a side that one of them covers), found without loading it; None where its config does not say."""
+        _, config = self._place()
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        return (config["latent_channels"], 2 ** (len(levels) - 1)) if levels and config.get("latent_channels") else None
+
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its folder on this machine, and what its config.json says."""
         if self.source is None:

@@ -24,8 +24,11 @@ def compare_verb(a: argparse.Namespace) -> int:
     names = a.recipes
     options = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=a.overrides)
     if a.dry_run:
-        print("\n".join(dry_compare(names, **options)))
-        return 0
+        from flowmap.planning.dry_run import MISSING
+
+        lines = dry_compare(names, **options)
+        print("\n".join(lines))
+        return 3 if any(line.startswith(MISSING) for line in lines) else 0
     folder = Path(compare(names, **options)["folder"])
     print((folder / "table.md").read_text(encoding="utf-8"), end="")
     print(f"\n{folder}: compare.json, table.md, quality.png")

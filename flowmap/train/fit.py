@@ -26,8 +26,8 @@ from flowmap.config import RecipeError
 from flowmap.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
-from flowmap.planning.beforehand import check_beforehand
-from flowmap.planning.pictures import check_pictures, describe_pictures
+from flowmap.planning.dry_run import check_stages
+from flowmap.planning.pictures import describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
 from flowmap.processes import is_child
 from flowmap.recipe import Recipe
@@ -93,11 +93,7 @@ def fit(
     with only_process(folder, waiting_for(recipe.name, folder, say) if shared else None):
         recover(folder, say)
         guard(stages[-1], resume=resume, overwrite=overwrite)
-        for stage in stages:  # before pictures are encoded for hours
-            if isinstance(stage, Stage) and not (stage.complete and not (overwrite and stage is stages[-1])):
-                check_beforehand(stage.recipe)
-            elif isinstance(stage, Encoding):
-                check_pictures(stage)
+        check_stages(stages, again=overwrite)  # before pictures are encoded for hours
         _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
     return Run(folder, read_json(folder / "metrics.json"))
 

@@ -84,4 +84,4 @@ def test_what_does_not_fit_is_one_line(pipeline, command):
         assert not list((pipeline / "run").glob("*"))
     card.write_text(good.replace(str(pipeline / "pipe"), "nobody/nothing"))
     code, out, err = command("fit", "--recipe", path, "--dry-run")
-    assert code == 0 and "nobody/nothing: not on this machine" in out
+    assert code == 3 and "nobody/nothing: not on this machine" in out
