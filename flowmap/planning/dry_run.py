@@ -13,7 +13,6 @@ from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.build_fake import fake_config
 from flowmap.config import RecipeError, kind_of
-from flowmap.data import Text
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
@@ -68,17 +67,17 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
             check_beforehand(stage.recipe)
-            blocking = [line for line in look(stage.recipe)[1] if "fit fetches it" not in line]
+            blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
         elif isinstance(stage, Encoding):
             check_pictures(stage)
 
 
-def look(recipe: Recipe, throughput: float = THROUGHPUT) -> tuple[list[str], list[str]]:
+def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
     """(what its networks cost, what is missing on this machine), a line each: all is built on the meta device, and asked once for a velocity.
 
-    RecipeError where the parts of the recipe do not fit each other or its data.
+    RecipeError where the parts of the recipe do not fit each other or its data. whole: data that takes long to read is read as well.
     """
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
@@ -86,9 +85,9 @@ def look(recipe: Recipe, throughput: float = THROUGHPUT) -> tuple[list[str], lis
     if not missing:
         check_parts(recipe)
     missing += [*missing_parts(recipe), *missing_devices(recipe)]
-    data, lacks = known_data(recipe)
+    data, lacks = known_data(recipe, whole=whole)
     missing += lacks
-    if data is not None and not isinstance(data, Described) and not isinstance(recipe.data, Text) and not recipe.missing():
+    if not (lacks or recipe.missing() or data is None or isinstance(data, Described)):
         check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:

@@ -60,12 +60,16 @@ class Described:
         return example_conditions(net, len(places)) if isinstance(net, DiffusersModel) else {}
 
 
-def known_data(recipe: Recipe) -> tuple[Dataset | Described | None, list[str]]:
-    """The recipe's data itself where it is here, else what is known of it, and what is missing. RecipeError for a mistake in its settings."""
+def known_data(recipe: Recipe, *, whole: bool = True) -> tuple[Dataset | Described | None, list[str]]:
+    """The recipe's data itself where it is here, else what is known of it, and what is missing. RecipeError for a mistake in its settings.
+
+    whole: also data that takes long to read.
+    """
     data, missing = None, []
     if isinstance(recipe.data, Text):
         return described(recipe)
-    if not any(key.startswith("data") for key in recipe.missing()):
+    there = not recipe.data.quick and any(Path(place).exists() for name in ("root", "path") if (place := getattr(recipe.data, name, "")))
+    if not any(key.startswith("data") for key in recipe.missing()) and (whole or not there):
         try:
             data = build_data(recipe)
             if isinstance(recipe.coupling, Pairs) and Pairing(recipe).complete:

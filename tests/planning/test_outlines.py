@@ -46,7 +46,7 @@ def overrides_of_teacher(*settings):
         (["data=" + PICTURES, overrides_of_teacher("data=" + PICTURES)], 3, "data.root: gone"),
         (["data={kind: latents, root: gone, num_classes: 8}"], 3, "data.root: gone: holds no *.safetensors shards"),
         (["data.points=9"], 2, "data.points: 9 must be 10 or more"),
-        (["metrics=[{kind: frechet, features: clip}]"], 3, "metrics: features 'clip' needs openai/clip"),
+        (["metrics=[{kind: frechet, features: clip}]"], 2, "metrics: features 'clip' look at pictures"),
         (["metrics=[{kind: agreement}]", "data.conditional=false"], 2, "metrics: agreement needs data with classes"),
         (["teacher=null", "objective={kind: cmt}"], 2, "student: objective.kind: cmt follows the teacher's own trajectories"),
         (["student={kind: dit}"], 2, "student: student: patch: 2 does not divide a sample of shape (2,)"),
