@@ -126,28 +126,28 @@ def test_without_held_out_samples_it_is_said_and_only_training_ones_are_compared
     assert "frechet_pixels" not in found["student"]["1"] and found["student"]["1"]["frechet_pixels_train"] < 0.02
 
 
-NOISY = ["sampler={kind: gamma, gamma: 1.0}", "evaluation.seed=1", "metrics=[{kind: frechet, images: 500}]"]
+NOISY = ["sampler={kind: gamma, gamma: 1.0}", "evaluation.seed=1", "data.points=500", "metrics=[{kind: frechet, images: 100}]"]
 
 
-@pytest.mark.parametrize("size", [40, 7])
-def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_processes(size, monkeypatch):
+def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_processes(monkeypatch):
     """Each batch, and each process, drew the same noise: 0.0028 in one batch of 10,000 was 0.081 in batches of 40."""
     found, samples = [], []
-    for batch_size in (500, size):
+    for batch_size in (100, 7):
         recipe = read_recipe("toy/mixture", [*NOISY, f"evaluation.batch_size={batch_size}"])
         data, teacher = build_data(recipe), build_teacher(recipe)
-        student = Student(student_config(recipe, data, teacher), Exact(teacher.guided))
+        config = student_config(recipe, data, teacher)
+        student = Student(config, build_student(recipe, config, teacher).eval())
         student.pictures = lambda x0, kept=samples: kept.append(x0) or x0
-        found.append(measure(recipe, student, None, data, steps=[8])["student"]["8"]["frechet_pixels"])
-    assert found[1] == pytest.approx(found[0], abs=1e-6)
+        found.append(measure(recipe, student, None, data, steps=[4])["student"]["4"]["frechet_pixels"])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
     torch.testing.assert_close(samples[1], samples[0])
     student.pictures, parts = lambda x0: parts.append(x0) or x0, []
     for rank in range(2):
         other = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda mine=rank: mine)
         monkeypatch.setattr(sys.modules[measure.__module__], "torch", SimpleNamespace(**{**vars(torch), "distributed": other}))
-        measure(recipe, student, None, data, steps=[8])
+        measure(recipe, student, None, data, steps=[4])
     torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), samples[0])
-    drawn = Student(student.config, student.flow_map).sample(500, steps=8, seed=1)  # evaluation's samples are those of its seed
+    drawn = Student(student.config, student.flow_map).sample(100, steps=4, seed=1)  # evaluation's samples are those of its seed
     torch.testing.assert_close(drawn, samples[0])
 
 

@@ -8,7 +8,7 @@ import torch
 from flowmap.flow.types import PathSample
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.text_vae import TextVAE
-from flowmap.objectives.language import TextELBO, divergence
+from flowmap.objectives.language import TextELBO, divergence, named_by_noise
 
 SPECIAL = (0, 1, 2, 3)
 
@@ -25,6 +25,13 @@ def sample(seed=0):
         row[length], row[length + 1 :] = 2, 0
     zeros = torch.zeros(5)
     return PathSample(rows.float(), torch.randn(5, 7, generator=generator), zeros, zeros, rows.float(), rows.float())
+
+
+def test_a_sentences_draws_are_functions_of_its_own_noise():
+    """They were seeded by the whole batch's sum."""
+    x1 = sample().x1
+    whole, part = named_by_noise("elbo", x1), named_by_noise("elbo", x1[[3, 1]])
+    assert len(whole.rows.unique()) == 5 and torch.equal(whole.normal((6,))[[3, 1]], part.normal((6,)))
 
 
 def test_the_divergence_is_that_of_two_gaussians():
