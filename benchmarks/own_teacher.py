@@ -16,8 +16,10 @@ import torch
 from _report import environment, table, write
 
 import flowmap.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
+from flowmap.build import build_teacher
 from flowmap.data import Folder
 from flowmap.recipe import read_resolved
+from flowmap.student.folder import load_student
 
 SIZE, BATCH, STEPS, RATE = 32, 16, 1200, 2e-3
 
@@ -61,18 +63,19 @@ def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
     return {"cpu_seconds": seconds}
 
 
-def report(run: Path, teacher: Path) -> None:
-    """The rows of metrics.json, the teacher's training and the student's, as benchmarks/results/own_teacher.json."""
-    metrics, training = json.loads((run / "metrics.json").read_text()), json.loads((teacher / "training.json").read_text())
-    names = [key for key in metrics["teacher"] if key.startswith("frechet")]
-    rows = [[f"student, {k}", *(row[name] for name in names)] for k, row in metrics["student"].items()]
-    rows += [[f"teacher, {k}", *(row[name] for name in names)] for k, row in metrics.get("teacher_few", {}).items()]
-    rows.append([f"teacher, {metrics['teacher']['steps']}", *(metrics["teacher"][name] for name in names)])
-    rows.append(["real against real", *(metrics["floor"][name] for name in names)])
-    columns = ["row, steps", *names]
+@torch.no_grad()
+def report(run: Path, teacher: Path, num: int = 32, many: int = 25) -> None:
+    """How far from the teacher's many-step end points few steps arrive, from the same noise; benchmarks/results/own_teacher.json."""
+    recipe, training = read_resolved(run / "recipe.yaml"), json.loads((teacher / "training.json").read_text())
+    student, taught = load_student(run), build_teacher(recipe)
+    x1 = torch.randn(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    ends = taught.solve(x1, None, many)
+    error = lambda x: float((x - ends).square().mean().sqrt() / ends.std())
+    rows = [[k, error(recipe.sampler(student.flow_map, x1, None, steps=k)), error(taught.solve(x1, None, k))] for k in (1, 2, 4)]
+    columns = ["steps", "student", "teacher"]
     print(table(rows, columns))
     settings = {"pictures": training["pictures"], "teacher steps": training["steps"], "teacher CPU-seconds": round(training["cpu_seconds"])}
-    settings |= {"student steps": read_resolved(run / "recipe.yaml").trainer.steps}
+    settings |= {"student steps": recipe.trainer.steps, "samples": num, "end points at": many}
     write("own_teacher", {"rows": rows, "columns": columns, "settings": settings, "environment": environment()})
 
 
