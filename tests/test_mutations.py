@@ -28,7 +28,7 @@ from flowmap.recipe import list_recipes, read_recipe
 
 SLIPS = {"null": None, "text": "text", "list": [1], "nan": math.nan, "inf": math.inf, "-1": -1, "0": 0, "1e40": 1e40}
 LARGE = ("flux", "sd35", "sd15", "sana", "imagenet", "dit256")
-SECONDS = 5.0  # of a processor's time for one dry run, the first in a process apart, which imports libraries
+SECONDS = 6.0  # of a processor's time for one dry run; the first in a process imports libraries as well
 TOY = ("toy/mixture",)
 
 Slip = tuple[str, str, str, dict[str, Any]]  # recipe, where, what, all settings with it
@@ -99,7 +99,7 @@ def check(all_slips: list[Slip], folder: Path) -> tuple[Counter, list[Slip], tup
         slowest = max(slowest, (seconds, label))
         if code not in (0, 2, 3) or "Traceback" in said or (code == 2 and said.count("\n") != 1):
             wrong.append(f"{label}: exit {code}: {said}"[:300])
-        if seconds > SECONDS:
+        if seconds > SECONDS * (5 if any(part in name for part in LARGE) else 1):  # whose networks of billions are built on the meta device
             wrong.append(f"{label}: {seconds:.1f} s")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(all_slips)}:", *wrong])
     return codes, accepted, slowest

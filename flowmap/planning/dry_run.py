@@ -13,6 +13,7 @@ from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.build_fake import fake_config
 from flowmap.config import RecipeError, kind_of
+from flowmap.data import Text
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
@@ -87,7 +88,7 @@ def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) 
     missing += [*missing_parts(recipe), *missing_devices(recipe)]
     data, lacks = known_data(recipe, whole=whole)
     missing += lacks
-    if not (lacks or recipe.missing() or data is None or isinstance(data, Described)):
+    if not (lacks or recipe.missing() or data is None or isinstance(data, Described) or isinstance(recipe.data, Text)):  # no sentence is in it
         check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:
