@@ -138,10 +138,12 @@ def _start(recipe: Recipe, data: Dataset, num: int, device: Any, prior: LearnedP
     generator = seeded(f"teacher-check/{recipe.seed}", torch.device(device))
     if hasattr(data, "partners"):
         return data.partners(x0, generator), cond
+    if prior is not None:
+        x0 = x0.to(next(prior.model.parameters()).dtype)  # an exact one's is float64
     start = start_of(prior.to(device) if prior is not None else recipe.prior, x0, cond, generator)
     guidance = recipe.teacher.guidance
     told = {} if guidance is None else {"guidance": torch.full((num,), float(guidance.default), device=device)}
-    return start.x1, {**cond, **told, **start.told} or None
+    return start.x1.float(), {**cond, **told, **{key: value.float() for key, value in start.told.items()}} or None
 
 
 def _spread(length: int, num: int) -> list[int]:

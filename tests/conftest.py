@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import flowmap
+
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+flowmap.allow_import("tests.straight")  # networks that tests name in settings
 
 TINY = """\
 name: tiny

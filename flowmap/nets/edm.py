@@ -40,7 +40,7 @@ class DDPMpp:
         check_ranges(self)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
-        _check(self, self.levels, 32)
+        _check_channels(self, self.levels, 32)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class ADM:
 
     def __post_init__(self):
         check_ranges(self)
-        _check(self, self.multipliers, 64)
+        _check_channels(self, self.multipliers, 64)
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
         size = _square(shape, self.multipliers)
@@ -101,7 +101,7 @@ class EDMNet(nn.Module):
         self.model.activation_checkpointing = on
 
 
-def _check(spec: DDPMpp | ADM, multipliers: tuple[int, ...], unit: int) -> None:
+def _check_channels(spec: DDPMpp | ADM, multipliers: tuple[int, ...], unit: int) -> None:
     if spec.channels % unit:
         raise ValueError(f"channels: {spec.channels} must be a multiple of {unit}")
     if not multipliers:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowmap.config import RecipeError
-from flowmap.data import Dataset, TeacherSlot
+from flowmap.data import Dataset, TeacherSlot, TextDataset
 from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -36,7 +36,7 @@ def check_guidance(recipe: Recipe) -> None:
 def check_conditions(recipe: Recipe, data: Dataset) -> None:
     """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
     for key, slot in _slots(recipe):
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes:
+        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or (isinstance(data, TextDataset) and data.attributes):
             continue
         if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
             raise RecipeError(_no_conditions(recipe, key))

@@ -10,6 +10,7 @@ from flowmap.config import RecipeError, construct
 from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import Stacked
+from flowmap.nets.text_joint import TextJoint
 from flowmap.planning.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.settings import FromRecipe, FromTeacher
@@ -22,17 +23,22 @@ def net_of(recipe: Recipe) -> StudentSpec | None:
     """The network of the recipe's student without its weights, by way of what it starts from; None as in spec_of."""
     net = recipe.start
     if isinstance(net, FromRecipe):
-        net = net_of(start_recipes(recipe)[0])
+        net = _shipped(net_of(start_recipes(recipe)[0]))
     elif isinstance(net, FromTeacher):
         net = spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
     return Stacked(net) if isinstance(recipe.student, Stacked) and net is not None else net
+
+
+def _shipped(net: StudentSpec | None) -> StudentSpec | None:
+    """The network that a run with this student leaves for others to start from: of an autoencoder and its flow in one, the flow."""
+    return net.flow if isinstance(net, TextJoint) else net
 
 
 def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
     """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
     none of them says it. RecipeError where the card says it wrongly."""
     if card.kind == "recipe":
-        return net_of(read_recipe(card.recipe, recipe.teacher.overrides))
+        return _shipped(net_of(read_recipe(card.recipe, recipe.teacher.overrides)))
     if card.kind == "diffusers" and on_this_machine(card):
         return read_spec(card.source, card.revision)
     if card.kind == "converted" and missing_weights(card) is None:

@@ -19,6 +19,7 @@ from flowmap.kinds import StudentSpec
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
+from flowmap.nets.text_joint import TextJoint
 from flowmap.planning.named_networks import net_of
 from flowmap.planning.plan import (
     Pairing,
@@ -34,6 +35,7 @@ from flowmap.planning.plan import (
     start_recipes,
     teacher_cards,
     teacher_recipes,
+    weights_folder,
 )
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
@@ -145,18 +147,27 @@ def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
     """RecipeError unless the samples of every teacher, and of the student that this one starts from, have its shape and its classes."""
     if getattr(recipe.data, "images", None) is not None:
         _latents(recipe)
-    for whose, shape, num_classes in _others(recipe):
-        if tuple(shape) != tuple(config.shape):
-            raise RecipeError(f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(shape)}")
-        if config.num_classes and num_classes and num_classes != config.num_classes:
-            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {num_classes}")
+    for whose, told in _others(recipe):
+        if tuple(config.shape) not in [tuple(shape) for shape, _ in told]:
+            raise RecipeError(f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(told[0][0])}")
+        classes = [num for _, num in told]
+        if config.num_classes and all(classes) and config.num_classes not in classes:
+            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {classes[0]}")
 
 
-def _others(recipe: Recipe) -> Iterator[tuple[str, Shape, int | None]]:
-    """(name, shape of its samples, classes) of every teacher and of the student that this one starts from, as far as they are known."""
+def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
+    """(name, what is told of the shape of its samples and of its classes) of every teacher and of the student that this one starts from.
+
+    Of a network of others both its converted weights and its card tell; where they differ, either may be what the data is like.
+    """
     for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
-        if card.kind != "recipe" and card.shape:
-            yield f"the teacher {card.name}", tuple(card.shape), card.num_classes
+        told = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
+        config = weights_folder(card) / "config.json"
+        if card.kind == "converted" and config.is_file():
+            found = read_config(config)
+            told.insert(0, (found.shape, found.num_classes))
+        if told:
+            yield f"the teacher {card.name}", told
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
     for whose, trained in (
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
@@ -164,7 +175,7 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, Shape, int | None]]:
     ):
         found = _outline(trained)
         if found is not None:
-            yield f"{whose} {trained.name}", found.shape, found.num_classes
+            yield f"{whose} {trained.name}", [(found.shape, found.num_classes)]
 
 
 def _outline(trained: Recipe) -> Any:
@@ -172,5 +183,7 @@ def _outline(trained: Recipe) -> Any:
     folder = dependency_folder(trained)
     if is_complete(folder, trained) and trained.leaves == "student":
         return read_config(folder / "student" / "config.json")
+    if isinstance(trained.student, TextJoint):  # its flow is in the latents of its own autoencoder
+        return Described(trained.student.latent_shape, None, trained.student.flow)
     data, _ = known_data(trained)
     return data if data is None or trained.data.conditional else Described(data.shape, None, trained.student)

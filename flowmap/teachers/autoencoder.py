@@ -72,7 +72,8 @@ class Autoencoder:
         """(channels of its latents, pixels a side that one of them covers), found without loading it; None where its config does not say."""
         _, config = self._place()
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        return (config["latent_channels"], 2 ** (len(levels) - 1)) if levels and config.get("latent_channels") else None
+        said = isinstance(levels, list) and isinstance(config.get("latent_channels"), int)
+        return (config["latent_channels"], 2 ** (len(levels) - 1)) if said else None
 
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its folder on this machine, and what its config.json says."""

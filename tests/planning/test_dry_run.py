@@ -99,7 +99,7 @@ def test_the_costs_are_the_same_without_the_data(name, monkeypatch):
     costs = lambda lines: [line for line in lines if line.startswith("      ")]
     there = costs(dry_run(recipe, None))
     for kind in (Digits, Fashion):
-        monkeypatch.setattr(kind, "build", lambda self: (_ for _ in ()).throw(ValueError("not here")))
+        monkeypatch.setattr(kind, "build", lambda self: (_ for _ in ()).throw(ValueError("data.root: not here")))
     assert costs(dry_run(recipe, None)) == there and "M parameters" in there[0]
 
 

@@ -17,7 +17,7 @@ trainer: {{steps: 2, accelerator: cpu}}
 log: {{wandb: false}}
 """
 TEACHER = """
-data: {{kind: encoded, images: {{kind: folder, root: {pictures}, size: 8}}, autoencoder: {{recipe: {folder}/ae.yaml}}, batch_size: 4, held_out: 2}}
+data: {{kind: encoded, images: {{kind: folder, root: {pictures}, size: 8}}, autoencoder: {{recipe: {folder}/ae.yaml}}, batch_size: 4, held_out: 3}}
 student: {{kind: dit, preset: nano, patch: 2}}
 objective: {{kind: flow_matching}}
 trainer: {{steps: 2, accelerator: cpu}}

@@ -219,7 +219,7 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
         (["objective={kind: adversarial, discriminator: {kind: conv}}"], "objective.base: is required"),
         (["objective.base={kind: reconstruction}"], "base: wants an objective that trains a flow map"),
         (["objective.base.kind=rectified"], "objective.base.distance: on an independent coupling"),
-        (["objective.steps=[0]"], "objective.steps: (0,) must be whole numbers from 1"),
+        (["objective.steps=[0]"], "objective.steps[0]: 0 must be 1 or more"),
         (["trainer.accumulate=0"], "trainer.accumulate: 0 must be 1 or more"),
         (["trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' cannot shard a discriminator"),
         (["data={kind: latents, root: nowhere}", "objective.discriminator={kind: features}"], "'features' looks at pictures"),

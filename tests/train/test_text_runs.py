@@ -299,7 +299,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="is not the tokenizer that this decoder was trained with"):
         TextAutoencoder(source=str(folder)).load()
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="there is no such file; the tokenizer lies beside"):
+    with pytest.raises(ValueError, match="tokenizer.json: there is no such file"):
         TextAutoencoder(source=str(folder)).load()
 
 

@@ -104,12 +104,12 @@ def of_length(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _stretched(value: Any, ratio: float) -> Any:
-    """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio; what was above 0 stays at least 1."""
+    """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio; what was above 0 stays at least 1, and at most 10^9."""
     changes = {}
     for field in fields(value):
         old = getattr(value, field.name)
         if field.name in LENGTHS and old:
-            changes[field.name] = max(round(old * ratio), 1)
+            changes[field.name] = min(max(round(old * ratio), 1), 10**9)
         elif is_dataclass(old):
             changes[field.name] = _stretched(old, ratio)
     return replace(value, **changes) if changes else value
