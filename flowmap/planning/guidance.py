@@ -36,7 +36,7 @@ def check_guidance(recipe: Recipe) -> None:
 def check_conditions(recipe: Recipe, data: Dataset) -> None:
     """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
     for key, slot in _slots(recipe):
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or (isinstance(data, TextDataset) and data.attributes):
+        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or (isinstance(data, TextDataset) and recipe.data.attributes):
             continue
         if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
             raise RecipeError(_no_conditions(recipe, key))

@@ -185,5 +185,8 @@ def _outline(trained: Recipe) -> Any:
         return read_config(folder / "student" / "config.json")
     if isinstance(trained.student, TextJoint):  # its flow is in the latents of its own autoencoder
         return Described(trained.student.latent_shape, None, trained.student.flow)
+    told = trained.data.outline()
+    if told is not None and told[1] is not None:  # the settings say it: the data need not be read
+        return Described(told[0], told[1] if trained.data.conditional else None, trained.student)
     data, _ = known_data(trained)
     return data if data is None or trained.data.conditional else Described(data.shape, None, trained.student)

@@ -59,6 +59,11 @@ LARGE = (
     "sd15",
     "sd35-medium",
     *(f"instaflow/sd15{stage}" for stage in ("", "-reflow", "-reflow-1024")),
+    "dit256",
+    "rfpp/ffhq64",
+    "rfpp/imagenet64",
+    "fashion14-adversarial",
+    *(name for name in list_recipes() if name.startswith(("rfpp/fashion14-", "lediflow/fashion14-", "lediflow/emoji-", "instaflow/emoji-"))),
 )
 
 
