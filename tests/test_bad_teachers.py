@@ -274,7 +274,7 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("an autoencoder's") else name for name in ENCODERS])
 def test_an_encoder_that_cannot_be_used_leaves_no_encoding_begun(place, command, name):
     change, says = ENCODERS[name]
     change(place)

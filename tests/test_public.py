@@ -24,9 +24,8 @@ def test_import_flowmap_is_light(tmp_path):
 
 
 def test_the_version_is_the_distributions():
-    from pathlib import Path
-
     import tomllib
+    from pathlib import Path
 
     import flowmap
 

@@ -73,8 +73,12 @@ def stub(folder, text):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [(SOUND, "version 0.99.0 False"), (KNOWN, "version 0.99.0 True"), (OTHER, "absent ImportError"), (INNER, "absent ImportError")],
-    ids=["sound", "known", "other", "inner"],
+    [
+        pytest.param(SOUND, "version 0.99.0 False", id="sound", marks=pytest.mark.slow),
+        pytest.param(KNOWN, "version 0.99.0 True", id="known"),
+        pytest.param(OTHER, "absent ImportError", id="other", marks=pytest.mark.slow),
+        pytest.param(INNER, "absent ImportError", id="inner"),
+    ],
 )
 def test_a_torchvision_of_each_kind(tmp_path, text, says):
     assert run(LOOK, tmp_path, stub(tmp_path, text)).strip() == says
@@ -84,9 +88,13 @@ def test_an_absent_torchvision(tmp_path):
     assert run(BLOCK + LOOK, tmp_path).strip() == "absent ModuleNotFoundError"
 
 
+UNMENDED = "import sys; sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != '_Finder']; import torchvision"
+
+
 def test_the_stub_is_broken_as_the_real_one_is(tmp_path):
+    """Also in the environment of `make setup`, whose every Python mends torchvision."""
     done = subprocess.run(
-        [sys.executable, "-c", "import torchvision"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(stub(tmp_path, KNOWN))}
+        [sys.executable, "-c", UNMENDED], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(stub(tmp_path, KNOWN))}
     )
     assert "operator torchvision::nms does not exist" in done.stderr
 
@@ -95,6 +103,17 @@ def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path
     text = "import flowmap\nfor _ in range(3):\n    try:\n        import torchvision\n    except ImportError as error:\n        print(error)\n"
     said = run(text, tmp_path, stub(tmp_path, OTHER)).splitlines()
     assert said == ["torchvision is installed but broken: broken in a way that nobody knows"] * 3
+
+
+@pytest.mark.parametrize(("text", "says"), [(KNOWN, "True True"), (SOUND, "False False")], ids=["known", "sound"])
+def test_where_it_is_broken_every_python_of_the_environment_mends_it(tmp_path, text, says):
+    """As `make setup` does; the line that it writes mends torchvision where flowmap has not been imported."""
+    write = f"from pathlib import Path; import flowmap; at = Path({str(tmp_path)!r})\n"
+    write += "print(flowmap.torchvision_shim.install_at_start(at), (at / 'flowmap_torchvision.pth').exists())"
+    assert run(write, tmp_path, stub(tmp_path, text)).strip() == says
+    if text is KNOWN:
+        start = f"import site; site.addsitedir({str(tmp_path)!r}); import torchvision; print(torchvision.__version__)"
+        assert run(start, tmp_path, tmp_path / "stub").strip() == "0.99.0"
 
 
 COMMANDS = """\

@@ -31,7 +31,7 @@ class Tally(dict):
             one["first"].append(printable(name))
 
     def lines(self) -> list[str]:
-        """"2 hidden: a, b", a line for each reason."""
+        """ "2 hidden: a, b", a line for each reason."""
         more = {reason: ", ..." if one["count"] > len(one["first"]) else "" for reason, one in self.items()}
         return [f"{one['count']} {reason}: {', '.join(one['first'])}{more[reason]}" for reason, one in self.items()]
 

@@ -112,9 +112,7 @@ def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([noise_of(seed, int(i), shape) for i in pairs])
 
 
-def starts_of(
-    prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None
-) -> Start:
+def starts_of(prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None) -> Start:
     """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`.
 
     sources (N, *shape): what the pairs of an editing flow start from, all of them in an order drawn by the seed, again and again.

@@ -294,5 +294,3 @@ def outer_thirds(text: str) -> tuple[str, str, str]:
     words = text.split()
     third = len(words) // 3
     return " ".join(words[:third]), " ".join(words[third : len(words) - third]), " ".join(words[len(words) - third :])
-
-

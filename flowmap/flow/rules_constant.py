@@ -19,9 +19,7 @@ STEPS = (
     "one_hot long int short char byte bool"
 ).split()
 """Constant between jumps: counts, indices, comparisons, roundings, discrete draws."""
-FRESH = (
-    "zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty new_empty_strided detach"
-).split()
+FRESH = ("zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty new_empty_strided detach").split()
 """New numbers in the shape of a tensor; its value without its tangent, asked for by name."""
 PROPERTIES = (
     "dim size numel nelement stride is_contiguous is_floating_point is_complex element_size storage_offset get_device __len__ "

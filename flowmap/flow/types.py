@@ -103,9 +103,7 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student."""
 
-    def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
-    ) -> Tensor: ...
+    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor: ...
 
 
 def along(t: Tensor | float, x: Tensor) -> Tensor:

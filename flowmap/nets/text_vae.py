@@ -199,4 +199,3 @@ class Block(nn.Module):
 
 def _norm(h: Tensor) -> Tensor:
     return F.rms_norm(h, (h.shape[-1],), eps=1e-6)
-

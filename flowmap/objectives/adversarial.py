@@ -119,9 +119,7 @@ def generator_loss(scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None
     return pairing_loss(scores(fake, cond, noise), of_real).mean()
 
 
-def generate(
-    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str
-) -> Tensor:
+def generate(sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str) -> Tensor:
     """The student's sample from x1 in `steps` calls, with the graph of its last call or of all."""
     called = student if through == "all" else _LastCall(student, steps)
     return sampler(called, x1, cond, steps=steps, generator=generator)

@@ -95,6 +95,8 @@ def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
     for one in flow:  # Heun: two calls a step
         flops += 2 * recipe.prior.z.steps * cost_of(StudentConfig(one.student, one.sampler, (size,), arrival=False), graded=False).flops
     return flops
+
+
 def discriminator_cost(net: nn.Module, config: StudentConfig, objective: Adversarial) -> Cost:
     """A discriminator's share in a step, counted on the meta device: both losses with their penalties and backward passes, all as forward."""
     one, two = (_judged(net, config, objective, rows) for rows in (1, 2))

@@ -22,9 +22,7 @@ class Anchored(FewStep):
     Euler's own result where paths are straight; better than Euler at few steps where they nearly are. For students trained on the diagonal.
     """
 
-    def __call__(
-        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
-    ) -> Tensor:
+    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
         times = self.times(steps)
         x = self.start(x1)

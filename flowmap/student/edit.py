@@ -61,9 +61,7 @@ def _resolved(student: Student, x1: Tensor, cond, x0: Tensor, hole: Tensor, step
 
 
 @torch.no_grad()
-def interpolate(
-    student: Student, first: Tensor, second: Tensor, num: int, *, steps: int = 4, solver: str | None = None, seed: int = 0
-) -> Tensor:
+def interpolate(student: Student, first: Tensor, second: Tensor, num: int, *, steps: int = 4, solver: str | None = None, seed: int = 0) -> Tensor:
     """(num, C, H, W): samples of codes on the great arc from the first picture's code to the second's, all from the same noise."""
     prior = _prior_of(student, "--interpolate")
     codes = [prior.encode(_encoded(student, one, "--interpolate")) for one in (first, second)]

@@ -34,9 +34,7 @@ def measure_joint(stage: Stage, module: DistillModule, say=None) -> dict[str, An
     return {**figures, "autoencoder": measure_autoencoder(module)["student"]["1"]}
 
 
-def save_joint(
-    stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None
-) -> None:
+def save_joint(stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
     """Writes the autoencoder, then the student that samples in its latents."""
     net, mine = config.net, {"net.autoencoder.": {}, "net.flow.": {}}
     for name, tensor in state.items():

@@ -79,9 +79,7 @@ def test_any_prediction_gives_any_other(path, source, target):
     torch.testing.assert_close(answer, known[target], rtol=1e-8, atol=1e-8)  # small t and VP's steep end cost digits
 
 
-@pytest.mark.parametrize(
-    ("source", "t"), [("epsilon", 0.0), ("v", 0.0), ("v", 1.0), ("x0", 1.0), ("trig", 0.0), ("trig", 1.0), ("score", 0.5)]
-)
+@pytest.mark.parametrize(("source", "t"), [("epsilon", 0.0), ("v", 0.0), ("v", 1.0), ("x0", 1.0), ("trig", 0.0), ("trig", 1.0), ("score", 0.5)])
 def test_linear_velocity_is_finite_wherever_it_is_determined(source, t):
     path, x0, x1 = Linear(), draw(seed=1), draw(seed=2)
     time = torch.full((SHAPE[0],), t, dtype=torch.float64)

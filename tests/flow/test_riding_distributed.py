@@ -91,6 +91,6 @@ def compare(rank, wrapping, checkpointed):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapping", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_have_the_gradients_of_the_full_batch(tmp_path, wrapping):
     mp.spawn(run, (f"file://{tmp_path}/rendezvous", wrapping), nprocs=RANKS)

@@ -42,7 +42,12 @@ def test_attention_is_counted_and_keeps_no_matrix_of_tokens_by_tokens():
     assert large.kept_bytes < 17 * small.kept_bytes
 
 
-@pytest.mark.parametrize("name", [name for name in list_cards() if find_card(name).network])
+LARGE_CARDS = ("flux-dev", "sd35-medium")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE_CARDS else []) for name in list_cards() if find_card(name).network
+])  # fmt: skip
 def test_a_cards_network_has_the_published_number_of_parameters(name):
     card = find_card(name)
     spec = spec_of(card, read_recipe("digits"))
@@ -50,24 +55,13 @@ def test_a_cards_network_has_the_published_number_of_parameters(name):
     assert cost.parameters == pytest.approx(card.parameters, rel=0.005)
 
 
-LARGE = (
-    "flux-dev-lora",
-    "imagenet512",
-    "imagenet512-adversarial",
-    "imagenet64",
-    "sana",
-    "sd15",
-    "sd35-medium",
-    *(f"instaflow/sd15{stage}" for stage in ("", "-reflow", "-reflow-1024")),
-    "dit256",
-    "rfpp/ffhq64",
-    "rfpp/imagenet64",
-    "fashion14-adversarial",
-    *(name for name in list_recipes() if name.startswith(("rfpp/fashion14-", "lediflow/fashion14-", "lediflow/emoji-", "instaflow/emoji-"))),
+QUICK = (  # one of each kind of objective, prior, coupling and data; the others are slow tests
+    *("toy/mixture", "digits", "digits-teacher", "digits-adversarial", "digits-cmt", "digits-dmd", "digits-scm", "rfpp/digits", "rfpp/a"),
+    *("instaflow/digits", "lediflow/digits", "lediflow/digits-prior", "emoji32-autoencoder", "language/wordnet", "language/wordnet-joint"),
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in list_recipes()])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in list_recipes()])
 def test_every_recipe_says_what_it_costs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
     if name.startswith("language/"):  # without the sentences, which take seconds to read

@@ -100,6 +100,7 @@ def test_where_the_discriminator_never_steers_the_run_is_the_bases_own(run):
         torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6)  # gradients are clipped by two routines
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path):
     """The discriminator and both optimisers among it, bit by bit."""
     assert in_process(path, tmp_path / "whole") == 0

@@ -69,6 +69,7 @@ def test_equal_evaluations_are_equal_whatever_the_time(three, tmp_path):
     assert by_name["tiny"]["steps"] == int(2400 / asked) and by_name["tiny"]["evaluations"] <= 2400
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_and_what_was_cut_off_is_gone_on_with(three, tmp_path, monkeypatch):
     from flowmap.train.compare.entry import Entry
 
@@ -112,6 +113,7 @@ def test_a_run_that_diverges_is_a_row(three, tmp_path):
     assert run(three[:2], tmp_path / "out", seeds=1)[0] == found  # it is kept too
 
 
+@pytest.mark.slow
 def test_a_student_whose_samples_are_not_finite_is_a_row_too(three, tmp_path):
     first, _ = run(three[:2], tmp_path / "out", seeds=1)
     folder = tmp_path / "out" / "seed-0" / "two"
@@ -135,6 +137,7 @@ def test_other_terms_are_refused_before_anything_is_trained(three, tmp_path):
     assert HANDS.at == made and bytes_of(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_figures_of_another_look_are_not_mixed_with_those_of_this_one(three, tmp_path, monkeypatch):
     from flowmap.train.compare.entry import Entry
 
@@ -174,6 +177,7 @@ def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monke
     assert four["ended"] == "no time" and found["recipes"]["four"]["no_time"] == 1 and "takes 40 of 40 seconds" in four["why"]
 
 
+@pytest.mark.slow
 def test_pairs_and_a_run_to_start_from_are_priced_in_evaluations(three, tmp_path):
     base = f"base: {tmp_path / 'tiny.yaml'}\n"
     made = "coupling: {kind: pairs, teacher: {card: exact}, num: 64, solver: {kind: heun, steps: 4}}\nobjective: {kind: rectified}\n"

@@ -44,6 +44,7 @@ def test_it_trains_and_does_not_ship(path, tmp_path, overrides):
     assert float(trace(folder)[-1]["train/error"]) > 0, "the error itself is logged beside the loss"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path):
     assert in_process(path, tmp_path / "whole") == 0
     assert in_process(path, tmp_path / "killed", {"kind": "step", "count": 8}) == -signal.SIGKILL

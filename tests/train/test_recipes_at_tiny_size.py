@@ -102,7 +102,12 @@ def tiny_file(recipe, folder):
     return folder / "tiny.yaml"
 
 
-@pytest.mark.parametrize("recipe", [*PIPELINES, "imagenet64", "imagenet512"])
+QUICK = ("sd35-medium", "imagenet64")  # text and latents by an adapter of diffusers; classes and pixels by a network of our own
+
+
+@pytest.mark.parametrize(
+    "recipe", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in (*PIPELINES, "imagenet512") if name not in QUICK)]
+)
 def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypatch, command):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))

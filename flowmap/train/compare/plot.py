@@ -13,9 +13,7 @@ WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 480, 70, 40, 50, 260
 GREY = "#888888"
 
 
-def plot(
-    title: str, steps: Sequence[int], lines: Mapping[str, Sequence[Mapping[str, float] | None]], levels: Mapping[str, float]
-) -> Image.Image:
+def plot(title: str, steps: Sequence[int], lines: Mapping[str, Sequence[Mapping[str, float] | None]], levels: Mapping[str, float]) -> Image.Image:
     """lines: for each label a spread (median, least, most) or None at each of the steps. The vertical axis is logarithmic where all is positive."""
     values = [one[key] for line in lines.values() for one in line if one for key in ("least", "most")] + list(levels.values())
     page = _Page(len(steps), values or [1.0])
