@@ -4,15 +4,16 @@ Cause: beside a CPU build of torch, the registry's (CUDA) build of torchvision c
 Python code describes do not exist ("operator torchvision::nms does not exist").  Declaring the two operators by their schema is enough
 for everything that does not call them.  Can go when torchvision publishes one wheel for all builds of torch.
 
-`main()` (the last step of `make setup`) does the same for whatever runs in this environment without flowmap,
-`python -c "import diffusers"` for example: where torchvision is broken it writes a .pth file into site-packages, elsewhere it does nothing.
+`main()` (the last step of `make setup`) does the same for whatever runs in this environment without flowmap, `python -c "import diffusers"`
+for example: where torchvision is broken it copies this file, and a .pth file that runs it, into site-packages; elsewhere it does nothing.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.util
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -24,11 +25,11 @@ _kept_alive: list = []  # the operators' registrations live as long as their lib
 
 def install() -> None:
     """From now on the first `import torchvision`, whoever asks for it, is tried as it is and mended if it fails. Costs nothing before."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    if not any(type(finder).__name__ == _TorchvisionFinder.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionFinder())
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _TorchvisionFinder(importlib.abc.MetaPathFinder):
     _looking = False
 
     def find_spec(self, name, path=None, target=None):
@@ -72,21 +73,22 @@ class _MendingLoader(importlib.abc.Loader):
             raise ImportError(f"torchvision is installed but broken: {error}") from error
 
 
-START = 'import importlib.util; importlib.util.find_spec("flowmap") and __import__("flowmap")\n'  # a .pth file runs lines that begin with import
+COPY = "_flowmap_torchvision"  # the name of this file in site-packages
+UNMENDED = (
+    f"import sys; sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != {_TorchvisionFinder.__name__!r}]; import torchvision"
+)
 
 
 def install_at_start(site_packages: Path) -> bool:
-    """Whether `import torchvision` needed mending: then every Python of this environment mends it, by a .pth file in site-packages."""
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:
+    """Whether `import torchvision` fails here as it is: then every Python of this environment mends it, by two files in site-packages."""
+    absent = importlib.util.find_spec("torchvision") is None
+    if absent or subprocess.run([sys.executable, "-c", UNMENDED], stderr=subprocess.DEVNULL).returncode == 0:
         return False
-    if not _kept_alive:
-        return False
-    (site_packages / "flowmap_torchvision.pth").write_text(START)
+    shutil.copy(__file__, site_packages / f"{COPY}.py")
+    (site_packages / f"{COPY}.pth").write_text(f"import {COPY}; {COPY}.install()\n")  # lines that begin with import are run at the start
     return True
 
 
 def main() -> None:
     if install_at_start(Path(sysconfig.get_paths()["purelib"])):
-        print("torchvision does not fit this build of torch: it is mended when Python starts, by flowmap_torchvision.pth")
+        print("torchvision does not fit this build of torch: it is mended whenever a Python of this environment starts")

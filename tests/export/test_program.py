@@ -112,7 +112,8 @@ def with_sentences(family, folder, tokens):
     return student
 
 
-@pytest.mark.parametrize("family", ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "pixart")])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_program_takes_what_the_students_own_text_encoder_gives(tmp_path, family):
     student = with_sentences(family, tmp_path / "bert", 16)
     folder = export(student, tmp_path / "out", to="torch", steps=1)

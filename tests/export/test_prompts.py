@@ -146,6 +146,7 @@ def wanted(students, name, prompt=PROMPT, guidance=SCALE) -> torch.Tensor:
     return (students[case.student].sample(1, steps=case.steps, cond={"prompt": prompt}, guidance=guidance, seed=7) + 1) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_prompt_gives_the_students_pictures(done, name):
     students, at = done
@@ -155,6 +156,7 @@ def test_a_prompt_gives_the_students_pictures(done, name):
         assert (wanted(students, name, **other) - expected).abs().max() > 1e-3, "it matters, so it was told"
 
 
+@pytest.mark.slow
 def test_fused_it_is_the_same_and_without_its_bias_the_pictures_are_others(done):
     students, at = done
     got, expected = torch.load(at / "no_bias.pt"), wanted(students, "sd3-lora-2")
@@ -162,6 +164,7 @@ def test_fused_it_is_the_same_and_without_its_bias_the_pictures_are_others(done)
     torch.testing.assert_close(torch.load(at / "fused.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, parts", [("sd3-merged", 6), ("flux-merged", 4), ("sana-merged", 2), ("sd-merged", 2), ("sentence-custom", 2)])
 def test_the_text_encoders_lie_in_the_folder(done, name, parts):
     folder = done[1] / name
@@ -171,6 +174,7 @@ def test_the_text_encoders_lie_in_the_folder(done, name, parts):
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt")]
 
 
+@pytest.mark.slow
 def test_a_lora_folder_is_small_and_diffusers_own(done):
     students, at = done
     assert sorted(path.name for path in (at / "sd3-lora-2").iterdir()) == ["README.md", "flowmap_export.json", WEIGHTS]
@@ -184,6 +188,7 @@ def test_a_lora_folder_is_small_and_diffusers_own(done):
     assert "cannot be fused" not in (at / "sd3-lora-2" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_without_text_the_encoders_stay_out(done, tmp_path):
     for custom in (False, True):
         out = export(done[0]["sentence"], tmp_path / str(custom), steps=1, text=False, custom=custom)
@@ -191,6 +196,7 @@ def test_without_text_the_encoders_stay_out(done, tmp_path):
     assert "Text encoders are not in this folder" in (tmp_path / "False" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_encoders_of_another_pipeline_stay_out_of_a_stock_folder(done, tmp_path):
     students = done[0]
     other = Student(replace(students["sentence"].config, text=students["flux"].config.text), students["sentence"].flow_map)
@@ -201,6 +207,7 @@ def test_encoders_of_another_pipeline_stay_out_of_a_stock_folder(done, tmp_path)
     assert len(list(export(other, tmp_path / "custom", steps=1, custom=True).glob("text_encoder*"))) == 2
 
 
+@pytest.mark.slow
 def test_the_card_of_a_hubs_base_says_its_name_and_revision(done, tmp_path):
     sd3 = done[0]["sd3"]
     config = replace(sd3.config, base=Base("owner/model", "v1"), text=None, autoencoder=None)
@@ -209,6 +216,7 @@ def test_the_card_of_a_hubs_base_says_its_name_and_revision(done, tmp_path):
     assert "tags: [flowmap, few-step, lora]" in card and "prompt_embeds=prompt_embeds" in card and 'output_type="latent"' in card
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_ours_takes_one_prompt_or_one_for_each_image(done, tmp_path, monkeypatch):
     from diffusers import DiffusionPipeline
 
@@ -236,6 +244,7 @@ def test_a_pipeline_of_ours_takes_one_prompt_or_one_for_each_image(done, tmp_pat
         ("uneven", {"to": "lora", "steps": 2}, "--custom"),
     ],
 )
+@pytest.mark.slow
 def test_what_no_lora_can_be_is_refused_in_one_line(done, tmp_path, student, options, words):
     students = done[0]
     sd3 = students["sd3"]

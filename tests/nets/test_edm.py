@@ -21,7 +21,7 @@ SMALL = {
     "adm": ADM(channels=64, multipliers=(1, 2), num_blocks=1, attention_at=(16, 8)),
 }
 SHAPE = (3, 16, 16)
-families = pytest.mark.parametrize("family", SMALL)
+families = pytest.mark.parametrize("family", ["ddpmpp", pytest.param("ncsnpp", marks=pytest.mark.slow), "adm"])
 
 
 @pytest.mark.parametrize(

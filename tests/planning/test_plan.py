@@ -74,6 +74,7 @@ def test_fit_makes_all_of_it_once_and_the_student_carries_its_autoencoder(recipe
     assert command("evaluate", "--student", recipes / "run", "--steps", 1)[0] == 0
 
 
+@pytest.mark.slow
 def test_what_is_built_on_a_recipe_that_has_changed_is_made_anew(recipes, command):
     """The student's own recipe says the same, its teacher's teacher's does not."""
     fitted = ("fit", "--recipe", recipes / "student.yaml", "--out", recipes / "run")

@@ -150,6 +150,7 @@ assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_or_made_by_two_at_once_it_is_the_same(tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}

@@ -126,6 +126,7 @@ def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypat
     assert (folder / "model_index.json").is_file() and (folder / "vae").is_dir() == (recipe != "imagenet64")
 
 
+@pytest.mark.slow
 def test_the_adversarial_stage_of_a_large_recipe(tmp_path, monkeypatch, command):
     """The student that imagenet512 leaves is finetuned in latents, by micro-batches, on EDM2's network."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
@@ -143,6 +144,7 @@ def words(cond):
     return ("--prompt", cond["prompt"]) if "prompt" in cond else ("--class", cond["class"])
 
 
+@pytest.mark.slow
 def test_what_a_prompt_may_be(tmp_path, monkeypatch, command):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     tiny = tiny_file("sd15", tmp_path)
