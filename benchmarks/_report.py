@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flowmap.files import write_json
+from flowmap.base.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "numpy", "scikit-learn")

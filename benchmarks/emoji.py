@@ -17,10 +17,10 @@ import torch
 from _report import environment, table, write
 from safetensors.torch import load_file, save_file
 
+from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.build import build_data, build_teacher
 from flowmap.evaluate import conditions_for
 from flowmap.export import export
-from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.recipe import read_resolved
 from flowmap.student.folder import load_student
 

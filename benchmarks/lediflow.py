@@ -82,7 +82,7 @@ def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
 
 def prior_seconds(recipe) -> float:
     """Seconds that the training of the auxiliary model took: they are part of the learned prior's budget."""
-    from flowmap.files import read_json
+    from flowmap.base.files import read_json
     from flowmap.planning.plan import dependency_folder, prior_recipes
 
     return sum(read_json(dependency_folder(one) / "metrics.json")["seconds"]["train"] for one in prior_recipes(recipe))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from _report import environment, table, write
 
-import flowmap.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
+import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
 from flowmap.build import build_teacher
 from flowmap.data import Folder
 from flowmap.recipe import read_resolved

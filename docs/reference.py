@@ -12,7 +12,7 @@ import types
 import typing
 from pathlib import Path
 
-from flowmap.config import kind_of
+from flowmap.base.schema import kind_of
 from flowmap.kinds import TABLES
 from flowmap.list_verb import keys_of_slots
 from flowmap.recipe import Recipe

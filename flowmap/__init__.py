@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-from flowmap import torchvision_shim
+from flowmap.base import torchvision_shim
 
 __version__ = "0.1.0"
 __all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import", "__version__"]

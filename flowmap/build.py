@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build_prior import build_prior
-from flowmap.config import RecipeError, kind_of
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TextDataset
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher
-from flowmap.config import RecipeError
 from flowmap.flow.types import Cond
 from flowmap.objectives.perceptual import perceptual
 from flowmap.planning.costs import conditions_of

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowmap.config import RecipeError
+from flowmap.base.files import read_json
+from flowmap.base.schema import RecipeError
 from flowmap.data.codes import draws_of
-from flowmap.files import read_json
 from flowmap.flow.prior import FlowCodes, LearnedPrior, MixtureCodes
 from flowmap.planning.beforehand import check_prior, shipped_prior
 from flowmap.planning.plan import prior_recipes, trained_run

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowmap import __version__
+from flowmap.base.distributed import is_child
 from flowmap.base.trust import allow_import
 from flowmap.papers import PAPERS
-from flowmap.processes import is_child
 from flowmap.sample_verb import sample_arguments, sample_verb
 from flowmap.terminal import plain_warnings, summary
 from flowmap.train.compare_verb import compare_arguments, compare_verb
@@ -90,8 +90,8 @@ def _sample(a: argparse.Namespace) -> int:
 
 
 def _evaluate(a: argparse.Namespace) -> int:
+    from flowmap.base.files import check_writable
     from flowmap.evaluate import evaluate
-    from flowmap.files import check_writable
     from flowmap.student.folder import load_student
 
     say = lambda message: print(message, file=sys.stderr, flush=True)
@@ -142,7 +142,7 @@ def _average(a: argparse.Namespace) -> int:
 
 
 def _import_weights(a: argparse.Namespace) -> int:
-    from flowmap.files import check_writable
+    from flowmap.base.files import check_writable
     from flowmap.importing.weights import import_weights
 
     check_writable(Path(a.out), "--out")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.distributed import rank, world_size
+from flowmap.base.files import write_json
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher, build_data, build_teacher
-from flowmap.config import RecipeError
 from flowmap.data import Dataset, Pairs
 from flowmap.data.dataset import looked_at
-from flowmap.files import write_json
 from flowmap.flow.apportion import apportioned
 from flowmap.flow.draws import RowGenerator, of_samples
 from flowmap.flow.prior import Start, rows_told
@@ -135,19 +136,18 @@ class _Rows:
         self.draws = lambda of, num: of(recipe, student, data, num, guidance)
         self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device, self.arrival = student.device, student.config.arrival
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        rank = torch.distributed.get_rank() if world > 1 else 0
+        world, mine = world_size(), rank()
         self.num = max((spec.images for spec in specs if spec.needs not in REAL), default=0) // world * world
         generator, fresh = (torch.Generator().manual_seed(recipe.evaluation.seed) for _ in range(2))
-        # what this process's samples from `first` on draw on their way: those of rank, rank + world, ... among all
-        self.noise = lambda first, count: of_samples(fresh, rank + world * torch.arange(first, first + count))
+        # what this process's samples from `first` on draw on their way: those of mine, mine + world, ... among all
+        self.noise = lambda first, count: of_samples(fresh, mine + world * torch.arange(first, first + count))
         self.start, self.sources = student.start(self.num, generator), data.wanted(self.num) if hasattr(data, "wanted") else None
         if hasattr(data, "starts"):
             x1, self.sources = data.starts(self.num)
             self.start = Start(x1)
-        self.x1, self.world, self.rank = self.start.x1[rank::world], world, rank
-        self.sentences, self.sources, self.decode_seconds = student.sentences, self.sources and self.sources[rank::world], 0.0
-        self.places = torch.arange(self.num)[rank::world]
+        self.x1, self.world = self.start.x1[mine::world], world
+        self.sentences, self.sources, self.decode_seconds = student.sentences, self.sources and self.sources[mine::world], 0.0
+        self.places = torch.arange(self.num)[mine::world]
         self.classes = classes_by_law(data, recipe.evaluation.classes) if student.config.num_classes else None
         self.conditions = conditions_for(student, data, self.num, guidance, self.classes) if self.num else None
         real = {"conditions": lambda: (data.reference, data.reference_conditions), "texts": lambda: (data,)}
@@ -317,7 +317,7 @@ def conditions_for(
 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
-    from flowmap.config import kind_of
+    from flowmap.base.schema import kind_of
     from flowmap.kinds import TABLES, Metric
 
     if kinds is None:

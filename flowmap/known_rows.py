@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 import flowmap
+from flowmap.base.distributed import world_size
+from flowmap.base.files import read_json
+from flowmap.base.schema import short_hash, to_plain
 from flowmap.build import BuiltTeacher
-from flowmap.config import short_hash, to_plain
 from flowmap.data import Dataset
 from flowmap.data.pairs import contents
-from flowmap.files import read_json
 from flowmap.flow.types import Cond
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import fingerprint
@@ -43,7 +44,7 @@ def stamps(recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data:
     """
     told = {key: value.cpu() for key, value in data.held_out_conditions_at(torch.arange(min(LOOK, data.num_held_out))).items()}
     shared = [flowmap.__version__, to_plain(tuple(specs), TABLES), to_plain(recipe.data, TABLES), to_plain(recipe.evaluation, TABLES)]
-    shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(told), _world()]
+    shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(told), world_size()]
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found
@@ -62,7 +63,3 @@ def to_teacher(known: Mapping[str, Any], k: int) -> Row:
 
 def _values(tensors: Mapping[str, Tensor]) -> list[Any]:
     return [[key, value[:LOOK].double().cpu().tolist()] for key, value in sorted(tensors.items())]
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

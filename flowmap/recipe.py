@@ -18,7 +18,7 @@ from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 
 from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, read_settings, refuse_interpolations
 from flowmap.base.ranges import Seed, check_ranges
-from flowmap.config import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
+from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear

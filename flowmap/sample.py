@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from flowmap.base.files import write_text
+from flowmap.base.images import save_picture, to_grid, to_picture
 from flowmap.data.safe_files import lines_of
 from flowmap.data.text_sources import one_line
 from flowmap.evaluate import conditions_for
-from flowmap.files import write_text
 from flowmap.flow.prior import Start
-from flowmap.pictures import save_picture, to_grid, to_picture
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.student.text import edit

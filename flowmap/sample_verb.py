@@ -31,7 +31,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sample_verb(a: argparse.Namespace, device) -> int:
-    from flowmap.files import check_writable
+    from flowmap.base.files import check_writable
     from flowmap.sample import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 

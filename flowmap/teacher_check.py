@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher
-from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.flow.limit import Clip
 from flowmap.flow.prior import LearnedPrior, start_of

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flowmap.processes import is_child
+from flowmap.base.distributed import is_child
 
 
 @contextmanager

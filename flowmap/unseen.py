@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowmap.base.distributed import rank, world_size
 from flowmap.build import build_data
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.draws import RowGenerator
@@ -132,6 +133,5 @@ def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Co
 
 def _mine(num: int) -> Tensor:
     """The places of this process among `num`, as many as any other's."""
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rank = torch.distributed.get_rank() if world > 1 else 0
-    return torch.arange(num // world * world)[rank::world]
+    world, mine = world_size(), rank()
+    return torch.arange(num // world * world)[mine::world]

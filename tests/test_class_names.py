@@ -8,12 +8,12 @@ import torch
 from encoding import spec
 from PIL import Image
 
+from flowmap.base.files import write_tensors
 from flowmap.cli import main
 from flowmap.data import Dataset, Latents
 from flowmap.data.folder import Folder
 from flowmap.data.images import FASHION_CLASSES, Digits
 from flowmap.export import export
-from flowmap.files import write_tensors
 from flowmap.nets import MLP, DiT
 from flowmap.recipe import read_recipe
 from flowmap.sample_verb import class_of

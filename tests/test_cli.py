@@ -14,7 +14,7 @@ from conftest import TINY, bytes_of
 from PIL import Image
 from safetensors.torch import save_file
 
-from flowmap.files import read_tensors, write_text
+from flowmap.base.files import read_tensors, write_text
 
 
 def refuses(command, *arguments, says, code=2):

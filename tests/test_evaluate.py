@@ -3,16 +3,15 @@
 import json
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flowmap
+from flowmap.base.files import write_json
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.data import Dataset
 from flowmap.evaluate import classes_by_law, evaluate, measure
-from flowmap.files import write_json
 from flowmap.metrics import Frechet
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
@@ -142,9 +141,9 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     torch.testing.assert_close(samples[1], samples[0])
     student.pictures, parts = lambda x0: parts.append(x0) or x0, []
+    monkeypatch.setattr(sys.modules[measure.__module__], "world_size", lambda: 2)
     for rank in range(2):
-        other = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda mine=rank: mine)
-        monkeypatch.setattr(sys.modules[measure.__module__], "torch", SimpleNamespace(**{**vars(torch), "distributed": other}))
+        monkeypatch.setattr(sys.modules[measure.__module__], "rank", lambda mine=rank: mine)
         measure(recipe, student, None, data, steps=[4])
     torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), samples[0])
     drawn = Student(student.config, student.flow_map).sample(100, steps=4, seed=1)  # evaluation's samples are those of its seed

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowmap.files import WriteError, check_writable, only_process, read_json, read_tensors, write_beside, write_json, write_tensors, write_text
+from flowmap.base.files import WriteError, check_writable, only_process, read_json, read_tensors, write_beside, write_json, write_tensors, write_text
 
 
 def failing(error, half=b"half"):
@@ -130,7 +130,7 @@ def test_a_folder_is_filled_by_one_process_at_a_time(tmp_path):
 
 def test_a_lock_is_on_the_folder_that_has_the_name(tmp_path, monkeypatch):
     """The folder is removed, and made again by a third process, between opening it and locking it."""
-    import flowmap.files as files
+    import flowmap.base.files as files
 
     folder, original, left = tmp_path / "run", files.fcntl.flock, [1, 0]
 
@@ -162,7 +162,7 @@ def test_folders_made_for_a_lock_alone_are_removed_again(tmp_path):
 
 
 def test_who_waits_for_a_folder_says_so_once_a_minute(tmp_path, monkeypatch):
-    import flowmap.files as files
+    import flowmap.base.files as files
 
     now, said = [0.0], []
     holder = only_process(tmp_path / "run")

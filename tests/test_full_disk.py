@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import bytes_of
 
+from flowmap.base.files import WriteError, write_beside
 from flowmap.export import export
-from flowmap.files import WriteError, write_beside
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig

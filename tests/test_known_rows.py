@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flowmap.base.files import read_json, write_json
 from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.cli import main
 from flowmap.evaluate import evaluate, measure
-from flowmap.files import read_json, write_json
 from flowmap.known_rows import stamps
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student

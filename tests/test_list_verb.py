@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.kinds import TABLES
 from flowmap.list_verb import keys_of_slots
 from flowmap.recipe import read_recipe

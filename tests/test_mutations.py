@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 import flowmap
+from flowmap.base.schema import to_plain
 from flowmap.cli import main
-from flowmap.config import to_plain
 from flowmap.kinds import TABLES
 from flowmap.recipe import list_recipes, read_recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmap.pictures import stack, to_grid, to_picture
+from flowmap.base.images import stack, to_grid, to_picture
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])

@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from flowmap.base.ranges import Range, ranges_in
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.kinds import TABLES
 from flowmap.metrics import METRICS

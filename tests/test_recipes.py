@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.planning.plan import find_card, list_cards, plan
 from flowmap.recipe import list_recipes, read_recipe, read_resolved
 

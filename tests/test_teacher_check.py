@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.files import read_tensors, write_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher, build_data, build_teacher
-from flowmap.config import RecipeError
 from flowmap.data import Dataset
-from flowmap.files import read_tensors, write_tensors
 from flowmap.recipe import read_recipe
 from flowmap.teacher_check import Statistics, check_teacher, look
 from flowmap.teachers.exact import GaussianTeacher

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import TINY
 
-from flowmap.torchvision_shim import UNMENDED
+from flowmap.base.torchvision_shim import UNMENDED
 
 KNOWN = """\
 import torch
@@ -109,7 +109,7 @@ def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path
 def test_where_it_is_broken_every_python_of_the_environment_mends_it(tmp_path, text, says):
     """As `make setup` does; the line that it writes mends torchvision where flowmap has not been imported."""
     write = f"from pathlib import Path; import flowmap; at = Path({str(tmp_path)!r})\n"
-    write += "print(flowmap.torchvision_shim.install_at_start(at), (at / '_flowmap_torchvision.pth').exists())"
+    write += "print(flowmap.base.torchvision_shim.install_at_start(at), (at / '_flowmap_torchvision.pth').exists())"
     assert run(write, tmp_path, stub(tmp_path, text)).strip() == says
     if text is KNOWN:
         start = f"import site; site.addsitedir({str(tmp_path)!r}); import torchvision; print(torchvision.__version__)"

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from flowmap.base.files import write_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, student_config
-from flowmap.config import RecipeError
 from flowmap.data import TextDataset
 from flowmap.data.text import Attribute
 from flowmap.evaluate import evaluate, measure
-from flowmap.files import write_tensors
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe

@@ -6,13 +6,13 @@ Columns as in Hugging Face's image folders: file_name, relative to the folder of
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowmap.base.files import text_digest
 from flowmap.data.listing import Listing, Tally, normalized_name
 from flowmap.data.safe_files import lines_of, printable, read_text
 from flowmap.data.sources import TEXT_KEYS, text_of
@@ -54,7 +54,7 @@ class FolderCaptions:
     def digest(self) -> str:
         """Changes with any caption in metadata, and with the names of the texts beside pictures."""
         told = json.dumps([self.metadata, self.texts], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return text_digest(told)
 
 
 def read_captions(root: str, listing: Listing) -> FolderCaptions:

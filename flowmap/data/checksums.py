@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,17 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from flowmap.base.files import file_digest
+
 CHECKED = "checked.json"
 THREADS = 8
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of that file, hexadecimal; its content is never held whole."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check(folder: Path, wanted: Mapping[str, str], verb: str, *, again: bool = False) -> None:
@@ -35,7 +27,7 @@ def check(folder: Path, wanted: Mapping[str, str], verb: str, *, again: bool = F
     stamps = {name: _stamp(folder / name) for name in wanted}
     unchecked = [name for name in wanted if before.get(name) != [wanted[name], *stamps[name]]]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for name, found in zip(unchecked, pool.map(lambda name: checksum(folder / name), unchecked), strict=True):
+        for name, found in zip(unchecked, pool.map(lambda name: file_digest(folder / name), unchecked), strict=True):
             if found != wanted[name]:
                 raise ValueError(
                     f"{folder / name}: is torn or damaged: its SHA-256 is {found[:12]}, not {wanted[name][:12]}; delete it and run `{verb}`"

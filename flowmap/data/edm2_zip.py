@@ -7,7 +7,6 @@ samples stand in the order of their names.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
@@ -22,6 +21,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from flowmap.base.files import text_digest
 from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
 from flowmap.data.dataset import Source, held_out_count
 from flowmap.data.listing import Tally, is_hidden, normalized_name
@@ -258,7 +258,7 @@ class Archive:
     def fingerprint(self) -> str:
         wanted = [*self.names, *(["dataset.json"] if "dataset.json" in self.infos else [])]
         told = "\n".join(f"{name} {self.infos[name].CRC} {self.infos[name].file_size}" for name in wanted)
-        return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return text_digest(told, "surrogateescape")
 
     def _matched(self, labels: dict[str, int]) -> dict[str, int]:
         """The labels by the names of entries."""

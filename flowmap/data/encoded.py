@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.data import shards
 from flowmap.data.dataset import Source
@@ -198,7 +199,7 @@ class EncodedDataset:
 
     def _pictures(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
-            return file.get_tensor(name).float().div_(127.5).sub_(1)
+            return from_bytes(file.get_tensor(name))
 
     @cached_property
     def _kept(self) -> Tensor:
@@ -221,7 +222,7 @@ class EncodedDataset:
         shape, dtype = self._columns[name]
         values = from_column(table, name, shape)
         if name in ("x0", "mirrored"):
-            return values.float().div_(127.5).sub_(1) if dtype == "uint8" else values.float()
+            return from_bytes(values) if dtype == "uint8" else values.float()
         return values.bool() if dtype == "bool" else values.float()
 
 

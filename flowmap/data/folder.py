@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -16,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from flowmap.base.files import text_digest
+from flowmap.base.images import from_bytes
 from flowmap.base.ranges import CountFromZero, Seed, Side
 from flowmap.data.captions import FolderCaptions, read_captions
 from flowmap.data.dataset import Dataset, Source, held_out_count
@@ -67,7 +68,7 @@ class FolderImages(SquareImages):
 
     def fingerprint(self) -> str:
         told = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        return text_digest(json.dumps(told))
 
     def skipped(self) -> dict[str, dict[str, Any]]:
         return self._listing.skipped | (self._captions.skipped if self.captions else {})
@@ -128,7 +129,7 @@ class Folder(Source):
                 left_out.append((item.key, item.problem))
                 continue
             grey += item.grey
-            images.append(item.image.float() / 127.5 - 1)
+            images.append(from_bytes(item.image))
             labels.append(item.label)
         _say(source, labels, left_out, grey)
         if held_out_count(self.held_out, len(images)) >= len(images):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowmap.base.images import from_bytes
 from flowmap.base.ranges import CountFromZero, Seed, Side
 from flowmap.data import idx
 from flowmap.data.dataset import Dataset, Source
@@ -69,6 +70,6 @@ class Fashion(Source):
         raise ValueError(f"data.root is {self.root!r}, where the Fashion-MNIST files are not: run `make data`")
 
     def _read(self, folder: Path, part: str) -> tuple[Tensor, Tensor]:
-        images = idx.read(folder, f"{part}-images-idx3-ubyte.gz").unsqueeze(1).float() / 127.5 - 1
+        images = from_bytes(idx.read(folder, f"{part}-images-idx3-ubyte.gz").unsqueeze(1))
         labels = idx.read(folder, f"{part}-labels-idx1-ubyte.gz").long()
         return F.avg_pool2d(images, 28 // self.size), labels

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.images import from_bytes, to_bytes
 from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
@@ -130,13 +131,13 @@ def starts_of(prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape
 def pack(x0: Tensor, dtype: str) -> Tensor:
     """x0 as it is kept: uint8 are the grey levels of [-1, 1], rounded and cut off."""
     if dtype == "uint8":
-        return ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return to_bytes(x0).cpu()
     return x0.to(getattr(torch, dtype)).cpu()
 
 
 def unpack(kept: Tensor) -> Tensor:
     """What training sees of it, float32."""
-    return kept.float().div_(127.5).sub_(1) if kept.dtype == torch.uint8 else kept.float()
+    return from_bytes(kept) if kept.dtype == torch.uint8 else kept.float()
 
 
 def contents(data: Dataset, seed: int) -> dict[str, Any]:

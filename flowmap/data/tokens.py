@@ -5,7 +5,6 @@ A row is the sentence's tokens, then the end token, then padding; a sentence tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.files import text_digest
 from flowmap.base.outside import bounded_text
 from flowmap.base.ranges import MaxTokens, Range, check_ranges
 
@@ -162,7 +162,7 @@ class Tokens:
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits of all that it does."""
-        return hashlib.sha256((self.model + repr(self.settings())).encode()).hexdigest()[:16]
+        return text_digest(self.model + repr(self.settings()))
 
 
 class PairTokens(Tokens):

@@ -6,7 +6,6 @@ The shards are read as data, by position: nothing is extracted, no command is ru
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
+from flowmap.base.files import text_digest
 from flowmap.data.listing import Tally
 from flowmap.data.safe_files import MAX_TEXT_BYTES, decode_utf8, open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves, text_of
@@ -61,7 +61,7 @@ class WebDatasetImages(SquareImages):
 
     def fingerprint(self) -> str:
         told = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self._paths)
-        return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return text_digest(told, "surrogateescape")
 
     @cached_property
     def _paths(self) -> list[str]:

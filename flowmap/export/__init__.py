@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flowmap.base.files import write_text
 from flowmap.export.card import export_card
 from flowmap.export.folder import check_free, whole_folder
 from flowmap.export.plan import make_plan
-from flowmap.files import write_text
 from flowmap.student.student import Student
 
 TARGETS = ("diffusers", "torch", "lora")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import diffusers
 
-from flowmap.config import kind_of
+from flowmap.base.files import write_json, write_text
+from flowmap.base.schema import kind_of
 from flowmap.export.amalgamate import amalgamate
 from flowmap.export.custom_model import FlowMapModel
 from flowmap.export.custom_pipeline import TIME_UNIT
@@ -19,7 +20,6 @@ from flowmap.export.plan import Export, Written
 from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
-from flowmap.files import write_json, write_text
 from flowmap.kinds import TABLES
 from flowmap.nets.stacked import Stacked, net_within, stack_of
 from flowmap.student.folder import config_json

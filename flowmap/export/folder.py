@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flowmap.files import check_writable, naming, read_json, write_json
+from flowmap.base.files import check_writable, naming, read_json, write_json
 
 MARK = "flowmap_export.json"
 FILES = "files"  # in the note: the files that were written

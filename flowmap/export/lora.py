@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.files import write_tensors
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import FAMILIES, call_lines, check_grid, constant_extra, has_stock, time_embeddings
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
-from flowmap.files import write_tensors
 from flowmap.nets.lora import ADAPTER
 from flowmap.teachers.autoencoder import Autoencoder
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.files import write_beside
 from flowmap.export.plan import Export, Written
 from flowmap.export.text import PROMPT
-from flowmap.files import write_beside
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text

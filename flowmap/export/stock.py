@@ -16,10 +16,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.files import write_json
 from flowmap.export.plan import Export, Written
 from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
-from flowmap.files import write_json
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import TIME_EMBEDDINGS, DiffusersNet
 from flowmap.nets.embed import branches

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowmap.base.files import copy_folder
 from flowmap.export.plan import Export
-from flowmap.files import copy_folder
 from flowmap.teachers.autoencoder import local_folder
 from flowmap.teachers.text import PIPELINE, T5, WITHOUT_T5, PipelineText, Sentence, pipeline_index, text_width, zeros_for_empty
 

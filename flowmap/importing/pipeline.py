@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowmap.files import copy_folder, read_json, write_tensors
+from flowmap.base.files import copy_folder, read_json, write_tensors
 
 KEPT = (".json", ".txt", ".model", ".safetensors")
 

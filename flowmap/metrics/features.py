@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.images import to_bytes
 from flowmap.base.trust import allowed_attribute
 
 
@@ -96,7 +97,7 @@ class Inception(nn.Module):
         self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)  # the resize of the first FID code
 
     def forward(self, x: Tensor) -> Tensor:
-        bytes_ = ((in_colour(x).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        bytes_ = to_bytes(in_colour(x))
         return self.net(bytes_).flatten(1)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmap.base.distributed import rank, world_size
 from flowmap.flow.types import Cond
 from flowmap.metrics.features import check_features, needs_pictures
 
@@ -91,5 +92,4 @@ def some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:
 
 def share(x: Tensor) -> Tensor:
     """This process's rows of what every process holds: metrics add up over processes."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return x[torch.distributed.get_rank() :: torch.distributed.get_world_size()] if ready else x
+    return x[rank() :: world_size()]

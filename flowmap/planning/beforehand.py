@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.frozen_parts import check_frozen_parts

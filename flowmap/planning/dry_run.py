@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.build_fake import fake_config
-from flowmap.config import RecipeError, kind_of
 from flowmap.data import Text
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, TeacherSlot, TextDataset
 from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.tensors import Tensors

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowmap.config import RecipeError, construct
+from flowmap.base.schema import RecipeError, construct
 from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import Stacked

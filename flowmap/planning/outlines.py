@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_samples
-from flowmap.config import RecipeError
 from flowmap.data import Dataset, Encoded, Pairs, Text
 from flowmap.data.shards import INDEX
 from flowmap.flow.types import Cond

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.data import survey
 from flowmap.data.encoded import read_index
 from flowmap.planning.plan import Encoding

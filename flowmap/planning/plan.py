@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import RecipeError, short_hash, to_plain
+from flowmap.base.files import read_json, write_json, write_text
+from flowmap.base.schema import RecipeError, short_hash, to_plain
 from flowmap.data import Encoded, Folder, Pairs, Styles, TeacherSlot, Text, pairs
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
 from flowmap.data.sources import READER
-from flowmap.files import read_json, write_json, write_text
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
 from flowmap.planning.provenance import WHERE, identity

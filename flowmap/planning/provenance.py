@@ -11,7 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import RecipeError, to_plain
+from flowmap.base.files import file_digest
+from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Encoded, Folder, Pairs
 from flowmap.data.dataset import Source
 from flowmap.data.pairs import CLOCK, FORMAT
@@ -128,5 +129,4 @@ def weights_hash(where: Path | None) -> str | None:
 
 @lru_cache(maxsize=64)
 def _file_hash(path: str, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

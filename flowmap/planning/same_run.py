@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import short_hash, to_plain
-from flowmap.files import read_json
+from flowmap.base.files import read_json
+from flowmap.base.schema import short_hash, to_plain
 from flowmap.kinds import TABLES
 from flowmap.recipe import Recipe, read_plain, read_resolved
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.files import read_json, write_json, write_tensors
+from flowmap.base.images import from_bytes
 from flowmap.data import survey
 from flowmap.data.dataset import held_out_count
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
-from flowmap.files import read_json, write_json, write_tensors
 from flowmap.frozen_parts import check_frozen_parts
 from flowmap.shards.encode_shard import Shard
 from flowmap.shards.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
@@ -45,7 +46,7 @@ def encode(
 
     shard (r, n) makes those whose number leaves r when divided by n. say: told what the pictures are before they are encoded, and after what
     was left out. ValueError where the folder holds another encoding, or captions are read and no picture has one; WriteError names a shard
-    that could not be written, and the ones before it stay. waiting: as only_process (files.py) has it.
+    that could not be written, and the ones before it stay. waiting: as only_process (base/files.py) has it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
@@ -100,7 +101,7 @@ class Encoder:
     def _latents(self, images: Tensor) -> Tensor:
         if self.spec.autoencoder is None:
             return images
-        return _compact(self._autoencoder.encode(images.to(self.device).float() / 127.5 - 1))
+        return _compact(self._autoencoder.encode(from_bytes(images.to(self.device))))
 
     @cached_property
     def _autoencoder(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.images import from_bytes
 from flowmap.data.shards import to_column, write_stream
 from flowmap.data.sources import Item
 
@@ -82,7 +83,7 @@ class Shard:
         self.batches.append(_batch(kept, columns))
 
     def _count(self, x0: Tensor) -> None:
-        values = x0.double() / 127.5 - 1 if x0.dtype == torch.uint8 else x0.double()
+        values = from_bytes(x0, torch.float64) if x0.dtype == torch.uint8 else x0.double()
         values = values.flatten(2).transpose(0, 1).flatten(1) if x0.ndim > 2 else values.T
         self.sum, self.squares, self.values = self.sum + values.sum(1), self.squares + (values**2).sum(1), self.values + values.shape[1]
 

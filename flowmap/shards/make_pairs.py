@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.files import read_json, write_json
 from flowmap.build import BuiltTeacher, build_data, build_pairs_teacher
 from flowmap.build_prior import build_prior
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
-from flowmap.files import read_json, write_json
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
 from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
@@ -52,7 +52,7 @@ def make_pairs(
 
     folder: default where the recipe looks for them. shard (r, n) makes those whose number leaves r when divided by n. ValueError where the
     folder holds other pairs; WriteError names a shard that could not be written, and the ones before it stay. waiting: as only_process
-    (files.py) has it.
+    (base/files.py) has it.
     """
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from flowmap.base.files import check_writable
 from flowmap.data import Encoded, Pairs
 from flowmap.data.encoded import MADE, read_index
 from flowmap.data.shards import check_sums
-from flowmap.files import check_writable
 from flowmap.planning.plan import autoencoder_recipes, data_of, pairs_of, trained_run
 from flowmap.recipe import read_recipe
 from flowmap.shards.encode import encode

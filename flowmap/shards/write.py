@@ -10,10 +10,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowmap.data.checksums import checksum
+from flowmap.base.files import file_digest, only_process, read_json, write_beside, write_json
 from flowmap.data.encoded import EMPTY, REFERENCE
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
-from flowmap.files import only_process, read_json, write_beside, write_json
 
 T = TypeVar("T")
 OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # what is written after the plan
@@ -22,7 +21,7 @@ OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # what is
 @contextmanager
 def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making, for
-    which it waits with `waiting` (files.py)."""
+    which it waits with `waiting` (base/files.py)."""
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard: {rank}/{world} must be I/N with 0 <= I < N")
@@ -75,7 +74,7 @@ def write_shard(folder: Path, number: int, write: Callable[[Path], None], told: 
 
 def measured(path: Path) -> dict[str, Any]:
     """The size and the SHA-256 of a file, as index.json keeps them."""
-    return {"bytes": path.stat().st_size, "sha256": checksum(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def once(folder: Path, finish: Callable[[], T]) -> T | None:

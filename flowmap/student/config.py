@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowmap.config import kind_of
+from flowmap.base.schema import kind_of
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text import Attribute
 from flowmap.flow.types import Sampler

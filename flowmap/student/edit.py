@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowmap.base.images import from_bytes
 from flowmap.data.sources import load_upright
 from flowmap.flow.prior import LearnedPrior, rows_told, starts
 from flowmap.samplers import asked_for
@@ -93,7 +94,7 @@ def read_picture(path: str | Path, channels: int, key: str) -> Tensor:
     except ValueError as error:
         raise ValueError(f"{key}: {path}: is no picture that can be read: {error}") from error
     pixels = np.array(image.convert({1: "L", 3: "RGB"}[channels]), dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1) / 127.5 - 1
+    return from_bytes(torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1))
 
 
 def read_mask(path: str | Path) -> Tensor:

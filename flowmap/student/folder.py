@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.config import RecipeError, construct, to_plain
-from flowmap.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from flowmap.base.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from flowmap.base.schema import RecipeError, construct, to_plain
 from flowmap.kinds import TABLES
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base

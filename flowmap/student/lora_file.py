@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.files import read_json, read_tensors
+from flowmap.base.files import read_json, read_tensors
 
 PREFIXES = ("base_model.model.", "unet.", "transformer.")
 DOWN_OR_UP = re.compile(r"(.+?)(?:\.lora)?[._](lora_A|lora_B|lora_down|lora_up|down|up)(?:\.default)?\.(weight|bias)")

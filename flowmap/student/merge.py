@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flowmap.base.files import read_json, read_tensors
 from flowmap.export.folder import check_free, whole_folder
-from flowmap.files import read_json, read_tensors
 from flowmap.nets.flow_map import SILENT
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import copy_beside, load_student, save_student

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowmap.config import construct, to_plain
-from flowmap.files import read_json, read_tensors, write_json, write_tensors
+from flowmap.base.files import read_json, read_tensors, write_json, write_tensors
+from flowmap.base.schema import construct, to_plain
 from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
 from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCodes, NormalCodes
 from flowmap.flow.solver import Heun

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowmap.files import read_tensors, write_tensors
+from flowmap.base.files import read_tensors, write_tensors
 from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.nets.flow_map import misfit
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.data import TextCoder, TextDataset
 from flowmap.data.tokens import BPE, Pair, Pretrained
 from flowmap.flow.prior import Start

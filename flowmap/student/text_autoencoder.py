@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowmap.config import construct, to_plain
+from flowmap.base.files import read_json, read_tensors, write_json, write_tensors, write_text
+from flowmap.base.schema import construct, to_plain
 from flowmap.data.tokens import FILE, SETTINGS, Tokens, load_tokens
-from flowmap.files import read_json, read_tensors, write_json, write_tensors, write_text
 from flowmap.nets.text_pair import TextPair
 from flowmap.nets.text_vae import TextVAE
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.files import write_json, write_tensors, write_text
+from flowmap.base.files import write_json, write_tensors, write_text
+from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import floors
-from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule

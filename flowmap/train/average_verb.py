@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flowmap.files import check_writable
+from flowmap.base.files import check_writable
 from flowmap.recipe import read_resolved
 from flowmap.student.folder import check_place, copy_beside, load_student, save_student
 from flowmap.student.snapshots import combine

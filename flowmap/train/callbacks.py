@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowmap.base.files import write_text
+from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.evaluate import conditions_for, measure
-from flowmap.files import write_text
 from flowmap.flow.derivative import along_path
 from flowmap.flow.prior import rows_told
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import BESIDE_NET
-from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student

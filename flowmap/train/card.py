@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flowmap.config import kind_of
+from flowmap.base.schema import kind_of
 from flowmap.kinds import TABLES
 from flowmap.metrics import TRAIN
 from flowmap.recipe import Recipe

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from flowmap.config import RecipeError
-from flowmap.files import write_beside
+from flowmap.base.files import write_beside
+from flowmap.base.schema import RecipeError
 
 MARK = b"flowmap sha256 "
 NO_COMMENT = b"\0\0"  # the end of an archive that nothing was added to

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from flowmap.files import naming, write_text
+from flowmap.base.files import naming, write_text
 
 
 class CSVLog(Logger):

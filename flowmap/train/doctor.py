@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior
-from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from flowmap.files import read_json, write_json
+from flowmap.base.files import read_json, write_json
 from flowmap.planning.plan import Stage, mark
 from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib

@@ -20,16 +20,16 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from flowmap.base.distributed import is_child
+from flowmap.base.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior, write_prior
-from flowmap.config import RecipeError
-from flowmap.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
 from flowmap.planning.dry_run import check_stages
 from flowmap.planning.pictures import describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
-from flowmap.processes import is_child
 from flowmap.recipe import Recipe
 from flowmap.shards.encode import encode
 from flowmap.shards.make_pairs import make_pairs

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.files import write_tensors, write_text
+from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.data.codes import ENCODINGS
-from flowmap.files import write_tensors, write_text
 from flowmap.flow.codes import NormalDraws
 from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.prior import LearnedPrior
 from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
-from flowmap.pictures import save_picture, stack, to_grid
 from flowmap.planning.plan import Stage
 from flowmap.student.config import StudentConfig
 from flowmap.student.prior import PriorConfig, save_prior

@@ -18,10 +18,10 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flowmap.config import RecipeError
+from flowmap.base.files import read_json, write_text
+from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.tokens import FILE, SETTINGS
-from flowmap.files import read_json, write_text
 from flowmap.planning.plan import Stage, built_on, holds
 from flowmap.planning.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe import Recipe, read_resolved
@@ -66,7 +66,7 @@ def written(folder: Path, before: str = "", after: str = "") -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes the temporary files (files.py) that a killed run left in that folder."""
+    """Removes the temporary files (base/files.py) that a killed run left in that folder."""
     _remove(folder, written(folder, ".", ".[0-9]*.tmp"))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.files import write_text
+from flowmap.base.files import write_text
 from flowmap.objectives.language import IGNORED, divergence
 from flowmap.planning.plan import Stage
 from flowmap.student.text_autoencoder import save_text_autoencoder

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 
-from flowmap.config import to_plain
-from flowmap.files import write_text
+from flowmap.base.files import write_text
+from flowmap.base.schema import to_plain
 from flowmap.kinds import TABLES
 from flowmap.planning.plan import Stage
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.recipe import read_recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.teachers.card import read_card

@@ -6,8 +6,9 @@ import os
 import pytest
 from encoding import spec
 
+from flowmap.base.files import file_digest
 from flowmap.data import checksums
-from flowmap.data.checksums import CHECKED, check, checksum
+from flowmap.data.checksums import CHECKED, check
 from flowmap.data.encoded import MADE, read_index
 from flowmap.data.shards import check_sums
 from flowmap.shards.encode import encode
@@ -34,7 +35,7 @@ def flip(path, place=-9, *, keep_time=False):
 def test_every_file_of_an_encoding_has_a_checksum(made):
     index = read_index(made)
     assert sorted(one["file"] for one in (*index["shards"], *index["files"])) == sorted(FILES)
-    assert all(one["sha256"] == checksum(made / one["file"]) for one in (*index["shards"], *index["files"]))
+    assert all(one["sha256"] == file_digest(made / one["file"]) for one in (*index["shards"], *index["files"]))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -50,7 +51,7 @@ def test_a_flipped_bit_is_noticed_on_opening(made, name, opened):
 
 def test_what_has_not_changed_is_read_once(made, monkeypatch):
     read = []
-    monkeypatch.setattr(checksums, "checksum", lambda path: read.append(path.name) or checksum(path))
+    monkeypatch.setattr(checksums, "file_digest", lambda path: read.append(path.name) or file_digest(path))
     spec(made).build()
     spec(made).build()
     assert sorted(read) == sorted(FILES)
@@ -87,7 +88,7 @@ def test_a_folder_that_cannot_keep_stamps_and_one_of_before_open(made, monkeypat
 def test_check_names_the_first_that_differs(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
-    right = {name: checksum(tmp_path / name) for name in "ab"}
+    right = {name: file_digest(tmp_path / name) for name in "ab"}
     check(tmp_path, right, "verb")
     with pytest.raises(ValueError, match="b: is torn or damaged.*run `verb`"):
         check(tmp_path, right | {"b": right["a"]}, "verb")

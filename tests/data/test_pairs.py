@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from flowmap.base.files import write_tensors
 from flowmap.build import BuiltTeacher
 from flowmap.data import Latents, Pairs, Pictures
 from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
-from flowmap.files import write_tensors
 from flowmap.flow.solver import SOLVERS, Heun
 from flowmap.recipe import read_recipe
 from flowmap.shards.make_pairs import Maker, verify

@@ -17,7 +17,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-SHIM = Path(__file__).parents[2] / "flowmap" / "torchvision_shim.py"  # for torchvision, which may be broken here; the export needs none
+SHIM = Path(__file__).parents[2] / "flowmap" / "base" / "torchvision_shim.py"  # for torchvision, which may be broken here; the export needs none
 PRELUDE = f"""
 import runpy, sys
 runpy.run_path({str(SHIM)!r})["install"]()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from flowmap.base.files import read_tensors
 from flowmap.export import export
 from flowmap.export.lora import WEIGHTS
-from flowmap.files import read_tensors
 from flowmap.nets.diffusers_model import pack
 from flowmap.nets.lora import Base, LoRA, fingerprint
 from flowmap.nets.pretrained import load_pretrained

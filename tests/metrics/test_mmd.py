@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmap.config import construct
+from flowmap.base.schema import construct
 from flowmap.data import Dataset
 from flowmap.metrics import METRICS, MMD, Against, floor
 from flowmap.metrics.features import build_features

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.schema import RecipeError
 from flowmap.cli import main
-from flowmap.config import RecipeError
 from flowmap.data import Dataset
 from flowmap.metrics import METRICS, check_metrics
 from flowmap.recipe import read_recipe

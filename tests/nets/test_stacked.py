@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.flow.derivative import along_path
 from flowmap.flow.types import along
 from flowmap.nets import MLP, DiT, Stacked

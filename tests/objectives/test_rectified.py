@@ -129,9 +129,9 @@ def test_mistakes_are_named(monkeypatch, tmp_path):
 
 
 def test_lpips_takes_its_trunk_from_the_release_file_and_its_heads_from_the_package(monkeypatch, tmp_path):
-    import flowmap.torchvision_shim
+    import flowmap.base.torchvision_shim
 
-    flowmap.torchvision_shim.install()
+    flowmap.base.torchvision_shim.install()
     pytest.importorskip("lpips")
     from torchvision.models import alexnet
 

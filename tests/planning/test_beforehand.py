@@ -3,7 +3,7 @@
 import pytest
 
 import flowmap
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.metrics import METRICS, lacking
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe

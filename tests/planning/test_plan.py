@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.planning.plan import Encoding, data_of, plan
 from flowmap.recipe import read_recipe
 

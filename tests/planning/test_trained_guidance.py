@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.config import RecipeError
-from flowmap.files import write_tensors
+from flowmap.base.files import write_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.planning.guidance import check_guidance, guidance_warnings
 from flowmap.recipe import read_recipe
 

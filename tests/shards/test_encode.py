@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from encoding import Averages, Letters, Numbers, files, spec
 
+from flowmap.base.files import WriteError, only_process
 from flowmap.cli import main
 from flowmap.data import DATA, IMAGE_SOURCES
-from flowmap.files import WriteError, only_process
 from flowmap.recipe import read_recipe
 from flowmap.shards.encode import encode
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from encoding import files, spec
 
+from flowmap.base.files import WriteError
+from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher, build_data, build_samples
-from flowmap.config import RecipeError
 from flowmap.data import PairedDataset, Pairs
 from flowmap.data.pairs import contents, noise_of, unlike
-from flowmap.files import WriteError
 from flowmap.flow.solver import Heun
 from flowmap.recipe import read_recipe
 from flowmap.shards.encode import encode

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowmap.files import read_tensors, write_tensors
+from flowmap.base.files import read_tensors, write_tensors
 from flowmap.nets import MLP, Stacked
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.samplers import Deterministic

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.files import read_tensors, write_text
+from flowmap.base.files import read_tensors, write_text
 from flowmap.flow.averaging import posthoc_coefficients
 from flowmap.student.folder import load_student
 from flowmap.student.snapshots import combine, list_snapshots, nearest_snapshot, save_snapshot

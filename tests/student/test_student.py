@@ -62,7 +62,7 @@ def test_a_sample_is_the_same_whatever_the_batch_and_the_number(gamma):
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path):
-    from flowmap.files import read_tensors, write_tensors
+    from flowmap.base.files import read_tensors, write_tensors
 
     saved(tmp_path)
     write_tensors(tmp_path / "model.safetensors", {k: v.bfloat16() for k, v in read_tensors(tmp_path / "model.safetensors").items()})

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.files import read_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_student, student_config
 from flowmap.build_discriminator import build_discriminator
-from flowmap.config import RecipeError
-from flowmap.files import read_tensors
 from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet

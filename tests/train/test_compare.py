@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, bytes_of
 
-from flowmap.files import read_tensors, write_tensors
+from flowmap.base.files import read_tensors, write_tensors
 from flowmap.objectives import OBJECTIVES
 from flowmap.planning.calls import calls_of
 from flowmap.recipe import read_recipe

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, bytes_of
 
 import flowmap
-from flowmap.files import read_tensors
+from flowmap.base.files import read_tensors
 from flowmap.optimizer import AdamW
 from flowmap.train.csv_log import read_log
 from flowmap.train.fit import FitError, fit

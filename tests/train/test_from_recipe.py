@@ -7,8 +7,8 @@ import torch
 from conftest import FLOW
 
 import flowmap
+from flowmap.base.schema import RecipeError
 from flowmap.build import _dropping, build_data, build_student, build_teacher, student_config
-from flowmap.config import RecipeError
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import DDPMpp
 from flowmap.planning.plan import dependency_folder, plan

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.files import read_tensors
+from flowmap.base.files import read_tensors
 from flowmap.nets import MLP
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowmap.config import RecipeError
+from flowmap.base.schema import RecipeError
 from flowmap.kinds import left_by
 from flowmap.nets import NETS
 from flowmap.objectives import OBJECTIVES

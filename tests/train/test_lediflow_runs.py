@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build_prior import build_prior
-from flowmap.config import RecipeError
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import beside, starts
 from flowmap.flow.solver import Heun

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.files import read_tensors
 from flowmap.build import build_teacher
-from flowmap.files import read_tensors
 from flowmap.nets.lora import fingerprint
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit

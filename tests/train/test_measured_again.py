@@ -11,8 +11,8 @@ import yaml
 from conftest import bytes_of
 
 import flowmap
-from flowmap.config import RecipeError, short_hash
-from flowmap.files import read_json, read_tensors
+from flowmap.base.files import read_json, read_tensors
+from flowmap.base.schema import RecipeError, short_hash
 from flowmap.planning.plan import holds, is_complete
 from flowmap.recipe import list_recipes, read_recipe
 from flowmap.train.clock import Clock

@@ -8,8 +8,8 @@ from conftest import bytes_of, spoil_average
 from safetensors.torch import load_file, save_file
 
 import flowmap
+from flowmap.base.files import read_tensors, write_tensors
 from flowmap.base.finite import check_finite
-from flowmap.files import read_tensors, write_tensors
 from flowmap.train.checkpoint_file import read_checkpoint
 from flowmap.train.clock import Clock
 from flowmap.train.fit import FitError, fit

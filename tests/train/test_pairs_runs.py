@@ -10,11 +10,11 @@ import torch
 from conftest import FLOW
 
 import flowmap
+from flowmap.base.files import read_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_samples
-from flowmap.config import RecipeError
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
-from flowmap.files import read_tensors
 from flowmap.planning.plan import Pairing, Stage, pairs_of, plan
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
@@ -153,7 +153,7 @@ def test_another_teacher_or_a_new_training_of_it_is_refused(ready, tmp_path):
         other = ready("coupling.guidance=3.0", f"coupling.root={folder}")
         build_samples(other, build_data(other))
     tensors = read_tensors(run / "student" / "model.safetensors")
-    flowmap.files.write_tensors(run / "student" / "model.safetensors", {name: value + 1e-3 for name, value in tensors.items()})
+    flowmap.base.files.write_tensors(run / "student" / "model.safetensors", {name: value + 1e-3 for name, value in tensors.items()})
     assert not Pairing(ready()).complete
     with pytest.raises(RecipeError, match="teacher.weights: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
         flowmap.fit(ready(), tmp_path / "run", say=quiet)

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from conftest import TINY
 from torch import nn
 
-from flowmap.files import read_tensors
+from flowmap.base.files import read_tensors
 from flowmap.train.strategy import read_checkpoint
 
 DIGITS = """\

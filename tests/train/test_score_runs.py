@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.base.files import read_tensors
+from flowmap.base.schema import RecipeError
 from flowmap.build import build_data, build_student, build_teacher, student_config
 from flowmap.build_fake import build_fake
-from flowmap.config import RecipeError
-from flowmap.files import read_tensors
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import flowmap
-from flowmap import files
-from flowmap.files import only_process
+from flowmap.base import files
+from flowmap.base.files import only_process
 from flowmap.planning.plan import Pairing, dependency_folder, plan
 from flowmap.train.fit import fit
 

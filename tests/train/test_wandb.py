@@ -53,7 +53,7 @@ def test_what_an_offline_run_shows(tmp_path, mode):
     for name in ("1 step", "2 steps", "teacher"):
         picture = last[f"samples/{name}"]["filenames"][0]
         assert next(out.glob(f"wandb/offline-run-*/files/{picture}")).is_file()
-    from flowmap.config import to_plain
+    from flowmap.base.schema import to_plain
     from flowmap.kinds import TABLES
 
     resolved = json.loads(json.dumps(to_plain(flowmap.read_recipe(path), TABLES)))

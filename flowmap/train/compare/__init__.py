@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flowmap.files import check_writable, only_process, read_json, write_json
+from flowmap.base.files import check_writable, only_process, read_json, write_json
 from flowmap.planning.beforehand import check_beforehand
 from flowmap.planning.dry_run import dry_run
 from flowmap.planning.plan import runs_root

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from flowmap.config import RecipeError, to_plain
+from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.kinds import TABLES
 from flowmap.planning.plan import card_of, pairs_recipes, teacher_recipes

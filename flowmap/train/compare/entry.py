@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from flowmap.base.files import read_json, write_json
+from flowmap.base.schema import RecipeError, short_hash, to_plain
 from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.config import RecipeError, short_hash, to_plain
 from flowmap.evaluate import measure
-from flowmap.files import read_json, write_json
 from flowmap.kinds import TABLES
 from flowmap.planning.plan import Pairing, Stage
 from flowmap.recipe import Recipe

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowmap.files import write_json, write_text
-from flowmap.pictures import save_picture
+from flowmap.base.files import write_json, write_text
+from flowmap.base.images import save_picture
 from flowmap.train.compare.plot import plot
 from flowmap.train.compare.terms import Terms
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flowmap.base.files import read_json
 from flowmap.data import Pairs
-from flowmap.files import read_json
 from flowmap.planning.calls import calls_of
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, autoencoder_recipes, dependency_folder, pairs_recipes, plan, teacher_recipes
 from flowmap.recipe import Recipe

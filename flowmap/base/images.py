@@ -10,12 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowmap.files import write_beside
+from flowmap.base.files import write_beside
+
+
+def from_bytes(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels of 0 to 255 as values in [-1, 1]."""
+    return pixels.to(dtype).div(127.5).sub_(1)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Values in [-1, 1] as the nearest pixels, uint8; what lies outside is cut off."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Image.Image:
     """One sample (C, H, W) in [-1, 1] as a picture: one channel is grey, two are red and green, of more the first three are red, green, blue."""
-    pixels = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    pixels = to_bytes(x.detach().cpu()).numpy()
     if len(pixels) == 2:
         pixels = np.concatenate([pixels, np.full_like(pixels[:1], 128)])
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels[:3], 0, -1))

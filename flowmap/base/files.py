@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -174,3 +175,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: is not a JSON object")
     return value
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of that file, hexadecimal; its content is never held whole."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str, errors: str = "strict") -> str:
+    """Sixteen hexadecimal digits of that text's SHA-256; errors: as str.encode has it."""
+    return hashlib.sha256(text.encode("utf-8", errors)).hexdigest()[:16]
