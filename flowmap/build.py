@@ -41,7 +41,7 @@ from flowmap.planning.plan import (
     weights_folder,
 )  # fmt: skip
 from flowmap.planning.provenance import baked_scale
-from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe import Recipe
 from flowmap.settings import Autoguidance, ClassifierFree, FromRecipe, FromTeacher
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student, read_config
@@ -122,7 +122,7 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     """What makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"]. RecipeError for samples of another shape."""
     check_conditions(recipe, data)
     slot = pairs_teacher(recipe)
-    alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())
+    alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
     if slot is not None:
         built = build_teacher(alone, data)
     else:
@@ -202,7 +202,7 @@ def _exact(data) -> MixtureTeacher:
 
 
 def trained_folder(card: Card, recipe: Recipe) -> Path:
-    return trained_run(read_recipe(card.recipe, recipe.teacher.overrides), recipe, "teacher")
+    return trained_run(recipe.named(card.recipe, recipe.teacher.overrides), recipe, "teacher")
 
 
 def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None) -> tuple[Teacher, tuple[nn.Module, ...]]:

@@ -23,7 +23,7 @@ def build_fake(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | No
 
     RecipeError where the student's network is not the teacher's.
     """
-    start = replace(recipe, student=FromTeacher()) if _starts_as_teacher(recipe, teacher) and recipe.lora is None else recipe
+    start = recipe.changed(student=FromTeacher()) if _starts_as_teacher(recipe, teacher) and recipe.lora is None else recipe
     return build_student(start, fake_config(recipe, config, teacher), teacher)
 
 

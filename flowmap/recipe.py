@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path as File
 from typing import Any
 
@@ -76,6 +77,28 @@ class Recipe:
             self._check_adversarial()
         if isinstance(self.distillation, ScoreDistillation):
             self._check_scores()
+
+    @cached_property
+    def _read(self) -> dict[tuple[str, tuple[str, ...]], Recipe]:
+        """The recipes that this one and those that it names have read, by name and overrides."""
+        return {}
+
+    def named(self, name: str | File, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe of that name, which this one builds on. It is read once, whichever recipe of those that this one leads to names it.
+
+        Raises RecipeError as `read_recipe` does.
+        """
+        key = (str(name), tuple(overrides))
+        if key not in self._read:
+            found = self._read[key] = read_recipe(name, overrides)
+            found.__dict__["_read"] = self._read  # frozen fields, but what it names is remembered in one place
+        return self._read[key]
+
+    def changed(self, **fields: Any) -> Recipe:
+        """This recipe with other values in those fields; what it names is not read again."""
+        found = replace(self, **fields)
+        found.__dict__["_read"] = self._read
+        return found
 
     @property
     def distillation(self) -> Objective:

@@ -65,7 +65,7 @@ def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gui
         return held_out_draws(recipe, student, data, num, guidance)
     settings = recipe.coupling
     fresh = replace(settings, seed=settings.seed + 1 + abs(recipe.evaluation.seed), num=num, inverted=0.0)
-    maker = Maker.of(replace(recipe, coupling=fresh), student.device)
+    maker = Maker.of(recipe.changed(coupling=fresh), student.device)
     num_inverted = round(num * settings.inverted)
     parts = [_generated(maker, student, _mine(num - num_inverted).tolist(), recipe.evaluation.batch_size, guidance)]
     if num_inverted:

@@ -17,7 +17,7 @@ from flowmap.data import Text
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.planning.beforehand import check_beforehand, check_parts, check_sizes, missing_parts
+from flowmap.planning.beforehand import check_parts, check_sizes, missing_parts
 from flowmap.planning.calls import Calls, calls_of
 from flowmap.planning.costs import Cost, conditions_of, cost_of, discriminator_cost, start_flops
 from flowmap.planning.named_networks import missing_weights, net_of, spec_of
@@ -67,7 +67,6 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
     """
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
-            check_beforehand(stage.recipe)
             blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
@@ -128,7 +127,7 @@ def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     spec = net_of(recipe)
     if spec is None or data is None:
         return None
-    config = student_config(replace(recipe, student=spec), data, None)
+    config = student_config(recipe.changed(student=spec), data, None)
     return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
 
 

@@ -15,7 +15,7 @@ from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.planning.named_networks import spec_of
 from flowmap.planning.plan import card_of, pairs_teacher
-from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe import Recipe
 from flowmap.settings import ClassifierFree, Embedded, FromRecipe, FromTeacher
 from flowmap.teachers.card import Card
 
@@ -80,7 +80,7 @@ def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
         raise RecipeError(_no_conditions(recipe, key))
     asks = f"{key}.guidance: classifier_free asks" if free else "data.drop_condition: above 0 asks" if _drops(recipe) else None
     if asks and card.kind == "recipe":
-        trained = read_recipe(card.recipe, slot.overrides)
+        trained = recipe.named(card.recipe, slot.overrides)
         if trained.data.conditional and recipe.data.conditional and not _knows_nothing(trained):
             raise RecipeError(
                 f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: its data.drop_condition is 0; "
@@ -113,8 +113,8 @@ def _knows_nothing(trained: Recipe) -> bool:
     if _drops(trained):
         return True
     if isinstance(trained.start, FromRecipe):
-        return _knows_nothing(read_recipe(trained.start.recipe, trained.start.overrides))
+        return _knows_nothing(trained.named(trained.start.recipe, trained.start.overrides))
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
         card = card_of(trained.teacher)
-        return card.kind != "recipe" or _knows_nothing(read_recipe(card.recipe, trained.teacher.overrides))
+        return card.kind != "recipe" or _knows_nothing(trained.named(card.recipe, trained.teacher.overrides))
     return False

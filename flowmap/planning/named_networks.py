@@ -12,7 +12,7 @@ from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.planning.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
-from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe import Recipe
 from flowmap.settings import FromRecipe, FromTeacher
 from flowmap.student.folder import read_config
 from flowmap.teachers.autoencoder import Autoencoder
@@ -38,7 +38,7 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
     """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
     none of them says it. RecipeError where the card says it wrongly."""
     if card.kind == "recipe":
-        return _shipped(net_of(read_recipe(card.recipe, recipe.teacher.overrides)))
+        return _shipped(net_of(recipe.named(card.recipe, recipe.teacher.overrides)))
     if card.kind == "diffusers" and on_this_machine(card):
         return read_spec(card.source, card.revision)
     if card.kind == "converted" and missing_weights(card) is None:

@@ -22,7 +22,7 @@ from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
 from flowmap.planning.provenance import WHERE, identity
 from flowmap.planning.same_run import BUILT_ON, name_in_0_1, same_training
-from flowmap.recipe import Recipe, read_recipe, shipped
+from flowmap.recipe import Recipe, shipped
 from flowmap.settings import Autoguidance, FromRecipe
 from flowmap.student.config import BESIDE
 from flowmap.teachers.card import Card, read_card
@@ -135,13 +135,13 @@ def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe that trains the autoencoder of the data, where one does."""
     autoencoder = getattr(recipe.data, "autoencoder", None)
     overrides = getattr(autoencoder, "overrides", ())
-    return [read_recipe(autoencoder.recipe, overrides)] if autoencoder is not None and autoencoder.recipe is not None else []
+    return [recipe.named(autoencoder.recipe, overrides)] if autoencoder is not None and autoencoder.recipe is not None else []
 
 
 def code_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe that trains the encoder of codes, where they are the data."""
     data = recipe.data
-    return [read_recipe(data.recipe, data.overrides)] if isinstance(data, Codes) and data.recipe else []
+    return [recipe.named(data.recipe, data.overrides)] if isinstance(data, Codes) and data.recipe else []
 
 
 def prior_recipes(recipe: Recipe) -> list[Recipe]:
@@ -149,8 +149,8 @@ def prior_recipes(recipe: Recipe) -> list[Recipe]:
     prior = recipe.prior
     if not isinstance(prior, Learned):
         return []
-    flow = [read_recipe(prior.z.recipe, prior.z.overrides)] if isinstance(prior.z, FlowCodes) else []
-    return [read_recipe(prior.recipe, prior.overrides), *flow]
+    flow = [recipe.named(prior.z.recipe, prior.z.overrides)] if isinstance(prior.z, FlowCodes) else []
+    return [recipe.named(prior.recipe, prior.overrides), *flow]
 
 
 def data_of(recipe: Recipe) -> Any:
@@ -213,16 +213,16 @@ def lora_card(recipe: Recipe) -> Card:
 
 def teacher_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipes that train those cards, with the slot's overrides; none for other kinds of cards."""
-    return _trained(recipe.teacher)
+    return _trained(recipe, recipe.teacher)
 
 
-def _trained(slot: TeacherSlot | None) -> list[Recipe]:
-    return [read_recipe(card.recipe, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
+def _trained(recipe: Recipe, slot: TeacherSlot | None) -> list[Recipe]:
+    return [recipe.named(card.recipe, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
 
 
 def start_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe whose student this one's starts from, where it says so."""
-    return [read_recipe(recipe.start.recipe, recipe.start.overrides)] if isinstance(recipe.start, FromRecipe) else []
+    return [recipe.named(recipe.start.recipe, recipe.start.overrides)] if isinstance(recipe.start, FromRecipe) else []
 
 
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
@@ -236,7 +236,7 @@ def pairs_cards(recipe: Recipe) -> list[Card]:
 
 def pairs_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipes that train what makes the pairs."""
-    return _trained(pairs_teacher(recipe)) if recipe.coupling.recipe is None else [read_recipe(recipe.coupling.recipe)]
+    return _trained(recipe, pairs_teacher(recipe)) if recipe.coupling.recipe is None else [recipe.named(recipe.coupling.recipe)]
 
 
 def styles_of(recipe: Recipe) -> Styles | None:

@@ -19,7 +19,7 @@ from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
-from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe import Recipe
 from flowmap.settings import Autoguidance
 from flowmap.teachers.card import Card
 
@@ -32,7 +32,7 @@ def scale_of(recipe: Recipe) -> float | None:
     if spec.teacher is not None:
         guidance = spec.teacher.guidance
     else:
-        trained = read_recipe(spec.recipe)
+        trained = recipe.named(spec.recipe)
         guidance = trained.teacher.guidance if trained.teacher is not None else None
         if guidance is None and spec.guidance is not None:
             raise RecipeError(f"{recipe.name}: coupling.guidance: {spec.guidance} was given, but {spec.recipe!r} takes no guidance")
@@ -47,7 +47,7 @@ def baked_scale(recipe: Recipe) -> float | None:
         return None
     made_by = recipe.coupling.recipe or recipe.coupling.teacher.recipe
     scale = scale_of(recipe)
-    return baked_scale(read_recipe(made_by)) if scale is None and made_by is not None else scale
+    return baked_scale(recipe.named(made_by)) if scale is None and made_by is not None else scale
 
 
 def identity(
@@ -62,45 +62,45 @@ def identity(
     told = {
         "format": FORMAT,
         "clock": CLOCK,
-        "teacher": _of_recipe(spec.recipe, weights_of) if spec.teacher is None else _of_card(spec.teacher, card_of, find_card, weights_of),
+        "teacher": _of_recipe(recipe.named(spec.recipe), weights_of) if spec.teacher is None else _of_card(recipe, card_of, find_card, weights_of),
         "guidance": scale_of(recipe),
         "solver": to_plain(spec.solver, TABLES),
         **{name: getattr(spec, name) for name in ("num", "inverted", "seed", "dtype")},
         "data": _of_data(recipe, data),
     }
     if isinstance(recipe.prior, Learned):
-        told["prior"] = _of_prior(recipe.prior, weights_of)
+        told["prior"] = _of_prior(recipe, recipe.prior, weights_of)
     return json.loads(json.dumps(told))
 
 
-def _of_prior(prior: Learned, weights_of) -> dict[str, Any]:
+def _of_prior(recipe: Recipe, prior: Learned, weights_of) -> dict[str, Any]:
     """Without what does not change where pairs start: whether a network is told of it."""
     codes = prior.z if not isinstance(prior.z, FlowCodes) else None
-    flow = {"flow": _of_recipe(prior.z.recipe, weights_of, prior.z.overrides), "steps": prior.z.steps} if codes is None else {}
-    told = _of_recipe(prior.recipe, weights_of, prior.overrides)
+    flow = {"flow": _of_recipe(recipe.named(prior.z.recipe, prior.z.overrides), weights_of), "steps": prior.z.steps} if codes is None else {}
+    told = _of_recipe(recipe.named(prior.recipe, prior.overrides), weights_of)
     return {**told, "scale": prior.scale, "z": to_plain(codes, TABLES), **flow}
 
 
-def _of_recipe(name: str, weights_of, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    trained = read_recipe(name, overrides)
+def _of_recipe(trained: Recipe, weights_of) -> dict[str, Any]:
     return {"recipe": trained.name, "hash": trained.hash(), "weights": weights_hash(weights_of(trained))}
 
 
-def _of_card(teacher: Any, card_of, find_card, weights_of) -> dict[str, Any]:
-    card, guidance = card_of(teacher), teacher.guidance
-    told = _card(card, teacher, weights_of)
+def _of_card(recipe: Recipe, card_of, find_card, weights_of) -> dict[str, Any]:
+    teacher = recipe.coupling.teacher
+    guidance = teacher.guidance
+    told = _card(recipe, card_of(teacher), weights_of)
     if guidance is not None:
         plain = to_plain(guidance, TABLES)
         told["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
-        told["weak"] = _card(find_card(guidance.weak), teacher, weights_of)
+        told["weak"] = _card(recipe, find_card(guidance.weak), weights_of)
     return told
 
 
-def _card(card: Card, teacher: Any, weights_of) -> dict[str, Any]:
+def _card(recipe: Recipe, card: Card, weights_of) -> dict[str, Any]:
     here = card.source is not None and Path(card.source).is_dir()  # then its weights name it, not where they lie
     told = {"card": card.name, "kind": card.kind, "source": None if here else card.source, "revision": card.revision}
-    trained = read_recipe(card.recipe, teacher.overrides) if card.kind == "recipe" else None
+    trained = recipe.named(card.recipe, recipe.coupling.teacher.overrides) if card.kind == "recipe" else None
     told |= {"recipe": trained and trained.name, "hash": trained and trained.hash()}
     folder = weights_of(trained or card)
     return {key: value for key, value in told.items() if value is not None} | {"weights": weights_hash(folder)}

@@ -9,7 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def make_pairs(
     with making(folder, shard, waiting):
         slot = pairs_teacher(recipe)
         if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
-            alone = replace(recipe, teacher=slot, coupling=Independent(), objective=FlowMatching())
+            alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
             check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, say=say)
         check_plan(folder, maker.plan(), "set of pairs")
         _fill(maker, folder, shard, batch_size)

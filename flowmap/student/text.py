@@ -80,7 +80,7 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.leaves != "text_joint":
         return recipe
     data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / BESIDE)), tokenizer=None)
-    return replace(recipe, data=data, student=recipe.student.flow, objective=FlowMatching())
+    return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
 def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from flowmap import recipe as reading
 from flowmap.base.schema import RecipeError
+from flowmap.planning import dry_run
 from flowmap.planning.plan import Encoding, data_of, plan
 from flowmap.recipe import read_recipe
 
@@ -118,3 +120,16 @@ def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny,
     assert dependency_folder(recipe) == runs / "tiny-01234567"
     other = read_recipe(tiny, ["seed=1"])
     assert dependency_folder(other) == runs / f"tiny-{other.training_hash()}"
+
+
+@pytest.mark.parametrize("name", ["digits", "lediflow/emoji-ayf", "instaflow/digits", "language/wordnet-edit-reflow"])
+def test_each_distinct_recipe_is_read_once(name, monkeypatch, tmp_path):
+    """By the plan, the checks and the dry run together."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    read, original = [], reading.read_recipe
+    monkeypatch.setattr(reading, "read_recipe", lambda name, overrides=(): read.append((name, overrides)) or original(name, overrides))
+    recipe = original(name)
+    monkeypatch.setattr(dry_run, "look", lambda *args, look=dry_run.look, **kwargs: look(*args, **kwargs | {"whole": False}))
+    plan(recipe, tmp_path / "run")
+    dry_run.dry_run(recipe, None)
+    assert read and len(read) == len(set(read)), [one for one in read if read.count(one) > 1]

@@ -51,7 +51,7 @@ class Look:
         return Look(metrics, first)
 
     def at(self, recipe: Recipe) -> Recipe:
-        return replace(recipe, metrics=self.metrics, evaluation=self.recipe.evaluation)
+        return recipe.changed(metrics=self.metrics, evaluation=self.recipe.evaluation)
 
     @cached_property
     def hash(self) -> str:
@@ -161,7 +161,7 @@ class Entry:
         """The mean time of a step over a short trial, whose student is thrown away."""
         clock = Clock(min(TRIAL * budget, TRIAL_SECONDS), self.now, at_least=TRIAL_STEPS)
         recipe = self.bare(FOREVER)
-        recipe = replace(recipe, objective=self.recipe.objective, optimizer=self.recipe.optimizer)
+        recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
         with tempfile.TemporaryDirectory() as scratch:
             fit(recipe, Path(scratch) / "run", say=silent, clock=clock)
         return clock.step_seconds
@@ -190,7 +190,7 @@ class Entry:
 def beside(entry: Entry) -> dict[str, Any]:
     """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
-    recipe = replace(recipe, evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
+    recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
