@@ -106,7 +106,7 @@ def digits(seeds: int) -> list[list]:
         os.environ["FLOWMAP_RUNS"] = str(root)
         for model, overrides in (("flow map", []), ("consistency", consistency)):
             recipe = flowmap.read_recipe(DIGITS, [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides])
-            if overrides:
+            if overrides and not (root / "consistency" / "metrics.json").is_file():  # what is trained is not trained again
                 flowmap.fit(recipe, root / "consistency", resume=True)
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
             only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
