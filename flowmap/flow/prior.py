@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -95,6 +95,16 @@ class Learned:
 PRIORS = {"gaussian": Gaussian, "learned": Learned}
 
 
+class Codes(Protocol):
+    """A built z-sampler: noise (B, Z + 1), standard normal -> z (B, Z)."""
+
+    def __call__(self, noise: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Codes: ...
+
+    def double(self) -> Codes: ...
+
+
 class LearnedPrior:
     """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
 
@@ -102,7 +112,7 @@ class LearnedPrior:
     codes: noise (B, Z + 1), standard normal -> z (B, Z).
     """
 
-    def __init__(self, model, codes: Callable[[Tensor], Tensor], size: int, *, scale: float = 1.0, told: bool = True):
+    def __init__(self, model, codes: Codes, size: int, *, scale: float = 1.0, told: bool = True):
         self.model, self.codes, self.size, self.scale, self.told = model, codes, size, scale, told
 
     @torch.no_grad()

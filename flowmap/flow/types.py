@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    more = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
+    more: dict[str, Any] = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
     return PathSample(**parts, cond=cond, **more)
 
 
