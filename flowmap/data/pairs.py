@@ -61,7 +61,7 @@ class TeacherSlot:
 
     @property
     def name(self) -> str:
-        return self.card or self.recipe
+        return self.card or self.recipe or ""
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,12 @@ class PairedDataset:
         return x0, {**self._conditions(label, place), **start.told}, start.x1
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        assert self._generated is not None
         table = self._generated.with_format("arrow")[pairs.tolist()]
         return *self._common(table), starts_of(None, self._seed, pairs.tolist(), self._shape, getattr(self.data, "sources", None)).x1
 
     def _read_inverted(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        assert self._inverted is not None
         table = self._inverted.with_format("arrow")[(pairs - self.num_generated).tolist()]
         return *self._common(table), from_column(table, "x1", self._shape).float()
 
