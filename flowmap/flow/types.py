@@ -95,7 +95,13 @@ class TimeSampler(Protocol):
 
 
 class Objective(Protocol):
-    """A deterministic function of student, teacher and a drawn sample; step is the optimiser step (for warm-ups)."""
+    """A deterministic function of student, teacher and a drawn sample; step is the optimiser step (for warm-ups).
+
+    diagonal: it trains a plain velocity, t = s alone, so that the student needs no arrival time.
+    """
+
+    @property
+    def diagonal(self) -> bool: ...
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
 

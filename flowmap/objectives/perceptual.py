@@ -113,7 +113,9 @@ OWN = {"efficientnet_lite0": EfficientNetLite0, "random_conv": RandomConv}
 
 def _apart(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """(B,): squared differences of features, summed over channels and depths, the mean over places."""
-    return sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
+    total = sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
+    assert isinstance(total, Tensor)  # of one depth or more
+    return total
 
 
 def _lpips(name: str) -> nn.Module:
