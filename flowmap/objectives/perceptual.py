@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,16 @@ def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
 
 
+@runtime_checkable
+class WithPictures(Protocol):
+    """A student that shows its samples."""
+
+    def pictures(self, x: Tensor) -> Tensor: ...
+
+
 def pictures_of(student: Any, x: Tensor) -> Tensor:
     """What samples x look like to the student: decoded, with grad, where they are latents; x itself where they are pictures."""
-    look = getattr(student, "pictures", None)
-    return x if look is None else look(x)
+    return student.pictures(x) if isinstance(student, WithPictures) else x
 
 
 @lru_cache(maxsize=4)
