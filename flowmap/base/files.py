@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -49,9 +50,10 @@ def naming(path: Path, *others: type[Exception], kept: str = "nothing that was t
     """Within it, an error of writing (a full disk, say), or one of `others`, becomes a WriteError that names `path` and says what is `kept`."""
     from safetensors import SafetensorError
 
+    caught: tuple[type[Exception], ...] = (OSError, SafetensorError, *others)
     try:
         yield
-    except (OSError, SafetensorError, *others) as error:
+    except caught as error:
         said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way to give an errno
         number = error.errno if isinstance(error, OSError) else int(said[1]) if said else errno.EIO
         with suppress(OSError):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
@@ -122,7 +124,7 @@ def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool] = Pat
     for path in sorted(p for p in source.rglob("*") if p.is_file() and wanted(p)):
         there = target / path.relative_to(source)
         if not there.is_file() or there.stat().st_size != path.stat().st_size:
-            write_beside(there, lambda temporary, path=path: shutil.copyfile(path, temporary))
+            write_beside(there, functools.partial(shutil.copyfile, path))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -63,7 +63,7 @@ InsideOne = Annotated[float, Range(0, 1, above=True, below=True)]
 
 def check_ranges(settings: Any) -> None:
     """ValueError, which names the field, its value and what is allowed, where a number among the fields is out of its range or not finite."""
-    for name, hint in _ranged(type(settings)).items():
+    for name, hint in _ranged(type(settings)).items():  # type: ignore[arg-type]  # every class has a hash
         _check(name, getattr(settings, name), hint)
 
 

@@ -86,7 +86,7 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
         return _convert(value, next(a for a in args if a is not type(None)), tables, file, key)
     if hint in tables:
         return _slot(value, tables[hint], tables, file, key)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return construct(hint, value, tables, file=file, key=key)
     if origin is tuple:
         return _tuple(value, args, tables, file, key)
@@ -123,7 +123,7 @@ def _scalar(value: Any, hint: type, file: str, key: str) -> Any:
             value = float(value)  # YAML reads 1e-4 as a string
         except (ValueError, OverflowError):
             pass
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not (hint is float and not math.isfinite(value)):
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     raise RecipeError(f"{file}: {key}: {value!r} is not {_TYPES.get(hint, hint.__name__)}")
 

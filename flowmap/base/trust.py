@@ -27,6 +27,7 @@ def allow_import(name: str) -> ModuleType:
             _ALLOWED[name] = importlib.import_module(name)
             return _ALLOWED[name]
         spec = importlib.util.spec_from_file_location(f"flowmap_import_{path.stem}", path)
+        assert spec is not None and spec.loader is not None  # of a file that ends in .py
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up
         spec.loader.exec_module(module)

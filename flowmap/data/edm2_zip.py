@@ -155,7 +155,8 @@ class ZipLatents:
 
     def held_out_samples(self) -> tuple[Tensor, Cond]:
         """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
-        return self.held_out, {} if self.num_classes is None else {"class": self.held_out_labels}
+        labels = self.held_out_labels
+        return self.held_out, {} if labels is None else {"class": labels}
 
     @property
     def num_reference(self) -> int:
@@ -175,7 +176,8 @@ class ZipLatents:
 
     def held_out_conditions_at(self, places: Tensor) -> Cond:
         """The conditions of those held-out samples."""
-        return {} if self.num_classes is None else {"class": self.held_out_labels[places]}
+        labels = self.held_out_labels
+        return {} if labels is None else {"class": labels[places]}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -278,7 +280,8 @@ class Archive:
             rows = json.loads(self.read("dataset.json", MAX_LABELS_BYTES))["labels"] or []
             found: dict[str, int] = {}
             for name, label in rows:
-                if label is not None and found.setdefault(normalized_name(name), as_label(label)) != label:
+                number = as_label(label)
+                if number is not None and found.setdefault(normalized_name(name), number) != number:
                     raise ValueError(f"{name!r} has the classes {found[normalized_name(name)]} and {label}")
             return found
         except (ValueError, KeyError, TypeError, RecursionError) as error:

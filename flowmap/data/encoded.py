@@ -71,7 +71,7 @@ class Encoded(Source):
         super().__post_init__()
 
     @property
-    def in_pixels(self) -> bool:
+    def in_pixels(self) -> bool:  # type: ignore[override]  # a constant of the other kinds; none is asked for it as a class
         return self.autoencoder is None
 
     def identity(self) -> dict[str, Any]:

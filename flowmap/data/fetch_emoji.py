@@ -48,10 +48,17 @@ def _pack(name: str, scratch: Path) -> Path:
     return scratch / f"emoji-datasource-{name}-{VERSION}.tgz"
 
 
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    """What a file of the archive holds."""
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()
+
+
 def _one_set(name: str, archive: Path, folder: Path) -> list[dict[str, str]]:
     """Writes that set's pictures below the folder; a line of metadata for each."""
     with tarfile.open(archive) as tar:
-        names = {entry["image"]: entry for entry in json.load(tar.extractfile("package/emoji.json")) if entry["category"] not in LEFT_OUT}
+        names = {entry["image"]: entry for entry in json.loads(_bytes(tar, "package/emoji.json")) if entry["category"] not in LEFT_OUT}
         lines = []
         for member in tar.getmembers():
             path = Path(member.name)
@@ -60,7 +67,7 @@ def _one_set(name: str, archive: Path, folder: Path) -> list[dict[str, str]]:
             entry = names[path.name]
             place = Path(re.sub(r"[^a-z]+", "-", entry["category"].lower())) / f"{name}-{path.name}"
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGBA")
+            picture = Image.open(io.BytesIO(_bytes(tar, member))).convert("RGBA")
             Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").save(folder / place)
             lines.append({"file_name": place.as_posix(), "text": f"{entry['name'].lower()}, {entry['category'].lower()}, {name}"})
     return lines

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ class FolderImages(SquareImages):
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
         label_of = {name: i for i, name in enumerate(self._classes)}
-        captions = self._captions if self.captions else {}.get
+        captions: Callable[[str], str | None] = self._captions if self.captions else lambda name: None
         for name in self._listing.pictures[start:stop]:
             top, nested, _ = name.partition("/")
             if label_of and not nested:
@@ -77,7 +77,7 @@ class FolderImages(SquareImages):
         return sum(name in self._captions for name in self._listing.pictures) if self.captions else 0
 
     @property
-    def captions_hint(self) -> str:
+    def captions_hint(self) -> str:  # type: ignore[override]  # a constant of the other sources; none is asked for it as a class
         if not self.captions:
             return "data.images.captions is false"
         keys = [*map(printable, self._captions.keys)][:10]
@@ -135,18 +135,19 @@ class Folder(Source):
         if held_out_count(self.held_out, len(images)) >= len(images):
             raise ValueError(f"data.root: {self.root}: holds {len(images)} readable images, data.held_out: {self.held_out}")
         names = source.class_names()
-        return self._dataset(Path(self.root).name, torch.stack(images), torch.tensor(labels) if names else None, names and tuple(names))
+        name, pictures = Path(self.root).name, torch.stack(images)
+        return self._dataset(name, pictures, torch.tensor(labels), tuple(names)) if names else self._dataset(name, pictures, None, None)
 
     def _dataset(self, name: str, images: Tensor, labels: Tensor | None, names: tuple[str, ...] | None) -> Dataset:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         held_out = held_out_count(self.held_out, len(images))
         out, kept = order[:held_out], order[held_out:].sort().values
-        if names is None:
+        if names is None or labels is None:
             return Dataset(name, images[kept], images[out])
         return Dataset(name, images[kept], images[out], labels[kept], labels[out], num_classes=len(names), class_names=names)
 
 
-def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[str, str]], grey: int) -> None:
+def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[str, str | None]], grey: int) -> None:
     """On stderr, what of the folder is not in the data set."""
     if left_out:
         shown_ones = "; ".join(f"{name} {why}" for name, why in left_out[:3])

@@ -88,7 +88,7 @@ def walk(root: str, skipped: Tally) -> Iterator[tuple[str, str]]:
     """(name from the root, "file" | "folder" | NOT_REGULAR | LOOP | UNREADABLE) of everything but hidden entries, which `skipped` counts."""
     if not os.path.isdir(root):
         raise ValueError(f"data.root: {root}: there is no such folder")
-    ahead = [("", ())]
+    ahead: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # names, and the device and inode of what each lies in
     while ahead:
         inside, above = ahead.pop()
         try:
@@ -104,7 +104,7 @@ def walk(root: str, skipped: Tally) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"data.root: {root}: cannot be listed: {error.strerror}") from error
             yield inside.rstrip("/"), UNREADABLE
             continue
-        folders = []
+        folders: list[tuple[str, tuple[tuple[int, int], ...]]] = []
         for entry in found:
             name, is_folder = inside + entry.name, _is_folder(entry)
             if is_hidden(entry.name):

@@ -22,6 +22,7 @@ from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
+from flowmap.data.styles import StyledDataset
 from flowmap.flow.prior import LearnedPrior, Start, placed
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
@@ -61,7 +62,7 @@ class TeacherSlot:
 
     @property
     def name(self) -> str:
-        return self.card or self.recipe
+        return self.card or self.recipe or ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def contents(data: Dataset, seed: int) -> dict[str, Any]:
     rows = torch.linspace(0, len(data) - 1, 16).long().tolist()
     x0, cond = data.__getitems__(rows)
     shape = list(data.shape)
-    start = starts_of(None, seed, [0], shape, getattr(data, "sources", None)).x1[0]
+    start = starts_of(None, seed, [0], shape, sources_of(data)).x1[0]
     hashed = {"samples": _hash(x0, *(cond[key] for key in sorted(cond))), "noise": _hash(start)}
     return {"shape": shape, "num_classes": data.num_classes, "length": len(data), **hashed}
 
@@ -155,6 +156,11 @@ def _hash(*tensors: Tensor) -> str:
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def sources_of(data: Dataset) -> Tensor | None:
+    """What the pairs of an editing flow start from; None of any other data."""
+    return data.sources if isinstance(data, StyledDataset) else None
 
 
 def has_text(data: Dataset) -> bool:
@@ -215,10 +221,12 @@ class PairedDataset:
         return x0, {**self._conditions(label, place), **start.told}, start.x1
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        assert self._generated is not None
         table = self._generated.with_format("arrow")[pairs.tolist()]
-        return *self._common(table), starts_of(None, self._seed, pairs.tolist(), self._shape, getattr(self.data, "sources", None)).x1
+        return *self._common(table), starts_of(None, self._seed, pairs.tolist(), self._shape, sources_of(self.data)).x1
 
     def _read_inverted(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        assert self._inverted is not None
         table = self._inverted.with_format("arrow")[(pairs - self.num_generated).tolist()]
         return *self._common(table), from_column(table, "x1", self._shape).float()
 

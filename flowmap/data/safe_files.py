@@ -52,7 +52,8 @@ def lines_of(path: str | os.PathLike) -> Iterator[str]:
                 yield decode_utf8(line).rstrip("\r\n")
     except (OSError, ValueError) as error:
         where = f"{path}:{number}" if number else path
-        raise ValueError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(f"{where}: {reason or error}") from error
 
 
 def printable(name: str) -> str:

@@ -175,7 +175,8 @@ def _decoded(content: BinaryIO, max_pixels: int) -> tuple[Any, bool]:
         image.load()
         with suppress(Exception):  # what describes a picture does not make it unusable
             ImageOps.exif_transpose(image, in_place=True)
-        was_grey, found = image.mode in ("1", "L", "LA"), image
+        was_grey = image.mode in ("1", "L", "LA")
+        found: Image.Image = image
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             clear = image.convert("RGBA")
             found = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)

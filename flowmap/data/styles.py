@@ -7,7 +7,7 @@ Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -44,14 +44,14 @@ class Styles:
 class StyledDataset(TextDataset):
     """Sentences of the target style (training and held-out), and latents of the source style for them to start from."""
 
-    sources: Tensor | None = None
-    held_out_sources: Tensor | None = None
+    sources: Tensor = field(kw_only=True)
+    held_out_sources: Tensor = field(kw_only=True)
     source_texts: Sequence[str] = ()
     held_out_source_texts: Sequence[str] = ()
     match: str = "independent"
 
     @classmethod
-    def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:
+    def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:  # type: ignore[override]  # hides a query that is asked before
         """The styles' part of the data. ValueError where the data is no text, or an attribute or value was never seen."""
         if not isinstance(data, TextDataset) or data.tokens is not None:
             raise ValueError("coupling: styles joins latents of sentences: data of kind text with an autoencoder")
@@ -65,7 +65,7 @@ class StyledDataset(TextDataset):
             if not len(places[name][0]):
                 raise ValueError(f"coupling.{name}: {list(getattr(styles, name))}: no training sentence has all of it")
         (source, source_out), (target, target_out) = places["source"], places["target"]
-        plain = {field.name: getattr(data, field.name) for field in fields(TextDataset)}
+        plain = {one.name: getattr(data, one.name) for one in fields(TextDataset)}
         return cls(**plain | {
             "train": data.train[target], "held_out": data.held_out[target_out],
             "texts": _at(data.texts, target), "held_out_texts": _at(data.held_out_texts, target_out),

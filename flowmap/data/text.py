@@ -132,6 +132,7 @@ class Text(Source):
 
     def identity(self) -> dict[str, Any]:
         """What latents on disk depend on, beside the sentences themselves."""
+        assert self.autoencoder is not None
         return {"autoencoder": self.autoencoder.identity(), "infill": self.infill}
 
     def _plain(self, found: list[Sentence], counts: Counter) -> list[Sentence]:
@@ -238,7 +239,8 @@ class _Part:
     @cached_property
     def codes(self) -> dict[str, Tensor]:
         contexts = {} if self.contexts is None else self.contexts(self.texts)
-        return contexts | {one.name: torch.tensor([_number(one, s) for s in self.sentences], dtype=torch.int64) for one in self.attributes}
+        numbers = {one.name: torch.tensor([_number(one, s) for s in self.sentences], dtype=torch.int64) for one in self.attributes}
+        return {**contexts, **numbers}
 
 
 def tokens_of(tokens: Tokens, counts: Counter) -> Callable[[list[str]], Tensor]:
@@ -275,12 +277,17 @@ def words_of(text: str) -> list[str]:
 
 def value_of(sentence: Sentence, name: str) -> str | None:
     """The value of an attribute, "length" counted here; None where the sentence has none."""
-    return str(min(len(sentence.text.split()), MAX_LENGTH)) if name == LENGTH else sentence.attributes.get(name)
+    return str(_length(sentence)) if name == LENGTH else sentence.attributes.get(name)
+
+
+def _length(sentence: Sentence) -> int:
+    """Its words, MAX_LENGTH where it has more."""
+    return min(len(sentence.text.split()), MAX_LENGTH)
 
 
 def _attribute(name: str, sentences: Sequence[Sentence]) -> Attribute:
     if name == LENGTH:
-        return Attribute(LENGTH, tuple(str(n + 1) for n in range(MAX_LENGTH)), max(int(value_of(one, LENGTH)) for one in sentences))
+        return Attribute(LENGTH, tuple(str(n + 1) for n in range(MAX_LENGTH)), max(_length(one) for one in sentences))
     return Attribute(name, tuple(sorted({one.attributes[name] for one in sentences if name in one.attributes})))
 
 

@@ -19,7 +19,8 @@ class Latent:
     """latent(texts): (N, *shape) float32, read from the folder where they lie already and whole, else made and written there."""
 
     def __init__(self, spec: Text, counts: Counter):
-        self.spec, self.counts = spec, counts
+        assert spec.autoencoder is not None
+        self.spec, self.autoencoder, self.counts = spec, spec.autoencoder, counts
 
     def __call__(self, texts: list[str]) -> Tensor:
         return self._kept([outer_thirds(one)[1] for one in texts] if self.spec.infill else texts)
@@ -36,11 +37,11 @@ class Latent:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return self.spec.autoencoder.identity()
+        return self.autoencoder.identity()
 
     @cached_property
     def _coder(self) -> Any:
-        coder = self.spec.autoencoder.load()
+        coder = self.autoencoder.load()
         return coder.to("cuda") if torch.cuda.is_available() else coder
 
     def _kept(self, texts: list[str]) -> Tensor:

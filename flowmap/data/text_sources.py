@@ -61,7 +61,8 @@ class WordNet:
     kind: ClassVar[str] = "wordnet"
 
     def read(self) -> tuple[list[Sentence], Counter]:
-        found, counts = [], Counter()
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
         for name, part in WORDNET_FILES.items():
             path = Path(self.root) / name
             if not path.is_file():
@@ -109,7 +110,8 @@ class TextFiles:
         paths = self._paths(Path(self.root))
         if not paths:
             raise ValueError(f"sentences.root: {self.root!r} is no file, and holds no *.txt or *.jsonl")
-        found, counts = [], Counter()
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
         for path in paths:
             for number, line in enumerate(lines_of(path), 1):
                 sentence = self._sentence(line, path, f"{path}:{number}") if line.strip() else None
@@ -157,8 +159,9 @@ class HuggingFaceText:
 
     def read(self) -> tuple[list[Sentence], Counter]:
         rows = self._rows()
-        names = {c: getattr(rows.features[c], "names", None) for c in self.columns}
-        found, counts = [], Counter()
+        names: dict[str, Any] = {c: getattr(rows.features[c], "names", None) for c in self.columns}
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
         for i, row in enumerate(rows):
             named = {c: names[c][row[c]] if names[c] and isinstance(row[c], int) and row[c] >= 0 else row[c] for c in self.columns}
             sentence = as_sentence({**row, **named}, self.text, self.key, self.columns, f"{self.split}[{i}]")

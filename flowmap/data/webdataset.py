@@ -124,7 +124,7 @@ def _look(path: str) -> _Headers:
     return _Headers(offsets, texts, spare)
 
 
-def _samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
+def _samples(file: BinaryIO, start: int | None = 0) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
     """(tar, key, [(suffix, member)]) of each sample from that byte on, of one tar after the other; ValueError where one of them is torn."""
     while start is not None:
         file.seek(start)
@@ -136,9 +136,9 @@ def _samples(file: BinaryIO, start: int = 0) -> Iterator[tuple[tarfile.TarFile, 
 
 def _together(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
     """Files that stand together; folders and files without a suffix belong to no sample."""
-    last, members = None, []
+    last, members = "", Members()
     while (member := tar.next()) is not None:
-        tar.members = []  # TarFile remembers every member otherwise
+        tar.members = []  # type: ignore[attr-defined]  # typeshed leaves it out; TarFile remembers every member otherwise
         folder, _, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if member.isdir() or not stem or not dot:
@@ -189,7 +189,9 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes
     if member.size > limit:
         raise ValueError(f"{os.path.basename(member.name)} has {member.size} bytes; {limit} are allowed")
     try:
-        return tar.extractfile(member).read()
+        file = tar.extractfile(member)
+        assert file is not None  # a regular file
+        return file.read()
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"cannot be read: {error}") from error
 

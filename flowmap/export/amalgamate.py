@@ -59,7 +59,8 @@ def _reached(roots: Iterable[Root], modules: dict[str, _Module]) -> tuple[dict[s
         elif name in module.nodes and name not in kept.setdefault(where, set()):
             kept[where].add(name)
             waiting += [(where, used) for used in _used(module.nodes[name])]
-            waiting += [(inner.module, alias.name) for inner in _inner_imports(module.nodes[name]) for alias in inner.names]
+            inner_imports = _inner_imports(module.nodes[name])
+            waiting += [(inner.module, alias.name) for inner in inner_imports if inner.module for alias in inner.names]
     return kept, imports
 
 
@@ -92,6 +93,7 @@ def _note_import(module: _Module, node: ast.Import | ast.ImportFrom) -> None:
 def _bound(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
+    assert isinstance(node, ast.Assign | ast.AnnAssign)
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
@@ -136,11 +138,18 @@ def _texts(module: _Module, names: set[str]) -> list[str]:
 
 
 def _text(module: _Module, node: ast.stmt) -> str:
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+    first = min([node.lineno, *(one.lineno for one in decorators)]) - 1
     while first and module.lines[first - 1].startswith("#"):
         first -= 1
-    dropped = {line for inner in _inner_imports(node) for line in range(inner.lineno - 1, inner.end_lineno)}
-    return "\n".join(module.lines[i] for i in range(first, node.end_lineno) if i not in dropped)
+    dropped = {line for inner in _inner_imports(node) for line in range(inner.lineno - 1, _end(inner))}
+    return "\n".join(module.lines[i] for i in range(first, _end(node)) if i not in dropped)
+
+
+def _end(node: ast.stmt) -> int:
+    """The number of the node's last line."""
+    assert node.end_lineno is not None  # every node that was parsed has one
+    return node.end_lineno
 
 
 def _import_lines(imports: dict[str, str]) -> str:

@@ -135,8 +135,9 @@ class FlowMapPipeline(DiffusionPipeline):
 
     def _stock_encoder(self, stock: type, settings: dict) -> DiffusionPipeline:
         """A pipeline of that class around the text encoders, without a network."""
-        wanted = inspect.signature(stock.__init__).parameters
-        parts = {name: None for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty}
+        wanted = inspect.signature(stock.__init__).parameters  # type: ignore[misc]  # it is only read
+        required = [name for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty]
+        parts: dict[str, Any] = dict.fromkeys(required)
         parts |= {name: getattr(self, name) for name in (*TEXT_PARTS, "scheduler") if name in wanted}
         if "requires_safety_checker" in wanted:
             parts["requires_safety_checker"] = False
@@ -168,7 +169,9 @@ class FlowMapPipeline(DiffusionPipeline):
 
     def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, noise) -> Tensor:
         """x0 after `steps` calls of the network: jumps, and for gamma > 0 each a little too far, with fresh noise put back (CTM)."""
-        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in self.config.sampler.items() if key != "gamma"}
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in self.config.sampler.items() if key != "gamma"
+        }
         grid = FewStep(**settings)
         times, x = grid.times(steps), grid.start(x1)
         gamma = self.config.sampler.get("gamma", 0.0) if gamma is None else gamma

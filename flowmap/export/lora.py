@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowmap.base.files import write_tensors
 from flowmap.export.plan import Export, Written
-from flowmap.export.stock import FAMILIES, call_lines, check_grid, constant_extra, has_stock, time_embeddings
+from flowmap.export.stock import FAMILIES, call_lines, check_grid, constant_extra, has_stock, network_of, time_embeddings, unit_of
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
 from flowmap.nets.lora import ADAPTER
 from flowmap.teachers.autoencoder import Autoencoder
@@ -43,7 +43,7 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
     """A, B and the bias of B by layer, in diffusers' names; alpha / rank is in B, so that the scale of all is 1, which is what no alpha means."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    net, rank, out = plan.student.flow_map.net, plan.student.config.lora.rank, {}
+    net, rank, out = network_of(plan), plan.student.config.lora.rank, {}
     extra = constant_extra(plan)
     embeddings = [f"{name}.linear_2" for name, _ in time_embeddings(net.model)] if extra is not None else []
     for name, layer in net.model.named_modules():
@@ -64,24 +64,26 @@ def _check_autoencoder(plan: Export) -> None:
     if config.autoencoder is None:
         return
     theirs = Autoencoder(source=config.base.source, revision=config.base.revision)
-    if plan.unit or plan.autoencoder().identity() != theirs.identity():
+    ours = plan.autoencoder()
+    assert ours is not None
+    if plan.unit or ours.identity() != theirs.identity():
         raise ValueError("--to lora: the base pipeline decodes latents otherwise than this student; take --to diffusers, which merges its adapters")
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
-    net, base = plan.student.flow_map.net, plan.student.config.base
+    net, base = network_of(plan), plan.student.config.base
     family = FAMILIES[type(net.model).__name__]
     here = Path(base.source).is_dir()
     source = '"path/to/the/base/pipeline"' if here else f'"{base.source}"' + (f', revision="{base.revision}"' if base.revision else "")
     size = [f"{key}={side} * pipe.vae_scale_factor" for key, side in zip(("height", "width"), plan.student.config.shape[1:], strict=True)]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})", 'pipe.load_lora_weights("path/to/this/folder")']
-    lines += [f"pipe.scheduler = {family.scheduler}(num_train_timesteps={round(net.clock.unit)}, shift=1.0)"]
+    lines += [f"pipe.scheduler = {family.scheduler}(num_train_timesteps={round(unit_of(net))}, shift=1.0)"]
     return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=plan.student.config.autoencoder is not None)])
 
 
 def _notes(plan: Export) -> tuple[str, ...]:
-    model = plan.student.flow_map.net.model
+    model = network_of(plan).model
     note = (
         f"The adapter and what it says of the steps are one file: take num_inference_steps={plan.steps} and no other, a scale of the adapter of 1 "
         "and no other, and this scheduler. peft is needed beside diffusers."

@@ -27,7 +27,7 @@ class Export:
 
     @property
     def gamma(self) -> float:
-        return getattr(self.sampler, "gamma", 0.0)
+        return self.sampler.gamma if isinstance(self.sampler, Gamma) else 0.0
 
     @property
     def times(self) -> tuple[float, ...]:

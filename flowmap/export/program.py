@@ -30,13 +30,17 @@ EXAMPLE = 3  # rows of the example that the program is traced with: no other siz
 class SamplerProgram(nn.Module):
     """noise (B, *shape), cond -> samples, as Student.sample makes them from that noise: the steps unrolled, decoded and clamped."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, plan: Export):
         super().__init__()
         self.flow_map, self.sampler, self.steps, self.clamp = plan.student.flow_map, plan.sampler, plan.steps, plan.student.config.clamp
         frozen = plan.autoencoder()
         self.autoencoder, self.unit = None if frozen is None else frozen.model, plan.unit
-        for name, values in (("shift", (0.0,)), ("scale", (1.0,))):
-            self.register_buffer(name, torch.tensor(getattr(frozen, name, values)).view(-1, 1, 1))
+        shift, scale = ((0.0,), (1.0,)) if frozen is None else (frozen.shift, frozen.scale)
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1))
 
     def forward(self, noise: Tensor, cond: Cond) -> Tensor:
         x = self.sampler(self.flow_map, noise, cond, steps=self.steps)

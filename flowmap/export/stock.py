@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -69,13 +70,27 @@ def has_stock(plan: Export) -> bool:
     return isinstance(net, DiffusersNet) and isinstance(net.clock, FlowClock) and type(net.model).__name__ in FAMILIES
 
 
+def network_of(plan: Export) -> DiffusersNet:
+    """The student's network, one of diffusers'."""
+    net = plan.student.flow_map.net
+    assert isinstance(net, DiffusersNet)
+    return net
+
+
+def unit_of(net: DiffusersNet) -> float:
+    """What the network embeds at t = 1."""
+    assert isinstance(net.clock, FlowClock)  # has_stock has asked
+    return net.clock.unit
+
+
 def write_stock(plan: Export, folder: Path) -> Written:
     """Fills the folder with the pipeline, and gives the Python lines that load and call it. ValueError where a stock pipeline would differ."""
     check_grid(plan)
-    net = plan.student.flow_map.net
+    net = network_of(plan)
     family = FAMILIES[type(net.model).__name__]
     vae = _vae(plan, family)
-    parts = {"transformer": folded(plan), "scheduler": family.build_scheduler(net.clock.unit), "vae": vae, **dict.fromkeys(family.empty)}
+    scheduler = family.build_scheduler(unit_of(net))
+    parts = {"transformer": folded(plan), "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
     pipe = getattr(diffusers, family.pipeline)(**parts)
     for name in ("transformer", "scheduler", *(["vae"] if vae is not None else [])):
         parts[name].save_pretrained(folder / name)
@@ -103,16 +118,17 @@ def check_grid(plan: Export) -> None:
 @torch.no_grad()
 def folded(plan: Export) -> nn.Module:
     """The stock network that says at each step of the plan what the student's says, on the CPU."""
-    net = plan.student.flow_map.net
+    net = network_of(plan)
     model = type(net.model).from_config(net.model.config)
     load_weights(model, net.model.state_dict())
     extra = constant_extra(plan)
-    for _, module in time_embeddings(model) if extra is not None else []:
-        module.linear_2.bias += extra.to(module.linear_2.bias)
+    if extra is not None:
+        for _, module in time_embeddings(model):
+            module.linear_2.bias += extra.to(module.linear_2.bias)
     return model.eval().cpu()
 
 
-def time_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def time_embeddings(model: nn.Module) -> list[tuple[str, Any]]:
     """The model's time embeddings by name. ValueError where one does not end in a layer with a bias."""
     found = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
     if any(getattr(module, "post_act", None) is not None or module.linear_2.bias is None for _, module in found):
@@ -130,7 +146,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def constant_extra(plan: Export) -> Tensor | None:
     """What the branches add to the time embeddings at every step of the plan, (width,); None without branches."""
-    net = plan.student.flow_map.net
+    net = network_of(plan)
     t = torch.ones(1, device=plan.student.device)
     cond = {} if plan.guidance is None else {"guidance": plan.guidance * t}
     extra = branches(net.arrival, net.guidance, t, t - 1 / plan.steps, cond)
@@ -154,9 +170,9 @@ def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
 
 
 def _snippet(plan: Export, family: Family, pipe, text: TextParts | None) -> str:
-    shape, encodes = plan.student.config.shape, text is not None and text.pipeline is not None
+    shape, encoders = plan.student.config.shape, [] if text is None or text.pipeline is None else text.index
     size = [f"{key}={side * pipe.vae_scale_factor}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
-    empty = [name for name in family.empty if not (encodes and name in text.index)] + (["vae"] if pipe.vae is None else [])
+    empty = [name for name in family.empty if name not in encoders] + (["vae"] if pipe.vae is None else [])
     lines = [*sentence_lines(text), "from diffusers import DiffusionPipeline", ""]
     if empty:
         lines += [f"not_here = dict.fromkeys([{', '.join(map(_quoted, empty))}])"]
@@ -170,7 +186,7 @@ def _quoted(name: str) -> str:
 
 def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | None, *, decodes: bool) -> list[str]:
     """The card's lines that call a stock pipeline: with a prompt where it has the text encoders, else with their embeddings."""
-    config, call = plan.student.flow_map.net.model.config, list(family.call)
+    config, call = network_of(plan).model.config, list(family.call)
     if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
         call = [f"guidance_scale={plan.guidance:g}"]
     if text is not None and text.pipeline is not None:

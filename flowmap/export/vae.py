@@ -7,6 +7,7 @@ What a configuration cannot say goes into the weights: a normalisation by channe
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ ENCODER_KEPT = (
 )
 
 
-def exported_vae(plan: Export, *, shifts: bool = True) -> nn.Module | None:
+def exported_vae(plan: Export, *, shifts: bool = True) -> Any | None:
     """A copy on the CPU that decodes in a pipeline as the student does; None where samples are no latents.
 
     shifts: the pipeline reads shift_factor. ValueError where neither configuration nor weights can say how latents are scaled.
@@ -74,19 +75,20 @@ def fold_unit(vae: nn.Module) -> None:
     last.bias.mul_(2).sub_(1)
 
 
-def _with_convolutions(vae: nn.Module) -> None:
+def _with_convolutions(vae: Any) -> None:
     """1x1 convolutions that change nothing, where the autoencoder has none beside its latents."""
     for name, width in (("quant_conv", 2), ("post_quant_conv", 1)):
         if getattr(vae, name) is None:
-            width *= vae.config.latent_channels
-            layer = nn.Conv2d(width, width, 1, dtype=vae.dtype)
-            layer.weight.copy_(torch.eye(width).view(width, width, 1, 1))
+            channels = width * vae.config.latent_channels
+            layer = nn.Conv2d(channels, channels, 1, dtype=vae.dtype)
+            layer.weight.copy_(torch.eye(channels).view(channels, channels, 1, 1))
+            assert layer.bias is not None
             layer.bias.zero_()
             setattr(vae, name, layer.requires_grad_(False))
             vae.register_to_config(**{f"use_{name}": True})
 
 
-def _say(vae: nn.Module, scale: float, shift: float) -> None:
+def _say(vae: Any, scale: float, shift: float) -> None:
     """The normalisation in the configuration, in its first words alone; a shift also where the class knows none (our pipeline reads it)."""
     said = {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
     vae.register_to_config(**{key: value for key, value in said.items() if key in vae.config or value})

@@ -118,8 +118,8 @@ def layer_norm_by_parts(x: Tensor, normalized_shape, weight=None, bias=None, eps
 def without_graph(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
     """F(x, t, s) as a number to aim at: no graph, and none of the casts that autocast would keep, which would have none either."""
     device = x.device.type
-    options = dict(dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False)
-    with torch.no_grad(), torch.autocast(device, **options):
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
         return student.mean_velocity(x, at_least_float32(t), at_least_float32(s), cond)
 
 

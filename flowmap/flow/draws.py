@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class RowGenerator:
         if place == 0:
             self._words = self._philox(torch.tensor([self._single // 4], device=self.device), SINGLE).squeeze(-1)
         self._single += 1
+        assert self._words is not None
         return self._words[place]
 
     def _philox(self, block: Tensor, draw: int) -> Tensor:
@@ -159,6 +161,10 @@ def places_of(n: int, device: torch.device | str, generator: Generator | None) -
     return generator.rows.to(device) if isinstance(generator, RowGenerator) else torch.arange(n, device=device)
 
 
+@overload
+def beside(generator: torch.Generator) -> torch.Generator: ...
+@overload
+def beside(generator: Generator | None) -> Generator | None: ...
 def beside(generator: Generator | None) -> Generator | None:
     """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
     if generator is None:

@@ -109,6 +109,7 @@ class _Path:
             if time.shape != x0.shape[:1]:
                 raise ValueError(f"{name} must be ({x0.shape[0]},), got {tuple(time.shape)}")
         at = self.coefficients(t)
+        assert at.a_rate is not None and at.b_rate is not None  # only tables have none
         xt = along(at.a, x0) * x0 + along(at.b, x0) * x1
         vt = along(at.a_rate, x0) * x0 + along(at.b_rate, x0) * x1
         return PathSample(x0=x0, x1=x1, t=t, s=s, xt=xt.to(x0.dtype), vt=vt.to(x0.dtype), cond=cond)

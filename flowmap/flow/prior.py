@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, Positive, Range, check_ranges
 from flowmap.flow.draws import Generator, beside, normal_like, normal_rows
-from flowmap.flow.types import Cond
+from flowmap.flow.types import Cond, Prior
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,16 @@ class Learned:
 PRIORS = {"gaussian": Gaussian, "learned": Learned}
 
 
+class Codes(Protocol):
+    """A built z-sampler: noise (B, Z + 1), standard normal -> z (B, Z)."""
+
+    def __call__(self, noise: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device | str) -> Codes: ...
+
+    def double(self) -> Codes: ...
+
+
 class LearnedPrior:
     """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
 
@@ -102,7 +112,7 @@ class LearnedPrior:
     codes: noise (B, Z + 1), standard normal -> z (B, Z).
     """
 
-    def __init__(self, model, codes: Callable[[Tensor], Tensor], size: int, *, scale: float = 1.0, told: bool = True):
+    def __init__(self, model, codes: Codes, size: int, *, scale: float = 1.0, told: bool = True):
         self.model, self.codes, self.size, self.scale, self.told = model, codes, size, scale, told
 
     @torch.no_grad()
@@ -144,9 +154,16 @@ def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def start_of(prior, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
+@runtime_checkable
+class WithStart(Protocol):
+    """A prior that says more of a start than x1."""
+
+    def start(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start: ...
+
+
+def start_of(prior: Prior, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
     """Training's start by any prior, one that has no more than `sample` included."""
-    return prior.start(x0, cond, generator) if hasattr(prior, "start") else Start(prior.sample(x0, cond, generator))
+    return prior.start(x0, cond, generator) if isinstance(prior, WithStart) else Start(prior.sample(x0, cond, generator))
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ no_grad. A tangent is never dropped in silence: an operation has a rule, or a fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType, FunctionType
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from flowmap.flow.riding_refused import DETACHED, in_place_flag, name_of, refuse_by_name, short_name
@@ -47,11 +48,16 @@ class Riding(Tensor):
     when the tangent was taken. Joined to the graph by an autograd.Function it has that function's node, `joint`, behind its value's.
     """
 
-    joint = None
+    value: Tensor
+    tangent: Tensor
+    ride: Ride
+    rows: Rows | None
+    version: int | None
+    joint: Node | None = None
     leaving = False
 
     @property
-    def grad_fn(self):
+    def grad_fn(self):  # type: ignore[override]  # torch annotates its descriptor as an attribute
         return self.joint or self.value.grad_fn
 
     @classmethod
@@ -60,7 +66,7 @@ class Riding(Tensor):
             return carry(function, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch types its default, no classmethod
         """A kernel that was reached past `__torch_function__`: refused while the ride is under way."""
         riders: list[Riding] = []
         values, named = plain(args, riders), plain(kwargs or {}, riders)
@@ -123,8 +129,8 @@ def riding(value: Tensor, tangent: Tensor, journey: Ride, rows: Rows | None = No
         tangent = tangent.to(value.dtype)
     shape = value.shape
     if rows is not None:
-        shape = [*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]]
-    if tangent.shape != torch.Size(shape):
+        shape = torch.Size([*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]])
+    if tangent.shape != shape:
         tangent = tangent.expand(shape)
     x = value.as_subclass(Riding)
     x.value, x.tangent, x.ride, x.rows = value, tangent, journey, rows
@@ -223,7 +229,7 @@ def transform_name() -> str:
 
 def under_torch_func() -> bool:
     """Whether one of torch.func's transforms has called, which has left torch's stack of them when a kernel is reached."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch._functorch"):
         frame = frame.f_back
     return frame is not None
@@ -244,7 +250,7 @@ def with_tangent(out, tangent, journey: Ride, rows: Rows | None = None):
         return out
     if isinstance(out, Tensor):
         return riding(out, tangent, journey, rows)
-    if hasattr(out, "__next__"):
+    if isinstance(out, Iterator):
         return iter([riding(v, t, journey, rows) for v, t in zip(out, tangent, strict=True)])
     leaves, structure = tree_flatten(out)
     pairs = zip(leaves, tree_flatten(tangent)[0], strict=True)
@@ -286,7 +292,7 @@ def through_hidden(name: str, function: Callable, args: tuple, kwargs: dict):
     return function(*values, **named)
 
 
-def through_autograd_function(cls: type, apply: Callable, args: tuple):
+def through_autograd_function(cls: type[torch.autograd.Function], apply: Callable, args: tuple):
     """A Function with a jvp of its own takes it; torch's own plumbing (checkpointing, FSDP, DDP) is passed through; others are refused."""
     riders: list[Riding] = []
     values = plain(args, riders)
@@ -314,5 +320,5 @@ def reboarded(x: Riding) -> Riding:
     x.leaving = True
     with torch._C.DisableTorchFunctionSubclass():
         y = riding(Tensor.as_subclass(x, Tensor), x.tangent, x.ride, x.rows)
-        y.joint = Tensor.grad_fn.__get__(x)
+        y.joint = Tensor.grad_fn.__get__(x)  # type: ignore[union-attr]  # torch annotates its descriptor as an attribute
     return y

@@ -19,7 +19,7 @@ DETACHED = "takes numbers out of the ride without their tangent: .detach() says 
 
 def short_name(function: Callable) -> str:
     """The function's bare name; scripted functions keep it elsewhere."""
-    return getattr(function, "__name__", None) or getattr(function, "name", type(function).__name__)
+    return getattr(function, "__name__", "") or getattr(function, "name", type(function).__name__)
 
 
 def name_of(function: Callable) -> str:

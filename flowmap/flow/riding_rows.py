@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     """The tangent covers the first `count` places of dimension `dim`, which is negative: counted from the last."""
 
     dim: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
 def partial(riders) -> bool:
@@ -67,7 +67,7 @@ def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list):
     if dim is None:
         return None
     if kind in ALIGNED:
-        tangents = {}
+        tangents: dict[int, Tensor] = {}
         narrow = functools.partial(first, rows, out.shape[dim], {id(x.value): x.tangent for x in riders}, tangents)
         args, kwargs = mapped(args, narrow), mapped(kwargs, narrow) if kwargs else kwargs
     elif len(riders) == 1 and riders[0].value is args[0]:

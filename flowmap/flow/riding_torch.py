@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,10 +21,11 @@ KEEPERS = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional
 class Scalar(Tensor):
     """A 0-dim value from which no number is read: given where torch wants a number, it would lose its tangent without a word."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch itself does in its subclasses
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch types its default, no classmethod
         if function is torch.ops.aten._local_scalar_dense.default:
             raise NotImplementedError("a tensor that rides is given where torch takes a number, which has no tangent")
         given, named = (mapped(x, lambda x: x.value if type(x) is Scalar else x) for x in (args, kwargs or {}))
@@ -61,7 +62,7 @@ def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: 
                 function(*mapped(args, guarded), **mapped(kwargs, guarded))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             out = function(*mapped(args, dual), **mapped(kwargs, dual))
-            leaves, structure = tree_flatten(list(out) if hasattr(out, "__next__") else out)
+            leaves, structure = tree_flatten(list(out) if isinstance(out, Iterator) else out)
             found = [forward_ad.unpack_dual(v).tangent if has_derivative(v) else None for v in leaves]
     except Exception as error:  # whatever torch says of an operation that it cannot derive
         raise NotImplementedError(f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it: {error}") from error
@@ -74,7 +75,7 @@ def has_derivative(out) -> bool:
     """Whether an output has numbers that a tangent could belong to."""
     if isinstance(out, Tensor):
         return out.is_floating_point() or out.is_complex()
-    return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or hasattr(out, "__next__")
+    return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or isinstance(out, Iterator)
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

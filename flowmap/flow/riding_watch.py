@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ def hidden(through: Callable, name: str, function: Callable, *args, **kwargs):
 @contextmanager
 def watched_data(through: Callable):
     """Inside, `y.data = x` of an ordinary y is seen."""
-    data = Tensor.data
-    Tensor.data = property(lambda x: through(".data", data.__get__, (x,), {}), lambda y, x: through(".data", data.__set__, (y, x), {}))
+    data: Any = Tensor.data
+    seen: Any = property(lambda x: through(".data", data.__get__, (x,), {}), lambda y, x: through(".data", data.__set__, (y, x), {}))
+    Tensor.data = seen
     try:
         yield
     finally:
@@ -59,7 +61,7 @@ def watched_autograd_functions(through: Callable):
 
     `Function.apply` calls its parent's, which is where bound copies of `apply` pass as well; the parent is put back afterwards.
     """
-    parent = torch.autograd.Function.__mro__[1]
+    parent: Any = torch.autograd.Function.__mro__[1]
     inherited = parent.__mro__[1].__dict__["apply"].__get__
     own = parent.__dict__.get("apply")
     parent.apply = classmethod(lambda cls, *args: through(cls, functools.partial(inherited(None, cls)), args))
@@ -75,7 +77,7 @@ def watched_autograd_functions(through: Callable):
 @contextmanager
 def watched_scripts(through: Callable):
     """Inside, a torch.jit.script function meets the ride: torch does not hand those to `__torch_function__` either."""
-    script = torch.jit.ScriptFunction
+    script: Any = torch.jit.ScriptFunction
     ordinary = script.__call__
 
     def call(self, *args, **kwargs):

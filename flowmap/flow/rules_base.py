@@ -60,8 +60,8 @@ def accepts(rule: Callable, num_args: int, names: tuple[str, ...]) -> bool:
     return True
 
 
-def T(x) -> Tensor | None:
-    """The tangent of x; None where x does not ride."""
+def T(x) -> Tensor | Any:
+    """The tangent of x; None where x does not ride: what rules write about one that does fails then, and `ask` sees it."""
     key = id(x)
     UNREAD.discard(key)
     return TANGENTS.get(key)
@@ -78,7 +78,7 @@ def every(rule: Rule, *names: str) -> dict[Callable, Rule]:
     of_tensor = [(Tensor, name) for name in names]
     elsewhere = [(place, name) for place in PLACES for name in names if not name.startswith("__")]
     found = [getattr(place, name) for place, name in of_tensor + elsewhere if hasattr(place, name)]
-    return {function: rule for function in found if isinstance(function, Callable)}
+    return {function: rule for function in found if callable(function)}
 
 
 def getters(rule: Rule, *names: str) -> dict[Callable, Rule]:

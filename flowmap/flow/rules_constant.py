@@ -7,7 +7,6 @@ Their derivative is zero wherever it exists (floor, comparisons), or they take n
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from flowmap.flow.rules_base import T, constant, every, getters
 
@@ -54,7 +53,7 @@ CONSTANT = {
     **every(template, "new_tensor"),
     **every(constant, *STEPS, *FRESH, *PROPERTIES),
     **getters(constant, *READ),
-    Tensor.grad.__get__: no_gradient_yet,
+    **getters(no_gradient_yet, "grad"),
     torch._assert_async: constant,
     torch.linalg.matrix_rank: constant,
 }

@@ -6,11 +6,12 @@ For an elementwise y = f(x) the backward kernel g * f'(x) is the forward derivat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flowmap.flow.rules_base import T, add_up, by_backward, constant, every, same, tangent_or_zero
+from flowmap.flow.rules_base import Rule, T, add_up, by_backward, constant, every, same, tangent_or_zero
 
 aten = torch.ops.aten
 
@@ -292,7 +293,7 @@ def interpolate_between(op, out, a, end, weight):
     return add_up(steady, None if T(weight) is None else (end - a) * T(weight))
 
 
-ELEMENTWISE = {
+ELEMENTWISE: dict[Callable, Rule] = {
     **every(add, "add", "__add__", "__radd__"),
     **every(subtract, "sub", "subtract", "__sub__"),
     **every(subtract_from, "__rsub__"),

@@ -6,12 +6,13 @@ Softmax and normalisation without weights have symmetric Jacobians, so their fus
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmap.flow.rules_base import T, add_up, every, multilinear
+from flowmap.flow.rules_base import Rule, T, add_up, every, multilinear
 
 aten = torch.ops.aten
 MAX_BLOCK_NUMBERS = 1 << 24
@@ -36,8 +37,8 @@ def convolution(op, out, x, weight, bias=None, *args, **kwargs):
 
 def einsum(op, out, equation, *operands):
     """Linear in each operand."""
-    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    return multilinear(op, out, equation, *operands)
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    return multilinear(op, out, equation, *given)
 
 
 def reversed_matmul(op, out, b, a):
@@ -164,8 +165,8 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     if not a.is_cuda or torch.__version__ < "2.8":
         return (a.float() * scale) @ b.float()
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    stacks = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
-    return torch.bmm(*stacks, out_dtype=torch.float32).mul_(scale).unflatten(0, batch or (1,)).reshape(*batch, a.shape[-2], b.shape[-1])
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return torch.bmm(left, right, out_dtype=torch.float32).mul_(scale).unflatten(0, batch or (1,)).reshape(*batch, a.shape[-2], b.shape[-1])
 
 
 def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -179,9 +180,11 @@ def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_caus
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if enable_gqa:
         repeats = q.shape[-3] // k.shape[-3]
-        k, v, tk, tv = (None if x is None else x.repeat_interleave(repeats, -3) for x in (k, v, tk, tv))
+        k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
+        tk, tv = (None if x is None else x.repeat_interleave(repeats, -3) for x in (tk, tv))
     with torch.autocast(out.device.type, enabled=False):
-        q, k, v, tq, tk, tv = (None if x is None else x.to(out.dtype) for x in (q, k, v, tq, tk, tv))
+        q, k, v = (x.to(out.dtype) for x in (q, k, v))
+        tq, tk, tv = (None if x is None else x.to(out.dtype) for x in (tq, tk, tv))
         rows = max(1, min(q.shape[-2], MAX_BLOCK_NUMBERS // max(1, math.prod(q.shape[:-2]) * k.shape[-2])))
         blocks = []
         for i in range(0, q.shape[-2], rows):
@@ -209,7 +212,9 @@ def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
         moved = moved * weights
         d = product(moved.to(v.dtype), v)
         d = torch.addcmul(d, moved.sum(-1, keepdim=True), out, value=-1)
-    return add_up(d, None if tv is None else product(weights.to(v.dtype), tv)).to(out.dtype)
+    total = add_up(d, None if tv is None else product(weights.to(v.dtype), tv))
+    assert total is not None  # something rides
+    return total.to(out.dtype)
 
 
 def mask_block(mask: Tensor | None, part: slice) -> Tensor | None:
@@ -227,7 +232,7 @@ def multi_head_attention(op, out, *args, **kwargs):
     return NotImplemented
 
 
-NN = {
+NN: dict[Callable, Rule] = {
     **every(linear_layer, "linear"),
     **every(convolution, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     **every(einsum, "einsum"),

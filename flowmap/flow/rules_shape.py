@@ -30,8 +30,8 @@ def joined(op, out, tensors, *args, **kwargs):
 
 def broadcast(op, out, *tensors):
     """torch.broadcast_tensors."""
-    tensors = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
-    return tuple(None if T(x) is None else T(x).expand(o.shape) for x, o in zip(tensors, out, strict=True))
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    return tuple(None if T(x) is None else T(x).expand(o.shape) for x, o in zip(given, out, strict=True))
 
 
 def padded(op, out, x, pad, mode="constant", value=None):

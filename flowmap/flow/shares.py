@@ -14,7 +14,7 @@ from torch import Tensor
 FINEST = 10**6  # the largest denominator: of a share that is not a fraction of so many the nearest one is taken
 
 
-def fraction(share: float) -> Fraction:
+def fraction(share: float | Fraction) -> Fraction:
     """A share as a fraction, which floats only approach: 0.15 is 3 / 20."""
     return Fraction(share).limit_denominator(FINEST)
 

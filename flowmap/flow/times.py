@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from fractions import Fraction
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,10 +24,33 @@ PAIRS = ("diagonal", "sorted", "consistency")
 ENDS = ("departure", "arrival")
 
 
+@runtime_checkable
+class WithDensity(Protocol):
+    """Times of which t has a density."""
+
+    def density(self, t: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class WithDensities(WithDensity, Protocol):
+    """Times of which s has one as well."""
+
+    def arrival_density(self, s: Tensor) -> Tensor: ...
+
+
 class _OneLaw:
     """Pairs made of one law of times; a subclass gives draw, density_of_one and distribution (its cumulative function)."""
 
     pairs: str
+
+    def draw(self, n: int, device: torch.device | str, generator: Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def density_of_one(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def distribution(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _check_pairs(self) -> None:
         if self.pairs not in PAIRS:
@@ -238,7 +262,8 @@ class Mixture:
         check_ranges(self)
         if self.diagonal_at not in ENDS:
             raise ValueError(f"diagonal_at is {self.diagonal_at!r}; allowed: {', '.join(ENDS)}")
-        if self.diagonal_at == "arrival" and (not hasattr(self.base, "arrival_density") or getattr(self.base, "pairs", "") == "consistency"):
+        at_zero = isinstance(self.base, _OneLaw) and self.base.pairs == "consistency"
+        if self.diagonal_at == "arrival" and (at_zero or not isinstance(self.base, WithDensities)):
             raise ValueError(f"diagonal_at is 'arrival', but {type(self.base).__name__} arrives at one time only; allowed: departure")
         if self.one_step + self.diagonal > 1:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
@@ -246,7 +271,7 @@ class Mixture:
     def members(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run, (N,) int64, are (1, 0), which are diagonal), masks (N,)."""
         one_step = fraction(self.one_step)
-        rest = min(fraction(self.diagonal) / (1 - one_step), 1) if one_step < 1 else 0
+        rest = min(fraction(self.diagonal) / (1 - one_step), Fraction(1)) if one_step < 1 else Fraction(0)
         jumps = evenly(place, one_step)
         return jumps, ~jumps & evenly(place - taken(place, one_step), rest)
 
@@ -260,8 +285,12 @@ class Mixture:
 
     def density(self, t: Tensor) -> Tensor:
         """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
-        at = self.base.arrival_density(t) if self.diagonal_at == "arrival" else self.base.density(t)
-        return (1 - self.one_step - self.diagonal) * self.base.density(t) + self.diagonal * at
+        assert isinstance(self.base, WithDensity)
+        at = whole = self.base.density(t)
+        if self.diagonal_at == "arrival":
+            assert isinstance(self.base, WithDensities)
+            at = self.base.arrival_density(t)
+        return (1 - self.one_step - self.diagonal) * whole + self.diagonal * at
 
 
 TIMES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    more = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
+    more: dict[str, Any] = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
     return PathSample(**parts, cond=cond, **more)
 
 
@@ -95,7 +95,13 @@ class TimeSampler(Protocol):
 
 
 class Objective(Protocol):
-    """A deterministic function of student, teacher and a drawn sample; step is the optimiser step (for warm-ups)."""
+    """A deterministic function of student, teacher and a drawn sample; step is the optimiser step (for warm-ups).
+
+    diagonal: it trains a plain velocity, t = s alone, so that the student needs no arrival time.
+    """
+
+    @property
+    def diagonal(self) -> bool: ...
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
 

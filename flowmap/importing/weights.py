@@ -47,10 +47,12 @@ def _network(file: str) -> Record:
 
 
 def _average(parts: list[dict[str, Tensor]], files: list[str], std: float) -> dict[str, Tensor]:
-    found = [SNAPSHOT.search(file) for file in files]
-    for file, match in zip(files, found, strict=True):
+    found = []
+    for file in files:
+        match = SNAPSHOT.search(file)
         if match is None:
             raise ValueError(f"{file}: its name does not end in -NUMBER-STD.pkl, which says where in training it was taken")
+        found.append(match)
     steps, stds = [int(m[1]) for m in found], [float(m[2]) for m in found]
     coefficients = posthoc_coefficients(steps, stds, target_step=None, target_std=std).tolist()
     return weighted_sum(zip(coefficients, files, parts, strict=True))

@@ -16,9 +16,14 @@ CHUNK = 256  # samples through the features at once
 class HasReferences(Protocol):
     """What metrics ask of a data set: training samples and held-out ones, both with their conditions."""
 
-    reference: Tensor
-    held_out: Tensor
-    reference_conditions: Cond
+    @property
+    def reference(self) -> Tensor: ...
+
+    @property
+    def held_out(self) -> Tensor: ...
+
+    @property
+    def reference_conditions(self) -> Cond: ...
 
     def held_out_samples(self) -> tuple[Tensor, Cond]: ...
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,19 @@ from flowmap.base.images import to_bytes
 from flowmap.base.trust import allowed_attribute
 
 
+class PictureNet(nn.Module):
+    """A network of pictures that fits nothing to the reference."""
+
+    @classmethod
+    def check(cls) -> Any:
+        """ValueError where it cannot be had here."""
+        raise NotImplementedError
+
+
 class Pixels(nn.Module):
     """The values themselves, divided by one number: the standard deviation of all values of the reference set."""
+
+    scale: Tensor
 
     def __init__(self, reference: Tensor):
         super().__init__()
@@ -47,7 +59,7 @@ class PCA(nn.Module):
         return (self.pixels(x) - self.mean) @ self.directions
 
 
-class EfficientNetLite0(nn.Module):
+class EfficientNetLite0(PictureNet):
     """1,280 pooled features of EfficientNet-Lite0 trained on ImageNet, whose weights come as a package; images are resized to 224.
 
     On a CPU core about 0.1 s an image. Distances in it are to be called by its name, never FID.
@@ -74,7 +86,7 @@ class EfficientNetLite0(nn.Module):
         return self.net.extract_features(x).mean((2, 3))
 
 
-class Inception(nn.Module):
+class Inception(PictureNet):
     """The 2,048 features of FID proper, by torch-fidelity; its weights must be at hand, as this downloads nothing."""
 
     weights = "pt_inception-2015-12-05-6726825d.pth"
@@ -101,11 +113,13 @@ class Inception(nn.Module):
         return self.net(bytes_).flatten(1)
 
 
-class CLIP(nn.Module):
+class CLIP(PictureNet):
     """The image embeddings of CLIP ViT-L/14 at 336 pixels, those of the CMMD metric, not normalised; weights at hand, as safetensors, are read:
     in the folder clip-vit-large-patch14-336 of $FLOWMAP_WEIGHTS (default weights/), or in the hub's cache."""
 
     name = "clip-vit-large-patch14-336"
+    mean: Tensor
+    std: Tensor
 
     @classmethod
     def check(cls) -> str:
@@ -143,7 +157,8 @@ class Remembered(nn.Module):
 
     def __init__(self, net: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.net, self._known = net, {}
+        self.net = net
+        self._known: dict[bytes, Tensor] = {}
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +189,7 @@ def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
     there.
     """
     check_features(name)
-    alone = ":" in name or hasattr(FEATURES[name], "check")  # fits nothing to the reference
+    alone = ":" in name or needs_pictures(name)  # fits nothing to the reference
     found = _network(name) if alone else FEATURES[name](reference)
     return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
 
@@ -185,13 +200,18 @@ def check_features(name: str) -> None:
         allowed_attribute(name, "features")
     elif name not in FEATURES:
         raise ValueError(f"features is {name!r}; allowed are {', '.join(FEATURES)} or package.mod:attr")
-    elif hasattr(FEATURES[name], "check"):
-        FEATURES[name].check()
+    elif (net := _picture_net(name)) is not None:
+        net.check()
 
 
 def needs_pictures(name: str) -> bool:
     """Whether that space is of pictures alone; of one that is imported nothing is known."""
-    return name in FEATURES and hasattr(FEATURES[name], "check")
+    return _picture_net(name) is not None
+
+
+def _picture_net(name: str) -> type[PictureNet] | None:
+    found = FEATURES.get(name)
+    return found if isinstance(found, type) and issubclass(found, PictureNet) else None
 
 
 def short_name(name: str) -> str:

@@ -24,6 +24,8 @@ class MaximumMeanDiscrepancy(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = True
+    real: list[Tensor]
+    fake: list[Tensor]
     chunk = 256  # samples through the features, and rows of the kernel matrix, at once
 
     def __init__(self, features: Callable[[Tensor], Tensor], sigma: float, unit: bool = False):

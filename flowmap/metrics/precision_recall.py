@@ -21,6 +21,8 @@ class PrecisionRecallScore(Metric):
 
     is_differentiable = False
     full_state_update = True
+    real: list[Tensor]
+    fake: list[Tensor]
     chunk = 256  # samples through the features, and rows of the distance matrix, at once
 
     def __init__(self, features: Callable[[Tensor], Tensor], k: int = 3):

@@ -20,9 +20,14 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 class Sizes(Protocol):
     """What the checks ask of a data set: nothing that reads its samples."""
 
-    num_reference: int
-    num_held_out: int
-    reference_shape: tuple[int, ...]
+    @property
+    def num_reference(self) -> int: ...
+
+    @property
+    def num_held_out(self) -> int: ...
+
+    @property
+    def reference_shape(self) -> tuple[int, ...]: ...
 
     def conditions_at(self, places: Any) -> Cond: ...
 
@@ -57,6 +62,8 @@ def enough(what: str, least: int, data: Sizes) -> None:
 class Spec:
     """What all have: `images` samples are looked at."""
 
+    images: int
+
     def __post_init__(self):
         within(self, images=SAMPLES)
 
@@ -69,6 +76,8 @@ class Spec:
 
 class InFeatures(Spec):
     """A metric that looks at samples in the space `features`."""
+
+    features: str
 
     def __post_init__(self):
         super().__post_init__()

@@ -59,6 +59,8 @@ def _minilm():
     check_features("minilm")
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(importlib.util.find_spec(MINILM).origin).parent / "model"
+    package = importlib.util.find_spec(MINILM)
+    assert package is not None and package.origin is not None
+    folder = Path(package.origin).parent / "model"
     model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), model.eval().requires_grad_(False)

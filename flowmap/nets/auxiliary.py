@@ -78,7 +78,7 @@ class AuxiliaryNet(nn.Module):
     def __init__(self, spec: _Auxiliary, encoder: nn.Module, decoder: nn.Module):
         super().__init__()
         low, high = spec.log_variance
-        self.size, self.middle, self.half = spec.size, (low + high) / 2, (high - low) / 2
+        self.size, self.middle, self.reach = spec.size, (low + high) / 2, (high - low) / 2
         self.encoder, self.decoder = encoder, decoder
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class AuxiliaryNet(nn.Module):
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.decoder(z).chunk(2, 1)
-        return mean, self.middle + self.half * torch.tanh((raw - self.middle) / self.half)
+        return mean, self.middle + self.reach * torch.tanh((raw - self.middle) / self.reach)
 
     def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond=None) -> Tensor:
         return self.decode(self.encode(x)[0])[0]

@@ -82,11 +82,16 @@ class DiffusersNet(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, W): the model's prediction on its own clock, said as x1 - x0.
 
     empty: the conditions of "no text", with batch size 1, which fill in what a call leaves out (classifier-free guidance asks without text).
+    frozen: the names of the weights that LoRA adapts and does not train; lora.py sets it, and no other network has it.
     """
+
+    model: Any  # a network of diffusers
+    frozen: frozenset[str]
 
     def __init__(self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool):
         super().__init__()
-        self.model, self.clock, self.prediction, self.empty = model, clock, prediction, {}
+        self.model, self.clock, self.prediction = model, clock, prediction
+        self.empty: dict[str, Tensor] = {}
         self.call = CALLS[type(model).__name__]
         self.extra = _Extra()
         width = _listen(model, self.extra) if arrival or guidance else 0
@@ -161,10 +166,10 @@ def _listen(model: nn.Module, extra: _Extra) -> int:
     return widths.pop()
 
 
-_LISTENING: dict[type, type] = {}
+_LISTENING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _listening(cls: type) -> type:
+def _listening(cls: type[nn.Module]) -> type[nn.Module]:
     """The embedding's class, with the extra added to what it gives."""
     if cls not in _LISTENING:
 

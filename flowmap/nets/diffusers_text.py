@@ -11,7 +11,7 @@ from torch import Tensor
 from flowmap.nets.diffusers_model import DiffusersModel
 
 # the network's class -> the condition that it reads -> the settings that say its width, the first that is given
-WIDTHS = {
+WIDTHS: dict[str, dict[str, tuple[str, ...]]] = {
     "UNet2DConditionModel": {"text": ("encoder_hid_dim", "cross_attention_dim")},
     "SD3Transformer2DModel": {"text": ("joint_attention_dim",), "pooled": ("pooled_projection_dim",)},
     "FluxTransformer2DModel": {"text": ("joint_attention_dim",), "pooled": ("pooled_projection_dim",)},

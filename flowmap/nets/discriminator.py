@@ -40,7 +40,7 @@ class Conv:
 
 
 class ConvNet(nn.Module):
-    def __init__(self, spec: Conv, shape: tuple[int, int, int], num_classes: int | None):
+    def __init__(self, spec: Conv, shape: tuple[int, ...], num_classes: int | None):
         super().__init__()
         side = min(shape[1:])
         depth = max(round(math.log2(side / 4)), 0) if spec.depth is None else spec.depth

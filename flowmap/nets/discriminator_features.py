@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class OnTeacherNet(nn.Module):
 def row_of_blocks(network: nn.Module) -> list[nn.Module]:
     """The network's blocks in order, a UNet's encoder's; none where it has no such row."""
     for name in ROWS_OF_BLOCKS:
-        found = network
+        found: Any = network
         for part in name.split("."):
             found = getattr(found, part, None)
         if isinstance(found, (nn.ModuleList, nn.ModuleDict)) and len(found):
@@ -127,10 +127,10 @@ class OnFeatures:
 
 
 class OnFeaturesNet(nn.Module):
-    def __init__(self, spec: OnFeatures, shape: tuple[int, int, int], call: Trunk, num_classes: int | None):
+    def __init__(self, spec: OnFeatures, shape: tuple[int, ...], call: Trunk, num_classes: int | None):
         super().__init__()
         self.size, self._frozen = spec.size, (call,)
-        on = [p.device for p in getattr(call, "parameters", lambda: iter(()))()]
+        on = [p.device for p in call.parameters()] if isinstance(call, nn.Module) else []
         with torch.no_grad():
             features = self.features(torch.zeros(1, *shape, device=on[0] if on else None))
         self.heads = nn.ModuleList(Head(channels_of(one), spec.width, num_classes) for one in features)

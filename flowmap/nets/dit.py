@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class DiTNet(nn.Module):
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
         self.position = nn.Parameter(sine_positions(*self.grid, width))
-        told = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        told: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
         self.conditioning = Conditioning(width, cycles=spec.cycles, **told)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)

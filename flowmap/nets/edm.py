@@ -47,8 +47,10 @@ class DDPMpp:
         return PRESETS[self.preset] if self.multipliers is None else self.multipliers
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
-        size, more = _square(shape, self.levels), {"ncsnpp": self.ncsnpp, "dropout": self.dropout}
-        unet = SongUNet(size, self.channels, self.levels, self.num_blocks, self.attention_at, num_classes, **more)
+        unet = SongUNet(
+            _square(shape, self.levels), self.channels, self.levels, self.num_blocks, self.attention_at, num_classes,
+            ncsnpp=self.ncsnpp, dropout=self.dropout,
+        )  # fmt: skip
         return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
 
 

@@ -136,6 +136,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(noise).to(x.dtype))
         if self.emb_label is not None:
+            assert labels is not None
             emb = blend(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), 0.5)
         emb = silu(emb if extra is None else emb + extra.to(emb.dtype))
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -190,6 +191,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
+        assert self.attn_qkv is not None and self.attn_proj is not None
         qkv = self.attn_qkv(x).reshape(b, self.heads, c // self.heads, 3, height * width)
         q, k, v = unit(qkv, 2).permute(3, 0, 1, 4, 2).unbind(0)  # each (B, heads, places, c / heads)
         y = F.scaled_dot_product_attention(q, k, v)
@@ -212,6 +214,9 @@ class Conv(nn.Module):
 
 class Fourier(nn.Module):
     """sqrt(2) cos(2 pi (f x + phase)) of random frequencies and phases, fixed: (B,) -> (B, num)."""
+
+    freqs: Tensor
+    phases: Tensor
 
     def __init__(self, num: int):
         super().__init__()

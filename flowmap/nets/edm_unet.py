@@ -43,6 +43,8 @@ class UNet(nn.Module):
     A subclass says how noise, labels and extra become the embedding, and what follows the last block.
     """
 
+    map_layer1: nn.Linear  # the last layer of the embedding
+
     def __init__(self, size, channels, multipliers, num_blocks, attention_at, family: Family, *, first: int, residual: bool = False):
         super().__init__()
         (now, side), emb = size, 4 * channels
@@ -88,7 +90,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
         emb = self.embedding(noise, labels, extra, x.dtype)
-        skips, past = [], x
+        skips: list[Tensor] = []
+        past = x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):
                 x = skips[-1] = past = (x + layer(past)) * math.sqrt(0.5)
@@ -132,6 +135,7 @@ class SongUNet(UNet):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 gain = 1e-5 if name.endswith(("conv1", "proj", "aux_conv")) else math.sqrt(0.2) if name.endswith("qkv") else 1.0
                 nn.init.xavier_uniform_(layer.weight, gain)
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
     def embedding(self, noise, labels, extra, dtype):
@@ -192,7 +196,7 @@ class Block(nn.Module):
         self.affine = nn.Linear(emb, 2 * out if family.adaptive else out)
         self.norm1 = norm(out, family.eps)
         self.conv1 = Conv(out, out, 3)
-        self.skip = None
+        self.skip: Conv | Resized | None = None
         if inside != out or (way and family.projected):
             self.skip = Conv(inside, out, 1, way, family.taps)
         elif way:
@@ -216,6 +220,7 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
+        assert self.qkv is not None and self.norm2 is not None and self.proj is not None
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # each (B, heads, places, c / heads)
         y = F.scaled_dot_product_attention(q, k, v)
@@ -225,17 +230,24 @@ class Block(nn.Module):
 class Conv(nn.Conv2d):
     """A convolution that keeps the size, after the size was doubled ("up") or halved ("down") where asked."""
 
+    resample_filter: Tensor | None
+
     def __init__(self, inside: int, out: int, kernel: int, way: str | None = None, taps: tuple[int, ...] = (1, 1)):
         super().__init__(inside, out, kernel, padding=kernel // 2)
         self.way = way
         self.register_buffer("resample_filter", square_filter(taps) if way else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.way is None else resized(x, self.resample_filter, self.way))
+        if self.way is None:
+            return super().forward(x)
+        assert self.resample_filter is not None
+        return super().forward(resized(x, self.resample_filter, self.way))
 
 
 class ThenDown(nn.Conv2d):
     """A 3x3 convolution over enough of a margin, then half the size: the two commute but for that margin."""
+
+    resample_filter: Tensor
 
     def __init__(self, inside: int, out: int, taps: tuple[int, ...]):
         super().__init__(inside, out, 3, padding=1 + (len(taps) - 1) // 2)
@@ -247,6 +259,8 @@ class ThenDown(nn.Conv2d):
 
 class Resized(nn.Module):
     """Twice or half the size, without weights."""
+
+    resample_filter: Tensor
 
     def __init__(self, way: str, taps: tuple[int, ...]):
         super().__init__()
@@ -294,6 +308,8 @@ class Positional(nn.Module):
 
 class Fourier(nn.Module):
     """cos and sin of 2 pi f x with random frequencies f of std 16, fixed: (B,) -> (B, num)."""
+
+    freqs: Tensor
 
     def __init__(self, num: int):
         super().__init__()

@@ -132,6 +132,7 @@ class Conditioning(nn.Module):
             c = c + self.guidance(_guidance_input(t, cond))
         if self.label is not None:
             label = cond["class"] if "class" in cond else torch.full(t.shape, -1, device=t.device)
+            assert self.num_classes is not None
             c = c + self.label(torch.where(label < 0, self.num_classes, label))
         if self.further is not None:
             c = c + self.further(cond)

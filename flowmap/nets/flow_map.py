@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, along
+from flowmap.nets.stacked import StackedNet
 
 
 class FlowMapNet(nn.Module):
@@ -23,6 +24,7 @@ class FlowMapNet(nn.Module):
     """
 
     decode: Callable[[Tensor], Tensor] | None = None
+    uncertainty: nn.Module | None
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -43,6 +45,7 @@ class FlowMapNet(nn.Module):
 
     def log_error(self, t: Tensor, s: Tensor) -> Tensor:
         """u(t, s), (B,): the logarithm of the error that the student expects of itself there."""
+        assert self.uncertainty is not None
         return self.uncertainty(t, s)
 
     def pictures(self, x: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[s
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (wanted, given)]
     odd = next((name for name in [*shapes[0], *shapes[1]] if shapes[0].get(name) != shapes[1].get(name)), None)
-    return None if odd is None else (odd, *(one.get(odd, "absent") for one in shapes))
+    return None if odd is None else (odd, shapes[0].get(odd, "absent"), shapes[1].get(odd, "absent"))
 
 
 SILENT = ("arrival.", "guidance.")
@@ -70,7 +73,7 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     A stack whose start is a single network takes those weights twice. Raises ValueError, and changes nothing, if the two networks differ in
     anything but those branches.
     """
-    if hasattr(student.net, "parts") and not hasattr(teacher.net, "parts"):
+    if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:
             start_from(FlowMapNet(part), teacher)
         return

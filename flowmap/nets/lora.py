@@ -115,7 +115,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -145,7 +145,9 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
 
 def _ending(name: str) -> str:
     """The last word of a layer's name, with the numbers behind it: to_q, to_out.0."""
-    return re.search(r"[^.]+(\.\d+)*$", name)[0]
+    found = re.search(r"[^.]+(\.\d+)*$", name)
+    assert found is not None, name
+    return found[0]
 
 
 def _leave_out_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, metadata) -> None:

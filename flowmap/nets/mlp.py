@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ class MLPNet(nn.Module):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
-        told = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        told: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
         self.conditioning = Conditioning(spec.width, cycles=spec.cycles, **told)
         self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, size)

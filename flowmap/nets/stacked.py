@@ -11,15 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, along
 
 
+@runtime_checkable
 class NetSpec(Protocol):
-    """The settings of a network: what `net` may be."""
+    """The settings of a network: what `net` may be. A recipe may say from_teacher or from_recipe, which are resolved to one."""
+
+    @property
+    def build(self) -> Callable[..., nn.Module]:
+        """build(shape, *, num_classes, arrival, guidance) makes the network of samples of that shape."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Stacked:
         return getattr(self.net, "holds_constants", False)
 
     def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> StackedNet:
-        told = dict(num_classes=num_classes, arrival=arrival, guidance=guidance)
-        return StackedNet(self.net.build(shape, **told), self.net.build(shape, **told))
+        net = partial(self.net.build, shape, num_classes=num_classes, arrival=arrival, guidance=guidance)
+        return StackedNet(net(), net())
 
 
 def stack_of(network: Callable[..., Any]) -> Callable[..., Stacked]:
@@ -50,6 +57,9 @@ def stack_of(network: Callable[..., Any]) -> Callable[..., Stacked]:
 
 class StackedNet(nn.Module):
     """F(x, t, s, cond) for x (B, *shape)."""
+
+    first: Any  # two networks of one kind
+    second: Any
 
     def __init__(self, first: nn.Module, second: nn.Module):
         super().__init__()

@@ -95,7 +95,7 @@ def check_scheduler_settings(cls: type, config: Mapping[str, Any]) -> None:
     name = cls.__name__
     if name in REFUSED_SCHEDULERS:
         raise ValueError(f"scheduler {name}: cannot be a teacher's: {REFUSED_SCHEDULERS[name]}")
-    read = inspect.signature(cls.__init__).parameters
+    read = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # it is only read
     for key, value in config.items():
         if key not in read or key in HONOURED or key in IRRELEVANT:
             continue

@@ -5,8 +5,9 @@ Source: Language Rectified Flow, arXiv:2403.16995. What is wired here is ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -17,7 +18,15 @@ from flowmap.nets.text_vae import TextVAE
 
 
 class TextCoderSpec(Protocol):
-    """The settings of a text autoencoder that can be trained with a flow."""
+    """The settings of a text autoencoder that can be trained with a flow: a dataclass whose fields include vocab and special."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def build(self) -> Callable[..., nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class TextJoint:
 
     def __post_init__(self):
         check_ranges(self)
-        if not hasattr(self.flow, "build"):
+        if not isinstance(self.flow, NetSpec):
             raise ValueError("flow: wants the settings of a network; what starts from other weights is not known here")
 
     @property
@@ -50,6 +59,8 @@ class TextJoint:
 
 class TextJointNet(nn.Module):
     """F(x, t, s, cond) of latents x (B, *latent_shape), and the autoencoder's moments, logits and generate."""
+
+    autoencoder: Any  # TextVAENet, or another with those three
 
     def __init__(self, autoencoder: nn.Module, flow: nn.Module):
         super().__init__()

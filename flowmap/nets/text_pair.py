@@ -75,7 +75,7 @@ def _loaded(name: str, source: str, config: str | None) -> nn.Module:
         raise ValueError(f"{name}: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
-def _check_fit(name: str, model: nn.Module, vocab: int, tokens: int, slots: int) -> None:
+def _check_fit(name: str, model: Any, vocab: int, tokens: int, slots: int) -> None:
     """ValueError where a model has fewer tokens than its tokenizer, or fewer positions than `tokens` behind `slots` vectors of the latent."""
     known, places = model.get_input_embeddings().num_embeddings, _positions(model)
     if vocab > known:
@@ -98,9 +98,13 @@ def _positions(model: nn.Module) -> int | None:
 class TextPairNet(nn.Module):
     """moments, logits and generate, as TextVAENet's; rows are (B, encoder_tokens + decoder's tokens)."""
 
-    def __init__(self, spec: TextPair, max_tokens: int, encoder: nn.Module, decoder: nn.Module):
+    encoder: Any  # models of transformers
+    decoder: Any
+
+    def __init__(self, spec: TextPair, max_tokens: int, encoder: Any, decoder: Any):
         super().__init__()
         self.spec, self.max_tokens = spec, max_tokens
+        assert spec.special is not None  # build has asked
         self.pad, self.start, self.end, self.mask = spec.special
         self.encoder, self.decoder = encoder.requires_grad_(spec.train_encoder), decoder.requires_grad_(spec.train_decoder)
         _check_fit("encoder", encoder, spec.encoder_vocab, spec.encoder_tokens, 0)

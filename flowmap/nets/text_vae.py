@@ -62,6 +62,7 @@ class TextVAENet(nn.Module):
     def __init__(self, spec: TextVAE, max_tokens: int):
         super().__init__()
         self.spec, self.max_tokens = spec, max_tokens
+        assert spec.vocab is not None and spec.special is not None  # build has asked
         self.pad, self.start, self.end, self.mask = spec.special
         width, small = spec.width, 0.02
         self.embed = nn.Embedding(spec.vocab, width)

@@ -45,7 +45,7 @@ def _check_whole(path: Path) -> None:
     try:
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            tensors = json.loads(handle.read(length)) if length <= size else None
+            tensors = json.loads(handle.read(length)) if length <= size else {}
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
         whole = size == 8 + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):

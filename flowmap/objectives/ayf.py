@@ -88,7 +88,8 @@ class AYFMixed(_AYF):
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
-        losses, logs = [], {}
+        losses: list[Tensor] = []
+        logs: dict[str, Tensor] = {}
         for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)):
             if (places := called_on(rows, student)) is not None:
                 loss, mine = kind(**settings)(student, teacher, rows_of(sample, places), step), rows[places]
@@ -97,7 +98,9 @@ class AYFMixed(_AYF):
                 for key in ("residual_norm", "tangent_norm"):
                     logs[key] = logs[key].to(loss.logs[key].dtype)
                     logs[key][places[mine]] = loss.logs[key][mine]
-        return Loss(sum(losses), logs)
+        total = sum(losses)
+        assert isinstance(total, Tensor)  # a batch has rows
+        return Loss(total, logs)
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""

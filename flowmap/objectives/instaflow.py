@@ -72,7 +72,7 @@ class Endpoint:
     @property
     def loss_net(self) -> str | None:
         """The network that the loss looks through, which no metric may share."""
-        return getattr(self.perceptual, "net", None)
+        return self.perceptual.net if isinstance(self.perceptual, Network) else None
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         one = torch.ones_like(sample.t)

@@ -6,6 +6,7 @@ Source: the evidence lower bound (Kingma, Welling 2013, arXiv:1312.6114) with an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -16,9 +17,30 @@ from torch.nn import functional as F
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.barrier import barrier, barrier_weight
 from flowmap.flow.draws import RowGenerator, normal_like
-from flowmap.flow.types import Loss, PathSample, Teacher, along
+from flowmap.flow.types import Cond, Loss, PathSample, Teacher, along
 
 IGNORED = -100
+
+
+class TextNet(Protocol):
+    """A text autoencoder: mean and log-variance of the latents of rows, and the next tokens that it expects, with the true ones."""
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+class TextStudent(Protocol):
+    @property
+    def net(self) -> TextNet: ...
+
+
+class JointStudent(TextStudent, Protocol):
+    """One whose network is a flow in those latents as well."""
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,7 @@ class TextELBO:
     def beta(self, step: int) -> float:
         return self.kl * min(1.0, step / self.anneal_steps) if self.anneal_steps else self.kl
 
-    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+    def __call__(self, student: TextStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.moments(sample.x0)
         generator = named_by_noise("elbo", sample.x1)
         z = mean + (logvar / 2).exp() * normal_like(mean, generator)
@@ -61,6 +83,8 @@ class TextELBO:
 
 class TextELBOSpec(Protocol):
     """What reconstructs: `text_elbo`."""
+
+    def __call__(self, student: TextStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
 
 
 @dataclass(frozen=True)
@@ -83,15 +107,15 @@ class TextJoint:
     def __post_init__(self):
         check_ranges(self)
 
-    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+    def __call__(self, student: JointStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)
         weights = [p for p in student.parameters() if p.requires_grad]
-        grads = [torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True) for value in (first.value, flow)]
-        weight = barrier_weight(*grads, barrier(grads[0], self.least, first.value.detach(), alpha=self.alpha, beta=self.beta))
+        of_first, of_flow = (torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True) for value in (first.value, flow))
+        weight = barrier_weight(of_first, of_flow, barrier(of_first, self.least, first.value.detach(), alpha=self.alpha, beta=self.beta))
         logs = {"reconstruction": first.value.detach(), "flow": flow.detach(), "weight": weight}
         return Loss(flow + weight * first.value, {**first.logs, **logs})
 
-    def flow(self, student: nn.Module, sample: PathSample) -> Tensor:
+    def flow(self, student: JointStudent, sample: PathSample) -> Tensor:
         """f; its noise is a function of the sample's x1."""
         means = student.net.moments(sample.x0)[0]
         z = normalised(means)

@@ -9,10 +9,23 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmap.base.ranges import CountFromZero, FromZero, check_ranges
 from flowmap.flow.types import Loss, PathSample, Teacher, along
+
+
+class PriorNet(Protocol):
+    """The auxiliary model: encode(x0) and decode(z) are each (mean, log-variance), of the code and of x1."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class PriorStudent(Protocol):
+    @property
+    def net(self) -> PriorNet: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class VarianceGuided:
     def __post_init__(self):
         check_ranges(self)
 
-    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+    def __call__(self, student: PriorStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.encode(sample.x0)
         entries = sample.x0[0].numel()
         if mean.shape[1] > entries:

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,16 @@ def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
 
 
+@runtime_checkable
+class WithPictures(Protocol):
+    """A student that shows its samples."""
+
+    def pictures(self, x: Tensor) -> Tensor: ...
+
+
 def pictures_of(student: Any, x: Tensor) -> Tensor:
     """What samples x look like to the student: decoded, with grad, where they are latents; x itself where they are pictures."""
-    look = getattr(student, "pictures", None)
-    return x if look is None else look(x)
+    return student.pictures(x) if isinstance(student, WithPictures) else x
 
 
 @lru_cache(maxsize=4)
@@ -113,7 +119,9 @@ OWN = {"efficientnet_lite0": EfficientNetLite0, "random_conv": RandomConv}
 
 def _apart(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """(B,): squared differences of features, summed over channels and depths, the mean over places."""
-    return sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
+    total = sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
+    assert isinstance(total, Tensor)  # of one depth or more
+    return total
 
 
 def _lpips(name: str) -> nn.Module:

@@ -6,12 +6,25 @@ Source: Kingma and Welling 2013, arXiv:1312.6114; weights as in Rombach et al. 2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor
 
 from flowmap.base.ranges import FromZero, check_ranges
 from flowmap.flow.types import Loss, PathSample, Teacher
+
+
+class PictureCoder(Protocol):
+    """A network that codes pictures: moments(x) are mean and log-variance of their latents, decode(z) makes pictures of latents."""
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+
+class PictureStudent(Protocol):
+    @property
+    def net(self) -> PictureCoder: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,7 @@ class Reconstruction:
     def __post_init__(self):
         check_ranges(self)
 
-    def __call__(self, student: nn.Module, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
+    def __call__(self, student: PictureStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         mean, logvar = student.net.moments(sample.x0)
         if mean[0].numel() > sample.x1[0].numel():
             raise ValueError("student.latent_channels: latents have more entries than pictures")

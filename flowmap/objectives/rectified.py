@@ -7,7 +7,7 @@ average over many data, so distances other than the squared one have the same mi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,10 @@ from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
 EDGE = 1e-5  # below it 1 / t is not followed: where U-shaped times end
 
 
-class RectifiedDistance(Protocol): ...
+class RectifiedDistance(Protocol):
+    """d (B,): of velocities and what they should be, or, by `lpips_huber`, of velocities, the sample and the student."""
+
+    def __call__(self, *args: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Rectified:
     @property
     def loss_net(self) -> str | None:
         """The network that the loss looks through, which no metric may share."""
-        return getattr(self.distance, "net", None)
+        return self.distance.net if isinstance(self.distance, LPIPSHuber) else None
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         velocity = student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)

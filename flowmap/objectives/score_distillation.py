@@ -93,3 +93,6 @@ class Stopped:
         with torch.set_grad_enabled(self.calls == self.at and torch.is_grad_enabled()):
             self.arrival = self.student(x, t, s, cond)
         return self.arrival.detach()
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        raise NotImplementedError("a sampler of jumps asks for arrivals alone")

@@ -9,7 +9,7 @@ and self-distilled maps (arXiv:2505.18825) use it.  u(t, s) is a branch of the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,9 +19,17 @@ from flowmap.flow.types import FlowMap
 class TimeWeight(Protocol):
     """What errors (B,) at departures t and arrivals s, (B,), become for the mean over them to be descended."""
 
-    learned: bool
+    @property
+    def learned(self) -> bool: ...
 
     def __call__(self, error: Tensor, student: FlowMap, t: Tensor, s: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class WithLogError(Protocol):
+    """A student that expects errors of itself: log_error(t, s) is (B,)."""
+
+    def log_error(self, t: Tensor, s: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class LearnedWeight:
     learned = True
 
     def __call__(self, error: Tensor, student: FlowMap, t: Tensor, s: Tensor) -> Tensor:
+        assert isinstance(student, WithLogError)  # train/ gives it the branch
         u = student.log_error(t, s).to(error.dtype)
         return (-u).exp() * error + u
 

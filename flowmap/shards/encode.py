@@ -105,10 +105,12 @@ class Encoder:
 
     @cached_property
     def _autoencoder(self) -> Any:
+        assert self.spec.autoencoder is not None
         return _on(self.spec.autoencoder.load(), self.device)
 
     @cached_property
     def _text(self) -> Any:
+        assert self.spec.text is not None
         return _on(self.spec.text.load(), self.device)
 
 
@@ -165,7 +167,8 @@ def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
 
 def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
     """What every shard of the encoding says of itself, in order; None where one is missing."""
-    length, shards = spec.images.length(), []
+    length = spec.images.length()
+    shards: list[dict[str, Any]] = []
     while length is None or len(shards) * spec.shard_items < length:
         told = whole(folder, len(shards))
         if told is None:

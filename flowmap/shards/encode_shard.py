@@ -42,7 +42,8 @@ class Shard:
         self.positions += len(items)
         if not usable:
             return
-        columns = self.encoder(torch.stack([item.image for _, item in usable]), [item.caption or "" for _, item in usable])
+        images = [item.image for _, item in usable if item.image is not None]  # all of them
+        columns = self.encoder(torch.stack(images), [item.caption or "" for _, item in usable])
         finite = torch.stack([value.flatten(1).isfinite().all(1) for value in columns.values()]).all(0)
         self.left_out += [(item.key, "is not finite in half precision when encoded") for (_, item), ok in zip(usable, finite, strict=True) if not ok]
         if finite.any():

@@ -21,7 +21,7 @@ from flowmap.base.files import read_json, write_json
 from flowmap.build import BuiltTeacher, build_data, build_pairs_teacher
 from flowmap.build_prior import build_prior
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs
-from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, starts_of, unpack
+from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, sources_of, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
@@ -67,7 +67,8 @@ def make_pairs(
         check_plan(folder, maker.plan(), "set of pairs")
         _fill(maker, folder, shard, batch_size)
     told = [whole(folder, number) for number in range(len(maker.ranges()))]
-    return None if None in told else once(folder, lambda: _finish(maker, folder, told, say or (lambda message: None)))
+    complete = [one for one in told if one is not None]
+    return None if len(complete) < len(told) else once(folder, lambda: _finish(maker, folder, complete, say or (lambda message: None)))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Maker:
     @staticmethod
     def of(recipe: Recipe, device: torch.device | str) -> Maker:
         spec, data = pairs_of(recipe), build_data(recipe)
-        if spec.num_inverted and hasattr(data, "sources"):
+        if spec.num_inverted and sources_of(data) is not None:
             raise ValueError("coupling.inverted: an editing flow carries sentences to sentences, and back by itself; here it must be 0")
         if spec.num_inverted > len(data):
             raise ValueError(f"coupling.inverted: wants {spec.num_inverted} real samples, the data has {len(data)}")
@@ -137,7 +138,7 @@ class Maker:
 
     def starts(self, pairs: Sequence[int]) -> Start:
         """Where those pairs start."""
-        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape, getattr(self.data, "sources", None))
+        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape, sources_of(self.data))
 
     def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
         """(x0, cond) of those pairs, as training would see them."""
@@ -183,7 +184,8 @@ def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int
     """Solves one shard, in memory, and writes it."""
     import pyarrow
 
-    batches, told = [], {"rows": len(pairs), "inverted": maker.inverted(pairs), "calls": 0, "squared_norms": []}
+    batches: list[Any] = []
+    told: dict[str, Any] = {"rows": len(pairs), "inverted": maker.inverted(pairs), "calls": 0, "squared_norms": []}
     for at in range(0, len(pairs), batch_size):
         part = pairs[at : at + batch_size]
         columns, told["calls"] = maker.columns(part)
@@ -235,12 +237,12 @@ def verify(recipe: Recipe, folder: Path | None = None, *, num: int, device: torc
     check_sums(folder, read_index(folder), MADE, again=True)
     kept = PairedDataset(folder, maker.data, maker.identity, maker.prior)
     wanted = torch.linspace(0, len(kept) - 1, min(num, len(kept))).long().tolist()
-    gaps = {}
+    gaps: dict[int, float] = {}
     for part in ([i for i in wanted if i < kept.num_generated], [i for i in wanted if i >= kept.num_generated]):
         for at in range(0, len(part), batch_size):
             pairs = part[at : at + batch_size]
             gaps |= zip(pairs, _gaps(maker, kept, pairs), strict=True)
-    where = max(gaps, key=gaps.get)
+    where = max(gaps, key=gaps.__getitem__)
     return gaps[where], where
 
 

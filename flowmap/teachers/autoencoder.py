@@ -72,8 +72,8 @@ class Autoencoder:
         """(channels of its latents, pixels a side that one of them covers), found without loading it; None where its config does not say."""
         _, config = self._place()
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        said = isinstance(levels, list) and isinstance(config.get("latent_channels"), int)
-        return (config["latent_channels"], 2 ** (len(levels) - 1)) if said else None
+        channels = config.get("latent_channels")
+        return (channels, 2 ** (len(levels) - 1)) if isinstance(levels, list) and isinstance(channels, int) else None
 
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its folder on this machine, and what its config.json says."""
@@ -102,6 +102,8 @@ class Autoencoder:
 
 class FrozenAutoencoder:
     """encode: pictures (B, C, H, W) in [-1, 1] -> latents (B, c, h, w); decode: back. Deterministic: the posterior's mean."""
+
+    model: Any  # an autoencoder of diffusers
 
     def __init__(self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], unit: bool, identity: dict[str, Any]):
         self.model, self.shift, self.scale, self.unit, self._identity = model.eval().requires_grad_(False), shift, scale, unit, identity

@@ -51,6 +51,7 @@ def read_card(path: Path) -> Card:
         card = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), plain, {"name": path.stem}))
     except (OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{path.name}: {str(error).splitlines()[0]}") from error
+    assert isinstance(card, Card)
     if card.kind not in KINDS:
         raise ValueError(f"{path.name}: kind: {card.kind!r} is not one of {', '.join(KINDS)}")
     if card.kind == "diffusers" and not card.source:

