@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flowmap.base.schema import RecipeError
+from flowmap.cli.slots import keys_of_slots
 from flowmap.kinds import TABLES
-from flowmap.list_verb import keys_of_slots
 from flowmap.recipe import read_recipe
 
 

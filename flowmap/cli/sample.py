@@ -1,4 +1,4 @@
-"""The verb `flowmap sample`: its arguments, and what it does with them. Light to import."""
+"""`flowmap sample`: draws samples as pictures or sentences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowmap.terminal import Bar
+from flowmap.cli.arguments import device_of, guided_arguments
+from flowmap.cli.terminal import Bar
 
 
-def sample_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    guided_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
     parser.add_argument("--class", dest="label", metavar="NAME|K", help="one class, by its name or its number (default: all in turn)")
@@ -30,13 +32,13 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
 
-def sample_verb(a: argparse.Namespace, device) -> int:
+def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.sample import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
-    student = load_student(a.student, base=a.base).to(device)
+    student = load_student(a.student, base=a.base).to(device_of(a.device))
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
