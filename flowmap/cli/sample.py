@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowmap.cli.arguments import device_of, guided_arguments
-from flowmap.cli.terminal import Bar
+from flowmap.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
+    from flowmap.base.progress import Progress
     from flowmap.sample import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 
@@ -61,7 +62,7 @@ def run(a: argparse.Namespace) -> int:
         from flowmap.teachers.refiner import Refiner
 
         refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(student.device)
-    with Bar(num * len(a.steps)) as progress:
+    with Progress(num * len(a.steps), "drawing", say) as progress:
         options = dict(steps=a.steps, num=num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=seed, refine=refine, solver=a.solver)
         grids = sample(student, a.out, **options, **edits, progress=progress)
     for grid in grids:

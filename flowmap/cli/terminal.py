@@ -51,19 +51,3 @@ def summary(metrics: dict) -> str:
         cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
         lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
     return "\n".join(lines)
-
-
-class Bar:
-    """A progress bar, on a terminal alone."""
-
-    def __init__(self, total: int):
-        self.total = total
-
-    def __enter__(self):
-        from tqdm import tqdm
-
-        self.tqdm = tqdm(total=self.total, disable=not sys.stderr.isatty(), unit="image")
-        return self.tqdm.update
-
-    def __exit__(self, *exc) -> None:
-        self.tqdm.close()
