@@ -335,14 +335,16 @@ def conditions_for(
 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
-    from flowmap.base.schema import kind_of
+    from flowmap.base.schema import OWN_KINDS, kind_of, suggest
     from flowmap.kinds import TABLES, Metric
 
     if kinds is None:
         return list(recipe.metrics)
     for kind in kinds:
         if kind not in TABLES[Metric]:
-            raise ValueError(f"metrics: {kind!r} is not one of {', '.join(TABLES[Metric])}")
+            close = suggest(kind, TABLES[Metric])
+            allowed = ", ".join(TABLES[Metric])
+            raise ValueError(f"metrics: {kind!r} is not one of {allowed}{close or OWN_KINDS}")
     chosen: list[Any] = []
     for kind in kinds:
         chosen += [spec for spec in recipe.metrics if kind_of(spec, TABLES) == kind] or [TABLES[Metric][kind]()]

@@ -10,6 +10,7 @@ from flowmap.cli.arguments import import_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A comparison that was cut off goes on where it stopped."
     parser.add_argument("--recipes", required=True, nargs="+", metavar="NAME|PATH", help="recipes of the same data and the same teacher")
     terms = parser.add_mutually_exclusive_group(required=True)
     terms.add_argument("--budget", type=float, metavar="SECONDS", help="seconds of training for each recipe and seed")

@@ -8,6 +8,7 @@ from flowmap.cli.arguments import device_of, recipe_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "It prints which derivative works and what the step costs."
     recipe_arguments(parser)
     parser.add_argument("--batch", type=int, default=2, help="samples in the step")
     parser.add_argument("--device", default="cpu")

@@ -10,6 +10,7 @@ from flowmap.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "It encodes text too, where the recipe reads any. An encoding that was cut off goes on where it stopped."
     recipe_arguments(parser)
     shard_arguments(parser, batch=32, out="the recipe's data.root")
     parser.add_argument("--verify", action="store_true", help="read every file of the finished encoding and compare its checksum; encodes nothing")

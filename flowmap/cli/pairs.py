@@ -10,6 +10,7 @@ from flowmap.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "For recipes with `coupling: {kind: pairs}`. Work that was cut off goes on where it stopped."
     recipe_arguments(parser)
     shard_arguments(parser, batch=256, out="the recipe's coupling.root")
     parser.add_argument("--verify", type=int, metavar="N", help="check all checksums, make N of the pairs again and report the largest difference")
