@@ -13,8 +13,8 @@ import typing
 from pathlib import Path
 
 from flowmap.base.schema import kind_of
+from flowmap.cli.slots import keys_of_slots
 from flowmap.kinds import TABLES
-from flowmap.list_verb import keys_of_slots
 from flowmap.recipe import Recipe
 
 KEYS = keys_of_slots()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
 from flowmap.base.files import write_json
+from flowmap.base.progress import Progress, Say
 from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher, build_data, build_teacher
 from flowmap.data import Dataset, Pairs
@@ -30,7 +31,6 @@ from flowmap.student.student import Student
 from flowmap.student.text import flow_alone
 from flowmap.unseen import Draws, add_losses, coupled_draws, held_out_draws
 
-Progress = Callable[[str], None]
 REAL = ("inversion", "loss")  # what starts from real samples, not from noise
 
 
@@ -41,7 +41,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     guidance: float | None = None,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
     teacher: bool = True,
     anew: bool = False,
 ) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def measure(
     steps: Sequence[int] | None = None,
     metrics: Sequence[Any] | None = None,
     guidance: float | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share.
@@ -92,13 +92,13 @@ def measure(
     say = progress or (lambda message: None)
     specs = recipe.metrics if metrics is None else metrics
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
-    rows = _Rows(recipe, student, teacher, data, specs, guidance)
+    rows = _Rows(recipe, student, teacher, data, specs, guidance, progress)
     stamp = stamps(recipe, student, teacher, data, specs, rows.first)
     same = {key for key in stamp if known and known.get("stamp", {}).get(key) == stamp[key]}
     result: dict[str, Any] = {"student": {}, "stamp": stamp}
     seconds: dict[str, float] = {}
     for k in steps or recipe.sampler.steps:
-        say(f"student at {k} step{'s' if k > 1 else ''}")
+        rows.begin(f"student {k} step{'s' * (k > 1)}")
         result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k, to_teacher(known, k) if "student" in same else None)
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in steps or recipe.sampler.steps}}
     if "teacher" in same:
@@ -107,17 +107,17 @@ def measure(
         nfe["teacher"], seconds["teacher"] = known["teacher"]["nfe"], known["seconds"]["teacher"]
     elif teacher is not None:
         n = recipe.evaluation.teacher_steps
-        say(f"teacher at {n} steps")
+        rows.begin(f"teacher {n} step{'s' * (n > 1)}")
         row, seconds["teacher"] = rows.teacher(n)
         nfe["teacher"] = n * teacher.calls_per_step
         result["teacher"] = {"nfe": nfe["teacher"], "steps": n, **row}
         if recipe.evaluation.teacher_extra_steps:
-            say("teacher at few steps")
+            rows.begin("teacher at few steps")
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
     if not data.num_held_out:
         say("nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train")
     if "floor" not in same:
-        say("real against real")
+        say("evaluating: real against real")
     result["floor"] = known["floor"] if "floor" in same else rows.floor(data)
     seconds |= {"decode": rows.decode_seconds} if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs) else {}
     seconds["evaluate"] = time.perf_counter() - started
@@ -131,8 +131,9 @@ def measure(
 class _Rows:
     """One row of metrics.json: samples by some sampler, looked at by every metric."""
 
-    def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None):
+    def __init__(self, recipe: Recipe, student: Student, teacher: BuiltTeacher | None, data: Dataset, specs, guidance: float | None, say: Say | None):
         self.recipe, self.flow_map, self.specs, self.pictures = recipe, student.flow_map, specs, student.pictures
+        self.say, self.label = say, ""
         self.draws = lambda of, num: of(recipe, student, data, num, guidance)
         self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device, self.arrival = student.device, student.config.arrival
@@ -158,6 +159,12 @@ class _Rows:
     def first(self) -> tuple[Tensor, Cond]:
         """Where the first samples of every row start, and their conditions."""
         return self.start.x1[:LOOK], self.conditions(torch.arange(min(LOOK, self.num))) if self.num else {}
+
+    def begin(self, row: str) -> None:
+        """Names the row that is measured from here on."""
+        self.label = f"evaluating: {row}"
+        if self.say is not None:
+            self.say(self.label)
 
     def floor(self, data: Dataset) -> dict[str, float]:
         found = floors(list(zip(self.specs, self.built, strict=True)), data, self.classes)
@@ -193,7 +200,7 @@ class _Rows:
         if (whose, num, steps) not in self.known:
             of_teacher = lambda x1, cond, noise, steps: self.built_teacher.solve(x1, cond, steps)
             solve = of_teacher if whose == "teacher" else self._map if self.arrival else self._euler
-            self.known[whose, num, steps] = [solve(*batch, steps).cpu() for batch in self._batches(num)]
+            self.known[whose, num, steps] = [solve(*batch, steps).cpu() for batch in self._batches(num, f" at {steps} steps")]
         return self.known[whose, num, steps]
 
     @torch.no_grad()
@@ -232,7 +239,7 @@ class _Rows:
             return self.known[whose, spec]
         metric.reset()
         solver, velocity = Euler(steps=spec.steps), self._velocity(whose)
-        for x1, cond, _ in self._batches(spec.images):
+        for x1, cond, _ in self._batches(spec.images, " along the path"):
             path = solver(lambda x, t, cond=cond: velocity(x, t, cond), x1, keep=True).trajectory
             metric.update(path.cpu(), torch.tensor(solver.times()))
         self.known[whose, spec] = spec.report(metric)
@@ -250,9 +257,13 @@ class _Rows:
     def _inverted(self, spec, whose: str) -> list[Draws]:
         """Held-out samples, batch by batch, with the noise that the velocity carries them to in place of that drawn."""
         if (whose, spec) not in self.known:
-            velocity, batches = self._velocity(whose), self.draws(held_out_draws, spec.images).batches(self.recipe.evaluation.batch_size)
+            velocity, draws = self._velocity(whose), self.draws(held_out_draws, spec.images)
             noise = lambda part: invert(lambda x, t: velocity(x, t, part.cond), part.x0, spec.solver).x
-            self.known[whose, spec] = [replace(part, x1=noise(part)) for part in batches]
+            parts = self.known[whose, spec] = []
+            with self._counting(len(draws.x0), ", inverting") as count:
+                for part in draws.batches(self.recipe.evaluation.batch_size):
+                    parts.append(replace(part, x1=noise(part)))
+                    count(len(part.x0) * self.world)
         return self.known[whose, spec]
 
     @torch.no_grad()
@@ -278,12 +289,19 @@ class _Rows:
             row |= spec.report(metric)
         return row
 
-    def _batches(self, num: int) -> Iterator[tuple[Tensor, dict[str, Tensor], RowGenerator]]:
+    def _batches(self, num: int, what: str = "") -> Iterator[tuple[Tensor, dict[str, Tensor], RowGenerator]]:
+        """This process's share of the first `num` starts; a batch is counted as done when the next one is asked for."""
         size, num = self.recipe.evaluation.batch_size, num // self.world
-        for i in range(0, num, size):
-            rows = slice(i, min(i + size, num))
-            cond = self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
-            yield self.x1[rows].to(self.device), cond, self.noise(i, rows.stop - i)
+        with self._counting(num, what) as count:
+            for i in range(0, num, size):
+                rows = slice(i, min(i + size, num))
+                cond = self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
+                yield self.x1[rows].to(self.device), cond, self.noise(i, rows.stop - i)
+                count((rows.stop - i) * self.world)
+
+    def _counting(self, num: int, what: str) -> Progress:
+        """The progress of `num` samples in each process."""
+        return Progress(num * self.world, f"{self.label}{what}", self.say)
 
 
 def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:
@@ -317,14 +335,16 @@ def conditions_for(
 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
-    from flowmap.base.schema import kind_of
+    from flowmap.base.schema import OWN_KINDS, kind_of, suggest
     from flowmap.kinds import TABLES, Metric
 
     if kinds is None:
         return list(recipe.metrics)
     for kind in kinds:
         if kind not in TABLES[Metric]:
-            raise ValueError(f"metrics: {kind!r} is not one of {', '.join(TABLES[Metric])}")
+            close = suggest(kind, TABLES[Metric])
+            allowed = ", ".join(TABLES[Metric])
+            raise ValueError(f"metrics: {kind!r} is not one of {allowed}{close or OWN_KINDS}")
     chosen: list[Any] = []
     for kind in kinds:
         chosen += [spec for spec in recipe.metrics if kind_of(spec, TABLES) == kind] or [TABLES[Metric][kind]()]

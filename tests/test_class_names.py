@@ -10,13 +10,13 @@ from PIL import Image
 
 from flowmap.base.files import write_tensors
 from flowmap.cli import main
+from flowmap.cli.sample import class_of
 from flowmap.data import Dataset, Latents
 from flowmap.data.folder import Folder
 from flowmap.data.images import FASHION_CLASSES, Digits
 from flowmap.export import export
 from flowmap.nets import MLP, DiT
 from flowmap.recipe import read_recipe
-from flowmap.sample_verb import class_of
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, read_config, save_student

@@ -41,7 +41,7 @@ def solves(monkeypatch):
 def test_nothing_changed_samples_no_teacher_and_gives_the_runs_figures(run, solves):
     kept, said = read_json(run / "metrics.json"), []
     found = evaluate(run / "student", progress=said.append)
-    assert solves == [] and any("as in metrics.json" in line for line in said) and "real against real" not in said
+    assert solves == [] and any("as in metrics.json" in line for line in said) and "evaluating: real against real" not in said
     assert all(found[key] == kept[key] for key in ("student", "teacher", "teacher_few", "floor", "nfe", "stamp"))
     assert found["student"]["1"]["endpoint_error_to_teacher"] > 0
 
@@ -81,7 +81,7 @@ def test_what_a_row_depends_on_makes_it_measured_again(run, solves, changed, tea
     (run / "student" / "recipe.yaml").write_text(recipe.to_yaml())
     said = []
     evaluate(run / "student", progress=said.append)
-    assert bool(solves) == teacher and ("real against real" in said) == floor
+    assert bool(solves) == teacher and ("evaluating: real against real" in said) == floor
 
 
 def test_a_stamp_changes_with_the_weights_and_with_the_data():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from flowmap.terminal import plain_warnings, summary
+from flowmap.cli.terminal import plain_warnings, summary
 from flowmap.train.card import figures_table
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MISSING = "???"
+OWN_KINDS = "; --import FILE adds kinds of your own"
 MAX_NAME = 100  # characters; with a hash behind it also the name of a folder
 
 
@@ -30,7 +31,7 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
     hints = typing.get_type_hints(cls)
     for name in node:
         if name not in _names(cls):
-            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{_suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}")
+            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}")
     values = {}
     for field in dataclasses.fields(cls):
         if field.name in node:
@@ -78,6 +79,12 @@ def check_name(name: str, key: str) -> None:
         raise ValueError(f"{key}: {name[:20]!r}... has {len(name)} characters; at most {MAX_NAME} are allowed")
 
 
+def suggest(name: str, allowed) -> str:
+    """, did you mean 'digits'? where a name that is allowed is close to this one; else nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
 def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -98,8 +105,10 @@ def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) ->
         raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}")
     kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
     if not isinstance(kind, str) or kind not in table:
-        what = "is required" if kind is None else f"no {kind!r}{_suggest(str(kind), table)}"
-        raise RecipeError(f"{file}: {key}.kind: {what}; allowed: {_listed(table)}")
+        if kind is None:
+            raise RecipeError(f"{file}: {key}.kind: is required; allowed: {_listed(table)}")
+        close = suggest(str(kind), table)
+        raise RecipeError(f"{file}: {key}.kind: no {kind!r}{close}; allowed: {_listed(table)}{'' if close else OWN_KINDS}")
     return construct(table[kind], {k: v for k, v in value.items() if k != "kind"}, tables, file=file, key=key)
 
 
@@ -141,8 +150,3 @@ def _join(key: str, name: str) -> str:
 
 def _listed(names) -> str:
     return ", ".join(names)
-
-
-def _suggest(name: str, allowed) -> str:
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

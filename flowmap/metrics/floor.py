@@ -112,3 +112,8 @@ def _halves(against: Against, real: Tensor, draws: int) -> dict[str, float]:
 def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
     means = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
     return means | {f"{key}_std": statistics.stdev(row[key] for row in rows) for key in rows[0]}
+
+
+def spread_of(floor: dict) -> dict:
+    """Under each metric's name the standard deviation of its floor over draws of real samples, where there is one."""
+    return {key.removesuffix("_std"): value for key, value in floor.items() if key.endswith("_std")}

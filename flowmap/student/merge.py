@@ -11,12 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from flowmap.base.files import read_json, read_tensors
-from flowmap.export.folder import check_free, whole_folder
+from flowmap.export.folder import whole_folder
 from flowmap.nets.flow_map import SILENT
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import copy_beside, load_student, save_student
@@ -112,16 +111,6 @@ def write_merged(merged: Merged, student: Student, out: str | Path, *, overwrite
             copy_beside(student.folder, folder)
         save_student(folder, merged.config, merged.weights, recipe=text, card=_card(merged))
     return Path(out)
-
-
-def merge_verb(a: Any) -> int:
-    """`flowmap merge`."""
-    check_free(Path(a.out), a.overwrite, mark=MARK, what="merge")
-    student = load_student(a.student)
-    merged = merge(student, delta=a.delta, base=a.base, alpha=a.alpha, lora=a.lora, scale=a.scale, strict=a.strict)
-    print("\n".join(merged.lines()))
-    print(write_merged(merged, student, a.out, overwrite=a.overwrite))
-    return 0
 
 
 def _names(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:

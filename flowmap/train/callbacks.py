@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, to_grid
@@ -79,28 +77,6 @@ class Average(AtSteps):
         module.average()
 
 
-class Bar(AtSteps):
-    """A progress bar of optimiser steps with the last logged loss; on a terminal alone."""
-
-    def on_train_start(self, trainer, module) -> None:
-        super().on_train_start(trainer, module)
-        shown = trainer.is_global_zero and sys.stderr.isatty()
-        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, disable=not shown, unit="step", dynamic_ncols=True, leave=False)
-
-    def at(self, trainer, module: DistillModule, done: int) -> None:
-        loss = trainer.progress_bar_metrics.get("loss")
-        if loss is not None and not self.bar.disable:
-            self.bar.set_postfix(loss=f"{float(loss):.4g}", refresh=False)
-        self.bar.update()
-
-    def on_train_end(self, trainer, module) -> None:
-        self.bar.close()
-
-    def on_exception(self, trainer, module, exception) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-
 class Figures(AtSteps):
     """The loss, its logs by time, throughput, memory, and how well the tangent agrees with a finite difference."""
 
@@ -127,7 +103,6 @@ class Figures(AtSteps):
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)
-        module.log("loss", logs["train/loss"], prog_bar=True, logger=False)
 
 
 def peak_gib(device: torch.device) -> float:

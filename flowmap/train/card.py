@@ -5,9 +5,9 @@ from __future__ import annotations
 from flowmap.base.schema import kind_of
 from flowmap.kinds import TABLES
 from flowmap.metrics import TRAIN
+from flowmap.metrics.floor import spread_of
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
-from flowmap.terminal import spread_of
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:

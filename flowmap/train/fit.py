@@ -37,7 +37,8 @@ from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.teacher_check import check_teacher
-from flowmap.train.callbacks import Average, Bar, Figures
+from flowmap.train.bar import Bar
+from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
@@ -169,7 +170,7 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
     student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     steps = start if again else recipe.trainer.steps
-    trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization)
+    trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization, say=say)
     _check_optimizers(module)
     started = time.perf_counter()
     try:
@@ -243,10 +244,12 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool) -> L.Trainer:
+def _trainer(stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool, say: Say) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
-    callbacks = [Average(), Bar(), Figures(recipe.log.every_steps), *LEAVES[recipe.leaves].shows(stage, student)]  # averages first: all see them
+    every = recipe.log.every_steps
+    # averages first: all see them
+    callbacks = [Average(), Bar(every, say), Figures(every), *LEAVES[recipe.leaves].shows(stage, student)]
     if clock is not None:
         callbacks = [callbacks[0], clock, *callbacks[1:], clock.restart]
     try:

@@ -126,8 +126,9 @@ def test_ctrl_c_says_one_line_and_the_run_can_be_resumed(tiny, tmp_path, monkeyp
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
     lines = err.splitlines()
-    assert code == 1 and len(lines) == 3 and lines[0].startswith("[1/1] tiny: 20 steps") and lines[1].startswith("teacher: 32 samples")
-    assert "interrupted at step 9; --resume goes on" in lines[2] and "(step 6)" in lines[2]
+    assert code == 1 and len(lines) == 4 and lines[0].startswith("[1/1] tiny: 20 steps") and lines[1].startswith("teacher: 32 samples")
+    assert lines[2].startswith("step 1/20  loss ")
+    assert "interrupted at step 9; --resume goes on" in lines[3] and "(step 6)" in lines[3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
     code, out, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", "--resume")

@@ -1,4 +1,4 @@
-"""The verb `flowmap sample`: its arguments, and what it does with them. Light to import."""
+"""`flowmap sample`: draws samples as pictures or sentences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowmap.terminal import Bar
+from flowmap.cli.arguments import device_of, guided_arguments
+from flowmap.cli.terminal import say
 
 
-def sample_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    guided_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
     parser.add_argument("--class", dest="label", metavar="NAME|K", help="one class, by its name or its number (default: all in turn)")
@@ -30,13 +32,14 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
 
-def sample_verb(a: argparse.Namespace, device) -> int:
+def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
+    from flowmap.base.progress import Progress
     from flowmap.sample import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
-    student = load_student(a.student, base=a.base).to(device)
+    student = load_student(a.student, base=a.base).to(device_of(a.device))
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
@@ -59,7 +62,7 @@ def sample_verb(a: argparse.Namespace, device) -> int:
         from flowmap.teachers.refiner import Refiner
 
         refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(student.device)
-    with Bar(num * len(a.steps)) as progress:
+    with Progress(num * len(a.steps), "drawing", say) as progress:
         options = dict(steps=a.steps, num=num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=seed, refine=refine, solver=a.solver)
         grids = sample(student, a.out, **options, **edits, progress=progress)
     for grid in grids:

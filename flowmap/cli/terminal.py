@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from flowmap.base.distributed import is_child
 
 
+def say(message: str) -> None:
+    """A line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Within it each different UserWarning, ours or a library's, is one line on stderr, once, and without the code that gave it."""
@@ -31,6 +36,8 @@ def plain_warnings() -> Iterator[None]:
 
 def summary(metrics: dict) -> str:
     """metrics.json as a table, a row for each number of steps."""
+    from flowmap.metrics.floor import spread_of
+
     rows = {f"student {k}": row for k, row in metrics["student"].items()}
     rows |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
     if "teacher" in metrics:
@@ -44,24 +51,3 @@ def summary(metrics: dict) -> str:
         cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
         lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
     return "\n".join(lines)
-
-
-def spread_of(floor: dict) -> dict:
-    """Under each metric's name the standard deviation of its floor over draws of real samples, where there is one."""
-    return {key.removesuffix("_std"): value for key, value in floor.items() if key.endswith("_std")}
-
-
-class Bar:
-    """A progress bar, on a terminal alone."""
-
-    def __init__(self, total: int):
-        self.total = total
-
-    def __enter__(self):
-        from tqdm import tqdm
-
-        self.tqdm = tqdm(total=self.total, disable=not sys.stderr.isatty(), unit="image")
-        return self.tqdm.update
-
-    def __exit__(self, *exc) -> None:
-        self.tqdm.close()

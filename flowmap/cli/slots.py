@@ -1,31 +1,13 @@
-"""`flowmap list`: the shipped recipes and teachers, and what may stand in every slot of a recipe."""
+"""Under which keys of a recipe each slot stands."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from flowmap.kinds import TABLES
-from flowmap.planning.plan import list_cards
-from flowmap.recipe import Recipe, find_recipe, list_recipes
-
-
-def list_verb(a: argparse.Namespace) -> int:
-    print("recipes")
-    names = list_recipes()
-    width = max(map(len, names))
-    for name in names:
-        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
-        print(f"  {name:{width}s} {first.removeprefix('#').strip()}")
-    print("teachers\n  " + ", ".join(list_cards()))
-    found = keys_of_slots()
-    twice = [key for keys in found.values() for key in keys]
-    for slot, keys in found.items():
-        told = [f"{key} ({', '.join(kinds)})" if twice.count(key) > 1 else key for key, kinds in keys.items()]
-        print(f"{', '.join(told)} kinds\n  {', '.join(TABLES[slot])}")
-    return 0
+from flowmap.recipe import Recipe
 
 
 def keys_of_slots() -> dict[type, dict[str, list[str]]]:
@@ -46,7 +28,7 @@ def _walk(cls: type, kind: str, key: str, within: tuple[type, ...], found: dict[
                 found.setdefault(hint, {}).setdefault(name, []).append(kind)
                 for below, of in TABLES[hint].items() if hint not in within else ():
                     _walk(of, below, name, (*within, hint), found)
-            elif dataclasses.is_dataclass(hint):
+            elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
                 _walk(hint, kind, name, within, found)
 
 

@@ -1,12 +1,16 @@
-"""The verb `flowmap compare`: its arguments, and what it prints. Light to import: the work is in flowmap/train/compare/."""
+"""`flowmap compare`: trains recipes on equal terms and prints the table (flowmap/train/compare/)."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from flowmap.cli.arguments import import_argument
 
 
-def compare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A comparison that was cut off goes on where it stopped."
     parser.add_argument("--recipes", required=True, nargs="+", metavar="NAME|PATH", help="recipes of the same data and the same teacher")
     terms = parser.add_mutually_exclusive_group(required=True)
     terms.add_argument("--budget", type=float, metavar="SECONDS", help="seconds of training for each recipe and seed")
@@ -16,13 +20,14 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for runs, table and plot (default: runs/compare)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be trained and what is missing; train nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace every recipe's")
+    import_argument(parser)
 
 
-def compare_verb(a: argparse.Namespace) -> int:
+def run(a: argparse.Namespace) -> int:
     from flowmap.train.compare import compare, dry_compare
 
     names = a.recipes
-    options = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=a.overrides)
+    options: dict[str, Any] = dict(budget=a.budget, calls=a.calls, seeds=a.seeds, steps=a.steps, out=a.out, overrides=a.overrides)
     if a.dry_run:
         from flowmap.planning.dry_run import MISSING
 

@@ -1,0 +1,59 @@
+"""Arguments that several verbs have, and what their values mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace the recipe's; +FILE: those of a YAML file")
+    import_argument(parser)
+
+
+def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) -> None:
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="make part I of N (from 0), beside other processes that make the others")
+    parser.add_argument("--batch", type=int, default=batch, help="samples that the networks see at once")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help=f"folder (default: {out})")
+
+
+def import_argument(parser: argparse.ArgumentParser) -> None:
+    what = "run this Python of yours first: it adds kinds, and a recipe may name its attributes"
+    parser.add_argument("--import", dest="imports", action="append", metavar="FILE|MODULE", help=what)
+
+
+def student_argument(parser: argparse.ArgumentParser, *, base: bool = False) -> None:
+    parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    import_argument(parser)
+    if base:
+        parser.add_argument("--base", metavar="DIR|HUB-ID", help="where a LoRA student's base is now, if it has moved")
+
+
+def guided_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of verbs that draw from a student."""
+    student_argument(parser, base=True)
+    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
+    parser.add_argument("--device", default="cpu")
+
+
+def device_of(name: str) -> torch.device:
+    """ValueError where torch cannot use that device on this machine."""
+    import torch
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # not a device, or none of that kind on this machine
+        raise ValueError(f"--device: {name!r} cannot be used here (cpu always can): {str(error).splitlines()[0]}") from error
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """(I, N) of --shard I/N."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal()):
+        raise ValueError(f"--shard: {text!r} is not of the form I/N, such as 0/4")
+    return int(first), int(count)

@@ -1,0 +1,46 @@
+"""`flowmap encode`: turns a recipe's pictures into latents and text embeddings on disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowmap.cli.arguments import device_of, part_of, recipe_arguments, shard_arguments
+from flowmap.cli.terminal import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "It encodes text too, where the recipe reads any. An encoding that was cut off goes on where it stopped."
+    recipe_arguments(parser)
+    shard_arguments(parser, batch=32, out="the recipe's data.root")
+    parser.add_argument("--verify", action="store_true", help="read every file of the finished encoding and compare its checksum; encodes nothing")
+
+
+def run(a: argparse.Namespace) -> int:
+    from flowmap.base.files import check_writable
+    from flowmap.data import Encoded
+    from flowmap.data.encoded import MADE, read_index
+    from flowmap.data.shards import check_sums
+    from flowmap.planning.plan import autoencoder_recipes, data_of, trained_run
+    from flowmap.recipe import read_recipe
+    from flowmap.shards.encode import encode
+
+    recipe = read_recipe(a.recipe, a.overrides)
+    if not isinstance(recipe.data, Encoded):
+        raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
+    for trained in autoencoder_recipes(recipe):
+        trained_run(trained, recipe, "data.autoencoder.recipe")
+    spec = data_of(recipe)
+    folder = Path(a.out or spec.root)
+    if a.verify:
+        found = check_sums(folder, read_index(folder), MADE, again=True)
+        print(f"{folder}: {found} files are as they were written" if found else f"{folder}: was made by flowmap 0.1, which kept no checksums")
+        return 0
+    check_writable(folder, "--out")
+    index = encode(spec, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, say=say)
+    if index is None:
+        print(f"{folder}: this part is done; the encoding is complete when all parts are")
+        return 0
+    counts = f"{index['grey']} grey, {index['missing_captions']} without a caption"
+    print(f"{folder}: {index['rows']} samples of shape {tuple(index['shape'])}, {len(index['left_out'])} pictures left out, {counts}")
+    return 0

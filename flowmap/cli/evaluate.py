@@ -1,0 +1,44 @@
+"""`flowmap evaluate`: measures a student by its recipe's metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flowmap.cli.arguments import device_of, guided_arguments
+from flowmap.cli.terminal import say, summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    guided_arguments(parser)
+    parser.add_argument("--steps", type=int, nargs="+", metavar="K", help="default: the recipe's")
+    parser.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
+    parser.add_argument("--out", help="write the figures to this JSON file")
+    parser.add_argument("--no-teacher", dest="teacher", action="store_false", help="leave the teacher's rows out")
+    parser.add_argument("--anew", action="store_true", help="measure the teacher and the floor again, not as they are in the run's metrics.json")
+
+
+def run(a: argparse.Namespace) -> int:
+    from flowmap.base.files import check_writable
+    from flowmap.evaluate import evaluate
+    from flowmap.student.folder import load_student
+
+    if a.out is not None:
+        check_writable(Path(a.out).parent, "--out")
+        _check_figures(Path(a.out))
+    student = load_student(a.student, base=a.base).to(device_of(a.device))
+    metrics = evaluate(
+        student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say, teacher=a.teacher, anew=a.anew
+    )  # fmt: skip
+    print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
+    return 0
+
+
+def _check_figures(path: Path) -> None:
+    """ValueError where that file is there and holds no figures of a student."""
+    try:
+        if path.exists() and "student" not in json.loads(path.read_text(encoding="utf-8")):
+            raise ValueError
+    except (ValueError, TypeError, OSError):
+        raise ValueError(f"--out: {path} is there and holds no figures of a student; choose another file") from None

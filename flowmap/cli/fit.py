@@ -1,0 +1,39 @@
+"""`flowmap fit`: trains a recipe, and first whatever it needs."""
+
+from __future__ import annotations
+
+import argparse
+
+from flowmap.cli.arguments import recipe_arguments
+from flowmap.cli.terminal import summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_arguments(parser)
+    parser.add_argument("--out", help="run folder (default: runs/<recipe name>)")
+    what = "; a trained run is measured again with other metrics, sampler, evaluation or log"
+    parser.add_argument("--resume", action="store_true", help=f"go on from the folder's last checkpoint{what}")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds, once the new one has a checkpoint")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing"
+    )
+    parser.add_argument("--throughput", type=float, default=200.0, metavar="T", help="TFLOP/s of one device, for the dry run's hours (default: 200)")
+
+
+def run(a: argparse.Namespace) -> int:
+    from flowmap.recipe import read_recipe
+
+    recipe = read_recipe(a.recipe, a.overrides)
+    if a.dry_run:
+        from flowmap.planning.dry_run import MISSING, dry_run
+
+        lines = dry_run(recipe, a.out, throughput=a.throughput)
+        print("\n".join(lines))
+        return 3 if lines[-1].startswith(MISSING) else 0
+    from flowmap.train.fit import fit
+
+    made = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)
+    if made.metrics:
+        print(summary(made.metrics))
+        print(f"student: {made.folder / 'student'}")
+    return 0

@@ -1,0 +1,41 @@
+"""`flowmap pairs`: joins noise to data by a teacher's ODE, for recipes with coupling pairs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowmap.cli.arguments import device_of, part_of, recipe_arguments, shard_arguments
+from flowmap.cli.terminal import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "For recipes with `coupling: {kind: pairs}`. Work that was cut off goes on where it stopped."
+    recipe_arguments(parser)
+    shard_arguments(parser, batch=256, out="the recipe's coupling.root")
+    parser.add_argument("--verify", type=int, metavar="N", help="check all checksums, make N of the pairs again and report the largest difference")
+
+
+def run(a: argparse.Namespace) -> int:
+    from flowmap.base.files import check_writable
+    from flowmap.data import Pairs
+    from flowmap.planning.plan import pairs_of
+    from flowmap.recipe import read_recipe
+    from flowmap.shards.make_pairs import make_pairs, verify
+
+    recipe = read_recipe(a.recipe, a.overrides)
+    if not isinstance(recipe.coupling, Pairs):
+        raise ValueError(f"--recipe: {a.recipe}: its coupling is not of kind pairs: there are none to make")
+    folder = Path(a.out or pairs_of(recipe).root)
+    if a.verify is not None:
+        gap, pair = verify(recipe, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
+        print(f"{folder}: {a.verify} pairs made anew differ by at most {gap:.3g} (pair {pair})")
+        return 0
+    check_writable(folder, "--out")
+    index = make_pairs(recipe, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, say=say)
+    if index is None:
+        print(f"{folder}: this part is done; the pairs are complete when all parts are")
+        return 0
+    shape = tuple(index["contents"]["shape"])
+    print(f"{folder}: {index['rows']} pairs of shape {shape}, {index['nfe']} network calls each, {recipe.coupling.num_inverted} inverted")
+    return 0
