@@ -1,20 +1,25 @@
 """A recipe's file and the files that its `base:` names become one mapping of settings; here too is where shipped files lie.
 
 Shipped are recipes, each with a name that `fit` takes, and parts, of which recipes are composed: recipes/data/* and recipes/method/*.
+Those of few lines are rows of the table.yaml of their folder: row `a` of recipes/rfpp/table.yaml is named, and read, as recipes/rfpp/a.yaml.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import itertools
 import os.path
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flowmap.base.outside import read_settings
+from flowmap.base.outside import read_settings, read_yaml
 from flowmap.base.schema import RecipeError
 
 PARTS = ("data", "method")  # folders of the shipped recipes
+TABLE = "table.yaml"
 
 
 def shipped(folder: str) -> Path:
@@ -39,12 +44,12 @@ def is_part(path: Path) -> bool:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A path that exists, or the name of a shipped recipe or part with or without .yaml."""
-    if os.path.isfile(name):  # False, unlike Path.is_file, for a name that no file can have
+    """A path that exists, or the name of a shipped recipe or part with or without .yaml; of a row, the path that it would have as a file."""
+    if _is_there(Path(name)):
         return Path(name)
     stem = str(name).removesuffix(".yaml")
     path = shipped("recipes") / f"{stem}.yaml"
-    if os.path.isfile(path):
+    if _is_there(path):
         return path
     close = difflib.get_close_matches(stem, list(_names()), n=1)
     hint = f", did you mean {close[0]!r}?" if close else "."
@@ -69,11 +74,23 @@ def composed(path: Path, known: Iterable[str], below: tuple[Path, ...] = ()) -> 
 
 
 def load(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The settings in that file as they are written there, `base` and those known; RecipeError names the file."""
+    """The settings in that file, or row, as they are written there, `base` and those known; RecipeError names the file."""
+    if (row := _row(path)) is not None:
+        return copy.deepcopy(row)
     try:
         return read_settings(path, ["base", *known], "recipe")
     except ValueError as error:
         raise RecipeError(str(error)) from error
+
+
+def header(path: Path) -> list[str]:
+    """The lines of comment that a file opens with; of a row, those right above it."""
+    row = _row(path) is not None
+    lines = (path.with_name(TABLE) if row else path).read_text(encoding="utf-8").splitlines()
+    if row:
+        above = lines[: next(i for i, line in enumerate(lines) if line.startswith(f"{path.stem}:"))]
+        lines = list(reversed(list(itertools.takewhile(_is_comment, reversed(above)))))
+    return [line.removeprefix("#").strip() for line in itertools.takewhile(_is_comment, lines)]
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -85,7 +102,35 @@ def merge(base: Any, over: Any) -> Any:
 
 def _names() -> Iterator[str]:
     root = shipped("recipes")
-    return (str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+    for path in root.rglob("*.yaml"):
+        for file in [path] if path.name != TABLE else [path.with_name(f"{row}.yaml") for row in _table(path)]:
+            yield str(file.relative_to(root).with_suffix(""))
+
+
+@cache
+def _table(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a shipped table, which do not change while we run."""
+    rows = read_yaml(path)
+    assert isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()), f"{path}: is not a table of recipes"
+    return rows
+
+
+def _row(path: Path) -> dict[str, Any] | None:
+    """The settings of the shipped row of that path; None where there is none, or a file."""
+    path = Path(os.path.abspath(path))
+    if shipped("recipes") not in path.parents or path.suffix != ".yaml" or os.path.isfile(path):
+        return None
+    table = path.with_name(TABLE)
+    return _table(table).get(path.stem) if os.path.isfile(table) else None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether that is a file or a row; False, unlike Path.is_file, for a name that no file can have."""
+    return os.path.isfile(path) or _row(path) is not None
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def _bases(path: Path, base: Any) -> list[Path]:
@@ -97,7 +142,7 @@ def _bases(path: Path, base: Any) -> list[Path]:
     for name in names:
         beside = path.parent / f"{name.removesuffix('.yaml')}.yaml"
         try:
-            file = beside if os.path.isfile(beside) else find_recipe(name)
+            file = beside if _is_there(beside) else find_recipe(name)
         except RecipeError as error:
             raise RecipeError(f"{path.name}: base: {str(error).removeprefix('recipe: ')}") from None
         if any(file.resolve() == other.resolve() for other in found):

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from flowmap.composing import find_recipe, header, list_parts, list_recipes
 from flowmap.kinds import TABLES
 from flowmap.planning.plan import list_cards
-from flowmap.recipe import Recipe, find_recipe, list_recipes
+from flowmap.recipe import Recipe
 
 
 def list_verb(a: argparse.Namespace) -> int:
@@ -17,8 +18,8 @@ def list_verb(a: argparse.Namespace) -> int:
     names = list_recipes()
     width = max(map(len, names))
     for name in names:
-        first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
-        print(f"  {name:{width}s} {first.removeprefix('#').strip()}")
+        print(f"  {name:{width}s} {header(find_recipe(name))[0]}")
+    print("parts of recipes, for base: [data/digits, method/meanflow] or, over a recipe, +method/meanflow\n  " + ", ".join(list_parts()))
     print("teachers\n  " + ", ".join(list_cards()))
     found = keys_of_slots()
     twice = [key for keys in found.values() for key in keys]

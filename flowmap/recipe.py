@@ -18,9 +18,8 @@ from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, refuse_interpolations
 from flowmap.base.ranges import Seed, check_ranges
 from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
-from flowmap.composing import composed, is_part, load, merge
-from flowmap.composing import find_recipe as find_recipe  # others take these from here
-from flowmap.composing import list_recipes as list_recipes
+from flowmap.composing import composed, find_recipe, is_part, load, merge
+from flowmap.composing import list_recipes as list_recipes  # others take these from here
 from flowmap.composing import shipped as shipped
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared

@@ -2,8 +2,9 @@
 
 import pytest
 
+from flowmap.base.outside import read_yaml
 from flowmap.base.schema import RecipeError
-from flowmap.composing import PARTS, composed, find_recipe, list_parts, merge
+from flowmap.composing import PARTS, TABLE, composed, find_recipe, header, list_parts, load, merge, shipped
 from flowmap.recipe import KEYS, list_recipes, read_recipe
 
 
@@ -70,7 +71,7 @@ def test_shipped_parts_compose_and_are_no_recipes(write):
 @pytest.mark.parametrize("name", list_parts())
 def test_a_part_alone_is_refused(name):
     refused(name, f"{name}: is a part of recipes and none by itself", f"+{name}")
-    assert find_recipe(name).read_text().startswith("# ")
+    assert header(find_recipe(name))
 
 
 def test_a_file_of_settings_that_is_laid_over_has_its_bases(write, tmp_path):
@@ -110,3 +111,47 @@ def test_a_base_that_is_none(base, says, write):
 def test_a_slip_within_a_base_names_its_file(write):
     refused(write(slip="trainer: {steps: [\n", mine="base: [digits, slip]\n"), "slip.yaml: is not YAML (line 2")
     refused(write(slip="nothing: 1\n", mine="base: [digits, slip]\n"), "slip.yaml: holds no setting of a recipe")
+
+
+# ---------------------------------------------------------------- rows of the shipped tables
+
+
+def shipped_tables():
+    return sorted(shipped("recipes").rglob(TABLE))
+
+
+@pytest.mark.parametrize("path", shipped_tables(), ids=lambda path: path.parent.name)
+def test_a_row_is_found_and_read_as_a_file_of_its_name_would_be(path):
+    names = set(list_recipes()) | set(list_parts())
+    for row, settings in read_yaml(path).items():
+        as_file = path.with_name(f"{row}.yaml")
+        assert not as_file.exists(), "there is a file of that name as well"
+        assert str(as_file.relative_to(shipped("recipes")).with_suffix("")) in names
+        assert find_recipe(as_file) == as_file and load(as_file, KEYS) == settings and set(settings) <= {"base", *KEYS}
+
+
+def test_a_row_has_the_name_and_the_header_of_a_file(monkeypatch):
+    assert read_recipe("rfpp/a").name == "rfpp-a" == read_recipe("rfpp/a.yaml").name
+    assert header(find_recipe("rfpp/a"))[1].endswith("Run: flowmap fit --recipe rfpp/a") and len(header(find_recipe("rfpp/a"))) == 2
+    assert header(find_recipe("digits"))[0].startswith("Digits (8x8, real)")
+    monkeypatch.chdir(shipped("recipes"))
+    assert read_recipe("rfpp/a.yaml") == read_recipe("rfpp/a") and read_recipe("./digits-scm.yaml") == read_recipe("digits-scm")
+
+
+@pytest.mark.parametrize("name", [*list_recipes(), *list_parts()])
+def test_everything_shipped_has_a_header(name):
+    assert header(find_recipe(name))[0]
+
+
+def test_what_was_read_of_a_table_may_be_changed():
+    load(find_recipe("digits-warm"), KEYS)["student"]["recipe"] = "another"
+    assert load(find_recipe("digits-warm"), KEYS)["student"]["recipe"] == "digits-cmt"
+
+
+def test_a_table_is_no_recipe_and_only_the_shipped_ones_have_rows(write, tmp_path):
+    for name in ("table", "rfpp/table", shipped("recipes") / TABLE):
+        refused(name, "table.yaml: ", "data, student, objective")
+    write(table="mine: {base: digits}\n", theirs="base: mine\n")
+    refused(tmp_path / "theirs.yaml", "base: no file and no shipped recipe 'mine'")
+    refused(tmp_path / "mine.yaml", "no file and no shipped recipe")
+    refused(shipped("recipes") / ".." / ".." / "a.yaml", "no file and no shipped recipe")
