@@ -3,7 +3,7 @@
 By `flowmap compare`: equal seconds of training, or with --calls equal network evaluations; quality, cost, memory, runs that diverged.  Machines
 are shared, so the seconds are the process's CPU seconds (--wall: those of the clock on the wall).  Teachers that other benchmarks have trained are
 taken over.  What is finished is kept in runs/league-SET: the same command goes on where it was cut off.
-`--set fashion14`: the recipes (digits-X over digits) as they are over fashion14.
+`--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
 `python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall] [--recipes digits digits-scm] [--out DIR]`
 """
 
@@ -17,9 +17,10 @@ from pathlib import Path
 
 from _league_tables import tables
 from _report import environment, table, write
+from omegaconf import OmegaConf
 
 from flowmap.planning.plan import dependency_folder, holds, is_complete, runs_root, teacher_recipes
-from flowmap.recipe import shipped
+from flowmap.recipe import find_recipe, read_plain
 from flowmap.train.compare import compare
 from flowmap.train.compare.entrants import at_seed, read_entrants
 
@@ -62,21 +63,21 @@ def _unit(a: argparse.Namespace) -> str:
 
 
 def over(name: str, recipe: str, folder: Path) -> str:
-    """The recipe digits-X as NAME-X, over that recipe instead of digits: a file in the folder; digits itself and X/digits as they are shipped."""
+    """The recipe digits-X as NAME-X, of that data instead of digits: a file in the folder; digits itself and X/digits as they are shipped."""
     if name == DEFAULT:
         return recipe
     if recipe == DEFAULT or recipe.endswith(f"/{DEFAULT}"):
         return recipe.replace(DEFAULT, name)
-    text = shipped("recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
-    if f"base: {DEFAULT}\n" not in text:
-        raise SystemExit(f"{recipe}: is not over {DEFAULT}, so it cannot be put over {name}")
-    needed = [line.split("recipe: ")[1].rstrip("}\n ") for line in text.splitlines() if f"recipe: {DEFAULT}-" in line]
-    text = text.replace(f"base: {DEFAULT}\n", f"base: {name}\nname: {recipe.replace(DEFAULT, name)}\n")
-    for one in needed:
-        text = text.replace(f"recipe: {one}", f"recipe: {over(name, one, folder)}")
+    plain = read_plain(find_recipe(recipe))
+    data, *method = plain.pop("base", ["?"])
+    if data != f"data/{DEFAULT}":
+        raise SystemExit(f"{recipe}: is not over data/{DEFAULT}, so it cannot be put over data/{name}")
+    if "recipe" in plain.get("student", {}):
+        plain["student"] |= {"recipe": over(name, plain["student"]["recipe"], folder)}
+    settings = {"base": [f"data/{name}", *method], "name": recipe.replace(DEFAULT, name), **plain}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{recipe.replace(DEFAULT, name)}.yaml"
-    path.write_text(text, encoding="utf-8")
+    path = folder / f"{settings['name']}.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)), encoding="utf-8")
     return str(path.resolve())
 
 

@@ -6,7 +6,6 @@ specs (data, student, metrics) have one build().  A slot in YAML is `kind` plus 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -17,9 +16,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 
-from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, read_settings, refuse_interpolations
+from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, refuse_interpolations
 from flowmap.base.ranges import Seed, check_ranges
 from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
+from flowmap.composing import composed, find_recipe, is_part, load, merge
+from flowmap.composing import list_recipes as list_recipes  # others take these from here
+from flowmap.composing import shipped as shipped
 from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear
@@ -238,15 +240,20 @@ class Recipe:
         return _missing(to_plain(self, TABLES), "")
 
 
+KEYS = [f.name for f in fields(Recipe)]
+
+
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of that name or path; overrides are `key=value`, or `+FILE`, a file of settings laid over it, before any key=value.
 
     RecipeError names file, key, value and what is allowed.
     """
     path = find_recipe(name)
-    plain = _with_base(path)
+    if is_part(path):
+        raise RecipeError(f"{name}: is a part of recipes and none by itself; it goes into `base:` of one, or over one as +{name}")
+    plain = composed(path, KEYS)
     for override in (word for word in overrides if word.startswith("+")):
-        plain = _merge(plain, _load(find_recipe(override[1:])))
+        plain = merge(plain, composed(find_recipe(override[1:]), KEYS))
     plain.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
     config = OmegaConf.create({**_defaults(), **plain})
     for override in (word for word in overrides if not word.startswith("+")):
@@ -266,57 +273,12 @@ def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
 
 def read_resolved(path: File) -> Recipe:
     """The recipe that a run or a student folder carries."""
-    return recipe_from(_load(path), file=str(path))
+    return recipe_from(load(path, KEYS), file=str(path))
 
 
 def read_plain(path: File) -> dict[str, Any]:
     """The settings in that file as they are written there; RecipeError names the file."""
-    return _load(path)
-
-
-def shipped(folder: str) -> File:
-    """Where the shipped `recipes` or `teachers` lie: inside the package when installed, beside it in a checkout."""
-    inside = File(__file__).parent / "shipped" / folder
-    return inside if inside.is_dir() else File(__file__).parents[1] / folder
-
-
-def list_recipes() -> list[str]:
-    root = shipped("recipes")
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
-
-
-def find_recipe(name: str | File) -> File:
-    """A path that exists, or a shipped recipe's name with or without .yaml."""
-    if File(name).is_file():
-        return File(name)
-    stem = str(name).removesuffix(".yaml")
-    path = shipped("recipes") / f"{stem}.yaml"
-    if path.is_file():
-        return path
-    close = difflib.get_close_matches(stem, list_recipes(), n=1)
-    hint = f", did you mean {close[0]!r}?" if close else "."
-    raise RecipeError(f"recipe: no file and no shipped recipe {str(name)!r}{hint} `flowmap list` shows them all")
-
-
-def _with_base(path: File) -> dict:
-    plain = _load(path)
-    if "base" not in plain:
-        return plain
-    if not isinstance(plain["base"], str):
-        raise RecipeError(f"{path.name}: base: {plain['base']!r} is not the name or the path of one recipe")
-    base_path = path.parent / f"{plain['base'].removesuffix('.yaml')}.yaml"
-    base_path = base_path if base_path.is_file() else find_recipe(plain["base"])
-    base = _load(base_path)
-    if base_path.resolve() == path.resolve() or "base" in base:
-        raise RecipeError(f"{path.name}: base: {plain['base']!r} has itself a base (or is this file): one level of inheritance is allowed")
-    return _merge(base, {key: value for key, value in plain.items() if key != "base"})
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """over on base, mapping by mapping; a slot whose kind changes starts afresh."""
-    if not (isinstance(base, dict) and isinstance(over, dict)) or ("kind" in over and over["kind"] != base.get("kind")):
-        return over
-    return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+    return load(path, KEYS)
 
 
 def _override(config, override: str) -> None:
@@ -335,13 +297,6 @@ def _override(config, override: str) -> None:
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
     except (OmegaConfBaseException, YAMLError, ValueError, AssertionError, IndexError, RecursionError) as error:
         raise RecipeError(f"command line: {override!r}: {' '.join(str(error).split()) or 'cannot be read'}") from error
-
-
-def _load(path: File) -> dict:
-    try:
-        return read_settings(path, ["base", *(f.name for f in fields(Recipe))], "recipe")
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
 
 
 def _missing(node: Any, key: str) -> list[str]:

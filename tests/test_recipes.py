@@ -64,19 +64,6 @@ def test_recipes_in_a_loop_are_refused(tmp_path):
         plan(read_recipe(path), tmp_path / "run")
 
 
-def test_base_is_one_level(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("base: digits\nobjective: {warmup_steps: 7}\n")
-    assert read_recipe(path).objective.warmup_steps == 7
-    again = tmp_path / "again.yaml"
-    again.write_text("base: mine\n")
-    with pytest.raises(RecipeError, match="one level"):
-        read_recipe(again)
-    path.write_text("base: mine\n")
-    with pytest.raises(RecipeError, match="one level"):
-        read_recipe(path)
-
-
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00\x01", "data: 3"])
 def test_a_file_that_is_no_recipe(text, tmp_path):
     path = tmp_path / "bad.yaml"
@@ -120,7 +107,7 @@ def test_an_override_that_is_no_yaml_is_one_line(override, says):
         ("base: digits\nnull: 1\n", "cannot be read: KeyValidationError"),
         ("base: digits\ntrainer: {1.5: 1}\n", "trainer.1.5: no such setting"),
         ("base: digits\n? [1, 2]\n: 3\n", "is not YAML (line 2, column 3)"),
-        ("base: [1]\n", "base: [1] is not the name or the path of one recipe"),
+        ("base: [1]\n", "base: [1] is not the name or the path of a recipe"),
         ("base: {a: 1}\n", "base: {'a': 1} is not the name"),
         ("base:\n", "base: None is not the name"),
         ("base: digits\nseed: 1\nseed: 2\n", "is not YAML (line 3, column 1)"),

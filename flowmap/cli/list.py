@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowmap.cli.arguments import import_argument
@@ -12,29 +12,35 @@ from flowmap.cli.arguments import import_argument
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to list: recipes with the first line of each, teachers, and kinds under the keys of their slot."""
+    """What there is to list: recipes with the first line of each, parts of recipes, teachers, and kinds under the keys of their slot."""
 
     recipes: Mapping[str, str]
-    teachers: Iterable[str]
+    parts: Sequence[str]
+    teachers: Sequence[str]
     kinds: Mapping[str, Iterable[str]]
 
     def words(self) -> set[str]:
         """All names, from which a mistyped word is corrected."""
         keys = {key for title in self.kinds for key in _keys(title).split(", ")}
-        return {*self.recipes, *self.teachers, *keys, *(kind for kinds in self.kinds.values() for kind in kinds)}
+        return {*self.recipes, *self.parts, *self.teachers, *keys, *(kind for kinds in self.kinds.values() for kind in kinds)}
 
     def matching(self, word: str) -> Found:
         """What holds that word, in capitals or not: recipes also in their first line, and all kinds of a slot whose key holds it."""
         holds = lambda text: word.lower() in text.lower()
         recipes = {name: first for name, first in self.recipes.items() if holds(name) or holds(first)}
         kinds = {title: those if holds(_keys(title)) else [*filter(holds, those)] for title, those in self.kinds.items()}
-        return Found(recipes, [*filter(holds, self.teachers)], {title: those for title, those in kinds.items() if those})
+        return Found(
+            recipes, [*filter(holds, self.parts)], [*filter(holds, self.teachers)], {title: those for title, those in kinds.items() if those}
+        )
 
     def lines(self) -> Iterator[str]:
         if self.recipes:
             width = max(map(len, self.recipes))
             yield "recipes"
             yield from (f"  {name:{width}s} {first}" for name, first in self.recipes.items())
+        if self.parts:
+            yield "parts of recipes, for base: [data/digits, method/meanflow] or, over a recipe, +method/meanflow"
+            yield "  " + ", ".join(self.parts)
         if self.teachers:
             yield "teachers"
             yield "  " + ", ".join(self.teachers)
@@ -67,13 +73,13 @@ def run(a: argparse.Namespace) -> int:
 
 def everything() -> Found:
     from flowmap.cli.slots import keys_of_slots
+    from flowmap.composing import find_recipe, header, list_parts, list_recipes
     from flowmap.kinds import TABLES
     from flowmap.planning.plan import list_cards
-    from flowmap.recipe import find_recipe, list_recipes
 
-    first = lambda name: find_recipe(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
     slots = keys_of_slots()
     twice = [key for keys in slots.values() for key in keys]
     title = lambda keys: ", ".join(f"{key} ({', '.join(of)})" if twice.count(key) > 1 else key for key, of in keys.items())
     kinds = {title(keys): [*TABLES[slot]] for slot, keys in slots.items()}
-    return Found({name: first(name) for name in list_recipes()}, list_cards(), kinds)
+    recipes = {name: header(find_recipe(name))[0] for name in list_recipes()}
+    return Found(recipes, list_parts(), list_cards(), kinds)
