@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowmap.metrics.asked_specs import Agreement, Retrieval
+from flowmap.metrics.spec import WithTexts
 
 
 def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, paired: bool) -> None:
@@ -16,7 +17,7 @@ def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, pair
     conditional: its conditions are given to the network. paired: the coupling makes pairs of its own, so that nothing need be held out.
     """
     for spec in specs:
-        if spec.needs == "texts" and not hasattr(dataset, "texts"):
+        if spec.needs == "texts" and not isinstance(dataset, WithTexts):
             raise ValueError(f"metrics: {type(spec).__name__} looks at sentences: data of kind text")
         if isinstance(spec, Agreement) and (dataset.num_classes is None or not conditional):
             raise ValueError("metrics: agreement needs data with classes that are given to the network; for captions there is retrieval")

@@ -48,7 +48,7 @@ class FrechetDistance(Metric):
         return gaussian_frechet(*self._moments("real"), *self._moments("fake"))
 
     def reset(self) -> None:
-        kept = {name: getattr(self, name) for name in ("real_count", "real_sum", "real_outer") if hasattr(self, name)}
+        kept = {name: getattr(self, name) for name in ("real_count", "real_sum", "real_outer")}
         super().reset()
         for name, value in kept.items():
             setattr(self, name, value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ class Sizes(Protocol):
     def reference_shape(self) -> tuple[int, ...]: ...
 
     def conditions_at(self, places: Any) -> Cond: ...
+
+
+@runtime_checkable
+class WithTexts(Protocol):
+    """A data set of sentences: those of training."""
+
+    @property
+    def texts(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class WithSources(WithTexts, Protocol):
+    """One for editing, whose sentences have the target's style: those of the source's as well."""
+
+    @property
+    def source_texts(self) -> Sequence[str]: ...
 
 
 def within(spec: Any, **allowed: tuple[int, int]) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flowmap.metrics.against import TRAIN
-from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, well_formed, within
+from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, WithSources, well_formed, within
 from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
 from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
@@ -285,7 +285,7 @@ class StyleHit(_Texts):
     least: ClassVar[Mapping[str, int]] = {"fitted_on": 1}
 
     def build(self, data: Any) -> Any:
-        if not hasattr(data, "source_texts"):
+        if not isinstance(data, WithSources):
             return None
         source, target = list(data.source_texts)[: self.fitted_on], list(data.texts)[: self.fitted_on]
         return classifier(source + target, [0] * len(source) + [1] * len(target))
