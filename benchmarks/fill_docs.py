@@ -13,7 +13,7 @@ from _report import RESULTS, _cell, table
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
-    "main_job": "main_job_digits.json", "main_job_against": "main_job_against.json",
+    "main_job": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "operators": "operators.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json", "own_teacher": "own_teacher.json",
