@@ -415,6 +415,8 @@ def test_overrides_may_stand_on_both_sides_of_an_option(capsys):
     arguments = parse(["compare", "--recipes", "a", "b", "seed=1", "--steps", "1", "2", "lr=2", "+file.yaml", "--calls", "9", "--out", "runs/lr=3"])
     assert (arguments.recipes, arguments.steps, arguments.out) == (["a", "b"], [1, 2], "runs/lr=3")
     assert arguments.overrides == ["seed=1", "lr=2", "+file.yaml"]
+    arguments = parse(["compare", "--runs", "runs/lr=1", "runs/lr=2", "--out", "o"])
+    assert arguments.runs == ["runs/lr=1", "runs/lr=2"] and not arguments.overrides, "a folder may have an = in its name"
     for words in (["fit", "--recipe", "digits", "--wet-run"], ["cite", "seed=1"], ["fit", "--recipe", "digits", "--nonsense=1"]):
         with pytest.raises(SystemExit) as caught:
             parse(words)

@@ -23,6 +23,7 @@ from flowmap.cli import (
     list,
     merge,
     pairs,
+    plot,
     sample,
     show,
 )
@@ -54,6 +55,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "show": (show, "print a recipe with every default"),
         "list": (list, "list recipes, teachers and kinds"),
         "cite": (cite, "print the papers behind the methods, as BibTeX"),
+        "plot": (plot, "draw loss, residual norm and metrics of runs side by side"),
     },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
@@ -62,8 +64,7 @@ VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments; key=value and +FILE may stand on both sides of an option, which argparse alone does not allow."""
     parser, words = build_parser(), [*(sys.argv[1:] if argv is None else argv)]
-    # compare's --recipes and --steps would take all that follows
-    behind = [i for i, word in enumerate(words) if words[0] == "compare" and _is_setting(word) and words[i - 1] not in ("--out", "--import")]
+    behind = _settings_behind(words)
     arguments, rest = parser.parse_known_args([word for i, word in enumerate(words) if i not in behind])
     odd = [word for word in rest if not _is_setting(word) or not hasattr(arguments, "overrides")]
     if odd:
@@ -71,6 +72,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if settings := [*(words[i] for i in behind), *rest]:
         arguments.overrides = [*arguments.overrides, *settings]
     return arguments
+
+
+def _settings_behind(words: Sequence[str]) -> Sequence[int]:
+    """The places of compare's settings, which its --recipes and --steps would take; a run folder may have an = in its name."""
+    if words[:1] != ["compare"] or "--runs" in words:
+        return ()
+    return [i for i, word in enumerate(words) if _is_setting(word) and words[i - 1] not in ("--out", "--import")]
 
 
 def _is_setting(word: str) -> bool:

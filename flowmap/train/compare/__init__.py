@@ -1,5 +1,5 @@
 """Recipes side by side on equal terms: each is trained for the same seconds, or the same network evaluations, from the same teacher, seed by
-seed, and looked at by the same metrics at each number of steps.
+seed, and looked at by the same metrics at each number of steps. `finished` and `curves` tabulate and plot runs that are there.
 
 A folder: seed-N/NAME/ holds a run and its result.json; compare.json, table.md and quality.png are written after every run, so that what is
 there can be looked at. A finished run is kept: the same call goes on where it was cut off, and one with more recipes or seeds adds them.
@@ -118,7 +118,7 @@ def _beside(entries: list[Entry], path: Path, say: Say) -> None:
     for stage in needs_of(chosen.recipe):
         if stage.folder in chosen.shared and not stage.complete:
             make(stage, say, chosen.now)
-    write_json(path, {"same": same, **beside(chosen)})
+    write_json(path, {"same": same, **beside(chosen, say)})
 
 
 def _report(by_seed: list[list[Entry]], folder: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _check(entrant: Recipe) -> None:
 
 def _check_alike(first: Recipe, other: Recipe) -> None:
     """RecipeError for other data, or another teacher or guidance (a recipe without a teacher goes with any)."""
-    for what, part_of in (("data", _data_of), ("teacher", _taught_by)):
+    for what, part_of in (("data", data_settings), ("teacher", _taught_by)):
         mine, theirs = part_of(first), part_of(other)
         if mine == theirs or (what == "teacher" and (mine is None or theirs is None)):
             continue
@@ -52,7 +52,7 @@ def _check_alike(first: Recipe, other: Recipe) -> None:
         raise RecipeError(f"recipes: {first.name!r} and {other.name!r} are not of the same {what}: {values}; a comparison wants one")
 
 
-def _data_of(recipe: Recipe) -> dict[str, Any]:
+def data_settings(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE or key == "root"}
 
 

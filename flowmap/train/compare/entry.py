@@ -187,7 +187,7 @@ class Entry:
         return found
 
 
-def beside(entry: Entry) -> dict[str, Any]:
+def beside(entry: Entry, say: Say | None = None) -> dict[str, Any]:
     """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
     recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
@@ -197,7 +197,7 @@ def beside(entry: Entry) -> dict[str, Any]:
     student = Student(config, build_student(recipe, config, teacher).eval()).to(device_of(recipe))
     if teacher is not None:
         teacher.to(device_of(recipe))
-    found = measure(recipe, student, teacher, data, steps=[1])
+    found = measure(recipe, student, teacher, data, steps=[1], progress=say)
     return {key: found[key] for key in ("teacher", "teacher_few", "floor") if key in found}
 
 

@@ -70,7 +70,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     given = f"{terms['seconds']:g} seconds of training" if terms["seconds"] else f"{terms['evaluations']:g} network evaluations"
     parts = [f"Each recipe and seed: {given}. {terms['seeds']} seeds; median (least to most) of those that finished."]
     for i, metric in enumerate(found["metrics"]):
-        parts.append(f"{metric}\n\n{_table(found, metric, costs=i == 0)}")
+        parts.append(f"{metric}\n\n{table(found, metric, costs=i == 0)}")
     return "\n\n".join([*parts, ENDS]) + "\n"
 
 
@@ -79,7 +79,7 @@ the budget that went into what the recipe alone needs. GiB: the process's peak i
 the steps that a trial of its speed had foreseen, for which its schedules were made, before the clock ended the run."""
 
 
-def _table(found: Mapping[str, Any], metric: str, *, costs: bool) -> str:
+def table(found: Mapping[str, Any], metric: str, *, costs: bool) -> str:
     steps = [str(k) for k in found["terms"]["steps"]]
     heads = ["", *(f"{k} step{'s' * (k != '1')}" for k in steps), *(COSTS if costs else ())]
     rows = []
