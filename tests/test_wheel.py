@@ -50,6 +50,7 @@ def test_the_installed_commands_work_away_from_the_repository(installed):
     assert str(ROOT) not in where
     assert "toy/mixture" in sh(binary / "flowmap", "list", cwd=work)
     assert "kind: ayf_mixed" in sh(binary / "flowmap", "show", "--recipe", "digits.yaml", cwd=work)
+    assert "name: rfpp-a" in sh(binary / "flowmap", "show", "--recipe", "rfpp/a", "+method/scm", cwd=work)  # a row of a table, and another
     small = ["trainer.steps=5", "data.points=500", "metrics=[{kind: frechet, features: pixels, images: 100}]", "evaluation.teacher_steps=4"]
     out = sh(binary / "flowmap", "fit", "--recipe", "toy/mixture", *small, cwd=work)
     assert "student 1" in out and (work / "runs" / "toy-mixture" / "student" / "model.safetensors").is_file()
