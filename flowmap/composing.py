@@ -20,6 +20,7 @@ from flowmap.base.schema import RecipeError
 
 PARTS = ("data", "method")  # folders of the shipped recipes
 TABLE = "table.yaml"
+MOST_DEEP = 100  # files one on another: what is read may come from anyone
 
 
 def shipped(folder: str) -> Path:
@@ -56,21 +57,13 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"recipe: no file and no shipped recipe {str(name)[:100]!r}{hint} `flowmap list` shows them all")
 
 
-def composed(path: Path, known: Iterable[str], below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def composed(path: Path, known: Iterable[str]) -> dict[str, Any]:
     """The settings of the file on those of its bases, each composed in the same way: from left to right, a later one wins, the file last.
 
-    A base's name is not taken over.  RecipeError for a base that is not there, one that is named twice, and a circle.  `below` are the files,
-    outermost first, whose bases led here.
+    A base's name is not taken over.  RecipeError for a base that is not there, one that is named twice, a circle, and more than MOST_DEEP files
+    one on another.
     """
-    known = list(known)
-    plain = load(path, known)
-    made: dict[str, Any] = {}
-    for base in _bases(path, plain.pop("base", ())):
-        chain = (*below, path)
-        if any(base.resolve() == one.resolve() for one in chain):
-            raise RecipeError(f"{chain[0].name}: base: {' > '.join(str(one) for one in (*chain, base))} is a circle")
-        made = merge(made, {key: value for key, value in composed(base, known, chain).items() if key != "name"})
-    return merge(made, plain)
+    return _composed(path, list(known), {}, {})
 
 
 def load(path: Path, known: Iterable[str]) -> dict[str, Any]:
@@ -98,6 +91,23 @@ def merge(base: Any, over: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)) or ("kind" in over and over["kind"] != base.get("kind")):
         return over
     return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+
+
+def _composed(path: Path, known: list[str], above: dict[Path, Path], done: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """`composed`; above: the files whose bases led here, from the first, by where they really are; done: what is composed already."""
+    real, chain = path.resolve(), [*above.values(), path]
+    if real in above:
+        raise RecipeError(f"{chain[0].name}: base: {' > '.join(map(str, chain))} is a circle")
+    if len(chain) > MOST_DEEP:
+        raise RecipeError(f"{chain[0].name}: base: has more than {MOST_DEEP} files one on another")
+    if real not in done:
+        plain = load(path, known)
+        made: dict[str, Any] = {}
+        for base in _bases(path, plain.pop("base", ())):
+            below = _composed(base, known, {**above, real: path}, done)
+            made = merge(made, {key: value for key, value in below.items() if key != "name"})
+        done[real] = merge(made, plain)
+    return done[real]
 
 
 def _names() -> Iterator[str]:

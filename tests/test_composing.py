@@ -4,7 +4,7 @@ import pytest
 
 from flowmap.base.outside import read_yaml
 from flowmap.base.schema import RecipeError
-from flowmap.composing import PARTS, TABLE, composed, find_recipe, header, list_parts, load, merge, shipped
+from flowmap.composing import MOST_DEEP, PARTS, TABLE, composed, find_recipe, header, list_parts, load, merge, shipped
 from flowmap.recipe import KEYS, list_recipes, read_recipe
 
 
@@ -47,6 +47,14 @@ def test_any_depth(depth, write):
     texts = {f"level{i}": f"base: level{i - 1}\ntrainer: {{steps: {i}}}\n" for i in range(1, depth + 1)}
     assert read_recipe(write(level0="base: digits\nseed: 5\n", **texts)).trainer.steps == depth
     assert read_recipe(write(top=f"base: level{depth}\n")).seed == 5
+
+
+def test_what_is_too_deep_and_what_branches_at_every_level_takes_no_time(write):
+    texts = {f"deep{i}": f"base: deep{i + 1}\n" for i in range(2000)}
+    refused(write(**texts).with_name("deep0.yaml"), f"deep0.yaml: base: has more than {MOST_DEEP} files")
+    texts = {f"{side}{i}": f"base: [left{i + 1}, right{i + 1}]\n" for i in range(30) for side in ("left", "right")}
+    top = write(left30="base: digits\n", right30="seed: 2\n", **texts, top="base: [left0, right0]\n")  # a thousand million ways down
+    assert read_recipe(top).seed == 2
 
 
 def test_merging_is_associative_where_no_kind_changes():
