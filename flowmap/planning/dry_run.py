@@ -67,6 +67,7 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
     """
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
+            check_parts(stage.recipe)  # says more of a teacher that is not here than that it is missing
             blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
