@@ -36,7 +36,10 @@ def test_every_verb_describes_itself(command, verb):
         (["qqq"], "no verb 'qqq'; see `flowmap --help`"),
         ([], "the following arguments are required: VERB; see `flowmap --help`"),
         (["fit"], "the following arguments are required: --recipe; see `flowmap fit --help`"),
-        (["sample", "--student", "x", "--num", "two", "--out", "y"], "argument --num: invalid int value: 'two'; see `flowmap sample --help`"),
+        (
+            ["sample", "--student", "x", "--num", "two", "--out", "y"],
+            "argument --num: invalid int value: 'two'; see `flowmap sample --help`",
+        ),
         (["cite", "seed=3"], "unrecognized arguments: seed=3"),
         (["--completion", "fish"], "argument --completion: invalid choice: 'fish'"),
     ],
@@ -64,7 +67,8 @@ def test_bash_completes_verbs_options_and_recipes(command, tmp_path):
         (["export", "--to", "di"], ["diffusers"]),
         (["sample", "--student", "runs-of"], ["runs-of-mine"]),
     ):
-        script = f"source completion.bash; COMP_WORDS=(flowmap {' '.join(words)}); COMP_CWORD={len(words)}; COMPREPLY=()\n"
+        script = "source completion.bash; COMPREPLY=()\n"
+        script += f"COMP_WORDS=(flowmap {' '.join(words)}); COMP_CWORD={len(words)}\n"
         script += f"_shtab_flowmap flowmap {words[-1]}; echo ${{COMPREPLY[@]}}"
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
         assert done.stdout.split() == completed, (words, done.stderr)

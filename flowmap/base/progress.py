@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,8 +19,13 @@ Now = Callable[[], float]
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, where a bar can be redrawn in place."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr is a terminal with columns, where a bar can be redrawn; containers have terminals without any."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # its size cannot be asked for
+        return True
 
 
 def duration(seconds: float) -> str:
@@ -30,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """`due()` is true at most once in `pause` seconds, counted from the start or from the last time that it was true."""
+    """`due()` is true at most once in `pause` seconds, counted from the start or from the last time it was true."""
 
     def __init__(self, pause: float = PAUSE, now: Now = time.monotonic):
         self.pause, self.now = pause, now
@@ -47,8 +53,8 @@ class Pace:
 class Progress:
     """`with Progress(898, "evaluating: student 2 steps", say) as count:`, then count(n) after every n samples.
 
-    On a terminal it draws a bar.  Elsewhere it passes lines such as `evaluating: student 2 steps, 512/898` to `say`; work that is done
-    before the first of them is due prints none.  Without `say` it shows nothing.
+    On a terminal it draws a bar.  Elsewhere it passes lines such as `evaluating: student 2 steps, 512/898` to `say`;
+    work that is done before the first of them is due prints none.  Without `say` it shows nothing.
     """
 
     def __init__(self, total: int, label: str, say: Say | None, *, unit: str = "sample", pace: Pace | None = None):
@@ -70,6 +76,11 @@ class Progress:
         elif self.say is not None and self.pace.due():
             self.say(f"{self.label}, {self.done}/{self.total}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -1,7 +1,8 @@
-"""The command line, a module for each verb. Exit 0 on success, 2 with one line on a user's mistake, 3 when a dry run finds that
-something named is missing on this machine, 1 on a failure.
+"""The command line, a module for each verb.
 
-Each verb's module has `add_arguments(parser)` and `run(arguments) -> exit code`, and imports what is heavy inside `run`.
+Exit 0 on success, 2 with one line on a user's mistake, 3 when a dry run finds that something named is missing on this
+machine, 1 on a failure.  Each verb's module has `add_arguments(parser)` and `run(arguments) -> exit code`, and imports
+what is heavy inside `run`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from flowmap.cli.terminal import plain_warnings
 
 __all__ = ["main", "parse"]
 
-PATH_MISTAKES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
+PATH_MISTAKES = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,13 +10,28 @@ if TYPE_CHECKING:
 
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, metavar="NAME|PATH", help="a shipped recipe (see `flowmap list`) or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace the recipe's; +FILE: those of a YAML file")
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        metavar="NAME|PATH",
+        help="a shipped recipe (see `flowmap list`) or a YAML file",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value|+FILE",
+        help="settings that replace the recipe's; +FILE: those of a YAML file",
+    )
     import_argument(parser)
 
 
 def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) -> None:
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="make part I of N (from 0), beside other processes that make the others")
+    parser.add_argument(
+        "--shard",
+        default="0/1",
+        metavar="I/N",
+        help="make part I of N (from 0), beside other processes that make the others",
+    )
     parser.add_argument("--batch", type=int, default=batch, help="samples that the networks see at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help=f"folder (default: {out})")
@@ -28,7 +43,12 @@ def import_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def student_argument(parser: argparse.ArgumentParser, *, base: bool = False) -> None:
-    parser.add_argument("--student", required=True, metavar="DIR|HUB-ID", help="a student folder, its run folder, or a hub id")
+    parser.add_argument(
+        "--student",
+        required=True,
+        metavar="DIR|HUB-ID",
+        help="a student folder, its run folder, or a hub id",
+    )
     import_argument(parser)
     if base:
         parser.add_argument("--base", metavar="DIR|HUB-ID", help="where a LoRA student's base is now, if it has moved")
@@ -48,7 +68,8 @@ def device_of(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not a device, or none of that kind on this machine
-        raise ValueError(f"--device: {name!r} cannot be used here (cpu always can): {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} cannot be used here (cpu always can): {why}") from error
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -10,8 +10,19 @@ from flowmap.cli.arguments import import_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", dest="run_folder", required=True, metavar="DIR", help="a run folder that kept snapshots (ema.snapshot_every_steps)")
-    parser.add_argument("--std", type=float, required=True, help="relative width of the average, as EDM2 gives it: 0.05, 0.10, ...")
+    parser.add_argument(
+        "--run",
+        dest="run_folder",
+        required=True,
+        metavar="DIR",
+        help="a run folder that kept snapshots (ema.snapshot_every_steps)",
+    )
+    parser.add_argument(
+        "--std",
+        type=float,
+        required=True,
+        help="relative width of the average, as EDM2 gives it: 0.05, 0.10, ...",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="as of that step (default: the last)")
     parser.add_argument("--out", required=True, help="folder for the student")
     import_argument(parser)

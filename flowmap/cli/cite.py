@@ -15,5 +15,6 @@ def run(a: argparse.Namespace) -> int:
         authors = authors.replace("et al.", "others").replace(", ", " and ")  # BibTeX's words
         if here:
             print(f"% {here}")
-        print(f"@article{{{key},\n  title  = {{{title}}},\n  author = {{{authors}}},\n  year   = {{{year}}},\n  note   = {{arXiv:{arxiv}}},\n}}")
+        print(f"@article{{{key},\n  title  = {{{title}}},\n  author = {{{authors}}},")
+        print(f"  year   = {{{year}}},\n  note   = {{arXiv:{arxiv}}},\n}}")
     return 0

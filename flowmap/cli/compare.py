@@ -16,15 +16,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipes", nargs="+", metavar="NAME|PATH", help="recipes of the same data and the same teacher")
-    what.add_argument("--runs", nargs="+", metavar="RUN", help="finished runs, whose metrics.json are put side by side; trains nothing")
+    what.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="finished runs, whose metrics.json are put side by side; trains nothing",
+    )
     terms = parser.add_mutually_exclusive_group()
     terms.add_argument("--budget", type=float, metavar="SECONDS", help="seconds of training for each recipe and seed")
     calls = "network evaluations for each instead, a backward pass counted as two"
     terms.add_argument("--calls", type=float, metavar="N", help=calls)
     add("--seeds", type=int, metavar="N", help=f"seeds 0 to N - 1, each with a teacher of its own (default: {SEEDS})")
     steps = " ".join(map(str, STEPS))
-    add("--steps", type=int, nargs="+", metavar="K", help=f"steps of the table (default: {steps}; of runs: all that they have)")
-    add("--out", metavar="DIR", help="folder for runs, table and plot (default: runs/compare; with --runs: none, the table is printed)")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help=f"steps of the table (default: {steps}; of runs: all that they have)",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        help="folder for runs, table and plot (default: runs/compare; with --runs: none, the table is printed)",
+    )
     add("--dry-run", action="store_true", help="print what would be trained and what is missing; train nothing")
     add("overrides", nargs="*", metavar="key=value|+FILE", help="settings that replace every recipe's")
     import_argument(parser)

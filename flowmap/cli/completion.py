@@ -1,4 +1,7 @@
-"""`flowmap --completion SHELL`: prints a script that completes verbs, options, recipe names and paths (extra `completion`, shtab)."""
+"""`flowmap --completion SHELL`: prints a script that completes verbs, options, recipe names and paths.
+
+The script is made by shtab (extra `completion`) from the parser itself.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ _flowmap_recipes() {{
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--completion", action=Print, choices=SHELLS, help="print a completion script for the shell, and exit")
+    parser.add_argument(
+        "--completion",
+        action=Print,
+        choices=SHELLS,
+        help="print a completion script for the shell, and exit",
+    )
 
 
 class Print(argparse.Action):
@@ -35,7 +43,13 @@ class Print(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
         super().__init__(option_strings, argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         try:
             print(script(parser, str(values)), end="")
         except ImportError:

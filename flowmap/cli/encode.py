@@ -10,10 +10,14 @@ from flowmap.cli.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "It encodes text too, where the recipe reads any. An encoding that was cut off goes on where it stopped."
+    parser.epilog = "It encodes text too, where the recipe reads any. An encoding that was cut off goes on."
     recipe_arguments(parser)
     shard_arguments(parser, batch=32, out="the recipe's data.root")
-    parser.add_argument("--verify", action="store_true", help="read every file of the finished encoding and compare its checksum; encodes nothing")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file of the finished encoding and compare its checksum; encodes nothing",
+    )
 
 
 def run(a: argparse.Namespace) -> int:
@@ -34,7 +38,8 @@ def run(a: argparse.Namespace) -> int:
     folder = Path(a.out or spec.root)
     if a.verify:
         found = check_sums(folder, read_index(folder), MADE, again=True)
-        print(f"{folder}: {found} files are as they were written" if found else f"{folder}: was made by flowmap 0.1, which kept no checksums")
+        kept = f"{found} files are as they were written" if found else "made by flowmap 0.1, which kept no checksums"
+        print(f"{folder}: {kept}")
         return 0
     check_writable(folder, "--out")
     index = encode(spec, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, say=say)
@@ -42,5 +47,6 @@ def run(a: argparse.Namespace) -> int:
         print(f"{folder}: this part is done; the encoding is complete when all parts are")
         return 0
     counts = f"{index['grey']} grey, {index['missing_captions']} without a caption"
-    print(f"{folder}: {index['rows']} samples of shape {tuple(index['shape'])}, {len(index['left_out'])} pictures left out, {counts}")
+    left_out = f"{len(index['left_out'])} pictures left out"
+    print(f"{folder}: {index['rows']} samples of shape {tuple(index['shape'])}, {left_out}, {counts}")
     return 0

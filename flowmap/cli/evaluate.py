@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from flowmap.cli.arguments import device_of, guided_arguments
 from flowmap.cli.terminal import say, summary
@@ -16,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", metavar="KIND", help="only these kinds")
     parser.add_argument("--out", help="write the figures to this JSON file")
     parser.add_argument("--no-teacher", dest="teacher", action="store_false", help="leave the teacher's rows out")
-    parser.add_argument("--anew", action="store_true", help="measure the teacher and the floor again, not as they are in the run's metrics.json")
+    parser.add_argument(
+        "--anew",
+        action="store_true",
+        help="measure the teacher and the floor again, not as they are in the run's metrics.json",
+    )
 
 
 def run(a: argparse.Namespace) -> int:
@@ -28,9 +33,8 @@ def run(a: argparse.Namespace) -> int:
         check_writable(Path(a.out).parent, "--out")
         _check_figures(Path(a.out))
     student = load_student(a.student, base=a.base).to(device_of(a.device))
-    metrics = evaluate(
-        student, a.steps, metrics=a.metrics, guidance=a.guidance, out=a.out, progress=say, teacher=a.teacher, anew=a.anew
-    )  # fmt: skip
+    options: dict[str, Any] = dict(metrics=a.metrics, guidance=a.guidance, teacher=a.teacher, anew=a.anew)
+    metrics = evaluate(student, a.steps, out=a.out, progress=say, **options)
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
 

@@ -12,9 +12,23 @@ from flowmap.cli.arguments import student_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     student_argument(parser, base=True)
     parser.add_argument("--to", choices=["diffusers", "torch", "lora"], default="diffusers")
-    parser.add_argument("--steps", type=int, metavar="K", help="steps that it is made for (default: the sampler's largest)")
-    parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale that it is made for (default: the recipe's)")
-    parser.add_argument("--custom", action="store_true", help="a pipeline with its own code, also where diffusers has a stock one")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="K",
+        help="steps that it is made for (default: the sampler's largest)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="guidance scale that it is made for (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--custom",
+        action="store_true",
+        help="a pipeline with its own code, also where diffusers has a stock one",
+    )
     parser.add_argument("--no-text", action="store_true", help="leave the student's text encoders out of the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload the folder to that repository of the hub")
@@ -28,7 +42,8 @@ def run(a: argparse.Namespace) -> int:
 
     if a.push is not None:
         check_repository(a.push)
-    options: dict[str, Any] = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, text=not a.no_text, overwrite=a.overwrite)
+    options: dict[str, Any] = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, text=not a.no_text)
+    options["overwrite"] = a.overwrite
     print(export(load_student(a.student, base=a.base), a.out, **options))
     if a.push is not None:
         print(push(Path(a.out), a.push))

@@ -13,11 +13,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="run folder (default: runs/<recipe name>)")
     what = "; a trained run is measured again with other metrics, sampler, evaluation or log"
     parser.add_argument("--resume", action="store_true", help=f"go on from the folder's last checkpoint{what}")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that the folder holds, once the new one has a checkpoint")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing"
+        "--overwrite",
+        action="store_true",
+        help="replace the run that the folder holds, once the new one has a checkpoint",
     )
-    parser.add_argument("--throughput", type=float, default=200.0, metavar="T", help="TFLOP/s of one device, for the dry run's hours (default: 200)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, parameters, FLOPs, memory, GPU-hours and what is missing; train nothing",
+    )
+    parser.add_argument(
+        "--throughput",
+        type=float,
+        default=200.0,
+        metavar="T",
+        help="TFLOP/s of one device, for the dry run's hours (default: 200)",
+    )
 
 
 def run(a: argparse.Namespace) -> int:

@@ -9,7 +9,11 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "one EDM or EDM2 network, several snapshots of one run, or a diffusers pipeline's folder"
     parser.add_argument("--from", dest="files", nargs="+", required=True, metavar="FILE.pkl|DIR", help=what)
-    parser.add_argument("--std", type=float, help="width of the average over several snapshots named ...-NUMBER-STD.pkl")
+    parser.add_argument(
+        "--std",
+        type=float,
+        help="width of the average over several snapshots named ...-NUMBER-STD.pkl",
+    )
     parser.add_argument("--out", required=True, help="folder, for a card weights/CARD")
 
 

@@ -25,13 +25,16 @@ class Found:
         return {*self.recipes, *self.parts, *self.teachers, *keys, *(kind for kinds in self.kinds.values() for kind in kinds)}
 
     def matching(self, word: str) -> Found:
-        """What holds that word, in capitals or not: recipes also in their first line, and all kinds of a slot whose key holds it."""
+        """What holds that word, in capitals or not.
+
+        Recipes also in their first line; of a slot whose key holds it, all kinds.
+        """
         holds = lambda text: word.lower() in text.lower()
         recipes = {name: first for name, first in self.recipes.items() if holds(name) or holds(first)}
-        kinds = {title: those if holds(_keys(title)) else [*filter(holds, those)] for title, those in self.kinds.items()}
-        return Found(
-            recipes, [*filter(holds, self.parts)], [*filter(holds, self.teachers)], {title: those for title, those in kinds.items() if those}
-        )
+        of_slot = lambda title, those: [kind for kind in those if holds(_keys(title)) or holds(kind)]
+        kinds = {title: found for title, those in self.kinds.items() if (found := of_slot(title, those))}
+        parts, teachers = ([*filter(holds, names)] for names in (self.parts, self.teachers))
+        return Found(recipes, parts, teachers, kinds)
 
     def lines(self) -> Iterator[str]:
         if self.recipes:
@@ -55,7 +58,12 @@ def _keys(title: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("word", nargs="?", metavar="WORD", help="only what has this word in its name, recipes also in their first line")
+    parser.add_argument(
+        "word",
+        nargs="?",
+        metavar="WORD",
+        help="only what has this word in its name, recipes also in their first line",
+    )
     import_argument(parser)
 
 
@@ -79,7 +87,8 @@ def everything() -> Found:
 
     slots = keys_of_slots()
     twice = [key for keys in slots.values() for key in keys]
-    title = lambda keys: ", ".join(f"{key} ({', '.join(of)})" if twice.count(key) > 1 else key for key, of in keys.items())
+    named = lambda key, of: f"{key} ({', '.join(of)})" if twice.count(key) > 1 else key
+    title = lambda keys: ", ".join(named(key, of) for key, of in keys.items())
     kinds = {title(keys): [*TABLES[slot]] for slot, keys in slots.items()}
     recipes = {name: header(find_recipe(name))[0] for name in list_recipes()}
     return Found(recipes, list_parts(), list_cards(), kinds)

@@ -10,7 +10,11 @@ from flowmap.cli.arguments import student_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     student_argument(parser)
-    parser.add_argument("--delta", metavar="DIR|FILE", help="the finetune: a diffusers folder, a student folder or a safetensors file")
+    parser.add_argument(
+        "--delta",
+        metavar="DIR|FILE",
+        help="the finetune: a diffusers folder, a student folder or a safetensors file",
+    )
     parser.add_argument("--base", metavar="DIR|FILE", help="what it was trained from")
     parser.add_argument("--alpha", type=float, default=1.0, metavar="A", help="how much of the difference")
     parser.add_argument("--lora", metavar="FILE", help="a LoRA in the format of diffusers or peft, safetensors")

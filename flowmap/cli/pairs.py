@@ -13,7 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "For recipes with `coupling: {kind: pairs}`. Work that was cut off goes on where it stopped."
     recipe_arguments(parser)
     shard_arguments(parser, batch=256, out="the recipe's coupling.root")
-    parser.add_argument("--verify", type=int, metavar="N", help="check all checksums, make N of the pairs again and report the largest difference")
+    parser.add_argument(
+        "--verify",
+        type=int,
+        metavar="N",
+        help="check all checksums, make N of the pairs again and report the largest difference",
+    )
 
 
 def run(a: argparse.Namespace) -> int:
@@ -37,5 +42,6 @@ def run(a: argparse.Namespace) -> int:
         print(f"{folder}: this part is done; the pairs are complete when all parts are")
         return 0
     shape = tuple(index["contents"]["shape"])
-    print(f"{folder}: {index['rows']} pairs of shape {shape}, {index['nfe']} network calls each, {recipe.coupling.num_inverted} inverted")
+    calls = f"{index['nfe']} network calls each, {recipe.coupling.num_inverted} inverted"
+    print(f"{folder}: {index['rows']} pairs of shape {shape}, {calls}")
     return 0

@@ -75,7 +75,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _settings_behind(words: Sequence[str]) -> Sequence[int]:
-    """The places of compare's settings, which its --recipes and --steps would take; a run folder may have an = in its name."""
+    """The places of compare's settings, which its --recipes and --steps would take.
+
+    None beside --runs: a run folder may have an = in its name.
+    """
     if words[:1] != ["compare"] or "--runs" in words:
         return ()
     return [i for i, word in enumerate(words) if _is_setting(word) and words[i - 1] not in ("--out", "--import")]

@@ -10,7 +10,12 @@ from flowmap.cli.arguments import import_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "It needs matplotlib (the extra `bench`). Runs that are not finished are drawn without metrics."
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="metrics by their names in metrics.json (default: the first)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="metrics by their names in metrics.json (default: the first)",
+    )
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
     import_argument(parser)
 

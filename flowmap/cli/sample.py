@@ -15,19 +15,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guided_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
-    parser.add_argument("--class", dest="label", metavar="NAME|K", help="one class, by its name or its number (default: all in turn)")
+    parser.add_argument(
+        "--class",
+        dest="label",
+        metavar="NAME|K",
+        help="one class, by its name or its number (default: all in turn)",
+    )
     parser.add_argument("--prompt", help="text, for students that are conditioned on it")
-    parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help="conditions of a student of sentences")
-    parser.add_argument("--texts", metavar="FILE", help="sentences to edit, one a line, for students that start from sentences")
-    parser.add_argument("--reverse", action="store_true", help="edit them the other way, from the target style to the source")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="refused by distilled students, which cannot honour it")
-    parser.add_argument("--refiner", metavar="DIR|HUB-ID", help="a diffusers image-to-image pipeline that refines the pictures")
-    parser.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help="how much it makes anew, above 0 up to 1")
+    parser.add_argument(
+        "--attribute",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="conditions of a student of sentences",
+    )
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="sentences to edit, one a line, for students that start from sentences",
+    )
+    parser.add_argument(
+        "--reverse",
+        action="store_true",
+        help="edit them the other way, from the target style to the source",
+    )
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="refused by distilled students, which cannot honour it",
+    )
+    parser.add_argument(
+        "--refiner",
+        metavar="DIR|HUB-ID",
+        help="a diffusers image-to-image pipeline that refines the pictures",
+    )
+    parser.add_argument(
+        "--refiner-strength",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="how much it makes anew, above 0 up to 1",
+    )
     parser.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
-    parser.add_argument("--solver", choices=["euler", "midpoint", "heun", "rk4"], help="solve the student's velocity, in the place of its sampler")
-    parser.add_argument("--inpaint", metavar="IMAGE", help="draw part of this picture anew, through the code of a learned prior (with --mask)")
+    parser.add_argument(
+        "--solver",
+        choices=["euler", "midpoint", "heun", "rk4"],
+        help="solve the student's velocity, in the place of its sampler",
+    )
+    parser.add_argument(
+        "--inpaint",
+        metavar="IMAGE",
+        help="draw part of this picture anew, through the code of a learned prior (with --mask)",
+    )
     parser.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
-    parser.add_argument("--interpolate", nargs=2, metavar="IMAGE", help="samples between two pictures, through the code of a learned prior")
+    parser.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar="IMAGE",
+        help="samples between two pictures, through the code of a learned prior",
+    )
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
@@ -46,7 +92,11 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
     edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
     prompt = a.prompt if student.config.text is not None else None
-    given = (("class", class_of(a.label, student.config.class_names)), ("prompt", prompt), ("negative_prompt", a.negative_prompt))
+    given = (
+        ("class", class_of(a.label, student.config.class_names)),
+        ("prompt", prompt),
+        ("negative_prompt", a.negative_prompt),
+    )
     cond = {key: value for key, value in given if value is not None}
     cond |= dict(map(attribute_of, a.attribute))
     if a.texts is not None:
@@ -61,9 +111,19 @@ def run(a: argparse.Namespace) -> int:
     if a.refiner is not None:
         from flowmap.teachers.refiner import Refiner
 
-        refine = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(student.device)
+        refiner = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed)
+        refine = refiner.load().to(student.device)
     with Progress(num * len(a.steps), "drawing", say) as progress:
-        options = dict(steps=a.steps, num=num, cond=cond, guidance=a.guidance, gamma=a.gamma, seed=seed, refine=refine, solver=a.solver)
+        options = dict(
+            steps=a.steps,
+            num=num,
+            cond=cond,
+            guidance=a.guidance,
+            gamma=a.gamma,
+            seed=seed,
+            refine=refine,
+            solver=a.solver,
+        )
         grids = sample(student, a.out, **options, **edits, progress=progress)
     for grid in grids:
         print(grid)

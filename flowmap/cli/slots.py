@@ -11,8 +11,11 @@ from flowmap.recipe import Recipe
 
 
 def keys_of_slots() -> dict[type, dict[str, list[str]]]:
-    """The keys under which each slot stands in a recipe, "data", "data.images", ..., and under each the kinds that have it ("" for a recipe's
-    own): there may be slots of two types under one key. What a slot holds within itself is not followed further."""
+    """The keys under which each slot stands in a recipe, "data", "data.images", ..., and the kinds that have each.
+
+    "" is the kind of a recipe's own slot: there may be slots of two types under one key. What a slot holds within
+    itself is not followed further.
+    """
     found: dict[type, dict[str, list[str]]] = {}
     _walk(Recipe, "", "", (), found)
     return found

@@ -17,7 +17,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within it each different UserWarning, ours or a library's, is one line on stderr, once, and without the code that gave it."""
+    """Within it each different UserWarning is one line on stderr, once, and without the code that gave it."""
     said = set()
     with warnings.catch_warnings():
         shown_else = warnings.showwarning
@@ -49,5 +49,6 @@ def summary(metrics: dict) -> str:
     lines = ["steps".ljust(14) + "".join(name.rjust(max(12, len(name) + 2)) for name in names)]
     for label, row in rows.items():
         cells = (f"{row[name]:.4g}" if name in row else "" for name in names)
-        lines.append(label.ljust(14) + "".join(cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True)))
+        padded = (cell.rjust(max(12, len(name) + 2)) for cell, name in zip(cells, names, strict=True))
+        lines.append(label.ljust(14) + "".join(padded))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Progress of a training run on stderr: a bar on a terminal, lines elsewhere, with the loss and the norm of the residual.
+"""Progress of a training run on stderr: a bar on a terminal, lines elsewhere, with the loss and the residual norm.
 
 The losses of most objectives are normalised and hardly move; the residual norm, log.csv's `train/residual_norm`, does.
 """
@@ -19,8 +19,8 @@ from flowmap.train.module import DistillModule
 class Bar(AtSteps):
     """Shows the step, the loss, the residual norm, the speed and the time that is left, from the first process alone.
 
-    Elsewhere than on a terminal it passes a line to `say` at the first step, at the last and, every `every` steps, where the last line
-    is 10 seconds old.
+    Without a terminal it passes a line to `say` at the first step, at the last and, every `every` steps, where the last
+    line is 10 seconds old.
     """
 
     def __init__(self, every: int, say: Callable[[str], None], now: Now = time.monotonic):

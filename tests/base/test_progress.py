@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
 import sys
+import termios
 
 import pytest
 
-from flowmap.base.progress import Pace, Progress, duration
+from flowmap.base.progress import Pace, Progress, duration, on_terminal
 
 
 class Hands:
@@ -19,7 +23,10 @@ class Hands:
         return self.at
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (6.6, "0:07"), (268, "4:28"), (3599.6, "1:00:00"), (3723, "1:02:03"), (-1, "0:00")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (6.6, "0:07"), (268, "4:28"), (3599.6, "1:00:00"), (3723, "1:02:03"), (-1, "0:00")],
+)
 def test_a_duration_is_in_minutes_and_seconds(seconds, shown):
     assert duration(seconds) == shown
 
@@ -52,6 +59,16 @@ def test_without_say_nothing_is_shown(capsys, monkeypatch):
     with Progress(10, "silent", None, pace=Pace(pause=0.0)) as count:
         count(10)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_a_terminal_without_columns_is_none(monkeypatch, columns):
+    """tqdm would draw an empty bar there."""
+    own, other = os.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(own, "rb"), open(other, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert on_terminal() == (columns > 0)
 
 
 def test_a_terminal_has_a_bar_and_no_lines(capsys, monkeypatch):

@@ -30,7 +30,10 @@ def module(**logs):
 def lines(steps: int, seconds: float, *, every: int = 1, start: int = 0, zero: bool = True, **logs) -> list[str]:
     """What a run of so many steps says, each of which takes so many seconds."""
     hands, said = Hands(), []
-    bar, trainer = Bar(every, said.append, hands), SimpleNamespace(global_step=start, max_steps=steps, is_global_zero=zero)
+    bar, trainer = (
+        Bar(every, said.append, hands),
+        SimpleNamespace(global_step=start, max_steps=steps, is_global_zero=zero),
+    )
     bar.on_train_start(trainer, module())
     for done in range(start + 1, steps + 1):
         hands.at += seconds
@@ -56,7 +59,10 @@ def test_fast_steps_have_a_line_every_ten_seconds_and_the_last_one():
 
 
 def test_a_resumed_run_counts_its_own_steps_for_the_speed():
-    assert lines(100, 20.0, every=50, start=98) == ["step 99/100  loss 0.812", "step 100/100  loss 0.812  0.05 it/s  0:00 left"]
+    assert lines(100, 20.0, every=50, start=98) == [
+        "step 99/100  loss 0.812",
+        "step 100/100  loss 0.812  0.05 it/s  0:00 left",
+    ]
 
 
 def test_only_the_first_process_speaks():
@@ -70,7 +76,10 @@ def test_a_run_says_what_its_log_says(tiny, tmp_path):
     assert len(found) == 2 and found[0].startswith("step 1/20  loss ") and found[1].startswith("step 20/20  loss ")
     last = read_log(tmp_path / "run" / "log.csv")[-1]
     assert f"loss {float(last['train/loss']):.3g}  residual {float(last['train/residual_norm']):.3g}  " in found[1]
-    assert [line for line in said if line.startswith("evaluating")][:2] == ["evaluating: student 1 step", "evaluating: student 2 steps"]
+    assert [line for line in said if line.startswith("evaluating")][:2] == [
+        "evaluating: student 1 step",
+        "evaluating: student 2 steps",
+    ]
 
 
 def test_a_terminal_has_a_bar_with_the_residual_norm(tiny, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Finished runs next to each other: `flowmap compare --runs` and `flowmap plot`. Nothing is trained, and the run folders stay as they were."""
+"""Finished runs next to each other: `flowmap compare --runs` and `flowmap plot`; run folders stay as they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import bytes_of
 from PIL import Image
 
 from flowmap.train.compare.curves import plot_runs
-from flowmap.train.compare.finished import compare_runs, differences, read_runs, tabulated
+from flowmap.train.compare.finished import compare_runs, differences, labelled, read_runs, tabulated
 
 
 def spoil(run, change):
@@ -28,7 +28,8 @@ def two(finished, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     shutil.move(finished, a)
     shutil.copytree(a, b)
-    spoil(b, lambda metrics: [row.update({key: 2 * value for key, value in row.items()}) for row in metrics["student"].values()])
+    twice = lambda row: row.update({key: 2 * value for key, value in row.items()})
+    spoil(b, lambda metrics: [twice(row) for row in metrics["student"].values()])
     return a, b
 
 
@@ -48,10 +49,13 @@ def test_rows_stand_side_by_side(command, two, tmp_path):
     assert out.count(f"| teacher, 4 steps | {level} | {level} |") == 1, "a teacher that all runs share has one row"
     level = cell(metrics["floor"]["frechet_pixels"])
     assert out.count(f"| real against real | {level} | {level} |") == 1
-    assert (tmp_path / "side/table.md").read_text() in out and Image.open(tmp_path / "side/quality.png").size == (860, 480)
+    assert (tmp_path / "side/table.md").read_text() in out and Image.open(tmp_path / "side/quality.png").size == (
+        860,
+        480,
+    )
     assert json.loads((tmp_path / "side/runs.json").read_text())["runs"] == {"a": str(two[0]), "b": str(two[1])}
     assert [bytes_of(run) for run in two] == before
-    assert command("compare", "--runs", *two, "--out", tmp_path / "side")[1] == out, "a folder of its own is written again"
+    assert command("compare", "--runs", *two, "--out", tmp_path / "side")[1] == out, "written again"
 
 
 def test_without_out_the_table_is_printed_alone(command, two, tmp_path):
@@ -63,12 +67,25 @@ def test_without_out_the_table_is_printed_alone(command, two, tmp_path):
 def test_teachers_that_differ_have_a_row_each(two):
     spoil(two[1], lambda metrics: metrics["teacher"].update(frechet_pixels=9.0))
     found = tabulated(read_runs(two))
-    assert [label for label in found["beside"] if "teacher" in label] == ["teacher (a), 4 steps", "teacher (b), 4 steps"]
+    assert [label for label in found["beside"] if "teacher" in label] == [
+        "teacher (a), 4 steps",
+        "teacher (b), 4 steps",
+    ]
     assert found["beside"]["teacher (b), 4 steps"]["frechet_pixels"]["median"] == 9.0
 
 
+def test_runs_of_one_value_share_a_label(two):
+    a, b = read_runs(two)
+    assert labelled("x", [a, b], [1.0, 1.0]) == [("x", a)] and labelled("x", [a, b], [None, 1.0]) == [("x", b)]
+    assert labelled("x", [a, b, b], [1.0, 2.0, 1.0]) == [("x (a, b)", a), ("x (b)", b)]
+    assert not labelled("x", [a], [None])
+
+
 def test_a_step_or_a_figure_that_a_run_lacks_is_left_empty(two):
-    spoil(two[1], lambda metrics: metrics.update(student={"2": {"frechet_pixels": 3.0}, "8": {"frechet_pixels": float("nan")}}))
+    spoil(
+        two[1],
+        lambda metrics: metrics.update(student={"2": {"frechet_pixels": 3.0}, "8": {"frechet_pixels": float("nan")}}),
+    )
     table = compare_runs(two)
     assert "|  | 1 step | 2 steps | 8 steps |" in table and "| b |  | 3 |  |" in table
 
@@ -124,7 +141,10 @@ def test_a_mistake_is_one_line(command, two, tmp_path, monkeypatch, arguments, s
     assert bytes_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"student": 3}', '{"student": {"one": {}}}', '{"student": {"1": {"a": "x"}}}', ""])
+STUDENTS = ("3", '{"one": {}}', '{"1": {"a": "x"}}')
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "", *(f'{{"student": {row}}}' for row in STUDENTS)])
 def test_figures_that_are_none_are_named(command, two, text):
     (two[1] / "metrics.json").write_text(text)
     code, out, err = command("compare", "--runs", *two)
@@ -154,7 +174,8 @@ def drawn(monkeypatch):
     from matplotlib.figure import Figure
 
     figures, original = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: figures.append(self) or original(self, *args, **options))
+    keep = lambda self, *args, **options: figures.append(self) or original(self, *args, **options)
+    monkeypatch.setattr(Figure, "savefig", keep)
     return figures
 
 
@@ -166,10 +187,12 @@ def test_a_plot_shows_loss_residual_and_metrics_of_every_run(command, two, tmp_p
     loss, residual, metric = figures[0].axes
     assert [axes.get_title() for axes in (loss, residual, metric)] == ["loss", "residual norm", "frechet_pixels"]
     for axes in (loss, residual):
-        assert [line.get_label() for line in axes.lines] == ["a", "b"] and list(axes.lines[0].get_xdata()) == list(range(1, 21))
+        assert [line.get_label() for line in axes.lines] == ["a", "b"]
+        assert list(axes.lines[0].get_xdata()) == list(range(1, 21))
     lines = {line.get_label(): list(line.get_ydata()) for line in metric.lines}
     metrics = json.loads((two[0] / "metrics.json").read_text())
-    assert lines["a"] == [metrics["student"][k]["frechet_pixels"] for k in ("1", "2")] and lines["b"] == [2 * value for value in lines["a"]]
+    assert lines["a"] == [metrics["student"][k]["frechet_pixels"] for k in ("1", "2")]
+    assert lines["b"] == [2 * value for value in lines["a"]]
     assert set(lines["teacher, 4 steps"]) == {metrics["teacher"]["frechet_pixels"]}
     assert set(lines["real against real"]) == {metrics["floor"]["frechet_pixels"]}
     assert [bytes_of(run) for run in two] == before
@@ -196,7 +219,10 @@ def test_a_run_that_goes_on_is_drawn_without_metrics(two, tmp_path, monkeypatch)
         (["a", "--out", "text.png"], "--out: text.png is there and is no plot of flowmap's"),
         (["a", "--out", "a.png"], "--out: a.png is there and is no plot of flowmap's"),
         (["a", "--out", "a/log.csv/p.png"], "--out: a/log.csv cannot be a folder"),
-        (["a", "--out", "p.png", "--metrics", "fid"], "--metrics: no run has 'fid'; there are frechet_pixels, frechet_pixels_train"),
+        (
+            ["a", "--out", "p.png", "--metrics", "fid"],
+            "--metrics: no run has 'fid'; there are frechet_pixels, frechet_pixels_train",
+        ),
         (["a", "b", "--out", "p.png"], "b/log.csv: is not the log of a run"),
         (["a", "empty", "--out", "p.png"], "empty/log.csv: is not there"),
         (["a"], "required: --out"),
@@ -233,5 +259,9 @@ def test_a_run_that_logged_nothing_has_nothing_to_draw(command, two, tmp_path):
 def test_without_matplotlib_it_says_what_to_install(command, two, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = command("plot", two[0], "--out", tmp_path / "p.png")
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "needs matplotlib: pip install 'flowmap-distillation[bench]'" in err
+    assert (code, out, len(err.splitlines())) == (
+        2,
+        "",
+        1,
+    ) and "needs matplotlib: pip install 'flowmap-distillation[bench]'" in err
     assert not (tmp_path / "p.png").exists()

@@ -1,4 +1,7 @@
-"""`flowmap plot`: the loss, the residual norm and metrics of runs, drawn by matplotlib (extra `bench`) from log.csv and metrics.json."""
+"""`flowmap plot`: the loss, the residual norm and metrics of runs, from log.csv and metrics.json.
+
+Drawn by matplotlib (extra `bench`), which is imported here alone.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ Panel = Callable[[Any], None]  # draws on matplotlib's Axes
 def plot_runs(folders: Sequence[str | Path], out: str | Path, *, metrics: Sequence[str] | None = None) -> Path:
     """Writes a PNG with a panel for the loss, one for the residual norm where a run logged it, and one for each metric.
 
-    metrics: their names in metrics.json; default the first one that the runs have.  Runs that are not finished have no metrics in it.
-    ValueError for a user's mistake.
+    metrics: their names in metrics.json; default the first one that the runs have.  Runs that are not finished have
+    none in it.  ValueError for a user's mistake.
     """
     path = Path(out)
     _check_file(path)
@@ -37,7 +40,8 @@ def plot_runs(folders: Sequence[str | Path], out: str | Path, *, metrics: Sequen
     if not panels:
         raise ValueError("plot: these runs have logged no step yet")
     figure = _figure(panels)
-    write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata={"Software": MADE_BY}))
+    options = dict(format="png", dpi=120, metadata={"Software": MADE_BY})
+    write_beside(path, lambda temporary: figure.savefig(temporary, **options))
     return path
 
 
@@ -97,7 +101,14 @@ def _figure(panels: Sequence[Panel]) -> Any:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=min(len(known), 2 * across), fontsize="small", frameon=False)
+    figure.legend(
+        known.values(),
+        known.keys(),
+        loc="outside lower center",
+        ncols=min(len(known), 2 * across),
+        fontsize="small",
+        frameon=False,
+    )
     return figure
 
 
@@ -115,10 +126,10 @@ def _draw_metric(name: str, runs: Sequence[Finished], axes: Any) -> None:
     for i, run in enumerate(runs):
         points = {k: figures[name] for k, figures in run.student.items() if name in figures}
         if points:
-            how: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=4, label=run.name)
-            axes.plot([*points], [*points.values()], **how)
+            how: dict[str, Any] = dict(color=f"C{i % 10}", linestyle=_style(i), marker="o", markersize=4)
+            axes.plot([*points], [*points.values()], label=run.name, **how)
             drawn += points.values()
-    for label, run in labelled("teacher", runs, [run.teacher and run.teacher[1].get(name) for run in runs]):
+    for label, run in labelled("teacher", runs, [_level_of_teacher(run, name) for run in runs]):
         assert run.teacher is not None, "labelled gives those that have one"
         num_steps, row = run.teacher
         drawn.append(_level(axes, row[name], f"{label}, {num_steps} steps", label, runs.index(run), "--"))
@@ -129,6 +140,11 @@ def _draw_metric(name: str, runs: Sequence[Finished], axes: Any) -> None:
     axes.set_xticks(steps, [str(k) for k in steps], minor=False)
     axes.set(title=name, xlabel="sampling steps")
     _logarithmic(axes, drawn)
+
+
+def _level_of_teacher(run: Finished, name: str) -> tuple[int, float] | None:
+    """The teacher's steps and its figure."""
+    return None if run.teacher is None or name not in run.teacher[1] else (run.teacher[0], run.teacher[1][name])
 
 
 def _level(axes: Any, value: float, label: str, shared: str, place: int, style: str) -> float:

@@ -1,4 +1,7 @@
-"""Finished runs next to each other: the rows of their metrics.json as tables and a plot. Nothing is trained or measured."""
+"""Finished runs next to each other: the rows of their metrics.json as tables and a plot.
+
+Nothing is trained or measured.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ REPORT = ("runs.json", "table.md", "quality.png")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run under the name that tables and plots give it, its folder and the contents of its metrics.json ({} where it is not finished)."""
+    """A run under the name that tables and plots give it, its folder and its metrics.json ({} where there is none)."""
 
     name: str
     folder: Path
@@ -33,7 +36,8 @@ class Finished:
     @property
     def student(self) -> dict[int, Row]:
         """The student's rows by the number of steps, in order."""
-        return {int(k): figures_of(row) for k, row in sorted(self.metrics.get("student", {}).items(), key=lambda pair: int(pair[0]))}
+        rows = {int(k): figures_of(row) for k, row in self.metrics.get("student", {}).items()}
+        return dict(sorted(rows.items()))
 
     @property
     def teacher(self) -> tuple[int, Row] | None:
@@ -60,7 +64,7 @@ def figures_of(row: Mapping[str, Any]) -> Row:
 
 
 def read_runs(folders: Sequence[str | Path], *, unfinished: bool = False) -> list[Finished]:
-    """The runs of those folders, named by their folders. ValueError where one is no run folder, given twice, or not finished."""
+    """The runs of those folders, named by them. ValueError where one is no run folder, given twice, or not finished."""
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not (path / "recipe.yaml").is_file():
@@ -79,16 +83,21 @@ def _read(name: str, folder: Path) -> Finished:
     path = folder / "metrics.json"
     found = Finished(name, folder, read_json(path) if path.is_file() else {})
     try:
-        found.student, found.teacher, found.teacher_few, found.baseline  # noqa: B018 (a file that is not a run's fails here)
+        found.student, found.teacher, found.teacher_few, found.baseline  # noqa: B018 (other files fail here)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: does not hold the figures of a run") from error
     return found
 
 
-def compare_runs(folders: Sequence[str | Path], *, steps: Sequence[int] | None = None, out: str | Path | None = None) -> str:
+def compare_runs(
+    folders: Sequence[str | Path],
+    *,
+    steps: Sequence[int] | None = None,
+    out: str | Path | None = None,
+) -> str:
     """The tables as Markdown, one for each metric; with `out` also that folder's runs.json, table.md and quality.png.
 
-    steps: only those. ValueError where the runs' data or metrics differ, since their figures then measure different things.
+    steps: only those. ValueError where the runs' data or metrics differ: their figures then measure different things.
     """
     if out is not None:
         _check_out(Path(out))
@@ -111,7 +120,8 @@ def _check_out(folder: Path) -> None:
         raise ValueError(f"--out: {folder} is a run folder; choose another folder")
     foreign = [] if (folder / "runs.json").is_file() else [name for name in REPORT if (folder / name).exists()]
     if foreign:
-        raise ValueError(f"--out: {folder} holds {foreign[0]} and no runs.json: compare --runs did not write it; choose another folder")
+        what = f"{folder} holds {foreign[0]} and no runs.json: compare --runs did not write it"
+        raise ValueError(f"--out: {what}; choose another folder")
 
 
 def _check_alike(runs: Sequence[Finished]) -> None:
@@ -122,11 +132,12 @@ def _check_alike(runs: Sequence[Finished]) -> None:
         first = part_of(recipes[0])
         for run, recipe in zip(runs[1:], recipes[1:], strict=True):
             for key, mine, theirs in differences(first, part_of(recipe)):
-                raise RecipeError(f"--runs: {runs[0].name!r} and {run.name!r} have different {what}: {key} is {mine!r} and {theirs!r}")
+                pair = f"{runs[0].name!r} and {run.name!r}"
+                raise RecipeError(f"--runs: {pair} have different {what}: {key} is {mine!r} and {theirs!r}")
 
 
 def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, value here, value there) for each setting in which two plain values differ; None for a setting that is not there."""
+    """(key, one's value, the other's) for each setting in which two plain values differ; None where there is none."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for name in {**one, **other}:
             yield from differences(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
@@ -152,24 +163,32 @@ def tabulated(runs: Sequence[Finished], steps: Sequence[int] | None = None) -> d
     for label, run in labelled("teacher", runs, [(run.teacher, run.teacher_few) for run in runs]):
         lines |= {label: run.teacher_few} if run.teacher_few else {}
         levels |= {f"{label}, {run.teacher[0]} steps": run.teacher[1]} if run.teacher else {}
-    levels |= {label: run.baseline for label, run in labelled("real against real", runs, [run.baseline for run in runs])}
+    baselines = [run.baseline for run in runs]
+    levels |= {label: run.baseline for label, run in labelled("real against real", runs, baselines)}
     spreads = lambda row: {name: spread([value]) for name, value in row.items() if not name.endswith("_std")}
+    figures = lambda rows: {str(k): spreads(rows.get(k, {})) for k in chosen}
     return {
         "runs": {run.name: str(run.folder) for run in runs},
         "terms": {"steps": chosen},
         "metrics": names,
-        "recipes": {label: {"figures": {str(k): spreads(rows.get(k, {})) for k in chosen}} for label, rows in lines.items()},
+        "recipes": {label: {"figures": figures(rows)} for label, rows in lines.items()},
         "beside": {label: spreads(row) for label, row in levels.items()},
     }
 
 
 def labelled(label: str, runs: Sequence[Finished], values: Sequence[Any]) -> list[tuple[str, Finished]]:
-    """The runs that have such a value, each labelled with its name; the first alone where they all have the same value."""
+    """A run for each different value, labelled with the names of all that have it; a single value has no names."""
     empty: tuple[Any, ...] = (None, {}, (None, {}))
-    having = [(run, value) for run, value in zip(runs, values, strict=True) if value not in empty]
-    if all(value == having[0][1] for _, value in having):
-        return [(label, run) for run, _ in having[:1]]
-    return [(f"{label} ({run.name})", run) for run, _ in having]
+    groups: list[tuple[Any, list[Finished]]] = []
+    for run, value in zip(runs, values, strict=True):
+        having = next((those for other, those in groups if other == value), None)
+        if having is not None:
+            having.append(run)
+        elif value not in empty:
+            groups.append((value, [run]))
+    if len(groups) == 1:
+        return [(label, groups[0][1][0])]
+    return [(f"{label} ({', '.join(run.name for run in those)})", those[0]) for _, those in groups]
 
 
 def markdown(found: Mapping[str, Any], runs: Sequence[Finished]) -> str:
@@ -184,5 +203,10 @@ def _told(run: Finished) -> str:
     recipe = read_resolved(run.folder / "recipe.yaml")
     objective = to_plain(recipe.objective, TABLES)["kind"]
     seconds = run.metrics.get("seconds", {}).get("train")
-    cells = [run.name, recipe.name, f"{objective}, {recipe.trainer.steps} steps", "" if seconds is None else f"{seconds:.4g}"]
+    cells = [
+        run.name,
+        recipe.name,
+        f"{objective}, {recipe.trainer.steps} steps",
+        "" if seconds is None else f"{seconds:.4g}",
+    ]
     return f"| {' | '.join(cells)} |"
