@@ -103,6 +103,10 @@ class Codes(Protocol):
 
     def double(self) -> Codes: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is built of again."""
+        ...
+
 
 class LearnedPrior:
     """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
