@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build_prior import build_prior
-from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TextDataset
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TeacherSlot, TextDataset
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
@@ -25,7 +25,7 @@ from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
 from flowmap.planning.beforehand import check_sizes, check_start, shipped_prior
 from flowmap.planning.guidance import check_conditions
-from flowmap.planning.named_networks import missing_weights
+from flowmap.planning.named_networks import missing_weights, stacked
 from flowmap.planning.plan import (
     card_of,
     data_of,
@@ -121,11 +121,9 @@ def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
 def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     """What makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"]. RecipeError for samples of another shape."""
     check_conditions(recipe, data)
-    slot = pairs_teacher(recipe)
-    alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
-    if slot is not None:
-        built = build_teacher(alone, data)
-    else:
+    alone = recipe.changed(teacher=pairs_teacher(recipe), coupling=Independent(), objective=FlowMatching())
+    built = build_teacher(alone, data)
+    if built is None:
         student = load_student(trained_run(pairs_recipes(recipe)[0], recipe, "coupling.recipe"))
         built = _same_start(recipe, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
     if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
@@ -140,19 +138,23 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
     """
     if recipe.teacher is None:
         return None
-    return _same_start(recipe, _guided(recipe)).told_empty({} if data is None else data.empty)
+    return _same_start(recipe, _guided(recipe, recipe.teacher)).told_empty({} if data is None else data.empty)
 
 
 def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
     """The teacher; RecipeError unless its paths start at the recipe's own prior, N(0, I) for teachers that are no networks of ours."""
-    check_start(recipe, teacher.network and teacher.network.config.prior, shipped_prior(recipe))
+    theirs = None if teacher.network is None else teacher.network.config.prior
+    check_start(recipe, theirs, shipped_prior(recipe))
     return teacher
 
 
-def _guided(recipe: Recipe) -> BuiltTeacher:
-    built = _before_limits(recipe)
-    spec = built.network and built.network.config.net
-    limit = spec.limit() if card_of(recipe.teacher).kind == "diffusers" else None
+def _guided(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
+    built = _before_limits(recipe, slot)
+    if built.network is None or card_of(slot).kind != "diffusers":
+        return built
+    spec = built.network.config.net
+    assert isinstance(spec, DiffusersModel)
+    limit = spec.limit()
     if limit is None:
         return built
     clock, _ = spec.clock()
@@ -160,10 +162,10 @@ def _guided(recipe: Recipe) -> BuiltTeacher:
     return replace(built, guided=LimitedTeacher(built.guided, limit, **ends))
 
 
-def _before_limits(recipe: Recipe) -> BuiltTeacher:
-    card = card_of(recipe.teacher)
+def _before_limits(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
+    card = card_of(slot)
     strong, network, modules = _load(card, recipe)
-    guidance = recipe.teacher.guidance
+    guidance = slot.guidance
     if isinstance(guidance, ClassifierFree):
         return BuiltTeacher(ClassifierFreeTeacher(strong, default=guidance.default), network, modules)
     if isinstance(guidance, Autoguidance):
@@ -187,7 +189,7 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
 
 def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
-        spec, net = load_pretrained(card.source, card.revision)
+        spec, net = load_pretrained(card.pipeline, card.revision)
         spec.check(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
@@ -202,7 +204,8 @@ def _exact(data) -> MixtureTeacher:
 
 
 def trained_folder(card: Card, recipe: Recipe) -> Path:
-    return trained_run(recipe.named(card.recipe, recipe.teacher.overrides), recipe, "teacher")
+    assert recipe.teacher is not None
+    return trained_run(recipe.named(card.trained_by, recipe.teacher.overrides), recipe, "teacher")
 
 
 def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None) -> tuple[Teacher, tuple[nn.Module, ...]]:
@@ -219,6 +222,7 @@ def _weak(card: Card, guidance: Autoguidance, recipe: Recipe, network: Student |
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: teacher.guidance.{error}") from error
     else:
+        assert guidance.snapshot is not None  # Autoguidance has checked
         flow_map = copy.deepcopy(network.flow_map)  # not built anew: a LoRA student's state leaves its base out
         flow_map.load_state_dict(nearest_snapshot(trained_folder(card, recipe), share=guidance.snapshot))
     return NetworkTeacher(flow_map), (flow_map,)
@@ -229,9 +233,10 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
     guidance = recipe.teacher.guidance if recipe.teacher else None
     check_conditions(recipe, data)
     start = _start(recipe, teacher)
-    net = recipe.student if start is None else Stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
+    net = recipe.student if start is None else stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
     if start is not None and start.shape != data.shape:
-        origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {recipe.teacher.name}"
+        teacher_name = recipe.teacher.name if recipe.teacher else ""
+        origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {teacher_name}"
         raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
     if start is not None and start.arrival and recipe.objective.diagonal:
         raise RecipeError(f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s")
@@ -287,6 +292,7 @@ def _dropping(net: StudentSpec, recipe: Recipe) -> StudentSpec:
     """The network's settings with the recipe's dropout."""
     if not hasattr(net, "dropout"):
         raise RecipeError(f"{recipe.name}: student.dropout: a network of kind {kind_of(net, TABLES)} has none")
+    assert isinstance(recipe.start, FromTeacher)
     try:
         return replace(net, dropout=recipe.start.dropout)
     except ValueError as error:
@@ -306,10 +312,11 @@ def _beside(recipe: Recipe) -> Autoencoder | None:
     return replace(autoencoder, source=BESIDE, recipe=None)
 
 
-def _base(recipe: Recipe, teacher: BuiltTeacher) -> Base:
+def _base(recipe: Recipe, teacher: BuiltTeacher | None) -> Base:
     """Where a LoRA student's frozen weights come from: the teacher's card."""
     card = lora_card(recipe)
-    return Base(card.source, card.revision, fingerprint(teacher.network.flow_map.net.model))
+    assert teacher is not None and teacher.network is not None  # of kind diffusers
+    return Base(card.pipeline, card.revision, fingerprint(teacher.network.flow_map.net.model))
 
 
 def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
@@ -317,14 +324,17 @@ def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher |
 
     Frozen weights under adapters are the teacher's own parameters; all others are trained.
     """
+    network = None if teacher is None else teacher.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
             if config.lora is not None:
-                return config.build(teacher.network.flow_map.net)
+                assert network is not None
+                return config.build(network.flow_map.net)
             flow_map = config.build()
             if isinstance(recipe.start, FromTeacher):
-                start_from(flow_map, teacher.network.merged().flow_map)
+                assert network is not None
+                start_from(flow_map, network.merged().flow_map)
             elif isinstance(recipe.start, FromRecipe):
                 start_from(flow_map, load_student(started_folder(recipe)).merged().flow_map)
         except ValueError as error:

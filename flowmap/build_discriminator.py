@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from flowmap.base.schema import RecipeError
 from flowmap.build import BuiltTeacher
 from flowmap.flow.types import Cond
+from flowmap.objectives.adversarial import Adversarial, DiscriminatorSpec, FeaturesSpec
 from flowmap.objectives.perceptual import perceptual
 from flowmap.planning.costs import conditions_of
 from flowmap.recipe import Recipe
@@ -18,7 +20,7 @@ from flowmap.student.config import StudentConfig
 
 def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:
     """D(x, cond, noise) -> (B,) for the student's samples, its weights random by the recipe's seed. RecipeError where it cannot look at them."""
-    spec = recipe.objective.discriminator
+    spec = _spec(recipe)
     if spec.trunk != "teacher":
         return discriminator_on(recipe, config, None, {})
     if teacher is None or teacher.network is None:
@@ -29,17 +31,23 @@ def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTea
 
 def discriminator_on(recipe: Recipe, config: StudentConfig, network: nn.Module | None, example: Cond) -> nn.Module:
     """As build_discriminator, on the teacher's network itself, given one row of its conditions."""
-    spec = recipe.objective.discriminator
+    spec = _spec(recipe)
     where = "objective.discriminator"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
             more = {"teacher": {"network": network, "example": example}}.get(spec.trunk, {})
             if spec.trunk == "features":
+                assert isinstance(spec, FeaturesSpec)
                 more = {"call": _call(spec.net)}
             return spec.build(config.shape, num_classes=config.num_classes, **more)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: {where}.{error}") from error
+
+
+def _spec(recipe: Recipe) -> DiscriminatorSpec:
+    assert isinstance(recipe.objective, Adversarial)
+    return recipe.objective.discriminator
 
 
 def _call(name: str):
@@ -51,7 +59,9 @@ def _call(name: str):
 class _Features(nn.Module):
     """The features of a perceptual distance's network, at all its depths."""
 
-    def __init__(self, net: nn.Module):
+    net: Any  # has `features`
+
+    def __init__(self, net: Any):
         super().__init__()
         self.net = net
 

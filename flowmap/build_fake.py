@@ -14,7 +14,8 @@ from flowmap.student.config import StudentConfig
 
 def fake_config(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
     """What the fake is: the student's network, one of a stack, without an arrival time (unless the teacher's network has it), told the same."""
-    arrival = _starts_as_teacher(recipe, teacher) and teacher.network.config.arrival
+    network = None if teacher is None else teacher.network
+    arrival = network is not None and network.config.arrival and _starts_as_teacher(recipe, teacher)
     return replace(config, net=net_within(config.net), arrival=arrival)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowmap.base.files import read_json
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import draws_of
-from flowmap.flow.prior import FlowCodes, LearnedPrior, MixtureCodes
+from flowmap.flow.prior import CodeSampler, FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.planning.beforehand import check_prior, shipped_prior
 from flowmap.planning.plan import prior_recipes, trained_run
 from flowmap.recipe import Recipe
@@ -50,14 +50,19 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
 
 def _config(recipe: Recipe, folder: Path) -> PriorConfig:
     """That of the auxiliary model in the folder, with the recipe's z-sampler."""
-    z = recipe.prior.z
+    z = _codes_of(recipe)
     net = read_config(_flow_folder(recipe) / "student" / "config.json").net if isinstance(z, FlowCodes) else None
     return replace(read_prior_config(folder), z=z, z_net=net)
 
 
+def _codes_of(recipe: Recipe) -> CodeSampler:
+    assert isinstance(recipe.prior, Learned)
+    return recipe.prior.z
+
+
 def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
     """The tensors of the recipe's z-sampler, fitted or read."""
-    z = recipe.prior.z
+    z = _codes_of(recipe)
     if isinstance(z, MixtureCodes):
         return fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
     return dict(load_student(_flow_folder(recipe)).flow_map.state_dict()) if isinstance(z, FlowCodes) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from flowmap.data import (
     COUPLINGS,
@@ -48,6 +48,8 @@ from flowmap.teachers.text import TEXT_ENCODERS
 class Data(Protocol):
     """The settings of a data set, as data/dataset.py's Source has them; build() makes it."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def batch_size(self) -> int: ...
 
@@ -68,13 +70,21 @@ class Data(Protocol):
     def build(self) -> Any: ...
 
 
-class StudentSpec(Protocol): ...
+class StudentSpec(Protocol):
+    """The settings of a student, a dataclass: those of a network (NetSpec), or what its weights start from."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-class Metric(Protocol): ...
+class Metric(Protocol):
+    """The settings of a metric (metrics/specs.py)."""
+
+    @property
+    def needs(self) -> str: ...
 
 
-class EMA(Protocol): ...
+class EMA(Protocol):
+    """How weights are averaged; settings.py has the kinds."""
 
 
 def left_by(part: Any) -> str:

@@ -32,6 +32,7 @@ from flowmap.kinds import EMA, TABLES, Data, Metric, StudentSpec, left_by
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified, ScoreDistillation
+from flowmap.objectives.adversarial import FeaturesSpec
 from flowmap.objectives.lediflow import Unweighted
 from flowmap.optimizer import AdamW
 from flowmap.samplers import Deterministic, Gamma
@@ -134,9 +135,10 @@ class Recipe:
     def _check_lora(self) -> None:
         if self.trainer.strategy == "fsdp":
             raise ValueError("trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp")
-        if self.lora.dropout and getattr(self.distillation, "derivative", "ride") != "ride":
-            way = self.distillation.derivative
-            raise ValueError(f"student.lora.dropout: {self.lora.dropout} wants objective.derivative: ride; {way!r} would see another mask")
+        way, dropout = getattr(self.distillation, "derivative", "ride"), 0.0 if self.lora is None else self.lora.dropout
+        if dropout and way != "ride":
+            what = f"{dropout} wants objective.derivative: ride; {way!r} would see another mask"
+            raise ValueError(f"student.lora.dropout: {what}")
 
     def _check_pairs(self) -> None:
         kind, distance = kind_of(self.distillation, TABLES), getattr(self.distillation, "distance", None)
@@ -151,12 +153,14 @@ class Recipe:
 
     def _check_pictures(self) -> None:
         """The objective looks at pictures: those that the data's latents decode to, by a network that no metric has."""
-        where, net = ("perceptual" if isinstance(self.distillation, Endpoint) else "distance"), self.distillation.loss_net
+        objective: Any = self.distillation  # one with sees_pictures and loss_net
+        where, net = ("perceptual" if isinstance(objective, Endpoint) else "distance"), objective.loss_net
         if not self.data.in_pixels and getattr(self.data, "autoencoder", None) is None:
             raise ValueError(f"{self._key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder")
         self._check_unmeasured(net, f"{self._key}.{where}.net", "a loss")
 
     def _check_adversarial(self) -> None:
+        assert isinstance(self.objective, Adversarial)
         where, spec = "objective.discriminator", self.objective.discriminator
         if self.trainer.strategy == "fsdp":
             raise ValueError("trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp")
@@ -165,6 +169,7 @@ class Recipe:
         if spec.trunk == "features":
             if not self.data.in_pixels:
                 raise ValueError(f"{where}.kind: 'features' looks at pictures, and the data's samples are latents")
+            assert isinstance(spec, FeaturesSpec)
             self._check_unmeasured(spec.net, f"{where}.net", "a discriminator")
 
     def _check_unmeasured(self, net: str | None, key: str, what: str) -> None:
@@ -172,7 +177,9 @@ class Recipe:
             raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
 
     def _check_scores(self) -> None:
-        way = self.distillation.through
+        objective = self.distillation
+        assert isinstance(objective, ScoreDistillation)
+        way = objective.through
         if self.teacher is None:
             raise ValueError("teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one")
         if self.trainer.strategy == "fsdp":
@@ -182,7 +189,7 @@ class Recipe:
         if not isinstance(self.prior, Gaussian):
             raise ValueError("prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian")
         to_data = isinstance(self.sampler, Gamma) and self.sampler.gamma == 1
-        if way == "last" and max(self.distillation.steps) > 1 and not to_data:
+        if way == "last" and max(objective.steps) > 1 and not to_data:
             raise ValueError(f"{self._key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}")
 
     def _check_prior(self) -> None:
@@ -259,7 +266,8 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     for override in (word for word in overrides if not word.startswith("+")):
         _override(config, override)
     file = f"{name}.yaml" if str(name).endswith(path.stem) else path.name  # lediflow/digits.yaml, not one of several digits.yaml
-    return recipe_from(OmegaConf.to_container(config, resolve=False), file=file)
+    settings: Any = OmegaConf.to_container(config, resolve=False)
+    return recipe_from(settings, file=file)
 
 
 def _defaults() -> dict[str, Any]:
@@ -288,7 +296,8 @@ def _override(config, override: str) -> None:
     if INTERPOLATION in override:
         raise RecipeError(f"command line: {key}: {NO_INTERPOLATION}")
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        parsed = given["value"]
         refuse_interpolations(parsed, "")
         if key.endswith(".kind") and OmegaConf.select(config, key) != parsed:
             key, parsed = key.removesuffix(".kind"), {"kind": parsed}

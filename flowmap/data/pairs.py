@@ -37,6 +37,12 @@ DTYPES = ("auto", "uint8", "float16", "float32")
 class Guidance(Protocol):
     """How a teacher is guided; settings.py has the kinds."""
 
+    @property
+    def scale(self) -> tuple[float, float]: ...
+
+    @property
+    def default(self) -> float: ...
+
 
 class Coupling(Protocol): ...
 

@@ -26,6 +26,9 @@ TRAINED_ON = 200_000  # sentences, evenly spaced, that BPE looks at
 class Tokenizer(Protocol):
     """The settings of a tokenizer; fit(texts) gives it, trained on those where it is trained at all."""
 
+    @property
+    def max_tokens(self) -> int: ...
+
     def fit(self, texts: Sequence[str]) -> Tokens: ...
 
 

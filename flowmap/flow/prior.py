@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -104,6 +103,10 @@ class Codes(Protocol):
 
     def double(self) -> Codes: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is built of again."""
+        ...
+
 
 class LearnedPrior:
     """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
@@ -197,7 +200,7 @@ def placed(prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | No
     return Start(x1, told, variance)
 
 
-def rows_told(start: Start, rows: slice | Tensor, device: torch.device | str) -> Mapping[str, Tensor]:
+def rows_told(start: Start, rows: slice | Tensor, device: torch.device | str) -> dict[str, Tensor]:
     """What the network is told at those rows, on that device."""
     return {key: value[rows].to(device) for key, value in start.told.items()}
 

@@ -23,6 +23,7 @@ class FlowMapNet(nn.Module):
     None in what ships.
     """
 
+    net: Any  # one of nets/, or a library's
     decode: Callable[[Tensor], Tensor] | None = None
     uncertainty: nn.Module | None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,7 +21,12 @@ from flowmap.flow.types import Cond, along
 
 @runtime_checkable
 class NetSpec(Protocol):
-    """The settings of a network: what `net` may be. A recipe may say from_teacher or from_recipe, which are resolved to one."""
+    """The settings of a network, a dataclass: what `net` may be.
+
+    A recipe may say from_teacher or from_recipe, which are resolved to one.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def build(self) -> Callable[..., nn.Module]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
@@ -26,7 +26,25 @@ Scores = Callable[[Tensor, Cond | None, Tensor | None], Tensor]
 MOST = 1e4  # of the adaptive factor, where one gradient vanishes
 
 
-class DiscriminatorSpec(Protocol): ...
+class DiscriminatorSpec(Protocol):
+    """The settings of a discriminator.
+
+    trunk: the network whose features it reads: "none", the "teacher"'s, or "features" of a published one.
+    """
+
+    @property
+    def trunk(self) -> str: ...
+
+    @property
+    def build(self) -> Callable[..., nn.Module]: ...
+
+
+@runtime_checkable
+class FeaturesSpec(DiscriminatorSpec, Protocol):
+    """Those of one on the features of the network `net`."""
+
+    @property
+    def net(self) -> str: ...
 
 
 @dataclass(frozen=True)

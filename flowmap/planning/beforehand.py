@@ -16,7 +16,7 @@ from flowmap.planning.named_networks import check_teachers
 from flowmap.planning.plan import code_recipes, data_of, pairs_recipes, prior_recipes, teacher_cards, teacher_recipes
 from flowmap.recipe import Recipe
 from flowmap.settings import FromTeacher
-from flowmap.student.prior import Shipped
+from flowmap.student.prior import Shipped, auxiliary
 from flowmap.teachers.text import MINILM_SOURCE
 
 
@@ -78,15 +78,15 @@ def shipped_prior(recipe: Recipe) -> Shipped | None:
     trained = prior_recipes(recipe)[0]
     if trained.leaves != "prior":
         raise RecipeError(f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided")
-    return Shipped(trained.student.size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
+    return Shipped(auxiliary(trained.student).size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
 
 
 def check_prior(recipe: Recipe) -> None:
     """RecipeError where the flow of codes is one of other codes than the encoder's, or the teacher's paths start at another prior."""
     ours = shipped_prior(recipe)
-    if ours is not None and isinstance(recipe.prior.z, FlowCodes):
+    if isinstance(recipe.prior, Learned) and isinstance(recipe.prior.z, FlowCodes):
         _check_codes(recipe)
-    trained = [*teacher_recipes(recipe), *(pairs_recipes(recipe) if hasattr(recipe.coupling, "recipe") else [])]
+    trained = [*teacher_recipes(recipe), *(pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else [])]
     for teacher in trained:
         check_start(recipe, shipped_prior(teacher), ours)
     if ours is not None and not trained and teacher_cards(recipe):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmap.flow.types import Cond, along
+from flowmap.flow.types import Cond, Teacher, along
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
@@ -44,7 +44,8 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator).unbind()
     t, s = recipe.times(ROWS, device=x0.device, generator=generator)
     cond: dict[str, Tensor] = {"class": torch.zeros(ROWS, dtype=torch.int64)} if conditional else {}
-    guidance, teacher = recipe.teacher and recipe.teacher.guidance, strong if recipe.teacher else None
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
+    teacher: Teacher | None = None if recipe.teacher is None else strong
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = torch.linspace(low, high, ROWS)

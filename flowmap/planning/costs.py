@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.data import TextEncoder
-from flowmap.flow.prior import Learned, MixtureCodes
+from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
@@ -32,6 +33,7 @@ from flowmap.objectives.adversarial import Adversarial, discriminator_loss, gene
 from flowmap.planning.plan import prior_recipes
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
+from flowmap.student.prior import auxiliary
 from flowmap.teachers.text import Sentence
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the fused kernel that has shapes on every device
@@ -86,14 +88,18 @@ def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
     if not isinstance(recipe.prior, Learned):
         return 0.0
     trained, *flow = prior_recipes(recipe)
-    size = trained.student.size
+    spec, codes = auxiliary(trained.student), recipe.prior.z
+    size = spec.size
     with torch.device("meta"):
-        net, z = trained.student.build(shape), torch.zeros(1, size)
+        net: Any = spec.build(shape)
+        z = torch.zeros(1, size)
         with torch.no_grad(), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             net.decode(z)
-    flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(recipe.prior.z, MixtureCodes) else 0.0)
+    flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
     for one in flow:  # Heun: two calls a step
-        flops += 2 * recipe.prior.z.steps * cost_of(StudentConfig(one.student, one.sampler, (size,), arrival=False), graded=False).flops
+        assert isinstance(codes, FlowCodes)
+        config = StudentConfig(one.student, one.sampler, (size,), arrival=False)
+        flops += 2 * codes.steps * cost_of(config, graded=False).flops
     return flops
 
 
@@ -111,7 +117,8 @@ def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows:
         cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
     there = [real, fake, noise, *cond.values(), *net.parameters()]
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    counter.mod_tracker = _Nowhere()  # torch's own hangs hooks on gradients, which torch.autograd.grad refuses (torch 2.13)
+    # torch's own hangs hooks on gradients, which torch.autograd.grad refuses (torch 2.13)
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]  # torch annotates its own class
     with torch.device("meta"), counter:
         generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
         net.zero_grad(set_to_none=True)
@@ -160,7 +167,7 @@ def tokens_of(network: str, text: TextEncoder | None) -> int:
     """How many tokens of text a network reads: its encoder's max_tokens, else what its family's pipeline cuts at; SD3 has CLIP's 77 before T5's."""
     most = getattr(text, "max_tokens", None)
     if isinstance(text, Sentence):
-        return most
+        return text.max_tokens
     if network == "SD3Transformer2DModel":
         return 77 + (most or 256)
     return most or {"FluxTransformer2DModel": 512, "SanaTransformer2DModel": 300, "PixArtTransformer2DModel": 300}.get(network, 77)
@@ -171,7 +178,8 @@ class _Kept(TorchDispatchMode):
 
     def __init__(self, there: list[Tensor]):
         super().__init__()
-        self.there, self.sizes = {tensor.untyped_storage()._cdata for tensor in there}, {}
+        self.there = {tensor.untyped_storage()._cdata for tensor in there}
+        self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

@@ -14,6 +14,8 @@ from flowmap.build import student_config
 from flowmap.build_discriminator import discriminator_on
 from flowmap.build_fake import fake_config
 from flowmap.data import Text
+from flowmap.flow.prior import Learned
+from flowmap.flow.types import Cond
 from flowmap.kinds import TABLES
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
@@ -24,6 +26,7 @@ from flowmap.planning.named_networks import missing_weights, net_of, spec_of
 from flowmap.planning.outlines import Described, check_outlines, known_data
 from flowmap.planning.pictures import check_pictures, describe_pictures
 from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, holds, pairs_cards, plan, prior_recipes, runs_root, teacher_cards
+from flowmap.planning.provenance import pairs_spec
 from flowmap.planning.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.settings import PowerEMA
@@ -116,7 +119,9 @@ def missing_devices(recipe: Recipe) -> list[str]:
 def _state(stage: Stage | Encoding | Pairing) -> str:
     if isinstance(stage, Encoding):
         return f"its pictures -> {stage.makes}"
-    return f"{stage.recipe.coupling.num} pairs" if isinstance(stage, Pairing) else f"{stage.recipe.trainer.steps} steps"
+    if isinstance(stage, Pairing):
+        return f"{pairs_spec(stage.recipe).num} pairs"
+    return f"{stage.recipe.trainer.steps} steps"
 
 
 def _weights_missing(cards: list[Card]) -> list[str]:
@@ -129,7 +134,7 @@ def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
     if spec is None or data is None:
         return None
     config = student_config(recipe.changed(student=spec), data, None)
-    return replace(config, lora=recipe.lora, base=Base(cards[0].source, cards[0].revision)) if recipe.lora else config
+    return replace(config, lora=recipe.lora, base=Base(cards[0].pipeline, cards[0].revision)) if recipe.lora else config
 
 
 def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput: float) -> list[str]:
@@ -143,9 +148,11 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
     judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
     if judge is not None:
         lines.append(f"discriminator: {counted(judge)}; {_flops(judge.flops)} a step for one sample, penalties and their gradients among them")
-    fake = cost_of(fake_config(recipe, config)) if isinstance(recipe.distillation, ScoreDistillation) else None
-    if fake is not None:
-        lines.append(f"fake score: {counted(fake)}, {recipe.distillation.fake_steps} steps of its own for each of the student's")
+    fake, distillation = None, recipe.distillation
+    if isinstance(distillation, ScoreDistillation):
+        fake = cost_of(fake_config(recipe, config))
+        steps = distillation.fake_steps
+        lines.append(f"fake score: {counted(fake)}, {steps} steps of its own for each of the student's")
     lines.append(_memory(recipe, student, teachers, judge, fake))
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
@@ -160,6 +167,7 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
 
 
 def _prior(recipe: Recipe, config: StudentConfig) -> str:
+    assert isinstance(recipe.prior, Learned)
     trained = prior_recipes(recipe)[0]
     auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
     start = start_flops(recipe, config.shape)
@@ -173,14 +181,16 @@ def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[
         spec = spec_of(card, recipe) if card.kind != "exact" else None
         if spec is not None:
             num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
-            plain = dict(net=spec, arrival=False, guidance=None, lora=None, base=None, num_classes=num_classes)
-            found.append((card, cost_of(replace(config, **plain), graded=False)))
+            plain = replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
+            found.append((card, cost_of(replace(plain, num_classes=num_classes), graded=False)))
     return found
 
 
 def _discriminator(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> Cost | None:
     """Its cost without any weights of the teacher that it looks through; None where nothing says what that is."""
-    network, example = None, {}
+    assert isinstance(recipe.objective, Adversarial)
+    network: nn.Module | None = None
+    example: Cond = {}
     if recipe.objective.discriminator.trunk == "teacher":
         spec = spec_of(cards[0], recipe) if cards[0].kind != "exact" else None
         if spec is None:
@@ -201,18 +211,20 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
 
 def _memory(recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]], judge: Cost | None, fake: Cost | None) -> str:
     trainer = recipe.trainer
-    power = isinstance(recipe.ema, PowerEMA) and recipe.ema.snapshot_every_steps
-    averages = len({recipe.ema.std, *recipe.ema.snapshot_stds}) if power else 1
+    ema, objective, distillation = recipe.ema, recipe.objective, recipe.distillation
+    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
     shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
     state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
     frozen = 4 * sum(cost.parameters for _, cost in teachers) - (4 * teachers[0][1].parameters if recipe.lora else 0)  # a base is shared
     kept = one = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
     if fake is not None:
+        assert isinstance(distillation, ScoreDistillation)
         state += 16 * fake.trained
-        kept *= max(recipe.distillation.steps) if recipe.distillation.through == "all" else 1
+        kept *= max(distillation.steps) if distillation.through == "all" else 1
     if judge is not None:  # the samples' graph stands beside that of the distillation loss; the discriminator's own loss comes after both
+        assert isinstance(objective, Adversarial)
         state += 16 * judge.trained
-        graphs = max(recipe.objective.steps) if recipe.objective.through == "all" else 1
+        graphs = max(objective.steps) if objective.through == "all" else 1
         kept = max(kept + graphs * one, judge.kept_bytes * recipe.data.batch_size + judge.shared_bytes)
     activations = kept * (0.5 if trainer.precision == "bf16" else 1)
     how = [trainer.precision] if trainer.precision != "32" else []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import Dataset, TeacherSlot, TextDataset
+from flowmap.data import Dataset, TeacherSlot, Text, TextDataset
 from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -36,7 +36,8 @@ def check_guidance(recipe: Recipe) -> None:
 def check_conditions(recipe: Recipe, data: Dataset) -> None:
     """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
     for key, slot in _slots(recipe):
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or (isinstance(data, TextDataset) and recipe.data.attributes):
+        described = isinstance(data, TextDataset) and isinstance(recipe.data, Text) and recipe.data.attributes
+        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or described:
             continue
         if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
             raise RecipeError(_no_conditions(recipe, key))
@@ -80,7 +81,7 @@ def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
         raise RecipeError(_no_conditions(recipe, key))
     asks = f"{key}.guidance: classifier_free asks" if free else "data.drop_condition: above 0 asks" if _drops(recipe) else None
     if asks and card.kind == "recipe":
-        trained = recipe.named(card.recipe, slot.overrides)
+        trained = recipe.named(card.trained_by, slot.overrides)
         if trained.data.conditional and recipe.data.conditional and not _knows_nothing(trained):
             raise RecipeError(
                 f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: its data.drop_condition is 0; "
@@ -116,5 +117,5 @@ def _knows_nothing(trained: Recipe) -> bool:
         return _knows_nothing(trained.named(trained.start.recipe, trained.start.overrides))
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
         card = card_of(trained.teacher)
-        return card.kind != "recipe" or _knows_nothing(trained.named(card.recipe, trained.teacher.overrides))
+        return card.kind != "recipe" or _knows_nothing(trained.named(card.trained_by, trained.teacher.overrides))
     return False

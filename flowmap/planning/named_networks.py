@@ -9,7 +9,7 @@ from pathlib import Path
 from flowmap.base.schema import RecipeError, construct
 from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
-from flowmap.nets.stacked import Stacked
+from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.planning.plan import card_of, data_of, start_recipes, teacher_cards, weights_folder
 from flowmap.recipe import Recipe
@@ -21,12 +21,18 @@ from flowmap.teachers.card import Card
 
 def net_of(recipe: Recipe) -> StudentSpec | None:
     """The network of the recipe's student without its weights, by way of what it starts from; None as in spec_of."""
-    net = recipe.start
+    net: StudentSpec | None = recipe.start
     if isinstance(net, FromRecipe):
         net = _shipped(net_of(start_recipes(recipe)[0]))
     elif isinstance(net, FromTeacher):
         net = spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
-    return Stacked(net) if isinstance(recipe.student, Stacked) and net is not None else net
+    return stacked(net) if isinstance(recipe.student, Stacked) and net is not None else net
+
+
+def stacked(net: StudentSpec) -> Stacked:
+    """A stack of two of that network."""
+    assert isinstance(net, NetSpec)
+    return Stacked(net)
 
 
 def _shipped(net: StudentSpec | None) -> StudentSpec | None:
@@ -38,9 +44,10 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
     """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
     none of them says it. RecipeError where the card says it wrongly."""
     if card.kind == "recipe":
-        return _shipped(net_of(recipe.named(card.recipe, recipe.teacher.overrides)))
+        assert recipe.teacher is not None
+        return _shipped(net_of(recipe.named(card.trained_by, recipe.teacher.overrides)))
     if card.kind == "diffusers" and on_this_machine(card):
-        return read_spec(card.source, card.revision)
+        return read_spec(card.pipeline, card.revision)
     if card.kind == "converted" and missing_weights(card) is None:
         return read_config(weights_folder(card) / "config.json").net
     if not card.network:
@@ -61,7 +68,7 @@ def missing_weights(card: Card) -> str | None:
     """Why a pretrained card cannot be used here, in one line; None where it can."""
     if card.kind == "diffusers":
         lacks = "no such folder, and no hub id (owner/name)"
-        if is_hub_id(card.source):
+        if is_hub_id(card.pipeline):
             lacks = f"not on this machine; fit fetches it{f' ({card.fetch})' if card.fetch else ''}"
         return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: {lacks}"
     folder = weights_folder(card)
@@ -72,7 +79,7 @@ def missing_weights(card: Card) -> str | None:
 
 def on_this_machine(card: Card) -> bool:
     """Whether a diffusers model is a folder here or in the hub's cache."""
-    return Path(card.source or "").is_dir() or in_hub_cache(card.source, ["model_index.json"], card.revision)
+    return Path(card.source or "").is_dir() or in_hub_cache(card.pipeline, ["model_index.json"], card.revision)
 
 
 def check_teachers(recipe: Recipe) -> None:
@@ -82,7 +89,7 @@ def check_teachers(recipe: Recipe) -> None:
             raise RecipeError(f"{recipe.name}: teacher.card: {line}")
         try:
             if card.kind == "diffusers":
-                read_spec(card.source, card.revision).check(tuple(card.shape))
+                read_spec(card.pipeline, card.revision).check(tuple(card.shape))
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
         if card.kind == "diffusers":
@@ -91,7 +98,7 @@ def check_teachers(recipe: Recipe) -> None:
 
 def _check_latents(recipe: Recipe, card: Card) -> None:
     autoencoder = getattr(data_of(recipe), "autoencoder", None)
-    if isinstance(autoencoder, Autoencoder) and Path(autoencoder.source).is_dir():
+    if isinstance(autoencoder, Autoencoder) and autoencoder.source is not None and Path(autoencoder.source).is_dir():
         try:
             autoencoder.check_channels(card.shape[0])
         except ValueError as error:

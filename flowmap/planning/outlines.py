@@ -40,6 +40,7 @@ from flowmap.planning.plan import (
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import read_config
+from flowmap.student.prior import auxiliary
 from flowmap.student.text import described
 from flowmap.teachers.autoencoder import Autoencoder
 
@@ -107,7 +108,7 @@ def _described(recipe: Recipe) -> Described | None:
 
 def _codes(recipe: Recipe) -> Shape | None:
     """The shape of codes, where they are the data."""
-    return next(((trained.student.size,) for trained in code_recipes(recipe)), None)
+    return next(((auxiliary(trained.student).size,) for trained in code_recipes(recipe)), None)
 
 
 def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
@@ -122,11 +123,13 @@ def _latents(recipe: Recipe) -> Shape | None:
     """The shape of latents of an autoencoder that one of our recipes trains, that a card of kind autoencoder describes, or that is here."""
     images, autoencoder = getattr(recipe.data, "images", None), getattr(recipe.data, "autoencoder", None)
     for trained in autoencoder_recipes(recipe) if images is not None else ():
-        side = halved(recipe, 2 ** (len(trained.student.channels) - 1), trained.name)
-        return trained.student.latent_channels, side, side
+        spec: Any = trained.student  # of an autoencoder
+        side = halved(recipe, 2 ** (len(spec.channels) - 1), trained.name)
+        return spec.latent_channels, side, side
     source = getattr(autoencoder, "source", None)
     for card in map(find_card, list_cards()) if source else ():
         if card.kind == "autoencoder" and card.source == source:
+            assert card.pixels is not None  # read_card has checked
             side = halved(recipe, card.pixels // card.shape[1], card.name)
             return card.shape[0], side, side
     if isinstance(autoencoder, Autoencoder) and images is not None and source and Path(source).is_dir():
@@ -137,7 +140,8 @@ def _latents(recipe: Recipe) -> Shape | None:
 
 def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
     """The side of the latents of the recipe's pictures. RecipeError where `factor` pixels a side do not divide them."""
-    size = recipe.data.images.size
+    data: Any = recipe.data  # of pictures
+    size = data.images.size
     if size % factor:
         raise RecipeError(f"{recipe.name}: data.images.size: {size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}")
     return size // factor

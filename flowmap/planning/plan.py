@@ -20,7 +20,7 @@ from flowmap.data.shards import difference
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.kinds import TABLES
-from flowmap.planning.provenance import WHERE, identity
+from flowmap.planning.provenance import WHERE, identity, pairs_spec
 from flowmap.planning.same_run import BUILT_ON, name_in_0_1, same_training
 from flowmap.recipe import Recipe, shipped
 from flowmap.settings import Autoguidance, FromRecipe
@@ -155,7 +155,7 @@ def prior_recipes(recipe: Recipe) -> list[Recipe]:
 
 def data_of(recipe: Recipe) -> Any:
     """The recipe's data with folders in the place of names: where its latents lie, and where the run that trains its encoder does."""
-    data = recipe.data
+    data: Any = recipe.data
     if isinstance(data, Codes) and data.recipe:
         return replace(data, root=str(dependency_folder(code_recipes(recipe)[0]) / "student"))
     if not isinstance(data, Encoded) and getattr(data, "autoencoder", None) is None:
@@ -196,7 +196,7 @@ def _cards(slot: TeacherSlot | None) -> list[Card]:
 
 def card_of(slot: TeacherSlot) -> Card:
     """The card that the slot names; of a teacher that is named by its recipe, a card that says so."""
-    card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.recipe)
+    card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.name)
     if card.kind == "autoencoder":
         raise RecipeError(f"teacher.card: {card.name!r} is an autoencoder's, and no teacher; data.autoencoder.source names it")
     return card
@@ -217,7 +217,9 @@ def teacher_recipes(recipe: Recipe) -> list[Recipe]:
 
 
 def _trained(recipe: Recipe, slot: TeacherSlot | None) -> list[Recipe]:
-    return [recipe.named(card.recipe, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
+    if slot is None:
+        return []
+    return [recipe.named(card.trained_by, slot.overrides) for card in _cards(slot) if card.kind == "recipe"]
 
 
 def start_recipes(recipe: Recipe) -> list[Recipe]:
@@ -236,7 +238,8 @@ def pairs_cards(recipe: Recipe) -> list[Card]:
 
 def pairs_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipes that train what makes the pairs."""
-    return _trained(recipe, pairs_teacher(recipe)) if recipe.coupling.recipe is None else [recipe.named(recipe.coupling.recipe)]
+    made_by = pairs_spec(recipe).recipe
+    return _trained(recipe, pairs_teacher(recipe)) if made_by is None else [recipe.named(made_by)]
 
 
 def styles_of(recipe: Recipe) -> Styles | None:
@@ -249,9 +252,10 @@ def styles_of(recipe: Recipe) -> Styles | None:
 
 def pairs_of(recipe: Recipe) -> Pairs:
     """The recipe's pairs with the folder where they lie: runs/pairs-<hash> unless it names one."""
-    if recipe.coupling.root:
-        return recipe.coupling
-    plain = {key: value for key, value in to_plain(recipe.coupling, TABLES).items() if key != "shard_items"}
+    spec = pairs_spec(recipe)
+    if spec.root:
+        return spec
+    plain = {key: value for key, value in to_plain(spec, TABLES).items() if key != "shard_items"}
     data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
     needed = [*pairs_recipes(recipe), *autoencoder_recipes(recipe)]
 
@@ -260,7 +264,7 @@ def pairs_of(recipe: Recipe) -> Pairs:
         reader = (READER,) if isinstance(recipe.data, (Encoded, Folder)) else ()
         return (plain, data, [hash_of(one) for one in needed], *reader, *prior)
 
-    return replace(recipe.coupling, root=str(_by_hash("pairs", parts)))
+    return replace(spec, root=str(_by_hash("pairs", parts)))
 
 
 def pairs_identity(recipe: Recipe) -> dict[str, Any]:
@@ -273,7 +277,7 @@ def weights_of(named: Card | Recipe) -> Path | None:
     if isinstance(named, Recipe):
         return dependency_folder(named) / "student" / "model.safetensors"
     if named.kind == "diffusers":
-        folder = Path(named.source)
+        folder = Path(named.pipeline)
         return next((part for name in ("transformer", "unet") if (part := folder / name).is_dir()), None) if folder.is_dir() else None
     return weights_folder(named) if named.kind == "converted" else None
 

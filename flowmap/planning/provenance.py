@@ -26,12 +26,19 @@ from flowmap.teachers.card import Card
 WHERE = ("root", *(field.name for field in fields(Source) if field.name != "conditional"))  # of data: what no pair depends on
 
 
+def pairs_spec(recipe: Recipe) -> Pairs:
+    """The recipe's coupling, which must be pairs."""
+    assert isinstance(recipe.coupling, Pairs)
+    return recipe.coupling
+
+
 def scale_of(recipe: Recipe) -> float | None:
     """The one guidance scale that the pairs are made with; None where their teacher has no guidance."""
-    spec, guidance = recipe.coupling, None
+    spec = pairs_spec(recipe)
     if spec.teacher is not None:
         guidance = spec.teacher.guidance
     else:
+        assert spec.recipe is not None  # Pairs has checked
         trained = recipe.named(spec.recipe)
         guidance = trained.teacher.guidance if trained.teacher is not None else None
         if guidance is None and spec.guidance is not None:
@@ -45,7 +52,8 @@ def baked_scale(recipe: Recipe) -> float | None:
     """The guidance scale that the recipe's pairs have in them: of what made them, or of the pairs that that in turn learned from."""
     if not isinstance(recipe.coupling, Pairs):
         return None
-    made_by = recipe.coupling.recipe or recipe.coupling.teacher.recipe
+    spec = recipe.coupling
+    made_by = spec.recipe if spec.teacher is None else spec.teacher.recipe
     scale = scale_of(recipe)
     return baked_scale(recipe.named(made_by)) if scale is None and made_by is not None else scale
 
@@ -58,11 +66,15 @@ def identity(
     data: the recipe's, its folders filled in. card_of(teacher slot) and find_card(name) give cards; weights_of(card or recipe) the folder or
     file with those weights.
     """
-    spec = recipe.coupling
+    spec = pairs_spec(recipe)
+    if spec.recipe is None:
+        made_by = _of_card(recipe, card_of, find_card, weights_of)
+    else:
+        made_by = _of_recipe(recipe.named(spec.recipe), weights_of)
     told = {
         "format": FORMAT,
         "clock": CLOCK,
-        "teacher": _of_recipe(recipe.named(spec.recipe), weights_of) if spec.teacher is None else _of_card(recipe, card_of, find_card, weights_of),
+        "teacher": made_by,
         "guidance": scale_of(recipe),
         "solver": to_plain(spec.solver, TABLES),
         **{name: getattr(spec, name) for name in ("num", "inverted", "seed", "dtype")},
@@ -75,8 +87,11 @@ def identity(
 
 def _of_prior(recipe: Recipe, prior: Learned, weights_of) -> dict[str, Any]:
     """Without what does not change where pairs start: whether a network is told of it."""
-    codes = prior.z if not isinstance(prior.z, FlowCodes) else None
-    flow = {"flow": _of_recipe(recipe.named(prior.z.recipe, prior.z.overrides), weights_of), "steps": prior.z.steps} if codes is None else {}
+    flow, codes = {}, None
+    if isinstance(prior.z, FlowCodes):
+        flow = {"flow": _of_recipe(recipe.named(prior.z.recipe, prior.z.overrides), weights_of), "steps": prior.z.steps}
+    else:
+        codes = prior.z
     told = _of_recipe(recipe.named(prior.recipe, prior.overrides), weights_of)
     return {**told, "scale": prior.scale, "z": to_plain(codes, TABLES), **flow}
 
@@ -86,7 +101,8 @@ def _of_recipe(trained: Recipe, weights_of) -> dict[str, Any]:
 
 
 def _of_card(recipe: Recipe, card_of, find_card, weights_of) -> dict[str, Any]:
-    teacher = recipe.coupling.teacher
+    teacher = pairs_spec(recipe).teacher
+    assert teacher is not None
     guidance = teacher.guidance
     told = _card(recipe, card_of(teacher), weights_of)
     if guidance is not None:
@@ -100,8 +116,10 @@ def _of_card(recipe: Recipe, card_of, find_card, weights_of) -> dict[str, Any]:
 def _card(recipe: Recipe, card: Card, weights_of) -> dict[str, Any]:
     here = card.source is not None and Path(card.source).is_dir()  # then its weights name it, not where they lie
     told = {"card": card.name, "kind": card.kind, "source": None if here else card.source, "revision": card.revision}
-    trained = recipe.named(card.recipe, recipe.coupling.teacher.overrides) if card.kind == "recipe" else None
-    told |= {"recipe": trained and trained.name, "hash": trained and trained.hash()}
+    teacher = pairs_spec(recipe).teacher
+    assert teacher is not None
+    trained = recipe.named(card.trained_by, teacher.overrides) if card.kind == "recipe" else None
+    told |= {"recipe": None if trained is None else trained.name, "hash": None if trained is None else trained.hash()}
     folder = weights_of(trained or card)
     return {key: value for key, value in told.items() if value is not None} | {"weights": weights_hash(folder)}
 

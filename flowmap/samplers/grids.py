@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, Positive, Range, Rho, Share, check_ranges
+from flowmap.flow.draws import Generator
 from flowmap.flow.solver import rho_times, uniform_times
+from flowmap.flow.types import Cond, FlowMap
 
 GRIDS = ("uniform", "shifted", "rho")
 
@@ -64,6 +66,9 @@ class FewStep:
     def calls(self, steps: int) -> int:
         """How often a sample of so many steps asks the student."""
         return steps
+
+    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+        raise NotImplementedError
 
     def step(self, student, x: Tensor, t: float, s: float, cond) -> Tensor:
         """x at time t carried to time s, one step."""

@@ -16,6 +16,7 @@ from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora
+from flowmap.nets.stacked import NetSpec
 from flowmap.student.prior import Shipped
 
 FORMAT = 1
@@ -98,7 +99,7 @@ class StudentConfig:
         """The conditions beside class and guidance, as networks are told of them."""
         attributes = (Further(one.name, len(one.values), "number") for one in self.attributes)
         contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
-        code = [Further("z", self.prior.size, "code")] if self.told else []
+        code = [Further("z", self.prior.size, "code")] if self.prior is not None and self.told else []
         return (*attributes, *contexts, *code)
 
     def classes_listed(self, shown: int = 20) -> str:
@@ -112,7 +113,8 @@ class StudentConfig:
         guidance = self.guidance is not None
         further = {"further": self.further} if self.further else {}
         if base is None:
-            net = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
+            assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
+            net: Any = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
         else:
             net = base.with_branches(arrival=self.arrival, guidance=guidance)
         if self.lora is not None:

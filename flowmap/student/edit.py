@@ -65,8 +65,8 @@ def _resolved(student: Student, x1: Tensor, cond, x0: Tensor, hole: Tensor, step
 def interpolate(student: Student, first: Tensor, second: Tensor, num: int, *, steps: int = 4, solver: str | None = None, seed: int = 0) -> Tensor:
     """(num, C, H, W): samples of codes on the great arc from the first picture's code to the second's, all from the same noise."""
     prior = _prior_of(student, "--interpolate")
-    codes = [prior.encode(_encoded(student, one, "--interpolate")) for one in (first, second)]
-    z = slerp(*codes, torch.linspace(0, 1, num, device=codes[0].device))
+    a, b = (prior.encode(_encoded(student, one, "--interpolate")) for one in (first, second))
+    z = slerp(a, b, torch.linspace(0, 1, num, device=a.device))
     noise = torch.randn(1, *student.config.shape, generator=torch.Generator().manual_seed(seed)).to(student.device)
     start = prior.place(z, noise.expand(num, *student.config.shape))
     sampler = asked_for(student.config.sampler, solver=solver)
@@ -107,9 +107,10 @@ def picture_shape(student: Student) -> tuple[int, int, int]:
     shape = tuple(student.config.shape)
     if len(shape) != 3 or student.config.text_autoencoder is not None:
         raise ValueError(f"this student's samples, of shape {shape}, are no pictures")
-    if student.config.autoencoder is None:
-        return shape
-    return tuple(student.pictures(torch.zeros(1, *shape, device=student.device)).shape[1:])
+    if student.config.autoencoder is not None:
+        shape = student.pictures(torch.zeros(1, *shape, device=student.device)).shape[1:]
+    channels, height, width = shape
+    return channels, height, width
 
 
 def _prior_of(student: Student, key: str) -> LearnedPrior:
@@ -124,7 +125,7 @@ def _encoded(student: Student, picture: Tensor, key: str) -> Tensor:
     if tuple(picture.shape) != wanted:
         raise ValueError(f"{key}: the picture is {_size(picture.shape)}, this student's are {_size(wanted)}")
     x = picture.unsqueeze(0).to(student.device)
-    return x if student.config.autoencoder is None else student.autoencoder.to(student.device).encode(x)
+    return x if student.autoencoder is None else student.autoencoder.to(student.device).encode(x)
 
 
 def _hole(student: Student, picture: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from flowmap.base.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from flowmap.base.schema import RecipeError, construct, to_plain
 from flowmap.kinds import TABLES
+from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
@@ -91,6 +92,7 @@ def load_student(source: str | Path, *, base: str | Path | None = None) -> Stude
     flow_map = _empty(config, state, folder / "config.json")
     _check_shapes(flow_map.state_dict(), state, weights)
     if config.lora is not None:
+        assert config.base is not None and isinstance(config.net, DiffusersModel)  # StudentConfig has checked
         try:
             flow_map = config.build(load_base(config.base, config.net))
         except ValueError as error:

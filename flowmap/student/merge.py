@@ -88,7 +88,7 @@ def merge(
     student = student.merged()
     weights = {name: tensor.clone() for name, tensor in student.flow_map.state_dict().items()}
     reports = []
-    if delta is not None:
+    if delta is not None and base is not None:
         changes, alone = _difference(delta, base, alpha)
         reports.append(_add(weights, changes, f"{delta} - {base}, times {alpha:g}", alone=alone))
     if lora is not None:

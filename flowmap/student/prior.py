@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCode
 from flowmap.flow.solver import Heun
 from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.flow_map import FlowMapNet, misfit
+from flowmap.nets.stacked import NetSpec
 
 FORMAT = 1
 PRIOR = "prior"
@@ -56,6 +58,20 @@ class PriorConfig:
     format: int = FORMAT
 
 
+@runtime_checkable
+class AuxiliarySpec(NetSpec, Protocol):
+    """The settings of an auxiliary model (nets/auxiliary.py). size: of its codes z."""
+
+    @property
+    def size(self) -> int: ...
+
+
+def auxiliary(net: StudentSpec) -> AuxiliarySpec:
+    """The settings themselves, which must be those of an auxiliary model."""
+    assert isinstance(net, AuxiliarySpec)
+    return net
+
+
 def save_prior(folder: Path, config: PriorConfig, model: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
     """Writes config.json and model.safetensors, the weights first."""
     named = {f"model.{name}": tensor for name, tensor in model.items()} | {f"codes.{name}": tensor for name, tensor in codes.items()}
@@ -74,18 +90,19 @@ def read_prior_config(folder: Path) -> PriorConfig:
 def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int | None = None) -> LearnedPrior:
     """The prior in that folder, on the CPU, frozen. size: of the codes that its student is told. ValueError names the file and what is wrong."""
     config, file = read_prior_config(folder), folder / "model.safetensors"
-    if size not in (None, config.net.size):
-        raise ValueError(f"{folder / 'config.json'}: codes of {config.net.size} numbers; the student beside it was trained on codes of {size}")
+    spec = auxiliary(config.net)
+    if size not in (None, spec.size):
+        raise ValueError(f"{folder / 'config.json'}: codes of {spec.size} numbers; the student beside it was trained on codes of {size}")
     state = read_tensors(file)
-    model = config.net.build(config.shape)
+    model = spec.build(config.shape)
     _fill(model, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, file)
     codes = {k.removeprefix("codes."): v for k, v in state.items() if k.startswith("codes.")}
-    return LearnedPrior(model.eval().requires_grad_(False), built_codes(config, codes, file), config.net.size, scale=scale, told=told)
+    return LearnedPrior(model.eval().requires_grad_(False), built_codes(config, codes, file), spec.size, scale=scale, told=told)
 
 
 def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str) -> NormalDraws | MixtureDraws | FlowDraws:
     """The z-sampler of those tensors; ValueError where it makes codes of another length than the auxiliary model's."""
-    size = config.net.size
+    size = auxiliary(config.net).size
     if isinstance(config.z, MixtureCodes):
         k = config.z.components
         wanted = {"weights": (k,), "means": (k, size), "factors": (k, size, size)}
@@ -94,6 +111,7 @@ def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path |
             raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {k} components of codes of {size} numbers")
         return MixtureDraws(*(tensors[name].double() for name in wanted))
     if isinstance(config.z, FlowCodes):
+        assert isinstance(config.z_net, NetSpec)
         net = FlowMapNet(config.z_net.build((size,), num_classes=None, arrival=False, guidance=False))
         _fill(net, tensors, file, "its z-sampler, a flow, does not match the encoder's codes: ")
         return FlowDraws(net, Heun(steps=config.z.steps))

@@ -105,7 +105,10 @@ class Student(Sentences):
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
         found = self.carry(start, rows, steps, noise, **options)
-        return found if refine is None else refine(found, prompts_of(num, cond)).clamp(-1, 1)
+        if refine is None:
+            return found
+        assert isinstance(found, Tensor)  # pictures: sentences were refused
+        return refine(found, prompts_of(num, cond)).clamp(-1, 1)
 
     @torch.no_grad()
     def carry(
@@ -151,12 +154,15 @@ class Student(Sentences):
     def prior(self) -> LearnedPrior | None:
         """The learned prior, loaded when first asked for; None where samples start at N(0, I)."""
         told = self.config.prior
-        return None if told is None else load_prior(self.folder / PRIOR, scale=told.scale, told=told.told, size=told.size)
+        if told is None:
+            return None
+        assert self.folder is not None
+        return load_prior(self.folder / PRIOR, scale=told.scale, told=told.told, size=told.size)
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
         """What samples x0 (B, *shape) look like: decoded where they are latents, pictures cut to [-1, 1], anything else as it is."""
-        if self.config.autoencoder is not None:
+        if self.autoencoder is not None:
             decode = self.autoencoder.to(x0.device).decode
             return torch.cat([decode(part).clamp(-1, 1) for part in x0.split(batch_size)]) if len(x0) else x0
         return x0.clamp(-1, 1) if self.config.clamp else x0

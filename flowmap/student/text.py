@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import TextCoder, TextDataset
+from flowmap.data import Text, TextCoder, TextDataset
+from flowmap.data.text import Attribute
 from flowmap.data.tokens import BPE, Pair, Pretrained
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
 from flowmap.kinds import left_by
+from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives import FlowMatching
 from flowmap.student.conditions import texts_of
 from flowmap.student.config import BESIDE, found_beside
@@ -30,6 +32,19 @@ if TYPE_CHECKING:
 
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
+
+
+@runtime_checkable
+class OnTokens(Protocol):
+    """The settings of a network of one of those: a dataclass whose fields include vocab."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab(self) -> int | None: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
 
 
 class Sentences:
@@ -48,7 +63,8 @@ class Sentences:
         Sentences that are too long are cut, and a warning counts them. ValueError where the student starts from noise, texts is no list of
         sentences, one is empty, or reverse is asked of a flow map.
         """
-        return edit(self, texts, steps, cond, reverse)
+        student: Any = self  # a Student: this class is a part of that one
+        return edit(student, texts, steps, cond, reverse)
 
     @cached_property
     def words(self):
@@ -68,6 +84,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
         return net
     if data.tokens is None:
         raise RecipeError(f"{recipe.name}: data.autoencoder: a text autoencoder is trained on tokens; leave it out")
+    assert isinstance(net, OnTokens)
     if net.vocab is not None and net.vocab < data.tokens.vocab:
         raise RecipeError(f"{recipe.name}: student.vocab: {net.vocab} is smaller than the tokenizer's {data.tokens.vocab}")
     if data.tokens.pair != hasattr(net, "encoder_tokens"):
@@ -79,6 +96,7 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe as one of a flow in the latents of the autoencoder beside the student in that folder, where it trained both; else itself."""
     if recipe.leaves != "text_joint":
         return recipe
+    assert isinstance(recipe.student, TextJoint)
     data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / BESIDE)), tokenizer=None)
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
@@ -87,20 +105,27 @@ def described(recipe: Recipe) -> tuple[TextDataset, list[str]]:
     """The recipe's data as far as it is known without any network, with no sentence in it, and what is missing on this machine."""
     from flowmap.planning.plan import autoencoder_recipes
 
-    spec, attributes, missing, trained = recipe.data, (), [], autoencoder_recipes(recipe)
+    spec, missing, trained = recipe.data, list[str](), autoencoder_recipes(recipe)
+    assert isinstance(spec, Text)
+    attributes: tuple[Attribute, ...] = ()
     tokenizer = spec.tokenizer or BPE()
-    shape = (tokenizer.max_tokens * (2 if isinstance(tokenizer, Pair) else 1),)
+    shape: tuple[int, ...] = (tokenizer.max_tokens * (2 if isinstance(tokenizer, Pair) else 1),)
     try:
         if spec.autoencoder is not None:
-            shape = trained[0].student.latent_shape if trained else spec.autoencoder.load().shape
+            shape = _latent_shape(trained[0].student) if trained else spec.autoencoder.load().shape
         attributes = spec.read()[2] if "???" not in repr(spec.sentences) else ()
     except ValueError as error:
         missing.append(str(error))
     latents = torch.zeros(1, *shape) if spec.autoencoder is not None else None
-    codes = {"left": latents, "right": latents} if spec.infill else {}
+    codes = {"left": latents, "right": latents} if spec.infill and latents is not None else {}
     tokens = None if spec.autoencoder is not None else _unfitted(tokenizer, missing)
     data = TextDataset("text", torch.zeros(0, *shape), torch.zeros(0, *shape), attributes=attributes, codes=codes, tokens=tokens)
     return data, missing
+
+
+def _latent_shape(net: StudentSpec) -> tuple[int, ...]:
+    assert isinstance(net, OnTokens)
+    return net.latent_shape
 
 
 def _unfitted(spec, missing: list[str]) -> Any:
@@ -131,7 +156,7 @@ def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None
 
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
-    plain = {"text_autoencoder": autoencoder, "edits": edits}
+    plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
     if recipe.data.conditional and recipe.leaves in ("student", "text_joint"):
         plain |= {"attributes": data.attributes, "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point())}
     return plain
@@ -199,5 +224,7 @@ def edit(student: Student, texts: Sequence[str], steps: int, cond, reverse: bool
     x = x.to(student.device)
     _tell_cut(student, f"{mark}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
     if not reverse:
-        return student.carry(Start(x), rows, steps, torch.Generator().manual_seed(0))
+        carried = student.carry(Start(x), rows, steps, torch.Generator().manual_seed(0))
+        assert isinstance(carried, list)
+        return carried
     return student.sentences(Euler(steps=steps)(lambda x, t: student.flow_map.velocity(x, t, rows), x, start=0.0, end=1.0).x)

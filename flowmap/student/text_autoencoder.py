@@ -5,10 +5,10 @@ Its folder, which a run of objective `text_elbo` leaves: config.json, model.safe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,18 @@ from flowmap.nets.text_vae import TextVAE
 FORMAT = "flowmap-text-autoencoder-1"
 
 
-class TextNet: ...
+class TextNet(Protocol):
+    """The settings of a text autoencoder's network."""
+
+    @property
+    def vocab(self) -> int | None: ...
+
+    @property
+    def build(self) -> Callable[..., nn.Module]: ...
 
 
 TEXT_NETS = {"text_vae": TextVAE, "text_pair": TextPair}
-TABLES = {TextNet: TEXT_NETS}
+TABLES: Mapping[type, Mapping[str, type]] = {TextNet: TEXT_NETS}
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class TextAutoencoder:
         """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""
         folder = self._folder()
         config, tokens, state = self._config(), load_tokens(folder), read_tensors(folder / "model.safetensors")
-        if tokens.digest() != config.tokenizer or tokens.vocab > config.net.vocab:
+        if tokens.digest() != config.tokenizer or config.net.vocab is None or tokens.vocab > config.net.vocab:
             raise ValueError(f"{folder / FILE}: is not the tokenizer that this decoder was trained with")
         net = config.net.build((config.max_tokens,))
         wanted = net.state_dict()
@@ -93,9 +100,11 @@ class TextAutoencoder:
 class FrozenTextAutoencoder:
     """encode: list[str] -> latents (N, *shape); decode: back, the likeliest token at every place. Deterministic: the posterior's mean."""
 
+    net: Any  # a TextVAENet, or another with its moments, generate and spec
+
     def __init__(self, net: nn.Module, tokens: Tokens, shift: Tensor, scale: float):
         self.net, self.tokens, self.scale = net.eval().requires_grad_(False), tokens, scale
-        self.shape = net.spec.latent_shape
+        self.shape: tuple[int, ...] = self.net.spec.latent_shape
         self.shift = shift.view(1, *self.shape)
 
     @torch.no_grad()
@@ -120,7 +129,7 @@ class FrozenTextAutoencoder:
         return next(self.net.parameters()).device
 
 
-def save_text_autoencoder(folder: Path, net: nn.Module, state: Mapping[str, Tensor], tokens: Tokens, rows: Tensor, *, recipe: str, card: str) -> None:
+def save_text_autoencoder(folder: Path, net: Any, state: Mapping[str, Tensor], tokens: Tokens, rows: Tensor, *, recipe: str, card: str) -> None:
     """Writes the folder, each file beside and renamed; shift and scale make the latents of the token rows (N, L) mean 0 and spread 1."""
     with torch.no_grad():
         device = next(net.parameters()).device

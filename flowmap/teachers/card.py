@@ -39,6 +39,18 @@ class Card:
     fetch: str = ""
     name: str = ""
 
+    @property
+    def trained_by(self) -> str:
+        """The recipe that trains it, of kind "recipe"."""
+        assert self.recipe is not None  # read_card has checked
+        return self.recipe
+
+    @property
+    def pipeline(self) -> str:
+        """The folder or hub id, of kind "diffusers"."""
+        assert self.source is not None  # read_card has checked
+        return self.source
+
     def describe(self) -> str:
         origin = self.recipe or self.source or "closed form"
         return f"{self.kind} {origin}" + (f", {self.parameters / 1e6:.0f} M parameters" if self.parameters else "")
