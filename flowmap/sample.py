@@ -28,7 +28,8 @@ def _edited(student: Student, inpaint, interpolate, **options):
     if inpaint is not None:
         picture, mask = pictures.read_picture(inpaint[0], channels, "--inpaint"), pictures.read_mask(inpaint[1])
         return partial(pictures.inpaint, student, picture, mask, **options)
-    return partial(pictures.interpolate, student, *(pictures.read_picture(path, channels, "--interpolate") for path in interpolate), **options)
+    first, second = (pictures.read_picture(path, channels, "--interpolate") for path in interpolate)
+    return partial(pictures.interpolate, student, first, second, **options)
 
 
 def sample(
@@ -70,6 +71,7 @@ def sample(
             grids.append(Path(out) / f"steps-{k}.txt")
             write_text(grids[-1], "\n".join(" ".join(text.splitlines()) for text in x0) + "\n")
             continue
+        assert isinstance(x0, torch.Tensor)
         grids.append(Path(out) / f"steps-{k}.png")
         save_picture(grids[-1], to_grid(x0))
         if x0.ndim == 4:

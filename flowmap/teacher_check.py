@@ -69,7 +69,7 @@ class Checked:
         beside = lambda of: f" (data {_numbers(of(self.data))})" if self.data else ""
         parts = [f"{name} {_numbers(of(self.teacher))}{beside(of)}" for name, of in (("mean", lambda s: s.mean), ("std", lambda s: s.std))]
         if self.teacher.saturated is not None:
-            real = f" (data {100 * self.data.saturated:.0f} %)" if self.data else ""
+            real = f" (data {100 * self.data.saturated:.0f} %)" if self.data and self.data.saturated is not None else ""
             parts.append(f"{100 * self.teacher.saturated:.0f} % of values at the bound{real}")
         return f"teacher: {self.num} samples at {self.steps} steps: {', '.join(parts)}"
 
@@ -141,7 +141,7 @@ def _start(recipe: Recipe, data: Dataset, num: int, device: Any, prior: LearnedP
     if prior is not None:
         x0 = x0.to(next(prior.model.parameters()).dtype)  # an exact one's is float64
     start = start_of(prior.to(device) if prior is not None else recipe.prior, x0, cond, generator)
-    guidance = recipe.teacher.guidance
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
     told = {} if guidance is None else {"guidance": torch.full((num,), float(guidance.default), device=device)}
     return start.x1.float(), {**cond, **told, **{key: value.float() for key, value in start.told.items()}} or None
 
@@ -152,13 +152,15 @@ def _spread(length: int, num: int) -> list[int]:
 
 
 def _finite_velocity(recipe: Recipe, teacher: BuiltTeacher, cond: Cond | None) -> Callable[[Tensor, Tensor], Tensor]:
+    name = recipe.teacher.name if recipe.teacher else ""
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         v = teacher.guided.velocity(x, t, cond)
         if not bool(v.isfinite().all()):
             at = float(torch.as_tensor(t).flatten()[0])
             what = "NaN" if bool(v.isnan().any()) else "infinite"
             raise RecipeError(
-                f"{recipe.name}: teacher: {recipe.teacher.name!r}: its velocity is {what} at t = {at:.3g} (0 is data, 1 noise); nothing was trained; "
+                f"{recipe.name}: teacher: {name!r}: its velocity is {what} at t = {at:.3g} (0 is data, 1 noise); nothing was trained; "
                 "look at its weights, and at the schedule's ends"
             )
         return v
@@ -176,6 +178,7 @@ def _bound(recipe: Recipe, teacher: BuiltTeacher, samples: Tensor) -> float | No
 def _warnings(recipe: Recipe, ours: Statistics, real: Statistics | None) -> list[str]:
     if real is None:
         return []
+    assert recipe.teacher is not None
     scale = real.std.clamp_min(1e-6 * float(real.std.max()) + 1e-12)
     ratio, shift = ours.std / scale, (ours.mean - real.mean).abs() / scale
     found = []
@@ -185,7 +188,7 @@ def _warnings(recipe: Recipe, ours: Statistics, real: Statistics | None) -> list
     if bool((shift > SHIFT).any()):
         worst = int(shift.argmax())
         found.append(f"its samples' mean is {float(ours.mean[worst]):.3g}{_channel(worst, shift)}, the data's is {float(real.mean[worst]):.3g}")
-    if ours.saturated is not None and ours.saturated > real.saturated + SATURATED:
+    if ours.saturated is not None and real.saturated is not None and ours.saturated > real.saturated + SATURATED:
         found.append(f"{100 * ours.saturated:.0f} % of its samples' values are at the bound, of the data's {100 * real.saturated:.0f} %")
     return [f"teacher {recipe.teacher.name!r}: {line}: {CAUSES[card_of(recipe.teacher).kind]}" for line in found]
 

@@ -103,7 +103,8 @@ def add_losses(metric, recipe: Recipe, velocity: Velocity, draws: Draws) -> None
 
 def _generated(maker: Maker, student: Student, pairs: list[int], batch_size: int, guidance: float | None) -> Draws:
     parts = [_pairs(maker, student, pairs[i : i + batch_size], guidance) for i in range(0, len(pairs), batch_size)]
-    return _joined(parts) if parts else Draws(*torch.zeros(2, 0, *maker.data.shape, device=student.device), {})
+    none = torch.zeros(0, *maker.data.shape, device=student.device)
+    return _joined(parts) if parts else Draws(none, none, {})
 
 
 def _pairs(maker: Maker, student: Student, pairs: list[int], guidance: float | None) -> Draws:

@@ -92,12 +92,14 @@ def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int
     config, file = read_prior_config(folder), folder / "model.safetensors"
     spec = auxiliary(config.net)
     if size not in (None, spec.size):
-        raise ValueError(f"{folder / 'config.json'}: codes of {spec.size} numbers; the student beside it was trained on codes of {size}")
+        what = f"codes of {spec.size} numbers; the student beside it was trained on codes of {size}"
+        raise ValueError(f"{folder / 'config.json'}: {what}")
     state = read_tensors(file)
     model = spec.build(config.shape)
     _fill(model, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, file)
     codes = {k.removeprefix("codes."): v for k, v in state.items() if k.startswith("codes.")}
-    return LearnedPrior(model.eval().requires_grad_(False), built_codes(config, codes, file), spec.size, scale=scale, told=told)
+    draws = built_codes(config, codes, file)
+    return LearnedPrior(model.eval().requires_grad_(False), draws, spec.size, scale=scale, told=told)
 
 
 def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str) -> NormalDraws | MixtureDraws | FlowDraws:
