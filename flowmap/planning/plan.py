@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -296,13 +297,20 @@ def find_card(name: str) -> Card:
         cards = list_cards()
         close = difflib.get_close_matches(name, cards, n=1)
         raise RecipeError(f"teacher.card: no card {name!r}{f', did you mean {close[0]!r}?' if close else ''} Cards: {', '.join(cards)}")
-    try:
-        card = read_card(path)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    state = path.stat()
+    card = copy.copy(_read_card(path.resolve(), state.st_size, state.st_mtime_ns))
     if card.kind == "diffusers" and (weights_folder(card) / "model_index.json").is_file():  # converted, or fetched to there
         card.source, card.revision = str(weights_folder(card)), None
     return card
+
+
+@lru_cache(maxsize=256)
+def _read_card(path: Path, size: int, changed: int) -> Card:
+    """The card in that file of that size and time of change."""
+    try:
+        return read_card(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def list_cards() -> list[str]:

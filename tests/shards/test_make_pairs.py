@@ -89,7 +89,7 @@ def test_processes_make_what_one_makes_and_a_second_call_changes_nothing(recipe,
 
 
 SCRIPT = """
-import os, random, signal, sys, time
+import gc, os, random, signal, sys, time
 from pathlib import Path
 from flowmap.shards.make_pairs import make_pairs
 from flowmap.recipe import read_recipe
@@ -99,6 +99,8 @@ root, recipe = Path(sys.argv[1]), read_recipe(sys.argv[1] + "/gauss.yaml", ["cou
 make_pairs(recipe, root / "whole", batch_size=4)
 quick = MixtureTeacher.velocity
 MixtureTeacher.velocity = lambda *a: (time.sleep(0.001), quick(*a))[1]
+
+gc.freeze(); gc.disable()  # a collection in a child would copy the parent's memory, and take longer than the pairs
 
 def child(folder, shard):
     pid = os.fork()
