@@ -14,7 +14,7 @@ from flowmap.data.folder import Folder, FolderImages
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.planning.named_networks import spec_of
-from flowmap.planning.plan import card_of, pairs_teacher
+from flowmap.planning.plan import card_of, pairs_teacher, start_recipes
 from flowmap.recipe import Recipe
 from flowmap.settings import ClassifierFree, Embedded, FromRecipe, FromTeacher
 from flowmap.teachers.card import Card
@@ -114,7 +114,7 @@ def _knows_nothing(trained: Recipe) -> bool:
     if _drops(trained):
         return True
     if isinstance(trained.start, FromRecipe):
-        return _knows_nothing(trained.named(trained.start.recipe, trained.start.overrides))
+        return _knows_nothing(start_recipes(trained)[0])
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
         card = card_of(trained.teacher)
         return card.kind != "recipe" or _knows_nothing(trained.named(card.trained_by, trained.teacher.overrides))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def compare(
     entrants, folder = _checked(recipes, overrides, seeds, out)
     look = Look.of(entrants[0])
     for entrant in entrants:  # all that can be refused is refused before the folder is there
-        check_beforehand(replace(entrant, metrics=look.metrics))
+        check_beforehand(entrant.changed(metrics=look.metrics))
     with only_process(folder):
         by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]
         for entry in (entry for entries in by_seed for entry in entries):

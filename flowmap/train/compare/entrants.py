@@ -80,13 +80,13 @@ def at_seed(recipe: Recipe, seed: int) -> Recipe:
     if isinstance(recipe.coupling, Pairs) and recipe.coupling.teacher is not None and pairs_recipes(recipe):
         changes["coupling"] = replace(recipe.coupling, teacher=_told(recipe.coupling.teacher, word))
     if isinstance(recipe.student, FromRecipe):
-        start = at_seed(read_recipe(recipe.student.recipe, recipe.student.overrides), seed)
+        start = at_seed(recipe.named(recipe.student.recipe, recipe.student.overrides), seed)
         mine, theirs = changes.get("teacher", recipe.teacher), start.teacher
         if mine is not None and theirs is not None and (mine.card, mine.recipe) == (theirs.card, theirs.recipe):
             theirs = mine  # one teacher for both, with what the comparison's overrides say of it
         words = [f"teacher.overrides={list(theirs.overrides)}"] if theirs is not None and theirs.overrides else []
         changes["student"] = _told(recipe.student, word, *words)
-    return replace(recipe, **changes)
+    return recipe.changed(**changes)
 
 
 def _told(slot: TeacherSlot | FromRecipe, *words: str) -> Any:
@@ -100,7 +100,7 @@ def of_length(recipe: Recipe, steps: int) -> Recipe:
     """
     ratio = steps / recipe.trainer.steps
     trainer = replace(recipe.trainer, steps=steps, checkpoint_every_steps=max(steps // 4, 1))
-    return replace(recipe, trainer=trainer, optimizer=_stretched(recipe.optimizer, ratio), objective=_stretched(recipe.objective, ratio))
+    return recipe.changed(trainer=trainer, optimizer=_stretched(recipe.optimizer, ratio), objective=_stretched(recipe.objective, ratio))
 
 
 def _stretched(value: Any, ratio: float) -> Any:
