@@ -32,7 +32,13 @@ def few(runs: Sequence[Found], trained: bool = False) -> dict:
         for arm, name in NAMES.items():
             cells = [spread([run["student"][arm][k][metric] for run in runs]) for metric in metrics]
             rows.append([k, name, *cells])
-    rows.append(["", "floor: real against real", *(spread([run["floor"].get(metric, 0.0) for run in runs][:1]) for metric in metrics)])
+    rows.append(
+        [
+            "",
+            "floor: real against real",
+            *(spread([run["floor"].get(metric, 0.0) for run in runs][:1]) for metric in metrics),
+        ]
+    )
     return {"columns": ["steps", "", *metrics], "rows": rows}
 
 

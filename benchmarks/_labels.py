@@ -24,7 +24,9 @@ def fit(dataset) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         net.fit(_rows(dataset.train[:MOST]).numpy(), dataset.labels[:MOST].numpy())
-    _known["weights"], _known["biases"] = ([torch.as_tensor(np.array(part)) for part in parts[:2]] for parts in (net.coefs_, net.intercepts_))
+    _known["weights"], _known["biases"] = (
+        [torch.as_tensor(np.array(part)) for part in parts[:2]] for parts in (net.coefs_, net.intercepts_)
+    )
     return float(net.score(_rows(dataset.held_out).numpy(), dataset.held_out_labels.numpy()))
 
 

@@ -26,7 +26,14 @@ INFILL = {
     "distinct_2": "distinct-2",
 }  # fmt: skip
 COLUMNS = {"few": FEW, "edit": EDIT, "control": CONTROL, "infill": INFILL}
-SHOWN = ("flow 20", "ayf 4", "ayf 1", "reflow 1", "diffusion 1000", "prior of the VAE")  # rows whose sentences are shown
+SHOWN = (
+    "flow 20",
+    "ayf 4",
+    "ayf 1",
+    "reflow 1",
+    "diffusion 1000",
+    "prior of the VAE",
+)  # rows whose sentences are shown
 
 
 def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
@@ -44,23 +51,36 @@ def part(seeds: Sequence[dict], columns: dict[str, str]) -> dict:
     """A row for each arm that any seed has, of the columns that any row has."""
     names = list(dict.fromkeys(key for seed in seeds for key in seed))
     have = [column for column in columns if any(column in row for seed in seeds for row in seed.values())]
-    rows = [[name, *(spread(seed[name][column] for seed in seeds if column in seed.get(name, {})) for column in have)] for name in names]
+    rows = [
+        [name, *(spread(seed[name][column] for seed in seeds if column in seed.get(name, {})) for column in have)]
+        for name in names
+    ]
     return {"columns": ["", *(columns[column] for column in have)], "rows": rows}
 
 
 def side_by_side(rows: dict, names: Sequence[str]) -> dict:
     """The first ten sentences of seed 0 in those rows; every row was asked for the same."""
     shown = [name for name in names if "first" in rows.get(name, {})]
-    return {"columns": shown, "rows": [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)]}
+    return {
+        "columns": shown,
+        "rows": [list(line) for line in zip(*(map(_plain, rows[name]["first"]) for name in shown), strict=True)],
+    }
 
 
 def edited(rows: dict) -> dict:
     """The first ten edits of seed 0: category, beside the mean difference."""
-    shown = [name for name in ("category: flow 8", "category: reflow 1", "category: mean difference x 2") if "first" in rows.get(name, {})]
+    shown = [
+        name
+        for name in ("category: flow 8", "category: reflow 1", "category: mean difference x 2")
+        if "first" in rows.get(name, {})
+    ]
     if not shown:
         return {"columns": [], "rows": []}
     sources = [_plain(source) for source, _ in rows[shown[0]]["first"]]
-    lines = [list(line) for line in zip(sources, *([_plain(text) for _, text in rows[name]["first"]] for name in shown), strict=True)]
+    lines = [
+        list(line)
+        for line in zip(sources, *([_plain(text) for _, text in rows[name]["first"]] for name in shown), strict=True)
+    ]
     return {"columns": ["from", *(name.removeprefix("category: ") for name in shown)], "rows": lines}
 
 

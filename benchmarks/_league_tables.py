@@ -25,7 +25,9 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
     steps, rows = list(map(str, found["terms"]["steps"])), []
     for name, one in sorted(found["recipes"].items(), key=lambda item: _middle(item[1], "2", metric)):
         values = _by_steps(found, name, metric)
-        cost = [_cost(one, key) for key in ("steps", "own_seconds", "peak_gib")] + [f"{one['diverged']} of {one['runs']}"]
+        cost = [_cost(one, key) for key in ("steps", "own_seconds", "peak_gib")] + [
+            f"{one['diverged']} of {one['runs']}"
+        ]
         rows.append([name, *(spread(values[k]) or _why(one) for k in steps), *(cost if costs else ())])
     blank = [""] * 4 if costs else []
     few = [_said(found["beside"].get(f"teacher, {k} Euler steps", {}).get(metric)) for k in steps]
@@ -49,10 +51,20 @@ def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
         behind = [mine / other - 1 for mine, other in zip(known[default], known[first], strict=True)]
         within = "yes" if first == default or min(behind) <= 0 else "no" if seeds > 1 else "? (one seed)"
         said = "" if first == default else spread(100 * one for one in behind)
-        ahead = [name for name in known if all(other < mine for mine, other in zip(known[default], known[name], strict=True))]
+        ahead = [
+            name for name in known if all(other < mine for mine, other in zip(known[default], known[name], strict=True))
+        ]
         always = ", ".join(sorted(ahead, key=lambda name: statistics.median(known[name]))) if seeds > 1 else ""
         rows.append([int(k), first, spread(known[first]), spread(known[default]), said, within, always])
-    columns = ["steps", "best", "its figure", f"{default}'s", f"{default} behind, %", "within noise", "ahead of it in every seed"]
+    columns = [
+        "steps",
+        "best",
+        "its figure",
+        f"{default}'s",
+        f"{default} behind, %",
+        "within noise",
+        "ahead of it in every seed",
+    ]
     return {"columns": columns, "rows": rows}
 
 
@@ -79,4 +91,8 @@ def _cost(one: Mapping[str, Any], key: str) -> str:
 
 
 def _said(value: Mapping[str, float] | None) -> str:
-    return "" if value is None else spread([value["median"]] if value["count"] == 1 else [value["least"], value["median"], value["most"]])
+    return (
+        ""
+        if value is None
+        else spread([value["median"]] if value["count"] == 1 else [value["least"], value["median"], value["most"]])
+    )

@@ -24,7 +24,16 @@ def tables(runs: Sequence[Run]) -> dict[str, dict]:
 
 def curve(runs: Sequence[Run]) -> dict:
     """Both priors by solver and steps: what a sample costs, and its distance."""
-    columns = ["prior", "solver", "steps", "network calls", "MFLOP a sample", "ms a sample", "Frechet distance", "to training samples"]
+    columns = [
+        "prior",
+        "solver",
+        "steps",
+        "network calls",
+        "MFLOP a sample",
+        "ms a sample",
+        "Frechet distance",
+        "to training samples",
+    ]
     rows = [
         [arm, point["solver"], point["steps"], point["calls"], point["flops"] / 1e6, *_cells(runs, arm, i)]
         for arm in PAIR for i, point in enumerate(runs[0][arm]["curve"])
@@ -34,7 +43,10 @@ def curve(runs: Sequence[Run]) -> dict:
 
 def _cells(runs: Sequence[Run], arm: str, i: int) -> list:
     points = [run[arm]["curve"][i] for run in runs]
-    return [1e3 * statistics.median(p["seconds"] for p in points), *(spread(p[key] for p in points) for key in DISTANCES)]
+    return [
+        1e3 * statistics.median(p["seconds"] for p in points),
+        *(spread(p[key] for p in points) for key in DISTANCES),
+    ]
 
 
 def students(runs: Sequence[Run]) -> dict:
@@ -42,21 +54,42 @@ def students(runs: Sequence[Run]) -> dict:
     rows = []
     for arm in STUDENTS:
         if done := [run for run in runs if arm in run]:
-            rows.append([arm, *(spread(at(run[arm], "own", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4))])
+            rows.append(
+                [arm, *(spread(at(run[arm], "own", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4))]
+            )
     for arm in PAIR if rows else ():
         if done := [run for run in runs if arm in run]:
-            rows.append([f"{arm} flow itself", *(spread(at(run[arm], "euler", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4))])
+            rows.append(
+                [
+                    f"{arm} flow itself",
+                    *(spread(at(run[arm], "euler", k)[key] for run in done) for key in DISTANCES for k in (1, 2, 4)),
+                ]
+            )
     return {"columns": ["Frechet distance", "1 step", "2", "4", "to training samples: 1 step", "2", "4"], "rows": rows}
 
 
 def ablation(runs: Sequence[Run]) -> dict:
     """Every flow, of the seeds that have it: its distances by Euler's steps, transport cost, straightness, and what its training took."""
-    columns = ["flow", "seeds", "1 Euler step", "2", "4", f"{MANY}", "transport cost", "straightness", "training seconds", "of the prior"]
+    columns = [
+        "flow",
+        "seeds",
+        "1 Euler step",
+        "2",
+        "4",
+        f"{MANY}",
+        "transport cost",
+        "straightness",
+        "training seconds",
+        "of the prior",
+    ]
     rows = []
     for arm in dict.fromkeys(arm for run in runs for arm in run if arm not in STUDENTS):
         done = [run[arm] for run in runs if arm in run]
         distances = [spread(at(one, "euler", k)["frechet"] for one in done) for k in (1, 2, 4, MANY)]
-        costs = [statistics.median(one[key] for one in done) for key in ("transport", "straightness", "train_seconds", "prior_seconds")]
+        costs = [
+            statistics.median(one[key] for one in done)
+            for key in ("transport", "straightness", "train_seconds", "prior_seconds")
+        ]
         rows.append([arm, len(done), *distances, *costs])
     return {"columns": columns, "rows": rows}
 
@@ -64,7 +97,10 @@ def ablation(runs: Sequence[Run]) -> dict:
 def codes(runs: Sequence[Run]) -> dict:
     """Where z is drawn, and the decoder without any flow."""
     of = lambda read: spread(read(run["learned"]) for run in runs)
-    rows = [[name, *(of(lambda one, n=name, k=k: one["codes"][n][k]) for k in ("2", "8", str(MANY)))] for name in runs[0]["learned"]["codes"]]
+    rows = [
+        [name, *(of(lambda one, n=name, k=k: one["codes"][n][k]) for k in ("2", "8", str(MANY)))]
+        for name in runs[0]["learned"]["codes"]
+    ]
     rows.append(["no flow: the decoder's mean", of(lambda one: one["decoder"]["mean"]), "", ""])
     rows.append(["no flow: a draw of the prior", of(lambda one: one["decoder"]["start"]), "", ""])
     rows.append(["floor: real against real", of(lambda one: one["floor"]), "", ""])
@@ -74,8 +110,15 @@ def codes(runs: Sequence[Run]) -> dict:
 def copies(runs: Sequence[Run]) -> dict:
     """How far samples are from the nearest training sample."""
     of = lambda arm, key: spread(run[arm]["nearest"][key] for run in runs)
-    rows = [[arm, *(of(arm, key) for key in ("generated", "held_out", "ratio"))] for arm in PAIR if all("nearest" in run[arm] for run in runs)]
-    return {"columns": ["to the nearest training sample", "generated", "held out", "ratio (below 1: copies)"], "rows": rows}
+    rows = [
+        [arm, *(of(arm, key) for key in ("generated", "held_out", "ratio"))]
+        for arm in PAIR
+        if all("nearest" in run[arm] for run in runs)
+    ]
+    return {
+        "columns": ["to the nearest training sample", "generated", "held out", "ratio (below 1: copies)"],
+        "rows": rows,
+    }
 
 
 def saved(runs: Sequence[Run]) -> dict:

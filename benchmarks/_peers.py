@@ -30,7 +30,15 @@ from flowmap.nets.flow_map import FlowMapNet
 Loss = Callable[[PathSample, int, int], Tensor]
 """(sample, the seed that drew its noise, step) -> a scalar to descend."""
 
-NOT_NEEDED = ("av", "boto3", "einops", "ftfy", "imageio", "loguru", "pynvml")  # what FastGen imports and these losses never call
+NOT_NEEDED = (
+    "av",
+    "boto3",
+    "einops",
+    "ftfy",
+    "imageio",
+    "loguru",
+    "pynvml",
+)  # what FastGen imports and these losses never call
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ class Checkout:
     @staticmethod
     def of(folder: Path, stubbed=()) -> Checkout:
         lines = [line.strip() for line in (folder / "LICENSE").read_text().splitlines() if line.strip(" =")]
-        found = subprocess.run(["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True)
+        found = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True
+        )
         top, _, commit = found.stdout.strip().partition("\n")
         its_own = found.returncode == 0 and Path(top).resolve() == folder.resolve()
         return Checkout(folder, commit if its_own else None, lines[0], tuple(stubbed))
@@ -70,7 +80,9 @@ class PyMeanFlow:
         """own_times: the times of its script cifar10_v1.sh in place of the sample's."""
         law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
         args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
-        nets = iter((_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student))))  # the second is its own average, which stays as it is
+        nets = iter(
+            (_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student)))
+        )  # the second is its own average, which stays as it is
         model = self.module.MeanFlow(lambda: next(nets), args, {})
 
         def loss(sample: PathSample, seed: int, step: int) -> Tensor:
@@ -100,7 +112,9 @@ class FastGen:
 
     def __init__(self, folder: Path):
         with _standing_in(NOT_NEEDED) as stubbed, _found_in(folder):
-            methods = types.ModuleType("fastgen.methods")  # its own __init__ imports every method and every video network
+            methods = types.ModuleType(
+                "fastgen.methods"
+            )  # its own __init__ imports every method and every video network
             methods.__path__ = [str(folder / "fastgen/methods")]
             sys.modules[methods.__name__] = methods
             methods.FastGenModel = importlib.import_module("fastgen.methods.model").FastGenModel
@@ -112,10 +126,23 @@ class FastGen:
 
     def mean_flow(self, student: FlowMapNet, teacher: Teacher | None, **settings) -> Loss:
         """settings: of its LossConfig; power and offset say its weight in our words, guidance (omega, kappa) that in the target."""
-        power, offset, (omega, kappa) = settings.pop("power", 1.0), settings.pop("offset", 0.1), settings.pop("guidance", (1.0, 0.0))
-        given = dict(use_jvp_finite_diff=False, tangent_warmup_steps=0, tangent_spatial_invariance=False, loss_type="l2")
-        loss_config = SimpleNamespace(use_cd=teacher is not None, norm_method=f"poly_{power}", norm_const=offset, **given | settings)
-        sides = dict(sample_r_cfg=SimpleNamespace(enabled=False), guidance_mixture_ratio=kappa or None, guidance_t_start=0.0, guidance_t_end=1.0)
+        power, offset, (omega, kappa) = (
+            settings.pop("power", 1.0),
+            settings.pop("offset", 0.1),
+            settings.pop("guidance", (1.0, 0.0)),
+        )
+        given = dict(
+            use_jvp_finite_diff=False, tangent_warmup_steps=0, tangent_spatial_invariance=False, loss_type="l2"
+        )
+        loss_config = SimpleNamespace(
+            use_cd=teacher is not None, norm_method=f"poly_{power}", norm_const=offset, **given | settings
+        )
+        sides = dict(
+            sample_r_cfg=SimpleNamespace(enabled=False),
+            guidance_mixture_ratio=kappa or None,
+            guidance_t_start=0.0,
+            guidance_t_end=1.0,
+        )
         sides |= dict(cond_dropout_prob=0.0, cond_keys_no_dropout=[])  # None in place of 0 would drop the guidance
         config = self._config(student, teacher, loss_config, SimpleNamespace(), **sides)
         config.guidance_scale = None if omega == 1.0 else omega
@@ -124,13 +151,20 @@ class FastGen:
         def loss(sample: PathSample, seed: int, step: int) -> Tensor:
             torch.manual_seed(seed)
             dropped = {**sample.cond, "class": torch.full_like(sample.cond["class"], -1)}
-            return model._compute_mf_loss(sample.x0, sample.t.double(), sample.s.double(), step, sample.cond, dropped)[0].mean()
+            return model._compute_mf_loss(sample.x0, sample.t.double(), sample.s.double(), step, sample.cond, dropped)[
+                0
+            ].mean()
 
         return loss
 
     def scm(self, student: FlowMapNet, teacher: Teacher, *, sigma_data: float, warmup_steps: int, **settings) -> Loss:
         """settings: of its LossConfig, by default its own. Its learned log-variance, a layer of its networks, is 0: ours have none."""
-        given = dict(tangent_warmup_const=0.1, prior_weighting_enabled=True, g_norm_spatial_invariance=True, divide_x_0_spatial_dim=True)
+        given = dict(
+            tangent_warmup_const=0.1,
+            prior_weighting_enabled=True,
+            g_norm_spatial_invariance=True,
+            divide_x_0_spatial_dim=True,
+        )
         given |= dict(use_cd=True, use_jvp_finite_diff=False, tangent_warmup_steps=warmup_steps) | settings
         times = SimpleNamespace(sigma_data=sigma_data, quantize=False)
         model = self.SCM(self._config(student, teacher, SimpleNamespace(**given), times))
@@ -144,10 +178,26 @@ class FastGen:
     def _config(self, student: FlowMapNet, teacher: Teacher | None, loss_config, times, **more) -> SimpleNamespace:
         """What its models read of a configuration, on one CPU in the precision of the data, the average being ours."""
         dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
-        precisions = dict(precision=dtype, precision_amp=None, precision_amp_infer=None, precision_amp_enc=None, precision_fsdp=None)
-        absent = dict(pretrained_model_path="", pretrained_student_net_path="", guidance_scale=None, skip_layers=None, precision_amp_jvp=None)
-        off = dict(use_ema=False, fsdp_meta_init=False, add_teacher_to_fsdp_dict=False, enable_preprocessors=False, load_student_weights=False)
-        nets = dict(net={"_target_": lambda: self._student(student)}, teacher={"_target_": lambda: self._teacher(teacher)})
+        precisions = dict(
+            precision=dtype, precision_amp=None, precision_amp_infer=None, precision_amp_enc=None, precision_fsdp=None
+        )
+        absent = dict(
+            pretrained_model_path="",
+            pretrained_student_net_path="",
+            guidance_scale=None,
+            skip_layers=None,
+            precision_amp_jvp=None,
+        )
+        off = dict(
+            use_ema=False,
+            fsdp_meta_init=False,
+            add_teacher_to_fsdp_dict=False,
+            enable_preprocessors=False,
+            load_student_weights=False,
+        )
+        nets = dict(
+            net={"_target_": lambda: self._student(student)}, teacher={"_target_": lambda: self._teacher(teacher)}
+        )
         slots = dict(device="cpu", input_shape=[], sample_t_cfg=times, loss_config=loss_config)
         return SimpleNamespace(**precisions, **absent, **off, **nets, **slots, **more)
 
@@ -168,7 +218,10 @@ class FastGen:
 
         class Net(self.Network):
             def forward(self, x_t, t, condition=None, r=None, return_logvar=False, fwd_pred_type=None, **unused):
-                t, r = t.to(x_t.dtype), None if r is None else r.to(x_t.dtype)  # its times are float64 whatever the data
+                t, r = (
+                    t.to(x_t.dtype),
+                    None if r is None else r.to(x_t.dtype),
+                )  # its times are float64 whatever the data
                 flow = velocity(x_t, t, r, condition)
                 out = x_t - along(t, x_t) * flow if fwd_pred_type == "x0" else flow
                 return (out, out.new_zeros(len(out), 1)) if return_logvar else out

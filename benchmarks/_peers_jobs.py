@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from _peers import FastGen, Loss, PyMeanFlow
 
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.compare.entrants import at_seed
 from flowmap.data import StepBatches
 from flowmap.flow.types import PathSample
 from flowmap.recipe import Recipe, read_recipe
-from flowmap.train.compare.entrants import at_seed
 from flowmap.train.draw import draw_sample, generator_for
 
 BASE = "base: {kind: logit_normal, mean: -0.4, std: 1.0, pairs: sorted}"
@@ -20,12 +20,20 @@ LAW = (f"times={{kind: mixture, {BASE}, one_step: 0.0, diagonal: 0.75, diagonal_
 FROM_DATA = (*LAW, "teacher=null", "student.kind=dit", "student.preset=tiny", "student.patch=2", "student.cycles=1.0")
 FROM_DATA += ("optimizer.lr=2.0e-3", "optimizer.clip_norm=1.0")  # as digits-teacher, which starts from nothing too
 GUIDANCE = ("objective.omega=1.5", "objective.kappa=0.3")
-DATA, GUIDED, TAUGHT, SCM = "MeanFlow from data", "MeanFlow from data, guided", "MeanFlow from a teacher", "sCM from a teacher"
+DATA, GUIDED, TAUGHT, SCM = (
+    "MeanFlow from data",
+    "MeanFlow from data, guided",
+    "MeanFlow from a teacher",
+    "sCM from a teacher",
+)
 JOBS = {
     DATA: ("digits-meanflow", FROM_DATA),
     GUIDED: ("digits-meanflow", FROM_DATA + GUIDANCE),
     TAUGHT: ("digits-meanflow", LAW),
-    SCM: ("digits-scm", ("objective.weight={kind: none}",)),  # theirs is learned apart, and off in the rows that are not "as published"
+    SCM: (
+        "digits-scm",
+        ("objective.weight={kind: none}",),
+    ),  # theirs is learned apart, and off in the rows that are not "as published"
 }
 
 
@@ -49,10 +57,18 @@ def all_rows(fastgen: FastGen | None, meanflow: PyMeanFlow | None, *, to_train: 
     ours_as = lambda recipe: dict(sigma_data=recipe.objective.sigma_data, warmup_steps=recipe.objective.warmup_steps)
     plain = dict(prior_weighting_enabled=False, g_norm_spatial_invariance=False)
     theirs = meanflow and (lambda recipe, student, teacher: meanflow.mean_flow(student, **weight(recipe)))
-    published = meanflow and (lambda recipe, student, teacher: meanflow.mean_flow(student, power=0.75, offset=1e-3, own_times=to_train))
+    published = meanflow and (
+        lambda recipe, student, teacher: meanflow.mean_flow(student, power=0.75, offset=1e-3, own_times=to_train)
+    )
     guidance = lambda recipe: (recipe.objective.omega, recipe.objective.kappa)
-    nvidia = fastgen and (lambda recipe, student, teacher: fastgen.mean_flow(student, teacher, **weight(recipe), guidance=guidance(recipe)))
-    nvidia_scm = fastgen and (lambda recipe, student, teacher: fastgen.scm(student, teacher, **ours_as(recipe), **plain))
+    nvidia = fastgen and (
+        lambda recipe, student, teacher: fastgen.mean_flow(
+            student, teacher, **weight(recipe), guidance=guidance(recipe)
+        )
+    )
+    nvidia_scm = fastgen and (
+        lambda recipe, student, teacher: fastgen.scm(student, teacher, **ours_as(recipe), **plain)
+    )
     nvidia_own = fastgen and (lambda recipe, student, teacher: fastgen.scm(student, teacher, **ours_as(recipe)))
     guided = [Row(GUIDED, "flowmap", ours), Row(GUIDED, "FastGen", nvidia)]
     return [
@@ -101,6 +117,8 @@ class Job:
         x0 = x0.to(dtype)
         torch.manual_seed(seed)
         x1 = torch.randn_like(x0)
-        sample = draw_sample(recipe, x0, cond, generator_for(recipe.seed, step, step * len(x0), len(x0), x0.device), self.data.empty, x1)
+        sample = draw_sample(
+            recipe, x0, cond, generator_for(recipe.seed, step, step * len(x0), len(x0), x0.device), self.data.empty, x1
+        )
         wide = recipe.path.sample(x0, x1, sample.t.to(dtype), sample.s.to(dtype), sample.cond)
         return (sample if dtype == torch.float32 else wide), seed

@@ -25,7 +25,10 @@ def agreement(rows: list[Row]) -> Iterator[list]:
     for job_name in dict.fromkeys(row.job for row in rows):
         job = Job(job_name, 0)
         mine, *peers = [row for row in rows if row.job == job_name]
-        found = {dtype: {row.whose: value_and_gradient(row, job, dtype) for row in (mine, *peers)} for dtype in (torch.float64, torch.float32)}
+        found = {
+            dtype: {row.whose: value_and_gradient(row, job, dtype) for row in (mine, *peers)}
+            for dtype in (torch.float64, torch.float32)
+        }
         for row in peers:
             if row.make is None:
                 yield [row.job, row.whose, "not there", "", "", "", ""]
@@ -34,10 +37,25 @@ def agreement(rows: list[Row]) -> Iterator[list]:
             (value, gradient), (their_value, their_gradient) = pairs[0]
             ratio = float(their_gradient @ gradient / (gradient @ gradient))
             cosine = float(torch.nn.functional.cosine_similarity(their_gradient, gradient, dim=0))
-            yield [row.job, row.whose, their_value / value, ratio, cosine, *(apart_by(one[1], other[1]) for one, other in pairs)]
+            yield [
+                row.job,
+                row.whose,
+                their_value / value,
+                ratio,
+                cosine,
+                *(apart_by(one[1], other[1]) for one, other in pairs),
+            ]
 
 
-AGREEMENT = ["job", "loss of", "loss / ours", "gradient / ours", "cosine of gradients", "gradients apart, float64", "float32"]
+AGREEMENT = [
+    "job",
+    "loss of",
+    "loss / ours",
+    "gradient / ours",
+    "cosine of gradients",
+    "gradients apart, float64",
+    "float32",
+]
 
 
 def apart_by(mine: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -68,14 +86,26 @@ def timing(rows: list[Row], rounds: int) -> Iterator[list]:
         job = Job(job_name, 0)
         ready = [row for row in rows if row.job == job_name and row.make is not None and not row.published]
         for recipe, share in laws(job.recipe):
-            plain = Row(job_name, "plain flow matching", lambda recipe, *nets: ours(replace(recipe, objective=FlowMatching()), *nets))
+            plain = Row(
+                job_name,
+                "plain flow matching",
+                lambda recipe, *nets: ours(replace(recipe, objective=FlowMatching()), *nets),
+            )
             students = [(row.whose, row.make, job.student()) for row in (*ready, plain)]
             losses = {name: (student, make(job.recipe, student, job.guided)) for name, make, student in students}
             seconds = time_in_turns(job, recipe, losses, rounds)
             for name, times in seconds.items():
                 ratios = sorted(a / b for a, b in zip(times, seconds["flowmap"], strict=True))
                 quarter = len(ratios) // 4
-                yield [job_name, share, name, 1e3 * statistics.median(times), statistics.median(ratios), ratios[quarter], ratios[-1 - quarter]]
+                yield [
+                    job_name,
+                    share,
+                    name,
+                    1e3 * statistics.median(times),
+                    statistics.median(ratios),
+                    ratios[quarter],
+                    ratios[-1 - quarter],
+                ]
 
 
 TIMING = ["job", "share at s = t", "loss of", "milliseconds", "of ours (median)", "lower quartile", "upper quartile"]
@@ -111,16 +141,29 @@ def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
             continue
         done = [result for result in found if result["failed"] is None]
         failed = f"{len(found)} of {len(found)} failed"
-        cells = [spread([one[key][str(k)] for one in done]) if done else failed for key in ("figures", "figures_train") for k in STEPS]
+        cells = [
+            spread([one[key][str(k)] for one in done]) if done else failed
+            for key in ("figures", "figures_train")
+            for k in STEPS
+        ]
         steps, milliseconds = (statistics.median(result[key] for result in found) for key in ("steps", "step_seconds"))
         yield [row.job, row.whose, int(steps), 1e3 * milliseconds, *cells]
     besides = [result for result in results if "floor" in result]
     if besides:
         blank, both = [""] * (len(STEPS) - 1), ("", "_train")
-        teacher = [cell for suffix in both for cell in (spread([one["teacher"][f"figure{suffix}"] for one in besides]), *blank)]
+        teacher = [
+            cell for suffix in both for cell in (spread([one["teacher"][f"figure{suffix}"] for one in besides]), *blank)
+        ]
         floor = [cell for suffix in both for cell in (spread([one[f"floor{suffix}"] for one in besides]), *blank)]
         yield [f"teacher at {besides[0]['teacher']['steps']} steps", *[""] * 3, *teacher]
         yield ["floor: real against real", *[""] * 3, *floor]
 
 
-QUALITY = ["job", "loss of", "steps", "milliseconds", *(f"{NAME} at {k}" for k in STEPS), *(f"to training digits at {k}" for k in STEPS)]
+QUALITY = [
+    "job",
+    "loss of",
+    "steps",
+    "milliseconds",
+    *(f"{NAME} at {k}" for k in STEPS),
+    *(f"to training digits at {k}" for k in STEPS),
+]

@@ -49,8 +49,13 @@ class Tables:
         ]
         rows = []
         for arm in ("teacher", "reflow", "third"):
-            cells = [self.cell(arm, k, self.distance) for k in ("1", "2", "4")] + [self.cell(arm, self.many, self.distance, "euler")]
-            cells += [self.cell(arm, "1", "straightness"), self.spread(arm, lambda one: one["student"]["1"]["endpoint_error"] ** 2)]
+            cells = [self.cell(arm, k, self.distance) for k in ("1", "2", "4")] + [
+                self.cell(arm, self.many, self.distance, "euler")
+            ]
+            cells += [
+                self.cell(arm, "1", "straightness"),
+                self.spread(arm, lambda one: one["student"]["1"]["endpoint_error"] ** 2),
+            ]
             rows.append([NAMES[arm], *cells, self.cell(arm, "1", self.agreement(arm))])
         return self.table(columns, rows, "floor")
 
@@ -58,7 +63,9 @@ class Tables:
         """Every arm's distances to training samples, where `reflow` and the others have those to held-out ones."""
         key = f"{self.distance}_train"
         steps = ("1", "2", "4", self.many)
-        arms = [arm for arm in dict.fromkeys(name for run in self.runs for name in run) if arm not in ("first", "speed")]
+        arms = [
+            arm for arm in dict.fromkeys(name for run in self.runs for name in run) if arm not in ("first", "speed")
+        ]
         rows = [[NAMES.get(arm, arm), *(self.cell(arm, k, key) for k in steps)] for arm in arms]
         return self.table([key, *(f"{k} step{'s' * (k != '1')}" for k in steps)], rows)
 
@@ -88,11 +95,21 @@ class Tables:
         return self.table([self.distance, *(f"{k} steps" for k in steps)], rows)
 
     def ablation(self) -> dict:
-        columns = ["row", f"1-step {self.distance}", "2", "endpoint error^2", "seen as asked", "the paper's FID, CIFAR-10"]
+        columns = [
+            "row",
+            f"1-step {self.distance}",
+            "2",
+            "endpoint error^2",
+            "seen as asked",
+            "the paper's FID, CIFAR-10",
+        ]
         rows = []
         for arm in [arm for arm in PAPER if any(arm in run for run in self.runs)]:
             cells = [self.cell(arm, k, self.distance) for k in ("1", "2")]
-            cells += [self.spread(arm, lambda one: one["student"]["1"]["endpoint_error"] ** 2), self.cell(arm, "1", self.agreement(arm))]
+            cells += [
+                self.spread(arm, lambda one: one["student"]["1"]["endpoint_error"] ** 2),
+                self.cell(arm, "1", self.agreement(arm)),
+            ]
             rows.append([arm.upper(), *cells, str(PAPER[arm])])
         return self.table(columns, rows)
 
@@ -108,16 +125,30 @@ class Tables:
         have = next((run["reflow"]["student"]["1"] for run in self.runs if "reflow" in run), {})
         times = [key for key in have if key.startswith("loss_t")]
         step = lambda arm: self.many if arm == "first" else "1"
-        rows = [[NAMES[arm], *(self.cell(arm, step(arm), key, bare=True) for key in times)] for arm in ("first", "reflow", "third")]
+        rows = [
+            [NAMES[arm], *(self.cell(arm, step(arm), key, bare=True) for key in times)]
+            for arm in ("first", "reflow", "third")
+        ]
         return self.table(["loss at t =", *(key.removeprefix("loss_t") for key in times)], rows)
 
     def instaflow(self) -> dict:
         arms = [arm for arm in dict.fromkeys(name for run in self.runs for name in run) if arm.startswith("insta")]
-        columns = ["", f"1-step {self.distance}", f"{self.many}", "seen as asked, 1 step", f"{self.many}", "straightness"]
+        columns = [
+            "",
+            f"1-step {self.distance}",
+            f"{self.many}",
+            "seen as asked, 1 step",
+            f"{self.many}",
+            "straightness",
+        ]
         rows = []
         for arm in arms:
             seen = [self.cell(arm, k, self.agreement(arm)) for k in ("1", self.many)]
-            cells = [*(self.cell(arm, k, self.distance) for k in ("1", self.many)), *seen, self.cell(arm, "1", "straightness")]
+            cells = [
+                *(self.cell(arm, k, self.distance) for k in ("1", self.many)),
+                *seen,
+                self.cell(arm, "1", "straightness"),
+            ]
             rows.append([NAMES.get(arm, arm.removeprefix("insta ")), *cells])
         return self.table(columns, rows)
 
@@ -125,8 +156,20 @@ class Tables:
         found = next((run["speed"] for run in self.runs if "speed" in run), None)
         if found is None:
             return self.table([], [])
-        columns = ["network calls a pair", "pairs a CPU second", "of what the network alone would make", "least", "most"]
-        cells = [found["calls a pair"], found["pairs a CPU second"], found["of the bound"], min(found["each"]), max(found["each"])]
+        columns = [
+            "network calls a pair",
+            "pairs a CPU second",
+            "of what the network alone would make",
+            "least",
+            "most",
+        ]
+        cells = [
+            found["calls a pair"],
+            found["pairs a CPU second"],
+            found["of the bound"],
+            min(found["each"]),
+            max(found["each"]),
+        ]
         return {"columns": columns, "rows": [cells]}
 
     def cell(self, arm: str, k: str, metric: str, source: str = "student", bare: bool = False) -> str:

@@ -72,7 +72,11 @@ def table(rows: Iterable[Sequence], columns: Sequence[str]) -> str:
         padded = [c.ljust(w) if at_left else c.rjust(w) for c, w, at_left in zip(cells, widths, left, strict=True)]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "| " + " | ".join("-" * w if at_left else "-" * (w - 1) + ":" for w, at_left in zip(widths, left, strict=True)) + " |"
+    rule = (
+        "| "
+        + " | ".join("-" * w if at_left else "-" * (w - 1) + ":" for w, at_left in zip(widths, left, strict=True))
+        + " |"
+    )
     return "\n".join([line(columns), rule, *map(line, rows)])
 
 
@@ -97,13 +101,19 @@ def _version(package: str) -> str | None:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -57,13 +57,16 @@ class Seed:
 
     def _start(self, source: Path) -> Path:
         """The kept run that the stage goes on from; it and its teacher appear beside the arms, where `flowmap` looks for them."""
-        from flowmap.planning.plan import holds, teacher_recipes
-        from flowmap.recipe import read_recipe, read_resolved
+        from flowmap.plan.dependencies import teacher_recipes
+        from flowmap.plan.plan import holds
+        from flowmap.recipe.recipe import read_recipe, read_resolved
 
         name = read_recipe(self.case.recipe).student.recipe
         run = source / name
         if not (run / "metrics.json").is_file():
-            raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {name}` any other")
+            raise SystemExit(
+                f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {name}` any other"
+            )
         needed = [run]
         for teacher in teacher_recipes(read_resolved(run / "recipe.yaml")):
             needed += [folder for folder in sorted(source.glob(f"{teacher.name}*")) if holds(folder, teacher)][:1]
@@ -79,12 +82,18 @@ class Seed:
 
     def recipe(self, arm: str, steps: int | None = None) -> Path:
         """The file of the arm's recipe; of `steps` steps where that is said, otherwise as long as the shipped one."""
-        from flowmap.recipe import read_recipe, read_resolved
+        from flowmap.recipe.recipe import read_recipe, read_resolved
 
         name = f"timed-{arm}-{steps}" if steps else arm
         steps = steps or (SMOKE if self.options.smoke else read_recipe(self.case.recipe).trainer.steps)
         started = self.start / "recipe.yaml"
-        changes = [f"seed={self.seed}", f"trainer.steps={steps}", f"student.recipe={started}", "metrics=[]", "log.wandb=false"]
+        changes = [
+            f"seed={self.seed}",
+            f"trainer.steps={steps}",
+            f"student.recipe={started}",
+            "metrics=[]",
+            "log.wandb=false",
+        ]
         if (overrides := read_resolved(started).teacher.overrides) is not None:
             changes.append(f"teacher.overrides={json.dumps(list(overrides))}")
         changes += ["objective.start=1"] if self.options.smoke else []  # so that the discriminator steers a few steps
@@ -96,7 +105,7 @@ class Seed:
 
     def make(self, arm: str) -> None:
         """Trains the arm where that is not done."""
-        from flowmap.planning.plan import holds
+        from flowmap.plan.plan import holds
         from flowmap.recipe import read_recipe
 
         path, out = self.recipe(arm), self.root / arm
@@ -115,7 +124,10 @@ class Seed:
         few, many = (2, 4) if self.options.smoke else TIMED
         seconds = {}
         for arm in ARMS:
-            spent = [self._fit(self.recipe(arm, k), self.root / f"timed-{arm}-{k}", anew=True)["cpu_seconds"] for k in (few, many)]
+            spent = [
+                self._fit(self.recipe(arm, k), self.root / f"timed-{arm}-{k}", anew=True)["cpu_seconds"]
+                for k in (few, many)
+            ]
             for k in (few, many):
                 shutil.rmtree(self.root / f"timed-{arm}-{k}")
             seconds[arm] = (spent[1] - spent[0]) / (many - few)
@@ -138,10 +150,21 @@ class Seed:
     def look(self) -> None:
         """The figures of all arms, by one process, so that they share what is known of the real pictures."""
         spaces = [UNSEEN, *self.options.features]
-        before = any(key.endswith("_train") for key in self.found.get("floor", {}))  # else taken to training samples alone
+        before = any(
+            key.endswith("_train") for key in self.found.get("floor", {})
+        )  # else taken to training samples alone
         if self.found.get("spaces") == spaces and before and not self.options.look_again:
             return
-        command = [sys.executable, __file__, "--look", str(self.recipe("after")), "--start", str(self.start), "--features", *spaces]
+        command = [
+            sys.executable,
+            __file__,
+            "--look",
+            str(self.recipe("after")),
+            "--start",
+            str(self.start),
+            "--features",
+            *spaces,
+        ]
         command += ["--smoke"] if self.options.smoke else []
         env = os.environ | {"FLOWMAP_RUNS": str(self.root)}
         done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
@@ -158,8 +181,8 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     import _labels
 
     from flowmap.base.trust import allow_import
-    from flowmap.build import build_data
-    from flowmap.evaluate import measure
+    from flowmap.build.parts import build_data
+    from flowmap.evaluation.measure import measure
     from flowmap.recipe import read_recipe
     from flowmap.student.folder import load_student
 
@@ -173,7 +196,11 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
         student = load_student(start if arm == "before" else path.parent / arm)
         measured = measure(recipe, student, None, data, steps=[1, 2, 4], metrics=metrics)
         found[arm] = measured["student"]
-    return {"student": found, "floor": measured["floor"], "held-out pictures whose class the unseen network tells": known}
+    return {
+        "student": found,
+        "floor": measured["floor"],
+        "held-out pictures whose class the unseen network tells": known,
+    }
 
 
 def metrics_for(shipped, spaces: list[str], smoke: bool) -> list:
@@ -196,17 +223,35 @@ def report(options: argparse.Namespace, seeds: list[Seed]) -> None:
         return
     name = "adversarial" if options.set == "digits" else f"adversarial_{options.set}"
     settings = {"set": options.set, "seeds": [seed.seed for seed in seeds]}
-    write(name, {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "tables": made, "figures": runs})
+    write(
+        name,
+        {
+            "question": __doc__.splitlines()[0],
+            "environment": environment(),
+            "settings": settings,
+            "tables": made,
+            "figures": runs,
+        },
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", default="digits", choices=CASES)
     parser.add_argument("--seeds", type=int, help="default: five of digits, one of fashion14")
-    parser.add_argument("--students", help="the folder of the kept runs, {seed} for the seed, where it is not below this one's runs/")
-    parser.add_argument("--features", nargs="*", default=[], help="further feature spaces to look in; efficientnet_lite0 takes ten minutes a seed")
+    parser.add_argument(
+        "--students", help="the folder of the kept runs, {seed} for the seed, where it is not below this one's runs/"
+    )
+    parser.add_argument(
+        "--features",
+        nargs="*",
+        default=[],
+        help="further feature spaces to look in; efficientnet_lite0 takes ten minutes a seed",
+    )
     parser.add_argument("--look-again", action="store_true", help="measure finished runs once more")
-    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE} steps and {SMOKE_IMAGES} samples: a look at whether it runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help=f"{SMOKE} steps and {SMOKE_IMAGES} samples: a look at whether it runs"
+    )
     parser.add_argument("--look", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

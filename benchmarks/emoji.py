@@ -18,10 +18,10 @@ from _report import environment, table, write
 from safetensors.torch import load_file, save_file
 
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.build import build_data, build_teacher
-from flowmap.evaluate import conditions_for
+from flowmap.build.parts import build_data, build_teacher
+from flowmap.evaluation.conditions import conditions_for
 from flowmap.export import export
-from flowmap.recipe import read_resolved
+from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,10 @@ def drawn(student, cond, noise: torch.Tensor, side: int) -> dict[int, torch.Tens
     """Pictures in [-1, 1] by number of steps, each from an exported folder by stock diffusers."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file({"text": cond["text"].contiguous(), "pooled": cond["pooled"].contiguous(), "noise": noise}, folder / "given.safetensors")
+        save_file(
+            {"text": cond["text"].contiguous(), "pooled": cond["pooled"].contiguous(), "noise": noise},
+            folder / "given.safetensors",
+        )
         for k in STEPS:
             export(student, folder / f"steps-{k}", steps=k)
             alone(DRAW.format(steps=k, side=side), folder)
@@ -66,7 +69,10 @@ def main() -> None:
     with torch.no_grad():
         by_teacher = student.pictures(teacher.solve(noise, cond, recipe.evaluation.teacher_steps))
     real = student.pictures(data.__getitems__([i * len(data) // NUM for i in range(NUM)])[0])
-    save_picture(ROOT / "docs" / "emoji.png", stack([to_grid(x, columns=16) for x in (real, by_teacher, *(theirs[k] for k in (4, 2, 1)))]))
+    save_picture(
+        ROOT / "docs" / "emoji.png",
+        stack([to_grid(x, columns=16) for x in (real, by_teacher, *(theirs[k] for k in (4, 2, 1)))]),
+    )
     figures = {f"student {k}": row for k, row in metrics["student"].items()}
     figures |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}
     figures |= {f"teacher {metrics['teacher']['steps']}": metrics["teacher"], "floor": metrics["floor"]}
@@ -75,8 +81,18 @@ def main() -> None:
     rows = [[name, *(row[key] for key in keys), same.get(name, "")] for name, row in figures.items()]
     columns = ["row", "FD-efficientnet-lite0", "to training pictures", "largest difference to stock diffusers"]
     print(table(rows, columns))
-    settings = {"seeds": [recipe.seed], "steps": recipe.trainer.steps, "objective": type(recipe.objective).__name__, "pictures": NUM}
-    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "metrics": metrics}
+    settings = {
+        "seeds": [recipe.seed],
+        "steps": recipe.trainer.steps,
+        "objective": type(recipe.objective).__name__,
+        "pictures": NUM,
+    }
+    payload = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(),
+        "settings": settings,
+        "metrics": metrics,
+    }
     write("emoji", {**payload, "columns": columns, "rows": rows})
 
 

@@ -28,7 +28,11 @@ from flowmap.teachers.exact import MixtureTeacher
 CALLS = (1, 2, 4)
 MEANS = tuple((math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8))
 TEACHERS = {"sharp ring": MixtureTeacher(MEANS, std=(0.1,)), "soft ring": MixtureTeacher(MEANS, std=(0.3,))}
-OBJECTIVES = {"ayf_emd": AYFEMD, "ayf_lmd": AYFLMD, "ayf_mixed": partial(AYFMixed, lagrangian=0.25, own_lagrangian=1.0)}  # as in recipes/digits.yaml
+OBJECTIVES = {
+    "ayf_emd": AYFEMD,
+    "ayf_lmd": AYFLMD,
+    "ayf_mixed": partial(AYFMixed, lagrangian=0.25, own_lagrangian=1.0),
+}  # as in recipes/digits.yaml
 SETTINGS = {"r_max": 1.0, "norm": "l2", "c": 1.0}
 TIMES = Mixture(base=Uniform(pairs="sorted"), one_step=0.05, diagonal=0.25, diagonal_at="arrival")
 NET = MLP(width=128, depth=3, cycles=0.5)
@@ -40,7 +44,10 @@ def train(objective, teacher, seed: int, steps: int) -> FlowMapNet:
     torch.manual_seed(seed)
     student = FlowMapNet(NET.build((2,)))
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99))
-    optimizer, generator = torch.optim.Adam(student.parameters(), lr=RATE, betas=(0.9, 0.99)), torch.Generator().manual_seed(seed)
+    optimizer, generator = (
+        torch.optim.Adam(student.parameters(), lr=RATE, betas=(0.9, 0.99)),
+        torch.Generator().manual_seed(seed),
+    )
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         x0, x1 = teacher.sample(BATCH, generator), torch.randn(BATCH, 2, generator=generator)
@@ -80,7 +87,9 @@ def on(teacher, x1: torch.Tensor, seeds: int, steps: int) -> tuple[dict, float]:
     truth, found, start = teacher.flow_map(x1, ones, 0 * ones), {}, time.process_time()
     for name, kind in OBJECTIVES.items():
         students = [train(kind(warmup_steps=steps // 2, **SETTINGS), teacher, seed, steps) for seed in range(seeds)]
-        found.update({(name, calls): [rmse(by_map(student, x1, calls), truth) for student in students] for calls in CALLS})
+        found.update(
+            {(name, calls): [rmse(by_map(student, x1, calls), truth) for student in students] for calls in CALLS}
+        )
     seconds = (time.process_time() - start) / (len(OBJECTIVES) * seeds)
     found.update({("exact velocity, Euler", calls): [rmse(by_euler(teacher, x1, calls), truth)] for calls in CALLS})
     return found, seconds
@@ -96,15 +105,34 @@ def main() -> None:
     for data, teacher in TEACHERS.items():
         std = float(teacher.sample(200_000, torch.Generator().manual_seed(1)).std())
         found, seconds[data] = on(teacher, x1, arguments.seeds, arguments.steps)
-        rows += [[data, *key, statistics.median(v), min(v), max(v), statistics.median(v) / std] for key, v in found.items()]
-        measured += [{"data": data, "data_std": std, "trained_with": key[0], "steps": key[1], "rmse": v} for key, v in found.items()]
+        rows += [
+            [data, *key, statistics.median(v), min(v), max(v), statistics.median(v) / std] for key, v in found.items()
+        ]
+        measured += [
+            {"data": data, "data_std": std, "trained_with": key[0], "steps": key[1], "rmse": v}
+            for key, v in found.items()
+        ]
     columns = ["data", "trained with", "steps", "RMSE, median", "least", "most", "median / data std"]
     print(table(rows, columns))
     each = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     print(f"{arguments.seeds} seeds, {arguments.steps} training steps of {BATCH}; CPU seconds a training: {each}")
-    settings = {"seeds": list(range(arguments.seeds)), "steps": arguments.steps, "batch": BATCH, "lr": RATE, "points": POINTS, **SETTINGS}
-    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": {**settings, "net": str(NET), "times": str(TIMES)}}
-    write("exactness", {**payload, "cpu_seconds_a_training": seconds, "columns": columns, "rows": rows, "measured": measured})
+    settings = {
+        "seeds": list(range(arguments.seeds)),
+        "steps": arguments.steps,
+        "batch": BATCH,
+        "lr": RATE,
+        "points": POINTS,
+        **SETTINGS,
+    }
+    payload = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(),
+        "settings": {**settings, "net": str(NET), "times": str(TIMES)},
+    }
+    write(
+        "exactness",
+        {**payload, "cpu_seconds_a_training": seconds, "columns": columns, "rows": rows, "measured": measured},
+    )
 
 
 if __name__ == "__main__":

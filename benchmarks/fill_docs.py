@@ -33,12 +33,17 @@ BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
 
 def results() -> dict[str, dict]:
     """The contents of those result files that are there, by block."""
-    return {name: json.loads((RESULTS / file).read_text()) for name, file in FILES.items() if (RESULTS / file).is_file()}
+    return {
+        name: json.loads((RESULTS / file).read_text()) for name, file in FILES.items() if (RESULTS / file).is_file()
+    }
 
 
 def filled(text: str, found: dict[str, dict]) -> str:
     """The page with every block whose results are found written anew."""
-    return BLOCK.sub(lambda m: m[1] + block(m[2], found[m[2]]) + m[3] if m[2] in found and table_of(m[2], found[m[2]]) else m[0], text)
+    return BLOCK.sub(
+        lambda m: m[1] + block(m[2], found[m[2]]) + m[3] if m[2] in found and table_of(m[2], found[m[2]]) else m[0],
+        text,
+    )
 
 
 def table_of(name: str, result: dict) -> dict | None:
@@ -74,14 +79,20 @@ def origin(name: str, result: dict) -> str:
     if runs := result.get("runs"):
         walls = sorted(run["wall_seconds"] for run in runs)
         peak = max(run["peak_gib"] for run in runs)
-        parts.append(f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; peak memory {peak:.2f} GiB")
+        parts.append(
+            f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; peak memory {peak:.2f} GiB"
+        )
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
     elif given := result.get("settings") or result.get("setting"):
-        parts.append(", ".join(f"{key} {len(value) if key == 'seeds' else _cell(value)}" for key, value in given.items()))
+        parts.append(
+            ", ".join(f"{key} {len(value) if key == 'seeds' else _cell(value)}" for key, value in given.items())
+        )
     if here := result.get("environment"):
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
-        parts.append(f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; commit {(here['commit'] or '?')[:10]}")
+        parts.append(
+            f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; commit {(here['commit'] or '?')[:10]}"
+        )
     return ". ".join(parts) + "."
 
 

@@ -59,7 +59,14 @@ class Bench:
         vae = SMOKE_VAE if self.smoke else []
         if name == "vae":
             return vae
-        own = [f"seed={self.seed}", "log.wandb=false", "log.grid_images=10", "metrics=[]", "trainer.accelerator=cpu", *(SMOKE if self.smoke else [])]
+        own = [
+            f"seed={self.seed}",
+            "log.wandb=false",
+            "log.grid_images=10",
+            "metrics=[]",
+            "trainer.accelerator=cpu",
+            *(SMOKE if self.smoke else []),
+        ]
         own += [f"data.autoencoder.overrides={json.dumps(vae)}"] if vae else []
         flow = json.dumps(self.overrides("flow")) if name in ("reflow", "ayf") else ""
         if name == "reflow":
@@ -81,7 +88,7 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """The finished run of that name, trained first where it is not there."""
-        from flowmap.planning.plan import dependency_folder, is_complete
+        from flowmap.plan.plan import dependency_folder, is_complete
         from flowmap.recipe import read_recipe
 
         recipe, changes = RECIPE.get(name, RECIPE["flow"]), self.overrides(name)
@@ -89,7 +96,10 @@ class Bench:
         if not is_complete(out, read_recipe(recipe, changes)):
             self.must_have_time()
             print(f"seed {self.seed}: training {name} -> {out}", flush=True)
-            subprocess.run([sys.executable, "-m", "flowmap", "fit", "--recipe", recipe, *changes, "--out", str(out), "--resume"], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "flowmap", "fit", "--recipe", recipe, *changes, "--out", str(out), "--resume"],
+                check=True,
+            )
         return out
 
     def must_have_time(self) -> None:
@@ -116,8 +126,9 @@ class Look:
     """The metrics of sentences, fitted once for all seeds: look(texts, cond) are the figures of a row, brief(texts, cond) those of control."""
 
     def __init__(self, bench: Bench):
-        from flowmap.build import build_data
-        from flowmap.metrics.text import Control, Distinct, Memorised, Perplexity, Phrase, SelfBLEU, TextDivergence
+        from flowmap.build.parts import build_data
+        from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
+        from flowmap.metrics.text_conditioned import Control, Phrase
         from flowmap.recipe import read_recipe
 
         self.data = build_data(read_recipe(RECIPE["flow"], bench.overrides("flow")))
@@ -131,18 +142,24 @@ class Look:
 
     def __call__(self, texts, cond, sources=None, first: int | None = None) -> dict[str, float]:
         found = list(zip(self.specs, self.built, strict=True))[:first]
-        return {key: value for spec, metric in found for key, value in spec.report(metric, texts, cond, sources).items()}
+        return {
+            key: value for spec, metric in found for key, value in spec.report(metric, texts, cond, sources).items()
+        }
 
     def brief(self, texts, cond) -> dict[str, float]:
         return self(texts, cond, first=4)
 
     def floor(self) -> dict[str, float]:
-        return {key: v for spec, metric in zip(self.specs, self.built, strict=True) for key, v in spec.floor(metric, self.data).items()}
+        return {
+            key: v
+            for spec, metric in zip(self.specs, self.built, strict=True)
+            for key, v in spec.floor(metric, self.data).items()
+        }
 
 
 def asked(student, data, num: int) -> dict:
     """The conditions of `num` held-out sentences, as the student takes them."""
-    from flowmap.evaluate import conditions_for
+    from flowmap.evaluation.conditions import conditions_for
 
     return dict(conditions_for(student, data, num)(torch.arange(num)))
 
@@ -162,7 +179,12 @@ def drawn(bench: Bench, look: Look, name: str, steps: int, guidance: float | Non
 def read(bench: Bench, look, student, latents, cond, row: dict) -> dict:
     started = time.perf_counter()
     texts = student.sentences(latents)
-    return row | {"decode_seconds": time.perf_counter() - started} | look(texts, cond) | ({"first": texts[:10]} if bench.seed == 0 else {})
+    return (
+        row
+        | {"decode_seconds": time.perf_counter() - started}
+        | look(texts, cond)
+        | ({"first": texts[:10]} if bench.seed == 0 else {})
+    )
 
 
 def few(bench: Bench, look: Look) -> None:
@@ -205,28 +227,44 @@ def edit(bench: Bench, look: Look) -> None:
 
 
 def edited(bench: Bench, what: str, names) -> None:
-    from flowmap.build import build_data
+    from flowmap.build.parts import build_data
     from flowmap.flow.prior import Start
-    from flowmap.metrics.text import ContentKept, Distinct, Phrase, StyleHit
-    from flowmap.recipe import read_resolved
+    from flowmap.metrics.text import Distinct
+    from flowmap.metrics.text_conditioned import ContentKept, Phrase, StyleHit
+    from flowmap.recipe.recipe import read_resolved
 
     data = build_data(read_resolved(bench.folder(names[0]) / "recipe.yaml"))
     x1, sources = data.starts(min(bench.num, len(data.held_out_sources)))
-    specs, asked_for = [StyleHit(), ContentKept(embedding=True), Distinct(), *([Phrase()] if what == "part of speech" else [])], {}
+    specs, asked_for = (
+        [StyleHit(), ContentKept(embedding=True), Distinct(), *([Phrase()] if what == "part of speech" else [])],
+        {},
+    )
     built = [spec.build(data) for spec in specs]
     if what == "part of speech":
         asked_for = {"part_of_speech": data.codes["part_of_speech"][:1].expand(len(x1))}  # of the target, all alike
 
     def figures(texts, calls: int) -> dict:
-        found = {key: v for spec, metric in zip(specs, built, strict=True) for key, v in spec.report(metric, texts, asked_for, sources).items()}
-        return found | {"calls": calls} | ({"first": list(zip(sources, texts, strict=True))[:10]} if bench.seed == 0 else {})
+        found = {
+            key: v
+            for spec, metric in zip(specs, built, strict=True)
+            for key, v in spec.report(metric, texts, asked_for, sources).items()
+        }
+        return (
+            found
+            | {"calls": calls}
+            | ({"first": list(zip(sources, texts, strict=True))[:10]} if bench.seed == 0 else {})
+        )
 
     for name in names:
         student = bench.student(name)
-        carried = lambda steps, student=student: student.carry(Start(x1), student.conditions(len(x1)), steps, torch.Generator().manual_seed(0))
+        carried = lambda steps, student=student: student.carry(
+            Start(x1), student.conditions(len(x1)), steps, torch.Generator().manual_seed(0)
+        )
         kind = {"edit-reflow": "reflow", "edit-independent": "flow, independent"}.get(name, "flow")
         for steps in (1, 2, 4) if kind == "reflow" else (1, 2, 4, 8, 20):
-            bench.keep("edit", f"{what}: {kind} {steps}", lambda steps=steps, carried=carried: figures(carried(steps), steps))
+            bench.keep(
+                "edit", f"{what}: {kind} {steps}", lambda steps=steps, carried=carried: figures(carried(steps), steps)
+            )
     difference = data.train.mean(0) - data.sources.mean(0)
     for factor in (0.0, 1.0, 2.0, 3.0):
         moved = lambda factor=factor: figures(student.sentences(x1 + factor * difference), 0)
@@ -237,9 +275,15 @@ def control(bench: Bench, look: Look) -> None:
     """One attribute asked for, the rest free: by classifier-free guidance of the distilled student, and by a classifier of latents."""
     for name in ("length", "part_of_speech", "category"):
         for scale in (1.0, 3.0):
-            bench.keep("control", f"{name}, guidance {scale:g}", lambda name=name, scale=scale: one_attribute(bench, look, name, scale))
+            bench.keep(
+                "control",
+                f"{name}, guidance {scale:g}",
+                lambda name=name, scale=scale: one_attribute(bench, look, name, scale),
+            )
     for scale in (0.0, 1.0, 3.0):
-        bench.keep("control", f"part_of_speech, classifier {scale:g}", lambda scale=scale: by_classifier(bench, look, scale))
+        bench.keep(
+            "control", f"part_of_speech, classifier {scale:g}", lambda scale=scale: by_classifier(bench, look, scale)
+        )
 
 
 def one_attribute(bench: Bench, look: Look, name: str, scale: float) -> dict:
@@ -257,7 +301,9 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
     student = bench.student("flow")
     wanted = asked(student, look.data, bench.num)["part_of_speech"]
     net = classifier_of_latents(look.data, steps=20 if bench.smoke else 2000, seed=bench.seed)
-    log_prob = lambda x, t, cond: net(torch.cat([x.flatten(1), t[:, None]], 1)).log_softmax(-1).gather(1, cond["wanted"][:, None])[:, 0]
+    log_prob = lambda x, t, cond: (
+        net(torch.cat([x.flatten(1), t[:, None]], 1)).log_softmax(-1).gather(1, cond["wanted"][:, None])[:, 0]
+    )
     guided = ClassifierGuided(Unconditional(NetworkTeacher(student.flow_map)), log_prob, scale=scale)
     x1 = torch.randn(bench.num, *student.config.shape, generator=torch.Generator().manual_seed(bench.seed))
     latents = Euler(steps=20)(lambda x, t: guided.velocity(x, t, {"wanted": wanted}), x1).x
@@ -266,26 +312,38 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
 
 def infill(bench: Bench, look: Look) -> None:
     """Middle thirds of all held-out sentences from their sides; beside what stood there, through the autoencoder, and what stood in another."""
-    from flowmap.build import build_data
+    from flowmap.build.parts import build_data
     from flowmap.data.dataset import looked_at
-    from flowmap.data.text import outer_thirds
-    from flowmap.metrics.text import Distinct, Infilled
-    from flowmap.recipe import read_resolved
+    from flowmap.data.text.dataset import outer_thirds
+    from flowmap.metrics.text import Distinct
+    from flowmap.metrics.text_conditioned import Infilled
+    from flowmap.recipe.recipe import read_resolved
 
     data, student = build_data(read_resolved(bench.folder("infill") / "recipe.yaml")), bench.student("infill")
     num, order = len(data.held_out), looked_at(torch.arange(len(data.held_out)), len(data.held_out))
-    sides, wanted, cond = [outer_thirds(data.held_out_texts[i]) for i in order.tolist()], data.wanted(num), asked(student, data, num)
+    sides, wanted, cond = (
+        [outer_thirds(data.held_out_texts[i]) for i in order.tolist()],
+        data.wanted(num),
+        asked(student, data, num),
+    )
 
     def figures(middles: list[str]) -> dict:
-        whole = [" ".join(f"{left} {middle} {right}".split()) for (left, _, right), middle in zip(sides, middles, strict=True)]
+        whole = [
+            " ".join(f"{left} {middle} {right}".split())
+            for (left, _, right), middle in zip(sides, middles, strict=True)
+        ]
         found = Infilled().report(None, middles, cond, wanted) | Distinct().report(None, middles, cond)
-        return found | {"perplexity": look.built[0].perplexity(whole)} | ({"first": whole[:10]} if bench.seed == 0 else {})
+        return (
+            found | {"perplexity": look.built[0].perplexity(whole)} | ({"first": whole[:10]} if bench.seed == 0 else {})
+        )
 
     drawn = lambda steps: student.sample(num, steps=steps, cond=cond, seed=bench.seed)
     for steps in (1, 2, 4, 8, 20):
         bench.keep("infill", f"flow {steps}", lambda steps=steps: {"calls": steps} | figures(drawn(steps)))
     bench.keep("infill", "another sentence's", lambda: figures([*wanted[1:], wanted[0]]))
-    bench.keep("infill", "what stood there, through the autoencoder", lambda: figures(student.sentences(data.held_out[order])))
+    bench.keep(
+        "infill", "what stood there, through the autoencoder", lambda: figures(student.sentences(data.held_out[order]))
+    )
     bench.keep("infill", "what stood there", lambda: figures(wanted))
 
 
@@ -300,7 +358,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="nothing is begun after these; what is done is kept")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="nothing is begun after these; what is done is kept"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed: does it run?")
     a = parser.parse_args()
     until = time.monotonic() + 60 * a.minutes
@@ -314,8 +374,16 @@ def main() -> None:
                 globals()[part](bench, look)
     except OutOfTime:
         print(f"{a.minutes:g} minutes are over: the same command goes on", flush=True)
-    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": {"seeds": list(range(len(benches)))}}
-    payload |= {"autoencoder": reconstruction, "tables": report(benches), "figures": [bench.figures for bench in benches]}
+    payload = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(),
+        "settings": {"seeds": list(range(len(benches)))},
+    }
+    payload |= {
+        "autoencoder": reconstruction,
+        "tables": report(benches),
+        "figures": [bench.figures for bench in benches],
+    }
     if not a.smoke:
         write("language", payload)
 

@@ -19,19 +19,26 @@ from _league_tables import tables
 from _report import environment, table, write
 from omegaconf import OmegaConf
 
-from flowmap.planning.plan import dependency_folder, holds, is_complete, runs_root, teacher_recipes
-from flowmap.recipe import find_recipe, read_plain
-from flowmap.train.compare import compare
-from flowmap.train.compare.entrants import at_seed, read_entrants
+from flowmap.compare import compare
+from flowmap.compare.entrants import at_seed, read_entrants
+from flowmap.plan.dependencies import teacher_recipes
+from flowmap.plan.plan import dependency_folder, holds, is_complete, runs_root
+from flowmap.recipe.recipe import find_recipe, read_plain
 
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps
 RECIPES = (
     DEFAULT,
-    *(f"digits-{name}" for name in ("ayf-emd", "ayf-lmd", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")),
+    *(
+        f"digits-{name}"
+        for name in ("ayf-emd", "ayf-lmd", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")
+    ),
     *(f"digits-{name}" for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd")),
     "rfpp/digits",
 )
-TEACHERS = ("runs/bench/{set}/seed-{seed}", "runs/bench/rectified/{set}/seed-{seed}")  # where other benchmarks keep theirs
+TEACHERS = (
+    "runs/bench/{set}/seed-{seed}",
+    "runs/bench/rectified/{set}/seed-{seed}",
+)  # where other benchmarks keep theirs
 
 
 def main() -> None:
@@ -41,7 +48,9 @@ def main() -> None:
     terms = parser.add_mutually_exclusive_group()
     terms.add_argument("--budget", type=float, help="seconds of training for each recipe and seed (default: 240)")
     terms.add_argument("--calls", type=float, help="network evaluations instead")
-    parser.add_argument("--wall", action="store_true", help="seconds as the wall clock shows them: on a GPU, or a machine of one's own")
+    parser.add_argument(
+        "--wall", action="store_true", help="seconds as the wall clock shows them: on a GPU, or a machine of one's own"
+    )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--out", type=Path, help="default: runs/league-SET")
     a = parser.parse_args()
@@ -50,12 +59,28 @@ def main() -> None:
     recipes = [over(a.set, name, out.with_name(f"{out.name}-recipes")) for name in a.recipes]
     for seed in range(a.seeds):
         take_over(recipes, a.set, seed)
-    found = compare(recipes, budget=budget, calls=a.calls, seeds=a.seeds, out=out, now=time.perf_counter if a.wall else time.process_time)
+    found = compare(
+        recipes,
+        budget=budget,
+        calls=a.calls,
+        seeds=a.seeds,
+        out=out,
+        now=time.perf_counter if a.wall else time.process_time,
+    )
     made = tables(found, a.set)
     for name, one in made.items():
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a)}
-    write(f"league_{a.set}", {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "tables": made, **found})
+    write(
+        f"league_{a.set}",
+        {
+            "question": __doc__.splitlines()[0],
+            "environment": environment(),
+            "settings": settings,
+            "tables": made,
+            **found,
+        },
+    )
 
 
 def _unit(a: argparse.Namespace) -> str:

@@ -53,7 +53,14 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
         return [f"seed={seed}", f"trainer.steps={steps}", f"trainer.checkpoint_every_steps={steps}", *more]
 
     plain, of = suffix.startswith("-gaussian"), json.dumps(tuned(f"{name}-prior"))
-    prior = [] if plain else [f"prior.overrides={of}", f"prior.z.overrides={json.dumps(tuned(f'{name}-codes', f'data.overrides={of}'))}"]
+    prior = (
+        []
+        if plain
+        else [
+            f"prior.overrides={of}",
+            f"prior.z.overrides={json.dumps(tuned(f'{name}-codes', f'data.overrides={of}'))}",
+        ]
+    )
     once = "sampler.steps=[1]"  # what the run itself measures; the curves are drawn here
     flow = tuned(name + ("-gaussian" if plain else ""), once, *options.overrides, *prior)
     if not arm.startswith("student"):
@@ -64,7 +71,7 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
     """Trains the arm, and what it needs, and looks at it."""
-    from flowmap.planning.plan import dependency_folder
+    from flowmap.plan.plan import dependency_folder
     from flowmap.train.fit import fit
 
     recipe = recipe_of(arm, options, seed)
@@ -83,7 +90,8 @@ def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
 def prior_seconds(recipe) -> float:
     """Seconds that the training of the auxiliary model took: they are part of the learned prior's budget."""
     from flowmap.base.files import read_json
-    from flowmap.planning.plan import dependency_folder, prior_recipes
+    from flowmap.plan.dependencies import prior_recipes
+    from flowmap.plan.plan import dependency_folder
 
     return sum(read_json(dependency_folder(one) / "metrics.json")["seconds"]["train"] for one in prior_recipes(recipe))
 
@@ -94,7 +102,7 @@ class Look:
     def __init__(self, recipe, student, data, options: argparse.Namespace):
         from dataclasses import replace
 
-        from flowmap.planning.costs import cost_of, start_flops
+        from flowmap.estimate.costs import cost_of, start_flops
 
         self.recipe, self.student, self.data, self.options = recipe, student.to(options.device), data, options
         spec = recipe.metrics[0]
@@ -105,8 +113,8 @@ class Look:
     @classmethod
     def at(cls, recipe, options: argparse.Namespace) -> "Look":
         """Of what the recipe has trained."""
-        from flowmap.build import build_data
-        from flowmap.planning.plan import dependency_folder
+        from flowmap.build.parts import build_data
+        from flowmap.plan.plan import dependency_folder
         from flowmap.student.folder import load_student
 
         return cls(recipe, load_student(dependency_folder(recipe)), build_data(recipe), options)
@@ -116,7 +124,11 @@ class Look:
         from flowmap.metrics import floor
 
         found = floor(self.metric, self.data)
-        return {f"floor{'_train' * key.endswith('_train')}": value for key, value in found.items() if not key.endswith("_std")}
+        return {
+            f"floor{'_train' * key.endswith('_train')}": value
+            for key, value in found.items()
+            if not key.endswith("_std")
+        }
 
     def row(self, solver: str, steps: int) -> dict:
         """One point of the curve: solver ("own": the student's sampler), steps, calls, FLOPs and seconds a sample, Frechet distance."""
@@ -176,21 +188,24 @@ class Look:
         return float((x1 - x0).square().mean())
 
     def straightness(self) -> float:
-        from flowmap.evaluate import measure
+        from flowmap.evaluation.measure import measure
         from flowmap.metrics import Straightness
 
         spec = [Straightness(images=256, steps=32)]
-        return measure(self.recipe, self.student, None, self.data, steps=[1], metrics=spec)["student"]["1"]["straightness"]
+        return measure(self.recipe, self.student, None, self.data, steps=[1], metrics=spec)["student"]["1"][
+            "straightness"
+        ]
 
     def codes(self) -> dict:
         """The decoder alone, and the flow from other z-samplers: nothing is trained anew, as training's codes are the encoder's."""
         import torch
 
-        from flowmap.build_prior import fitted_mixture
+        from flowmap.build.prior import fitted_mixture
         from flowmap.data.codes import draws_of
         from flowmap.flow.codes import MixtureDraws, NormalDraws
         from flowmap.flow.prior import MixtureCodes, starts
-        from flowmap.planning.plan import dependency_folder, prior_recipes
+        from flowmap.plan.dependencies import prior_recipes
+        from flowmap.plan.plan import dependency_folder
 
         prior, num = self.student.prior.to(self.student.device), self.spec.images
         start = starts(prior, tuple(self.student.config.shape), num, torch.Generator().manual_seed(1234))
@@ -200,7 +215,11 @@ class Look:
         found = {"decoder": {"mean": self.distance(means), "start": self.distance(start.x1), "flops": self.start}}
         z = draws_of(dependency_folder(prior_recipes(self.recipe)[0]) / "student", 1, 0, 20_000).flatten(0, 1)
         few = lambda k: MixtureDraws(*fitted_mixture(z, MixtureCodes(min(k, len(z) // 2))).values())
-        ways = {"N(0, I)": NormalDraws(), "one Gaussian": few(1), f"mixture of {CODES[self.options.set]}": few(CODES[self.options.set])}
+        ways = {
+            "N(0, I)": NormalDraws(),
+            "one Gaussian": few(1),
+            f"mixture of {CODES[self.options.set]}": few(CODES[self.options.set]),
+        }
         ways["flow, as the recipe has it"] = prior.codes
         found["codes"] = {}
         for name, codes in ways.items():
@@ -215,10 +234,15 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
     path = Path(os.environ["FLOWMAP_RUNS"]) / "result.json"
     found = kept(path)
     for arm in options.arms:
-        if arm not in found or "frechet_train" not in found[arm]["curve"][0]:  # else trained and measured before, to training samples alone
+        if (
+            arm not in found or "frechet_train" not in found[arm]["curve"][0]
+        ):  # else trained and measured before, to training samples alone
             found[arm] = one_arm(arm, options, seed)
             keep(path, found)
-            print(f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}", flush=True)
+            print(
+                f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}",
+                flush=True,
+            )
         if arm in PAIR and "nearest" not in found[arm]:
             found[arm]["nearest"] = Look.at(recipe_of(arm, options, seed), options).nearest()
             keep(path, found)
@@ -230,8 +254,16 @@ def report(options: argparse.Namespace, runs: list[dict]) -> None:
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     if "curve" in made and options.share == 1:
         plot(made["curve"], Path("docs") / f"lediflow_{options.set}_curve.png")
-    settings = {"set": options.set, "seeds": list(range(len(runs)))} | ({} if options.share == 1 else {"share": options.share})
-    payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings, "tables": made, "figures": runs}
+    settings = {"set": options.set, "seeds": list(range(len(runs)))} | (
+        {} if options.share == 1 else {"share": options.share}
+    )
+    payload = {
+        "question": __doc__.splitlines()[0],
+        "environment": environment(),
+        "settings": settings,
+        "tables": made,
+        "figures": runs,
+    }
     write(f"lediflow_{options.set}" + ("" if options.share == 1 else "_share"), payload)
 
 
@@ -248,7 +280,9 @@ def plot(made: dict, path: Path) -> None:
         for solver, marker in zip(solvers, "os^D", strict=False):
             points = [(row[4], float(str(row[6]).split()[0])) for row in made["rows"] if row[:2] == [prior, solver]]
             axes.plot(*zip(*points, strict=True), marker + "-", color=color, alpha=0.8, label=f"{prior}, {solver}")
-    axes.set(xscale="log", yscale="log", xlabel="MFLOP a sample, decoder and z-sampler counted", ylabel="Frechet distance")
+    axes.set(
+        xscale="log", yscale="log", xlabel="MFLOP a sample, decoder and z-sampler counted", ylabel="Frechet distance"
+    )
     ticks = [15 * 2**k for k in range(7)]
     axes.set_xticks(ticks, ticks)
     axes.set_xticks([], minor=True)
@@ -274,7 +308,11 @@ def main() -> None:
         return
     runs = []
     for seed in range(options.seeds):
-        root = KEPT / f"lediflow-{options.set}" / (f"seed-{seed}" + ("" if options.share == 1 else f"-share-{options.share:g}"))
+        root = (
+            KEPT
+            / f"lediflow-{options.set}"
+            / (f"seed-{seed}" + ("" if options.share == 1 else f"-share-{options.share:g}"))
+        )
         if options.anew:
             shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True, exist_ok=True)

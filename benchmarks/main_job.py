@@ -31,7 +31,18 @@ def run(recipe: str, seed: int, root: Path) -> dict:
     """One seed in a process of its own: seconds of wall, peak GiB, and the figures; kept in result.json."""
     out = root / f"seed-{seed}" / recipe
     shutil.rmtree(out.parent, ignore_errors=True)
-    command = [sys.executable, "-m", "flowmap", "fit", "--recipe", recipe, f"seed={seed}", f"teacher.overrides=[seed={seed}]", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "flowmap",
+        "fit",
+        "--recipe",
+        recipe,
+        f"seed={seed}",
+        f"teacher.overrides=[seed={seed}]",
+        "--out",
+        str(out),
+    ]
     started = time.perf_counter()
     env = os.environ | {"FLOWMAP_RUNS": str(out.parent), "WANDB_MODE": "offline"}
     subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
@@ -43,7 +54,9 @@ def run(recipe: str, seed: int, root: Path) -> dict:
 def looked_at(out: Path, result: dict) -> dict:
     """The result with the figures of a look in a process of its own; kept in result.json."""
     env = os.environ | {"FLOWMAP_RUNS": str(out.parent)}
-    extra = subprocess.run([sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True)
+    extra = subprocess.run(
+        [sys.executable, __file__, "--look", str(out)], check=True, env=env, stdout=subprocess.PIPE, text=True
+    )
     result |= json.loads(extra.stdout.splitlines()[-1])
     keep(out.parent / "result.json", result)
     return result
@@ -53,10 +66,10 @@ def look(out: Path) -> dict:
     """The figures of a finished run, with 8 and 16 steps, without guidance (scale 1), and with more samples."""
     from dataclasses import replace
 
-    from flowmap.build import build_data, build_teacher
-    from flowmap.evaluate import measure
+    from flowmap.build.parts import build_data, build_teacher
+    from flowmap.evaluation.measure import measure
     from flowmap.metrics import Frechet
-    from flowmap.recipe import read_recipe, read_resolved
+    from flowmap.recipe.recipe import read_recipe, read_resolved
     from flowmap.student.folder import load_student
 
     figures = json.loads((out / "metrics.json").read_text())
@@ -80,7 +93,9 @@ def look(out: Path) -> dict:
         name = NAME + suffix
         rows = rows_of(figures, name) | {f"student {k}": row[name] for k, row in more.items()}
         rows |= {f"teacher {k}": row[name] for k, row in figures.get("teacher_few", {}).items()}
-        rows |= {f"{key}, scale 1": value for key, value in rows_of(unguided, name).items() if not key.startswith("floor")}
+        rows |= {
+            f"{key}, scale 1": value for key, value in rows_of(unguided, name).items() if not key.startswith("floor")
+        }
         found |= {f"frechet{suffix}": rows, f"frechet_large{suffix}": rows_of(large, name)}
     return found
 
@@ -125,7 +140,9 @@ def report(recipe: str, runs: list[dict]) -> None:
     columns = ["sizes", "row", "median", "least", "most", "median ratio to teacher 64", "to training digits, median"]
     print(table(rows, columns))
     walls, peaks = [r["wall_seconds"] for r in runs], [r["peak_gib"] for r in runs]
-    print(f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds")
+    print(
+        f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds"
+    )
     payload = {"environment": environment(), "seeds": len(runs), "columns": columns, "rows": rows, "runs": runs}
     write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
 
@@ -143,7 +160,12 @@ def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> N
             rows.append([sizes, name, statistics.median(mine), statistics.median(other), spread(ratios), ahead])
     columns = ["sizes", "row", recipe, against, "ratio within a seed", "seeds ahead"]
     print(table(rows, columns))
-    payload = {"environment": environment(), "settings": {"seeds": list(range(len(runs)))}, "columns": columns, "rows": rows}
+    payload = {
+        "environment": environment(),
+        "settings": {"seeds": list(range(len(runs)))},
+        "columns": columns,
+        "rows": rows,
+    }
     write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload})
 
 

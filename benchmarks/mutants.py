@@ -23,9 +23,19 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FM, AYF, DERIVATIVE, DISTANCE = "objectives/flow_matching.py", "objectives/ayf.py", "flow/derivative.py", "flow/distance.py"
+FM, AYF, DERIVATIVE, DISTANCE = (
+    "objectives/flow_matching.py",
+    "objectives/ayf.py",
+    "flow/derivative.py",
+    "flow/distance.py",
+)
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
-MF, CT, SELF, SHORT = "objectives/meanflow.py", "objectives/scm.py", "objectives/self_distilled.py", "objectives/shortcut.py"
+MF, CT, SELF, SHORT = (
+    "objectives/meanflow.py",
+    "objectives/scm.py",
+    "objectives/self_distilled.py",
+    "objectives/shortcut.py",
+)
 TANGENT = "objectives/tangent.py"
 LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
@@ -120,34 +130,76 @@ MID_ASK = "student.mean_velocity(x, t, s, cond)"
 MUTANTS = [
     Mutant("flow_matching", "flipped sign of the teacher", FM, ASK_TEACHER, f"-{ASK_TEACHER}"),
     Mutant("flow_matching", "flipped sign of vt", FM, "target = sample.vt", "target = -sample.vt"),
-    Mutant("flow_matching", "student asked at s", FM, ASK_STUDENT, ASK_STUDENT.replace("sample.t, sample.t", "sample.t, sample.s")),
+    Mutant(
+        "flow_matching",
+        "student asked at s",
+        FM,
+        ASK_STUDENT,
+        ASK_STUDENT.replace("sample.t, sample.t", "sample.t, sample.s"),
+    ),
     Mutant("flow_matching", "teacher asked at s", FM, ASK_TEACHER, ASK_TEACHER.replace("sample.t", "sample.s")),
     Mutant("flow_matching", "teacher asked at the data", FM, ASK_TEACHER, ASK_TEACHER.replace("xt", "x0")),
     Mutant("flow_matching", "teacher's condition lost", FM, ASK_TEACHER, ASK_TEACHER.replace("sample.cond", "None")),
     Mutant("flow_matching", "student's condition lost", FM, ASK_STUDENT, ASK_STUDENT.replace("sample.cond", "None")),
-    Mutant("flow_matching", "vt in place of the teacher", FM, "sample.vt if teacher is None", "sample.vt if teacher is not False"),
-    Mutant("flow_matching", "stop-gradient on the student", FM, "self.distance(velocity, ", "self.distance(velocity.detach() + 0 * velocity, "),
+    Mutant(
+        "flow_matching",
+        "vt in place of the teacher",
+        FM,
+        "sample.vt if teacher is None",
+        "sample.vt if teacher is not False",
+    ),
+    Mutant(
+        "flow_matching",
+        "stop-gradient on the student",
+        FM,
+        "self.distance(velocity, ",
+        "self.distance(velocity.detach() + 0 * velocity, ",
+    ),
     Mutant("flow_matching", "ascent", FM, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("flow_matching", "sum over the batch", FM, "Loss(error.mean(),", "Loss(error.sum(),"),
-    Mutant("rectified", "student asked at s", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.t, sample.t", "sample.t, sample.s")),
-    Mutant("rectified", "student asked from s", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.t, sample.t", "sample.s, sample.s")),
+    Mutant(
+        "rectified",
+        "student asked at s",
+        RECTIFIED,
+        ASK_STUDENT,
+        ASK_STUDENT.replace("sample.t, sample.t", "sample.t, sample.s"),
+    ),
+    Mutant(
+        "rectified",
+        "student asked from s",
+        RECTIFIED,
+        ASK_STUDENT,
+        ASK_STUDENT.replace("sample.t, sample.t", "sample.s, sample.s"),
+    ),
     Mutant("rectified", "student asked at the data", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("xt", "x0")),
     Mutant("rectified", "condition lost", RECTIFIED, ASK_STUDENT, ASK_STUDENT.replace("sample.cond", "None")),
     Mutant("rectified", "flipped sign of the velocity", RECTIFIED, ASK_STUDENT, f"-{ASK_STUDENT}"),
     Mutant("rectified", "pair swapped", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace("x1 - sample.x0", "x0 - sample.x1")),
     Mutant("rectified", "noise as the target", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace(" - sample.x0", "")),
-    Mutant("rectified", "from the point, not the data", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace("sample.x0", "sample.xt")),
-    Mutant("rectified", "teacher asked", RECTIFIED, PAIR_ERROR, "else self.distance(velocity, teacher.velocity(sample.xt, sample.t, sample.cond))"),
+    Mutant(
+        "rectified", "from the point, not the data", RECTIFIED, PAIR_ERROR, PAIR_ERROR.replace("sample.x0", "sample.xt")
+    ),
+    Mutant(
+        "rectified",
+        "teacher asked",
+        RECTIFIED,
+        PAIR_ERROR,
+        "else self.distance(velocity, teacher.velocity(sample.xt, sample.t, sample.cond))",
+    ),
     Mutant("rectified", "ascent", RECTIFIED, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("rectified", "sum over the batch", RECTIFIED, "Loss(error.mean(),", "Loss(error.sum(),"),
     Mutant("rectified", "huber: pair swapped", RECTIFIED, HUBER, HUBER.replace("x1 - sample.x0", "x0 - sample.x1")),
     Mutant("rectified", "huber: noise as the target", RECTIFIED, HUBER, HUBER.replace(" - sample.x0", "")),
     Mutant("rectified", "huber: its scale ignored", RECTIFIED, HUBER, HUBER.replace("self.scale", "")),
     Mutant("rectified", "guess: flipped sign", RECTIFIED, GUESS, GUESS.replace(" - along", " + along")),
-    Mutant("rectified", "guess: the other time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(1 - sample.t")),
+    Mutant(
+        "rectified", "guess: the other time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(1 - sample.t")
+    ),
     Mutant("rectified", "guess: arrival time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(sample.s")),
     Mutant("rectified", "guess: time missing", RECTIFIED, GUESS, GUESS.replace("along(sample.t, sample.xt) * ", "")),
-    Mutant("rectified", "guess: from the noise", RECTIFIED, GUESS, GUESS.replace("guess = sample.xt", "guess = sample.x1")),
+    Mutant(
+        "rectified", "guess: from the noise", RECTIFIED, GUESS, GUESS.replace("guess = sample.xt", "guess = sample.x1")
+    ),
     Mutant("rectified", "seen beside the noise", RECTIFIED, WANTED, WANTED.replace("x0", "x1")),
     Mutant(
         "rectified",
@@ -159,7 +211,9 @@ MUTANTS = [
     Mutant("rectified", "seen without a gradient", RECTIFIED, SEEN, SEEN.replace("guess)", "guess.detach())")),
     Mutant("rectified", "guess not decoded", RECTIFIED, SEEN, SEEN.replace("pictures_of(student, guess)", "guess")),
     Mutant("rectified", "data not decoded", RECTIFIED, WANTED, "wanted = sample.x0"),
-    Mutant("rectified", "weights swapped in time", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t)", "sample.t")),
+    Mutant(
+        "rectified", "weights swapped in time", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t)", "sample.t")
+    ),
     Mutant("rectified", "weight of huber missing", RECTIFIED, BOTH_TERMS, BOTH_TERMS.replace("(1 - sample.t) * ", "")),
     Mutant("rectified", "huber missing", RECTIFIED, BOTH_TERMS, "return weight * perceptual"),
     Mutant("rectified", "perceptual missing", RECTIFIED, BOTH_TERMS, "return (1 - sample.t) * huber"),
@@ -172,12 +226,28 @@ MUTANTS = [
     Mutant("endpoint", "from the sample's time", INSTA, END, END.replace("one, torch", "sample.t, torch")),
     Mutant("endpoint", "to the sample's time", INSTA, END, END.replace("torch.zeros_like(one)", "sample.s")),
     Mutant("endpoint", "condition lost", INSTA, END, END.replace("sample.cond", "None")),
-    Mutant("endpoint", "mean velocity in place of the arrival", INSTA, END, END.replace("student(", "student.mean_velocity(")),
+    Mutant(
+        "endpoint",
+        "mean velocity in place of the arrival",
+        INSTA,
+        END,
+        END.replace("student(", "student.mean_velocity("),
+    ),
     Mutant("endpoint", "noise as the target", INSTA, END_ERROR, END_ERROR.replace("x0", "x1")),
-    Mutant("endpoint", "squared without a gradient", INSTA, END_ERROR, END_ERROR.replace("arrival,", "arrival.detach(),")),
+    Mutant(
+        "endpoint", "squared without a gradient", INSTA, END_ERROR, END_ERROR.replace("arrival,", "arrival.detach(),")
+    ),
     Mutant("endpoint", "seen without a gradient", INSTA, END_SEEN, END_SEEN.replace("arrival)", "arrival.detach())")),
-    Mutant("endpoint", "seen the wrong way round", INSTA, END_SEEN, "seen = self.perceptual(wanted, pictures_of(student, arrival))"),
-    Mutant("endpoint", "arrival not decoded", INSTA, END_SEEN, END_SEEN.replace("pictures_of(student, arrival)", "arrival")),
+    Mutant(
+        "endpoint",
+        "seen the wrong way round",
+        INSTA,
+        END_SEEN,
+        "seen = self.perceptual(wanted, pictures_of(student, arrival))",
+    ),
+    Mutant(
+        "endpoint", "arrival not decoded", INSTA, END_SEEN, END_SEEN.replace("pictures_of(student, arrival)", "arrival")
+    ),
     Mutant("endpoint", "data not decoded", INSTA, WANTED, "wanted = sample.x0"),
     Mutant("endpoint", "noise is what is wanted", INSTA, WANTED, WANTED.replace("x0", "x1")),
     Mutant("endpoint", "shares exchanged", INSTA, END_SUM, "value = (1 - self.squared) * error + self.squared * seen"),
@@ -188,25 +258,65 @@ MUTANTS = [
     Mutant("endpoint", "ascent", INSTA, "return Loss(value.mean(),", "return Loss(-value.mean(),"),
     Mutant("endpoint", "squared ascent", INSTA, "return Loss(error.mean(),", "return Loss(-error.mean(),"),
     Mutant("endpoint", "sum over the batch", INSTA, "return Loss(value.mean(),", "return Loss(value.sum(),"),
-    Mutant("endpoint", "the wrong way round, by the network", INSTA, "return distance_by(self.net, a, b)", "return distance_by(self.net, b, a)"),
+    Mutant(
+        "endpoint",
+        "the wrong way round, by the network",
+        INSTA,
+        "return distance_by(self.net, a, b)",
+        "return distance_by(self.net, b, a)",
+    ),
     Mutant("ayf_emd", "flipped sign of the derivative", AYF, EMD_G, EMD_G.replace("+ r", "- r")),
-    Mutant("ayf_emd", "flipped sign of the residual", AYF, EMD_G, EMD_G.replace("g = (", "g = -(").replace("+ r", "- r")),
+    Mutant(
+        "ayf_emd", "flipped sign of the residual", AYF, EMD_G, EMD_G.replace("g = (", "g = -(").replace("+ r", "- r")
+    ),
     Mutant("ayf_emd", "flipped sign of the velocity", AYF, EMD_G, EMD_G.replace("- v", "+ v")),
     Mutant("ayf_emd", "(t - s) missing", AYF, EMD_G, EMD_G.replace("along(t - s, x) * ", "")),
     Mutant("ayf_emd", "(t - s) turned round", AYF, EMD_G, EMD_G.replace("t - s", "s - t")),
     Mutant("ayf_emd", "t in place of (t - s)", AYF, EMD_G, EMD_G.replace("t - s", "t")),
     Mutant("ayf_emd", "warm-up weight missing", AYF, EMD_G, EMD_G.replace("r * ", "")),
-    Mutant("ayf_emd", "warm-up weight on all of it", AYF, EMD_G, EMD_G.replace("g = (", "g = r * (").replace("+ r *", "+ r *")),
+    Mutant(
+        "ayf_emd",
+        "warm-up weight on all of it",
+        AYF,
+        EMD_G,
+        EMD_G.replace("g = (", "g = r * (").replace("+ r *", "+ r *"),
+    ),
     Mutant("ayf_emd", "teacher asked at s", AYF, EMD_TEACHER, EMD_TEACHER.replace("velocity(x, t,", "velocity(x, s,")),
-    Mutant("ayf_emd", "teacher asked at the noise", AYF, EMD_TEACHER, EMD_TEACHER.replace("velocity(x,", "velocity(sample.x1,")),
+    Mutant(
+        "ayf_emd",
+        "teacher asked at the noise",
+        AYF,
+        EMD_TEACHER,
+        EMD_TEACHER.replace("velocity(x,", "velocity(sample.x1,"),
+    ),
     Mutant("ayf_emd", "teacher's condition lost", AYF, EMD_TEACHER, EMD_TEACHER.replace("t, cond", "t, None")),
     Mutant("ayf_emd", "vt in place of the teacher", AYF, EMD_TEACHER, "v = sample.vt"),
     Mutant("ayf_emd", "flipped sign of vt", AYF, EMD_TEACHER, EMD_TEACHER.replace("v = sample.vt", "v = -sample.vt")),
-    Mutant("ayf_emd", "derivative along vt", AYF, "derive, student, sample, v, needed", "derive, student, sample, sample.vt, needed"),
-    Mutant("ayf_emd", "zero time tangent", DERIVATIVE, "(velocity.to(x.dtype), torch.ones_like(t))", "(velocity.to(x.dtype), torch.zeros_like(t))"),
-    Mutant("ayf_emd", "zero space tangent", DERIVATIVE, "(velocity.to(x.dtype), torch", "(0 * velocity.to(x.dtype), torch"),
+    Mutant(
+        "ayf_emd",
+        "derivative along vt",
+        AYF,
+        "derive, student, sample, v, needed",
+        "derive, student, sample, sample.vt, needed",
+    ),
+    Mutant(
+        "ayf_emd",
+        "zero time tangent",
+        DERIVATIVE,
+        "(velocity.to(x.dtype), torch.ones_like(t))",
+        "(velocity.to(x.dtype), torch.zeros_like(t))",
+    ),
+    Mutant(
+        "ayf_emd", "zero space tangent", DERIVATIVE, "(velocity.to(x.dtype), torch", "(0 * velocity.to(x.dtype), torch"
+    ),
     Mutant("ayf_lmd", "flipped sign of the derivative", AYF, LMD_G, LMD_G.replace("+ r", "- r")),
-    Mutant("ayf_lmd", "flipped sign of the residual", AYF, LMD_G, LMD_G.replace("g = mean", "g = -mean").replace("- (t", "+ (t")),
+    Mutant(
+        "ayf_lmd",
+        "flipped sign of the residual",
+        AYF,
+        LMD_G,
+        LMD_G.replace("g = mean", "g = -mean").replace("- (t", "+ (t"),
+    ),
     Mutant("ayf_lmd", "flipped sign of the velocity", AYF, LMD_G, LMD_G.replace("(teacher", "(-teacher")),
     Mutant("ayf_lmd", "(t - s) missing", AYF, LMD_G, LMD_G.replace("along(t - s, x) * ", "")),
     Mutant("ayf_lmd", "(t - s) turned round", AYF, LMD_G, LMD_G.replace("t - s", "s - t")),
@@ -218,10 +328,24 @@ MUTANTS = [
     Mutant("ayf_lmd", "arrival on the other side", AYF, ARRIVAL, ARRIVAL.replace("s - t", "t - s")),
     Mutant("ayf_lmd", "graph through the teacher", AYF, ARRIVAL, ARRIVAL.replace(".detach()", "")),
     Mutant("ayf_lmd", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (torch.zeros_like(s),)"),
-    Mutant("ayf_lmd", "no teacher, no refusal", AYF, 'raise ValueError("objective.kind: ayf_lmd', 'print("objective.kind: ayf_lmd'),
-    Mutant("ayf, both", "warm-up turned round", TANGENT, WARM_UP, WARM_UP.replace("step / self.warmup_steps", "1 - step / self.warmup_steps")),
+    Mutant(
+        "ayf_lmd",
+        "no teacher, no refusal",
+        AYF,
+        'raise ValueError("objective.kind: ayf_lmd',
+        'print("objective.kind: ayf_lmd',
+    ),
+    Mutant(
+        "ayf, both",
+        "warm-up turned round",
+        TANGENT,
+        WARM_UP,
+        WARM_UP.replace("step / self.warmup_steps", "1 - step / self.warmup_steps"),
+    ),
     Mutant("ayf, both", "warm-up: the larger of both", TANGENT, WARM_UP, WARM_UP.replace("min(", "max(")),
-    Mutant("ayf, both", "no warm-up means no derivative", TANGENT, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")),
+    Mutant(
+        "ayf, both", "no warm-up means no derivative", TANGENT, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")
+    ),
     Mutant("ayf, both", "diagonal mask inverted", AYF, STILL, STILL.replace("<=", ">")),
     Mutant("ayf, both", "diagonal rows pay", AYF, STILL, STILL.replace("<=", "<")),
     Mutant("ayf, both", "weight zero pays", AYF, STILL, STILL.replace("ones_like", "zeros_like")),
@@ -237,24 +361,80 @@ MUTANTS = [
     Mutant("ayf, both", "residual not normalised", AYF, "normalise(g, c=self.c, norm=self.norm)", "g"),
     Mutant("ayf, both", "no stop-gradient", DISTANCE, TARGET, TARGET.replace(".detach()", "")),
     Mutant("ayf, both", "target on the other side", DISTANCE, TARGET, TARGET.replace(" - ", " + ")),
-    Mutant("ayf, both", "normalised across the batch", DISTANCE, "vector_norm(flat, dim=1)", "vector_norm(flat, dim=1).mean().expand(len(flat))"),
-    Mutant("ayf, both", "dimension left out of rms", DISTANCE, "length / flat.shape[1] ** 0.5", "length / flat.shape[0] ** 0.5"),
+    Mutant(
+        "ayf, both",
+        "normalised across the batch",
+        DISTANCE,
+        "vector_norm(flat, dim=1)",
+        "vector_norm(flat, dim=1).mean().expand(len(flat))",
+    ),
+    Mutant(
+        "ayf, both",
+        "dimension left out of rms",
+        DISTANCE,
+        "length / flat.shape[1] ** 0.5",
+        "length / flat.shape[0] ** 0.5",
+    ),
     Mutant("ayf_mixed", "shares exchanged", AYF, CHOSEN, CHOSEN.replace("evenly", "~evenly")),
-    Mutant("ayf_mixed", "shares of one batch alone", AYF, "self.rows(sample.places(step))", "self.rows(torch.arange(len(sample.t)))"),
+    Mutant(
+        "ayf_mixed",
+        "shares of one batch alone",
+        AYF,
+        "self.rows(sample.places(step))",
+        "self.rows(torch.arange(len(sample.t)))",
+    ),
     Mutant("ayf_mixed", "parts not weighted", AYF, "loss.value * (int(rows.sum()) / len(rows))", "loss.value / 2"),
     Mutant("ayf_mixed", "settings lost", AYF, "kind(**settings)(student", "kind()(student"),
     Mutant("ayf_mixed", "own states are the path's", AYF, "sample = at_own_states(student, sample, own)", ""),
-    Mutant("ayf_mixed", "own states of the other rows", AYF, "at_own_states(student, sample, own)", "at_own_states(student, sample, ~own)"),
-    Mutant("ayf_mixed", "own share of the Lagrangian rows", AYF, OWN_LAGRANGIAN, OWN_LAGRANGIAN.replace("own_lagrangian", "own_eulerian")),
-    Mutant("ayf_mixed", "own share of the Eulerian rows", AYF, "lagrangian, self.own_eulerian, t", "lagrangian, self.own_lagrangian, t"),
-    Mutant("ayf_mixed", "own states at the arrival time", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part.cond", "part.s, part.cond")),
-    Mutant("ayf_mixed", "own states by the velocity alone", AYF, OWN_JUMP, OWN_JUMP.replace("part.t, part", "torch.ones_like(part.t), part")),
+    Mutant(
+        "ayf_mixed",
+        "own states of the other rows",
+        AYF,
+        "at_own_states(student, sample, own)",
+        "at_own_states(student, sample, ~own)",
+    ),
+    Mutant(
+        "ayf_mixed",
+        "own share of the Lagrangian rows",
+        AYF,
+        OWN_LAGRANGIAN,
+        OWN_LAGRANGIAN.replace("own_lagrangian", "own_eulerian"),
+    ),
+    Mutant(
+        "ayf_mixed",
+        "own share of the Eulerian rows",
+        AYF,
+        "lagrangian, self.own_eulerian, t",
+        "lagrangian, self.own_lagrangian, t",
+    ),
+    Mutant(
+        "ayf_mixed",
+        "own states at the arrival time",
+        AYF,
+        OWN_JUMP,
+        OWN_JUMP.replace("part.t, part.cond", "part.s, part.cond"),
+    ),
+    Mutant(
+        "ayf_mixed",
+        "own states by the velocity alone",
+        AYF,
+        OWN_JUMP,
+        OWN_JUMP.replace("part.t, part", "torch.ones_like(part.t), part"),
+    ),
     Mutant("ayf_mixed", "own states without conditions", AYF, OWN_JUMP, OWN_JUMP.replace("part.cond", "None")),
     Mutant("ayf_mixed", "own states from the path's points", AYF, OWN_JUMP, OWN_JUMP.replace("part.x1", "part.xt")),
     Mutant("ayf_mixed", "own states on the other side", AYF, OWN_STATE, OWN_STATE.replace("part.t - 1", "1 - part.t")),
     Mutant("ayf_mixed", "own states written over the draw", AYF, "sample.xt.index_copy(", "sample.xt.index_copy_("),
-    Mutant("ayf_mixed", "own states carry grad", AYF, OWN_JUMP, OWN_JUMP.replace("without_graph(student, ", "student.mean_velocity(")),
-    Mutant("ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.{name}', 'print(f"objective.{name}'),
+    Mutant(
+        "ayf_mixed",
+        "own states carry grad",
+        AYF,
+        OWN_JUMP,
+        OWN_JUMP.replace("without_graph(student, ", "student.mean_velocity("),
+    ),
+    Mutant(
+        "ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.{name}', 'print(f"objective.{name}'
+    ),
     Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][places[mine]] = ", "logs[key][: int(mine.sum())] = "),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
     Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),
@@ -288,11 +468,25 @@ MUTANTS = [
     Mutant("scm", "network not scaled", CT, CT_NETWORK, "network = mean_velocity"),
     Mutant("scm", "target on the other side", CT, "network, -normalise", "network, normalise"),
     Mutant("scm", "settings of the norm ignored", CT, "c=self.c, norm=self.norm", "c=self.c"),
-    Mutant("self_distilled", "teacher asked off the diagonal's place", SELF, SELF_TARGET, SELF_TARGET.replace("sample.xt", "sample.x1")),
-    Mutant("self_distilled", "flipped sign of vt", SELF, SELF_TARGET, SELF_TARGET.replace("= sample.vt", "= -sample.vt")),
+    Mutant(
+        "self_distilled",
+        "teacher asked off the diagonal's place",
+        SELF,
+        SELF_TARGET,
+        SELF_TARGET.replace("sample.xt", "sample.x1"),
+    ),
+    Mutant(
+        "self_distilled", "flipped sign of vt", SELF, SELF_TARGET, SELF_TARGET.replace("= sample.vt", "= -sample.vt")
+    ),
     Mutant("self_distilled", "teacher's condition lost", SELF, SELF_TARGET, SELF_TARGET.replace("sample.cond", "None")),
     Mutant("self_distilled", "no anchor", SELF, SELF_SIDES, "return target.detach(), target.detach()"),
-    Mutant("self_distilled", "no stop-gradient", DERIVATIVE, "with torch.no_grad(), torch.autocast(device", "with torch.autocast(device"),
+    Mutant(
+        "self_distilled",
+        "no stop-gradient",
+        DERIVATIVE,
+        "with torch.no_grad(), torch.autocast(device",
+        "with torch.autocast(device",
+    ),
     Mutant("self_distilled", "ascent", SELF, "sample.s).mean(),", "sample.s).mean().neg(),"),
     Mutant("esd", "flipped sign of the derivative", SELF, ESD_SUM, ESD_SUM.replace("+ length", "- length")),
     Mutant("esd", "(t - s) missing", SELF, ESD_SUM, ESD_SUM.replace("length * ", "")),
@@ -307,33 +501,83 @@ MUTANTS = [
     Mutant("lsd", "(t - s) missing", SELF, LSD_SUM, LSD_SUM.replace("length * ", "")),
     Mutant("lsd", "zero time tangent", SELF, LSD_SUM, "return mean_velocity, own"),
     Mutant("lsd", "gradient not through the rate", SELF, LSD_SUM, LSD_SUM.replace("rate", "rate.detach()")),
-    Mutant("lsd", "torch's LayerNorm under the rate", DERIVATIVE, "sdpa_kernel(SDPBackend.MATH), LayerNormByParts()", "sdpa_kernel(SDPBackend.MATH)"),
+    Mutant(
+        "lsd",
+        "torch's LayerNorm under the rate",
+        DERIVATIVE,
+        "sdpa_kernel(SDPBackend.MATH), LayerNormByParts()",
+        "sdpa_kernel(SDPBackend.MATH)",
+    ),
     Mutant("lsd", "velocity asked at the departure", SELF, LSD_OWN, LSD_OWN.replace("arrival, s, s", "x, t, t")),
     Mutant("lsd", "velocity asked at arrival, t", SELF, LSD_OWN, LSD_OWN.replace("arrival, s, s", "arrival, t, t")),
     Mutant("lsd", "velocity's condition lost", SELF, LSD_OWN, LSD_OWN.replace("cond", "None")),
     Mutant("lsd", "arrival on the other side", SELF, LSD_ARRIVAL, LSD_ARRIVAL.replace("x - length", "x + length")),
-    Mutant("psd", "shares exchanged", SELF, PSD_SUM, "return mean_velocity, along(1 - h, x) * first + along(h, x) * second"),
+    Mutant(
+        "psd", "shares exchanged", SELF, PSD_SUM, "return mean_velocity, along(1 - h, x) * first + along(h, x) * second"
+    ),
     Mutant("psd", "flipped sign of the second jump", SELF, PSD_SUM, PSD_SUM.replace("+ along", "- along")),
     Mutant("psd", "first jump on the other side", SELF, PSD_BETWEEN, PSD_BETWEEN.replace("middle - t", "t - middle")),
-    Mutant("psd", "second jump from the departure", SELF, "second = without_graph(student, between,", "second = without_graph(student, x,"),
-    Mutant("psd", "first jump of the velocity", SELF, "first = without_graph(student, x, t, middle,", "first = without_graph(student, x, t, t,"),
+    Mutant(
+        "psd",
+        "second jump from the departure",
+        SELF,
+        "second = without_graph(student, between,",
+        "second = without_graph(student, x,",
+    ),
+    Mutant(
+        "psd",
+        "first jump of the velocity",
+        SELF,
+        "first = without_graph(student, x, t, middle,",
+        "first = without_graph(student, x, t, t,",
+    ),
     Mutant("psd", "splits exchanged", SELF, 'if self.split == "uniform"', 'if self.split != "uniform"'),
     Mutant("shortcut", "first jump to the end", SHORT, SHORT_FIRST, SHORT_FIRST.replace("middle)", "s)")),
     Mutant("shortcut", "second jump from the departure", SHORT, SHORT_SECOND, SHORT_SECOND.replace("between", "x")),
-    Mutant("shortcut", "second jump at the departure", SHORT, SHORT_SECOND, SHORT_SECOND.replace("between, middle", "between, t")),
+    Mutant(
+        "shortcut",
+        "second jump at the departure",
+        SHORT,
+        SHORT_SECOND,
+        SHORT_SECOND.replace("between, middle", "between, t"),
+    ),
     Mutant("shortcut", "flipped sign of the second jump", SHORT, "(first + second) / 2", "(first - second) / 2"),
     Mutant("shortcut", "not halved", SHORT, "(first + second) / 2", "(first + second)"),
     Mutant("shortcut", "(t - s) missing", SHORT, "along(middle - t, x) * first", "first"),
-    Mutant("shortcut", "the shortest are not the velocity's", SHORT, "1 + 1e-6 if self.finest else", "-1 if self.finest else"),
+    Mutant(
+        "shortcut",
+        "the shortest are not the velocity's",
+        SHORT,
+        "1 + 1e-6 if self.finest else",
+        "-1 if self.finest else",
+    ),
     Mutant("shortcut", "all are the velocity's", SHORT, "1 + 1e-6 if self.finest else", "1e6 if self.finest else"),
     Mutant("shortcut", "condition lost", SHORT, SHORT_SECOND, SHORT_SECOND.replace("cond", "None")),
-    Mutant("freeflow", "flipped sign of the derivative", FREE, FREE_TARGET, FREE_TARGET.replace("+ length", "- length")),
+    Mutant(
+        "freeflow", "flipped sign of the derivative", FREE, FREE_TARGET, FREE_TARGET.replace("+ length", "- length")
+    ),
     Mutant("freeflow", "(1 - s) missing", FREE, FREE_TARGET, FREE_TARGET.replace("length * ", "")),
-    Mutant("freeflow", "flipped sign of the velocity", FREE, FREE_TARGET, FREE_TARGET.replace("= teacher", "= -teacher")),
-    Mutant("freeflow", "teacher asked at the departure", FREE, FREE_TARGET, FREE_TARGET.replace("arrival, s", "x, torch.ones_like(s)")),
-    Mutant("freeflow", "teacher asked at arrival, t", FREE, FREE_TARGET, FREE_TARGET.replace("arrival, s", "arrival, sample.t")),
+    Mutant(
+        "freeflow", "flipped sign of the velocity", FREE, FREE_TARGET, FREE_TARGET.replace("= teacher", "= -teacher")
+    ),
+    Mutant(
+        "freeflow",
+        "teacher asked at the departure",
+        FREE,
+        FREE_TARGET,
+        FREE_TARGET.replace("arrival, s", "x, torch.ones_like(s)"),
+    ),
+    Mutant(
+        "freeflow",
+        "teacher asked at arrival, t",
+        FREE,
+        FREE_TARGET,
+        FREE_TARGET.replace("arrival, s", "arrival, sample.t"),
+    ),
     Mutant("freeflow", "teacher's condition lost", FREE, FREE_TARGET, FREE_TARGET.replace("cond", "None")),
-    Mutant("freeflow", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (0 * torch.ones_like(s),)"),
+    Mutant(
+        "freeflow", "zero time tangent", DERIVATIVE, "(s,), (torch.ones_like(s),)", "(s,), (0 * torch.ones_like(s),)"
+    ),
     Mutant("freeflow", "from a point of the data's path", FREE, "x, s, cond = sample.x1,", "x, s, cond = sample.xt,"),
     Mutant("freeflow", "departure at t", FREE, FREE_RIDE, FREE_RIDE.replace("torch.ones_like(s)", "sample.t")),
     Mutant("cmt", "flipped sign", MID, MID_TARGET, MID_TARGET.replace("x - y", "y - x")),
@@ -342,7 +586,13 @@ MUTANTS = [
     Mutant("cmt", "student's times exchanged", MID, MID_ASK, MID_ASK.replace("t, s", "s, t")),
     Mutant("cmt", "student asked at the sample's times", MID, MID_ASK, MID_ASK.replace("t, s", "sample.t, sample.s")),
     Mutant("cmt", "student's own condition", MID, MID_ASK, MID_ASK.replace("cond", "sample.cond")),
-    Mutant("cmt", "ends exchanged", MID, MID_STATES, MID_STATES.replace("[i, leader], trajectory[j", "[j, leader], trajectory[i")),
+    Mutant(
+        "cmt",
+        "ends exchanged",
+        MID,
+        MID_STATES,
+        MID_STATES.replace("[i, leader], trajectory[j", "[j, leader], trajectory[i"),
+    ),
     Mutant("cmt", "a trajectory of another row", MID, MID_STATES, MID_STATES.replace("[j, leader]", "[j, leader * 0]")),
     Mutant("cmt", "from the data", MID, "sample.x1[rows]", "sample.x0[rows]"),
     Mutant("cmt", "from the path", MID, "sample.x1[rows]", "sample.xt[rows]"),
@@ -376,7 +626,9 @@ MUTANTS = [
     Mutant("lediflow", "KL not shared over entries", LEDI, LEDI_VALUE, LEDI_VALUE.replace(" / entries", "")),
     Mutant("lediflow", "KL a mean over units", LEDI, LEDI_VALUE, LEDI_VALUE.replace(".sum()", ".mean()")),
     Mutant("lediflow", "free bits at most", LEDI, LEDI_VALUE, LEDI_VALUE.replace("min=", "max=")),
-    Mutant("lediflow", "warm-up the other way", LEDI, "step / self.warmup_steps) if", "1 - step / self.warmup_steps) if"),
+    Mutant(
+        "lediflow", "warm-up the other way", LEDI, "step / self.warmup_steps) if", "1 - step / self.warmup_steps) if"
+    ),
     Mutant("lediflow", "powers exchanged", LEDI, "power: ClassVar[float] = -1.0", "power: ClassVar[float] = 1.0"),
     Mutant("lediflow", "not normalised", LEDI, LEDI_NORMAL, "return weight / (1 if self.floor >= 0 else weight.mean()"),
     Mutant("lediflow", "floor left out", LEDI, "(variance + self.floor) **", "variance **"),
@@ -385,68 +637,234 @@ MUTANTS = [
     Mutant("lediflow", "weight on the student alone", FM, FM_WEIGHTED, "velocity, target = root * velocity, target"),
     Mutant("flow_matching", "no stop-gradient on the target", FM, "target = target.detach()", "target = target"),
     Mutant("consistency", "grids exchanged", CM, 'if self.grid == "uniform"', 'if self.grid != "uniform"'),
-    Mutant("adversarial", "pairing turned round", ADV, "return F.softplus(lower - higher)", "return F.softplus(higher - lower)"),
-    Mutant("adversarial", "discriminator likes fakes", ADV, "pairing_loss(of_real, of_fake)", "pairing_loss(of_fake, of_real)"),
-    Mutant("adversarial", "student pushed down", ADV, ADV_STUDENT, "return pairing_loss(of_real, scores(fake, cond, noise)).mean()"),
+    Mutant(
+        "adversarial",
+        "pairing turned round",
+        ADV,
+        "return F.softplus(lower - higher)",
+        "return F.softplus(higher - lower)",
+    ),
+    Mutant(
+        "adversarial",
+        "discriminator likes fakes",
+        ADV,
+        "pairing_loss(of_real, of_fake)",
+        "pairing_loss(of_fake, of_real)",
+    ),
+    Mutant(
+        "adversarial",
+        "student pushed down",
+        ADV,
+        ADV_STUDENT,
+        "return pairing_loss(of_real, scores(fake, cond, noise)).mean()",
+    ),
     Mutant("adversarial", "not paired", ADV, ADV_STUDENT, "return F.softplus(-scores(fake, cond, noise)).mean()"),
     Mutant("adversarial", "condition lost", ADV, "out = scores(both, twice,", "out = scores(both, None,"),
-    Mutant("adversarial", "noise of the other row", ADV, "torch.cat([noise, noise])", "torch.cat([noise, noise.flip(0)])"),
+    Mutant(
+        "adversarial", "noise of the other row", ADV, "torch.cat([noise, noise])", "torch.cat([noise, noise.flip(0)])"
+    ),
     Mutant("adversarial", "penalties not halved", ADV, ADV_PENALTY, ADV_PENALTY.replace(" / 2", "")),
-    Mutant("adversarial", "penalties exchanged", ADV, ADV_PENALTY, ADV_PENALTY.replace("r1", "r0").replace("r2", "r1").replace("r0", "r2")),
+    Mutant(
+        "adversarial",
+        "penalties exchanged",
+        ADV,
+        ADV_PENALTY,
+        ADV_PENALTY.replace("r1", "r0").replace("r2", "r1").replace("r0", "r2"),
+    ),
     Mutant("adversarial", "penalties subtracted", ADV, ADV_PENALTY, ADV_PENALTY.replace("value + (", "value - (")),
     Mutant("adversarial", "penalty without its graph", ADV, "create_graph=True", "retain_graph=True"),
-    Mutant("adversarial", "norm not squared", ADV, "gradient.flatten(1).square().sum(1)", "gradient.flatten(1).norm(dim=1)"),
-    Mutant("adversarial", "mean for sum in the norm", ADV, "gradient.flatten(1).square().sum(1)", "gradient.flatten(1).square().mean(1)"),
-    Mutant("adversarial", "fake keeps the student's graph", ADV, "torch.cat([real, fake]).detach()", "torch.cat([real, fake])"),
-    Mutant("adversarial", "ratio turned round", ADV, "(above / below.clamp_min(1e-12))", "(below / above.clamp_min(1e-12))"),
-    Mutant("adversarial", "sides of the factor exchanged", ADV, 'if self.balance == "base"', 'if self.balance == "adversarial"'),
-    Mutant("adversarial", "weight left out", ADV, "self.weight * _ratio(of_adversarial, of_base)", "_ratio(of_adversarial, of_base)"),
+    Mutant(
+        "adversarial", "norm not squared", ADV, "gradient.flatten(1).square().sum(1)", "gradient.flatten(1).norm(dim=1)"
+    ),
+    Mutant(
+        "adversarial",
+        "mean for sum in the norm",
+        ADV,
+        "gradient.flatten(1).square().sum(1)",
+        "gradient.flatten(1).square().mean(1)",
+    ),
+    Mutant(
+        "adversarial",
+        "fake keeps the student's graph",
+        ADV,
+        "torch.cat([real, fake]).detach()",
+        "torch.cat([real, fake])",
+    ),
+    Mutant(
+        "adversarial", "ratio turned round", ADV, "(above / below.clamp_min(1e-12))", "(below / above.clamp_min(1e-12))"
+    ),
+    Mutant(
+        "adversarial",
+        "sides of the factor exchanged",
+        ADV,
+        'if self.balance == "base"',
+        'if self.balance == "adversarial"',
+    ),
+    Mutant(
+        "adversarial",
+        "weight left out",
+        ADV,
+        "self.weight * _ratio(of_adversarial, of_base)",
+        "_ratio(of_adversarial, of_base)",
+    ),
     Mutant("adversarial", "factor without bound", ADV, ".clamp(max=MOST)", ""),
     Mutant("adversarial", "starts a step late", ADV, "if step < self.start", "if step <= self.start"),
     Mutant("adversarial", "base left out before the start", ADV, "return one, 0 * one", "return 0 * one, one"),
     Mutant("adversarial", "graph of the first call", ADV, "self.left == 0 and", "self.left == 1 and"),
     Mutant("adversarial", "graph of every call", ADV, "self.left == 0 and torch", "torch"),
-    Mutant("adversarial", "base at another step", ADV, "self.base(student, teacher, sample, step)", "self.base(student, teacher, sample, 0)"),
+    Mutant(
+        "adversarial",
+        "base at another step",
+        ADV,
+        "self.base(student, teacher, sample, step)",
+        "self.base(student, teacher, sample, 0)",
+    ),
     Mutant("score_distillation", "flipped sign", SCORE, SCORE_G, SCORE_G.replace("real - other", "other - real")),
     Mutant("score_distillation", "t missing", SCORE, SCORE_G, "g = real - other"),
     Mutant("score_distillation", "1 - t in place of t", SCORE, SCORE_G, SCORE_G.replace("along(t", "along(1 - t")),
     Mutant("score_distillation", "the fake left out", SCORE, SCORE_G, "g = along(t, x) * real"),
-    Mutant("score_distillation", "fake and teacher exchanged", SCORE, SCORE_ASK, SCORE_ASK.replace("real, other", "other, real")),
-    Mutant("score_distillation", "teacher asked at the sample", SCORE, SCORE_ASK, SCORE_ASK.replace("velocity(x, t, c", "velocity(sample.x0, t, c")),
-    Mutant("score_distillation", "teacher asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("y(x, t, cond),", "y(x, sample.s, cond),")),
-    Mutant("score_distillation", "fake asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("(x, t, t,", "(x, t, sample.s,")),
-    Mutant("score_distillation", "teacher's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("cond), fake", "None), fake")),
-    Mutant("score_distillation", "fake's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("t, t, cond)", "t, t, None)")),
-    Mutant("score_distillation", "weight by the fake's distance", SCORE, SCORE_AWAY, SCORE_AWAY.replace("* real", "* other")),
-    Mutant("score_distillation", "weight by the noised sample", SCORE, SCORE_AWAY, SCORE_AWAY.replace("sample.x0 - (x", "x - (x")),
-    Mutant("score_distillation", "guess on the other side", SCORE, SCORE_AWAY, SCORE_AWAY.replace("(x - along", "(x + along")),
+    Mutant(
+        "score_distillation",
+        "fake and teacher exchanged",
+        SCORE,
+        SCORE_ASK,
+        SCORE_ASK.replace("real, other", "other, real"),
+    ),
+    Mutant(
+        "score_distillation",
+        "teacher asked at the sample",
+        SCORE,
+        SCORE_ASK,
+        SCORE_ASK.replace("velocity(x, t, c", "velocity(sample.x0, t, c"),
+    ),
+    Mutant(
+        "score_distillation",
+        "teacher asked at s",
+        SCORE,
+        SCORE_ASK,
+        SCORE_ASK.replace("y(x, t, cond),", "y(x, sample.s, cond),"),
+    ),
+    Mutant(
+        "score_distillation", "fake asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("(x, t, t,", "(x, t, sample.s,")
+    ),
+    Mutant(
+        "score_distillation",
+        "teacher's condition lost",
+        SCORE,
+        SCORE_ASK,
+        SCORE_ASK.replace("cond), fake", "None), fake"),
+    ),
+    Mutant(
+        "score_distillation", "fake's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("t, t, cond)", "t, t, None)")
+    ),
+    Mutant(
+        "score_distillation",
+        "weight by the fake's distance",
+        SCORE,
+        SCORE_AWAY,
+        SCORE_AWAY.replace("* real", "* other"),
+    ),
+    Mutant(
+        "score_distillation",
+        "weight by the noised sample",
+        SCORE,
+        SCORE_AWAY,
+        SCORE_AWAY.replace("sample.x0 - (x", "x - (x"),
+    ),
+    Mutant(
+        "score_distillation",
+        "guess on the other side",
+        SCORE,
+        SCORE_AWAY,
+        SCORE_AWAY.replace("(x - along", "(x + along"),
+    ),
     Mutant("score_distillation", "weight by the sum", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".mean(1)", ".sum(1)")),
     Mutant("score_distillation", "weight by the square", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".abs()", ".square()")),
-    Mutant("score_distillation", "normalised the other way round", SCORE, "if self.normalised else g", "if not self.normalised else g"),
+    Mutant(
+        "score_distillation",
+        "normalised the other way round",
+        SCORE,
+        "if self.normalised else g",
+        "if not self.normalised else g",
+    ),
     Mutant("score_distillation", "divided by nothing", SCORE, "along(away.clamp_min(LEAST), g)", "along(away, g)"),
     Mutant("score_distillation", "ascent", SCORE, SCORE_LOSS, SCORE_LOSS.replace("direction.to", "-direction.to")),
     Mutant("score_distillation", "not halved", SCORE, SCORE_LOSS, SCORE_LOSS.replace("2 * x", "x")),
-    Mutant("score_distillation", "sum over the entries", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(2 * x[0].numel())", "2")),
-    Mutant("score_distillation", "the noised point descends", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(sample.x0, d", "(sample.xt, d")),
+    Mutant(
+        "score_distillation", "sum over the entries", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(2 * x[0].numel())", "2")
+    ),
+    Mutant(
+        "score_distillation",
+        "the noised point descends",
+        SCORE,
+        SCORE_LOSS,
+        SCORE_LOSS.replace("(sample.x0, d", "(sample.xt, d"),
+    ),
     Mutant("score_distillation", "asked with a graph", SCORE, "sample.xt.detach(), sample.t", "sample.xt, sample.t"),
-    Mutant("score_distillation", "fake learns from the teacher", SCORE, "return FlowMatching()(fake, None,", "return FlowMatching()(fake, fake,"),
+    Mutant(
+        "score_distillation",
+        "fake learns from the teacher",
+        SCORE,
+        "return FlowMatching()(fake, None,",
+        "return FlowMatching()(fake, fake,",
+    ),
     Mutant("score_distillation", "the last jump alone", SCORE, "1 + one_of(num_steps, generator)", "num_steps"),
-    Mutant("score_distillation", "never the last jump", SCORE, "1 + one_of(num_steps, generator)", "1 + one_of(max(num_steps - 1, 1), generator)"),
-    Mutant("score_distillation", "the most steps alone", SCORE, "self.steps[one_of(len(self.steps), generator)]", "self.steps[-1]"),
+    Mutant(
+        "score_distillation",
+        "never the last jump",
+        SCORE,
+        "1 + one_of(num_steps, generator)",
+        "1 + one_of(max(num_steps - 1, 1), generator)",
+    ),
+    Mutant(
+        "score_distillation",
+        "the most steps alone",
+        SCORE,
+        "self.steps[one_of(len(self.steps), generator)]",
+        "self.steps[-1]",
+    ),
     Mutant("score_distillation", "through exchanged", SCORE, 'if self.through == "all"', 'if self.through == "last"'),
     Mutant("score_distillation", "graph of every jump", SCORE, SCORE_STOP, "torch.is_grad_enabled()"),
-    Mutant("score_distillation", "graph of the first jump", SCORE, SCORE_STOP, SCORE_STOP.replace("self.at and", "1 and")),
+    Mutant(
+        "score_distillation", "graph of the first jump", SCORE, SCORE_STOP, SCORE_STOP.replace("self.at and", "1 and")
+    ),
     Mutant("learned_weight", "weight turned round", UNSURE, "(-u).exp() * error", "u.exp() * error"),
     Mutant("learned_weight", "u subtracted", UNSURE, "(-u).exp() * error + u", "(-u).exp() * error - u"),
     Mutant("learned_weight", "u left out", UNSURE, "* error + u", "* error"),
     Mutant("learned_weight", "the error left alone", UNSURE, "(-u).exp() * error", "error"),
-    Mutant("learned_weight", "u not trained", UNSURE, "student.log_error(t, s).to(error.dtype)", "student.log_error(t, s).to(error.dtype).detach()"),
+    Mutant(
+        "learned_weight",
+        "u not trained",
+        UNSURE,
+        "student.log_error(t, s).to(error.dtype)",
+        "student.log_error(t, s).to(error.dtype).detach()",
+    ),
     Mutant("learned_weight", "the error not trained", UNSURE, "(-u).exp() * error", "(-u).exp() * error.detach()"),
     Mutant("learned_weight", "times exchanged", UNSURE, "student.log_error(t, s)", "student.log_error(s, t)"),
-    Mutant("learned_weight", "sCM without it", CT, "loss = self.weight(error, student, t, torch.zeros_like(t))", "loss = error"),
-    Mutant("learned_weight", "sCM at the sample's arrival", CT, "student, t, torch.zeros_like(t))", "student, t, sample.s)"),
-    Mutant("learned_weight", "self-distilled without it", SELF, "self.weight(error, student, sample.t, sample.s).mean()", "error.mean()"),
-    Mutant("learned_weight", "self-distilled on the diagonal", SELF, "student, sample.t, sample.s).mean()", "student, sample.t, sample.t).mean()"),
+    Mutant(
+        "learned_weight",
+        "sCM without it",
+        CT,
+        "loss = self.weight(error, student, t, torch.zeros_like(t))",
+        "loss = error",
+    ),
+    Mutant(
+        "learned_weight", "sCM at the sample's arrival", CT, "student, t, torch.zeros_like(t))", "student, t, sample.s)"
+    ),
+    Mutant(
+        "learned_weight",
+        "self-distilled without it",
+        SELF,
+        "self.weight(error, student, sample.t, sample.s).mean()",
+        "error.mean()",
+    ),
+    Mutant(
+        "learned_weight",
+        "self-distilled on the diagonal",
+        SELF,
+        "student, sample.t, sample.s).mean()",
+        "student, sample.t, sample.t).mean()",
+    ),
     Mutant("score_distillation", "runs on to its end", SCORE, "if self.calls > self.at", "if self.calls > self.at + 9"),
 ]
 
@@ -471,7 +889,9 @@ def first_failure(mutant: Mutant | None) -> tuple[str | None, float]:
         os.chdir(ROOT)
     if not os.path.realpath(tested).startswith(os.path.realpath(scratch)):
         raise RuntimeError(f"not the mutated copy was tested but {tested}")
-    if code not in (0, 1) or bool(code) != bool(failures.names):  # pytest: 0 passed, 1 some failed; anything else is this script's fault
+    if code not in (0, 1) or bool(code) != bool(
+        failures.names
+    ):  # pytest: 0 passed, 1 some failed; anything else is this script's fault
         raise RuntimeError(f"{mutant}: pytest ended with {code}\n{said.getvalue()}")
     return (failures.names[0] if failures.names else None), seconds
 
@@ -524,10 +944,16 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def main() -> int:
-    from _report import environment, table, write  # not above: the processes read this file too, and the package must be new to them
+    from _report import (  # not above: the processes read this file too, and the package must be new to them
+        environment,
+        table,
+        write,
+    )
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("objectives", nargs="*", help="only mutants of these: " + ", ".join(dict.fromkeys(m.objective for m in MUTANTS)))
+    parser.add_argument(
+        "objectives", nargs="*", help="only mutants of these: " + ", ".join(dict.fromkeys(m.objective for m in MUTANTS))
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how many at a time (default: one a core)")
     arguments = parser.parse_args()
     mutants = [m for m in MUTANTS if not arguments.objectives or m.objective in arguments.objectives]
@@ -541,13 +967,27 @@ def main() -> int:
     if failed[0] is not None:
         print(f"the objective tests fail without a mutation ({failed[0]}): nothing can be concluded")
         return 1
-    rows = [[m.objective, m.what, "survived" if by is None else "killed", by or ""] for m, (by, _) in zip(mutants, results, strict=True)]
+    rows = [
+        [m.objective, m.what, "survived" if by is None else "killed", by or ""]
+        for m, (by, _) in zip(mutants, results, strict=True)
+    ]
     survivors = [row for row in rows if row[2] == "survived"]
     print(table(rows, ["objective", "mutation", "result", "first test to fail"]))
     seconds, cpu = time.perf_counter() - start, failed[1] + sum(spent for _, spent in results)
-    print(f"{len(rows) - len(survivors)} of {len(rows)} killed in {seconds:.0f} s ({cpu:.0f} CPU seconds; the unmutated tests {failed[1]:.0f})")
+    print(
+        f"{len(rows) - len(survivors)} of {len(rows)} killed in {seconds:.0f} s ({cpu:.0f} CPU seconds; the unmutated tests {failed[1]:.0f})"
+    )
     if not arguments.objectives:
-        write("mutants", {"question": __doc__.splitlines()[0], "environment": environment(), "seconds": seconds, "cpu_seconds": cpu, "rows": rows})
+        write(
+            "mutants",
+            {
+                "question": __doc__.splitlines()[0],
+                "environment": environment(),
+                "seconds": seconds,
+                "cpu_seconds": cpu,
+                "rows": rows,
+            },
+        )
     return 1 if survivors else 0
 
 

@@ -32,7 +32,15 @@ def row(name: str, found: list) -> list:
     """One line of the table; a form that fails with another error than a refusal counts as wrong."""
     counts = Counter(outcome for _, outcome, _ in found)
     wrong = counts["wrong"] + counts["failed"]
-    return [name, len({form.operator for form, *_ in found}), len(found), counts["right"], counts["constant"], counts["refused"], wrong]
+    return [
+        name,
+        len({form.operator for form, *_ in found}),
+        len(found),
+        counts["right"],
+        counts["constant"],
+        counts["refused"],
+        wrong,
+    ]
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ import torch
 from _report import environment, table, write
 
 import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
-from flowmap.build import build_teacher
+from flowmap.build.parts import build_teacher
 from flowmap.data import Folder
-from flowmap.recipe import read_resolved
+from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
 SIZE, BATCH, STEPS, RATE = 32, 16, 1200, 2e-3
@@ -55,7 +55,10 @@ def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
         average.step(net.parameters())
         losses.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}, {time.process_time() - started:.0f} CPU-seconds", flush=True)
+            print(
+                f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}, {time.process_time() - started:.0f} CPU-seconds",
+                flush=True,
+            )
     average.copy_to(net.parameters())
     DDPMPipeline(unet=net, scheduler=scheduler).save_pretrained(out)
     seconds = time.process_time() - started
@@ -71,10 +74,17 @@ def report(run: Path, teacher: Path, num: int = 32, many: int = 25) -> None:
     x1 = torch.randn(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     ends = taught.solve(x1, None, many)
     error = lambda x: float((x - ends).square().mean().sqrt() / ends.std())
-    rows = [[k, error(recipe.sampler(student.flow_map, x1, None, steps=k)), error(taught.solve(x1, None, k))] for k in (1, 2, 4)]
+    rows = [
+        [k, error(recipe.sampler(student.flow_map, x1, None, steps=k)), error(taught.solve(x1, None, k))]
+        for k in (1, 2, 4)
+    ]
     columns = ["steps", "student", "teacher"]
     print(table(rows, columns))
-    settings = {"pictures": training["pictures"], "teacher steps": training["steps"], "teacher CPU-seconds": round(training["cpu_seconds"])}
+    settings = {
+        "pictures": training["pictures"],
+        "teacher steps": training["steps"],
+        "teacher CPU-seconds": round(training["cpu_seconds"]),
+    }
     settings |= {"student steps": recipe.trainer.steps, "samples": num, "end points at": many}
     write("own_teacher", {"rows": rows, "columns": columns, "settings": settings, "environment": environment()})
 

@@ -33,9 +33,20 @@ def teachers() -> Iterator[list]:
     """A row for each network and schedule: the student at step 0, our clock, the tangent."""
     diffusers = test_diffusers_model
     for row in diffusers.ROWS:
-        yield [*row, diffusers.from_its_teacher(*row), diffusers.from_its_scheduler(*row), diffusers.from_the_reference_tangent(*row)]
+        yield [
+            *row,
+            diffusers.from_its_teacher(*row),
+            diffusers.from_its_scheduler(*row),
+            diffusers.from_the_reference_tangent(*row),
+        ]
     measures = test_edm.from_its_teacher, test_edm.from_its_scheduler, test_edm.from_the_reference_tangent
-    yield ["EDM2", "EDM", test_edm2.from_its_teacher(), test_edm2.from_its_scheduler(), test_edm2.from_the_reference_tangent()]
+    yield [
+        "EDM2",
+        "EDM",
+        test_edm2.from_its_teacher(),
+        test_edm2.from_its_scheduler(),
+        test_edm2.from_the_reference_tangent(),
+    ]
     for family, name in EDM.items():
         yield [name, "EDM", *(measure(family) for measure in measures)]
 

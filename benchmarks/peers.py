@@ -24,12 +24,12 @@ from _peers_tables import AGREEMENT, NAME, QUALITY, STEPS, TIMING, agreement, qu
 from _report import environment, keep, kept, table, write
 from league import take_over
 
-from flowmap.evaluate import measure
+from flowmap.compare.terms import make, needs_of
+from flowmap.evaluation.measure import measure
 from flowmap.flow.averaging import exponent_from_std, power_beta
-from flowmap.planning.plan import runs_root
+from flowmap.plan.plan import runs_root
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
-from flowmap.train.compare.terms import make, needs_of
 
 WARM = 3  # steps that are not timed
 
@@ -51,8 +51,14 @@ class Training:
 
     def step(self) -> None:
         sample, seed = self.job.draw(self.steps)
-        share = min(self.spent / self.seconds, 1.0)  # the cosine falls with the time that is spent, as each row's number of steps is its own
-        rate = self.job.recipe.optimizer.lr_at(self.steps, self.steps / share) if share else self.job.recipe.optimizer.lr_at(0, 1)
+        share = min(
+            self.spent / self.seconds, 1.0
+        )  # the cosine falls with the time that is spent, as each row's number of steps is its own
+        rate = (
+            self.job.recipe.optimizer.lr_at(self.steps, self.steps / share)
+            if share
+            else self.job.recipe.optimizer.lr_at(0, 1)
+        )
         self.optimizer.param_groups[0]["lr"] = rate
         started = time.process_time()
         value = self.loss(sample, seed, self.steps)
@@ -76,11 +82,19 @@ class Training:
 
     def result(self, look: tuple) -> dict:
         """Steps, seconds, and the Frechet distances of the averaged student."""
-        found = {"job": self.row.job, "whose": self.row.whose, "steps": self.steps, "cpu_seconds": round(self.spent, 3), "failed": self.failed}
+        found = {
+            "job": self.row.job,
+            "whose": self.row.whose,
+            "steps": self.steps,
+            "cpu_seconds": round(self.spent, 3),
+            "failed": self.failed,
+        }
         found["step_seconds"] = statistics.median(self.took[WARM:] or self.took)
         if self.failed is None:
             recipe = replace(self.job.recipe, metrics=look)
-            figures = measure(recipe, Student(self.job.config, self.average), None, self.job.data, steps=STEPS)["student"]
+            figures = measure(recipe, Student(self.job.config, self.average), None, self.job.data, steps=STEPS)[
+                "student"
+            ]
             for suffix in ("", "_train"):
                 found[f"figures{suffix}"] = {k: row[NAME + suffix] for k, row in figures.items()}
         return found
@@ -104,7 +118,10 @@ def beside(seed: int, look: tuple) -> dict:
     found = measure(recipe, Student(job.config, job.student().eval()), job.teacher, job.data, steps=[1])
     both = {"": NAME, "_train": f"{NAME}_train"}
     teacher = {f"figure{suffix}": found["teacher"][name] for suffix, name in both.items()}
-    return {"teacher": {"steps": found["teacher"]["steps"], **teacher}, **{f"floor{suffix}": found["floor"][name] for suffix, name in both.items()}}
+    return {
+        "teacher": {"steps": found["teacher"]["steps"], **teacher},
+        **{f"floor{suffix}": found["floor"][name] for suffix, name in both.items()},
+    }
 
 
 def trained_at(seed: int, rows: list[Row], same: dict, anew: bool) -> list[dict]:
@@ -139,7 +156,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training, each row at each seed")
     parser.add_argument("--rounds", type=int, default=40, help="rounds in which the losses are timed")
-    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours beside them")
+    parser.add_argument(
+        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours beside them"
+    )
     parser.add_argument("--name", default="peers")
     parser.add_argument("--anew", action="store_true")
     a = parser.parse_args()
@@ -147,9 +166,18 @@ def main() -> None:
     peers = load(FastGen, a.fastgen), load(PyMeanFlow, a.meanflow)
     wanted = lambda row: row.whose == "flowmap" or any(word in row.name for word in a.rows)
     rows, to_ask = ([row for row in all_rows(*peers, to_train=train) if wanted(row)] for train in (True, False))
-    said = {kind.__name__: peer.checkout.said() if peer else "not there" for kind, peer in zip((FastGen, PyMeanFlow), peers, strict=True)}
+    said = {
+        kind.__name__: peer.checkout.said() if peer else "not there"
+        for kind, peer in zip((FastGen, PyMeanFlow), peers, strict=True)
+    }
     recipes = {row.job: Job.recipe_of(row.job, 0).hash() for row in rows}
-    same = {"to": "held-out digits", "seconds": a.seconds, "rows": [row.name for row in rows if row.make], "peers": said, "recipes": recipes}
+    same = {
+        "to": "held-out digits",
+        "seconds": a.seconds,
+        "rows": [row.name for row in rows if row.make],
+        "peers": said,
+        "recipes": recipes,
+    }
     trained = {seed: trained_at(seed, rows, same, a.anew) for seed in range(a.seeds)}
     tables = {
         "agreement": {"columns": AGREEMENT, "rows": list(agreement(to_ask))},
@@ -158,7 +186,12 @@ def main() -> None:
     }
     for part in tables.values():
         print(table(part["rows"], part["columns"]), end="\n\n")
-    settings = {"seeds": list(range(a.seeds)), "CPU seconds": a.seconds, "rounds": a.rounds, "batch": read_recipe("digits").data.batch_size}
+    settings = {
+        "seeds": list(range(a.seeds)),
+        "CPU seconds": a.seconds,
+        "rounds": a.rounds,
+        "batch": read_recipe("digits").data.batch_size,
+    }
     payload = {"question": __doc__.splitlines()[0], "environment": environment(), "peers": said, "settings": settings}
     write(a.name, {**payload, "tables": tables, "trained": trained})
 

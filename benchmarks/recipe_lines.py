@@ -41,7 +41,9 @@ def _git(*words: str) -> str:
 def main() -> None:
     folders = sys.argv[1:] or [str(ROOT / "recipes")]
     rows = [[folder, *counts(texts(folder))] for folder in folders]
-    print(table(rows, ["recipes", "files", "lines of settings", "distinct", "in two files or more", "lines of comment"]))
+    print(
+        table(rows, ["recipes", "files", "lines of settings", "distinct", "in two files or more", "lines of comment"])
+    )
 
 
 if __name__ == "__main__":

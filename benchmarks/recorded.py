@@ -33,8 +33,20 @@ def record(out: Path) -> dict[str, str]:
     wordnet_files(out / "wordnet")
     quiet = {"FLOWMAP_RUNS": "runs", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for name in NAMES:
-        command = [sys.executable, "-m", "flowmap", "fit", "--recipe", f"{name}.yaml", "trainer.accelerator=cpu", "--out", f"runs/{name}"]
-        subprocess.run(command, cwd=out, env=os.environ | quiet, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-m",
+            "flowmap",
+            "fit",
+            "--recipe",
+            f"{name}.yaml",
+            "trainer.accelerator=cpu",
+            "--out",
+            f"runs/{name}",
+        ]
+        subprocess.run(
+            command, cwd=out, env=os.environ | quiet, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         print(f"{name}: trained", flush=True)
     found = digests(out / "runs")
     (out / "digests.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -51,7 +63,9 @@ def digests(runs: Path) -> dict[str, str]:
         elif path.name == "last.ckpt":
             found[name] = checkpoint(path)
         elif path.name == "log.csv":
-            rows = [{key: value for key, value in row.items() if not varies(key)} for row in csv.DictReader(path.open())]
+            rows = [
+                {key: value for key, value in row.items() if not varies(key)} for row in csv.DictReader(path.open())
+            ]
             found[name] = digest(rows)
         elif path.name == "metrics.json":
             found[name] = digest(steady(json.loads(path.read_text())))

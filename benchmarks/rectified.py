@@ -86,17 +86,32 @@ def _paired(by: str) -> tuple[str, ...]:
     return ("coupling.teacher.card=null", f"coupling.teacher.recipe=@{by}")
 
 
-def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int, long: tuple[int, ...]) -> dict[str, Arm]:
+def instaflow(
+    recipe: str, *, pairs: int, solver: str, reflow: int, distil: int, long: tuple[int, ...]
+) -> dict[str, Arm]:
     """Reflow and then distillation, or distillation alone on the same pairs for as many steps; each by squares, or seen at its end."""
     pairing, both = (f"coupling.num={pairs}", f"coupling.solver={solver}"), reflow + distil
-    guided = ("coupling.guidance=2.0", "coupling.recipe=null", "coupling.teacher={recipe: @teacher, guidance: {kind: classifier_free}}")
+    guided = (
+        "coupling.guidance=2.0",
+        "coupling.recipe=null",
+        "coupling.teacher={recipe: @teacher, guidance: {kind: classifier_free}}",
+    )
     ends = {
         "": lambda count: ("objective.perceptual=null", "objective.perceptual_after_steps=0"),
         ", seen": lambda count: (f"objective.perceptual_after_steps={count - distil // 3}",),
     }
-    arms = {"insta reflow": Arm(f"{recipe}-reflow", (*_taught("teacher"), *_paired("teacher"), *_length(reflow), *pairing), long)}
+    arms = {
+        "insta reflow": Arm(
+            f"{recipe}-reflow", (*_taught("teacher"), *_paired("teacher"), *_length(reflow), *pairing), long
+        )
+    }
     for name, end in ends.items():
-        own = ("coupling.recipe=null", "coupling.teacher={recipe: @insta-reflow}", "student.recipe=@insta-reflow", *_taught("insta-reflow"))
+        own = (
+            "coupling.recipe=null",
+            "coupling.teacher={recipe: @insta-reflow}",
+            "student.recipe=@insta-reflow",
+            *_taught("insta-reflow"),
+        )
         arms[f"insta reflow + distil{name}"] = Arm(recipe, (*own, *_length(distil), *pairing, *end(distil)), (1,))
         direct = (*guided, "student.recipe=@teacher", *_taught("teacher"))
         arms[f"insta distil{name}"] = Arm(recipe, (*direct, *_length(both), *pairing, *end(both)), (1,))
@@ -106,8 +121,19 @@ def instaflow(recipe: str, *, pairs: int, solver: str, reflow: int, distil: int,
 KEPT_AYF = "runs/bench/digits-ayf-emd/seed-{seed}/digits-ayf-emd"  # main_job.py --recipe digits-ayf-emd
 KEPT_FASHION = "runs/fashion14-ayf-emd"  # flowmap fit --recipe fashion14, with EMD as an override
 CASES = {
-    "digits": case("digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF),
-    "fashion14": case("fashion14-teacher", "rfpp/fashion14-", "fashion14", features="pca", images=2000, steps=2500, few=600, kept=KEPT_FASHION),
+    "digits": case(
+        "digits-teacher", "rfpp/", "digits", features="pixels", images=2000, steps=3800, few=600, kept=KEPT_AYF
+    ),
+    "fashion14": case(
+        "fashion14-teacher",
+        "rfpp/fashion14-",
+        "fashion14",
+        features="pca",
+        images=2000,
+        steps=2500,
+        few=600,
+        kept=KEPT_FASHION,
+    ),
     "emoji": Case("emoji32-teacher", {}, "efficientnet_lite0", 1000, many=25),
 }
 CASES["digits"].parts["instaflow"] = instaflow(
@@ -163,17 +189,22 @@ class Seed:
         run = Path(arm.kept.format(seed=self.seed))
         if not (run / "metrics.json").is_file():
             other = f'`flowmap fit --recipe {arm.recipe} "{EMD}" --out {run}`'
-            raise SystemExit(f"{run} is not there: `python benchmarks/main_job.py --recipe digits-ayf-emd` makes digits, {other} any other")
+            raise SystemExit(
+                f"{run} is not there: `python benchmarks/main_job.py --recipe digits-ayf-emd` makes digits, {other} any other"
+            )
         found = self._look(run / "recipe.yaml", arm, student=run)
         if self.seed == 0 and name in self.found:
             found["cpu_seconds"] = self.found[name]["cpu_seconds"]
         elif self.seed == 0:
-            timed = [self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(*arm.changes, f"trainer.steps={k}")))) for k in (20, 120)]
+            timed = [
+                self._run("fit", self._arm(f"{name}-{k}", replace(arm, changes=(*arm.changes, f"trainer.steps={k}"))))
+                for k in (20, 120)
+            ]
             found["cpu_seconds"] = {"pairs": 0.0, "fit": timed[0] + (timed[1] - timed[0]) / 100 * self._steps(run)}
         self.keep(name, found)
 
     def _steps(self, run: Path) -> int:
-        from flowmap.recipe import read_resolved
+        from flowmap.recipe.recipe import read_resolved
 
         return read_resolved(run / "recipe.yaml").trainer.steps
 
@@ -186,7 +217,13 @@ class Seed:
                 self.keep(key, self._look(self._arm(name, arms[name]), arms[name], whose=key.split()[-1]))
 
     def _arm(self, name: str, arm: Arm) -> Path:
-        common = ("metrics=[]", "log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "evaluation.batch_size=250")
+        common = (
+            "metrics=[]",
+            "log.wandb=false",
+            "log.samples_every_steps=0",
+            "log.metrics_every_steps=0",
+            "evaluation.batch_size=250",
+        )
         return self._recipe(_file(name), arm.recipe, (*common, *arm.changes))
 
     def _recipe(self, name: str, shipped: str, changes: tuple[str, ...]) -> Path:
@@ -194,7 +231,9 @@ class Seed:
 
         from flowmap.recipe import read_recipe
 
-        changes = (re.sub(r"@([\w-]+)", lambda m: str((self.root / f"{m[1]}.yaml").resolve()), change) for change in changes)
+        changes = (
+            re.sub(r"@([\w-]+)", lambda m: str((self.root / f"{m[1]}.yaml").resolve()), change) for change in changes
+        )
         plain = OmegaConf.create(read_recipe(shipped, (*changes, f"seed={self.seed}")).to_yaml())
         plain.name = plain.name if name == "teacher" else name
         path = self.root / f"{name}.yaml"
@@ -205,12 +244,28 @@ class Seed:
         """CPU seconds of that command."""
         env = os.environ | {"FLOWMAP_RUNS": str(self.root), "WANDB_MODE": "disabled"}
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "flowmap", verb, "--recipe", str(path), *more], check=True, env=env, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "flowmap", verb, "--recipe", str(path), *more],
+            check=True,
+            env=env,
+            stdout=subprocess.DEVNULL,
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def _look(self, path: Path, arm: Arm, whose: str = "student", student: Path | None = None) -> dict:
-        command = [sys.executable, __file__, "--look", str(path), "--steps", *map(str, arm.steps), "--set", self.root.parent.name, "--whose", whose]
+        command = [
+            sys.executable,
+            __file__,
+            "--look",
+            str(path),
+            "--steps",
+            *map(str, arm.steps),
+            "--set",
+            self.root.parent.name,
+            "--whose",
+            whose,
+        ]
         command += ["--student", str(student)] if student else []
         env = os.environ | {"FLOWMAP_RUNS": str(self.root)}
         done = subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE, text=True)
@@ -219,27 +274,31 @@ class Seed:
 
 def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) -> dict:
     """The figures of a finished run: as samples, as a path and, of plain flows, as an inverse and a loss by time."""
-    from flowmap.build import build_data, build_teacher
+    from flowmap.build.parts import build_data, build_teacher
     from flowmap.data import Independent
-    from flowmap.evaluate import measure
+    from flowmap.evaluation.measure import measure
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
-    from flowmap.planning.plan import dependency_folder
+    from flowmap.plan.plan import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
     from flowmap.student.folder import load_student
 
     case, recipe = CASES[name], read_recipe(path)
     many, data = case.many, build_data(recipe)
-    evaluation = replace(recipe.evaluation, teacher_steps=many, teacher_extra_steps=tuple(k for k in steps if k != many))
+    evaluation = replace(
+        recipe.evaluation, teacher_steps=many, teacher_extra_steps=tuple(k for k in steps if k != many)
+    )
     agreement = Retrieval(case.features, case.images) if name == "emoji" else Agreement(case.features, case.images)
     metrics = [Frechet(case.features, case.images), Straightness(256, 32), EndpointError(500, many), agreement]
     flow = [LossByTime(500), Inversion(256, Heun(steps=16))]
     if whose == "teacher":
         slot, scale = recipe.coupling.teacher, recipe.coupling.guidance
         slot = replace(slot, guidance=replace(slot.guidance, default=scale))
-        teaching = replace(recipe, evaluation=evaluation, teacher=slot, coupling=Independent(), objective=FlowMatching())
+        teaching = replace(
+            recipe, evaluation=evaluation, teacher=slot, coupling=Independent(), objective=FlowMatching()
+        )
         student = load_student(dependency_folder(read_recipe(path.parent / "teacher.yaml")))
         found = measure(teaching, student, build_teacher(teaching, data), data, steps=[1], metrics=metrics)
         return {"student": found["teacher_few"] | {str(many): found["teacher"]}, "floor": found["floor"]}
@@ -248,7 +307,11 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     if run is not None:  # kept since before its recipe's sampler was what it is
         recipe = replace(recipe, sampler=read_recipe(recipe.name).sampler)
     student = load_student(run or dependency_folder(recipe))
-    found = {"student": measure(recipe, student, None, data, steps=steps, metrics=metrics + (flow if many in steps else []))["student"]}
+    found = {
+        "student": measure(recipe, student, None, data, steps=steps, metrics=metrics + (flow if many in steps else []))[
+            "student"
+        ]
+    }
     if isinstance(recipe.sampler, Anchored) and many in steps:
         plain = replace(recipe, sampler=Deterministic(recipe.sampler.steps))
         found["euler"] = measure(plain, student, None, data, steps=steps[1:], metrics=metrics[:1])["student"]
@@ -259,8 +322,8 @@ def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
     """Pairs a second against the bare network's forward passes, as many as the solver asks for: medians of rounds that take turns."""
     import torch
 
+    from flowmap.prepare.make_pairs import Maker
     from flowmap.recipe import read_recipe
-    from flowmap.shards.make_pairs import Maker
 
     os.environ["FLOWMAP_RUNS"] = str(seed.root)
     maker = Maker.of(read_recipe(seed._arm("reflow", seed.case.parts["reflow"]["reflow"])), "cpu")
@@ -277,7 +340,12 @@ def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
         bare = time.process_time() - made
         ratios.append(bare / (made - started))
         rates.append(num / (made - started))
-    return {"calls a pair": calls, "pairs a CPU second": statistics.median(rates), "of the bound": statistics.median(ratios), "each": ratios}
+    return {
+        "calls a pair": calls,
+        "pairs a CPU second": statistics.median(rates),
+        "of the bound": statistics.median(ratios),
+        "each": ratios,
+    }
 
 
 def report(name: str, seeds: list[Seed]) -> None:

@@ -112,12 +112,27 @@ def main() -> None:
     for name, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, plain, strict=True))
         quarter = len(ratios) // 4
-        rows.append([name, statistics.median(ratios), ratios[quarter], ratios[-1 - quarter], 1e3 * statistics.median(times), bytes_of[name] / first])
+        rows.append(
+            [
+                name,
+                statistics.median(ratios),
+                ratios[quarter],
+                ratios[-1 - quarter],
+                1e3 * statistics.median(times),
+                bytes_of[name] / first,
+            ]
+        )
     columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "milliseconds", "activations"]
     print(table(rows, columns))
     setting = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds, "shape": SHAPE}
     parameters = sum(p.numel() for p in student.parameters())
-    payload = {"environment": environment(), "setting": setting, "parameters": parameters, "columns": columns, "rows": rows}
+    payload = {
+        "environment": environment(),
+        "setting": setting,
+        "parameters": parameters,
+        "columns": columns,
+        "rows": rows,
+    }
     write(arguments.name, {"question": __doc__.splitlines()[0], **payload})
 
 

@@ -80,13 +80,18 @@ def toy(name: str, model: str, seed: int, steps: int) -> dict[int, float]:
 def toys(seeds: int, steps: int) -> list[list]:
     rows = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = {(n, m): [pool.submit(toy, n, m, seed, steps) for seed in range(seeds)] for n in TEACHERS for m in MODELS}
+        jobs = {
+            (n, m): [pool.submit(toy, n, m, seed, steps) for seed in range(seeds)] for n in TEACHERS for m in MODELS
+        }
         for (name, model), waiting in jobs.items():
             found = [job.result() for job in waiting]
             rows += [[name, model, k, *spread([f[k] for f in found])] for k in STEPS]
             print(name, model, [round(spread([f[k] for f in found])[0], 4) for k in STEPS], flush=True)
     for name, teacher in TEACHERS.items():
-        floors = [sliced_wasserstein(*(teacher.sample(20_000, torch.Generator().manual_seed(s)) for s in (seed, 99 + seed))) for seed in range(seeds)]
+        floors = [
+            sliced_wasserstein(*(teacher.sample(20_000, torch.Generator().manual_seed(s)) for s in (seed, 99 + seed)))
+            for seed in range(seeds)
+        ]
         rows.append([name, "real against real", 0, *spread(floors)])
     return rows
 
@@ -94,19 +99,29 @@ def toys(seeds: int, steps: int) -> list[list]:
 def digits(seeds: int) -> list[list]:
     """The recipe digits-ayf-emd beside the same recipe with s = 0, one teacher each seed."""
     import flowmap
-    from flowmap.build import build_data
-    from flowmap.evaluate import measure
+    from flowmap.build.parts import build_data
+    from flowmap.evaluation.measure import measure
 
     if not seeds:
         return []
     found, floor = {"flow map": [], "consistency": []}, []
-    consistency = ["times.base.kind=consistency", "times.diagonal=0", "times.diagonal_at=departure", "sampler.kind=gamma", "sampler.gamma=1"]
+    consistency = [
+        "times.base.kind=consistency",
+        "times.diagonal=0",
+        "times.diagonal_at=departure",
+        "sampler.kind=gamma",
+        "sampler.gamma=1",
+    ]
     for seed in range(seeds):
         root = Path(f"runs/bench/{DIGITS}/seed-{seed}")  # where main_job.py left its teacher and student
         os.environ["FLOWMAP_RUNS"] = str(root)
         for model, overrides in (("flow map", []), ("consistency", consistency)):
-            recipe = flowmap.read_recipe(DIGITS, [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides])
-            if overrides and not (root / "consistency" / "metrics.json").is_file():  # what is trained is not trained again
+            recipe = flowmap.read_recipe(
+                DIGITS, [f"seed={seed}", f"teacher.overrides=[seed={seed}]", "log.wandb=false", *overrides]
+            )
+            if (
+                overrides and not (root / "consistency" / "metrics.json").is_file()
+            ):  # what is trained is not trained again
                 flowmap.fit(recipe, root / "consistency", resume=True)
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
             only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
@@ -115,7 +130,11 @@ def digits(seeds: int) -> list[list]:
             floor.append(figures["floor"])
     rows = []
     for data, key in (("digits", "frechet_pixels"), (TRAINING, "frechet_pixels_train")):
-        rows += [[data, model, k, *spread([run[str(k)][key] for run in runs])] for model, runs in found.items() for k in STEPS]
+        rows += [
+            [data, model, k, *spread([run[str(k)][key] for run in runs])]
+            for model, runs in found.items()
+            for k in STEPS
+        ]
         rows.append([data, "real against real", 0, *spread([one[key] for one in floor])])
     return rows
 
@@ -161,7 +180,9 @@ def main() -> None:
     print(table(rows, ["data", "model", "steps", "median", "least", "most"]))
     plot(rows, arguments.plot)
     seeds = {"toys": arguments.seeds, "digits": arguments.digits_seeds}
-    write("steps_law", {"question": __doc__.splitlines()[0], "environment": environment(), "seeds": seeds, "rows": rows})
+    write(
+        "steps_law", {"question": __doc__.splitlines()[0], "environment": environment(), "seeds": seeds, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flowmap.base.schema import kind_of
 from flowmap.cli.slots import keys_of_slots
-from flowmap.kinds import TABLES
+from flowmap.recipe.kinds import TABLES
 from flowmap.recipe import Recipe
 
 KEYS = keys_of_slots()

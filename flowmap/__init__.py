@@ -5,9 +5,7 @@ student = flowmap.load_student("runs/digits/student")
 images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   # (16, C, H, W) in [-1, 1]
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 from flowmap.base import torchvision_shim
 
@@ -20,21 +18,10 @@ _HOME = {
     "load_student": "flowmap.student.folder",
     "read_recipe": "flowmap.recipe",
     "fit": "flowmap.train.fit",
-    "sample": "flowmap.sample",
-    "evaluate": "flowmap.evaluate",
+    "sample": "flowmap.evaluation.samples",
+    "evaluate": "flowmap.evaluation.measure",
     "allow_import": "flowmap.base.trust",
 }
-
-
-class _Package(ModuleType):
-    """Keeps `flowmap.sample` and `flowmap.evaluate` the functions, where Python would bind the modules of that name once they are imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOME or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
@@ -42,3 +29,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'flowmap' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -26,10 +26,23 @@ class Numbers(SquareImages):
     def items(self, start=0, stop=None):
         for i in range(start, self.count if stop is None else min(stop, self.count)):
             time.sleep(self.seconds)
-            image = torch.randint(0, 256, (self.channels, self.size, self.size), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            image = torch.randint(
+                0,
+                256,
+                (self.channels, self.size, self.size),
+                generator=torch.Generator().manual_seed(i),
+                dtype=torch.uint8,
+            )
             caption, label = None if i % 5 == 0 else f"picture {i}", 99 if i == self.bad_label else i % 3
             broken = i % 7 == 3
-            yield Item(None if broken else image, label, caption, f"number {i}", "is broken" if broken else None, grey=i % 6 == 1)
+            yield Item(
+                None if broken else image,
+                label,
+                caption,
+                f"number {i}",
+                "is broken" if broken else None,
+                grey=i % 6 == 1,
+            )
 
     def length(self):
         return None if self.stream else self.count
@@ -77,7 +90,11 @@ class Letters:
             length = max(1, *map(len, captions)) if self.ragged else 5
             codes = torch.tensor([[ord(c) for c in caption[:length].ljust(length)] for caption in captions]).float()
             mask = torch.tensor([[i < len(caption) for i in range(length)] for caption in captions])
-            return {"text": codes[..., None].expand(-1, -1, 2) / 64, "text_mask": mask, "pooled": torch.tensor([[float(len(c))] for c in captions])}
+            return {
+                "text": codes[..., None].expand(-1, -1, 2) / 64,
+                "text_mask": mask,
+                "pooled": torch.tensor([[float(len(c))] for c in captions]),
+            }
 
         return call
 
@@ -86,7 +103,15 @@ class Letters:
 
 
 def spec(root="", **more):
-    settings = dict(images=Numbers(), autoencoder=Averages(), text=Letters(), held_out=2, reference_images=6, shard_items=5, batch_size=4)
+    settings = dict(
+        images=Numbers(),
+        autoencoder=Averages(),
+        text=Letters(),
+        held_out=2,
+        reference_images=6,
+        shard_items=5,
+        batch_size=4,
+    )
     return Encoded(root=str(root), **(settings | more))
 
 

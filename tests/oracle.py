@@ -16,7 +16,9 @@ SHAPE = (5, 3, 4, 6)
 
 GAUSSIAN = GaussianTeacher(mean=(0.7,), std=0.4, shape=SHAPE[1:])
 RING = MixtureTeacher(
-    means=tuple((math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)), std=(0.1,), weights=(1, 2, 1, 1, 3, 1, 1, 2)
+    means=tuple((math.cos(k * math.pi / 4), math.sin(k * math.pi / 4)) for k in range(8)),
+    std=(0.1,),
+    weights=(1, 2, 1, 1, 3, 1, 1, 2),
 )
 
 

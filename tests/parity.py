@@ -26,7 +26,9 @@ def of_rates(ridden: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def of_steps(scheduler, grid: Sequence[float], sizes: Sequence[float], state: Tensor, *, predict: Callable, velocity: Callable) -> float:
+def of_steps(
+    scheduler, grid: Sequence[float], sizes: Sequence[float], state: Tensor, *, predict: Callable, velocity: Callable
+) -> float:
     """The largest relative difference, over the steps, between the scheduler's own states and Euler's points with our velocity.
 
     grid: the scheduler's times on our clock, the last one included; sizes: by what a point of ours is multiplied to be its state there.
@@ -59,6 +61,11 @@ def of_edm_steps(net, unet, x: Tensor, label: Tensor, guidance: float, num_steps
         yes, no = (unet(inside, noise, labels, None) for labels in (one_hot, 0 * one_hot))
         return no + guidance * (yes - no)
 
-    teacher, cond = ClassifierFree(NetworkTeacher(FlowMapNet(net))), {"class": label, "guidance": torch.full((len(x),), guidance)}
+    teacher, cond = (
+        ClassifierFree(NetworkTeacher(FlowMapNet(net))),
+        {"class": label, "guidance": torch.full((len(x),), guidance)},
+    )
     grid, sizes = [sigma / (1 + sigma) for sigma in sigmas], [1 + sigma for sigma in sigmas]
-    return of_steps(scheduler, grid, sizes, x * sigmas[0], predict=predict, velocity=lambda x, t: teacher.velocity(x, t, cond))
+    return of_steps(
+        scheduler, grid, sizes, x * sigmas[0], predict=predict, velocity=lambda x, t: teacher.velocity(x, t, cond)
+    )

@@ -70,7 +70,10 @@ def refused(place: Path, result: tuple[int, str, str], says: str) -> None:
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("flowmap: ") and says in last, (code, err)
     assert "Traceback" not in err and len(last) < 700
-    assert not any(path.is_file() for name in ("out", "runs") for path in (place / name).rglob("*")) and not (place / "RAN").exists()
+    assert (
+        not any(path.is_file() for name in ("out", "runs") for path in (place / name).rglob("*"))
+        and not (place / "RAN").exists()
+    )
 
 
 def fit(place: Path, command, *more):
@@ -140,18 +143,42 @@ def kl(channels: int):
 
 TEACHERS = {
     "no such folder": (card("/pipe", "/nowhere"), "no such folder, and no hub id (owner/name)"),
-    "a card of converted weights without weights": (card("kind: diffusers", "kind: converted"), "fetch its pickle and run `flowmap import"),
-    "a card without a shape": (card("shape: [4, 8, 8]", ""), "card.yaml: shape: [] is not the shape of what the model denoises"),
-    "an unknown prediction": (edit(SCHEDULER, prediction_type="score"), "prediction_type 'score' is not one of epsilon, sample"),
+    "a card of converted weights without weights": (
+        card("kind: diffusers", "kind: converted"),
+        "fetch its pickle and run `flowmap import",
+    ),
+    "a card without a shape": (
+        card("shape: [4, 8, 8]", ""),
+        "card.yaml: shape: [] is not the shape of what the model denoises",
+    ),
+    "an unknown prediction": (
+        edit(SCHEDULER, prediction_type="score"),
+        "prediction_type 'score' is not one of epsilon, sample",
+    ),
     "an unknown scheduler": (edit(SCHEDULER, _class_name="NoSuchScheduler"), "diffusers has no 'NoSuchScheduler'"),
-    "an unknown scheduler in the index": (edit(INDEX, scheduler=["diffusers", "NoSuchScheduler"]), "diffusers has no 'NoSuchScheduler'"),
+    "an unknown scheduler in the index": (
+        edit(INDEX, scheduler=["diffusers", "NoSuchScheduler"]),
+        "diffusers has no 'NoSuchScheduler'",
+    ),
     "no scheduler at all": (edit(INDEX, scheduler=["diffusers", "AutoencoderKL"]), "diffusers has no 'AutoencoderKL'"),
-    "a scheduler of another kind": (edit(INDEX, scheduler=["diffusers", "ScoreSdeVeScheduler"]), "its clock is not known"),
+    "a scheduler of another kind": (
+        edit(INDEX, scheduler=["diffusers", "ScoreSdeVeScheduler"]),
+        "its clock is not known",
+    ),
     "an unknown table": (edit(SCHEDULER, beta_schedule="nosuch"), "nosuch is not implemented"),
     "a table of words": (edit(SCHEDULER, beta_start="x"), "its settings do not make one"),
-    "a prediction of noise where no signal is left": (edit(SCHEDULER, rescale_betas_zero_snr=True), "rescale_betas_zero_snr: true cannot go with"),
-    "a network that is already distilled": (edit(INDEX, scheduler=["diffusers", "LCMScheduler"]), "scheduler LCMScheduler: cannot be a teacher's"),
-    "a network of more channels": (edit("unet/config.json", in_channels=9), "in_channels: 9: it denoises 9 channels, the card's shape says 4"),
+    "a prediction of noise where no signal is left": (
+        edit(SCHEDULER, rescale_betas_zero_snr=True),
+        "rescale_betas_zero_snr: true cannot go with",
+    ),
+    "a network that is already distilled": (
+        edit(INDEX, scheduler=["diffusers", "LCMScheduler"]),
+        "scheduler LCMScheduler: cannot be a teacher's",
+    ),
+    "a network of more channels": (
+        edit("unet/config.json", in_channels=9),
+        "in_channels: 9: it denoises 9 channels, the card's shape says 4",
+    ),
     "a setting of the pipeline's": (edit(INDEX, boundary_ratio=0.9), "boundary_ratio: 0.9 is not known"),
     "a huge table": (edit(SCHEDULER, num_train_timesteps=10**9), "num_train_timesteps: 1000000000 is more than"),
     "an empty table": (edit(SCHEDULER, num_train_timesteps=0), "alphas_cumprod must be a table"),
@@ -159,9 +186,18 @@ TEACHERS = {
     "an index that is no JSON": (write(INDEX, "{"), "is not a valid JSON file"),
     "an index of another form": (write(INDEX, "[]"), "names no transformer or unet"),
     "an unknown network": (edit(INDEX, unet=["diffusers", "NoNet"]), "no call is known for NoNet"),
-    "a network of its own code": (edit(INDEX, unet=["evil", "UNet2DConditionModel"]), "of 'evil' is no class of diffusers; its own code is not run"),
-    "a scheduler of its own code": (edit(INDEX, scheduler=["evil", "DDIMScheduler"]), "of 'evil' is no class of diffusers"),
-    "pickles alone": (pickled("unet"), "there is no *.safetensors; diffusion_pytorch_model.bin is a pickle and is not read"),
+    "a network of its own code": (
+        edit(INDEX, unet=["evil", "UNet2DConditionModel"]),
+        "of 'evil' is no class of diffusers; its own code is not run",
+    ),
+    "a scheduler of its own code": (
+        edit(INDEX, scheduler=["evil", "DDIMScheduler"]),
+        "of 'evil' is no class of diffusers",
+    ),
+    "pickles alone": (
+        pickled("unet"),
+        "there is no *.safetensors; diffusion_pytorch_model.bin is a pickle and is not read",
+    ),
     "latents of other channels": (kl(8), "its latents have 8 channels, those wanted 4"),
 }
 
@@ -177,7 +213,9 @@ def test_a_teacher_that_cannot_be_used_is_found_before_pictures_are_encoded(plac
     assert (code, "missing on this machine" in out) in ((2, False), (3, True))
 
 
-@pytest.mark.parametrize(("lines", "says"), [("", "nobody/nothing: "), ("revision: nosuch\n", "nobody/nothing at revision nosuch: ")])
+@pytest.mark.parametrize(
+    ("lines", "says"), [("", "nobody/nothing: "), ("revision: nosuch\n", "nobody/nothing at revision nosuch: ")]
+)
 def test_a_pipeline_of_the_hub_that_is_not_here_offline(place, command, lines, says):
     card("HERE/pipe", "nobody/nothing")(place)
     (place / "card.yaml").write_text((place / "card.yaml").read_text() + lines)
@@ -208,7 +246,9 @@ def test_a_revision_that_is_not_there(place, command, monkeypatch):
 
 def variant(part: str, stem: str):
     """Weights in half precision alone, as some hubs' folders have them."""
-    return lambda place: (place / "pipe" / part / f"{stem}.safetensors").rename(place / "pipe" / part / f"{stem}.fp16.safetensors")
+    return lambda place: (place / "pipe" / part / f"{stem}.safetensors").rename(
+        place / "pipe" / part / f"{stem}.fp16.safetensors"
+    )
 
 
 def without_a_shard(part: str, stem: str):
@@ -218,7 +258,9 @@ def without_a_shard(part: str, stem: str):
         folder = place / "pipe" / part
         first, second = (f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2))
         (folder / f"{stem}.safetensors").rename(folder / first)
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": first, "b": second}}))
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {"a": first, "b": second}})
+        )
 
     return change
 
@@ -258,23 +300,44 @@ def text_encoder(width: int):
 
 
 ENCODERS = {
-    "an autoencoder that is not there": (lambda place: shutil.rmtree(place / "pipe/vae"), "is no diffusers autoencoder"),
+    "an autoencoder that is not there": (
+        lambda place: shutil.rmtree(place / "pipe/vae"),
+        "is no diffusers autoencoder",
+    ),
     "an unknown autoencoder": (edit(VAE, _class_name="AutoencoderNoSuch"), "has no attribute AutoencoderNoSuch"),
     "an autoencoder's settings that are none": (edit(VAE, block_out_channels="x"), "autoencoder.source: "),
     "an autoencoder's settings of other weights": (edit(VAE, block_out_channels=[8, 24]), "autoencoder.source: "),
     "an autoencoder's settings that are no JSON": (write(VAE, "{"), "config.json: is not JSON"),
     "an autoencoder of pickles": (pickled("vae"), "diffusion_pytorch_model.bin is a pickle and is not read"),
     "torn weights of an autoencoder": (torn("vae"), "cannot be loaded"),
-    "a text encoder of pickles": (pickled("text_encoder", "pytorch_model.bin"), "pytorch_model.bin is a pickle and is not read"),
+    "a text encoder of pickles": (
+        pickled("text_encoder", "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle and is not read",
+    ),
     "torn weights of a text encoder": (torn("text_encoder"), "is not a whole safetensors file"),
-    "a text encoder of its own code": (edit(INDEX, text_encoder=["evil", "CLIPTextModel"]), "of 'evil' is no class of transformers"),
-    "a tokenizer of its own code": (edit(INDEX, tokenizer=["evil", "CLIPTokenizer"]), "of 'evil' is no class of transformers"),
-    "a text encoder of another module": (edit(INDEX, text_encoder=["antigravity", "X"]), "of 'antigravity' is no class of transformers"),
-    "a pipeline of its own code": (edit(INDEX, _class_name=["pipeline", "MyPipeline"]), "no call is known for ['pipeline', 'MyPipeline']"),
+    "a text encoder of its own code": (
+        edit(INDEX, text_encoder=["evil", "CLIPTextModel"]),
+        "of 'evil' is no class of transformers",
+    ),
+    "a tokenizer of its own code": (
+        edit(INDEX, tokenizer=["evil", "CLIPTokenizer"]),
+        "of 'evil' is no class of transformers",
+    ),
+    "a text encoder of another module": (
+        edit(INDEX, text_encoder=["antigravity", "X"]),
+        "of 'antigravity' is no class of transformers",
+    ),
+    "a pipeline of its own code": (
+        edit(INDEX, _class_name=["pipeline", "MyPipeline"]),
+        "no call is known for ['pipeline', 'MyPipeline']",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("an autoencoder's") else name for name in ENCODERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name.startswith("an autoencoder's") else name for name in ENCODERS],
+)
 def test_an_encoder_that_cannot_be_used_leaves_no_encoding_begun(place, command, name):
     change, says = ENCODERS[name]
     change(place)
@@ -311,7 +374,7 @@ def test_another_autoencoder_than_the_encoding_was_made_with(place, command):
 
 
 def test_pictures_that_are_broken_grey_or_huge_and_captions_that_are_missing(place, command, monkeypatch):
-    from flowmap.data import folder as data_folder
+    from flowmap.data.images import folder as data_folder
 
     monkeypatch.setattr(data_folder, "MAX_PIXELS", 600)
     pictures = place / "pictures"
@@ -328,7 +391,9 @@ def test_pictures_that_are_broken_grey_or_huge_and_captions_that_are_missing(pla
     assert "12 samples of shape (4, 8, 8), 6 pictures left out, 1 grey, 2 without a caption" in out
     left_out = dict(json.loads((place / "latents" / "index.json").read_text())["left_out"])
     assert set(left_out) == {"04.png", "broken.png", "code.png", "empty.jpg", "huge.png", "words.webp"}
-    assert left_out["huge.png"] == "has 200 x 200 pixels" and left_out["04.png"].startswith("its caption cannot be read")
+    assert left_out["huge.png"] == "has 200 x 200 pixels" and left_out["04.png"].startswith(
+        "its caption cannot be read"
+    )
     assert all("\n" not in reason for reason in left_out.values())
 
 
@@ -348,7 +413,7 @@ def test_captions_of_another_form(place, command):
 
 def student_in(place: Path) -> Path:
     """An untrained student of the recipe, as a run leaves it."""
-    from flowmap.build import build_data, build_student, build_teacher, student_config
+    from flowmap.build.parts import build_data, build_student, build_teacher, student_config
     from flowmap.student.folder import save_student
 
     recipe = flowmap.read_recipe(place / "recipe.yaml")
@@ -366,7 +431,10 @@ def test_prompts_and_decoders_that_do_not_fit_a_student(place, command, finished
     student = student_in(place)
     for result, says in (
         (command("sample", *draw, student), "prompt: is required: this student is conditioned on text"),
-        (command("sample", *draw, student, "--prompt", "a cat", "--class", 3), "'class' is no condition of this student"),
+        (
+            command("sample", *draw, student, "--prompt", "a cat", "--class", 3),
+            "'class' is no condition of this student",
+        ),
         (command("sample", *draw, finished, "--prompt", "a cat"), "--prompt: this student is not conditioned on text"),
     ):
         refused(place, result, says)
@@ -374,7 +442,9 @@ def test_prompts_and_decoders_that_do_not_fit_a_student(place, command, finished
     assert command("sample", *draw, student, "--prompt", "a cat")[0] == 0
     shutil.rmtree(place / "drawn")
     kl(8)(place)
-    refused(place, command("sample", *draw, student, "--prompt", "a cat"), "its latents have 8 channels, those wanted 4")
+    refused(
+        place, command("sample", *draw, student, "--prompt", "a cat"), "its latents have 8 channels, those wanted 4"
+    )
     assert not (place / "drawn").exists()
 
 

@@ -12,8 +12,8 @@ from flowmap.base.files import write_tensors
 from flowmap.cli import main
 from flowmap.cli.sample import class_of
 from flowmap.data import Dataset, Latents
-from flowmap.data.folder import Folder
-from flowmap.data.images import FASHION_CLASSES, Digits
+from flowmap.data.images.builtin import FASHION_CLASSES, Digits
+from flowmap.data.images.folder import Folder
 from flowmap.export import export
 from flowmap.nets import MLP, DiT
 from flowmap.recipe import read_recipe
@@ -33,7 +33,9 @@ def config(**more):
 @pytest.fixture
 def folder(tmp_path):
     student = shaken(config())
-    save_student(tmp_path / "student", student.config, student.flow_map.state_dict(), recipe="name: shapes\n", card="# shapes\n")
+    save_student(
+        tmp_path / "student", student.config, student.flow_map.state_dict(), recipe="name: shapes\n", card="# shapes\n"
+    )
     return tmp_path / "student"
 
 
@@ -48,14 +50,14 @@ def test_data_sets_know_their_classes(tmp_path):
 
 def test_an_encoding_keeps_them(tmp_path):
     pytest.importorskip("datasets")
-    from flowmap.shards.encode import encode
+    from flowmap.prepare.encode import encode
 
     encode(spec(), tmp_path)
     assert spec(tmp_path).build().class_names == ("a", "b", "c")
 
 
 def test_a_run_of_the_digits_has_them(tmp_path, monkeypatch):
-    from flowmap.build import build_data, student_config
+    from flowmap.build.parts import build_data, student_config
 
     recipe = read_recipe("digits-teacher")
     assert student_config(recipe, build_data(recipe), None).class_names == tuple("0123456789")
@@ -66,7 +68,12 @@ def test_the_config_has_id2label_and_comes_back(folder):
     assert told["id2label"] == {"0": "circle", "1": "square", "2": "triangle"} and "class_names" not in told
     assert read_config(folder / "config.json") == config()
     torn = {"0": "a", "2": "b", "3": "c"}
-    for bad, says in ((torn, "id2label"), (["a"], "id2label"), ({"0": "a"}, "class_names: 3 classes"), ({"0": 1}, "3 classes")):
+    for bad, says in (
+        (torn, "id2label"),
+        (["a"], "id2label"),
+        ({"0": "a"}, "class_names: 3 classes"),
+        ({"0": 1}, "3 classes"),
+    ):
         (folder / "config.json").write_text(json.dumps(told | {"id2label": bad}))
         with pytest.raises(ValueError, match=says):
             read_config(folder / "config.json")
@@ -80,15 +87,23 @@ def test_a_student_takes_names(folder):
     by_name = student.sample(4, cond={"class": ["square", "circle", 2, "square"]}, seed=3)
     assert torch.equal(by_name, student.sample(4, cond={"class": [1, 0, 2, 1]}, seed=3))
     assert torch.equal(student.sample(2, cond={"class": "triangle"}), student.sample(2, cond={"class": 2}))
-    with pytest.raises(ValueError, match="class: no class 'squar', did you mean 'square'.; there are: circle, square, triangle"):
+    with pytest.raises(
+        ValueError, match="class: no class 'squar', did you mean 'square'.; there are: circle, square, triangle"
+    ):
         student.sample(1, cond={"class": "squar"})
     with pytest.raises(ValueError, match="knows no names"):
-        shaken(StudentConfig(MLP(width=8, depth=1), Deterministic(), (2,), num_classes=3)).sample(1, cond={"class": "square"})
+        shaken(StudentConfig(MLP(width=8, depth=1), Deterministic(), (2,), num_classes=3)).sample(
+            1, cond={"class": "square"}
+        )
 
 
 def test_the_command_line_takes_names(folder, tmp_path, capsys):
     call = ["sample", "--student", str(folder), "--steps", "1", "--num", "2", "--out"]
-    assert main([*call, str(tmp_path / "named"), "--class", "square"]) == main([*call, str(tmp_path / "numbered"), "--class", "1"]) == 0
+    assert (
+        main([*call, str(tmp_path / "named"), "--class", "square"])
+        == main([*call, str(tmp_path / "numbered"), "--class", "1"])
+        == 0
+    )
     assert (tmp_path / "named" / "steps-1.png").read_bytes() == (tmp_path / "numbered" / "steps-1.png").read_bytes()
     capsys.readouterr()
     assert main([*call, str(tmp_path / "none"), "--class", "sqare"]) == 2
@@ -107,7 +122,10 @@ def test_cards_and_the_exported_pipeline_have_them(folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     assert pipe.config.id2label == {"0": "circle", "1": "square", "2": "triangle"}
     noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    named, numbered = (pipe(class_labels=labels, latents=noise, output_type="pt").images for labels in (["square", "circle", 2], [1, 0, 2]))
+    named, numbered = (
+        pipe(class_labels=labels, latents=noise, output_type="pt").images
+        for labels in (["square", "circle", 2], [1, 0, 2])
+    )
     assert torch.equal(named, numbered)
     with pytest.raises(ValueError, match="no class 'oval'; there are: circle, square, triangle"):
         pipe(class_labels="oval", latents=noise)

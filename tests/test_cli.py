@@ -32,13 +32,28 @@ def refuses(command, *arguments, says, code=2):
 
 
 def test_sample_writes_grids_and_single_pictures(command, finished, tmp_path):
-    code, out, err = command("sample", "--student", finished, "--steps", 1, 3, "--num", 5, "--seed", 3, "--out", tmp_path / "drawn")
+    code, out, err = command(
+        "sample", "--student", finished, "--steps", 1, 3, "--num", 5, "--seed", 3, "--out", tmp_path / "drawn"
+    )
     assert (code, err) == (0, "")
     assert out.split() == [str(tmp_path / "drawn" / f"steps-{k}.png") for k in (1, 3)]
     assert Image.open(tmp_path / "drawn" / "steps-1.png").size == (256, 256)
     assert len((tmp_path / "drawn" / "steps-3.csv").read_text().splitlines()) == 5
     again = bytes_of(tmp_path / "drawn")
-    command("sample", "--student", finished / "student", "--steps", 1, 3, "--num", 5, "--seed", 3, "--out", tmp_path / "drawn")
+    command(
+        "sample",
+        "--student",
+        finished / "student",
+        "--steps",
+        1,
+        3,
+        "--num",
+        5,
+        "--seed",
+        3,
+        "--out",
+        tmp_path / "drawn",
+    )
     assert bytes_of(tmp_path / "drawn") == again
 
 
@@ -46,7 +61,9 @@ def test_evaluate_gives_the_runs_own_figures(command, finished, tmp_path):
     code, out, _ = command("evaluate", "--student", finished, "--out", tmp_path / "m.json")
     assert code == 0 and "student 1" in out
     measured, kept = (json.loads(p.read_text()) for p in (tmp_path / "m.json", finished / "metrics.json"))
-    assert {k: measured[k] for k in ("student", "teacher", "floor", "stamp")} == {k: kept[k] for k in ("student", "teacher", "floor", "stamp")}
+    assert {k: measured[k] for k in ("student", "teacher", "floor", "stamp")} == {
+        k: kept[k] for k in ("student", "teacher", "floor", "stamp")
+    }
     code, out, _ = command("evaluate", "--student", finished, "--steps", 1, "--metrics", "frechet")
     assert set(json.loads(out)["student"]) == {"1"}
 
@@ -76,7 +93,9 @@ def test_a_file_of_the_users_adds_a_kind(command, tiny, tmp_path):
 
     (tmp_path / "my_objective.py").write_text(MINE)
     try:
-        code, out, err = command("show", "--recipe", tiny, "--import", tmp_path / "my_objective.py", "objective={kind: mine}")
+        code, out, err = command(
+            "show", "--recipe", tiny, "--import", tmp_path / "my_objective.py", "objective={kind: mine}"
+        )
         assert code == 0 and "half: 0.5" in out, err
     finally:
         OBJECTIVES.pop("mine", None)
@@ -143,7 +162,10 @@ def test_a_value_that_is_still_to_be_given(command, tiny, tmp_path):
 def test_recipes_in_a_loop(command, tmp_path):
     card, path = tmp_path / "card.yaml", tmp_path / "looped.yaml"
     write_text(card, f"kind: recipe\nrecipe: {path}\n")
-    write_text(path, f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n")
+    write_text(
+        path,
+        f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n",
+    )
     for extra in ([], ["--dry-run"]):
         refuses(command, "fit", "--recipe", path, *extra, "--out", tmp_path / "run", says=["loop", "looped"])
     assert not (tmp_path / "run").exists()
@@ -173,10 +195,47 @@ def test_a_sample_that_cannot_be_drawn(command, finished, tmp_path, arguments, s
 
 def test_a_class_out_of_range_and_a_guidance_that_is_no_scale(command, tmp_path, labelled):
     for label in (10, -2):
-        refuses(command, "sample", "--student", labelled, "--class", label, "--out", tmp_path / "drawn", says=["class", label, "0..9"])
+        refuses(
+            command,
+            "sample",
+            "--student",
+            labelled,
+            "--class",
+            label,
+            "--out",
+            tmp_path / "drawn",
+            says=["class", label, "0..9"],
+        )
     for scale in ("nan", "-1", "inf"):
-        refuses(command, "sample", "--student", labelled, "--guidance", scale, "--out", tmp_path / "drawn", says=["guidance"])
-    assert command("sample", "--student", labelled, "--class", 9, "--guidance", 2, "--num", 2, "--steps", 1, "--out", tmp_path / "drawn")[0] == 0
+        refuses(
+            command,
+            "sample",
+            "--student",
+            labelled,
+            "--guidance",
+            scale,
+            "--out",
+            tmp_path / "drawn",
+            says=["guidance"],
+        )
+    assert (
+        command(
+            "sample",
+            "--student",
+            labelled,
+            "--class",
+            9,
+            "--guidance",
+            2,
+            "--num",
+            2,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "drawn",
+        )[0]
+        == 0
+    )
 
 
 @pytest.fixture
@@ -187,17 +246,24 @@ def labelled(tmp_path):
     from flowmap.student.config import StudentConfig
     from flowmap.student.folder import save_student
 
-    config = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5))
+    config = StudentConfig(
+        DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5)
+    )
     save_student(tmp_path / "labelled", config, config.build().state_dict(), recipe="", card="")
     return tmp_path / "labelled"
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--metrics", "fretchet"], ["--guidance", "2"], ["--device", "gpu9"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--metrics", "fretchet"], ["--guidance", "2"], ["--device", "gpu9"]]
+)
 def test_an_evaluation_that_cannot_be_made(command, finished, arguments):
     refuses(command, "evaluate", "--student", finished, *arguments, says=[arguments[-1]])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fitt"], ["fit"], ["sample", "--student", "x", "--num", "two", "--out", "y"], ["sample", "--num", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fitt"], ["fit"], ["sample", "--student", "x", "--num", "two", "--out", "y"], ["sample", "--num", "2"]],
+)
 def test_a_usage_error_is_exit_two(command, arguments):
     code, _, err = command(*arguments)
     assert code == 2 and "Traceback" not in err
@@ -207,7 +273,13 @@ def test_no_such_student(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "file", "x")
     (tmp_path / "empty").mkdir()
-    cases = {"nowhere": "no folder", tmp_path / "nowhere": "no folder", "file": "is a file", "owner/name": "owner/name", "empty": "config.json"}
+    cases = {
+        "nowhere": "no folder",
+        tmp_path / "nowhere": "no folder",
+        "file": "is a file",
+        "owner/name": "owner/name",
+        "empty": "config.json",
+    }
     for source, says in cases.items():
         refuses(command, "sample", "--student", source, "--out", tmp_path / "drawn", says=[says])
 
@@ -227,7 +299,17 @@ def test_an_out_that_cannot_be_written(command, tiny, finished, tmp_path):
 def test_a_finished_run_of_another_recipe_is_left_alone(command, tiny, finished):
     before = bytes_of(finished)
     for extra in ([], ["--resume"]):
-        refuses(command, "fit", "--recipe", tiny, "seed=5", *extra, "--out", finished, says=["--out", "another recipe", "seed", "0 there and 5 here"])
+        refuses(
+            command,
+            "fit",
+            "--recipe",
+            tiny,
+            "seed=5",
+            *extra,
+            "--out",
+            finished,
+            says=["--out", "another recipe", "seed", "0 there and 5 here"],
+        )
     assert bytes_of(finished) == before
 
 
@@ -242,10 +324,29 @@ def test_an_unfinished_run_wants_resume_or_overwrite(command, tiny, finished):
 
 def test_overwrite_replaces_a_run_only_and_only_once_the_new_one_can_be_built(command, tiny, finished, tmp_path):
     write_text(tmp_path / "thesis" / "chapter.tex", "mine")
-    refuses(command, "fit", "--recipe", tiny, "--overwrite", "--out", tmp_path / "thesis", says=["--overwrite", "not a run folder"])
+    refuses(
+        command,
+        "fit",
+        "--recipe",
+        tiny,
+        "--overwrite",
+        "--out",
+        tmp_path / "thesis",
+        says=["--overwrite", "not a run folder"],
+    )
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "mine"
     before = bytes_of(finished)
-    refuses(command, "fit", "--recipe", tiny, "student.kind=from_teacher", "--overwrite", "--out", finished, says=["from_teacher"])
+    refuses(
+        command,
+        "fit",
+        "--recipe",
+        tiny,
+        "student.kind=from_teacher",
+        "--overwrite",
+        "--out",
+        finished,
+        says=["from_teacher"],
+    )
     assert bytes_of(finished) == before
     assert command("fit", "--recipe", tiny, "seed=5", "--overwrite", "--out", finished)[0] == 0
     assert "seed: 5" in (finished / "recipe.yaml").read_text()
@@ -302,13 +403,17 @@ def odd_entries(path, trap):
     torch.save({"state_dict": [1], "global_step": "x", "optimizer_states": 3}, path)
 
 
-@pytest.mark.parametrize("spoil", [hostile, bare_pickle, torn, empty, text, another_net, not_a_run, odd_entries], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "spoil", [hostile, bare_pickle, torn, empty, text, another_net, not_a_run, odd_entries], ids=lambda f: f.__name__
+)
 def test_a_checkpoint_that_cannot_be_used(command, tiny, finished, tmp_path, spoil):
     (finished / "metrics.json").unlink()
     path = finished / "checkpoints" / "last.ckpt"
     spoil(path, tmp_path / "trap")
     before = bytes_of(finished)
-    says = ["another architecture", "student.net.enter.weight", "(24, 2)"] if spoil is another_net else ["--resume", path]
+    says = (
+        ["another architecture", "student.net.enter.weight", "(24, 2)"] if spoil is another_net else ["--resume", path]
+    )
     refuses(command, "fit", "--recipe", tiny, "--resume", "--out", finished, says=says)
     assert not (tmp_path / "trap").exists(), "a pickle was run"
     assert bytes_of(finished) == before
@@ -395,13 +500,18 @@ def test_a_config_that_cannot_be_used(command, finished, tmp_path, change, says)
     refuses(command, "sample", "--student", finished, "--out", tmp_path / "drawn", says=["config.json", says])
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 100_000, b"null", b'{"format": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 100_000, b"null", b'{"format": ' + b"9" * 5000 + b"}"]
+)
 def test_a_config_that_is_not_json(command, finished, tmp_path, raw):
     (finished / "student" / "config.json").write_bytes(raw)
     refuses(command, "sample", "--student", finished, "--out", tmp_path / "drawn", says=["config.json"])
 
 
-@pytest.mark.parametrize("raw", [b"\x00", b"data: [", b"[1]", TINY.replace("{kind: toy", "{kind: [toy]").encode(), b"a: &a [*a]\n", b"- " * 5000])
+@pytest.mark.parametrize(
+    "raw",
+    [b"\x00", b"data: [", b"[1]", TINY.replace("{kind: toy", "{kind: [toy]").encode(), b"a: &a [*a]\n", b"- " * 5000],
+)
 def test_a_recipe_that_is_not_one(command, tmp_path, raw):
     (tmp_path / "bad.yaml").write_bytes(raw)
     refuses(command, "show", "--recipe", tmp_path / "bad.yaml", says=["bad.yaml"])
@@ -412,12 +522,35 @@ def test_overrides_may_stand_on_both_sides_of_an_option(capsys):
 
     arguments = parse(["fit", "--recipe", "digits", "trainer.steps=2", "--dry-run", "seed=1"])
     assert arguments.overrides == ["trainer.steps=2", "seed=1"]
-    arguments = parse(["compare", "--recipes", "a", "b", "seed=1", "--steps", "1", "2", "lr=2", "+file.yaml", "--calls", "9", "--out", "runs/lr=3"])
+    arguments = parse(
+        [
+            "compare",
+            "--recipes",
+            "a",
+            "b",
+            "seed=1",
+            "--steps",
+            "1",
+            "2",
+            "lr=2",
+            "+file.yaml",
+            "--calls",
+            "9",
+            "--out",
+            "runs/lr=3",
+        ]
+    )
     assert (arguments.recipes, arguments.steps, arguments.out) == (["a", "b"], [1, 2], "runs/lr=3")
     assert arguments.overrides == ["seed=1", "lr=2", "+file.yaml"]
     arguments = parse(["compare", "--runs", "runs/lr=1", "runs/lr=2", "--out", "o"])
-    assert arguments.runs == ["runs/lr=1", "runs/lr=2"] and not arguments.overrides, "a folder may have an = in its name"
-    for words in (["fit", "--recipe", "digits", "--wet-run"], ["cite", "seed=1"], ["fit", "--recipe", "digits", "--nonsense=1"]):
+    assert arguments.runs == ["runs/lr=1", "runs/lr=2"] and not arguments.overrides, (
+        "a folder may have an = in its name"
+    )
+    for words in (
+        ["fit", "--recipe", "digits", "--wet-run"],
+        ["cite", "seed=1"],
+        ["fit", "--recipe", "digits", "--nonsense=1"],
+    ):
         with pytest.raises(SystemExit) as caught:
             parse(words)
         assert caught.value.code == 2

@@ -4,8 +4,19 @@ import pytest
 
 from flowmap.base.outside import read_yaml
 from flowmap.base.schema import RecipeError
-from flowmap.composing import MOST_DEEP, PARTS, TABLE, composed, find_recipe, header, list_parts, load, merge, shipped
-from flowmap.recipe import KEYS, list_recipes, read_recipe
+from flowmap.recipe.composing import (
+    MOST_DEEP,
+    PARTS,
+    TABLE,
+    composed,
+    find_recipe,
+    header,
+    list_parts,
+    load,
+    merge,
+    shipped,
+)
+from flowmap.recipe.recipe import KEYS, list_recipes, read_recipe
 
 
 @pytest.fixture
@@ -53,13 +64,18 @@ def test_what_is_too_deep_and_what_branches_at_every_level_takes_no_time(write):
     texts = {f"deep{i}": f"base: deep{i + 1}\n" for i in range(2000)}
     refused(write(**texts).with_name("deep0.yaml"), f"deep0.yaml: base: has more than {MOST_DEEP} files")
     texts = {f"{side}{i}": f"base: [left{i + 1}, right{i + 1}]\n" for i in range(30) for side in ("left", "right")}
-    top = write(left30="base: digits\n", right30="seed: 2\n", **texts, top="base: [left0, right0]\n")  # a thousand million ways down
+    top = write(
+        left30="base: digits\n", right30="seed: 2\n", **texts, top="base: [left0, right0]\n"
+    )  # a thousand million ways down
     assert read_recipe(top).seed == 2
 
 
 def test_merging_is_associative_where_no_kind_changes():
     parts = [{"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"y": 3}, "c": {"z": 1}}, {"a": {"x": 4}, "b": {"w": 5}}]
-    assert merge(merge(parts[0], parts[1]), parts[2]) == merge(parts[0], merge(parts[1], parts[2])) and merge({}, parts[0]) == parts[0]
+    assert (
+        merge(merge(parts[0], parts[1]), parts[2]) == merge(parts[0], merge(parts[1], parts[2]))
+        and merge({}, parts[0]) == parts[0]
+    )
 
 
 def test_the_name_is_the_files_and_not_a_bases(write):
@@ -140,10 +156,15 @@ def test_a_row_is_found_and_read_as_a_file_of_its_name_would_be(path):
 
 def test_a_row_has_the_name_and_the_header_of_a_file(monkeypatch):
     assert read_recipe("rfpp/a").name == "rfpp-a" == read_recipe("rfpp/a.yaml").name
-    assert header(find_recipe("rfpp/a"))[1].endswith("Run: flowmap fit --recipe rfpp/a") and len(header(find_recipe("rfpp/a"))) == 2
+    assert (
+        header(find_recipe("rfpp/a"))[1].endswith("Run: flowmap fit --recipe rfpp/a")
+        and len(header(find_recipe("rfpp/a"))) == 2
+    )
     assert header(find_recipe("digits"))[0].startswith("Digits (8x8, real)")
     monkeypatch.chdir(shipped("recipes"))
-    assert read_recipe("rfpp/a.yaml") == read_recipe("rfpp/a") and read_recipe("./digits-scm.yaml") == read_recipe("digits-scm")
+    assert read_recipe("rfpp/a.yaml") == read_recipe("rfpp/a") and read_recipe("./digits-scm.yaml") == read_recipe(
+        "digits-scm"
+    )
 
 
 @pytest.mark.parametrize("name", [*list_recipes(), *list_parts()])

@@ -1,7 +1,6 @@
 """metrics.json: every row from the same noise, the exact student at the floor, the teacher's calls counted."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,12 @@ import torch
 
 import flowmap
 from flowmap.base.files import write_json
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
 from flowmap.data import Dataset
-from flowmap.evaluate import classes_by_law, evaluate, measure
+from flowmap.estimate.dry_run import dry_run
+from flowmap.evaluation.conditions import classes_by_law
+from flowmap.evaluation.measure import evaluate, measure
 from flowmap.metrics import Frechet
-from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
 from flowmap.student.student import Student
@@ -125,7 +125,12 @@ def test_without_held_out_samples_it_is_said_and_only_training_ones_are_compared
     assert "frechet_pixels" not in found["student"]["1"] and found["student"]["1"]["frechet_pixels_train"] < 0.02
 
 
-NOISY = ["sampler={kind: gamma, gamma: 1.0}", "evaluation.seed=1", "data.points=500", "metrics=[{kind: frechet, images: 100}]"]
+NOISY = [
+    "sampler={kind: gamma, gamma: 1.0}",
+    "evaluation.seed=1",
+    "data.points=500",
+    "metrics=[{kind: frechet, images: 100}]",
+]
 
 
 def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_processes(monkeypatch):
@@ -141,12 +146,14 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     torch.testing.assert_close(samples[1], samples[0])
     student.pictures, parts = lambda x0: parts.append(x0) or x0, []
-    monkeypatch.setattr(sys.modules[measure.__module__], "world_size", lambda: 2)
+    monkeypatch.setattr("flowmap.evaluation.rows.world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr(sys.modules[measure.__module__], "rank", lambda mine=rank: mine)
+        monkeypatch.setattr("flowmap.evaluation.rows.rank", lambda mine=rank: mine)
         measure(recipe, student, None, data, steps=[4])
     torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), samples[0])
-    drawn = Student(student.config, student.flow_map).sample(100, steps=4, seed=1)  # evaluation's samples are those of its seed
+    drawn = Student(student.config, student.flow_map).sample(
+        100, steps=4, seed=1
+    )  # evaluation's samples are those of its seed
     torch.testing.assert_close(drawn, samples[0])
 
 
@@ -167,7 +174,7 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
     """digits: F(x, t, s) = v(x, t) to the bit, whatever s and the guidance scale are."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
     recipe = read_recipe("digits")
-    from flowmap.planning.plan import plan
+    from flowmap.plan.plan import plan
 
     stage = plan(recipe, tmp_path / "digits")[0]
     data = build_data(stage.recipe)

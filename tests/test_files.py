@@ -10,7 +10,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flowmap.base.files import WriteError, check_writable, only_process, read_json, read_tensors, write_beside, write_json, write_tensors, write_text
+from flowmap.base.files import (
+    WriteError,
+    check_writable,
+    only_process,
+    read_json,
+    read_tensors,
+    write_beside,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 def failing(error, half=b"half"):
@@ -21,7 +31,10 @@ def failing(error, half=b"half"):
     return write
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("PytorchStreamWriter failed writing file"), SafetensorError("I/O")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "full"), RuntimeError("PytorchStreamWriter failed writing file"), SafetensorError("I/O")],
+)
 def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "x.json"
     write_text(path, "old")

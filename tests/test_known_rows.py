@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from flowmap.base.files import read_json, write_json
-from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
 from flowmap.cli import main
-from flowmap.evaluate import evaluate, measure
-from flowmap.known_rows import stamps
+from flowmap.evaluation.known_rows import stamps
+from flowmap.evaluation.measure import evaluate, measure
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
 from flowmap.student.student import Student
@@ -34,14 +34,20 @@ def run(tmp_path):
 def solves(monkeypatch):
     """The numbers of steps for which the teacher was sampled."""
     seen, solve = [], BuiltTeacher.solve
-    monkeypatch.setattr(BuiltTeacher, "solve", lambda self, x1, cond, steps: seen.append(steps) or solve(self, x1, cond, steps))
+    monkeypatch.setattr(
+        BuiltTeacher, "solve", lambda self, x1, cond, steps: seen.append(steps) or solve(self, x1, cond, steps)
+    )
     return seen
 
 
 def test_nothing_changed_samples_no_teacher_and_gives_the_runs_figures(run, solves):
     kept, said = read_json(run / "metrics.json"), []
     found = evaluate(run / "student", progress=said.append)
-    assert solves == [] and any("as in metrics.json" in line for line in said) and "evaluating: real against real" not in said
+    assert (
+        solves == []
+        and any("as in metrics.json" in line for line in said)
+        and "evaluating: real against real" not in said
+    )
     assert all(found[key] == kept[key] for key in ("student", "teacher", "teacher_few", "floor", "nfe", "stamp"))
     assert found["student"]["1"]["endpoint_error_to_teacher"] > 0
 
@@ -60,7 +66,11 @@ def test_other_steps_want_the_teachers_end_points_alone(run, solves):
 def test_without_the_teacher_it_has_no_row_and_no_distance_to_it(run, solves, capsys):
     assert main(["evaluate", "--student", str(run), "--no-teacher", "--out", str(run / "m.json")]) == 0
     found = read_json(run / "m.json")
-    assert solves == [] and not {"teacher", "teacher_few"} & set(found) and "endpoint_error_to_teacher" not in found["student"]["1"]
+    assert (
+        solves == []
+        and not {"teacher", "teacher_few"} & set(found)
+        and "endpoint_error_to_teacher" not in found["student"]["1"]
+    )
     assert found["floor"] == read_json(run / "metrics.json")["floor"] and "teacher" not in found["nfe"]
     assert main(["evaluate", "--student", str(run), "--anew"]) == 0
     assert 16 in solves
@@ -92,7 +102,11 @@ def test_a_stamp_changes_with_the_weights_and_with_the_data():
     teacher = BuiltTeacher(exact.guided, None, (build_student(recipe, config, exact),))
     look = (torch.zeros(3, 2), {"class": torch.arange(3)})
     first = stamps(recipe, student, teacher, data, recipe.metrics, look)
-    assert stamps(recipe, student, teacher, data, list(recipe.metrics), look) == first and set(first) == {"floor", "teacher", "student"}
+    assert stamps(recipe, student, teacher, data, list(recipe.metrics), look) == first and set(first) == {
+        "floor",
+        "teacher",
+        "student",
+    }
     changed = lambda now: {key for key in first if now.get(key) != first[key]}
     assert changed(stamps(recipe, other, teacher, data, recipe.metrics, look)) == {"student"}
     assert changed(stamps(recipe, student, None, data, recipe.metrics, look)) == {"teacher", "student"}
@@ -101,4 +115,7 @@ def test_a_stamp_changes_with_the_weights_and_with_the_data():
     assert changed(stamps(recipe, student, teacher, data, recipe.metrics, look)) == {"teacher", "student"}
     moved = replace(data, train=data.train + 1e-3)
     assert changed(stamps(recipe, student, teacher, moved, recipe.metrics, look)) == {"floor", "teacher", "student"}
-    assert changed(stamps(recipe, student, teacher, data, recipe.metrics, (look[0] + 1, look[1]))) == {"teacher", "student"}
+    assert changed(stamps(recipe, student, teacher, data, recipe.metrics, (look[0] + 1, look[1]))) == {
+        "teacher",
+        "student",
+    }

@@ -20,7 +20,12 @@ def test_a_method_on_digits_becomes_that_method_on_fashion14(benchmarks, tmp_pat
         mine, digits = read_recipe(over("fashion14", name, tmp_path)), read_recipe(name)
         assert mine.name == digits.name.replace("digits", "fashion14")
         assert (mine.data, mine.teacher.card, mine.evaluation) == (fashion.data, "fashion14", fashion.evaluation)
-        assert (mine.objective, mine.times, mine.optimizer, mine.ema) == (digits.objective, digits.times, digits.optimizer, digits.ema)
+        assert (mine.objective, mine.times, mine.optimizer, mine.ema) == (
+            digits.objective,
+            digits.times,
+            digits.optimizer,
+            digits.ema,
+        )
     warm = read_recipe(tmp_path / "fashion14-warm.yaml")
     assert read_recipe(warm.student.recipe).name == "fashion14-cmt" and warm.trainer.steps == 3400
     with pytest.raises(SystemExit, match="is not over data/digits"):

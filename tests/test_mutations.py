@@ -23,8 +23,8 @@ import yaml
 import flowmap
 from flowmap.base.schema import to_plain
 from flowmap.cli import main
-from flowmap.kinds import TABLES
-from flowmap.recipe import list_recipes, read_recipe
+from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.recipe import list_recipes, read_recipe
 
 SLIPS = {"null": None, "text": "text", "list": [1], "nan": math.nan, "inf": math.inf, "-1": -1, "0": 0, "1e40": 1e40}
 LARGE = ("flux", "sd35", "sd15", "sana", "imagenet", "dit256")
@@ -99,7 +99,9 @@ def check(all_slips: list[Slip], folder: Path) -> tuple[Counter, list[Slip], tup
         slowest = max(slowest, (seconds, label))
         if code not in (0, 2, 3) or "Traceback" in said or (code == 2 and said.count("\n") != 1):
             wrong.append(f"{label}: exit {code}: {said}"[:300])
-        if seconds > SECONDS * (5 if any(part in name for part in LARGE) else 1):  # whose networks of billions are built on the meta device
+        if seconds > SECONDS * (
+            5 if any(part in name for part in LARGE) else 1
+        ):  # whose networks of billions are built on the meta device
             wrong.append(f"{label}: {seconds:.1f} s")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(all_slips)}:", *wrong])
     return codes, accepted, slowest
@@ -108,7 +110,14 @@ def check(all_slips: list[Slip], folder: Path) -> tuple[Counter, list[Slip], tup
 def train(slip: Slip, folder: Path) -> str | None:
     """What is wrong when the accepted settings train two steps of a tiny batch; None where they do."""
     name, where, what, plain = slip
-    small = {"data.batch_size": 4, "data.points": 50, "trainer.steps": 2, "evaluation.teacher_steps": 2, "log.grid_images": 4, "log.wandb": False}
+    small = {
+        "data.batch_size": 4,
+        "data.points": 50,
+        "trainer.steps": 2,
+        "evaluation.teacher_steps": 2,
+        "log.grid_images": 4,
+        "log.wandb": False,
+    }
     plain = copy.deepcopy(plain)
     for key, value in small.items():
         section, name_ = key.split(".")
@@ -117,11 +126,18 @@ def train(slip: Slip, folder: Path) -> str | None:
     if not where.startswith("metrics"):
         plain["metrics"] = []
     for metric in plain["metrics"]:
-        metric.update({key: 20 for key in ("images",) if metric.get(key, 0) > 20} | {key: 2 for key in ("steps",) if metric.get(key, 0) > 2})
+        metric.update(
+            {key: 20 for key in ("images",) if metric.get(key, 0) > 20}
+            | {key: 2 for key in ("steps",) if metric.get(key, 0) > 2}
+        )
     path = folder / "accepted.yaml"
     path.write_text(yaml.safe_dump(plain))
     try:
-        flowmap.fit(read_recipe(path), folder / f"run-{hashlib.sha1(f'{where}{what}'.encode()).hexdigest()[:8]}", say=lambda message: None)
+        flowmap.fit(
+            read_recipe(path),
+            folder / f"run-{hashlib.sha1(f'{where}{what}'.encode()).hexdigest()[:8]}",
+            say=lambda message: None,
+        )
     except BaseException as error:
         return f"{name} {where} {what}: {type(error).__name__}: {error}"[:300]
     return None
@@ -136,11 +152,17 @@ def elsewhere(tmp_path, monkeypatch):
 
 def ordered() -> list[str]:
     """The shipped recipes, those that are quick to look at first."""
-    return sorted(list_recipes(), key=lambda name: (name not in TOY, any(part in name for part in LARGE), "/" in name, name))
+    return sorted(
+        list_recipes(), key=lambda name: (name not in TOY, any(part in name for part in LARGE), "/" in name, name)
+    )
 
 
 def test_a_sample_of_slips_is_told_in_one_line(tmp_path):
-    chosen = [slip for slip in slips(["toy/mixture", "digits"]) if int(hashlib.sha1(f"{slip[1]}{slip[2]}".encode()).hexdigest(), 16) % 16 == 0]
+    chosen = [
+        slip
+        for slip in slips(["toy/mixture", "digits"])
+        if int(hashlib.sha1(f"{slip[1]}{slip[2]}".encode()).hexdigest(), 16) % 16 == 0
+    ]
     codes, _, _ = check(chosen, tmp_path)
     assert codes[2] > 25
 
@@ -151,5 +173,7 @@ def test_every_slip_is_told_in_one_line_and_what_is_accepted_trains(tmp_path):
     codes, accepted, slowest = check(everything, tmp_path)
     toys = [slip for slip in accepted if slip[0] in TOY]
     wrong = [told for slip in toys if (told := train(slip, tmp_path))]
-    print(f"\n{len(everything)} slips; exit codes {dict(codes)}; slowest {slowest[0]:.2f} s ({slowest[1]}); {len(toys)} of the toy's trained")
+    print(
+        f"\n{len(everything)} slips; exit codes {dict(codes)}; slowest {slowest[0]:.2f} s ({slowest[1]}); {len(toys)} of the toy's trained"
+    )
     assert not wrong, "\n".join([f"{len(wrong)} of {len(toys)}:", *wrong])

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import bytes_of
 
-from flowmap.importing.weights import import_weights
+from flowmap.convert.weights import import_weights
 
 
 def mine(folder, *names):
@@ -26,17 +26,41 @@ def assert_refused(command, folder, *arguments, says: str) -> None:
     assert bytes_of(folder) == before
 
 
-@pytest.mark.parametrize("names", [("README.md",), ("config.json", "README.md"), ("recipe.yaml", "main.py"), (".git/config",)])
+@pytest.mark.parametrize(
+    "names", [("README.md",), ("config.json", "README.md"), ("recipe.yaml", "main.py"), (".git/config",)]
+)
 def test_average_and_import_write_over_a_student_alone(finished, tmp_path, command, names):
     folder = mine(tmp_path / "mine", *names)
     assert_refused(command, folder, "average", "--run", finished, "--std", 0.07, "--out", folder, says="--out: ")
     with pytest.raises(ValueError, match="--out: "):
         import_weights(["nowhere.pkl"], folder)
-    assert_refused(command, finished, "average", "--run", finished, "--std", 0.07, "--out", finished / "student", says="the run's own student")
+    assert_refused(
+        command,
+        finished,
+        "average",
+        "--run",
+        finished,
+        "--std",
+        0.07,
+        "--out",
+        finished / "student",
+        says="the run's own student",
+    )
     for _ in range(2):  # the second over the first
         assert command("average", "--run", finished, "--std", 0.07, "--out", tmp_path / "student")[0] == 0
     folder = mine(tmp_path / "student", "notes.md")
-    assert_refused(command, folder, "average", "--run", finished, "--std", 0.07, "--out", folder, says="notes.md, which is no part of a student")
+    assert_refused(
+        command,
+        folder,
+        "average",
+        "--run",
+        finished,
+        "--std",
+        0.07,
+        "--out",
+        folder,
+        says="notes.md, which is no part of a student",
+    )
 
 
 @pytest.mark.parametrize("text", ["a diary", "[1]", '{"mine": 1}', "3"])
@@ -72,7 +96,9 @@ def test_data_on_disk_is_made_only_where_it_was_begun(tmp_path, command, name):
     data = f"{{kind: encoded, images: {{kind: folder, root: {tmp_path / 'pictures'}, size: 8}}, held_out: 1, batch_size: 2}}"
     recipe.write_text(f"data: {data}\nstudent: {{kind: dit, preset: nano}}\nobjective: {{kind: flow_matching}}\n")
     folder = mine(tmp_path / "mine", name)
-    assert_refused(command, folder, "encode", "--recipe", recipe, "--out", folder, says=f"holds {name} without a plan.json")
+    assert_refused(
+        command, folder, "encode", "--recipe", recipe, "--out", folder, says=f"holds {name} without a plan.json"
+    )
     assert command("encode", "--recipe", recipe, "--out", tmp_path / "new")[0] == 0
 
 

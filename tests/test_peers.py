@@ -52,7 +52,10 @@ def folder(tmp_path) -> Path:
 
 def test_a_peer_is_asked_at_our_times_with_our_noise(peers, folder):
     student = FlowMapNet(with_random_weights(DiT(preset="nano").build((3, 4, 6), num_classes=2))).double()
-    t, s = torch.tensor([0.9, 0.7, 0.6, 1.0, 0.2], dtype=torch.float64), torch.tensor([0.1, 0.7, 0.5, 0.0, 0.0], dtype=torch.float64)
+    t, s = (
+        torch.tensor([0.9, 0.7, 0.6, 1.0, 0.2], dtype=torch.float64),
+        torch.tensor([0.1, 0.7, 0.5, 0.0, 0.0], dtype=torch.float64),
+    )
     x0 = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.manual_seed(7)
     sample = Linear().sample(x0, torch.randn_like(x0), t, s, {"class": torch.tensor([0, 1, -1, 1, 0])})
@@ -100,7 +103,14 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     assert all(len(line) == len(_peers_tables.QUALITY) for line in lines)
     floor = {"teacher": {"steps": 64, "figure": 0.3, "figure_train": 0.2}, "floor": 0.3, "floor_train": 0.1}
     more = list(_peers_tables.quality(rows, {seed: [*found, floor] for seed, found in trained.items()}))[-2:]
-    assert [len(line) for line in more] == [len(_peers_tables.QUALITY)] * 2 and more[1][4:] == ["0.3", "", "", "0.1", "", ""]
+    assert [len(line) for line in more] == [len(_peers_tables.QUALITY)] * 2 and more[1][4:] == [
+        "0.3",
+        "",
+        "",
+        "0.1",
+        "",
+        "",
+    ]
 
 
 def test_the_network_of_every_job_has_what_its_objective_asks_of_it(peers):

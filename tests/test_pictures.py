@@ -15,7 +15,9 @@ def test_a_sample_of_any_number_of_channels_is_a_picture(channels):
     pixels = np.asarray(to_picture(x))
     levels = ((x[:, 0, 0] + 1) * 127.5).round().int().tolist()
     assert pixels.shape == ((4, 6) if channels == 1 else (4, 6, 3))
-    assert pixels[0, 0].tolist() == (levels[0] if channels == 1 else [*levels[:2], 128] if channels == 2 else levels[:3])
+    assert pixels[0, 0].tolist() == (
+        levels[0] if channels == 1 else [*levels[:2], 128] if channels == 2 else levels[:3]
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6), (4, 4, 6), (1, 1, 1), (3, 6), (1,), (2,), (7,)])

@@ -6,15 +6,18 @@ import sys
 
 def test_public_names_survive_the_import_of_the_modules_of_the_same_name():
     import flowmap
-    import flowmap.evaluate  # noqa: F401
-    import flowmap.sample  # noqa: F401
+    import flowmap.evaluation.measure  # noqa: F401
+    import flowmap.evaluation.samples  # noqa: F401
     import flowmap.train.fit  # noqa: F401
 
     for name in flowmap.__all__:
         assert callable(getattr(flowmap, name)) or name == "__version__", name
     from flowmap import evaluate, sample
 
-    assert evaluate is sys.modules["flowmap.evaluate"].evaluate and sample is sys.modules["flowmap.sample"].sample
+    assert (
+        evaluate is sys.modules["flowmap.evaluation.measure"].evaluate
+        and sample is sys.modules["flowmap.evaluation.samples"].sample
+    )
 
 
 def test_import_flowmap_is_light(tmp_path):
@@ -29,4 +32,13 @@ def test_the_version_is_the_distributions():
 
     import flowmap
 
-    assert tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"] == flowmap.__version__
+    assert (
+        tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+        == flowmap.__version__
+    )
+
+
+def test_dir_shows_the_public_names():
+    import flowmap
+
+    assert dir(flowmap) == sorted(flowmap.__all__)

@@ -9,12 +9,12 @@ import pytest
 from flowmap.base.ranges import Range, ranges_in
 from flowmap.base.schema import RecipeError
 from flowmap.data import Pairs, TeacherSlot
-from flowmap.kinds import TABLES
 from flowmap.metrics import METRICS
 from flowmap.nets.discriminator import Conv
 from flowmap.nets.mlp import MLP
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe.kinds import TABLES
 
 NEEDED = {  # what has no default, for the kinds that cannot be made of defaults alone
     "Adversarial": {"base": FlowMatching(), "discriminator": Conv()},
@@ -54,7 +54,10 @@ def all_settings() -> dict[str, type]:
                 if isinstance(part, type) and dataclasses.is_dataclass(part):
                     walk(part)
 
-    for cls in (Recipe, *(kind for table in TABLES.values() for kind in table.values() if kind not in METRICS.values())):
+    for cls in (
+        Recipe,
+        *(kind for table in TABLES.values() for kind in table.values() if kind not in METRICS.values()),
+    ):
         walk(cls)
     return found
 
@@ -90,7 +93,11 @@ def test_no_number_leaves_its_range(name):
 
 def test_a_range_says_which_of_its_ends_belong_to_it():
     closed, opened = Range(0, 1), Range(0, 1, above=True, below=True)
-    assert [x in closed for x in (0, 0.5, 1)] == [True] * 3 and [x in opened for x in (0, 0.5, 1)] == [False, True, False]
+    assert [x in closed for x in (0, 0.5, 1)] == [True] * 3 and [x in opened for x in (0, 0.5, 1)] == [
+        False,
+        True,
+        False,
+    ]
     assert not any(math.nan in one for one in (closed, opened))
     assert (str(closed), str(opened)) == ("must lie in [0, 1]", "must lie in (0, 1)")
     assert str(Range(1, 1000)) == "must be 1 or more, at most 1000"
@@ -121,7 +128,10 @@ def test_a_range_says_which_of_its_ends_belong_to_it():
         ("sampler.shift=0", "sampler.shift: 0.0 must be above 0"),
         ("sampler.rho=1e40", "sampler.rho: 1e+40 must be 0.1 or more, at most 100"),
         ("sampler.steps=[1000000000]", "sampler.steps[0]: 1000000000 must be 1 or more, at most 100000"),
-        ("objective={kind: cmt, solver: {kind: heun, steps: 1000000000}}", "objective.solver.steps: 1000000000 must be 1 or more, at most 100000"),
+        (
+            "objective={kind: cmt, solver: {kind: heun, steps: 1000000000}}",
+            "objective.solver.steps: 1000000000 must be 1 or more, at most 100000",
+        ),
     ],
 )
 def test_nonsense_in_a_recipe_is_named(override, says):

@@ -71,7 +71,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def digits_run(desk, monkeypatch):
     """runs/digits as a finished run would leave it, with a small untrained student; fit finds it and trains nothing."""
-    from flowmap.build import build_data
+    from flowmap.build.parts import build_data
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
     from flowmap.student.config import StudentConfig
@@ -79,7 +79,13 @@ def digits_run(desk, monkeypatch):
     from flowmap.train.fit import Run
 
     recipe = read_recipe("digits", ["metrics=[{kind: frechet, features: pixels, images: 100}]"])
-    config = StudentConfig(net=DiT(preset="nano"), sampler=Deterministic(), shape=build_data(recipe).shape, num_classes=10, guidance=(1.0, 3.0, 1.5))
+    config = StudentConfig(
+        net=DiT(preset="nano"),
+        sampler=Deterministic(),
+        shape=build_data(recipe).shape,
+        num_classes=10,
+        guidance=(1.0, 3.0, 1.5),
+    )
     torch.manual_seed(0)
     save_student(desk / "runs/digits/student", config, config.build().state_dict(), recipe=recipe.to_yaml(), card="")
     asked = []
@@ -103,7 +109,7 @@ def test_the_readme_runs(digits_run):
 def tables():
     """The dicts that the examples add to, put back afterwards."""
     from flowmap.data import DATA
-    from flowmap.flow.rules import RULES
+    from flowmap.flow.tangent.rules import RULES
     from flowmap.metrics import METRICS
     from flowmap.objectives import OBJECTIVES
 
@@ -174,24 +180,39 @@ def test_a_block_is_filled_from_its_results_and_from_nothing_else(monkeypatch):
 
 def test_a_result_of_several_tables_fills_each_in_its_place(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
-    made = {"tables": {"parity_teachers": {"columns": ["a"], "rows": [["x"]]}, "parity_exports": {"columns": ["b"], "rows": [["y"]]}}}
+    made = {
+        "tables": {
+            "parity_teachers": {"columns": ["a"], "rows": [["x"]]},
+            "parity_exports": {"columns": ["b"], "rows": [["y"]]},
+        }
+    }
     text = "".join(f"<!-- figures:{name} -->\n<!-- /figures -->\n" for name in made["tables"])
     first, second = fill.filled(text, dict.fromkeys(made["tables"], made)).split("<!-- /figures -->")[:2]
-    assert "| x |" in first and "| y |" not in first and "| y |" in second and "`benchmarks/results/parity.json`" in second
+    assert (
+        "| x |" in first and "| y |" not in first and "| y |" in second and "`benchmarks/results/parity.json`" in second
+    )
 
 
 def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
     """Two seeds in which the stage divides the distance by two and adds .1 of recall, and training on does nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = module_of(ROOT / "benchmarks/_adversarial_tables.py", monkeypatch)
-    row = lambda distance, recall: {"1": {"frechet_pixels": distance, "recall_pixels": recall, "frechet_pixels_train": distance / 10}}
+    row = lambda distance, recall: {
+        "1": {"frechet_pixels": distance, "recall_pixels": recall, "frechet_pixels_train": distance / 10}
+    }
     arms = lambda d: {"before": row(d, 0.5), "control": row(d, 0.5), "after": row(d / 2, 0.6)}
     runs = [{"student": arms(d), "floor": {"frechet_pixels": 0.1}} for d in (2.0, 4.0)]
     runs[0]["seconds a step"] = {"control": 0.1, "after": 0.25}
     found = made.tables(runs)
     assert found["few"]["rows"][2] == ["1", made.NAMES["after"], "1.5 (1 to 2)", "0.6"]
-    assert found["few"]["columns"] == ["steps", "", "frechet_pixels", "recall_pixels"] and len(found["ratios"]["rows"]) == 2
-    assert found["train"]["columns"] == ["steps", "", "frechet_pixels_train"] and found["train"]["rows"][0][2] == "0.3 (0.2 to 0.4)"
+    assert (
+        found["few"]["columns"] == ["steps", "", "frechet_pixels", "recall_pixels"]
+        and len(found["ratios"]["rows"]) == 2
+    )
+    assert (
+        found["train"]["columns"] == ["steps", "", "frechet_pixels_train"]
+        and found["train"]["rows"][0][2] == "0.3 (0.2 to 0.4)"
+    )
     half, same = ["times 0.5", "2 of 2"], ["times 1", "0 of 2"]
     assert found["ratios"]["rows"][0] == ["1", "frechet_pixels", *half, *same, *half]
     assert found["ratios"]["rows"][1][2:4] == ["+0.100 (+0.100 to +0.100)", "2 of 2"]
@@ -206,8 +227,15 @@ def test_the_main_job_shows_held_out_figures_and_those_of_training(monkeypatch):
     made = module_of(ROOT / "benchmarks/main_job.py", monkeypatch)
     row = lambda value: {"frechet_pixels": value, "frechet_pixels_train": value / 4}
     spread = {"frechet_pixels_std": 0.02, "frechet_pixels_train_std": 0.01}
-    figures = lambda value: {"student": {"1": row(value)}, "teacher": {"steps": 64, **row(0.5)}, "floor": row(0.4) | spread}
-    runs = [{f"frechet{suffix}": made.rows_of(figures(v), f"frechet_pixels{suffix}") for suffix in made.SUFFIXES} for v in (1.0, 2.0, 3.0)]
+    figures = lambda value: {
+        "student": {"1": row(value)},
+        "teacher": {"steps": 64, **row(0.5)},
+        "floor": row(0.4) | spread,
+    }
+    runs = [
+        {f"frechet{suffix}": made.rows_of(figures(v), f"frechet_pixels{suffix}") for suffix in made.SUFFIXES}
+        for v in (1.0, 2.0, 3.0)
+    ]
     assert made.over_seeds(runs, "frechet", "sizes") == [
         ["sizes", "student 1", 2.0, 1.0, 3.0, 4.0, 0.5],
         ["sizes", "teacher 64", 0.5, 0.5, 0.5, 1.0, 0.125],
@@ -220,17 +248,29 @@ def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_o
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     made = module_of(ROOT / "benchmarks/_language_tables.py", monkeypatch)
     row = lambda perplexity, *first: {"calls": 20, "perplexity": perplexity} | ({"first": list(first)} if first else {})
-    one = {"few": {"flow 20": row(10.0, "a|b", ""), "ayf 4": row(20.0, "c", "d")}, "diffusion": {"diffusion 1000": row(9.0, "e", "f")}}
+    one = {
+        "few": {"flow 20": row(10.0, "a|b", ""), "ayf 4": row(20.0, "c", "d")},
+        "diffusion": {"diffusion 1000": row(9.0, "e", "f")},
+    }
     found = made.tables([one, {"few": {"flow 20": row(30.0)}, "infill": {"flow 1": {"infilled_bleu": 1.0}}}])
     assert found["few"]["columns"] == ["", "calls", "perplexity"]
-    assert found["few"]["rows"][0] == ["flow 20", "20", "20 (10 to 30)"] and found["few"]["rows"][2] == ["diffusion 1000", "20", "9"]
-    assert found["samples"] == {"columns": ["flow 20", "ayf 4", "diffusion 1000"], "rows": [["a/b", "c", "e"], ["(empty)", "d", "f"]]}
+    assert found["few"]["rows"][0] == ["flow 20", "20", "20 (10 to 30)"] and found["few"]["rows"][2] == [
+        "diffusion 1000",
+        "20",
+        "9",
+    ]
+    assert found["samples"] == {
+        "columns": ["flow 20", "ayf 4", "diffusion 1000"],
+        "rows": [["a/b", "c", "e"], ["(empty)", "d", "f"]],
+    }
     assert found["infill"]["rows"] == [["flow 1", "1"]] and "edited" not in found
 
 
 def test_figures_by_steps_stand_side_by_side(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
-    rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [["ring", "real against real", 0, 0.05, 0.0, 1.0]]
+    rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [
+        ["ring", "real against real", 0, 0.05, 0.0, 1.0]
+    ]
     lines, columns = fill.by_steps(rows)
     assert columns == ["data", "model", "1 step", "2 steps"]
     assert lines == [["ring", "flow map", 0.1, 0.2], ["ring", "real against real", 0.05, 0.05]]
@@ -245,10 +285,25 @@ def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypa
     made = module_of(ROOT / "benchmarks/_league_tables.py", monkeypatch)
     figures = {"a": [(2.0, 1.0), (2.2, 1.2)], "b": [(1.0, 0.8), (1.1, 1.25)], "c": [(0.1, 0.1)]}
     row = lambda one, two: {"1": {"d": one}, "2": {"d": two}}
-    results = [{"recipe": name, "seed": i, "figures": row(*pair)} for name, pairs in figures.items() for i, pair in enumerate(pairs)]
+    results = [
+        {"recipe": name, "seed": i, "figures": row(*pair)}
+        for name, pairs in figures.items()
+        for i, pair in enumerate(pairs)
+    ]
     said = {"median": 0.1, "least": 0.1, "most": 0.1, "count": 1}
-    one = lambda name: {"figures": row(said, said), "cost": {}, "diverged": 2 - len(figures[name]), "runs": 2, "no_time": 0}
-    found = {"metrics": ["d"], "terms": {"steps": [1, 2], "seeds": 2}, "recipes": {name: one(name) for name in figures}, "results": results}
+    one = lambda name: {
+        "figures": row(said, said),
+        "cost": {},
+        "diverged": 2 - len(figures[name]),
+        "runs": 2,
+        "no_time": 0,
+    }
+    found = {
+        "metrics": ["d"],
+        "terms": {"steps": [1, 2], "seeds": 2},
+        "recipes": {name: one(name) for name in figures},
+        "results": results,
+    }
     assert "train" not in made.tables(found | {"beside": {}}, "a")
     rows = made.tables(found | {"beside": {"real against real": {"d": said}}}, "a")["best"]["rows"]
     assert rows[0] == [1, "b", "1.05 (1 to 1.1)", "2.1 (2 to 2.2)", "100", "no", "b"]

@@ -3,8 +3,9 @@
 import pytest
 
 from flowmap.base.schema import RecipeError
-from flowmap.planning.plan import find_card, list_cards, plan
-from flowmap.recipe import list_recipes, read_recipe, read_resolved
+from flowmap.plan.cards import find_card, list_cards
+from flowmap.plan.plan import plan
+from flowmap.recipe.recipe import list_recipes, read_recipe, read_resolved
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -59,7 +60,9 @@ def test_recipes_in_a_loop_are_refused(tmp_path):
     card = tmp_path / "card.yaml"
     path = tmp_path / "looped.yaml"
     card.write_text(f"kind: recipe\nrecipe: {path}\n")
-    path.write_text(f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n")
+    path.write_text(
+        f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n"
+    )
     with pytest.raises(RecipeError, match="loop"):
         plan(read_recipe(path), tmp_path / "run")
 

@@ -36,7 +36,9 @@ def test_a_recorded_run_is_complete_with_all_that_it_was_built_on(place, name):
     before = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
     flowmap.fit(read_recipe(f"{name}.yaml", ["trainer.accelerator=cpu"]), f"runs/{name}", say=said.append)
     assert said and all("complete in runs" in line for line in said if line.startswith("[")), said
-    assert before == {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file() and path in before}
+    assert before == {
+        path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file() and path in before
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flowmap.recipe import list_recipes, read_recipe
+from flowmap.recipe.recipe import list_recipes, read_recipe
 
 HELD = Path(__file__).with_name("resolved.yaml")
 MARK = "--- # "  # begins the document of each name in the file; the name and the hash follow
@@ -33,7 +33,9 @@ def test_the_shipped_names_are_those_held():
 @pytest.mark.parametrize("name", sorted(held()) if HELD.is_file() else [])
 def test_a_name_resolves_to_the_settings_held(name):
     before, now = held()[name], resolved(name)
-    assert now == before, "\n".join(difflib.unified_diff(before.splitlines(), now.splitlines(), "held", "now", n=0, lineterm=""))
+    assert now == before, "\n".join(
+        difflib.unified_diff(before.splitlines(), now.splitlines(), "held", "now", n=0, lineterm="")
+    )
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:

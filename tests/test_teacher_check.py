@@ -13,10 +13,10 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors, write_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build import BuiltTeacher, build_data, build_teacher
+from flowmap.build.parts import BuiltTeacher, build_data, build_teacher
 from flowmap.data import Dataset
+from flowmap.estimate.teacher_check import Statistics, check_teacher, look
 from flowmap.recipe import read_recipe
-from flowmap.teacher_check import Statistics, check_teacher, look
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.train.csv_log import read_log
 
@@ -40,7 +40,9 @@ class Scaled:
         self.parts = [GaussianTeacher(mean=(mean,), std=std) for mean, std in zip(means, stds, strict=True)]
 
     def velocity(self, x, t, cond=None):
-        return torch.stack([part.velocity(x[:, i].flatten(1), t).view_as(x[:, i]) for i, part in enumerate(self.parts)], 1)
+        return torch.stack(
+            [part.velocity(x[:, i].flatten(1), t).view_as(x[:, i]) for i, part in enumerate(self.parts)], 1
+        )
 
 
 class Broken:
@@ -67,8 +69,14 @@ def test_the_statistics_are_those_of_each_channel():
 
 def test_a_teacher_of_the_data_is_one_line(latents):
     lines, logs = said(latents, Scaled((0, 0, 0), (1, 1, 1)))
-    assert len(lines) == 1 and lines[0].startswith("teacher: 32 samples at 16 steps: mean ") and lines[0].count("(data ") == 2
-    assert logs["teacher_check/std"] == pytest.approx(1, abs=0.1) and logs["teacher_check/data_std"] == pytest.approx(1, abs=0.05)
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("teacher: 32 samples at 16 steps: mean ")
+        and lines[0].count("(data ") == 2
+    )
+    assert logs["teacher_check/std"] == pytest.approx(1, abs=0.1) and logs["teacher_check/data_std"] == pytest.approx(
+        1, abs=0.05
+    )
     assert {"teacher_check/mean_2", "teacher_check/data_std_0"} < set(logs) and "teacher_check/saturated" not in logs
     assert said(latents, Scaled((0, 0, 0), (1, 1, 1)))[1] == logs, "a function of the recipe's seed"
 
@@ -110,9 +118,15 @@ def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
     flowmap.fit(recipe, tmp_path / "without", say=lambda line: None)
     ours, theirs = (read_tensors(tmp_path / name / "student" / "model.safetensors") for name in ("with", "without"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [line for line in lines if line.startswith("teacher: 32 samples at 4 steps")] and not [line for line in lines if "warning" in line]
+    assert [line for line in lines if line.startswith("teacher: 32 samples at 4 steps")] and not [
+        line for line in lines if "warning" in line
+    ]
     rows, plain = (read_log(tmp_path / name / "log.csv") for name in ("with", "without"))
-    assert len(rows) == len(plain) and {"teacher_check/std", "train/loss"} <= set(rows[0]) and "teacher_check/std" not in rows[1]
+    assert (
+        len(rows) == len(plain)
+        and {"teacher_check/std", "train/loss"} <= set(rows[0])
+        and "teacher_check/std" not in rows[1]
+    )
 
 
 def test_a_resumed_run_is_not_checked_anew(finished, tiny):
@@ -135,10 +149,14 @@ def folder_teacher(tmp_path, **scheduler):
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
         ), scale=0.1,
     )  # fmt: skip
-    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", **scheduler)).save_pretrained(tmp_path / "pipe")
+    diffusers.DDPMPipeline(
+        net, diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", **scheduler)
+    ).save_pretrained(tmp_path / "pipe")
     (tmp_path / "card.yaml").write_text(f"kind: diffusers\nsource: {tmp_path / 'pipe'}\nshape: [1, 8, 8]\n")
     teacher = f"teacher={{card: {tmp_path / 'card.yaml'}}}"
-    return read_recipe("digits", [teacher, "data.conditional=false", "teacher.guidance=null", "metrics=[]", "log.wandb=false"])
+    return read_recipe(
+        "digits", [teacher, "data.conditional=false", "teacher.guidance=null", "metrics=[]", "log.wandb=false"]
+    )
 
 
 def test_an_unclipped_ddpm_teacher_is_told_by_its_spread(tmp_path, monkeypatch):
@@ -146,7 +164,9 @@ def test_an_unclipped_ddpm_teacher_is_told_by_its_spread(tmp_path, monkeypatch):
     recipe = folder_teacher(tmp_path, clip_sample=False)
     data = build_data(recipe)
     found = look(recipe, build_teacher(recipe, data), data, device="cpu")
-    assert float(found.teacher.std.max()) > 10 and any("its samples' std is" in line and "prediction_type" in line for line in found.warnings)
+    assert float(found.teacher.std.max()) > 10 and any(
+        "its samples' std is" in line and "prediction_type" in line for line in found.warnings
+    )
     clipped = replace(folder_teacher(tmp_path, clip_sample=True))
     found = look(clipped, build_teacher(clipped, data), data, device="cpu")
     assert float(found.teacher.std.max()) < 1.1 and found.teacher.saturated is not None
@@ -170,6 +190,8 @@ def test_conditions_guidance_and_the_end_of_an_odd_data_set_are_handed_over():
 def test_a_warning_of_guidance_that_cannot_be_known_is_said_too(latents):
     recipe = read_recipe("digits", ["teacher.card=edm-cifar10", "teacher.guidance={kind: classifier_free}"])
     lines = []
-    data = Dataset("few", torch.randn(40, 1, 8, 8).clamp(-1, 1), torch.zeros(0, 1, 8, 8), torch.zeros(40).long(), num_classes=10)
+    data = Dataset(
+        "few", torch.randn(40, 1, 8, 8).clamp(-1, 1), torch.zeros(0, 1, 8, 8), torch.zeros(40).long(), num_classes=10
+    )
     check_teacher(recipe, BuiltTeacher(GaussianTeacher(std=0.6), None), data, say=lines.append)
     assert "classifier_free asks 'edm-cifar10' without a class" in lines[-1] and lines[-1].startswith("warning: ")

@@ -31,7 +31,12 @@ def test_other_warnings_and_what_comes_after_are_as_python_has_them(capsys):
 
 def test_figures_stand_by_held_out_and_training_samples_with_the_spread_of_the_floor():
     row = lambda value: {"frechet_pixels": value, "frechet_pixels_train": value / 2}
-    floor = {"frechet_pixels": 0.5, "frechet_pixels_std": 0.01, "frechet_pixels_train": 0.25, "frechet_pixels_train_std": 0.02}
+    floor = {
+        "frechet_pixels": 0.5,
+        "frechet_pixels_std": 0.01,
+        "frechet_pixels_train": 0.25,
+        "frechet_pixels_train_std": 0.02,
+    }
     metrics = {"student": {"1": row(1.0)}, "teacher": {"steps": 64, "nfe": 64, **row(0.8)}, "floor": floor}
     lines = [line.split() for line in summary(metrics).splitlines()]
     assert lines[0] == ["steps", "frechet_pixels", "frechet_pixels_train"]
@@ -42,6 +47,9 @@ def test_figures_stand_by_held_out_and_training_samples_with_the_spread_of_the_f
         ["floor's", "spread", "0.01", "0.02"],
     ]
     card = "\n".join(figures_table(metrics))
-    assert "| floor, standard deviation | 0.01 | 0.02 |" in card and "those that end in `_train` are to training samples" in card
+    assert (
+        "| floor, standard deviation | 0.01 | 0.02 |" in card
+        and "those that end in `_train` are to training samples" in card
+    )
     old = {"student": {"1": {"frechet_pixels": 1.0}}, "floor": {"frechet_pixels": 0.5}}
     assert "spread" not in summary(old) and "_train" not in "\n".join(figures_table(old))

@@ -94,7 +94,10 @@ def test_an_absent_torchvision(tmp_path):
 def test_the_stub_is_broken_as_the_real_one_is(tmp_path):
     """Also in the environment of `make setup`, whose every Python mends torchvision."""
     done = subprocess.run(
-        [sys.executable, "-c", UNMENDED], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(stub(tmp_path, KNOWN))}
+        [sys.executable, "-c", UNMENDED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(stub(tmp_path, KNOWN))},
     )
     assert "operator torchvision::nms does not exist" in done.stderr
 

@@ -9,16 +9,16 @@ import torch.multiprocessing as mp
 
 from flowmap.base.files import write_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, student_config
+from flowmap.build.parts import build_data, student_config
 from flowmap.data import TextDataset
-from flowmap.data.text import Attribute
-from flowmap.evaluate import evaluate, measure
+from flowmap.data.text.dataset import Attribute
+from flowmap.evaluation.held_out import coupled_draws, held_out_draws, loss_by_time
+from flowmap.evaluation.measure import evaluate, measure
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
 from flowmap.teachers.exact import GaussianTeacher
-from flowmap.unseen import coupled_draws, held_out_draws, loss_by_time
 from tests.oracle import ExactStudent
 
 STD = 0.4
@@ -81,7 +81,10 @@ def test_loss_of_the_exact_velocity_is_the_conditional_variance(tmp_path):
     assert list(found) == list(TIMES)
     for t, loss in found.items():
         assert loss == pytest.approx(STD**2 / ((1 - t) ** 2 * STD**2 + t**2), rel=0.06)
-    assert min(loss_by_time(recipe, Student(student.config, Net(Straight())), data, times=(0.5,), images=4000).values()) > 0.4  # another velocity
+    assert (
+        min(loss_by_time(recipe, Student(student.config, Net(Straight())), data, times=(0.5,), images=4000).values())
+        > 0.4
+    )  # another velocity
 
 
 def test_loss_of_a_straight_coupling_is_zero(tmp_path):
@@ -117,7 +120,9 @@ def test_classes_come_with_the_samples(tmp_path):
 def test_attributes_come_with_the_sentences(tmp_path):
     recipe, student, _ = made(GAUSS, tmp_path, Straight())
     style, codes = Attribute("style", ("plain", "odd")), {"style": torch.arange(9) % 2}
-    data = TextDataset("text", torch.randn(9, 2), torch.randn(9, 2), attributes=(style,), codes=codes, held_out_codes=codes)
+    data = TextDataset(
+        "text", torch.randn(9, 2), torch.randn(9, 2), attributes=(style,), codes=codes, held_out_codes=codes
+    )
     told = Student(replace(student.config, net=MLP(), attributes=(style,)), student.flow_map)
     assert torch.equal(held_out_draws(recipe, told, data, 7).cond["style"], codes["style"][:7])
     assert held_out_draws(recipe, student, data, 7).cond == {}
@@ -157,7 +162,13 @@ def figures(folder):
 @pytest.mark.slow
 def test_two_processes_add_up_to_one(tmp_path):
     whole = figures(tmp_path)
-    assert set(whole) >= {"inversion_error", "loss_t0.5", "agreement_pixels", "floor agreement_pixels", "floor agreement_pixels_shuffled"}
+    assert set(whole) >= {
+        "inversion_error",
+        "loss_t0.5",
+        "agreement_pixels",
+        "floor agreement_pixels",
+        "floor agreement_pixels_shuffled",
+    }
     mp.spawn(_measured, (2, tmp_path), nprocs=2)
     for rank in range(2):
         assert torch.load(tmp_path / str(rank) / "figures.pt") == pytest.approx(whole, rel=1e-4, abs=1e-9)

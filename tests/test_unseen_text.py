@@ -6,13 +6,13 @@ import pytest
 import torch
 from encoding import Numbers, spec
 
-from flowmap.evaluate import measure
+from flowmap.evaluation.measure import measure
 from flowmap.flow.seeds import seeded
 from flowmap.metrics import Agreement, Retrieval
 from flowmap.nets.mlp import MLP
+from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.shards.encode import encode
 from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
 
@@ -24,7 +24,9 @@ class Hashed:
     """A sentence's embedding is drawn by its hash."""
 
     def load(self):
-        return lambda captions: {"pooled": torch.stack([torch.randn(6, generator=seeded(caption)) for caption in captions])}
+        return lambda captions: {
+            "pooled": torch.stack([torch.randn(6, generator=seeded(caption)) for caption in captions])
+        }
 
     def identity(self):
         return {"id": "hashed"}
@@ -66,14 +68,24 @@ class Told(Numbers):
 
 
 def test_a_student_that_draws_its_caption_is_found(tmp_path):
-    settings = dict(images=Told(count=260), autoencoder=None, text=Hashed(), held_out=30, reference_images=180, shard_items=100)
+    settings = dict(
+        images=Told(count=260), autoencoder=None, text=Hashed(), held_out=30, reference_images=180, shard_items=100
+    )
     encode(spec(**settings), tmp_path)
     data = spec(tmp_path, **settings).build()
     recipe = replace(read_recipe("digits"), sampler=Deterministic(), metrics=(Retrieval("pixels", 150, 40),))
     config = StudentConfig(MLP(), Deterministic(), data.shape, text=Hashed(), clamp=True)
     found = {reads: measure(recipe, Student(config, Painter(reads)), None, data, steps=[1]) for reads in (True, False)}
     assert found[True]["student"]["1"]["retrieval_top1_pixels"] > 0.95
-    assert found[False]["student"]["1"]["retrieval_top1_pixels"] < 0.08 and found[False]["student"]["1"]["retrieval_top5_pixels"] < 0.25
-    assert found[True]["floor"]["retrieval_top1_pixels"] > 0.95 > 0.3 > found[True]["floor"]["retrieval_top1_pixels_shuffled"]
+    assert (
+        found[False]["student"]["1"]["retrieval_top1_pixels"] < 0.08
+        and found[False]["student"]["1"]["retrieval_top5_pixels"] < 0.25
+    )
+    assert (
+        found[True]["floor"]["retrieval_top1_pixels"]
+        > 0.95
+        > 0.3
+        > found[True]["floor"]["retrieval_top1_pixels_shuffled"]
+    )
     with pytest.raises(ValueError, match="metrics: agreement needs data with classes"):
         measure(recipe, Student(config, Painter(True)), None, data, steps=[1], metrics=[Agreement()])

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def sh(*command, cwd):
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FLOWMAP_RUNS")} | {"WANDB_MODE": "disabled"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FLOWMAP_RUNS")} | {
+        "WANDB_MODE": "disabled"
+    }
     done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
@@ -29,7 +31,18 @@ def installed(tmp_path_factory):
     site = next((folder / "env").glob("lib/python*/site-packages"))
     # a folder named in a .pth file is searched, but its own .pth files (the editable install of this repository) are not read
     (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    sh(folder / "env" / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=folder)
+    sh(
+        folder / "env" / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+        wheel,
+        cwd=folder,
+    )
     (folder / "work").mkdir()
     return wheel, folder / "env" / "bin", folder / "work"
 
@@ -50,8 +63,15 @@ def test_the_installed_commands_work_away_from_the_repository(installed):
     assert str(ROOT) not in where
     assert "toy/mixture" in sh(binary / "flowmap", "list", cwd=work)
     assert "kind: ayf_mixed" in sh(binary / "flowmap", "show", "--recipe", "digits.yaml", cwd=work)
-    assert "name: rfpp-a" in sh(binary / "flowmap", "show", "--recipe", "rfpp/a", "+method/scm", cwd=work)  # a row of a table, and another
-    small = ["trainer.steps=5", "data.points=500", "metrics=[{kind: frechet, features: pixels, images: 100}]", "evaluation.teacher_steps=4"]
+    assert "name: rfpp-a" in sh(
+        binary / "flowmap", "show", "--recipe", "rfpp/a", "+method/scm", cwd=work
+    )  # a row of a table, and another
+    small = [
+        "trainer.steps=5",
+        "data.points=500",
+        "metrics=[{kind: frechet, features: pixels, images: 100}]",
+        "evaluation.teacher_steps=4",
+    ]
     out = sh(binary / "flowmap", "fit", "--recipe", "toy/mixture", *small, cwd=work)
     assert "student 1" in out and (work / "runs" / "toy-mixture" / "student" / "model.safetensors").is_file()
     sh(binary / "flowmap", "sample", "--student", "runs/toy-mixture", "--num", 4, "--out", "drawn", cwd=work)

@@ -15,7 +15,11 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 TEXT, POOLED = 32, 24
-ENDS = {"block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+ENDS = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
 
 
 @torch.no_grad()
@@ -28,7 +32,13 @@ def with_random_weights(net, scale: float = 0.05):
 
 def dit(channels: int = 4, num_layers: int = 2):
     return diffusers.DiTTransformer2DModel(
-        **HEADS, in_channels=channels, out_channels=2 * channels, num_layers=num_layers, sample_size=8, patch_size=2, num_embeds_ada_norm=10
+        **HEADS,
+        in_channels=channels,
+        out_channels=2 * channels,
+        num_layers=num_layers,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
     )
 
 
@@ -48,7 +58,12 @@ def sd(text: int = TEXT, **more):
 
 
 def sdxl(text: int = TEXT, pooled: int = POOLED):
-    return sd(text, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=pooled + 6 * 8)
+    return sd(
+        text,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=pooled + 6 * 8,
+    )
 
 
 def sd3(text: int = TEXT, pooled: int = POOLED):
@@ -81,12 +96,25 @@ def pixart():
 
 def qwen():
     return diffusers.QwenImageTransformer2DModel(
-        **HEADS, patch_size=2, in_channels=16, out_channels=4, num_layers=1, joint_attention_dim=TEXT, axes_dims_rope=(4, 4, 8)
+        **HEADS,
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(4, 4, 8),
     )
 
 
 def kl(latent_channels: int = 4, scaling_factor: float = 0.6, **more):
-    return diffusers.AutoencoderKL(**ENDS, latent_channels=latent_channels, norm_num_groups=4, sample_size=16, scaling_factor=scaling_factor, **more)
+    return diffusers.AutoencoderKL(
+        **ENDS,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=scaling_factor,
+        **more,
+    )
 
 
 def dc():

@@ -26,7 +26,12 @@ def tokenizer(length: int = 16):
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
     )
 
 
@@ -45,13 +50,21 @@ def t5(width: int = TEXT_WIDTH):
 
 def gemma():
     config = transformers.Gemma2Config(
-        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16
+        vocab_size=64,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
     )
     return transformers.Gemma2Model(config)
 
 
 def ddim(**more):
-    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, **more)
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, **more
+    )
 
 
 def flow(**more):
@@ -74,7 +87,13 @@ def sd():
 def sdxl():
     net = tiny_nets.sdxl(text=2 * TEXT_WIDTH, pooled=TEXT_WIDTH)
     return diffusers.StableDiffusionXLPipeline(
-        vae=kl(), text_encoder=clip(), text_encoder_2=clip(True), tokenizer=tokenizer(), tokenizer_2=tokenizer(), unet=net, scheduler=ddim()
+        vae=kl(),
+        text_encoder=clip(),
+        text_encoder_2=clip(True),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=net,
+        scheduler=ddim(),
     )
 
 
@@ -89,18 +108,28 @@ def sd3():
 def flux():
     net = tiny_nets.flux(pooled=TEXT_WIDTH, guidance_embeds=True)
     return diffusers.FluxPipeline(
-        transformer=net, scheduler=flow(shift=3.0), vae=kl(), text_encoder=clip(), tokenizer=tokenizer(), text_encoder_2=t5(), tokenizer_2=tokenizer()
+        transformer=net,
+        scheduler=flow(shift=3.0),
+        vae=kl(),
+        text_encoder=clip(),
+        tokenizer=tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=tokenizer(),
     )
 
 
 def sana():
     net = tiny_nets.sana()
-    return diffusers.SanaPipeline(transformer=net, scheduler=flow(shift=3.0), vae=dc(), text_encoder=gemma(), tokenizer=tokenizer())
+    return diffusers.SanaPipeline(
+        transformer=net, scheduler=flow(shift=3.0), vae=dc(), text_encoder=gemma(), tokenizer=tokenizer()
+    )
 
 
 def pixart():
     net = tiny_nets.pixart()
-    return diffusers.PixArtSigmaPipeline(transformer=net, scheduler=ddim(), vae=kl(), text_encoder=t5(), tokenizer=tokenizer())
+    return diffusers.PixArtSigmaPipeline(
+        transformer=net, scheduler=ddim(), vae=kl(), text_encoder=t5(), tokenizer=tokenizer()
+    )
 
 
 PIPELINES = {"dit": dit, "sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart}

@@ -56,10 +56,16 @@ def naming(path: Path, *others: type[Exception], kept: str = "nothing that was t
     except caught as error:
         said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way to give an errno
         number = error.errno if isinstance(error, OSError) else int(said[1]) if said else errno.EIO
-        with suppress(OSError):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
+        with suppress(
+            OSError
+        ):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
             free = os.statvfs(path.parent if path.parent.is_dir() else ".")
             number = errno.ENOSPC if number == errno.EIO and free.f_bavail * free.f_frsize < 1 << 20 else number
-        reason = os.strerror(number) if number not in (None, errno.EIO) else (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (
+            os.strerror(number)
+            if number not in (None, errno.EIO)
+            else (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
         raise WriteError(number, f"cannot be written ({reason}); {kept}", str(path)) from error
 
 
@@ -112,7 +118,9 @@ def _locked(folder: Path, waiting: Callable[[], None] | None) -> int:
         except BlockingIOError as error:
             os.close(handle)
             if waiting is None:
-                raise ValueError(f"{folder}: another flowmap process is filling this folder; wait for it or choose another") from error
+                raise ValueError(
+                    f"{folder}: another flowmap process is filling this folder; wait for it or choose another"
+                ) from error
             if time.monotonic() - said >= MINUTE:
                 said = time.monotonic()
                 waiting()
@@ -188,3 +196,22 @@ def file_digest(path: str | Path) -> str:
 def text_digest(text: str, errors: str = "strict") -> str:
     """Sixteen hexadecimal digits of that text's SHA-256; errors: as str.encode has it."""
     return hashlib.sha256(text.encode("utf-8", errors)).hexdigest()[:16]
+
+
+def weights_hash(where: Path | None) -> str | None:
+    """SHA-256 over a file of weights, or all safetensors of a folder by name; None where there are none. About a second a gigabyte, once."""
+    if where is None or not where.exists():
+        return None
+    files = [where] if where.is_file() else sorted(where.rglob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        state = os.stat(path)
+        digest.update(_file_hash(str(path), state.st_size, state.st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=64)
+def _file_hash(path: str, size: int, changed: int) -> str:
+    return file_digest(path)

@@ -14,4 +14,6 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
         if tensor.is_floating_point() or tensor.is_complex():
             seen = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite of 8-bit numbers
             if not bool(torch.isfinite(seen).all()):
-                raise ValueError(f"{where}: {name}: holds values that are not finite (NaN or infinite), so these weights are of no use")
+                raise ValueError(
+                    f"{where}: {name}: holds values that are not finite (NaN or infinite), so these weights are of no use"
+                )

@@ -41,9 +41,15 @@ def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
     tiles = [to_picture(one) for one in x]
     size = (x.shape[-1] * scale, x.shape[-2] * scale)
     rows = -(-len(tiles) // columns)
-    grid = Image.new(tiles[0].mode, (min(columns, len(tiles)) * (size[0] + 2), rows * (size[1] + 2)), 255 if tiles[0].mode == "L" else (255,) * 3)
+    grid = Image.new(
+        tiles[0].mode,
+        (min(columns, len(tiles)) * (size[0] + 2), rows * (size[1] + 2)),
+        255 if tiles[0].mode == "L" else (255,) * 3,
+    )
     for i, tile in enumerate(tiles):
-        grid.paste(tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * (size[0] + 2), (i // columns) * (size[1] + 2)))
+        grid.paste(
+            tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * (size[0] + 2), (i // columns) * (size[1] + 2))
+        )
     return grid
 
 

@@ -57,7 +57,9 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: {f'{error.full_key}: ' if error.full_key else ''}{what}") from None
     except Exception as error:  # PyYAML's own errors; omegaconf re-exports no common class for them
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{path}: is not YAML" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")) from None
+        raise ValueError(
+            f"{path}: is not YAML" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
+        ) from None
     refuse_interpolations(plain, f"{path}: ")
     return plain
 

@@ -31,7 +31,9 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
     hints = typing.get_type_hints(cls)
     for name in node:
         if name not in _names(cls):
-            raise RecipeError(f"{file}: {_join(key, name)}: no such setting{suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}")
+            raise RecipeError(
+                f"{file}: {_join(key, name)}: no such setting{suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}"
+            )
     values = {}
     for field in dataclasses.fields(cls):
         if field.name in node:
@@ -74,7 +76,9 @@ def short_hash(value: Any) -> str:
 def check_name(name: str, key: str) -> None:
     """ValueError that names `key` unless the name can be that of one folder: runs go to folders of their recipes' names."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
-        raise ValueError(f"{key}: {name!r} must be a plain name: not empty, '.' or '..', without slashes and control characters")
+        raise ValueError(
+            f"{key}: {name!r} must be a plain name: not empty, '.' or '..', without slashes and control characters"
+        )
     if len(name) > MAX_NAME or len(name.encode()) > 2 * MAX_NAME:
         raise ValueError(f"{key}: {name[:20]!r}... has {len(name)} characters; at most {MAX_NAME} are allowed")
 
@@ -102,13 +106,17 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
 
 def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}")
+        raise RecipeError(
+            f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}"
+        )
     kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
     if not isinstance(kind, str) or kind not in table:
         if kind is None:
             raise RecipeError(f"{file}: {key}.kind: is required; allowed: {_listed(table)}")
         close = suggest(str(kind), table)
-        raise RecipeError(f"{file}: {key}.kind: no {kind!r}{close}; allowed: {_listed(table)}{'' if close else OWN_KINDS}")
+        raise RecipeError(
+            f"{file}: {key}.kind: no {kind!r}{close}; allowed: {_listed(table)}{'' if close else OWN_KINDS}"
+        )
     return construct(table[kind], {k: v for k, v in value.items() if k != "kind"}, tables, file=file, key=key)
 
 
@@ -132,7 +140,11 @@ def _scalar(value: Any, hint: type, file: str, key: str) -> Any:
             value = float(value)  # YAML reads 1e-4 as a string
         except (ValueError, OverflowError):
             pass
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)) and not (isinstance(value, float) and not math.isfinite(value)):
+    if (
+        isinstance(value, hint)
+        and not (hint is int and isinstance(value, bool))
+        and not (isinstance(value, float) and not math.isfinite(value))
+    ):
         return value
     raise RecipeError(f"{file}: {key}: {value!r} is not {_TYPES.get(hint, hint.__name__)}")
 

@@ -65,7 +65,9 @@ class _MendingLoader(importlib.abc.Loader):
             del sys.modules[name]
         try:
             if not _kept_alive:
-                _kept_alive.append(torch.library.Library("torchvision", "DEF"))  # refused where its own C library was loaded
+                _kept_alive.append(
+                    torch.library.Library("torchvision", "DEF")
+                )  # refused where its own C library was loaded
                 for name in ("nms", "qnms"):
                     _kept_alive[0].define(name + _SCHEMA)
             self.loader.exec_module(module)
@@ -75,7 +77,9 @@ class _MendingLoader(importlib.abc.Loader):
 
 COPY = "_flowmap_torchvision"  # the name of this file in site-packages
 UNMENDED = (
-    f"import sys; sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != {_TorchvisionFinder.__name__!r}]; import torchvision"
+    "import sys; "
+    f"sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != {_TorchvisionFinder.__name__!r}]; "
+    "import torchvision"
 )
 
 
@@ -85,7 +89,9 @@ def install_at_start(site_packages: Path) -> bool:
     if absent or subprocess.run([sys.executable, "-c", UNMENDED], stderr=subprocess.DEVNULL).returncode == 0:
         return False
     shutil.copy(__file__, site_packages / f"{COPY}.py")
-    (site_packages / f"{COPY}.pth").write_text(f"import {COPY}; {COPY}.install()\n")  # lines that begin with import are run at the start
+    (site_packages / f"{COPY}.pth").write_text(
+        f"import {COPY}; {COPY}.install()\n"
+    )  # lines that begin with import are run at the start
     return True
 
 

@@ -42,7 +42,9 @@ def allowed_attribute(name: str, key: str) -> Any:
     module, _, attribute = name.partition(":")
     if module not in _ALLOWED:
         how = f"--import {module} on the command line or flowmap.allow_import({module!r}) in Python allows it"
-        raise ValueError(f"{key}: {name!r} names code, and a recipe imports nothing on its own; if you trust this module, {how}")
+        raise ValueError(
+            f"{key}: {name!r} names code, and a recipe imports nothing on its own; if you trust this module, {how}"
+        )
     if not attribute or not hasattr(_ALLOWED[module], attribute):
         raise ValueError(f"{key}: {name!r} cannot be imported: module {module!r} has no attribute {attribute!r}")
     return getattr(_ALLOWED[module], attribute)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.recipe import read_resolved
+    from flowmap.recipe.recipe import read_resolved
     from flowmap.student.folder import check_place, copy_beside, load_student, save_student
     from flowmap.student.snapshots import combine
     from flowmap.train.card import model_card

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flowmap.papers import PAPERS
+from flowmap.recipe.papers import PAPERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None: ...

@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     if a.runs is not None:
         return _of_runs(a)
-    from flowmap.train.compare import compare, dry_compare
+    from flowmap.compare import compare, dry_compare
 
     seeds, steps = SEEDS if a.seeds is None else a.seeds, STEPS if a.steps is None else a.steps
     options: dict[str, Any] = dict(budget=a.budget, calls=a.calls, seeds=seeds, steps=steps, out=a.out)
     options["overrides"] = a.overrides
     if a.dry_run:
-        from flowmap.planning.dry_run import MISSING
+        from flowmap.estimate.dry_run import MISSING
 
         lines = dry_compare(a.recipes, **options)
         print("\n".join(lines))
@@ -70,7 +70,7 @@ def _of_runs(a: argparse.Namespace) -> int:
     given |= dict.fromkeys(a.overrides, True)
     for what in (what for what, value in given.items() if value is not None):
         raise ValueError(f"{what}: is for training, and --runs trains nothing")
-    from flowmap.train.compare.finished import REPORT, compare_runs
+    from flowmap.compare.finished import REPORT, compare_runs
 
     print(compare_runs(a.runs, steps=a.steps, out=a.out), end="")
     if a.out is not None:

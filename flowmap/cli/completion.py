@@ -61,7 +61,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The completion script of that shell, with the names of the recipes as they are shipped now."""
     import shtab
 
-    from flowmap.recipe import list_recipes
+    from flowmap.recipe.recipe import list_recipes
 
     for action in _actions(parser):
         if action.dest in ("recipe", "recipes"):

@@ -25,9 +25,10 @@ def run(a: argparse.Namespace) -> int:
     from flowmap.data import Encoded
     from flowmap.data.encoded import MADE, read_index
     from flowmap.data.shards import check_sums
-    from flowmap.planning.plan import autoencoder_recipes, data_of, trained_run
+    from flowmap.plan.dependencies import autoencoder_recipes
+    from flowmap.plan.plan import data_of, trained_run
+    from flowmap.prepare.encode import encode
     from flowmap.recipe import read_recipe
-    from flowmap.shards.encode import encode
 
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.data, Encoded):

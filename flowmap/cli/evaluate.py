@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.evaluate import evaluate
+    from flowmap.evaluation.measure import evaluate
     from flowmap.student.folder import load_student
 
     if a.out is not None:

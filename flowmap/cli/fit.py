@@ -37,7 +37,7 @@ def run(a: argparse.Namespace) -> int:
 
     recipe = read_recipe(a.recipe, a.overrides)
     if a.dry_run:
-        from flowmap.planning.dry_run import MISSING, dry_run
+        from flowmap.estimate.dry_run import MISSING, dry_run
 
         lines = dry_run(recipe, a.out, throughput=a.throughput)
         print("\n".join(lines))

@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.importing.weights import import_weights
+    from flowmap.convert.weights import import_weights
 
     check_writable(Path(a.out), "--out")
     if len(a.files) == 1 and a.std is None and Path(a.files[0]).is_dir():
-        from flowmap.importing.pipeline import convert_pipeline
+        from flowmap.convert.pipeline import convert_pipeline
 
         print(f"{a.out}: weights of {', '.join(convert_pipeline(a.files[0], a.out))} as safetensors")
         return 0

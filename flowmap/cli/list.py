@@ -22,7 +22,13 @@ class Found:
     def words(self) -> set[str]:
         """All names, from which a mistyped word is corrected."""
         keys = {key for title in self.kinds for key in _keys(title).split(", ")}
-        return {*self.recipes, *self.parts, *self.teachers, *keys, *(kind for kinds in self.kinds.values() for kind in kinds)}
+        return {
+            *self.recipes,
+            *self.parts,
+            *self.teachers,
+            *keys,
+            *(kind for kinds in self.kinds.values() for kind in kinds),
+        }
 
     def matching(self, word: str) -> Found:
         """What holds that word, in capitals or not.
@@ -81,9 +87,9 @@ def run(a: argparse.Namespace) -> int:
 
 def everything() -> Found:
     from flowmap.cli.slots import keys_of_slots
-    from flowmap.composing import find_recipe, header, list_parts, list_recipes
-    from flowmap.kinds import TABLES
-    from flowmap.planning.plan import list_cards
+    from flowmap.plan.cards import list_cards
+    from flowmap.recipe.composing import find_recipe, header, list_parts, list_recipes
+    from flowmap.recipe.kinds import TABLES
 
     slots = keys_of_slots()
     twice = [key for keys in slots.values() for key in keys]

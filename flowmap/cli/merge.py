@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.export.folder import check_free
+    from flowmap.export.merge import MARK, merge, write_merged
     from flowmap.student.folder import load_student
-    from flowmap.student.merge import MARK, merge, write_merged
 
     check_free(Path(a.out), a.overwrite, mark=MARK, what="merge")
     student = load_student(a.student)

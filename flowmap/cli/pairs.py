@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.data import Pairs
-    from flowmap.planning.plan import pairs_of
+    from flowmap.plan.plan import pairs_of
+    from flowmap.prepare.make_pairs import make_pairs, verify
     from flowmap.recipe import read_recipe
-    from flowmap.shards.make_pairs import make_pairs, verify
 
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.coupling, Pairs):

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.train.compare.curves import plot_runs
+    from flowmap.compare.curves import plot_runs
 
     print(plot_runs(a.runs, a.out, metrics=a.metrics))
     return 0

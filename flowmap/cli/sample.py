@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.base.progress import Progress
-    from flowmap.sample import attribute_of, edit_file, sample
+    from flowmap.evaluation.samples import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
-from flowmap.kinds import TABLES
 from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES
 
 
 def keys_of_slots() -> dict[type, dict[str, list[str]]]:

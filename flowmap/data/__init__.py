@@ -6,21 +6,22 @@ Nothing heavy is imported before `build()`, so that reading a recipe stays quick
 
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Dataset, as_it_is
-from flowmap.data.edm2_zip import EDM2Images, EDM2Latents
 from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
-from flowmap.data.folder import Folder, FolderImages
-from flowmap.data.huggingface import HuggingFaceImages
-from flowmap.data.images import Digits, Fashion
+from flowmap.data.images.builtin import Digits, Fashion
+from flowmap.data.images.edm2_zip import EDM2Images, EDM2Latents
+from flowmap.data.images.folder import Folder, FolderImages
+from flowmap.data.images.huggingface import HuggingFaceImages
+from flowmap.data.images.webdataset import WebDatasetImages
 from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs, TeacherSlot
 from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches, first_place
-from flowmap.data.styles import StyledDataset, Styles
 from flowmap.data.tensors import Latents, Pictures
-from flowmap.data.text import Text, TextCoder, TextDataset
-from flowmap.data.text_sources import TEXT_SOURCES, TextSource
-from flowmap.data.tokens import TOKENIZERS, Tokenizer
+from flowmap.data.text.dataset import Text, TextDataset
+from flowmap.data.text.latents import TextCoder
+from flowmap.data.text.sources import TEXT_SOURCES, TextSource
+from flowmap.data.text.styles import StyledDataset, Styles
+from flowmap.data.text.tokens import TOKENIZERS, Tokenizer
 from flowmap.data.toy import Toy
-from flowmap.data.webdataset import WebDatasetImages
 
 DATA = {
     "digits": Digits,
@@ -35,7 +36,12 @@ DATA = {
     "codes": Codes,
 }
 COUPLINGS["styles"] = Styles
-IMAGE_SOURCES = {"folder": FolderImages, "huggingface": HuggingFaceImages, "edm2_zip": EDM2Images, "webdataset": WebDatasetImages}
+IMAGE_SOURCES = {
+    "folder": FolderImages,
+    "huggingface": HuggingFaceImages,
+    "edm2_zip": EDM2Images,
+    "webdataset": WebDatasetImages,
+}
 
 __all__ = [
     "COUPLINGS",

@@ -51,7 +51,9 @@ def draws_of(folder: Path, draws: int, seed: int, most: int | None = None) -> Te
         kept = load_file(folder / ENCODINGS)
         mean, std = kept["mean"], (kept["logvar"] / 2).exp()
     except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{folder / ENCODINGS}: is missing or not whole; the recipe that trains the encoder makes it") from error
+        raise ValueError(
+            f"{folder / ENCODINGS}: is missing or not whole; the recipe that trains the encoder makes it"
+        ) from error
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(mean), generator=generator)[:most]
     noise = torch.randn(len(order), draws, mean.shape[1], generator=generator)

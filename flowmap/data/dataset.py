@@ -123,7 +123,9 @@ def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> N
     wrong = ((labels < -1) | (labels >= num_classes)).nonzero()
     if len(wrong):
         place = int(wrong[0])
-        raise ValueError(f"data: {what} {place} has label {int(labels[place])}, not one of 0..{num_classes - 1} (or -1: no class)")
+        raise ValueError(
+            f"data: {what} {place} has label {int(labels[place])}, not one of 0..{num_classes - 1} (or -1: no class)"
+        )
 
 
 def looked_at(places: Tensor, rows: int) -> Tensor:

@@ -102,11 +102,15 @@ class EncodedDataset:
         self.index = read_index(folder)
         found = difference({**self.index["identity"], **self.index["chosen"]}, {**spec.identity(), **spec.chosen()})
         if found:
-            raise ValueError(f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe")
+            raise ValueError(
+                f"data.root: {folder}: holds another encoding: {found}; `flowmap encode` makes it for this recipe"
+            )
         self.shape, self.num_classes = tuple(self.index["shape"]), self.index["num_classes"]
         names = self.index.get("class_names")
         self.class_names = tuple(names) if names else None
-        self._columns = {name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()}
+        self._columns = {
+            name: (tuple(column["shape"]), column["dtype"]) for name, column in self.index["columns"].items()
+        }
         check_sums(folder, self.index, MADE)
         self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)
         self._flip = spec.flip
@@ -191,7 +195,9 @@ class EncodedDataset:
         return self._conditions_of(self._rows_of("held_out")[places])
 
     def _conditions_of(self, rows: Tensor) -> Cond:
-        return self._conditions(self._rows(rows, ["label", *(name for name in self._columns if name.startswith("cond_"))]))
+        return self._conditions(
+            self._rows(rows, ["label", *(name for name in self._columns if name.startswith("cond_"))])
+        )
 
     def _rows_of(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
@@ -237,7 +243,9 @@ def _safetensors(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it anew") from error
+        raise ValueError(
+            f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it anew"
+        ) from error
 
 
 def _as_cond(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
-from flowmap.data.styles import StyledDataset
+from flowmap.data.text.styles import StyledDataset
 from flowmap.flow.prior import LearnedPrior, Start, placed
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
@@ -100,7 +100,9 @@ class Pairs:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.inverted and isinstance(self.solver, NoiseAnchored):
-            raise ValueError("solver: the anchored rule runs from noise to data only; choose another for inverted pairs")
+            raise ValueError(
+                "solver: the anchored rule runs from noise to data only; choose another for inverted pairs"
+            )
 
     @property
     def num_inverted(self) -> int:
@@ -120,7 +122,9 @@ def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
     return torch.stack([noise_of(seed, int(i), shape) for i in pairs])
 
 
-def starts_of(prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None) -> Start:
+def starts_of(
+    prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None
+) -> Start:
     """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`.
 
     sources (N, *shape): what the pairs of an editing flow start from, all of them in an order drawn by the seed, again and again.
@@ -200,14 +204,22 @@ class PairedDataset:
         """identity: the provenance that is wanted; prior: the learned one that the pairs start at. ValueError names the first key that differs,
         or a shard that is torn."""
         self.data, self.index, self._prior = data, read_index(folder), prior and prior.exact()
-        found = unlike(self.index["identity"], identity) or difference(self.index["contents"], contents(data, identity["seed"]))
+        found = unlike(self.index["identity"], identity) or difference(
+            self.index["contents"], contents(data, identity["seed"])
+        )
         if found:
-            raise ValueError(f"coupling.root: {folder}: holds other pairs: {found}; `flowmap pairs` makes them for this recipe")
+            raise ValueError(
+                f"coupling.root: {folder}: holds other pairs: {found}; `flowmap pairs` makes them for this recipe"
+            )
         self._seed, self._shape, self._has_text = identity["seed"], self.index["contents"]["shape"], has_text(data)
-        generated, inverted = ([shard for shard in self.index["shards"] if shard["inverted"] == which] for which in (False, True))
+        generated, inverted = (
+            [shard for shard in self.index["shards"] if shard["inverted"] == which] for which in (False, True)
+        )
         self.num_generated = sum(shard["rows"] for shard in generated)
         check_sums(folder, self.index, MADE)
-        self._generated, self._inverted = (open_shards(folder, part, MADE) if part else None for part in (generated, inverted))
+        self._generated, self._inverted = (
+            open_shards(folder, part, MADE) if part else None for part in (generated, inverted)
+        )
 
     def __len__(self) -> int:
         return sum(len(table) for table in (self._generated, self._inverted) if table is not None)

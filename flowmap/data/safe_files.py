@@ -12,14 +12,18 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 MAX_TEXT_BYTES = 2**20  # of one caption, one label, or one line of a file of texts
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # control, bidirectional, surrogates
+UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)  # control, bidirectional, surrogates
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """The file at that path, links followed, opened for reading; ValueError for a folder, a device or a pipe, OSError as from open()."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # a device is not even opened
         raise ValueError("is not a regular file")
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not block on a pipe that took its place meanwhile
+    number = os.open(
+        path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    )  # does not block on a pipe that took its place meanwhile
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise ValueError("is not a regular file")

@@ -50,7 +50,9 @@ def read_index(folder: Path, made: Made) -> dict[str, Any]:
     found = index.get("identity", {}).get("format") if isinstance(index, dict) else None
     if found != made.format:
         what = f"is of format {found}, of an older or newer version" if found else f"is no index of {made.thing}"
-        raise ValueError(f"{folder / INDEX}: {what}; this one reads format {made.format}: `{made.verb}` makes it in another folder")
+        raise ValueError(
+            f"{folder / INDEX}: {what}; this one reads format {made.format}: `{made.verb}` makes it in another folder"
+        )
     return index
 
 
@@ -96,7 +98,9 @@ def open_shards(folder: Path, shards: Sequence[Mapping[str, Any]], made: Made) -
         try:
             tables.append(datasets.Dataset.from_file(str(path)))
         except Exception as error:  # Arrow's own errors, and those of datasets for a schema that it does not know
-            raise ValueError(f"{path}: is torn: {' '.join(str(error).split())[:200]}; delete it and run `{made.verb}`") from error
+            raise ValueError(
+                f"{path}: is torn: {' '.join(str(error).split())[:200]}; delete it and run `{made.verb}`"
+            ) from error
         if len(tables[-1]) != shard["rows"]:
             raise ValueError(f"{path}: is torn: it has {len(tables[-1])} samples, not {shard['rows']}")
     return datasets.concatenate_datasets(tables)

@@ -22,11 +22,21 @@ from flowmap.base.ranges import Side, check_ranges
 from flowmap.data.safe_files import open_regular, printable
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # by content, whatever the name says: PIL would run Ghostscript on an EPS
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+)  # by content, whatever the name says: PIL would run Ghostscript on an EPS
 MAX_PIXELS = 64 * 10**6
 MAX_FILE_BYTES = 256 * 2**20  # of one picture inside an archive
 TEXT_KEYS = ("text", "caption", "prompt")  # of a line or a file of metadata
-READER = "2: upright by EXIF, folders of numbers in their order"  # changes when the same files give other pictures or labels
+READER = (
+    "2: upright by EXIF, folders of numbers in their order"  # changes when the same files give other pictures or labels
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,9 @@ class SquareImages:
     def num_captions(self) -> int | None:
         return None
 
-    def _item(self, file: str | BinaryIO, label: int | None, caption: str | None, key: str, max_pixels: int = MAX_PIXELS) -> Item:
+    def _item(
+        self, file: str | BinaryIO, label: int | None, caption: str | None, key: str, max_pixels: int = MAX_PIXELS
+    ) -> Item:
         try:
             image, was_grey = read_picture(file, size=self.size, channels=self.channels, max_pixels=max_pixels)
         except ValueError as error:
@@ -131,7 +143,9 @@ class SquareImages:
         return Item(image, label, caption, key, grey=was_grey and self.channels == 3)
 
 
-def read_picture(file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
+def read_picture(
+    file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS
+) -> tuple[Tensor, bool]:
     """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
     import numpy
     from PIL import Image
@@ -160,7 +174,9 @@ def load_upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[An
     except _Unusable:
         raise
     except Exception as error:  # a decoder raises anything at all on a broken file
-        said = (isinstance(error, OSError) and error.strerror) or re.sub(r" ?<[^>]*>", "", str(error))  # <_io.BytesIO object at 0x...>
+        said = (isinstance(error, OSError) and error.strerror) or re.sub(
+            r" ?<[^>]*>", "", str(error)
+        )  # <_io.BytesIO object at 0x...>
         raise ValueError(f"cannot be read: {' '.join(said.split()) or type(error).__name__}") from error
 
 

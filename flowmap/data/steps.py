@@ -37,7 +37,12 @@ class StepBatches:
         world: int = 1,
         accumulate: int = 1,
     ):
-        for key, value in {"num_samples": num_samples, "batch_size": batch_size, "world": world, "accumulate": accumulate}.items():
+        for key, value in {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "world": world,
+            "accumulate": accumulate,
+        }.items():
             if value < 1:
                 raise ValueError(f"{key} is {value}; 1 or more is allowed")
         if not 0 <= rank < world:
@@ -72,7 +77,9 @@ class StepBatches:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            mixed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1)  # manual_seed wants an int64
+            mixed = int(
+                np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1
+            )  # manual_seed wants an int64
             self._order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(mixed))
             self._epoch = epoch
         return self._order

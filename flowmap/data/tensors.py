@@ -10,7 +10,7 @@ import torch
 
 from flowmap.base.ranges import Classes, CountFromZero, Seed
 from flowmap.data.dataset import Dataset, Source, held_out_count
-from flowmap.data.listing import is_hidden
+from flowmap.data.images.listing import is_hidden
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Tensors(Source):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"data.root: {self.root}: a shard cannot be read: {error}") from error
         if any("x0" not in part or (self.num_classes and "class" not in part) for part in parts):
-            raise ValueError(f"data.root: {self.root}: every shard needs x0 (N, C, H, W){' and class (N,)' if self.num_classes else ''}")
+            raise ValueError(
+                f"data.root: {self.root}: every shard needs x0 (N, C, H, W){' and class (N,)' if self.num_classes else ''}"
+            )
         x0 = torch.cat([part["x0"].float() for part in parts])
         labels = torch.cat([part["class"].long() for part in parts]) if self.num_classes else None
         held_out = held_out_count(self.held_out, len(x0))

@@ -33,7 +33,9 @@ def export(
     if custom and to != "diffusers":
         raise ValueError("--custom: is a way to export to diffusers")
     if student.config.text_autoencoder is not None:
-        raise ValueError("student: its samples are sentences, for which diffusers has no pipeline; share its folder, which load_student reads")
+        raise ValueError(
+            "student: its samples are sentences, for which diffusers has no pipeline; share its folder, which load_student reads"
+        )
     out = Path(out)
     check_free(out, overwrite)
     plan = make_plan(student, steps, guidance, merge=to != "lora", text=text)

@@ -73,7 +73,9 @@ def _read(name: str) -> _Module:
         elif isinstance(node, BINDS):
             module.nodes |= {bound: node for bound in _bound(node)}
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            raise ValueError(f"{name}, line {node.lineno}: a module that is exported may only define, assign and import at its top level")
+            raise ValueError(
+                f"{name}, line {node.lineno}: a module that is exported may only define, assign and import at its top level"
+            )
     return module
 
 
@@ -82,7 +84,9 @@ def _note_import(module: _Module, node: ast.Import | ast.ImportFrom) -> None:
     for alias in node.names:
         if (home or alias.name).split(".")[0] == "flowmap":
             if home is None or alias.asname not in (None, alias.name):
-                raise ValueError(f"{module.name}, line {node.lineno}: a module that is exported imports from flowmap by `from ... import name`")
+                raise ValueError(
+                    f"{module.name}, line {node.lineno}: a module that is exported imports from flowmap by `from ... import name`"
+                )
             module.ours[alias.name] = home
         elif home != "__future__":
             renamed = f" as {alias.asname}" if alias.asname else ""

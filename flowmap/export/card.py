@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flowmap.data import TeacherSlot
 from flowmap.export.plan import Export, Written
-from flowmap.planning.plan import card_of
-from flowmap.recipe import read_resolved
+from flowmap.plan.cards import card_of
+from flowmap.recipe.recipe import read_resolved
 from flowmap.teachers.card import Card
 
 WHAT = {

@@ -20,8 +20,8 @@ from flowmap.export.plan import Export, Written
 from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
-from flowmap.kinds import TABLES
 from flowmap.nets.stacked import Stacked, net_within, stack_of
+from flowmap.recipe.kinds import TABLES
 from flowmap.student.folder import config_json
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
@@ -49,7 +49,9 @@ def write_custom(plan: Export, folder: Path) -> Written:
     model.save_pretrained(folder / "flow_map", safe_serialization=True)
     write_text(folder / "flow_map" / f"{module}.py", network_source(type(net), stacked=stacked))
     write_text(folder / "pipeline.py", pipeline_source())
-    diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(folder / "scheduler")
+    diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(
+        folder / "scheduler"
+    )
     vae = exported_vae(plan)
     if vae is not None:
         vae.save_pretrained(folder / "vae", safe_serialization=True)
@@ -68,7 +70,9 @@ def network_source(spec: type, *, stacked: bool = False) -> str:
 
 
 def pipeline_source() -> str:
-    return amalgamate([("flowmap.export.custom_pipeline", "FlowMapPipeline")], header=_header("A few-step pipeline for flow maps."))
+    return amalgamate(
+        [("flowmap.export.custom_pipeline", "FlowMapPipeline")], header=_header("A few-step pipeline for flow maps.")
+    )
 
 
 def _header(what: str) -> str:

@@ -23,7 +23,14 @@ class FlowMapModel(ModelMixin, ConfigMixin):
     network: ClassVar[Any] = None
 
     @register_to_config
-    def __init__(self, settings: dict, shape: list[int], num_classes: int | None = None, arrival: bool = True, guidance: bool = False):
+    def __init__(
+        self,
+        settings: dict,
+        shape: list[int],
+        num_classes: int | None = None,
+        arrival: bool = True,
+        guidance: bool = False,
+    ):
         super().__init__()
         plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         net = self.network(**plain).build(tuple(shape), num_classes=num_classes, arrival=arrival, guidance=guidance)

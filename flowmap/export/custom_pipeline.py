@@ -52,8 +52,12 @@ class FlowMapPipeline(DiffusionPipeline):
     ):
         super().__init__()
         encoders = (text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3)
-        self.register_modules(flow_map=flow_map, scheduler=scheduler, vae=vae, **dict(zip(TEXT_PARTS, encoders, strict=True)))
-        settings = dict(sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp, id2label=id2label)
+        self.register_modules(
+            flow_map=flow_map, scheduler=scheduler, vae=vae, **dict(zip(TEXT_PARTS, encoders, strict=True))
+        )
+        settings = dict(
+            sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp, id2label=id2label
+        )
         self.register_to_config(text=text, **settings)
         self.image_processor = VaeImageProcessor()
 
@@ -83,7 +87,12 @@ class FlowMapPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: {output_type!r} is not one of pil, np, pt, latent")
         device, shape = self._execution_device, tuple(self.flow_map.config.shape)
-        rows = {"text": prompt_embeds, "pooled": pooled_prompt_embeds, "text_mask": prompt_attention_mask, "size": time_ids}
+        rows = {
+            "text": prompt_embeds,
+            "pooled": pooled_prompt_embeds,
+            "text_mask": prompt_attention_mask,
+            "size": time_ids,
+        }
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels)).reshape(-1)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         lengths = [len(value) for value in (latents, *rows.values(), labels, prompts) if value is not None]
@@ -109,10 +118,16 @@ class FlowMapPipeline(DiffusionPipeline):
     def get_label_ids(self, label: Any) -> Any:
         """The numbers of classes given by name, one name or a list with some; anything else as it is. ValueError for an unknown name."""
         numbers = {name: int(i) for i, name in (self.config.id2label or {}).items()}
-        names = [one for one in ([label] if isinstance(label, str) else label if isinstance(label, list) else []) if isinstance(one, str)]
+        names = [
+            one
+            for one in ([label] if isinstance(label, str) else label if isinstance(label, list) else [])
+            if isinstance(one, str)
+        ]
         for name in names:
             if name not in numbers:
-                raise ValueError(f"class_labels: no class {name!r}; there are: {', '.join(numbers) or 'no names, give a number'}")
+                raise ValueError(
+                    f"class_labels: no class {name!r}; there are: {', '.join(numbers) or 'no names, give a number'}"
+                )
         if isinstance(label, str):
             return numbers[label]
         return [numbers.get(one, one) for one in label] if names else label
@@ -121,7 +136,9 @@ class FlowMapPipeline(DiffusionPipeline):
         """The conditions of prompts, each distinct one encoded once."""
         settings = self.config.text
         if settings is None:
-            raise ValueError("prompt: this folder has no text encoder; give prompt_embeds, or what else the network reads")
+            raise ValueError(
+                "prompt: this folder has no text encoder; give prompt_embeds, or what else the network reads"
+            )
         if len(prompts) != num:
             raise ValueError(f"prompt: {len(prompts)} given; allowed: one text, or {num} texts")
         distinct = list(dict.fromkeys(prompts))
@@ -136,7 +153,9 @@ class FlowMapPipeline(DiffusionPipeline):
     def _stock_encoder(self, stock: type, settings: dict) -> DiffusionPipeline:
         """A pipeline of that class around the text encoders, without a network."""
         wanted = inspect.signature(stock.__init__).parameters  # type: ignore[misc]  # it is only read
-        required = [name for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty]
+        required = [
+            name for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty
+        ]
         parts: dict[str, Any] = dict.fromkeys(required)
         parts |= {name: getattr(self, name) for name in (*TEXT_PARTS, "scheduler") if name in wanted}
         if "requires_safety_checker" in wanted:
@@ -170,7 +189,9 @@ class FlowMapPipeline(DiffusionPipeline):
     def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, noise) -> Tensor:
         """x0 after `steps` calls of the network: jumps, and for gamma > 0 each a little too far, with fresh noise put back (CTM)."""
         settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in self.config.sampler.items() if key != "gamma"
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in self.config.sampler.items()
+            if key != "gamma"
         }
         grid = FewStep(**settings)
         times, x = grid.times(steps), grid.start(x1)
@@ -184,7 +205,11 @@ class FlowMapPipeline(DiffusionPipeline):
             mean_velocity = self.flow_map(x, ones * t, ones * target, cond)
             x = ratio * self.scheduler.step(mean_velocity, TIME_UNIT * t, x, r_timestep=TIME_UNIT * target).prev_sample
             if s > 0 and gamma > 0:
-                x = x + gamma * s * (randn_tensor(x.shape, noise, x.device, x.dtype) if isinstance(noise, list) else normal_like(x, noise))
+                x = x + gamma * s * (
+                    randn_tensor(x.shape, noise, x.device, x.dtype)
+                    if isinstance(noise, list)
+                    else normal_like(x, noise)
+                )
         return x
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
@@ -192,7 +217,9 @@ class FlowMapPipeline(DiffusionPipeline):
             x = self._decode(x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0))
         if x.ndim == 4 and (self.config.clamp or self.vae is not None):
             if output_type == "pil" and x.shape[1] not in (1, 3):
-                raise ValueError(f"output_type: samples of {x.shape[1]} channels are no pictures; take pt, np or latent")
+                raise ValueError(
+                    f"output_type: samples of {x.shape[1]} channels are no pictures; take pt, np or latent"
+                )
             return self.image_processor.postprocess(x, output_type=output_type)
         if output_type == "pil":
             raise ValueError("output_type: this student's samples are no pictures; take pt, np or latent")

@@ -16,7 +16,9 @@ FILES = "files"  # in the note: the files that were written
 
 
 @contextmanager
-def whole_folder(out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: str = MARK, what: str = "export") -> Iterator[Path]:
+def whole_folder(
+    out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: str = MARK, what: str = "export"
+) -> Iterator[Path]:
     """Gives a new folder to fill; at the end it stands at `out`, `note` and the names of its files in it under the name `mark`. On any failure
     `out` is as it was.
 
@@ -58,16 +60,24 @@ def check_free(out: Path, overwrite: bool, *, mark: str = MARK, what: str = "exp
         raise ValueError(f"--out: {out} holds something that is no {what} of flowmap's; choose another folder")
     note = read_json(out / mark)
     if not overwrite:
-        raise ValueError(f"--out: {out} holds an earlier {what} of {note.get('recipe', 'a student')!r}; --overwrite replaces it")
+        raise ValueError(
+            f"--out: {out} holds an earlier {what} of {note.get('recipe', 'a student')!r}; --overwrite replaces it"
+        )
     if not isinstance(note.get(FILES), list):
-        raise ValueError(f"--out: {out} holds an {what} of version 0.1, which did not note its files; remove it or choose another folder")
+        raise ValueError(
+            f"--out: {out} holds an {what} of version 0.1, which did not note its files; remove it or choose another folder"
+        )
     if others := [name for name in _files(out) if name not in (*note[FILES], mark)]:
-        raise ValueError(f"--out: {out} holds {others[0]}, which no {what} wrote and --overwrite would remove; choose another folder")
+        raise ValueError(
+            f"--out: {out} holds {others[0]}, which no {what} wrote and --overwrite would remove; choose another folder"
+        )
 
 
 def _files(folder: Path) -> list[str]:
     """The names of all files and links below the folder."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
 
 
 def _flush(folder: Path) -> None:

@@ -21,4 +21,6 @@ def push(folder: Path, repository: str) -> str:
         create_repo(repository, exist_ok=True)
         return str(upload_folder(folder_path=folder, repo_id=repository, commit_message="flowmap export"))
     except (HfHubHTTPError, OSError) as error:
-        raise RuntimeError(f"--push: {repository} was not written ({str(error).strip().splitlines()[0]}); the export is in {folder}") from error
+        raise RuntimeError(
+            f"--push: {repository} was not written ({str(error).strip().splitlines()[0]}); the export is in {folder}"
+        ) from error

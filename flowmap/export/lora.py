@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from flowmap.base.files import write_tensors
 from flowmap.export.plan import Export, Written
-from flowmap.export.stock import FAMILIES, call_lines, check_grid, constant_extra, has_stock, network_of, time_embeddings, unit_of
+from flowmap.export.stock import (
+    FAMILIES,
+    call_lines,
+    check_grid,
+    constant_extra,
+    has_stock,
+    network_of,
+    time_embeddings,
+    unit_of,
+)
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
 from flowmap.nets.lora import ADAPTER
 from flowmap.teachers.autoencoder import Autoencoder
@@ -53,7 +62,9 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
         elif name in embeddings:
             out[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
             out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
-    biases = {key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in out.items() if ".lora_B." in key}
+    biases = {
+        key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in out.items() if ".lora_B." in key
+    }
     biases |= {f"{name}.lora_B.bias": extra for name in embeddings}
     return out | (biases if embeddings else {})
 
@@ -67,19 +78,30 @@ def _check_autoencoder(plan: Export) -> None:
     ours = plan.autoencoder()
     assert ours is not None
     if plan.unit or ours.identity() != theirs.identity():
-        raise ValueError("--to lora: the base pipeline decodes latents otherwise than this student; take --to diffusers, which merges its adapters")
+        raise ValueError(
+            "--to lora: the base pipeline decodes latents otherwise than this student; take --to diffusers, which merges its adapters"
+        )
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
     net, base = network_of(plan), plan.student.config.base
     family = FAMILIES[type(net.model).__name__]
     here = Path(base.source).is_dir()
-    source = '"path/to/the/base/pipeline"' if here else f'"{base.source}"' + (f', revision="{base.revision}"' if base.revision else "")
-    size = [f"{key}={side} * pipe.vae_scale_factor" for key, side in zip(("height", "width"), plan.student.config.shape[1:], strict=True)]
+    source = (
+        '"path/to/the/base/pipeline"'
+        if here
+        else f'"{base.source}"' + (f', revision="{base.revision}"' if base.revision else "")
+    )
+    size = [
+        f"{key}={side} * pipe.vae_scale_factor"
+        for key, side in zip(("height", "width"), plan.student.config.shape[1:], strict=True)
+    ]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})", 'pipe.load_lora_weights("path/to/this/folder")']
     lines += [f"pipe.scheduler = {family.scheduler}(num_train_timesteps={round(unit_of(net))}, shift=1.0)"]
-    return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=plan.student.config.autoencoder is not None)])
+    return "\n".join(
+        [*lines, *call_lines(plan, family, size, text, decodes=plan.student.config.autoencoder is not None)]
+    )
 
 
 def _notes(plan: Export) -> tuple[str, ...]:

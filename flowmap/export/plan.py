@@ -59,13 +59,17 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(student: Student, steps: int | None, guidance: float | None, *, merge: bool = True, text: bool = True) -> Export:
+def make_plan(
+    student: Student, steps: int | None, guidance: float | None, *, merge: bool = True, text: bool = True
+) -> Export:
     """The student with its defaults filled in: the largest of its sampler's steps, its default guidance scale. ValueError names what is wrong.
 
     merge: a LoRA student's adapters are added into its weights.
     """
     if student.config.prior is not None:
-        raise ValueError("student: starts at a learned prior, which no format of others has; what can be exported starts at N(0, I)")
+        raise ValueError(
+            "student: starts at a learned prior, which no format of others has; what can be exported starts at N(0, I)"
+        )
     student = student.merged() if merge else student
     sampler = student.config.sampler
     if type(sampler) not in (Deterministic, Gamma):
@@ -85,5 +89,8 @@ def _scale(student: Student, guidance: float | None) -> float | None:
     if not 0 <= scale < math.inf:
         raise ValueError(f"--guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
     if not low <= scale <= high:
-        warnings.warn(f"--guidance: {scale:g} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
+        warnings.warn(
+            f"--guidance: {scale:g} lies outside {low:g}..{high:g}, the scales that this student was trained on",
+            stacklevel=3,
+        )
     return float(scale)

@@ -18,7 +18,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
 from flowmap.nets.stacked import net_within
-from flowmap.planning.costs import tokens_of
+from flowmap.student.examples import tokens_of
 
 PROGRAM = "program.pt2"
 FEW = 63  # rows from which diffusers' up-sampling goes another way
@@ -35,7 +35,12 @@ class SamplerProgram(nn.Module):
 
     def __init__(self, plan: Export):
         super().__init__()
-        self.flow_map, self.sampler, self.steps, self.clamp = plan.student.flow_map, plan.sampler, plan.steps, plan.student.config.clamp
+        self.flow_map, self.sampler, self.steps, self.clamp = (
+            plan.student.flow_map,
+            plan.sampler,
+            plan.steps,
+            plan.student.config.clamp,
+        )
         frozen = plan.autoencoder()
         self.autoencoder, self.unit = None if frozen is None else frozen.model, plan.unit
         shift, scale = ((0.0,), (1.0,)) if frozen is None else (frozen.shift, frozen.scale)
@@ -53,7 +58,9 @@ class SamplerProgram(nn.Module):
 def write_program(plan: Export, folder: Path) -> Written:
     """Writes program.pt2, for any batch size where torch can show that it does not matter, and gives the Python lines that call it."""
     if plan.gamma > 0 and plan.steps > 1:
-        raise ValueError(f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1")
+        raise ValueError(
+            f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1"
+        )
     plan.student.to("cpu")
     cond, note = example_conditions(plan)
     program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
@@ -130,7 +137,9 @@ def _snippet(plan: Export, cond: Cond, program: torch.export.ExportedProgram) ->
     rows = [f'"{key}": {known.get(key, text)}' for key, text in made.items()]
     shape = ", ".join(str(n) for n in (num, *plan.student.config.shape))
     lines = ["import torch", "", 'program = torch.export.load("path/to/this/folder/program.pt2").module()']
-    sizes = f"batch size: {sizes_of(program, 'noise', 0)}" + (f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else "")
+    sizes = f"batch size: {sizes_of(program, 'noise', 0)}" + (
+        f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else ""
+    )
     return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # {sizes}"])
 
 

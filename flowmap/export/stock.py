@@ -112,7 +112,9 @@ def check_grid(plan: Export) -> None:
             "take --custom, or a number of steps whose grid is even from 1 to 0"
         )
     if plan.gamma > 0 and plan.steps > 1:
-        raise ValueError(f"--steps: gamma = {plan.gamma:g} puts noise back between steps, which no stock scheduler does; take --custom or --steps 1")
+        raise ValueError(
+            f"--steps: gamma = {plan.gamma:g} puts noise back between steps, which no stock scheduler does; take --custom or --steps 1"
+        )
 
 
 @torch.no_grad()
@@ -141,7 +143,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict({key: value.cpu() for key, value in weights.items()})
     except RuntimeError as error:
-        raise ValueError(f"--student: its weights are not those of a plain {type(model).__name__}; merge its adapters first") from error
+        raise ValueError(
+            f"--student: its weights are not those of a plain {type(model).__name__}; merge its adapters first"
+        ) from error
 
 
 def constant_extra(plan: Export) -> Tensor | None:
@@ -156,14 +160,18 @@ def constant_extra(plan: Export) -> Tensor | None:
 def _vae(plan: Export, family: Family) -> nn.Module | None:
     vae = exported_vae(plan, shifts=family.shifts)
     if vae is not None and family.pipeline == "QwenImagePipeline":
-        raise ValueError(f"autoencoder: {family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not; take --custom")
+        raise ValueError(
+            f"autoencoder: {family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not; take --custom"
+        )
     return vae
 
 
 def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
     notes = [f"Take num_inference_steps={plan.steps} and no other: the network is told steps of 1/{plan.steps}."]
     if text is None:
-        notes[0] += " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and tokenizers to from_pretrained."
+        notes[0] += (
+            " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and tokenizers to from_pretrained."
+        )
     elif text.pipeline is None:
         notes[0] += " This pipeline cannot call the text encoder of the folder itself: the lines above do."
     return (*notes, *([ENCODER_KEPT] if plan.unit else []))

@@ -8,7 +8,16 @@ from pathlib import Path
 from flowmap.base.files import copy_folder
 from flowmap.export.plan import Export
 from flowmap.teachers.autoencoder import local_folder
-from flowmap.teachers.text import PIPELINE, T5, WITHOUT_T5, PipelineText, Sentence, pipeline_index, text_width, zeros_for_empty
+from flowmap.teachers.text import (
+    PIPELINE,
+    T5,
+    WITHOUT_T5,
+    PipelineText,
+    Sentence,
+    pipeline_index,
+    text_width,
+    zeros_for_empty,
+)
 
 PROMPT = "a blue cat"  # of the card's lines
 KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
@@ -31,7 +40,9 @@ class TextParts:
     width: int | None = None
 
 
-def write_text_parts(plan: Export, folder: Path, *, for_pipeline: str | None = None, of_base: bool = False) -> TextParts | None:
+def write_text_parts(
+    plan: Export, folder: Path, *, for_pipeline: str | None = None, of_base: bool = False
+) -> TextParts | None:
     """Puts the student's text encoders and tokenizers into the folder; None where it has none, or none that can be used there.
 
     for_pipeline: encoders of another pipeline class are left out. of_base: those of the LoRA student's base stay there.
@@ -46,7 +57,12 @@ def write_text_parts(plan: Export, folder: Path, *, for_pipeline: str | None = N
     parts, source = _pipeline_parts(spec)
     if of_base:
         base = plan.student.config.base
-        same = PipelineText(source=base.source, revision=base.revision, max_tokens=spec.max_tokens, size=spec.size).identity() == spec.identity()
+        same = (
+            PipelineText(
+                source=base.source, revision=base.revision, max_tokens=spec.max_tokens, size=spec.size
+            ).identity()
+            == spec.identity()
+        )
         return parts if same else None
     if for_pipeline not in (None, parts.pipeline):
         return None
@@ -67,7 +83,10 @@ def _write_sentence(plan: Export, folder: Path) -> TextParts:
     frozen = plan.student.text
     frozen.tokenizer.save_pretrained(folder / "tokenizer")
     frozen.model.save_pretrained(folder / "text_encoder")
-    index = {"text_encoder": ["transformers", type(frozen.model).__name__], "tokenizer": ["transformers", type(frozen.tokenizer).__name__]}
+    index = {
+        "text_encoder": ["transformers", type(frozen.model).__name__],
+        "tokenizer": ["transformers", type(frozen.tokenizer).__name__],
+    }
     return TextParts(index, max_tokens=frozen.spec.max_tokens)
 
 

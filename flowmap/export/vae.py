@@ -51,7 +51,9 @@ def fold_normalisation(vae: nn.Module, shift: Tensor, scale: Tensor) -> None:
     if not isinstance(vae, AutoencoderKL):
         what = "a shift" if len(shift) == len(scale) == 1 else "a shift or scale by channel"
         way = "; take --custom" if len(shift) == len(scale) == 1 else ""
-        raise ValueError(f"autoencoder: {what} of latents fits neither the weights of {type(vae).__name__} nor what this pipeline reads{way}")
+        raise ValueError(
+            f"autoencoder: {what} of latents fits neither the weights of {type(vae).__name__} nor what this pipeline reads{way}"
+        )
     _with_convolutions(vae)
     out, back = vae.quant_conv, vae.post_quant_conv
     channels = back.in_channels
@@ -69,7 +71,9 @@ def fold_unit(vae: nn.Module) -> None:
     from diffusers import AutoencoderDC, AutoencoderKL
 
     if not isinstance(vae, (AutoencoderKL, AutoencoderDC)):
-        raise ValueError(f"autoencoder: unit: the decoder of {type(vae).__name__} has no last layer that can be put on [-1, 1]")
+        raise ValueError(
+            f"autoencoder: unit: the decoder of {type(vae).__name__} has no last layer that can be put on [-1, 1]"
+        )
     last = vae.decoder.conv_out
     last.weight *= 2
     last.bias.mul_(2).sub_(1)

@@ -45,7 +45,9 @@ def power_beta(step: int, exponent: float) -> float:
     return (1 - 1 / step) ** (exponent + 1)
 
 
-def posthoc_coefficients(steps: Sequence[int], stds: Sequence[float], *, target_step: int | None = None, target_std: float) -> Tensor:
+def posthoc_coefficients(
+    steps: Sequence[int], stds: Sequence[float], *, target_step: int | None = None, target_std: float
+) -> Tensor:
     """Weights of snapshots, summing to 1, whose combination comes nearest to the average of width `target_std` at `target_step`.
 
     Snapshot i is an average of width stds[i] taken at steps[i]; target_step is the last of `steps` if not given. Nearest in least squares
@@ -53,10 +55,14 @@ def posthoc_coefficients(steps: Sequence[int], stds: Sequence[float], *, target_
     target_step after every snapshot.
     """
     if len(steps) != len(stds) or not steps:
-        raise ValueError(f"steps and stds must be as long as each other and not empty, got {len(steps)} and {len(stds)}")
+        raise ValueError(
+            f"steps and stds must be as long as each other and not empty, got {len(steps)} and {len(stds)}"
+        )
     target_step = max(steps) if target_step is None else target_step
     if not 1 <= target_step <= max(steps) or min(steps) < 1:
-        raise ValueError(f"target_step is {target_step!r}, steps {list(steps)!r}; allowed: steps from 1, target_step in [1, {max(steps)}]")
+        raise ValueError(
+            f"target_step is {target_step!r}, steps {list(steps)!r}; allowed: steps from 1, target_step in [1, {max(steps)}]"
+        )
     ends = torch.tensor([*steps, target_step], dtype=torch.float64)
     exponents = torch.tensor([exponent_from_std(std) for std in [*stds, target_std]], dtype=torch.float64)
     products = _inner_products(ends / target_step, exponents)

@@ -15,13 +15,19 @@ from torch import Tensor
 def barrier_weight(first: Sequence[Tensor], second: Sequence[Tensor], phi: Tensor | float) -> Tensor:
     """lambda = max((phi - <grad f, grad g>) / ||grad g||^2, 0), a scalar; first are the gradients of g, second those of f. 0 where grad g is 0."""
     squared, inner = inner_product(first, first), inner_product(first, second)
-    return torch.where(squared > 0, (phi - inner) / squared.clamp_min(torch.finfo(squared.dtype).tiny), torch.zeros_like(squared)).clamp_min(0)
+    return torch.where(
+        squared > 0, (phi - inner) / squared.clamp_min(torch.finfo(squared.dtype).tiny), torch.zeros_like(squared)
+    ).clamp_min(0)
 
 
-def barrier(first: Sequence[Tensor], least: float, value: Tensor | float, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+def barrier(
+    first: Sequence[Tensor], least: float, value: Tensor | float, *, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
     """phi = min(alpha (g - least), beta ||grad g||^2): how fast g, now at `value`, must fall; `least` is the value that is good enough."""
     squared = inner_product(first, first)
-    return torch.minimum(alpha * (torch.as_tensor(value, dtype=squared.dtype, device=squared.device) - least), beta * squared)
+    return torch.minimum(
+        alpha * (torch.as_tensor(value, dtype=squared.dtype, device=squared.device) - least), beta * squared
+    )
 
 
 def inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

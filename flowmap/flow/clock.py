@@ -37,7 +37,11 @@ class TableClock:
 
     def __init__(self, alphas_cumprod: Tensor):
         table = alphas_cumprod.double().cpu()
-        if table.ndim != 1 or len(table) < 2 or not bool(((table >= 0) & (table < 1)).all() and (table.diff() < 0).all()):
+        if (
+            table.ndim != 1
+            or len(table) < 2
+            or not bool(((table >= 0) & (table < 1)).all() and (table.diff() < 0).all())
+        ):
             raise ValueError("alphas_cumprod must be a table of falling numbers in [0, 1)")
         a, b = table.sqrt(), (1 - table).sqrt()
         self.times = b / (a + b)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowmap.flow.riding import ride
-from flowmap.flow.riding_torch import random_state, replayed
+from flowmap.flow.tangent.dual import ride
+from flowmap.flow.tangent.torch_functions import random_state, replayed
 from flowmap.flow.types import Cond, FlowMap, along
 
 DERIVATIVES = ("ride", "forward", "difference")
@@ -75,7 +75,14 @@ def along_path(
 
 
 def in_arrival(
-    student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None, *, mode: str = "ride", rows: int | None = None
+    student: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Cond | None = None,
+    *,
+    mode: str = "ride",
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes and rows as in along_path.
 
@@ -86,7 +93,9 @@ def in_arrival(
     return of_rows(lambda s: student.mean_velocity(x, t, s, cond), (s,), (torch.ones_like(s),), mode, step, rows)
 
 
-def value_and_graded_rate(function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+def value_and_graded_rate(
+    function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:
     """value_and_rate with a graph for both, by one torch.func.jvp: for objectives whose gradient runs through the rate as well."""
     moving = [i for i, t in enumerate(tangents) if t is not None]
     with sdpa_kernel(SDPBackend.MATH), LayerNormByParts():
@@ -180,7 +189,9 @@ def by_difference(function, primals, tangents, step):
     step = calibrated_step(floats[0]) if step is None else step
     value, again = recorded(function, primals)
     with again, torch.no_grad():
-        moved = [p if t is None else p + (along(step, p) * t).to(p.dtype) for p, t in zip(primals, tangents, strict=True)]
+        moved = [
+            p if t is None else p + (along(step, p) * t).to(p.dtype) for p, t in zip(primals, tangents, strict=True)
+        ]
         rate = (function(*moved) - value) / along(step, value)
     return value, rate.to(value.dtype).detach()
 

@@ -98,7 +98,12 @@ class RowGenerator:
     def _philox(self, block: Tensor, draw: int) -> Tensor:
         shape = (len(self), len(block))
         row = self.rows[:, None]
-        words = (block.expand(shape), torch.full(shape, draw, device=self.device), (row & WORD).expand(shape), (row >> 32 & WORD).expand(shape))
+        words = (
+            block.expand(shape),
+            torch.full(shape, draw, device=self.device),
+            (row & WORD).expand(shape),
+            (row >> 32 & WORD).expand(shape),
+        )
         return philox(words, self._key)
 
 
@@ -114,7 +119,9 @@ def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     if isinstance(generator, RowGenerator):
         return generator.normal(tuple(x.shape[1:])).to(device=x.device, dtype=x.dtype)
     device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
+    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(
+        device=x.device, dtype=x.dtype
+    )
 
 
 def normal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -169,7 +176,11 @@ def beside(generator: Generator | None) -> Generator | None:
     """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
     if generator is None:
         return None
-    return generator.beside("code") if isinstance(generator, RowGenerator) else seeded(f"code/{generator.initial_seed()}", generator.device)
+    return (
+        generator.beside("code")
+        if isinstance(generator, RowGenerator)
+        else seeded(f"code/{generator.initial_seed()}", generator.device)
+    )
 
 
 def of_samples(generator: Generator, places: Tensor) -> RowGenerator:

@@ -60,4 +60,6 @@ def limited(v: Tensor, x: Tensor, t: Tensor, limit: Limit, *, first: float = 1e-
     t = wide(t).clamp(max=last)
     x0 = x - along(t, x).to(x.dtype) * v
     kept = limit(x0)
-    return torch.where(kept == x0, v, (x - kept) / along(t.clamp(min=first), x).to(x.dtype))  # v as it is: no rounding where nothing changes
+    return torch.where(
+        kept == x0, v, (x - kept) / along(t.clamp(min=first), x).to(x.dtype)
+    )  # v as it is: no rounding where nothing changes

@@ -57,9 +57,13 @@ def convert(value: Tensor, x: Tensor, at: Coefficients, *, source: str, target: 
     if source == target:
         return value
     if source == "score":
-        return convert(-along(at.b, x) * value, x, at, source="epsilon", target=target, sigma_data=sigma_data).to(x.dtype)
+        return convert(-along(at.b, x) * value, x, at, source="epsilon", target=target, sigma_data=sigma_data).to(
+            x.dtype
+        )
     if target == "score":
-        return (-convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data) / along(at.b, x)).to(x.dtype)
+        return (-convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data) / along(at.b, x)).to(
+            x.dtype
+        )
     p, q = _row(source, at, sigma_data)
     p_new, q_new = _row(target, at, sigma_data)
     determinant = at.a * q - at.b * p
@@ -79,7 +83,9 @@ def _row(kind: str, at: Coefficients, sigma_data: float) -> tuple[Tensor, Tensor
     a, b = at.a, at.b
     if kind == "velocity":
         if at.a_rate is None or at.b_rate is None:
-            raise ValueError("kind 'velocity' needs the rates da/dt and db/dt, which a tabulated schedule has not; use 'linear_velocity'")
+            raise ValueError(
+                "kind 'velocity' needs the rates da/dt and db/dt, which a tabulated schedule has not; use 'linear_velocity'"
+            )
         return at.a_rate, at.b_rate
     if kind == "trig":
         radius = torch.hypot(a * sigma_data, b)
@@ -114,7 +120,9 @@ class _Path:
         vt = along(at.a_rate, x0) * x0 + along(at.b_rate, x0) * x1
         return PathSample(x0=x0, x1=x1, t=t, s=s, xt=xt.to(x0.dtype), vt=vt.to(x0.dtype), cond=cond)
 
-    def convert(self, value: Tensor, xt: Tensor, t: Tensor | float, *, source: str, target: str, sigma_data: float = 1.0) -> Tensor:
+    def convert(
+        self, value: Tensor, xt: Tensor, t: Tensor | float, *, source: str, target: str, sigma_data: float = 1.0
+    ) -> Tensor:
         """A prediction of kind `source` at (xt, t) on this path, said in kind `target`: see flow.path.convert."""
         return convert(value, xt, self.coefficients(t), source=source, target=target, sigma_data=sigma_data)
 

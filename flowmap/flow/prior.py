@@ -166,12 +166,20 @@ class WithStart(Protocol):
 
 def start_of(prior: Prior, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
     """Training's start by any prior, one that has no more than `sample` included."""
-    return prior.start(x0, cond, generator) if isinstance(prior, WithStart) else Start(prior.sample(x0, cond, generator))
+    return (
+        prior.start(x0, cond, generator) if isinstance(prior, WithStart) else Start(prior.sample(x0, cond, generator))
+    )
 
 
 @torch.no_grad()
 def starts(
-    prior: LearnedPrior | None, shape: tuple[int, ...], num: int, generator: torch.Generator, *, z: Tensor | None = None, batch_size: int = 256
+    prior: LearnedPrior | None,
+    shape: tuple[int, ...],
+    num: int,
+    generator: torch.Generator,
+    *,
+    z: Tensor | None = None,
+    batch_size: int = 256,
 ) -> Start:
     """Where `num` samples start, float32 on the CPU: a function of the generator's seed, and sample i's whatever `num` is. None is the
     Gaussian prior.
@@ -186,7 +194,9 @@ def starts(
 
 
 @torch.no_grad()
-def placed(prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | None = None, batch_size: int = 256) -> Start:
+def placed(
+    prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | None = None, batch_size: int = 256
+) -> Start:
     """The starts of that noise (N, ...) and of the codes that coarse (N, Z + 1) or z stands for, batch by batch, on the CPU."""
     where = next(prior.model.parameters())
     like = dict(device=where.device, dtype=where.dtype)
@@ -195,8 +205,13 @@ def placed(prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | No
         rows = slice(i, i + batch_size)
         code = prior.codes(coarse[rows].to(**like)) if z is None else z[rows].to(**like)
         parts.append(prior.place(code, noise[rows].to(**like)))
-    told = {key: torch.cat([part.told[key].float().cpu() for part in parts]) for key in (parts[0].told if parts else {})}
-    x1, variance = (torch.cat([getattr(part, name).float().cpu() for part in parts]) if parts else noise for name in ("x1", "variance"))
+    told = {
+        key: torch.cat([part.told[key].float().cpu() for part in parts]) for key in (parts[0].told if parts else {})
+    }
+    x1, variance = (
+        torch.cat([getattr(part, name).float().cpu() for part in parts]) if parts else noise
+        for name in ("x1", "variance")
+    )
     return Start(x1, told, variance)
 
 

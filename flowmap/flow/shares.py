@@ -37,7 +37,9 @@ def evenly(count: Tensor, share: float | Fraction, *, turned: int | None = None)
     part = fraction(share)
     within = count % part.denominator
     begins = 0 if turned is None else hashed(count // part.denominator, turned)
-    return ((begins + within) % part.denominator * part.numerator) % part.denominator >= part.denominator - part.numerator
+    return (
+        (begins + within) % part.denominator * part.numerator
+    ) % part.denominator >= part.denominator - part.numerator
 
 
 def hashed(x: Tensor, salt: int) -> Tensor:

@@ -40,13 +40,17 @@ def rho_times(steps: int, *, rho: float = 7.0, sigma_min: float = 0.002, sigma_m
     """
     _check_steps(steps)
     if not (rho > 0 and 0 < sigma_min <= sigma_max):
-        raise ValueError(f"rho, sigma_min, sigma_max are {rho!r}, {sigma_min!r}, {sigma_max!r}; allowed: above 0, sigma_min <= sigma_max")
+        raise ValueError(
+            f"rho, sigma_min, sigma_max are {rho!r}, {sigma_min!r}, {sigma_max!r}; allowed: above 0, sigma_min <= sigma_max"
+        )
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = [(high + (low - high) * i / max(steps - 1, 1)) ** rho for i in range(steps)]
     return (*(sigma / (1 + sigma) for sigma in sigmas), 0.0)
 
 
-def integrate(velocity: Velocity, x: Tensor, times: Sequence[float] | Tensor, *, step: Step, keep: bool = False) -> Solution:
+def integrate(
+    velocity: Velocity, x: Tensor, times: Sequence[float] | Tensor, *, step: Step, keep: bool = False
+) -> Solution:
     """x carried along the velocity through `times`, which fall or rise strictly.
 
     The state is kept in float32 or better, the velocity sees x's own dtype and times (B,) in float32 (float64 for a float64 x).
@@ -140,7 +144,9 @@ class Solver:
     def step(self, v, x: Tensor, t: float, s: float) -> Tensor:
         raise NotImplementedError
 
-    def __call__(self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False) -> Solution:
+    def __call__(
+        self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False
+    ) -> Solution:
         """x at time `start`, (B, ...), carried to time `end`; start < end inverts data to noise."""
         return integrate(velocity, x, self.times(start, end), step=self.step, keep=keep)
 
@@ -186,9 +192,13 @@ class NoiseAnchored(Solver):
     Euler's own result where paths are straight, and in 1 or 2 steps down to 0 everywhere. One call a step; from t = 1 towards 0 only.
     """
 
-    def __call__(self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False) -> Solution:
+    def __call__(
+        self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False
+    ) -> Solution:
         if start != 1 or not 0 <= end < 1:
-            raise ValueError(f"start, end are {start!r}, {end!r}; allowed for the anchored rule: start 1, end in [0, 1)")
+            raise ValueError(
+                f"start, end are {start!r}, {end!r}; allowed for the anchored rule: start 1, end in [0, 1)"
+            )
         noise = x if x.dtype == torch.float64 else x.float()
 
         def step(v, x, t, s):

@@ -56,7 +56,9 @@ class _OneLaw:
         if self.pairs not in PAIRS:
             raise ValueError(f"pairs is {self.pairs!r}; allowed: {', '.join(PAIRS)}")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
         t = self.draw(n, device, generator)
         if self.pairs == "diagonal":
@@ -166,7 +168,9 @@ class Interval:
     def __post_init__(self):
         check_ranges(self)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; drawn on the generator's device."""
         d = torch.sigmoid(self.mean + self.std * normals(n, device, generator))
         s = uniforms(n, device, generator) * (1 - d)
@@ -210,7 +214,9 @@ class Consistency:
     def _times(self) -> Uniform | LogitNormal:
         return Uniform("consistency") if self.law == "uniform" else LogitNormal(self.mean, self.std, "consistency")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n pairs (t, 0), each (n,) float32 on `device`; drawn on the generator's device."""
         return self._times(n, device=device, generator=generator)
 
@@ -233,7 +239,9 @@ class Dyadic:
         if self.finest & (self.finest - 1):
             raise ValueError(f"finest is {self.finest!r}; allowed: a power of two, from 1")
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
         which, where = uniforms(n, device, generator), uniforms(n, device, generator)
         still = evenly(places_of(n, which.device, generator), self.diagonal)
@@ -264,7 +272,9 @@ class Mixture:
             raise ValueError(f"diagonal_at is {self.diagonal_at!r}; allowed: {', '.join(ENDS)}")
         at_zero = isinstance(self.base, _OneLaw) and self.base.pairs == "consistency"
         if self.diagonal_at == "arrival" and (at_zero or not isinstance(self.base, WithDensities)):
-            raise ValueError(f"diagonal_at is 'arrival', but {type(self.base).__name__} arrives at one time only; allowed: departure")
+            raise ValueError(
+                f"diagonal_at is 'arrival', but {type(self.base).__name__} arrives at one time only; allowed: departure"
+            )
         if self.one_step + self.diagonal > 1:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
 
@@ -275,7 +285,9 @@ class Mixture:
         jumps = evenly(place, one_step)
         return jumps, ~jumps & evenly(place - taken(place, one_step), rest)
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
         t, s = self.base(n, device=device, generator=generator)
         jumps, still = self.members(places_of(n, t.device, generator))

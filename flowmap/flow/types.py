@@ -40,14 +40,18 @@ class PathSample:
 
     def places(self, step: int) -> Tensor:
         """`place`, or where there is none those of a run whose every step has one batch of this size."""
-        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
+        return (
+            step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
+        )
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
     """The sample with those rows alone, in that order; rows is an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    more: dict[str, Any] = {name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")}
+    more: dict[str, Any] = {
+        name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")
+    }
     return PathSample(**parts, cond=cond, **more)
 
 
@@ -91,7 +95,9 @@ class Prior(Protocol):
 class TimeSampler(Protocol):
     """Draws n pairs (t, s), each (n,) float32 on `device`, 0 <= s <= t <= 1."""
 
-    def __call__(self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Objective(Protocol):
@@ -109,7 +115,9 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student."""
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor: ...
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor: ...
 
 
 def along(t: Tensor | float, x: Tensor) -> Tensor:

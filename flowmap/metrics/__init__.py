@@ -10,9 +10,21 @@ from flowmap.metrics.features import FEATURES
 from flowmap.metrics.floor import floor, floors
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
-from flowmap.metrics.text import TEXT_METRICS
+from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
+from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
 
-METRICS |= TEXT_METRICS
+METRICS |= {
+    "distinct": Distinct,
+    "self_bleu": SelfBLEU,
+    "text_divergence": TextDivergence,
+    "memorised": Memorised,
+    "control": Control,
+    "phrase": Phrase,
+    "content_kept": ContentKept,
+    "style_hit": StyleHit,
+    "infilled": Infilled,
+    "perplexity": Perplexity,
+}
 
 __all__ = [
     "FEATURES",

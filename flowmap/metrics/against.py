@@ -64,4 +64,8 @@ class Against:
     def report(self, *, only: str | None = None) -> dict[str, float]:
         """The figures under their keys, those against training samples with `_train` after them."""
         told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
-        return {f"{key}{suffix}": value for suffix, metric in told.items() for key, value in self.spec.report(metric).items()}
+        return {
+            f"{key}{suffix}": value
+            for suffix, metric in told.items()
+            for key, value in self.spec.report(metric).items()
+        }

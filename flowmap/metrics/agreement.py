@@ -15,7 +15,9 @@ from torchmetrics import Metric
 
 from flowmap.flow.types import Cond
 
-SAME = 1 - 1e-5  # cosine from which two encodings are those of one caption; half precision and other batches move it by 1e-7
+SAME = (
+    1 - 1e-5
+)  # cosine from which two encodings are those of one caption; half precision and other batches move it by 1e-7
 RIDGES = torch.logspace(-4, 3, 15, dtype=torch.float64)  # in units of the mean variance of a feature
 
 
@@ -72,14 +74,24 @@ class CaptionRetrieval(Metric):
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, cond: Cond, *, top: tuple[int, ...] = (1, 5), among: int = 100):
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        real: Tensor,
+        cond: Cond,
+        *,
+        top: tuple[int, ...] = (1, 5),
+        among: int = 100,
+    ):
         super().__init__()
         self.features, self.top, self.among = features, top, among
         captions = sentences(cond)
         self.regression = Ridge(_rows(features, real), captions)
         self.pool = _different(captions)
         if len(self.pool) < among + 1:  # one of them may be the sample's own
-            raise ValueError(f"metrics.among: {among} wants more than {among} different captions of real samples; there are {len(self.pool)}")
+            raise ValueError(
+                f"metrics.among: {among} wants more than {among} different captions of real samples; there are {len(self.pool)}"
+            )
         self.add_state("found", torch.zeros(len(top), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -124,7 +136,9 @@ class Ridge:
 def _left_out_error(z: Tensor, shrunk: Tensor, shared: Tensor, y: Tensor) -> float:
     """The mean squared error on a row that is left out: z (N, D) in principal directions, shrunk z^T z plus the penalty, shared z^T y."""
     leverage = (z.square() / shrunk).sum(1) + 1 / len(z)
-    return float(((y - z @ (shared / shrunk[:, None])).square().sum(1) / (1 - leverage).clamp_min(1e-6).square()).mean())
+    return float(
+        ((y - z @ (shared / shrunk[:, None])).square().sum(1) / (1 - leverage).clamp_min(1e-6).square()).mean()
+    )
 
 
 def below(marked: Tensor, total: Tensor, *, draws: int, most: int) -> Tensor:
@@ -145,7 +159,9 @@ def sentences(cond: Cond) -> Tensor:
     if "pooled" in cond:
         return F.normalize(cond["pooled"].double())
     if "text" not in cond:
-        raise ValueError(f"metrics: retrieval needs conditions of text (pooled or text); these are {', '.join(cond) or 'none'}")
+        raise ValueError(
+            f"metrics: retrieval needs conditions of text (pooled or text); these are {', '.join(cond) or 'none'}"
+        )
     words = cond["text"].double()
     mask = cond["text_mask"] if "text_mask" in cond else torch.ones(words.shape[:2], device=words.device)
     return F.normalize((words * mask.double()[..., None]).sum(1))
@@ -153,7 +169,9 @@ def sentences(cond: Cond) -> Tensor:
 
 def _different(captions: Tensor) -> Tensor:
     """Those rows that are unlike every row before them."""
-    repeats = torch.cat([((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)])  # argmax: the first such row
+    repeats = torch.cat(
+        [((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)]
+    )  # argmax: the first such row
     return captions[repeats == torch.arange(len(captions), device=captions.device)]
 
 

@@ -78,8 +78,12 @@ class Retrieval(InFeatures):
 
         chosen = {key: some(value, self.reference_images) for key, value in conditions.items()}
         features = build_features(self.features, reference)
-        return CaptionRetrieval(features, some(reference, self.reference_images), chosen, top=self.top, among=self.among)
+        return CaptionRetrieval(
+            features, some(reference, self.reference_images), chosen, top=self.top, among=self.among
+        )
 
     def report(self, metric: CaptionRetrieval) -> dict[str, float]:
         found = metric.compute().reshape(-1).tolist()  # torchmetrics makes a number of one entry
-        return {f"retrieval_top{k}_{short_name(self.features)}": value for k, value in zip(self.top, found, strict=True)}
+        return {
+            f"retrieval_top{k}_{short_name(self.features)}": value for k, value in zip(self.top, found, strict=True)
+        }

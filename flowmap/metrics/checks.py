@@ -20,9 +20,15 @@ def check_metrics(specs: Sequence[Any], dataset: Any, *, conditional: bool, pair
         if spec.needs == "texts" and not isinstance(dataset, WithTexts):
             raise ValueError(f"metrics: {type(spec).__name__} looks at sentences: data of kind text")
         if isinstance(spec, Agreement) and (dataset.num_classes is None or not conditional):
-            raise ValueError("metrics: agreement needs data with classes that are given to the network; for captions there is retrieval")
-        if isinstance(spec, Retrieval) and not (conditional and {"pooled", "text"} & set(dataset.conditions_at(torch.zeros(1, dtype=torch.int64)))):
-            raise ValueError("metrics: retrieval needs data with captions that are given to the network; for classes there is agreement")
+            raise ValueError(
+                "metrics: agreement needs data with classes that are given to the network; for captions there is retrieval"
+            )
+        if isinstance(spec, Retrieval) and not (
+            conditional and {"pooled", "text"} & set(dataset.conditions_at(torch.zeros(1, dtype=torch.int64)))
+        ):
+            raise ValueError(
+                "metrics: retrieval needs data with captions that are given to the network; for classes there is agreement"
+            )
         if (spec.needs == "inversion" or spec.needs == "loss" and not paired) and not dataset.num_held_out:
             raise ValueError("metrics: inversion and loss_by_time look at held-out samples, and data.held_out is 0")
         spec.fits(dataset)

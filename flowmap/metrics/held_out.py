@@ -24,7 +24,9 @@ class InversionScore(MeanScore):
     def update(self, x0: Tensor, x1: Tensor, back: Tensor) -> None:
         """Three (B, ...) of one shape: real samples, the noise that they were carried to, and what the sampler makes of that."""
         if not x0.shape == x1.shape == back.shape:
-            raise ValueError(f"x0, x1 and back must have one shape, got {tuple(x0.shape)}, {tuple(x1.shape)} and {tuple(back.shape)}")
+            raise ValueError(
+                f"x0, x1 and back must have one shape, got {tuple(x0.shape)}, {tuple(x1.shape)} and {tuple(back.shape)}"
+            )
         self.total += (x0.double() - back.double()).square().sum()
         self.count += x0.numel()
         self.norms.append(x1.double().flatten(1).square().sum(1))

@@ -64,7 +64,10 @@ class MaximumMeanDiscrepancy(Metric):
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         exact = "donot_use_mm_for_euclid_dist"
-        parts = [torch.cdist(part, y, compute_mode=exact).square_().div_(-2 * self.sigma**2).exp_().sum() for part in x.split(self.chunk)]
+        parts = [
+            torch.cdist(part, y, compute_mode=exact).square_().div_(-2 * self.sigma**2).exp_().sum()
+            for part in x.split(self.chunk)
+        ]
         return torch.stack(parts).sum()
 
 

@@ -7,7 +7,6 @@ the ratio together with a distance between laws.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,25 +17,22 @@ from flowmap.metrics.against import CHUNK, HasReferences
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.spec import some
 
-if TYPE_CHECKING:
-    from flowmap.metrics.specs import NearestNeighbour
-
 
 class Neighbours:
     """The metric of kind nearest_neighbour on a data set; `reset`, `update` and `report` as Against has them."""
 
-    def __init__(self, spec: NearestNeighbour, data: HasReferences):
+    def __init__(self, data: HasReferences, *, features: str, images: int, reference_images: int | None):
         reference = data.reference
-        features = build_features(spec.features, reference)
-        self.spec = spec
-        self.metric = NearestScore(features, some(reference, spec.reference_images)).to(reference.device)
-        self.held_out = float(self.metric.distances_of(some(data.held_out, spec.images)).median())
+        network = build_features(features, reference)
+        self.features, self.images = features, images
+        self.metric = NearestScore(network, some(reference, reference_images)).to(reference.device)
+        self.held_out = float(self.metric.distances_of(some(data.held_out, images)).median())
 
     def reset(self) -> None:
         self.metric.reset()
 
     def update(self, x: Tensor, *, world: int = 1) -> None:
-        self.metric.update(x[: self.spec.images // world])
+        self.metric.update(x[: self.images // world])
 
     def report(self) -> dict[str, float]:
         return self._row(float(self.metric.compute()))
@@ -46,7 +42,7 @@ class Neighbours:
         return self._row(self.held_out)
 
     def _row(self, median: float) -> dict[str, float]:
-        key = f"nearest_{short_name(self.spec.features)}"
+        key = f"nearest_{short_name(self.features)}"
         ratio = median / self.held_out if self.held_out else float("inf") if median else 1.0
         return {key: median, f"{key}_held_out": self.held_out, f"{key}_ratio": ratio}
 

@@ -44,7 +44,9 @@ class PrecisionRecallScore(Metric):
             held = getattr(self, kind)
             sets[kind] = dim_zero_cat(held) if len(held) else torch.empty(0)
             if len(sets[kind]) <= self.k:
-                raise ValueError(f"precision and recall with k = {self.k} need more than {self.k} {kind} samples, got {len(sets[kind])}")
+                raise ValueError(
+                    f"precision and recall with k = {self.k} need more than {self.k} {kind} samples, got {len(sets[kind])}"
+                )
         real, fake = sets["real"], sets["fake"]
         return {"precision": self._covered(fake, real), "recall": self._covered(real, fake)}
 

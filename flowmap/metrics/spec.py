@@ -73,7 +73,9 @@ def enough(what: str, least: int, data: Sizes) -> None:
         drawn = {"training": data.num_reference // 2}
     for kind, count in sides.items():
         if drawn[kind] < least:
-            raise ValueError(f"metrics: {what} needs {least} {kind} samples or more in each draw of its floor: of {count} it draws {drawn[kind]}")
+            raise ValueError(
+                f"metrics: {what} needs {least} {kind} samples or more in each draw of its floor: of {count} it draws {drawn[kind]}"
+            )
 
 
 class Spec:
@@ -104,7 +106,9 @@ class InFeatures(Spec):
         super().fits(data)
         if needs_pictures(self.features) and (len(data.reference_shape) != 3 or data.reference_shape[0] not in (1, 3)):
             shape = tuple(data.reference_shape)
-            raise ValueError(f"metrics: features {self.features!r} look at pictures of 1 or 3 channels, and the samples have shape {shape}")
+            raise ValueError(
+                f"metrics: features {self.features!r} look at pictures of 1 or 3 channels, and the samples have shape {shape}"
+            )
 
     def check(self) -> None:
         check_features(self.features)

@@ -114,7 +114,9 @@ class PrecisionRecall(_InSpace):
     def fits(self, data: Sizes) -> None:
         if self.images > data.num_reference:
             found = data.num_reference
-            raise ValueError(f"metrics.images: precision_recall compares {self.images} with as many training samples, and there are {found}")
+            raise ValueError(
+                f"metrics.images: precision_recall compares {self.images} with as many training samples, and there are {found}"
+            )
         super().fits(data)
 
     @property
@@ -201,7 +203,7 @@ class NearestNeighbour(InFeatures):
         """The metric with the training samples already in the feature space."""
         from flowmap.metrics.nearest import Neighbours
 
-        return Neighbours(self, data)
+        return Neighbours(data, features=self.features, images=self.images, reference_images=self.reference_images)
 
 
 METRICS = {

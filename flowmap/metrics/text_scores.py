@@ -48,7 +48,10 @@ def frontier_divergence(p: Tensor, q: Tensor, scaling: float = 5.0, points: int 
     weights = torch.linspace(1e-6, 1 - 1e-6, points, dtype=torch.float64)
     between = weights[:, None] * p + (1 - weights[:, None]) * q
     x, y = (torch.exp(-scaling * _kl(one, between)) for one in (q, p))
-    x, y = torch.cat([torch.zeros(1), x.flip(0), torch.ones(1)]).double(), torch.cat([torch.ones(1), y.flip(0), torch.zeros(1)]).double()
+    x, y = (
+        torch.cat([torch.zeros(1), x.flip(0), torch.ones(1)]).double(),
+        torch.cat([torch.ones(1), y.flip(0), torch.zeros(1)]).double(),
+    )
     order = torch.argsort(x, stable=True)
     return float(1 - torch.trapezoid(y[order], x[order]).abs())
 

@@ -22,7 +22,9 @@ def tagged(text: str) -> list[tuple[str, str]]:
     try:
         from textblob.en import tag
     except ImportError as error:
-        raise ValueError(f"metrics: textblob cannot be imported ({error}): pip install 'flowmap-distillation[text]'") from error
+        raise ValueError(
+            f"metrics: textblob cannot be imported ({error}): pip install 'flowmap-distillation[text]'"
+        ) from error
     return tag(text, tokenize=True)
 
 

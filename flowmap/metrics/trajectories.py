@@ -22,8 +22,15 @@ class StraightnessScore(MeanScore):
     def update(self, trajectory: Tensor, times: Tensor) -> None:
         """trajectory (T, B, ...) at times (T,), strictly up or strictly down. Raises ValueError for other shapes or times."""
         steps = times.double().diff()
-        if times.ndim != 1 or len(times) != len(trajectory) or len(times) < 2 or not ((steps > 0).all() or (steps < 0).all()):
-            raise ValueError(f"times must be ({len(trajectory)},), 2 or more, strictly up or down; got {tuple(times.shape)}")
+        if (
+            times.ndim != 1
+            or len(times) != len(trajectory)
+            or len(times) < 2
+            or not ((steps > 0).all() or (steps < 0).all())
+        ):
+            raise ValueError(
+                f"times must be ({len(trajectory)},), 2 or more, strictly up or down; got {tuple(times.shape)}"
+            )
         x, length = trajectory.double(), times[-1].double() - times[0].double()
         off = (x.diff(dim=0) / along(steps, x[1:]) - (x[-1] - x[0]) / length).square().flatten(1).mean(1)
         self.total += (off * steps / length).sum() * x.shape[1]

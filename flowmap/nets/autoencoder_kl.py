@@ -29,7 +29,9 @@ class AutoencoderKL:
         if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
+    ) -> nn.Module:
         if len(shape) != 3 or any(side % 2 ** (len(self.channels) - 1) for side in shape[1:]):
             raise ValueError(f"channels: {len(self.channels)} levels do not halve a picture of shape {tuple(shape)}")
         return AutoencoderNet(self, shape)

@@ -42,7 +42,9 @@ class ConvPrior(_Auxiliary):
         if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels: {self.channels} must be multiples of groups ({self.groups})")
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
+    ) -> nn.Module:
         if len(shape) != 3 or any(side % 2 ** (len(self.channels) - 1) for side in shape[1:]):
             raise ValueError(f"channels: {len(self.channels)} levels do not halve a sample of shape {tuple(shape)}")
         return AuxiliaryNet(self, _ConvEncoder(self, shape), _ConvDecoder(self, shape))
@@ -63,9 +65,13 @@ class TransformerPrior(_Auxiliary):
         if self.width % (4 * self.heads):
             raise ValueError(f"width: {self.width} is not a multiple of 4 x heads ({self.heads})")
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
+    ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
+            raise ValueError(
+                f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)"
+            )
         return AuxiliaryNet(self, _TokenEncoder(self, shape), _TokenDecoder(self, shape))
 
 
@@ -100,17 +106,25 @@ class _ConvEncoder(nn.Sequential):
         for here, there in zip(spec.channels, spec.channels[1:], strict=False):
             layers += [nn.Conv2d(here, there, 3, stride=2, padding=1), _Residual(there, spec.groups)]
         size = last * (shape[1] >> halvings) * (shape[2] >> halvings)
-        super().__init__(*layers, nn.GroupNorm(spec.groups, last), nn.SiLU(), nn.Flatten(), nn.Linear(size, 2 * spec.size))
+        super().__init__(
+            *layers, nn.GroupNorm(spec.groups, last), nn.SiLU(), nn.Flatten(), nn.Linear(size, 2 * spec.size)
+        )
 
 
 class _ConvDecoder(nn.Sequential):
     def __init__(self, spec: ConvPrior, shape: tuple[int, ...]):
         first, last, halvings = spec.channels[0], spec.channels[-1], len(spec.channels) - 1
         small = (last, shape[1] >> halvings, shape[2] >> halvings)
-        layers: list[nn.Module] = [nn.Linear(spec.size, last * small[1] * small[2]), nn.Unflatten(1, small), _Residual(last, spec.groups)]
+        layers: list[nn.Module] = [
+            nn.Linear(spec.size, last * small[1] * small[2]),
+            nn.Unflatten(1, small),
+            _Residual(last, spec.groups),
+        ]
         for here, there in zip(spec.channels[::-1], spec.channels[-2::-1], strict=False):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(here, there, 3, padding=1), _Residual(there, spec.groups)]
-        super().__init__(*layers, nn.GroupNorm(spec.groups, first), nn.SiLU(), nn.Conv2d(first, 2 * shape[0], 3, padding=1))
+        super().__init__(
+            *layers, nn.GroupNorm(spec.groups, first), nn.SiLU(), nn.Conv2d(first, 2 * shape[0], 3, padding=1)
+        )
 
 
 class _Residual(nn.Module):
@@ -118,7 +132,9 @@ class _Residual(nn.Module):
         super().__init__()
         norms = (nn.GroupNorm(groups, channels) for _ in range(2))
         convs = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.layers = nn.Sequential(*(part for norm, conv in zip(norms, convs, strict=True) for part in (norm, nn.SiLU(), conv)))
+        self.layers = nn.Sequential(
+            *(part for norm, conv in zip(norms, convs, strict=True) for part in (norm, nn.SiLU(), conv))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -129,7 +145,9 @@ class _TokenEncoder(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(shape[0], spec.width, spec.patch, stride=spec.patch)
         self.position = nn.Parameter(sine_positions(shape[1] // spec.patch, shape[2] // spec.patch, spec.width))
-        self.modulation = nn.Parameter(0.02 * torch.ones(1, spec.width))  # blocks are gated by a vector: here by one that is learned
+        self.modulation = nn.Parameter(
+            0.02 * torch.ones(1, spec.width)
+        )  # blocks are gated by a vector: here by one that is learned
         self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, 2 * spec.size)
 

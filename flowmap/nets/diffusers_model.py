@@ -40,7 +40,9 @@ class DiffusersModel:
     settings: str
     scheduler: str
     scheduler_settings: str
-    holds_constants: ClassVar[bool] = True  # position tables and the like that no file of weights has: it must be built with memory
+    holds_constants: ClassVar[bool] = (
+        True  # position tables and the like that no file of weights has: it must be built with memory
+    )
 
     def __post_init__(self):
         if self.network not in CALLS:
@@ -54,7 +56,9 @@ class DiffusersModel:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> DiffusersNet:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
+    ) -> DiffusersNet:
         return DiffusersNet(made(self.network, self.settings), *self.clock(), arrival=arrival, guidance=guidance)
 
     def clock(self) -> tuple[FlowClock | TableClock, str]:
@@ -88,7 +92,9 @@ class DiffusersNet(nn.Module):
     model: Any  # a network of diffusers
     frozen: frozenset[str]
 
-    def __init__(self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool):
+    def __init__(
+        self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool
+    ):
         super().__init__()
         self.model, self.clock, self.prediction = model, clock, prediction
         self.empty: dict[str, Tensor] = {}
@@ -101,12 +107,18 @@ class DiffusersNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         cond = cond or {}
         self.extra.value = branches(self.arrival, self.guidance, t, s, cond)
-        missing = {key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in self.empty.items() if key not in cond}
+        missing = {
+            key: value.to(x.device).expand(len(x), *value.shape[1:])
+            for key, value in self.empty.items()
+            if key not in cond
+        }
         given = _Conditions(type(self.model).__name__, {**missing, **cond})
 
         def predict(state: Tensor, time: Tensor) -> Tensor:
             out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
-            return (out[:, : x.shape[1]] if out.shape[1] == 2 * x.shape[1] else out).to(x.dtype)  # a learned variance is left out
+            return (out[:, : x.shape[1]] if out.shape[1] == 2 * x.shape[1] else out).to(
+                x.dtype
+            )  # a learned variance is left out
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
 
@@ -130,7 +142,11 @@ class DiffusersNet(nn.Module):
         """The same network, weights shared, with those transformer blocks left out: a weak model for autoguidance."""
         blocks = getattr(self.model, BLOCKS, None)
         if blocks is None or any(not 0 <= i < len(blocks) for i in skip):
-            allowed = f"0..{len(blocks) - 1}" if blocks is not None else "nothing: this network has no row of transformer blocks"
+            allowed = (
+                f"0..{len(blocks) - 1}"
+                if blocks is not None
+                else "nothing: this network has no row of transformer blocks"
+            )
             raise ValueError(f"skip_blocks: {tuple(skip)} must lie in {allowed}")
         weak, model = copy.copy(self), copy.copy(self.model)
         weak._modules, model._modules = dict(self._modules), dict(self.model._modules)
@@ -159,7 +175,9 @@ def _listen(model: nn.Module, extra: _Extra) -> int:
     found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
     widths = {module.linear_2.out_features for module in found}
     if len(widths) != 1:
-        raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; found {len(found)} of {len(widths)} widths")
+        raise ValueError(
+            f"{type(model).__name__}: a student needs time embeddings of one width; found {len(found)} of {len(widths)} widths"
+        )
     for module in found:
         module.__class__ = _listening(type(module))
         module.extra = extra
@@ -248,23 +266,33 @@ def _unet(net, x, time, cond):
 
 
 def _unet_condition(net, x, time, cond):
-    added = {"text_embeds": cond["pooled"], "time_ids": cond["size"]} if net.config.addition_embed_type == "text_time" else None
+    added = (
+        {"text_embeds": cond["pooled"], "time_ids": cond["size"]}
+        if net.config.addition_embed_type == "text_time"
+        else None
+    )
     return net(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
 
 
 def _sd3(net, x, time, cond):
-    return net(hidden_states=x, timestep=time, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"]).sample
+    return net(
+        hidden_states=x, timestep=time, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"]
+    ).sample
 
 
 def _sana(net, x, time, cond):
     scale = net.config.timestep_scale
-    return net(x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond.get("text_mask"), timestep=time * scale).sample
+    return net(
+        x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond.get("text_mask"), timestep=time * scale
+    ).sample
 
 
 def _pixart(net, x, time, cond):
     added = {"resolution": None, "aspect_ratio": None}
     mask = cond.get("text_mask")
-    return net(x, encoder_hidden_states=cond["text"], encoder_attention_mask=mask, timestep=time, added_cond_kwargs=added).sample
+    return net(
+        x, encoder_hidden_states=cond["text"], encoder_attention_mask=mask, timestep=time, added_cond_kwargs=added
+    ).sample
 
 
 def _flux(net, x, time, cond):

@@ -41,8 +41,12 @@ def check_text(net: DiffusersModel, cond: Mapping[str, Tensor]) -> None:
     settings = json.loads(net.settings)
     for key, names in WIDTHS.get(net.network, {}).items():
         if key not in cond:
-            raise ValueError(f"data: gives no {key!r}, which {net.network} reads; data of kind encoded with a text encoder (data.text) does")
+            raise ValueError(
+                f"data: gives no {key!r}, which {net.network} reads; data of kind encoded with a text encoder (data.text) does"
+            )
         width = next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
         given = cond[key].shape[-1]
         if width is not None and given != width:
-            raise ValueError(f"data: its {key!r} is {given} wide, {net.network} reads {width}: data.text must be the text encoder of that network")
+            raise ValueError(
+                f"data: its {key!r} is {given} wide, {net.network} reads {width}: data.text must be the text encoder of that network"
+            )

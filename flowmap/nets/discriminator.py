@@ -48,7 +48,9 @@ class ConvNet(nn.Module):
             raise ValueError(f"depth: {depth} halvings leave nothing of a sample of shape {tuple(shape)}")
         widths = [min(spec.width << level, spec.max_width) for level in range(depth + 1)]
         self.enter = nn.Conv2d(shape[0], widths[0], 3, padding=1)
-        self.blocks = nn.ModuleList(Block(inside, out) for inside, out in zip([widths[0], *widths], widths, strict=False))
+        self.blocks = nn.ModuleList(
+            Block(inside, out) for inside, out in zip([widths[0], *widths], widths, strict=False)
+        )
         self.places = (shape[1] >> depth) * (shape[2] >> depth)
         self.mix = nn.Linear(widths[-1] * self.places, widths[-1])
         self.score = Projection(widths[-1], num_classes)
@@ -79,7 +81,9 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, num_classes: int | None):
         super().__init__()
-        self.straight = nn.Linear(width, 1, bias=False)  # the loss sees differences of scores alone: a bias would only drift
+        self.straight = nn.Linear(
+            width, 1, bias=False
+        )  # the loss sees differences of scores alone: a bias would only drift
         self.label = nn.Embedding(num_classes, width) if num_classes else None
         if self.label is not None:
             nn.init.zeros_(self.label.weight)
@@ -131,10 +135,14 @@ def channels_of(features: Tensor) -> int:
 def check_shape(shape: tuple[int, ...], kind: str) -> None:
     """ValueError unless samples are pictures or latents."""
     if len(shape) != 3:
-        raise ValueError(f"kind: {kind!r} wants pictures or latents (channels, height, width), and the data's samples are {tuple(shape)}")
+        raise ValueError(
+            f"kind: {kind!r} wants pictures or latents (channels, height, width), and the data's samples are {tuple(shape)}"
+        )
 
 
 def in_float32(device: torch.device) -> torch.autocast:
     """Inside, autocast is off."""
-    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # "meta" has no autocast to switch off
+    kind = (
+        device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    )  # "meta" has no autocast to switch off
     return torch.autocast(kind, enabled=False)

@@ -41,13 +41,17 @@ class OnTeacher:
     def __post_init__(self):
         check_ranges(self)
 
-    def build(self, shape: tuple[int, ...], *, network: nn.Module, example: Cond, num_classes: int | None = None) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, network: nn.Module, example: Cond, num_classes: int | None = None
+    ) -> nn.Module:
         """network: the teacher's F(x, t, s, cond); example: one row of what it is conditioned on."""
         return OnTeacherNet(self, shape, network, example, num_classes)
 
 
 class OnTeacherNet(nn.Module):
-    def __init__(self, spec: OnTeacher, shape: tuple[int, ...], network: nn.Module, example: Cond, num_classes: int | None):
+    def __init__(
+        self, spec: OnTeacher, shape: tuple[int, ...], network: nn.Module, example: Cond, num_classes: int | None
+    ):
         super().__init__()
         row = row_of_blocks(network)
         if not row:
@@ -58,12 +62,16 @@ class OnTeacherNet(nn.Module):
         self.time, self._frozen, self._blocks = spec.time, (network,), tuple(row[i] for i in spec.blocks or spread)
         device = next(network.parameters()).device
         with torch.no_grad():
-            features = self.features(torch.zeros(1, *shape, device=device), {key: value.to(device) for key, value in example.items()}, None)
+            features = self.features(
+                torch.zeros(1, *shape, device=device), {key: value.to(device) for key, value in example.items()}, None
+            )
         self.heads = nn.ModuleList(Head(channels_of(one), spec.width, num_classes) for one in features)
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
         with in_float32(x.device):
-            return sum(head(one, cond) for head, one in zip(self.heads, self.features(x, cond, noise), strict=True)) / len(self.heads)
+            return sum(
+                head(one, cond) for head, one in zip(self.heads, self.features(x, cond, noise), strict=True)
+            ) / len(self.heads)
 
     def features(self, x: Tensor, cond: Cond | None, noise: Tensor | None) -> list[Tensor]:
         """What each chosen block gives; nothing else of the teacher's forward pass is looked at."""
@@ -122,7 +130,9 @@ class OnFeatures:
         """call: that network, frozen."""
         check_shape(shape, "features")
         if shape[0] not in (1, 3):
-            raise ValueError(f"kind: 'features' wants pictures of 1 or 3 channels, and the data's samples are {tuple(shape)}")
+            raise ValueError(
+                f"kind: 'features' wants pictures of 1 or 3 channels, and the data's samples are {tuple(shape)}"
+            )
         return OnFeaturesNet(self, shape, call, num_classes)
 
 
@@ -137,7 +147,9 @@ class OnFeaturesNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
         with in_float32(x.device):
-            return sum(head(one, cond) for head, one in zip(self.heads, self.features(x), strict=True)) / len(self.heads)
+            return sum(head(one, cond) for head, one in zip(self.heads, self.features(x), strict=True)) / len(
+                self.heads
+            )
 
     def features(self, x: Tensor) -> list[Tensor]:
         if self.size:

@@ -57,10 +57,18 @@ class DiT:
         return self.width or width, self.depth or depth, self.heads or heads
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int | None = None,
+        arrival: bool = True,
+        guidance: bool = False,
+        further: Sequence[Further] = (),
     ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)")
+            raise ValueError(
+                f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)"
+            )
         return DiTNet(self, shape, num_classes, arrival, guidance, further)
 
 
@@ -68,7 +76,13 @@ class DiTNet(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, W)."""
 
     def __init__(
-        self, spec: DiT, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()
+        self,
+        spec: DiT,
+        shape: tuple[int, int, int],
+        num_classes: int | None,
+        arrival: bool,
+        guidance: bool,
+        further: Sequence[Further] = (),
     ):
         super().__init__()
         width, depth, heads = spec.sizes
@@ -139,7 +153,9 @@ class Block(nn.Module):
 
     def _attend(self, h: Tensor) -> Tensor:
         batch, tokens, width = h.shape
-        q, k, v = self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         h = F.scaled_dot_product_attention(_norm(q).to(v.dtype), _norm(k).to(v.dtype), v)
         return self.merge(h.transpose(1, 2).reshape(batch, tokens, width))
 

@@ -46,7 +46,9 @@ class DDPMpp:
     def levels(self) -> tuple[int, ...]:
         return PRESETS[self.preset] if self.multipliers is None else self.multipliers
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
+    ) -> nn.Module:
         unet = SongUNet(
             _square(shape, self.levels), self.channels, self.levels, self.num_blocks, self.attention_at, num_classes,
             ncsnpp=self.ncsnpp, dropout=self.dropout,
@@ -72,9 +74,13 @@ class ADM:
         check_ranges(self)
         _check_channels(self, self.multipliers, 64)
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
+    ) -> nn.Module:
         size = _square(shape, self.multipliers)
-        unet = DhariwalUNet(size, self.channels, self.multipliers, self.num_blocks, self.attention_at, num_classes, dropout=self.dropout)
+        unet = DhariwalUNet(
+            size, self.channels, self.multipliers, self.num_blocks, self.attention_at, num_classes, dropout=self.dropout
+        )
         return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
 
 

@@ -53,11 +53,19 @@ class EDM2:
         return PRESETS[self.preset] if self.channels is None else self.channels
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int | None = None,
+        arrival: bool = True,
+        guidance: bool = False,
+        further: Sequence[Further] = (),
     ) -> nn.Module:
         halvings = 2 ** (len(self.multipliers) - 1)
         if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
-            raise ValueError(f"multipliers: {len(self.multipliers)} levels do not halve a square sample of shape {tuple(shape)}")
+            raise ValueError(
+                f"multipliers: {len(self.multipliers)} levels do not halve a square sample of shape {tuple(shape)}"
+            )
         return EDM2Net(self, shape, num_classes, arrival, guidance, further)
 
 
@@ -65,7 +73,13 @@ class EDM2Net(nn.Module):
     """F(x, t, s, cond) for x (B, C, H, H), the velocity of preconditioning.py. A class of -1 is no class."""
 
     def __init__(
-        self, spec: EDM2, shape: tuple[int, int, int], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()
+        self,
+        spec: EDM2,
+        shape: tuple[int, int, int],
+        num_classes: int | None,
+        arrival: bool,
+        guidance: bool,
+        further: Sequence[Further] = (),
     ):
         super().__init__()
         self.sigma_data, self.num_classes = spec.sigma_data, num_classes
@@ -117,7 +131,9 @@ class UNet(nn.Module):
                 self.enc[f"{side}x{side}_down"] = block(now, now, emb, decoder=False, resample="down")
             skips.append(now)
             for i in range(spec.num_blocks):
-                self.enc[f"{side}x{side}_block{i}"] = block(now, width, emb, decoder=False, attention=side in spec.attention_at)
+                self.enc[f"{side}x{side}_block{i}"] = block(
+                    now, width, emb, decoder=False, attention=side in spec.attention_at
+                )
                 now = width
                 skips.append(now)
 
@@ -129,7 +145,9 @@ class UNet(nn.Module):
             else:
                 self.dec[f"{side}x{side}_up"] = block(now, now, emb, decoder=True, resample="up")
             for i in range(spec.num_blocks + 1):
-                self.dec[f"{side}x{side}_block{i}"] = block(now + skips.pop(), width, emb, decoder=True, attention=side in spec.attention_at)
+                self.dec[f"{side}x{side}_block{i}"] = block(
+                    now + skips.pop(), width, emb, decoder=True, attention=side in spec.attention_at
+                )
                 now = width
         self.out_conv = Conv(now, channels, (3, 3))
 
@@ -159,7 +177,17 @@ class UNet(nn.Module):
 class Block(nn.Module):
     """Two convolutions with the embedding between them, then attention where asked; sums keep the magnitude."""
 
-    def __init__(self, inside: int, out: int, emb: int, *, decoder: bool, dropout: float, resample: str | None = None, attention: bool = False):
+    def __init__(
+        self,
+        inside: int,
+        out: int,
+        emb: int,
+        *,
+        decoder: bool,
+        dropout: float,
+        resample: str | None = None,
+        attention: bool = False,
+    ):
         super().__init__()
         self.dropout = dropout
         self.decoder, self.resample, self.heads = decoder, resample, out // 64 if attention else 0
@@ -251,4 +279,6 @@ def joined(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
     """a and b along the channels, each scaled so that both have their share and the whole keeps the magnitude."""
     total = a.shape[1] + b.shape[1]
     scale = math.sqrt(total / ((1 - share) ** 2 + share**2))
-    return torch.cat([a * (scale * (1 - share) / math.sqrt(a.shape[1])), b * (scale * share / math.sqrt(b.shape[1]))], 1)
+    return torch.cat(
+        [a * (scale * (1 - share) / math.sqrt(a.shape[1])), b * (scale * share / math.sqrt(b.shape[1]))], 1
+    )

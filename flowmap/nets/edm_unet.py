@@ -45,7 +45,18 @@ class UNet(nn.Module):
 
     map_layer1: nn.Linear  # the last layer of the embedding
 
-    def __init__(self, size, channels, multipliers, num_blocks, attention_at, family: Family, *, first: int, residual: bool = False):
+    def __init__(
+        self,
+        size,
+        channels,
+        multipliers,
+        num_blocks,
+        attention_at,
+        family: Family,
+        *,
+        first: int,
+        residual: bool = False,
+    ):
         super().__init__()
         (now, side), emb = size, 4 * channels
         levels = [(side >> level, channels * m) for level, m in enumerate(multipliers)]
@@ -115,7 +126,18 @@ class UNet(nn.Module):
 class SongUNet(UNet):
     """DDPM++; with ncsnpp NCSN++, whose encoder has a residual way past its blocks."""
 
-    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, ncsnpp: bool, dropout: float):
+    def __init__(
+        self,
+        size,
+        channels,
+        multipliers,
+        num_blocks,
+        attention_at,
+        num_labels: int | None,
+        *,
+        ncsnpp: bool,
+        dropout: float,
+    ):
         family = replace(SONG, taps=(1, 3, 3, 1) if ncsnpp else SONG.taps, dropout=dropout)
         super().__init__(size, channels, multipliers, num_blocks, attention_at, family, first=channels, residual=ncsnpp)
         noise = 2 * channels if ncsnpp else channels
@@ -133,7 +155,13 @@ class SongUNet(UNet):
         """Xavier's uniform weights, near zero where a residual way ends; biases are zero."""
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                gain = 1e-5 if name.endswith(("conv1", "proj", "aux_conv")) else math.sqrt(0.2) if name.endswith("qkv") else 1.0
+                gain = (
+                    1e-5
+                    if name.endswith(("conv1", "proj", "aux_conv"))
+                    else math.sqrt(0.2)
+                    if name.endswith("qkv")
+                    else 1.0
+                )
                 nn.init.xavier_uniform_(layer.weight, gain)
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
@@ -154,7 +182,9 @@ class SongUNet(UNet):
 class DhariwalUNet(UNet):
     """ADM: the embedding scales and shifts, attention has heads of 64 channels."""
 
-    def __init__(self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, dropout: float):
+    def __init__(
+        self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, dropout: float
+    ):
         family = replace(DHARIWAL, dropout=dropout)
         super().__init__(size, channels, multipliers, num_blocks, attention_at, family, first=channels * multipliers[0])
         self.map_noise = Positional(channels, last=channels // 2)
@@ -187,7 +217,9 @@ class DhariwalUNet(UNet):
 class Block(nn.Module):
     """Two convolutions with the embedding between them, in a residual sum, then attention in another where asked."""
 
-    def __init__(self, inside: int, out: int, emb: int, family: Family, *, way: str | None = None, attention: bool = False):
+    def __init__(
+        self, inside: int, out: int, emb: int, family: Family, *, way: str | None = None, attention: bool = False
+    ):
         super().__init__()
         self.adaptive, self.scale, self.dropout = family.adaptive, family.scale, family.dropout
         self.heads = 0 if not attention else 1 if family.head is None else out // family.head
@@ -224,7 +256,9 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # each (B, heads, places, c / heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(-1, -2).contiguous().reshape(b, c, height, width))  # rows in place: forward mode of the next norm wants them
+        return self.proj(
+            y.transpose(-1, -2).contiguous().reshape(b, c, height, width)
+        )  # rows in place: forward mode of the next norm wants them
 
 
 class Conv(nn.Conv2d):

@@ -54,7 +54,9 @@ class ScalarEmbedding(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, value: Tensor) -> Tensor:
-        kind = value.device.type if torch.amp.is_autocast_available(value.device.type) else "cpu"  # "meta" has no autocast to switch off
+        kind = (
+            value.device.type if torch.amp.is_autocast_available(value.device.type) else "cpu"
+        )  # "meta" has no autocast to switch off
         with torch.autocast(kind, enabled=False):
             wide = torch.promote_types(self.hidden.weight.dtype, torch.float32)
             octaves = torch.linspace(-3, math.log2(self.cycles), self.num_frequencies, dtype=wide, device=value.device)
@@ -70,7 +72,11 @@ class NumberEmbedding(nn.Embedding):
         super().__init__(size + 1, width)
 
     def forward(self, value: Tensor | None) -> Tensor:
-        return self.weight[-1] if value is None else super().forward(torch.where(value < 0, self.num_embeddings - 1, value))
+        return (
+            self.weight[-1]
+            if value is None
+            else super().forward(torch.where(value < 0, self.num_embeddings - 1, value))
+        )
 
 
 class ContextEmbedding(nn.Linear):
@@ -114,7 +120,16 @@ class Conditioning(nn.Module):
     The arrival branch sees the interval t - s.
     """
 
-    def __init__(self, width: int, *, num_classes: int | None, arrival: bool, guidance: bool, cycles: float, further: Sequence[Further] = ()):
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_classes: int | None,
+        arrival: bool,
+        guidance: bool,
+        cycles: float,
+        further: Sequence[Further] = (),
+    ):
         super().__init__()
         self.num_classes = num_classes
         self.departure = ScalarEmbedding(width, cycles=cycles)
@@ -139,7 +154,9 @@ class Conditioning(nn.Module):
         return c
 
 
-def branches(arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond) -> Tensor | None:
+def branches(
+    arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond
+) -> Tensor | None:
     """What the branches for the interval t - s and for the guidance scale add to a foreign network's embedding, (B, width); None without."""
     extra = None if arrival is None else arrival(t - s)
     if guidance is None:

@@ -82,5 +82,7 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     odd = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
     odd += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
     if odd:
-        raise ValueError(f"student: its network is not the teacher's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
+        raise ValueError(
+            f"student: its network is not the teacher's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
+        )
     student.load_state_dict(given, strict=False)

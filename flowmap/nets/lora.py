@@ -98,7 +98,9 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
         odd = misfit(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
     if odd is not None:
         name, wants, was = odd
-        raise ValueError(f"{base}: is another network than this student was trained on: {name} is {was} there, {wants} here")
+        raise ValueError(
+            f"{base}: is another network than this student was trained on: {name} is {was} there, {wants} here"
+        )
     found = fingerprint(net.model)
     if found != base.sha256:
         hashes = f"its weights have SHA-256 {found[:12]}, those that this student was trained on {base.sha256[:12]}"
@@ -140,7 +142,9 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
         if not found or not set(found) <= set(can):
             what = "matches no layer" if not found else f"matches {found[0]}, a {type(layers[found[0]]).__name__}"
             candidates = dict.fromkeys(_ending(name) for name in can)
-            raise ValueError(f"lora.targets: {target!r} {what} of {type(model).__name__}; layers that can be adapted: {', '.join(candidates)}")
+            raise ValueError(
+                f"lora.targets: {target!r} {what} of {type(model).__name__}; layers that can be adapted: {', '.join(candidates)}"
+            )
 
 
 def _ending(name: str) -> str:
@@ -159,5 +163,8 @@ def _leave_out_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, me
 def _put_in_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, *unused) -> None:
     """The inverse, hook of load_state_dict: the base's weights are those that are there, the very parameters."""
     if net.frozen:
-        there = {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
+        there = {
+            **dict(net.named_parameters(remove_duplicate=False)),
+            **dict(net.named_buffers(remove_duplicate=False)),
+        }
         state.update({prefix + name: there[name] for name in net.frozen})

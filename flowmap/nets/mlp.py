@@ -27,7 +27,13 @@ class MLP:
         check_ranges(self)
 
     def build(
-        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False, further: Sequence[Further] = ()
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int | None = None,
+        arrival: bool = True,
+        guidance: bool = False,
+        further: Sequence[Further] = (),
     ) -> nn.Module:
         return MLPNet(self, shape, num_classes, arrival, guidance, further)
 
@@ -35,7 +41,15 @@ class MLP:
 class MLPNet(nn.Module):
     """F(x, t, s, cond) for x (B, *shape)."""
 
-    def __init__(self, spec: MLP, shape: tuple[int, ...], num_classes: int | None, arrival: bool, guidance: bool, further: Sequence[Further] = ()):
+    def __init__(
+        self,
+        spec: MLP,
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        arrival: bool,
+        guidance: bool,
+        further: Sequence[Further] = (),
+    ):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
@@ -55,7 +69,11 @@ class MLPNet(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.first, self.second, self.shift = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.Linear(width, 2 * width)
+        self.first, self.second, self.shift = (
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width),
+            nn.Linear(width, 2 * width),
+        )
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         return h + self.second(F.silu(self.first(F.silu(h)) + self.shift(c)))

@@ -18,7 +18,9 @@ from flowmap.nets.weight_files import check_weight_files
 NETWORK = ("transformer", "unet")
 
 
-def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> tuple[DiffusersModel, DiffusersNet]:
+def load_pretrained(
+    source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> tuple[DiffusersModel, DiffusersNet]:
     """The spec and the network (without branches of ours) of a pipeline's folder, or of its hub id at that revision.
 
     Only its network and scheduler are read, weights from safetensors alone, and no code of the folder's is run. Raises ValueError, in one
@@ -34,7 +36,9 @@ def load_pretrained(source: str, revision: str | None = None, *, dtype: torch.dt
         )
     except Exception as error:  # a foreign folder makes the library raise anything at all
         raise ValueError(f"{_at(source, revision)}: {where} cannot be loaded: {first_line(error)}") from error
-    return replace(said, settings=_json(model.config)), DiffusersNet(model, *said.clock(), arrival=False, guidance=False)
+    return replace(said, settings=_json(model.config)), DiffusersNet(
+        model, *said.clock(), arrival=False, guidance=False
+    )
 
 
 def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
@@ -95,7 +99,9 @@ def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tup
         part = index.get(name)
         if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str):
             if part[0] != "diffusers":
-                raise ValueError(f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run")
+                raise ValueError(
+                    f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run"
+                )
             return name, part[1]
     raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
 
@@ -110,7 +116,9 @@ def _index(source: str, revision: str | None) -> dict[str, Any]:
     try:
         index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=here)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_at(source, revision)}: no diffusers pipeline is there (model_index.json): {first_line(error)}") from error
+        raise ValueError(
+            f"{_at(source, revision)}: no diffusers pipeline is there (model_index.json): {first_line(error)}"
+        ) from error
     return index if isinstance(index, dict) else {}
 
 

@@ -50,7 +50,9 @@ class Stacked:
     def holds_constants(self) -> bool:
         return getattr(self.net, "holds_constants", False)
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False) -> StackedNet:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
+    ) -> StackedNet:
         net = partial(self.net.build, shape, num_classes=num_classes, arrival=arrival, guidance=guidance)
         return StackedNet(net(), net())
 

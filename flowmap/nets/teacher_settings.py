@@ -53,7 +53,10 @@ REFUSED = {
 }
 """Setting -> (the values that are known, why no other is)."""
 REFUSED_SCHEDULERS = {
-    **dict.fromkeys(("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"), "its network is already distilled and gives no velocity"),
+    **dict.fromkeys(
+        ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"),
+        "its network is already distilled and gives no velocity",
+    ),
     **dict.fromkeys(("HeliosScheduler", "HeliosDMDScheduler"), "its network denoises in stages of several resolutions"),
 }
 READS_NO_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # the setting is there, their step does not read it
@@ -70,8 +73,12 @@ REFUSED_OF_NETWORKS: dict[str, dict[str, tuple[tuple, str]]] = {
         "encoder_hid_dim_type": ((None, "text_proj"), "it reads a condition that no data gives"),
         "time_cond_proj_dim": ((None,), "it is already distilled and reads a guidance scale"),
     },
-    "PixArtTransformer2DModel": {"use_additional_conditions": ((None, False), "it reads resolutions and aspect ratios")},
-    "SanaTransformer2DModel": {"guidance_embeds": ((None, False), "it is already distilled and reads a guidance scale")},
+    "PixArtTransformer2DModel": {
+        "use_additional_conditions": ((None, False), "it reads resolutions and aspect ratios")
+    },
+    "SanaTransformer2DModel": {
+        "guidance_embeds": ((None, False), "it is already distilled and reads a guidance scale")
+    },
     "QwenImageTransformer2DModel": {
         "guidance_embeds": ((None, False), "it is already distilled and reads a guidance scale"),
         "zero_cond_t": ((None, False), "it edits pictures"),
@@ -102,10 +109,16 @@ def check_scheduler_settings(cls: type, config: Mapping[str, Any]) -> None:
         if key in REFUSED:
             known, why = REFUSED[key]
             if value not in known:
-                raise ValueError(f"scheduler {name}: {key}: {value!r} cannot be a teacher's: {why}; known: {_listed(known)}")
+                raise ValueError(
+                    f"scheduler {name}: {key}: {value!r} cannot be a teacher's: {why}; known: {_listed(known)}"
+                )
         elif value != read[key].default:
-            raise ValueError(f"scheduler {name}: {key}: {value!r} is not known, nor whether it changes what the network predicts")
-    _check_prediction(name, config, zero_end="rescale_betas_zero_snr" in read and bool(config.get("rescale_betas_zero_snr")))
+            raise ValueError(
+                f"scheduler {name}: {key}: {value!r} is not known, nor whether it changes what the network predicts"
+            )
+    _check_prediction(
+        name, config, zero_end="rescale_betas_zero_snr" in read and bool(config.get("rescale_betas_zero_snr"))
+    )
 
 
 def _check_prediction(name: str, config: Mapping[str, Any], *, zero_end: bool) -> None:
@@ -118,7 +131,9 @@ def _check_prediction(name: str, config: Mapping[str, Any], *, zero_end: bool) -
     if kind == "flow_prediction" and not flows:
         raise ValueError(f"scheduler {name}: prediction_type 'flow_prediction' needs use_flow_sigmas: true")
     if flows and kind not in FLOW_PREDICTIONS:
-        raise ValueError(f"scheduler {name}: use_flow_sigmas: true cannot go with prediction_type {kind!r}; known: {', '.join(FLOW_PREDICTIONS)}")
+        raise ValueError(
+            f"scheduler {name}: use_flow_sigmas: true cannot go with prediction_type {kind!r}; known: {', '.join(FLOW_PREDICTIONS)}"
+        )
 
 
 def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
@@ -127,7 +142,9 @@ def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
     if name.startswith("FlowMatch"):
         return FlowClock(float(config.get("num_train_timesteps", 1000))), "linear_velocity"
     if not isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor):
-        raise ValueError(f"scheduler {name}: has no alphas_cumprod and is no flow-matching scheduler: its clock is not known")
+        raise ValueError(
+            f"scheduler {name}: has no alphas_cumprod and is no flow-matching scheduler: its clock is not known"
+        )
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_OF:
         raise ValueError(f"scheduler {name}: prediction_type {kind!r} is not one of {', '.join(PREDICTION_OF)}")
@@ -135,7 +152,9 @@ def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
         return FlowClock(float(config.get("num_train_timesteps", 1000))), PREDICTION_OF[kind]
     clock = TableClock(scheduler.alphas_cumprod)
     if kind == "epsilon" and float(scheduler.alphas_cumprod[-1]) == 0:
-        raise ValueError(f"scheduler {name}: prediction_type 'epsilon' cannot go with betas (trained_betas, beta_end) that end without any signal")
+        raise ValueError(
+            f"scheduler {name}: prediction_type 'epsilon' cannot go with betas (trained_betas, beta_end) that end without any signal"
+        )
     return clock, PREDICTION_OF[kind]
 
 
@@ -144,7 +163,9 @@ def limit_of(scheduler: Any) -> Limit | None:
     config, name = scheduler.config, type(scheduler).__name__
     read = inspect.signature(type(scheduler).__init__).parameters
     if "thresholding" in read and config.get("thresholding"):
-        return Threshold(float(config.get("dynamic_thresholding_ratio", 0.995)), float(config.get("sample_max_value", 1.0)))
+        return Threshold(
+            float(config.get("dynamic_thresholding_ratio", 0.995)), float(config.get("sample_max_value", 1.0))
+        )
     if "clip_sample" in read and name not in READS_NO_CLIP and config.get("clip_sample"):
         return Clip(float(config.get("clip_sample_range", 1.0)))
     return None
@@ -163,10 +184,14 @@ def check_network_settings(network: str, settings: str, shape: tuple[int, ...] |
     if shape is not None and isinstance(inputs, int):
         own = inputs // 4 if network in PACKED else inputs
         if own != shape[0]:
-            raise ValueError(f"{network}: in_channels: {inputs}: it denoises {own} channels, the card's shape says {shape[0]}")
+            raise ValueError(
+                f"{network}: in_channels: {inputs}: it denoises {own} channels, the card's shape says {shape[0]}"
+            )
         outputs = found.get("out_channels")
         if network not in PACKED and isinstance(outputs, int) and outputs not in (own, 2 * own):
-            raise ValueError(f"{network}: out_channels: {outputs} is neither {own} nor twice that (with a learned variance)")
+            raise ValueError(
+                f"{network}: out_channels: {outputs} is neither {own} nor twice that (with a learned variance)"
+            )
 
 
 def check_pipeline_settings(index: Mapping[str, Any]) -> None:
@@ -178,7 +203,9 @@ def check_pipeline_settings(index: Mapping[str, Any]) -> None:
         if key in PIPELINE_REFUSED:
             raise ValueError(f"model_index.json: {key}: cannot be a teacher's: {PIPELINE_REFUSED[key]}")
         if not parts and key not in (*PIPELINE_HONOURED, *PIPELINE_IRRELEVANT):
-            raise ValueError(f"model_index.json: {key}: {value!r} is not known, nor whether it changes what the network predicts")
+            raise ValueError(
+                f"model_index.json: {key}: {value!r} is not known, nor whether it changes what the network predicts"
+            )
 
 
 def _listed(values: tuple) -> str:

@@ -52,9 +52,20 @@ class TextJoint:
     def takes_further(self) -> bool:
         return getattr(self.flow, "takes_further", False)
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False, **told) -> nn.Module:
+    def build(
+        self,
+        shape: tuple[int, ...],
+        *,
+        num_classes: int | None = None,
+        arrival: bool = False,
+        guidance: bool = False,
+        **told,
+    ) -> nn.Module:
         coder = replace(self.autoencoder, vocab=self.vocab, special=self.special).build(shape)
-        return TextJointNet(coder, self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **told))
+        return TextJointNet(
+            coder,
+            self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **told),
+        )
 
 
 class TextJointNet(nn.Module):

@@ -49,15 +49,27 @@ class TextPair:
     def latent_shape(self) -> tuple[int, ...]:
         return (self.dims,) if self.slots == 1 else (self.dims, 1, self.slots)
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
+    ) -> nn.Module:
         if len(shape) != 1 or not 0 < self.encoder_tokens < shape[0] or self.special is None:
-            raise ValueError("text_pair: wants rows of tokens of both models: data of kind text with tokenizer {kind: pair, ...}")
+            raise ValueError(
+                "text_pair: wants rows of tokens of both models: data of kind text with tokenizer {kind: pair, ...}"
+            )
         configs = self.configs or (None, None)
-        return TextPairNet(self, shape[0], _loaded("encoder", self.encoder, configs[0]), _loaded("decoder", self.decoder, configs[1]))
+        return TextPairNet(
+            self, shape[0], _loaded("encoder", self.encoder, configs[0]), _loaded("decoder", self.decoder, configs[1])
+        )
 
     def alone(self, net: TextPairNet) -> TextPair:
         """These settings with the configurations of the network's parts in them."""
-        return replace(self, configs=(net.encoder.config.to_json_string(use_diff=False), net.decoder.config.to_json_string(use_diff=False)))
+        return replace(
+            self,
+            configs=(
+                net.encoder.config.to_json_string(use_diff=False),
+                net.decoder.config.to_json_string(use_diff=False),
+            ),
+        )
 
 
 def _loaded(name: str, source: str, config: str | None) -> nn.Module:
@@ -72,17 +84,23 @@ def _loaded(name: str, source: str, config: str | None) -> nn.Module:
             return cls.from_config(AutoConfig.for_model(**json.loads(config)), trust_remote_code=False)
         return cls.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
     except Exception as error:  # a foreign folder makes the library raise anything at all
-        raise ValueError(f"{name}: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        raise ValueError(
+            f"{name}: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
 
 
 def _check_fit(name: str, model: Any, vocab: int, tokens: int, slots: int) -> None:
     """ValueError where a model has fewer tokens than its tokenizer, or fewer positions than `tokens` behind `slots` vectors of the latent."""
     known, places = model.get_input_embeddings().num_embeddings, _positions(model)
     if vocab > known:
-        raise ValueError(f"{name}: has {known} tokens, its tokenizer (data.tokenizer.{name}) {vocab}; give it the tokenizer of the same model")
+        raise ValueError(
+            f"{name}: has {known} tokens, its tokenizer (data.tokenizer.{name}) {vocab}; give it the tokenizer of the same model"
+        )
     if places is not None and tokens + slots > places:
         taken = f", {slots} of them the latent's" if slots else ""
-        raise ValueError(f"{name}: has {places} positions{taken}: data.tokenizer.max_tokens: {tokens} must be {places - slots} or less")
+        raise ValueError(
+            f"{name}: has {places} positions{taken}: data.tokenizer.max_tokens: {tokens} must be {places - slots} or less"
+        )
 
 
 def _positions(model: nn.Module) -> int | None:
@@ -106,7 +124,10 @@ class TextPairNet(nn.Module):
         self.spec, self.max_tokens = spec, max_tokens
         assert spec.special is not None  # build has asked
         self.pad, self.start, self.end, self.mask = spec.special
-        self.encoder, self.decoder = encoder.requires_grad_(spec.train_encoder), decoder.requires_grad_(spec.train_decoder)
+        self.encoder, self.decoder = (
+            encoder.requires_grad_(spec.train_encoder),
+            decoder.requires_grad_(spec.train_decoder),
+        )
         _check_fit("encoder", encoder, spec.encoder_vocab, spec.encoder_tokens, 0)
         _check_fit("decoder", decoder, spec.vocab or 0, max_tokens - spec.encoder_tokens, spec.slots)
         width, seen = decoder.get_input_embeddings().embedding_dim, encoder.config.hidden_size
@@ -132,7 +153,9 @@ class TextPairNet(nn.Module):
         if dropped is not None:
             before = torch.where(dropped[:, self.spec.encoder_tokens :] & (before != self.start), self.mask, before)
         given = torch.cat([self._prefix(z), self._embedded(before, z)], 1)
-        mask = given.new_zeros(len(given), 1, given.shape[1], given.shape[1]) if given.is_meta else None  # else transformers looks at values
+        mask = (
+            given.new_zeros(len(given), 1, given.shape[1], given.shape[1]) if given.is_meta else None
+        )  # else transformers looks at values
         out = self.decoder(inputs_embeds=given, attention_mask=mask, use_cache=False)
         ended = (rows == self.end).long()
         return out.logits[:, self.spec.slots :], rows.masked_fill(ended.cumsum(1) - ended > 0, IGNORED)
@@ -148,7 +171,11 @@ class TextPairNet(nn.Module):
             out = self.decoder(inputs_embeds=given, past_key_values=kept, use_cache=True)
             kept, scores = out.past_key_values, out.logits[:, -1].float()
             drawn = temperature > 0
-            token = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator) if drawn else scores.argmax(-1, keepdim=True)
+            token = (
+                torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
+                if drawn
+                else scores.argmax(-1, keepdim=True)
+            )
             rows[:, i] = torch.where(done, self.pad, token[:, 0])
             done |= token[:, 0] == self.end
             if bool(done.all()):
@@ -166,7 +193,11 @@ class TextPairNet(nn.Module):
         return self
 
     def _latent(self, flat: Tensor) -> Tensor:
-        return flat if self.spec.slots == 1 else flat.unflatten(1, (self.spec.slots, self.spec.dims)).transpose(1, 2).unsqueeze(2)
+        return (
+            flat
+            if self.spec.slots == 1
+            else flat.unflatten(1, (self.spec.slots, self.spec.dims)).transpose(1, 2).unsqueeze(2)
+        )
 
     def _prefix(self, z: Tensor) -> Tensor:
         slots = z.unsqueeze(1) if self.spec.slots == 1 else z.squeeze(2).transpose(1, 2)

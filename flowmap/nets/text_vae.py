@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import CountFromZero, Depth, Heads, Vocab, Width, check_ranges
 
-SHARP = -4.0  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
+SHARP = (
+    -4.0
+)  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
 LOUD = 0.3  # spread of embeddings that go into the latent directly
 IGNORED = -100  # of targets: torch's cross-entropy leaves them out
 
@@ -48,9 +50,13 @@ class TextVAE:
     def latent_shape(self) -> tuple[int, ...]:
         return (self.dims,) if self.slots == 1 else (self.dims, 1, self.slots)
 
-    def build(self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False) -> nn.Module:
+    def build(
+        self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
+    ) -> nn.Module:
         if len(shape) != 1:
-            raise ValueError(f"text_vae: samples are rows of tokens (L,), not {tuple(shape)}; data of kind text without an autoencoder")
+            raise ValueError(
+                f"text_vae: samples are rows of tokens (L,), not {tuple(shape)}; data of kind text without an autoencoder"
+            )
         if self.vocab is None or self.special is None:
             raise ValueError("vocab: and special: are the tokenizer's; data of kind text says them")
         return TextVAENet(self, shape[0])
@@ -95,7 +101,9 @@ class TextVAENet(nn.Module):
         nn.init.normal_(self.into.weight, std=1 / (LOUD * width**0.5)).mul_(mine)
         turn = torch.linalg.qr(torch.randn(width, width))[0]
         back = self.into.weight.unflatten(1, (self.max_tokens, width)) @ turn
-        self.out.weight.copy_(2 * LOUD**2 * (width * self.max_tokens / entries) ** 0.5 * back.flatten(1).T)  # twice as loud as an embedding
+        self.out.weight.copy_(
+            2 * LOUD**2 * (width * self.max_tokens / entries) ** 0.5 * back.flatten(1).T
+        )  # twice as loud as an embedding
         self.out.bias.zero_()
         self.leave.weight.copy_(self.embed.weight @ turn / 2)
         self.leave.bias.zero_()
@@ -103,7 +111,10 @@ class TextVAENet(nn.Module):
     def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.long()
         real = torch.cat([torch.ones_like(rows[:, :1]).expand(-1, self.spec.slots), self._real(rows)], 1).bool()
-        h = torch.cat([self.queries.expand(len(rows), -1, -1), self.embed(rows)], 1) + self.encoder_places[: self.spec.slots + rows.shape[1]]
+        h = (
+            torch.cat([self.queries.expand(len(rows), -1, -1), self.embed(rows)], 1)
+            + self.encoder_places[: self.spec.slots + rows.shape[1]]
+        )
         for block in self.encoder:
             h, _ = block(h, mask=real[:, None, None, :])
         mean, logvar = self.posterior(_norm(h[:, : self.spec.slots])).chunk(2, -1)
@@ -161,15 +172,24 @@ class TextVAENet(nn.Module):
     def _prefix(self, z: Tensor) -> Tensor:
         return self.memory(self._slots(z)) + self.decoder_places[: self.spec.slots]
 
-    def _decode(self, prefix: Tensor | None, tokens: Tensor, z: Tensor, start: int, kept: list | None) -> tuple[Tensor, list]:
+    def _decode(
+        self, prefix: Tensor | None, tokens: Tensor, z: Tensor, start: int, kept: list | None
+    ) -> tuple[Tensor, list]:
         """(hidden states of `tokens`, keys and values): tokens stand at places start, ...; kept: keys and values of all before them."""
         places = self.decoder_places[self.spec.slots + start : self.spec.slots + start + tokens.shape[1]]
         h = self.embed(tokens) + places + self.everywhere(z.flatten(1)).unsqueeze(1)
         if self.spec.direct:
-            h = h + self.out(self._slots(z).flatten(1)).unflatten(1, (self.max_tokens, -1))[:, start : start + tokens.shape[1]]
+            h = (
+                h
+                + self.out(self._slots(z).flatten(1)).unflatten(1, (self.max_tokens, -1))[
+                    :, start : start + tokens.shape[1]
+                ]
+            )
         if prefix is not None:
             h = torch.cat([prefix, h], 1)
-        mask = None if kept is not None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        mask = (
+            None if kept is not None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        )
         if mask is not None:
             mask[:, : self.spec.slots] = True  # the latent is seen from everywhere, itself included
         after = []
@@ -188,9 +208,16 @@ class Block(nn.Module):
         self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, h: Tensor, *, mask: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple]:
+    def forward(
+        self, h: Tensor, *, mask: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple]:
         batch, tokens, width = h.shape
-        q, k, v = self.qkv(_norm(h)).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(_norm(h))
+            .reshape(batch, tokens, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         if kept is not None:
             k, v = torch.cat([kept[0], k], 2), torch.cat([kept[1], v], 2)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

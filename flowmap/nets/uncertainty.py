@@ -24,7 +24,9 @@ class Uncertainty(nn.Module):
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         with in_float32(t.device):
-            return self.leave(nn.functional.silu(self.departure(t) + self.interval(t - s)).to(self.leave.weight.dtype)).squeeze(-1)
+            return self.leave(
+                nn.functional.silu(self.departure(t) + self.interval(t - s)).to(self.leave.weight.dtype)
+            ).squeeze(-1)
 
 
 def with_uncertainty(flow_map: nn.Module, seed: int) -> nn.Module:

@@ -23,9 +23,13 @@ def check_weight_files(folder: Path) -> None:
     for name in names:
         if match := VARIANT.match(name):
             wanted = name.replace(f".{match[2]}", "", 1)
-            raise ValueError(f"{folder}: {name} is of the variant {match[2]!r}, which is not read: save it as {wanted} too")
+            raise ValueError(
+                f"{folder}: {name} is of the variant {match[2]!r}, which is not read: save it as {wanted} too"
+            )
     pickles = [name for name in names if name.endswith(PICKLES)]
-    raise ValueError(f"{folder}: there is no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else ""))
+    raise ValueError(
+        f"{folder}: there is no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else "")
+    )
 
 
 def _check_shards(index: Path) -> None:
@@ -35,7 +39,9 @@ def _check_shards(index: Path) -> None:
         raise ValueError(f"{index}: is no index of safetensors") from error
     for name in shards:
         if not (index.parent / str(name)).is_file():
-            raise ValueError(f"{index.parent}: {name} is missing, one of the {len(shards)} files that {index.name} names")
+            raise ValueError(
+                f"{index.parent}: {name} is missing, one of the {len(shards)} files that {index.name} names"
+            )
         _check_whole(index.parent / str(name))
 
 

@@ -107,7 +107,14 @@ def pairing_loss(higher: Tensor, lower: Tensor) -> Tensor:
 
 
 def discriminator_loss(
-    scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None, *, r1: float, r2: float
+    scores: Scores,
+    real: Tensor,
+    fake: Tensor,
+    cond: Cond | None = None,
+    noise: Tensor | None = None,
+    *,
+    r1: float,
+    r2: float,
 ) -> Loss:
     """What the discriminator descends. real, fake and noise are (B, ...), rows that share a condition; one pass of both together."""
     penalised = r1 > 0 or r2 > 0
@@ -130,14 +137,18 @@ def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
     return gradient.flatten(1).square().sum(1)
 
 
-def generator_loss(scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
+def generator_loss(
+    scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None
+) -> Tensor:
     """What the student descends beside its distillation loss, a scalar that carries grad to fake."""
     with torch.no_grad():
         of_real = scores(real, cond, noise)
     return pairing_loss(scores(fake, cond, noise), of_real).mean()
 
 
-def generate(sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str) -> Tensor:
+def generate(
+    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str
+) -> Tensor:
     """The student's sample from x1 in `steps` calls, with the graph of its last call or of all."""
     called = student if through == "all" else _LastCall(student, steps)
     return sampler(called, x1, cond, steps=steps, generator=generator)

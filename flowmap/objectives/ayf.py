@@ -57,7 +57,9 @@ class AYFLMD(_AYF):
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError("objective.kind: ayf_lmd asks the teacher at the student's own arrival point, so the recipe needs a teacher")
+            raise ValueError(
+                "objective.kind: ayf_lmd asks the teacher at the student's own arrival point, so the recipe needs a teacher"
+            )
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         r = self.tangent_weight(step)
         derive = lambda x, t, s, v, cond, rows: in_arrival(student, x, t, s, cond, mode=self.derivative, rows=rows)
@@ -83,8 +85,14 @@ class AYFMixed(_AYF):
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None and (self.own_eulerian or self.lagrangian):
-            name, where = ("own_eulerian", "the student's own states") if self.own_eulerian else ("lagrangian", "where the student arrives")
-            raise ValueError(f"objective.{name}: {getattr(self, name)} asks a teacher at {where}; without one it must be 0")
+            name, where = (
+                ("own_eulerian", "the student's own states")
+                if self.own_eulerian
+                else ("lagrangian", "where the student arrives")
+            )
+            raise ValueError(
+                f"objective.{name}: {getattr(self, name)} asks a teacher at {where}; without one it must be 0"
+            )
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
@@ -94,7 +102,10 @@ class AYFMixed(_AYF):
             if (places := called_on(rows, student)) is not None:
                 loss, mine = kind(**settings)(student, teacher, rows_of(sample, places), step), rows[places]
                 losses.append(loss.value * (int(rows.sum()) / len(rows)))
-                logs = {**loss.logs, **{key: logs.get(key, torch.zeros_like(sample.t)) for key in ("residual_norm", "tangent_norm")}}
+                logs = {
+                    **loss.logs,
+                    **{key: logs.get(key, torch.zeros_like(sample.t)) for key in ("residual_norm", "tangent_norm")},
+                }
                 for key in ("residual_norm", "tangent_norm"):
                     logs[key] = logs[key].to(loss.logs[key].dtype)
                     logs[key][places[mine]] = loss.logs[key][mine]
@@ -105,7 +116,10 @@ class AYFMixed(_AYF):
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""
         chosen, lagrangian = evenly(place, self.lagrangian, turned=1), taken(place, self.lagrangian, turned=1)
-        own, own_eulerian = evenly(lagrangian, self.own_lagrangian, turned=2), evenly(place - lagrangian, self.own_eulerian, turned=3)
+        own, own_eulerian = (
+            evenly(lagrangian, self.own_lagrangian, turned=2),
+            evenly(place - lagrangian, self.own_eulerian, turned=3),
+        )
         return chosen, torch.where(chosen, own, own_eulerian)
 
 

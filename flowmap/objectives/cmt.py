@@ -36,11 +36,15 @@ class CMT:
     def __post_init__(self):
         check_ranges(self)
         if isinstance(self.solver, NoiseAnchored):
-            raise ValueError("solver: the anchored rule's states are no points of one trajectory; choose euler, midpoint, heun or rk4")
+            raise ValueError(
+                "solver: the anchored rule's states are no points of one trajectory; choose euler, midpoint, heun or rk4"
+            )
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError("objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher")
+            raise ValueError(
+                "objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher"
+            )
         leader = torch.arange(len(sample.t), device=sample.t.device) // self.points
         trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
         times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)

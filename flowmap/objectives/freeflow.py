@@ -36,7 +36,9 @@ class FreeFlow:
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError("objective.kind: freeflow asks the teacher at the student's own arrival point, so the recipe needs a teacher")
+            raise ValueError(
+                "objective.kind: freeflow asks the teacher at the student's own arrival point, so the recipe needs a teacher"
+            )
         x, s, cond = sample.x1, sample.s, sample.cond
         mean_velocity, rate = in_arrival(student, x, torch.ones_like(s), s, cond, mode=self.derivative)
         length = along(1 - s, x)

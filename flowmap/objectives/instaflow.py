@@ -63,7 +63,9 @@ class Endpoint:
     def __post_init__(self):
         check_ranges(self)
         if self.perceptual is None and (self.perceptual_after_steps or self.squared):
-            raise ValueError("perceptual_after_steps, squared: say when and how much of `perceptual`, which is not given")
+            raise ValueError(
+                "perceptual_after_steps, squared: say when and how much of `perceptual`, which is not given"
+            )
 
     @property
     def sees_pictures(self) -> bool:

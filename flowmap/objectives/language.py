@@ -77,7 +77,11 @@ class TextELBO:
         kl, bounded = divergence(mean, logvar, self.free_bits)
         value = (nll.mean() + self.beta(step) * bounded) / tokens.float().mean()
         right = ((logits.argmax(-1) == targets) & counted).sum(1) / tokens
-        logs = {"nll_per_token": (nll.sum() / tokens.sum()).detach(), "kl": kl.detach(), "accuracy": right.mean().detach()}
+        logs = {
+            "nll_per_token": (nll.sum() / tokens.sum()).detach(),
+            "kl": kl.detach(),
+            "accuracy": right.mean().detach(),
+        }
         return Loss(value, logs | {"beta": torch.tensor(self.beta(step))})
 
 
@@ -110,8 +114,13 @@ class TextJoint:
     def __call__(self, student: JointStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)
         weights = [p for p in student.parameters() if p.requires_grad]
-        of_first, of_flow = (torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True) for value in (first.value, flow))
-        weight = barrier_weight(of_first, of_flow, barrier(of_first, self.least, first.value.detach(), alpha=self.alpha, beta=self.beta))
+        of_first, of_flow = (
+            torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
+            for value in (first.value, flow)
+        )
+        weight = barrier_weight(
+            of_first, of_flow, barrier(of_first, self.least, first.value.detach(), alpha=self.alpha, beta=self.beta)
+        )
         logs = {"reconstruction": first.value.detach(), "flow": flow.detach(), "weight": weight}
         return Loss(flow + weight * first.value, {**first.logs, **logs})
 

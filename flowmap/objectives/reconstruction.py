@@ -51,4 +51,6 @@ class Reconstruction:
         kl = (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1) / 2
         absolute, squared = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)
         value = (absolute + self.squared * squared + self.kl * kl).mean()
-        return Loss(value, {"absolute": absolute.mean().detach(), "squared": squared.mean().detach(), "kl": kl.mean().detach()})
+        return Loss(
+            value, {"absolute": absolute.mean().detach(), "squared": squared.mean().detach(), "kl": kl.mean().detach()}
+        )

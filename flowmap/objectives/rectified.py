@@ -76,5 +76,9 @@ class Rectified:
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         velocity = student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)
-        error = self.distance(velocity, sample, student) if self.sees_pictures else self.distance(velocity, sample.x1 - sample.x0)
+        error = (
+            self.distance(velocity, sample, student)
+            if self.sees_pictures
+            else self.distance(velocity, sample.x1 - sample.x0)
+        )
         return Loss(error.mean(), {"error": error.detach()})

@@ -3,7 +3,7 @@
 Source: DMD2, Yin et al. 2024, arXiv:2405.14867; the gradient and its weight are DMD's, Yin et al. 2023, arXiv:2311.18828, without the paper's
 factor alpha_t = 1 - t.
 Clock: 0 data, 1 noise.  A second network, the fake, learns the velocity of the student's own samples by flow matching while the student
-trains (flowmap/train/beside.py).  For a sample x0 put to a time t with fresh noise, v the teacher's and w the fake's velocity there,
+trains (flowmap/train/auxiliary.py).  For a sample x0 put to a time t with fresh noise, v the teacher's and w the fake's velocity there,
 
     g = (x0^fake - x0^real) / mean|x0 - x0^real| = t (v - w) / mean|x0 - (xt - t v)|        x0^ = xt - t velocity
     loss = || x0 - sg(x0 - g) ||^2 / (2 D)                                                   its gradient in x0 is g / D
@@ -56,7 +56,9 @@ class ScoreDistillation:
     def __call__(self, fake: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """What the student descends, by way of sample.x0, its samples with their graph; the fake, in the student's place here, is only asked."""
         if teacher is None:
-            raise ValueError("objective.kind: score_distillation compares with the teacher's velocity, so the recipe needs a teacher")
+            raise ValueError(
+                "objective.kind: score_distillation compares with the teacher's velocity, so the recipe needs a teacher"
+            )
         x, t, cond = sample.xt.detach(), sample.t, sample.cond
         with torch.no_grad():
             real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)
@@ -70,7 +72,9 @@ class ScoreDistillation:
         """What the fake descends: flow matching on samples that the student has made, sample.x0 without their graph."""
         return FlowMatching()(fake, None, sample, 0)
 
-    def samples(self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator) -> tuple[Tensor, int]:
+    def samples(
+        self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
+    ) -> tuple[Tensor, int]:
         """The student's samples from x1 as `through` has it, and in how many jumps."""
         num_steps = self.steps[one_of(len(self.steps), generator)]
         if self.through == "all":

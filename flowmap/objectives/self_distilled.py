@@ -16,7 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival, value_and_graded_rate, value_and_rate, without_graph
+from flowmap.flow.derivative import (
+    DERIVATIVES,
+    along_path,
+    in_arrival,
+    value_and_graded_rate,
+    value_and_rate,
+    without_graph,
+)
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.shares import called_on
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
@@ -42,7 +49,9 @@ class SelfDistilled:
                 found = self.distance(*of_rows(rows_of(sample, places))).to(error.dtype)
                 error = error.index_add(0, places, found * rows[places])
         logs = {"error": error, "diagonal_error": _mean(error, ~moving), "self_error": _mean(error, moving)}
-        return Loss(self.weight(error, student, sample.t, sample.s).mean(), {key: value.detach() for key, value in logs.items()})
+        return Loss(
+            self.weight(error, student, sample.t, sample.s).mean(), {key: value.detach() for key, value in logs.items()}
+        )
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         """(what carries grad, what it is to be, which carries none), both like x, for samples with t > s."""

@@ -22,11 +22,15 @@ class Anchored(FewStep):
     Euler's own result where paths are straight; better than Euler at few steps where they nearly are. For students trained on the diagonal.
     """
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
         times = self.times(steps)
         x = self.start(x1)
-        ones = torch.ones(x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        ones = torch.ones(
+            x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+        )
         for t, s in zip(times, times[1:], strict=False):
             guess = x - t * student.mean_velocity(x, t * ones, t * ones, cond)
             x = (1 - s) * guess + s * x1

@@ -15,7 +15,9 @@ from flowmap.samplers.grids import FewStep, jump
 class Deterministic(FewStep):
     """x <- f(x, t, s) from t_max to 0. The same noise gives the same sample; on an exact map any number of steps gives the same one."""
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
         times = self.times(steps)
         x = self.start(x1)

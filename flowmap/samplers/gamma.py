@@ -26,7 +26,9 @@ class Gamma(FewStep):
 
     gamma: Share = 0.5
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor:
         """x0, shaped like x1, after `steps` calls of the student; fresh noise comes from generator. Raises ValueError for steps < 1."""
         times = self.times(steps)
         kept = math.sqrt(1 - self.gamma**2)

@@ -43,7 +43,9 @@ class FewStep:
             raise ValueError(f"grid is {self.grid!r}; allowed: {', '.join(GRIDS)}")
         ends = (self.t_max, *self.middle, 0.0)
         if not all(t > s for t, s in zip(ends, ends[1:], strict=False)):
-            raise ValueError(f"middle is {self.middle!r}; allowed: falling times strictly between t_max = {self.t_max!r} and 0")
+            raise ValueError(
+                f"middle is {self.middle!r}; allowed: falling times strictly between t_max = {self.t_max!r} and 0"
+            )
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The steps + 1 times of a run of `steps` calls, falling from exactly t_max to exactly 0. Raises ValueError for steps < 1."""
@@ -67,7 +69,9 @@ class FewStep:
         """How often a sample of so many steps asks the student."""
         return steps
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor:
         raise NotImplementedError
 
     def step(self, student, x: Tensor, t: float, s: float, cond) -> Tensor:

@@ -28,7 +28,9 @@ class Solve(FewStep):
     def calls(self, steps: int) -> int:
         return steps * STEPS[self.solver][1]
 
-    def __call__(self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None) -> Tensor:
+    def __call__(
+        self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
+    ) -> Tensor:
         """x0, shaped like x1, after calls(steps) calls of the student. generator is not used. Raises ValueError for steps < 1."""
         return self._along(student, self.start(x1), self.times(steps), cond)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from flowmap.base.schema import kind_of
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
-from flowmap.data.text import Attribute
+from flowmap.data.text.dataset import Attribute
 from flowmap.flow.types import Sampler
-from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.embed import Further
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora
 from flowmap.nets.stacked import NetSpec
+from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.student.prior import Shipped
 
 FORMAT = 1
@@ -25,7 +25,11 @@ BESIDE = "autoencoder"  # the folder beside a student's weights with the autoenc
 
 def found_beside(spec: Any, folder: Path | None) -> Any:
     """An autoencoder (or None) whose source is the folder beside the weights, told where that is; any other as it is."""
-    return replace(spec, source=str(folder / BESIDE)) if spec is not None and spec.source == BESIDE and folder is not None else spec
+    return (
+        replace(spec, source=str(folder / BESIDE))
+        if spec is not None and spec.source == BESIDE and folder is not None
+        else spec
+    )
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,20 @@ class StudentConfig:
             raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
         if self.num_classes is not None and self.num_classes < 1:
             raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
-        if self.class_names is not None and (len(self.class_names) != self.num_classes or len(set(self.class_names)) != self.num_classes):
-            raise ValueError(f"class_names: {self.num_classes} classes want as many different names, not {len(self.class_names)}")
+        if self.class_names is not None and (
+            len(self.class_names) != self.num_classes or len(set(self.class_names)) != self.num_classes
+        ):
+            raise ValueError(
+                f"class_names: {self.num_classes} classes want as many different names, not {len(self.class_names)}"
+            )
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
         if self.told and not getattr(self.net, "takes_further", False):
-            raise ValueError(f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false")
+            raise ValueError(
+                f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false"
+            )
         if self.descriptions and not getattr(self.net, "takes_further", False):
             kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_further", False))
             what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
@@ -114,7 +124,9 @@ class StudentConfig:
         further = {"further": self.further} if self.further else {}
         if base is None:
             assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
-            net: Any = self.net.build(self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further)
+            net: Any = self.net.build(
+                self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further
+            )
         else:
             net = base.with_branches(arrival=self.arrival, guidance=guidance)
         if self.lora is not None:

@@ -23,7 +23,15 @@ ROUNDS = 4  # how often the code of a masked picture is found anew, with the hol
 
 @torch.no_grad()
 def inpaint(
-    student: Student, picture: Tensor, mask: Tensor, num: int, *, steps: int = 4, solver: str | None = None, seed: int = 0, batch_size: int = 256
+    student: Student,
+    picture: Tensor,
+    mask: Tensor,
+    num: int,
+    *,
+    steps: int = 4,
+    solver: str | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> Tensor:
     """(num, C, H, W): the picture (C, H, W) in [-1, 1] with what lies under the mask (H, W), true where it is to be drawn, drawn anew.
 
@@ -62,7 +70,16 @@ def _resolved(student: Student, x1: Tensor, cond, x0: Tensor, hole: Tensor, step
 
 
 @torch.no_grad()
-def interpolate(student: Student, first: Tensor, second: Tensor, num: int, *, steps: int = 4, solver: str | None = None, seed: int = 0) -> Tensor:
+def interpolate(
+    student: Student,
+    first: Tensor,
+    second: Tensor,
+    num: int,
+    *,
+    steps: int = 4,
+    solver: str | None = None,
+    seed: int = 0,
+) -> Tensor:
     """(num, C, H, W): samples of codes on the great arc from the first picture's code to the second's, all from the same noise."""
     prior = _prior_of(student, "--interpolate")
     a, b = (prior.encode(_encoded(student, one, "--interpolate")) for one in (first, second))

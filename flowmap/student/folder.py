@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flowmap.base.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from flowmap.base.schema import RecipeError, construct, to_plain
-from flowmap.kinds import TABLES
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
+from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import BESIDE, FORMAT, StudentConfig
 from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
@@ -110,7 +110,9 @@ def _local(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors")
+        raise ValueError(
+            f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors"
+        )
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -118,14 +120,20 @@ def _local(source: str | Path) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=[*FILES, *(f"{part}/*" for part in FOLDERS)]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            raise ValueError(f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)")
+            raise ValueError(
+                f"student: {source!r} is no folder, and as a hub id: {str(error).splitlines()[0]}"
+            ) from error
+    raise ValueError(
+        f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)"
+    )
 
 
 def read_config(path: Path) -> StudentConfig:
     """What a student's folder says of it; ValueError names the file and what is wrong."""
     plain = read_json(path)
-    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith("flowmap-text-autoencoder"):
+    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith(
+        "flowmap-text-autoencoder"
+    ):
         raise ValueError(f"{path}: is an autoencoder's, not a student's")
     if plain.get("what") == PRIOR:
         raise ValueError(f"{path}: is a learned prior's, not a student's")
@@ -143,7 +151,11 @@ def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> Fl
     """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
     largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
     rank = None if config.lora is None else config.lora.rank
-    for name, value in [*vars(net_within(config.net)).items(), ("num_classes", config.num_classes), ("lora.rank", rank)]:
+    for name, value in [
+        *vars(net_within(config.net)).items(),
+        ("num_classes", config.num_classes),
+        ("lora.rank", rank),
+    ]:
         if isinstance(value, int) and not -1 < value <= largest:
             raise ValueError(f"{file}: {name}: {value} does not fit model.safetensors, whose largest size is {largest}")
     if math.prod(config.shape) > MAX_SIZE:
@@ -158,11 +170,17 @@ def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> Fl
 def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in expected.items():
         if name not in got:
-            raise ValueError(f"{file}: {name}: is missing; the weights are of another architecture than config.json says")
+            raise ValueError(
+                f"{file}: {name}: is missing; the weights are of another architecture than config.json says"
+            )
         if got[name].shape != tensor.shape:
-            raise ValueError(f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{file}: {name}: has shape {tuple(got[name].shape)}, config.json says {tuple(tensor.shape)}"
+            )
         if not got[name].is_floating_point():
-            raise ValueError(f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights")
+            raise ValueError(
+                f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights"
+            )
     for name in got:
         if name not in expected:
             raise ValueError(f"{file}: {name}: is not part of the network that config.json describes")

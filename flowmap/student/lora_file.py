@@ -27,7 +27,11 @@ def read_lora(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     belongs to no layer of the network keeps its name. ValueError for a file that is no LoRA, or one of another kind (DoRA, LoHa, ...).
     """
     layers: dict[str, dict[str, Tensor]] = {}
-    whole = {name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    whole = {
+        name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight")
+        for name in names
+        if name.endswith(".weight")
+    }
     for key, tensor in read_tensors(path).items():
         layer, part = _place(key, whole, path)
         layers.setdefault(layer, {})[part] = tensor.float()
@@ -35,7 +39,9 @@ def read_lora(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     changes: dict[str, Tensor] = {}
     for layer, parts in layers.items():
         if "A" not in parts or "B" not in parts:
-            raise ValueError(f"--lora: {path}: {layer} has {' and '.join(sorted(parts))} but not both of A and B: it is torn, or no LoRA")
+            raise ValueError(
+                f"--lora: {path}: {layer} has {' and '.join(sorted(parts))} but not both of A and B: it is torn, or no LoRA"
+            )
         rank = len(parts["A"])
         ratio = float(parts["alpha"]) / rank if "alpha" in parts else default(layer, rank)
         changes[f"{layer}.weight"] = ratio * _product(parts["B"], parts["A"], f"{path}: {layer}")

@@ -17,9 +17,9 @@ from flowmap.base.schema import construct, to_plain
 from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
 from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCodes, NormalCodes
 from flowmap.flow.solver import Heun
-from flowmap.kinds import TABLES, StudentSpec
 from flowmap.nets.flow_map import FlowMapNet, misfit
 from flowmap.nets.stacked import NetSpec
+from flowmap.recipe.kinds import TABLES, StudentSpec
 
 FORMAT = 1
 PRIOR = "prior"
@@ -37,7 +37,11 @@ class Shipped:
 
     def same_start(self, other: Shipped | None) -> bool:
         """The same auxiliary model at the same scale, told alike: one velocity for both. Where codes come from plays no part."""
-        return other is not None and (self.scale, self.told, self.recipe_hash) == (other.scale, other.told, other.recipe_hash)
+        return other is not None and (self.scale, self.told, self.recipe_hash) == (
+            other.scale,
+            other.told,
+            other.recipe_hash,
+        )
 
     def __str__(self) -> str:
         return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {'told' if self.told else 'not told'} z"
@@ -74,7 +78,9 @@ def auxiliary(net: StudentSpec) -> AuxiliarySpec:
 
 def save_prior(folder: Path, config: PriorConfig, model: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
     """Writes config.json and model.safetensors, the weights first."""
-    named = {f"model.{name}": tensor for name, tensor in model.items()} | {f"codes.{name}": tensor for name, tensor in codes.items()}
+    named = {f"model.{name}": tensor for name, tensor in model.items()} | {
+        f"codes.{name}": tensor for name, tensor in codes.items()
+    }
     write_tensors(folder / "model.safetensors", named)
     write_json(folder / "config.json", to_plain(config, TABLES))
 
@@ -102,7 +108,9 @@ def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int
     return LearnedPrior(model.eval().requires_grad_(False), draws, spec.size, scale=scale, told=told)
 
 
-def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str) -> NormalDraws | MixtureDraws | FlowDraws:
+def built_codes(
+    config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str
+) -> NormalDraws | MixtureDraws | FlowDraws:
     """The z-sampler of those tensors; ValueError where it makes codes of another length than the auxiliary model's."""
     size = auxiliary(config.net).size
     if isinstance(config.z, MixtureCodes):
@@ -110,7 +118,9 @@ def built_codes(config: PriorConfig, tensors: Mapping[str, Tensor], file: Path |
         wanted = {"weights": (k,), "means": (k, size), "factors": (k, size, size)}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != wanted:
-            raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {k} components of codes of {size} numbers")
+            raise ValueError(
+                f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {k} components of codes of {size} numbers"
+            )
         return MixtureDraws(*(tensors[name].double() for name in wanted))
     if isinstance(config.z, FlowCodes):
         assert isinstance(config.z_net, NetSpec)

@@ -44,8 +44,13 @@ def combine(run: Path, *, std: float, step: int | None = None) -> dict[str, Tens
     snapshots = [s for s in _some(run) if step is None or s[0] <= step]
     if not snapshots:
         raise ValueError(f"{run / 'ema'}: no snapshot at or before step {step}")
-    weights = posthoc_coefficients([s[0] for s in snapshots], [s[1] for s in snapshots], target_step=step, target_std=std)
-    return weighted_sum((weight, str(path), read_tensors(path)) for weight, (_, _, path) in zip(weights.tolist(), snapshots, strict=True))
+    weights = posthoc_coefficients(
+        [s[0] for s in snapshots], [s[1] for s in snapshots], target_step=step, target_std=std
+    )
+    return weighted_sum(
+        (weight, str(path), read_tensors(path))
+        for weight, (_, _, path) in zip(weights.tolist(), snapshots, strict=True)
+    )
 
 
 def weighted_sum(parts: Iterable[tuple[float, str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:

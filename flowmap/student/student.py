@@ -96,7 +96,9 @@ class Student(Sentences):
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
         if self.config.edits:
-            raise ValueError(f"num: this student carries sentences of {self.config.edits[0]} to {self.config.edits[1]}; use edit(texts)")
+            raise ValueError(
+                f"num: this student carries sentences of {self.config.edits[0]} to {self.config.edits[1]}; use edit(texts)"
+            )
         if refine is not None and (latents or self.config.text_autoencoder is not None):
             raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
@@ -180,7 +182,9 @@ class Student(Sentences):
         """The frozen text encoder, loaded when first asked for: list[str] -> conditions; None for a student without text."""
         return None if self.config.text is None else self.config.text.load()
 
-    def conditions(self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None) -> dict[str, Tensor]:
+    def conditions(
+        self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None
+    ) -> dict[str, Tensor]:
         """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
         cond = dict(cond or {})
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
@@ -192,7 +196,9 @@ class Student(Sentences):
             raise ValueError(f"guidance: {scale} was given, but {no_scale(self.config.baked_guidance)}")
         for key in cond:
             if key not in allowed:
-                raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}")
+                raise ValueError(
+                    f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}"
+                )
         rows = self._text(num, cond) if text else {}
         if self.config.descriptions:
             rows |= described_by(self, num, cond)
@@ -207,12 +213,19 @@ class Student(Sentences):
             if not bool(((rows["guidance"] >= 0) & rows["guidance"].isfinite()).all()):
                 raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
             if not bool(((rows["guidance"] >= low - 1e-6) & (rows["guidance"] <= high + 1e-6)).all()):
-                warnings.warn(f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on", stacklevel=3)
+                warnings.warn(
+                    f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on",
+                    stacklevel=3,
+                )
         return rows
 
     def taken(self, num: int, cond: Mapping[str, Any], guidance: float | None = None) -> dict[str, Tensor]:
         """The conditions of `num` samples of the data, of which this student takes those that it knows."""
-        known = (*(ENCODED if self.config.text is not None else ()), *(("class",) if self.config.num_classes else ()), *self.config.descriptions)
+        known = (
+            *(ENCODED if self.config.text is not None else ()),
+            *(("class",) if self.config.num_classes else ()),
+            *self.config.descriptions,
+        )
         return self.conditions(num, {key: value for key, value in cond.items() if key in known}, guidance)
 
     def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:

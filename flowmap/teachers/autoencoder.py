@@ -39,7 +39,9 @@ class Autoencoder:
     def __post_init__(self):
         check_ranges(self)
         if (self.source is None) == (self.recipe is None):
-            raise ValueError("source: an autoencoder wants exactly one of source (a folder or hub id) and recipe (one of ours that trains it)")
+            raise ValueError(
+                "source: an autoencoder wants exactly one of source (a folder or hub id) and recipe (one of ours that trains it)"
+            )
 
     def load(self) -> FrozenAutoencoder:
         """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""
@@ -58,7 +60,12 @@ class Autoencoder:
         """What makes its latents unlike those of another: class, weights, normalisation; plain values, found without loading it."""
         folder, config = self._place()
         shift, scale = self._normalisation(config)
-        told = {"class": config["_class_name"], "weights": digest_of(folder), "shift": list(shift), "scale": list(scale)}
+        told = {
+            "class": config["_class_name"],
+            "weights": digest_of(folder),
+            "shift": list(shift),
+            "scale": list(scale),
+        }
         return told | ({"unit": True} if self.unit else {})
 
     def check_channels(self, channels: int) -> None:
@@ -66,7 +73,9 @@ class Autoencoder:
         _, config = self._place()
         if config.get("latent_channels") not in (None, channels):
             made = config["latent_channels"]
-            raise ValueError(f"autoencoder.source: {self.source!r}: its latents have {made} channels, those wanted {channels}")
+            raise ValueError(
+                f"autoencoder.source: {self.source!r}: its latents have {made} channels, those wanted {channels}"
+            )
 
     def outline(self) -> tuple[int, int] | None:
         """(channels of its latents, pixels a side that one of them covers), found without loading it; None where its config does not say."""
@@ -78,14 +87,18 @@ class Autoencoder:
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its folder on this machine, and what its config.json says."""
         if self.source is None:
-            raise ValueError(f"autoencoder.recipe: {self.recipe!r} is trained first: `flowmap fit` of a recipe that uses it does")
+            raise ValueError(
+                f"autoencoder.recipe: {self.recipe!r} is trained first: `flowmap fit` of a recipe that uses it does"
+            )
         root = local_folder(self.source, self.revision, "autoencoder.source", PARTS)
         for folder in (root, root / "vae"):  # itself, or a part of a pipeline
             if (folder / "config.json").is_file():
                 config = _read(folder / "config.json")
                 if str(config.get("_class_name")).startswith("Autoencoder"):
                     return folder, config
-        raise ValueError(f"autoencoder.source: {self.source!r} is no diffusers autoencoder: no config.json there names an Autoencoder class")
+        raise ValueError(
+            f"autoencoder.source: {self.source!r} is no diffusers autoencoder: no config.json there names an Autoencoder class"
+        )
 
     def _normalisation(self, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         shift, scale = self.shift, self.scale
@@ -96,7 +109,9 @@ class Autoencoder:
             scale = tuple(factor / value for value in std) if std else (factor,)
         for name, values in (("shift", shift), ("scale", scale)):
             if len(values) not in (1, config.get("latent_channels")):
-                raise ValueError(f"autoencoder.{name}: {len(values)} numbers; allowed: 1 or {config.get('latent_channels')}, the channels")
+                raise ValueError(
+                    f"autoencoder.{name}: {len(values)} numbers; allowed: 1 or {config.get('latent_channels')}, the channels"
+                )
         return tuple(map(float, shift)), tuple(map(float, scale))
 
 
@@ -105,8 +120,16 @@ class FrozenAutoencoder:
 
     model: Any  # an autoencoder of diffusers
 
-    def __init__(self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], unit: bool, identity: dict[str, Any]):
-        self.model, self.shift, self.scale, self.unit, self._identity = model.eval().requires_grad_(False), shift, scale, unit, identity
+    def __init__(
+        self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], unit: bool, identity: dict[str, Any]
+    ):
+        self.model, self.shift, self.scale, self.unit, self._identity = (
+            model.eval().requires_grad_(False),
+            shift,
+            scale,
+            unit,
+            identity,
+        )
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -115,7 +138,13 @@ class FrozenAutoencoder:
     def encode(self, x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)
         out = self.model.encode((x + 1) / 2 if self.unit else x)
-        z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent if hasattr(out, "latent") else out.latents
+        z = (
+            out.latent_dist.mode()
+            if hasattr(out, "latent_dist")
+            else out.latent
+            if hasattr(out, "latent")
+            else out.latents
+        )
         return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
 
     @torch.no_grad()
@@ -154,7 +183,9 @@ def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, 
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(parts)))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors
         at = f" at revision {revision}" if revision else ""
-        raise ValueError(f"{key}: {source!r} is no folder, and as a hub id{at}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{key}: {source!r} is no folder, and as a hub id{at}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -191,7 +222,9 @@ def digest_of(folder: Path) -> str:
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ValueError(f"{folder}: holds no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else ""))
+        raise ValueError(
+            f"{folder}: holds no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else "")
+        )
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

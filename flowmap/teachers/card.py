@@ -69,9 +69,13 @@ def read_card(path: Path) -> Card:
     if card.kind == "diffusers" and not card.source:
         raise ValueError(f"{path.name}: source: a card of kind diffusers names a pipeline's folder or hub id")
     if card.kind == "diffusers" and not (card.shape and all(size > 0 for size in card.shape)):
-        raise ValueError(f"{path.name}: shape: {card.shape} is not the shape of what the model denoises, such as [4, 32, 32]")
+        raise ValueError(
+            f"{path.name}: shape: {card.shape} is not the shape of what the model denoises, such as [4, 32, 32]"
+        )
     if card.kind == "autoencoder" and not (card.source and card.pixels and len(card.shape) == 3):
-        raise ValueError(f"{path.name}: pixels: a card of kind autoencoder names source, pixels and the shape of their latents, such as [4, 32, 32]")
+        raise ValueError(
+            f"{path.name}: pixels: a card of kind autoencoder names source, pixels and the shape of their latents, such as [4, 32, 32]"
+        )
     if card.kind == "recipe" and not card.recipe:
         raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
     return card

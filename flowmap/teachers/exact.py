@@ -28,7 +28,9 @@ class GaussianTeacher:
     def __post_init__(self):
         _check_std("std", self.std)
         if self.shape is not None and len(self.mean) not in (1, self.shape[-1]):
-            raise ValueError(f"mean has {len(self.mean)} numbers; allowed for shape {self.shape!r}: 1 or {self.shape[-1]}")
+            raise ValueError(
+                f"mean has {len(self.mean)} numbers; allowed for shape {self.shape!r}: 1 or {self.shape[-1]}"
+            )
 
     def spread(self, t: Tensor) -> Tensor:
         """S(t), the std of every element of xt."""

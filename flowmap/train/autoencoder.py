@@ -12,7 +12,7 @@ from torch import Tensor
 from flowmap.base.files import write_json, write_tensors, write_text
 from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import floors
-from flowmap.planning.plan import Stage
+from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
@@ -62,14 +62,18 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     return {"student": {"1": row}, "floor": lowest, "seconds": seconds, "nfe": {"student": {"1": 1}}}
 
 
-def save_autoencoder(stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+def save_autoencoder(
+    stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None
+) -> None:
     """Writes student/: weights, then the config with the shift and scale that normalise the latents of the training pictures."""
     from flowmap.train.card import figures_table
 
     folder, model = stage.folder / "student", module.averaged.net.model
     shift, scale = module.averaged.net.normalisation(module.data.reference[:MAX_FOR_STATISTICS].to(module.device))
     config = json.loads(model.to_json_string()) | {"shift_factor": shift, "scaling_factor": scale}
-    write_tensors(folder / "diffusion_pytorch_model.safetensors", {k.removeprefix("net.model."): v for k, v in state.items()})
+    write_tensors(
+        folder / "diffusion_pytorch_model.safetensors", {k.removeprefix("net.model."): v for k, v in state.items()}
+    )
     write_json(folder / "config.json", config)
     write_text(folder / "recipe.yaml", stage.recipe.to_yaml())
     what = f"An autoencoder of pictures, trained for {done} steps: `diffusers.AutoencoderKL.from_pretrained(folder)` loads it."

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.evaluate import conditions_for, measure
+from flowmap.evaluation.conditions import conditions_for
+from flowmap.evaluation.measure import measure
 from flowmap.flow.derivative import along_path
 from flowmap.flow.prior import rows_told
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import BESIDE_NET
-from flowmap.planning.plan import Stage
+from flowmap.plan.plan import Stage
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
@@ -51,7 +52,9 @@ def going_on(what: str, look: Callable[[], None]) -> None:
     try:
         look()
     except Exception as error:
-        warnings.warn(f"{what} failed, training goes on: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
+        warnings.warn(
+            f"{what} failed, training goes on: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2
+        )
 
 
 class AtPictures(AtSteps):
@@ -122,7 +125,9 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
     """|| dF/dt by riding - dF/dt by difference || / || the latter || on a few rows of the last batch."""
     sample = module.last_sample
     moving = (sample.t > sample.s).nonzero().squeeze(1)[:rows]
-    if len(moving) == 0:  # any rows, not none: where weights are sharded, every process must call the network as often as the others
+    if (
+        len(moving) == 0
+    ):  # any rows, not none: where weights are sharded, every process must call the network as often as the others
         moving = torch.arange(min(rows, len(sample.t)), device=sample.t.device)
     cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
     x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
@@ -171,20 +176,34 @@ def check_weights(module: DistillModule, done: int) -> None:
     """NotFinite that names a weight or an average of it that is not finite; all processes call it."""
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
-    kept |= {f"the average of width {width:g}": list(net.parameters()) for width, net in zip(module.widths, module.averages, strict=True)}
+    kept |= {
+        f"the average of width {width:g}": list(net.parameters())
+        for width, net in zip(module.widths, module.averages, strict=True)
+    }
     for what, weights in kept.items():
         if not bool(torch.isfinite(norm_of([p.detach() for p in weights]))):
-            name = next((names.get(id(p), "?") for p in weights if not bool(torch.isfinite(norm_of([p.detach()])))), "the norm of all")
+            name = next(
+                (names.get(id(p), "?") for p in weights if not bool(torch.isfinite(norm_of([p.detach()])))),
+                "the norm of all",
+            )
             raise NotFinite(f"{what} is not finite after step {done - 1}: {name}")
 
 
-def keep_student(stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+def keep_student(
+    stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None
+) -> None:
     from dataclasses import replace
 
     from flowmap.train.card import model_card
 
     config = replace(config, step=done)
-    save_student(stage.folder / "student", config, state, recipe=stage.recipe.to_yaml(), card=model_card(stage.recipe, config, metrics))
+    save_student(
+        stage.folder / "student",
+        config,
+        state,
+        recipe=stage.recipe.to_yaml(),
+        card=model_card(stage.recipe, config, metrics),
+    )
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
@@ -192,7 +211,10 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
     state = net.state_dict()
-    whole = {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu() for name, tensor in state.items()}
+    whole = {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+        for name, tensor in state.items()
+    }
     return {name: tensor for name, tensor in whole.items() if not name.startswith(BESIDE_NET)}
 
 
@@ -209,7 +231,7 @@ class Pictures(AtPictures):
     @torch.no_grad()
     def write(self, trainer, module: DistillModule, done: int) -> None:
         """samples/step-N.txt: sentences at each number of steps, from the same noise (or from the same sentences, which come first)."""
-        from flowmap.sample import sentences_of
+        from flowmap.evaluation.samples import sentences_of
 
         text = sentences_of(self.student, module.data, self.stage.recipe)
         if trainer.is_global_zero:
@@ -220,7 +242,10 @@ class Pictures(AtPictures):
         recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
         student = self.student
         cond = conditions_for(student, module.data, num)(torch.arange(num))
-        grids = [to_grid(student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed), columns=16) for k in recipe.sampler.steps]
+        grids = [
+            to_grid(student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed), columns=16)
+            for k in recipe.sampler.steps
+        ]
         if module.teacher is not None:
             if self.teacher_grid is None:
                 self.teacher_grid = to_grid(student.pictures(self._of_teacher(module, cond, num)), columns=16)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from flowmap.base.schema import kind_of
-from flowmap.kinds import TABLES
 from flowmap.metrics import TRAIN
 from flowmap.metrics.floor import spread_of
 from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import StudentConfig
 
 
@@ -18,7 +18,9 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     given += ['"prompt": "..."'] if config.text is not None else []
     cond = f"cond={{{', '.join(given)}}}" if given else ""
     guidance = f"guidance={config.guidance[2]}" if config.guidance else ""
-    arguments = ", ".join(part for part in ("16", f"steps={recipe.sampler.steps[-1]}", cond, guidance, "seed=0") if part)
+    arguments = ", ".join(
+        part for part in ("16", f"steps={recipe.sampler.steps[-1]}", cond, guidance, "seed=0") if part
+    )
     lines = [
         f"# {recipe.name}",
         "",
@@ -38,7 +40,10 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         "",
     ]
     if config.lora is not None:
-        lines.insert(-3, f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.")
+        lines.insert(
+            -3,
+            f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.",
+        )
     if config.prior is not None:
         lines.insert(-3, f"Samples start at {config.prior}; it lies in `prior/`.")
     return "\n".join(lines + figures_table(metrics)) + "\n"
@@ -50,7 +55,9 @@ def figures_table(metrics: dict | None) -> list[str]:
         return ["Not measured yet."]
     rows = {f"student, {k} step{'s' * (k != '1')}": row for k, row in metrics["student"].items()}
     if "teacher" in metrics:
-        rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics["teacher"]
+        rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics[
+            "teacher"
+        ]
     rows["real against real (floor)"] = metrics["floor"]
     if spread := spread_of(metrics["floor"]):
         rows["floor, standard deviation"] = spread

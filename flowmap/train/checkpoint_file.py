@@ -23,7 +23,15 @@ from flowmap.base.schema import RecipeError
 MARK = b"flowmap sha256 "
 NO_COMMENT = b"\0\0"  # the end of an archive that nothing was added to
 SEAL = len(MARK) + 64  # bytes of the comment, the last of the file
-NEEDED = {"state_dict": dict, "global_step": int, "epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+NEEDED = {
+    "state_dict": dict,
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -47,7 +55,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # the restricted unpickler raises whatever a foreign file makes it stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"{path}: is not a whole checkpoint (torn, changed, or holds more than tensors): {reason}") from error
+        raise ValueError(
+            f"{path}: is not a whole checkpoint (torn, changed, or holds more than tensors): {reason}"
+        ) from error
     _check_entries(path, state)
     return state
 

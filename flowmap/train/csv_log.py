@@ -38,7 +38,10 @@ class CSVLog(Logger):
             known = set(row) <= set(self.columns)
         self.columns += [key for key in row if key not in self.columns]
         if known:
-            with naming(self.path, kept="all rows but its last are whole"), open(self.path, "a", newline="", encoding="utf-8") as handle:
+            with (
+                naming(self.path, kept="all rows but its last are whole"),
+                open(self.path, "a", newline="", encoding="utf-8") as handle,
+            ):
                 csv.DictWriter(handle, self.columns).writerow(row)
         else:
             self._write()

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build import BuiltTeacher, build_data, build_student, build_teacher, student_config
-from flowmap.build_prior import build_prior
+from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.prior import build_prior
 from flowmap.data import Dataset
+from flowmap.estimate.dry_run import counted
+from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
-from flowmap.planning.dry_run import counted
 from flowmap.recipe import Recipe
-from flowmap.teacher_check import check_teacher
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import as_trained
 
@@ -40,7 +40,9 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     if teacher is not None:
         teacher.told_empty({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)
-    lines = [f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"]
+    lines = [
+        f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"
+    ]
     _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
@@ -52,13 +54,17 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
             seconds, kept = _measured(replace(recipe.distillation, derivative=way), student, teacher, sample)
             works.append(way)
             share = kept / max(plain[1], 1)
-            lines.append(f"derivative {way}: {seconds:.3g} s with the teacher's calls, {_mib(kept)} of activations ({share:.2f} of plain)")
+            lines.append(
+                f"derivative {way}: {seconds:.3g} s with the teacher's calls, {_mib(kept)} of activations ({share:.2f} of plain)"
+            )
         except (NotImplementedError, RuntimeError) as error:
             lines.append(f"derivative {way}: not here: {' '.join(str(error).split())[:300]}")
     return [*lines, f"choose objective.derivative={works[0]}" if works else "no derivative works on this network"]
 
 
-def _teacher_lines(recipe: Recipe, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]) -> None:
+def _teacher_lines(
+    recipe: Recipe, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]
+) -> None:
     """Adds what the teacher's samples are like, beside the recipe's data where that is here."""
     try:
         data, compare = (build_data(recipe), True) if teacher is not None else (noise, False)
@@ -80,9 +86,13 @@ def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(batch, *shape, generator=generator).clamp(-1, 1)
     labels = torch.randint(num_classes, (batch,), generator=generator) if num_classes else None
-    net = net_within(teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student)
+    net = net_within(
+        teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student
+    )
     text = example_conditions(net, batch) if isinstance(net, DiffusersModel) else {}
-    return _Noise("noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes, text=text)
+    return _Noise(
+        "noise", x0, x0[:0], labels, None if labels is None else labels[:0], num_classes=num_classes, text=text
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,9 @@ def draw_sample(
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
         dropped = uniforms(n, device, generator) < recipe.data.drop_condition
-        nothing = {"class": torch.tensor([-1], device=device)} | {key: row.to(device) for key, row in (empty or {}).items()}
+        nothing = {"class": torch.tensor([-1], device=device)} | {
+            key: row.to(device) for key, row in (empty or {}).items()
+        }
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(along(dropped, cond[key]), nothing[key], cond[key])
     share = getattr(recipe.data, "drop_attribute", 0.0)
@@ -66,4 +68,6 @@ def draw_sample(
         low, high = guidance.scale
         cond["guidance"] = low + (high - low) * uniforms(n, device, generator)
     place = places_of(n, device, generator) if isinstance(generator, RowGenerator) else None
-    return replace(recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance, place=place)
+    return replace(
+        recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance, place=place
+    )

@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 
 from flowmap.base.files import read_json, write_json
-from flowmap.planning.plan import Stage, mark
+from flowmap.plan.plan import Stage, mark
 from flowmap.student.student import Student
+from flowmap.train.artifacts import LEAVES
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib
 from flowmap.train.clock import Clock
-from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.run_folder import NOT_DRAWN
 
@@ -24,7 +24,15 @@ class FitError(RuntimeError):
 
 
 def finish(
-    stage: Stage, student: Student, module: DistillModule, trainer: L.Trainer, seconds: float, say: Say, clock: Clock | None, *, again: bool
+    stage: Stage,
+    student: Student,
+    module: DistillModule,
+    trainer: L.Trainer,
+    seconds: float,
+    say: Say,
+    clock: Clock | None,
+    *,
+    again: bool,
 ) -> None:
     """Draws and measures the averaged student and writes student/ and metrics.json, the latter last.
 
@@ -98,4 +106,6 @@ def _unfinished(stage: Stage, done: int, what: str, why: str) -> FitError:
 def reason(error: Exception) -> str:
     """An error in one line."""
     text = " ".join(str(error).split())
-    return text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
+    return (
+        text if text and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {text}"
+    )

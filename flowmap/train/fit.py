@@ -23,27 +23,27 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.base.distributed import is_child
 from flowmap.base.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
-from flowmap.build_prior import build_prior, write_prior
+from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.prior import build_prior, write_prior
+from flowmap.estimate.dry_run import check_stages
+from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import misfit
-from flowmap.planning.dry_run import check_stages
-from flowmap.planning.pictures import describe_pictures
-from flowmap.planning.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
+from flowmap.plan.pictures import describe_pictures
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
+from flowmap.prepare.encode import encode
+from flowmap.prepare.make_pairs import make_pairs
 from flowmap.recipe import Recipe
-from flowmap.shards.encode import encode
-from flowmap.shards.make_pairs import make_pairs
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
-from flowmap.teacher_check import check_teacher
+from flowmap.train.artifacts import LEAVES
 from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.finish import FitError, finish
-from flowmap.train.leaves import LEAVES
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import STUDENT, check_step, guard, measures_again, move_aside, put_back, recover, sweep
@@ -85,7 +85,9 @@ def fit(
     say = silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
     if recipe.missing():
-        raise RecipeError(f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own")
+        raise RecipeError(
+            f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own"
+        )
     stages = plan(recipe, folder)
     if is_child():
         _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
@@ -111,7 +113,11 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
                 say(line)
             continue
         if not isinstance(stage, Stage):
-            what = f"{stage.recipe.coupling.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
+            what = (
+                f"{stage.recipe.coupling.num} pairs ->"
+                if isinstance(stage, Pairing)
+                else f"its pictures -> {stage.makes} in"
+            )
             say(f"{label}: {what} {stage.folder}")
             make(stage, say, waiting_for(label, stage.folder, say))
             continue
@@ -120,7 +126,14 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
             if stage.complete and not last:
                 say(f"{label}: complete in {stage.folder}, made by another process")
                 continue
-            _run(stage, resume=resume or not last, overwrite=last and overwrite, again=again, say=say, clock=clock if last else None)
+            _run(
+                stage,
+                resume=resume or not last,
+                overwrite=last and overwrite,
+                again=again,
+                say=say,
+                clock=clock if last else None,
+            )
 
 
 def silent(message: str) -> None: ...
@@ -134,7 +147,11 @@ def waiting_for(label: str, folder: Path, say: Say) -> Callable[[], None]:
 def make(stage: Encoding | Pairing, say: Say, waiting: Callable[[], None] | None = None) -> None:
     """Makes the data set on disk or the pairs of that stage, or what of them is not there yet. RecipeError names the recipe."""
     options = dict(device=device_of(stage.recipe), say=say, waiting=waiting)
-    done = lambda: make_pairs(stage.recipe, stage.folder, **options) if isinstance(stage, Pairing) else encode(stage.spec, stage.folder, **options)
+    done = lambda: (
+        make_pairs(stage.recipe, stage.folder, **options)
+        if isinstance(stage, Pairing)
+        else encode(stage.spec, stage.folder, **options)
+    )
     try:
         while done() is None:  # another process completes it just now
             time.sleep(POLL)
@@ -155,19 +172,35 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
     prior = build_prior(recipe)
-    module = module_of(recipe, config, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data))
+    module = module_of(
+        recipe, config, build_student(recipe, config, teacher), teacher, data, build_samples(recipe, data)
+    )
     module.prior = prior
-    if recipe.trainer.compile:  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
-        for net in (module.student, *(teacher.modules if teacher else ()), *([module.fake] if hasattr(module, "fake") else ())):
+    if (
+        recipe.trainer.compile
+    ):  # in place; a ride goes through the network eagerly, the teacher and differences are compiled
+        for net in (
+            module.student,
+            *(teacher.modules if teacher else ()),
+            *([module.fake] if hasattr(module, "fake") else ()),
+        ):
             net.net.compile()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     start = _check_checkpoint(checkpoint, module) if resume and not overwrite and checkpoint.exists() else 0
     if again:
         check_step(folder, start)
     elif start:
-        say(f"resuming at step {start}{'' if has_checksum(checkpoint) else ', from a checkpoint without a checksum (flowmap 0.1 wrote none)'}")
-    checked = {} if start or is_child() else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
-    student = Student(config, module.averaged, folder / "student")  # one for the run: what it loads to decode and to read prompts, it keeps
+        say(
+            f"resuming at step {start}{'' if has_checksum(checkpoint) else ', from a checkpoint without a checksum (flowmap 0.1 wrote none)'}"
+        )
+    checked = (
+        {}
+        if start or is_child()
+        else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
+    )
+    student = Student(
+        config, module.averaged, folder / "student"
+    )  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     steps = start if again else recipe.trainer.steps
     trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization, say=say)
@@ -221,14 +254,22 @@ def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, c
     except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}") from error
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}"
+        ) from error
     if trainer.global_step < trainer.max_steps and not (clock and clock.spent):
-        raise FitError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; --resume goes on: {_last_checkpoint(trainer)}")
+        raise FitError(
+            f"stopped at step {trainer.global_step} of {trainer.max_steps}; --resume goes on: {_last_checkpoint(trainer)}"
+        )
 
 
 def _last_checkpoint(trainer: L.Trainer) -> str:
     last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    return f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})" if last.exists() else "no checkpoint was kept yet"
+    return (
+        f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})"
+        if last.exists()
+        else "no checkpoint was kept yet"
+    )
 
 
 def _check_checkpoint(path: Path, module: DistillModule) -> int:
@@ -240,11 +281,15 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
     odd = misfit(module.state_dict(), state["state_dict"])
     if odd is not None:
         name, wants, was = odd
-        raise RecipeError(f"--resume: {path}: is of another architecture: {name} is {was}, the recipe's student has {wants}")
+        raise RecipeError(
+            f"--resume: {path}: is of another architecture: {name} is {was}, the recipe's student has {wants}"
+        )
     return int(state["global_step"])
 
 
-def _trainer(stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool, say: Say) -> L.Trainer:
+def _trainer(
+    stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool, say: Say
+) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     every = recipe.log.every_steps
@@ -292,4 +337,6 @@ def quiet_lightning() -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nothing of ours writes into an output
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+    )  # nothing of ours writes into an output

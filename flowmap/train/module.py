@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowmap.build import BuiltTeacher, build_decoder
+from flowmap.build.parts import BuiltTeacher, build_decoder
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.draws import RowGenerator
@@ -19,7 +19,7 @@ from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.objectives.uncertainty import learns_weight
 from flowmap.recipe import Recipe
-from flowmap.settings import PowerEMA
+from flowmap.recipe.settings import PowerEMA
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 
 BINS = 4  # of t, in which per-sample logs are also shown
@@ -93,7 +93,9 @@ class DistillModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         if self._restored not in (None, len(self.trainer.optimizers)):  # Lightning would go on with a fresh one
-            raise ValueError(f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}")
+            raise ValueError(
+                f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}"
+            )
         self._micro, self.begun = 0, True
         if self.teacher is not None:
             self.teacher.to(self.device)
@@ -137,7 +139,9 @@ class DistillModule(L.LightningModule):
         self._must_be_finite("loss", loss.value.detach())
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        self._must_be_finite("gradient's norm", norm_of([p.grad for p in self.student.parameters() if p.grad is not None]))
+        self._must_be_finite(
+            "gradient's norm", norm_of([p.grad for p in self.student.parameters() if p.grad is not None])
+        )
 
     def _must_be_finite(self, what: str, value: Tensor) -> None:
         """Raises NotFinite on every process if the value is NaN or infinite on any: none is left waiting for the others."""
@@ -146,14 +150,18 @@ class DistillModule(L.LightningModule):
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         if bool(bad):
             t, s = self.last_sample.t, self.last_sample.s
-            times = ", ".join(f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", t), ("s", s)))
+            times = ", ".join(
+                f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", t), ("s", s))
+            )
             raise NotFinite(f"the {what} is {value.item()} at step {self.global_step} ({times})")
 
     @torch.no_grad()
     def average(self) -> None:
         """Takes the weights of the step that has just been made into every average."""
         for width, average in zip(self.widths, self.averages, strict=True):
-            pairs = [(a, w) for a, w in zip(average.parameters(), self.student.parameters(), strict=True) if w.requires_grad]
+            pairs = [
+                (a, w) for a, w in zip(average.parameters(), self.student.parameters(), strict=True) if w.requires_grad
+            ]
             torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - self._kept(width))
 
     def _kept(self, width: float) -> float:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from torch import nn
 
-from flowmap.build import BuiltTeacher
-from flowmap.build_discriminator import build_discriminator
-from flowmap.build_fake import build_fake
+from flowmap.build.discriminator import build_discriminator
+from flowmap.build.fake_score import build_fake
+from flowmap.build.parts import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
 from flowmap.train.adversarial import AdversarialModule
-from flowmap.train.beside import BesideModule
+from flowmap.train.auxiliary import BesideModule
 from flowmap.train.module import DistillModule
 
 
 def module_of(
-    recipe: Recipe, config: StudentConfig, student: nn.Module, teacher: BuiltTeacher | None, data: Dataset, samples: Dataset | PairedDataset
+    recipe: Recipe,
+    config: StudentConfig,
+    student: nn.Module,
+    teacher: BuiltTeacher | None,
+    data: Dataset,
+    samples: Dataset | PairedDataset,
 ) -> DistillModule:
     """The module, with what trains beside the student built. RecipeError where that cannot be."""
     parts = (recipe, student, teacher, data, samples)

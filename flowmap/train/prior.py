@@ -16,7 +16,7 @@ from flowmap.flow.codes import NormalDraws
 from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.prior import LearnedPrior
 from flowmap.objectives.lediflow import kl_of, negative_log_likelihood
-from flowmap.planning.plan import Stage
+from flowmap.plan.plan import Stage
 from flowmap.student.config import StudentConfig
 from flowmap.student.prior import PriorConfig, save_prior
 from flowmap.student.student import Student
@@ -34,7 +34,14 @@ class KeepPrior(Keep):
         keep_prior(self.stage, self.config, module, state, done)
 
 
-def keep_prior(stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+def keep_prior(
+    stage: Stage,
+    config: StudentConfig,
+    module: DistillModule,
+    state: dict[str, Tensor],
+    done: int,
+    metrics: dict | None = None,
+) -> None:
     """Writes student/; with the last figures also the posteriors of the training data, from which z-samplers are made."""
     from flowmap.train.card import figures_table
 
@@ -45,7 +52,10 @@ def keep_prior(stage: Stage, config: StudentConfig, module: DistillModule, state
     save_prior(folder, config, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     what = f"The auxiliary model of a learned prior (flowmap, LeDiFlow), trained for {done} steps."
-    write_text(folder / "README.md", "\n".join([f"# {recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]))
+    write_text(
+        folder / "README.md",
+        "\n".join([f"# {recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]),
+    )
 
 
 @torch.no_grad()
@@ -84,7 +94,12 @@ class Drawn(AtPictures):
         prior = LearnedPrior(net, NormalDraws(), net.size)
         generator = RowGenerator(f"drawn/{self.stage.recipe.evaluation.seed}", torch.arange(len(x)))
         z, noise = prior.encode(x), normal_like(x, generator)
-        rows = {"real": x, "mean": net.decode(z)[0], "start": prior.place(z, noise).x1, "drawn": prior.place(normal_like(z, generator), noise).x1}
+        rows = {
+            "real": x,
+            "mean": net.decode(z)[0],
+            "start": prior.place(z, noise).x1,
+            "drawn": prior.place(normal_like(z, generator), noise).x1,
+        }
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
         if not trainer.is_global_zero:
             return
@@ -112,7 +127,12 @@ def measure_prior(module: DistillModule, say: Callable[[str], None] | None = Non
     units = kl_of(mean, logvar).mean(0).double().cpu()
     active = int((units > ACTIVE).sum())
     codes = z.double().cpu()
-    off = gaussian_frechet(codes.mean(0), codes.T.cov().reshape(net.size, net.size), torch.zeros(net.size).double(), torch.eye(net.size).double())
+    off = gaussian_frechet(
+        codes.mean(0),
+        codes.T.cov().reshape(net.size, net.size),
+        torch.zeros(net.size).double(),
+        torch.eye(net.size).double(),
+    )
     row = {
         "nll": float(negative_log_likelihood(x, guess, spread).mean()),
         "rmse": float((guess - x).square().mean().sqrt()),

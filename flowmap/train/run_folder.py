@@ -21,10 +21,10 @@ from pathlib import Path
 from flowmap.base.files import read_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
-from flowmap.data.tokens import FILE, SETTINGS
-from flowmap.planning.plan import Stage, built_on, holds
-from flowmap.planning.same_run import BUILT_ON, first_difference, measurement, same_measurement
-from flowmap.recipe import Recipe, read_resolved
+from flowmap.data.text.tokens import FILE, SETTINGS
+from flowmap.plan.plan import Stage, built_on, holds
+from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
+from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS
 
 Say = Callable[[str], None]
@@ -109,11 +109,16 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
     """RecipeError where fit may not touch what the folder holds, unless asked to go on with it or to replace it."""
     folder = stage.folder
     if not (folder / "recipe.yaml").is_file():
-        in_the_way = next((name for name in dict.fromkeys(name.split("/")[0] for name in WRITTEN) if os.path.lexists(folder / name)), None)
+        in_the_way = next(
+            (name for name in dict.fromkeys(name.split("/")[0] for name in WRITTEN) if os.path.lexists(folder / name)),
+            None,
+        )
         if overwrite and folder.exists() and any(folder.iterdir()):
             raise RecipeError(f"--overwrite: {folder} is not a run folder (no recipe.yaml), so it is left alone")
         if in_the_way:
-            raise RecipeError(f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way} would be replaced; choose another")
+            raise RecipeError(
+                f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way} would be replaced; choose another"
+            )
         return
     if not _is_a_runs(folder):
         raise RecipeError(f"--out: {folder / 'recipe.yaml'} is of no run and would be replaced; choose another folder")
@@ -121,11 +126,15 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
         return
     if not holds(folder, stage.recipe):
         key = _first_difference(folder / "recipe.yaml", stage.recipe)
-        raise RecipeError(f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite")
+        raise RecipeError(
+            f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite"
+        )
     if stage.complete:
         _guard_measured(stage, resume)
     elif not resume and (folder / "checkpoints").exists():
-        raise RecipeError(f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew")
+        raise RecipeError(
+            f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew"
+        )
 
 
 def _guard_measured(stage: Stage, resume: bool) -> None:
@@ -146,7 +155,9 @@ def measures_again(stage: Stage, *, resume: bool, log: bool) -> bool:
     folder = stage.folder
     if not (resume and stage.complete and (folder / LAST).is_file()):
         return False
-    return not same_measurement(folder, stage.recipe, *(["log"] if log else [])) or (log and NOT_DRAWN in read_json(folder / "metrics.json"))
+    return not same_measurement(folder, stage.recipe, *(["log"] if log else [])) or (
+        log and NOT_DRAWN in read_json(folder / "metrics.json")
+    )
 
 
 def check_step(folder: Path, step: int) -> None:

@@ -18,7 +18,9 @@ def strategy_for(recipe: Recipe) -> str | Strategy:
     trainer = recipe.trainer
     if trainer.strategy == "fsdp":
         world = trainer.devices * trainer.num_nodes
-        return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
     if trainer.strategy == "ddp":
         return DDPStrategy(gradient_as_bucket_view=True)
     return "auto"

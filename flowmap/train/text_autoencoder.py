@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import write_text
+from flowmap.data.text.autoencoder import save_text_autoencoder
 from flowmap.objectives.language import IGNORED, divergence
-from flowmap.planning.plan import Stage
-from flowmap.student.text_autoencoder import save_text_autoencoder
+from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
 
@@ -35,7 +35,9 @@ class Reconstructions(AtPictures):
             return
         rows = _unseen(module)[: self.stage.recipe.log.grid_images]
         pairs = zip(module.data.tokens.decode(rows), reconstructed(module, rows), strict=True)
-        write_text(self.stage.folder / "samples" / f"step-{done:08d}.txt", "\n".join(f"{a}\n  {b}" for a, b in pairs) + "\n")
+        write_text(
+            self.stage.folder / "samples" / f"step-{done:08d}.txt", "\n".join(f"{a}\n  {b}" for a, b in pairs) + "\n"
+        )
 
 
 @torch.no_grad()
@@ -63,7 +65,13 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     counts = {key: int(value) for key, value in module.data.counts.items()}
     sentences = {"train": len(module.data), "held_out": len(module.data.held_out), **counts}
-    return {"student": {"1": row}, "floor": {}, "seconds": seconds, "nfe": {"student": {"1": 1}}, "sentences": sentences}
+    return {
+        "student": {"1": row},
+        "floor": {},
+        "seconds": seconds,
+        "nfe": {"student": {"1": 1}},
+        "sentences": sentences,
+    }
 
 
 def _teacher_forced(net, rows: Tensor) -> dict[str, float]:
@@ -75,11 +83,20 @@ def _teacher_forced(net, rows: Tensor) -> dict[str, float]:
         counted = targets != IGNORED
         right += float(((logits.argmax(-1) == targets) & counted).sum())
         tokens += float(counted.sum())
-        nll += float(torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"))
+        nll += float(
+            torch.nn.functional.cross_entropy(
+                logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"
+            )
+        )
         kls.append(float(divergence(mean, logvar, 0.0)[0]) * len(part))
     each = ((mean.square() + logvar.exp() - 1 - logvar) / 2).flatten(1).mean(0)
     active = int((each > 0.01).sum())
-    return {"token_accuracy": right / tokens, "nll_per_token": nll / tokens, "kl": sum(kls) / len(rows), "active": active}
+    return {
+        "token_accuracy": right / tokens,
+        "nll_per_token": nll / tokens,
+        "kl": sum(kls) / len(rows),
+        "active": active,
+    }
 
 
 def _words_kept(text: str, again: str) -> float:
@@ -88,7 +105,14 @@ def _words_kept(text: str, again: str) -> float:
 
 
 def save_autoencoder(
-    stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None, *, net=None, folder: Path | None = None
+    stage: Stage,
+    module: DistillModule,
+    state: dict[str, Tensor],
+    done: int,
+    metrics: dict | None = None,
+    *,
+    net=None,
+    folder: Path | None = None,
 ) -> None:
     """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences.
 
@@ -96,7 +120,7 @@ def save_autoencoder(
     """
     from flowmap.train.card import figures_table
 
-    call = "flowmap.student.text_autoencoder.TextAutoencoder(source=folder).load()"
+    call = "flowmap.data.text.autoencoder.TextAutoencoder(source=folder).load()"
     what = f"A text autoencoder, trained for {done} steps: `{call}` has encode and decode."
     card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}

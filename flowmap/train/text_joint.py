@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from flowmap.build import build_data
-from flowmap.evaluate import measure
-from flowmap.planning.plan import Stage
+from flowmap.build.parts import build_data
+from flowmap.build.text import flow_alone
+from flowmap.data.text.autoencoder import TextAutoencoder
+from flowmap.evaluation.measure import measure
+from flowmap.plan.plan import Stage
 from flowmap.student.config import BESIDE, StudentConfig
 from flowmap.student.folder import load_student
-from flowmap.student.text import flow_alone
-from flowmap.student.text_autoencoder import TextAutoencoder
 from flowmap.train.callbacks import Keep, keep_student
 from flowmap.train.module import DistillModule
 from flowmap.train.text_autoencoder import measure_autoencoder, save_autoencoder
@@ -34,7 +34,14 @@ def measure_joint(stage: Stage, module: DistillModule, say=None) -> dict[str, An
     return {**figures, "autoencoder": measure_autoencoder(module)["student"]["1"]}
 
 
-def save_joint(stage: Stage, config: StudentConfig, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None) -> None:
+def save_joint(
+    stage: Stage,
+    config: StudentConfig,
+    module: DistillModule,
+    state: dict[str, Tensor],
+    done: int,
+    metrics: dict | None = None,
+) -> None:
     """Writes the autoencoder, then the student that samples in its latents."""
     net, mine = config.net, {"net.autoencoder.": {}, "net.flow.": {}}
     for name, tensor in state.items():

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from flowmap.base.files import write_text
 from flowmap.base.schema import to_plain
-from flowmap.kinds import TABLES
-from flowmap.planning.plan import Stage
+from flowmap.plan.plan import Stage
+from flowmap.recipe.kinds import TABLES
 
 Say = Callable[[str], None]
 SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B's own would wait 90 s, and at the end for ever
@@ -29,7 +29,9 @@ def wandb_logger(stage: Stage, start: int, say: Say) -> WandbLogger | None:
         wandb.setup()  # reads WANDB_SILENT, before anything of it warns
         mode = "offline" if _offline() else "online"
         return _started(stage, start, mode, say)
-    except Exception as error:  # of the network, the key, the settings, W&B's own service: it has no common class for them
+    except (
+        Exception
+    ) as error:  # of the network, the key, the settings, W&B's own service: it has no common class for them
         if mode == "online":
             say(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
         else:
@@ -59,9 +61,15 @@ def _started(stage: Stage, start: int, mode: str, say: Say) -> WandbLogger:
     import wandb
 
     # a variable of the user's own, WANDB_INIT_TIMEOUT for one, comes first; older versions of wandb have no finish_timeout
-    ours = {key: value for key, value in SECONDS.items() if f"WANDB_{key.upper()}" not in os.environ and key in wandb.Settings.model_fields}
+    ours = {
+        key: value
+        for key, value in SECONDS.items()
+        if f"WANDB_{key.upper()}" not in os.environ and key in wandb.Settings.model_fields
+    }
     # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
-    where = dict(name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode)
+    where = dict(
+        name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode
+    )
     logger = _Lasting(say, **where, id=_id(stage.folder, start), resume="allow", settings=wandb.Settings(**ours))
     logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
     return logger

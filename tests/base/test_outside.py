@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 
 from flowmap.base.schema import RecipeError
-from flowmap.recipe import read_recipe, read_resolved
+from flowmap.recipe.recipe import read_recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.teachers.card import read_card
 from flowmap.train.fit import fit
 
 SECRET = "hunter2-of-the-environment"
-VALUES = ["${oc.env:A_SECRET}", "${oc.env:A_SECRET,x}", "x${oc.env:A_SECRET}y", "${seed}", "${oc.decode:${oc.env:A_SECRET}}", "${oc.env:A_SECRET"]
+VALUES = [
+    "${oc.env:A_SECRET}",
+    "${oc.env:A_SECRET,x}",
+    "x${oc.env:A_SECRET}y",
+    "${seed}",
+    "${oc.decode:${oc.env:A_SECRET}}",
+    "${oc.env:A_SECRET",
+]
 ESCAPED = "\\x24{oc.env:A_SECRET}"  # YAML makes ${...} of it between double quotes
 
 
@@ -53,7 +60,10 @@ def test_no_text_of_a_recipe_is_resolved(tiny, value):
     refused(lambda: read_recipe(tiny, [f"+{base}"]), "base.yaml", "log.project", "not resolved")
 
 
-@pytest.mark.parametrize("override", ["name=${oc.env:A_SECRET}", f'name="{ESCAPED}"', "log={project: '${oc.env:A_SECRET}'}", "${oc.env:A_SECRET}=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["name=${oc.env:A_SECRET}", f'name="{ESCAPED}"', "log={project: '${oc.env:A_SECRET}'}", "${oc.env:A_SECRET}=1"],
+)
 def test_no_override_is_resolved(tiny, override):
     refused(lambda: read_recipe(tiny, [override]), "command line", "not resolved")
 
@@ -88,7 +98,8 @@ FILES = {
     "huge": f"# {SECRET}\n" + "a: 1\n" * 300_000,
     "deep": f"{SECRET}: " + "[" * 100_000,
     "an alias of itself": f"{SECRET}: &a [*a]\n",
-    "billion laughs": "a: &a [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1 or ''}, *a{i - 1 or ''}]\n" for i in range(1, 60)),
+    "billion laughs": "a: &a [1]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1 or ''}, *a{i - 1 or ''}]\n" for i in range(1, 60)),
 }
 
 

@@ -90,7 +90,20 @@ def test_a_file_of_the_users_is_called_by_its_stem(command, finished, mine, tmp_
     assert got == 0 and "frechet_halves" in out, err
 
 
-READERS = ["fit", "doctor", "show", "encode", "pairs", "compare", "list", "sample", "evaluate", "export", "merge", "average"]
+READERS = [
+    "fit",
+    "doctor",
+    "show",
+    "encode",
+    "pairs",
+    "compare",
+    "list",
+    "sample",
+    "evaluate",
+    "export",
+    "merge",
+    "average",
+]
 
 
 @pytest.mark.parametrize("verb", READERS)

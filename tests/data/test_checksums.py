@@ -11,7 +11,7 @@ from flowmap.data import checksums
 from flowmap.data.checksums import CHECKED, check
 from flowmap.data.encoded import MADE, read_index
 from flowmap.data.shards import check_sums
-from flowmap.shards.encode import encode
+from flowmap.prepare.encode import encode
 
 pytest.importorskip("datasets")
 FILES = [*(f"shard-0000{i}.arrow" for i in range(5)), "empty.safetensors", "reference.safetensors"]

@@ -8,7 +8,7 @@ from encoding import Averages, Letters, Numbers, spec
 from torch.nn import functional as F
 
 from flowmap.data import Dataset, StepBatches, as_it_is
-from flowmap.shards.encode import encode
+from flowmap.prepare.encode import encode
 
 pytest.importorskip("datasets")
 
@@ -33,8 +33,12 @@ def test_samples_are_the_encoders_latents_with_their_conditions(made):
     rows = [5, 0, 17, 5]
     x0, cond = data.__getitems__(rows)
     where = [positions_of(data)[row] for row in rows]
-    assert x0.dtype == torch.float32 and torch.equal(x0, torch.stack([F.avg_pool2d(pixels(i), 2) for i in where]).half().float())
-    assert torch.equal(cond["class"], torch.tensor([i % 3 for i in where])) and torch.equal(data.labels[rows], cond["class"])
+    assert x0.dtype == torch.float32 and torch.equal(
+        x0, torch.stack([F.avg_pool2d(pixels(i), 2) for i in where]).half().float()
+    )
+    assert torch.equal(cond["class"], torch.tensor([i % 3 for i in where])) and torch.equal(
+        data.labels[rows], cond["class"]
+    )
     captions = ["" if i % 5 == 0 else f"picture {i}" for i in where]
     expected = Letters().load()(captions)
     assert set(cond) == {"class", "text", "text_mask", "pooled"} and cond["text_mask"].dtype == torch.bool
@@ -79,7 +83,9 @@ def test_a_dataset_in_memory_has_harmless_ones():
     assert data.empty == {} and data.conditions_at(torch.tensor([2, 0]))["class"].tolist() == [2, 0]
     bare = Dataset("x", torch.zeros(4, 2), torch.zeros(3, 2))
     assert bare.conditions_at(torch.arange(2)) == bare.reference_conditions == bare.held_out_samples()[1] == {}
-    assert torch.equal(data.reference_conditions["class"], torch.arange(4)) and set(data.held_out_samples()[1]) == {"class"}
+    assert torch.equal(data.reference_conditions["class"], torch.arange(4)) and set(data.held_out_samples()[1]) == {
+        "class"
+    }
 
 
 def test_it_feeds_a_loader(made):
@@ -103,14 +109,22 @@ def test_flip_doubles_the_samples(tmp_path):
     data = spec(tmp_path, flip=True).build()
     assert len(data) == 2 * 18 == len(data.labels)
     x0, cond = data.__getitems__([4, 4 + 18])
-    assert torch.equal(x0[1], x0[0].flip(-1)) and torch.equal(cond["text"][0], cond["text"][1]) and not torch.equal(x0[0], x0[1])
+    assert (
+        torch.equal(x0[1], x0[0].flip(-1))
+        and torch.equal(cond["text"][0], cond["text"][1])
+        and not torch.equal(x0[0], x0[1])
+    )
 
 
 def test_the_index_tells_the_moments(made):
     index = json.loads((made / "index.json").read_text())
     every = torch.stack([F.avg_pool2d(pixels(i), 2) for i in Numbers().usable]).half().double()
-    torch.testing.assert_close(torch.tensor(index["mean"], dtype=torch.float64), every.mean((0, 2, 3)), rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.tensor(index["std"], dtype=torch.float64), every.std((0, 2, 3), correction=0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.tensor(index["mean"], dtype=torch.float64), every.mean((0, 2, 3)), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        torch.tensor(index["std"], dtype=torch.float64), every.std((0, 2, 3), correction=0), rtol=0, atol=1e-12
+    )
 
 
 MISMATCHES = [

@@ -52,11 +52,16 @@ def test_what_cannot_be_used_is_left_out_counted_and_named(root, capsys, monkeyp
     (root / "dogs" / "torn.webp").write_bytes(whole[: len(whole) // 2])
     picture(root / "beside.png")
     (root / "notes.txt").write_text("not an image")
-    monkeypatch.setattr("flowmap.data.folder.MAX_PIXELS", 1000)
+    monkeypatch.setattr("flowmap.data.images.folder.MAX_PIXELS", 1000)
     picture(root / "dogs" / "huge.png", size=(60, 60))
     data = Folder(root=str(root), size=8).build()
     said = capsys.readouterr().err
-    assert len(data) == 4 and "4 images, 4 left out: beside.png lies beside" in said and "and 1 more" in said and "broken.png" in said
+    assert (
+        len(data) == 4
+        and "4 images, 4 left out: beside.png lies beside" in said
+        and "and 1 more" in said
+        and "broken.png" in said
+    )
 
 
 def test_held_out_images_are_drawn_once_for_all(root):
@@ -64,7 +69,12 @@ def test_held_out_images_are_drawn_once_for_all(root):
     assert len(first) == 3 and len(first.held_out) == 1 and torch.equal(first.held_out, again.held_out)
 
 
-MISTAKES = [({"root": "nowhere"}, "no such"), ({"held_out": 4}, "holds 4 readable"), ({"size": 0}, "size: 0"), ({"channels": 2}, "channels: 2")]
+MISTAKES = [
+    ({"root": "nowhere"}, "no such"),
+    ({"held_out": 4}, "holds 4 readable"),
+    ({"size": 0}, "size: 0"),
+    ({"channels": 2}, "channels: 2"),
+]
 
 
 @pytest.mark.parametrize(("settings", "says"), MISTAKES)

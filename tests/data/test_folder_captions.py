@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from flowmap.data.folder import FolderImages
+from flowmap.data.images.folder import FolderImages
 
 NAMES = ("a/1.png", "a/2.png", "b/deep/3.png")
 
@@ -36,16 +36,22 @@ def jsonl(*rows):
 WAYS = {
     "at the top": {"metadata.jsonl": jsonl(*({"file_name": name, "text": name[-5]} for name in NAMES))},
     "from here": {"metadata.jsonl": jsonl(*({"file_name": f"./{name}", "text": name[-5]} for name in NAMES))},
-    "another system's": {"metadata.jsonl": jsonl(*({"file_name": name.replace("/", "\\"), "text": name[-5]} for name in NAMES))},
+    "another system's": {
+        "metadata.jsonl": jsonl(*({"file_name": name.replace("/", "\\"), "text": name[-5]} for name in NAMES))
+    },
     "in subfolders": {
         "a/metadata.jsonl": jsonl({"file_name": "1.png", "text": "1"}, {"file_name": "./2.png", "text": "2"}),
         "b/metadata.csv": "file_name,text\ndeep/3.png,3\n",
     },
     "another key": {"metadata.jsonl": jsonl(*({"image": name, "caption": name[-5]} for name in NAMES))},
     "several": {"metadata.jsonl": jsonl(*({"file_name": name, "text": [name[-5], "more"]} for name in NAMES))},
-    "a byte-order mark": {"metadata.jsonl": "\ufeff" + jsonl(*({"file_name": name, "text": name[-5]} for name in NAMES))},
+    "a byte-order mark": {
+        "metadata.jsonl": "\ufeff" + jsonl(*({"file_name": name, "text": name[-5]} for name in NAMES))
+    },
     "CSV": {"metadata.csv": "label,file_name,text\r\n" + "".join(f'x,{name},"{name[-5]}"\r\n' for name in NAMES)},
-    "CSV with a mark": {"metadata.csv": "\ufefffile_name,caption\n" + "".join(f"{name},{name[-5]}\n" for name in NAMES)},
+    "CSV with a mark": {
+        "metadata.csv": "\ufefffile_name,caption\n" + "".join(f"{name},{name[-5]}\n" for name in NAMES)
+    },
     "texts": {f"{name[:-4]}.txt": f"\ufeff{name[-5]}\r\n" for name in NAMES},
     "TEXTS": {f"{name[:-4]}.TXT": name[-5] for name in NAMES},
 }
@@ -56,7 +62,10 @@ def test_captions_are_found(root, way):
     for name, content in WAYS[way].items():
         (root / name).write_text(content, encoding="utf-8", newline="")
     assert captions(root) == ["1", "2", "3"] and skipped(root) == {}
-    assert FolderImages(root=str(root)).num_captions() == 3 and FolderImages(root=str(root), captions=False).num_captions() == 0
+    assert (
+        FolderImages(root=str(root)).num_captions() == 3
+        and FolderImages(root=str(root), captions=False).num_captions() == 0
+    )
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
@@ -67,7 +76,9 @@ def test_names_are_compared_composed(tmp_path, way, forms):
     if way == "txt":
         (tmp_path / there).with_suffix(".txt").write_text("cheese")
     else:
-        (tmp_path / way).write_text(json.dumps({"file_name": there, "text": "cheese"}, ensure_ascii=False), encoding="utf-8")
+        (tmp_path / way).write_text(
+            json.dumps({"file_name": there, "text": "cheese"}, ensure_ascii=False), encoding="utf-8"
+        )
     assert captions(tmp_path) == ["cheese"]
 
 
@@ -77,7 +88,14 @@ def test_a_quoted_caption_of_several_lines(root):
 
 
 def test_captions_of_no_picture_and_captions_twice_are_counted(root):
-    rows = [("a/1.png", "one"), ("a/9.png", "nine"), ("a/1.png", "uno"), ("a/1.png", "uno"), ("a/2.png", ""), ("../x.png", "out")]
+    rows = [
+        ("a/1.png", "one"),
+        ("a/9.png", "nine"),
+        ("a/1.png", "uno"),
+        ("a/1.png", "uno"),
+        ("a/2.png", ""),
+        ("../x.png", "out"),
+    ]
     (root / "metadata.jsonl").write_text(jsonl(*({"file_name": name, "text": text} for name, text in rows)))
     (root / "LICENSE.txt").write_text("free")
     assert captions(root) == ["uno", None, None]
@@ -121,7 +139,9 @@ def test_texts_without_end_leave_their_pictures_out(root):
     os.mkfifo(root / "a/2.txt")
     (root / "b/deep/3.txt").write_bytes(b"x" * (2**20 + 1))
     problems = [item.problem for item in FolderImages(root=str(root)).items()]
-    assert problems == ["its caption cannot be read: it is not a regular file"] * 2 + ["its caption cannot be read: it has more than 1048576 bytes"]
+    assert problems == ["its caption cannot be read: it is not a regular file"] * 2 + [
+        "its caption cannot be read: it has more than 1048576 bytes"
+    ]
 
 
 def test_a_caption_that_utf8_cannot_hold_is_mended(root):

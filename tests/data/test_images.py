@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from flowmap.data import DATA, Digits, Fashion, StepBatches, as_it_is, fetch, idx
+from flowmap.data import DATA, Digits, Fashion, StepBatches, as_it_is, fetch
+from flowmap.data.images import idx
 
 
 def test_digits_are_whole_and_disjoint():
@@ -40,7 +41,10 @@ def test_batches_come_whole_through_a_loader():
 
 
 def idx_bytes(values: torch.Tensor) -> bytes:
-    return struct.pack(f">BBBB{values.ndim}i", 0, 0, 8, values.ndim, *values.shape) + values.to(torch.uint8).numpy().tobytes()
+    return (
+        struct.pack(f">BBBB{values.ndim}i", 0, 0, 8, values.ndim, *values.shape)
+        + values.to(torch.uint8).numpy().tobytes()
+    )
 
 
 @pytest.fixture
@@ -50,7 +54,9 @@ def small_fashion(tmp_path, monkeypatch):
     monkeypatch.setattr(idx, "FASHION_FILES", shapes)
     monkeypatch.setattr(idx, "SYSTEM_FOLDER", tmp_path / "none")
     for name, shape in shapes.items():
-        values = torch.arange(shape[0]) if len(shape) == 1 else (4 * torch.arange(shape[0])).view(-1, 1, 1).repeat(1, 28, 28)
+        values = (
+            torch.arange(shape[0]) if len(shape) == 1 else (4 * torch.arange(shape[0])).view(-1, 1, 1).repeat(1, 28, 28)
+        )
         if len(shape) == 3:
             values[..., 14:] = 255
         (tmp_path / name).write_bytes(gzip.compress(idx_bytes(values)))

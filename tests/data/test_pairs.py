@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from flowmap.base.files import write_tensors
-from flowmap.build import BuiltTeacher
+from flowmap.build.parts import BuiltTeacher
 from flowmap.data import Latents, Pairs, Pictures
 from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
 from flowmap.flow.solver import SOLVERS, Heun
+from flowmap.prepare.make_pairs import Maker, verify
 from flowmap.recipe import read_recipe
-from flowmap.shards.make_pairs import Maker, verify
 from tests.oracle import draw
 
 
@@ -30,7 +30,9 @@ def test_floats_keep_their_precision(dtype, error):
 
 
 def test_the_share_of_inverted_pairs_is_a_count():
-    assert [Pairs(recipe="r", num=n, inverted=s).num_inverted for n, s in ((10, 0.0), (10, 0.25), (10, 1.0), (63, 0.4))] == [0, 2, 10, 25]
+    assert [
+        Pairs(recipe="r", num=n, inverted=s).num_inverted for n, s in ((10, 0.0), (10, 0.25), (10, 1.0), (63, 0.4))
+    ] == [0, 2, 10, 25]
     assert noises(0, [3, 4], (2,)).shape == (2, 2)
     assert set(COUPLINGS) == {"independent", "pairs", "styles"} and {"euler", "heun", "rk4"} <= set(SOLVERS)
 
@@ -44,7 +46,7 @@ class Halves:
 
 @pytest.mark.parametrize(("kind", "cls", "dtype"), [("pictures", Pictures, "uint8"), ("latents", Latents, "float16")])
 def test_pictures_are_kept_in_bytes_and_latents_in_half_precision(tmp_path, monkeypatch, kind, cls, dtype):
-    import flowmap.shards.make_pairs as module
+    import flowmap.prepare.make_pairs as module
 
     write_tensors(tmp_path / "data" / "a.safetensors", {"x0": draw(20, 3, 4, 6).float().clamp(-1, 1)})
     data = f"data={{kind: {kind}, root: {tmp_path / 'data'}}}"
@@ -55,7 +57,9 @@ def test_pictures_are_kept_in_bytes_and_latents_in_half_precision(tmp_path, monk
     monkeypatch.setattr(module, "build_pairs_teacher", lambda recipe, data: BuiltTeacher(Halves(), None))
     index = module.make_pairs(recipe)
     maker = Maker.of(recipe, "cpu")
-    assert index["dtype"] == maker.dtype == dtype and type(recipe.data) is cls and index["contents"]["shape"] == [3, 4, 6]
+    assert (
+        index["dtype"] == maker.dtype == dtype and type(recipe.data) is cls and index["contents"]["shape"] == [3, 4, 6]
+    )
     assert verify(recipe, num=12)[0] == 0
     x0, cond, x1 = module.PairedDataset(tmp_path / "p", maker.data, maker.identity).__getitems__(range(12))
     assert cond == {}

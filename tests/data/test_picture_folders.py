@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from flowmap.data import Folder
-from flowmap.data.folder import FolderImages
+from flowmap.data.images.folder import FolderImages
 
 
 def picture(path, value=100, suffix=None, **save):
@@ -31,13 +31,25 @@ def labels(source):
 
 ARROW = numpy.zeros((6, 4, 3), dtype=numpy.uint8)
 ARROW[:3, :2] = 255  # white in the upper left alone: each of the eight orientations of it is another picture
-STORED = {1: lambda x: x, 2: numpy.fliplr, 3: lambda x: numpy.rot90(x, 2), 4: numpy.flipud, 5: lambda x: x.transpose(1, 0, 2)}
-STORED |= {6: numpy.rot90, 7: lambda x: numpy.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: numpy.rot90(x, -1)}  # how a camera turned so stores it
+STORED = {
+    1: lambda x: x,
+    2: numpy.fliplr,
+    3: lambda x: numpy.rot90(x, 2),
+    4: numpy.flipud,
+    5: lambda x: x.transpose(1, 0, 2),
+}
+STORED |= {
+    6: numpy.rot90,
+    7: lambda x: numpy.rot90(x, 2).transpose(1, 0, 2),
+    8: lambda x: numpy.rot90(x, -1),
+}  # how a camera turned so stores it
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff", "avif"])
 def test_pictures_stand_upright_as_their_exif_says(tmp_path, suffix):
-    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}, "avif": {"quality": 100}}.get(suffix, {})
+    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}, "avif": {"quality": 100}}.get(
+        suffix, {}
+    )
     for orientation, stored in STORED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -93,7 +105,14 @@ def test_deeper_pixels_are_left_out_by_name(tmp_path):
     assert all("deeper than 8 bits" in item.problem for item in FolderImages(root=str(tmp_path), size=4).items())
 
 
-HIDDEN = [".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/cats/._a.png", ".git/x.png", "@eaDir/a.png", "cats/._a.png", "cats/.ipynb/a.png"]
+HIDDEN = [
+    ".ipynb_checkpoints/a-checkpoint.png",
+    "__MACOSX/cats/._a.png",
+    ".git/x.png",
+    "@eaDir/a.png",
+    "cats/._a.png",
+    "cats/.ipynb/a.png",
+]
 
 
 def test_what_systems_and_tools_leave_is_no_class_and_counted(tmp_path):
@@ -118,12 +137,17 @@ def test_links_that_lead_in_circles_end(tmp_path):
     source = FolderImages(root=str(tmp_path), size=4)
     assert list(labels(source)) == ["cats/a.png", "dogs/b.png"] and source.class_names() == ["cats", "dogs"]
     passed = source.skipped()
-    assert passed["links to a parent folder"]["count"] == 2 and passed["not regular files"] == {"count": 1, "first": ["self.png"]}
+    assert passed["links to a parent folder"]["count"] == 2 and passed["not regular files"] == {
+        "count": 1,
+        "first": ["self.png"],
+    }
 
 
 def test_numbered_folders_are_classes_in_the_order_of_their_numbers(tmp_path):
     source = folder(tmp_path, [f"{i}/a.png" for i in range(12)])
-    assert source.class_names() == [str(i) for i in range(12)] and labels(source) == {f"{i}/a.png": i for i in range(12)}
+    assert source.class_names() == [str(i) for i in range(12)] and labels(source) == {
+        f"{i}/a.png": i for i in range(12)
+    }
     (tmp_path / "x").mkdir()
     picture(tmp_path / "x" / "a.png")
     assert FolderImages(root=str(tmp_path)).class_names()[:4] == ["0", "1", "10", "11"]  # names, not numbers
@@ -156,7 +180,9 @@ def test_a_folder_without_pictures_is_no_class(tmp_path):
 def test_one_folder_is_no_class_and_leaves_nothing_beside_out(tmp_path):
     source = folder(tmp_path, ["a.png", "more/b.png"])
     (tmp_path / "empty").mkdir()
-    assert source.num_classes() is None and [(item.label, item.problem) for item in source.items()] == [(None, None)] * 2
+    assert (
+        source.num_classes() is None and [(item.label, item.problem) for item in source.items()] == [(None, None)] * 2
+    )
 
 
 def test_what_is_not_read_is_counted_by_suffix(tmp_path, capsys):
@@ -177,7 +203,10 @@ def test_only_plain_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     source = FolderImages(root=str(tmp_path), size=4)
     (item,) = source.items()
-    assert item.problem == "its caption cannot be read: it is not a regular file" and source.skipped()["not regular files"]["count"] == 2
+    assert (
+        item.problem == "its caption cannot be read: it is not a regular file"
+        and source.skipped()["not regular files"]["count"] == 2
+    )
 
 
 def test_a_folder_that_may_not_be_listed_is_said(tmp_path, monkeypatch):
@@ -191,7 +220,10 @@ def test_a_folder_that_may_not_be_listed_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", guarded)
     source = FolderImages(root=str(tmp_path), size=4)
-    assert source.class_names() == ["0", "1", "2"] and source.skipped()["unreadable folders"] == {"count": 1, "first": ["1"]}
+    assert source.class_names() == ["0", "1", "2"] and source.skipped()["unreadable folders"] == {
+        "count": 1,
+        "first": ["1"],
+    }
 
 
 def test_names_that_are_not_utf8_are_told_in_utf8(tmp_path):

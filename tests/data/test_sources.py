@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from flowmap.data import IMAGE_SOURCES
-from flowmap.data import folder as folder_module
-from flowmap.data.edm2_zip import EDM2Images, EDM2Latents, read_array
-from flowmap.data.folder import FolderImages
-from flowmap.data.huggingface import HuggingFaceImages
-from flowmap.data.webdataset import WebDatasetImages
+from flowmap.data.images import folder as folder_module
+from flowmap.data.images.edm2_zip import EDM2Images, EDM2Latents, read_array
+from flowmap.data.images.folder import FolderImages
+from flowmap.data.images.huggingface import HuggingFaceImages
+from flowmap.data.images.webdataset import WebDatasetImages
 
 
 def png(value, size=(6, 6), mode="RGB"):
@@ -60,7 +60,9 @@ def pictures(tmp_path):
 
 
 def told(items):
-    return [(item.key, item.label, item.caption, None if item.image is None else int(item.image[0, 0, 0])) for item in items]
+    return [
+        (item.key, item.label, item.caption, None if item.image is None else int(item.image[0, 0, 0])) for item in items
+    ]
 
 
 def check_positions(source):
@@ -69,7 +71,9 @@ def check_positions(source):
     for start, stop in ((0, 2), (3, 4), (1, None), (4, 99), (7, 9), (2, 2), (0, 2)):
         assert told(source.items(start, stop)) == told(whole[start:stop])
     assert source.length() in (None, len(whole))
-    assert json.loads(json.dumps(source.identity()))["kind"] == source.kind and IMAGE_SOURCES[source.kind] is type(source)
+    assert json.loads(json.dumps(source.identity()))["kind"] == source.kind and IMAGE_SOURCES[source.kind] is type(
+        source
+    )
 
 
 def test_folder_sorts_labels_and_captions(pictures):
@@ -129,7 +133,11 @@ def saved(tmp_path):
     """A data set that save_to_disk wrote: five pictures, classes, captions, one picture broken."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
-        {"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"]), "words": datasets.List(datasets.Value("string"))}
+        {
+            "img": datasets.Image(),
+            "kind": datasets.ClassLabel(names=["x", "y", "z"]),
+            "words": datasets.List(datasets.Value("string")),
+        }
     )
     cells = [{"bytes": png(10 * i), "path": None} for i in range(4)] + [{"bytes": b"broken", "path": None}]
     rows = {"img": cells, "kind": [0, 1, 2, -1, 1], "words": [["a", "b"], [], ["c"], ["d"], ["e"]]}
@@ -145,7 +153,13 @@ def test_huggingface(saved, where, streaming, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(saved / "cache"))
     settings = dict(path=str(saved / where), image="img", label="kind", caption="words", size=4, streaming=streaming)
     source = HuggingFaceImages(**settings)
-    assert [(item.label, item.caption) for item in source.items()] == [(0, "a"), (1, None), (2, "c"), (None, "d"), (1, "e")]
+    assert [(item.label, item.caption) for item in source.items()] == [
+        (0, "a"),
+        (1, None),
+        (2, "c"),
+        (None, "d"),
+        (1, "e"),
+    ]
     assert "cannot be read" in list(source.items())[4].problem
     assert source.class_names() == ["x", "y", "z"] and source.num_classes() == 3
     assert source.fingerprint() == HuggingFaceImages(**settings).fingerprint()
@@ -153,7 +167,12 @@ def test_huggingface(saved, where, streaming, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"), [({"image": "nope"}, "'nope' is no column"), ({"path": "/nowhere/x"}, "/nowhere/x"), ({"caption": "kind"}, "no column")]
+    ("settings", "says"),
+    [
+        ({"image": "nope"}, "'nope' is no column"),
+        ({"path": "/nowhere/x"}, "/nowhere/x"),
+        ({"caption": "kind"}, "no column"),
+    ],
 )
 def test_huggingface_mistakes(saved, settings, says):
     if settings.get("caption"):
@@ -169,7 +188,12 @@ def test_an_address_in_a_data_set_is_not_fetched(tmp_path, monkeypatch):
     import pyarrow.parquet
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    cells = [{"bytes": None, "path": "https://example.invalid/a.png"}, {"bytes": None, "path": "/nowhere.png"}, {"bytes": None, "path": None}, None]
+    cells = [
+        {"bytes": None, "path": "https://example.invalid/a.png"},
+        {"bytes": None, "path": "/nowhere.png"},
+        {"bytes": None, "path": None},
+        None,
+    ]
     (tmp_path / "d").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "d" / "train.parquet")
     for streaming in (False, True):
@@ -180,20 +204,36 @@ def test_an_address_in_a_data_set_is_not_fetched(tmp_path, monkeypatch):
 def test_edm2_zip_of_pictures(tmp_path):
     names = [f"00000/img{i:08d}.png" for i in range(5)]
     entries = {name: png(10 * i) for i, name in reversed(list(enumerate(names)))}
-    path = zipped(tmp_path / "p.zip", entries | {"dataset.json": json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]})})
+    path = zipped(
+        tmp_path / "p.zip",
+        entries | {"dataset.json": json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]})},
+    )
     source = EDM2Images(path=path, size=4)
-    assert told(source.items()) == [(name, i % 3, None, 10 * i) for i, name in enumerate(names)] and source.num_classes() == 3
+    assert (
+        told(source.items()) == [(name, i % 3, None, 10 * i) for i, name in enumerate(names)]
+        and source.num_classes() == 3
+    )
     check_positions(source)
     with pytest.raises(ValueError, match="holds no latents"):
         EDM2Latents(path=path).build()
 
 
 def test_a_hostile_zip(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowmap.data.edm2_zip.Archive.read.__defaults__", (50_000,))
-    entries = {"../../up.png": png(1), "/root.png": png(2), "big.png": png(3) + bytes(60_000), "good.png": png(4), "notes.txt": b"x"}
+    monkeypatch.setattr("flowmap.data.images.edm2_zip.Archive.read.__defaults__", (50_000,))
+    entries = {
+        "../../up.png": png(1),
+        "/root.png": png(2),
+        "big.png": png(3) + bytes(60_000),
+        "good.png": png(4),
+        "notes.txt": b"x",
+    }
     found = {item.key: item for item in EDM2Images(path=zipped(tmp_path / "h.zip", entries)).items()}
     assert len(found) == 4 and found["good.png"].problem is None
-    assert "points out" in found["../../up.png"].problem and "points out" in found["/root.png"].problem and "bytes" in found["big.png"].problem
+    assert (
+        "points out" in found["../../up.png"].problem
+        and "points out" in found["/root.png"].problem
+        and "bytes" in found["big.png"].problem
+    )
     for content in (b'{"labels": [["good.png", "x"]]}', b"[" * 100_000, b'{"labels": [["good.png", 99999999999]]}'):
         with pytest.raises(ValueError, match="dataset.json"):
             EDM2Images(path=zipped(tmp_path / "l.zip", {"good.png": png(4), "dataset.json": content})).length()
@@ -226,7 +266,9 @@ def test_arrays_are_read_as_data():
 
 def latents(tmp_path, count=6, **more):
     generator = numpy.random.default_rng(0)
-    arrays = {f"00000/img-mean-std-{i:08d}.npy": generator.normal(size=(8, 4, 6)).astype(numpy.float32) for i in range(count)}
+    arrays = {
+        f"00000/img-mean-std-{i:08d}.npy": generator.normal(size=(8, 4, 6)).astype(numpy.float32) for i in range(count)
+    }
     labels = {"labels": [[name, i % 3] for i, name in enumerate(arrays)]}
     content = {name: npy(array) for name, array in arrays.items()} | {"dataset.json": json.dumps(labels)} | more
     return zipped(tmp_path / "latents.zip", content), list(arrays.values())
@@ -237,14 +279,23 @@ def test_edm2_latents_are_normalised_and_drawn_once_for_all(tmp_path):
     data = EDM2Latents(path=path, held_out=2, seed=3).build()
     assert data.shape == (4, 4, 6) and len(data) == 4 and data.num_classes == 3 and data.held_out.shape == (2, 4, 4, 6)
     x0, cond = data.__getitems__([2, 0])
-    assert x0.dtype == torch.float32 and torch.equal(data.__getitems__([0])[0][0], x0[1]) and torch.equal(cond["class"], data.labels[[2, 0]])
-    assert torch.equal(data.reference[2], x0[0]) and torch.equal(data.conditions_at(torch.tensor([0, 2]))["class"], data.labels[[0, 2]])
+    assert (
+        x0.dtype == torch.float32
+        and torch.equal(data.__getitems__([0])[0][0], x0[1])
+        and torch.equal(cond["class"], data.labels[[2, 0]])
+    )
+    assert torch.equal(data.reference[2], x0[0]) and torch.equal(
+        data.conditions_at(torch.tensor([0, 2]))["class"], data.labels[[0, 2]]
+    )
     every = torch.cat([data.labels, data.held_out_samples()[1]["class"]])[torch.cat([data._kept, data._out]).argsort()]
     assert every.tolist() == data._labels.tolist() and torch.equal(data.held_out_samples()[0], data.held_out)
     assert torch.equal(data.reference_conditions["class"], data.labels)
     # the published figures, against the formula in float64: raw = mean + std * noise, final = (raw - raw_mean) / raw_std * 0.5
     place = int(data._kept[2])
-    raw = torch.from_numpy(arrays[place][:4]).double() + torch.from_numpy(arrays[place][4:]).double() * data._noise(place).double()
+    raw = (
+        torch.from_numpy(arrays[place][:4]).double()
+        + torch.from_numpy(arrays[place][4:]).double() * data._noise(place).double()
+    )
     mean, std = (torch.tensor(v).double().view(4, 1, 1) for v in ((5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)))
     torch.testing.assert_close(x0[0].double(), (raw - mean) / std * 0.5, rtol=0, atol=1e-6)  # float32
 
@@ -267,10 +318,18 @@ def samples(count):
 def test_webdataset(tmp_path):
     tarred(tmp_path / "b-0.tar", samples(3))
     tarred(tmp_path / "b-1.tar", [])
-    tarred(tmp_path / "b-2.tar", [("deep/" * 60 + "long.png", png(30)), ("deep/" * 60 + "long.json", b'{"caption": "far"}'), ("README", b"")])
+    tarred(
+        tmp_path / "b-2.tar",
+        [("deep/" * 60 + "long.png", png(30)), ("deep/" * 60 + "long.json", b'{"caption": "far"}'), ("README", b"")],
+    )
     source = WebDatasetImages(shards=(str(tmp_path / "b-*.tar"), str(tmp_path / "b-0.tar")), size=4)
     found = told(source.items())
-    assert [row[1:] for row in found[:4]] == [(0, "text 0", 0), (1, "text 1", 10), (2, "text 2", 20), (None, "far", 30)] and len(found) == 7
+    assert [row[1:] for row in found[:4]] == [
+        (0, "text 0", 0),
+        (1, "text 1", 10),
+        (2, "text 2", 20),
+        (None, "far", 30),
+    ] and len(found) == 7
     assert found[0][0] == "b-0.tar/x/000"
     check_positions(source)
 
@@ -287,7 +346,7 @@ def test_webdataset_reads_what_webdataset_writes(tmp_path):
 
 
 def test_a_hostile_tar(tmp_path, monkeypatch):
-    monkeypatch.setattr("flowmap.data.webdataset.MAX_FILE_BYTES", 50_000)
+    monkeypatch.setattr("flowmap.data.images.webdataset.MAX_FILE_BYTES", 50_000)
     link = tarfile.TarInfo("link.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     entries = [
@@ -299,7 +358,9 @@ def test_a_hostile_tar(tmp_path, monkeypatch):
     found = [(item.key.removeprefix("h.tar/"), item.problem) for item in WebDatasetImages(shards=(path,)).items()]
     words = ["points out", "link", "bytes", "label", "no picture", "twice", ".json", "no picture", None]
     assert len(found) == len(words)
-    assert all(problem is word is None or word in problem for (_, problem), word in zip(found, words, strict=True)), found
+    assert all(problem is word is None or word in problem for (_, problem), word in zip(found, words, strict=True)), (
+        found
+    )
     for cut in (700, 1024, 3000):
         (tmp_path / "torn.tar").write_bytes((tmp_path / "h.tar").read_bytes()[:cut])
         with pytest.raises(ValueError, match="torn.tar"):
@@ -340,13 +401,18 @@ def test_a_tar_damaged_or_cut_anywhere_is_refused(tmp_path):
 
 
 def test_captions_of_a_tar_that_are_not_utf8_are_named(tmp_path):
-    path = tarred(tmp_path / "c.tar", [("a.png", png(1)), ("a.txt", b"caf\xe9"), ("b.png", png(2)), ("b.txt", "\ufeffcafé\n".encode())])
+    path = tarred(
+        tmp_path / "c.tar",
+        [("a.png", png(1)), ("a.txt", b"caf\xe9"), ("b.png", png(2)), ("b.txt", "\ufeffcafé\n".encode())],
+    )
     found = list(WebDatasetImages(shards=(path,)).items())
     assert "its caption cannot be read: it is not UTF-8" in found[0].problem and found[1].caption == "café"
 
 
 def test_further_pictures_of_a_sample_are_counted(tmp_path):
-    path = tarred(tmp_path / "m.tar", [("a.jpg", png(1)), ("a.png", png(20)), ("b.png", png(30)), ("b.seg.png", png(4))])
+    path = tarred(
+        tmp_path / "m.tar", [("a.jpg", png(1)), ("a.png", png(20)), ("b.png", png(30)), ("b.seg.png", png(4))]
+    )
     source = WebDatasetImages(shards=(path,), size=4)
     assert [int(item.image[0, 0, 0]) for item in source.items()] == [20, 30]
     assert source.skipped() == {"further pictures of a sample": {"count": 1, "first": ["a.jpg"]}}
@@ -368,7 +434,10 @@ def test_labels_of_an_edm2_zip_match_its_entries(tmp_path, capsys):
     for way in ("./{}", "{}", "00000\\{}"):
         source = made([[way.format(name if "0\\" not in way else name[6:]), i] for i, name in enumerate(names)])
         assert [item.label for item in source.items()] == [0, 1, 2] and source.skipped() == {}
-    with pytest.raises(ValueError, match="no label of dataset.json matches an entry: 'img0.png' there, '00000/img00000000.png' in the zip"):
+    with pytest.raises(
+        ValueError,
+        match="no label of dataset.json matches an entry: 'img0.png' there, '00000/img00000000.png' in the zip",
+    ):
         made([["img0.png", 1]]).length()
     with pytest.raises(ValueError, match="has the classes 1 and 2"):
         made([[names[0], 1], [names[0], 2]]).length()
@@ -379,7 +448,9 @@ def test_labels_of_an_edm2_zip_match_its_entries(tmp_path, capsys):
     path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img00000000.png", 1]]})})
     with pytest.raises(ValueError, match="no label of dataset.json matches an entry"):
         EDM2Latents(path=path).build()
-    path, _ = latents(tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img-mean-std-00000000.npy", 1], ["gone.npy", 9]]})})
+    path, _ = latents(
+        tmp_path, **{"dataset.json": json.dumps({"labels": [["00000/img-mean-std-00000000.npy", 1], ["gone.npy", 9]]})}
+    )
     assert EDM2Latents(path=path).build().num_classes == 2
     said = capsys.readouterr().err
     assert "1 labels without an entry: gone.npy" in said and "5 of 6 latents have no class" in said
@@ -387,4 +458,12 @@ def test_labels_of_an_edm2_zip_match_its_entries(tmp_path, capsys):
 
 def test_the_fingerprint_of_a_zip_knows_its_labels(tmp_path):
     tables = (json.dumps({"labels": [["a.png", label]]}) for label in (0, 1))
-    assert len({EDM2Images(path=zipped(tmp_path / "p.zip", {"a.png": png(1), "dataset.json": table})).fingerprint() for table in tables}) == 2
+    assert (
+        len(
+            {
+                EDM2Images(path=zipped(tmp_path / "p.zip", {"a.png": png(1), "dataset.json": table})).fingerprint()
+                for table in tables
+            }
+        )
+        == 2
+    )

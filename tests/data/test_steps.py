@@ -49,7 +49,9 @@ def test_any_step_can_be_asked_in_any_order():
 def test_seed_decides():
     assert StepBatches(50, 50, seed=0).indices(0) == StepBatches(50, 50, seed=0).indices(0)
     assert StepBatches(50, 50, seed=0).indices(0) != StepBatches(50, 50, seed=1).indices(0)
-    assert StepBatches(50, 50, seed=0).indices(1) != StepBatches(50, 50, seed=1).indices(0)  # seeds are not shifted epochs
+    assert StepBatches(50, 50, seed=0).indices(1) != StepBatches(50, 50, seed=1).indices(
+        0
+    )  # seeds are not shifted epochs
 
 
 def test_refuses():

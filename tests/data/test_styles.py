@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowmap.data.styles import StyledDataset, Styles
-from flowmap.data.text import Attribute, TextDataset
+from flowmap.data.text.dataset import Attribute, TextDataset
+from flowmap.data.text.styles import StyledDataset, Styles
 
 
 def data(num=40):
@@ -25,10 +25,16 @@ STYLES = Styles(source=("style=plain",), target=("style=odd",))
 
 def test_each_set_is_its_style():
     found = StyledDataset.of(data(), STYLES)
-    assert (found.train[:, 0] % 2 == 1).all() and (found.sources[:, 0] % 2 == 0).all() and len(found) == len(found.texts) == 20
+    assert (
+        (found.train[:, 0] % 2 == 1).all()
+        and (found.sources[:, 0] % 2 == 0).all()
+        and len(found) == len(found.texts) == 20
+    )
     x1, texts = found.starts(50)
     assert (x1 <= 0).all() and len(x1) == len(texts) == 50 and texts[:10] == texts[20:30]
-    assert sorted(texts[:20]) == sorted(found.held_out_source_texts) != texts[:20]  # each once before any comes again, and not as they are sorted
+    assert (
+        sorted(texts[:20]) == sorted(found.held_out_source_texts) != texts[:20]
+    )  # each once before any comes again, and not as they are sorted
     assert set(found.__getitems__([0, 1])[1]) == {"style"}
 
 
@@ -48,7 +54,9 @@ def test_partners_are_a_function_of_the_generator():
 
 def test_optimal_partners_are_the_nearest_together():
     """Against every order of a small batch; the same sentences are drawn as for independent ones, in another order."""
-    found, mixed = (StyledDataset.of(data(), Styles(STYLES.source, STYLES.target, match)) for match in ("optimal", "independent"))
+    found, mixed = (
+        StyledDataset.of(data(), Styles(STYLES.source, STYLES.target, match)) for match in ("optimal", "independent")
+    )
     x0 = found.train[torch.tensor([7, 1, 12, 3, 18])]
     x1, drawn = (one.partners(x0, torch.Generator().manual_seed(4)) for one in (found, mixed))
     least = min((drawn[list(order)] - x0).square().sum() for order in permutations(range(5)))
@@ -69,7 +77,12 @@ def test_styles_that_are_not_there(source, target, says):
 
 
 def test_what_is_no_coupling():
-    for arguments in ((), (("style",), ("style=odd",)), (("style=odd",), ("style=odd",)), (("style=odd",), ("style=plain",), "near")):
+    for arguments in (
+        (),
+        (("style",), ("style=odd",)),
+        (("style=odd",), ("style=odd",)),
+        (("style=odd",), ("style=plain",), "near"),
+    ):
         with pytest.raises(ValueError, match="source|target|match"):
             Styles(*arguments)
     with pytest.raises(ValueError, match="latents of sentences"):

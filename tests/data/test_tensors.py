@@ -41,7 +41,11 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_a_tenth_is_held_out_where_nothing_is_said(tmp_path):
     save_file({"x0": torch.arange(40.0).view(40, 1, 1, 1), "class": torch.arange(40) // 20}, tmp_path / "0.safetensors")
     data = Latents(root=str(tmp_path), num_classes=2).build()
-    assert len(data.held_out) == 4 and len(data) == 36 and torch.equal(data.train.flatten(), data.train.flatten().sort().values)
+    assert (
+        len(data.held_out) == 4
+        and len(data) == 36
+        and torch.equal(data.train.flatten(), data.train.flatten().sort().values)
+    )
     assert data.held_out_labels.tolist() == (data.held_out.flatten() // 20).long().tolist() != [1, 1, 1, 1]
     assert len(Latents(root=str(tmp_path), held_out=0).build()) == 40
     with pytest.raises(ValueError, match="held_out: -1 must be 0 or more"):

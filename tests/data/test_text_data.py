@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 import torch
 
-from flowmap.data.text import Attribute, Text, outer_thirds, split
-from flowmap.data.text_sources import HuggingFaceText, Sentence, TextFiles, WordNet
-from flowmap.data.tokens import BPE, Pretrained, Tokens, load_tokens
+from flowmap.data.text.dataset import Attribute, Text, outer_thirds, split
+from flowmap.data.text.sources import HuggingFaceText, Sentence, TextFiles, WordNet
+from flowmap.data.text.tokens import BPE, Pretrained, Tokens, load_tokens
 from tests.tiny_text import wordnet_files
 
 
@@ -23,7 +23,9 @@ def wordnet(tmp_path):
 def test_wordnet_is_read(wordnet):
     found, counts = wordnet.read()
     assert len(found) == 80 and not counts
-    assert found[0] == Sentence("to say cat and dog n", {"part_of_speech": "noun", "category": "noun.animal"}, ("cat", "dog"))
+    assert found[0] == Sentence(
+        "to say cat and dog n", {"part_of_speech": "noun", "category": "noun.animal"}, ("cat", "dog")
+    )
     assert found[1].text == "cat again as n"
     examples = WordNet(root=wordnet.root, examples=True).read()[0]
     assert [one.text for one in examples[:3]] == ["to say cat and dog n", "a cat!", "ah"]
@@ -39,13 +41,17 @@ def test_the_held_out_part_shares_no_entry(wordnet):
 
 
 def test_a_text_is_on_one_side_alone():
-    same = [Sentence("the same words", {}, (f"entry{i}",)) for i in range(50)] + [Sentence(f"number {i}", {}, (str(i),)) for i in range(50)]
+    same = [Sentence("the same words", {}, (f"entry{i}",)) for i in range(50)] + [
+        Sentence(f"number {i}", {}, (str(i),)) for i in range(50)
+    ]
     train, held_out = split(same, 0.3, 0, Counter())
     assert {one.text for one in train}.isdisjoint(one.text for one in held_out)
 
 
 def test_a_data_set(wordnet):
-    data = Text(sentences=wordnet, tokenizer=BPE(vocab=300, max_tokens=16), attributes=("category", "length"), held_out=0.2).build()
+    data = Text(
+        sentences=wordnet, tokenizer=BPE(vocab=300, max_tokens=16), attributes=("category", "length"), held_out=0.2
+    ).build()
     assert data.shape == (16,) and data.train.dtype == torch.float32 and len(data.texts) == len(data)
     x0, cond = data.__getitems__([3, 0])
     assert set(cond) == {"category", "length"} and data.tokens.decode(x0.long())[1] == data.texts[0]
@@ -111,7 +117,9 @@ def test_a_tokenizer_of_transformers(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     fitted = BPE(vocab=280).fit(["some words to look at", "more words"])
-    PreTrainedTokenizerFast(tokenizer_object=fitted.fast, eos_token="<end>", bos_token="<start>", pad_token="<pad>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=fitted.fast, eos_token="<end>", bos_token="<start>", pad_token="<pad>"
+    ).save_pretrained(tmp_path)
     found = Pretrained(source=str(tmp_path), max_tokens=20).fit([])
     assert isinstance(found, Tokens) and (found.pad, found.start, found.end) == (0, 1, 2)
     assert found.decode(found.encode(["more words"])[0]) == ["more words"]
@@ -121,7 +129,9 @@ def test_a_tokenizer_of_transformers(tmp_path):
 
 def test_files_of_text_and_jsonl(tmp_path):
     (tmp_path / "good.txt").write_text("very  good \n\n   \nfine\n", encoding="utf-8")
-    (tmp_path / "rows.jsonl").write_text('{"text": "one", "stars": 5, "story": "a"}\n{"text": "two", "stars": 1}\n{"text": " "}\n')
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "one", "stars": 5, "story": "a"}\n{"text": "two", "stars": 1}\n{"text": " "}\n'
+    )
     found, counts = TextFiles(root=str(tmp_path), key="story").read()
     assert [one.text for one in found] == ["very good", "fine", "one", "two"] and counts["empty"] == 3
     assert found[0].attributes == {"file": "good"} and found[2] == Sentence("one", {"stars": "5"}, ("a",))
@@ -136,7 +146,11 @@ def test_hidden_files_are_no_text_and_linked_folders_are(tmp_path):
     (tmp_path / "elsewhere" / "c.JSONL").write_text('\ufeff{"text": "three"}\n', encoding="utf-8")
     (root / "link").symlink_to(tmp_path / "elsewhere")
     (root / "link" / "up").symlink_to(root)
-    assert [one.text for one in TextFiles(root=str(root)).read()[0]] == ["text of a.txt", "text of folder.txt/b.TXT", "three"]
+    assert [one.text for one in TextFiles(root=str(root)).read()[0]] == [
+        "text of a.txt",
+        "text of folder.txt/b.TXT",
+        "three",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "zeros", "one line"])
@@ -169,12 +183,21 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
 
 def test_a_data_set_of_hugging_face(tmp_path):
     datasets = pytest.importorskip("datasets")
-    columns = {"review": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"]), "id": datasets.Value("int64")}
+    columns = {
+        "review": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["bad", "good"]),
+        "id": datasets.Value("int64"),
+    }
     features = datasets.Features(columns)
-    rows = datasets.Dataset.from_dict({"review": ["so  so", "", "fine"], "label": [0, 1, 1], "id": [1, 2, 3]}, features=features)
+    rows = datasets.Dataset.from_dict(
+        {"review": ["so  so", "", "fine"], "label": [0, 1, 1], "id": [1, 2, 3]}, features=features
+    )
     rows.save_to_disk(tmp_path / "saved")
     found, counts = HuggingFaceText(path=str(tmp_path / "saved"), text="review", columns=("label",), key="id").read()
-    assert found == [Sentence("so so", {"label": "bad"}, ("1",)), Sentence("fine", {"label": "good"}, ("3",))] and counts["empty"] == 1
+    assert (
+        found == [Sentence("so so", {"label": "bad"}, ("1",)), Sentence("fine", {"label": "good"}, ("3",))]
+        and counts["empty"] == 1
+    )
     with pytest.raises(ValueError, match="'text' is no column"):
         HuggingFaceText(path=str(tmp_path / "saved")).read()
 
@@ -182,7 +205,10 @@ def test_a_data_set_of_hugging_face(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"attributes": ("colour",)}, "data.attributes: 'colour' is no attribute .* allowed: category, length, part_of_speech"),
+        (
+            {"attributes": ("colour",)},
+            "data.attributes: 'colour' is no attribute .* allowed: category, length, part_of_speech",
+        ),
         ({"only": ("mood=x",)}, "data.only: 'mood' is no attribute .* allowed: category, length, part_of_speech"),
         ({"only": ("category=noun.bird",)}, "was never seen; values: adj.all, "),
         ({"only": ("category",)}, "only: "),
@@ -199,10 +225,19 @@ def test_settings_are_checked(wordnet, change, says):
 
 def test_the_numbers_of_values():
     part, length = Attribute("part", ("noun", "verb")), Attribute("length", tuple(map(str, range(1, 25))), seen=10)
-    assert (part.number("verb"), part.number(1), part.number(-1), length.number(3), length.number("7"), length.number(10)) == (1, 1, -1, 2, 6, 9)
+    assert (
+        part.number("verb"),
+        part.number(1),
+        part.number(-1),
+        length.number(3),
+        length.number("7"),
+        length.number(10),
+    ) == (1, 1, -1, 2, 6, 9)
     assert Attribute("stars", ("1", "2", "5")).number(2) == 1  # the value that is called so, not the third
     assert Attribute("length", length.values).number(24) == 23  # as students of an earlier day were kept
-    odd = [(part, value) for value in ("adverb", 2, 1.5, None, True)] + [(length, value) for value in (0, "many", 2.5, -1, True, 11, "11", 99)]
+    odd = [(part, value) for value in ("adverb", 2, 1.5, None, True)] + [
+        (length, value) for value in (0, "many", 2.5, -1, True, 11, "11", 99)
+    ]
     for attribute, value in odd:
         allowed = "noun, verb" if attribute is part else "1 to 10 words"
         with pytest.raises(ValueError, match=f"{attribute.name}: {value!r} was never seen; allowed: {allowed}"):
@@ -212,7 +247,9 @@ def test_the_numbers_of_values():
 def test_lengths_are_those_of_the_training_sentences(wordnet):
     for change, seen in (({}, 6), ({"max_words": 4}, 4)):
         data = Text(sentences=wordnet, tokenizer=BPE(vocab=260), attributes=("length",), held_out=0.2, **change).build()
-        assert data.attributes[0].known == tuple(str(n + 1) for n in range(seen)) and len(data.attributes[0].values) == 24
+        assert (
+            data.attributes[0].known == tuple(str(n + 1) for n in range(seen)) and len(data.attributes[0].values) == 24
+        )
         assert int(data.codes["length"].max()) == seen - 1
     with pytest.raises(ValueError, match="length: 5 was never seen; allowed: 1 to 4 words"):
         data.of({"length": 5})

@@ -9,7 +9,12 @@ from flowmap.data import Toy
 def test_points_follow_the_stated_mixture():
     spec = Toy(num_modes=5, radius=2.0, std=0.3, points=50_000)
     data = spec.build()
-    assert data.shape == (2,) and data.train.shape == (50_000, 2) and data.held_out.shape == (10_000, 2) and data.num_classes == 5
+    assert (
+        data.shape == (2,)
+        and data.train.shape == (50_000, 2)
+        and data.held_out.shape == (10_000, 2)
+        and data.num_classes == 5
+    )
     for k in range(5):
         own = data.train[data.labels == k].double()
         assert abs(len(own) / 50_000 - spec.weights[k].item()) < 0.01  # five standard errors

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from flowmap.data import DATA, Codes, Digits, Folder, Latents, Pictures, Text, Toy
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.dataset import looked_at
-from flowmap.data.edm2_zip import EDM2Latents
-from flowmap.data.text_sources import TextFiles
-from flowmap.shards.encode import encode
+from flowmap.data.images.edm2_zip import EDM2Latents
+from flowmap.data.text.sources import TextFiles
+from flowmap.prepare.encode import encode
 
 
 def folder(at):
@@ -94,5 +94,9 @@ def test_no_kind_is_left_out():
 def test_an_evaluation_looks_at_all_before_any_comes_again():
     places = torch.arange(50)
     found = looked_at(places, 20)
-    assert sorted(found[:20].tolist()) == list(range(20)) and torch.equal(found[:20], found[20:40]) and found[:5].tolist() != [0, 1, 2, 3, 4]
+    assert (
+        sorted(found[:20].tolist()) == list(range(20))
+        and torch.equal(found[:20], found[20:40])
+        and found[:5].tolist() != [0, 1, 2, 3, 4]
+    )
     assert torch.equal(looked_at(places[7:9], 20), found[7:9])

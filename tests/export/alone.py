@@ -17,7 +17,9 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-SHIM = Path(__file__).parents[2] / "flowmap" / "base" / "torchvision_shim.py"  # for torchvision, which may be broken here; the export needs none
+SHIM = (
+    Path(__file__).parents[2] / "flowmap" / "base" / "torchvision_shim.py"
+)  # for torchvision, which may be broken here; the export needs none
 PRELUDE = f"""
 import runpy, sys
 runpy.run_path({str(SHIM)!r})["install"]()
@@ -29,8 +31,15 @@ import torch; torch.set_num_threads(1)
 def alone(script: str, folder: Path) -> None:
     """Runs the script in `folder` in another process without flowmap; what it saves there is for the caller."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run([sys.executable, "-c", PRELUDE + script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    env |= {
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -43,7 +52,9 @@ def own_modules(monkeypatch, folder: Path) -> None:
 
 def snippet(folder: Path) -> str:
     """The Python lines of the folder's card, with the folder in place of the path that they name."""
-    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1].replace("path/to/this/folder", str(folder))
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1].replace(
+        "path/to/this/folder", str(folder)
+    )
 
 
 def shaken(config: StudentConfig, std: float = 0.1) -> Student:
@@ -59,4 +70,6 @@ def foreign(model, scheduler, shape, sampler=None, **more) -> Student:
     """A student whose network is that diffusers model on that scheduler's clock."""
     plain = lambda config: json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}, sort_keys=True)
     net = DiffusersModel(type(model).__name__, plain(model.config), type(scheduler).__name__, plain(scheduler.config))
-    return shaken(StudentConfig(net, sampler or Deterministic(), shape, **{"clamp": False, "guidance": (1.0, 3.0, 2.0), **more}))
+    return shaken(
+        StudentConfig(net, sampler or Deterministic(), shape, **{"clamp": False, "guidance": (1.0, 3.0, 2.0), **more})
+    )

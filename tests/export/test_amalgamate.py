@@ -64,7 +64,11 @@ def test_what_is_reached_stands_alone_and_runs(module):
     exec(compile(text, "made", "exec"), made)
     assert made["RESULT"] == 5
     assert "flowmap" not in text and "unused" not in text and "LEFT_OUT" not in text and "import sys" not in text
-    assert "#  a table\nROWS" in text and text.index("def double") < text.index("class Thing") and text.count("from __future__") == 1
+    assert (
+        "#  a table\nROWS" in text
+        and text.index("def double") < text.index("class Thing")
+        and text.count("from __future__") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,10 @@ def test_what_is_reached_stands_alone_and_runs(module):
         ("from flowmap.low_part import double\nROWS = 3\ndef thing():\n    return double(ROWS)\n", "ROWS"),
         ("from flowmap.low_part import double as twice\ndef thing():\n    return twice(1)\n", "from ... import name"),
         ("print\ndef thing():\n    return 1\n", "top level"),
-        ("import cmath as math\nfrom flowmap.low_part import unused\ndef thing():\n    return unused() + math.pi\n", "cannot stand in one file"),
+        (
+            "import cmath as math\nfrom flowmap.low_part import unused\ndef thing():\n    return unused() + math.pi\n",
+            "cannot stand in one file",
+        ),
     ],
 )
 def test_what_cannot_stand_in_one_file_is_refused(module, text, words):

@@ -19,13 +19,26 @@ diffusers = pytest.importorskip("diffusers")
 SCALES = (1.0, 3.0, 1.5)
 DDIM = diffusers.DDIMScheduler(clip_sample=False)
 STUDENTS = {
-    "dit": lambda: shaken(StudentConfig(DiT(preset="nano"), Deterministic(), (1, 8, 8), num_classes=10, guidance=SCALES)),
-    "edm2": lambda: shaken(
-        StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Deterministic(middle=(0.6,)), (3, 8, 8), num_classes=5)
+    "dit": lambda: shaken(
+        StudentConfig(DiT(preset="nano"), Deterministic(), (1, 8, 8), num_classes=10, guidance=SCALES)
     ),
-    "mlp": lambda: shaken(StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), clamp=False)),
-    "table_dit": lambda: foreign(tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, clamp=True),
-    "table_unet": lambda: foreign(tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), clamp=True),
+    "edm2": lambda: shaken(
+        StudentConfig(
+            EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)),
+            Deterministic(middle=(0.6,)),
+            (3, 8, 8),
+            num_classes=5,
+        )
+    ),
+    "mlp": lambda: shaken(
+        StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), clamp=False)
+    ),
+    "table_dit": lambda: foreign(
+        tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, clamp=True
+    ),
+    "table_unet": lambda: foreign(
+        tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), clamp=True
+    ),
 }
 ROWS = [(name, steps) for name in STUDENTS for steps in (1, 2, 4)]
 SCRIPT = """
@@ -91,14 +104,25 @@ def test_the_code_stands_alone(done):
     for path in done["folder"].glob("*/**/*.py"):
         if "modules" not in path.parts:
             text = path.read_text()
-            assert "import flowmap" not in text and "from flowmap" not in text and "Generated from the source of flowmap" in text, path
-    assert not list(done["folder"].rglob("*.bin")) and (done["folder"] / "dit" / "flow_map" / "diffusion_pytorch_model.safetensors").is_file()
+            assert (
+                "import flowmap" not in text
+                and "from flowmap" not in text
+                and "Generated from the source of flowmap" in text
+            ), path
+    assert (
+        not list(done["folder"].rglob("*.bin"))
+        and (done["folder"] / "dit" / "flow_map" / "diffusion_pytorch_model.safetensors").is_file()
+    )
 
 
 def test_custom_is_possible_where_a_stock_pipeline_exists(tmp_path, monkeypatch):
     own_modules(monkeypatch, tmp_path)
-    student = foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8), Deterministic(middle=(0.7,)))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(export(student, tmp_path / "out", custom=True), trust_remote_code=True)
+    student = foreign(
+        tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8), Deterministic(middle=(0.7,))
+    )
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        export(student, tmp_path / "out", custom=True), trust_remote_code=True
+    )
     noise, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 24)
     for steps in (1, 2):
         cond = {"text": text, "pooled": pooled, "guidance": torch.full((2,), 2.0)}

@@ -20,7 +20,9 @@ def test_the_page_runs(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     own_modules(monkeypatch, tmp_path)
-    config = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 2.0, 1.5))
+    config = StudentConfig(
+        DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 2.0, 1.5)
+    )
     weights = shaken(config).flow_map.state_dict()
     save_student(tmp_path / "runs" / "digits" / "student", config, weights, recipe="name: digits\n", card="# digits\n")
     names: dict = {}

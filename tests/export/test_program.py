@@ -19,8 +19,20 @@ from tests.export.alone import alone, foreign, shaken, snippet
 
 diffusers = pytest.importorskip("diffusers")
 STUDENTS = {
-    "dit": (4, lambda: shaken(StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5)))),
-    "edm2": (1, lambda: shaken(StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Gamma(), (3, 8, 8)))),
+    "dit": (
+        4,
+        lambda: shaken(
+            StudentConfig(
+                DiT(preset="nano", depth=1), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5)
+            )
+        ),
+    ),
+    "edm2": (
+        1,
+        lambda: shaken(
+            StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Gamma(), (3, 8, 8))
+        ),
+    ),
     "mlp": (2, lambda: shaken(StudentConfig(MLP(width=16, depth=1), Deterministic(middle=(0.6,)), (2,), clamp=False))),
     "table_unet": (1, lambda: foreign(tiny_nets.unet(sample_size=8), diffusers.DDIMScheduler(), (3, 8, 8))),
     "sd3": (1, lambda: foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))),
@@ -40,7 +52,10 @@ def rows(student, num):
     noise = torch.randn(num, *student.config.shape, generator=generator)
     cond = student.conditions(num, guidance=2.5 if student.config.guidance else None)
     if getattr(student.config.net, "network", "") == "SD3Transformer2DModel":
-        cond |= {"text": torch.randn(num, 7 + num, 32, generator=generator), "pooled": torch.randn(num, 24, generator=generator)}
+        cond |= {
+            "text": torch.randn(num, 7 + num, 32, generator=generator),
+            "pooled": torch.randn(num, 24, generator=generator),
+        }
     return noise, cond
 
 
@@ -51,7 +66,10 @@ def exported(names, at):
         steps, make = STUDENTS[name]
         student = make()
         jobs[name] = snippet(export(student, at / name, to="torch", steps=steps))
-        torch.save([rows(student, num) for num in ((1, 5, 63) if name == "table_unet" else (1, 2, 70))], at / f"{name}-given.pt")
+        torch.save(
+            [rows(student, num) for num in ((1, 5, 63) if name == "table_unet" else (1, 2, 70))],
+            at / f"{name}-given.pt",
+        )
     (at / "jobs.json").write_text(json.dumps(jobs))
     alone(SCRIPT, at)
     return at
@@ -61,7 +79,9 @@ def from_the_student(folder, name):
     """The program's samples against the student's own, the largest over the batch sizes: see parity.relative."""
     steps, make = STUDENTS[name]
     student, worst = make(), 0.0
-    for (noise, cond), got in zip(torch.load(folder / f"{name}-given.pt"), torch.load(folder / f"{name}-done.pt"), strict=True):
+    for (noise, cond), got in zip(
+        torch.load(folder / f"{name}-given.pt"), torch.load(folder / f"{name}-done.pt"), strict=True
+    ):
         wanted = student.config.sampler(student.flow_map, noise, cond, steps=steps)
         worst = max(worst, parity.relative(got, wanted.clamp(-1, 1) if student.config.clamp else wanted))
     return worst
@@ -93,7 +113,12 @@ def test_noise_between_steps_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-FAMILIES = {"pixart": "any; tokens: any", "sd3": "any; tokens: any", "sd": "1 to 63; tokens: any", "qwen": "any; tokens: exactly 16"}
+FAMILIES = {
+    "pixart": "any; tokens: any",
+    "sd3": "any; tokens: any",
+    "sd": "1 to 63; tokens: any",
+    "qwen": "any; tokens: exactly 16",
+}
 
 
 def with_sentences(family, folder, tokens):
@@ -104,11 +129,15 @@ def with_sentences(family, folder, tokens):
 
     pooled = {"sd3": {"pooled": 32}}.get(family, {})
     torch.manual_seed(2)
-    bert = transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    bert = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     transformers.BertModel(bert).save_pretrained(folder)
     tiny_pipelines.tokenizer().save_pretrained(folder)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if family in ("sd3", "qwen") else diffusers.DDIMScheduler()
-    student = foreign(getattr(tiny_nets, family)(**pooled), scheduler, (4, 8, 8), text=Sentence(str(folder), max_tokens=tokens))
+    student = foreign(
+        getattr(tiny_nets, family)(**pooled), scheduler, (4, 8, 8), text=Sentence(str(folder), max_tokens=tokens)
+    )
     return student
 
 
@@ -136,5 +165,9 @@ def test_where_its_text_encoder_is_not_at_hand_a_student_still_leaves_and_the_ca
     student = with_sentences("pixart", tmp_path / "bert", 16)
     (tmp_path / "bert" / "model.safetensors").unlink()
     cond, note = example_conditions(make_plan(student, 1, None, text=text))
-    assert cond["text"].shape == (3, 16, 32) and cond["text_mask"].dtype == torch.bool and cond["text_mask"].shape == (3, 16)
+    assert (
+        cond["text"].shape == (3, 16, 32)
+        and cond["text_mask"].dtype == torch.bool
+        and cond["text_mask"].shape == (3, 16)
+    )
     assert ("Its text encoder could not be loaded" in note) == text

@@ -79,7 +79,9 @@ def saved(family: str, folder):
     tiny_pipelines.save(family.removesuffix("-without-t5"), folder)
     if family.endswith("-without-t5"):
         index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps(index | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])))
+        (folder / "model_index.json").write_text(
+            json.dumps(index | dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None]))
+        )
     if family in ("sd3", "flux"):
         config = json.loads((folder / "vae" / "config.json").read_text())
         (folder / "vae" / "config.json").write_text(json.dumps(config | {"shift_factor": 0.1}))
@@ -92,8 +94,15 @@ def whole(family: str, root, **more) -> StudentConfig:
     spec, net = load_pretrained(str(source))
     base = Base(str(source), None, fingerprint(net.model))
     text = PipelineText(source=str(source), max_tokens=None if family == "sd" else 16)
-    settings = {"autoencoder": Autoencoder(source=str(source)), "text": text, "lora": LoRA(3, 5.0, LORAS[family][0]), "base": base}
-    return StudentConfig(spec, Deterministic(), LORAS[family][1], clamp=False, guidance=(1.0, 3.0, 2.0), **{**settings, **more})
+    settings = {
+        "autoencoder": Autoencoder(source=str(source)),
+        "text": text,
+        "lora": LoRA(3, 5.0, LORAS[family][0]),
+        "base": base,
+    }
+    return StudentConfig(
+        spec, Deterministic(), LORAS[family][1], clamp=False, guidance=(1.0, 3.0, 2.0), **{**settings, **more}
+    )
 
 
 def drawn(config: StudentConfig) -> Student:
@@ -113,11 +122,19 @@ def sentence_student(root) -> Student:
 
     torch.manual_seed(2)
     width = 2 * tiny_pipelines.TEXT_WIDTH
-    settings = transformers.BertConfig(vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    settings = transformers.BertConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     transformers.BertModel(settings).save_pretrained(root / "bert")
     tiny_pipelines.tokenizer().save_pretrained(root / "bert")
-    autoencoder = Autoencoder(source=str(root / "sd3"), unit=True, shift=(0.1, -0.2, 0.3, 0.0), scale=(0.5, 0.7, 1.3, 0.9))
-    return drawn(whole("sd3", root, lora=None, base=None, text=Sentence(str(root / "bert"), max_tokens=8), autoencoder=autoencoder))
+    autoencoder = Autoencoder(
+        source=str(root / "sd3"), unit=True, shift=(0.1, -0.2, 0.3, 0.0), scale=(0.5, 0.7, 1.3, 0.9)
+    )
+    return drawn(
+        whole(
+            "sd3", root, lora=None, base=None, text=Sentence(str(root / "bert"), max_tokens=8), autoencoder=autoencoder
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +148,9 @@ def done(tmp_path_factory):
         noise = torch.randn(1, *student.config.shape, generator=torch.Generator().manual_seed(7))
         given |= {name: noise, f"{name}-packed": pack(noise)}
     for name, case in CASES.items():
-        out = export(students[case.student], at / name, to=case.to, steps=case.steps, guidance=SCALE, custom=case.custom)
+        out = export(
+            students[case.student], at / name, to=case.to, steps=case.steps, guidance=SCALE, custom=case.custom
+        )
         code = snippet(out).replace("path/to/the/base/pipeline", str(at / case.student.replace("sentence-lora", "sd3")))
         assert "not_here" not in code or case.student == "sentence", "nothing is passed by hand"
         jobs.append({"code": code, "noise": case.student + "-packed" * (case.student == "flux"), "out": f"{out}.pt"})
@@ -143,7 +162,9 @@ def done(tmp_path_factory):
 
 def wanted(students, name, prompt=PROMPT, guidance=SCALE) -> torch.Tensor:
     case = CASES[name]
-    return (students[case.student].sample(1, steps=case.steps, cond={"prompt": prompt}, guidance=guidance, seed=7) + 1) / 2
+    return (
+        students[case.student].sample(1, steps=case.steps, cond={"prompt": prompt}, guidance=guidance, seed=7) + 1
+    ) / 2
 
 
 @pytest.mark.slow
@@ -165,12 +186,21 @@ def test_fused_it_is_the_same_and_without_its_bias_the_pictures_are_others(done)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, parts", [("sd3-merged", 6), ("flux-merged", 4), ("sana-merged", 2), ("sd-merged", 2), ("sentence-custom", 2)])
+@pytest.mark.parametrize(
+    "name, parts", [("sd3-merged", 6), ("flux-merged", 4), ("sana-merged", 2), ("sd-merged", 2), ("sentence-custom", 2)]
+)
 def test_the_text_encoders_lie_in_the_folder(done, name, parts):
     folder = done[1] / name
     index = json.loads((folder / "model_index.json").read_text())
-    named = {key for key, value in index.items() if key.startswith(("text_encoder", "tokenizer")) and value[0] == "transformers"}
-    assert named == {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer"))} and len(named) == parts
+    named = {
+        key
+        for key, value in index.items()
+        if key.startswith(("text_encoder", "tokenizer")) and value[0] == "transformers"
+    }
+    assert (
+        named == {path.name for path in folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer"))}
+        and len(named) == parts
+    )
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt")]
 
 
@@ -180,7 +210,9 @@ def test_a_lora_folder_is_small_and_diffusers_own(done):
     assert sorted(path.name for path in (at / "sd3-lora-2").iterdir()) == ["README.md", "flowmap_export.json", WEIGHTS]
     weights, rank = read_tensors(at / "sd3-lora-2" / WEIGHTS), students["sd3"].config.lora.rank
     assert all(key.startswith("transformer.") and ("lora_A" in key or "lora_B" in key) for key in weights)
-    assert {value.shape[0] for key, value in weights.items() if "lora_A" in key} == {rank}, "one rank: no loader has to tell layers apart"
+    assert {value.shape[0] for key, value in weights.items() if "lora_A" in key} == {rank}, (
+        "one rank: no loader has to tell layers apart"
+    )
     loud = [key for key, value in weights.items() if key.endswith(".bias") and value.any()]
     assert loud == ["transformer.time_text_embed.timestep_embedder.linear_2.lora_B.bias"]
     card = (at / "sana-lora" / "README.md").read_text()
@@ -192,18 +224,26 @@ def test_a_lora_folder_is_small_and_diffusers_own(done):
 def test_without_text_the_encoders_stay_out(done, tmp_path):
     for custom in (False, True):
         out = export(done[0]["sentence"], tmp_path / str(custom), steps=1, text=False, custom=custom)
-        assert not list(out.glob("text_encoder*")) and "prompt_embeds=prompt_embeds" in snippet(out) and "AutoTokenizer" not in snippet(out)
+        assert (
+            not list(out.glob("text_encoder*"))
+            and "prompt_embeds=prompt_embeds" in snippet(out)
+            and "AutoTokenizer" not in snippet(out)
+        )
     assert "Text encoders are not in this folder" in (tmp_path / "False" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_encoders_of_another_pipeline_stay_out_of_a_stock_folder(done, tmp_path):
     students = done[0]
-    other = Student(replace(students["sentence"].config, text=students["flux"].config.text), students["sentence"].flow_map)
+    other = Student(
+        replace(students["sentence"].config, text=students["flux"].config.text), students["sentence"].flow_map
+    )
     other.autoencoder = students["sentence"].autoencoder
     out = export(other, tmp_path / "stock", steps=1)
     assert not list(out.glob("text_encoder*")) and "prompt_embeds=prompt_embeds" in snippet(out)
-    assert "takes them on [0, 1]" in (out / "README.md").read_text(), "said of the autoencoder's encoder, which is as it was"
+    assert "takes them on [0, 1]" in (out / "README.md").read_text(), (
+        "said of the autoencoder's encoder, which is as it was"
+    )
     assert len(list(export(other, tmp_path / "custom", steps=1, custom=True).glob("text_encoder*"))) == 2
 
 
@@ -212,8 +252,15 @@ def test_the_card_of_a_hubs_base_says_its_name_and_revision(done, tmp_path):
     sd3 = done[0]["sd3"]
     config = replace(sd3.config, base=Base("owner/model", "v1"), text=None, autoencoder=None)
     card = (export(Student(config, sd3.flow_map), tmp_path / "out", to="lora") / "README.md").read_text()
-    assert 'from_pretrained("owner/model", revision="v1")' in card and "base_model: owner/model\nbase_model_relation: adapter" in card
-    assert "tags: [flowmap, few-step, lora]" in card and "prompt_embeds=prompt_embeds" in card and 'output_type="latent"' in card
+    assert (
+        'from_pretrained("owner/model", revision="v1")' in card
+        and "base_model: owner/model\nbase_model_relation: adapter" in card
+    )
+    assert (
+        "tags: [flowmap, few-step, lora]" in card
+        and "prompt_embeds=prompt_embeds" in card
+        and 'output_type="latent"' in card
+    )
 
 
 @pytest.mark.slow
@@ -225,12 +272,21 @@ def test_a_pipeline_of_ours_takes_one_prompt_or_one_for_each_image(done, tmp_pat
     pipe = DiffusionPipeline.from_pretrained(at / "sd3-custom", trust_remote_code=True)
     prompts = ["the red dog", PROMPT, PROMPT]
     for prompt, more in ((prompts, {}), (PROMPT, {"num_images": 3})):
-        got = pipe(prompt=prompt, guidance_scale=SCALE, num_inference_steps=2, generator=torch.Generator().manual_seed(7), output_type="pt", **more)
+        got = pipe(
+            prompt=prompt,
+            guidance_scale=SCALE,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(7),
+            output_type="pt",
+            **more,
+        )
         expected = students["sd3"].sample(3, steps=2, cond={"prompt": prompt}, guidance=SCALE, seed=7)
         torch.testing.assert_close(got.images, (expected + 1) / 2, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="one text, or 3 texts"):
         pipe(prompt=prompts[:2], num_images=3)
-    bare = DiffusionPipeline.from_pretrained(export(students["sentence"], tmp_path / "bare", custom=True, text=False), trust_remote_code=True)
+    bare = DiffusionPipeline.from_pretrained(
+        export(students["sentence"], tmp_path / "bare", custom=True, text=False), trust_remote_code=True
+    )
     with pytest.raises(ValueError, match="no text encoder"):
         bare(prompt=PROMPT)
 
@@ -248,7 +304,10 @@ def test_a_pipeline_of_ours_takes_one_prompt_or_one_for_each_image(done, tmp_pat
 def test_what_no_lora_can_be_is_refused_in_one_line(done, tmp_path, student, options, words):
     students = done[0]
     sd3 = students["sd3"]
-    changed = {"other": {"autoencoder": replace(sd3.config.autoencoder, scale=(0.7,))}, "uneven": {"sampler": Deterministic(middle=(0.7,))}}
+    changed = {
+        "other": {"autoencoder": replace(sd3.config.autoencoder, scale=(0.7,))},
+        "uneven": {"sampler": Deterministic(middle=(0.7,))},
+    }
     made = Student(replace(sd3.config, **changed[student]), sd3.flow_map) if student in changed else students[student]
     with pytest.raises(ValueError, match=words) as error:
         export(made, tmp_path / "out", **options)

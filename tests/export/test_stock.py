@@ -49,7 +49,10 @@ for job in json.load(open("jobs.json")):
 
 def exported(at):
     """The folder `at` with exports of every case, the samples that another Python drew from them, and what they were given."""
-    noise, generator = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
+    noise, generator = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+        torch.Generator().manual_seed(2),
+    )
     text, pooled = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 24, generator=generator)
     jobs = []
     for name, steps in ROWS:
@@ -94,7 +97,10 @@ def test_the_stock_pipeline_gives_the_students_samples(folder, name, steps):
 
 def test_the_folder_is_stock(folder):
     index = json.loads((folder / "sd3-4" / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusion3Pipeline" and index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+    assert index["_class_name"] == "StableDiffusion3Pipeline" and index["transformer"] == [
+        "diffusers",
+        "SD3Transformer2DModel",
+    ]
     assert not list((folder / "sd3-4").rglob("*.py")) and not list((folder / "sd3-4").rglob("*.bin"))
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")], "nothing half-made is left"
     note = json.loads((folder / "sd3-4" / "flowmap_export.json").read_text())
@@ -102,7 +108,9 @@ def test_the_folder_is_stock(folder):
     assert "4 steps, guidance scale 2.5: folded" in (folder / "sd3-4" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("sampler, steps", [(Deterministic(middle=(0.7,)), 2), (Deterministic(grid="shifted", shift=3.0), 4), (Gamma(), 2)])
+@pytest.mark.parametrize(
+    "sampler, steps", [(Deterministic(middle=(0.7,)), 2), (Deterministic(grid="shifted", shift=3.0), 4), (Gamma(), 2)]
+)
 def test_an_uneven_grid_is_refused_in_one_line(tmp_path, sampler, steps):
     student = student_of("sd3", sampler=sampler)
     with pytest.raises(ValueError, match="--custom") as error:
@@ -111,7 +119,11 @@ def test_an_uneven_grid_is_refused_in_one_line(tmp_path, sampler, steps):
 
 
 def test_what_is_even_all_the_same_is_not_refused():
-    for sampler, steps in [(Deterministic(middle=(0.7,)), 4), (Deterministic(grid="shifted", shift=3.0), 1), (Gamma(), 1)]:
+    for sampler, steps in [
+        (Deterministic(middle=(0.7,)), 4),
+        (Deterministic(grid="shifted", shift=3.0), 1),
+        (Gamma(), 1),
+    ]:
         check_grid(make_plan(student_of("sd3", sampler=sampler), steps, None))
 
 
@@ -136,7 +148,9 @@ def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
         out = export(student, tmp_path / f"out{custom}", steps=2, custom=custom)
         missing = {} if custom else dict.fromkeys(FAMILIES["SD3Transformer2DModel"].empty)
         pipe = diffusers.DiffusionPipeline.from_pretrained(out, trust_remote_code=custom, **missing)
-        got = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=2, output_type="pt", **call).images
+        got = pipe(
+            prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=2, output_type="pt", **call
+        ).images
         torch.testing.assert_close(got, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
 

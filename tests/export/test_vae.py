@@ -23,7 +23,13 @@ def plan_of(model, shift, scale, unit=False) -> Export:
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data = 0.3 * torch.randn_like(parameter)
-    config = StudentConfig(MLP(width=8, depth=1), Deterministic(), (4, 3, 5), clamp=False, autoencoder=Autoencoder(source="nowhere", unit=unit))
+    config = StudentConfig(
+        MLP(width=8, depth=1),
+        Deterministic(),
+        (4, 3, 5),
+        clamp=False,
+        autoencoder=Autoencoder(source="nowhere", unit=unit),
+    )
     student = Student(config, config.build())
     student.__dict__["autoencoder"] = FrozenAutoencoder(model, shift, scale, unit, {})
     return Export(student, 1, None)
@@ -35,7 +41,9 @@ def without_convolutions():
 
 
 @pytest.mark.parametrize("make", [kl, without_convolutions])
-@pytest.mark.parametrize("shift, scale", [(SHIFT, SCALE), ((0.2,), SCALE), (SHIFT, (0.6,)), ((0.2,), (0.6,)), ((0.0,), (0.6,))])
+@pytest.mark.parametrize(
+    "shift, scale", [(SHIFT, SCALE), ((0.2,), SCALE), (SHIFT, (0.6,)), ((0.2,), (0.6,)), ((0.0,), (0.6,))]
+)
 def test_decoding_and_encoding_are_the_students(make, shift, scale, tmp_path):
     plan = plan_of(make(), shift, scale)
     exported_vae(plan).save_pretrained(tmp_path)
@@ -43,7 +51,12 @@ def test_decoding_and_encoding_are_the_students(make, shift, scale, tmp_path):
     frozen, config = plan.autoencoder(), vae.config
     z, x = torch.randn(2, 4, 3, 5), torch.rand(2, 3, 6, 10) * 2 - 1
     with torch.no_grad():
-        torch.testing.assert_close(vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample, frozen.decode(z), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            vae.decode(z / config.scaling_factor + (config.shift_factor or 0)).sample,
+            frozen.decode(z),
+            rtol=1e-4,
+            atol=1e-4,
+        )
         theirs, ours = vae.encode(x).latent_dist, frozen.model.encode(x).latent_dist
         latents = (theirs.mode() - (config.shift_factor or 0)) * config.scaling_factor
         torch.testing.assert_close(latents, frozen.encode(x), rtol=1e-4, atol=1e-4)
@@ -61,7 +74,9 @@ def test_pictures_on_the_unit_interval_come_out_signed(make):
     vae, before, z = exported_vae(plan), plan.autoencoder().model, torch.randn(2, 4, 4, 4)
     with torch.no_grad():
         torch.testing.assert_close(vae.decode(z).sample, 2 * before.decode(z).sample - 1, rtol=1e-4, atol=1e-4)
-        assert plan.autoencoder().model is before and torch.equal(before.encoder.conv_in.weight, vae.encoder.conv_in.weight)
+        assert plan.autoencoder().model is before and torch.equal(
+            before.encoder.conv_in.weight, vae.encoder.conv_in.weight
+        )
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,16 @@ def test_the_command_exports_a_run_with_its_card(finished, tmp_path, command):
     code, out, err = command("export", "--student", finished, "--to", "torch", "--out", tmp_path / "p", "--steps", 2)
     assert code == 0 and out.strip() == str(tmp_path / "p") and (tmp_path / "p" / "program.pt2").is_file(), err
     card = (tmp_path / "p" / "README.md").read_text()
-    assert "# tiny\n" in card and "teacher: exact" in card and "20 training steps" in card and "2 steps: unrolled" in card
+    assert (
+        "# tiny\n" in card and "teacher: exact" in card and "20 training steps" in card and "2 steps: unrolled" in card
+    )
     assert "licence of the teacher: " in card and "student, 1 step" in card, "the figures of the student's own card"
     code, out, err = command("export", "--student", finished, "--out", tmp_path / "p")
     assert code == 2 and err.count("\n") == 1 and "--overwrite" in err
     code, _, err = command("export", "--student", finished, "--out", tmp_path / "p", "--overwrite", "--no-text")
-    assert code == 0 and (tmp_path / "p" / "pipeline.py").is_file() and not (tmp_path / "p" / "program.pt2").exists(), err
+    assert code == 0 and (tmp_path / "p" / "pipeline.py").is_file() and not (tmp_path / "p" / "program.pt2").exists(), (
+        err
+    )
 
 
 def test_push_uploads_the_folder_and_nothing_else(finished, tmp_path, command, monkeypatch):

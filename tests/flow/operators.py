@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.overrides import get_testing_overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.riding import Riding, ride
+from flowmap.flow.tangent.dual import Riding, ride
 
 VALUES = (None, 0.0, 1.0, float("inf"), -float("inf"))
 OUTCOMES = ("right", "constant", "refused", "wrong", "failed")
@@ -75,7 +75,12 @@ def ways(op, sample) -> Iterator[tuple[str, Callable, tuple, dict]]:
     if names and len(names) >= len(args):
         yield "by keywords", op.op, (), {**dict(zip(names, args, strict=False)), **sample.kwargs}
         if op.method_variant is not None and isinstance(sample.input, Tensor) and len(args) > 1:
-            yield "method, by keywords", op.method_variant, args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **sample.kwargs}
+            yield (
+                "method, by keywords",
+                op.method_variant,
+                args[:1],
+                {**dict(zip(names[1:], args[1:], strict=False)), **sample.kwargs},
+            )
     if op.inplace_variant is not None and isinstance(sample.input, Tensor):
         yield "in place", lambda x, *args, **kwargs: op.inplace_variant(x.clone(), *args, **kwargs), args, sample.kwargs
     if op.supports_out:
@@ -123,7 +128,11 @@ class Call:
     def __init__(self, function, args, kwargs, process, values, generator):
         self.leaves, self.structure = tree_flatten((args, kwargs))
         self.function, self.process = function, process
-        self.places = [i for i, x in enumerate(self.leaves) if is_number(x) and x.layout == torch.strided and not x.is_conj() and not x.is_neg()]
+        self.places = [
+            i
+            for i, x in enumerate(self.leaves)
+            if is_number(x) and x.layout == torch.strided and not x.is_conj() and not x.is_neg()
+        ]
         for i in self.places:
             self.leaves[i] = with_values(self.leaves[i].detach(), values)
         self.primals = [self.leaves[i] for i in self.places]
@@ -165,7 +174,14 @@ def rides_of(call: Call) -> Iterator[tuple[str, list, list]]:
     long = [i for i, p in enumerate(call.primals) if p.ndim and len(p) > 1]
     if long:
         some = call.directions_of(long, True)
-        yield "first rows", some, [None if v is None else torch.cat([v, torch.zeros_like(p[1:])]) for v, p in zip(some, call.primals, strict=True)]
+        yield (
+            "first rows",
+            some,
+            [
+                None if v is None else torch.cat([v, torch.zeros_like(p[1:])])
+                for v, p in zip(some, call.primals, strict=True)
+            ],
+        )
 
 
 def difference(call: Call, tangents: list, h: float) -> Tensor:
@@ -195,7 +211,9 @@ def by_torch(call: Call, tangents: list) -> Tensor | None:
     """torch's forward derivative of the whole call; None where it has none."""
     try:
         with forward_ad.dual_level():
-            out = call(*[p if v is None else forward_ad.make_dual(p, v) for p, v in zip(call.primals, tangents, strict=True)])
+            out = call(
+                *[p if v is None else forward_ad.make_dual(p, v) for p, v in zip(call.primals, tangents, strict=True)]
+            )
             tangent = forward_ad.unpack_dual(out).tangent
             return torch.zeros_like(out) if tangent is None else tangent
     except Exception:
@@ -232,8 +250,14 @@ def outcome(call: Call, tangents: list, full: list, value: float | None) -> tupl
     wanted = by_torch(call, full)
     smooth = value is None and steps and bool(steps[0].isfinite().all()) and close(*steps) and continuous(call, full)
     if wanted is None or smooth:
-        return ("wrong", f"{rate.tolist()[:4]} for {steps[0].tolist()[:4]}") if smooth or call.rode else (good, "no reference")
-    same = wanted.shape == rate.shape and bool((near(rate, wanted) | ~wanted.isfinite() | (near(rate, steps[0]) if steps else False)).all())
+        return (
+            ("wrong", f"{rate.tolist()[:4]} for {steps[0].tolist()[:4]}")
+            if smooth or call.rode
+            else (good, "no reference")
+        )
+    same = wanted.shape == rate.shape and bool(
+        (near(rate, wanted) | ~wanted.isfinite() | (near(rate, steps[0]) if steps else False)).all()
+    )
     return (good, "") if same else ("wrong", f"{rate.tolist()[:6]} for torch's {wanted.tolist()[:6]}")
 
 
@@ -257,7 +281,9 @@ def forms(op, num_samples: int, values=VALUES) -> Iterator[tuple[Form, str, str]
                     call = Call(of, args, kwargs, sample.output_process_fn_grad, value, generator)
                     if call.primals and callable_on_plain(call):
                         for riders, tangents, full in rides_of(call):
-                            form = Form(op.formatted_name, str(dtype).removeprefix("torch."), way, riders, value, number)
+                            form = Form(
+                                op.formatted_name, str(dtype).removeprefix("torch."), way, riders, value, number
+                            )
                             yield form, *outcome(call, tangents, full, value)
 
 
@@ -270,7 +296,9 @@ def callable_on_plain(call: Call) -> bool:
     return True
 
 
-def survey(ops: list, num_samples: int, values=VALUES, say: Callable | None = None) -> tuple[list[tuple[Form, str, str]], Counter]:
+def survey(
+    ops: list, num_samples: int, values=VALUES, say: Callable | None = None
+) -> tuple[list[tuple[Form, str, str]], Counter]:
     """Every form of these operators, and how often each outcome came."""
     found = []
     with warnings.catch_warnings():

@@ -14,7 +14,10 @@ def test_classes_follow_the_law_and_so_does_every_first_part(counts, num):
     assert found.shape == (num,) and found.dtype == torch.int64
     for part in range(1, num + 1):
         off = (torch.bincount(found[:part], minlength=len(counts)) - law * part).abs()
-        assert off.max() < (1 if part == num else 2), (part, off)  # the quota rule for all; for a part at most one sample more
+        assert off.max() < (1 if part == num else 2), (
+            part,
+            off,
+        )  # the quota rule for all; for a part at most one sample more
 
 
 def test_equal_counts_give_classes_in_turn():

@@ -6,7 +6,9 @@ from tests.oracle import seeded
 
 
 def test_known_exponents_and_the_way_back():
-    assert abs(exponent_from_std(0.05) - 16.97) < 0.005 and abs(exponent_from_std(0.10) - 6.94) < 0.005  # EDM2, section 3.1
+    assert (
+        abs(exponent_from_std(0.05) - 16.97) < 0.005 and abs(exponent_from_std(0.10) - 6.94) < 0.005
+    )  # EDM2, section 3.1
     for std in (0.01, 0.05, 0.13, LARGEST_STD):
         assert abs(std_from_exponent(exponent_from_std(std)) - std) < 1e-12
 
@@ -73,7 +75,8 @@ def test_posthoc_reaches_an_earlier_step():
 
 def test_posthoc_of_a_tracked_profile_picks_its_own_snapshot_even_among_twins():
     torch.testing.assert_close(
-        posthoc_coefficients([100, 200, 200], [0.1, 0.05, 0.1], target_std=0.1), torch.tensor([0.0, 0, 1], dtype=torch.float64)
+        posthoc_coefficients([100, 200, 200], [0.1, 0.05, 0.1], target_std=0.1),
+        torch.tensor([0.0, 0, 1], dtype=torch.float64),
     )
     twins = posthoc_coefficients([200, 200], [0.1, 0.1], target_std=0.1)
     torch.testing.assert_close(twins, torch.tensor([0.5, 0.5], dtype=torch.float64))

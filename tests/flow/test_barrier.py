@@ -7,7 +7,10 @@ from flowmap.flow.barrier import barrier, barrier_weight, lexicographic
 
 
 def test_the_weight_is_the_formula():
-    first, second = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])], [torch.tensor([-1.0, 2.0]), torch.tensor([[-2.0]])]
+    first, second = (
+        [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])],
+        [torch.tensor([-1.0, 2.0]), torch.tensor([[-2.0]])],
+    )
     assert float(barrier_weight(first, second, 5.0)) == pytest.approx((5 - (-3 - 8)) / 25)
     assert float(barrier_weight(first, [-one for one in second], 5.0)) == 0  # they agree already
     assert float(barrier_weight([torch.zeros(2)], [torch.ones(2)], 1.0)) == 0

@@ -22,7 +22,7 @@ from flowmap.flow.derivative import (
     value_and_rate,
     without_graph,
 )
-from flowmap.flow.riding import Riding, ride
+from flowmap.flow.tangent.dual import Riding, ride
 
 B, N, D = 5, 6, 12
 
@@ -31,7 +31,9 @@ class Block(nn.Module):
     def __init__(self, dropout=0.0):
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.RMSNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * D, D))
+        self.mlp = nn.Sequential(
+            nn.RMSNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * D, D)
+        )
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -44,7 +46,11 @@ class Net(nn.Module):
 
     def __init__(self, dropout=0.0, checkpointed=None):
         super().__init__()
-        self.times, self.blocks, self.checkpointed = nn.Linear(4, D), nn.ModuleList(Block(dropout) for _ in range(2)), checkpointed
+        self.times, self.blocks, self.checkpointed = (
+            nn.Linear(4, D),
+            nn.ModuleList(Block(dropout) for _ in range(2)),
+            checkpointed,
+        )
 
     def forward(self, x, t, s):
         times = torch.stack([t.sin(), t.cos(), s.sin(), (3 * s).cos()], -1).to(x.dtype)
@@ -85,7 +91,9 @@ def test_every_mode_is_the_derivative_along_the_path(mode):
     value, rate = along_path(net, x, t, s, v, mode=mode)
     torch.testing.assert_close(value, net(x, t, s), rtol=1e-12, atol=1e-12)
     assert value.requires_grad and not rate.requires_grad and type(value) is type(rate) is torch.Tensor
-    torch.testing.assert_close(rate, truth, rtol=1e-6, atol=1e-6)  # a one-sided step of 1e-7 errs by 1e-7 times the second derivative
+    torch.testing.assert_close(
+        rate, truth, rtol=1e-6, atol=1e-6
+    )  # a one-sided step of 1e-7 errs by 1e-7 times the second derivative
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -131,7 +139,9 @@ def test_without_graph_is_the_same_number_and_changes_no_setting():
 
 def test_riding_is_forward_mode_to_rounding():
     net, x, t, s, v = setting()
-    torch.testing.assert_close(along_path(net, x, t, s, v)[1], along_path(net, x, t, s, v, mode="forward")[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        along_path(net, x, t, s, v)[1], along_path(net, x, t, s, v, mode="forward")[1], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -207,7 +217,7 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 
 
 def test_recomputation_under_checkpointing_carries_no_tangent(monkeypatch):
-    import flowmap.flow.riding as module
+    import flowmap.flow.tangent.dual as module
 
     net, x, t, s, v = setting(checkpointed=False)
     value, rate = along_path(net, x, t, s, v)
@@ -244,7 +254,9 @@ def test_a_constant_has_rate_zero_and_detach_makes_one():
     x, v = torch.randn(B, 3), torch.randn(B, 3)
     for mode in ("ride", "forward"):
         assert (value_and_rate(lambda x: torch.ones(B, 3) * 2, (x,), (v,), mode=mode)[1] == 0).all()
-        torch.testing.assert_close(value_and_rate(lambda x: x * x.detach(), (x,), (v,), mode=mode)[1], v * x if mode == "ride" else v * x)
+        torch.testing.assert_close(
+            value_and_rate(lambda x: x * x.detach(), (x,), (v,), mode=mode)[1], v * x if mode == "ride" else v * x
+        )
 
 
 def test_a_tangent_of_none_costs_nothing():
@@ -339,7 +351,9 @@ def test_scripted_and_traced_code_rides():
     torch.testing.assert_close(ride(lambda x: script(x) * 1, (x,), (v,))[1], truth)
     net, x, t, s, v = setting()
     traced = torch.jit.trace(net, (x, t, s))
-    torch.testing.assert_close(value_and_rate(lambda x: traced(x, t, s), (x,), (v,))[1], value_and_rate(lambda x: net(x, t, s), (x,), (v,))[1])
+    torch.testing.assert_close(
+        value_and_rate(lambda x: traced(x, t, s), (x,), (v,))[1], value_and_rate(lambda x: net(x, t, s), (x,), (v,))[1]
+    )
 
 
 def scripted(x):

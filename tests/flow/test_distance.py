@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from flowmap.flow.distance import DISTANCES, Adaptive, PseudoHuber, Squared, adaptive_weight, gradient_as_target, normalise
+from flowmap.flow.distance import (
+    DISTANCES,
+    Adaptive,
+    PseudoHuber,
+    Squared,
+    adaptive_weight,
+    gradient_as_target,
+    normalise,
+)
 from tests.oracle import SHAPE, draw
 
 D = SHAPE[1] * SHAPE[2] * SHAPE[3]
@@ -35,7 +43,9 @@ def test_pseudo_huber_is_its_formula_with_k_of_cifar():
     far, near = torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(SHAPE, dtype=torch.float64)
     far[:, 0, 0, 0], near[:, 0, 0, 0] = 1e6, 1e-6
     torch.testing.assert_close(PseudoHuber()(far, 0 * far), torch.full((5,), (1e6 - k) / D, dtype=torch.float64))
-    torch.testing.assert_close(PseudoHuber()(near, 0 * near), torch.full((5,), 1e-12 / (2 * k * D), dtype=torch.float64))
+    torch.testing.assert_close(
+        PseudoHuber()(near, 0 * near), torch.full((5,), 1e-12 / (2 * k * D), dtype=torch.float64)
+    )
 
 
 def test_pseudo_huber_has_a_gradient_at_the_target():

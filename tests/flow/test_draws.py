@@ -15,18 +15,32 @@ ROWS = torch.tensor([7, 0, 3, 2**40 + 1, 12])
     [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((WORD,) * 4, (WORD,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
 )
 def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
     words = philox(tuple(torch.full((5, 3), word) for word in counter), key)
-    assert words.shape == (4, 5, 3) and words[:, 4, 2].tolist() == list(expected) and words[:, 0, 0].tolist() == list(expected)
+    assert (
+        words.shape == (4, 5, 3)
+        and words[:, 4, 2].tolist() == list(expected)
+        and words[:, 0, 0].tolist() == list(expected)
+    )
 
 
 def every_draw(generator):
     """All kinds of draws, in an order in which single and whole ones alternate."""
     found = [generator.normal((3, 4, 6)), generator.uniform((7,)), generator.uniform(), generator.single_normal()]
-    return [*found, generator.normal((5,)), generator.normal((5,)), *(generator.integers(10) for _ in range(6)), generator.uniform()]
+    return [
+        *found,
+        generator.normal((5,)),
+        generator.normal((5,)),
+        *(generator.integers(10) for _ in range(6)),
+        generator.uniform(),
+    ]
 
 
 def test_a_row_is_the_same_alone_in_another_order_and_narrowed_midway():
@@ -44,14 +58,21 @@ def test_a_row_is_the_same_alone_in_another_order_and_narrowed_midway():
 def test_draws_names_and_rows_differ():
     one = every_draw(RowGenerator("a", ROWS))
     assert not torch.equal(one[4], one[5]) and not torch.equal(one[2], one[-1])
-    for other in (RowGenerator("b", ROWS), RowGenerator("a", ROWS + 1), RowGenerator("a", ROWS + 2**32), RowGenerator("a", ROWS).beside("code")):
+    for other in (
+        RowGenerator("b", ROWS),
+        RowGenerator("a", ROWS + 1),
+        RowGenerator("a", ROWS + 2**32),
+        RowGenerator("a", ROWS).beside("code"),
+    ):
         assert not any(torch.equal(a, b) for a, b in zip(one[:6], every_draw(other)[:6], strict=True))
     assert len({float(x) for x in one[0].flatten()}) == one[0].numel()
 
 
 def test_one_draw_for_all_rows_is_a_function_of_name_and_step_alone():
     drawn = lambda name, rows, step: (lambda g: [g.together(1000) for _ in range(8)])(RowGenerator(name, rows, step))
-    assert drawn("a", ROWS, 3) == drawn("a", ROWS[:1], 3) != drawn("a", ROWS, 4) and drawn("a", ROWS, 3) != drawn("b", ROWS, 3)
+    assert drawn("a", ROWS, 3) == drawn("a", ROWS[:1], 3) != drawn("a", ROWS, 4) and drawn("a", ROWS, 3) != drawn(
+        "b", ROWS, 3
+    )
     assert len(set(drawn("a", ROWS, 3))) > 4 and all(0 <= one < 1000 for one in drawn("a", ROWS, 3))
 
 
@@ -60,7 +81,9 @@ def test_the_laws():
     generator = RowGenerator("laws", torch.arange(20_000))
     for z in (generator.normal((5,)).double(), torch.stack([generator.single_normal() for _ in range(5)], 1).double()):
         moments = [float((z**k).mean()) for k in (1, 2, 3, 4)]
-        assert moments == pytest.approx([0, 1, 0, 3], abs=0.12) and abs(moments[0]) < 0.012 and abs(moments[1] - 1) < 0.018
+        assert (
+            moments == pytest.approx([0, 1, 0, 3], abs=0.12) and abs(moments[0]) < 0.012 and abs(moments[1] - 1) < 0.018
+        )
         assert float((torch.corrcoef(z.T) - torch.eye(5)).abs().max()) < 0.03  # 4 standard errors of 20,000 pairs
     for u in (generator.uniform((5,)), torch.stack([generator.uniform() for _ in range(5)], 1)):
         assert float(u.min()) >= 0 and float(u.max()) < 1
@@ -89,6 +112,8 @@ def test_what_samples_draw_on_their_way_is_a_function_of_the_generators_state_an
     whole = of_samples(generator, places).normal((4,))
     assert torch.equal(generator.get_state(), seeded(3).get_state())
     assert torch.equal(of_samples(seeded(3), places[1::3]).normal((4,)), whole[1::3])
-    assert torch.equal(of_samples(RowGenerator("a", places), places[1::3]).normal((4,)), RowGenerator("a", places[1::3]).normal((4,)))
+    assert torch.equal(
+        of_samples(RowGenerator("a", places), places[1::3]).normal((4,)), RowGenerator("a", places[1::3]).normal((4,))
+    )
     torch.rand(7, generator=generator)  # a second call with one generator
     assert not any(torch.equal(of_samples(other, places).normal((4,)), whole) for other in (generator, seeded(4)))

@@ -56,7 +56,9 @@ def test_a_prior_of_mean_0_variance_1_and_scale_1_trains_bit_for_bit_as_the_gaus
             for name in ("x0", "x1", "t", "s", "xt", "vt"):
                 assert torch.equal(getattr(plain, name), getattr(learned, name)), name
             rest = {key: value for key, value in (learned.cond or {}).items() if key != "z"}
-            assert rest.keys() == (plain.cond or {}).keys() and all(torch.equal(rest[key], plain.cond[key]) for key in rest)
+            assert rest.keys() == (plain.cond or {}).keys() and all(
+                torch.equal(rest[key], plain.cond[key]) for key in rest
+            )
             assert ("z" in (learned.cond or {})) == told
         assert torch.equal(learned.variance, torch.ones_like(x0)) and plain.variance is None
     gaussian = starts(None, (1, 8, 8), 7, seeded(5))
@@ -82,7 +84,9 @@ def test_starts_are_the_decoders_mean_and_scaled_deviation():
     torch.testing.assert_close(start.variance, variance.expand(5, *SHAPE))
     assert torch.equal(start.told["z"], z)
     x0 = draw(5, *SHAPE, dtype=torch.float32)
-    assert torch.equal(prior.sample(x0, None, seeded(2)), prior.start(x0, {"z": prior.encode(x0, beside(seeded(2)))}, seeded(2)).x1)
+    assert torch.equal(
+        prior.sample(x0, None, seeded(2)), prior.start(x0, {"z": prior.encode(x0, beside(seeded(2)))}, seeded(2)).x1
+    )
     assert torch.equal(prior.encode(x0), x0.flatten(1)[:, :2])
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmap.flow.derivative import value_and_rate
-from flowmap.flow.riding import Riding, ride
-from flowmap.flow.riding_watch import HIDDEN
+from flowmap.flow.tangent.dual import Riding, ride
+from flowmap.flow.tangent.watch import HIDDEN
 
 W = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
 Z = torch.complex(W, W.flip(0))
@@ -194,7 +194,9 @@ def test_what_can_be_followed_is_followed(name):
     torch.testing.assert_close(value, function(x), rtol=0, atol=0)
     torch.testing.assert_close(rate, difference(function, x, v), rtol=1e-6, atol=1e-8)
     some = torch.cat([v[:2], torch.zeros(3, 3, dtype=torch.float64)])
-    torch.testing.assert_close(ride(function, (x,), (v[:2],))[1], ride(function, (x,), (some,))[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        ride(function, (x,), (v[:2],))[1], ride(function, (x,), (some,))[1], rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rows", [5, 2])
@@ -207,7 +209,9 @@ def test_what_cannot_be_followed_is_refused(name, rows):
 
 def replaced():
     """What a ride replaces in torch."""
-    return [getattr(owner, name) for owner, name in [*HIDDEN, (torch.jit.ScriptFunction, "__call__")]], "data" in Tensor.__dict__
+    return [
+        getattr(owner, name) for owner, name in [*HIDDEN, (torch.jit.ScriptFunction, "__call__")]
+    ], "data" in Tensor.__dict__
 
 
 def test_torch_is_left_as_it_was_found():
@@ -226,7 +230,10 @@ def test_one_tensor_may_ride_twice_with_two_tangents():
 
 def test_running_statistics_are_kept_once():
     x, v = given()
-    for layer in (torch.nn.BatchNorm1d(3, dtype=torch.float64), torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64)):
+    for layer in (
+        torch.nn.BatchNorm1d(3, dtype=torch.float64),
+        torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64),
+    ):
         plain = copy.deepcopy(layer)
         ride(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
         plain(x.T[None] if "Instance" in repr(layer) else x)
@@ -253,7 +260,12 @@ def test_a_finished_ride_holds_nothing_back():
     ride(lambda x: kept.append(x * 2) or x, (x,), (v,))
     y = kept[0]
     assert type(y) is Riding
-    for out in (copy.deepcopy(y), y.as_subclass(Tensor), torch.as_tensor(y, dtype=torch.float32), torch.func.vmap(torch.sin)(y)):
+    for out in (
+        copy.deepcopy(y),
+        y.as_subclass(Tensor),
+        torch.as_tensor(y, dtype=torch.float32),
+        torch.func.vmap(torch.sin)(y),
+    ):
         assert type(out) is Tensor and out.shape == y.shape
     assert y[0, 0].item() == 2 * x[0, 0]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from flowmap.flow.riding_refused import name_of
-from flowmap.flow.rules import RULES
-from flowmap.flow.rules_base import constant
+from flowmap.flow.tangent.refused import name_of
+from flowmap.flow.tangent.rules import RULES
+from flowmap.flow.tangent.rules_base import constant
 from tests.flow import operators
 from tests.flow.test_rules import ELSEWHERE, SAMPLES, short
 

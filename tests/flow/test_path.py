@@ -23,7 +23,9 @@ def test_ends_are_data_and_noise(path):
     at = path.coefficients(1.0)
     assert float(at.a) <= 0.0066 and float(at.b) > 0  # exactly 0 but for variance_preserving
     if not isinstance(path, VariancePreserving):
-        torch.testing.assert_close(path.sample(x0, x1, ends, 0 * ends).xt, getattr(path, "sigma_data", 1.0) * x1, rtol=0, atol=0)
+        torch.testing.assert_close(
+            path.sample(x0, x1, ends, 0 * ends).xt, getattr(path, "sigma_data", 1.0) * x1, rtol=0, atol=0
+        )
 
 
 def test_linear_is_the_clock():
@@ -79,7 +81,10 @@ def test_any_prediction_gives_any_other(path, source, target):
     torch.testing.assert_close(answer, known[target], rtol=1e-8, atol=1e-8)  # small t and VP's steep end cost digits
 
 
-@pytest.mark.parametrize(("source", "t"), [("epsilon", 0.0), ("v", 0.0), ("v", 1.0), ("x0", 1.0), ("trig", 0.0), ("trig", 1.0), ("score", 0.5)])
+@pytest.mark.parametrize(
+    ("source", "t"),
+    [("epsilon", 0.0), ("v", 0.0), ("v", 1.0), ("x0", 1.0), ("trig", 0.0), ("trig", 1.0), ("score", 0.5)],
+)
 def test_linear_velocity_is_finite_wherever_it_is_determined(source, t):
     path, x0, x1 = Linear(), draw(seed=1), draw(seed=2)
     time = torch.full((SHAPE[0],), t, dtype=torch.float64)
@@ -93,7 +98,9 @@ def test_trigflow_and_edm_forms_of_methods_section_0():
     x, F, (t, _), sd = draw(seed=1), draw(seed=2), draw_times(), 0.5
     A2 = t**2 + (1 - t) ** 2 * sd**2
     expected = along((t - sd**2 * (1 - t)) / A2, x) * x + along(sd / A2.sqrt(), x) * F
-    torch.testing.assert_close(Linear().convert(F, x, t, source="trig", target="linear_velocity", sigma_data=sd), expected)
+    torch.testing.assert_close(
+        Linear().convert(F, x, t, source="trig", target="linear_velocity", sigma_data=sd), expected
+    )
     own_x, own_t = Trig(sd).from_linear(x, t)
     torch.testing.assert_close(own_t * math.pi / 2, torch.arctan(t / ((1 - t) * sd)))
     torch.testing.assert_close(own_x, along(sd / A2.sqrt(), x) * x)

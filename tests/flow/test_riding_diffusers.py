@@ -35,14 +35,26 @@ def flux():
     net = tiny_nets.flux()
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
     call = lambda x, t: (
-        net(hidden_states=x, timestep=t, encoder_hidden_states=TEXT, pooled_projections=POOLED, img_ids=places, txt_ids=torch.zeros(5, 3)).sample
+        net(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=TEXT,
+            pooled_projections=POOLED,
+            img_ids=places,
+            txt_ids=torch.zeros(5, 3),
+        ).sample
     )
     return net, call, torch.randn(B, 16, 16), 0.01
 
 
 def pixart():
     net, added = tiny_nets.pixart(), {"resolution": None, "aspect_ratio": None}
-    return net, lambda x, t: net(x, encoder_hidden_states=TEXT, timestep=t, added_cond_kwargs=added).sample, torch.randn(B, 4, 8, 8), 10
+    return (
+        net,
+        lambda x, t: net(x, encoder_hidden_states=TEXT, timestep=t, added_cond_kwargs=added).sample,
+        torch.randn(B, 4, 8, 8),
+        10,
+    )
 
 
 def sana():
@@ -74,7 +86,9 @@ def made(make):
 
 @pytest.mark.parametrize("make", [dit, flux, sd3, pixart, sana, sd])
 def test_the_ride_is_torchs_forward_mode(make, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # Sana's attention is written in float32: without this, 7e-10
+    monkeypatch.setattr(
+        torch.Tensor, "float", torch.Tensor.double
+    )  # Sana's attention is written in float32: without this, 7e-10
     net, call, x, t, v = made(make)
     tangents = (v, torch.ones_like(t))
     value, rate = value_and_rate(call, (x, t), tangents)
@@ -85,7 +99,10 @@ def test_the_ride_is_torchs_forward_mode(make, monkeypatch):
     ridden = [p.grad for p in net.parameters()]
     net.zero_grad()
     ordinary.sum().backward()
-    assert all((a is None) == (p.grad is None) and (a is None or torch.equal(a, p.grad)) for a, p in zip(ridden, net.parameters(), strict=True))
+    assert all(
+        (a is None) == (p.grad is None) and (a is None or torch.equal(a, p.grad))
+        for a, p in zip(ridden, net.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("make", [unet, decoder])

@@ -63,7 +63,9 @@ def run(rank, address, wrapping):
         compare(rank, wrapping, checkpointed)  # its wrappers are gone before the group is
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the interpreter's teardown and abort: "terminate called without an active exception"
+    os._exit(
+        0
+    )  # gloo's threads may outlive the interpreter's teardown and abort: "terminate called without an active exception"
 
 
 def compare(rank, wrapping, checkpointed):

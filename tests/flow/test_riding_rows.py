@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flowmap.flow import riding_rows
 from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
-from flowmap.flow.riding import ride
+from flowmap.flow.tangent import rows as riding_rows
+from flowmap.flow.tangent.dual import ride
 from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet
 

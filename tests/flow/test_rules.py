@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.riding import Ride, Riding, name_of, ride, riding
-from flowmap.flow.rules import RULES
-from flowmap.flow.rules_base import constant
-from flowmap.flow.rules_constant import PROPERTIES, READ
+from flowmap.flow.tangent.dual import Ride, Riding, name_of, ride, riding
+from flowmap.flow.tangent.rules import RULES
+from flowmap.flow.tangent.rules_base import constant
+from flowmap.flow.tangent.rules_constant import PROPERTIES, READ
 
 
 def r(*shape):
@@ -47,7 +47,12 @@ def spread(*names_and_samples):
     return {name: samples for names, *samples in names_and_samples for name in names.split()}
 
 
-CONV = {d: dict(zip(("x", "w", "wt", "b"), (r(2, 4, *[5, 6, 3][:d]), r(6, 2, *[2] * d), r(4, 3, *[2] * d), r(6)), strict=True)) for d in (1, 2, 3)}
+CONV = {
+    d: dict(
+        zip(("x", "w", "wt", "b"), (r(2, 4, *[5, 6, 3][:d]), r(6, 2, *[2] * d), r(4, 3, *[2] * d), r(6)), strict=True)
+    )
+    for d in (1, 2, 3)
+}
 SAMPLES = spread(
     ("add sub subtract", lambda: call(r(5, 3), r(3)), lambda: call(r(5, 3), r(5, 3), alpha=0.7), lambda: call(r(3), 2.0)),
     ("__add__ __radd__ __sub__ __rsub__ mul multiply __mul__ __rmul__", lambda: call(r(5, 3), r(3)), lambda: call(r(3), 2.0)),
@@ -160,10 +165,16 @@ SAMPLES = spread(
         lambda: call(r(5, 2, 4), r(7, 2, 4), r(7, 2, 4), 4, 2, r(12, 4), r(12), None, None, False, 0.0, r(4, 4), r(4), need_weights=False)),
 )  # fmt: skip
 STEPPED = spread(
-    ("floor ceil round trunc sign zeros_like ones_like isnan isinf isfinite isposinf isneginf argmax argmin", lambda: call(r(5, 3))),
+    (
+        "floor ceil round trunc sign zeros_like ones_like isnan isinf isfinite isposinf isneginf argmax argmin",
+        lambda: call(r(5, 3)),
+    ),
     ("argsort signbit fix isreal argwhere matrix_rank long int short char byte bool", lambda: call(r(5, 3))),
     ("count_nonzero nonzero any all logical_not __bool__ is_nonzero _assert_async", lambda: call(r(1))),
-    ("floor_divide __floordiv__ __rfloordiv__ allclose isclose isin logical_and logical_or logical_xor", lambda: call(r(5, 3), r(5, 3))),
+    (
+        "floor_divide __floordiv__ __rfloordiv__ allclose isclose isin logical_and logical_or logical_xor",
+        lambda: call(r(5, 3), r(5, 3)),
+    ),
     ("eq ne not_equal lt less le less_equal gt greater ge greater_equal equal", lambda: call(r(5, 3), r(5, 3))),
     ("__eq__ __ne__ __lt__ __le__ __gt__ __ge__", lambda: call(r(5, 3), r(5, 3))),
     ("poisson", lambda: call(positive(5, 3))),
@@ -222,14 +233,24 @@ def short(function):
 
 
 def floats(leaves):
-    return [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and not hasattr(x, "rests") and (x.is_floating_point() or x.is_complex())]
+    return [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, torch.Tensor) and not hasattr(x, "rests") and (x.is_floating_point() or x.is_complex())
+    ]
 
 
 def numbers(out):
     """Everything differentiable that a call gave, as one vector."""
     leaves = tree_flatten(list(out) if hasattr(out, "__next__") else out)[0]
-    parts = [leaves[i].as_subclass(torch.Tensor) if type(leaves[i]) is not Riding else leaves[i] for i in floats(leaves)]
-    return torch.cat([torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten() for x in parts]) if parts else torch.zeros(1)
+    parts = [
+        leaves[i].as_subclass(torch.Tensor) if type(leaves[i]) is not Riding else leaves[i] for i in floats(leaves)
+    ]
+    return (
+        torch.cat([torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten() for x in parts])
+        if parts
+        else torch.zeros(1)
+    )
 
 
 def check(function, sample):
@@ -249,10 +270,14 @@ def check(function, sample):
 
     primals = [leaves[i] for i in places]
     whole = [torch.randn_like(p) for p in primals]
-    alone = [[v if i == j else None for j, v in enumerate(whole)] for i in range(len(primals))] if len(primals) > 1 else []
+    alone = (
+        [[v if i == j else None for j, v in enumerate(whole)] for i in range(len(primals))] if len(primals) > 1 else []
+    )
     for tangents in [whole, *alone]:
         value, rate = ride(of, primals, tangents)
-        moved = [of(*[p if v is None else p + h * v for p, v in zip(primals, tangents, strict=True)]) for h in (1e-6, -1e-6)]
+        moved = [
+            of(*[p if v is None else p + h * v for p, v in zip(primals, tangents, strict=True)]) for h in (1e-6, -1e-6)
+        ]
         torch.testing.assert_close(value, of(*primals), rtol=0, atol=0)
         torch.testing.assert_close(rate, (moved[0] - moved[1]) / 2e-6, rtol=1e-6, atol=1e-7)
     check_some_rows(of, primals, whole)
@@ -267,7 +292,9 @@ def check_some_rows(of, primals, tangents):
             function = lambda *given: of(*[turned(x, i) for i, x in enumerate(given)])  # noqa: B023
             given = [turned(p, i) for i, p in enumerate(primals)]
             some = [turned(v, i)[:1] if i in chosen else None for i, v in enumerate(tangents)]
-            full = [None if v is None else torch.cat([v, torch.zeros_like(p[1:])]) for v, p in zip(some, given, strict=True)]
+            full = [
+                None if v is None else torch.cat([v, torch.zeros_like(p[1:])]) for v, p in zip(some, given, strict=True)
+            ]
             (value, rate), (expected, full_rate) = ride(function, given, some), ride(function, given, full)
             torch.testing.assert_close(value, expected, rtol=0, atol=0)
             torch.testing.assert_close(rate, full_rate, rtol=1e-9, atol=1e-12)
@@ -278,7 +305,11 @@ ELSEWHERE = ("float", "half", "bfloat16", "cuda", ".grad")  # change precision o
 
 def rows(of_constant):
     named = [(f, rule, f"{name_of(f)}-{i}") for i, (f, rule) in enumerate(RULES.items())]
-    return [pytest.param(f, id=name) for f, rule, name in named if (rule is constant) == of_constant and short(f) not in ELSEWHERE]
+    return [
+        pytest.param(f, id=name)
+        for f, rule, name in named
+        if (rule is constant) == of_constant and short(f) not in ELSEWHERE
+    ]
 
 
 @pytest.mark.parametrize("function", rows(of_constant=False))
@@ -316,7 +347,10 @@ def aboard(x):
     return riding(x, torch.ones_like(x), Ride())
 
 
-@pytest.mark.parametrize("function", [p for p in rows(of_constant=True) if short(p.values[0]) not in PROPERTIES and name_of(p.values[0])[0] != "."])
+@pytest.mark.parametrize(
+    "function",
+    [p for p in rows(of_constant=True) if short(p.values[0]) not in PROPERTIES and name_of(p.values[0])[0] != "."],
+)
 def test_piecewise_constant_operations_carry_no_tangent(function):
     torch.manual_seed(0)
     if short(function) in ("detach", "result_type", "can_cast"):
@@ -363,7 +397,7 @@ def test_change_of_precision_takes_the_tangent_along():
 
 
 def test_attention_by_blocks_is_attention(monkeypatch):
-    import flowmap.flow.rules_nn as rules_nn
+    import flowmap.flow.tangent.rules_nn as rules_nn
 
     monkeypatch.setattr(rules_nn, "MAX_BLOCK_NUMBERS", 2 * 2 * 7 * 2)  # two queries at a time
     for sample in SAMPLES["scaled_dot_product_attention"]:
@@ -374,5 +408,9 @@ def test_a_query_that_sees_no_key_has_zero_tangent():
     mask = torch.ones(5, 7, dtype=torch.bool)
     mask[2] = False
     q, k, v = r(2, 5, 4), r(2, 7, 4), r(2, 7, 3)
-    _, rate = ride(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), (q, k, v), (r(2, 5, 4), r(2, 7, 4), r(2, 7, 3)))
+    _, rate = ride(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        (q, k, v),
+        (r(2, 5, 4), r(2, 7, 4), r(2, 7, 3)),
+    )
     assert rate.isfinite().all() and (rate[:, 2] == 0).all() and (rate[:, 3] != 0).any()

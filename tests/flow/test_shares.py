@@ -25,7 +25,11 @@ def test_a_share_holds_to_within_one_sample_and_exactly_where_it_is_whole(share,
 
 
 def test_a_share_is_the_fraction_that_was_meant():
-    assert fraction(0.15) == Fraction(3, 20) and fraction(1 / 3) == Fraction(1, 3) and fraction(Fraction(4, 17)) == Fraction(4, 17)
+    assert (
+        fraction(0.15) == Fraction(3, 20)
+        and fraction(1 / 3) == Fraction(1, 3)
+        and fraction(Fraction(4, 17)) == Fraction(4, 17)
+    )
 
 
 @pytest.mark.parametrize("share", [0.25, 0.05, 0.2])

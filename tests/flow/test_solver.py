@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from flowmap.flow.prior import normal_like
-from flowmap.flow.solver import RK4, SOLVERS, Euler, Heun, Midpoint, NoiseAnchored, heun_step, integrate, rho_times, uniform_times
+from flowmap.flow.solver import (
+    RK4,
+    SOLVERS,
+    Euler,
+    Heun,
+    Midpoint,
+    NoiseAnchored,
+    heun_step,
+    integrate,
+    rho_times,
+    uniform_times,
+)
 from flowmap.flow.types import along
 from tests.oracle import GAUSSIAN, SHAPE, draw, seeded, slope
 
@@ -46,8 +57,13 @@ def test_order_of_convergence_to_a_closed_form(kind, start, end):
 def test_convergence_to_the_exact_gaussian_flow_both_ways(kind, order, grid):
     x, steps = draw(), (100, 200, 400)
     for start, end in ((1.0, 0.0), (0.0, 1.0)):
-        errors = [float((SOLVERS[kind](n, grid=grid)(velocity, x, start=start, end=end).x - exact(x, start, end)).abs().max()) for n in steps]
-        assert abs(slope([1 / n for n in steps], errors) - order) < 0.25 and errors[-1] < {1: 0.1, 2: 1e-3}[order], errors
+        errors = [
+            float((SOLVERS[kind](n, grid=grid)(velocity, x, start=start, end=end).x - exact(x, start, end)).abs().max())
+            for n in steps
+        ]
+        assert abs(slope([1 / n for n in steps], errors) - order) < 0.25 and errors[-1] < {1: 0.1, 2: 1e-3}[order], (
+            errors
+        )
 
 
 def test_inversion_undoes_sampling():

@@ -99,7 +99,10 @@ def test_mixture_counts_are_exact_and_the_other_rows_are_the_bases(at):
 
 SHARED = {
     "mixture": (Mixture(Interval(), one_step=0.05, diagonal=0.2), {"one_step": 0.05, "diagonal": 0.2}),
-    "both ends": (Mixture(Interval(), one_step=0.15, diagonal=0.2, diagonal_at="arrival"), {"one_step": 0.15, "diagonal": 0.2}),
+    "both ends": (
+        Mixture(Interval(), one_step=0.15, diagonal=0.2, diagonal_at="arrival"),
+        {"one_step": 0.15, "diagonal": 0.2},
+    ),
     "all": (Mixture(Uniform("sorted"), one_step=0.3, diagonal=0.7), {"one_step": 0.3, "diagonal": 0.7}),
     "dyadic": (Dyadic(finest=64, diagonal=0.75), {"diagonal": 0.75}),
 }
@@ -109,18 +112,24 @@ SHARED = {
 @pytest.mark.parametrize(("law", "shares"), SHARED.values(), ids=SHARED)
 def test_shares_hold_to_one_sample_at_any_batch_and_at_any_step(law, shares, batch):
     """Rounded per batch, a share of 5 % of 4 rows was never trained, and one of 75 % of 2 rows was all of them."""
-    parts = [law(batch, generator=RowGenerator("train/0", torch.arange(k * batch, (k + 1) * batch), k)) for k in range(200)]
+    parts = [
+        law(batch, generator=RowGenerator("train/0", torch.arange(k * batch, (k + 1) * batch), k)) for k in range(200)
+    ]
     t, s = (torch.cat([part[i] for part in parts]) for i in range(2))
     count = torch.arange(1, len(t) + 1)
     for mask, share in ((t - s == 1, shares.get("one_step")), (t == s, shares["diagonal"])):
         if share is not None:
             assert float((mask.cumsum(0) - count * share).abs().max()) < 1 + 1e-9
-            assert batch < 20 or {int(part.sum()) for part in mask.split(20)} == {round(20 * share)}  # whole numbers, exactly
+            assert batch < 20 or {int(part.sum()) for part in mask.split(20)} == {
+                round(20 * share)
+            }  # whole numbers, exactly
     whole = law(200 * batch, generator=RowGenerator("train/0", torch.arange(200 * batch)))
     torch.testing.assert_close((t, s), whole)  # torch's sigmoid has other last bits at the end of a batch
 
 
-@pytest.mark.parametrize("base", [Interval(), Interval(-0.6, 1.6), Uniform("sorted"), LogitNormal(-0.4, 0.9, "sorted"), UShaped()])
+@pytest.mark.parametrize(
+    "base", [Interval(), Interval(-0.6, 1.6), Uniform("sorted"), LogitNormal(-0.4, 0.9, "sorted"), UShaped()]
+)
 def test_arrival_density_is_that_of_the_draws(base):
     s = base(200_000, generator=seeded(6))[1]
     edges = torch.linspace(0, 1, 21)

@@ -32,8 +32,12 @@ def test_both_references_and_the_held_out_one_first():
     found = against.report()
     assert list(found) == ["frechet_pixels", "frechet_pixels_train"]
     assert found["frechet_pixels_train"] == pytest.approx(scored(Frechet(), data.reference, samples)["frechet_pixels"])
-    scale = float(data.held_out.double().std() / data.reference.double().std())  # both in the space that was fitted to training samples
-    assert found["frechet_pixels"] == pytest.approx(scale**2 * scored(Frechet(), data.held_out, samples)["frechet_pixels"])
+    scale = float(
+        data.held_out.double().std() / data.reference.double().std()
+    )  # both in the space that was fitted to training samples
+    assert found["frechet_pixels"] == pytest.approx(
+        scale**2 * scored(Frechet(), data.held_out, samples)["frechet_pixels"]
+    )
     against.reset()
     against.update(samples)
     assert against.report() == found
@@ -60,8 +64,14 @@ def test_precision_and_recall_compare_as_many_samples_as_the_reference_has():
     against = Against(PrecisionRecall(images=400), data)
     samples = gaussian(2, 400)
     against.update(samples)
-    assert {suffix: sum(map(len, metric.fake)) for suffix, metric in against.metrics.items()} == {"": 120, "_train": 400}
-    assert against.report()["precision_pixels"] == scored(PrecisionRecall(), data.held_out, samples[:120])["precision_pixels"]
+    assert {suffix: sum(map(len, metric.fake)) for suffix, metric in against.metrics.items()} == {
+        "": 120,
+        "_train": 400,
+    }
+    assert (
+        against.report()["precision_pixels"]
+        == scored(PrecisionRecall(), data.held_out, samples[:120])["precision_pixels"]
+    )
 
 
 @pytest.mark.parametrize(("n", "held", "m"), [(600, 400, 300), (600, 120, 1500)])
@@ -71,8 +81,13 @@ def test_floors_are_what_fresh_samples_score(n, held, m):
     spec, mean = Frechet(images=m), lambda values: sum(values) / len(values)
     truth = {}
     for suffix, size in (("", held), ("_train", n)):
-        truth[suffix] = mean([scored(spec, gaussian(2 * s, size), gaussian(2 * s + 1, m))["frechet_pixels"] for s in range(40)])
-    found = [floor(Against(spec, data), data) for data in (two(gaussian(s + 100, n), gaussian(s + 200, held)) for s in range(40))]
+        truth[suffix] = mean(
+            [scored(spec, gaussian(2 * s, size), gaussian(2 * s + 1, m))["frechet_pixels"] for s in range(40)]
+        )
+    found = [
+        floor(Against(spec, data), data)
+        for data in (two(gaussian(s + 100, n), gaussian(s + 200, held)) for s in range(40))
+    ]
     for suffix, value in truth.items():
         assert mean([one[f"frechet_pixels{suffix}"] for one in found]) == pytest.approx(value, rel=0.15)
 
@@ -91,7 +106,9 @@ def test_the_spread_of_the_floor_is_that_of_its_draws():
     data, spec = two(gaussian(0, 20_000), gaussian(1, 400)), Frechet(images=300)
     found = floor(Against(spec, data), data, draws=40)
     fresh = torch.tensor([scored(spec, data.held_out, gaussian(50 + s, 300))["frechet_pixels"] for s in range(40)])
-    assert found["frechet_pixels_std"] == pytest.approx(float(fresh.std()), rel=4 / math.sqrt(2 * 40))  # four standard errors of a spread
+    assert found["frechet_pixels_std"] == pytest.approx(
+        float(fresh.std()), rel=4 / math.sqrt(2 * 40)
+    )  # four standard errors of a spread
     assert found["frechet_pixels"] == pytest.approx(float(fresh.mean()), abs=5 * float(fresh.std()) / math.sqrt(40))
     assert floor(Against(spec, data), data) == floor(Against(spec, data), data)
 
@@ -110,13 +127,19 @@ def test_the_floor_has_the_classes_of_generated_samples():
 def test_floors_of_the_digits():
     data = Digits().build()
     found = floor(Against(Frechet(), data), data)
-    assert found["frechet_pixels_train"] == pytest.approx(0.31, abs=0.04) and found["frechet_pixels"] == pytest.approx(1.03, abs=0.1)
+    assert found["frechet_pixels_train"] == pytest.approx(0.31, abs=0.04) and found["frechet_pixels"] == pytest.approx(
+        1.03, abs=0.1
+    )
     shares = floor(Against(PrecisionRecall(images=898), data), data)
-    assert all(0.85 < shares[f"{name}_pixels{suffix}"] < 0.95 for name in ("precision", "recall") for suffix in ("", "_train"))
+    assert all(
+        0.85 < shares[f"{name}_pixels{suffix}"] < 0.95 for name in ("precision", "recall") for suffix in ("", "_train")
+    )
     noise = torch.randn(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     assert scored(Frechet(), data.reference, noise)["frechet_pixels"] > 20
 
 
 def test_a_set_without_conditions_has_a_floor():
     data = SimpleNamespace(reference=gaussian(0, 300), held_out=gaussian(1, 200))
-    assert set(floor(Against(Frechet(images=100), data), data)) == {f"frechet_pixels{s}" for s in ("", "_std", "_train", "_train_std")}
+    assert set(floor(Against(Frechet(images=100), data), data)) == {
+        f"frechet_pixels{s}" for s in ("", "_std", "_train", "_train_std")
+    }

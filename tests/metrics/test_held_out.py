@@ -26,13 +26,17 @@ def test_a_straight_flow_inverts_exactly(steps):
     found = inverted(StraightStudent(), MEAN + STD * x1, solver=Euler(steps=steps), steps=steps)
     law = chi_square(x1.flatten(1).square().sum(1).tolist(), 72)
     assert found["inversion_error"] < 1e-24  # float64
-    assert found["inversion_noise"] == pytest.approx(law["mean"] / 72) and found["inversion_z"] == pytest.approx(law["z"])
+    assert found["inversion_noise"] == pytest.approx(law["mean"] / 72) and found["inversion_z"] == pytest.approx(
+        law["z"]
+    )
     assert abs(found["inversion_z"]) < 4
 
 
 def test_a_curved_flow_needs_steps_to_invert():
     x0 = MEAN + STD * draw(50, 3, 4, 6)
-    coarse, fine = (inverted(ExactStudent(GAUSSIAN), x0, solver=solver, steps=1) for solver in (Euler(steps=2), Heun(steps=64)))
+    coarse, fine = (
+        inverted(ExactStudent(GAUSSIAN), x0, solver=solver, steps=1) for solver in (Euler(steps=2), Heun(steps=64))
+    )
     assert fine["inversion_error"] < 1e-6 < 1e-2 < coarse["inversion_error"]
     assert abs(fine["inversion_z"]) < 4 < abs(coarse["inversion_z"])
 
@@ -43,7 +47,10 @@ def test_loss_by_time_is_a_mean_over_what_it_was_told():
     metric.update(1, v[:2], vt[:2])
     metric.update(1, v[2:], vt[2:])
     metric.update(0, v, v + 0.5)
-    assert spec.report(metric) == {"loss_t0.02": pytest.approx(0.25), "loss_t0.5": pytest.approx(float((v - vt).square().mean()))}
+    assert spec.report(metric) == {
+        "loss_t0.02": pytest.approx(0.25),
+        "loss_t0.5": pytest.approx(float((v - vt).square().mean())),
+    }
 
 
 def test_mistakes_are_named():

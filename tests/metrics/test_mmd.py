@@ -93,7 +93,15 @@ def test_clip_is_read_from_safetensors_at_hand_or_refused_in_one_line(tmp_path, 
     with pytest.raises(ValueError, match="features 'clip' needs") as caught:
         build_features("clip", torch.zeros(2, 1, 8, 8))
     assert "\n" not in str(caught.value)
-    sizes = dict(hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
     config = CLIPVisionConfig(**sizes)
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip-vit-large-patch14-336")
     x = draw(5, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)

@@ -31,14 +31,18 @@ def test_distances_are_those_of_a_plain_search():
 
 
 def test_fresh_samples_have_ratio_one_and_copies_less():
-    assert row(points(2, 150))["nearest_pixels_ratio"] == pytest.approx(1, abs=0.02)  # 72 values: distances differ by a few per cent
+    assert row(points(2, 150))["nearest_pixels_ratio"] == pytest.approx(
+        1, abs=0.02
+    )  # 72 values: distances differ by a few per cent
     assert row(DATA.train[:100])["nearest_pixels_ratio"] < 1e-6
     near = DATA.train[:100] + 0.1 * points(3, 100)
     assert row(near)["nearest_pixels_ratio"] < 0.2
 
 
 def test_a_part_of_the_reference_may_be_searched():
-    few, all_of_it = (NearestNeighbour(reference_images=count).compare(DATA).floor()["nearest_pixels"] for count in (50, None))
+    few, all_of_it = (
+        NearestNeighbour(reference_images=count).compare(DATA).floor()["nearest_pixels"] for count in (50, None)
+    )
     assert few > all_of_it
 
 

@@ -17,7 +17,11 @@ SPACED = (*SAMPLED, "agreement", "retrieval", "text_divergence", "nearest_neighb
 BAD = [
     *((kind, {"images": value}) for kind in METRICS for value in (0, -1, 10**9)),
     *((kind, {"images": 1}) for kind in ("frechet", "mmd", "text_divergence", "self_bleu")),
-    *((kind, {"reference_images": value}) for kind in ("frechet", "mmd", "agreement", "retrieval") for value in (0, -1, 1)),
+    *(
+        (kind, {"reference_images": value})
+        for kind in ("frechet", "mmd", "agreement", "retrieval")
+        for value in (0, -1, 1)
+    ),
     ("nearest_neighbour", {"reference_images": 0}),
     *((kind, {"steps": value}) for kind in ("straightness", "endpoint_error") for value in (0, -1, 10**9)),
     *((kind, {"features": value}) for kind in SPACED for value in (".x:y", "x:", ":y", "x:y:z", "a b:c", "x:.y")),
@@ -69,18 +73,38 @@ def points(num, held_out, **more):
 @pytest.mark.parametrize(
     ("metric", "data", "says"),
     [
-        ({"kind": "precision_recall", "images": 50}, points(40, 20), "metrics.images: precision_recall compares 50 with as many .* there are 40"),
-        ({"kind": "precision_recall", "images": 10}, points(40, 4), "precision_recall needs 4 held-out samples or more"),
-        ({"kind": "precision_recall", "images": 5, "k": 4}, points(5, 0), "precision_recall needs 5 training samples or more"),
+        (
+            {"kind": "precision_recall", "images": 50},
+            points(40, 20),
+            "metrics.images: precision_recall compares 50 with as many .* there are 40",
+        ),
+        (
+            {"kind": "precision_recall", "images": 10},
+            points(40, 4),
+            "precision_recall needs 4 held-out samples or more",
+        ),
+        (
+            {"kind": "precision_recall", "images": 5, "k": 4},
+            points(5, 0),
+            "precision_recall needs 5 training samples or more",
+        ),
         ({"kind": "frechet"}, points(40, 1), "frechet needs 2 held-out samples or more"),
         ({"kind": "mmd"}, points(3, 0), "mmd needs 2 training samples or more"),
-        ({"kind": "frechet", "features": "efficientnet_lite0"}, points(40, 20), "look at pictures of 1 or 3 channels, .* shape \\(2,\\)"),
+        (
+            {"kind": "frechet", "features": "efficientnet_lite0"},
+            points(40, 20),
+            "look at pictures of 1 or 3 channels, .* shape \\(2,\\)",
+        ),
         ({"kind": "inversion"}, points(40, 0), "data.held_out is 0"),
         ({"kind": "loss_by_time"}, points(40, 0), "data.held_out is 0"),
         ({"kind": "nearest_neighbour"}, points(40, 0), "data.held_out is 0"),
         ({"kind": "agreement"}, points(40, 20), "needs data with classes"),
         ({"kind": "retrieval"}, points(40, 20), "retrieval needs data with captions"),
-        ({"kind": "retrieval", "features": "pixels"}, Captioned("told", torch.randn(40, 2), torch.randn(20, 2)), "among: 100 wants more captions"),
+        (
+            {"kind": "retrieval", "features": "pixels"},
+            Captioned("told", torch.randn(40, 2), torch.randn(20, 2)),
+            "among: 100 wants more captions",
+        ),
         ({"kind": "distinct"}, points(40, 20), "Distinct looks at sentences"),
     ],
 )
@@ -94,7 +118,11 @@ def test_the_smallest_sets_that_are_allowed_can_be_measured():
     from flowmap.metrics import Against, floor
 
     data = points(20, 5)
-    for settings in ({"kind": "precision_recall", "images": 4}, {"kind": "frechet", "images": 2}, {"kind": "mmd", "images": 2}):
+    for settings in (
+        {"kind": "precision_recall", "images": 4},
+        {"kind": "frechet", "images": 2},
+        {"kind": "mmd", "images": 2},
+    ):
         spec = METRICS[settings.pop("kind")](**settings)
         check_metrics([spec], data, conditional=True, paired=False)
         against = Against(spec, data)
@@ -102,7 +130,9 @@ def test_the_smallest_sets_that_are_allowed_can_be_measured():
         assert set(against.report()) <= set(floor(against, data))
 
 
-@pytest.mark.parametrize("metric", ["{kind: precision_recall, images: 1501}", "{kind: frechet, images: 0}", "{kind: straightness, steps: 0}"])
+@pytest.mark.parametrize(
+    "metric", ["{kind: precision_recall, images: 1501}", "{kind: frechet, images: 0}", "{kind: straightness, steps: 0}"]
+)
 def test_fit_and_its_dry_run_refuse_before_the_teacher_is_trained(metric, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     asked = ["fit", "--recipe", "digits", f"metrics=[{metric}]", "log.wandb=false"]
@@ -117,7 +147,9 @@ def test_a_run_that_needs_held_out_samples_is_refused_where_there_are_none(tmp_p
     from safetensors.torch import save_file
 
     save_file({"x0": torch.zeros(40, 1, 8, 8)}, tmp_path / "0.safetensors")
-    recipe = read_recipe("digits-teacher", [f"data={{kind: pictures, root: {tmp_path}, held_out: 0}}", "metrics=[{kind: inversion}]"])
+    recipe = read_recipe(
+        "digits-teacher", [f"data={{kind: pictures, root: {tmp_path}, held_out: 0}}", "metrics=[{kind: inversion}]"]
+    )
     with pytest.raises(RecipeError, match="data.held_out is 0"):
         flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
     assert not (tmp_path / "run").exists()

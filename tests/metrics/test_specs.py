@@ -28,8 +28,18 @@ def test_names_of_results():
     straight, ends = Straightness().build(), EndpointError().build()
     straight.update(torch.stack([x, 0 * x]), torch.tensor([1.0, 0.0]))
     ends.update(x, x)
-    assert Straightness().report(straight) == {"straightness": 0.0} and EndpointError().report(ends) == {"endpoint_error": 0.0}
-    assert {spec().needs for spec in METRICS.values()} == {"samples", "conditions", "trajectory", "endpoints", "inversion", "loss", "texts"}
+    assert Straightness().report(straight) == {"straightness": 0.0} and EndpointError().report(ends) == {
+        "endpoint_error": 0.0
+    }
+    assert {spec().needs for spec in METRICS.values()} == {
+        "samples",
+        "conditions",
+        "trajectory",
+        "endpoints",
+        "inversion",
+        "loss",
+        "texts",
+    }
 
 
 def test_pixels_do_not_see_the_data_scale():
@@ -46,4 +56,6 @@ def test_reference_can_be_a_part():
 def test_reading_the_specs_imports_nothing_heavy():
     heavy = {"torchmetrics", "sklearn", "torchvision", "lightning"}
     code = f"import flowmap.metrics, flowmap.data, sys; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

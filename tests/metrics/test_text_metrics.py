@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowmap.data.text import Attribute
-from flowmap.metrics.text import ContentKept, Control, Distinct, Memorised, Perplexity, SelfBLEU, StyleHit, TextDivergence
+from flowmap.data.text.dataset import Attribute
+from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
+from flowmap.metrics.text_conditioned import ContentKept, Control, StyleHit
 from flowmap.metrics.text_scores import distinct, divergence, frontier_divergence, lcs_share
 
 WORDS = "a cat sat on the mat while two dogs ran by".split()
@@ -22,7 +23,11 @@ def test_distinct_by_hand():
 
 
 def test_the_longest_common_subsequence():
-    assert lcs_share("the cat sat", "the big cat has sat") == 1 and lcs_share("a b c d", "d c b a") == 1 / 4 and lcs_share("", "a") == 0
+    assert (
+        lcs_share("the cat sat", "the big cat has sat") == 1
+        and lcs_share("a b c d", "d c b a") == 1 / 4
+        and lcs_share("", "a") == 0
+    )
 
 
 def test_the_frontier_is_zero_for_equal_and_one_for_disjoint_histograms():
@@ -47,7 +52,9 @@ def test_memorised_finds_copies():
 def test_control_counts_words_and_asks_a_classifier():
     texts = [f"{'red' if i % 2 else 'blue'} thing number {i}" for i in range(60)]
     attributes = (Attribute("colour", ("blue", "red")), Attribute("length", tuple(map(str, range(1, 25)))))
-    data = SimpleNamespace(texts=texts, attributes=attributes, codes={"colour": torch.arange(60) % 2, "length": torch.full((60,), 3)})
+    data = SimpleNamespace(
+        texts=texts, attributes=attributes, codes={"colour": torch.arange(60) % 2, "length": torch.full((60,), 3)}
+    )
     metric = Control().build(data)
     asked = {"colour": torch.tensor([1, 1, 0, -1]), "length": torch.tensor([1, 6, -1, 0])}
     row = Control(tolerance=1).report(metric, ["a red thing", "a blue thing", "the blue thing", "one two three"], asked)
@@ -58,7 +65,11 @@ def test_what_an_edit_keeps():
     pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score")
     sources = [" ".join(WORDS), "some other words that stand here"]
     same = ContentKept().report(None, sources, {}, sources)
-    assert same["kept_bleu"] == pytest.approx(100) and same["kept_rouge_l"] == pytest.approx(100) and same["unchanged"] == 1
+    assert (
+        same["kept_bleu"] == pytest.approx(100)
+        and same["kept_rouge_l"] == pytest.approx(100)
+        and same["unchanged"] == 1
+    )
     other = ContentKept().report(None, ["nothing of it", "q"], {}, sources)
     assert other["kept_rouge_l"] == 0 and other["unchanged"] == 0
     assert ContentKept().report(None, sources, {}, None) == {}
@@ -80,7 +91,10 @@ def test_self_bleu_without_its_package_says_how_to_have_it(monkeypatch):
 
 
 def test_style_hit_is_of_the_target():
-    data = SimpleNamespace(source_texts=[f"the act of {i} going" for i in range(30)], texts=[f"a machine for {i} making" for i in range(30)])
+    data = SimpleNamespace(
+        source_texts=[f"the act of {i} going" for i in range(30)],
+        texts=[f"a machine for {i} making" for i in range(30)],
+    )
     metric = StyleHit().build(data)
     assert StyleHit().report(metric, ["a machine for going", "the act of making"], {})["style_hit"] == 0.5
     assert StyleHit().report(StyleHit().build(SimpleNamespace(texts=[])), ["x"], {}) == {}
@@ -113,7 +127,9 @@ def model(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -125,6 +141,10 @@ def test_perplexity_is_that_of_single_sentences_whatever_the_batch(model):
     whole = math.exp(sum(n * math.log(p) for n, p in zip(lengths, each, strict=True)) / sum(lengths))
     assert metric.perplexity(texts, batch_size=2) == pytest.approx(whole, rel=1e-5) and 10 < whole < 40
     row = spec.report(metric, [*texts, " "], {})
-    assert row["perplexity"] == pytest.approx(whole, rel=1e-5) and row["empty"] == 0.25 and metric.perplexity([]) == math.inf
+    assert (
+        row["perplexity"] == pytest.approx(whole, rel=1e-5)
+        and row["empty"] == 0.25
+        and metric.perplexity([]) == math.inf
+    )
     with pytest.raises(ValueError, match="metrics.source"):
         Perplexity(source=model + "/nowhere").build(None)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowmap.data.text import Attribute
-from flowmap.metrics.text import Phrase
+from flowmap.data.text.dataset import Attribute
+from flowmap.metrics.text_conditioned import Phrase
 from flowmap.metrics.text_tags import kind_of_phrase, tagged
 
 ATTRIBUTE = Attribute("part_of_speech", ("adjective", "noun", "verb"))

@@ -19,7 +19,9 @@ def ends(seed):
     return torch.randn(2, 5, 3, 4, 6, generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("times", [torch.linspace(1, 0, 9), torch.tensor([1.0, 0.7, 0.2, 0.0]), torch.linspace(0.1, 0.9, 4)])
+@pytest.mark.parametrize(
+    "times", [torch.linspace(1, 0, 9), torch.tensor([1.0, 0.7, 0.2, 0.0]), torch.linspace(0.1, 0.9, 4)]
+)
 def test_straight_paths_score_zero(times):
     x0, x1 = ends(0)
     t = times.double().view(-1, 1, 1, 1, 1)

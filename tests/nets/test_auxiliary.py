@@ -63,7 +63,10 @@ def test_a_shape_that_does_not_fit_is_named(spec):
         spec.build(SHAPE)
 
 
-@pytest.mark.parametrize("spec", [DiT(width=24, depth=2, heads=2), MLP(width=16, depth=1), EDM2(channels=8, multipliers=(1, 2), num_blocks=1)])
+@pytest.mark.parametrize(
+    "spec",
+    [DiT(width=24, depth=2, heads=2), MLP(width=16, depth=1), EDM2(channels=8, multipliers=(1, 2), num_blocks=1)],
+)
 def test_a_network_that_is_told_a_code_depends_on_it_and_rides(spec):
     torch.manual_seed(0)
     shape = (3, 4, 4)

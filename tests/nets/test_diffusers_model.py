@@ -61,7 +61,9 @@ def made(make):
 def scheduler_of(kind):
     if kind == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False)
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False
+    )
 
 
 def theirs(net, cond, state, time):
@@ -86,7 +88,9 @@ def from_its_scheduler(family, kind):
     make, cond, shape, _ = FAMILIES[family]
     net, scheduler = made(make), scheduler_of(kind)
     scheduler.set_timesteps(6)
-    empty = {key: EMPTY[key] for key in cond if key in EMPTY} | ({"text_mask": cond["text_mask"][:1]} if "text_mask" in cond else {})
+    empty = {key: EMPTY[key] for key in cond if key in EMPTY} | (
+        {"text_mask": cond["text_mask"][:1]} if "text_mask" in cond else {}
+    )
     teacher, guided = ClassifierFree(teacher_of(net, scheduler, empty)), cond | {"guidance": torch.full((B,), W)}
     if kind == "flow":
         grid, sizes = [float(sigma) for sigma in scheduler.sigmas], [1.0] * 7
@@ -94,7 +98,10 @@ def from_its_scheduler(family, kind):
         bars = [float(scheduler.alphas_cumprod[k]) for k in scheduler.timesteps] + [1.0]
         sizes = [bar**0.5 + (1 - bar) ** 0.5 for bar in bars]
         grid = [(1 - bar) ** 0.5 / size for bar, size in zip(bars, sizes, strict=True)]
-    ways = {"predict": lambda state, time: theirs(net, cond, state, time), "velocity": lambda x, t: teacher.velocity(x, t, guided)}
+    ways = {
+        "predict": lambda state, time: theirs(net, cond, state, time),
+        "velocity": lambda x, t: teacher.velocity(x, t, guided),
+    }
     return parity.of_steps(scheduler, grid, sizes, numbers(B, *shape), **ways)
 
 
@@ -110,7 +117,9 @@ def test_every_known_network_is_tested():
 def student_of(family, kind):
     """(teacher's map, student's map at step 0), both on that kind of schedule."""
     net, scheduler = made(FAMILIES[family][0]), scheduler_of(kind)
-    spec = DiffusersModel(type(net).__name__, json.dumps(dict(net.config)), type(scheduler).__name__, json.dumps(dict(scheduler.config)))
+    spec = DiffusersModel(
+        type(net).__name__, json.dumps(dict(net.config)), type(scheduler).__name__, json.dumps(dict(scheduler.config))
+    )
     teacher = FlowMapNet(DiffusersNet(net, *clock_of(scheduler), arrival=False, guidance=False)).eval()
     student = FlowMapNet(spec.build((), arrival=True, guidance=True)).eval()
     start_from(student, teacher)
@@ -126,7 +135,12 @@ def loud(student):
 def points(family):
     """(x, t, s, conditions) at which a student of that family is asked."""
     _, cond, shape, _ = FAMILIES[family]
-    return numbers(B, *shape), torch.tensor([0.3, 0.8]), torch.tensor([0.1, 0.5]), cond | {"guidance": torch.tensor([1.0, 2.0])}
+    return (
+        numbers(B, *shape),
+        torch.tensor([0.3, 0.8]),
+        torch.tensor([0.1, 0.5]),
+        cond | {"guidance": torch.tensor([1.0, 2.0])},
+    )
 
 
 def from_its_teacher(family, kind):
@@ -162,7 +176,10 @@ def from_the_reference_tangent(family, kind):
     v = 0.5 * x.double()
     x, t, s, *values = (value.double() if value.is_floating_point() else value for value in (x, t, s, *cond.values()))
     student, cond = loud(student_of(family, kind)[1]).double(), dict(zip(cond, values, strict=True))
-    rates = lambda mode: (along_path(student, x, t, s, v, cond, mode=mode)[1], in_arrival(student, x, t, s, cond, mode=mode)[1])
+    rates = lambda mode: (
+        along_path(student, x, t, s, v, cond, mode=mode)[1],
+        in_arrival(student, x, t, s, cond, mode=mode)[1],
+    )
     reference = _by_differences(student, x, t, s, v, cond) if family in BY_DIFFERENCES else rates("forward")
     return parity.of_rates(rates("ride"), reference)
 

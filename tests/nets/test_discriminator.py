@@ -18,7 +18,11 @@ SHAPE = (3, 8, 12)
 
 def teacher(spec=None, shape=SHAPE):
     torch.manual_seed(1)
-    net = FlowMapNet((spec or DiT(preset="nano", depth=5)).build(shape, num_classes=7, arrival=False)).requires_grad_(False).eval()
+    net = (
+        FlowMapNet((spec or DiT(preset="nano", depth=5)).build(shape, num_classes=7, arrival=False))
+        .requires_grad_(False)
+        .eval()
+    )
     with torch.no_grad():
         for parameter in net.parameters():  # zero-initialised gates would hide the blocks
             parameter.copy_(0.1 * torch.randn(parameter.shape))
@@ -33,7 +37,9 @@ def colours(x):
 def built(kind):
     torch.manual_seed(0)
     if kind == "teacher":
-        net = OnTeacher(width=8).build(SHAPE, network=teacher().net, example={"class": torch.zeros(1, dtype=torch.int64)}, num_classes=7)
+        net = OnTeacher(width=8).build(
+            SHAPE, network=teacher().net, example={"class": torch.zeros(1, dtype=torch.int64)}, num_classes=7
+        )
     elif kind == "features":
         net = OnFeatures(net="some:net", size=16, width=8).build(SHAPE, call=colours, num_classes=7)
     else:
@@ -46,7 +52,11 @@ def built(kind):
 
 def rows(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(5, *SHAPE, generator=generator), {"class": torch.tensor([0, 3, -1, 6, 3])}, torch.randn(5, *SHAPE, generator=generator)
+    return (
+        torch.randn(5, *SHAPE, generator=generator),
+        {"class": torch.tensor([0, 3, -1, 6, 3])},
+        torch.randn(5, *SHAPE, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("kind", DISCRIMINATORS)
@@ -57,7 +67,10 @@ def test_a_score_is_a_rows_own(kind):
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(net(x[order], {"class": cond["class"][order]}, noise[order]), scores[order])
     x[0] += 1
-    assert torch.equal(net(x, cond, noise)[1:] != scores[1:], torch.zeros(4, dtype=torch.bool)) and net(x, cond, noise)[0] != scores[0]
+    assert (
+        torch.equal(net(x, cond, noise)[1:] != scores[1:], torch.zeros(4, dtype=torch.bool))
+        and net(x, cond, noise)[0] != scores[0]
+    )
 
 
 @pytest.mark.parametrize("kind", DISCRIMINATORS)
@@ -138,7 +151,11 @@ def test_so_have_those_of_diffusers(family):
     torch.manual_seed(0)
     model = tiny_nets.with_random_weights(getattr(tiny_nets, family)(), scale=0.2)
     network = DiffusersNet(model, FlowClock(), "linear_velocity", arrival=False, guidance=False).requires_grad_(False)
-    cond = {"text": torch.randn(2, 6, tiny_nets.TEXT), "pooled": torch.randn(2, tiny_nets.POOLED), "class": torch.tensor([1, 2])}
+    cond = {
+        "text": torch.randn(2, 6, tiny_nets.TEXT),
+        "pooled": torch.randn(2, tiny_nets.POOLED),
+        "class": torch.tensor([1, 2]),
+    }
     example = {key: value[:1] for key, value in cond.items()}
     net = OnTeacher(width=8).build((4, 8, 8), network=network, example=example)
     x = torch.randn(2, 4, 8, 8).requires_grad_()
@@ -164,7 +181,10 @@ def test_sizes_halve_down_to_four():
         (lambda: Conv().build((2,)), r"kind: 'conv' wants pictures or latents .*\(2,\)"),
         (lambda: Conv(depth=4).build((1, 8, 8)), "depth: 4"),
         (lambda: OnTeacher(time=1.0), "time: 1.0"),
-        (lambda: OnTeacher(blocks=(9,)).build(SHAPE, network=teacher().net, example={}), r"blocks: \(9,\) must lie in 0..4"),
+        (
+            lambda: OnTeacher(blocks=(9,)).build(SHAPE, network=teacher().net, example={}),
+            r"blocks: \(9,\) must lie in 0..4",
+        ),
         (lambda: OnTeacher().build(SHAPE, network=torch.nn.Linear(2, 2), example={}), "row of blocks"),
         (lambda: OnFeatures(net="inception"), "net: 'inception' is not efficientnet_lite0 or package.mod:attr"),
         (lambda: OnFeatures(size=-1), "size: -1"),

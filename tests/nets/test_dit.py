@@ -44,7 +44,9 @@ def test_presets_are_as_large_as_the_published_ones(preset, published):
     assert 1 < count(full) / count(plain) < 1.011
     width, depth, _ = PRESETS[preset]
     weights = sum(p.numel() for block in plain.blocks for p in block.parameters() if p.ndim == 2)
-    assert abs(weights - depth * 18 * width**2) <= depth * 12 * width  # 4 attention, 8 perceptron, 6 modulation; 8/3 w is rounded to a multiple of 8
+    assert (
+        abs(weights - depth * 18 * width**2) <= depth * 12 * width
+    )  # 4 attention, 8 perceptron, 6 modulation; 8/3 w is rounded to a multiple of 8
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -56,7 +58,12 @@ def test_presets_build_with_heads_that_divide_the_width(preset):
 
 @pytest.mark.parametrize(
     ("make", "named"),
-    [(lambda: DiT("M"), "preset"), (lambda: DiT(width=50), "width"), (lambda: SMALL.build((3, 5, 6)), "patch"), (lambda: SMALL.build((6,)), "patch")],
+    [
+        (lambda: DiT("M"), "preset"),
+        (lambda: DiT(width=50), "width"),
+        (lambda: SMALL.build((3, 5, 6)), "patch"),
+        (lambda: SMALL.build((6,)), "patch"),
+    ],
 )
 def test_a_setting_that_does_not_fit_is_named(make, named):
     with pytest.raises(ValueError, match=named):
@@ -94,7 +101,9 @@ def test_without_blocks_shares_the_weights_and_leaves_the_network_alone():
     net, x, (t, s) = built(), draw(), draw_times()
     before, weak = net(x, t, s), net.without_blocks((1,))
     assert len(net.blocks) == 3 and len(weak.blocks) == 2
-    assert {id(p) for p in weak.parameters()} == {id(p) for p in net.parameters()} - {id(p) for p in net.blocks[1].parameters()}
+    assert {id(p) for p in weak.parameters()} == {id(p) for p in net.parameters()} - {
+        id(p) for p in net.blocks[1].parameters()
+    }
     assert not torch.allclose(weak(x, t, s), before) and torch.equal(net(x, t, s), before)
     with torch.no_grad():  # block 1 made the identity: now both are the same function
         net.blocks[1].modulation.weight.zero_()

@@ -47,7 +47,9 @@ def drawn(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A weight by a formula of its name, so that the original implementation can be given the same."""
     if name.endswith("resample_filter"):
         return tensor
-    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
+    noise = torch.randn(
+        tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64
+    )
     if name.endswith("freqs"):
         return noise
     if "norm" in name:

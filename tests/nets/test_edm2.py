@@ -13,7 +13,9 @@ SMALL = EDM2(channels=32, multipliers=(1, 2, 4), num_blocks=2, attention_at=(8, 
 SHAPE = (3, 16, 16)
 
 
-@pytest.mark.parametrize(("preset", "millions"), [("XS", 125), ("S", 280), ("M", 498), ("L", 777), ("XL", 1119), ("XXL", 1523)])
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("XS", 125), ("S", 280), ("M", 498), ("L", 777), ("XL", 1119), ("XXL", 1523)]
+)
 def test_parameter_counts_are_the_published_ones(preset, millions):
     """Table 2 of arXiv:2312.02696, without the 128 weights of the training loss's own head."""
     with torch.device("meta"):
@@ -25,7 +27,9 @@ def filled(net):
     """Weights by a formula, so that the original implementation can be given the same."""
     for i, (name, tensor) in enumerate(sorted(net.state_dict().items())):
         generator = torch.Generator().manual_seed(i)
-        tensor.copy_(torch.full_like(tensor, 0.7) if name.endswith("gain") else torch.randn(tensor.shape, generator=generator))
+        tensor.copy_(
+            torch.full_like(tensor, 0.7) if name.endswith("gain") else torch.randn(tensor.shape, generator=generator)
+        )
     return net.eval()
 
 
@@ -40,7 +44,11 @@ ORIGINAL = [
 
 def inputs():
     generator = torch.Generator().manual_seed(99)
-    return torch.randn(4, *SHAPE, generator=generator), torch.tensor([0.01, 0.3, 0.7, 0.98]), torch.tensor([0, 3, 9, -1])
+    return (
+        torch.randn(4, *SHAPE, generator=generator),
+        torch.tensor([0.01, 0.3, 0.7, 0.98]),
+        torch.tensor([0, 3, 9, -1]),
+    )
 
 
 def test_the_output_is_the_original_implementations():
@@ -59,7 +67,9 @@ def from_its_teacher(std=0.0):
     if std:
         torch.nn.init.normal_(student.net.arrival.out.weight, std=std)
     x, t, label = inputs()
-    return parity.at_start(student, teacher, x, t, 0.3 * t, {"class": label, "guidance": torch.tensor([1.0, 2.0, 3.0, 1.5])})
+    return parity.at_start(
+        student, teacher, x, t, 0.3 * t, {"class": label, "guidance": torch.tensor([1.0, 2.0, 3.0, 1.5])}
+    )
 
 
 def test_a_student_starts_as_its_teacher():
@@ -91,7 +101,11 @@ def from_the_reference_tangent():
     """The riding tangents beside torch.func.jvp, float64: see parity.of_rates."""
     net = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=True, guidance=True))).double()
     x, t, label = inputs()
-    x, t, v = x.double(), t.double(), torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, t, v = (
+        x.double(),
+        t.double(),
+        torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
     s, cond = 0.3 * t, {"class": label, "guidance": torch.ones(4).double()}
     rates = lambda mode: (along_path(net, x, t, s, v, cond, mode=mode)[1], in_arrival(net, x, t, s, cond, mode=mode)[1])
     return parity.of_rates(rates("ride"), rates("forward"))
@@ -110,7 +124,12 @@ def test_every_operation_keeps_the_magnitude():
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"preset": "XXXL"}, "preset: 'XXXL'"), ({"channels": 0}, "channels: 0"), ({"multipliers": ()}, "multipliers"), ({"sigma_data": 0.0}, "sigma")],
+    [
+        ({"preset": "XXXL"}, "preset: 'XXXL'"),
+        ({"channels": 0}, "channels: 0"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"sigma_data": 0.0}, "sigma"),
+    ],
 )
 def test_mistakes_are_named(settings, says):
     with pytest.raises(ValueError, match=says):

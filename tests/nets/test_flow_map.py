@@ -22,7 +22,13 @@ nets = pytest.mark.parametrize("kind", sorted(SPECS))
 def built(kind, *, arrival=True, guidance=True, seed=0, loud=False, **settings):
     """A flow map; loud: every weight drawn, so that nothing is silent."""
     torch.manual_seed(seed)
-    spec = type(SPECS[kind])(**{**{k: getattr(SPECS[kind], k) for k in ("width", "depth")}, **({"heads": 2} if kind == "dit" else {}), **settings})
+    spec = type(SPECS[kind])(
+        **{
+            **{k: getattr(SPECS[kind], k) for k in ("width", "depth")},
+            **({"heads": 2} if kind == "dit" else {}),
+            **settings,
+        }
+    )
     flow_map = FlowMapNet(spec.build(SHAPE[1:], num_classes=4, arrival=arrival, guidance=guidance))
     if loud:
         for p in flow_map.parameters():
@@ -117,7 +123,10 @@ def test_another_architecture_is_refused_and_the_student_left_alone(kind, settin
 
 
 def test_another_kind_and_other_classes_are_refused():
-    for teacher in (built("mlp", arrival=False, guidance=False), FlowMapNet(SPECS["dit"].build(SHAPE[1:], num_classes=9, arrival=False))):
+    for teacher in (
+        built("mlp", arrival=False, guidance=False),
+        FlowMapNet(SPECS["dit"].build(SHAPE[1:], num_classes=9, arrival=False)),
+    ):
         with pytest.raises(ValueError, match="not the teacher's"):
             start_from(built("dit"), teacher)
     with pytest.raises(ValueError, match="not the teacher's"):
@@ -169,8 +178,13 @@ def test_every_derivative_is_richardsons(kind, mode):
     with torch.no_grad():
         path = richardson(lambda h: flow_map.mean_velocity(x + h * v, t + h, s, cond))
         arrival = richardson(lambda h: flow_map.mean_velocity(x, t, s + h, cond))
-    near = 1e-5 if mode == "difference" else 1e-7  # a one-sided step of 1e-7 errs by 1e-7 times half the second derivative
-    for truth, (F, rate) in ((path, along_path(flow_map, x, t, s, v, cond, mode=mode)), (arrival, in_arrival(flow_map, x, t, s, cond, mode=mode))):
+    near = (
+        1e-5 if mode == "difference" else 1e-7
+    )  # a one-sided step of 1e-7 errs by 1e-7 times half the second derivative
+    for truth, (F, rate) in (
+        (path, along_path(flow_map, x, t, s, v, cond, mode=mode)),
+        (arrival, in_arrival(flow_map, x, t, s, cond, mode=mode)),
+    ):
         assert truth.abs().max() > 0.1
         torch.testing.assert_close(rate, truth, rtol=0, atol=near * float(truth.abs().max()))
         assert F.requires_grad and not rate.requires_grad
@@ -192,7 +206,9 @@ def test_bf16_autocast_keeps_the_time_path_in_float32(kind):
     x, t, s, cond = given(torch.float32)
     seen = {}
     for name in ("departure", "arrival", "guidance"):
-        getattr(flow_map.net.conditioning, name).register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out))
+        getattr(flow_map.net.conditioning, name).register_forward_hook(
+            lambda module, args, out, name=name: seen.__setitem__(name, out)
+        )
     entered = []
     flow_map.net.enter.register_forward_hook(lambda module, args, out: entered.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -209,7 +225,9 @@ def test_bf16_autocast_keeps_the_time_path_in_float32(kind):
 @nets
 def test_it_builds_and_runs_on_the_meta_device(kind):
     with torch.device("meta"):
-        flow_map = built(kind) if kind == "mlp" else FlowMapNet(SPECS[kind].build(SHAPE[1:], num_classes=4, guidance=True))
+        flow_map = (
+            built(kind) if kind == "mlp" else FlowMapNet(SPECS[kind].build(SHAPE[1:], num_classes=4, guidance=True))
+        )
     assert {p.device.type for p in flow_map.parameters()} == {"meta"}
     x, t = torch.empty(SHAPE, device="meta"), torch.empty(SHAPE[0], device="meta")
     cond = {"class": torch.empty(SHAPE[0], device="meta", dtype=torch.int64), "guidance": t}

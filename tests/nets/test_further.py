@@ -21,12 +21,24 @@ def net(request):
     return FlowMapNet(net.double())
 
 
-X, T, S = torch.randn(5, *SHAPE, dtype=torch.float64), torch.linspace(0.5, 0.9, 5).double(), torch.linspace(0.0, 0.4, 5).double()
-COND = {"kind": torch.tensor([0, 1, 2, 3, 1]), "length": torch.tensor([6, 5, 0, 1, 2]), "left": torch.randn(5, *SHAPE, dtype=torch.float64)}
+X, T, S = (
+    torch.randn(5, *SHAPE, dtype=torch.float64),
+    torch.linspace(0.5, 0.9, 5).double(),
+    torch.linspace(0.0, 0.4, 5).double(),
+)
+COND = {
+    "kind": torch.tensor([0, 1, 2, 3, 1]),
+    "length": torch.tensor([6, 5, 0, 1, 2]),
+    "left": torch.randn(5, *SHAPE, dtype=torch.float64),
+}
 
 
 def test_none_is_minus_one_zeros_and_absence(net):
-    none = {"kind": torch.full((5,), -1), "length": torch.full((5,), -1), "left": torch.zeros(5, *SHAPE, dtype=torch.float64)}
+    none = {
+        "kind": torch.full((5,), -1),
+        "length": torch.full((5,), -1),
+        "left": torch.zeros(5, *SHAPE, dtype=torch.float64),
+    }
     torch.testing.assert_close(net(X, T, S, none), net(X, T, S, None))
     torch.testing.assert_close(net(X, T, S, {"kind": COND["kind"]}), net(X, T, S, none | {"kind": COND["kind"]}))
 
@@ -47,7 +59,10 @@ def test_the_tangent_rides_through_them(net):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("spec", [DiT(width=24, depth=1, heads=2), MLP(width=16, depth=1), EDM2(channels=8, multipliers=(1, 2), num_blocks=1)])
+@pytest.mark.parametrize(
+    "spec",
+    [DiT(width=24, depth=1, heads=2), MLP(width=16, depth=1), EDM2(channels=8, multipliers=(1, 2), num_blocks=1)],
+)
 def test_any_network_reads_numbers_and_a_code_side_by_side(spec):
     torch.manual_seed(0)
     net = FlowMapNet(spec.build((3, 4, 4), further=(Further("kind", 4, "number"), Further("z", 7, "code"))))

@@ -28,10 +28,19 @@ def numbers(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-COND = {"text": numbers(B, 6, 32), "pooled": numbers(B, 24), "class": torch.arange(B), "guidance": torch.linspace(1, 2, B)}
+COND = {
+    "text": numbers(B, 6, 32),
+    "pooled": numbers(B, 24),
+    "class": torch.arange(B),
+    "guidance": torch.linspace(1, 2, B),
+}
 FAMILIES = {
     "DiT": (dit, diffusers.DDIMScheduler, LoRA(rank=3)),
-    "SD3": (sd3, diffusers.FlowMatchEulerDiscreteScheduler, LoRA(rank=3, alpha=5.0, targets=(*EVERY, "linear_1", "proj_out"))),
+    "SD3": (
+        sd3,
+        diffusers.FlowMatchEulerDiscreteScheduler,
+        LoRA(rank=3, alpha=5.0, targets=(*EVERY, "linear_1", "proj_out")),
+    ),
     "SD": (sd, diffusers.DDIMScheduler, LoRA(rank=3, targets=(*EVERY, "conv1", "proj_in"))),  # convolutions as well
 }
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +78,9 @@ def test_a_student_starts_as_its_teacher_to_the_bit_and_shares_its_weights(famil
     base = {id(p) for p in teacher.parameters()}
     assert {id(p) for p in student.parameters() if not p.requires_grad} == base
     names = {name for name, p in student.named_parameters() if p.requires_grad}
-    assert names and all(".lora_A." in n or ".lora_B." in n or n.startswith(("net.arrival.", "net.guidance.")) for n in names)
+    assert names and all(
+        ".lora_A." in n or ".lora_B." in n or n.startswith(("net.arrival.", "net.guidance.")) for n in names
+    )
 
 
 @families
@@ -107,7 +118,10 @@ def test_the_tangent_rides_through_the_adapters(family):
     ridden = [p.grad for p in student.parameters() if p.requires_grad]
     student.zero_grad()
     ordinary.sum().backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(ridden, (p for p in student.parameters() if p.requires_grad), strict=True))
+    assert all(
+        torch.equal(a, p.grad)
+        for a, p in zip(ridden, (p for p in student.parameters() if p.requires_grad), strict=True)
+    )
     assert all(p.grad is None for p in student.parameters() if not p.requires_grad)
 
 
@@ -165,7 +179,8 @@ def test_diffusers_writes_and_reads_the_adapters_as_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("targets", "says"), [(("nothing",), "'nothing' matches no layer .*to_q.*to_out.0"), (("to_q", "attn"), "'attn' matches .*, a .*to_k")]
+    ("targets", "says"),
+    [(("nothing",), "'nothing' matches no layer .*to_q.*to_out.0"), (("to_q", "attn"), "'attn' matches .*, a .*to_k")],
 )
 def test_targets_that_match_nothing_are_named(targets, says):
     net = teacher_of("SD3")
@@ -194,17 +209,29 @@ def test_a_base_is_the_one_trained_on_or_refused(tmp_path):
     def write(model, folder):
         model.save_pretrained(tmp_path / folder / "transformer")
         scheduler.save_pretrained(tmp_path / folder / "scheduler")
-        parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", type(model).__name__], "scheduler": ["diffusers", "DDIMScheduler"]}
+        parts = {
+            "_class_name": "DiTPipeline",
+            "transformer": ["diffusers", type(model).__name__],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+        }
         (tmp_path / folder / "model_index.json").write_text(json.dumps(parts))
         return str(tmp_path / folder)
 
-    spec = DiffusersModel("DiTTransformer2DModel", json.dumps(dict(teacher.model.config)), "DDIMScheduler", json.dumps(dict(scheduler.config)))
+    spec = DiffusersModel(
+        "DiTTransformer2DModel",
+        json.dumps(dict(teacher.model.config)),
+        "DDIMScheduler",
+        json.dumps(dict(scheduler.config)),
+    )
     base = Base(write(teacher.model, "one"), None, fingerprint(teacher.model))
     assert fingerprint(load_base(base, spec).model) == base.sha256
     with torch.no_grad():
         next(teacher.model.parameters()).view(-1)[0] += 1e-3
     other = Base(write(teacher.model, "two"), "v2", base.sha256)
-    with pytest.raises(ValueError, match=rf"two \(revision v2\): its weights have SHA-256 {fingerprint(teacher.model)[:12]}.*{base.sha256[:12]}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"two \(revision v2\): its weights have SHA-256 {fingerprint(teacher.model)[:12]}.*{base.sha256[:12]}",
+    ):
         load_base(other, spec)
     with pytest.raises(ValueError, match="three: is another network .*: "):
         load_base(Base(write(sd3(), "three")), spec)

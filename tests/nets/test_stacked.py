@@ -13,8 +13,8 @@ from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import StackedNet, net_within, stack_of
 from flowmap.recipe import read_recipe
+from flowmap.recipe.settings import FromTeacher
 from flowmap.samplers import Deterministic
-from flowmap.settings import FromTeacher
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
 from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
@@ -63,15 +63,21 @@ def test_two_exact_maps_are_the_exact_map():
 @pytest.mark.parametrize("arrival", [True, False])
 def test_started_from_a_teacher_it_takes_two_of_its_euler_steps(arrival):
     teacher = shaken(MLP(width=16, depth=1).build(SHAPE[1:], arrival=False, num_classes=3), seed=4)
-    stack = FlowMapNet(Stacked(MLP(width=16, depth=1)).build(SHAPE[1:], arrival=arrival, guidance=True, num_classes=3).double())
+    stack = FlowMapNet(
+        Stacked(MLP(width=16, depth=1)).build(SHAPE[1:], arrival=arrival, guidance=True, num_classes=3).double()
+    )
     start_from(stack, teacher)
     (t, s), x, cond = draw_times(), draw(), {"class": torch.tensor([0, 1, 2, -1, 1])}
-    assert torch.equal(stack.mean_velocity(x, t, t, cond), teacher.velocity(x, t, cond)), "on the diagonal it is the teacher, to the bit"
+    assert torch.equal(stack.mean_velocity(x, t, t, cond), teacher.velocity(x, t, cond)), (
+        "on the diagonal it is the teacher, to the bit"
+    )
     middle = (t + s) / 2
     y = x + along(middle - t, x) * teacher.velocity(x, t, cond)
     torch.testing.assert_close(stack(x, t, s, cond), y + along(s - middle, x) * teacher.velocity(y, middle, cond))
     first, second = stack.net.parts
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first.parameters(), second.parameters(), strict=True)), "weights of their own"
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first.parameters(), second.parameters(), strict=True)), (
+        "weights of their own"
+    )
 
 
 def test_a_start_that_does_not_fit_is_refused():
@@ -93,7 +99,9 @@ def test_the_tangent_rides_through_both(spec):
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    config = StudentConfig(Stacked(DiT(preset="nano", patch=2)), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5))
+    config = StudentConfig(
+        Stacked(DiT(preset="nano", patch=2)), Deterministic(), (1, 8, 8), num_classes=10, guidance=(1.0, 3.0, 1.5)
+    )
     flow_map = shaken(config.build().net).float()
     save_student(tmp_path, config, flow_map.state_dict(), recipe="", card="")
     student = load_student(tmp_path)
@@ -117,7 +125,10 @@ def test_the_conditions_of_an_empty_text_reach_both_and_plain_networks_have_none
     from flowmap.nets.diffusers_model import DiffusersNet, clock_of
     from tests import tiny_nets
 
-    parts = [DiffusersNet(tiny_nets.sd(), *clock_of(diffusers.DDIMScheduler()), arrival=True, guidance=False) for _ in range(2)]
+    parts = [
+        DiffusersNet(tiny_nets.sd(), *clock_of(diffusers.DDIMScheduler()), arrival=True, guidance=False)
+        for _ in range(2)
+    ]
     stack = StackedNet(*parts)
     stack.empty = {"text": torch.zeros(1, 3, 32)}
     assert all("text" in part.empty for part in parts)

@@ -16,7 +16,13 @@ from flowmap.flow.limit import Clip, Threshold
 from flowmap.nets import teacher_settings as settings
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.pretrained import load_pretrained
-from flowmap.nets.teacher_settings import check_network_settings, check_pipeline_settings, check_scheduler_settings, clock_of, limit_of
+from flowmap.nets.teacher_settings import (
+    check_network_settings,
+    check_pipeline_settings,
+    check_scheduler_settings,
+    clock_of,
+    limit_of,
+)
 from flowmap.nets.weight_files import check_weight_files
 from tests import tiny_nets
 from tests.tiny_nets import unet, with_random_weights
@@ -65,12 +71,24 @@ def test_a_setting_that_the_class_does_not_read_is_ignored_as_diffusers_ignores_
 @pytest.mark.parametrize(
     ("cls", "config", "says"),
     [
-        ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: true cannot go with prediction_type 'epsilon'"),
+        (
+            "DDIMScheduler",
+            {"rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr: true cannot go with prediction_type 'epsilon'",
+        ),
         ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr: true cannot go"),
-        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "v_prediction"}, "use_flow_sigmas: true cannot go with"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"use_flow_sigmas": True, "prediction_type": "v_prediction"},
+            "use_flow_sigmas: true cannot go with",
+        ),
         ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction"}, "needs use_flow_sigmas: true"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas: True .* known: false"),
-        ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type: 'continuous' .* known: \"discrete\""),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous"},
+            "timestep_type: 'continuous' .* known: \"discrete\"",
+        ),
         ("LCMScheduler", {}, "LCMScheduler: cannot be a teacher's: its network is already distilled"),
     ],
 )
@@ -105,7 +123,10 @@ def test_a_flow_schedule_keeps_its_kind_of_prediction():
     """A solver with use_flow_sigmas and prediction_type epsilon predicts noise on a flow's clock."""
     made = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="epsilon")
     assert clock_of(made)[1] == "epsilon"
-    assert clock_of(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))[1] == "linear_velocity"
+    assert (
+        clock_of(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))[1]
+        == "linear_velocity"
+    )
 
 
 NETWORKS = [
@@ -129,7 +150,16 @@ def test_a_network_that_reads_what_nothing_gives_it_is_refused_by_name(network, 
 
 
 def test_every_tiny_network_of_every_family_passes():
-    for make in (tiny_nets.dit, tiny_nets.sd, tiny_nets.sdxl, tiny_nets.sd3, tiny_nets.flux, tiny_nets.sana, tiny_nets.pixart, tiny_nets.qwen):
+    for make in (
+        tiny_nets.dit,
+        tiny_nets.sd,
+        tiny_nets.sdxl,
+        tiny_nets.sd3,
+        tiny_nets.flux,
+        tiny_nets.sana,
+        tiny_nets.pixart,
+        tiny_nets.qwen,
+    ):
         net = make()
         check_network_settings(type(net).__name__, json.dumps(dict(net.config), default=str), (4, 8, 8))
 
@@ -142,7 +172,11 @@ PIPELINES = ("DDPMPipeline DDIMPipeline DiTPipeline StableDiffusionPipeline Stab
 def test_every_setting_of_a_pipeline_is_known(name):
     plain = (bool, int, float, str, dict)
     read = inspect.signature(getattr(diffusers, name).__init__).parameters.items()
-    scalars = {key for key, parameter in read if isinstance(parameter.default, plain) and parameter.default is not parameter.empty}
+    scalars = {
+        key
+        for key, parameter in read
+        if isinstance(parameter.default, plain) and parameter.default is not parameter.empty
+    }
     known = (*settings.PIPELINE_HONOURED, *settings.PIPELINE_IRRELEVANT, *settings.PIPELINE_REFUSED)
     assert not scalars - set(known)
 
@@ -158,7 +192,14 @@ def test_every_setting_of_a_pipeline_is_known(name):
 def test_a_pipeline_that_is_more_than_its_network_is_refused_by_name(index, says):
     with pytest.raises(ValueError, match=says):
         check_pipeline_settings(index)
-    check_pipeline_settings({"_class_name": "X", "transformer_2": [None, None], "boundary_ratio": None, "force_zeros_for_empty_prompt": True})
+    check_pipeline_settings(
+        {
+            "_class_name": "X",
+            "transformer_2": [None, None],
+            "boundary_ratio": None,
+            "force_zeros_for_empty_prompt": True,
+        }
+    )
 
 
 def pipeline(folder, **scheduler):
@@ -200,7 +241,10 @@ def torn(folder):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (half, f"{STEM}.fp16.safetensors is of the variant 'fp16', which is not read: save it as {STEM}.safetensors too"),
+        (
+            half,
+            f"{STEM}.fp16.safetensors is of the variant 'fp16', which is not read: save it as {STEM}.safetensors too",
+        ),
         (sharded_without_one, f"{STEM}-00002-of-"),
         (torn, f"{STEM}.safetensors: is not a whole safetensors file"),
     ],

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.data.tokens import Pair
+from flowmap.data.text.autoencoder import TextAutoencoder
+from flowmap.data.text.tokens import Pair
+from flowmap.estimate.dry_run import dry_run
 from flowmap.nets.text_pair import TextPair, _positions
-from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
-from flowmap.student.text_autoencoder import TextAutoencoder
 from tests.tiny_text import wordnet_files
 
 
@@ -20,23 +20,41 @@ from tests.tiny_text import wordnet_files
 def models(tmp_path_factory):
     from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from flowmap.data.tokens import BPE
+    from flowmap.data.text.tokens import BPE
 
     folder, texts = tmp_path_factory.mktemp("models"), ["to say cat and dog", "fox again as n"]
     ends = {"bert": dict(pad_token="<pad>", sep_token="<end>"), "gpt2": dict(eos_token="<end>", bos_token="<start>")}
     for (name, names), vocab in zip(ends.items(), (270, 280), strict=True):
-        PreTrainedTokenizerFast(tokenizer_object=BPE(vocab=vocab).fit(texts).fast, **names).save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=BPE(vocab=vocab).fit(texts).fast, **names).save_pretrained(
+            folder / name
+        )
     torch.manual_seed(0)
-    bert = BertConfig(vocab_size=275, max_position_embeddings=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    bert = BertConfig(
+        vocab_size=275,
+        max_position_embeddings=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     BertModel(bert).save_pretrained(folder / "bert")
-    GPT2LMHeadModel(GPT2Config(vocab_size=284, n_positions=32, n_embd=24, n_layer=1, n_head=2)).save_pretrained(folder / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=284, n_positions=32, n_embd=24, n_layer=1, n_head=2)).save_pretrained(
+        folder / "gpt2"
+    )
     return folder
 
 
 @pytest.fixture
 def net(models):
     torch.manual_seed(1)
-    spec = TextPair(encoder=str(models / "bert"), decoder=str(models / "gpt2"), slots=2, dims=3, special=(2, 1, 2, 3), encoder_tokens=5)
+    spec = TextPair(
+        encoder=str(models / "bert"),
+        decoder=str(models / "gpt2"),
+        slots=2,
+        dims=3,
+        special=(2, 1, 2, 3),
+        encoder_tokens=5,
+    )
     return spec.build((12,)).double().train()
 
 
@@ -67,14 +85,19 @@ def test_generating_is_the_likeliest_next_token(net):
 
 
 def test_what_is_frozen_stays_frozen_and_nothing_is_dropped(net):
-    assert not any(p.requires_grad for p in net.encoder.parameters()) and all(p.requires_grad for p in net.decoder.parameters())
+    assert not any(p.requires_grad for p in net.encoder.parameters()) and all(
+        p.requires_grad for p in net.decoder.parameters()
+    )
     torch.testing.assert_close(net.moments(rows())[0], net.moments(rows())[0])
 
 
 def pair_recipe(folder, models, max_tokens=12, **tokenizer):
     """The path of a recipe of both models; tokenizer: other folders for its two parts."""
     wordnet_files(folder / "wordnet")
-    pair, words = ({name: str(models / one) for name, one in parts.items()} for parts in ({"encoder": "bert", "decoder": "gpt2"}, tokenizer))
+    pair, words = (
+        {name: str(models / one) for name, one in parts.items()}
+        for parts in ({"encoder": "bert", "decoder": "gpt2"}, tokenizer)
+    )
     tokens = {"kind": "pair", **pair, **words, "max_tokens": max_tokens}
     (folder / "pair.yaml").write_text(f"""
 name: pair
@@ -92,7 +115,10 @@ log: {{wandb: false, grid_images: 3}}
     ("change", "says"),
     [
         ({"encoder": "gpt2", "decoder": "bert"}, "encoder: has 275 tokens, its tokenizer (data.tokenizer.encoder) 280"),
-        ({"max_tokens": 32}, "decoder: has 32 positions, 1 of them the latent's: data.tokenizer.max_tokens: 32 must be 31 or less"),
+        (
+            {"max_tokens": 32},
+            "decoder: has 32 positions, 1 of them the latent's: data.tokenizer.max_tokens: 32 must be 31 or less",
+        ),
         ({"max_tokens": 100}, "encoder: has 40 positions: data.tokenizer.max_tokens: 100 must be 40 or less"),
         ({"encoder": "nothing"}, "data.tokenizer.encoder: '"),
         ({"decoder": "nothing"}, "data.tokenizer.decoder: '"),
@@ -102,7 +128,12 @@ log: {{wandb: false, grid_images: 3}}
 def test_tokenizers_that_do_not_fit_their_models_are_one_line(models, tmp_path, command, change, says):
     recipe = pair_recipe(tmp_path, models, **change)
     code, _, err = command("fit", "--recipe", recipe, "--out", tmp_path / "run")
-    assert code == 2 and says in err and len(err.strip().splitlines()[-1:]) == 1 and not (tmp_path / "run" / "student").exists(), err
+    assert (
+        code == 2
+        and says in err
+        and len(err.strip().splitlines()[-1:]) == 1
+        and not (tmp_path / "run" / "student").exists()
+    ), err
     code, out, err = command("fit", "--recipe", recipe, "--out", tmp_path / "run", "--dry-run")
     assert says in out + err and code == (3 if says in out else 2), (out, err)
 
@@ -110,7 +141,14 @@ def test_tokenizers_that_do_not_fit_their_models_are_one_line(models, tmp_path, 
 def test_positions_of_a_model_that_counts_from_behind_its_padding():
     from transformers import RobertaConfig, RobertaModel
 
-    config = RobertaConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=10)
+    config = RobertaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=10,
+    )
     model, tokens = RobertaModel(config), torch.full((1, 9), 5)
     assert _positions(model) == 8
     model(input_ids=tokens[:, :8])
@@ -122,7 +160,9 @@ def test_a_sentence_too_long_for_either_model_is_counted(models):
     tokens = Pair(encoder=str(models / "bert"), decoder=str(models / "gpt2"), max_tokens=6).fit([])
     assert tokens.encode(["to", "to say cat and dog, a fox"])[1] == 1 and tokens.longest == 6
     tokens.encoder.max_tokens = 3
-    assert [len(one.ids) for one in tokens.encoder.fast.encode_batch(["a", "a b"])] == [1, 3] and tokens.encode(["a", "a b"])[1] == 1
+    assert [len(one.ids) for one in tokens.encoder.fast.encode_batch(["a", "a b"])] == [1, 3] and tokens.encode(
+        ["a", "a b"]
+    )[1] == 1
 
 
 def test_from_a_recipe_to_a_folder_that_stands_alone(models, tmp_path, monkeypatch):
@@ -135,12 +175,19 @@ def test_from_a_recipe_to_a_folder_that_stands_alone(models, tmp_path, monkeypat
     config = run.folder / "student" / "config.json"
     config.write_text(config.read_text().replace(str(models), "nowhere"))
     again = TextAutoencoder(source=str(run.folder)).load()
-    assert z.shape == (2, 4) and torch.equal(again.encode(["cat again as n", "to say"]), z) and len(again.decode(z)) == 2
+    assert (
+        z.shape == (2, 4) and torch.equal(again.encode(["cat again as n", "to say"]), z) and len(again.decode(z)) == 2
+    )
     with pytest.raises(ValueError, match="kind pair is for a student of kind text_pair"):
-        flowmap.fit(read_recipe(tmp_path / "pair.yaml", ["student={kind: text_vae, width: 8, heads: 2}", "name=b"]), say=lambda message: None)
+        flowmap.fit(
+            read_recipe(tmp_path / "pair.yaml", ["student={kind: text_vae, width: 8, heads: 2}", "name=b"]),
+            say=lambda message: None,
+        )
 
 
 def test_models_that_are_not_there(models):
-    spec = TextPair(encoder=str(models / "nothing"), decoder=str(models / "gpt2"), special=(2, 1, 2, 3), encoder_tokens=5)
+    spec = TextPair(
+        encoder=str(models / "nothing"), decoder=str(models / "gpt2"), special=(2, 1, 2, 3), encoder_tokens=5
+    )
     with pytest.raises(ValueError, match="encoder: "):
         spec.build((12,))

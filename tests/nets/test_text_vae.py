@@ -8,14 +8,29 @@ from flowmap.nets.text_vae import IGNORED, TextVAE
 SPECIAL = (0, 1, 2, 3)
 
 
-@pytest.fixture(params=[(1, False), (3, False), (1, True), (3, True)], ids=["vector", "sequence", "vector-direct", "sequence-direct"])
+@pytest.fixture(
+    params=[(1, False), (3, False), (1, True), (3, True)],
+    ids=["vector", "sequence", "vector-direct", "sequence-direct"],
+)
 def net(request):
     torch.manual_seed(0)
     slots, direct = request.param
-    return TextVAE(slots=slots, direct=direct, dims=4, width=16, depth=2, heads=2, vocab=13, special=SPECIAL).build((7,)).double()
+    return (
+        TextVAE(slots=slots, direct=direct, dims=4, width=16, depth=2, heads=2, vocab=13, special=SPECIAL)
+        .build((7,))
+        .double()
+    )
 
 
-ROWS = torch.tensor([[4, 5, 6, 7, 8, 9, 2], [5, 2, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0], [12, 11, 10, 9, 8, 7, 6], [6, 6, 6, 2, 0, 0, 0]])
+ROWS = torch.tensor(
+    [
+        [4, 5, 6, 7, 8, 9, 2],
+        [5, 2, 0, 0, 0, 0, 0],
+        [2, 0, 0, 0, 0, 0, 0],
+        [12, 11, 10, 9, 8, 7, 6],
+        [6, 6, 6, 2, 0, 0, 0],
+    ]
+)
 
 
 def test_a_token_changes_what_is_said_after_it_alone(net):

@@ -18,7 +18,9 @@ from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
 
 MIXTURE = MixtureTeacher(means=((1.0, 0.0), (-0.5, 0.8), (-0.4, -1.0)), std=(0.3, 0.5, 0.4), flow_steps=32)
 WEAK = GaussianTeacher(mean=(0.2,), std=0.9)
-teachers = pytest.mark.parametrize(("teacher", "shape"), [(GAUSSIAN, SHAPE), (MIXTURE, (5, 2))], ids=["gaussian", "mixture"])
+teachers = pytest.mark.parametrize(
+    ("teacher", "shape"), [(GAUSSIAN, SHAPE), (MIXTURE, (5, 2))], ids=["gaussian", "mixture"]
+)
 
 
 class Nearly(nn.Module):
@@ -69,11 +71,15 @@ def bent(shape=SHAPE, guidance=False, classes=None):
 
 def drawn(shape=SHAPE, t=None, s=None, **cond):
     x0, x1, (later, earlier) = draw(*shape, seed=1), draw(*shape, seed=2), draw_times()
-    return Linear().sample(x0, x1, later if t is None else t, earlier if s is None else s, {"row": torch.arange(5), **cond})
+    return Linear().sample(
+        x0, x1, later if t is None else t, earlier if s is None else s, {"row": torch.arange(5), **cond}
+    )
 
 
 def chosen(sample, rows):
-    return Linear().sample(sample.x0[rows], sample.x1[rows], sample.t[rows], sample.s[rows], {k: v[rows] for k, v in sample.cond.items()})
+    return Linear().sample(
+        sample.x0[rows], sample.x1[rows], sample.t[rows], sample.s[rows], {k: v[rows] for k, v in sample.cond.items()}
+    )
 
 
 def gradients(objective, student, teacher, sample, step=0):

@@ -11,7 +11,14 @@ from torch import nn
 
 from flowmap.nets.discriminator import Conv
 from flowmap.objectives import AYFEMD, FlowMatching, Reconstruction
-from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generate, generator_loss, pairing_loss, squared_gradient
+from flowmap.objectives.adversarial import (
+    Adversarial,
+    discriminator_loss,
+    generate,
+    generator_loss,
+    pairing_loss,
+    squared_gradient,
+)
 from flowmap.samplers import Deterministic, Gamma
 from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
 
@@ -53,7 +60,9 @@ def test_the_discriminators_loss_by_hand():
 def test_the_discriminators_loss_leaves_the_student_alone():
     for r in (0.0, 1.0):
         fake, weight = draw(seed=2).requires_grad_(), torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-        discriminator_loss(lambda x, cond, noise, weight=weight: weight * quadratic(x), draw(seed=1), fake, r1=r, r2=r).value.backward()
+        discriminator_loss(
+            lambda x, cond, noise, weight=weight: weight * quadratic(x), draw(seed=1), fake, r1=r, r2=r
+        ).value.backward()
         assert fake.grad is None and weight.grad is not None
 
 
@@ -167,10 +176,14 @@ def test_samples_keep_the_graph_of_their_last_call_or_of_all(sampler):
             assert student.calls == tuple(wanted)
             samples[through] = x.detach()
             if isinstance(sampler, Deterministic):  # jumps of 1 / steps each
-                torch.testing.assert_close(-slope / x.numel(), torch.tensor(1.0 if through == "all" else 1 / steps, dtype=torch.float64))
+                torch.testing.assert_close(
+                    -slope / x.numel(), torch.tensor(1.0 if through == "all" else 1 / steps, dtype=torch.float64)
+                )
         assert torch.equal(samples["last"], samples["all"])
     with torch.no_grad():
-        assert not generate(sampler, student, draw(seed=1), None, steps=2, generator=seeded(), through="last").requires_grad
+        assert not generate(
+            sampler, student, draw(seed=1), None, steps=2, generator=seeded(), through="last"
+        ).requires_grad
 
 
 class Points(nn.Module):
@@ -207,8 +220,13 @@ def test_a_student_in_the_plane_comes_nearer_to_the_data(balance):
     with torch.no_grad():
         student.weight.copy_(torch.eye(2))
         student.bias.zero_()
-    adversarial = Adversarial(base=AYFEMD(), discriminator=Conv(), balance=balance, weight=20.0 if balance == "none" else 0.05)
-    optimizers = torch.optim.Adam(student.parameters(), lr=2e-2), torch.optim.Adam(net.parameters(), lr=1e-2, betas=(0.0, 0.9))
+    adversarial = Adversarial(
+        base=AYFEMD(), discriminator=Conv(), balance=balance, weight=20.0 if balance == "none" else 0.05
+    )
+    optimizers = (
+        torch.optim.Adam(student.parameters(), lr=2e-2),
+        torch.optim.Adam(net.parameters(), lr=1e-2, betas=(0.0, 0.9)),
+    )
     for step in range(250):
         x1, real = torch.randn(64, 2), data(64)
         fake = student(x1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.path import Linear
-from flowmap.flow.riding import Riding
+from flowmap.flow.tangent.dual import Riding
 from flowmap.flow.types import along
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, FlowMatching
 from flowmap.teachers.guidance import Autoguidance
@@ -99,13 +99,19 @@ def test_the_slope_in_a_scaled_map_is_the_closed_form():
 @norms
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_value_and_gradient_are_those_of_the_formula_by_hand(kind, norm, derivative):
-    sample, student, settings = drawn(), bent(), dict(warmup_steps=10, r_max=0.9, norm=norm, c=0.3, derivative=derivative)
+    sample, student, settings = (
+        drawn(),
+        bent(),
+        dict(warmup_steps=10, r_max=0.9, norm=norm, c=0.3, derivative=derivative),
+    )
     g = by_hand(kind, student, WEAK, sample, r=0.6)
     size = g.flatten(1).norm(dim=1)
     divisor = {"none": torch.ones(5).double(), "l2": size + 0.3, "rms": size / 72**0.5 + 0.3}[norm]
     normalised = g / along(divisor, g)
     loss = kind(**settings)(student, WEAK, sample, step=6)
-    near = dict(rtol=1e-5, atol=1e-5) if derivative == "difference" else dict(rtol=1e-7, atol=1e-7)  # a one-sided step of 1e-7
+    near = (
+        dict(rtol=1e-5, atol=1e-5) if derivative == "difference" else dict(rtol=1e-7, atol=1e-7)
+    )  # a one-sided step of 1e-7
     torch.testing.assert_close(loss.value.detach(), normalised.square().flatten(1).sum(1).mean(), **near)
     torch.testing.assert_close(loss.logs["residual_norm"], size, **near)
     same(gradients(kind(**settings), student, WEAK, sample, 6), pull(student, sample, normalised), near["atol"])
@@ -186,7 +192,9 @@ def test_a_mixed_batch_is_its_rows_one_by_one_in_order(kind, derivative):
         assert together.logs[key].shape == (5,) and not together.logs[key].requires_grad
     assert (together.logs["tangent_norm"] == 0).tolist() == [False, True, False, False, True]
     rows = [gradients(objective, student, teacher, chosen(sample, torch.tensor([i]))) for i in range(5)]
-    same(gradients(objective, student, teacher, sample), [torch.stack(g).mean(0) for g in zip(*rows, strict=True)], 1e-8)
+    same(
+        gradients(objective, student, teacher, sample), [torch.stack(g).mean(0) for g in zip(*rows, strict=True)], 1e-8
+    )
 
 
 @objectives
@@ -256,7 +264,10 @@ def test_float32_stays_float32_and_the_value_is_finite_at_the_ends_of_time(kind)
         assert value.dtype == torch.float32 and bool(torch.isfinite(value))
 
 
-@pytest.mark.parametrize("setting", [{"norm": "l1"}, {"derivative": "ridden"}, {"r_max": 1.5}, {"r_max": -0.1}, {"warmup_steps": -1}, {"c": -0.1}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"norm": "l1"}, {"derivative": "ridden"}, {"r_max": 1.5}, {"r_max": -0.1}, {"warmup_steps": -1}, {"c": -0.1}],
+)
 @objectives
 def test_a_setting_that_is_not_allowed_is_named(kind, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
@@ -265,5 +276,11 @@ def test_a_setting_that_is_not_allowed_is_named(kind, setting):
 
 def test_defaults_are_the_papers():
     for kind in BOTH:
-        assert (kind().warmup_steps, kind().r_max, kind().c, kind().norm, kind().diagonal) == (10_000, 0.99, 0.1, "l2", False)
+        assert (kind().warmup_steps, kind().r_max, kind().c, kind().norm, kind().diagonal) == (
+            10_000,
+            0.99,
+            0.1,
+            "l2",
+            False,
+        )
     assert OBJECTIVES["ayf_emd"] is AYFEMD and OBJECTIVES["ayf_lmd"] is AYFLMD

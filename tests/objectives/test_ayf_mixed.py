@@ -8,7 +8,19 @@ import torch
 from flowmap.flow.times import Mixture
 from flowmap.flow.types import along
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, AYFMixed
-from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, chosen, drawn, gradients, same, slopes, still_and_towards
+from tests.objectives.nearly import (
+    MIXTURE,
+    WEAK,
+    Nearly,
+    Watched,
+    bent,
+    chosen,
+    drawn,
+    gradients,
+    same,
+    slopes,
+    still_and_towards,
+)
 from tests.oracle import GAUSSIAN, SHAPE, draw_times
 
 SETTINGS = {"warmup_steps": 10, "r_max": 0.9, "norm": "rms", "c": 0.3}
@@ -34,7 +46,9 @@ def test_it_is_the_mean_of_its_rows_each_by_its_own_identity(share):
         torch.testing.assert_close(loss.logs[key], torch.cat([one.logs[key] for one in alone]))
     assert float(loss.logs["tangent_weight"]) == pytest.approx(0.6)
     each = [gradients(kind, student, WEAK, row, 6) for kind, row in zip(kinds, rows, strict=True)]
-    same(gradients(objective, student, WEAK, sample, 6), [torch.stack(g).mean(0) for g in zip(*each, strict=True)], 1e-8)
+    same(
+        gradients(objective, student, WEAK, sample, 6), [torch.stack(g).mean(0) for g in zip(*each, strict=True)], 1e-8
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
@@ -43,7 +57,10 @@ def test_shares_hold_over_steps_where_a_batch_is_too_small_for_them(n):
     masks = [objective.rows(torch.arange(step * n, (step + 1) * n)) for step in range(steps)]
     chosen, own = (torch.cat([mask[i] for mask in masks]) for i in range(2))
     lagrangian = int(chosen.sum())
-    found, expected = (lagrangian, int((own & chosen).sum()), int((own & ~chosen).sum())), (40 if n != 3 else 39, lagrangian / 2, (~chosen).sum() / 5)
+    found, expected = (
+        (lagrangian, int((own & chosen).sum()), int((own & ~chosen).sum())),
+        (40 if n != 3 else 39, lagrangian / 2, (~chosen).sum() / 5),
+    )
     assert all(abs(a - b) < (1 if n == 3 else 1e-9) for a, b in zip(found, expected, strict=True))
     assert n != 8 or all(int(mask[0].sum()) == 2 for mask in masks)
 
@@ -54,7 +71,10 @@ def test_its_shares_have_their_part_of_every_kind_of_times():
     chosen, own = objective.rows(place)
     for kind in law.members(place):
         assert int(kind.sum()) == 2000
-        assert abs(int((kind & chosen).sum()) - 500) < 4 * 375**0.5 and abs(int((kind & chosen & own).sum()) - 250) < 4 * 219**0.5
+        assert (
+            abs(int((kind & chosen).sum()) - 500) < 4 * 375**0.5
+            and abs(int((kind & chosen & own).sum()) - 250) < 4 * 219**0.5
+        )
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
@@ -63,33 +83,53 @@ def test_still_at_the_exact_map_and_towards_it_from_both_sides(norm):
     still_and_towards(objective, GAUSSIAN, drawn(), accuracy=1e-10)
 
 
-OWN = [(0.4, 0.5, 1 / 3, 2), (0.4, 1.0, 0.0, 2), (0.0, 0.0, 1.0, 5), (1.0, 0.4, 0.0, 2)]  # the three shares, and how many depart from own states
+OWN = [
+    (0.4, 0.5, 1 / 3, 2),
+    (0.4, 1.0, 0.0, 2),
+    (0.0, 0.0, 1.0, 5),
+    (1.0, 0.4, 0.0, 2),
+]  # the three shares, and how many depart from own states
 
 
 @pytest.mark.parametrize(("share", "own_lagrangian", "own_eulerian", "count"), OWN)
-def test_rows_on_own_states_are_those_of_a_sample_drawn_where_the_student_arrives(share, own_lagrangian, own_eulerian, count):
+def test_rows_on_own_states_are_those_of_a_sample_drawn_where_the_student_arrives(
+    share, own_lagrangian, own_eulerian, count
+):
     sample, student, teacher = mixed(guidance=torch.linspace(1, 3, 5).double()), bent(guidance=True), Watched(WEAK)
     path, reached = sample.xt.clone(), student(sample.x1, torch.ones(5).double(), sample.t, sample.cond).detach()
     objective = AYFMixed(**SETTINGS, lagrangian=share, own_lagrangian=own_lagrangian, own_eulerian=own_eulerian)
     lagrangian, own = objective.rows(sample.places(6))
     assert (int(lagrangian.sum()), int(own.sum())) == (5 * share, count)
     there = replace(sample, xt=torch.where(along(own, path), reached, path))
-    loss, by_hand = objective(student, teacher, sample, 6), AYFMixed(**SETTINGS, lagrangian=share)(student, teacher, there, 6)
+    loss, by_hand = (
+        objective(student, teacher, sample, 6),
+        AYFMixed(**SETTINGS, lagrangian=share)(student, teacher, there, 6),
+    )
     torch.testing.assert_close(loss.value, by_hand.value)
     torch.testing.assert_close(loss.logs["residual_norm"], by_hand.logs["residual_norm"])
-    same(gradients(objective, student, teacher, sample, 6), gradients(AYFMixed(**SETTINGS, lagrangian=share), student, teacher, there, 6))
+    same(
+        gradients(objective, student, teacher, sample, 6),
+        gradients(AYFMixed(**SETTINGS, lagrangian=share), student, teacher, there, 6),
+    )
     assert torch.equal(sample.xt, path)
 
 
 @pytest.mark.parametrize("lagrangian", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize(("teacher", "shape", "accuracy"), [(GAUSSIAN, SHAPE, 1e-10), (MIXTURE, (5, 2), 1e-5)], ids=["gaussian", "mixture"])
+@pytest.mark.parametrize(
+    ("teacher", "shape", "accuracy"), [(GAUSSIAN, SHAPE, 1e-10), (MIXTURE, (5, 2), 1e-5)], ids=["gaussian", "mixture"]
+)
 def test_on_own_states_it_is_still_at_the_exact_map_and_towards_it(teacher, shape, accuracy, lagrangian):
-    objective = AYFMixed(warmup_steps=0, r_max=1.0, norm="none", lagrangian=lagrangian, own_lagrangian=1.0, own_eulerian=1.0)
+    objective = AYFMixed(
+        warmup_steps=0, r_max=1.0, norm="none", lagrangian=lagrangian, own_lagrangian=1.0, own_eulerian=1.0
+    )
     still_and_towards(objective, teacher, drawn(shape), accuracy=accuracy)
 
 
 def test_descent_on_own_states_returns_to_the_exact_map_from_either_side():
-    sample, objective = drawn(), AYFMixed(warmup_steps=0, r_max=1.0, norm="none", lagrangian=0.4, own_lagrangian=1.0, own_eulerian=1.0)
+    sample, objective = (
+        drawn(),
+        AYFMixed(warmup_steps=0, r_max=1.0, norm="none", lagrangian=0.4, own_lagrangian=1.0, own_eulerian=1.0),
+    )
     for sign in (+1, -1):
         student, gaps = Nearly(GAUSSIAN, scale=1 + 0.02 * sign), [0.02]
         for _ in range(4):

@@ -9,7 +9,18 @@ from flowmap.flow.types import PathSample, along
 from flowmap.objectives import CMT, OBJECTIVES
 from flowmap.objectives.cmt import places
 from flowmap.teachers.guidance import Autoguidance
-from tests.objectives.nearly import WEAK, Nearly, Watched, bent, drawn, gradients, same, slopes, still_and_towards, teachers
+from tests.objectives.nearly import (
+    WEAK,
+    Nearly,
+    Watched,
+    bent,
+    drawn,
+    gradients,
+    same,
+    slopes,
+    still_and_towards,
+    teachers,
+)
 from tests.oracle import GAUSSIAN, draw, draw_times, slope
 
 GUIDANCE = torch.linspace(1, 3, 5).double()
@@ -37,7 +48,9 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(distance):
     leader, times, states = torch.tensor([0, 0, 2, 2, 4]), [1.0, 0.75, 0.5, 0.25, 0.0], [sample.x1]
     with torch.no_grad():
         for t, s in zip(times, times[1:], strict=False):
-            states.append(states[-1] + (s - t) * teacher.velocity(states[-1], torch.full((5,), t).double(), sample.cond))
+            states.append(
+                states[-1] + (s - t) * teacher.velocity(states[-1], torch.full((5,), t).double(), sample.cond)
+            )
     t, s = sample.t, sample.s
     i = [min(round(4 * (1 - float(one))), 3) for one in t]
     j = [max(round(4 * (1 - float(one))), a + 1) for one, a in zip(s, i, strict=True)]

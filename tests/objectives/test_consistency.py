@@ -16,7 +16,10 @@ solvers = pytest.mark.parametrize("solver", ["heun", "euler"])
 
 
 def test_one_step_earlier_is_the_next_time_of_the_grid():
-    for objective, times in ((Consistency(steps=9), rho_times(9)), (Consistency(steps=9, grid="uniform"), uniform_times(9))):
+    for objective, times in (
+        (Consistency(steps=9), rho_times(9)),
+        (Consistency(steps=9, grid="uniform"), uniform_times(9)),
+    ):
         times = torch.tensor(times, dtype=torch.float64)
         torch.testing.assert_close(objective.earlier(times[:-1]), times[1:])
         torch.testing.assert_close(objective.earlier(times[:-1].float()), times[1:].float())
@@ -31,7 +34,9 @@ def test_one_step_earlier_is_the_next_time_of_the_grid():
 def test_the_error_at_the_exact_map_is_one_step_of_the_solver(solver, order, teacher, shape):
     """The exact map's residual is one step's local error: it falls as the step to the power of the order plus one."""
     t, counts = 0.3 + draw_times()[0] / 2, (20, 40, 80)
-    of = lambda n: Consistency(steps=n, grid="uniform", solver=solver)(Nearly(teacher), teacher, drawn(shape, t=t), 0).value
+    of = lambda n: (
+        Consistency(steps=n, grid="uniform", solver=solver)(Nearly(teacher), teacher, drawn(shape, t=t), 0).value
+    )
     errors = [float(of(n).detach()) ** 0.5 for n in counts]
     assert slope([1 / n for n in counts], errors) == pytest.approx(order, abs=0.35)
 

@@ -84,7 +84,12 @@ def test_without_a_teacher_the_truth_is_the_mean_of_the_conditional_velocity():
     sample = Linear().sample(x0, x1, t, t)
     error = 2 / (3 * n) ** 0.5  # the velocity's conditional std is below 1
     assert gradient(Nearly(teacher), None, sample).abs().max() < 5 * error
-    assert gradient(Nearly(teacher, shift=0.1), None, sample)[1] > 0.1 > -0.1 > gradient(Nearly(teacher, shift=-0.1), None, sample)[1]
+    assert (
+        gradient(Nearly(teacher, shift=0.1), None, sample)[1]
+        > 0.1
+        > -0.1
+        > gradient(Nearly(teacher, shift=-0.1), None, sample)[1]
+    )
 
 
 def test_the_student_is_asked_on_the_diagonal_with_its_condition_and_arrival_plays_no_part():
@@ -103,7 +108,9 @@ def test_guidance_reaches_the_teacher_and_no_gradient_does():
     teacher = Autoguidance(GAUSSIAN, weak)
     w = torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0], dtype=torch.float64)
     sample = drawn(cond={"guidance": w})
-    v = w.reshape(5, 1, 1, 1) * GAUSSIAN.velocity(sample.xt, sample.t) + (1 - w).reshape(5, 1, 1, 1) * weak.velocity(sample.xt, sample.t)
+    v = w.reshape(5, 1, 1, 1) * GAUSSIAN.velocity(sample.xt, sample.t) + (1 - w).reshape(5, 1, 1, 1) * weak.velocity(
+        sample.xt, sample.t
+    )
     student = Nearly(GAUSSIAN)
     expected = (GAUSSIAN.velocity(sample.xt, sample.t) - v).square().mean()
     torch.testing.assert_close(FlowMatching()(student, teacher, sample, 0).value.detach(), expected)
@@ -116,7 +123,13 @@ def test_guidance_reaches_the_teacher_and_no_gradient_does():
 
 def test_a_permutation_of_the_batch_changes_nothing():
     sample, order = drawn(cond={"guidance": torch.linspace(1, 3, 5).double()}), torch.tensor([3, 0, 4, 2, 1])
-    shuffled = Linear().sample(sample.x0[order], sample.x1[order], sample.t[order], sample.s[order], {"guidance": sample.cond["guidance"][order]})
+    shuffled = Linear().sample(
+        sample.x0[order],
+        sample.x1[order],
+        sample.t[order],
+        sample.s[order],
+        {"guidance": sample.cond["guidance"][order]},
+    )
     student, teacher = Nearly(GAUSSIAN, scale=1.1), Autoguidance(GAUSSIAN, GaussianTeacher(std=0.9))
     a, b = (FlowMatching()(student, teacher, given, 0) for given in (sample, shuffled))
     torch.testing.assert_close(a.value, b.value)

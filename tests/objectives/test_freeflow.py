@@ -9,7 +9,19 @@ from flowmap.flow.path import Linear
 from flowmap.flow.types import PathSample, along
 from flowmap.objectives import AYFLMD, OBJECTIVES, FreeFlow
 from flowmap.teachers.guidance import Autoguidance
-from tests.objectives.nearly import MIXTURE, WEAK, Watched, bent, drawn, gradients, pull, same, squares, still_and_towards, teachers
+from tests.objectives.nearly import (
+    MIXTURE,
+    WEAK,
+    Watched,
+    bent,
+    drawn,
+    gradients,
+    pull,
+    same,
+    squares,
+    still_and_towards,
+    teachers,
+)
 from tests.oracle import GAUSSIAN, draw, draw_times
 
 GUIDANCE = torch.linspace(1, 3, 5).double()
@@ -18,8 +30,12 @@ GUIDANCE = torch.linspace(1, 3, 5).double()
 @teachers
 @pytest.mark.parametrize("distance", [Squared(mean=False), Adaptive()])
 def test_still_at_the_exact_map_and_towards_it_from_both_sides(teacher, shape, distance):
-    accuracy = 1e-5 if teacher is MIXTURE else 1e-10  # the mixture's map is integrated; the adaptive weight magnifies by 1000
-    still_and_towards(FreeFlow(distance), teacher, drawn(shape), accuracy=accuracy * (100 if distance == Adaptive() else 1))
+    accuracy = (
+        1e-5 if teacher is MIXTURE else 1e-10
+    )  # the mixture's map is integrated; the adaptive weight magnifies by 1000
+    still_and_towards(
+        FreeFlow(distance), teacher, drawn(shape), accuracy=accuracy * (100 if distance == Adaptive() else 1)
+    )
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)
@@ -42,7 +58,9 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(derivative):
 def test_data_departure_and_path_play_no_part():
     sample, student = drawn(guidance=GUIDANCE), bent(guidance=True)
     other = draw(seed=9)
-    blind = PathSample(x0=other, x1=sample.x1, t=sample.t * 0.5 + 0.5, s=sample.s, xt=3 * other, vt=-other, cond=sample.cond)
+    blind = PathSample(
+        x0=other, x1=sample.x1, t=sample.t * 0.5 + 0.5, s=sample.s, xt=3 * other, vt=-other, cond=sample.cond
+    )
     assert torch.equal(FreeFlow()(student, WEAK, sample, 0).value, FreeFlow()(student, WEAK, blind, 0).value)
     same(gradients(FreeFlow(), student, WEAK, sample), gradients(FreeFlow(), student, WEAK, blind), 0)
     moved = Linear().sample(sample.x0, sample.x1, sample.t, sample.s / 2, sample.cond)

@@ -16,7 +16,11 @@ from tests.oracle import GAUSSIAN, ExactStudent, draw, draw_times
 from tests.straight import NET, Refuses, drawn, loose, one_sided
 
 SEES = {"network": Network(NET), "pictures": Pictures()}
-OBJECTS = {"squared": Endpoint(), **{name: Endpoint(seen, 0, 0.25) for name, seen in SEES.items()}, "alone": Endpoint(Pictures())}
+OBJECTS = {
+    "squared": Endpoint(),
+    **{name: Endpoint(seen, 0, 0.25) for name, seen in SEES.items()},
+    "alone": Endpoint(Pictures()),
+}
 objectives = pytest.mark.parametrize("objective", OBJECTS.values(), ids=OBJECTS)
 
 
@@ -90,14 +94,18 @@ def test_the_gradient_is_the_slope_of_the_value(objective):
     sample, h = loose(), 1e-2 if isinstance(objective.perceptual, Network) else 1e-5
     value = lambda scale, shift: objective(Decoded(scale, shift), None, sample, 0).value.detach()
     slopes = (value(0.6 + h, 0.2) - value(0.6 - h, 0.2), value(0.6, 0.2 + h) - value(0.6, 0.2 - h))
-    torch.testing.assert_close(gradient(Decoded(0.6, 0.2), sample, objective), torch.stack(slopes) / (2 * h), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(Decoded(0.6, 0.2), sample, objective), torch.stack(slopes) / (2 * h), rtol=2e-3, atol=1e-6
+    )
 
 
 def test_before_its_step_the_perceptual_distance_plays_no_part():
     objective, student, sample = Endpoint(Pictures(), 7), Decoded(0.6, 0.2), loose()
     plain = Endpoint()(student, None, sample, 0).value
     assert torch.equal(objective(student, None, sample, 6).value, plain)
-    torch.testing.assert_close(objective(student, None, sample, 7).value, by_hand(objective, student, sample, student.pictures).mean())
+    torch.testing.assert_close(
+        objective(student, None, sample, 7).value, by_hand(objective, student, sample, student.pictures).mean()
+    )
 
 
 @objectives
@@ -106,7 +114,12 @@ def test_the_student_is_asked_once_from_the_noise_to_the_data_with_its_condition
     sample, student = drawn(cond=cond), Nearly(scale=1.1)
     objective(student, Refuses(), sample, 0)
     x, t, s, seen = student.asked
-    assert torch.equal(x, sample.x1) and torch.equal(t, torch.ones(5).double()) and torch.equal(s, torch.zeros(5).double()) and seen is cond
+    assert (
+        torch.equal(x, sample.x1)
+        and torch.equal(t, torch.ones(5).double())
+        and torch.equal(s, torch.zeros(5).double())
+        and seen is cond
+    )
     assert OBJECTIVES["endpoint"] is Endpoint and set(PICTURE_DISTANCES) == {"network", "pictures"}
 
 
@@ -158,7 +171,10 @@ def test_lpips_huber_looks_at_what_latents_decode_to():
     huber = (1 - sample.t) * Rectified()(student, None, sample, 0).logs["error"]
     seen = Network(NET)(student.pictures(guess), student.pictures(sample.x0))
     torch.testing.assert_close(
-        Rectified(distance)(student, None, sample, 0).logs["error"].double(), huber.double() + seen.double(), rtol=1e-5, atol=1e-7
+        Rectified(distance)(student, None, sample, 0).logs["error"].double(),
+        huber.double() + seen.double(),
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 

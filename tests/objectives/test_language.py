@@ -37,7 +37,9 @@ def test_a_sentences_draws_are_functions_of_its_own_noise():
 def test_the_divergence_is_that_of_two_gaussians():
     mean, logvar = torch.randn(5, 3, 1, 2, dtype=torch.float64), torch.randn(5, 3, 1, 2, dtype=torch.float64)
     normal = torch.distributions.Normal
-    exact = torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(torch.zeros_like(mean), torch.ones_like(mean)))
+    exact = torch.distributions.kl_divergence(
+        normal(mean, (logvar / 2).exp()), normal(torch.zeros_like(mean), torch.ones_like(mean))
+    )
     kl, bounded = divergence(mean, logvar, 0.0)
     torch.testing.assert_close(kl.double(), exact.flatten(1).sum(1).mean(), rtol=1e-6, atol=1e-6)
     assert kl == bounded

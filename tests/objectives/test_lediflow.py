@@ -10,7 +10,15 @@ from torch import nn
 from flowmap.flow.path import Linear
 from flowmap.flow.types import rows_of
 from flowmap.objectives import OBJECTIVES, FlowMatching
-from flowmap.objectives.lediflow import WEIGHTS, ByVariance, InverseVariance, Unweighted, VarianceGuided, kl_of, negative_log_likelihood
+from flowmap.objectives.lediflow import (
+    WEIGHTS,
+    ByVariance,
+    InverseVariance,
+    Unweighted,
+    VarianceGuided,
+    kl_of,
+    negative_log_likelihood,
+)
 from tests.objectives.test_flow_matching import Nearly
 from tests.oracle import GAUSSIAN, draw, draw_times
 
@@ -38,7 +46,10 @@ def test_the_likelihood_is_least_at_the_mean_and_the_mean_square_residual():
 
 def test_kl_is_that_of_the_two_normals():
     mean, logvar = draw(5, 4, seed=1), draw(5, 4, seed=2)
-    normals = torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    normals = (
+        torch.distributions.Normal(mean, (logvar / 2).exp()),
+        torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)),
+    )
     torch.testing.assert_close(kl_of(mean, logvar), torch.distributions.kl_divergence(*normals))
     assert kl_of(torch.zeros(3), torch.zeros(3)).abs().max() == 0
 
@@ -97,7 +108,9 @@ def test_free_bits_cost_nothing_and_warm_up_starts_at_the_likelihood_alone():
 
     def gradient(**settings):
         model = LinearGaussian(off=(0.1, 0.1))
-        return torch.stack(torch.autograd.grad(VarianceGuided(**settings)(model, None, sample, 0).value, list(model.off)))
+        return torch.stack(
+            torch.autograd.grad(VarianceGuided(**settings)(model, None, sample, 0).value, list(model.off))
+        )
 
     torch.testing.assert_close(gradient(free_bits=2 * nats), gradient(kl=0))
     assert not torch.allclose(gradient(), gradient(kl=0))
@@ -136,7 +149,10 @@ def test_the_nats_of_all_numbers_of_a_code_add_up():
     sample = drawn()
     wide = replace(sample, x0=sample.x0.expand(-1, 2), x1=sample.x1.expand(-1, 2))
     likelihood = VarianceGuided(kl=0)(Two(), None, wide, 0).value
-    one = VarianceGuided()(LinearGaussian(), None, sample, 0).value - VarianceGuided(kl=0)(LinearGaussian(), None, sample, 0).value
+    one = (
+        VarianceGuided()(LinearGaussian(), None, sample, 0).value
+        - VarianceGuided(kl=0)(LinearGaussian(), None, sample, 0).value
+    )
     torch.testing.assert_close(VarianceGuided()(Two(), None, wide, 0).value, likelihood + (one + 0.7**2 / 2) / 2)
 
 
@@ -177,7 +193,9 @@ def test_a_weighted_flow_matching_loss_is_the_weighted_mean_square():
     assert torch.equal(plain, FlowMatching(weight=weight)(student, None, replace(sample, variance=None), 0).value)
     assert torch.equal(plain, FlowMatching(weight=Unweighted())(student, None, sample, 0).value)
     some = rows_of(sample, torch.tensor([3, 1]))
-    torch.testing.assert_close(FlowMatching(weight=weight)(student, None, some, 0).logs["error"], loss.logs["error"][[3, 1]])
+    torch.testing.assert_close(
+        FlowMatching(weight=weight)(student, None, some, 0).logs["error"], loss.logs["error"][[3, 1]]
+    )
 
 
 @pytest.mark.parametrize("weight", [InverseVariance(), ByVariance()])
@@ -186,7 +204,9 @@ def test_weights_do_not_move_the_minimum(weight):
     sample = replace(Linear().sample(x0, x1, t, s), variance=VARIANCE)
     for scale, check in ((1.0, lambda g: abs(g) < 1e-12), (1.02, lambda g: g > 1e-3), (0.98, lambda g: g < -1e-3)):
         student = Nearly(GAUSSIAN, scale=scale)
-        assert check(torch.autograd.grad(FlowMatching(weight=weight)(student, GAUSSIAN, sample, 0).value, student.scale)[0])
+        assert check(
+            torch.autograd.grad(FlowMatching(weight=weight)(student, GAUSSIAN, sample, 0).value, student.scale)[0]
+        )
 
 
 @pytest.mark.parametrize("settings", [{"kl": -1.0}, {"free_bits": -0.1}, {"warmup_steps": -1}])

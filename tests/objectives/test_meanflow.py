@@ -10,7 +10,20 @@ from flowmap.flow.path import Linear
 from flowmap.flow.types import along
 from flowmap.objectives import AYFEMD, OBJECTIVES, MeanFlow
 from flowmap.teachers.exact import GaussianTeacher
-from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, drawn, gradients, pull, same, squares, still_and_towards, teachers
+from tests.objectives.nearly import (
+    MIXTURE,
+    WEAK,
+    Nearly,
+    Watched,
+    bent,
+    drawn,
+    gradients,
+    pull,
+    same,
+    squares,
+    still_and_towards,
+    teachers,
+)
 from tests.oracle import draw, draw_times
 
 SUM = Squared(mean=False)
@@ -30,8 +43,15 @@ def residual(student, v, sample, direction):
 @teachers
 @pytest.mark.parametrize("distance", [SUM, Adaptive()])
 def test_still_at_the_exact_map_and_towards_it_from_both_sides(tangent, teacher, shape, distance):
-    accuracy = 1e-5 if teacher is MIXTURE else 1e-10  # the mixture's map is integrated; the adaptive weight magnifies by 1000
-    still_and_towards(MeanFlow(distance=distance, tangent=tangent), teacher, drawn(shape), accuracy=accuracy * (100 if distance != SUM else 1))
+    accuracy = (
+        1e-5 if teacher is MIXTURE else 1e-10
+    )  # the mixture's map is integrated; the adaptive weight magnifies by 1000
+    still_and_towards(
+        MeanFlow(distance=distance, tangent=tangent),
+        teacher,
+        drawn(shape),
+        accuracy=accuracy * (100 if distance != SUM else 1),
+    )
 
 
 @tangents
@@ -67,7 +87,9 @@ def test_without_a_teacher_the_exact_map_is_still_on_average():
     """Over many draws the gradient at the exact map vanishes, within five standard errors; off it, it points back."""
     n, teacher = 40_000, GaussianTeacher(mean=(0.7,), std=0.4)
     t, s = draw_times(n)
-    sample = Linear().sample(0.7 + 0.4 * draw(n, 3, seed=1), draw(n, 3, seed=2), t, s, {"row": torch.zeros(n, dtype=torch.int64)})
+    sample = Linear().sample(
+        0.7 + 0.4 * draw(n, 3, seed=1), draw(n, 3, seed=2), t, s, {"row": torch.zeros(n, dtype=torch.int64)}
+    )
     slope = lambda **off: gradients(MeanFlow(distance=SUM), Nearly(teacher, **off), None, sample)[1].sum() / 3
     error = 2 * 1.5 / (3 * n) ** 0.5  # the residual's std is below 1.5
     assert abs(slope()) < 5 * error
@@ -98,7 +120,9 @@ class Guided(nn.Module):
     def mean_velocity(self, x, t, s, cond):
         plain = MIXTURE.velocity(x, t)
         there = along(cond["class"] >= 0, x)
-        return self.factor * torch.where(there, self.scale * MIXTURE.velocity(x, t, cond) + (1 - self.scale) * plain, plain)
+        return self.factor * torch.where(
+            there, self.scale * MIXTURE.velocity(x, t, cond) + (1 - self.scale) * plain, plain
+        )
 
 
 @pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.6), (2.5, 0.0), (0.5, 0.8)])
@@ -119,7 +143,9 @@ def test_guidance_moves_target_and_tangent_by_the_students_own_predictions():
     sample, student = drawn(**{"class": CLASSES}), bent(classes=3)
     x, t, cond = sample.xt, sample.t, sample.cond
     with torch.no_grad():
-        given, plain = (student.mean_velocity(x, t, t, {**cond, "class": c}) for c in (CLASSES, torch.full_like(CLASSES, -1)))
+        given, plain = (
+            student.mean_velocity(x, t, t, {**cond, "class": c}) for c in (CLASSES, torch.full_like(CLASSES, -1))
+        )
     v = torch.where(along(CLASSES >= 0, x), 1.5 * sample.vt + 0.25 * given + (1 - 1.75) * plain, sample.vt)
     objective = MeanFlow(distance=SUM, omega=1.5, kappa=0.25)
     same(gradients(objective, student, None, sample), pull(student, sample, residual(student, v, sample, v)), 1e-7)
@@ -141,4 +167,7 @@ def test_a_setting_that_is_not_allowed_is_named(setting):
 
 def test_defaults_are_the_papers():
     assert OBJECTIVES["meanflow"] is MeanFlow and not MeanFlow.diagonal
-    assert MeanFlow().distance == Adaptive(power=1.0, offset=1e-3) and (MeanFlow().omega, MeanFlow().kappa) == (1.0, 0.0)
+    assert MeanFlow().distance == Adaptive(power=1.0, offset=1e-3) and (MeanFlow().omega, MeanFlow().kappa) == (
+        1.0,
+        0.0,
+    )

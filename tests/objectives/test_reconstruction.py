@@ -45,7 +45,9 @@ def test_the_value_is_the_sum_of_its_terms():
     noise = sample.x1.flatten(1)[:, : 3 * 4 * 5].view(5, 3, 4, 5)
     error = nn.functional.pad(mean + torch.tensor(logvar / 2, dtype=torch.float64).exp() * noise, (0, 1)) - sample.x0
     normal = torch.distributions.Normal(mean, torch.tensor(logvar / 2, dtype=torch.float64).exp())
-    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(torch.zeros(()).double(), torch.ones(()).double())).mean()
+    kl = torch.distributions.kl_divergence(
+        normal, torch.distributions.Normal(torch.zeros(()).double(), torch.ones(()).double())
+    ).mean()
     torch.testing.assert_close(loss.value, error.abs().mean() + 0.7 * error.square().mean() + 0.01 * kl)
     assert {"absolute", "squared", "kl"} == set(loss.logs)
 

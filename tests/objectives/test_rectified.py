@@ -15,7 +15,9 @@ from tests.straight import NET, Refuses, StraightStudent, drawn, loose, one_side
 
 PLAIN = [Squared(), PseudoHuber(), PseudoHuber(0.02)]
 LPIPS = [LPIPSHuber(net=NET), LPIPSHuber(net=NET, weight="inverse_time", scale=0.01)]
-distances = pytest.mark.parametrize("distance", PLAIN + LPIPS, ids=["squared", "huber", "huber .02", "lpips", "lpips / t"])
+distances = pytest.mark.parametrize(
+    "distance", PLAIN + LPIPS, ids=["squared", "huber", "huber .02", "lpips", "lpips / t"]
+)
 
 
 class Nearly(nn.Module):
@@ -50,7 +52,9 @@ def by_hand(distance, velocity, sample):
 
 
 def gradient(student, sample, distance):
-    return torch.stack(torch.autograd.grad(Rectified(distance)(student, None, sample, 0).value, [student.scale, student.shift]))
+    return torch.stack(
+        torch.autograd.grad(Rectified(distance)(student, None, sample, 0).value, [student.scale, student.shift])
+    )
 
 
 @distances
@@ -80,7 +84,9 @@ def test_the_gradient_is_the_slope_of_the_value(distance):
     sample, h = loose(), 1e-2 if isinstance(distance, LPIPSHuber) else 1e-5
     value = lambda scale, shift: Rectified(distance)(Nearly(scale, shift), None, sample, 0).value.detach()
     slopes = (value(0.6 + h, 0.2) - value(0.6 - h, 0.2), value(0.6, 0.2 + h) - value(0.6, 0.2 - h))
-    torch.testing.assert_close(gradient(Nearly(0.6, 0.2), sample, distance), torch.stack(slopes) / (2 * h), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(Nearly(0.6, 0.2), sample, distance), torch.stack(slopes) / (2 * h), rtol=2e-3, atol=1e-6
+    )
 
 
 @distances
@@ -110,7 +116,10 @@ def test_the_weight_at_the_end_stays_finite():
 
 def test_grey_pictures_are_looked_at_in_colour_and_points_are_refused():
     grey = draw(5, 1, 4, 6)
-    torch.testing.assert_close(distance_by(NET, grey, 0.5 * grey), distance_by(NET, grey.expand(-1, 3, -1, -1), 0.5 * grey.expand(-1, 3, -1, -1)))
+    torch.testing.assert_close(
+        distance_by(NET, grey, 0.5 * grey),
+        distance_by(NET, grey.expand(-1, 3, -1, -1), 0.5 * grey.expand(-1, 3, -1, -1)),
+    )
     with pytest.raises(ValueError, match="wants pictures"):
         distance_by(NET, draw(5, 2), draw(5, 2))
 

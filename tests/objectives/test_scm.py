@@ -64,13 +64,19 @@ def test_value_and_gradient_are_those_of_algorithm_1_on_trigflow(norm, teacher, 
     torch.testing.assert_close(loss.value, value, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(loss.logs["residual_norm"], size, rtol=1e-6, atol=1e-7)
     assert loss.logs["tangent_weight"] == pytest.approx(r)
-    same(gradients(objective, student, teacher, sample, step), torch.autograd.grad(value, list(student.parameters())), 1e-7)
+    same(
+        gradients(objective, student, teacher, sample, step),
+        torch.autograd.grad(value, list(student.parameters())),
+        1e-7,
+    )
 
 
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_every_derivative_gives_the_same(derivative):
     sample, student = drawn(), bent()
-    same(gradients(exact(derivative=derivative), student, WEAK, sample), gradients(exact(), student, WEAK, sample), 1e-5)
+    same(
+        gradients(exact(derivative=derivative), student, WEAK, sample), gradients(exact(), student, WEAK, sample), 1e-5
+    )
 
 
 def test_at_sigma_data_one_half_of_the_way_the_weight_is_one():
@@ -78,7 +84,9 @@ def test_at_sigma_data_one_half_of_the_way_the_weight_is_one():
     sample, student = drawn(t=torch.full((5,), 0.5).double(), s=torch.zeros(5).double()), bent()
     x, t = sample.xt, sample.t
     v = WEAK.velocity(x, t)
-    F, rate = torch.func.jvp(lambda x, t: student.mean_velocity(x, t, torch.zeros_like(t)), (x, t), (v, torch.ones_like(t)))
+    F, rate = torch.func.jvp(
+        lambda x, t: student.mean_velocity(x, t, torch.zeros_like(t)), (x, t), (v, torch.ones_like(t))
+    )
     g = (F - v + 0.5 * rate).detach()
     expected = g.square().flatten(1).sum(1).mean() / 8 / D
     torch.testing.assert_close(exact(sigma_data=1.0)(student, WEAK, sample, 0).value.detach(), expected)
@@ -105,7 +113,14 @@ def test_the_ends_of_time_are_finite_in_float32():
     assert value.dtype == torch.float32 and bool(torch.isfinite(value))
 
 
-SETTINGS = [{"norm": "l1"}, {"derivative": "ridden"}, {"r_max": 1.5}, {"warmup_steps": -1}, {"c": -0.1}, {"sigma_data": 0.0}]
+SETTINGS = [
+    {"norm": "l1"},
+    {"derivative": "ridden"},
+    {"r_max": 1.5},
+    {"warmup_steps": -1},
+    {"c": -0.1},
+    {"sigma_data": 0.0},
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -190,8 +190,14 @@ def test_samples_are_of_every_number_of_steps_and_every_jump():
     seen = []
     for seed in range(80):
         student, calls = counted(ExactStudent(GAUSSIAN))
-        x0, jumps = ScoreDistillation(steps=(1, 2, 4)).samples(Gamma(gamma=1.0), student, draw(seed=1), None, seeded(seed))
-        assert len(calls) == jumps and [graph for *_, graph in calls] == [False] * (jumps - 1) + [True] and x0.shape == SHAPE
+        x0, jumps = ScoreDistillation(steps=(1, 2, 4)).samples(
+            Gamma(gamma=1.0), student, draw(seed=1), None, seeded(seed)
+        )
+        assert (
+            len(calls) == jumps
+            and [graph for *_, graph in calls] == [False] * (jumps - 1) + [True]
+            and x0.shape == SHAPE
+        )
         seen.append(calls[-1][0])
     assert set(seen) == {1.0, 0.75, 0.5, 0.25}
     shares = {1.0: 7 / 12, 0.5: 3 / 12, 0.75: 1 / 12, 0.25: 1 / 12}  # one, two or four steps, then one of their jumps

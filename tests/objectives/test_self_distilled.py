@@ -16,7 +16,21 @@ from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import ESD, LSD, OBJECTIVES, PSD, Shortcut
 from flowmap.objectives.self_distilled import spread
-from tests.objectives.nearly import MIXTURE, WEAK, Leaning, Nearly, Watched, bent, chosen, drawn, gradients, pull, same, squares, teachers
+from tests.objectives.nearly import (
+    MIXTURE,
+    WEAK,
+    Leaning,
+    Nearly,
+    Watched,
+    bent,
+    chosen,
+    drawn,
+    gradients,
+    pull,
+    same,
+    squares,
+    teachers,
+)
 from tests.oracle import GAUSSIAN, draw_times
 
 SUM = Squared(mean=False)
@@ -42,7 +56,10 @@ def mixed(shape=(5, 3, 4, 6), **cond):
 @objectives
 @teachers
 def test_still_at_the_exact_map_and_towards_it_from_both_sides(objective, teacher, shape):
-    sample, accuracy = drawn(shape), 1e-4 if teacher is MIXTURE else 1e-10  # the mixture's map is integrated, and then differentiated
+    sample, accuracy = (
+        drawn(shape),
+        1e-4 if teacher is MIXTURE else 1e-10,
+    )  # the mixture's map is integrated, and then differentiated
     assert abs(gradients(objective, Leaning(teacher), None, sample)[0]) < accuracy
     for sign in (+1, -1):
         assert sign * gradients(objective, Leaning(teacher, 0.05 * sign), None, sample)[0] > 1e-3
@@ -68,7 +85,11 @@ def test_the_diagonal_rows_are_flow_matching_and_the_others_know_no_teacher(obje
     teacher = Watched(WEAK)
     loss = objective(student, teacher, sample, 0)
     x, t, cond = teacher.asked
-    assert torch.equal(x, sample.xt[[1, 4]]) and torch.equal(t, sample.t[[1, 4]]) and cond["guidance"].tolist() == [1.5, 3.0]
+    assert (
+        torch.equal(x, sample.xt[[1, 4]])
+        and torch.equal(t, sample.t[[1, 4]])
+        and cond["guidance"].tolist() == [1.5, 3.0]
+    )
     g = student.mean_velocity(x, t, t, cond) - WEAK.velocity(x, t)
     torch.testing.assert_close(loss.logs["diagonal_error"], squares(g).detach())
     alone = [objective(student, None, chosen(sample, torch.tensor([i])), 0).value for i in (0, 2, 3)]
@@ -104,8 +125,13 @@ def test_esd_is_its_formula_by_hand(through_rate, derivative):
     x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
     in_time, in_space = graded(student, sample, "t"), graded(student, sample, "x").detach()
     rate = (in_time if through_rate else in_time.detach()) + in_space
-    value = squares(student.mean_velocity(x, t, s, cond) + along(t - s, x) * rate - student.mean_velocity(x, t, t, cond).detach())
-    objective, near = ESD(through_rate=through_rate, derivative=derivative), 1e-5 if derivative == "difference" else 1e-7
+    value = squares(
+        student.mean_velocity(x, t, s, cond) + along(t - s, x) * rate - student.mean_velocity(x, t, t, cond).detach()
+    )
+    objective, near = (
+        ESD(through_rate=through_rate, derivative=derivative),
+        1e-5 if derivative == "difference" else 1e-7,
+    )
     torch.testing.assert_close(objective(student, None, sample, 0).value, value, rtol=near, atol=near)
     same(gradients(objective, student, None, sample), torch.autograd.grad(value, list(student.parameters())), near)
 
@@ -118,7 +144,10 @@ def test_lsd_is_its_formula_by_hand(through_rate, derivative):
     rate, F = graded(student, sample, "s"), student.mean_velocity(x, t, s, cond)
     own = student.mean_velocity((x - along(t - s, x) * F).detach(), s, s, cond).detach()
     value = squares(F - along(t - s, x) * (rate if through_rate else rate.detach()) - own)
-    objective, near = LSD(through_rate=through_rate, derivative=derivative), 1e-5 if derivative == "difference" else 1e-7
+    objective, near = (
+        LSD(through_rate=through_rate, derivative=derivative),
+        1e-5 if derivative == "difference" else 1e-7,
+    )
     torch.testing.assert_close(objective(student, None, sample, 0).value, value, rtol=near, atol=near)
     same(gradients(objective, student, None, sample), torch.autograd.grad(value, list(student.parameters())), near)
 
@@ -147,7 +176,9 @@ def test_lsd_through_norms_and_attention_is_its_formula_by_hand(build, shape):
     student, sample = build(), drawn(shape)
     x, t, s = sample.xt, sample.t, sample.s
     rate, F = graded(student, sample, "s"), student.mean_velocity(x, t, s)
-    value = squares(F - along(t - s, x) * rate - student.mean_velocity((x - along(t - s, x) * F).detach(), s, s).detach())
+    value = squares(
+        F - along(t - s, x) * rate - student.mean_velocity((x - along(t - s, x) * F).detach(), s, s).detach()
+    )
     expected = torch.autograd.grad(value, list(student.parameters()), allow_unused=True)
     got = torch.autograd.grad(LSD()(student, None, sample, 0).value, list(student.parameters()), allow_unused=True)
     for a, b in zip(got, expected, strict=True):

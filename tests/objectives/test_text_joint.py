@@ -11,20 +11,37 @@ from flowmap.nets.text_joint import TextJoint as Net
 from flowmap.nets.text_vae import TextVAE
 from flowmap.objectives.language import TextELBO, TextJoint, normalised
 
-ROWS = torch.tensor([[4, 5, 6, 2, 0], [5, 2, 0, 0, 0], [7, 7, 7, 7, 2], [6, 4, 2, 0, 0], [4, 2, 0, 0, 0], [5, 6, 7, 2, 0], [6, 2, 0, 0, 0]]).float()
+ROWS = torch.tensor(
+    [
+        [4, 5, 6, 2, 0],
+        [5, 2, 0, 0, 0],
+        [7, 7, 7, 7, 2],
+        [6, 4, 2, 0, 0],
+        [4, 2, 0, 0, 0],
+        [5, 6, 7, 2, 0],
+        [6, 2, 0, 0, 0],
+    ]
+).float()
 
 
 @pytest.fixture
 def student():
     torch.manual_seed(0)
-    spec = Net(flow=MLP(width=16), autoencoder=TextVAE(slots=2, dims=3, width=16, depth=1, heads=2), vocab=8, special=(0, 1, 2, 3))
+    spec = Net(
+        flow=MLP(width=16),
+        autoencoder=TextVAE(slots=2, dims=3, width=16, depth=1, heads=2),
+        vocab=8,
+        special=(0, 1, 2, 3),
+    )
     return FlowMapNet(spec.build((5,)))
 
 
 @pytest.fixture
 def sample():
     generator = torch.Generator().manual_seed(1)
-    return Linear().sample(ROWS, torch.randn(7, 5, generator=generator), torch.rand(7, generator=generator), torch.zeros(7))
+    return Linear().sample(
+        ROWS, torch.randn(7, 5, generator=generator), torch.rand(7, generator=generator), torch.zeros(7)
+    )
 
 
 def gradient(value, student):
@@ -42,7 +59,9 @@ def test_the_gradient_is_that_of_the_lexicographic_combination(student, sample, 
         torch.testing.assert_close(one, other)
     falls = sum((a * b).sum() for a, b in zip(of_first, gradient(loss.value, student), strict=True))
     assert float(falls) >= float(phi) - 1e-5 * abs(float(phi))
-    assert float(loss.logs["reconstruction"]) == pytest.approx(float(first.value)) and float(loss.logs["flow"]) == pytest.approx(float(flow))
+    assert float(loss.logs["reconstruction"]) == pytest.approx(float(first.value)) and float(
+        loss.logs["flow"]
+    ) == pytest.approx(float(flow))
 
 
 def test_the_same_draw_gives_the_same_loss(student, sample):

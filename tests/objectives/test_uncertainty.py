@@ -47,7 +47,9 @@ def test_where_u_is_least_it_is_the_logarithm_of_the_mean_error():
     optimizer.step(closure)
     wanted = torch.stack([error[:20].mean().log(), error[20:].mean().log()])
     torch.testing.assert_close(table.u.detach(), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(LEARNED(error, table, t, 0 * t).mean().detach(), (1 + wanted).mean(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        LEARNED(error, table, t, 0 * t).mean().detach(), (1 + wanted).mean(), rtol=1e-6, atol=1e-6
+    )
 
 
 def unsure(seed=5):
@@ -112,7 +114,9 @@ def test_the_branch_is_zero_at_the_start_and_knows_both_times():
     assert torch.equal(branch(t, s), torch.zeros(5))
     nn.init.normal_(branch.leave.weight)
     u = branch(t, s)
-    assert u.shape == (5,) and bool(((branch(t, s / 2) - u).abs() > 1e-4).all() and ((branch((t + 1) / 2, s) - u).abs() > 1e-4).all())
+    assert u.shape == (5,) and bool(
+        ((branch(t, s / 2) - u).abs() > 1e-4).all() and ((branch((t + 1) / 2, s) - u).abs() > 1e-4).all()
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(branch(t, s), u), "in float32 under autocast"
 

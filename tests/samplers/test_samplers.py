@@ -24,7 +24,9 @@ def exact(x):
     return GAUSSIAN.flow_map(x, torch.ones(len(x), dtype=x.dtype), torch.zeros(len(x), dtype=x.dtype))
 
 
-@pytest.mark.parametrize("grid", [{}, {"grid": "shifted", "shift": 3.0}, {"grid": "rho"}, {"middle": (0.8, 0.1)}], ids=str)
+@pytest.mark.parametrize(
+    "grid", [{}, {"grid": "shifted", "shift": 3.0}, {"grid": "rho"}, {"middle": (0.8, 0.1)}], ids=str
+)
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_deterministic_on_the_exact_map_does_not_depend_on_the_steps(steps, grid):
     x1, student = draw(), Recorder(ExactStudent())
@@ -106,7 +108,9 @@ def test_below_one_t_max_scales_the_noise():
 def test_times_are_float32_for_a_half_precision_state():
     student = Recorder(lambda x, t, s, cond: x)
     out = Gamma()(student, draw().bfloat16(), steps=2, generator=seeded())
-    assert out.dtype == torch.bfloat16 and student.calls[1][1].dtype == torch.float32 and student.calls[1][1].shape == (5,)
+    assert (
+        out.dtype == torch.bfloat16 and student.calls[1][1].dtype == torch.float32 and student.calls[1][1].shape == (5,)
+    )
 
 
 @pytest.mark.parametrize("sampler", [kind() for kind in SAMPLERS.values()], ids=str)

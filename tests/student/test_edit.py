@@ -26,7 +26,9 @@ def folder(tmp_path):
     torch.manual_seed(0)
     net = ConvPrior(size=4, channels=(8,), groups=4)
     shipped = Shipped(4, 1.0, True, "prior", "0" * 8)
-    config = StudentConfig(net=MLP(width=16, depth=1), sampler=Deterministic(), shape=SHAPE, arrival=False, prior=shipped)
+    config = StudentConfig(
+        net=MLP(width=16, depth=1), sampler=Deterministic(), shape=SHAPE, arrival=False, prior=shipped
+    )
     save_student(tmp_path / "student", config, config.build().state_dict(), recipe="", card="")
     save_prior(tmp_path / "student" / PRIOR, PriorConfig(net, SHAPE), net.build(SHAPE).state_dict(), {})
     return tmp_path
@@ -52,7 +54,9 @@ def test_what_is_known_is_kept_exactly_and_what_is_not_is_drawn(folder, solver):
     drawn = inpaint(student, known, mask, 5, steps=3, solver=solver, seed=2)
     assert drawn.shape == (5, *SHAPE)
     assert torch.equal(drawn[:, :, ~mask], known.expand(5, *SHAPE)[:, :, ~mask])
-    assert drawn[:, :, mask].std(0).mean() > 0.1 and torch.equal(drawn, inpaint(student, known, mask, 5, steps=3, solver=solver, seed=2))
+    assert drawn[:, :, mask].std(0).mean() > 0.1 and torch.equal(
+        drawn, inpaint(student, known, mask, 5, steps=3, solver=solver, seed=2)
+    )
 
 
 def test_the_code_of_a_part_does_not_depend_on_what_the_mask_hides(folder):
@@ -88,7 +92,14 @@ def test_known_pixels_stay_on_their_own_path():
         def decode(self, z):
             return (torch.zeros(len(z), *SHAPE),) * 2
 
-    config = StudentConfig(net=MLP(), sampler=Deterministic(), shape=SHAPE, arrival=False, clamp=False, prior=Shipped(2, 1.0, False, "", ""))
+    config = StudentConfig(
+        net=MLP(),
+        sampler=Deterministic(),
+        shape=SHAPE,
+        arrival=False,
+        clamp=False,
+        prior=Shipped(2, 1.0, False, "", ""),
+    )
     flow_map = Exact()
     flow_map.nothing = torch.nn.Parameter(torch.zeros(1))
     student = Student(config, flow_map)
@@ -117,9 +128,13 @@ def test_interpolation_ends_at_both_codes_and_is_even_on_the_arc(folder):
 def test_by_the_command_line(folder, command):
     picture(folder / "a.png", 1), picture(folder / "b.png", 2), half(folder / "mask.png")
     arguments = ("sample", "--student", folder, "--num", 3, "--steps", 2, "--out", folder / "out")
-    code, out, err = command(*arguments, "--inpaint", folder / "a.png", "--mask", folder / "mask.png", "--solver", "midpoint")
+    code, out, err = command(
+        *arguments, "--inpaint", folder / "a.png", "--mask", folder / "mask.png", "--solver", "midpoint"
+    )
     assert code == 0 and (folder / "out" / "steps-2" / "00002.png").is_file(), err
-    kept, drawn = (np.array(Image.open(path))[:, 6:] for path in (folder / "a.png", folder / "out" / "steps-2" / "00001.png"))
+    kept, drawn = (
+        np.array(Image.open(path))[:, 6:] for path in (folder / "a.png", folder / "out" / "steps-2" / "00001.png")
+    )
     assert (kept == drawn).all()
     assert command(*arguments, "--interpolate", folder / "a.png", folder / "b.png")[0] == 0
 
@@ -157,7 +172,17 @@ def test_the_prior_of_another_student_is_refused(folder, command):
 
 def test_a_student_from_the_gaussian_prior_is_refused(finished, folder, command):
     picture(folder / "a.png", 1), half(folder / "mask.png")
-    code, out, err = command("sample", "--student", finished, "--out", folder / "out", "--inpaint", folder / "a.png", "--mask", folder / "mask.png")
+    code, out, err = command(
+        "sample",
+        "--student",
+        finished,
+        "--out",
+        folder / "out",
+        "--inpaint",
+        folder / "a.png",
+        "--mask",
+        folder / "mask.png",
+    )
     assert code == 2 and "are no pictures" in err
 
 
@@ -175,5 +200,7 @@ def test_a_picture_to_edit_stands_upright_on_white(tmp_path):
     assert read_picture(tmp_path / "a.png", 1, "--inpaint")[0].tolist() == [[-1, 1], [-1, -1], [-1, -1]]
     Image.new("RGBA", (3, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert bool(read_mask(tmp_path / "clear.png").all())
-    with pytest.raises(ValueError, match="--mask: /dev/zero: is no picture that can be read: cannot be read: is not a regular file"):
+    with pytest.raises(
+        ValueError, match="--mask: /dev/zero: is no picture that can be read: cannot be read: is not a regular file"
+    ):
         read_mask("/dev/zero")

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from flowmap.base.files import read_tensors, write_tensors
+from flowmap.export.merge import MARK, merge
 from flowmap.nets import MLP, Stacked
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
-from flowmap.student.merge import MARK, merge
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.student.student import Student
 from tests.conftest import bytes_of
@@ -24,7 +24,9 @@ from tests.oracle import draw
 
 def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True, shape=(2,), prior=None):  # noqa: B008
     torch.manual_seed(seed)
-    config = StudentConfig(spec, Deterministic(), shape, clamp=False, arrival=arrival, prior=prior, recipe="mine", step=9)
+    config = StudentConfig(
+        spec, Deterministic(), shape, clamp=False, arrival=arrival, prior=prior, recipe="mine", step=9
+    )
     student = Student(config, config.build().eval(), folder)
     save_student(folder, config, student.flow_map.state_dict(), recipe="", card="# mine\n")
     return folder
@@ -33,7 +35,11 @@ def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True, shape=(2
 @pytest.fixture
 def three(tmp_path):
     """A flow map, a base and a finetune of it without arrival branches."""
-    return saved(tmp_path / "student"), saved(tmp_path / "base", seed=1, arrival=False), saved(tmp_path / "custom", seed=2, arrival=False)
+    return (
+        saved(tmp_path / "student"),
+        saved(tmp_path / "base", seed=1, arrival=False),
+        saved(tmp_path / "custom", seed=2, arrival=False),
+    )
 
 
 def weights(folder):
@@ -53,7 +59,11 @@ def test_the_difference_is_added_to_the_bit_and_branches_stay(three, tmp_path, c
     loaded = load_student(tmp_path / "out")
     assert loaded.config == load_student(student).config and loaded.sample(3).shape == (3, 2)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "times 0.5" in card and "Not measured" in card and json.loads((tmp_path / "out" / MARK).read_text())["recipe"] == "mine"
+    assert (
+        "times 0.5" in card
+        and "Not measured" in card
+        and json.loads((tmp_path / "out" / MARK).read_text())["recipe"] == "mine"
+    )
 
 
 def test_alpha_one_from_the_base_itself_is_the_finetune(three, tmp_path):
@@ -77,7 +87,9 @@ def test_a_stack_takes_it_twice(three, tmp_path):
 def test_what_lies_beside_the_weights_goes_along(tmp_path, command):
     net, shape = ConvPrior(size=3, channels=(8,), groups=4), (1, 4, 4)
     student = saved(tmp_path / "student", shape=shape, prior=Shipped(3, 1.0, False, "prior", "0" * 8))
-    base, custom = (saved(tmp_path / name, seed=seed, shape=shape, arrival=False) for seed, name in enumerate(("base", "custom"), 1))
+    base, custom = (
+        saved(tmp_path / name, seed=seed, shape=shape, arrival=False) for seed, name in enumerate(("base", "custom"), 1)
+    )
     save_prior(student / PRIOR, PriorConfig(net, shape), net.build(shape).state_dict(), {})
     write_tensors(student / "autoencoder" / "part" / "model.safetensors", {"one": torch.ones(1)})
     code, _, err = command("merge", "--student", student, "--delta", custom, "--base", base, "--out", tmp_path / "out")
@@ -98,10 +110,23 @@ def test_what_does_not_fit_is_reported_and_refused_when_strict(three, tmp_path, 
     del one["net.enter.bias"], other["net.enter.bias"]
     for name, state in (("one", one), ("other", other)):
         write_tensors(tmp_path / f"{name}.safetensors", state)
-    options = ["--student", student, "--delta", tmp_path / "one.safetensors", "--base", tmp_path / "other.safetensors", "--out", tmp_path / "out"]
+    options = [
+        "--student",
+        student,
+        "--delta",
+        tmp_path / "one.safetensors",
+        "--base",
+        tmp_path / "other.safetensors",
+        "--out",
+        tmp_path / "out",
+    ]
     code, out, _ = command("merge", *options)
     assert code == 0
-    for says in ("are not in the student: more.weight", "have another shape there: net.leave.weight ((3, 16) there, (2, 16) here)", "net.enter.bias"):
+    for says in (
+        "are not in the student: more.weight",
+        "have another shape there: net.leave.weight ((3, 16) there, (2, 16) here)",
+        "net.enter.bias",
+    ):
         assert says in out
     code, out, err = command("merge", *options, "--strict", "--overwrite")
     assert code == 2 and "--strict" in err and "3 weights do not fit: more.weight" in err and err.count("\n") == 1
@@ -114,8 +139,14 @@ def test_what_does_not_fit_is_reported_and_refused_when_strict(three, tmp_path, 
         (lambda f, s, b, c: [], "--delta: give --delta with --base, or --lora"),
         (lambda f, s, b, c: ["--delta", f / "nowhere", "--base", b], "--delta: .*nowhere' is no folder"),
         (lambda f, s, b, c: ["--delta", c, "--base", c], "hold the same weights: nothing would change"),
-        (lambda f, s, b, c: ["--delta", other(f), "--base", other(f, 1)], "none of its 1 weights fits the student: the first is 'strange.weight'"),
-        (lambda f, s, b, c: ["--delta", pickled(f), "--base", b], "holds no diffusion_pytorch_model.*bin is a pickle and is not read"),
+        (
+            lambda f, s, b, c: ["--delta", other(f), "--base", other(f, 1)],
+            "none of its 1 weights fits the student: the first is 'strange.weight'",
+        ),
+        (
+            lambda f, s, b, c: ["--delta", pickled(f), "--base", b],
+            "holds no diffusion_pytorch_model.*bin is a pickle and is not read",
+        ),
         (lambda f, s, b, c: ["--lora", pickled(f) / "diffusion_pytorch_model.bin"], "is a pickle, not safetensors"),
         (lambda f, s, b, c: ["--lora", c / "model.safetensors"], "--lora: .* is no weight of a LoRA"),
     ],
@@ -163,8 +194,16 @@ def factors(seed=0, rank=3):
 NAMES = {
     "peft": ("base_model.model.blocks.0.first.lora_A.weight", "base_model.model.blocks.0.first.lora_B.weight", None),
     "diffusers": ("unet.blocks.0.first.lora.down.weight", "unet.blocks.0.first.lora.up.weight", None),
-    "alpha": ("transformer.blocks.0.first.lora_A.weight", "transformer.blocks.0.first.lora_B.weight", "transformer.blocks.0.first.alpha"),
-    "underscored": ("lora_unet_blocks_0_first.lora_down.weight", "lora_unet_blocks_0_first.lora_up.weight", "lora_unet_blocks_0_first.alpha"),
+    "alpha": (
+        "transformer.blocks.0.first.lora_A.weight",
+        "transformer.blocks.0.first.lora_B.weight",
+        "transformer.blocks.0.first.alpha",
+    ),
+    "underscored": (
+        "lora_unet_blocks_0_first.lora_down.weight",
+        "lora_unet_blocks_0_first.lora_up.weight",
+        "lora_unet_blocks_0_first.alpha",
+    ),
 }
 
 
@@ -173,13 +212,20 @@ def test_a_lora_is_added_whatever_its_names(kind, three, tmp_path, command):
     down, up = factors()
     a, b, alpha = NAMES[kind]
     tensors = {a: down, b: up} | ({alpha: torch.tensor(6.0)} if alpha else {})
-    save_file(tensors | {"text_encoder.q.lora_A.weight": down.clone(), "text_encoder.q.lora_B.weight": up.clone()}, tmp_path / "lora.safetensors")
+    save_file(
+        tensors | {"text_encoder.q.lora_A.weight": down.clone(), "text_encoder.q.lora_B.weight": up.clone()},
+        tmp_path / "lora.safetensors",
+    )
     options = ["--lora", tmp_path / "lora.safetensors", "--scale", "0.5", "--out", tmp_path / "out"]
     code, out, err = command("merge", "--student", three[0], *options)
-    assert code == 0 and "1 tensors of the student changed" in out and "not in the student: text_encoder.q.weight" in out, err
+    assert (
+        code == 0 and "1 tensors of the student changed" in out and "not in the student: text_encoder.q.weight" in out
+    ), err
     before, after = weights(three[0]), weights(tmp_path / "out")
     ratio = 0.5 * (6 / 3 if alpha else 1)
-    torch.testing.assert_close(after["net.blocks.0.first.weight"], before["net.blocks.0.first.weight"] + ratio * up @ down)
+    torch.testing.assert_close(
+        after["net.blocks.0.first.weight"], before["net.blocks.0.first.weight"] + ratio * up @ down
+    )
     assert all(torch.equal(after[name], value) for name, value in before.items() if name != "net.blocks.0.first.weight")
     assert command("merge", "--student", three[0], *options[:-1], tmp_path / "strict", "--strict")[0] == 2
 
@@ -194,7 +240,10 @@ def test_alpha_stands_in_the_metadata_or_in_the_file_beside(three, tmp_path):
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 9, "use_rslora": False}))
     student = load_student(three[0])
     for path in (tmp_path / "told.safetensors", tmp_path / "peft" / "adapter_model.safetensors"):
-        change = merge(student, lora=path).weights["net.blocks.0.first.weight"] - student.flow_map.state_dict()["net.blocks.0.first.weight"]
+        change = (
+            merge(student, lora=path).weights["net.blocks.0.first.weight"]
+            - student.flow_map.state_dict()["net.blocks.0.first.weight"]
+        )
         torch.testing.assert_close(change, 3 * up @ down, rtol=1e-4, atol=1e-5)
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
     with pytest.raises(ValueError, match="use_dora is set, which is not read"):
@@ -226,9 +275,14 @@ def test_an_exported_adapter_of_diffusers_is_what_peft_merges(tmp_path):
     unet.fuse_lora()
     unet.unload_lora()
     unet.save_pretrained(tmp_path / "custom" / "unet")
-    student, expected = Student(config, flow_map.eval()), {f"net.model.{name}": value for name, value in unet.state_dict().items()}
+    student, expected = (
+        Student(config, flow_map.eval()),
+        {f"net.model.{name}": value for name, value in unet.state_dict().items()},
+    )
     lora = merge(student, lora=next((tmp_path / "adapter").glob("*.safetensors")))
-    plain = merge(student, lora=tmp_path / "pytorch_lora_weights.safetensors", scale=3.0)  # that file says nothing of alpha
+    plain = merge(
+        student, lora=tmp_path / "pytorch_lora_weights.safetensors", scale=3.0
+    )  # that file says nothing of alpha
     delta = merge(student, delta=tmp_path / "custom", base=tmp_path / "base", strict=True)
     assert any("conv1" in name for name in lora.reports[0].changed)
     for merged in (lora, plain, delta):

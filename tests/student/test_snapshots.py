@@ -22,7 +22,13 @@ def run(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("snapshots")
     write_text(folder / "tiny.yaml", TINY.replace("std: 0.1, ", "std: 0.08, "))
-    settings = ["trainer.steps=192", "trainer.checkpoint_every_steps=192", "ema.snapshot_every_steps=12", "log.every_steps=64", "metrics=[]"]
+    settings = [
+        "trainer.steps=192",
+        "trainer.checkpoint_every_steps=192",
+        "ema.snapshot_every_steps=12",
+        "log.every_steps=64",
+        "metrics=[]",
+    ]
     return fit(flowmap.read_recipe(folder / "tiny.yaml", settings), folder / "run", say=lambda message: None).folder
 
 
@@ -44,7 +50,9 @@ def test_a_width_that_no_snapshot_has_comes_close_to_the_one_that_was_tracked(ru
         path.unlink()
     tracked = read_tensors(run / "student" / "model.safetensors")
     error = distance(combine(run, std=0.08), tracked)
-    nearest = min(distance(read_tensors(run / "ema" / f"step-00000192-std-{std:.3f}.safetensors"), tracked) for std in (0.05, 0.1))
+    nearest = min(
+        distance(read_tensors(run / "ema" / f"step-00000192-std-{std:.3f}.safetensors"), tracked) for std in (0.05, 0.1)
+    )
     assert error < 0.1 * nearest
     earlier = combine(run, std=0.08, step=96)
     assert distance(earlier, tracked) > error

@@ -15,7 +15,9 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
 
-CONFIG = StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9)
+CONFIG = StudentConfig(
+    DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9
+)
 
 
 def built(config=CONFIG) -> Student:
@@ -32,7 +34,9 @@ def saved(folder, config=CONFIG) -> Student:
     return student
 
 
-@pytest.mark.parametrize("config", [CONFIG, StudentConfig(MLP(width=16), Deterministic(), (2,), clamp=False, arrival=False)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, StudentConfig(MLP(width=16), Deterministic(), (2,), clamp=False, arrival=False)]
+)
 def test_a_round_trip_is_exact(tmp_path, config):
     before, after = saved(tmp_path, config), load_student(tmp_path)
     assert after.config == config
@@ -44,7 +48,9 @@ def test_a_round_trip_is_exact(tmp_path, config):
 def test_sampling_is_carrying_its_own_start():
     student, generator = built(), torch.Generator().manual_seed(3)
     start = student.start(5, generator)
-    assert torch.equal(start.x1[:4], torch.randn(4, 3, 4, 6, generator=torch.Generator().manual_seed(3)))  # 4: whole sixteens, as torch draws them
+    assert torch.equal(
+        start.x1[:4], torch.randn(4, 3, 4, 6, generator=torch.Generator().manual_seed(3))
+    )  # 4: whole sixteens, as torch draws them
     carried = student.carry(start, student.conditions(5, {"class": 2}), 2, generator)
     assert torch.equal(carried, student.sample(5, steps=2, cond={"class": 2}, seed=3))
 
@@ -58,14 +64,20 @@ def test_a_sample_is_the_same_whatever_the_batch_and_the_number(gamma):
         torch.testing.assert_close(student.sample(10, batch_size=size, **options), whole, **close)
     for num in (1, 2, 5, 9):
         torch.testing.assert_close(student.sample(num, **options), whole[:num], **close)
-        assert torch.equal(student.start(num, torch.Generator().manual_seed(3)).x1, student.start(10, torch.Generator().manual_seed(3)).x1[:num])
+        assert torch.equal(
+            student.start(num, torch.Generator().manual_seed(3)).x1,
+            student.start(10, torch.Generator().manual_seed(3)).x1[:num],
+        )
 
 
 def test_half_precision_weights_are_read_as_float32(tmp_path):
     from flowmap.base.files import read_tensors, write_tensors
 
     saved(tmp_path)
-    write_tensors(tmp_path / "model.safetensors", {k: v.bfloat16() for k, v in read_tensors(tmp_path / "model.safetensors").items()})
+    write_tensors(
+        tmp_path / "model.safetensors",
+        {k: v.bfloat16() for k, v in read_tensors(tmp_path / "model.safetensors").items()},
+    )
     assert {p.dtype for p in load_student(tmp_path).parameters()} == {torch.float32}
 
 
@@ -73,7 +85,9 @@ def test_a_sample_is_what_its_seed_says():
     student = built()
     x = student.sample(10, steps=2, seed=3)
     assert x.shape == (10, 3, 4, 6) and float(x.abs().max()) <= 1
-    assert torch.equal(x, student.sample(10, steps=2, seed=3)) and not torch.equal(x, student.sample(10, steps=2, seed=4))
+    assert torch.equal(x, student.sample(10, steps=2, seed=3)) and not torch.equal(
+        x, student.sample(10, steps=2, seed=4)
+    )
     torch.testing.assert_close(student.sample(10, steps=2, seed=3, batch_size=3), x, rtol=1e-4, atol=1e-5)
     state = torch.random.get_rng_state()
     student.sample(2)
@@ -84,7 +98,9 @@ def test_classes_come_in_turn_and_guidance_has_its_default():
     student = built()
     cond = student.conditions(9)
     assert cond["class"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and cond["guidance"].tolist() == [1.5] * 9
-    assert torch.equal(student.sample(9, seed=1), student.sample(9, cond={"class": [0, 1, 2, 3, 4, 5, 6, 0, 1]}, guidance=1.5, seed=1))
+    assert torch.equal(
+        student.sample(9, seed=1), student.sample(9, cond={"class": [0, 1, 2, 3, 4, 5, 6, 0, 1]}, guidance=1.5, seed=1)
+    )
     assert student.conditions(2, {"class": np.array([3, 4])})["class"].tolist() == [3, 4]
     assert student.conditions(2, {"class": -1}, guidance=2)["guidance"].tolist() == [2, 2]
     assert not torch.equal(student.sample(4, guidance=1.0), student.sample(4, guidance=3.0))
@@ -145,21 +161,29 @@ def test_public_names(finished, tmp_path):
 def test_gamma_keeps_the_grid_of_the_students_sampler():
     from flowmap.samplers import Deterministic, Gamma, asked_for
 
-    assert asked_for(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), gamma=0.3) == Gamma((2,), "shifted", 3.0, t_max=0.9, gamma=0.3)
+    assert asked_for(Deterministic(steps=(2,), grid="shifted", shift=3.0, t_max=0.9), gamma=0.3) == Gamma(
+        (2,), "shifted", 3.0, t_max=0.9, gamma=0.3
+    )
 
 
 def test_what_a_distilled_student_cannot_honour_is_refused_with_its_reason():
     student = built()
     with pytest.raises(
-        ValueError, match="negative_prompt: 'blurred' was given, but a distilled student makes one prediction a step.*sample the teacher"
+        ValueError,
+        match="negative_prompt: 'blurred' was given, but a distilled student makes one prediction a step.*sample the teacher",
     ):
         student.sample(2, cond={"negative_prompt": "blurred"})
     plain = Student(replace(student.config, guidance=None), student.flow_map)
     for call in (dict(guidance=2.0), dict(cond={"guidance": 2.0})):
-        with pytest.raises(ValueError, match="guidance: 2.0 was given, but this student was not trained with a guidance scale as input$"):
+        with pytest.raises(
+            ValueError,
+            match="guidance: 2.0 was given, but this student was not trained with a guidance scale as input$",
+        ):
             plain.sample(2, **call)
     baked = Student(replace(plain.config, baked_guidance=6.0), student.flow_map)
-    with pytest.raises(ValueError, match="scale as input: 6 is baked in by the pairs that it learned from; leave it out"):
+    with pytest.raises(
+        ValueError, match="scale as input: 6 is baked in by the pairs that it learned from; leave it out"
+    ):
         baked.sample(2, guidance=2.0)
 
 

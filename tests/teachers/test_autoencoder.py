@@ -59,7 +59,10 @@ def test_a_pipelines_folder_will_do(tmp_path):
 def test_other_classes_of_autoencoders(tmp_path):
     torch.manual_seed(0)
     diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
     ).save_pretrained(tmp_path / "tiny")
     tiny_nets.dc().save_pretrained(tmp_path / "dc")
     for name in ("tiny", "dc"):

@@ -35,7 +35,11 @@ def test_autoguidance_of_gaussians_at_pure_noise():
 
 
 def test_classifier_free_asks_with_and_without_class():
-    x, (t, _), cond = draw(5, 2), draw_times(), {"class": torch.tensor([3, 1, 0, 7, -1]), "guidance": torch.full((5,), 2.5)}
+    x, (t, _), cond = (
+        draw(5, 2),
+        draw_times(),
+        {"class": torch.tensor([3, 1, 0, 7, -1]), "guidance": torch.full((5,), 2.5)},
+    )
     inner = Recorder(RING)
     v = ClassifierFree(inner).velocity(x, t, cond)
     with_class, without = RING.velocity(x, t, {"class": cond["class"]}), RING.velocity(x, t)
@@ -55,7 +59,9 @@ def test_other_conditions_are_dropped():
 
 def test_autoguidance_gives_both_the_condition_but_not_the_scale():
     strong, weak = Recorder(RING), Recorder(RING)
-    Autoguidance(strong, weak).velocity(draw(5, 2), torch.rand(5), {"class": torch.arange(5), "guidance": torch.full((5,), 2.0)})
+    Autoguidance(strong, weak).velocity(
+        draw(5, 2), torch.rand(5), {"class": torch.arange(5), "guidance": torch.full((5,), 2.0)}
+    )
     for conds in (strong.conds, weak.conds):
         assert len(conds) == 1 and conds[0].keys() == {"class"}
 
@@ -75,7 +81,9 @@ def test_default_is_read_only_where_there_is_no_guidance():
     x, (t, _) = draw(), draw_times()
     wrapped = Autoguidance(STRONG, WEAK, default=3.0)
     torch.testing.assert_close(wrapped.velocity(x, t, {"guidance": torch.ones(5)}), STRONG.velocity(x, t))
-    torch.testing.assert_close(wrapped.velocity(x, t, {"class": torch.zeros(5)}), 3 * STRONG.velocity(x, t) - 2 * WEAK.velocity(x, t))
+    torch.testing.assert_close(
+        wrapped.velocity(x, t, {"class": torch.zeros(5)}), 3 * STRONG.velocity(x, t) - 2 * WEAK.velocity(x, t)
+    )
 
 
 def test_classifier_free_without_any_condition_makes_one_call():

@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.build import build_teacher
+from flowmap.build.parts import build_teacher
 from flowmap.flow.limit import Clip, Threshold, limited
 from tests import parity
 from tests.tiny_nets import unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 B, STEPS = 3, 8
-COSINE = {"beta_schedule": "squaredcos_cap_v2"}  # its end has almost no signal: a prediction of noise makes data 20,000 times as large
+COSINE = {
+    "beta_schedule": "squaredcos_cap_v2"
+}  # its end has almost no signal: a prediction of noise makes data 20,000 times as large
 RECIPE = """
 data: {{kind: encoded, root: {root}/none, images: {{kind: folder, root: {root}/none, size: 16}}}}
 teacher: {{card: {root}/card.yaml}}
@@ -58,7 +60,9 @@ def grid_of(scheduler):
 )
 @torch.no_grad()
 def test_euler_on_the_schedulers_grid_is_the_limited_scheduler(limit, kind, tmp_path):
-    scheduler = diffusers.DDIMScheduler(**{"clip_sample": False, **COSINE, **limit}, prediction_type=kind, timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(
+        **{"clip_sample": False, **COSINE, **limit}, prediction_type=kind, timestep_spacing="trailing"
+    )
     net, path = folder_of(tmp_path, scheduler)
     velocity = build_teacher(flowmap.read_recipe(path)).guided.velocity
     scheduler.set_timesteps(STEPS)
@@ -83,7 +87,9 @@ def test_a_ddpm_step_with_clip_sample_has_our_clipped_data_for_its_mean(tmp_path
         bar = float(scheduler.alphas_cumprod[k])
         size = bar**0.5 + (1 - bar) ** 0.5
         t = torch.full((B,), (1 - bar) ** 0.5 / size)
-        theirs = scheduler.step(net(state, torch.tensor(k)).sample, k, state, generator=torch.Generator().manual_seed(0)).pred_original_sample
+        theirs = scheduler.step(
+            net(state, torch.tensor(k)).sample, k, state, generator=torch.Generator().manual_seed(0)
+        ).pred_original_sample
         x = state / size
         ours = x - t.view(-1, 1, 1, 1) * velocity(x, t)
         assert parity.relative(ours, theirs) < 1e-5 and float(ours.abs().max()) < 1 + 1e-5
@@ -94,7 +100,9 @@ def test_guidance_comes_before_the_limit_and_the_students_start_has_none(tmp_pat
     from flowmap.teachers.limited import Limited
 
     _, path = folder_of(tmp_path, diffusers.DDIMScheduler(**COSINE))
-    teacher = build_teacher(flowmap.read_recipe(path, ["teacher.guidance={kind: autoguidance, weak: " + str(tmp_path / "card.yaml") + "}"]))
+    teacher = build_teacher(
+        flowmap.read_recipe(path, ["teacher.guidance={kind: autoguidance, weak: " + str(tmp_path / "card.yaml") + "}"])
+    )
     assert isinstance(teacher.guided, Limited) and not isinstance(teacher.guided.teacher, Limited)
     assert teacher.calls_per_step == 2
     x, t = 3 * torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.full((B,), 0.9)
@@ -103,7 +111,10 @@ def test_guidance_comes_before_the_limit_and_the_students_start_has_none(tmp_pat
 
 
 def test_a_limit_that_changes_nothing_leaves_the_velocity_as_it_is():
-    x, t = torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(2)).clamp(-1, 1), torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    x, t = (
+        torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(2)).clamp(-1, 1),
+        torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]),
+    )
     v = torch.zeros_like(x)
     for limit in (Clip(1.0), Threshold(0.995, 1.0)):
         assert torch.equal(limited(v, x, t, limit), v)
@@ -113,7 +124,12 @@ def test_a_limit_that_changes_nothing_leaves_the_velocity_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("make", "says"), [(lambda: Clip(0.0), "clip_sample_range: 0.0"), (lambda: Threshold(2.0), "ratio: 2.0"), (lambda: Threshold(0.9, 0.5), "0.5")]
+    ("make", "says"),
+    [
+        (lambda: Clip(0.0), "clip_sample_range: 0.0"),
+        (lambda: Threshold(2.0), "ratio: 2.0"),
+        (lambda: Threshold(0.9, 0.5), "0.5"),
+    ],
 )
 def test_limits_that_are_none(make, says):
     with pytest.raises(ValueError, match=says):

@@ -55,10 +55,14 @@ def test_a_picture_is_refined_alike_whatever_the_batch(folder, monkeypatch):
 
 
 def test_seed_prompt_and_strength_matter_and_grey_comes_back_in_colour(folder):
-    refine = lambda x, prompts=None, **more: Refiner(str(folder), **{"strength": 0.5, "steps": 4, **more}).load()(x, prompts)
+    refine = lambda x, prompts=None, **more: Refiner(str(folder), **{"strength": 0.5, "steps": 4, **more}).load()(
+        x, prompts
+    )
     x = pictures(2)
     assert torch.equal(refine(x), refine(x)) and not torch.equal(refine(x), refine(x, seed=1))
-    assert torch.equal(refine(x, prompt="a cat"), refine(x, ["a cat"] * 2)) and not torch.equal(refine(x, prompt="a cat"), refine(x))
+    assert torch.equal(refine(x, prompt="a cat"), refine(x, ["a cat"] * 2)) and not torch.equal(
+        refine(x, prompt="a cat"), refine(x)
+    )
     assert not torch.equal(refine(x), refine(x, strength=1.0))
     assert refine(pictures(2, 1)).shape == (2, 3, 16, 16)
 
@@ -84,7 +88,9 @@ def test_the_command_line(folder, tmp_path, command):
     save_student(tmp_path / "student", one.config, one.flow_map.state_dict(), recipe="", card="")
     arguments = ["sample", "--student", tmp_path / "student", "--num", 2, "--steps", 1, "--out"]
     assert command(*arguments, tmp_path / "plain")[0] == 0
-    code, out, err = command(*arguments, tmp_path / "refined", "--refiner", folder, "--refiner-strength", "0.5", "--prompt", "a cat")
+    code, out, err = command(
+        *arguments, tmp_path / "refined", "--refiner", folder, "--refiner-strength", "0.5", "--prompt", "a cat"
+    )
     assert code == 0, err
     plain, refined = ((tmp_path / name / "steps-1" / "00000.png").read_bytes() for name in ("plain", "refined"))
     assert plain != refined
@@ -94,7 +100,11 @@ def test_the_command_line(folder, tmp_path, command):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"strength": 0.0}, "0.0 must be above 0"), ({"strength": 1.5}, "1 at most"), ({"strength": 0.1, "steps": 5}, "not one step")],
+    [
+        ({"strength": 0.0}, "0.0 must be above 0"),
+        ({"strength": 1.5}, "1 at most"),
+        ({"strength": 0.1, "steps": 5}, "not one step"),
+    ],
 )
 def test_settings_that_make_no_sense(settings, says):
     with pytest.raises(ValueError, match=says):

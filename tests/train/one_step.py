@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
 from flowmap.data import Pairs, StepBatches
 from flowmap.data.pairs import noises
 from flowmap.recipe import Recipe
@@ -24,9 +24,13 @@ def gradients_of_a_step(
 
     state: that of torch's own generator before every micro-batch.
     """
-    recipe = replace(recipe, data=replace(recipe.data, batch_size=batch), trainer=replace(recipe.trainer, accumulate=accumulate))
+    recipe = replace(
+        recipe, data=replace(recipe.data, batch_size=batch), trainer=replace(recipe.trainer, accumulate=accumulate)
+    )
     parts = [_of_a_process(monkeypatch, recipe, rank, world, state) for rank in range(world)]
-    return {name: [sum(grads) / world for grads in zip(*(part[name] for part in parts), strict=True)] for name in parts[0]}
+    return {
+        name: [sum(grads) / world for grads in zip(*(part[name] for part in parts), strict=True)] for name in parts[0]
+    }
 
 
 class Paired:
@@ -52,14 +56,21 @@ def _of_a_process(monkeypatch, recipe: Recipe, rank: int, world: int, state: int
     found: dict[str, list[torch.Tensor]] = {}
 
     def stepped(self, optimizer, parameters, name=None):
-        found[f"{name or 'student'} {len(found)}"] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        found[f"{name or 'student'} {len(found)}"] = [
+            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters
+        ]
         for p in parameters:
             p.grad = None
 
     optimizers = module.configure_optimizers()
     optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
     trainer = SimpleNamespace(world_size=world, optimizers=optimizers)
-    for name, value in {"global_step": STEP, "global_rank": rank, "trainer": trainer, "_must_be_finite": lambda *a: None}.items():
+    for name, value in {
+        "global_step": STEP,
+        "global_rank": rank,
+        "trainer": trainer,
+        "_must_be_finite": lambda *a: None,
+    }.items():
         monkeypatch.setattr(DistillModule, name, value)
     monkeypatch.setattr(type(module), "_step", stepped, raising=False)
     monkeypatch.setattr(type(module), "_mean", lambda self, value: value, raising=False)

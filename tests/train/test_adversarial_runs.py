@@ -14,13 +14,13 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, build_student, student_config
-from flowmap.build_discriminator import build_discriminator
+from flowmap.build.discriminator import build_discriminator
+from flowmap.build.parts import build_data, build_student, student_config
+from flowmap.estimate.dry_run import dry_run
 from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
-from flowmap.planning.dry_run import dry_run
 from flowmap.recipe import read_recipe
 from flowmap.train.adversarial import AdversarialModule, last_layer
 from flowmap.train.strategy import read_checkpoint
@@ -61,7 +61,9 @@ def path(tmp_path, monkeypatch):
 @pytest.fixture
 def run(path, tmp_path):
     """run(key=value, ...) -> the folder of the finished run."""
-    return lambda *overrides: flowmap.fit(read_recipe(path, overrides), tmp_path / f"run-{len(list(tmp_path.iterdir()))}", say=quiet).folder
+    return lambda *overrides: (
+        flowmap.fit(read_recipe(path, overrides), tmp_path / f"run-{len(list(tmp_path.iterdir()))}", say=quiet).folder
+    )
 
 
 def checkpoint(folder):
@@ -71,15 +73,23 @@ def checkpoint(folder):
 def test_steps_are_the_students_and_what_ships_is_the_student_alone(run, monkeypatch):
     seen = []
     keep = AdversarialModule.keep
-    monkeypatch.setattr(AdversarialModule, "keep", lambda self, sample, loss: (seen.append(self.global_step), keep(self, sample, loss)))
+    monkeypatch.setattr(
+        AdversarialModule, "keep", lambda self, sample, loss: (seen.append(self.global_step), keep(self, sample, loss))
+    )
     folder = run()
     state = checkpoint(folder)
-    assert seen == [step for step in range(9) for _ in range(2)], "two micro-batches a step, each at the student's own count"
+    assert seen == [step for step in range(9) for _ in range(2)], (
+        "two micro-batches a step, each at the student's own count"
+    )
     assert state["global_step"] == 9 and len(state["optimizer_states"]) == 2
-    assert {float(one["step"]) for optimizer in state["optimizer_states"] for one in optimizer["state"].values()} == {9.0}
+    assert {float(one["step"]) for optimizer in state["optimizer_states"] for one in optimizer["state"].values()} == {
+        9.0
+    }
     assert {name.split(".")[0] for name in state["state_dict"]} == {"student", "averages", "discriminator"}
     shipped = read_tensors(folder / "student" / "model.safetensors")
-    assert all(name.startswith("net.") for name in shipped) and f"averages.0.{next(iter(shipped))}" in state["state_dict"]
+    assert (
+        all(name.startswith("net.") for name in shipped) and f"averages.0.{next(iter(shipped))}" in state["state_dict"]
+    )
     rows = trace(folder)
     assert [row["step"] for row in rows] == [str(step) for step in range(9)]
     assert [float(row["train/factor_adversarial"]) > 0 for row in rows] == [False] * 2 + [True] * 7, "from `start` on"
@@ -114,7 +124,9 @@ def module_of(path, *overrides):
     recipe = read_recipe(path, overrides)
     data = build_data(recipe)
     config = student_config(recipe, data, None)
-    return AdversarialModule(recipe, build_student(recipe, config, None), None, data, None, build_discriminator(recipe, config, None))
+    return AdversarialModule(
+        recipe, build_student(recipe, config, None), None, data, None, build_discriminator(recipe, config, None)
+    )
 
 
 def test_micro_batches_add_up(path, tmp_path):
@@ -125,7 +137,9 @@ def test_micro_batches_add_up(path, tmp_path):
         recipe = read_recipe(path, [*overrides, *fixed, "sampler.steps=[1]"])
         folders.append(flowmap.fit(recipe, tmp_path / overrides[0], say=quiet).folder)
     one, two = (checkpoint(folder)["state_dict"] for folder in folders)
-    for name in one:  # three steps of Adam at 1e-3, which divides by the root of tiny second moments: rounding shows at 1e-5
+    for (
+        name
+    ) in one:  # three steps of Adam at 1e-3, which divides by the root of tiny second moments: rounding shows at 1e-5
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=3e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -134,7 +148,9 @@ def test_both_nets_step_from_the_same_weights(path, tmp_path, monkeypatch):
     still = {}
     monkeypatch.setattr(AdversarialModule, "step_student", lambda self: still.update(g=_gradients(self)))
     module = module_of(path, "objective.start=0", "trainer.accumulate=1")
-    trainer = type("T", (), {"optimizers": module.configure_optimizers(), "world_size": 1, "global_step": 0, "global_rank": 0})()
+    trainer = type(
+        "T", (), {"optimizers": module.configure_optimizers(), "world_size": 1, "global_step": 0, "global_rank": 0}
+    )()
     module._trainer = trainer
     monkeypatch.setattr(AdversarialModule, "global_step", 0)
     monkeypatch.setattr(AdversarialModule, "global_rank", 0)
@@ -148,7 +164,9 @@ def test_both_nets_step_from_the_same_weights(path, tmp_path, monkeypatch):
 
 def _gradients(module):
     nets = {"student": module.student, "discriminator": module.discriminator}
-    return {name: float(sum(p.grad.norm() for p in net.parameters() if p.grad is not None)) for name, net in nets.items()}
+    return {
+        name: float(sum(p.grad.norm() for p in net.parameters() if p.grad is not None)) for name, net in nets.items()
+    }
 
 
 @pytest.mark.parametrize("where", ["loss", "discriminator's loss"])
@@ -193,27 +211,50 @@ TEACHER = "teacher={recipe: PATH, guidance: {kind: classifier_free}}"
 
 
 def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_path, run):
-    flow, distilled, mixed = tmp_path / "flow.yaml", tmp_path / "distilled.yaml", "{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 1.0}"
+    flow, distilled, mixed = (
+        tmp_path / "flow.yaml",
+        tmp_path / "distilled.yaml",
+        "{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 1.0}",
+    )
     flow.write_text(FLOW)
     text = FLOW.replace("name: flow", "name: distilled").replace("{kind: flow_matching}", mixed)
     teacher = TEACHER.replace("PATH", str(flow))
-    distilled.write_text(text.replace("{kind: dit, preset: nano, depth: 1}", "{kind: from_teacher}") + teacher.replace("=", ": ", 1) + "\n")
-    settings = [teacher, f"student={{kind: from_recipe, recipe: {distilled}}}", "objective.discriminator={kind: teacher, width: 8}"]
+    distilled.write_text(
+        text.replace("{kind: dit, preset: nano, depth: 1}", "{kind: from_teacher}")
+        + teacher.replace("=", ": ", 1)
+        + "\n"
+    )
+    settings = [
+        teacher,
+        f"student={{kind: from_recipe, recipe: {distilled}}}",
+        "objective.discriminator={kind: teacher, width: 8}",
+    ]
     settings += ["evaluation.teacher_steps=2", "trainer.steps=3", f"objective.base={mixed}"]
     text = "\n".join(dry_run(read_recipe(path, settings), None))
     assert "discriminator: 0.0" in text and text.count("steps ->") == 3, text
     folder = run(*settings)
     state = checkpoint(folder)["state_dict"]
-    assert {name.split(".")[1] for name in state if name.startswith("discriminator.")} == {"heads"}, "the teacher is no part of it"
+    assert {name.split(".")[1] for name in state if name.startswith("discriminator.")} == {"heads"}, (
+        "the teacher is no part of it"
+    )
     assert flowmap.load_student(folder).config.guidance is not None
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["objective.discriminator={kind: teacher}"], "'teacher' looks through the teacher's network, and the recipe has no teacher"),
-        (["objective.discriminator={kind: features}", "metrics=[{kind: frechet, features: efficientnet_lite0}]"], "is also a metric's"),
-        (["objective.discriminator={kind: features, net: inception}"], "objective.discriminator.net: 'inception' is not efficientnet_lite0"),
+        (
+            ["objective.discriminator={kind: teacher}"],
+            "'teacher' looks through the teacher's network, and the recipe has no teacher",
+        ),
+        (
+            ["objective.discriminator={kind: features}", "metrics=[{kind: frechet, features: efficientnet_lite0}]"],
+            "is also a metric's",
+        ),
+        (
+            ["objective.discriminator={kind: features, net: inception}"],
+            "objective.discriminator.net: 'inception' is not efficientnet_lite0",
+        ),
         (["objective.discriminator={kind: features, net: nowhere:net}"], "net: 'nowhere:net' names code"),
         (["objective.discriminator.kind=convv"], "objective.discriminator.kind: no 'convv', did you mean 'conv'?"),
         (["objective.discriminator.widht=3"], "objective.discriminator.widht: no such setting, did you mean 'width'?"),
@@ -223,7 +264,10 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
         (["objective.steps=[0]"], "objective.steps[0]: 0 must be 1 or more"),
         (["trainer.accumulate=0"], "trainer.accumulate: 0 must be 1 or more"),
         (["trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' cannot shard a discriminator"),
-        (["data={kind: latents, root: nowhere}", "objective.discriminator={kind: features}"], "'features' looks at pictures"),
+        (
+            ["data={kind: latents, root: nowhere}", "objective.discriminator={kind: features}"],
+            "'features' looks at pictures",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(path, overrides, says, tmp_path):
@@ -235,8 +279,15 @@ def test_a_mistake_is_one_line(path, overrides, says, tmp_path):
 
 def test_points_are_no_pictures_and_an_exact_teacher_has_no_network(tmp_path):
     path = tmp_path / "points.yaml"
-    path.write_text(TINY.replace("{kind: ayf_emd, warmup_steps: 12}", "{kind: adversarial, base: {kind: ayf_emd}, discriminator: {kind: conv}}"))
-    with pytest.raises(RecipeError, match=r"objective.discriminator.kind: 'conv' wants pictures or latents .* samples are \(2,\)"):
+    path.write_text(
+        TINY.replace(
+            "{kind: ayf_emd, warmup_steps: 12}",
+            "{kind: adversarial, base: {kind: ayf_emd}, discriminator: {kind: conv}}",
+        )
+    )
+    with pytest.raises(
+        RecipeError, match=r"objective.discriminator.kind: 'conv' wants pictures or latents .* samples are \(2,\)"
+    ):
         flowmap.fit(read_recipe(path), tmp_path / "run", say=quiet)
     with pytest.raises(RecipeError, match="objective.discriminator.kind: 'teacher' needs a teacher that is a network"):
         flowmap.fit(read_recipe(path, ["objective.discriminator.kind=teacher"]), tmp_path / "run", say=quiet)
@@ -258,12 +309,29 @@ def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(path, tmp_pa
     settings = ["trainer.accumulate=1", "trainer.steps=6", "objective.start=1", "log.samples_every_steps=0"]
     ways = {"one": ["data.batch_size=12"], "two": ["trainer.devices=2", "trainer.strategy=ddp"]}
     for way, more in ways.items():
-        command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(tmp_path / way), *settings, *more]
+        command = [
+            sys.executable,
+            "-m",
+            "flowmap",
+            "fit",
+            "--recipe",
+            str(path),
+            "--out",
+            str(tmp_path / way),
+            *settings,
+            *more,
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
     one, two = (checkpoint(tmp_path / way) for way in ways)
     assert one["global_step"] == two["global_step"] == 6
     for name in one["state_dict"]:
-        torch.testing.assert_close(one["state_dict"][name], two["state_dict"][name], rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            one["state_dict"][name],
+            two["state_dict"][name],
+            rtol=1e-3,
+            atol=1e-4,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["student"]

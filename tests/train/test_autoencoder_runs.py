@@ -53,7 +53,10 @@ def test_from_a_recipe_to_a_folder_that_diffusers_loads(tmp_path, command, monke
 @pytest.mark.parametrize(
     "change, says",
     [
-        ("objective.kind=flow_matching", "objective: flow_matching does not train a student of kind autoencoder_kl; allowed: "),
+        (
+            "objective.kind=flow_matching",
+            "objective: flow_matching does not train a student of kind autoencoder_kl; allowed: ",
+        ),
         ("student.latent_channels=0", "latent_channels: 0"),
         ("student.channels=[8,9]", "channels"),
         ("objective.kl=-1", "kl: -1"),

@@ -72,7 +72,12 @@ def overlapping(path):
         first = next(one for one in bomb.infolist() if "/data/0" in one.filename)
         for i in range(100):
             copy = zipfile.ZipInfo(f"last/data/{i + 10}")
-            copy.header_offset, copy.file_size, copy.compress_size, copy.CRC = first.header_offset, first.file_size, first.file_size, first.CRC
+            copy.header_offset, copy.file_size, copy.compress_size, copy.CRC = (
+                first.header_offset,
+                first.file_size,
+                first.file_size,
+                first.CRC,
+            )
             bomb.filelist.append(copy)
             bomb.NameToInfo[copy.filename] = copy
         bomb._didModify = True
@@ -85,7 +90,9 @@ def test_an_archive_that_unpacks_to_more_than_it_is(path, spoil):
     refused(path, "unpacks to more")
 
 
-@pytest.mark.parametrize("name", ["state_dict", "global_step", "optimizer_states", "loops", "epoch", "callbacks", "lr_schedulers"])
+@pytest.mark.parametrize(
+    "name", ["state_dict", "global_step", "optimizer_states", "loops", "epoch", "callbacks", "lr_schedulers"]
+)
 def test_what_is_missing_or_of_another_kind_is_named(path, name):
     write_checkpoint(path, {key: value for key, value in WHOLE.items() if key != name})
     refused(path)
@@ -152,7 +159,10 @@ def test_a_run_does_not_go_on_with_a_fresh_optimizer(command, tiny, tmp_path, mo
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     torch.save(torch.load(path, weights_only=True) | {"optimizer_states": []}, path)
     code, out, err = command("fit", "--recipe", tiny, "--resume", "--out", tmp_path / "run")
-    assert (code, out) == (2, "") and "cannot be restored: ValueError: optimizer_states: there are 0, this run has 1" in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and "cannot be restored: ValueError: optimizer_states: there are 0, this run has 1" in err
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_line(command, tiny, finished):

@@ -32,7 +32,10 @@ def test_it_ends_when_its_seconds_are_spent_and_leaves_a_whole_run(slow, tmp_pat
     run = fit(slow(), tmp_path / "run", say=quiet, clock=clock)
     assert (clock.seconds, clock.steps, clock.spent) == (7.0, 7, True)
     assert clock.step_seconds == 1.0 and HANDS.at > 100
-    assert run.student.config.step == 7 and json.loads((tmp_path / "run" / "metrics.json").read_text())["student"] == {"1": {}, "2": {}}
+    assert run.student.config.step == 7 and json.loads((tmp_path / "run" / "metrics.json").read_text())["student"] == {
+        "1": {},
+        "2": {},
+    }
 
 
 def test_with_time_left_it_runs_to_its_last_step(slow, tmp_path):

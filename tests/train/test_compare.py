@@ -11,12 +11,12 @@ import torch
 from conftest import TINY, bytes_of
 
 from flowmap.base.files import read_tensors, write_tensors
+from flowmap.compare import compare, dry_compare
+from flowmap.compare.entrants import at_seed, of_length, read_entrants
+from flowmap.compare.terms import evaluations_of
+from flowmap.estimate.calls import calls_of
 from flowmap.objectives import OBJECTIVES
-from flowmap.planning.calls import calls_of
 from flowmap.recipe import read_recipe
-from flowmap.train.compare import compare, dry_compare
-from flowmap.train.compare.entrants import at_seed, of_length, read_entrants
-from flowmap.train.compare.terms import evaluations_of
 from tests.slow_clock import HANDS, Slow
 
 
@@ -27,7 +27,9 @@ def three(tiny, monkeypatch):
     HANDS.at = 0.0
     paths = [tiny.with_name(f"{name}.yaml") for name in ("one", "two", "four")]
     for path, cost in zip(paths, (1.0, 2.0, 4.0), strict=True):
-        text = TINY.replace("name: tiny", f"name: {path.stem}").replace("{kind: ayf_emd, warmup_steps: 12}", f"{{kind: slow, cost: {cost}}}")
+        text = TINY.replace("name: tiny", f"name: {path.stem}").replace(
+            "{kind: ayf_emd, warmup_steps: 12}", f"{{kind: slow, cost: {cost}}}"
+        )
         path.write_text(text)
     return [str(path) for path in paths]
 
@@ -42,16 +44,34 @@ def test_equal_seconds_are_equal_and_lengths_are_known_beforehand(three, tmp_pat
     found, _ = run(three, tmp_path / "out", seeds=1)
     for name, steps in (("one", 40), ("two", 20), ("four", 10)):
         for result in (r for r in found["results"] if r["recipe"] == name):
-            assert (result["train_seconds"], result["steps"], result["planned_steps"], result["ended"]) == (40.0, steps, steps, "whole")
+            assert (result["train_seconds"], result["steps"], result["planned_steps"], result["ended"]) == (
+                40.0,
+                steps,
+                steps,
+                "whole",
+            )
             trained = read_recipe(tmp_path / "out" / f"seed-{result['seed']}" / name / "recipe.yaml")
             assert (trained.trainer.steps, trained.seed) == (steps, result["seed"])
-    assert {key: one["cost"]["train_seconds"]["median"] for key, one in found["recipes"].items()} == {"one": 40, "two": 40, "four": 40}
-    assert set(found["beside"]) == {"teacher, 1 Euler steps", "teacher, 2 Euler steps", "teacher, 4 Euler steps", "real against real"}
+    assert {key: one["cost"]["train_seconds"]["median"] for key, one in found["recipes"].items()} == {
+        "one": 40,
+        "two": 40,
+        "four": 40,
+    }
+    assert set(found["beside"]) == {
+        "teacher, 1 Euler steps",
+        "teacher, 2 Euler steps",
+        "teacher, 4 Euler steps",
+        "real against real",
+    }
 
 
 def test_a_step_that_becomes_dearer_than_the_trial_is_cut_by_the_clock(three, tmp_path, monkeypatch):
     call = Slow.__call__
-    monkeypatch.setattr(Slow, "__call__", lambda self, a, b, c, step: setattr(HANDS, "at", HANDS.at + (step >= 10)) or call(self, a, b, c, step))
+    monkeypatch.setattr(
+        Slow,
+        "__call__",
+        lambda self, a, b, c, step: setattr(HANDS, "at", HANDS.at + (step >= 10)) or call(self, a, b, c, step),
+    )
     found, _ = run(three[:1], tmp_path / "out", seeds=1)
     result = found["results"][0]
     assert (result["ended"], result["planned_steps"], result["steps"], result["train_seconds"]) == ("cut", 40, 25, 40.0)
@@ -71,7 +91,7 @@ def test_equal_evaluations_are_equal_whatever_the_time(three, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_finished_is_kept_and_what_was_cut_off_is_gone_on_with(three, tmp_path, monkeypatch):
-    from flowmap.train.compare.entry import Entry
+    from flowmap.compare.entry import Entry
 
     real = Entry.figures
 
@@ -88,8 +108,15 @@ def test_what_is_finished_is_kept_and_what_was_cut_off_is_gone_on_with(three, tm
     before = bytes_of(tmp_path / "out" / "seed-0")
     steps_made = HANDS.at
     found, _ = run(three[:2], tmp_path / "out")
-    assert HANDS.at == steps_made + 2  # the fourth was trained, and only to be measured; its calls are counted in a step of two seconds
-    assert [(r["train_seconds"], r["steps"]) for r in found["results"]] == [(40.0, 40), (40.0, 40), (40.0, 20), (40.0, 20)]
+    assert (
+        HANDS.at == steps_made + 2
+    )  # the fourth was trained, and only to be measured; its calls are counted in a step of two seconds
+    assert [(r["train_seconds"], r["steps"]) for r in found["results"]] == [
+        (40.0, 40),
+        (40.0, 40),
+        (40.0, 20),
+        (40.0, 20),
+    ]
     assert bytes_of(tmp_path / "out" / "seed-0") == before
     found, _ = run(three, tmp_path / "out", steps=(1, 2, 3))  # another recipe, another number of steps
     assert len(found["results"]) == 6 and all(set(r["figures"]) == {"1", "2", "3"} for r in found["results"])
@@ -106,7 +133,11 @@ def test_a_run_that_diverges_is_a_row(three, tmp_path):
     found, said = run(three[:2], tmp_path / "out", seeds=1)
     result = next(r for r in found["results"] if r["recipe"] == "two")
     assert result["ended"] == "diverged" and "the loss is nan at step 13" in result["why"] and result["figures"] == {}
-    assert (found["recipes"]["two"]["diverged"], found["recipes"]["two"]["figures"]["1"], found["recipes"]["one"]["diverged"]) == (1, {}, 0)
+    assert (
+        found["recipes"]["two"]["diverged"],
+        found["recipes"]["two"]["figures"]["1"],
+        found["recipes"]["one"]["diverged"],
+    ) == (1, {}, 0)
     assert any("diverged: the loss is nan" in line for line in said)
     row = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("| two "))
     assert row.split("|")[2:4] == ["  ", "  "] and row.split("|")[-3:-1] == [" 1 ", " 1 "]
@@ -125,7 +156,11 @@ def test_a_student_whose_samples_are_not_finite_is_a_row_too(three, tmp_path):
     for one in (found, again):
         result = next(r for r in one["results"] if r["recipe"] == "two")
         assert (result["ended"], result["why"], result["figures"]) == ("diverged", "its samples are not finite", {})
-        assert (result["steps"], one["recipes"]["two"]["diverged"], set(one["recipes"]["one"]["figures"])) == (20, 1, {"1", "2", "3"})
+        assert (result["steps"], one["recipes"]["two"]["diverged"], set(one["recipes"]["one"]["figures"])) == (
+            20,
+            1,
+            {"1", "2", "3"},
+        )
     assert any("two: diverged: its samples are not finite" in line for line in said)
 
 
@@ -139,11 +174,13 @@ def test_other_terms_are_refused_before_anything_is_trained(three, tmp_path):
 
 @pytest.mark.slow
 def test_figures_of_another_look_are_not_mixed_with_those_of_this_one(three, tmp_path, monkeypatch):
-    from flowmap.train.compare.entry import Entry
+    from flowmap.compare.entry import Entry
 
     run(three[:2], tmp_path / "out", seeds=1)
     metrics = "metrics: [{kind: frechet, features: pixels, images: 90, reference_images: 90}]"
-    (tmp_path / "first.yaml").write_text(f"base: {three[0]}\nname: first\n{metrics}\n")  # all are looked at as the first is
+    (tmp_path / "first.yaml").write_text(
+        f"base: {three[0]}\nname: first\n{metrics}\n"
+    )  # all are looked at as the first is
     recipes, real = [str(tmp_path / "first.yaml"), three[1]], Entry.figures
 
     def stop(self, steps):
@@ -159,22 +196,33 @@ def test_figures_of_another_look_are_not_mixed_with_those_of_this_one(three, tmp
 
 
 def test_what_fit_would_refuse_is_refused_before_anybody_is_trained(three, tmp_path):
-    (tmp_path / "none.yaml").write_text(f"base: {three[0]}\nname: none\nteacher: null\nstudent: {{kind: from_teacher}}\n")
+    (tmp_path / "none.yaml").write_text(
+        f"base: {three[0]}\nname: none\nteacher: null\nstudent: {{kind: from_teacher}}\n"
+    )
     recipes = [three[0], str(tmp_path / "none.yaml")]
-    for call in (lambda: run(recipes, tmp_path / "out"), lambda: dry_compare(recipes, budget=40.0, out=tmp_path / "out")):
+    for call in (
+        lambda: run(recipes, tmp_path / "out"),
+        lambda: dry_compare(recipes, budget=40.0, out=tmp_path / "out"),
+    ):
         with pytest.raises(ValueError, match="none: student.kind: from_teacher needs a teacher"):
             call()
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monkeypatch):
-    from flowmap.train.compare import entry
+    from flowmap.compare import entry
 
-    monkeypatch.setattr(entry.Entry, "_prepared", lambda self, say: {"one": 0.0, "two": 16.0, "four": 40.0}[self.recipe.name])
+    monkeypatch.setattr(
+        entry.Entry, "_prepared", lambda self, say: {"one": 0.0, "two": 16.0, "four": 40.0}[self.recipe.name]
+    )
     found, _ = run(three, tmp_path / "out", seeds=1)
     one, two, four = found["results"]
     assert (one["train_seconds"], two["train_seconds"], two["own_seconds"], two["steps"]) == (40.0, 24.0, 16.0, 12)
-    assert four["ended"] == "no time" and found["recipes"]["four"]["no_time"] == 1 and "takes 40 of 40 seconds" in four["why"]
+    assert (
+        four["ended"] == "no time"
+        and found["recipes"]["four"]["no_time"] == 1
+        and "takes 40 of 40 seconds" in four["why"]
+    )
 
 
 @pytest.mark.slow
@@ -182,8 +230,16 @@ def test_pairs_and_a_run_to_start_from_are_priced_in_evaluations(three, tmp_path
     base = f"base: {tmp_path / 'tiny.yaml'}\n"
     made = "coupling: {kind: pairs, teacher: {card: exact}, num: 64, solver: {kind: heun, steps: 4}}\nobjective: {kind: rectified}\n"
     (tmp_path / "paired.yaml").write_text(f"{base}name: paired\n{made}")
-    (tmp_path / "later.yaml").write_text(f"base: {three[1]}\nname: later\nstudent: {{kind: from_recipe, recipe: {three[0]}}}\n")
-    found, _ = run([str(tmp_path / "paired.yaml"), str(tmp_path / "later.yaml")], tmp_path / "out", budget=None, calls=1600.0, seeds=1)
+    (tmp_path / "later.yaml").write_text(
+        f"base: {three[1]}\nname: later\nstudent: {{kind: from_recipe, recipe: {three[0]}}}\n"
+    )
+    found, _ = run(
+        [str(tmp_path / "paired.yaml"), str(tmp_path / "later.yaml")],
+        tmp_path / "out",
+        budget=None,
+        calls=1600.0,
+        seeds=1,
+    )
     paired, later = found["results"]
     assert (paired["own_evaluations"], paired["steps"]) == (64 * 8, (1600 - 512) // (16 * 3))
     assert (later["own_evaluations"], later["steps"]) == (20 * 16 * 4, (1600 - 1280) // (16 * 4))
@@ -209,7 +265,10 @@ def test_medians_and_spreads_are_those_of_the_seeds(three, tmp_path):
 def test_what_a_recipe_counts_in_steps_is_stretched_with_its_length():
     recipe = of_length(read_recipe("digits"), 380)
     assert (recipe.trainer.steps, recipe.objective.warmup_steps, recipe.optimizer.warmup_steps) == (380, 40, 10)
-    assert recipe.optimizer.lr_at(379, 380) < 1e-7 < recipe.optimizer.lr_at(190, 380) and recipe.ema == read_recipe("digits").ema
+    assert (
+        recipe.optimizer.lr_at(379, 380) < 1e-7 < recipe.optimizer.lr_at(190, 380)
+        and recipe.ema == read_recipe("digits").ema
+    )
     assert of_length(read_recipe("digits"), 3).objective.warmup_steps == 1
     assert of_length(read_recipe("digits-adversarial"), 200).objective.start == 25
     assert of_length(read_recipe("digits-lsd"), 3).objective == read_recipe("digits-lsd").objective
@@ -220,7 +279,9 @@ def test_a_seed_reaches_the_teacher_and_what_makes_pairs():
     paired = at_seed(read_recipe("rfpp/digits"), 3)
     assert paired.coupling.teacher.overrides == paired.teacher.overrides == ("seed=3",) and paired.seed == 3
     assert at_seed(read_recipe("toy/mixture"), 3).teacher.overrides == ()  # nothing is trained there
-    start = at_seed(read_recipe("digits", ["student={kind: from_recipe, recipe: digits-scm, overrides: ['trainer.steps=9']}"]), 3).student
+    start = at_seed(
+        read_recipe("digits", ["student={kind: from_recipe, recipe: digits-scm, overrides: ['trainer.steps=9']}"]), 3
+    ).student
     assert start.overrides == ("trainer.steps=9", "seed=3", "teacher.overrides=['seed=3']")
     assert read_recipe(start.recipe, start.overrides) == at_seed(read_recipe("digits-scm", ["trainer.steps=9"]), 3)
 
@@ -248,12 +309,17 @@ def test_recipes_that_cannot_be_compared_are_named(names, overrides, says):
 
 def test_other_teachers_or_guidance_are_refused_and_no_teacher_is_not(tmp_path):
     other = tmp_path / "other.yaml"
-    for change, says in (("{guidance: {default: 2.0}}", "guidance 1.5 and 2.0"), ("{overrides: ['seed=1']}", "overrides [] and ['seed=1']")):
+    for change, says in (
+        ("{guidance: {default: 2.0}}", "guidance 1.5 and 2.0"),
+        ("{overrides: ['seed=1']}", "overrides [] and ['seed=1']"),
+    ):
         other.write_text(f"name: other\nbase: digits\nteacher: {change}\n")
         with pytest.raises(ValueError, match="not of the same teacher") as caught:
             read_entrants(["digits", str(other)])
         assert says in str(caught.value)
-    other.write_text("name: other\nbase: digits\nteacher: null\nstudent: {kind: dit, preset: tiny, patch: 2}\nobjective: {kind: meanflow}\n")
+    other.write_text(
+        "name: other\nbase: digits\nteacher: null\nstudent: {kind: dit, preset: tiny, patch: 2}\nobjective: {kind: meanflow}\n"
+    )
     assert len(read_entrants(["digits", str(other), "rfpp/digits", "digits-scm"])) == 4
     other.write_text("name: other\nbase: digits\nteacher: {card: null, recipe: digits-teacher}\n")
     assert len(read_entrants(["digits", str(other)])) == 2  # the same teacher by another name
@@ -281,10 +347,27 @@ def test_a_mistake_is_one_line(command, tiny, tmp_path, arguments, says):
 
 
 def test_the_command_prints_the_table_and_a_dry_run_writes_nothing(command, tiny, tmp_path):
-    options = ("compare", "--recipes", tiny, "optimizer.lr=0.02", "--calls", 900, "--seeds", 1, "--steps", 1, "--out", tmp_path / "out")
+    options = (
+        "compare",
+        "--recipes",
+        tiny,
+        "optimizer.lr=0.02",
+        "--calls",
+        900,
+        "--seeds",
+        1,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "out",
+    )
     before = bytes_of(tmp_path)
     code, out, err = command(*options, "--dry-run")
-    assert code == 0 and "network evaluations a step, 11 steps; 0 of 1 seeds finished" in out and "nothing is missing" in out, (out, err)
+    assert (
+        code == 0
+        and "network evaluations a step, 11 steps; 0 of 1 seeds finished" in out
+        and "nothing is missing" in out
+    ), (out, err)
     assert bytes_of(tmp_path) == before
     code, out, err = command(*options)
     assert code == 0 and "| tiny |" in out and "| real against real |" in out and "quality.png" in out, err
@@ -295,12 +378,15 @@ def test_a_start_has_the_teacher_that_the_comparisons_overrides_say():
     changed = "teacher.overrides=[trainer.steps=9]"
     entrant = at_seed(read_entrants(["digits", "digits-warm"], [changed])[1], 3)
     start = read_recipe(entrant.student.recipe, entrant.student.overrides)
-    assert list(start.teacher.overrides) == list(entrant.teacher.overrides) == ["trainer.steps=9", "seed=3"] and start.seed == 3
+    assert (
+        list(start.teacher.overrides) == list(entrant.teacher.overrides) == ["trainer.steps=9", "seed=3"]
+        and start.seed == 3
+    )
 
 
 def test_memory_is_counted_anew(three):
+    from flowmap.compare.entry import forget_peak
     from flowmap.train.callbacks import peak_gib
-    from flowmap.train.compare.entry import forget_peak
 
     many = torch.ones(2**26)  # 256 MiB
     high = peak_gib(torch.device("cpu"))

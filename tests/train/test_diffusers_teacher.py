@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.build import build_teacher
+from flowmap.build.parts import build_teacher
 from tests.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -38,7 +38,11 @@ def pipeline(tmp_path, monkeypatch):
     folder = tmp_path / "pipe"
     with_random_weights(dit(channels=1, num_layers=3), scale=0.15).save_pretrained(folder / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
-    parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    parts = {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (folder / "model_index.json").write_text(json.dumps(parts))
     (tmp_path / "card.yaml").write_text(f"kind: diffusers\nsource: {folder}\nshape: [1, 8, 8]\nnum_classes: 10\n")
     return tmp_path
@@ -64,7 +68,9 @@ def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
     assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
     teacher = build_teacher(flowmap.read_recipe(path))
     assert set(teacher.network.flow_map.state_dict()) < set(student.flow_map.state_dict())
-    code, out, err = command("sample", "--student", pipeline / "run", "--steps", 1, "--num", 4, "--out", pipeline / "drawn")
+    code, out, err = command(
+        "sample", "--student", pipeline / "run", "--steps", 1, "--num", 4, "--out", pipeline / "drawn"
+    )
     assert code == 0, err
 
 

@@ -11,9 +11,17 @@ def test_it_says_what_each_derivative_costs(command, tiny):
     code, out, err = command("doctor", "--recipe", tiny, "--batch", 4)
     assert code == 0, err
     lines = out.splitlines()
-    assert "M parameters" in lines[0] and lines[1].startswith("teacher: 32 samples at 4 steps: mean ") and "(data " in lines[1]
+    assert (
+        "M parameters" in lines[0]
+        and lines[1].startswith("teacher: 32 samples at 4 steps: mean ")
+        and "(data " in lines[1]
+    )
     assert lines[2].startswith("plain flow-matching step")
-    assert [line.split(":")[0] for line in lines[3:6]] == ["derivative ride", "derivative difference", "derivative forward"]
+    assert [line.split(":")[0] for line in lines[3:6]] == [
+        "derivative ride",
+        "derivative difference",
+        "derivative forward",
+    ]
     assert "(1.00 of plain)" in lines[3] and lines[-1] == "choose objective.derivative=ride"
 
 
@@ -49,7 +57,9 @@ def test_it_names_the_operation_that_cannot_be_ridden(command, tiny, monkeypatch
     assert out.splitlines()[-1] == "choose objective.derivative=difference"
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(["--batch", 0], "--batch: 0"), (["teacher.card=edm2-s-imagenet64"], "flowmap import")])
+@pytest.mark.parametrize(
+    ("arguments", "says"), [(["--batch", 0], "--batch: 0"), (["teacher.card=edm2-s-imagenet64"], "flowmap import")]
+)
 def test_mistakes_are_one_line(command, tiny, arguments, says):
     code, _, err = command("doctor", "--recipe", tiny, *arguments)
     assert code == 2 and len(err.splitlines()) == 1 and says in err

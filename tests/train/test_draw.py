@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from flowmap.data import Text
+from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.recipe import read_recipe
-from flowmap.student.text_autoencoder import TextAutoencoder
 from flowmap.train.draw import draw_sample
 
 B = 200
@@ -26,7 +26,11 @@ def conditions():
     }  # fmt: skip
 
 
-EMPTY = {"text": torch.full((1, 3, 2), 7.0), "text_mask": torch.zeros(1, 3, dtype=torch.bool), "pooled": torch.full((1, 2), 5.0)}
+EMPTY = {
+    "text": torch.full((1, 3, 2), 7.0),
+    "text_mask": torch.zeros(1, 3, dtype=torch.bool),
+    "pooled": torch.full((1, 2), 5.0),
+}
 
 
 def test_what_is_dropped_is_dropped_whole():
@@ -41,16 +45,28 @@ def test_what_is_dropped_is_dropped_whole():
 
 
 def test_noise_and_times_do_not_depend_on_dropping():
-    with_text, without, kept = drawn(0.4, conditions(), EMPTY), drawn(0.4, {"class": torch.arange(B)}), drawn(0.0, conditions(), EMPTY)
+    with_text, without, kept = (
+        drawn(0.4, conditions(), EMPTY),
+        drawn(0.4, {"class": torch.arange(B)}),
+        drawn(0.0, conditions(), EMPTY),
+    )
     for other in (without, kept):
-        assert torch.equal(with_text.x1, other.x1) and torch.equal(with_text.t, other.t) and torch.equal(with_text.s, other.s)
-    assert torch.equal(with_text.cond["class"], without.cond["class"]) and torch.equal(with_text.cond["guidance"], without.cond["guidance"])
+        assert (
+            torch.equal(with_text.x1, other.x1)
+            and torch.equal(with_text.t, other.t)
+            and torch.equal(with_text.s, other.s)
+        )
+    assert torch.equal(with_text.cond["class"], without.cond["class"]) and torch.equal(
+        with_text.cond["guidance"], without.cond["guidance"]
+    )
     assert torch.equal(kept.cond["class"], torch.arange(B))
 
 
 def test_attributes_are_dropped_one_by_one_and_all_together():
     recipe = read_recipe("digits-teacher")
-    data = Text(autoencoder=TextAutoencoder(source="none"), attributes=("length",), drop_attribute=0.3, drop_condition=0.1)
+    data = Text(
+        autoencoder=TextAutoencoder(source="none"), attributes=("length",), drop_attribute=0.3, drop_condition=0.1
+    )
     recipe, n = replace(recipe, data=data), 20_000
     cond = {"a": torch.zeros(n, dtype=torch.int64), "b": torch.ones(n, dtype=torch.int64), "left": torch.ones(n, 2)}
     empty = {"a": torch.tensor([-1]), "b": torch.tensor([-1]), "left": torch.zeros(1, 2)}

@@ -10,8 +10,8 @@ import pytest
 from conftest import bytes_of
 from PIL import Image
 
-from flowmap.train.compare.curves import plot_runs
-from flowmap.train.compare.finished import compare_runs, differences, labelled, read_runs, tabulated
+from flowmap.compare.curves import plot_runs
+from flowmap.compare.finished import compare_runs, differences, labelled, read_runs, tabulated
 
 
 def spoil(run, change):

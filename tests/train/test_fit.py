@@ -13,7 +13,7 @@ from conftest import TINY, bytes_of
 
 import flowmap
 from flowmap.base.files import read_tensors
-from flowmap.optimizer import AdamW
+from flowmap.recipe.optimizer import AdamW
 from flowmap.train.csv_log import read_log
 from flowmap.train.fit import FitError, fit
 from flowmap.train.module import DistillModule, norm_of
@@ -41,17 +41,24 @@ def test_a_run_leaves_what_is_promised(finished):
     assert metrics["teacher"]["nfe"] == 4
     rows = read_log(finished / "log.csv")
     assert [row["step"] for row in rows] == [str(i) for i in range(20)]
-    assert {"train/loss", "train/tangent_norm", "train/lr", "speed/images_per_second", "speed/memory_gib"} <= set(rows[-1])
+    assert {"train/loss", "train/tangent_norm", "train/lr", "speed/images_per_second", "speed/memory_gib"} <= set(
+        rows[-1]
+    )
     assert any(key.startswith("by_time/") for row in rows for key in row)
     assert [float(row["train/tangent_weight"]) for row in rows[:3]] == pytest.approx([0, 1 / 12, 2 / 12])
     assert float(rows[0]["train/tangent_against_difference"]) < 0.05
 
 
 def test_the_student_that_ships_is_the_checkpoints_average(finished):
-    state, shipped = read_checkpoint(finished / "checkpoints" / "last.ckpt"), read_tensors(finished / "student" / "model.safetensors")
+    state, shipped = (
+        read_checkpoint(finished / "checkpoints" / "last.ckpt"),
+        read_tensors(finished / "student" / "model.safetensors"),
+    )
     assert state["global_step"] == 20
     assert all(torch.equal(state["state_dict"][f"averages.0.{name}"], tensor) for name, tensor in shipped.items())
-    assert all(name.startswith(("student.", "averages.")) for name in state["state_dict"]), "the teacher is in no checkpoint"
+    assert all(name.startswith(("student.", "averages.")) for name in state["state_dict"]), (
+        "the teacher is in no checkpoint"
+    )
 
 
 def test_the_same_recipe_gives_the_same_run_and_a_finished_run_is_left_alone(tiny, finished):
@@ -61,7 +68,11 @@ def test_the_same_recipe_gives_the_same_run_and_a_finished_run_is_left_alone(tin
     assert bytes_of(finished) == before and "complete" in said[0]
     fit(recipe_of(tiny), finished, overwrite=True, say=quiet)
     after = bytes_of(finished)
-    assert {name for name in after if after[name] != before[name]} <= {"log.csv", "metrics.json", "checkpoints/last.ckpt"}
+    assert {name for name in after if after[name] != before[name]} <= {
+        "log.csv",
+        "metrics.json",
+        "checkpoints/last.ckpt",
+    }
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
@@ -70,7 +81,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch, co
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert code == 1
-    assert "the loss is nan at step 13 (t in [0." in err and "s in [" in err and f"last good checkpoint is {last} (step 12)" in err
+    assert (
+        "the loss is nan at step 13 (t in [0." in err
+        and "s in [" in err
+        and f"last good checkpoint is {last} (step 12)" in err
+    )
     assert "Traceback" not in err
     assert finite(read_checkpoint(last)["state_dict"])
     assert finite(read_tensors(tmp_path / "run" / "student" / "model.safetensors"))
@@ -101,17 +116,23 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, tmp_path,
         original(self, optimizer)
 
     monkeypatch.setattr(DistillModule, "on_before_optimizer_step", spoil)
-    with pytest.raises(FitError, match=rf"the gradient's norm is nan at step {step} \(t in .*(step 6|no checkpoint was kept yet)"):
+    with pytest.raises(
+        FitError, match=rf"the gradient's norm is nan at step {step} \(t in .*(step 6|no checkpoint was kept yet)"
+    ):
         fit(recipe_of(tiny), tmp_path / "run", say=quiet)
     for path in (tmp_path / "run").rglob("*.safetensors"):
         assert finite(read_tensors(path))
 
 
 def test_weights_that_overflow_are_never_kept(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(AdamW, "lr_at", lambda self, step, total_steps: 1e36)  # far out of the range that a recipe may ask for
+    monkeypatch.setattr(
+        AdamW, "lr_at", lambda self, step, total_steps: 1e36
+    )  # far out of the range that a recipe may ask for
     with pytest.raises(FitError, match="not finite|is nan|is inf"):
         fit(recipe_of(tiny, "trainer.checkpoint_every_steps=1"), tmp_path / "run", say=quiet)
-    assert not list(tmp_path.rglob("last.ckpt")) or finite(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"])
+    assert not list(tmp_path.rglob("last.ckpt")) or finite(
+        read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    )
 
 
 def test_ctrl_c_says_one_line_and_the_run_can_be_resumed(tiny, tmp_path, monkeypatch, command):
@@ -126,7 +147,12 @@ def test_ctrl_c_says_one_line_and_the_run_can_be_resumed(tiny, tmp_path, monkeyp
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
     lines = err.splitlines()
-    assert code == 1 and len(lines) == 4 and lines[0].startswith("[1/1] tiny: 20 steps") and lines[1].startswith("teacher: 32 samples")
+    assert (
+        code == 1
+        and len(lines) == 4
+        and lines[0].startswith("[1/1] tiny: 20 steps")
+        and lines[1].startswith("teacher: 32 samples")
+    )
     assert lines[2].startswith("step 1/20  loss ")
     assert "interrupted at step 9; --resume goes on" in lines[3] and "(step 6)" in lines[3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -191,7 +217,7 @@ def test_accumulation_sees_the_same_data_and_makes_the_same_number_of_steps(tiny
 
 
 def module_of(recipe) -> DistillModule:
-    from flowmap.build import build_data, build_student, build_teacher, student_config
+    from flowmap.build.parts import build_data, build_student, build_teacher, student_config
 
     data, teacher = build_data(recipe), build_teacher(recipe)
     return DistillModule(recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data)
@@ -199,9 +225,13 @@ def module_of(recipe) -> DistillModule:
 
 def test_bf16_runs_and_keeps_float32_weights(tiny, tmp_path):
     run = fit(recipe_of(tiny, "trainer.precision=bf16", "trainer.steps=6"), tmp_path / "run", say=quiet)
-    assert {tensor.dtype for tensor in read_tensors(run.folder / "student" / "model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in read_tensors(run.folder / "student" / "model.safetensors").values()} == {
+        torch.float32
+    }
     other = fit(recipe_of(tiny, "trainer.steps=6"), tmp_path / "other", say=quiet)
-    losses = [[float(row["train/loss"]) for row in read_log(folder / "log.csv")] for folder in (run.folder, other.folder)]
+    losses = [
+        [float(row["train/loss"]) for row in read_log(folder / "log.csv")] for folder in (run.folder, other.folder)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.1) and losses[0] != losses[1]
 
 

@@ -8,10 +8,10 @@ from conftest import FLOW
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.build import _dropping, build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import _dropping, build_data, build_student, build_teacher, student_config
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import DDPMpp
-from flowmap.planning.plan import dependency_folder, plan
+from flowmap.plan.plan import dependency_folder, plan
 from flowmap.recipe import read_recipe
 
 MAP = """\
@@ -90,7 +90,10 @@ def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
 
 def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
     recipe = recipes("map")
-    with pytest.raises(RecipeError, match="map: student.recipe: '.*flow' is not trained yet; `flowmap fit --recipe .*map` trains it first$"):
+    with pytest.raises(
+        RecipeError,
+        match="map: student.recipe: '.*flow' is not trained yet; `flowmap fit --recipe .*map` trains it first$",
+    ):
         student_config(recipe, build_data(recipe), None)
     with pytest.raises(RecipeError, match="teacher.*exactly one of card and recipe"):
         recipes("map", "teacher.card=digits")

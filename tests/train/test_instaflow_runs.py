@@ -10,8 +10,8 @@ from conftest import FLOW
 import flowmap
 from flowmap.nets import Stacked
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.planning.plan import Pairing, Stage, plan
-from flowmap.planning.provenance import baked_scale
+from flowmap.plan.plan import Pairing, Stage, plan
+from flowmap.plan.provenance import baked_scale
 from flowmap.recipe import read_recipe
 
 pytest.importorskip("datasets")
@@ -64,7 +64,10 @@ def test_one_fit_builds_all_that_leads_to_one_step(chain, tmp_path, command):
     assert "train/squared" in (tmp_path / "run" / "log.csv").read_text().split("\n")[0]
     sample = ("sample", "--student", tmp_path / "run", "--num", 4, "--steps", 1, "--out", tmp_path / "drawn")
     assert command(*sample)[0] == 0
-    for words, says in ((("--guidance", 2.0), "2.5 is baked in by the pairs"), (("--negative-prompt", "red"), "makes one prediction a step")):
+    for words, says in (
+        (("--guidance", 2.0), "2.5 is baked in by the pairs"),
+        (("--negative-prompt", "red"), "makes one prediction a step"),
+    ):
         code, _, err = command(*sample, *words)
         assert code == 2 and says in err and err.count("\n") == 1
     code, _, err = command("export", "--student", tmp_path / "run", "--guidance", 2.0, "--out", tmp_path / "exported")
@@ -73,7 +76,15 @@ def test_one_fit_builds_all_that_leads_to_one_step(chain, tmp_path, command):
 
 @pytest.mark.parametrize(
     ("name", "scale"),
-    [("digits-reflow", 2.0), ("digits", 2.0), ("emoji-reflow", 2.0), ("emoji", 2.0), ("sd15-reflow", 6.0), ("sd15-reflow-1024", 6.0), ("sd15", 1.5)],
+    [
+        ("digits-reflow", 2.0),
+        ("digits", 2.0),
+        ("emoji-reflow", 2.0),
+        ("emoji", 2.0),
+        ("sd15-reflow", 6.0),
+        ("sd15-reflow-1024", 6.0),
+        ("sd15", 1.5),
+    ],
 )
 def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
     assert baked_scale(read_recipe(f"instaflow/{name}")) == scale
@@ -108,7 +119,13 @@ def test_the_full_scale_recipes_from_pictures_on_disk_to_one_step(stacked, tmp_p
     on, start = f"+{tmp_path}/sd15-reflow-1024.yaml", "{overrides: [ON]}"
     if stacked:
         start = "{kind: stacked, net: {kind: from_recipe, recipe: instaflow/sd15-reflow-1024, overrides: [ON]}}"
-    told = {"START": start, "CARD": str(card(tmp_path / "card.yaml", pipe, (4, 8, 8))), "PAIRS": PAIRS, "ON": on, "FOLDER": str(tmp_path)}
+    told = {
+        "START": start,
+        "CARD": str(card(tmp_path / "card.yaml", pipe, (4, 8, 8))),
+        "PAIRS": PAIRS,
+        "ON": on,
+        "FOLDER": str(tmp_path),
+    }
     told["NET"] = "'tests.objectives.test_instaflow:one_sided'"
     common = TINY.format(images=pictures(tmp_path / "pictures"), pipe=pipe)
     for name, text in STAGES.items():
@@ -119,11 +136,17 @@ def test_the_full_scale_recipes_from_pictures_on_disk_to_one_step(stacked, tmp_p
     assert code == 0, err
     student = flowmap.load_student(tmp_path / "run")
     net = student.config.net.net if stacked else student.config.net
-    assert isinstance(net, DiffusersModel) and isinstance(student.config.net, Stacked) == stacked and student.config.baked_guidance == 1.5
+    assert (
+        isinstance(net, DiffusersModel)
+        and isinstance(student.config.net, Stacked) == stacked
+        and student.config.baked_guidance == 1.5
+    )
     images = student.sample(3, cond={"prompt": "a red cat"}, seed=1)
     assert images.shape == (3, 3, 16, 16) and images.isfinite().all()
     assert "train/perceptual" in (tmp_path / "run" / "log.csv").read_text().split("\n")[0]
     assert not any("decode" in name for name in student.flow_map.state_dict())
     with pytest.raises(ValueError, match="negative_prompt"):
         student.sample(1, cond={"prompt": "a cat", "negative_prompt": "a dog"})
-    torch.testing.assert_close(student.sample(2, cond={"prompt": "a cat"}, seed=2), student.sample(2, cond={"prompt": "a cat"}, seed=2))
+    torch.testing.assert_close(
+        student.sample(2, cond={"prompt": "a cat"}, seed=2), student.sample(2, cond={"prompt": "a cat"}, seed=2)
+    )

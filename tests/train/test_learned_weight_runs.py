@@ -18,7 +18,9 @@ from flowmap.train.strategy import read_checkpoint
 from tests.conftest import TINY
 from tests.train.test_resume import assert_same_run, in_process, trace
 
-WEIGHTED = TINY.replace("{kind: ayf_emd, warmup_steps: 12}", "{kind: lsd, weight: {kind: learned}}").replace("steps: 20", "steps: 12")
+WEIGHTED = TINY.replace("{kind: ayf_emd, warmup_steps: 12}", "{kind: lsd, weight: {kind: learned}}").replace(
+    "steps: 20", "steps: 12"
+)
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def path(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize("overrides", [[], ["objective={kind: scm, warmup_steps: 4, weight: {kind: learned}}"]], ids=["lsd", "scm"])
+@pytest.mark.parametrize(
+    "overrides", [[], ["objective={kind: scm, warmup_steps: 4, weight: {kind: learned}}"]], ids=["lsd", "scm"]
+)
 def test_it_trains_and_does_not_ship(path, tmp_path, overrides):
     folder = flowmap.fit(read_recipe(path, overrides), tmp_path / "run", say=lambda message: None).folder
     state = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
@@ -53,8 +57,12 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, t
 
 
 def test_without_it_there_is_no_such_branch(path, tmp_path):
-    folder = flowmap.fit(read_recipe(path, ["objective.weight.kind=none", "trainer.steps=2"]), tmp_path / "run", say=lambda message: None).folder
-    assert not any("uncertainty" in name for name in read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"])
+    folder = flowmap.fit(
+        read_recipe(path, ["objective.weight.kind=none", "trainer.steps=2"]), tmp_path / "run", say=lambda message: None
+    ).folder
+    assert not any(
+        "uncertainty" in name for name in read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    )
 
 
 def test_the_branch_is_the_same_for_the_same_seed_and_is_not_the_last_layer():

@@ -3,11 +3,11 @@
 import pytest
 
 from flowmap.base.schema import RecipeError
-from flowmap.kinds import left_by
 from flowmap.nets import NETS
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
-from flowmap.train.leaves import LEAVES
+from flowmap.recipe.kinds import left_by
+from flowmap.train.artifacts import LEAVES
 
 
 def test_the_table_is_what_objectives_and_networks_declare():

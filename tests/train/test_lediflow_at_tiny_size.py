@@ -59,5 +59,8 @@ def test_a_dry_run_knows_sizes_without_pictures_or_weights(recipe, tmp_path, mon
     code, out, err = command("fit", "--recipe", f"lediflow/{recipe}", "--dry-run")
     assert code == 3 and "learned prior: 43.08 M parameters" in out and "samples of shape (4, 32, 32)" in out, err
     missing = out.strip().splitlines()[-1]
-    assert missing.startswith("missing on this machine: ") and f"data.images.root: .data/{recipe}: there is no such folder" in missing
+    assert (
+        missing.startswith("missing on this machine: ")
+        and f"data.images.root: .data/{recipe}: there is no such folder" in missing
+    )
     assert "data.autoencoder.source: 'stabilityai/sdxl-vae': not on this machine" in missing

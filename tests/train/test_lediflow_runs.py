@@ -10,14 +10,14 @@ import torch
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, build_samples, build_student, build_teacher, student_config
-from flowmap.build_prior import build_prior
+from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.prior import build_prior
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import beside, starts
 from flowmap.flow.solver import Heun
-from flowmap.planning.plan import dependency_folder, plan
+from flowmap.plan.plan import dependency_folder, plan
+from flowmap.prepare.make_pairs import verify
 from flowmap.recipe import read_recipe
-from flowmap.shards.make_pairs import verify
 from flowmap.train.fit import FitError
 from flowmap.train.module import DistillModule
 from tests.conftest import no_runs
@@ -75,7 +75,13 @@ log: {wandb: false, grid_images: 4}
 
 
 def write(folder):
-    for name, text in (("small-prior", PRIOR), ("small-flow", FLOW), ("small-map", MAP), ("small-reflow", REFLOW), ("small-codes", CODES)):
+    for name, text in (
+        ("small-prior", PRIOR),
+        ("small-flow", FLOW),
+        ("small-map", MAP),
+        ("small-reflow", REFLOW),
+        ("small-codes", CODES),
+    ):
         (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
 
 
@@ -105,7 +111,9 @@ def test_the_auxiliary_models_run_says_what_became_of_its_posterior(recipes):
     folder = dependency_folder(recipes("prior"))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics["student"]["1"]) == {"nll", "rmse", "kl_nats", "active_share", "codes_to_normal"}
-    assert len(metrics["units"]["kl"]) == 3 and metrics["units"]["active"] == round(3 * metrics["student"]["1"]["active_share"])
+    assert len(metrics["units"]["kl"]) == 3 and metrics["units"]["active"] == round(
+        3 * metrics["student"]["1"]["active_share"]
+    )
     assert (folder / "samples" / "step-00000006.png").is_file() and no_runs(folder) == set()
 
 
@@ -131,7 +139,9 @@ def test_the_prior_is_held_and_not_trained_and_figures_come_out_again(recipes, t
     recipe = recipes("map")
     data = build_data(recipe)
     teacher, prior = build_teacher(recipe, data), build_prior(recipe)
-    module = DistillModule(recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data, prior=prior)
+    module = DistillModule(
+        recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data, prior=prior
+    )
     assert not any("prior" in name or "encoder" in name for name in module.state_dict())
     assert not any(p.requires_grad for p in prior.model.parameters())
     run = trained / "runs" / "small-map"
@@ -185,11 +195,21 @@ def test_pairs_start_at_the_learned_prior_bit_for_bit(recipes, tmp_path):
 
 
 def test_a_flow_of_codes(recipes, tmp_path, trained):
-    recipe = recipes("flow", f"prior.z={{kind: flow, recipe: {trained}/small-codes.yaml, steps: 2}}", "name=by-flow", "prior.told=false")
+    recipe = recipes(
+        "flow",
+        f"prior.z={{kind: flow, recipe: {trained}/small-codes.yaml, steps: 2}}",
+        "name=by-flow",
+        "prior.told=false",
+    )
     assert [stage.recipe.name for stage in plan(recipe, tmp_path)] == ["small-prior", "small-codes", "by-flow"]
     run = flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
     student = run.student
-    assert student.start(4, torch.Generator().manual_seed(0)).told == {} and student.sample(4, steps=1).shape == (4, 1, 8, 8)
+    assert student.start(4, torch.Generator().manual_seed(0)).told == {} and student.sample(4, steps=1).shape == (
+        4,
+        1,
+        8,
+        8,
+    )
     noise = torch.randn(4, 4, generator=beside(torch.Generator().manual_seed(0)))
     net = flowmap.load_student(dependency_folder(recipes("codes")))
     expected = Heun(steps=2)(lambda z, t: net.velocity(z, t), noise[:, :3]).x
@@ -206,7 +226,11 @@ def test_a_flow_of_codes(recipes, tmp_path, trained):
         ("flow", "objective.weight.kind=inverse_varianc", "did you mean 'inverse_variance'"),
         ("reflow", "coupling.inverted=0.5", "coupling.inverted"),
         ("map", "coupling={kind: styles, source: [a=1], target: [a=2]}", "coupling styles starts at sentences"),
-        ("prior", "student.kind=mlp", "variance_guided does not train a student of kind mlp; allowed: conv_prior, transformer_prior"),
+        (
+            "prior",
+            "student.kind=mlp",
+            "variance_guided does not train a student of kind mlp; allowed: conv_prior, transformer_prior",
+        ),
         ("prior", "student.size=0", "student.size: 0"),
         ("prior", "student.log_variance=[1,0]", "log_variance"),
     ],
@@ -225,7 +249,11 @@ def test_what_does_not_fit_is_one_line(recipes, name, change, says):
         ("flow", ["prior.recipe=digits-teacher"], "trains no auxiliary model"),
         ("flow", ["prior.overrides=[trainer.steps=7]"], "is not trained yet"),
         ("flow", ["student={kind: edm_ddpmpp}"], "takes no code z"),
-        ("flow", ["prior.z={kind: flow, recipe: digits-teacher}"], "does not match the encoder: it is trained on no codes"),
+        (
+            "flow",
+            ["prior.z={kind: flow, recipe: digits-teacher}"],
+            "does not match the encoder: it is trained on no codes",
+        ),
         ("flow", ["prior.z={kind: mixture, components: 5000}"], "at least twice as many codes"),
     ],
 )
@@ -241,14 +269,20 @@ def test_what_cannot_be_built_is_one_line(recipes, name, changes, says):
 
 def test_a_collapsed_posterior_is_refused_with_its_figure(recipes, trained, tmp_path):
     recipe = recipes("flow")
-    recipe = replace(recipe, prior=replace(recipe.prior, overrides=("objective.kl=1000", "trainer.steps=30", "name=collapsed")))
+    recipe = replace(
+        recipe, prior=replace(recipe.prior, overrides=("objective.kl=1000", "trainer.steps=30", "name=collapsed"))
+    )
     said = []
-    with pytest.raises(RecipeError, match=r"has a collapsed posterior: 0 of 3 numbers of z are active, KL .* nats in all"):
+    with pytest.raises(
+        RecipeError, match=r"has a collapsed posterior: 0 of 3 numbers of z are active, KL .* nats in all"
+    ):
         flowmap.fit(recipe, tmp_path / "run", say=said.append)
     assert any(line.startswith("collapsed posterior: 0 of 3") for line in said)
 
 
 def test_codes_of_another_encoder_are_refused(recipes, trained, tmp_path):
-    recipe = recipes("flow", f"prior.z={{kind: flow, recipe: {trained}/small-codes.yaml, overrides: ['data.overrides=[seed=5]']}}")
+    recipe = recipes(
+        "flow", f"prior.z={{kind: flow, recipe: {trained}/small-codes.yaml, overrides: ['data.overrides=[seed=5]']}}"
+    )
     with pytest.raises(RecipeError, match="does not match the encoder: it is trained on the codes of 'small-prior'"):
         build_prior(recipe)

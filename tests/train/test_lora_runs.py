@@ -13,7 +13,7 @@ import torch
 
 import flowmap
 from flowmap.base.files import read_tensors
-from flowmap.build import build_teacher
+from flowmap.build.parts import build_teacher
 from flowmap.nets.lora import fingerprint
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
@@ -48,7 +48,11 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     with_random_weights(dit(channels=1), scale=0.15).save_pretrained(place / "pipe" / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(place / "pipe" / "scheduler")
-    parts = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    parts = {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (place / "pipe" / "model_index.json").write_text(json.dumps(parts))
     (place / "card.yaml").write_text(f"kind: diffusers\nsource: {place / 'pipe'}\nshape: [1, 8, 8]\nnum_classes: 10\n")
     for name, dropout in (("plain", 0.0), ("dropout", 0.2)):
@@ -70,7 +74,10 @@ def trained(name: str) -> bool:
 
 
 def test_a_run_keeps_adapters_and_branches_alone(place, run):
-    shipped, state = read_tensors(run / "student" / "model.safetensors"), read_checkpoint(run / "checkpoints" / "last.ckpt")
+    shipped, state = (
+        read_tensors(run / "student" / "model.safetensors"),
+        read_checkpoint(run / "checkpoints" / "last.ckpt"),
+    )
     assert shipped and all(map(trained, shipped)) and all(map(trained, state["state_dict"]))
     assert {name.split(".", 2)[2] for name in state["state_dict"] if name.startswith("averages.0.")} == set(shipped)
     assert len(state["state_dict"]) == 3 * len(shipped)  # the student and two averages
@@ -81,7 +88,7 @@ def test_a_run_keeps_adapters_and_branches_alone(place, run):
 
 
 def test_the_base_is_shared_and_unchanged(place, run):
-    from flowmap.build import build_data, build_student, student_config
+    from flowmap.build.parts import build_data, build_student, student_config
 
     recipe = flowmap.read_recipe(place / "plain.yaml")
     teacher, data = build_teacher(recipe), build_data(recipe)
@@ -95,7 +102,11 @@ def test_the_base_is_shared_and_unchanged(place, run):
         assert base < {id(p) for p in net.parameters()}
     assert not base & {id(p) for group in module.configure_optimizers().param_groups for p in group["params"]}
     given = dict(model.named_parameters())
-    there = {name.replace(".base_layer", "").removeprefix("net.model."): p for name, p in student.flow_map.named_parameters() if not trained(name)}
+    there = {
+        name.replace(".base_layer", "").removeprefix("net.model."): p
+        for name, p in student.flow_map.named_parameters()
+        if not trained(name)
+    }
     assert set(there) == set(given) and all(torch.equal(there[name], given[name]) for name in given)
 
 
@@ -130,7 +141,9 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(place, run, tmp_path, monkeyp
     said = []
     fit(recipe, tmp_path / "run", resume=True, say=said.append)
     assert "resuming at step 3" in said
-    for path in [p for part in ("student", "ema", "samples") for p in (whole / part).iterdir() if p.name != "README.md"]:
+    for path in [
+        p for part in ("student", "ema", "samples") for p in (whole / part).iterdir() if p.name != "README.md"
+    ]:
         assert path.read_bytes() == (tmp_path / "run" / path.relative_to(whole)).read_bytes(), path
     one, two = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, tmp_path / "run"))
     assert all(torch.equal(tensor, two["state_dict"][name]) for name, tensor in one["state_dict"].items())
@@ -139,7 +152,9 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(place, run, tmp_path, monkeyp
 def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp_path, command):
     folder = shutil.copytree(run / "student", tmp_path / "student")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"base": config["base"] | {"source": str(tmp_path / "gone")}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"base": config["base"] | {"source": str(tmp_path / "gone")}})
+    )
     with pytest.raises(ValueError, match=r"config.json: base: .*gone: no diffusers pipeline is there") as error:
         load_student(folder)
     assert "\n" not in str(error.value)
@@ -149,7 +164,9 @@ def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp
     assert code == 2 and "no diffusers pipeline is there" in err
     assert command(*words, "--base", place / "pipe")[0] == 0 and len(list((tmp_path / "drawn").glob("*.png"))) >= 2
     (folder / "config.json").write_text(json.dumps(config | {"base": config["base"] | {"sha256": "0" * 64}}))
-    with pytest.raises(ValueError, match=r"base: .*SHA-256 \w{12}, those that this student was trained on 000000000000"):
+    with pytest.raises(
+        ValueError, match=r"base: .*SHA-256 \w{12}, those that this student was trained on 000000000000"
+    ):
         load_student(folder)
     (folder / "config.json").write_text(json.dumps(config | {"lora": config["lora"] | {"rank": 10**9}}))
     with pytest.raises(ValueError, match="lora.rank: 1000000000 must be 1 or more, at most 65536"):
@@ -185,17 +202,23 @@ def test_dry_run_and_doctor_count_what_is_trained(place, run, command):
 
 def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
     """Also guided by its own earlier snapshot, which lies beside the same base; a student of its own starts from the merged weights."""
-    from flowmap.build import build_data, build_student, student_config
+    from flowmap.build.parts import build_data, build_student, student_config
     from flowmap.student.snapshots import nearest_snapshot
 
     monkeypatch.setenv("FLOWMAP_RUNS", str(place / "runs"))
     (tmp_path / "card.yaml").write_text(f"kind: recipe\nrecipe: {place / 'plain.yaml'}\n")
     guidance = "teacher.guidance={kind: autoguidance, snapshot: 0.5}"
-    recipe = flowmap.read_recipe(place / "plain.yaml", ["student={kind: from_teacher}", f"teacher.card={tmp_path / 'card.yaml'}", guidance])
+    recipe = flowmap.read_recipe(
+        place / "plain.yaml", ["student={kind: from_teacher}", f"teacher.card={tmp_path / 'card.yaml'}", guidance]
+    )
     teacher = build_teacher(recipe)
     earlier = load_student(run)
     earlier.flow_map.load_state_dict(nearest_snapshot(run, share=0.5))
-    x, t, cond = torch.randn(5, 1, 8, 8), torch.linspace(0.1, 0.9, 5), {"class": torch.arange(5), "guidance": torch.full((5,), 1.5)}
+    x, t, cond = (
+        torch.randn(5, 1, 8, 8),
+        torch.linspace(0.1, 0.9, 5),
+        {"class": torch.arange(5), "guidance": torch.full((5,), 1.5)},
+    )
     strong, weak = (s.flow_map.velocity(x, t, cond) for s in (load_student(run), earlier))
     assert not torch.equal(strong, weak)
     both = [network.velocity(x, t, cond) for network in (teacher.guided.strong, teacher.guided.weak)]

@@ -13,8 +13,8 @@ from conftest import bytes_of
 import flowmap
 from flowmap.base.files import read_json, read_tensors
 from flowmap.base.schema import RecipeError, short_hash
-from flowmap.planning.plan import holds, is_complete
-from flowmap.recipe import list_recipes, read_recipe
+from flowmap.plan.plan import holds, is_complete
+from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.clock import Clock
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
@@ -47,22 +47,32 @@ def untrained(monkeypatch):
 
 
 def assert_trained(folder, step=20):
-    state, shipped = read_checkpoint(folder / "checkpoints/last.ckpt"), read_tensors(folder / "student/model.safetensors")
+    state, shipped = (
+        read_checkpoint(folder / "checkpoints/last.ckpt"),
+        read_tensors(folder / "student/model.safetensors"),
+    )
     assert state["global_step"] == step and flowmap.load_student(folder).config.step == step
     assert all(bool((state["state_dict"][f"averages.0.{name}"] == tensor).all()) for name, tensor in shipped.items())
 
 
-@pytest.mark.parametrize("error", [ValueError("no such module"), RuntimeError("out of memory"), AssertionError(), ZeroDivisionError("by zero")])
-def test_a_run_whose_measuring_fails_is_trained_and_measured_by_another_recipe(tiny, tmp_path, monkeypatch, command, untrained, error):
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no such module"), RuntimeError("out of memory"), AssertionError(), ZeroDivisionError("by zero")],
+)
+def test_a_run_whose_measuring_fails_is_trained_and_measured_by_another_recipe(
+    tiny, tmp_path, monkeypatch, command, untrained, error
+):
     def fail(*args, **kwargs):
         assert_trained(tmp_path / "run")
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("flowmap.train.leaves.measure", fail)
+        patch.setattr("flowmap.train.artifacts.measure", fail)
         code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run")
     (said,) = [line for line in err.splitlines() if line.startswith("flowmap: ")]
-    assert code == 1 and "trained for 20 steps, but measuring failed: " in said and "`flowmap fit --resume`" in said, err
+    assert code == 1 and "trained for 20 steps, but measuring failed: " in said and "`flowmap fit --resume`" in said, (
+        err
+    )
     assert str(error) in said and (type(error).__name__ in said) == (type(error) not in (ValueError, RuntimeError))
     assert_trained(tmp_path / "run")
     weights = (tmp_path / "run/student/model.safetensors").read_bytes()
@@ -70,10 +80,15 @@ def test_a_run_whose_measuring_fails_is_trained_and_measured_by_another_recipe(t
     code, out, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", "--resume", OTHER["metrics"])
     assert code == 0 and "resuming at step 20" in err and "frechet_pixels" in out, err
     assert (tmp_path / "run/student/model.safetensors").read_bytes() == weights
-    assert "images: 50" in (tmp_path / "run/recipe.yaml").read_text() and (tmp_path / "run/samples/step-00000020.png").is_file()
+    assert (
+        "images: 50" in (tmp_path / "run/recipe.yaml").read_text()
+        and (tmp_path / "run/samples/step-00000020.png").is_file()
+    )
 
 
-def test_samples_that_cannot_be_drawn_stop_neither_training_nor_measuring(tiny, tmp_path, monkeypatch, command, untrained):
+def test_samples_that_cannot_be_drawn_stop_neither_training_nor_measuring(
+    tiny, tmp_path, monkeypatch, command, untrained
+):
     def fail(*args, **kwargs):
         raise TypeError("Cannot handle this data type: (1, 1, 2), |u1")
 
@@ -81,7 +96,9 @@ def test_samples_that_cannot_be_drawn_stop_neither_training_nor_measuring(tiny, 
     with monkeypatch.context() as patch:
         patch.setattr("flowmap.train.callbacks.to_grid", fail)
         code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", *settings)
-    assert code == 1 and err.count("warning: drawing samples failed, training goes on: TypeError: Cannot handle") == 1, err
+    assert (
+        code == 1 and err.count("warning: drawing samples failed, training goes on: TypeError: Cannot handle") == 1
+    ), err
     assert "trained for 20 steps, but drawing its samples failed: TypeError: Cannot handle" in err.splitlines()[-1]
     assert_trained(tmp_path / "run")
     figures = read_json(tmp_path / "run/metrics.json")["student"]
@@ -105,7 +122,9 @@ def test_a_trained_run_is_measured_again_and_nothing_is_trained(tiny, finished, 
     if what == "log":  # says nothing of the run
         assert code == 0 and "complete in" in err
     else:
-        assert code == 2 and f"measured otherwise (first difference: {what}" in err and "--resume measures it again" in err, err
+        assert (
+            code == 2 and f"measured otherwise (first difference: {what}" in err and "--resume measures it again" in err
+        ), err
     code, out, err = command("fit", "--recipe", tiny, "--out", finished, OTHER[what], "--resume")
     assert code == 0 and "measured again" in err, err
     after, new = bytes_of(finished), read_json(finished / "metrics.json")
@@ -115,13 +134,15 @@ def test_a_trained_run_is_measured_again_and_nothing_is_trained(tiny, finished, 
     assert (new["student"] == old["student"]) == (what in ("log", "evaluation"))
     assert (after["samples/step-00000020.png"] == before["samples/step-00000020.png"]) == (what == "metrics")
     sampler = flowmap.load_student(finished).config.sampler
-    assert tuple(sampler.steps) == ((1, 3) if what == "sampler" else (1, 2)) and getattr(sampler, "gamma", 0.0) == (0.3 if what == "sampler" else 0)
+    assert tuple(sampler.steps) == ((1, 3) if what == "sampler" else (1, 2)) and getattr(sampler, "gamma", 0.0) == (
+        0.3 if what == "sampler" else 0
+    )
     assert is_complete(finished, recipe_of(tiny, OTHER[what])) and is_complete(finished, recipe_of(tiny))
     assert command("fit", "--recipe", tiny, "--out", finished, OTHER[what], "--resume")[2].count("complete in") == 1
     assert bytes_of(finished) == after
 
 
-@pytest.mark.parametrize("where", ["flowmap.train.leaves.measure", "flowmap.train.finish.full_state"])
+@pytest.mark.parametrize("where", ["flowmap.train.artifacts.measure", "flowmap.train.finish.full_state"])
 def test_a_run_keeps_its_figures_until_it_is_measured_again(tiny, finished, monkeypatch, where):
     def fail(*args, **kwargs):
         raise RuntimeError("as arranged")
@@ -166,7 +187,9 @@ def test_an_unfinished_run_goes_on_with_other_metrics(tiny, finished, tmp_path, 
     said = []
     run = fit(recipe_of(tiny, OTHER["metrics"], OTHER["sampler"]), tmp_path / "run", resume=True, say=said.append)
     assert "resuming at step 6" in said and set(run.metrics["student"]) == {"1", "3"}
-    assert (run.folder / "student/model.safetensors").read_bytes() == (finished / "student/model.safetensors").read_bytes()
+    assert (run.folder / "student/model.safetensors").read_bytes() == (
+        finished / "student/model.safetensors"
+    ).read_bytes()
 
 
 def test_what_cannot_be_measured_again_is_left_alone(tiny, finished, tmp_path, command):
@@ -188,12 +211,16 @@ def test_what_cannot_be_measured_again_is_left_alone(tiny, finished, tmp_path, c
 @pytest.mark.parametrize("name", list_recipes())
 def test_only_what_is_trained_makes_another_run(name):
     recipe = read_recipe(name)
-    other = replace(recipe, metrics=(), evaluation=replace(recipe.evaluation, seed=7), log=replace(recipe.log, wandb=False))
+    other = replace(
+        recipe, metrics=(), evaluation=replace(recipe.evaluation, seed=7), log=replace(recipe.log, wandb=False)
+    )
     assert other.training_hash() == recipe.training_hash()
     assert replace(other, sampler=replace(recipe.sampler, steps=(5,))).training_hash() == recipe.training_hash()
     assert replace(other, seed=recipe.seed + 1).training_hash() != recipe.training_hash()
     draws = any(kind in recipe.to_yaml() for kind in ("kind: adversarial\n", "kind: score_distillation\n"))
-    assert (replace(other, sampler=replace(recipe.sampler, t_max=0.99)).training_hash() != recipe.training_hash()) == draws
+    assert (
+        replace(other, sampler=replace(recipe.sampler, t_max=0.99)).training_hash() != recipe.training_hash()
+    ) == draws
 
 
 @pytest.fixture
@@ -201,7 +228,11 @@ def taught(tiny, tmp_path):
     """A teacher trained by a recipe, and a student of it, with the recipes' files."""
     flow = re.sub(r"teacher: .*\n|objective: .*\n", "", tiny.read_text()).replace("name: tiny", "name: flow")
     (tmp_path / "flow.yaml").write_text(flow + "objective: {kind: flow_matching}\n")
-    text = tiny.read_text().replace("{card: exact}", f"{{recipe: {tmp_path / 'flow.yaml'}}}").replace("name: tiny", "name: taught")
+    text = (
+        tiny.read_text()
+        .replace("{card: exact}", f"{{recipe: {tmp_path / 'flow.yaml'}}}")
+        .replace("name: tiny", "name: taught")
+    )
     (tmp_path / "taught.yaml").write_text(text)
     fit(recipe_of(tmp_path / "taught.yaml"), tmp_path / "run", say=quiet)
     return tmp_path
@@ -245,10 +276,14 @@ def test_an_unfinished_run_of_another_hash_is_gone_on_with(taught, monkeypatch):
     teacher.rename(taught / "runs/flow-01234567")
     said = []
     fit(recipe_of(taught / "taught.yaml"), taught / "run", say=said.append)
-    assert "resuming at step 20" in said and sorted(path.name for path in (taught / "runs").iterdir()) == ["flow-01234567"]
+    assert "resuming at step 20" in said and sorted(path.name for path in (taught / "runs").iterdir()) == [
+        "flow-01234567"
+    ]
 
 
-@pytest.mark.parametrize("setting", ["sampler.steps=[1000000000]", "sampler={kind: gamma, gamma: 0.3, steps: [1, 100001]}"])
+@pytest.mark.parametrize(
+    "setting", ["sampler.steps=[1000000000]", "sampler={kind: gamma, gamma: 0.3, steps: [1, 100001]}"]
+)
 def test_steps_without_end_are_refused_before_training(tiny, tmp_path, command, untrained, setting):
     untrained()
     code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", setting)

@@ -46,9 +46,13 @@ def test_a_student_that_is_not_finite_is_refused(command, finished, tmp_path, ve
     state = load_file(path)
     state["net.enter.weight"][1, 1] = value
     save_file(state, path)
-    student = {"average": ["--run", finished, "--std", 0.1], "merge": ["--student", finished, "--lora", path]}.get(verb, ["--student", finished])
+    student = {"average": ["--run", finished, "--std", 0.1], "merge": ["--student", finished, "--lora", path]}.get(
+        verb, ["--student", finished]
+    )
     before = bytes_of(finished)
-    code, out, err = command(verb, *student, *(["--to", "torch"] if verb == "export" else []), "--out", tmp_path / "out")
+    code, out, err = command(
+        verb, *student, *(["--to", "torch"] if verb == "export" else []), "--out", tmp_path / "out"
+    )
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert "model.safetensors: net.enter.weight: holds values that are not finite" in err
     assert bytes_of(finished) == before and not (tmp_path / "out").exists()
@@ -75,5 +79,7 @@ def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path):
     with torch.no_grad():
         model.decoder.conv_out.weight[0, 0, 0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="autoencoder.source: .* decoder.conv_out.weight: holds values that are not finite"):
+    with pytest.raises(
+        ValueError, match="autoencoder.source: .* decoder.conv_out.weight: holds values that are not finite"
+    ):
         Autoencoder(source=str(tmp_path)).load()

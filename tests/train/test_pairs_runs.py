@@ -12,10 +12,10 @@ from conftest import FLOW
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, build_samples
+from flowmap.build.parts import build_data, build_samples
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
-from flowmap.planning.plan import Pairing, Stage, pairs_of, plan
+from flowmap.plan.plan import Pairing, Stage, pairs_of, plan
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import DistillModule
@@ -68,10 +68,14 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
     said = []
     flowmap.fit(small(), tmp_path / "run", say=said.append)
     assert any("[2/3] small-student: 90 pairs -> " in line for line in said)
-    assert sum(line.startswith("teacher: 32 samples at 2 steps") for line in said) == 2, "before the pairs, and before the student"
+    assert sum(line.startswith("teacher: 32 samples at 2 steps") for line in said) == 2, (
+        "before the pairs, and before the student"
+    )
     student = flowmap.load_student(tmp_path / "run")
     assert student.sample(4, steps=2).shape == (4, 2) and student.config.guidance is None and not student.config.arrival
-    assert {"train/error", "by_time/error_t0.00-0.25"} <= set((tmp_path / "run" / "log.csv").read_text().split("\n")[0].split(","))
+    assert {"train/error", "by_time/error_t0.00-0.25"} <= set(
+        (tmp_path / "run" / "log.csv").read_text().split("\n")[0].split(",")
+    )
     said.clear()
     flowmap.fit(small(), tmp_path / "run", say=said.append)
     assert [": complete in" in line for line in said] == [True] * 3
@@ -82,7 +86,7 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
 @pytest.fixture
 def ready(small, tmp_path):
     """The teacher trained and the pairs made."""
-    from flowmap.shards.make_pairs import make_pairs
+    from flowmap.prepare.make_pairs import make_pairs
 
     flowmap.fit(read_recipe(tmp_path / "teacher.yaml"), tmp_path / "runs" / "small-teacher", say=quiet)
     make_pairs(small())
@@ -103,7 +107,11 @@ def test_a_step_sees_the_pairs_of_its_batch(ready, tmp_path, monkeypatch):
     pairs = build_samples(ready(), build_data(ready()))
     for sample, rows in zip(seen, StepBatches(90, 16, seed=0, num_steps=3), strict=True):
         x0, cond, x1 = pairs.__getitems__(rows)
-        assert torch.equal(sample.x0, x0) and torch.equal(sample.x1, x1) and torch.equal(sample.cond["class"], cond["class"])
+        assert (
+            torch.equal(sample.x0, x0)
+            and torch.equal(sample.x1, x1)
+            and torch.equal(sample.cond["class"], cond["class"])
+        )
         fresh = [(row, i) for row, i in enumerate(rows) if i < pairs.num_generated]
         assert fresh and all(torch.equal(sample.x1[row], noise_of(0, i, (2,))) for row, i in fresh)
 
@@ -126,16 +134,29 @@ def test_a_run_cut_off_goes_on_bit_equal(ready, tmp_path, monkeypatch):
 
 
 def test_other_objectives_take_pairs_too(ready, tmp_path):
-    ayf = ready("objective.kind=ayf_emd", "objective.warmup_steps=2", "times.kind=interval", "sampler.kind=deterministic", "trainer.steps=2")
+    ayf = ready(
+        "objective.kind=ayf_emd",
+        "objective.warmup_steps=2",
+        "times.kind=interval",
+        "sampler.kind=deterministic",
+        "trainer.steps=2",
+    )
     assert pairs_of(ayf).root == pairs_of(ready()).root
     flowmap.fit(ayf, tmp_path / "ayf", say=quiet)
     assert flowmap.load_student(tmp_path / "ayf").config.arrival
 
 
 def test_pairs_of_a_recipe_are_those_of_its_student(ready, tmp_path):
-    reflow = ready("coupling.teacher=null", f"coupling.recipe={tmp_path / 'teacher.yaml'}", "coupling.inverted=0", "trainer.steps=2")
+    reflow = ready(
+        "coupling.teacher=null",
+        f"coupling.recipe={tmp_path / 'teacher.yaml'}",
+        "coupling.inverted=0",
+        "trainer.steps=2",
+    )
     stages = plan(reflow, tmp_path / "run")
-    assert [type(stage) for stage in stages] == [Stage, Pairing, Stage] and stages[0].complete and not stages[1].complete
+    assert (
+        [type(stage) for stage in stages] == [Stage, Pairing, Stage] and stages[0].complete and not stages[1].complete
+    )
     flowmap.fit(reflow, tmp_path / "run", say=quiet)
     x0, cond, x1 = build_samples(reflow, build_data(reflow)).__getitems__(range(8))
     student = flowmap.load_student(tmp_path / "runs" / "small-teacher")
@@ -153,7 +174,9 @@ def test_another_teacher_or_a_new_training_of_it_is_refused(ready, tmp_path):
         other = ready("coupling.guidance=3.0", f"coupling.root={folder}")
         build_samples(other, build_data(other))
     tensors = read_tensors(run / "student" / "model.safetensors")
-    flowmap.base.files.write_tensors(run / "student" / "model.safetensors", {name: value + 1e-3 for name, value in tensors.items()})
+    flowmap.base.files.write_tensors(
+        run / "student" / "model.safetensors", {name: value + 1e-3 for name, value in tensors.items()}
+    )
     assert not Pairing(ready()).complete
     with pytest.raises(RecipeError, match="teacher.weights: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
         flowmap.fit(ready(), tmp_path / "run", say=quiet)
@@ -181,21 +204,51 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         (["coupling.inverted=1.5"], "coupling.inverted: 1.5 must lie in [0, 1]"),
         (["coupling.dtype=int8"], "coupling.dtype: 'int8' is not one of auto, uint8, float16, float32"),
         (["coupling.num=0"], "coupling.num: 0 must be 1 or more"),
-        (["coupling.inverted=0.1", "coupling.solver={kind: anchored}"], "coupling.solver: the anchored rule runs from noise to data only"),
-        (["teacher.guidance={kind: classifier_free}"], "teacher.guidance: objective rectified does not ask the teacher"),
-        (["objective.distance={kind: lpips_huber, net: pixels}"], "objective.distance.net: 'pixels' is not one of lpips, lpips_alex"),
         (
-            ["objective.distance={kind: lpips_huber, net: efficientnet_lite0}", "metrics=[{kind: frechet, features: efficientnet_lite0}]"],
+            ["coupling.inverted=0.1", "coupling.solver={kind: anchored}"],
+            "coupling.solver: the anchored rule runs from noise to data only",
+        ),
+        (
+            ["teacher.guidance={kind: classifier_free}"],
+            "teacher.guidance: objective rectified does not ask the teacher",
+        ),
+        (
+            ["objective.distance={kind: lpips_huber, net: pixels}"],
+            "objective.distance.net: 'pixels' is not one of lpips, lpips_alex",
+        ),
+        (
+            [
+                "objective.distance={kind: lpips_huber, net: efficientnet_lite0}",
+                "metrics=[{kind: frechet, features: efficientnet_lite0}]",
+            ],
             "objective.distance.net: 'efficientnet_lite0' is also a metric's",
         ),
-        (["objective.distance={kind: adaptive}"], "objective.distance.kind: no 'adaptive'; allowed: squared, pseudo_huber, lpips_huber"),
-        (["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"], "objective.distance: looks at pictures, and nothing decodes"),
+        (
+            ["objective.distance={kind: adaptive}"],
+            "objective.distance.kind: no 'adaptive'; allowed: squared, pseudo_huber, lpips_huber",
+        ),
+        (
+            ["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"],
+            "objective.distance: looks at pictures, and nothing decodes",
+        ),
         (["objective={kind: endpoint}", "coupling.kind=independent"], "coupling: objective endpoint is for pairs"),
         (["objective={kind: endpoint}", "path.kind=trig"], "path: "),
-        (["objective={kind: endpoint}", "teacher.guidance={kind: classifier_free}"], "teacher.guidance: objective endpoint does not ask"),
-        (["objective={kind: endpoint, perceptual_after_steps: 3}"], "objective.perceptual_after_steps, squared: say when"),
-        (["objective={kind: endpoint, perceptual: {kind: vgg}}"], "objective.perceptual.kind: no 'vgg'; allowed: network, pictures"),
-        (["objective={kind: endpoint, perceptual: {kind: pictures}}", "data={kind: latents, root: r}"], "objective.perceptual: looks at pictures"),
+        (
+            ["objective={kind: endpoint}", "teacher.guidance={kind: classifier_free}"],
+            "teacher.guidance: objective endpoint does not ask",
+        ),
+        (
+            ["objective={kind: endpoint, perceptual_after_steps: 3}"],
+            "objective.perceptual_after_steps, squared: say when",
+        ),
+        (
+            ["objective={kind: endpoint, perceptual: {kind: vgg}}"],
+            "objective.perceptual.kind: no 'vgg'; allowed: network, pictures",
+        ),
+        (
+            ["objective={kind: endpoint, perceptual: {kind: pictures}}", "data={kind: latents, root: r}"],
+            "objective.perceptual: looks at pictures",
+        ),
         (
             [
                 "objective={kind: endpoint, perceptual: {kind: network, net: efficientnet_lite0}}",

@@ -89,12 +89,18 @@ def test_ddp_and_fsdp_are_one_run(digits, tmp_path, command):
         code, out, err = fit(digits, tmp_path / strategy, f"trainer.strategy={strategy}")
         assert code == 0, err
         assert out.count("student:") == 1 and out.count("\nfloor ") == 1, "the figures are printed once"
-        assert err.count("[1/1] tiny-digits") == 1 and err.count("evaluating: student 1 step") == 1 and "Warning" not in err
+        assert (
+            err.count("[1/1] tiny-digits") == 1
+            and err.count("evaluating: student 1 step") == 1
+            and "Warning" not in err
+        )
     # Adam divides by the root of tiny second moments: rounding in the gradients' sums shows in the weights at about 1e-5
     assert_close(tmp_path / "ddp", tmp_path / "fsdp", rtol=1e-4, atol=3e-5)
     one, two = (json.loads((tmp_path / s / "metrics.json").read_text())["student"]["1"] for s in ("ddp", "fsdp"))
     assert one == pytest.approx(two, rel=1e-3)
-    assert command("sample", "--student", tmp_path / "fsdp", "--num", 2, "--class", 3, "--out", tmp_path / "drawn")[0] == 0
+    assert (
+        command("sample", "--student", tmp_path / "fsdp", "--num", 2, "--class", 3, "--out", tmp_path / "drawn")[0] == 0
+    )
     code, out, _ = command("evaluate", "--student", tmp_path / "fsdp", "--steps", 1)
     assert code == 0, "one process measures what two trained"
     alone = json.loads(out)["student"]["1"]
@@ -146,7 +152,13 @@ def test_processes_whose_rows_are_of_different_kinds_call_sharded_weights_alike(
     """One row a process: in some steps one has rows of a share that the other has none of, and both must take part in every call."""
     path = tmp_path / "one.yaml"
     path.write_text(text)
-    settings = [f"objective={objective}", "times.one_step=0.25", "ema={kind: constant, decay: 0.9}", "metrics=[]", "trainer.steps=8"]
+    settings = [
+        f"objective={objective}",
+        "times.one_step=0.25",
+        "ema={kind: constant, decay: 0.9}",
+        "metrics=[]",
+        "trainer.steps=8",
+    ]
     sharded = ["trainer.strategy=fsdp", "trainer.devices=2", "data.batch_size=1"]
     for name, more in (("fsdp", sharded), ("one", ["trainer.devices=1", "data.batch_size=2"])):
         code, _, err = fit(path, tmp_path / name, *settings, *more)
@@ -159,7 +171,9 @@ def test_ctrl_c_in_the_real_command(tmp_path):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.replace("steps: 20", "steps: 100000").replace("schedule: cosine", "schedule: constant"))
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(tmp_path / "run")]
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so would their children
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     for _ in range(600):
         time.sleep(0.1)
@@ -200,11 +214,18 @@ class _Step(nn.Module):
         from flowmap.flow.path import Linear
         from flowmap.objectives import OBJECTIVES
 
-        x0, x1, v = torch.randn(3, RANKS * ROWS, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x0, x1, v = torch.randn(
+            3, RANKS * ROWS, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         t = torch.tensor([0.9, 0.5, 1.0, 0.3] * RANKS, dtype=torch.float64)
         s = torch.tensor([0.2, 0.5, 0.0, 0.1] * RANKS, dtype=torch.float64)  # one of each rank's rows on the diagonal
-        cond = {"class": torch.arange(RANKS * ROWS) % 5, "guidance": torch.linspace(1, 3, RANKS * ROWS, dtype=torch.float64)}
-        sample = Linear().sample(x0[rows], x1[rows], t[rows], s[rows], {key: value[rows] for key, value in cond.items()})
+        cond = {
+            "class": torch.arange(RANKS * ROWS) % 5,
+            "guidance": torch.linspace(1, 3, RANKS * ROWS, dtype=torch.float64),
+        }
+        sample = Linear().sample(
+            x0[rows], x1[rows], t[rows], s[rows], {key: value[rows] for key, value in cond.items()}
+        )
         teacher = SimpleNamespace(velocity=lambda x, t, cond: v[rows] - x)
         return OBJECTIVES["ayf_emd"](warmup_steps=0, derivative="ride")(self.student, teacher, sample, 10).value
 

@@ -87,7 +87,9 @@ def tiny_file(recipe, folder):
         family = PIPELINES[recipe]
         pipe = save(family, folder / "pipe")
         images = f"{{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}"
-        parts = f", autoencoder: {{source: {pipe}}}" + (f", text: {{source: {pipe}, max_tokens: 12}}" if family != "dit" else "")
+        parts = f", autoencoder: {{source: {pipe}}}" + (
+            f", text: {{source: {pipe}, max_tokens: 12}}" if family != "dit" else ""
+        )
         if family == "sd":
             parts = parts.replace(", max_tokens: 12", "")
         where = card(folder / "card.yaml", pipe, (4, 8, 8), 10 if family == "dit" else None)
@@ -102,11 +104,18 @@ def tiny_file(recipe, folder):
     return folder / "tiny.yaml"
 
 
-QUICK = ("sd35-medium", "imagenet64")  # text and latents by an adapter of diffusers; classes and pixels by a network of our own
+QUICK = (
+    "sd35-medium",
+    "imagenet64",
+)  # text and latents by an adapter of diffusers; classes and pixels by a network of our own
 
 
 @pytest.mark.parametrize(
-    "recipe", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in (*PIPELINES, "imagenet512") if name not in QUICK)]
+    "recipe",
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*PIPELINES, "imagenet512") if name not in QUICK),
+    ],
 )
 def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypatch, command):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
@@ -120,7 +129,9 @@ def test_from_pictures_on_disk_to_an_exported_folder(recipe, tmp_path, monkeypat
     images = student.sample(3, steps=2, cond=cond, seed=1)
     side = 8 if recipe == "imagenet64" else PIXELS
     assert images.shape == (3, 3, side, side) and images.isfinite().all() and float(images.abs().max()) <= 1
-    code, out, err = command("sample", "--student", tmp_path / "run", "--num", 4, "--steps", 1, "--out", tmp_path / "drawn", *words(cond))
+    code, out, err = command(
+        "sample", "--student", tmp_path / "run", "--num", 4, "--steps", 1, "--out", tmp_path / "drawn", *words(cond)
+    )
     assert code == 0 and (tmp_path / "drawn" / "steps-1.png").is_file(), err
     folder = export(student, tmp_path / "exported", steps=2)
     assert (folder / "model_index.json").is_file() and (folder / "vae").is_dir() == (recipe != "imagenet64")
@@ -136,7 +147,11 @@ def test_the_adversarial_stage_of_a_large_recipe(tmp_path, monkeypatch, command)
     over.write_text(tiny.read_text().replace("objective: {warmup_steps: 1}", "objective: {discriminator: {width: 8}}"))
     settings = [f"+{over}", f"student.overrides=['+{tiny}']", "trainer.accumulate=2"]
     code, out, err = command("fit", "--recipe", "imagenet512-adversarial", *settings, "--out", tmp_path / "run")
-    assert code == 0 and [line.split("]")[0] for line in err.splitlines() if line.startswith("[")] == ["[1/3", "[2/3", "[3/3"], err
+    assert code == 0 and [line.split("]")[0] for line in err.splitlines() if line.startswith("[")] == [
+        "[1/3",
+        "[2/3",
+        "[3/3",
+    ], err
     assert flowmap.load_student(tmp_path / "run").sample(2, steps=2).shape == (2, 3, PIXELS, PIXELS)
 
 
@@ -182,10 +197,14 @@ def test_2_rectified_flow_from_a_published_diffusion_network_and_its_pairs(tmp_p
     net = ADM(channels=64, multipliers=(1,), num_blocks=1, attention_at=())
     config = StudentConfig(net=net, sampler=Deterministic(), shape=(3, 8, 8), num_classes=3, arrival=False)
     save_student(tmp_path / "weights" / "edm-imagenet64", config, config.build().state_dict(), recipe="", card="")
-    tiny = TINY.format(images=f"{{path: {edm2_zip(tmp_path / 'pictures.zip', 8)}, size: 8}}", parts="", card="edm-imagenet64")
+    tiny = TINY.format(
+        images=f"{{path: {edm2_zip(tmp_path / 'pictures.zip', 8)}, size: 8}}", parts="", card="edm-imagenet64"
+    )
     tiny = tiny.replace("objective: {warmup_steps: 1}", "objective: {distance: {net: random_conv}}")
     (tmp_path / "tiny.yaml").write_text(tiny + "coupling: {num: 8, solver: {steps: 3}}\n")
-    code, out, err = command("fit", "--recipe", "rfpp/imagenet64", f"+{tmp_path / 'tiny.yaml'}", "--out", tmp_path / "run")
+    code, out, err = command(
+        "fit", "--recipe", "rfpp/imagenet64", f"+{tmp_path / 'tiny.yaml'}", "--out", tmp_path / "run"
+    )
     assert code == 0 and "student 1" in out, err
     index = json.loads(next((tmp_path / "runs").glob("pairs-*/index.json")).read_text())
     assert index["nfe"] == 5 and index["rows"] == 8  # Heun's three steps on EDM's grid, the last one Euler's

@@ -71,7 +71,8 @@ def _arrange_death(kind: str, count: int) -> None:
 
 
 DROPPED = DIGITS.replace(
-    "{kind: dit, preset: nano, depth: 1}", "{kind: edm2, channels: 8, multipliers: [1, 2], num_blocks: 1, attention_at: [], dropout: 0.3}"
+    "{kind: dit, preset: nano, depth: 1}",
+    "{kind: edm2, channels: 8, multipliers: [1, 2], num_blocks: 1, attention_at: [], dropout: 0.3}",
 ).replace("{kind: ayf_emd, warmup_steps: 8}", "{kind: psd}")
 
 
@@ -87,7 +88,12 @@ def in_process(recipe: Path, out: Path, die: dict | None = None) -> int:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    same = [p for name in ("student", "ema", "samples") for p in sorted((a / name).rglob("*")) if p.is_file() and p.name != "README.md"]
+    same = [
+        p
+        for name in ("student", "ema", "samples")
+        for p in sorted((a / name).rglob("*"))
+        if p.is_file() and p.name != "README.md"
+    ]
     assert len(same) >= 3
     for path in same:
         assert path.read_bytes() == (b / path.relative_to(a)).read_bytes(), path
@@ -120,7 +126,9 @@ def trace(run: Path) -> list[dict[str, str]]:
     """The loss trace as text: speed apart, every column of every step."""
     from flowmap.train.csv_log import read_log
 
-    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_log(run / "log.csv")]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("speed/")} for row in read_log(run / "log.csv")
+    ]
 
 
 def killed_until_done(recipe: Path, out: Path, deaths: list[dict]) -> int:
@@ -169,7 +177,9 @@ def test_twenty_kills_at_random_moments(text, tmp_path):
         if killed >= 20:
             break
         ranges = {"step": 14, "rename": 24, "save": 2}
-        deaths = [{"kind": (kind := chance.choice(list(ranges))), "count": chance.randrange(ranges[kind])} for _ in range(6)]
+        deaths = [
+            {"kind": (kind := chance.choice(list(ranges))), "count": chance.randrange(ranges[kind])} for _ in range(6)
+        ]
         killed += killed_until_done(path, tmp_path / f"killed-{attempt}", deaths)
         assert_same_run(tmp_path / "whole", tmp_path / f"killed-{attempt}")
     assert killed >= 20

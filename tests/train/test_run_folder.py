@@ -19,7 +19,15 @@ from flowmap.train.fit import FitError, fit
 from flowmap.train.module import DistillModule
 from flowmap.train.run_folder import written
 
-THEIRS = (".git/config", "main.py", "notes.md", "student/notes.md", "student/.git/HEAD", "samples/mine.png", "samples/step-by-step.png")
+THEIRS = (
+    ".git/config",
+    "main.py",
+    "notes.md",
+    "student/notes.md",
+    "student/.git/HEAD",
+    "samples/mine.png",
+    "samples/step-by-step.png",
+)
 THEIRS += (".hidden.tmp", ".git/.index.7.tmp", "checkpoints/best.ckpt", "wandb/settings")
 
 
@@ -52,8 +60,20 @@ def test_the_list_has_every_file_of_a_run(finished):
 
 
 def test_only_temporary_files_of_a_run_are_swept(tmp_path):
-    ours = ("checkpoints/.last.ckpt.17.tmp", ".metrics.json.3.tmp", "student/prior/.config.json.12.tmp", "samples/.step-00000020.png.5.tmp")
-    theirs = ("mine.tmp", ".hidden", ".last.ckpt.17.tmp", "deep/.x.3.tmp", ".metrics.json.old.tmp", "samples/.mine.png.5.tmp")
+    ours = (
+        "checkpoints/.last.ckpt.17.tmp",
+        ".metrics.json.3.tmp",
+        "student/prior/.config.json.12.tmp",
+        "samples/.step-00000020.png.5.tmp",
+    )
+    theirs = (
+        "mine.tmp",
+        ".hidden",
+        ".last.ckpt.17.tmp",
+        "deep/.x.3.tmp",
+        ".metrics.json.old.tmp",
+        "samples/.mine.png.5.tmp",
+    )
     for name in (*ours, *theirs):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -83,7 +103,9 @@ def test_a_folder_that_no_run_wrote_is_left_alone(tiny, tmp_path, command):
             assert bytes_of(mine) == {"recipe.yaml": text.encode()}
 
 
-@pytest.mark.parametrize("name", ["''", ".", "..", "a/b", "/tmp", "a\\b", "x" * 101, "ä" * 101, '"a\\nb"', '"a\\0b"', '"\\u202e"'])
+@pytest.mark.parametrize(
+    "name", ["''", ".", "..", "a/b", "/tmp", "a\\b", "x" * 101, "ä" * 101, '"a\\nb"', '"a\\0b"', '"\\u202e"']
+)
 def test_a_name_is_the_name_of_one_folder(tiny, tmp_path, command, name):
     with_theirs(tmp_path / "runs" / "other")
     before = bytes_of(tmp_path)
@@ -93,7 +115,9 @@ def test_a_name_is_the_name_of_one_folder(tiny, tmp_path, command, name):
     assert bytes_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("bad", ["optimizer.betas=[-1,0.9]", "student.kind=from_teacher", "trainer.accelerator=abacus", "data.points=0"])
+@pytest.mark.parametrize(
+    "bad", ["optimizer.betas=[-1,0.9]", "student.kind=from_teacher", "trainer.accelerator=abacus", "data.points=0"]
+)
 def test_what_is_refused_leaves_the_run_as_it_was(tiny, finished, command, bad):
     before = bytes_of(finished)
     code, _, err = command("fit", "--recipe", tiny, "--out", finished, "--overwrite", bad)
@@ -116,7 +140,11 @@ def test_a_run_that_fails_after_its_first_checkpoint_has_replaced_the_old_one(ti
     failing_at(monkeypatch, 6)
     with pytest.raises(RuntimeError, match="as arranged"):
         fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=quiet)
-    assert "seed: 1\n" in (finished / "recipe.yaml").read_text() and not (finished / "metrics.json").exists() and hidden(finished) == []
+    assert (
+        "seed: 1\n" in (finished / "recipe.yaml").read_text()
+        and not (finished / "metrics.json").exists()
+        and hidden(finished) == []
+    )
     monkeypatch.undo()
     fit(recipe_of(tiny, "seed=1"), finished, resume=True, say=quiet)
     assert_theirs(finished)
@@ -192,7 +220,9 @@ def test_putting_back_may_be_killed_as_well(tiny, finished, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_process_that_is_killed_with_its_first_checkpoint_has_replaced_the_old_run(tiny, finished, monkeypatch, count):
+def test_a_process_that_is_killed_with_its_first_checkpoint_has_replaced_the_old_run(
+    tiny, finished, monkeypatch, count
+):
     with_theirs(finished)
     original, calls = Path.unlink, iter(range(1000))
 

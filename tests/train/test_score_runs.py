@@ -10,12 +10,12 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build import build_data, build_student, build_teacher, student_config
-from flowmap.build_fake import build_fake
-from flowmap.planning.calls import Calls, calls_of
-from flowmap.planning.dry_run import dry_run
+from flowmap.build.fake_score import build_fake
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.estimate.calls import Calls, calls_of
+from flowmap.estimate.dry_run import dry_run
 from flowmap.recipe import read_recipe
-from flowmap.train.beside import BesideModule
+from flowmap.train.auxiliary import BesideModule
 from tests.conftest import TINY
 from tests.train.test_adversarial_runs import FLOW, checkpoint, quiet
 from tests.train.test_resume import assert_same_run, in_process, trace
@@ -23,7 +23,8 @@ from tests.train.test_resume import assert_same_run, in_process, trace
 SCORE = TINY.replace("{kind: ayf_emd, warmup_steps: 12}", "{kind: score_distillation, fake_steps: 3, fake_lr: 2.0e-2}")
 SCORE = SCORE.replace("{kind: deterministic, steps: [1, 2]}", "{kind: gamma, gamma: 1.0, steps: [1, 2]}")
 SCORE = SCORE.replace(
-    "{steps: 20, checkpoint_every_steps: 6, accelerator: cpu}", "{steps: 9, checkpoint_every_steps: 3, accumulate: 2, accelerator: cpu}"
+    "{steps: 20, checkpoint_every_steps: 6, accelerator: cpu}",
+    "{steps: 9, checkpoint_every_steps: 3, accumulate: 2, accelerator: cpu}",
 )
 SCORE = SCORE.replace("{lr: 1.0e-2, schedule: cosine}", "{lr: 1.0e-2, schedule: cosine, clip_norm: 1.0}")
 
@@ -45,7 +46,9 @@ def test_the_fake_steps_thrice_as_often_and_does_not_ship(path, tmp_path):
     assert {name.split(".")[0] for name in state["state_dict"]} == {"student", "averages", "fake"}
     assert all(name.startswith("net.") for name in read_tensors(folder / "student" / "model.safetensors"))
     rates = [optimizer["param_groups"][0]["lr"] for optimizer in state["optimizer_states"]]
-    assert rates[1] == pytest.approx(2 * rates[0]) and rates[0] == pytest.approx(read_recipe(path).optimizer.lr_at(8, 9))
+    assert rates[1] == pytest.approx(2 * rates[0]) and rates[0] == pytest.approx(
+        read_recipe(path).optimizer.lr_at(8, 9)
+    )
     rows = trace(folder)
     assert [row["step"] for row in rows] == [str(step) for step in range(9)]
     assert all(float(row["train/fake_loss"]) > 0 and float(row["train/residual_norm"]) > 0 for row in rows)
@@ -84,7 +87,9 @@ def test_each_step_is_of_all_micro_batches(path, monkeypatch):
     )
     monkeypatch.setattr(BesideModule, "_step", look)
     monkeypatch.setattr(
-        BesideModule, "optimizers", lambda self: [type("O", (), {"optimizer": o, "zero_grad": o.zero_grad})() for o in trainer.optimizers]
+        BesideModule,
+        "optimizers",
+        lambda self: [type("O", (), {"optimizer": o, "zero_grad": o.zero_grad})() for o in trainer.optimizers],
     )
     batches = [module.data.__getitems__(list(range(i, i + 16))) for i in (0, 16)]
     for batch in batches:
@@ -119,8 +124,19 @@ def test_the_students_step_leaves_no_gradient_in_the_fake(path, monkeypatch):
 
 def test_it_comes_nearer_to_the_teachers_law(path, tmp_path):
     """Frechet distance at one step (measured: .33 to .05; the teacher's four Euler steps .07, the floor .03)."""
-    settings = ["trainer.steps=150", "trainer.accumulate=1", "data.batch_size=64", "trainer.checkpoint_every_steps=150", "student.width=48"]
-    settings += ["times={kind: uniform}", "optimizer.lr=3e-3", "objective.fake_lr=1e-2", "ema={kind: constant, decay: 0.9}"]
+    settings = [
+        "trainer.steps=150",
+        "trainer.accumulate=1",
+        "data.batch_size=64",
+        "trainer.checkpoint_every_steps=150",
+        "student.width=48",
+    ]
+    settings += [
+        "times={kind: uniform}",
+        "optimizer.lr=3e-3",
+        "objective.fake_lr=1e-2",
+        "ema={kind: constant, decay: 0.9}",
+    ]
     found = []
     for steps in (1, 150):
         run = flowmap.fit(read_recipe(path, [*settings, f"trainer.steps={steps}"]), tmp_path / str(steps), say=quiet)
@@ -133,9 +149,13 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     flow = tmp_path / "flow.yaml"
     flow.write_text(FLOW)
-    text = FLOW.replace("name: flow", "name: three").replace("{kind: flow_matching}", "{kind: score_distillation, fake_steps: 2}")
+    text = FLOW.replace("name: flow", "name: three").replace(
+        "{kind: flow_matching}", "{kind: score_distillation, fake_steps: 2}"
+    )
     text = text.replace("{kind: deterministic, steps: [2]}", "{kind: gamma, gamma: 1.0, steps: [1]}")
-    text = text.replace("{kind: dit, preset: nano, depth: 1}", "{kind: from_teacher}") + "evaluation: {teacher_steps: 2}\n"
+    text = (
+        text.replace("{kind: dit, preset: nano, depth: 1}", "{kind: from_teacher}") + "evaluation: {teacher_steps: 2}\n"
+    )
     path = tmp_path / "three.yaml"
     path.write_text(text + f"teacher: {{recipe: {flow}, guidance: {{kind: classifier_free}}}}\n")
     judged = "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, discriminator: {kind: conv, width: 4}, balance: none}"
@@ -148,7 +168,11 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     recipe = read_recipe(path, [f"student={{kind: from_recipe, recipe: {path}}}"])
     teacher = build_teacher(recipe, build_data(recipe))
     fake = build_fake(recipe, flowmap.load_student(folder).config, teacher)
-    x, t, cond = torch.randn(3, 1, 8, 8), torch.rand(3), {"class": torch.tensor([1, 2, -1]), "guidance": torch.tensor([1.0, 2.0, 3.0])}
+    x, t, cond = (
+        torch.randn(3, 1, 8, 8),
+        torch.rand(3),
+        {"class": torch.tensor([1, 2, -1]), "guidance": torch.tensor([1.0, 2.0, 3.0])},
+    )
     torch.testing.assert_close(fake.velocity(x, t, cond), teacher.network.flow_map.velocity(x, t, cond))
     assert not any("arrival" in name for name in fake.state_dict()) and all(p.requires_grad for p in fake.parameters())
 
@@ -168,7 +192,10 @@ def test_every_networks_calls_are_counted(path):
     [
         (["teacher=null"], "teacher: objective score_distillation compares with the teacher's velocity"),
         (["trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' cannot shard the fake"),
-        (["coupling={kind: pairs, num: 8, teacher: {card: exact}}"], "coupling: objective score_distillation compares laws, not pairs"),
+        (
+            ["coupling={kind: pairs, num: 8, teacher: {card: exact}}"],
+            "coupling: objective score_distillation compares laws, not pairs",
+        ),
         (
             ["prior={kind: learned, recipe: lediflow/digits-prior}", "sampler={kind: deterministic}"],
             "prior: objective score_distillation puts its samples to N(0, I)",

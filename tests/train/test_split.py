@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowmap.kinds import TABLES, Objective
-from flowmap.recipe import list_recipes, read_recipe
+from flowmap.recipe.kinds import TABLES, Objective
+from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.draw import generator_for
 from tests.conftest import TINY
 from tests.tiny_text import wordnet_files
@@ -31,7 +31,11 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "flow_matching": (TINY, "objective={kind: flow_matching}", "times={kind: u_shaped, pairs: sorted}"),
     "ayf_emd": (TINY, "objective={kind: ayf_emd, warmup_steps: 0}", SHARES),
     "ayf_lmd": (TINY, "objective={kind: ayf_lmd, warmup_steps: 0}", SHARES),
-    "ayf_mixed": (TINY, "objective={kind: ayf_mixed, warmup_steps: 0, lagrangian: 0.25, own_lagrangian: 0.5, own_eulerian: 0.5}", SHARES),
+    "ayf_mixed": (
+        TINY,
+        "objective={kind: ayf_mixed, warmup_steps: 0, lagrangian: 0.25, own_lagrangian: 0.5, own_eulerian: 0.5}",
+        SHARES,
+    ),
     "meanflow": (TINY, "objective={kind: meanflow}", SHARES),
     "scm": (TINY, "objective={kind: scm, warmup_steps: 0, weight: {kind: learned}}", "times={kind: consistency}"),
     "esd": (TINY, "objective={kind: esd, weight: {kind: learned}}", SHARES),
@@ -72,7 +76,9 @@ def test_a_step_is_the_same_however_its_batch_is_split(kind, tmp_path, monkeypat
             scale = max(float(g.abs().max()) for g in grads)
             assert scale > 0
             for a, b in zip(grads, found[name], strict=True):  # float32 sums in another order
-                torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name, split=split: f"{name}, {split}: {m}")
+                torch.testing.assert_close(
+                    b, a, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name, split=split: f"{name}, {split}: {m}"
+                )
 
 
 def test_every_kind_of_objective_is_among_them():
@@ -94,10 +100,16 @@ def test_a_step_does_not_see_torchs_own_generator(name, tmp_path, monkeypatch):
     """Two states of it, one gradient: a resumed run, in which it stands elsewhere, goes on as the run that was left alone."""
     recipe = recipe_of(tmp_path, *{**KINDS, **BY_BATCH, **NETS}[name])
     one, other = (gradients_of_a_step(monkeypatch, recipe, batch=2, accumulate=2, state=state) for state in (1, 2))
-    assert one.keys() == other.keys() and all(torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True))
+    assert one.keys() == other.keys() and all(
+        torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True)
+    )
 
 
-SHIPPED = [name for name in list_recipes() if hasattr(read_recipe(name).times, "diagonal") or hasattr(read_recipe(name).distillation, "lagrangian")]
+SHIPPED = [
+    name
+    for name in list_recipes()
+    if hasattr(read_recipe(name).times, "diagonal") or hasattr(read_recipe(name).distillation, "lagrangian")
+]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -115,4 +127,7 @@ def test_every_shipped_recipe_trains_every_share_of_its_own(name):
         found["one_step"] += int(((t == 1) & (s == 0)).sum())
         found["diagonal"] += int((t == s).sum())
         found["lagrangian"] += int(recipe.distillation.rows(generator.rows)[0].sum()) if shares["lagrangian"] else 0
-    assert all(found[key] >= int(num * batch * share) - 1 > 0 for key, share in shares.items() if share), (found, shares)
+    assert all(found[key] >= int(num * batch * share) - 1 > 0 for key, share in shares.items() if share), (
+        found,
+        shares,
+    )

@@ -7,7 +7,7 @@ import torch
 from conftest import FLOW
 
 import flowmap
-from flowmap.build import build_data, build_student, build_teacher, student_config
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
 from flowmap.nets import MLP, Stacked
 from flowmap.recipe import read_recipe
 
@@ -55,4 +55,6 @@ def test_from_nothing_to_an_exported_folder(recipe, tmp_path, command):
         pipe = DiffusionPipeline.from_pretrained(tmp_path / "exported", trust_remote_code=True)
         noise = torch.randn(4, 2)
         wanted = student.config.sampler(student.flow_map, noise, {}, steps=2)
-        torch.testing.assert_close(pipe(latents=noise, num_inference_steps=2, output_type="latent").images, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            pipe(latents=noise, num_inference_steps=2, output_type="latent").images, wanted, rtol=1e-5, atol=1e-5
+        )

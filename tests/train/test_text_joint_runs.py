@@ -42,7 +42,9 @@ def test_the_run_leaves_a_student_with_its_own_decoder(folder):
     run = folder / "runs" / "both"
     assert no_runs(run) == set()
     figures = json.loads((run / "metrics.json").read_text())
-    assert {"frechet_pixels", "length_within"} <= set(figures["student"]["2"]) and {"exact", "nll_per_token"} <= set(figures["autoencoder"])
+    assert {"frechet_pixels", "length_within"} <= set(figures["student"]["2"]) and {"exact", "nll_per_token"} <= set(
+        figures["autoencoder"]
+    )
     student = flowmap.load_student(run)
     assert len(student.sample(3, steps=2, cond={"part_of_speech": "verb"})) == 3 and student.config.shape == (6, 1, 2)
     latents = student.words.encode(["cat again as n", "to say dog and fox v"])
@@ -58,14 +60,26 @@ def test_a_distillation_builds_on_it(folder, monkeypatch):
         f"{{kind: text, sentences: {{kind: wordnet, root: {folder / 'wordnet'}}}, autoencoder: {{recipe: {both}}}, held_out: 0.2, batch_size: 16,"
         " attributes: [part_of_speech, length]}"
     )
-    changes = ["name=few", f"data={plain}", f"teacher={{recipe: {both}}}", "student={kind: from_teacher}", "objective={kind: ayf_emd}"]
+    changes = [
+        "name=few",
+        f"data={plain}",
+        f"teacher={{recipe: {both}}}",
+        "student={kind: from_teacher}",
+        "objective={kind: ayf_emd}",
+    ]
     run = flowmap.fit(read_recipe(both, [*changes, "times={kind: interval}", "trainer.steps=3", "metrics=[]"]), **QUIET)
-    assert len(run.student.sample(2, steps=1)) == 2 and (run.folder / "student" / "autoencoder" / "tokenizer.json").is_file()
+    assert (
+        len(run.student.sample(2, steps=1)) == 2
+        and (run.folder / "student" / "autoencoder" / "tokenizer.json").is_file()
+    )
 
 
 def test_what_does_not_fit_is_one_line(folder, command):
     for change, says in (
-        ("student={kind: text_vae}", "objective: text_joint does not train a student of kind text_vae; allowed: text_joint"),
+        (
+            "student={kind: text_vae}",
+            "objective: text_joint does not train a student of kind text_vae; allowed: text_joint",
+        ),
         ("student.flow={kind: from_recipe, recipe: digits}", "flow: wants the settings of a network"),
         ("trainer.strategy=fsdp", "'fsdp' cannot shard"),
     ):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flowmap
+from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.recipe import read_recipe
-from flowmap.student.text_autoencoder import TextAutoencoder
 from tests.conftest import no_runs
 from tests.tiny_text import wordnet_files
 
@@ -64,14 +64,23 @@ def test_the_autoencoder_learns_and_its_folder_is_whole(runs):
     figures = json.loads((runs / "words" / "metrics.json").read_text())
     assert no_runs(runs / "words") == no_runs(runs / "flow") == set()
     row = figures["student"]["1"]
-    assert row["token_accuracy"] > 0.1 and set(row) == {"exact", "word_accuracy", "token_accuracy", "nll_per_token", "kl", "active"}
+    assert row["token_accuracy"] > 0.1 and set(row) == {
+        "exact",
+        "word_accuracy",
+        "token_accuracy",
+        "nll_per_token",
+        "kl",
+        "active",
+    }
     assert figures["sentences"]["train"] + figures["sentences"]["held_out"] + figures["sentences"]["shared"] == 80
     assert len((runs / "words" / "samples" / "step-00000150.txt").read_text().splitlines()) == 10
     coder = TextAutoencoder(source=str(runs / "words")).load()
     texts = [f"{word} again as n" for word in ("cat", "dog", "eel")]
     z, again = coder.encode(texts), coder.decode(coder.encode(texts))
     assert z.shape == (3, 6, 1, 2) and len(again) == 3 and all(isinstance(one, str) for one in again)
-    everything = coder.encode([line.split(" | ")[1] for line in (runs.parent / "wordnet" / "data.noun").read_text().splitlines()[1:]])
+    everything = coder.encode(
+        [line.split(" | ")[1] for line in (runs.parent / "wordnet" / "data.noun").read_text().splitlines()[1:]]
+    )
     assert abs(float(everything.std()) - 1) < 0.5
     data = read_recipe(runs.parent / "words.yaml").data.build()
     rate = sum(a == b for a, b in zip(data.texts, coder.decode(coder.encode(data.texts)), strict=True)) / len(data)
@@ -89,7 +98,9 @@ def test_a_flow_gives_sentences_and_its_folder_stands_alone(runs, tmp_path):
     assert latents.shape == (5, 6, 1, 2) and student.sentences(latents) == texts
     assert not torch.equal(latents, student.sample(5, steps=2, cond={"part_of_speech": "noun"}, seed=3, latents=True))
     figures = json.loads((runs / "flow" / "metrics.json").read_text())
-    assert {"frechet_pixels", "distinct_2", "copied", "length_within", "part_of_speech_hit"} <= set(figures["student"]["2"])
+    assert {"frechet_pixels", "distinct_2", "copied", "length_within", "part_of_speech_hit"} <= set(
+        figures["student"]["2"]
+    )
     assert figures["floor"]["length_within"] == 1 and figures["floor"]["copied"] == 0
 
 
@@ -105,7 +116,10 @@ def test_the_command_line_writes_sentences(runs, tmp_path, command):
 @pytest.mark.parametrize(
     ("cond", "says"),
     [
-        ({"part_of_speech": "pronoun"}, "part_of_speech: 'pronoun' was never seen; allowed: adjective, adverb, noun, verb"),
+        (
+            {"part_of_speech": "pronoun"},
+            "part_of_speech: 'pronoun' was never seen; allowed: adjective, adverb, noun, verb",
+        ),
         ({"part_of_speech": 7}, "part_of_speech: 7 was never seen"),
         ({"length": 0}, "length: 0 was never seen; allowed: 1 to 6 words"),
         ({"length": 99}, "length: 99 was never seen; allowed: 1 to 6 words"),
@@ -124,14 +138,14 @@ def test_conditions_that_are_not_known(runs, cond, says):
 
 
 def test_latents_are_made_once_and_are_those_of_their_autoencoder(runs, monkeypatch):
-    from flowmap.build import build_data
+    from flowmap.build.parts import build_data
 
     recipe = read_recipe(runs.parent / "flow.yaml")
     first, files = build_data(recipe), sorted((runs / "text-latents").iterdir())
-    monkeypatch.setattr("flowmap.student.text_autoencoder.FrozenTextAutoencoder.encode", None)
+    monkeypatch.setattr("flowmap.data.text.autoencoder.FrozenTextAutoencoder.encode", None)
     assert torch.equal(build_data(recipe).train, first.train) and build_data(recipe).counts == first.counts
     assert first.counts["shared"] > 0 and sorted((runs / "text-latents").iterdir()) == files
-    monkeypatch.setattr("flowmap.student.text_autoencoder.TextAutoencoder.identity", lambda self: {"weights": "others"})
+    monkeypatch.setattr("flowmap.data.text.autoencoder.TextAutoencoder.identity", lambda self: {"weights": "others"})
     with pytest.raises(TypeError):
         build_data(recipe)  # another encoder: its latents are not these
 
@@ -139,12 +153,19 @@ def test_latents_are_made_once_and_are_those_of_their_autoencoder(runs, monkeypa
 def test_reflow_and_ayf_are_ordinary_recipes(runs):
     flow = runs.parent / "flow.yaml"
     teacher = f"{{recipe: {flow}, guidance: {{kind: classifier_free, scale: [1.0, 2.0], default: 1.5}}}}"
-    ayf = [f"teacher={teacher}", "student={kind: from_teacher}", "objective={kind: ayf_emd, warmup_steps: 2}", "times={kind: interval}"]
+    ayf = [
+        f"teacher={teacher}",
+        "student={kind: from_teacher}",
+        "objective={kind: ayf_emd, warmup_steps: 2}",
+        "times={kind: interval}",
+    ]
     run = flowmap.fit(read_recipe(flow, ["name=ayf", "trainer.steps=4", *ayf]), **QUIET)
     assert len(run.student.sample(3, cond={"length": 2}, guidance=1.0)) == 3 and "teacher" in run.metrics
     pairs = f"coupling={{kind: pairs, teacher: {{recipe: {flow}}}, num: 30, solver: {{kind: heun, steps: 2}}}}"
     reflow = [pairs, f"student={{kind: from_recipe, recipe: {flow}}}"]
-    run = flowmap.fit(read_recipe(flow, ["name=reflow", *reflow, "objective={kind: rectified}", "trainer.steps=4"]), **QUIET)
+    run = flowmap.fit(
+        read_recipe(flow, ["name=reflow", *reflow, "objective={kind: rectified}", "trainer.steps=4"]), **QUIET
+    )
     assert len(run.student.sample(3)) == 3
 
 
@@ -186,7 +207,15 @@ def edit_lines(editor, tmp_path, command):
 
     def call(content, *options, student=None):
         (tmp_path / "in.txt").write_bytes(content)
-        given = ("--student", student or editor.folder, "--texts", tmp_path / "in.txt", "--out", tmp_path / "out", *options)
+        given = (
+            "--student",
+            student or editor.folder,
+            "--texts",
+            tmp_path / "in.txt",
+            "--out",
+            tmp_path / "out",
+            *options,
+        )
         code, _, err = command("sample", *given)
         made = tmp_path / "out" / "steps-1.txt"
         return code, made.read_text().split("\n") if made.is_file() else None, err
@@ -196,13 +225,21 @@ def edit_lines(editor, tmp_path, command):
 
 def test_a_file_is_edited_line_by_line(editor, edit_lines):
     code, lines, err = edit_lines(b"\ncat again as n\n \nto say dog and fox n\n", "--steps", 1, 2)
-    one, other = (" ".join(text.splitlines()) for text in editor.student.edit(["cat again as n", "to say dog and fox n"]))
+    one, other = (
+        " ".join(text.splitlines()) for text in editor.student.edit(["cat again as n", "to say dog and fox n"])
+    )
     assert code == 0 and lines == ["", one, "", other, ""]
     assert err.splitlines() == ["flowmap: warning: --texts: 2 of 4 lines are empty, and stay so"]
     code, _, err = edit_lines(b"cat again\n" + b"to say " * 30 + b"\n", "--steps", 1, 2)
-    assert code == 0 and err.splitlines() == ["flowmap: warning: --texts: 1 of 2 are longer than the decoder's 12 tokens and were cut"]
+    assert code == 0 and err.splitlines() == [
+        "flowmap: warning: --texts: 1 of 2 are longer than the decoder's 12 tokens and were cut"
+    ]
     code, lines, err = edit_lines(b"cat again as n\n", "--steps", 1, "--reverse")
-    assert code == 0 and lines[0] == " ".join(editor.student.edit(["cat again as n"], reverse=True)[0].splitlines()) and not err
+    assert (
+        code == 0
+        and lines[0] == " ".join(editor.student.edit(["cat again as n"], reverse=True)[0].splitlines())
+        and not err
+    )
 
 
 def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines, tmp_path, command):
@@ -219,34 +256,49 @@ def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines,
         code, _, err = edit_lines(b"cat\n", *reverse, student=runs / "flow")
         assert code == 2 and "--texts: this student starts from noise, not from sentences; leave it out" in err
     code, _, err = command("sample", "--student", editor.folder, "--out", tmp_path)
-    assert code == 2 and "--texts: is required: this student carries sentences of part_of_speech=noun to part_of_speech=verb" in err
+    assert (
+        code == 2
+        and "--texts: is required: this student carries sentences of part_of_speech=noun to part_of_speech=verb" in err
+    )
     code, _, err = command("sample", "--student", runs / "flow", "--reverse", "--out", tmp_path)
     assert code == 2 and "--reverse: goes with --texts, for students that edit sentences" in err
 
 
 def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
     """x1 are latents of the source, x0 where the editing flow carries them, and the result edits as it does."""
-    from flowmap.build import build_data, build_samples, build_teacher
-    from flowmap.shards.make_pairs import verify
+    from flowmap.build.parts import build_data, build_samples, build_teacher
+    from flowmap.prepare.make_pairs import verify
 
     styles = "coupling={kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"
     path, plain = runs.parent / "edited.yaml", ["metrics=[]", "data.conditional=false", "trainer.steps=4"]
     path.write_text(read_recipe(runs.parent / "flow.yaml", ["name=edited", styles, *plain]).to_yaml())
     pairs = f"coupling={{kind: pairs, recipe: {path}, num: 30, solver: {{kind: heun, steps: 2}}, shard_items: 8}}"
-    again = [pairs, f"student={{kind: from_recipe, recipe: {path}}}", "objective={kind: rectified}", "times={kind: u_shaped}"]
+    again = [
+        pairs,
+        f"student={{kind: from_recipe, recipe: {path}}}",
+        "objective={kind: rectified}",
+        "times={kind: u_shaped}",
+    ]
     recipe = read_recipe(path, ["name=edited-again", *again])
     run = flowmap.fit(recipe, **QUIET)
-    assert run.student.config.edits == ("part_of_speech=noun", "part_of_speech=verb") and len(run.student.edit(["cat again as n"])) == 1
+    assert (
+        run.student.config.edits == ("part_of_speech=noun", "part_of_speech=verb")
+        and len(run.student.edit(["cat again as n"])) == 1
+    )
     assert verify(recipe, num=30) == (0, 0)
     data = build_data(recipe)
     x0, _, x1 = build_samples(recipe, data).__getitems__(range(30))
     rows = {tuple(row.flatten().tolist()) for row in data.sources}
-    assert {tuple(row.flatten().tolist()) for row in x1} <= rows and len({tuple(row.flatten().tolist()) for row in x1}) == min(30, len(rows))
+    assert {tuple(row.flatten().tolist()) for row in x1} <= rows and len(
+        {tuple(row.flatten().tolist()) for row in x1}
+    ) == min(30, len(rows))
     taught = build_teacher(read_recipe(path, [f"teacher={{recipe: {path}}}", "student={kind: from_teacher}"]), data)
     from flowmap.flow.solver import Heun
 
-    torch.testing.assert_close(x0, Heun(steps=2)(lambda x, t: taught.guided.velocity(x, t, None), x1).x, atol=2e-3, rtol=2e-3)  # kept as float16
-    with pytest.raises(flowmap.recipe.RecipeError, match="coupling.inverted: an editing flow"):
+    torch.testing.assert_close(
+        x0, Heun(steps=2)(lambda x, t: taught.guided.velocity(x, t, None), x1).x, atol=2e-3, rtol=2e-3
+    )  # kept as float16
+    with pytest.raises(flowmap.recipe.recipe.RecipeError, match="coupling.inverted: an editing flow"):
         flowmap.fit(read_recipe(path, ["name=inverted", *again, "coupling.inverted=0.5"]), **QUIET)
 
 
@@ -277,9 +329,17 @@ def test_sentences_are_not_exported_to_a_pipeline(runs, tmp_path, command):
 
 
 def test_infilling_is_given_what_stands_around(runs):
-    infill = ["data.infill=true", "data.attributes=[]", "metrics=[{kind: distinct, images: 10}]", "trainer.steps=4", "student={kind: mlp, width: 8}"]
+    infill = [
+        "data.infill=true",
+        "data.attributes=[]",
+        "metrics=[{kind: distinct, images: 10}]",
+        "trainer.steps=4",
+        "student={kind: mlp, width: 8}",
+    ]
     student = flowmap.fit(read_recipe(runs.parent / "flow.yaml", ["name=infill", *infill]), **QUIET).student
-    one, other = (student.sample(2, cond={"left": "to say", "right": right}, latents=True) for right in ("fox n", "hen v"))
+    one, other = (
+        student.sample(2, cond={"left": "to say", "right": right}, latents=True) for right in ("fox n", "hen v")
+    )
     assert not torch.equal(one, other) and student.config.contexts == ("left", "right")
     with pytest.raises(ValueError, match="left: 3 given; allowed: one text, or 2 texts"):
         student.sample(2, cond={"left": ["a"] * 3})
@@ -307,12 +367,20 @@ def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path):
     ("recipe", "change", "says"),
     [
         ("words", "student.vocab=200", "student.vocab: 200 is smaller than the tokenizer's"),
-        ("words", "objective={kind: flow_matching}", "flow_matching does not train a student of kind text_vae; allowed: "),
+        (
+            "words",
+            "objective={kind: flow_matching}",
+            "flow_matching does not train a student of kind text_vae; allowed: ",
+        ),
         ("flow", "data.attributes=[colour]", "'colour' is no attribute"),
         ("flow", "data.autoencoder=null", "data.autoencoder: is required"),
         ("flow", "data.tokenizer={kind: bpe}", "tokenizer: the text autoencoder brings its own"),
         ("flow", "student={kind: edm_ddpmpp}", "a network of kind edm_ddpmpp is not told "),
-        ("flow", "coupling={kind: styles, source: [length=4], target: [part_of_speech=pronoun]}", "coupling.target: part_of_speech: 'pronoun'"),
+        (
+            "flow",
+            "coupling={kind: styles, source: [length=4], target: [part_of_speech=pronoun]}",
+            "coupling.target: part_of_speech: 'pronoun'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(runs, tmp_path, command, recipe, change, says):

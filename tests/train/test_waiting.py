@@ -17,7 +17,7 @@ import torch
 import flowmap
 from flowmap.base import files
 from flowmap.base.files import only_process
-from flowmap.planning.plan import Pairing, dependency_folder, plan
+from flowmap.plan.plan import Pairing, dependency_folder, plan
 from flowmap.train.fit import fit
 
 
@@ -35,7 +35,9 @@ def taught(tiny, tmp_path):
     short = tiny.read_text().replace("steps: 20", "steps: 4")
     flow = re.sub(r"teacher: .*\n|objective: .*\n|ema: .*\n", "", short).replace("name: tiny", "name: flow")
     (tmp_path / "flow.yaml").write_text(flow + "objective: {kind: flow_matching}\n")
-    student = short.replace("name: tiny", "name: taught").replace("{card: exact}", f"{{recipe: {tmp_path / 'flow.yaml'}}}")
+    student = short.replace("name: tiny", "name: taught").replace(
+        "{card: exact}", f"{{recipe: {tmp_path / 'flow.yaml'}}}"
+    )
     (tmp_path / "taught.yaml").write_text(student)
     pairs = f"objective: {{kind: rectified}}\ncoupling: {{kind: pairs, teacher: {{recipe: {tmp_path / 'flow.yaml'}}}, num: 40, shard_items: 20}}\n"
     (tmp_path / "paired.yaml").write_text(flow.replace("name: flow", "name: paired") + pairs)

@@ -17,11 +17,16 @@ import flowmap
 def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path):
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(TINY.replace("wandb: false", "wandb: true"))
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
+        "HOME": str(tmp_path),
+        "WANDB_MODE": "offline",
+    }
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(out)]
     kill = "import flowmap.train.callbacks as c, os, sys; from flowmap.cli import main; keep = c.Keep.keep\n"
     kill += "c.Keep.keep = lambda *a: (keep(*a), os._exit(9))\nmain(sys.argv[1:])"
-    stopped = subprocess.run([sys.executable, "-c", kill, *command[3:]], env=clean, capture_output=True, text=True, timeout=120)
+    stopped = subprocess.run(
+        [sys.executable, "-c", kill, *command[3:]], env=clean, capture_output=True, text=True, timeout=120
+    )
     assert stopped.returncode == 9, stopped.stderr
     first = (out / "wandb" / "run-id").read_text()
     done = subprocess.run([*command, "--resume"], env=clean, capture_output=True, text=True, timeout=120)
@@ -34,10 +39,15 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path):
 def test_what_an_offline_run_shows(tmp_path, mode):
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(TINY.replace("wandb: false", "wandb: true, samples_every_steps: 10, metrics_every_steps: 10"))
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "no-netrc")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "no-netrc"),
+    }
     environment = clean | ({"WANDB_MODE": mode} if mode else {})
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(out)]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "wandb" not in done.stderr and "Traceback" not in done.stderr
 
@@ -45,7 +55,13 @@ def test_what_an_offline_run_shows(tmp_path, mode):
     seen = json.loads(subprocess.run(look, env=clean, capture_output=True, text=True, check=True, timeout=60).stdout)
     assert (seen["state"], seen["exit_code"], seen["name"]) == ("finished", 0, "tiny")
     last = seen["summary"]
-    assert {"train/loss", "train/tangent_norm", "train/tangent_weight", "train/tangent_against_difference", "train/lr"} <= set(last)
+    assert {
+        "train/loss",
+        "train/tangent_norm",
+        "train/tangent_weight",
+        "train/tangent_against_difference",
+        "train/lr",
+    } <= set(last)
     assert {"speed/images_per_second", "speed/step_seconds", "speed/memory_gib"} <= set(last)
     assert {"metrics/frechet_pixels/1", "metrics/frechet_pixels/2"} <= set(last)
     assert any(key.startswith("by_time/tangent_norm_t") for key in last)
@@ -54,7 +70,7 @@ def test_what_an_offline_run_shows(tmp_path, mode):
         picture = last[f"samples/{name}"]["filenames"][0]
         assert next(out.glob(f"wandb/offline-run-*/files/{picture}")).is_file()
     from flowmap.base.schema import to_plain
-    from flowmap.kinds import TABLES
+    from flowmap.recipe.kinds import TABLES
 
     resolved = json.loads(json.dumps(to_plain(flowmap.read_recipe(path), TABLES)))
     assert seen["config"] == resolved

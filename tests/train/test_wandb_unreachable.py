@@ -60,8 +60,17 @@ def trained(tmp_path, port, key="a" * 40, **more):
     """The lines of a run that goes online, on stderr and without those of its progress; it must end well and leave an offline record."""
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(TINY.replace("wandb: false", "wandb: true").replace("steps: 20", "steps: 2"))
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "no-netrc")}
-    env |= {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": key, "WANDB_INIT_TIMEOUT": "2", **more}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "no-netrc"),
+    }
+    env |= {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        "WANDB_API_KEY": key,
+        "WANDB_INIT_TIMEOUT": "2",
+        **more,
+    }
     command = [sys.executable, "-m", "flowmap", "fit", "--recipe", str(path), "--out", str(out)]
     started = time.perf_counter()
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
@@ -78,7 +87,12 @@ def online(tmp_path, monkeypatch):
 
     wandb.teardown()
     with closed() as port:
-        told = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "1"}
+        told = {
+            "WANDB_MODE": "online",
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            "WANDB_API_KEY": "a" * 40,
+            "WANDB_INIT_TIMEOUT": "1",
+        }
         for name, value in (told | {"HOME": str(tmp_path), "WANDB_SILENT": "true"}).items():
             monkeypatch.setenv(name, value)
         yield
@@ -91,7 +105,12 @@ def test_a_run_that_cannot_go_online_is_recorded_offline(online, tiny, tmp_path)
     logger.log_metrics({"loss": 1.0}, 0)
     wandb_log.close_wandb(0)
     (line,) = said
-    assert line.startswith("W&B: not reached (") and "recorded offline" in line and "wandb sync" in line and "\n" not in line
+    assert (
+        line.startswith("W&B: not reached (")
+        and "recorded offline" in line
+        and "wandb sync" in line
+        and "\n" not in line
+    )
     (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     assert record.stat().st_size > 0 and (tmp_path / "run" / "wandb" / "run-id").read_text() in record.name
 

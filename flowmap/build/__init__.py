@@ -1,0 +1,1 @@
+"""From a resolved recipe to objects: student, teacher, data, prior, discriminator, fake score."""

@@ -1,0 +1,89 @@
+"""A recipe's learned prior, built from the run that trained its auxiliary model, with the z-sampler that the recipe names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmap.base.files import read_json
+from flowmap.base.schema import RecipeError
+from flowmap.data.codes import draws_of
+from flowmap.flow.prior import CodeSampler, FlowCodes, Learned, LearnedPrior, MixtureCodes
+from flowmap.plan.dependencies import prior_recipes
+from flowmap.plan.plan import trained_run
+from flowmap.plan.requirements import check_prior, shipped_prior
+from flowmap.recipe import Recipe
+from flowmap.student.folder import load_student, read_config
+from flowmap.student.prior import PRIOR, PriorConfig, built_codes, load_prior, read_prior_config, save_prior
+
+MOST = 20_000  # samples that a mixture is fitted to
+
+
+def write_prior(recipe: Recipe, prior: LearnedPrior, folder: Path) -> None:
+    """The recipe's built prior, written to folder/prior, where a student's weights lie, or will."""
+    run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
+    save_prior(folder / PRIOR, _config(recipe, run / "student"), prior.model.state_dict(), prior.codes.tensors())
+
+
+def build_prior(recipe: Recipe) -> LearnedPrior | None:
+    """The learned prior where the recipe starts at one; RecipeError where it is not trained, has collapsed or its z-sampler does not fit."""
+    shipped = shipped_prior(recipe)
+    if shipped is None:
+        return None
+    check_prior(recipe)
+    run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
+    units = read_json(run / "metrics.json")["units"]
+    if units["active"] == 0:
+        raise RecipeError(
+            f"{recipe.name}: prior.recipe: {shipped.recipe!r} has a collapsed posterior: 0 of {shipped.size} numbers of z are active, "
+            f"KL {sum(units['kl']):.3g} nats in all; lower its objective.kl or raise its objective.free_bits"
+        )
+    try:
+        prior = load_prior(run / "student", scale=shipped.scale, told=shipped.told)
+        prior.codes = built_codes(_config(recipe, run / "student"), _codes(recipe, run / "student"), "prior.z")
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+    return prior
+
+
+def _config(recipe: Recipe, folder: Path) -> PriorConfig:
+    """That of the auxiliary model in the folder, with the recipe's z-sampler."""
+    z = _codes_of(recipe)
+    net = read_config(_flow_folder(recipe) / "student" / "config.json").net if isinstance(z, FlowCodes) else None
+    return replace(read_prior_config(folder), z=z, z_net=net)
+
+
+def _codes_of(recipe: Recipe) -> CodeSampler:
+    assert isinstance(recipe.prior, Learned)
+    return recipe.prior.z
+
+
+def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
+    """The tensors of the recipe's z-sampler, fitted or read."""
+    z = _codes_of(recipe)
+    if isinstance(z, MixtureCodes):
+        return fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
+    return dict(load_student(_flow_folder(recipe)).flow_map.state_dict()) if isinstance(z, FlowCodes) else {}
+
+
+def _flow_folder(recipe: Recipe) -> Path:
+    """The run that trained the flow of codes; RecipeError where it has not been made."""
+    return trained_run(prior_recipes(recipe)[1], recipe, "prior.z.recipe")
+
+
+def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:
+    """A mixture of Gaussians fitted to z (N, Z) by scikit-learn's EM: weights, means and Cholesky factors of the covariances, float64."""
+    from sklearn.mixture import GaussianMixture
+
+    if len(z) < 2 * spec.components:
+        raise ValueError(f"prior.z.components: {spec.components} want at least twice as many codes, there are {len(z)}")
+    found = GaussianMixture(spec.components, random_state=spec.seed, reg_covar=1e-4, max_iter=200).fit(
+        z.double().numpy()
+    )
+    weights, means, covariances = (
+        torch.from_numpy(part) for part in (found.weights_, found.means_, found.covariances_)
+    )
+    return {"weights": weights, "means": means, "factors": torch.linalg.cholesky(covariances)}

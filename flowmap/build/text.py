@@ -1,0 +1,74 @@
+"""How a recipe of sentences becomes a student's configuration: tokenizer, text autoencoder, attributes and contexts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from flowmap.base.schema import RecipeError
+from flowmap.data import TextCoder, TextDataset
+from flowmap.data.text.autoencoder import TextAutoencoder
+from flowmap.nets.text_joint import TextJoint
+from flowmap.objectives import FlowMatching
+from flowmap.plan.dependencies import styles_of
+from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import StudentSpec, left_by
+from flowmap.student.config import BESIDE
+
+ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
+
+
+@runtime_checkable
+class OnTokens(Protocol):
+    """The settings of a network of one of those: a dataclass whose fields include vocab."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab(self) -> int | None: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+
+def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
+    """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
+    if left_by(net) not in ON_TOKENS:
+        if data.tokens is not None:
+            raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
+        return net
+    if data.tokens is None:
+        raise RecipeError(f"{recipe.name}: data.autoencoder: a text autoencoder is trained on tokens; leave it out")
+    assert isinstance(net, OnTokens)
+    if net.vocab is not None and net.vocab < data.tokens.vocab:
+        raise RecipeError(
+            f"{recipe.name}: student.vocab: {net.vocab} is smaller than the tokenizer's {data.tokens.vocab}"
+        )
+    if data.tokens.pair != hasattr(net, "encoder_tokens"):
+        raise RecipeError(
+            f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
+        )
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.told())
+
+
+def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as one of a flow in the latents of the autoencoder beside the student in that folder, where it trained both; else itself."""
+    if recipe.leaves != "text_joint":
+        return recipe
+    assert isinstance(recipe.student, TextJoint)
+    data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / BESIDE)), tokenizer=None)
+    return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
+
+
+def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
+    """The fields of StudentConfig that a student of sentences has."""
+    styles = styles_of(recipe)
+    edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
+    plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
+    if recipe.data.conditional and recipe.leaves in ("student", "text_joint"):
+        plain |= {
+            "attributes": data.attributes,
+            "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point()),
+        }
+    return plain

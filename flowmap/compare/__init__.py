@@ -1,0 +1,158 @@
+"""Recipes side by side on equal terms: each is trained for the same seconds, or the same network evaluations, from the same teacher, seed by
+seed, and looked at by the same metrics at each number of steps. `finished` and `curves` tabulate and plot runs that are there.
+
+A folder: seed-N/NAME/ holds a run and its result.json; compare.json, table.md and quality.png are written after every run, so that what is
+there can be looked at. A finished run is kept: the same call goes on where it was cut off, and one with more recipes or seeds adds them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowmap.base.files import check_writable, only_process, read_json, write_json
+from flowmap.compare.entrants import at_seed, read_entrants
+from flowmap.compare.entry import Entry, Look, beside
+from flowmap.compare.report import report, write_report
+from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
+from flowmap.estimate.dry_run import dry_run
+from flowmap.plan.plan import runs_root
+from flowmap.plan.requirements import check_beforehand
+from flowmap.recipe import Recipe
+
+Say = Callable[[str], None]
+STEPS = (1, 2, 4, 8)
+REPORT = ("table.md", "quality.png")  # written after compare.json
+
+
+def compare(
+    recipes: Sequence[str],
+    *,
+    budget: float | None = None,
+    calls: float | None = None,
+    seeds: int = 5,
+    steps: Sequence[int] = STEPS,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    say: Say | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Trains every recipe at seeds 0 to seeds - 1 and gives compare.json's contents, and its `folder`.
+
+    budget: seconds of training each; calls: network evaluations each; exactly one. out: the folder, by default runs/compare. The teacher of
+    a seed is trained once, in a run folder below runs/, and paid for by nobody; pairs, and runs that a recipe starts from, by that recipe.
+    RecipeError (ValueError) for a user's mistake, recipes of other data or teachers among them. now: the time in seconds.
+    """
+    say = say or (lambda message: print(message, file=sys.stderr, flush=True))
+    terms = Terms(budget, calls, tuple(steps))
+    entrants, folder = _checked(recipes, overrides, seeds, out)
+    look = Look.of(entrants[0])
+    for entrant in entrants:  # all that can be refused is refused before the folder is there
+        check_beforehand(entrant.changed(metrics=look.metrics))
+    with only_process(folder):
+        by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]
+        for entry in (entry for entries in by_seed for entry in entries):
+            entry.found()  # what was trained on other terms is refused before anything is trained
+        for seed, entries in enumerate(by_seed):
+            _beside(entries, folder / f"seed-{seed}" / "beside.json", say)
+            for entry in entries:
+                result = entry.kept() or entry.run(say)
+                say(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
+                write_report(folder, _report(by_seed, folder))
+    return {**read_json(folder / "compare.json"), "folder": str(folder)}
+
+
+def dry_compare(
+    recipes: Sequence[str], *, budget=None, calls=None, seeds=5, steps=STEPS, out=None, overrides=()
+) -> list[str]:
+    """The lines that `flowmap compare --dry-run` prints: what would be trained, what is there, what is missing on this machine."""
+    terms = Terms(budget, calls, tuple(steps))
+    entrants, folder = _checked(recipes, overrides, seeds, out)
+    ready = [_entries(entrants, seed, folder, terms, Look.of(entrants[0]), time.perf_counter) for seed in range(seeds)]
+    teachers = {
+        stage.folder: stage.complete
+        for row in ready
+        for e in row
+        for stage in needs_of(e.recipe)
+        if stage.folder in e.shared
+    }
+    todo = sum(not done for done in teachers.values())
+    lines = [_dry_line(entrant, [row[i] for row in ready], terms) for i, entrant in enumerate(entrants)]
+    lines.append(
+        f"{len(entrants)} recipes x {seeds} seeds x {terms}, beside {todo} of {len(teachers)} teachers to make first -> {folder}"
+    )
+    last = list(dict.fromkeys(dry_run(entry.recipe, None)[-1] for entry in ready[0]))
+    return [*lines, *(line for line in last if len(last) == 1 or not line.startswith("nothing"))]
+
+
+def _dry_line(entrant: Recipe, entries: list[Entry], terms: Terms) -> str:
+    asked = evaluations_of(entrant)
+    own = [stage.folder.name for stage in own_stages(entries[0].recipe, entries[0].shared)]
+    length = (
+        f"{int(terms.evaluations / asked)} steps"
+        if terms.evaluations is not None
+        else "as many steps as a trial of its speed foresees"
+    )
+    paid = f", less what {', '.join(own)} takes" if own else ""
+    done = sum((entry.folder / "result.json").is_file() for entry in entries)
+    return f"{entrant.name}: {asked:.4g} network evaluations a step, {length}{paid}; {done} of {len(entries)} seeds finished"
+
+
+def _checked(
+    recipes: Sequence[str], overrides: Sequence[str], seeds: int, out: str | Path | None
+) -> tuple[list[Recipe], Path]:
+    if seeds < 1:
+        raise ValueError(f"seeds: {seeds} must be 1 or more")
+    if any(word.startswith("seed=") for word in overrides):
+        raise ValueError("seed: compare trains at the seeds 0 to N - 1 of --seeds N")
+    folder = Path(out) if out else runs_root() / "compare"
+    check_writable(folder, "--out")
+    foreign = [] if (folder / "compare.json").is_file() else [name for name in REPORT if (folder / name).exists()]
+    if foreign:
+        raise ValueError(
+            f"--out: {folder} holds {foreign[0]} and no compare.json: no comparison wrote it; choose another folder"
+        )
+    return read_entrants(recipes, overrides), folder
+
+
+def _entries(entrants: list[Recipe], seed: int, folder: Path, terms: Terms, look: Look, now) -> list[Entry]:
+    """Everybody at that seed."""
+    seeded = [at_seed(entrant, seed) for entrant in entrants]
+    shared = frozenset(shared_folders(seeded))
+    return [Entry(recipe, folder / f"seed-{seed}" / recipe.name, terms, look, shared, now) for recipe in seeded]
+
+
+def _beside(entries: list[Entry], path: Path, say: Say) -> None:
+    """Measures the teacher and the floor of a seed, by the first recipe that samples with the teacher's guidance; kept in beside.json."""
+    taught = [entry for entry in entries if entry.recipe.teacher is not None]
+    chosen = next((entry for entry in taught if entry.recipe.teacher.guidance is not None), [*taught, *entries][0])
+    same = {"look": chosen.look.hash, "steps": list(chosen.terms.steps), "by": chosen.recipe.name}
+    if path.is_file() and read_json(path).get("same") == same:
+        return
+    for stage in needs_of(chosen.recipe):
+        if stage.folder in chosen.shared and not stage.complete:
+            make(stage, say, chosen.now)
+    write_json(path, {"same": same, **beside(chosen, say)})
+
+
+def _report(by_seed: list[list[Entry]], folder: Path) -> dict[str, Any]:
+    """Of what is finished and was looked at alike, in the order of recipes and seeds."""
+    first = by_seed[0][0]
+    found = [entry.found() for entries in zip(*by_seed, strict=True) for entry in entries]
+    besides = [
+        read_json(path) for seed in range(len(by_seed)) if (path := folder / f"seed-{seed}" / "beside.json").is_file()
+    ]
+    alike = [result for result in found if result and (not result["figures"] or result["look"] == first.look.hash)]
+    besides = [one for one in besides if one.get("same", {}).get("look") == first.look.hash]
+    return report([entry.recipe.name for entry in by_seed[0]], alike, besides, first.terms, len(by_seed))
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    if result["ended"] in ("diverged", "no time"):
+        return f"{result['ended']}: {result['why']}"
+    first = {k: next(iter(row.values())) for k, row in result["figures"].items()}
+    figures = ", ".join(f"{value:.4g} at {k}" for k, value in first.items())
+    return f"{result['steps']} steps, {result['train_seconds']:.4g} s of training: {figures}"

@@ -1,0 +1,130 @@
+"""Who is compared: recipes of the same data and the same teacher, each at a seed and at a length of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from flowmap.base.schema import RecipeError, to_plain
+from flowmap.data import Pairs, TeacherSlot
+from flowmap.plan.cards import card_of
+from flowmap.plan.dependencies import pairs_recipes, teacher_recipes
+from flowmap.plan.provenance import WHERE, scale_of
+from flowmap.recipe import Recipe, read_recipe
+from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.settings import FromRecipe
+
+# settings in steps that a recipe chose for its own length
+LENGTHS = ("warmup_steps", "decay_from", "start", "anneal_steps", "perceptual_after_steps")
+
+
+def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
+    """The recipes, the overrides laid over each; RecipeError where they cannot be compared."""
+    entrants = [read_recipe(name, overrides) for name in names]
+    if not entrants:
+        raise RecipeError("recipes: none were given")
+    twice = [e.name for i, e in enumerate(entrants) if any(e.name == other.name for other in entrants[:i])]
+    if twice:
+        raise RecipeError(
+            f"recipes: {twice[0]!r} twice; what is compared must have names of its own (`name:` in a recipe)"
+        )
+    for entrant in entrants:
+        _check(entrant)
+        _check_alike(entrants[0], entrant)
+    return entrants
+
+
+def _check(entrant: Recipe) -> None:
+    if entrant.missing():
+        raise RecipeError(
+            f"{entrant.name}: {', '.join(entrant.missing())}: must be given, as key=value or in a recipe of your own"
+        )
+    if entrant.leaves != "student":
+        raise RecipeError(
+            f"{entrant.name}: objective: leaves no student (but: {entrant.leaves}), so no samples to compare"
+        )
+    if entrant.trainer.devices * entrant.trainer.num_nodes > 1:
+        raise RecipeError(f"{entrant.name}: trainer.devices: {entrant.trainer.devices}; compare trains on one device")
+
+
+def _check_alike(first: Recipe, other: Recipe) -> None:
+    """RecipeError for other data, or another teacher or guidance (a recipe without a teacher goes with any)."""
+    for what, part_of in (("data", data_settings), ("teacher", _taught_by)):
+        mine, theirs = part_of(first), part_of(other)
+        if mine == theirs or (what == "teacher" and (mine is None or theirs is None)):
+            continue
+        key = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
+        values = f"{key} {mine.get(key)!r} and {theirs.get(key)!r}"
+        raise RecipeError(
+            f"recipes: {first.name!r} and {other.name!r} are not of the same {what}: {values}; a comparison wants one"
+        )
+
+
+def data_settings(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE or key == "root"}
+
+
+def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
+    """The teacher of a recipe or of its pairs, and the guidance that is sampled with; the range drawn from in training is the recipe's own."""
+    slot, scale = recipe.teacher, None
+    if isinstance(recipe.coupling, Pairs):
+        slot, scale = recipe.coupling.teacher or slot, scale_of(recipe)
+    elif slot is not None and slot.guidance is not None:
+        scale = slot.guidance.default
+    if slot is None:
+        return None
+    guidance = to_plain(slot.guidance, TABLES) or {}
+    card = card_of(slot)  # a teacher may be named by its card or by the recipe that trains it
+    named = {"card": card.recipe or card.name, "overrides": list(slot.overrides)}
+    return {
+        **named,
+        **{key: value for key, value in guidance.items() if key not in ("scale", "default")},
+        "guidance": scale,
+    }
+
+
+def at_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with that seed, the recipes that it needs with it."""
+    changes: dict[str, Any] = {"seed": seed}
+    word = f"seed={seed}"
+    if recipe.teacher is not None and teacher_recipes(recipe):
+        changes["teacher"] = _told(recipe.teacher, word)
+    if isinstance(recipe.coupling, Pairs) and recipe.coupling.teacher is not None and pairs_recipes(recipe):
+        changes["coupling"] = replace(recipe.coupling, teacher=_told(recipe.coupling.teacher, word))
+    if isinstance(recipe.student, FromRecipe):
+        start = at_seed(recipe.named(recipe.student.recipe, recipe.student.overrides), seed)
+        mine, theirs = changes.get("teacher", recipe.teacher), start.teacher
+        if mine is not None and theirs is not None and (mine.card, mine.recipe) == (theirs.card, theirs.recipe):
+            theirs = mine  # one teacher for both, with what the comparison's overrides say of it
+        words = [f"teacher.overrides={list(theirs.overrides)}"] if theirs is not None and theirs.overrides else []
+        changes["student"] = _told(recipe.student, word, *words)
+    return recipe.changed(**changes)
+
+
+def _told(slot: TeacherSlot | FromRecipe, *words: str) -> Any:
+    return replace(slot, overrides=(*slot.overrides, *words))
+
+
+def of_length(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe at another number of steps, with the warm-ups and decays that it counts in steps stretched by as much.
+
+    A cosine and a power-function average know the length of a run by themselves; a constant average keeps its decay.
+    """
+    ratio = steps / recipe.trainer.steps
+    trainer = replace(recipe.trainer, steps=steps, checkpoint_every_steps=max(steps // 4, 1))
+    return recipe.changed(
+        trainer=trainer, optimizer=_stretched(recipe.optimizer, ratio), objective=_stretched(recipe.objective, ratio)
+    )
+
+
+def _stretched(value: Any, ratio: float) -> Any:
+    """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio; what was above 0 stays at least 1, and at most 10^9."""
+    changes = {}
+    for field in fields(value):
+        old = getattr(value, field.name)
+        if field.name in LENGTHS and old:
+            changes[field.name] = min(max(round(old * ratio), 1), 10**9)
+        elif is_dataclass(old):
+            changes[field.name] = _stretched(old, ratio)
+    return replace(value, **changes) if changes else value

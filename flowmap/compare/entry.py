@@ -1,0 +1,249 @@
+"""One recipe at one seed: how long it may be, its training, what its student is worth; kept in result.json, whatever the end."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowmap.base.files import read_json, write_json
+from flowmap.base.schema import RecipeError, short_hash, to_plain
+from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.compare.entrants import of_length
+from flowmap.compare.terms import (
+    NothingLeft,
+    Terms,
+    evaluations_of,
+    left_of,
+    make,
+    needs_of,
+    own_stages,
+    price_of,
+    samples_of,
+)
+from flowmap.evaluation.measure import measure
+from flowmap.plan.plan import Pairing, Stage
+from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES
+from flowmap.student.folder import load_student
+from flowmap.student.student import Student
+from flowmap.train.callbacks import peak_gib
+from flowmap.train.clock import SETTLING, Clock
+from flowmap.train.fit import FitError, device_of, fit, silent
+from flowmap.train.module import NotFinite
+
+Say = Callable[[str], None]
+TRIAL = 0.05  # of the budget goes, beside it, into measuring the time of a step
+TRIAL_SECONDS = 20.0  # at most
+TRIAL_STEPS = SETTLING + 5  # at least
+FOREVER = 10**9
+
+
+@dataclass(frozen=True)
+class Look:
+    """How students are looked at, all alike: the metrics and the evaluation of the comparison's first recipe."""
+
+    metrics: tuple[Any, ...]
+    recipe: Recipe
+
+    @staticmethod
+    def of(first: Recipe) -> Look:
+        metrics = tuple(spec for spec in first.metrics if spec.needs == "samples")
+        if not metrics:
+            raise RecipeError(
+                f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
+            )
+        return Look(metrics, first)
+
+    def at(self, recipe: Recipe) -> Recipe:
+        return recipe.changed(metrics=self.metrics, evaluation=self.recipe.evaluation)
+
+    @cached_property
+    def hash(self) -> str:
+        return short_hash([to_plain(self.metrics, TABLES), to_plain(self.recipe.evaluation, TABLES)])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe at a seed, the folder that its run fills, and who may be left out of its bill."""
+
+    recipe: Recipe
+    folder: Path
+    terms: Terms
+    look: Look
+    shared: frozenset[Path]
+    now: Callable[[], float]
+
+    @cached_property
+    def same(self) -> str:
+        """Changes with anything that changes the training: the settings and the terms."""
+        return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
+
+    def found(self) -> dict[str, Any] | None:
+        """The finished result as it lies there; RecipeError if it is another's."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return None
+        result = read_json(path)
+        if result.get("same") != self.same:
+            raise RecipeError(
+                f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; choose another --out"
+            )
+        return result
+
+    def kept(self) -> dict[str, Any] | None:
+        """The finished result, its figures taken anew or completed where others are asked for."""
+        result = self.found()
+        if result is None or result["ended"] not in ("whole", "cut"):
+            return result
+        figures = result["figures"] if result["look"] == self.look.hash else {}
+        if missing := [k for k in self.steps() if str(k) not in figures]:
+            try:
+                result |= {"figures": figures | self.figures(missing), "look": self.look.hash}
+            except NotFinite as error:
+                result |= {"ended": "diverged", "why": str(error), "figures": {}}
+            self._keep(result)
+        return result
+
+    def run(self, say: Say) -> dict[str, Any]:
+        """Trains, measures, keeps and gives the result; a run that diverges, or has no time left, is one as well."""
+        result = {"recipe": self.recipe.name, "seed": self.recipe.seed, "same": self.same, "look": self.look.hash}
+        trained, clock = {"seconds": 0.0, "steps": 0, "peak_gib": 0.0}, Clock(now=self.now)
+        try:
+            plan = self.planned(say)
+            result |= plan
+            say(f"seed {self.recipe.seed}, {self.recipe.name}: {plan['planned_steps']} steps in {self.terms}")
+            clock = Clock(
+                math.inf if self.terms.seconds is None else self.terms.seconds - plan["own_seconds"], self.now
+            )
+            forget_peak()
+            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, say=silent, clock=clock).metrics[
+                "training"
+            ]
+            end = {
+                "ended": "cut" if trained["steps"] < plan["planned_steps"] else "whole",
+                "figures": self.figures(self.steps()),
+            }
+        except NothingLeft as error:
+            end = {"ended": "no time", "why": str(error), "figures": {}}
+        except NotFinite as error:
+            end = {"ended": "diverged", "why": str(error), "figures": {}}
+        except FitError as error:
+            if not isinstance(error.__cause__, NotFinite):
+                raise
+            end = {"ended": "diverged", "why": str(error.__cause__), "figures": {}}
+            trained |= {
+                "seconds": round(clock.seconds, 4),
+                "steps": clock.steps,
+                "peak_gib": peak_gib(torch.device(device_of(self.recipe))),
+            }
+        result |= {"train_seconds": trained["seconds"], "steps": trained["steps"], "peak_gib": trained["peak_gib"]}
+        result |= {
+            "images": trained["steps"] * samples_of(self.recipe),
+            "evaluations": trained["steps"] * evaluations_of(self.recipe),
+            **end,
+        }
+        self._keep(result)
+        return result
+
+    def _keep(self, result: Mapping[str, Any]) -> None:
+        write_json(self.folder / "result.json", result)
+
+    def planned(self, say: Say) -> dict[str, Any]:
+        """How many steps fit into the terms: found once, kept in length.json, so that a run that was cut off goes on as it was begun."""
+        path = self.folder / "length.json"
+        if path.is_file() and (plan := read_json(path)).get("same") == self.same:
+            return {key: value for key, value in plan.items() if key != "same"}
+        spent = self._prepared(say)
+        left = left_of(self.terms, spent)
+        if left.evaluations is not None:
+            plan = {
+                "planned_steps": int(left.evaluations / evaluations_of(self.recipe)),
+                "own_evaluations": spent,
+                "own_seconds": 0.0,
+            }
+        else:
+            seconds = self.step_seconds(left.seconds)
+            plan = {
+                "planned_steps": int(left.seconds / seconds * (1 + 1e-9)),
+                "own_seconds": spent,
+                "step_seconds": seconds,
+            }
+        if plan["planned_steps"] < 1:
+            raise NothingLeft(f"not one step fits into what is left of {self.terms}")
+        write_json(path, {"same": self.same, **plan})
+        return plan
+
+    def _prepared(self, say: Say) -> float:
+        """What the recipe needs is made where it is not there; gives what its own part of that takes. NothingLeft before pairs that are too dear."""
+        spent, own = 0.0, {stage.folder for stage in own_stages(self.recipe, self.shared)}
+        for stage in needs_of(self.recipe):
+            if stage.folder in own and isinstance(stage, Pairing):
+                spent += price_of(stage, self.terms, self.now)
+                left_of(self.terms, spent)
+            if not stage.complete:
+                make(stage, say, self.now)
+            if stage.folder in own and isinstance(stage, Stage):
+                spent += price_of(stage, self.terms, self.now)
+        return spent
+
+    def step_seconds(self, budget: float) -> float:
+        """The mean time of a step over a short trial, whose student is thrown away."""
+        clock = Clock(min(TRIAL * budget, TRIAL_SECONDS), self.now, at_least=TRIAL_STEPS)
+        recipe = self.bare(FOREVER)
+        recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
+        with tempfile.TemporaryDirectory() as scratch:
+            fit(recipe, Path(scratch) / "run", say=silent, clock=clock)
+        return clock.step_seconds
+
+    def bare(self, steps: int) -> Recipe:
+        """The recipe at that length, with nothing to show on the way: all that is looked at is looked at by compare."""
+        log = replace(self.recipe.log, wandb=False, samples_every_steps=0, metrics_every_steps=0)
+        return replace(of_length(self.recipe, steps), metrics=(), log=log)
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps at which this student is looked at: 1 alone where its sampler is for one step alone."""
+        return tuple(k for k in self.terms.steps if k == 1 or tuple(self.recipe.sampler.steps) != (1,))
+
+    def figures(self, steps: Sequence[int]) -> dict[str, dict[str, float]]:
+        """The figures of the run's student; NotFinite where one is not."""
+        if not steps:
+            return {}
+        recipe = self.look.at(self.recipe)
+        student = load_student(self.folder / "student").to(device_of(recipe))
+        found = measure(recipe, student, None, build_data(recipe), steps=steps)["student"]
+        if any(not math.isfinite(value) for row in found.values() for value in row.values()):
+            raise NotFinite("its samples are not finite")
+        return found
+
+
+def beside(entry: Entry, say: Say | None = None) -> dict[str, Any]:
+    """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
+    recipe, terms = entry.look.at(entry.recipe), entry.terms
+    recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
+    data = build_data(recipe)
+    teacher = build_teacher(recipe, data)
+    config = student_config(recipe, data, teacher)
+    student = Student(config, build_student(recipe, config, teacher).eval()).to(device_of(recipe))
+    if teacher is not None:
+        teacher.to(device_of(recipe))
+    found = measure(recipe, student, teacher, data, steps=[1], progress=say)
+    return {key: found[key] for key in ("teacher", "teacher_few", "floor") if key in found}
+
+
+def forget_peak() -> None:
+    """From here on the peak of memory is counted anew, where the system can do that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass

@@ -1,0 +1,120 @@
+"""On what terms: seconds of training or network evaluations, and what a recipe's own preparations take of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flowmap.base.files import read_json
+from flowmap.data import Pairs
+from flowmap.estimate.calls import calls_of
+from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, dependency_folder, plan
+from flowmap.prepare.make_pairs import Maker
+from flowmap.recipe import Recipe
+from flowmap.train.clock import Clock
+from flowmap.train.fit import device_of, fit, waiting_for
+from flowmap.train.fit import make as make_on_disk
+
+PAIRS = 256  # pairs in the batch that is timed
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What each recipe is given for each seed, one of seconds of training and network evaluations, and the steps at which it is looked at.
+
+    An evaluation is one network's forward pass for one sample; a backward pass counts as two, a tangent as one.
+    """
+
+    seconds: float | None
+    evaluations: float | None
+    steps: tuple[int, ...]
+
+    def __post_init__(self):
+        if (self.seconds is None) == (self.evaluations is None):
+            raise ValueError("budget: give either --budget, seconds of training, or --calls, network evaluations")
+        for key, value in (("budget", self.seconds), ("calls", self.evaluations)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{key}: {value:g} must be above 0")
+        if not self.steps or any(k < 1 for k in self.steps) or len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps: {list(self.steps)} must be different whole numbers from 1")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:g} seconds of training"
+            if self.seconds is not None
+            else f"{self.evaluations:g} network evaluations"
+        )
+
+
+def evaluations_of(recipe: Recipe) -> float:
+    """Network evaluations of one optimiser step, teacher's calls included."""
+    calls = calls_of(recipe, conditional=recipe.data.conditional)
+    return samples_of(recipe) * (calls.forward + 2 * calls.backward + calls.strong + calls.weak)
+
+
+def samples_of(recipe: Recipe) -> int:
+    return recipe.data.batch_size * recipe.trainer.accumulate
+
+
+def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
+    """Where the teachers of these recipes and the autoencoders of their data lie, and all that those need: nobody pays for them."""
+    found: set[Path] = set()
+    for entrant in entrants:
+        by_teacher = (
+            pairs_recipes(entrant) if isinstance(entrant.coupling, Pairs) and entrant.coupling.recipe is None else []
+        )
+        for needed in (*autoencoder_recipes(entrant), *teacher_recipes(entrant), *by_teacher):
+            found |= {stage.folder for stage in plan(needed, dependency_folder(needed))}
+    return found
+
+
+def own_stages(recipe: Recipe, shared: set[Path]) -> list[Stage | Pairing]:
+    """What this recipe needs for itself, in order: pairs, runs that it starts from. They are paid for out of its budget."""
+    return [stage for stage in needs_of(recipe) if not isinstance(stage, Encoding) and stage.folder not in shared]
+
+
+def needs_of(recipe: Recipe) -> list[Needed]:
+    return plan(recipe, Path(recipe.name))[:-1]
+
+
+def make(stage: Needed, say, now: Callable[[], float]) -> None:
+    """Makes a stage that is not complete; what a run took is in its metrics.json."""
+    if isinstance(stage, Stage):
+        fit(stage.recipe, stage.folder, resume=True, say=say, clock=Clock(now=now), shared=True)
+    else:
+        make_on_disk(stage, say, waiting_for(stage.recipe.name, stage.folder, say))
+
+
+def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> float:
+    """What a stage takes, in the unit of the terms: of pairs before they are made, of a run (which then is finished) what it took.
+
+    The seconds of pairs are those of one batch times their number, whoever makes them and however often that is cut.
+    """
+    if isinstance(stage, Stage):
+        if terms.evaluations is not None:
+            return stage.recipe.trainer.steps * evaluations_of(stage.recipe)
+        metrics = read_json(stage.folder / "metrics.json")
+        return float(metrics["training"]["seconds"] if "training" in metrics else metrics["seconds"]["train"])
+    maker = Maker.of(stage.recipe, device_of(stage.recipe))
+    batch = maker.ranges()[0][:PAIRS]
+    _, calls = maker.columns(batch[:1])
+    if terms.evaluations is not None:
+        return maker.spec.num * calls
+    started = now()
+    maker.columns(batch)
+    return (now() - started) * maker.spec.num / len(batch)
+
+
+def left_of(terms: Terms, spent: float) -> Terms:
+    """The terms with what a recipe's own preparations took off; NothingLeft where they took all."""
+    if (terms.seconds or terms.evaluations) <= spent:
+        raise NothingLeft(f"what it needs for itself takes {spent:.4g} of {terms}")
+    rest = lambda value: None if value is None else value - spent
+    return replace(terms, seconds=rest(terms.seconds), evaluations=rest(terms.evaluations))
+
+
+class NothingLeft(Exception):
+    """What a recipe needs for itself takes all that it was given."""

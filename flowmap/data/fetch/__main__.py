@@ -1,0 +1,7 @@
+"""`python -m flowmap.data.fetch`."""
+
+import sys
+
+from flowmap.data.fetch import main
+
+sys.exit(main())

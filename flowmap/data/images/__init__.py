@@ -1,0 +1,1 @@
+"""Data sets of pictures: folders, archives, labels and captions."""

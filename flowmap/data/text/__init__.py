@@ -1,0 +1,1 @@
+"""Sentences: data sets, tokenizers, styles, and the frozen text autoencoder."""

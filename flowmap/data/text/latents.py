@@ -1,0 +1,93 @@
+"""Latents of sentences, made once by a frozen text autoencoder and kept in a folder under a hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class TextCoder(Protocol):
+    """Names a frozen text autoencoder. load() gives encode(list[str]) -> normalised latents (N, *shape), decode(z) -> list[str]."""
+
+    def load(self) -> Any: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+class Latent:
+    """latent(texts): (N, *shape) float32, read from the folder where they lie already and whole, else made and written there."""
+
+    def __init__(self, autoencoder: TextCoder, counts: Counter, *, root: str, infill: bool):
+        self.autoencoder, self.counts, self.root, self.infill = autoencoder, counts, root, infill
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return self._kept([outer_thirds(one)[1] for one in texts] if self.infill else texts)
+
+    def contexts(self, texts: list[str]) -> dict[str, Tensor]:
+        """The conditions of infilling: "left" and "right", (N, *shape) each."""
+        return {
+            side: self._kept([outer_thirds(one)[place] for one in texts]) for side, place in (("left", 0), ("right", 2))
+        }
+
+    def path(self, texts: list[str]) -> Path:
+        digest = hashlib.sha256(repr(sorted(self._identity.items())).encode())
+        for text in texts:
+            digest.update(text.encode() + b"\n")
+        return Path(self.root) / f"{digest.hexdigest()[:16]}.safetensors"
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return self.autoencoder.identity()
+
+    @cached_property
+    def _coder(self) -> Any:
+        coder = self.autoencoder.load()
+        return coder.to("cuda") if torch.cuda.is_available() else coder
+
+    def _kept(self, texts: list[str]) -> Tensor:
+        path = self.path(texts) if self.root else None
+        made = None if path is None else _read(path)
+        if made is None:
+            made = self._made(texts)
+            if path is not None:
+                _write(path, made)
+        self.counts["cut"] += int(made["cut"])
+        return made["latents"].float()
+
+    def _made(self, texts: list[str]) -> dict[str, Tensor]:
+        z, cut = self._coder.encode(texts, count_cut=True)
+        return {"latents": z.half().cpu().contiguous(), "cut": torch.tensor([cut])}
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """What is kept there; None where nothing is, or it is torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path) if path.is_file() else None
+    except SafetensorError:
+        return None
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def outer_thirds(text: str) -> tuple[str, str, str]:
+    """(left, middle, right) by words; the middle has at least one word, the others where there are three or more."""
+    words = text.split()
+    third = len(words) // 3
+    return " ".join(words[:third]), " ".join(words[third : len(words) - third]), " ".join(words[len(words) - third :])

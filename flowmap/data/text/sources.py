@@ -1,0 +1,222 @@
+"""Where sentences come from: WordNet's definitions, files of text or JSONL, data sets of Hugging Face. Text is data, never code.
+
+A source gives every sentence with its attributes (text values by name) and its keys: what it may not share with a held-out sentence.
+What cannot be used is counted (empty) or refused with file and line (not UTF-8, not JSON).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from flowmap.data.images.listing import NOT_REGULAR, Tally, walk
+from flowmap.data.safe_files import lines_of
+from flowmap.data.sources import optional
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text of one line without spaces at its ends; attributes by name; keys: the entries that it belongs to."""
+
+    text: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+
+
+class TextSource(Protocol):
+    """Sentences in a fixed order."""
+
+    def read(self) -> tuple[list[Sentence], Counter]:
+        """All of them, and counts of what was left out ("empty"). ValueError names what cannot be read."""
+        ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+ENDINGS = (".txt", ".jsonl")
+WORDNET_FILES = {"data.noun": "noun", "data.verb": "verb", "data.adj": "adjective", "data.adv": "adverb"}
+# WordNet's lexicographer files, in the order of their numbers (lexnames(5WN))
+CATEGORIES = (
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication noun.event "
+    "noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
+    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change verb.cognition verb.communication "
+    "verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
+    "verb.stative verb.weather adj.ppl"
+).split()
+
+
+@dataclass(frozen=True)
+class WordNet:
+    """The definitions of WordNet 3.0 in `root` (`python -m flowmap.data.fetch wordnet`), with part_of_speech (4) and category (45).
+
+    examples: the example sentences as well. The keys are the lemmas: definitions of one word belong together.
+    """
+
+    root: str = ".data/wordnet"
+    examples: bool = False
+    kind: ClassVar[str] = "wordnet"
+
+    def read(self) -> tuple[list[Sentence], Counter]:
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
+        for name, part in WORDNET_FILES.items():
+            path = Path(self.root) / name
+            if not path.is_file():
+                raise ValueError(
+                    f"sentences.root: {path} is not there; `python -m flowmap.data.fetch wordnet` brings it"
+                )
+            for number, line in enumerate(lines_of(path), 1):
+                if not line.startswith("  "):  # the licence, at the top
+                    found += self._entry(line, part, f"{path}:{number}", counts)
+        return found, counts
+
+    def _entry(self, line: str, part: str, where: str, counts: Counter) -> Iterator[Sentence]:
+        entry, bar, gloss = line.partition(" | ")
+        fields = entry.split()
+        try:
+            category, num_words = CATEGORIES[int(fields[1])], int(fields[3], 16)
+            keys = tuple(fields[4 + 2 * i].split("(")[0].lower() for i in range(num_words))
+        except (IndexError, ValueError):
+            raise ValueError(f"{where}: is no line of a WordNet data file") from None
+        definition, *examples = gloss.strip().split('; "')
+        for text in [definition, *(examples if self.examples else [])]:
+            text = one_line(text.rstrip('"; '))
+            if not bar or not text:
+                counts["empty"] += 1
+                continue
+            yield Sentence(text, {"part_of_speech": part, "category": category}, keys)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "examples": self.examples}
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """A file, or every file below a folder that is not hidden: of .txt each line is a sentence, of .jsonl each line a mapping with `text`
+    and attributes.
+
+    Lines of .txt have the attribute "file", the file's name without its ending (yelp/positive.txt: "positive"). key: the column of a
+    .jsonl that names the entry a sentence belongs to, so that entries are not split.
+    """
+
+    root: str = "???"
+    text: str = "text"
+    key: str | None = None
+    kind: ClassVar[str] = "files"
+
+    def read(self) -> tuple[list[Sentence], Counter]:
+        paths = self._paths(Path(self.root))
+        if not paths:
+            raise ValueError(f"sentences.root: {self.root!r} is no file, and holds no *.txt or *.jsonl")
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
+        for path in paths:
+            for number, line in enumerate(lines_of(path), 1):
+                sentence = self._sentence(line, path, f"{path}:{number}") if line.strip() else None
+                if sentence is None or not sentence.text:
+                    counts["empty"] += 1
+                else:
+                    found.append(sentence)
+        return found, counts
+
+    def _paths(self, root: Path) -> list[Path]:
+        """The file itself, or those below the folder that are not hidden; a device or a pipe among them is refused when it is read."""
+        if not root.is_dir():
+            return [root] if root.is_file() else []
+        found = (root / name for name, kind in walk(str(root), Tally()) if kind in ("file", NOT_REGULAR))
+        return sorted(path for path in found if path.suffix.lower() in ENDINGS)
+
+    def _sentence(self, line: str, path: Path, where: str) -> Sentence:
+        if path.suffix.lower() != ".jsonl":
+            return Sentence(one_line(line), {"file": path.stem})
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: is not JSON: {error}") from error
+        return as_sentence(row, self.text, self.key, None, where)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, **{k: v for k, v in asdict(self).items() if k != "root"}}
+
+
+@dataclass(frozen=True)
+class HuggingFaceText:
+    """Column `text` of a data set: a hub id, a folder that save_to_disk wrote, or one that load_dataset reads; `columns` are attributes.
+
+    key: the column that names the entry a row belongs to. Whole numbers of a ClassLabel are given their names. No code of a data set is run.
+    """
+
+    path: str = "???"
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text: str = "text"
+    columns: tuple[str, ...] = ()
+    key: str | None = None
+    kind: ClassVar[str] = "huggingface"
+
+    def read(self) -> tuple[list[Sentence], Counter]:
+        rows = self._rows()
+        names: dict[str, Any] = {c: getattr(rows.features[c], "names", None) for c in self.columns}
+        found: list[Sentence] = []
+        counts: Counter[str] = Counter()
+        for i, row in enumerate(rows):
+            named = {
+                c: names[c][row[c]] if names[c] and isinstance(row[c], int) and row[c] >= 0 else row[c]
+                for c in self.columns
+            }
+            sentence = as_sentence({**row, **named}, self.text, self.key, self.columns, f"{self.split}[{i}]")
+            if sentence.text:
+                found.append(sentence)
+            else:
+                counts["empty"] += 1
+        return found, counts
+
+    def _rows(self) -> Any:
+        datasets = optional("datasets")
+        try:
+            if (Path(self.path) / "state.json").is_file():
+                rows = datasets.load_from_disk(self.path)
+            elif (Path(self.path) / "dataset_dict.json").is_file():
+                rows = datasets.load_from_disk(self.path)[self.split]
+            else:
+                rows = datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+        except Exception as error:  # builders, file systems and the hub each have errors of their own
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"sentences.path: {self.path!r} with split {self.split!r} cannot be used: {said}"
+            ) from error
+        for column in (self.text, *self.columns, *([self.key] if self.key else [])):
+            if column not in rows.features:
+                raise ValueError(
+                    f"sentences: {column!r} is no column of {self.path}; allowed: {', '.join(rows.features)}"
+                )
+        return rows
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+
+TEXT_SOURCES = {"wordnet": WordNet, "files": TextFiles, "huggingface": HuggingFaceText}
+
+
+def one_line(text: str) -> str:
+    """The words of a text with single spaces between them."""
+    return " ".join(text.split())
+
+
+def as_sentence(row: Any, text: str, key: str | None, columns: tuple[str, ...] | None, where: str) -> Sentence:
+    """A row as a sentence: attributes are `columns`, or all texts and whole numbers that it has. ValueError says what it lacks."""
+    if not isinstance(row, Mapping) or not isinstance(row.get(text), str):
+        raise ValueError(f"{where}: has no text {text!r}")
+    wanted = (
+        columns
+        if columns is not None
+        else [k for k, v in row.items() if k not in (text, key) and isinstance(v, (str, int, bool))]
+    )
+    given = {name: str(row[name]) for name in wanted if row.get(name) is not None}
+    return Sentence(one_line(row[text]), given, () if key is None or row.get(key) is None else (str(row[key]),))

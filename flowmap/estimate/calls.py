@@ -1,0 +1,123 @@
+"""What one training step asks of its networks, found by taking one: the recipe's own objective on its own times, with stand-ins for student
+and teacher that cost one matrix product a call, and these products counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmap.flow.types import Cond, Teacher, along
+from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.objectives.instaflow import Endpoint
+from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
+from flowmap.recipe import Recipe
+from flowmap.recipe.settings import Autoguidance, ClassifierFree
+from flowmap.teachers.guidance import Autoguidance as Autoguided
+from flowmap.teachers.guidance import ClassifierFree as Guided
+
+ROWS, WIDTH = 1000, 8
+UNIT = 2 * ROWS * WIDTH**2  # FLOPs of one call for every sample
+WARM = 10**9  # a step after every warm-up
+
+
+@dataclass(frozen=True)
+class Calls:
+    """For each sample of a step: forward passes of the student (a tangent counts as one) and of the fake that trains beside it, backward
+    passes, calls of the strong teacher and of the weak one."""
+
+    forward: float
+    backward: float
+    strong: float
+    weak: float
+
+
+def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
+    """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted, nor is a decoder before it."""
+    if recipe.leaves != "student":
+        return Calls(1, 1, 0, 0)
+    student, strong, weak = _Student(), _Teacher(), _Teacher()
+    generator = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator).unbind()
+    t, s = recipe.times(ROWS, device=x0.device, generator=generator)
+    cond: dict[str, Tensor] = {"class": torch.zeros(ROWS, dtype=torch.int64)} if conditional else {}
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
+    teacher: Teacher | None = None if recipe.teacher is None else strong
+    if guidance is not None:
+        low, high = guidance.scale
+        cond["guidance"] = torch.linspace(low, high, ROWS)
+    if isinstance(guidance, ClassifierFree):
+        teacher = Guided(strong, default=guidance.default)
+    if isinstance(guidance, Autoguidance):
+        teacher = Autoguided(strong, weak, default=guidance.default)
+    if isinstance(recipe.distillation, ScoreDistillation):
+        x0.requires_grad_()  # in the place of the student's samples
+    sample = recipe.path.sample(x0, x1, t, s, cond or None)
+    with FlopCounterMode(display=False) as counter:
+        loss = _without_networks(recipe.distillation)(student, teacher, sample, WARM).value
+        forward = counter.get_total_flops()
+        loss.backward()
+    backward = counter.get_total_flops() - forward
+    drawn, kept = _sampling(recipe)
+    return Calls(forward / UNIT + drawn, backward / (2 * UNIT) + kept, strong.rows / ROWS, weak.rows / ROWS)
+
+
+def _sampling(recipe: Recipe) -> tuple[float, float]:
+    """Forward and backward passes for the samples that a discriminator and a fake look at, the fake's own among them, in the mean over their
+    numbers of steps."""
+    forward = backward = 0.0
+    if isinstance(recipe.objective, Adversarial):
+        mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
+        forward, backward = mean, mean if recipe.objective.through == "all" else 1
+    if isinstance(recipe.distillation, ScoreDistillation):
+        steps, whole, learns = (
+            recipe.distillation.steps,
+            recipe.distillation.through == "all",
+            recipe.distillation.fake_steps,
+        )
+        mean = sum(k if whole else (k + 1) / 2 for k in steps) / len(steps)
+        forward += mean + learns * (mean + 1)
+        backward += (mean if whole else 1) + learns
+    return forward, backward
+
+
+def _without_networks(objective):
+    if isinstance(objective, Endpoint):
+        return Endpoint()
+    if isinstance(getattr(objective, "distance", None), LPIPSHuber):
+        return replace(objective, distance=PseudoHuber(objective.distance.scale))
+    return objective
+
+
+class _Student(nn.Module):
+    """A flow map of one matrix, which all of x, t and s reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(WIDTH) / 2)
+        self.bias = nn.Parameter(torch.zeros(WIDTH))  # so that the matrix's input has a gradient, as in a deep network
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return F.linear(x + self.bias + along(t, x) + along(s, x) / 2, self.matrix)
+
+    def log_error(self, t: Tensor, s: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        return self.mean_velocity(x, t, t, cond)
+
+
+class _Teacher:
+    """A velocity that costs nothing, and counts the samples that it is asked for."""
+
+    rows = 0
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        self.rows += len(x)
+        return -x.detach()

@@ -1,0 +1,212 @@
+"""What a network costs, found without any weights: parameters, FLOPs of its passes, bytes that it keeps for the backward pass.
+
+One forward and one backward pass are run on the meta device, which holds no values. FLOPs are those of matrix products, convolutions and
+attention, two for each multiply-add. Attention is counted as the fused kernels do it: no matrix of tokens by tokens is kept, and the
+scores that they compute anew in the backward pass are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
+from flowmap.nets.text_joint import TextJoint
+from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
+from flowmap.plan.dependencies import prior_recipes
+from flowmap.recipe import Recipe
+from flowmap.student.config import StudentConfig
+from flowmap.student.examples import conditions_of
+from flowmap.student.prior import auxiliary
+
+ATTENTION = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # the fused kernel that has shapes on every device
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one sample's forward pass and of its backward pass (what checkpointing computes anew among them); bytes that are kept in
+    between, in float32, of each sample and of a batch whatever its size; trained and frozen parameters."""
+
+    flops: float
+    backward_flops: float
+    kept_bytes: float
+    shared_bytes: float
+    trained: int
+    frozen: int
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool = False) -> Cost:
+    """Counted on the meta device; without `graded` the forward pass alone. ValueError where the network cannot be built."""
+    if isinstance(joint := config.net, TextJoint):
+        coder = replace(joint.autoencoder, vocab=joint.vocab, special=joint.special)
+        each = (
+            StudentConfig(coder, config.sampler, config.shape, arrival=False),
+            replace(config, net=joint.flow, shape=joint.latent_shape),
+        )
+        parts = [astuple(cost_of(one, graded=graded, checkpointing=checkpointing)) for one in each]
+        return Cost(*map(sum, zip(*parts, strict=True)))
+    return _counted(replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
+
+
+@cache
+def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
+    with torch.device("meta"):
+        flow_map = config.build()
+    trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in flow_map.parameters()) - trained
+    net = flow_map.to("meta").train().net  # also tables that a library makes by numpy
+    if checkpointing and hasattr(net, "activation_checkpointing"):
+        net.activation_checkpointing = True
+    if not graded:
+        with torch.no_grad():
+            return Cost(_passes(net, config, 1, graded)[0], 0, 0, 0, trained, frozen)
+    one, two = (_passes(net, config, rows, graded) for rows in (1, 2))
+    forward, backward, kept = (b - a for a, b in zip(one, two, strict=True))
+    return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
+
+
+def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
+    """FLOPs of one start at sampling: the auxiliary model's decoder and the z-sampler; 0 under the Gaussian prior."""
+    if not isinstance(recipe.prior, Learned):
+        return 0.0
+    trained, *flow = prior_recipes(recipe)
+    spec, codes = auxiliary(trained.student), recipe.prior.z
+    size = spec.size
+    with torch.device("meta"):
+        net: Any = spec.build(shape)
+        z = torch.zeros(1, size)
+        with torch.no_grad(), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            net.decode(z)
+    flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
+    for one in flow:  # Heun: two calls a step
+        assert isinstance(codes, FlowCodes)
+        config = StudentConfig(one.student, one.sampler, (size,), arrival=False)
+        flops += 2 * codes.steps * cost_of(config, graded=False).flops
+    return flops
+
+
+def discriminator_cost(net: nn.Module, config: StudentConfig, objective: Adversarial) -> Cost:
+    """A discriminator's share in a step, counted on the meta device: both losses with their penalties and backward passes, all as forward."""
+    one, two = (_judged(net, config, objective, rows) for rows in (1, 2))
+    flops, kept = (b - a for a, b in zip(one, two, strict=True))
+    return Cost(flops, 0, kept, max(one[1] - kept, 0), sum(p.numel() for p in net.parameters()), 0)
+
+
+def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows: int) -> tuple[int, int]:
+    """(FLOPs, bytes kept for the backward pass of the discriminator's loss) of a batch."""
+    with torch.device("meta"):
+        real, fake, noise = (torch.zeros(rows, *config.shape) for _ in range(3))
+        cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
+    there = [real, fake, noise, *cond.values(), *net.parameters()]
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    # torch's own hangs hooks on gradients, which torch.autograd.grad refuses (torch 2.13)
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]  # torch annotates its own class
+    with torch.device("meta"), counter:
+        generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
+        net.zero_grad(set_to_none=True)
+        with _Kept(there) as kept:
+            loss = discriminator_loss(net, real, fake.detach(), cond, noise, r1=objective.r1, r2=objective.r2)
+        bytes_kept = sum(kept.sizes.values())
+        loss.value.backward()
+    return counter.get_total_flops(), bytes_kept
+
+
+class _Nowhere:
+    """Does not follow which module is running."""
+
+    parents = ("Global",)
+
+    def __enter__(self): ...
+
+    def __exit__(self, *error): ...
+
+
+def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> tuple[int, int, int]:
+    """(FLOPs forward, FLOPs backward, bytes kept in between) of a batch."""
+    with torch.device("meta"):
+        x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
+    there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
+    with torch.device("meta"), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with _Kept(there) as kept:
+            out = net(x, t, t, cond)
+        forward, bytes_kept = counter.get_total_flops(), sum(kept.sizes.values())
+        if graded:
+            out.sum().backward()
+    net.zero_grad(set_to_none=True)
+    return forward, counter.get_total_flops() - forward, bytes_kept
+
+
+class _Kept(TorchDispatchMode):
+    """Follows every storage that is made, and forgets those that are freed: `sizes` holds what is alive, in bytes, what was there apart."""
+
+    def __init__(self, there: list[Tensor]):
+        super().__init__()
+        self.there = {tensor.untyped_storage()._cdata for tensor in there}
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.there and key not in self.sizes:
+                    self.sizes[key] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, key, None)
+        return out
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Inside, attention is a fused kernel, which keeps queries, keys, values and the result; so it is where checkpointing computes it anew."""
+    original = F.scaled_dot_product_attention
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _attention_flops(query, key, value, *args, **kwargs) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
+    return 2 * _attention_flops(query, key, value)
+
+
+def _convolution_backward_flops(
+    grad, x, weight, bias, stride, padding, dilation, transposed, extra, groups, wanted, **kwargs
+) -> int:
+    """As many as forward for each of the two gradients that is wanted, in groups too, which torch's own formula leaves out."""
+    places = x if transposed else grad
+    return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
+
+
+FORMULAS = {
+    ATTENTION: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}

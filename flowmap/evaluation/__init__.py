@@ -1,0 +1,1 @@
+"""Measure a student: metrics, held-out data, sample grids, reports."""

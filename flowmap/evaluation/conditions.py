@@ -1,0 +1,50 @@
+"""The conditions of samples that are measured: the reference set's classes, or held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowmap.data import Dataset
+from flowmap.data.dataset import looked_at
+from flowmap.flow.apportion import apportioned
+from flowmap.flow.types import Cond
+from flowmap.student.student import Student
+
+
+def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:
+    """What gives the classes (num,) of `num` samples: by the law of held-out samples, without any by that of training ones, -1 (no class)
+    among them; uniform: as often each. None where the data has no classes."""
+    labels = data.held_out_labels if data.num_held_out and data.held_out_labels is not None else data.labels
+    if labels is None or data.num_classes is None:
+        return None
+    counts = torch.bincount(labels + 1, minlength=data.num_classes + 1)
+    if law == "uniform":
+        counts = torch.ones(data.num_classes + 1, dtype=torch.int64).index_fill(0, torch.tensor(0), 0)
+    return lambda num: apportioned(counts, num) - 1
+
+
+def conditions_for(
+    student: Student,
+    data: Dataset,
+    num: int,
+    guidance: float | None = None,
+    classes: Callable[[int], Tensor] | None = None,
+) -> Callable[[Tensor], Cond]:
+    """What gives the conditions at some places of a set of `num` samples. Where there is text: those of held-out samples, without any of
+    training ones, in an order drawn once. Else `classes`, and without these classes in turn. ValueError at once where the guidance scale
+    does not fit."""
+    if student.config.text is None and not student.config.descriptions:
+        whole = student.conditions(num, None if classes is None else {"class": classes(num)}, guidance)
+        return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}
+    rows, asked = (
+        (data.num_held_out, data.held_out_conditions_at) if data.num_held_out else (len(data), data.conditions_at)
+    )
+
+    def at(places: Tensor) -> Cond:
+        return student.taken(len(places), asked(looked_at(places, rows)), guidance)
+
+    at(torch.arange(1))
+    return at

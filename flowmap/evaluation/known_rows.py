@@ -1,0 +1,82 @@
+"""Rows of metrics.json that need not be measured again: the teacher's and the floor, while nothing that they depend on has changed.
+
+metrics.json has a `stamp` for each: a hash of settings, of the start of every row, of some of the data and, for the teacher, of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flowmap
+from flowmap.base.distributed import world_size
+from flowmap.base.files import read_json
+from flowmap.base.schema import short_hash, to_plain
+from flowmap.build.parts import BuiltTeacher
+from flowmap.data import Dataset
+from flowmap.data.pairs import contents
+from flowmap.flow.types import Cond
+from flowmap.nets.lora import fingerprint
+from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES
+from flowmap.student.student import Student
+
+Row = Mapping[str, float]
+LOOK = 8  # samples of each kind that a stamp looks at
+
+
+def read_known(folder: Path) -> dict[str, Any]:
+    """metrics.json of the run that the student's folder is of; {} where it has none that can be read."""
+    try:
+        return read_json(folder.parent / "metrics.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def stamps(
+    recipe: Recipe,
+    student: Student,
+    teacher: BuiltTeacher | None,
+    data: Dataset,
+    specs: Sequence[Any],
+    look: tuple[Tensor, Cond],
+) -> dict:
+    """{"floor", "teacher", "student"}: hashes of what the floor, the teacher's rows, and the student's distance to the teacher depend on.
+
+    look: where the first samples start and their conditions.
+    """
+    told = {
+        key: value.cpu()
+        for key, value in data.held_out_conditions_at(torch.arange(min(LOOK, data.num_held_out))).items()
+    }
+    shared = [
+        flowmap.__version__,
+        to_plain(tuple(specs), TABLES),
+        to_plain(recipe.data, TABLES),
+        to_plain(recipe.evaluation, TABLES),
+    ]
+    shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(told), world_size()]
+    found = {"floor": short_hash(shared)}
+    if teacher is None:
+        return found
+    x1, cond = look
+    shared += [to_plain(recipe.teacher, TABLES), _values({"start": x1, **cond}), repr(student.config.autoencoder)]
+    shared += [fingerprint(module) for module in teacher.modules]
+    found["teacher"] = short_hash(shared)
+    found["student"] = short_hash([*shared, to_plain(recipe.sampler, TABLES), fingerprint(student.flow_map)])
+    return found
+
+
+def to_teacher(known: Mapping[str, Any], k: int) -> Row:
+    """How far the student's samples at k steps were from the teacher's, which the student's row wants of the teacher."""
+    return {
+        key: value for key, value in known.get("student", {}).get(str(k), {}).items() if key.endswith("_to_teacher")
+    }
+
+
+def _values(tensors: Mapping[str, Tensor]) -> list[Any]:
+    return [[key, value[:LOOK].double().cpu().tolist()] for key, value in sorted(tensors.items())]

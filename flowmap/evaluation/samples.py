@@ -1,0 +1,146 @@
+"""Samples as files: for every number of steps a grid and the single pictures, all from the same noise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from flowmap.base.files import write_text
+from flowmap.base.images import save_picture, to_grid, to_picture
+from flowmap.data.safe_files import lines_of
+from flowmap.data.text.sources import one_line
+from flowmap.evaluation.conditions import conditions_for
+from flowmap.flow.prior import Start
+from flowmap.student.folder import load_student
+from flowmap.student.student import Student
+from flowmap.student.text import edit
+
+
+def _edited(student: Student, inpaint, interpolate, **options):
+    """What draws num pictures in so many `steps`, the files read and checked now."""
+    from flowmap.student import edit as pictures
+
+    channels = pictures.picture_shape(student)[0]
+    if inpaint is not None:
+        picture, mask = pictures.read_picture(inpaint[0], channels, "--inpaint"), pictures.read_mask(inpaint[1])
+        return partial(pictures.inpaint, student, picture, mask, **options)
+    first, second = (pictures.read_picture(path, channels, "--interpolate") for path in interpolate)
+    return partial(pictures.interpolate, student, first, second, **options)
+
+
+def sample(
+    student: str | Path | Student,
+    out: str | Path,
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    num: int = 64,
+    cond: dict | None = None,
+    guidance: float | None = None,
+    gamma: float | None = None,
+    seed: int = 0,
+    progress=None,
+    refine=None,
+    solver: str | None = None,
+    inpaint: tuple[str | Path, str | Path] | None = None,
+    interpolate: tuple[str | Path, str | Path] | None = None,
+) -> list[Path]:
+    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as
+    out/steps-K.csv, sentences as out/steps-K.txt, one a line.
+
+    refine, solver: as Student.sample has them. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py).
+    """
+    student = student if isinstance(student, Student) else load_student(student)
+    for k in steps:
+        if k < 1:
+            raise ValueError(f"steps: {k} must be 1 or more")
+    if num < 1 and (inpaint is not None or interpolate is not None):
+        raise ValueError(f"num: {num} must be 1 or more")
+    draw = partial(
+        student.sample,
+        num,
+        cond=cond,
+        guidance=guidance,
+        gamma=gamma,
+        seed=seed,
+        progress=progress,
+        refine=refine,
+        solver=solver,
+    )
+    if inpaint is not None or interpolate is not None:
+        if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):
+            raise ValueError(
+                "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner"
+            )
+        draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
+    grids = []
+    for k in steps:
+        x0 = draw(steps=k)
+        if student.config.text_autoencoder is not None:
+            grids.append(Path(out) / f"steps-{k}.txt")
+            write_text(grids[-1], "\n".join(" ".join(text.splitlines()) for text in x0) + "\n")
+            continue
+        assert isinstance(x0, torch.Tensor)
+        grids.append(Path(out) / f"steps-{k}.png")
+        save_picture(grids[-1], to_grid(x0))
+        if x0.ndim == 4:
+            for i, one in enumerate(x0):
+                save_picture(Path(out) / f"steps-{k}" / f"{i:05d}.png", to_picture(one))
+        else:
+            write_text(
+                Path(out) / f"steps-{k}.csv",
+                "\n".join(",".join(f"{v:.6g}" for v in row) for row in x0.flatten(1).tolist()) + "\n",
+            )
+    return grids
+
+
+def sentences_of(student: Student, data, recipe) -> str:
+    """Sentences at each of the recipe's numbers of steps, under a line that says it; a student that edits starts from held-out ones, shown first."""
+    num, seed, parts = recipe.log.grid_images, recipe.evaluation.seed, []
+    cond = conditions_for(student, data, num)(torch.arange(num))
+    cond = {key: value for key, value in cond.items() if key != "guidance"}
+    if student.config.edits:
+        x1, texts = data.starts(num)
+        parts.append(("source", texts))
+    for k in recipe.sampler.steps:
+        if student.config.edits:
+            made = student.carry(Start(x1), student.conditions(num, cond), k, torch.Generator().manual_seed(seed))
+        else:
+            made = student.sample(num, steps=k, cond=cond, seed=seed)
+        parts.append((f"{k} step{'s' * (k > 1)}", made))
+    return "\n".join(line for name, texts in parts for line in (f"# {name}", *texts)) + "\n"
+
+
+def edit_file(
+    student: Student, file: Path, out: Path, steps: Sequence[int], cond: dict, reverse: bool = False
+) -> list[Path]:
+    """Writes out/steps-K.txt: the sentences of a file, one a line, carried to the student's target style (reverse: back from it).
+
+    Line i of each is what became of line i; an empty line stays empty, and a warning counts them.
+    """
+    if not file.is_file():
+        raise ValueError(f"--texts: {file}: there is no such file")
+    if min(steps) < 1:
+        raise ValueError(f"--steps: {min(steps)} must be 1 or more")
+    lines = [one_line(line) for line in lines_of(file)]
+    texts = [line for line in lines if line]
+    if not texts:
+        raise ValueError(f"--texts: {file}: holds no sentence")
+    if len(texts) < len(lines):
+        warnings.warn(f"--texts: {len(lines) - len(texts)} of {len(lines)} lines are empty, and stay so", stacklevel=2)
+    paths = [out / f"steps-{k}.txt" for k in steps]
+    for k, path in zip(steps, paths, strict=True):
+        edited = iter(edit(student, texts, k, cond, reverse, mark="--"))
+        write_text(path, "\n".join(" ".join(next(edited).splitlines()) if line else "" for line in lines) + "\n")
+    return paths
+
+
+def attribute_of(word: str) -> tuple[str, str | int]:
+    """name=value of the command line as a condition; whole numbers are numbers."""
+    name, sign, value = word.partition("=")
+    if not sign:
+        raise ValueError(f"--attribute: {word!r} is not of the form name=value")
+    return name, int(value) if value.lstrip("-").isdigit() else value

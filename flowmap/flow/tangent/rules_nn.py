@@ -1,0 +1,274 @@
+"""Tangent rules of products, convolutions, normalisations and attention: where the time goes.
+
+Softmax and normalisation without weights have symmetric Jacobians, so their fused backward kernels give the forward derivative as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowmap.flow.tangent.rules_base import Rule, T, add_up, every, multilinear
+
+aten = torch.ops.aten
+MAX_BLOCK_NUMBERS = 1 << 24
+"""Attention weights that live at once while the tangent of attention is taken: 64 MiB in float32."""
+
+
+def linear_layer(op, out, x, weight, bias=None):
+    """d(x W' + b); one product where only x rides."""
+    tx, tweight, tbias = T(x), T(weight), T(bias)
+    if tweight is None and tbias is None:
+        return F.linear(tx, weight)
+    return add_up(
+        None if tx is None else F.linear(tx, weight), None if tweight is None else F.linear(x, tweight), tbias
+    )
+
+
+def convolution(op, out, x, weight, bias=None, *args, **kwargs):
+    """d conv(x, w) + db; the bias is added to the channels (dimension 1 of a batch)."""
+    through_x = None if T(x) is None else op(T(x), weight, None, *args, **kwargs)
+    through_weight = None if T(weight) is None else op(x, T(weight), None, *args, **kwargs)
+    spatial = weight.ndim - 2
+    return add_up(through_x, through_weight, None if T(bias) is None else T(bias).view(-1, *[1] * spatial))
+
+
+def einsum(op, out, equation, *operands):
+    """Linear in each operand."""
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    return multilinear(op, out, equation, *given)
+
+
+def reversed_matmul(op, out, b, a):
+    """d(a b), written b.__rmatmul__(a)."""
+    return multilinear(torch.matmul, out, a, b)
+
+
+def add_matmul(op, out, x, a, b, *, beta=1, alpha=1):
+    """addmm, baddbmm: d(beta x + alpha a b)."""
+    first = None if T(x) is None else T(x) * beta
+    return add_up(
+        first,
+        None if T(a) is None else op(x, T(a), b, beta=0, alpha=alpha),
+        None if T(b) is None else op(x, a, T(b), beta=0, alpha=alpha),
+    )
+
+
+def softmax(op, out, x, dim=None, *args, **kwargs):
+    """w (dx - sum w dx)."""
+    if dim is None:
+        return NotImplemented
+    return aten._softmax_backward_data(T(x).to(out.dtype), out, dim, out.dtype)
+
+
+def log_softmax(op, out, x, dim=None, *args, **kwargs):
+    """dx - sum w dx."""
+    if dim is None:
+        return NotImplemented
+    t = T(x).to(out.dtype)
+    return t - (out.exp() * t).sum(dim, keepdim=True)
+
+
+def logsumexp(op, out, x, dim, keepdim=False):
+    """sum w dx."""
+    return (torch.softmax(x, dim) * T(x)).sum(dim, keepdim=keepdim) if isinstance(dim, int) else NotImplemented
+
+
+def vector_norm(op, out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    """Re(conj(x) dx) / |x| summed over the dimensions, 0 at 0, for the Euclidean norm; others are left to torch."""
+    if isinstance(ord, Tensor) or ord != 2 or dtype is not None:
+        return NotImplemented
+    inner = (x.conj() * T(x)).real if x.is_complex() else x * T(x)
+    dims = tuple(range(x.ndim)) if dim is None else dim
+    return (inner.sum(dims, keepdim=keepdim) / out).masked_fill(out == 0, 0)
+
+
+def norm(op, out, x, p="fro", dim=None, keepdim=False, dtype=None):
+    """torch.norm, of which "fro" and 2 are Euclidean."""
+    return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if p in ("fro", None) or p == 2 else NotImplemented
+
+
+def norm_of_either(op, out, x, ord=None, dim=None, keepdim=False, *, dtype=None):
+    """torch.linalg.norm, Euclidean where no order is given; of matrices 2 is another norm."""
+    return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if ord is None else NotImplemented
+
+
+def normalize(op, out, x, p=2.0, dim=1, eps=1e-12):
+    """x / max(|x|, eps): (dx - y Re(conj(y) dx)) / |x|; where eps is the greater, dx / eps."""
+    if p != 2 or x.is_complex():
+        return NotImplemented
+    size, t = torch.linalg.vector_norm(x, dim=dim, keepdim=True), T(x)
+    radial = (out * t).sum(dim, keepdim=True).masked_fill(size < eps, 0)
+    return (t - out * radial) / size.clamp_min(eps)
+
+
+def layer_norm(op, out, x, normalized_shape, weight=None, bias=None, eps=1e-5, *unused):
+    """weight J dx, with J the symmetric Jacobian of normalising x; weights that ride are left to torch."""
+    if T(x) is None or T(weight) is not None or T(bias) is not None:
+        return NotImplemented
+    x, t, shape = x.to(out.dtype), T(x).to(out.dtype), list(normalized_shape)
+    _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+    d = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, [True, False, False])[0]
+    return d if weight is None else d * weight
+
+
+def rms_norm(op, out, x, normalized_shape, weight=None, eps=None):
+    """weight r (dx - x r^2 mean(x dx)), r = 1 / sqrt(mean x^2 + eps)."""
+    if T(x) is None or T(weight) is not None:
+        return NotImplemented
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, t, dims = x.to(wide), T(x).to(wide), tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(out.dtype).eps if eps is None else eps
+    r2 = x.square().mean(dims, keepdim=True).add_(eps).reciprocal_()
+    d = torch.addcmul(t, x, (x * t).mean(dims, keepdim=True).mul_(r2), value=-1).mul_(r2.sqrt())
+    return d if weight is None else d * weight
+
+
+def group_norm(op, out, x, num_groups, weight=None, bias=None, eps=1e-5, *unused):
+    """weight J dx, group by group; weights that ride are left to torch."""
+    if T(x) is None or T(weight) is not None or T(bias) is not None:
+        return NotImplemented
+    x, t = x.to(out.dtype).contiguous(), T(x).to(out.dtype).contiguous()
+    sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), num_groups)
+    _, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
+    d = aten.native_group_norm_backward(t, x, mean, rstd, None, *sizes, [True, False, False])[0]
+    return d if weight is None else d * weight.view(-1, *[1] * (x.ndim - 2))
+
+
+def batch_norm(
+    op, out, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *unused
+):
+    """By running statistics: a scale of each channel. By the batch's own: layer normalisation across the batch."""
+    if T(x) is None or any(T(v) is not None for v in (running_mean, running_var, weight, bias)):
+        return NotImplemented
+    channels = (-1, *[1] * (x.ndim - 2))
+    scale = 1 if weight is None else weight.view(channels)
+    if not training:
+        return T(x) * (scale * torch.rsqrt(running_var + eps).view(channels))
+    columns, t = (v.transpose(0, 1).flatten(1) for v in (x, T(x)))
+    _, mean, rstd = torch.native_layer_norm(columns.contiguous(), [columns.shape[1]], None, None, eps)
+    y = (columns - mean) * rstd
+    d = rstd * (t - t.mean(1, keepdim=True) - y * (y * t).mean(1, keepdim=True))
+    return d.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1) * scale
+
+
+def dropout(op, out, x, p=0.5, training=True, inplace=False):
+    """Switched off: the tangent passes. Switched on it draws, and the dispatcher replays the draw instead of asking this rule."""
+    assert not training or p == 0
+    return T(x)
+
+
+def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a @ b, summed and kept in float32 or better."""
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return (a if scale == 1 else a * scale) @ b
+    if not a.is_cuda or torch.__version__ < "2.8":
+        return (a.float() * scale) @ b.float()
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return (
+        torch.bmm(left, right, out_dtype=torch.float32)
+        .mul_(scale)
+        .unflatten(0, batch or (1,))
+        .reshape(*batch, a.shape[-2], b.shape[-1])
+    )
+
+
+def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """d softmax(q k' c + mask) v = (w ds) v - rowsum(w ds) out + w dv, with ds = (dq k' + q dk') c; by blocks of queries.
+
+    No more than MAX_BLOCK_NUMBERS weights live at once. Sums are in float32 or better, as torch's own. Dropped weights are refused.
+    """
+    if dropout_p:
+        raise NotImplementedError(
+            "the tangent cannot ride through scaled_dot_product_attention with dropout_p > 0: set the dropout to 0"
+        )
+    q, k, v, tq, tk, tv = query, key, value, T(query), T(key), T(value)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if enable_gqa:
+        repeats = q.shape[-3] // k.shape[-3]
+        k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
+        tk, tv = (None if x is None else x.repeat_interleave(repeats, -3) for x in (tk, tv))
+    with torch.autocast(out.device.type, enabled=False):
+        q, k, v = (x.to(out.dtype) for x in (q, k, v))
+        tq, tk, tv = (None if x is None else x.to(out.dtype) for x in (tq, tk, tv))
+        rows = max(1, min(q.shape[-2], MAX_BLOCK_NUMBERS // max(1, math.prod(q.shape[:-2]) * k.shape[-2])))
+        blocks = []
+        for i in range(0, q.shape[-2], rows):
+            part = slice(i, i + rows)
+            bias, tbias = mask_block(attn_mask, part), mask_block(T(attn_mask), part)
+            if is_causal:
+                bias = torch.ones(q[..., part, :].shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(i)
+            tq_part = None if tq is None else tq[..., part, :]
+            blocks.append(
+                attention_block(q[..., part, :], k, v, tq_part, tk, tv, out[..., part, :], bias, tbias, scale)
+            )
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
+
+
+def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
+    """The tangent of attention for some queries against every key; bias is a mask, (..., rows, keys), bool or added."""
+    weights = product(q, k.mT, scale)
+    if bias is None:
+        weights = torch.softmax(weights, -1)
+    else:
+        weights = aten._safe_softmax(
+            weights.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else weights + bias, -1
+        )
+    by_query = None if tq is None else product(tq, k.mT, scale)
+    by_key = None if tk is None else product(q, tk.mT, scale)
+    moved = add_up(by_query, by_key, tbias)
+    d = None
+    if moved is not None:
+        moved = moved * weights
+        d = product(moved.to(v.dtype), v)
+        d = torch.addcmul(d, moved.sum(-1, keepdim=True), out, value=-1)
+    total = add_up(d, None if tv is None else product(weights.to(v.dtype), tv))
+    assert total is not None  # something rides
+    return total.to(out.dtype)
+
+
+def mask_block(mask: Tensor | None, part: slice) -> Tensor | None:
+    """The rows of a mask that belong to these queries; a mask that is the same for every query stays whole."""
+    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., part, :]
+
+
+def multi_head_attention(op, out, *args, **kwargs):
+    """torch.nn.MultiheadAttention's function: left to torch where nothing is dropped, refused where attention weights are."""
+    dropped = kwargs.get("dropout_p", args[9] if len(args) > 9 else 0.0)
+    if dropped and kwargs.get("training", args[12] if len(args) > 12 else True):
+        raise NotImplementedError(
+            "the tangent cannot ride through multi_head_attention_forward with dropout: set the dropout to 0"
+        )
+    return NotImplemented
+
+
+NN: dict[Callable, Rule] = {
+    **every(linear_layer, "linear"),
+    **every(convolution, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    **every(einsum, "einsum"),
+    **every(multilinear, "matmul", "__matmul__", "mm", "bmm", "mv", "dot", "inner", "outer", "vecdot"),
+    **every(reversed_matmul, "__rmatmul__"),
+    **every(add_matmul, "addmm", "baddbmm"),
+    **every(softmax, "softmax"),
+    **every(log_softmax, "log_softmax"),
+    **every(logsumexp, "logsumexp"),
+    torch.linalg.vector_norm: vector_norm,
+    torch.norm: norm,
+    Tensor.norm: norm,
+    torch.linalg.norm: norm_of_either,
+    F.normalize: normalize,
+    **every(layer_norm, "layer_norm"),
+    **every(rms_norm, "rms_norm"),
+    **every(group_norm, "group_norm"),
+    F.batch_norm: batch_norm,
+    F.dropout: dropout,
+    **every(attention, "scaled_dot_product_attention"),
+    **every(multi_head_attention, "multi_head_attention_forward"),
+}

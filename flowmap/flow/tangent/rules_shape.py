@@ -1,0 +1,89 @@
+"""Tangent rules of what moves, picks, joins and adds numbers: the tangent goes the same way."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from flowmap.flow.tangent.rules_base import T, every, getters, linear, same, shaped_like, tangent_or_zero
+
+
+def reshaped(op, out, x, *args, **kwargs):
+    """The same numbers in out's shape. The tangent may lie in memory otherwise than the value, so it is reshaped, never viewed."""
+    T(args[0] if args else kwargs.get("other"))  # of which view_as and reshape_as take the shape alone
+    t = T(x)
+    if t is None:
+        return None
+    if out.dtype != x.dtype:
+        raise NotImplementedError(f"Tensor.view as {out.dtype}: the bits of {x.dtype} have no derivative")
+    return t.reshape(out.shape)
+
+
+def viewed_as_complex(op, out, x):
+    return op(T(x).contiguous())
+
+
+def joined(op, out, tensors, *args, **kwargs):
+    """cat, stack and kin: tangents are joined as the values are."""
+    return op([tangent_or_zero(x) for x in tensors], *args, **kwargs)
+
+
+def broadcast(op, out, *tensors):
+    """torch.broadcast_tensors."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    return tuple(None if T(x) is None else T(x).expand(o.shape) for x, o in zip(given, out, strict=True))
+
+
+def padded(op, out, x, pad, mode="constant", value=None):
+    """Padding is constant: its tangent is 0, whatever its value."""
+    return F.pad(T(x), pad, mode)
+
+
+def scattered(op, out, x, dim, index, src=None, *args, **kwargs):
+    """Linear in x and what is scattered into it together."""
+    if args or kwargs or not isinstance(src, torch.Tensor):
+        return NotImplemented
+    return op(tangent_or_zero(x), dim, index, tangent_or_zero(src))
+
+
+def extreme(op, out, x, *args, **kwargs):
+    """max and min along a dimension: the tangent of the winner. Other forms are left to torch."""
+    if not isinstance(out, tuple):
+        return NotImplemented
+    dim = args[0] if args else kwargs["dim"]
+    keep = out[1].ndim == x.ndim
+    index = out[1] if keep else out[1].unsqueeze(dim)
+    picked = T(x).gather(dim, index)
+    return (picked if keep else picked.squeeze(dim), None)
+
+
+def iterated(op, out, x):
+    """Row by row."""
+    return tuple(T(x).unbind(0))
+
+
+RESHAPES = "view reshape view_as reshape_as flatten unflatten ravel unsqueeze squeeze contiguous".split()
+MOVES = (
+    "permute transpose swapaxes swapdims movedim moveaxis t adjoint expand broadcast_to repeat tile repeat_interleave "
+    "roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unsafe_chunk unbind narrow select diagonal diag_embed tril triu "
+    "unfold fold __getitem__ gather index_select take_along_dim masked_select "
+    "sum mean cumsum trace "
+    "float double half bfloat16 cpu cuda clone view_as_real conj resolve_conj resolve_neg real imag "
+    "pixel_shuffle pixel_unshuffle channel_shuffle interpolate upsample avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"
+).split()
+
+SHAPE = {
+    **every(reshaped, *RESHAPES),
+    **every(linear, *MOVES),
+    **every(shaped_like, "expand_as", "type_as", "to"),
+    **getters(linear, "mT", "T", "H", "mH", "real", "imag"),
+    **every(viewed_as_complex, "view_as_complex"),
+    **every(joined, "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
+    **every(broadcast, "broadcast_tensors"),
+    **every(padded, "pad"),
+    **every(scattered, "scatter", "scatter_add"),
+    **every(extreme, "max", "min"),
+    **every(iterated, "__iter__"),
+    **every(same, "requires_grad_"),
+}

@@ -1,0 +1,105 @@
+"""Torch's own forward derivative of one operation, for what has no rule; the random numbers of that operation are drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from flowmap.flow.tangent.refused import name_of
+from flowmap.flow.tangent.rows import mapped
+
+KEEPERS = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm, torch.instance_norm}
+"""Functions that write running statistics into an argument: once a call, not again for its derivative."""
+
+
+class Scalar(Tensor):
+    """A 0-dim value from which no number is read: given where torch wants a number, it would lose its tangent without a word."""
+
+    value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch itself does in its subclasses
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch types its default, no classmethod
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise NotImplementedError("a tensor that rides is given where torch takes a number, which has no tangent")
+        given, named = (mapped(x, lambda x: x.value if type(x) is Scalar else x) for x in (args, kwargs or {}))
+        out = function(*given, **named)
+        return scalar(out) if isinstance(out, Tensor) and out.ndim == 0 and has_derivative(out) else out
+
+
+def scalar(value: Tensor) -> Scalar:
+    """The 0-dim value, guarded."""
+    x = value.as_subclass(Scalar)
+    x.value = value
+    return x
+
+
+def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: dict[int, Tensor]):
+    """The tangent of one operation on values by torch's forward mode, attention in elementary operations; tangents by id of the value.
+
+    Raises NotImplementedError that names the operation where torch has no derivative of it.
+    """
+
+    def dual(x: Tensor) -> Tensor:
+        tangent = tangents.get(id(x))
+        if tangent is None:
+            return x.clone() if function in KEEPERS else x
+        return forward_ad.make_dual(x, tangent)
+
+    def guarded(x: Tensor) -> Tensor:
+        return scalar(x.detach()) if id(x) in tangents and x.ndim == 0 else x
+
+    try:
+        if any(t.ndim == 0 for t in tangents.values()):
+            device = next(iter(tangents.values())).device
+            with torch.no_grad(), replayed(random_state(device), device):
+                function(*mapped(args, guarded), **mapped(kwargs, guarded))
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            out = function(*mapped(args, dual), **mapped(kwargs, dual))
+            leaves, structure = tree_flatten(list(out) if isinstance(out, Iterator) else out)
+            found = [forward_ad.unpack_dual(v).tangent if has_derivative(v) else None for v in leaves]
+    except Exception as error:  # whatever torch says of an operation that it cannot derive
+        raise NotImplementedError(
+            f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it: {error}"
+        ) from error
+    if any(t is None and has_derivative(v) for t, v in zip(found, leaves, strict=True)):
+        raise NotImplementedError(f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it")
+    return tree_unflatten(found, structure)
+
+
+def has_derivative(out) -> bool:
+    """Whether an output has numbers that a tangent could belong to."""
+    if isinstance(out, Tensor):
+        return out.is_floating_point() or out.is_complex()
+    return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or isinstance(out, Iterator)
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of the generators that an operation on this device may draw from."""
+    return torch.get_rng_state(), None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(
+        device
+    )
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """The generators, put back."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+@contextmanager
+def replayed(before: tuple[Tensor, Tensor | None], device: torch.device):
+    """Inside, the generators give again what they gave since `before`; afterwards they go on as if nothing had been replayed."""
+    after = random_state(device)
+    set_random_state(before, device)
+    try:
+        yield
+    finally:
+        set_random_state(after, device)

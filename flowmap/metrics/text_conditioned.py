@@ -1,0 +1,157 @@
+"""Metrics of conditioned and edited sentences: does the text follow what was asked for, and keep what it was given?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from flowmap.metrics.spec import WithSources
+from flowmap.metrics.text import TextMetric, classifier, library
+from flowmap.metrics.text_features import check_features, features_of
+from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
+
+Cond = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Control(TextMetric):
+    """length_within: the share of sentences whose number of words is within `tolerance` of the one asked for; <attribute>_hit: the share
+    that a classifier says has the attribute asked for. The classifier (logistic regression on word and word-pair counts) is fitted to
+    `fitted_on` training sentences, on no network of ours; its own accuracy is in the floor."""
+
+    tolerance: int = 2
+    fitted_on: int = 20_000
+    least: ClassVar[Mapping[str, int]] = {"tolerance": 0, "fitted_on": 2}
+
+    def build(self, data: Any) -> Any:
+        step = max(1, len(data.texts) // self.fitted_on)
+        texts = list(data.texts)[::step]
+        fitted = {}
+        for attribute in data.attributes:
+            numbers = data.codes[attribute.name][::step].tolist()
+            if attribute.name != "length" and len({number for number in numbers if number >= 0}) > 1:
+                fitted[attribute.name] = classifier(texts, numbers)
+        return fitted, {one.name: one.values for one in data.attributes}
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        fitted, values = metric
+        row = {}
+        for name, numbers in cond.items():
+            if name not in values or not len(texts):
+                continue
+            numbers = numbers[: len(texts)].tolist()
+            asked = [i for i, number in enumerate(numbers) if number >= 0]
+            if name == "length" and asked:
+                most = len(values[name])
+                off = [abs(min(len(texts[i].split()), most) - int(values[name][numbers[i]])) for i in asked]
+                row["length_within"] = sum(one <= self.tolerance for one in off) / len(asked)
+            elif name in fitted and asked:
+                said = fitted[name].predict([texts[i] for i in asked])
+                row[f"{name}_hit"] = sum(int(a) == numbers[i] for a, i in zip(said, asked, strict=True)) / len(asked)
+        return row
+
+
+@dataclass(frozen=True)
+class Phrase(TextMetric):
+    """phrase_hit: the share of sentences that are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py;
+    phrase_hit_even: the mean of that share over the parts of speech asked for, each counting alike; phrase_chance: what phrase_hit would be
+    if the sentences had nothing to do with what was asked. The floor, real definitions, is the ceiling: what tagger and rules can say."""
+
+    attribute: str = "part_of_speech"
+
+    def fits(self, data: Any) -> None:
+        self.build(data)
+
+    def check(self) -> None:
+        tagged("a word")
+
+    def build(self, data: Any) -> Any:
+        values = next((one.values for one in data.attributes if one.name == self.attribute), None)
+        if values is None or not set(values) <= set(KINDS):
+            raise ValueError(
+                f"metrics.attribute: {self.attribute!r} must be an attribute of the data whose values are of {', '.join(KINDS)}"
+            )
+        return values
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        numbers = cond[self.attribute][: len(texts)].tolist() if self.attribute in cond else []
+        asked = [metric[number] if number >= 0 else None for number in numbers]
+        pairs = [(kind, kind_of_phrase(tagged(text))) for kind, text in zip(asked, texts, strict=False) if kind]
+        if not pairs:
+            return {}
+        wanted, found = (Counter(column) for column in zip(*pairs, strict=True))
+        hits = Counter(a for a, b in pairs if a == b)
+        return {
+            "phrase_hit": sum(hits.values()) / len(pairs),
+            "phrase_hit_even": sum(hits[kind] / count for kind, count in wanted.items()) / len(wanted),
+            "phrase_chance": sum(count * found[kind] for kind, count in wanted.items()) / len(pairs) ** 2,
+        }
+
+
+@dataclass(frozen=True)
+class ContentKept(TextMetric):
+    """What an edited sentence keeps of its source: BLEU (sacrebleu) and ROUGE-L (rouge-score) against it, both 0..100, and the cosine of
+    their MiniLM embeddings where `embedding`; unchanged: the share that came back as it was. Nothing where there are no sources."""
+
+    embedding: bool = False
+
+    def check(self) -> None:
+        library("sacrebleu"), library("rouge_score.rouge_scorer")
+        if self.embedding:
+            check_features("minilm")
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        if sources is None or not len(texts):
+            return {}
+        sources = list(sources)[: len(texts)]
+        bleu = library("sacrebleu").BLEU(effective_order=True)
+        rouge = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+        row = {
+            "kept_bleu": bleu.corpus_score(list(texts), [sources]).score,
+            "kept_rouge_l": 100
+            * sum(rouge.score(s, t)["rougeL"].fmeasure for s, t in zip(sources, texts, strict=True))
+            / len(texts),
+            "unchanged": sum(s == t for s, t in zip(sources, texts, strict=True)) / len(texts),
+        }
+        if self.embedding:
+            a, b = (features_of("minilm")(part) for part in (sources, list(texts)))
+            row["kept_minilm"] = float((a * b).sum(1).mean())  # both of length 1
+        return row
+
+
+@dataclass(frozen=True)
+class Infilled(TextMetric):
+    """BLEU and ROUGE-L, both 0..100, of infilled parts against what stood there in held-out sentences, and the share that is exactly that."""
+
+    def check(self) -> None:
+        ContentKept().check()
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        kept = ContentKept().report(metric, texts, cond, sources if "left" in cond else None)
+        names = {"kept_bleu": "infilled_bleu", "kept_rouge_l": "infilled_rouge_l", "unchanged": "infilled_exactly"}
+        return {names[key]: value for key, value in kept.items()}
+
+    def floor(self, metric, data) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class StyleHit(TextMetric):
+    """style_hit: the share of sentences that a classifier (as Control's), fitted to training sentences of source and target style, takes
+    for the target's. For editing alone. source_hit in the floor: what it says of the sources themselves."""
+
+    fitted_on: int = 10_000
+    least: ClassVar[Mapping[str, int]] = {"fitted_on": 1}
+
+    def build(self, data: Any) -> Any:
+        if not isinstance(data, WithSources):
+            return None
+        source, target = list(data.source_texts)[: self.fitted_on], list(data.texts)[: self.fitted_on]
+        return classifier(source + target, [0] * len(source) + [1] * len(target))
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        return {} if metric is None else {"style_hit": float(metric.predict(list(texts)).mean())}

@@ -1,0 +1,1 @@
+"""What a recipe needs, in order: stages, folders, cards, dependencies, requirements."""

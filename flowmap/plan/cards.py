@@ -1,0 +1,92 @@
+"""Cards of frozen teachers: where a recipe names one, and where its weights lie."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from flowmap.base.schema import RecipeError
+from flowmap.data import Pairs, TeacherSlot
+from flowmap.recipe.recipe import Recipe, shipped
+from flowmap.recipe.settings import Autoguidance
+from flowmap.teachers.card import Card, read_card
+
+
+def teacher_cards(recipe: Recipe) -> list[Card]:
+    """The cards of the teacher and of its weak companion, where there are any."""
+    return cards_of(recipe.teacher)
+
+
+def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
+    """The teacher that makes the recipe's pairs, where a card names it."""
+    return recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
+
+
+def pairs_cards(recipe: Recipe) -> list[Card]:
+    return cards_of(pairs_teacher(recipe))
+
+
+def cards_of(slot: TeacherSlot | None) -> list[Card]:
+    if slot is None:
+        return []
+    weak = [slot.guidance.weak] if isinstance(slot.guidance, Autoguidance) and slot.guidance.weak else []
+    return [card_of(slot), *map(find_card, weak)]
+
+
+def card_of(slot: TeacherSlot) -> Card:
+    """The card that the slot names; of a teacher that is named by its recipe, a card that says so."""
+    card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.name)
+    if card.kind == "autoencoder":
+        raise RecipeError(
+            f"teacher.card: {card.name!r} is an autoencoder's, and no teacher; data.autoencoder.source names it"
+        )
+    return card
+
+
+def lora_card(recipe: Recipe) -> Card:
+    """The card of the teacher whose frozen weights lie under the recipe's LoRA student; RecipeError where it is no diffusers model."""
+    card = card_of(recipe.teacher) if recipe.teacher else None
+    if card is None or card.kind != "diffusers":
+        what = "there is none" if card is None else f"{card.name!r} is of kind {card.kind}"
+        raise RecipeError(f"{recipe.name}: student.lora: wants a teacher of kind diffusers; {what}")
+    return card
+
+
+def weights_folder(card: Card) -> Path:
+    """Where `flowmap import` is told to put a published network's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
+    return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
+
+
+def find_card(name: str) -> Card:
+    """The shipped card of that name, or the card file at that path."""
+    path = Path(name) if Path(name).is_file() else shipped("teachers") / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        cards = list_cards()
+        close = difflib.get_close_matches(name, cards, n=1)
+        raise RecipeError(
+            f"teacher.card: no card {name!r}{f', did you mean {close[0]!r}?' if close else ''} Cards: {', '.join(cards)}"
+        )
+    state = path.stat()
+    card = copy.copy(_read_card(path.resolve(), state.st_size, state.st_mtime_ns))
+    if (
+        card.kind == "diffusers" and (weights_folder(card) / "model_index.json").is_file()
+    ):  # converted, or fetched to there
+        card.source, card.revision = str(weights_folder(card)), None
+    return card
+
+
+@lru_cache(maxsize=256)
+def _read_card(path: Path, size: int, changed: int) -> Card:
+    """The card in that file of that size and time of change."""
+    try:
+        return read_card(path)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def list_cards() -> list[str]:
+    root = shipped("teachers")
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))

@@ -1,0 +1,72 @@
+"""The recipes that a recipe depends on, each read once: they train its teacher, autoencoder, prior, start or pairs."""
+
+from __future__ import annotations
+
+from flowmap.data import Pairs, Styles, TeacherSlot
+from flowmap.data.codes import Codes
+from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.plan.cards import cards_of, pairs_teacher
+from flowmap.plan.provenance import pairs_spec
+from flowmap.recipe.recipe import Recipe
+from flowmap.recipe.settings import FromRecipe
+
+
+def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe that trains the autoencoder of the data, where one does."""
+    autoencoder = getattr(recipe.data, "autoencoder", None)
+    overrides = getattr(autoencoder, "overrides", ())
+    return (
+        [recipe.named(autoencoder.recipe, overrides)]
+        if autoencoder is not None and autoencoder.recipe is not None
+        else []
+    )
+
+
+def code_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe that trains the encoder of codes, where they are the data."""
+    data = recipe.data
+    return [recipe.named(data.recipe, data.overrides)] if isinstance(data, Codes) and data.recipe else []
+
+
+def prior_recipes(recipe: Recipe) -> list[Recipe]:
+    """Where the prior is a learned one, the recipe that trains its auxiliary model, then the one that trains its flow of codes, if any."""
+    prior = recipe.prior
+    if not isinstance(prior, Learned):
+        return []
+    flow = [recipe.named(prior.z.recipe, prior.z.overrides)] if isinstance(prior.z, FlowCodes) else []
+    return [recipe.named(prior.recipe, prior.overrides), *flow]
+
+
+def teacher_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes that train those cards, with the slot's overrides; none for other kinds of cards."""
+    return trained_recipes(recipe, recipe.teacher)
+
+
+def start_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe whose student this one's starts from, where it says so."""
+    return [recipe.named(recipe.start.recipe, recipe.start.overrides)] if isinstance(recipe.start, FromRecipe) else []
+
+
+def pairs_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes that train what makes the pairs."""
+    made_by = pairs_spec(recipe).recipe
+    return trained_recipes(recipe, pairs_teacher(recipe)) if made_by is None else [recipe.named(made_by)]
+
+
+def weights_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipes whose weights it learns with or starts from; those of its autoencoder and of its pairs apart, which come before and after."""
+    return [*code_recipes(recipe), *prior_recipes(recipe), *teacher_recipes(recipe), *start_recipes(recipe)]
+
+
+def styles_of(recipe: Recipe) -> Styles | None:
+    """What the recipe's flow runs between where that is two styles: its coupling, or that of the editing flow which made its pairs."""
+    if isinstance(recipe.coupling, Styles):
+        return recipe.coupling
+    made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
+    return styles_of(made_by[0]) if made_by else None
+
+
+def trained_recipes(recipe: Recipe, slot: TeacherSlot | None) -> list[Recipe]:
+    if slot is None:
+        return []
+    return [recipe.named(card.trained_by, slot.overrides) for card in cards_of(slot) if card.kind == "recipe"]

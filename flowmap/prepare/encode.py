@@ -1,0 +1,325 @@
+"""Pictures become latents and text embeddings on disk, shard by shard: killed at any moment, a second call completes what is there.
+
+A shard is a fixed range of the source's positions and a function of it alone, so it does not matter which process makes it, or how often.
+See data/encoded.py for the files.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.base.files import read_json, write_json, write_tensors
+from flowmap.base.images import from_bytes
+from flowmap.data.dataset import held_out_count
+from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
+from flowmap.data.images import survey
+from flowmap.data.shards import INDEX, PLAN, difference, shard_name
+from flowmap.data.sources import Item, optional
+from flowmap.plan.frozen_parts import check_frozen_parts
+from flowmap.prepare.encode_shard import Shard
+from flowmap.prepare.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
+
+PREFIX = 4  # of a stream, held-out and reference samples come from this many times their number of first samples
+
+
+def encode(
+    spec: Encoded,
+    folder: Path,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    say: Callable[[str], None] | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> dict[str, Any] | None:
+    """index.json's contents where the encoding is complete; None where other processes still have shards to make, or complete it just now.
+
+    shard (r, n) makes those whose number leaves r when divided by n. say: told what the pictures are before they are encoded, and after what
+    was left out. ValueError where the folder holds another encoding, or captions are read and no picture has one; WriteError names a shard
+    that could not be written, and the ones before it stay. waiting: as only_process (base/files.py) has it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} must be 1 or more")
+    optional("pyarrow")
+    say = say or (lambda message: None)
+    survey.check_captions(spec.images, spec.text is not None)
+    with making(folder, shard, waiting):
+        encoder, what = Encoder(spec, device), _plan(spec)
+        if not (folder / PLAN).is_file():
+            check_frozen_parts(spec)
+            encoder.load()  # before anything is written down
+        check_plan(folder, what, "encoding", ("length", "fingerprint"))
+        if not (folder / INDEX).is_file():
+            _say_each(say, survey.describe_source(spec.images, spec.text is not None))
+        _fill(spec, folder, encoder, *shard, batch_size)
+    shards = _all_shards(spec, folder)
+    index = None if shards is None else _finish(spec, folder, encoder, shards, say)
+    _say_each(say, [] if index is None else survey.describe_index(index))
+    return index
+
+
+def _say_each(say: Callable[[str], None], lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+class Encoder:
+    """What turns pictures and captions into the columns of a shard; the networks are loaded when first needed."""
+
+    def __init__(self, spec: Encoded, device: torch.device | str):
+        self.spec, self.device = spec, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, captions: list[str]) -> dict[str, Tensor]:
+        """Columns for uint8 images (B, C, H, W): "x0", "mirrored", "cond_text" ..., each (B, ...) float16, uint8 or bool."""
+        columns = {"x0": self._latents(images)}
+        if self.spec.flip:
+            columns["mirrored"] = self._latents(images.flip(-1))
+        return columns | {f"cond_{name}": value for name, value in self.text(captions).items()}
+
+    def load(self) -> None:
+        """Loads the networks now. ValueError where one cannot be had."""
+        if self.spec.autoencoder is not None:
+            self._autoencoder  # noqa: B018
+        if self.spec.text is not None:
+            self._text  # noqa: B018
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        return (
+            {name: _compact(value) for name, value in self._text(captions).items()}
+            if self.spec.text is not None
+            else {}
+        )
+
+    def _latents(self, images: Tensor) -> Tensor:
+        if self.spec.autoencoder is None:
+            return images
+        return _compact(self._autoencoder.encode(from_bytes(images.to(self.device))))
+
+    @cached_property
+    def _autoencoder(self) -> Any:
+        assert self.spec.autoencoder is not None
+        return _on(self.spec.autoencoder.load(), self.device)
+
+    @cached_property
+    def _text(self) -> Any:
+        assert self.spec.text is not None
+        return _on(self.spec.text.load(), self.device)
+
+
+def _compact(value: Tensor) -> Tensor:
+    return value.half().cpu() if value.is_floating_point() else value.bool().cpu()
+
+
+def _on(network: Any, device: torch.device | str) -> Any:
+    return network.to(device) if hasattr(network, "to") else network
+
+
+def _plan(spec: Encoded) -> dict[str, Any]:
+    """What is being made, and of how many pictures."""
+    images = spec.images
+    return {
+        "identity": spec.identity(),
+        "shard_items": spec.shard_items,
+        "length": images.length(),
+        "fingerprint": images.fingerprint(),
+    }
+
+
+def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, batch_size: int) -> None:
+    from tqdm import tqdm
+
+    length = spec.images.length()
+    numbers = count(rank, world) if length is None else range(rank, -(-length // spec.shard_items), world)
+    total = (
+        None if length is None else sum(min(spec.shard_items, length - number * spec.shard_items) for number in numbers)
+    )
+    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="image", desc="encode") as bar:
+        for number in numbers:
+            made = whole(folder, number) or _make(spec, folder, encoder, number, batch_size)
+            bar.update(made["positions"])
+            if made["positions"] < spec.shard_items:  # the source ends here
+                return
+
+
+def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size: int) -> dict[str, Any]:
+    """Encodes one shard, in memory, and writes it: first what it holds (.json), then the shard itself."""
+    start = number * spec.shard_items
+    shard = Shard(encoder, start, spec.images.num_classes(), wants_text=spec.text is not None)
+    items = spec.images.items(start, start + spec.shard_items)
+    for batch in _one_ahead(iter(lambda: list(islice(items, batch_size)), [])):
+        shard.add(batch)
+    length = spec.images.length()
+    if length is not None and shard.positions != min(spec.shard_items, length - start):
+        path = folder / shard_name(number)
+        raise RuntimeError(
+            f"{path}: the source gave {shard.positions} items from position {start}; it has changed while it was read"
+        )
+    return write_shard(folder, number, shard.write, shard.told())
+
+
+def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+    """The same, each read by another thread while the one before is encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
+    """What every shard of the encoding says of itself, in order; None where one is missing."""
+    length = spec.images.length()
+    shards: list[dict[str, Any]] = []
+    while length is None or len(shards) * spec.shard_items < length:
+        told = whole(folder, len(shards))
+        if told is None:
+            return None
+        shards.append({"file": shard_name(len(shards)), **told})
+        if length is None and told["positions"] < spec.shard_items:
+            break
+    return shards
+
+
+def _finish(
+    spec: Encoded, folder: Path, encoder: Encoder, shards: list[dict[str, Any]], say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Writes what is common to all shards, index.json last; returns it. The same shards give the same bytes. None: another process is at it."""
+
+    def finish() -> dict[str, Any]:
+        index = _index(spec, shards)
+        _write_common(spec, folder, encoder, index, shards, say)
+        return index
+
+    return once(folder, finish)
+
+
+def _write_common(
+    spec: Encoded,
+    folder: Path,
+    encoder: Encoder,
+    index: dict[str, Any],
+    shards: list[dict[str, Any]],
+    say: Callable[[str], None],
+) -> None:
+    there = [folder / name for name in (INDEX, REFERENCE, *([EMPTY] if spec.text is not None else []))]
+    if (
+        all(path.is_file() for path in there)
+        and {key: value for key, value in read_json(folder / INDEX).items() if key != "files"} == index
+    ):
+        return
+    sweep_stale(folder, (PLAN, EMPTY, REFERENCE, INDEX))
+    (folder / INDEX).unlink(missing_ok=True)
+    if spec.text is not None:
+        write_tensors(folder / EMPTY, encoder.text([""]))
+    say("reading the pictures that metrics compare with")
+    write_tensors(folder / REFERENCE, _reference(spec, folder, shards))
+    index["files"] = [{"file": path.name, **measured(path)} for path in there if path.name != INDEX]
+    write_json(folder / INDEX, index)
+
+
+def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    filled = [shard for shard in shards if shard["rows"]]
+    left_out = [one for shard in shards for one in shard["left_out"]]
+    rows = sum(shard["rows"] for shard in shards)
+    if rows <= (held_out := held_out_count(spec.held_out, rows)):
+        first = f"; {left_out[0][0]} {left_out[0][1]}" if left_out else ""
+        raise ValueError(
+            f"data.held_out: {held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})"
+        )
+    if spec.text is not None and sum(shard["missing_captions"] for shard in shards) == rows:
+        raise ValueError(
+            f"data.text: the recipe reads captions and none of {rows} usable pictures has one: {spec.images.captions_hint}"
+        )
+    columns = filled[0]["columns"]
+    for shard in filled:
+        found = difference(columns, shard["columns"])
+        if found:
+            raise ValueError(f"{shard['file']}: its samples are unlike those of {filled[0]['file']}: {found}")
+    labels = [shard["max_label"] for shard in filled if shard["max_label"] is not None]
+    mean, std = _moments(filled)
+    return {
+        "identity": spec.identity(),
+        "chosen": spec.chosen(),
+        "shards": [
+            {key: shard[key] for key in ("file", "rows", "bytes", "sha256") if key in shard} for shard in shards
+        ],
+        "rows": rows,
+        "left_out": left_out,
+        "skipped": spec.images.skipped(),
+        **{key: sum(shard[key] for shard in shards) for key in ("grey", "missing_captions", "unlabelled")},
+        "shape": columns["x0"]["shape"],
+        "columns": columns,
+        "num_classes": spec.images.num_classes() or (max(labels) + 1 if labels else None),
+        "class_names": spec.images.class_names(),
+        "class_rows": _class_rows(filled),
+        "mean": mean,
+        "std": std,
+    }
+
+
+def _class_rows(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """How many samples there are of each class, by its number."""
+    found = sum((Counter(shard["class_rows"]) for shard in shards), Counter())
+    return {label: found[label] for label in sorted(found, key=int)}
+
+
+def _moments(shards: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of x0."""
+    count = sum(shard["values"] for shard in shards)
+    first, second = (
+        torch.tensor([shard[key] for shard in shards], dtype=torch.float64).sum(0) / count for key in ("sum", "squares")
+    )
+    return first.tolist(), (second - first**2).clamp(min=0).sqrt().tolist()
+
+
+def _reference(spec: Encoded, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The pictures of held-out samples and of reference ones, uint8, and the rows where they stand."""
+    positions = torch.cat([_positions(folder / shard["file"]) for shard in shards if shard["rows"]])
+    held_out = held_out_count(spec.held_out, len(positions))
+    wanted = held_out + spec.reference_images
+    among = len(positions) if spec.images.length() is not None else min(len(positions), PREFIX * wanted)
+    order = torch.randperm(among, generator=torch.Generator().manual_seed(spec.seed))
+    out, kept = order[:held_out].sort().values, order[held_out:wanted].sort().values
+    rows = torch.cat([out, kept])
+    place = {position: i for i, position in enumerate(positions[rows].tolist())}
+    pictures = torch.empty(len(rows), spec.images.channels, spec.images.size, spec.images.size, dtype=torch.uint8)
+    for position, item in _at(spec, sorted(place)):
+        if item.image is None:
+            raise ValueError(f"{item.key}: could be read before and now {item.problem}: the source has changed")
+        pictures[place[position]] = item.image
+    return {
+        "held_out": pictures[: len(out)],
+        "reference": pictures[len(out) :],
+        "held_out_rows": out,
+        "reference_rows": kept,
+    }
+
+
+def _at(spec: Encoded, positions: list[int]) -> Iterator[tuple[int, Item]]:
+    if spec.images.length() is not None:
+        yield from ((position, next(spec.images.items(position, position + 1))) for position in positions)
+        return
+    wanted = set(positions)
+    for position, item in enumerate(spec.images.items(0, positions[-1] + 1)):
+        if position in wanted:
+            yield position, item
+
+
+def _positions(path: Path) -> Tensor:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        table = pyarrow.ipc.open_stream(file).read_all()
+        return torch.from_numpy(table["position"].to_numpy().copy())

@@ -1,0 +1,283 @@
+"""Pairs of noise and data that a teacher's ODE joins, shard by shard: killed at any moment, a second call completes what is there.
+
+A shard is a fixed range of pairs and a function of it alone. See data/pairs.py for the files.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmap.base.files import read_json, write_json
+from flowmap.build.parts import BuiltTeacher, build_data, build_pairs_teacher
+from flowmap.build.prior import build_prior
+from flowmap.data import Dataset, Independent, PairedDataset, Pairs
+from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, sources_of, starts_of, unpack
+from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
+from flowmap.data.sources import optional
+from flowmap.estimate.teacher_check import check_teacher
+from flowmap.flow.prior import LearnedPrior, Start, chi_square
+from flowmap.flow.solver import Velocity, invert
+from flowmap.flow.types import Cond
+from flowmap.objectives import FlowMatching
+from flowmap.plan.cards import pairs_teacher
+from flowmap.plan.plan import pairs_identity, pairs_of
+from flowmap.plan.provenance import scale_of
+from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.recipe import Recipe
+
+KEPT = ("rows", "bytes", "sha256", "inverted")  # of what a shard's .json says, in index.json
+OFF = 4.0  # standard errors from which inverted noise is called off
+
+
+def make_pairs(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+    say: Callable[[str], None] | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> dict[str, Any] | None:
+    """index.json's contents where the pairs are complete; None where other processes still have shards to make, or complete it just now.
+
+    folder: default where the recipe looks for them. shard (r, n) makes those whose number leaves r when divided by n. ValueError where the
+    folder holds other pairs; WriteError names a shard that could not be written, and the ones before it stay. waiting: as only_process
+    (base/files.py) has it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch: {batch_size} must be 1 or more")
+    optional("pyarrow")
+    maker = Maker.of(recipe, device)
+    folder = folder or Path(pairs_of(recipe).root)
+    with making(folder, shard, waiting):
+        slot = pairs_teacher(recipe)
+        if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
+            alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
+            check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, say=say)
+        check_plan(folder, maker.plan(), "set of pairs")
+        _fill(maker, folder, shard, batch_size)
+    told = [whole(folder, number) for number in range(len(maker.ranges()))]
+    complete = [one for one in told if one is not None]
+    return (
+        None
+        if len(complete) < len(told)
+        else once(folder, lambda: _finish(maker, folder, complete, say or (lambda message: None)))
+    )
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes pair i: the teacher's velocity at its one scale, the data that conditions and real samples come from, the settings."""
+
+    spec: Pairs
+    data: Dataset
+    teacher: BuiltTeacher
+    scale: float | None
+    identity: Mapping[str, Any]
+    device: torch.device | str
+    conditional: bool
+    dtype: str
+    prior: LearnedPrior | None = None
+
+    @staticmethod
+    def of(recipe: Recipe, device: torch.device | str) -> Maker:
+        spec, data = pairs_of(recipe), build_data(recipe)
+        if spec.num_inverted and sources_of(data) is not None:
+            raise ValueError(
+                "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; here it must be 0"
+            )
+        if spec.num_inverted > len(data):
+            raise ValueError(f"coupling.inverted: wants {spec.num_inverted} real samples, the data has {len(data)}")
+        pictures = recipe.data.in_pixels and len(data.shape) == 3
+        dtype = spec.dtype if spec.dtype != "auto" else "uint8" if pictures else "float16"
+        if dtype == "uint8" and not pictures:
+            raise ValueError("coupling.dtype: uint8 is for pictures in [-1, 1]; allowed here: float16, float32")
+        teacher = build_pairs_teacher(recipe, data).to(device)
+        prior = build_prior(recipe)
+        prior = prior and prior.exact()
+        return Maker(
+            spec, data, teacher, scale_of(recipe), pairs_identity(recipe), device, recipe.data.conditional, dtype, prior
+        )
+
+    def plan(self) -> dict[str, Any]:
+        return {
+            "identity": self.identity,
+            "contents": contents(self.data, self.spec.seed),
+            "shard_items": self.spec.shard_items,
+        }
+
+    def ranges(self) -> list[range]:
+        """The pairs of each shard: no shard holds both generated and inverted ones."""
+        start, step = self.spec.num - self.spec.num_inverted, self.spec.shard_items
+        parts = ((0, start), (start, self.spec.num))
+        return [range(at, min(at + step, end)) for first, end in parts for at in range(first, end, step)]
+
+    def inverted(self, pairs: Sequence[int]) -> bool:
+        return pairs[0] >= self.spec.num - self.spec.num_inverted
+
+    @torch.no_grad()
+    def columns(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], int]:
+        """The columns x0, label, place (and x1 of inverted pairs) of pairs that are all inverted or all not, and the calls of a network for each."""
+        label, place, cond = self._conditions(pairs)
+        columns = {"label": label, "place": place}
+        if self.inverted(pairs):
+            columns["x0"] = pack(self.data.__getitems__(place.tolist())[0], self.dtype)
+            velocity = self.velocity(cond, len(pairs))
+            solved = invert(velocity, unpack(columns["x0"]).to(self.device), self.spec.solver)
+            columns["x1"] = solved.x.half().cpu()
+        else:
+            start = self.starts(pairs)
+            solved = self.spec.solver(self.velocity({**cond, **start.told}, len(pairs)), start.x1.to(self.device))
+            columns["x0"] = pack(solved.x, self.dtype)
+        self._must_be_finite(solved.x, columns, pairs)
+        return columns, solved.calls * self.teacher.calls_per_step
+
+    def velocity(self, cond: Cond, num: int) -> Velocity:
+        """The teacher's, at these conditions (num, ...) and the one scale."""
+        guided = cond if self.scale is None else {**cond, "guidance": torch.full((num,), self.scale)}
+        on_device = {key: value.to(self.device) for key, value in guided.items()} or None
+        return lambda x, t: self.teacher.guided.velocity(x, t, on_device)
+
+    def starts(self, pairs: Sequence[int]) -> Start:
+        """Where those pairs start."""
+        return starts_of(self.prior, self.spec.seed, pairs, self.data.shape, sources_of(self.data))
+
+    def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
+        """(x0, cond) of those pairs, as training would see them."""
+        return unpack(self.columns(pairs)[0]["x0"]), self._conditions(pairs)[2]
+
+    def _conditions(self, pairs: Sequence[int]) -> tuple[Tensor, Tensor, Cond]:
+        """(label, place in the data, what the teacher sees) of those pairs; -1 where there is no label or no place."""
+        i, none = torch.tensor(pairs), torch.full((len(pairs),), -1)
+        text, classes = has_text(self.data), self.data.num_classes
+        place = self._places(i) if text or self.inverted(pairs) else none
+        cond = self.data.conditions_at(place) if bool((place >= 0).all()) else {"class": i % classes} if classes else {}
+        return cond.get("class", none), place, cond if self.conditional else {}
+
+    def _places(self, i: Tensor) -> Tensor:
+        """The data's samples in an order drawn by the seed, again and again; inverted pairs take the first ones of it."""
+        first = self.spec.num - self.spec.num_inverted
+        return self._order[torch.where(i >= first, i - first, i) % len(self._order)]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.spec.seed))
+
+    def _must_be_finite(self, solved: Tensor, columns: Mapping[str, Tensor], pairs: Sequence[int]) -> None:
+        kept = columns.get("x1", columns["x0"])
+        bad = ~(solved.cpu().flatten(1).isfinite().all(1) & kept.float().flatten(1).isfinite().all(1))
+        if bool(bad.any()):
+            raise RuntimeError(
+                f"pair {pairs[int(bad.nonzero()[0])]}: the solver's result is not finite as {kept.dtype}; take more steps"
+            )
+
+
+def _fill(maker: Maker, folder: Path, shard: tuple[int, int], batch_size: int) -> None:
+    from tqdm import tqdm
+
+    rank, world = shard
+    mine = list(enumerate(maker.ranges()))[rank::world]
+    with tqdm(
+        total=sum(len(pairs) for _, pairs in mine), disable=not sys.stderr.isatty(), unit="pair", desc="pairs"
+    ) as bar:
+        for number, pairs in mine:
+            if whole(folder, number) is None:
+                _make(maker, folder, number, pairs, batch_size)
+            bar.update(len(pairs))
+
+
+def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int) -> None:
+    """Solves one shard, in memory, and writes it."""
+    import pyarrow
+
+    batches: list[Any] = []
+    told: dict[str, Any] = {"rows": len(pairs), "inverted": maker.inverted(pairs), "calls": 0, "squared_norms": []}
+    for at in range(0, len(pairs), batch_size):
+        part = pairs[at : at + batch_size]
+        columns, told["calls"] = maker.columns(part)
+        arrays = {
+            "pair": pyarrow.array(list(part)),
+            **{name: pyarrow.array(columns.pop(name).numpy()) for name in ("label", "place")},
+        }
+        batches.append(pyarrow.record_batch(arrays | {name: to_column(value) for name, value in columns.items()}))
+        if "x1" in columns:
+            told["squared_norms"] += columns["x1"].double().flatten(1).square().sum(1).tolist()
+    write_shard(folder, number, lambda path: write_stream(path, batches), told)
+
+
+def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
+    """Writes index.json and gives it. The same shards give the same bytes."""
+    norms = [norm for shard in told for norm in shard["squared_norms"]]
+    index = {
+        **maker.plan(),
+        "dtype": maker.dtype,
+        "nfe": max(shard["calls"] for shard in told),
+        "rows": maker.spec.num,
+        "shards": [
+            {"file": shard_name(i), **{key: one[key] for key in KEPT if key in one}} for i, one in enumerate(told)
+        ],
+        "inverted_noise": chi_square(norms, math.prod(maker.data.shape)) if norms else None,
+    }
+    if not (folder / INDEX).is_file() or read_json(folder / INDEX) != index:
+        sweep_stale(folder, (PLAN, INDEX))
+        write_json(folder / INDEX, index)
+    if norms and abs(index["inverted_noise"]["z"]) > OFF:
+        warnings.warn(
+            f"coupling.inverted: {described(index['inverted_noise'])}: the teacher does not carry these data to N(0, I)",
+            stacklevel=4,
+        )
+    elif norms:
+        say(described(index["inverted_noise"]))
+    return index
+
+
+def described(found: Mapping[str, float]) -> str:
+    law = f"chi-square has {found['expected_mean']:.4g} and {found['expected_std']:.4g}"
+    return (
+        f"squared norm of {found['count']} inverted noises: mean {found['mean']:.4g}, std {found['std']:.4g}; {law}: "
+        f"{found['z']:+.1f} standard errors, p = {found['p']:.2g}"
+    )
+
+
+def verify(
+    recipe: Recipe, folder: Path | None = None, *, num: int, device: torch.device | str = "cpu", batch_size: int = 256
+) -> tuple[float, int]:
+    """The largest difference between `num` pairs as they are kept, evenly spread, and the same made anew, and the pair where it is.
+
+    0 where the same machine makes them in the same batches; a grey level of uint8 is 0.0078.
+    """
+    if num < 1 or batch_size < 1:
+        raise ValueError(f"--verify: {num} and --batch: {batch_size} must be 1 or more")
+    maker = Maker.of(recipe, device)
+    folder = folder or Path(pairs_of(recipe).root)
+    check_sums(folder, read_index(folder), MADE, again=True)
+    kept = PairedDataset(folder, maker.data, maker.identity, maker.prior)
+    wanted = torch.linspace(0, len(kept) - 1, min(num, len(kept))).long().tolist()
+    gaps: dict[int, float] = {}
+    for part in ([i for i in wanted if i < kept.num_generated], [i for i in wanted if i >= kept.num_generated]):
+        for at in range(0, len(part), batch_size):
+            pairs = part[at : at + batch_size]
+            gaps |= zip(pairs, _gaps(maker, kept, pairs), strict=True)
+    where = max(gaps, key=gaps.__getitem__)
+    return gaps[where], where
+
+
+def _gaps(maker: Maker, kept: PairedDataset, pairs: list[int]) -> list[float]:
+    """How far each of those pairs, made anew, is from the one that is kept."""
+    columns, _ = maker.columns(pairs)
+    x0, _, x1 = kept.__getitems__(pairs)
+    gap = (unpack(columns["x0"]) - x0).abs().flatten(1).amax(1)
+    return (
+        torch.maximum(gap, (columns["x1"].float() - x1).abs().flatten(1).amax(1)) if "x1" in columns else gap
+    ).tolist()

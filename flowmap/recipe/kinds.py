@@ -1,0 +1,137 @@
+"""What each slot of a recipe may be: TABLES maps a slot to its kinds, by the names that stand in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from flowmap.data import (
+    COUPLINGS,
+    DATA,
+    IMAGE_SOURCES,
+    TEXT_SOURCES,
+    TOKENIZERS,
+    Autoencoder,
+    Coupling,
+    Guidance,
+    ImageSource,
+    TextCoder,
+    TextEncoder,
+    TextSource,
+    Tokenizer,
+)  # fmt: skip
+from flowmap.data.text.autoencoder import TextAutoencoder
+from flowmap.flow.distance import DISTANCES, Distance
+from flowmap.flow.path import PATHS
+from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler
+from flowmap.flow.solver import SOLVERS, Solver
+from flowmap.flow.times import TIMES
+from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
+from flowmap.metrics import METRICS
+from flowmap.nets import DISCRIMINATORS, NETS
+from flowmap.nets.stacked import NetSpec, Stacked
+from flowmap.nets.text_joint import TextCoderSpec
+from flowmap.objectives import OBJECTIVES
+from flowmap.objectives.adversarial import DiscriminatorSpec
+from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
+from flowmap.objectives.language import TextELBOSpec
+from flowmap.objectives.lediflow import WEIGHTS, Weight
+from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
+from flowmap.objectives.rectified import RectifiedDistance
+from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
+from flowmap.recipe.settings import (
+    Autoguidance,
+    ClassifierFree,
+    ConstantEMA,
+    Embedded,
+    FromRecipe,
+    FromTeacher,
+    PowerEMA,
+)
+from flowmap.samplers import SAMPLERS
+from flowmap.teachers.autoencoder import AUTOENCODERS
+from flowmap.teachers.text import TEXT_ENCODERS
+
+
+class Data(Protocol):
+    """The settings of a data set, as data/dataset.py's Source has them; build() makes it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def conditional(self) -> bool: ...
+
+    @property
+    def drop_condition(self) -> float: ...
+
+    @property
+    def in_pixels(self) -> bool: ...
+
+    @property
+    def quick(self) -> bool: ...
+
+    def outline(self) -> tuple[tuple[int, ...], int | None] | None: ...
+
+    def build(self) -> Any: ...
+
+
+class StudentSpec(Protocol):
+    """The settings of a student, a dataclass: those of a network (NetSpec), or what its weights start from."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class Metric(Protocol):
+    """The settings of a metric (metrics/specs.py)."""
+
+    @property
+    def needs(self) -> str: ...
+
+
+class EMA(Protocol):
+    """How weights are averaged; settings.py has the kinds."""
+
+
+def left_by(part: Any) -> str:
+    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
+    return getattr(part, "leaves", "student")
+
+
+STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
+
+TABLES: Mapping[type, Mapping[str, type]] = {
+    Data: DATA,
+    ImageSource: IMAGE_SOURCES,
+    Autoencoder: AUTOENCODERS,
+    TextEncoder: TEXT_ENCODERS,
+    TextSource: TEXT_SOURCES,
+    Tokenizer: TOKENIZERS,
+    TextCoder: {"text": TextAutoencoder},
+    StudentSpec: {**STARTS, **NETS},
+    NetSpec: {
+        **STARTS,
+        **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"},
+    },
+    TextCoderSpec: {"text_vae": NETS["text_vae"]},
+    Objective: OBJECTIVES,
+    TextELBOSpec: {"text_elbo": OBJECTIVES["text_elbo"]},
+    DiscriminatorSpec: DISCRIMINATORS,
+    Distance: DISTANCES,
+    RectifiedDistance: RECTIFIED_DISTANCES,
+    PictureDistance: PICTURE_DISTANCES,
+    Path: PATHS,
+    Prior: PRIORS,
+    CodeSampler: CODE_SAMPLERS,
+    Weight: WEIGHTS,
+    TimeWeight: TIME_WEIGHTS,
+    Coupling: COUPLINGS,
+    Solver: SOLVERS,
+    TimeSampler: TIMES,
+    Sampler: SAMPLERS,
+    Metric: METRICS,
+    Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
+    EMA: {"power": PowerEMA, "constant": ConstantEMA},
+}

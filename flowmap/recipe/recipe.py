@@ -1,0 +1,364 @@
+"""A recipe names data, teacher, student and objective; here it is read, overridden, checked and written out again.
+
+The config is the object: values (path, times, objective, sampler, optimiser) are frozen dataclasses whose __call__ is the behaviour,
+specs (data, student, metrics) have one build().  A slot in YAML is `kind` plus fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path as File
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # what OmegaConf reads with raises its own errors
+
+from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, refuse_interpolations
+from flowmap.base.ranges import Seed, check_ranges
+from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
+from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
+from flowmap.flow.distance import Squared
+from flowmap.flow.path import Linear
+from flowmap.flow.prior import Gaussian, Learned
+from flowmap.flow.times import Interval
+from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
+from flowmap.nets.lora import LoRA
+from flowmap.nets.stacked import net_within
+from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified, ScoreDistillation
+from flowmap.objectives.adversarial import FeaturesSpec
+from flowmap.objectives.lediflow import Unweighted
+from flowmap.recipe.composing import composed, find_recipe, is_part, load, merge
+from flowmap.recipe.composing import list_recipes as list_recipes  # others take these from here
+from flowmap.recipe.composing import shipped as shipped
+from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, left_by
+from flowmap.recipe.optimizer import AdamW
+from flowmap.recipe.settings import ClassifierFree, Evaluation, Log, PowerEMA, Trainer
+from flowmap.samplers import Deterministic, Gamma
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run is made of; `flowmap show --recipe R` prints it with every default."""
+
+    data: Data
+    student: StudentSpec
+    objective: Objective
+    teacher: TeacherSlot | None = None
+    name: str = "unnamed"
+    seed: Seed = 0
+    path: Path = Linear()
+    prior: Prior = Gaussian()
+    coupling: Coupling = Independent()
+    times: TimeSampler = Interval()
+    sampler: Sampler = Deterministic()
+    metrics: tuple[Metric, ...] = ()
+    evaluation: Evaluation = Evaluation()
+    optimizer: AdamW = AdamW()
+    ema: EMA = PowerEMA()
+    trainer: Trainer = Trainer()
+    log: Log = Log()
+
+    def __post_init__(self):
+        check_ranges(self)
+        check_name(self.name, "name")
+        if self.teacher is not None and not isinstance(self.path, Linear):
+            raise ValueError(
+                "path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}"
+            )
+        self._check_leaves()
+        if self.lora is not None:
+            self._check_lora()
+        if isinstance(self.coupling, Pairs) and self.leaves != "student":
+            raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")
+        self._check_prior()
+        if isinstance(self.distillation, (Rectified, Endpoint)):
+            self._check_pairs()
+        if getattr(self.distillation, "sees_pictures", False):
+            self._check_pictures()
+        if isinstance(self.objective, Adversarial):
+            self._check_adversarial()
+        if isinstance(self.distillation, ScoreDistillation):
+            self._check_scores()
+
+    @cached_property
+    def _read(self) -> dict[tuple[str, tuple[str, ...]], Recipe]:
+        """The recipes that this one and those that it names have read, by name and overrides."""
+        return {}
+
+    def named(self, name: str | File, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe of that name, which this one builds on. It is read once, whichever recipe of those that this one leads to names it.
+
+        Raises RecipeError as `read_recipe` does.
+        """
+        key = (str(name), tuple(overrides))
+        if key not in self._read:
+            found = self._read[key] = read_recipe(name, overrides)
+            found.__dict__["_read"] = self._read  # frozen fields, but what it names is remembered in one place
+        return self._read[key]
+
+    def changed(self, **fields: Any) -> Recipe:
+        """This recipe with other values in those fields; what it names is not read again."""
+        found = replace(self, **fields)
+        found.__dict__["_read"] = self._read
+        return found
+
+    @property
+    def distillation(self) -> Objective:
+        """What the student is compared with its teacher by: the objective, or the one that an adversarial stage keeps."""
+        return self.objective.base if isinstance(self.objective, Adversarial) else self.objective
+
+    @property
+    def _key(self) -> str:
+        """The key under which `distillation` stands."""
+        return "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+
+    @property
+    def start(self) -> StudentSpec:
+        """Where the student's weights come from: the teacher, another recipe, or the network's own settings; of a stack, those of both."""
+        return net_within(self.student)
+
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters that are trained instead of the student's weights, where the recipe says so."""
+        return getattr(self.student, "lora", None)
+
+    def _check_leaves(self) -> None:
+        if self.leaves == "text_joint" and self.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp"
+            )
+        if left_by(self.student) == self.leaves:
+            return
+        kinds = [kind for kind, net in TABLES[StudentSpec].items() if left_by(net) == self.leaves]
+        objective, student = kind_of(self.objective, TABLES), kind_of(self.student, TABLES)
+        raise ValueError(
+            f"objective: {objective} does not train a student of kind {student}; allowed: {', '.join(kinds)}"
+        )
+
+    def _check_lora(self) -> None:
+        if self.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp"
+            )
+        way, dropout = getattr(self.distillation, "derivative", "ride"), 0.0 if self.lora is None else self.lora.dropout
+        if dropout and way != "ride":
+            what = f"{dropout} wants objective.derivative: ride; {way!r} would see another mask"
+            raise ValueError(f"student.lora.dropout: {what}")
+
+    def _check_pairs(self) -> None:
+        kind, distance = kind_of(self.distillation, TABLES), getattr(self.distillation, "distance", None)
+        if not isinstance(self.coupling, Pairs) and isinstance(self.distillation, Endpoint):
+            raise ValueError(
+                "coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean"
+            )
+        if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
+            raise ValueError(
+                f"{self._key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs"
+            )
+        if not isinstance(self.path, Linear):
+            raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
+        if self.teacher is not None and self.teacher.guidance is not None:
+            raise ValueError(
+                f"teacher.guidance: objective {kind} does not ask the teacher; guidance is baked in by coupling.teacher.guidance"
+            )
+
+    def _check_pictures(self) -> None:
+        """The objective looks at pictures: those that the data's latents decode to, by a network that no metric has."""
+        objective: Any = self.distillation  # one with sees_pictures and loss_net
+        where, net = ("perceptual" if isinstance(objective, Endpoint) else "distance"), objective.loss_net
+        if not self.data.in_pixels and getattr(self.data, "autoencoder", None) is None:
+            raise ValueError(
+                f"{self._key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder"
+            )
+        self._check_unmeasured(net, f"{self._key}.{where}.net", "a loss")
+
+    def _check_adversarial(self) -> None:
+        assert isinstance(self.objective, Adversarial)
+        where, spec = "objective.discriminator", self.objective.discriminator
+        if self.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp"
+            )
+        if spec.trunk == "teacher" and self.teacher is None:
+            raise ValueError(
+                f"{where}.kind: 'teacher' looks through the teacher's network, and the recipe has no teacher"
+            )
+        if spec.trunk == "features":
+            if not self.data.in_pixels:
+                raise ValueError(f"{where}.kind: 'features' looks at pictures, and the data's samples are latents")
+            assert isinstance(spec, FeaturesSpec)
+            self._check_unmeasured(spec.net, f"{where}.net", "a discriminator")
+
+    def _check_unmeasured(self, net: str | None, key: str, what: str) -> None:
+        if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
+            raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
+
+    def _check_scores(self) -> None:
+        objective = self.distillation
+        assert isinstance(objective, ScoreDistillation)
+        way = objective.through
+        if self.teacher is None:
+            raise ValueError(
+                "teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one"
+            )
+        if self.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard the fake of score_distillation beside the student; use ddp"
+            )
+        if not isinstance(self.coupling, Independent):
+            raise ValueError(
+                "coupling: objective score_distillation compares laws, not pairs: its samples start at noise; leave it independent"
+            )
+        if not isinstance(self.prior, Gaussian):
+            raise ValueError(
+                "prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian"
+            )
+        to_data = isinstance(self.sampler, Gamma) and self.sampler.gamma == 1
+        if way == "last" and max(objective.steps) > 1 and not to_data:
+            raise ValueError(
+                f"{self._key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}"
+            )
+
+    def _check_prior(self) -> None:
+        learned, objective = isinstance(self.prior, Learned), self.distillation
+        weighted = isinstance(objective, FlowMatching) and not isinstance(objective.weight, Unweighted)
+        if weighted and not (learned and isinstance(self.coupling, Independent)):
+            raise ValueError(
+                "objective.weight: is by the variance of a learned prior, on an independent coupling; allowed here: none"
+            )
+        if not learned:
+            return
+        if self.leaves != "student":
+            raise ValueError("prior: an autoencoder or an auxiliary model is trained without one; leave it gaussian")
+        if self.data.conditional:
+            raise ValueError(
+                "prior: the codes of a learned prior know no conditions, so that it wants data.conditional: false"
+            )
+        if self.teacher is not None and isinstance(self.teacher.guidance, ClassifierFree):
+            raise ValueError(
+                "teacher.guidance: classifier_free wants conditions, and flows that start at a learned prior have none"
+            )
+        if isinstance(self.sampler, Gamma):
+            raise ValueError("sampler: gamma puts back N(0, I), and the prior is a learned one; choose another")
+        if any(metric.needs == "inversion" for metric in self.metrics):
+            raise ValueError(
+                "metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out"
+            )
+        if isinstance(self.coupling, Styles):
+            raise ValueError("prior: a flow of coupling styles starts at sentences, not at a prior; leave it gaussian")
+        if isinstance(self.coupling, Pairs) and self.coupling.inverted:
+            raise ValueError(
+                "coupling.inverted: real data carried to t = 1 has no code; with a learned prior it must be 0"
+            )
+
+    @property
+    def leaves(self) -> str:
+        """What the run leaves: a student that samples, an autoencoder, a text_autoencoder, or a prior (the auxiliary model of one)."""
+        return left_by(self.objective)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as text, every default written out; reading it gives the same recipe."""
+        return OmegaConf.to_yaml(OmegaConf.create(to_plain(self, TABLES)))
+
+    def hash(self) -> str:
+        """Eight hexadecimal digits that change with anything that changes the result (not with how the run is logged)."""
+        return short_hash({key: value for key, value in to_plain(self, TABLES).items() if key != "log"})
+
+    def training(self) -> dict[str, Any]:
+        """The settings that the trained weights depend on, as plain values.
+
+        How the run is logged, sampled and measured is not among them; an objective that draws samples depends on the sampler, but for the
+        steps that are reported.
+        """
+        plain = {
+            key: value
+            for key, value in to_plain(self, TABLES).items()
+            if key not in ("sampler", "metrics", "evaluation", "log")
+        }
+        if isinstance(self.objective, Adversarial) or isinstance(self.distillation, ScoreDistillation):
+            plain["sampler"] = {key: value for key, value in to_plain(self.sampler, TABLES).items() if key != "steps"}
+        return plain
+
+    def training_hash(self) -> str:
+        """Eight hexadecimal digits that change with anything in `training`."""
+        return short_hash(self.training())
+
+    def missing(self) -> list[str]:
+        """Keys whose value is ??? and must be given before a run."""
+        return _missing(to_plain(self, TABLES), "")
+
+
+KEYS = [f.name for f in fields(Recipe)]
+
+
+def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name or path; overrides are `key=value`, or `+FILE`, a file of settings laid over it, before any key=value.
+
+    RecipeError names file, key, value and what is allowed.
+    """
+    path = find_recipe(name)
+    if is_part(path):
+        raise RecipeError(
+            f"{name}: is a part of recipes and none by itself; it goes into `base:` of one, or over one as +{name}"
+        )
+    plain = composed(path, KEYS)
+    for override in (word for word in overrides if word.startswith("+")):
+        plain = merge(plain, composed(find_recipe(override[1:]), KEYS))
+    plain.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
+    config = OmegaConf.create({**_defaults(), **plain})
+    for override in (word for word in overrides if not word.startswith("+")):
+        _override(config, override)
+    file = (
+        f"{name}.yaml" if str(name).endswith(path.stem) else path.name
+    )  # lediflow/digits.yaml, not one of several digits.yaml
+    settings: Any = OmegaConf.to_container(config, resolve=False)
+    return recipe_from(settings, file=file)
+
+
+def _defaults() -> dict[str, Any]:
+    """The slots that a recipe may leave out, written out, so that an override may name one field of them."""
+    return {f.name: to_plain(f.default, TABLES) for f in fields(Recipe) if is_dataclass(f.default)}
+
+
+def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
+    return construct(Recipe, plain, TABLES, file=file)
+
+
+def read_resolved(path: File) -> Recipe:
+    """The recipe that a run or a student folder carries."""
+    return recipe_from(load(path, KEYS), file=str(path))
+
+
+def read_plain(path: File) -> dict[str, Any]:
+    """The settings in that file as they are written there; RecipeError names the file."""
+    return load(path, KEYS)
+
+
+def _override(config, override: str) -> None:
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"command line: {override!r} is not of the form key=value")
+    if INTERPOLATION in override:
+        raise RecipeError(f"command line: {key}: {NO_INTERPOLATION}")
+    try:
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+        parsed = given["value"]
+        refuse_interpolations(parsed, "")
+        if key.endswith(".kind") and OmegaConf.select(config, key) != parsed:
+            key, parsed = key.removesuffix(".kind"), {"kind": parsed}
+            OmegaConf.update(config, key, parsed, merge=False)
+        else:
+            OmegaConf.update(config, key, parsed, merge=False, force_add=True)
+    except (OmegaConfBaseException, YAMLError, ValueError, AssertionError, IndexError, RecursionError) as error:
+        raise RecipeError(f"command line: {override!r}: {' '.join(str(error).split()) or 'cannot be read'}") from error
+
+
+def _missing(node: Any, key: str) -> list[str]:
+    if isinstance(node, Mapping):
+        return [m for k, v in node.items() for m in _missing(v, f"{key}.{k}" if key else str(k))]
+    if isinstance(node, (list, tuple)):
+        return [m for i, v in enumerate(node) for m in _missing(v, f"{key}[{i}]")]
+    return [key] if node == MISSING else []

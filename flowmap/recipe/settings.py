@@ -1,0 +1,178 @@
+"""The settings of a recipe that are no part of the mathematics: teacher and guidance, averages, trainer, log, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from flowmap.base.ranges import (
+    Batch,
+    BelowOne,
+    Calls,
+    Count,
+    CountFromZero,
+    FromZero,
+    InsideOne,
+    Range,
+    Seed,
+    check_ranges,
+)
+from flowmap.nets.lora import LoRA
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """The student is the teacher's network with its weights, beside silent branches for arrival time and guidance scale.
+
+    lora: the weights stay frozen, adapters and branches are trained (a teacher of kind diffusers alone); `{}` is every default.
+    dropout: of the student's network in training, where that has such a setting (EDM's and EDM2's); null keeps what the teacher's says.
+    """
+
+    lora: LoRA | None = None
+    dropout: BelowOne | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class FromRecipe:
+    """The student starts from the averaged weights of the student that another recipe trains; what the start has no branch for stays silent."""
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
+
+    scale: tuple[FromZero, FromZero] = (1.0, 3.0)
+    default: FromZero = 1.5
+
+    def __post_init__(self):
+        check_ranges(self)
+        _check_scale(self.scale)
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """v = w v_strong + (1 - w) v_weak; the weak model is one of: another card, an earlier snapshot of the same run (its share of the
+    run's steps, in (0, 1)), or the same network with blocks skipped."""
+
+    weak: str | None = None
+    snapshot: InsideOne | None = None
+    skip_blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
+    scale: tuple[FromZero, FromZero] = (1.0, 3.0)
+    default: FromZero = 2.0
+
+    def __post_init__(self):
+        check_ranges(self)
+        _check_scale(self.scale)
+        if sum((self.weak is not None, self.snapshot is not None, bool(self.skip_blocks))) != 1:
+            raise ValueError(
+                "weak: autoguidance wants exactly one of weak (a card), snapshot (a share of the run) and skip_blocks"
+            )
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The guidance of a model that was itself distilled to take the scale as an input (FLUX.1-dev): it is handed through."""
+
+    scale: tuple[FromZero, FromZero] = (1.0, 5.0)
+    default: FromZero = 3.5
+
+    def __post_init__(self):
+        check_ranges(self)
+        _check_scale(self.scale)
+
+
+@dataclass(frozen=True)
+class PowerEMA:
+    """EDM2's power-function average (arXiv:2312.02696): `std` is relative to the run's length and ships with the student.
+
+    Snapshots of averages with snapshot_stds are kept every snapshot_every_steps (0: none) and can be combined afterwards to any std.
+    """
+
+    std: Annotated[float, Range(0, 0.25, above=True, below=True)] = 0.05
+    snapshot_stds: tuple[Annotated[float, Range(0, 0.25, above=True, below=True)], ...] = (0.05, 0.10)
+    snapshot_every_steps: CountFromZero = 0
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class ConstantEMA:
+    """The ordinary exponential average; decay 0 is no average."""
+
+    decay: BelowOne = 0.999
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long and on what: steps are optimiser steps; the batch of data is taken `accumulate` times a step on each of the devices."""
+
+    steps: Count = 10_000
+    accumulate: Annotated[int, Range(1, 1_000_000)] = 1
+    accelerator: str = "auto"
+    devices: Annotated[int, Range(1, 1_000_000)] = 1
+    num_nodes: Annotated[int, Range(1, 1_000_000)] = 1
+    strategy: str = "auto"
+    precision: str = "32"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    checkpoint_every_steps: Count = 500
+
+    def __post_init__(self):
+        check_ranges(self)
+        accelerators = ("auto", "cpu", "gpu", "cuda", "mps")
+        for name, allowed in (
+            ("accelerator", accelerators),
+            ("strategy", ("auto", "ddp", "fsdp")),
+            ("precision", ("32", "bf16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run shows of itself, and how often in optimiser steps; samples and metrics at 0 only at the end."""
+
+    wandb: bool = True
+    project: str = "flowmap"
+    every_steps: Count = 50
+    samples_every_steps: CountFromZero = 0
+    metrics_every_steps: CountFromZero = 0
+    grid_images: Annotated[int, Range(1, 10_000)] = 64
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The last look at the student: the teacher's row takes teacher_steps Euler steps; all rows start from the same noise, drawn from `seed`.
+
+    classes: of generated samples, "data" as often as in the held-out samples (without any, the training ones), "uniform" each as often.
+    """
+
+    teacher_steps: Calls = 64
+    teacher_extra_steps: tuple[Calls, ...] = ()
+    batch_size: Batch = 512
+    seed: Seed = 1234
+    classes: str = "data"
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.classes not in ("data", "uniform"):
+            raise ValueError(f"classes: {self.classes!r} is not one of data, uniform")
+
+
+def _check_scale(scale: tuple[float, float]) -> None:
+    if not scale[0] <= scale[1]:
+        raise ValueError(f"scale: {scale} must be an increasing pair of numbers")

@@ -1,0 +1,37 @@
+"""Example conditions: what a student's network reads beside x, t and s, with the right shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flowmap.data import TextEncoder
+from flowmap.flow.types import Cond
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import example_conditions
+from flowmap.nets.stacked import net_within
+from flowmap.student.config import StudentConfig
+from flowmap.teachers.text import Sentence
+
+
+def conditions_of(config: StudentConfig, rows: int) -> Cond:
+    cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
+    cond |= {one.name: one.example(rows) for one in config.further}
+    net = net_within(config.net)
+    if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
+        return (
+            cond | {"guidance": torch.ones(rows)} | example_conditions(net, rows, tokens_of(net.network, config.text))
+        )
+    return cond | ({"guidance": torch.ones(rows)} if config.guidance else {})
+
+
+def tokens_of(network: str, text: TextEncoder | None) -> int:
+    """How many tokens of text a network reads: its encoder's max_tokens, else what its family's pipeline cuts at; SD3 has CLIP's 77 before T5's."""
+    most = getattr(text, "max_tokens", None)
+    if isinstance(text, Sentence):
+        return text.max_tokens
+    if network == "SD3Transformer2DModel":
+        return 77 + (most or 256)
+    return most or {"FluxTransformer2DModel": 512, "SanaTransformer2DModel": 300, "PixArtTransformer2DModel": 300}.get(
+        network, 77
+    )

@@ -1,0 +1,136 @@
+"""What a run leaves in student/, by the recipe's `leaves`: how it is shown and kept on the way, measured at the end, and written with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import lightning as L
+from torch import Tensor
+
+from flowmap.evaluation.known_rows import read_known
+from flowmap.evaluation.measure import measure
+from flowmap.plan.plan import Stage
+from flowmap.student.student import Student
+from flowmap.train import autoencoder, text_autoencoder, text_joint
+from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
+from flowmap.train.module import DistillModule
+from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
+
+Say = Callable[[str], None]
+Figures = dict[str, Any]
+
+
+class Leaves(Protocol):
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        """Callbacks that look at the averaged weights and keep them; the checkpoint last: what it says is done has left its figures behind."""
+        ...
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        """metrics.json's contents."""
+        ...
+
+    def write(
+        self,
+        stage: Stage,
+        student: Student,
+        module: DistillModule,
+        state: dict[str, Tensor],
+        done: int,
+        metrics: Figures | None,
+    ) -> None: ...
+
+
+class AStudent:
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        return [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        known = read_known(stage.folder / "student")  # of a run that is measured again
+        return measure(stage.recipe, student, module.teacher, module.data, progress=say, known=known)
+
+    def write(
+        self,
+        stage: Stage,
+        student: Student,
+        module: DistillModule,
+        state: dict[str, Tensor],
+        done: int,
+        metrics: Figures | None,
+    ) -> None:
+        keep_student(stage, student.config, state, done, metrics)
+
+
+@dataclass(frozen=True)
+class AnAutoencoder:
+    """kind: the module that shows, measures and saves it, that of pictures or that of text."""
+
+    kind: ModuleType
+
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        return [self.kind.Reconstructions(stage), self.kind.KeepAutoencoder(stage, student.config)]
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        return self.kind.measure_autoencoder(module)
+
+    def write(
+        self,
+        stage: Stage,
+        student: Student,
+        module: DistillModule,
+        state: dict[str, Tensor],
+        done: int,
+        metrics: Figures | None,
+    ) -> None:
+        self.kind.save_autoencoder(stage, module, state, done, metrics)
+
+
+class APrior:
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        return [Drawn(stage, student), KeepPrior(stage, student.config)]
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        return measure_prior(module, say)
+
+    def write(
+        self,
+        stage: Stage,
+        student: Student,
+        module: DistillModule,
+        state: dict[str, Tensor],
+        done: int,
+        metrics: Figures | None,
+    ) -> None:
+        keep_prior(stage, student.config, module, state, done, metrics)
+
+
+class Both:
+    """A text autoencoder and the flow in its latents."""
+
+    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+        return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]
+
+    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+        return text_joint.measure_joint(stage, module, say)
+
+    def write(
+        self,
+        stage: Stage,
+        student: Student,
+        module: DistillModule,
+        state: dict[str, Tensor],
+        done: int,
+        metrics: Figures | None,
+    ) -> None:
+        text_joint.save_joint(stage, student.config, module, state, done, metrics)
+
+
+LEAVES: dict[str, Leaves] = {
+    "student": AStudent(),
+    "autoencoder": AnAutoencoder(autoencoder),
+    "text_autoencoder": AnAutoencoder(text_autoencoder),
+    "text_joint": Both(),
+    "prior": APrior(),
+}

@@ -1,0 +1,149 @@
+"""What a recipe needs, in order: the autoencoder that a recipe trains, the latents that it makes, the teacher on those latents."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from flowmap.base.schema import RecipeError
+from flowmap.estimate import dry_run
+from flowmap.plan.plan import Encoding, data_of, plan
+from flowmap.recipe import read_recipe
+from flowmap.recipe import recipe as reading
+
+AUTOENCODER = """
+data: {{kind: folder, root: {pictures}, size: 8}}
+student: {{kind: autoencoder_kl, channels: [8, 8], latent_channels: 2, groups: 4}}
+objective: {{kind: reconstruction}}
+trainer: {{steps: 2, accelerator: cpu}}
+log: {{wandb: false}}
+"""
+TEACHER = """
+data: {{kind: encoded, images: {{kind: folder, root: {pictures}, size: 8}}, autoencoder: {{recipe: {folder}/ae.yaml}}, batch_size: 4, held_out: 3}}
+student: {{kind: dit, preset: nano, patch: 2}}
+objective: {{kind: flow_matching}}
+trainer: {{steps: 2, accelerator: cpu}}
+metrics: [{{kind: frechet, features: pixels, images: 8}}]
+evaluation: {{batch_size: 8}}
+log: {{wandb: false, grid_images: 4}}
+"""
+STUDENT = """
+base: teacher
+teacher: {{card: {folder}/card.yaml}}
+student: {{kind: from_teacher}}
+objective: {{kind: ayf_emd, warmup_steps: 1}}
+data: {{batch_size: 2}}
+evaluation: {{teacher_steps: 2}}
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(10):
+        Image.new("RGB", (8, 8), (25 * i, 0, 255 - 25 * i)).save(pictures / f"{i}.png")
+    for name, text in (("ae", AUTOENCODER), ("teacher", TEACHER), ("student", STUDENT)):
+        (tmp_path / f"{name}.yaml").write_text(text.format(pictures=pictures, folder=tmp_path))
+    (tmp_path / "card.yaml").write_text(f"kind: recipe\nrecipe: {tmp_path / 'teacher.yaml'}\nshape: [2, 4, 4]\n")
+    return tmp_path
+
+
+def test_autoencoder_then_latents_then_teacher_each_once(recipes):
+    stages = plan(read_recipe(recipes / "student.yaml"), recipes / "run")
+    assert [(type(stage).__name__, stage.recipe.name.split("-")[-1]) for stage in stages] == [
+        ("Stage", "ae"), ("Encoding", "student"), ("Stage", "teacher"), ("Stage", "student"),
+    ]  # fmt: skip
+    of_teacher = plan(read_recipe(recipes / "teacher.yaml"), recipes / "run")
+    assert (
+        next(s for s in of_teacher if isinstance(s, Encoding)).folder == stages[1].folder
+    )  # other batch sizes, the same latents
+    other = data_of(read_recipe(recipes / "student.yaml", ["data.images.size=16"]))
+    assert other.root != str(stages[1].folder)
+
+
+def test_fit_makes_all_of_it_once_and_the_student_carries_its_autoencoder(recipes, command):
+    import flowmap
+
+    code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--out", recipes / "run")
+    assert code == 0 and "[2/4]" in err and "teacher 2" in out, err
+    student = flowmap.load_student(recipes / "run")
+    assert student.config.autoencoder.source == "autoencoder" and student.sample(2).shape == (2, 3, 8, 8)
+    assert student.sample(2, latents=True).shape == (2, 2, 4, 4)
+    code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--out", recipes / "run")
+    assert code == 0 and err.count("complete in") == 4, err
+    code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--dry-run")
+    assert code == 0 and out.count("complete") == 3 and "nothing is missing" in out, err
+    assert command("evaluate", "--student", recipes / "run", "--steps", 1)[0] == 0
+
+
+@pytest.mark.slow
+def test_what_is_built_on_a_recipe_that_has_changed_is_made_anew(recipes, command):
+    """The student's own recipe says the same, its teacher's teacher's does not."""
+    fitted = ("fit", "--recipe", recipes / "student.yaml", "--out", recipes / "run")
+    assert command(*fitted)[0] == 0
+    before = (recipes / "ae.yaml").read_text()
+    (recipes / "ae.yaml").write_text(before + "seed: 1\n")
+    assert not any(stage.complete for stage in plan(read_recipe(recipes / "student.yaml"), recipes / "run"))
+    code, _, err = command(*fitted)
+    assert (
+        code == 2
+        and "holds a run of another recipe (first difference: the runs that it is built on, built_on.json" in err
+    )
+    code, _, err = command(*fitted, "--overwrite")
+    assert code == 0 and "complete" not in err, err
+    (recipes / "ae.yaml").write_text(before)  # what was made of it is still there
+    assert [stage.complete for stage in plan(read_recipe(recipes / "student.yaml"), recipes / "run")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    (recipes / "run/built_on.json").write_text("{")  # torn
+    assert command(*fitted)[0] == 2
+    (recipes / "run/built_on.json").unlink()  # of a version that did not write it
+    code, _, err = command(*fitted)
+    assert code == 0 and err.count("complete in") == 4
+
+
+def test_before_anything_is_made(recipes, command):
+    code, out, err = command("encode", "--recipe", recipes / "student.yaml")
+    says = "student: data.autoencoder.recipe: 'ae' is not trained yet; `flowmap fit --recipe student` trains it first"
+    assert code == 2 and says in err.replace(f"{recipes.name}-", "") and len(err.splitlines()) == 1
+    code, out, err = command("fit", "--recipe", recipes / "student.yaml", "--dry-run")
+    assert code == 0 and "nothing is missing" in out  # the pictures are there: fit makes the rest
+
+
+def test_recipes_that_need_each_other_are_refused(recipes):
+    (recipes / "ae.yaml").write_text((recipes / "student.yaml").read_text())
+    with pytest.raises(RecipeError, match="in a loop"):
+        plan(read_recipe(recipes / "student.yaml"), recipes / "run")
+
+
+def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny, tmp_path):
+    import flowmap
+    from flowmap.plan.plan import dependency_folder
+
+    recipe, runs = read_recipe(tiny), tmp_path / "runs"
+    flowmap.fit(recipe, runs / "tiny-01234567", say=lambda message: None)
+    assert dependency_folder(recipe) == runs / "tiny-01234567"
+    other = read_recipe(tiny, ["seed=1"])
+    assert dependency_folder(other) == runs / f"tiny-{other.training_hash()}"
+
+
+@pytest.mark.parametrize("name", ["digits", "lediflow/emoji-ayf", "instaflow/digits", "language/wordnet-edit-reflow"])
+def test_each_distinct_recipe_is_read_once(name, monkeypatch, tmp_path):
+    """By the plan, the checks and the dry run together."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    read, original = [], reading.read_recipe
+    monkeypatch.setattr(
+        reading, "read_recipe", lambda name, overrides=(): read.append((name, overrides)) or original(name, overrides)
+    )
+    recipe = original(name)
+    monkeypatch.setattr(
+        dry_run, "look", lambda *args, look=dry_run.look, **kwargs: look(*args, **kwargs | {"whole": False})
+    )
+    plan(recipe, tmp_path / "run")
+    dry_run.dry_run(recipe, None)
+    assert read and len(read) == len(set(read)), [one for one in read if read.count(one) > 1]

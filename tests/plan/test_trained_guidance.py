@@ -1,0 +1,144 @@
+"""Guidance that would do nothing, or would extrapolate from a velocity that no network learned, is one line before anything is trained."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+import flowmap
+from flowmap.base.files import write_tensors
+from flowmap.base.schema import RecipeError
+from flowmap.plan.guidance import check_guidance, guidance_warnings
+from flowmap.recipe import read_recipe
+
+FREE = "{kind: classifier_free, scale: [1.0, 2.0], default: 1.5}"
+TEACHER = """
+name: taught
+data: {{kind: toy, points: 200, batch_size: 16, drop_condition: {drop}}}
+student: {{kind: mlp, width: 16, depth: 1}}
+times: {{kind: uniform}}
+objective: {{kind: flow_matching}}
+trainer: {{steps: 2, accelerator: cpu}}
+log: {{wandb: false}}
+"""
+STUDENT = """
+name: learner
+data: {{kind: toy, points: 200, batch_size: 16}}
+teacher: {{recipe: {root}/taught.yaml, guidance: {guidance}}}
+student: {{kind: from_teacher}}
+objective: {{kind: ayf_emd}}
+trainer: {{steps: 2, accelerator: cpu}}
+log: {{wandb: false}}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+
+    def write(drop=0.0, guidance=FREE):
+        (tmp_path / "taught.yaml").write_text(TEACHER.format(drop=drop))
+        (tmp_path / "learner.yaml").write_text(STUDENT.format(root=tmp_path, guidance=guidance))
+        return tmp_path / "learner.yaml"
+
+    return write
+
+
+NEVER = "asks the teacher without a condition, and 'taught' never learned that: its data.drop_condition is 0"
+
+
+def test_a_teacher_that_never_dropped_its_condition_is_not_asked_without_it(place, tmp_path, command):
+    path = place(drop=0.0)
+    with pytest.raises(RecipeError, match="teacher.guidance: classifier_free asks.*never learned that"):
+        flowmap.fit(read_recipe(path), tmp_path / "run", say=lambda message: None)
+    assert not (tmp_path / "runs").exists(), "found before the teacher is trained"
+    code, out, err = command("fit", "--recipe", path, "--dry-run")
+    assert code == 2 and NEVER in err and len(err.strip().splitlines()) == 1
+    check_guidance(read_recipe(place(drop=0.1)))
+
+
+def test_a_student_that_drops_conditions_needs_a_teacher_that_did(place):
+    path = place(drop=0.0, guidance="null")
+    check_guidance(read_recipe(path))
+    with pytest.raises(RecipeError, match=f"data.drop_condition: above 0 {NEVER}"):
+        check_guidance(read_recipe(path, ["data.drop_condition=0.2"]))
+
+
+def test_what_a_teacher_starts_from_counts(place, tmp_path):
+    """A teacher tuned without dropping, from one that dropped: it still knows the velocity without a condition."""
+    path = place(drop=0.1)
+    tuned = TEACHER.format(drop=0.0).replace("name: taught", "name: tuned").replace(
+        "{kind: mlp, width: 16, depth: 1}", f"{{kind: from_recipe, recipe: {tmp_path / 'taught.yaml'}}}"
+    )  # fmt: skip
+    (tmp_path / "tuned.yaml").write_text(tuned)
+    check_guidance(read_recipe(path, [f"teacher.recipe={tmp_path / 'tuned.yaml'}"]))
+
+
+def pictures(folder):
+    """Grey pictures in one folder: no classes."""
+    image = pytest.importorskip("PIL.Image")
+    folder.mkdir()
+    for i in range(20):
+        image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_guidance_on_data_without_conditions_is_refused(dry, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+    write_tensors(tmp_path / "x" / "0.safetensors", {"x0": torch.zeros(20, 1, 8, 8)})
+    pictures(tmp_path / "pictures")
+    more = ["--dry-run"] if dry else ["--out", tmp_path / "run"]
+    for override, says in (
+        ("data.conditional=false", "teacher.guidance: classifier_free has no effect: data.conditional is false"),
+        (f"data={{kind: latents, root: {tmp_path / 'x'}}}", "the data has neither classes nor text; leave it out"),
+        (
+            f"data={{kind: folder, size: 8, channels: 1, root: {tmp_path / 'pictures'}}}",
+            "the data has neither classes nor text; leave it out",
+        ),
+    ):
+        code, _, err = command("fit", "--recipe", "digits", f"teacher.guidance={FREE}", override, "metrics=[]", *more)
+        assert code == 2 and says in err, err
+
+
+def test_guidance_in_the_target_needs_a_student_that_learns_both(place):
+    overrides = ["objective={kind: meanflow, omega: 2.0}", "teacher=null", "student={kind: mlp, width: 16, depth: 1}"]
+    with pytest.raises(RecipeError, match="objective.omega: .* data.drop_condition is 0"):
+        check_guidance(read_recipe(place(), overrides))
+    for more in (["data.drop_condition=0.1"], ["objective.omega=0.5", "objective.kappa=0.5"]):
+        check_guidance(read_recipe(place(), [*overrides, *more]))
+
+
+def test_where_it_cannot_be_known_it_is_a_warning():
+    lines = guidance_warnings(read_recipe("digits", ["teacher.card=edm-cifar10", f"teacher.guidance={FREE}"]))
+    assert len(lines) == 1 and "classifier_free asks 'edm-cifar10' without a class" in lines[0]
+    assert guidance_warnings(read_recipe("digits", [f"teacher.guidance={FREE}"])) == []
+
+
+def test_a_network_without_a_label_for_none_and_one_that_reads_the_scale_itself(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from tests import tiny_nets, tiny_pipelines
+
+    torch.manual_seed(0)
+    net = diffusers.UNet2DModel.from_config(tiny_nets.unet().config, num_class_embeds=10)
+    diffusers.DDPMPipeline(net, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "unet")
+    tiny_pipelines.save("flux", tmp_path / "flux")
+    for name, shape in (("unet", [3, 16, 16]), ("flux", [4, 8, 8])):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"kind: diffusers\nsource: {tmp_path / name}\nshape: {shape}\nnum_classes: 10\n"
+        )
+    recipe = lambda name, guidance, *more: read_recipe(
+        "digits", [f"teacher.card={tmp_path / name}.yaml", f"teacher.guidance={guidance}", *more]
+    )
+    for guidance, more in ((FREE, ()), ("null", ("data.drop_condition=0.1",))):
+        with pytest.raises(RecipeError, match="a UNet2DModel has no label for none"):
+            check_guidance(recipe("unet", guidance, *more))
+    check_guidance(recipe("unet", "null"))
+    with pytest.raises(
+        RecipeError, match=r"reads a guidance scale \(guidance_embeds\): give teacher.guidance {kind: embedded}"
+    ):
+        check_guidance(recipe("flux", FREE))
+    check_guidance(recipe("flux", "{kind: embedded}"))
