@@ -25,8 +25,8 @@ MOST_DEEP = 100  # files one on another: what is read may come from anyone
 
 def shipped(folder: str) -> Path:
     """Where the shipped `recipes` or `teachers` lie: inside the package when installed, next to it in a checkout."""
-    inside = Path(__file__).parent / "shipped" / folder
-    return inside if inside.is_dir() else Path(__file__).parents[1] / folder
+    inside = Path(__file__).parents[1] / "shipped" / folder
+    return inside if inside.is_dir() else Path(__file__).parents[2] / folder
 
 
 def list_recipes() -> list[str]:
