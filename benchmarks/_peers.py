@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowmap.flow.types import Cond, PathSample, Teacher, along
+from flowmap.flow.types import Cond, PathSample, Teacher, broadcast_time
 from flowmap.nets.flow_map import FlowMapNet
 
 Loss = Callable[[PathSample, int, int], Tensor]
@@ -223,7 +223,7 @@ class FastGen:
                     None if r is None else r.to(x_t.dtype),
                 )  # its times are float64 whatever the data
                 flow = velocity(x_t, t, r, condition)
-                out = x_t - along(t, x_t) * flow if fwd_pred_type == "x0" else flow
+                out = x_t - broadcast_time(t, x_t) * flow if fwd_pred_type == "x0" else flow
                 return (out, out.new_zeros(len(out), 1)) if return_logvar else out
 
         return Net(net_pred_type="flow", schedule_type="rf")

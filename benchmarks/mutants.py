@@ -56,15 +56,15 @@ class Mutant(NamedTuple):
 ADV_STUDENT = "return pairing_loss(scores(fake, cond, noise), of_real).mean()"
 ADV_PENALTY = "value = value + (r1 * on_real.mean() + r2 * on_fake.mean()) / 2"
 SCORE_ASK = "real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)"
-SCORE_G = "g = along(t, x) * (real - other)"
-SCORE_AWAY = "away = (sample.x0 - (x - along(t, x) * real)).abs().flatten(1).mean(1)"
+SCORE_G = "g = broadcast_time(t, x) * (real - other)"
+SCORE_AWAY = "away = (sample.x0 - (x - broadcast_time(t, x) * real)).abs().flatten(1).mean(1)"
 SCORE_LOSS = "loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())"
 SCORE_STOP = "self.calls == self.at and torch.is_grad_enabled()"
-EMD_G = "g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate"
-LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)"
+EMD_G = "g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate"
+LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)"
 ASK_STUDENT = "student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)"
 ASK_TEACHER = "teacher.velocity(sample.xt, sample.t, sample.cond)"
-ARRIVAL = "arrival = x + along(s - t, x) * mean_velocity.detach()"
+ARRIVAL = "arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()"
 STILL = "still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)"
 BACK = "return mean_velocity[place], rate[place]"
 EMD_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
@@ -72,7 +72,7 @@ WARM_UP = "return min(self.r_max, step / self.warmup_steps) if self.warmup_steps
 TARGET = "target = (_wide(F) - _wide(g)).detach()"
 PAIR_ERROR = "else self.distance(velocity, sample.x1 - sample.x0)"
 HUBER = "huber = PseudoHuber(self.scale)(velocity, sample.x1 - sample.x0)"
-GUESS = "guess = sample.xt - along(sample.t, sample.xt) * velocity"
+GUESS = "guess = sample.xt - broadcast_time(sample.t, sample.xt) * velocity"
 SEEN = "perceptual = distance_by(self.net, pictures_of(student, guess), wanted)"
 WANTED = "wanted = pictures_of(student, sample.x0)"
 END = "arrival = student(sample.x1, one, torch.zeros_like(one), sample.cond)"
@@ -84,17 +84,17 @@ BOTH_TERMS = "return (1 - sample.t) * huber + weight * perceptual"
 PAIR_WEIGHT = 'weight = 1.0 if self.weight == "one" else 1 / sample.t.clamp(min=EDGE)'
 
 PATH_TANGENT = "(velocity.to(x.dtype), torch.ones_like(t))"
-MF_TARGET = "target = v - along(t - s, x) * rate"
+MF_TARGET = "target = v - broadcast_time(t - s, x) * rate"
 MF_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
 MF_TANGENT = 'direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)'
 MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped"
 MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
 MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
 MF_DERIVE = "derive, student, sample, direction, needed"
-CT_WHOLE = "whole = along(1 - t, x) * (pull + along(t, x) * rate)"
-CT_G = "g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)"
-CT_RIDE = "along_path(student, x, t, torch.zeros_like(t), v, cond"
-CT_NETWORK = "network = along(radius / self.sigma_data, x) * mean_velocity"
+CT_WHOLE = "whole = broadcast_time(1 - t, x) * (pull + broadcast_time(t, x) * rate)"
+CT_G = "g = -broadcast_time(radius, x) * ((1 - r) * broadcast_time(cos2, x) * pull + r * whole)"
+CT_RIDE = "eulerian_derivative(student, x, t, torch.zeros_like(t), v, cond"
+CT_NETWORK = "network = broadcast_time(radius / self.sigma_data, x) * mean_velocity"
 SELF_TARGET = "target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)"
 SELF_SIDES = "return student.mean_velocity(sample.xt, sample.t, sample.s, sample.cond), target.detach()"
 ESD_OWN = "own = without_graph(student, x, t, t, cond)"
@@ -103,8 +103,8 @@ ESD_PLAIN = "return mean_velocity + length * rate, own"
 LSD_SUM = "return mean_velocity - length * rate, own"
 LSD_OWN = "own = without_graph(student, arrival, s, s, cond)"
 LSD_ARRIVAL = "arrival = (x - length * mean_velocity.detach())"
-PSD_SUM = "return mean_velocity, along(h, x) * first + along(1 - h, x) * second"
-PSD_BETWEEN = "between = (x + along(middle - t, x) * first)"
+PSD_SUM = "return mean_velocity, broadcast_time(h, x) * first + broadcast_time(1 - h, x) * second"
+PSD_BETWEEN = "between = (x + broadcast_time(middle - t, x) * first)"
 LEDI_NLL = "return ((x - mean).square() * (-logvar).exp() + logvar).flatten(1).mean(1) / 2"
 LEDI_KL = "return (mean.square() + logvar.exp() - 1 - logvar) / 2"
 LEDI_CODE = "mean + (logvar / 2).exp() * noise"
@@ -115,16 +115,16 @@ FM_WEIGHTED = "velocity, target = root * velocity, root * target"
 SHORT_FIRST = "without_graph(student, x, t, torch.where(shortest, t, middle), cond)"
 SHORT_SECOND = "without_graph(student, between, middle, torch.where(shortest, middle, s), cond)"
 FREE_TARGET = "target = teacher.velocity(arrival, s, cond) + length * rate"
-FREE_RIDE = "in_arrival(student, x, torch.ones_like(s), s, cond"
-CM_Y = "y = x + along(u - t, x) * self._slope(teacher, sample, u)"
-CM_TARGET = "target = y - along(u, x) * without_graph(student, y, u, zero, cond)"
-CM_SECOND = "teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)"
+FREE_RIDE = "lagrangian_derivative(student, x, torch.ones_like(s), s, cond"
+CM_Y = "y = x + broadcast_time(u - t, x) * self._slope(teacher, sample, u)"
+CM_TARGET = "target = y - broadcast_time(u, x) * without_graph(student, y, u, zero, cond)"
+CM_SECOND = "teacher.velocity((x + broadcast_time(u - t, x) * first).to(x.dtype), u, cond)"
 CHOSEN = "chosen, lagrangian = evenly(place, self.lagrangian, turned=1)"
 OWN_JUMP = "jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)"
 OWN_LAGRANGIAN = "evenly(lagrangian, self.own_lagrangian, turned=2)"
-OWN_STATE = "(part.x1 + along(part.t - 1, part.x1) * jump)"
+OWN_STATE = "(part.x1 + broadcast_time(part.t - 1, part.x1) * jump)"
 MID_STATES = "x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]"
-MID_TARGET = "target = (x - y) / along(t - s, x).to(x.dtype)"
+MID_TARGET = "target = (x - y) / broadcast_time(t - s, x).to(x.dtype)"
 MID_ASK = "student.mean_velocity(x, t, s, cond)"
 
 MUTANTS = [
@@ -193,10 +193,26 @@ MUTANTS = [
     Mutant("rectified", "huber: its scale ignored", RECTIFIED, HUBER, HUBER.replace("self.scale", "")),
     Mutant("rectified", "guess: flipped sign", RECTIFIED, GUESS, GUESS.replace(" - along", " + along")),
     Mutant(
-        "rectified", "guess: the other time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(1 - sample.t")
+        "rectified",
+        "guess: the other time",
+        RECTIFIED,
+        GUESS,
+        GUESS.replace("broadcast_time(sample.t", "broadcast_time(1 - sample.t"),
     ),
-    Mutant("rectified", "guess: arrival time", RECTIFIED, GUESS, GUESS.replace("along(sample.t", "along(sample.s")),
-    Mutant("rectified", "guess: time missing", RECTIFIED, GUESS, GUESS.replace("along(sample.t, sample.xt) * ", "")),
+    Mutant(
+        "rectified",
+        "guess: arrival time",
+        RECTIFIED,
+        GUESS,
+        GUESS.replace("broadcast_time(sample.t", "broadcast_time(sample.s"),
+    ),
+    Mutant(
+        "rectified",
+        "guess: time missing",
+        RECTIFIED,
+        GUESS,
+        GUESS.replace("broadcast_time(sample.t, sample.xt) * ", ""),
+    ),
     Mutant(
         "rectified", "guess: from the noise", RECTIFIED, GUESS, GUESS.replace("guess = sample.xt", "guess = sample.x1")
     ),
@@ -270,7 +286,7 @@ MUTANTS = [
         "ayf_emd", "flipped sign of the residual", AYF, EMD_G, EMD_G.replace("g = (", "g = -(").replace("+ r", "- r")
     ),
     Mutant("ayf_emd", "flipped sign of the velocity", AYF, EMD_G, EMD_G.replace("- v", "+ v")),
-    Mutant("ayf_emd", "(t - s) missing", AYF, EMD_G, EMD_G.replace("along(t - s, x) * ", "")),
+    Mutant("ayf_emd", "(t - s) missing", AYF, EMD_G, EMD_G.replace("broadcast_time(t - s, x) * ", "")),
     Mutant("ayf_emd", "(t - s) turned round", AYF, EMD_G, EMD_G.replace("t - s", "s - t")),
     Mutant("ayf_emd", "t in place of (t - s)", AYF, EMD_G, EMD_G.replace("t - s", "t")),
     Mutant("ayf_emd", "warm-up weight missing", AYF, EMD_G, EMD_G.replace("r * ", "")),
@@ -318,7 +334,7 @@ MUTANTS = [
         LMD_G.replace("g = mean", "g = -mean").replace("- (t", "+ (t"),
     ),
     Mutant("ayf_lmd", "flipped sign of the velocity", AYF, LMD_G, LMD_G.replace("(teacher", "(-teacher")),
-    Mutant("ayf_lmd", "(t - s) missing", AYF, LMD_G, LMD_G.replace("along(t - s, x) * ", "")),
+    Mutant("ayf_lmd", "(t - s) missing", AYF, LMD_G, LMD_G.replace("broadcast_time(t - s, x) * ", "")),
     Mutant("ayf_lmd", "(t - s) turned round", AYF, LMD_G, LMD_G.replace("t - s", "s - t")),
     Mutant("ayf_lmd", "warm-up weight missing", AYF, LMD_G, LMD_G.replace("r * ", "")),
     Mutant("ayf_lmd", "teacher asked at the departure", AYF, LMD_G, LMD_G.replace("(arrival, s,", "(x, t,")),
@@ -437,7 +453,7 @@ MUTANTS = [
     ),
     Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][places[mine]] = ", "logs[key][: int(mine.sum())] = "),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
-    Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("along(t - s, x) * ", "")),
+    Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("broadcast_time(t - s, x) * ", "")),
     Mutant("meanflow", "t in place of (t - s)", MF, MF_TARGET, MF_TARGET.replace("t - s", "t")),
     Mutant("meanflow", "flipped sign of the velocity", MF, MF_TARGET, MF_TARGET.replace("v -", "-v -")),
     Mutant("meanflow", "teacher asked at s", MF, MF_TEACHER, MF_TEACHER.replace("x, t", "x, s")),
@@ -454,10 +470,10 @@ MUTANTS = [
     Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
     Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("scm", "flipped sign of the derivative", CT, CT_WHOLE, CT_WHOLE.replace("pull + along", "pull - along")),
-    Mutant("scm", "t missing", CT, CT_WHOLE, CT_WHOLE.replace("along(t, x) * rate", "rate")),
-    Mutant("scm", "weight 1 - t missing", CT, CT_WHOLE, CT_WHOLE.replace("along(1 - t, x) * ", "")),
+    Mutant("scm", "t missing", CT, CT_WHOLE, CT_WHOLE.replace("broadcast_time(t, x) * rate", "rate")),
+    Mutant("scm", "weight 1 - t missing", CT, CT_WHOLE, CT_WHOLE.replace("broadcast_time(1 - t, x) * ", "")),
     Mutant("scm", "flipped sign of the tangent", CT, CT_G, CT_G.replace("-along", "along")),
-    Mutant("scm", "radius missing", CT, CT_G, CT_G.replace("-along(radius, x) * ", "-")),
+    Mutant("scm", "radius missing", CT, CT_G, CT_G.replace("-broadcast_time(radius, x) * ", "-")),
     Mutant("scm", "cosine not squared", CT, "radius) ** 2", "radius)"),
     Mutant("scm", "warm-up turned round", CT, CT_G, CT_G.replace("(1 - r)", "r").replace("+ r *", "+ (1 - r) *")),
     Mutant("scm", "arrival at s", CT, CT_RIDE, CT_RIDE.replace("torch.zeros_like(t)", "sample.s")),
@@ -513,7 +529,11 @@ MUTANTS = [
     Mutant("lsd", "velocity's condition lost", SELF, LSD_OWN, LSD_OWN.replace("cond", "None")),
     Mutant("lsd", "arrival on the other side", SELF, LSD_ARRIVAL, LSD_ARRIVAL.replace("x - length", "x + length")),
     Mutant(
-        "psd", "shares exchanged", SELF, PSD_SUM, "return mean_velocity, along(1 - h, x) * first + along(h, x) * second"
+        "psd",
+        "shares exchanged",
+        SELF,
+        PSD_SUM,
+        "return mean_velocity, broadcast_time(1 - h, x) * first + broadcast_time(h, x) * second",
     ),
     Mutant("psd", "flipped sign of the second jump", SELF, PSD_SUM, PSD_SUM.replace("+ along", "- along")),
     Mutant("psd", "first jump on the other side", SELF, PSD_BETWEEN, PSD_BETWEEN.replace("middle - t", "t - middle")),
@@ -543,7 +563,7 @@ MUTANTS = [
     ),
     Mutant("shortcut", "flipped sign of the second jump", SHORT, "(first + second) / 2", "(first - second) / 2"),
     Mutant("shortcut", "not halved", SHORT, "(first + second) / 2", "(first + second)"),
-    Mutant("shortcut", "(t - s) missing", SHORT, "along(middle - t, x) * first", "first"),
+    Mutant("shortcut", "(t - s) missing", SHORT, "broadcast_time(middle - t, x) * first", "first"),
     Mutant(
         "shortcut",
         "the shortest are not the velocity's",
@@ -603,9 +623,15 @@ MUTANTS = [
     Mutant("cmt", "ascent", MID, "Loss(error.mean(),", "Loss(-error.mean(),"),
     Mutant("consistency", "step on the other side", CM, CM_Y, CM_Y.replace("u - t", "t - u")),
     Mutant("consistency", "no step", CM, CM_Y, "y = x"),
-    Mutant("consistency", "(t - u) missing", CM, CM_Y, CM_Y.replace("along(u - t, x) * ", "")),
+    Mutant("consistency", "(t - u) missing", CM, CM_Y, CM_Y.replace("broadcast_time(u - t, x) * ", "")),
     Mutant("consistency", "target asked at t", CM, CM_TARGET, CM_TARGET.replace("y, u, zero", "y, t, zero")),
-    Mutant("consistency", "target jumps from t", CM, CM_TARGET, CM_TARGET.replace("along(u, x)", "along(t, x)")),
+    Mutant(
+        "consistency",
+        "target jumps from t",
+        CM,
+        CM_TARGET,
+        CM_TARGET.replace("broadcast_time(u, x)", "broadcast_time(t, x)"),
+    ),
     Mutant("consistency", "target on the other side", CM, CM_TARGET, CM_TARGET.replace("y - along", "y + along")),
     Mutant("consistency", "target's condition lost", CM, CM_TARGET, CM_TARGET.replace("cond", "None")),
     Mutant("consistency", "teacher asked twice at t", CM, CM_SECOND, CM_SECOND.replace("u, cond", "t, cond")),
@@ -721,8 +747,14 @@ MUTANTS = [
     ),
     Mutant("score_distillation", "flipped sign", SCORE, SCORE_G, SCORE_G.replace("real - other", "other - real")),
     Mutant("score_distillation", "t missing", SCORE, SCORE_G, "g = real - other"),
-    Mutant("score_distillation", "1 - t in place of t", SCORE, SCORE_G, SCORE_G.replace("along(t", "along(1 - t")),
-    Mutant("score_distillation", "the fake left out", SCORE, SCORE_G, "g = along(t, x) * real"),
+    Mutant(
+        "score_distillation",
+        "1 - t in place of t",
+        SCORE,
+        SCORE_G,
+        SCORE_G.replace("broadcast_time(t", "broadcast_time(1 - t"),
+    ),
+    Mutant("score_distillation", "the fake left out", SCORE, SCORE_G, "g = broadcast_time(t, x) * real"),
     Mutant(
         "score_distillation",
         "fake and teacher exchanged",
@@ -787,7 +819,13 @@ MUTANTS = [
         "if self.normalised else g",
         "if not self.normalised else g",
     ),
-    Mutant("score_distillation", "divided by nothing", SCORE, "along(away.clamp_min(LEAST), g)", "along(away, g)"),
+    Mutant(
+        "score_distillation",
+        "divided by nothing",
+        SCORE,
+        "broadcast_time(away.clamp_min(LEAST), g)",
+        "broadcast_time(away, g)",
+    ),
     Mutant("score_distillation", "ascent", SCORE, SCORE_LOSS, SCORE_LOSS.replace("direction.to", "-direction.to")),
     Mutant("score_distillation", "not halved", SCORE, SCORE_LOSS, SCORE_LOSS.replace("2 * x", "x")),
     Mutant(

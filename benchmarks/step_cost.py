@@ -12,11 +12,11 @@ import time
 import torch
 from _report import environment, table, write
 
-from flowmap.flow.derivative import along_path
+from flowmap.flow.derivative import eulerian_derivative
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.path import Linear
 from flowmap.flow.times import Interval, Mixture, Uniform
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD, FlowMatching
@@ -28,18 +28,18 @@ def ways() -> dict:
     """name -> (loss of (student, sample), the times it draws)."""
 
     def joint(student, sample):
-        mean_velocity, rate = along_path(student, sample.xt, sample.t, sample.s, sample.vt, mode="joint")
-        g = mean_velocity.detach() - sample.vt + 0.99 * along(sample.t - sample.s, sample.xt) * rate
+        mean_velocity, rate = eulerian_derivative(student, sample.xt, sample.t, sample.s, sample.vt, mode="joint")
+        g = mean_velocity.detach() - sample.vt + 0.99 * broadcast_time(sample.t - sample.s, sample.xt) * rate
         return gradient_as_target(mean_velocity, normalise(g)).mean()
 
     def objective(value):
         return lambda student, sample: value(student, None, sample, 1).value
 
-    emd = {mode: objective(AYFEMD(warmup_steps=0, derivative=mode)) for mode in ("ride", "forward", "difference")}
+    emd = {mode: objective(AYFEMD(warmup_steps=0, derivative=mode)) for mode in ("dual", "forward", "difference")}
     return {
         "flow matching (plain)": (objective(FlowMatching()), Uniform()),
-        "ayf_emd, riding": (emd["ride"], Interval()),
-        "ayf_emd, riding, 25 % diagonal": (emd["ride"], Mixture(diagonal=0.25)),
+        "ayf_emd, riding": (emd["dual"], Interval()),
+        "ayf_emd, riding, 25 % diagonal": (emd["dual"], Mixture(diagonal=0.25)),
         "ayf_emd, one-sided difference": (emd["difference"], Interval()),
         "ayf_emd, torch.func.jvp, two passes": (emd["forward"], Interval()),
         "ayf_emd, torch.func.jvp, joint": (joint, Interval()),

@@ -62,7 +62,7 @@ def _finished(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.yaml").write_text(TINY)
-    flowmap.fit(flowmap.read_recipe(folder / "tiny.yaml"), folder / "run", say=lambda message: None)
+    flowmap.fit(flowmap.read_recipe(folder / "tiny.yaml"), folder / "run", log=lambda message: None)
     return folder / "run"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 
 SHAPE = (5, 3, 4, 6)
@@ -32,12 +32,12 @@ class ExactStudent:
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
         if hasattr(self.teacher, "mean_velocity"):
             return self.scale * self.teacher.mean_velocity(x, t, s, cond)
-        jump = along(torch.where(s == t, torch.ones_like(t), s - t), x)
+        jump = broadcast_time(torch.where(s == t, torch.ones_like(t), s - t), x)
         chord = (self.teacher.flow_map(x, t, s, cond) - x) / jump
-        return self.scale * torch.where(along(s == t, x), self.teacher.velocity(x, t, cond), chord)
+        return self.scale * torch.where(broadcast_time(s == t, x), self.teacher.velocity(x, t, cond), chord)
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
-        return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+        return x + broadcast_time(s - t, x) * self.mean_velocity(x, t, s, cond)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flowmap.flow.path import Linear
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from tests.oracle import GAUSSIAN, draw, draw_times
 
 NET = f"{__name__}:one_sided"
@@ -22,12 +22,12 @@ class StraightStudent:
     """v(x, t) = x1 - x0 with x1 = (x - (1 - t) m) / ((1 - t) c + t)."""
 
     def mean_velocity(self, x, t, s, cond=None):
-        t = along(t, x)
+        t = broadcast_time(t, x)
         x1 = (x - (1 - t) * MEAN) / ((1 - t) * STD + t)
         return x1 - (MEAN + STD * x1)
 
     def __call__(self, x, t, s, cond=None):
-        return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+        return x + broadcast_time(s - t, x) * self.mean_velocity(x, t, s, cond)
 
 
 class Refuses:

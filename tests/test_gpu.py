@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.flow.derivative import along_path
+from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 
@@ -24,17 +24,17 @@ def parts(seed: int = 0):
 
 def test_riding_equals_forward_mode():
     student, arguments = parts()
-    value, rate = along_path(student, *arguments, mode="ride")
-    reference = along_path(student, *arguments, mode="forward")
+    value, rate = eulerian_derivative(student, *arguments, mode="dual")
+    reference = eulerian_derivative(student, *arguments, mode="forward")
     torch.testing.assert_close(value, reference[0], rtol=1e-4, atol=1e-5)
     assert float((rate - reference[1]).norm() / reference[1].norm()) < 1e-3  # float32, two attention kernels
 
 
 def test_riding_in_bf16_is_near_float32():
     student, arguments = parts()
-    exact = along_path(student, *arguments)[1]
+    exact = eulerian_derivative(student, *arguments)[1]
     with torch.autocast("cuda", torch.bfloat16):
-        value, rate = along_path(student, *arguments)
+        value, rate = eulerian_derivative(student, *arguments)
     assert float((rate.float() - exact).norm() / exact.norm()) < 3e-2
     value.sum().backward()
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in student.parameters())

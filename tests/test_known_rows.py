@@ -77,7 +77,7 @@ def test_without_the_teacher_it_has_no_row_and_no_distance_to_it(run, solves, ca
 
 
 @pytest.mark.parametrize(
-    ("changed", "teacher", "floor"),
+    ("changed", "teacher", "baseline"),
     [
         ("data.std=0.2", True, True),
         ("evaluation.seed=7", True, True),
@@ -86,12 +86,12 @@ def test_without_the_teacher_it_has_no_row_and_no_distance_to_it(run, solves, ca
         ("optimizer.lr=0.5", False, False),
     ],
 )
-def test_what_a_row_depends_on_makes_it_measured_again(run, solves, changed, teacher, floor):
+def test_what_a_row_depends_on_makes_it_measured_again(run, solves, changed, teacher, baseline):
     recipe = read_recipe("toy/mixture", [*SETTINGS, changed])
     (run / "student" / "recipe.yaml").write_text(recipe.to_yaml())
     said = []
     evaluate(run / "student", progress=said.append)
-    assert bool(solves) == teacher and ("evaluating: real against real" in said) == floor
+    assert bool(solves) == teacher and ("evaluating: real against real" in said) == baseline
 
 
 def test_a_stamp_changes_with_the_weights_and_with_the_data():

@@ -136,7 +136,7 @@ def train(slip: Slip, folder: Path) -> str | None:
         flowmap.fit(
             read_recipe(path),
             folder / f"run-{hashlib.sha1(f'{where}{what}'.encode()).hexdigest()[:8]}",
-            say=lambda message: None,
+            log=lambda message: None,
         )
     except BaseException as error:
         return f"{name} {where} {what}: {type(error).__name__}: {error}"[:300]

@@ -101,8 +101,8 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     assert [line[2] for line in lines if line[1] != "flowmap"] == ["not there"] * 6
     assert lines[0][2:] == [3, 100.0, "0.5", "0.25", "0.25", "0.4", "0.2", "0.1"]
     assert all(len(line) == len(_peers_tables.QUALITY) for line in lines)
-    floor = {"teacher": {"steps": 64, "figure": 0.3, "figure_train": 0.2}, "floor": 0.3, "floor_train": 0.1}
-    more = list(_peers_tables.quality(rows, {seed: [*found, floor] for seed, found in trained.items()}))[-2:]
+    baseline = {"teacher": {"steps": 64, "figure": 0.3, "figure_train": 0.2}, "floor": 0.3, "floor_train": 0.1}
+    more = list(_peers_tables.quality(rows, {seed: [*found, baseline] for seed, found in trained.items()}))[-2:]
     assert [len(line) for line in more] == [len(_peers_tables.QUALITY)] * 2 and more[1][4:] == [
         "0.3",
         "",

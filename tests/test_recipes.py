@@ -122,3 +122,22 @@ def test_keys_that_are_no_text_and_a_base_that_is_no_name_are_one_line(text, say
     with pytest.raises(RecipeError, match="bad.yaml: ") as caught:
         read_recipe(tmp_path / "bad.yaml")
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ("objective.derivative=dual", "objective.derivative=ride"),
+        ("prior.conditioning=false", "prior.told=false"),
+    ],
+)
+def test_a_setting_under_its_old_name_is_the_same_recipe(new, old):
+    """The names of version 0.1 are still read; a new name changes no hash."""
+    base = "digits" if "objective" in new else "lediflow/digits"
+    assert read_recipe(base, [new]) == read_recipe(base, [old])
+    assert read_recipe(base, [new]).hash() == read_recipe(base, [old]).hash()
+
+
+def test_a_setting_under_both_names_is_refused():
+    with pytest.raises(RecipeError, match="prior.conditioning: is given twice, also by its old name 'told'"):
+        read_recipe("lediflow/digits", ["prior.told=true", "prior.conditioning=true"])

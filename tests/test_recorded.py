@@ -34,7 +34,7 @@ def place(tmp_path, monkeypatch):
 def test_a_recorded_run_is_complete_with_all_that_it_was_built_on(place, name):
     said = []
     before = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
-    flowmap.fit(read_recipe(f"{name}.yaml", ["trainer.accelerator=cpu"]), f"runs/{name}", say=said.append)
+    flowmap.fit(read_recipe(f"{name}.yaml", ["trainer.accelerator=cpu"]), f"runs/{name}", log=said.append)
     assert said and all("complete in runs" in line for line in said if line.startswith("[")), said
     assert before == {
         path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file() and path in before
@@ -56,6 +56,6 @@ def test_a_recorded_student_samples_what_it_sampled(place, name):
 def test_a_recorded_run_that_was_not_measured_goes_on_from_its_checkpoint(place, name):
     (place / "runs" / name / "metrics.json").unlink()  # as if it had been cut off before it was measured
     said = []
-    flowmap.fit(read_recipe(f"{name}.yaml", ["trainer.accelerator=cpu"]), f"runs/{name}", resume=True, say=said.append)
+    flowmap.fit(read_recipe(f"{name}.yaml", ["trainer.accelerator=cpu"]), f"runs/{name}", resume=True, log=said.append)
     assert any("resuming at step" in line for line in said), said
     assert (place / "runs" / name / "metrics.json").is_file()

@@ -54,7 +54,7 @@ class Broken:
 
 def said(recipe, teacher, **more):
     lines = []
-    logs = check_teacher(recipe, BuiltTeacher(teacher, None), build_data(recipe), say=lines.append, **more)
+    logs = check_teacher(recipe, BuiltTeacher(teacher, None), build_data(recipe), log=lines.append, **more)
     return lines, logs
 
 
@@ -105,7 +105,7 @@ def test_it_draws_from_generators_of_its_own_and_says_nothing_without_a_teacher(
     before = torch.get_rng_state()
     said(latents, Scaled((0, 0, 0), (1, 1, 1)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert check_teacher(latents, None, build_data(latents), say=lambda line: pytest.fail(line)) == {}
+    assert check_teacher(latents, None, build_data(latents), log=lambda line: pytest.fail(line)) == {}
 
 
 def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
@@ -113,9 +113,9 @@ def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
     import flowmap.train.fit as fit_module
 
     recipe, lines = read_recipe(tiny), []
-    flowmap.fit(recipe, tmp_path / "with", say=lines.append)
+    flowmap.fit(recipe, tmp_path / "with", log=lines.append)
     monkeypatch.setattr(fit_module, "check_teacher", lambda *a, **k: {})
-    flowmap.fit(recipe, tmp_path / "without", say=lambda line: None)
+    flowmap.fit(recipe, tmp_path / "without", log=lambda line: None)
     ours, theirs = (read_tensors(tmp_path / name / "student" / "model.safetensors") for name in ("with", "without"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert [line for line in lines if line.startswith("teacher: 32 samples at 4 steps")] and not [
@@ -132,7 +132,7 @@ def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
 def test_a_resumed_run_is_not_checked_anew(finished, tiny):
     lines = []
     (finished / "metrics.json").unlink()
-    flowmap.fit(read_recipe(tiny), finished, resume=True, say=lines.append)
+    flowmap.fit(read_recipe(tiny), finished, resume=True, log=lines.append)
     assert [line for line in lines if line.startswith("resuming at step")]
     assert not [line for line in lines if line.startswith("teacher:")]
 
@@ -193,5 +193,5 @@ def test_a_warning_of_guidance_that_cannot_be_known_is_said_too(latents):
     data = Dataset(
         "few", torch.randn(40, 1, 8, 8).clamp(-1, 1), torch.zeros(0, 1, 8, 8), torch.zeros(40).long(), num_classes=10
     )
-    check_teacher(recipe, BuiltTeacher(GaussianTeacher(std=0.6), None), data, say=lines.append)
+    check_teacher(recipe, BuiltTeacher(GaussianTeacher(std=0.6), None), data, log=lines.append)
     assert "classifier_free asks 'edm-cifar10' without a class" in lines[-1] and lines[-1].startswith("warning: ")

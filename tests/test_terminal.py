@@ -31,13 +31,13 @@ def test_other_warnings_and_what_comes_after_are_as_python_has_them(capsys):
 
 def test_figures_stand_by_held_out_and_training_samples_with_the_spread_of_the_floor():
     row = lambda value: {"frechet_pixels": value, "frechet_pixels_train": value / 2}
-    floor = {
+    baseline = {
         "frechet_pixels": 0.5,
         "frechet_pixels_std": 0.01,
         "frechet_pixels_train": 0.25,
         "frechet_pixels_train_std": 0.02,
     }
-    metrics = {"student": {"1": row(1.0)}, "teacher": {"steps": 64, "nfe": 64, **row(0.8)}, "floor": floor}
+    metrics = {"student": {"1": row(1.0)}, "teacher": {"steps": 64, "nfe": 64, **row(0.8)}, "floor": baseline}
     lines = [line.split() for line in summary(metrics).splitlines()]
     assert lines[0] == ["steps", "frechet_pixels", "frechet_pixels_train"]
     assert lines[1:] == [

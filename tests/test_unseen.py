@@ -12,7 +12,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.parts import build_data, student_config
 from flowmap.data import TextDataset
 from flowmap.data.text.dataset import Attribute
-from flowmap.evaluation.held_out import coupled_draws, held_out_draws, loss_by_time
+from flowmap.evaluation.held_out import coupled_draws, held_out_samples, loss_by_time
 from flowmap.evaluation.measure import evaluate, measure
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
@@ -107,14 +107,14 @@ def test_draws_are_not_those_of_training(tmp_path):
 
 def test_classes_come_with_the_samples(tmp_path):
     recipe, student, data = made(GAUSS, tmp_path, Straight(), "data.conditional=true", "data.num_modes=3")
-    draws = held_out_draws(recipe, student, data, 70)
+    draws = held_out_samples(recipe, student, data, 70)
     assert torch.equal(draws.cond["class"], data.held_out_labels[:70]) and torch.equal(draws.x0, data.held_out[:70])
     bare = type(data)("bare", data.train, data.held_out, data.labels, None, num_classes=3)
     with pytest.raises(ValueError, match="want the classes of held-out samples"):
-        held_out_draws(recipe, student, bare, 70)
+        held_out_samples(recipe, student, bare, 70)
     none = type(data)("none", data.train, data.held_out[:0])
     with pytest.raises(ValueError, match="data.held_out is 0"):
-        held_out_draws(recipe, student, none, 70)
+        held_out_samples(recipe, student, none, 70)
 
 
 def test_attributes_come_with_the_sentences(tmp_path):
@@ -124,8 +124,8 @@ def test_attributes_come_with_the_sentences(tmp_path):
         "text", torch.randn(9, 2), torch.randn(9, 2), attributes=(style,), codes=codes, held_out_codes=codes
     )
     told = Student(replace(student.config, net=MLP(), attributes=(style,)), student.flow_map)
-    assert torch.equal(held_out_draws(recipe, told, data, 7).cond["style"], codes["style"][:7])
-    assert held_out_draws(recipe, student, data, 7).cond == {}
+    assert torch.equal(held_out_samples(recipe, told, data, 7).cond["style"], codes["style"][:7])
+    assert held_out_samples(recipe, student, data, 7).cond == {}
 
 
 METRICS = "metrics=[{kind: inversion, images: 100, solver: {kind: euler, steps: 3}}, {kind: loss_by_time, images: 100, times: [0.5]}]"

@@ -14,7 +14,7 @@ from typing import Any
 
 PAUSE = 10.0  # seconds between two lines, at least
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 Now = Callable[[], float]
 
 
@@ -57,13 +57,15 @@ class Progress:
     work that is done before the first of them is due prints none.  Without `say` it shows nothing.
     """
 
-    def __init__(self, total: int, label: str, say: Say | None, *, unit: str = "sample", pace: Pace | None = None):
-        self.total, self.label, self.say, self.unit = total, label, say, unit
+    def __init__(
+        self, total: int, label: str, log: LogFunction | None, *, unit: str = "sample", pace: Pace | None = None
+    ):
+        self.total, self.label, self.log, self.unit = total, label, log, unit
         self.pace, self.done = pace or Pace(), 0
         self.bar: Any = None
 
     def __enter__(self) -> Callable[[int], None]:
-        if self.say is not None and on_terminal():
+        if self.log is not None and on_terminal():
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.total, desc=self.label, unit=self.unit, dynamic_ncols=True, leave=False)
@@ -73,8 +75,8 @@ class Progress:
         self.done += n
         if self.bar is not None:
             self.bar.update(n)
-        elif self.say is not None and self.pace.due():
-            self.say(f"{self.label}, {self.done}/{self.total}")
+        elif self.log is not None and self.pace.due():
+            self.log(f"{self.label}, {self.done}/{self.total}")
 
     def __exit__(
         self,

@@ -29,6 +29,7 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
     if not isinstance(node, Mapping):
         raise RecipeError(f"{file}: {key or 'recipe'}: {node!r} is not a mapping with {_listed(_names(cls))}")
     hints = typing.get_type_hints(cls)
+    node = _renamed(cls, node, file, key)
     for name in node:
         if name not in _names(cls):
             raise RecipeError(
@@ -46,6 +47,23 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
         raise
     except ValueError as error:  # a value's own check: it names its field first
         raise RecipeError(f"{file}: {_join(key, str(error))}") from error
+
+
+def renamed(old: str) -> Mapping[str, str]:
+    """Metadata of a field that had another name: a file may still hold that."""
+    return {_OLD_NAME: old}
+
+
+_OLD_NAME = "old name"
+
+
+def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping[str, Any]:
+    """The mapping, its old names replaced by those of the fields."""
+    new = {field.metadata[_OLD_NAME]: field.name for field in dataclasses.fields(cls) if _OLD_NAME in field.metadata}
+    twice = next((old for old in new if old in node and new[old] in node), None)
+    if twice is not None:
+        raise RecipeError(f"{file}: {_join(key, new[twice])}: is given twice, also by its old name {twice!r}")
+    return {new.get(name, name): value for name, value in node.items()}
 
 
 def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]]) -> Any:

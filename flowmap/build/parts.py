@@ -33,7 +33,7 @@ from flowmap.plan.requirements import check_sizes, check_start, shipped_prior
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import Autoguidance, ClassifierFree, FromRecipe, FromTeacher
-from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.folder import load_student, read_config
 from flowmap.student.snapshots import nearest_snapshot
 from flowmap.student.student import Student
@@ -59,7 +59,7 @@ class BuiltTeacher:
             module.to(device)
         return self
 
-    def told_empty(self, empty: Cond) -> BuiltTeacher:
+    def with_null_conditions(self, empty: Cond) -> BuiltTeacher:
         """Itself, its networks told the conditions (one row each) of an empty text."""
         for module in self.modules:
             if hasattr(module.net, "empty"):
@@ -129,7 +129,7 @@ def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher |
     """
     if recipe.teacher is None:
         return None
-    return _same_start(recipe, _guided(recipe, recipe.teacher)).told_empty({} if data is None else data.empty)
+    return _same_start(recipe, _guided(recipe, recipe.teacher)).with_null_conditions({} if data is None else data.empty)
 
 
 def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
@@ -249,10 +249,10 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
             f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s"
         )
     if (share := getattr(net_within(net), "dropout", 0.0)) and (
-        way := getattr(recipe.distillation, "derivative", "ride")
-    ) != "ride":
+        way := getattr(recipe.distillation, "derivative", "dual")
+    ) != "dual":
         raise RecipeError(
-            f"{recipe.name}: student.dropout: {share} wants objective.derivative: ride; {way!r} would see another mask"
+            f"{recipe.name}: student.dropout: {share} wants objective.derivative: dual; {way!r} would see another mask"
         )
     if isinstance(data, TextDataset):
         net = fitted(recipe, net, data)
@@ -271,9 +271,9 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
         clamp=len(data.shape) == 3 and recipe.data.in_pixels,
-        autoencoder=None if isinstance(data, TextDataset) else _beside(recipe),
+        autoencoder=None if isinstance(data, TextDataset) else shipped_autoencoder(recipe),
         text=getattr(recipe.data, "text", None),
-        **(text_config(recipe, data, _beside(recipe)) if isinstance(data, TextDataset) else {}),
+        **(text_config(recipe, data, shipped_autoencoder(recipe)) if isinstance(data, TextDataset) else {}),
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
         prior=shipped_prior(recipe),
@@ -316,12 +316,12 @@ def started_folder(recipe: Recipe) -> Path:
     return trained_run(start_recipes(recipe)[0], recipe, "student.recipe") / "student"
 
 
-def _beside(recipe: Recipe) -> Autoencoder | None:
+def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
     """The autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
     autoencoder = getattr(recipe.data, "autoencoder", None)
     if autoencoder is None or autoencoder.recipe is None:
         return autoencoder
-    return replace(autoencoder, source=BESIDE, recipe=None)
+    return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)
 
 
 def _base(recipe: Recipe, teacher: BuiltTeacher | None) -> Base:

@@ -42,7 +42,7 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
             f"KL {sum(units['kl']):.3g} nats in all; lower its objective.kl or raise its objective.free_bits"
         )
     try:
-        prior = load_prior(run / "student", scale=shipped.scale, told=shipped.told)
+        prior = load_prior(run / "student", scale=shipped.scale, conditioning=shipped.conditioning)
         prior.codes = built_codes(_config(recipe, run / "student"), _codes(recipe, run / "student"), "prior.z")
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error

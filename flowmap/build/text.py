@@ -13,8 +13,8 @@ from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives import FlowMatching
 from flowmap.plan.dependencies import styles_of
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import StudentSpec, left_by
-from flowmap.student.config import BESIDE
+from flowmap.recipe.kinds import StudentSpec, artifact_of
+from flowmap.student.config import SHIPPED_AUTOENCODER
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
 
@@ -34,7 +34,7 @@ class OnTokens(Protocol):
 
 def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
     """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
-    if left_by(net) not in ON_TOKENS:
+    if artifact_of(net) not in ON_TOKENS:
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
         return net
@@ -49,15 +49,15 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
         raise RecipeError(
             f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
         )
-    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.told())
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning())
 
 
 def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe as one of a flow in the latents of the autoencoder beside the student in that folder, where it trained both; else itself."""
-    if recipe.leaves != "text_joint":
+    if recipe.artifact != "text_joint":
         return recipe
     assert isinstance(recipe.student, TextJoint)
-    data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / BESIDE)), tokenizer=None)
+    data = replace(recipe.data, autoencoder=TextAutoencoder(source=str(folder / SHIPPED_AUTOENCODER)), tokenizer=None)
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
@@ -66,7 +66,7 @@ def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
-    if recipe.data.conditional and recipe.leaves in ("student", "text_joint"):
+    if recipe.data.conditional and recipe.artifact in ("student", "text_joint"):
         plain |= {
             "attributes": data.attributes,
             "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point()),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from flowmap.cli.arguments import device_of, part_of, recipe_arguments, shard_arguments
-from flowmap.cli.terminal import say
+from flowmap.cli.terminal import log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(a: argparse.Namespace) -> int:
         print(f"{folder}: {kept}")
         return 0
     check_writable(folder, "--out")
-    index = encode(spec, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, say=say)
+    index = encode(spec, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, log=log)
     if index is None:
         print(f"{folder}: this part is done; the encoding is complete when all parts are")
         return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.cli.arguments import device_of, guided_arguments
-from flowmap.cli.terminal import say, summary
+from flowmap.cli.terminal import log, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(a: argparse.Namespace) -> int:
         _check_figures(Path(a.out))
     student = load_student(a.student, base=a.base).to(device_of(a.device))
     options: dict[str, Any] = dict(metrics=a.metrics, guidance=a.guidance, teacher=a.teacher, anew=a.anew)
-    metrics = evaluate(student, a.steps, out=a.out, progress=say, **options)
+    metrics = evaluate(student, a.steps, out=a.out, progress=log, **options)
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowmap.cli.arguments import device_of, guided_arguments
-from flowmap.cli.terminal import say
+from flowmap.cli.terminal import log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +113,7 @@ def run(a: argparse.Namespace) -> int:
 
         refiner = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed)
         refine = refiner.load().to(student.device)
-    with Progress(num * len(a.steps), "drawing", say) as progress:
+    with Progress(num * len(a.steps), "drawing", log) as progress:
         options = dict(
             steps=a.steps,
             num=num,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from flowmap.base.distributed import is_child
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """A line of progress."""
     print(message, file=sys.stderr, flush=True)
 
@@ -36,7 +36,7 @@ def plain_warnings() -> Iterator[None]:
 
 def summary(metrics: dict) -> str:
     """metrics.json as a table, a row for each number of steps."""
-    from flowmap.metrics.floor import spread_of
+    from flowmap.metrics.baseline import spread_of
 
     rows = {f"student {k}": row for k, row in metrics["student"].items()}
     rows |= {f"teacher {k}": row for k, row in metrics.get("teacher_few", {}).items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from flowmap.base.files import check_writable, only_process, read_json, write_json
 from flowmap.compare.entrants import at_seed, read_entrants
-from flowmap.compare.entry import Entry, Look, beside
+from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
 from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.estimate.dry_run import dry_run
@@ -23,7 +23,7 @@ from flowmap.plan.plan import runs_root
 from flowmap.plan.requirements import check_beforehand
 from flowmap.recipe import Recipe
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 STEPS = (1, 2, 4, 8)
 REPORT = ("table.md", "quality.png")  # written after compare.json
 
@@ -37,7 +37,7 @@ def compare(
     steps: Sequence[int] = STEPS,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
-    say: Say | None = None,
+    log: LogFunction | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Trains every recipe at seeds 0 to seeds - 1 and gives compare.json's contents, and its `folder`.
@@ -46,10 +46,10 @@ def compare(
     a seed is trained once, in a run folder below runs/, and paid for by nobody; pairs, and runs that a recipe starts from, by that recipe.
     RecipeError (ValueError) for a user's mistake, recipes of other data or teachers among them. now: the time in seconds.
     """
-    say = say or (lambda message: print(message, file=sys.stderr, flush=True))
+    log = log or (lambda message: print(message, file=sys.stderr, flush=True))
     terms = Terms(budget, calls, tuple(steps))
     entrants, folder = _checked(recipes, overrides, seeds, out)
-    look = Look.of(entrants[0])
+    look = EvalSpec.of(entrants[0])
     for entrant in entrants:  # all that can be refused is refused before the folder is there
         check_beforehand(entrant.changed(metrics=look.metrics))
     with only_process(folder):
@@ -57,10 +57,10 @@ def compare(
         for entry in (entry for entries in by_seed for entry in entries):
             entry.found()  # what was trained on other terms is refused before anything is trained
         for seed, entries in enumerate(by_seed):
-            _beside(entries, folder / f"seed-{seed}" / "beside.json", say)
+            _baseline_rows(entries, folder / f"seed-{seed}" / "beside.json", log)
             for entry in entries:
-                result = entry.kept() or entry.run(say)
-                say(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
+                result = entry.kept() or entry.run(log)
+                log(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
                 write_report(folder, _report(by_seed, folder))
     return {**read_json(folder / "compare.json"), "folder": str(folder)}
 
@@ -71,7 +71,9 @@ def dry_compare(
     """The lines that `flowmap compare --dry-run` prints: what would be trained, what is there, what is missing on this machine."""
     terms = Terms(budget, calls, tuple(steps))
     entrants, folder = _checked(recipes, overrides, seeds, out)
-    ready = [_entries(entrants, seed, folder, terms, Look.of(entrants[0]), time.perf_counter) for seed in range(seeds)]
+    ready = [
+        _entries(entrants, seed, folder, terms, EvalSpec.of(entrants[0]), time.perf_counter) for seed in range(seeds)
+    ]
     teachers = {
         stage.folder: stage.complete
         for row in ready
@@ -118,14 +120,14 @@ def _checked(
     return read_entrants(recipes, overrides), folder
 
 
-def _entries(entrants: list[Recipe], seed: int, folder: Path, terms: Terms, look: Look, now) -> list[Entry]:
+def _entries(entrants: list[Recipe], seed: int, folder: Path, terms: Terms, look: EvalSpec, now) -> list[Entry]:
     """Everybody at that seed."""
     seeded = [at_seed(entrant, seed) for entrant in entrants]
     shared = frozenset(shared_folders(seeded))
     return [Entry(recipe, folder / f"seed-{seed}" / recipe.name, terms, look, shared, now) for recipe in seeded]
 
 
-def _beside(entries: list[Entry], path: Path, say: Say) -> None:
+def _baseline_rows(entries: list[Entry], path: Path, log: LogFunction) -> None:
     """Measures the teacher and the floor of a seed, by the first recipe that samples with the teacher's guidance; kept in beside.json."""
     taught = [entry for entry in entries if entry.recipe.teacher is not None]
     chosen = next((entry for entry in taught if entry.recipe.teacher.guidance is not None), [*taught, *entries][0])
@@ -134,8 +136,8 @@ def _beside(entries: list[Entry], path: Path, say: Say) -> None:
         return
     for stage in needs_of(chosen.recipe):
         if stage.folder in chosen.shared and not stage.complete:
-            make(stage, say, chosen.now)
-    write_json(path, {"same": same, **beside(chosen, say)})
+            make(stage, log, chosen.now)
+    write_json(path, {"same": same, **baseline_rows(chosen, log)})
 
 
 def _report(by_seed: list[list[Entry]], folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _check(entrant: Recipe) -> None:
         raise RecipeError(
             f"{entrant.name}: {', '.join(entrant.missing())}: must be given, as key=value or in a recipe of your own"
         )
-    if entrant.leaves != "student":
+    if entrant.artifact != "student":
         raise RecipeError(
             f"{entrant.name}: objective: leaves no student (but: {entrant.leaves}), so no samples to compare"
         )

@@ -39,7 +39,7 @@ from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, device_of, fit, silent
 from flowmap.train.module import NotFinite
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 TRIAL = 0.05  # of the budget goes, beside it, into measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most
 TRIAL_STEPS = SETTLING + 5  # at least
@@ -47,20 +47,20 @@ FOREVER = 10**9
 
 
 @dataclass(frozen=True)
-class Look:
+class EvalSpec:
     """How students are looked at, all alike: the metrics and the evaluation of the comparison's first recipe."""
 
     metrics: tuple[Any, ...]
     recipe: Recipe
 
     @staticmethod
-    def of(first: Recipe) -> Look:
+    def of(first: Recipe) -> EvalSpec:
         metrics = tuple(spec for spec in first.metrics if spec.needs == "samples")
         if not metrics:
             raise RecipeError(
                 f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
             )
-        return Look(metrics, first)
+        return EvalSpec(metrics, first)
 
     def at(self, recipe: Recipe) -> Recipe:
         return recipe.changed(metrics=self.metrics, evaluation=self.recipe.evaluation)
@@ -77,7 +77,7 @@ class Entry:
     recipe: Recipe
     folder: Path
     terms: Terms
-    look: Look
+    look: EvalSpec
     shared: frozenset[Path]
     now: Callable[[], float]
 
@@ -112,19 +112,19 @@ class Entry:
             self._keep(result)
         return result
 
-    def run(self, say: Say) -> dict[str, Any]:
+    def run(self, log: LogFunction) -> dict[str, Any]:
         """Trains, measures, keeps and gives the result; a run that diverges, or has no time left, is one as well."""
         result = {"recipe": self.recipe.name, "seed": self.recipe.seed, "same": self.same, "look": self.look.hash}
         trained, clock = {"seconds": 0.0, "steps": 0, "peak_gib": 0.0}, Clock(now=self.now)
         try:
-            plan = self.planned(say)
+            plan = self.planned(log)
             result |= plan
-            say(f"seed {self.recipe.seed}, {self.recipe.name}: {plan['planned_steps']} steps in {self.terms}")
+            log(f"seed {self.recipe.seed}, {self.recipe.name}: {plan['planned_steps']} steps in {self.terms}")
             clock = Clock(
                 math.inf if self.terms.seconds is None else self.terms.seconds - plan["own_seconds"], self.now
             )
             forget_peak()
-            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, say=silent, clock=clock).metrics[
+            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, log=silent, clock=clock).metrics[
                 "training"
             ]
             end = {
@@ -156,12 +156,12 @@ class Entry:
     def _keep(self, result: Mapping[str, Any]) -> None:
         write_json(self.folder / "result.json", result)
 
-    def planned(self, say: Say) -> dict[str, Any]:
+    def planned(self, log: LogFunction) -> dict[str, Any]:
         """How many steps fit into the terms: found once, kept in length.json, so that a run that was cut off goes on as it was begun."""
         path = self.folder / "length.json"
         if path.is_file() and (plan := read_json(path)).get("same") == self.same:
             return {key: value for key, value in plan.items() if key != "same"}
-        spent = self._prepared(say)
+        spent = self._prepared(log)
         left = left_of(self.terms, spent)
         if left.evaluations is not None:
             plan = {
@@ -181,7 +181,7 @@ class Entry:
         write_json(path, {"same": self.same, **plan})
         return plan
 
-    def _prepared(self, say: Say) -> float:
+    def _prepared(self, log: LogFunction) -> float:
         """What the recipe needs is made where it is not there; gives what its own part of that takes. NothingLeft before pairs that are too dear."""
         spent, own = 0.0, {stage.folder for stage in own_stages(self.recipe, self.shared)}
         for stage in needs_of(self.recipe):
@@ -189,7 +189,7 @@ class Entry:
                 spent += price_of(stage, self.terms, self.now)
                 left_of(self.terms, spent)
             if not stage.complete:
-                make(stage, say, self.now)
+                make(stage, log, self.now)
             if stage.folder in own and isinstance(stage, Stage):
                 spent += price_of(stage, self.terms, self.now)
         return spent
@@ -200,7 +200,7 @@ class Entry:
         recipe = self.bare(FOREVER)
         recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
         with tempfile.TemporaryDirectory() as scratch:
-            fit(recipe, Path(scratch) / "run", say=silent, clock=clock)
+            fit(recipe, Path(scratch) / "run", log=silent, clock=clock)
         return clock.step_seconds
 
     def bare(self, steps: int) -> Recipe:
@@ -224,7 +224,7 @@ class Entry:
         return found
 
 
-def beside(entry: Entry, say: Say | None = None) -> dict[str, Any]:
+def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any]:
     """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
     recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
@@ -234,7 +234,7 @@ def beside(entry: Entry, say: Say | None = None) -> dict[str, Any]:
     student = Student(config, build_student(recipe, config, teacher).eval()).to(device_of(recipe))
     if teacher is not None:
         teacher.to(device_of(recipe))
-    found = measure(recipe, student, teacher, data, steps=[1], progress=say)
+    found = measure(recipe, student, teacher, data, steps=[1], progress=log)
     return {key: found[key] for key in ("teacher", "teacher_few", "floor") if key in found}
 
 

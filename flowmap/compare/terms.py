@@ -80,12 +80,12 @@ def needs_of(recipe: Recipe) -> list[Needed]:
     return plan(recipe, Path(recipe.name))[:-1]
 
 
-def make(stage: Needed, say, now: Callable[[], float]) -> None:
+def make(stage: Needed, log, now: Callable[[], float]) -> None:
     """Makes a stage that is not complete; what a run took is in its metrics.json."""
     if isinstance(stage, Stage):
-        fit(stage.recipe, stage.folder, resume=True, say=say, clock=Clock(now=now), shared=True)
+        fit(stage.recipe, stage.folder, resume=True, log=log, clock=Clock(now=now), shared=True)
     else:
-        make_on_disk(stage, say, waiting_for(stage.recipe.name, stage.folder, say))
+        make_on_disk(stage, log, waiting_for(stage.recipe.name, stage.folder, log))
 
 
 def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> float:

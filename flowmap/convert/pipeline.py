@@ -35,13 +35,13 @@ def convert_pipeline(folder: str | Path, out: str | Path) -> list[str]:
         raise ValueError(f"--out: {out} is not empty")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        beside = Path(scratch) / out.name
+        temporary = Path(scratch) / out.name
         for path in pickles:
             write_tensors(
-                beside / path.parent.name / _name(path), _tensors(path), finite=False
+                temporary / path.parent.name / _name(path), _tensors(path), finite=False
             )  # masks of others may hold -inf
-        copy_folder(folder, beside, wanted=lambda path: path.suffix in KEPT)
-        os.replace(beside, out)
+        copy_folder(folder, temporary, wanted=lambda path: path.suffix in KEPT)
+        os.replace(temporary, out)
     return [path.parent.name for path in pickles]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowmap.convert.published import config_of, tensors_of_net
 from flowmap.flow.averaging import posthoc_coefficients
-from flowmap.nets.flow_map import misfit
+from flowmap.nets.flow_map import mismatch
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import check_place, save_student
 from flowmap.student.snapshots import weighted_sum
@@ -69,7 +69,7 @@ def _in_place(config: StudentConfig, weights: dict[str, Tensor], file: str) -> d
     with torch.device("meta"):
         expected = config.build().state_dict()
     named = {f"net.{name}": tensor.contiguous() for name, tensor in weights.items()}
-    odd = misfit(expected, named)
+    odd = mismatch(expected, named)
     if odd is not None:
         name, wants, was = odd
         raise ValueError(f"{file}: {name} is {was}, in a network of these settings it is {wants}")

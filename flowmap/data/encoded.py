@@ -77,8 +77,8 @@ class Encoded(Source):
     def identity(self) -> dict[str, Any]:
         """Everything that the stored samples depend on, as JSON would give it back."""
         parts = {"source": self.images, "autoencoder": self.autoencoder, "text": self.text}
-        told = {key: None if part is None else part.identity() for key, part in parts.items()}
-        return json.loads(json.dumps({"format": FORMAT, **told, "flip": self.flip}))
+        identities = {key: None if part is None else part.identity() for key, part in parts.items()}
+        return json.loads(json.dumps({"format": FORMAT, **identities, "flip": self.flip}))
 
     def chosen(self) -> dict[str, int | None]:
         """Everything that the choice of held-out and reference samples depends on."""

@@ -183,7 +183,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return shards.read_index(folder, MADE)
 
 
-def unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
     """The first key of provenance that differs. Weights that are not on this machine (None here) are not compared; where they are the same,
     the hash of the recipe that trained them, which changes with how they are measured, is not."""
     return difference(there, _filled(here, there))
@@ -204,7 +204,7 @@ class PairedDataset:
         """identity: the provenance that is wanted; prior: the learned one that the pairs start at. ValueError names the first key that differs,
         or a shard that is torn."""
         self.data, self.index, self._prior = data, read_index(folder), prior and prior.exact()
-        found = unlike(self.index["identity"], identity) or difference(
+        found = first_difference(self.index["identity"], identity) or difference(
             self.index["contents"], contents(data, identity["seed"])
         )
         if found:
@@ -236,7 +236,7 @@ class PairedDataset:
         if self._prior is None:
             return x0, self._conditions(label, place), x1
         start = starts_of(self._prior, self._seed, pairs.tolist(), self._shape)  # all of them: none is inverted
-        return x0, {**self._conditions(label, place), **start.told}, start.x1
+        return x0, {**self._conditions(label, place), **start.conditioning}, start.x1
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
         assert self._generated is not None

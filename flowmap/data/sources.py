@@ -215,7 +215,7 @@ def optional(name: str) -> ModuleType:
         raise ValueError(f"{name} cannot be imported ({error}): pip install 'flowmap-distillation[data]'") from error
 
 
-def leaves(name: str) -> bool:
+def escapes(name: str) -> bool:
     """Whether a name inside an archive points out of it: absolute, or up through `..`."""
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowmap.flow.types import Cond, Teacher, along
+from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
@@ -37,7 +37,7 @@ class Calls:
 
 def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted, nor is a decoder before it."""
-    if recipe.leaves != "student":
+    if recipe.artifact != "student":
         return Calls(1, 1, 0, 0)
     student, strong, weak = _Student(), _Teacher(), _Teacher()
     generator = torch.Generator().manual_seed(0)
@@ -101,13 +101,13 @@ class _Student(nn.Module):
         self.bias = nn.Parameter(torch.zeros(WIDTH))  # so that the matrix's input has a gradient, as in a deep network
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        return F.linear(x + self.bias + along(t, x) + along(s, x) / 2, self.matrix)
+        return F.linear(x + self.bias + broadcast_time(t, x) + broadcast_time(s, x) / 2, self.matrix)
 
     def log_error(self, t: Tensor, s: Tensor) -> Tensor:
         return torch.zeros_like(t)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        return x + along(s - t, x) * self.mean_velocity(x, t, s, cond)
+        return x + broadcast_time(s - t, x) * self.mean_velocity(x, t, s, cond)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         return self.mean_velocity(x, t, t, cond)

@@ -25,7 +25,7 @@ from flowmap.plan.cards import pairs_cards, teacher_cards
 from flowmap.plan.dependencies import prior_recipes
 from flowmap.plan.named_networks import missing_weights, net_of, spec_of
 from flowmap.plan.pictures import check_pictures, describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, holds, plan, runs_root
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, matches, plan, runs_root
 from flowmap.plan.provenance import pairs_spec
 from flowmap.plan.requirements import check_parts, check_sizes, missing_parts
 from flowmap.plan.same_run import same_measurement
@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             found, lacks = look(stage.recipe, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
-    if (stages[-1].folder / "recipe.yaml").is_file() and not holds(stages[-1].folder, recipe):
+    if (stages[-1].folder / "recipe.yaml").is_file() and not matches(stages[-1].folder, recipe):
         lines.append(
             f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite"
         )

@@ -85,10 +85,10 @@ def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
             return [str(lacks).replace("data.root", "data.images.root")]
     if code_recipes(recipe):
         return []
-    told = str(error).removeprefix(f"{recipe.name}: ")
-    if not PLACE.search(told.split(":")[0]):
+    known = str(error).removeprefix(f"{recipe.name}: ")
+    if not PLACE.search(known.split(":")[0]):
         raise error
-    return [told]
+    return [known]
 
 
 def _described(recipe: Recipe) -> Described | None:
@@ -148,12 +148,12 @@ def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
     """RecipeError unless the samples of every teacher, and of the student that this one starts from, have its shape and its classes."""
     if getattr(recipe.data, "images", None) is not None:
         _latents(recipe)
-    for whose, told in _others(recipe):
-        if tuple(config.shape) not in [tuple(shape) for shape, _ in told]:
+    for whose, known in _others(recipe):
+        if tuple(config.shape) not in [tuple(shape) for shape, _ in known]:
             raise RecipeError(
-                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(told[0][0])}"
+                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(known[0][0])}"
             )
-        classes = [num for _, num in told]
+        classes = [num for _, num in known]
         if config.num_classes and all(classes) and config.num_classes not in classes:
             raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {classes[0]}")
 
@@ -164,13 +164,13 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
     Of a network of others both its converted weights and its card tell; where they differ, either may be what the data is like.
     """
     for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
-        told = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
+        known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
         config = weights_folder(card) / "config.json"
         if card.kind == "converted" and config.is_file():
             found = read_config(config)
-            told.insert(0, (found.shape, found.num_classes))
-        if told:
-            yield f"the teacher {card.name}", told
+            known.insert(0, (found.shape, found.num_classes))
+        if known:
+            yield f"the teacher {card.name}", known
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
     for whose, trained in (
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
@@ -184,12 +184,12 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
 def _outline(trained: Recipe) -> Any:
     """What has the shape and the classes of that recipe's student: its own configuration where it is trained, else its data."""
     folder = dependency_folder(trained)
-    if is_complete(folder, trained) and trained.leaves == "student":
+    if is_complete(folder, trained) and trained.artifact == "student":
         return read_config(folder / "student" / "config.json")
     if isinstance(trained.student, TextJoint):  # its flow is in the latents of its own autoencoder
         return Described(trained.student.latent_shape, None, trained.student.flow)
-    told = trained.data.outline()
-    if told is not None and told[1] is not None:  # the settings say it: the data need not be read
-        return Described(told[0], told[1] if trained.data.conditional else None, trained.student)
+    known = trained.data.outline()
+    if known is not None and known[1] is not None:  # the settings say it: the data need not be read
+        return Described(known[0], known[1] if trained.data.conditional else None, trained.student)
     data, _ = known_data(trained)
     return data if data is None or trained.data.conditional else Described(data.shape, None, trained.student)

@@ -72,9 +72,9 @@ class Checked:
 
     def line(self) -> str:
         """The one line of the log."""
-        beside = lambda of: f" (data {_numbers(of(self.data))})" if self.data else ""
+        of_data = lambda of: f" (data {_numbers(of(self.data))})" if self.data else ""
         parts = [
-            f"{name} {_numbers(of(self.teacher))}{beside(of)}"
+            f"{name} {_numbers(of(self.teacher))}{of_data(of)}"
             for name, of in (("mean", lambda s: s.mean), ("std", lambda s: s.std))
         ]
         if self.teacher.saturated is not None:
@@ -104,7 +104,7 @@ def check_teacher(
     *,
     device: torch.device | str = "cpu",
     prior: LearnedPrior | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     compare: bool = True,
 ) -> dict[str, float]:
     """Says in one line what the teacher's samples are like beside the data's, and a line for each warning; gives the figures for the log.
@@ -116,8 +116,8 @@ def check_teacher(
         return {}
     found = look(recipe, teacher, data, device=device, prior=prior, compare=compare)
     for line in (found.line(), *(f"warning: {line}" for line in (*found.warnings, *guidance_warnings(recipe)))):
-        if say is not None:
-            say(line)
+        if log is not None:
+            log(line)
     return found.logs()
 
 
@@ -159,8 +159,12 @@ def _start(
         x0 = x0.to(next(prior.model.parameters()).dtype)  # an exact one's is float64
     start = start_of(prior.to(device) if prior is not None else recipe.prior, x0, cond, generator)
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
-    told = {} if guidance is None else {"guidance": torch.full((num,), float(guidance.default), device=device)}
-    return start.x1.float(), {**cond, **told, **{key: value.float() for key, value in start.told.items()}} or None
+    conditioning = {} if guidance is None else {"guidance": torch.full((num,), float(guidance.default), device=device)}
+    return start.x1.float(), {
+        **cond,
+        **conditioning,
+        **{key: value.float() for key, value in start.conditioning.items()},
+    } or None
 
 
 def _spread(length: int, num: int) -> list[int]:

@@ -60,5 +60,5 @@ class _Unfitted:
         self.vocab = 0 if self.pair else getattr(spec, "vocab", 50_000)
         self.max_tokens = spec.max_tokens
 
-    def told(self) -> dict[str, Any]:
+    def conditioning(self) -> dict[str, Any]:
         return {"special": (0, 1, 2, 3)} | ({"encoder_tokens": self.max_tokens} if self.pair else {})

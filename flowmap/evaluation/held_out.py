@@ -12,7 +12,7 @@ from flowmap.base.distributed import rank, world_size
 from flowmap.build.parts import build_data
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.draws import RowGenerator
-from flowmap.flow.prior import rows_told, start_of
+from flowmap.flow.prior import conditioning_rows, start_of
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
@@ -37,7 +37,7 @@ class Draws:
             yield Draws(self.x0[rows], self.x1[rows], {key: value[rows] for key, value in self.cond.items()})
 
 
-def held_out_draws(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
+def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
     """At most `num` held-out samples, each with fresh noise of the recipe's prior: a function of evaluation.seed.
 
     All processes call it and each has its share. ValueError where nothing is held out, or not the classes that the student wants.
@@ -53,9 +53,9 @@ def held_out_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gu
     )
     mine = _mine(len(x0))
     cond = _taken(student, {key: value[mine] for key, value in cond.items()}, len(mine), guidance)
-    told = {key: value[mine.to(value.device)] for key, value in start.told.items()}
+    conditioning = {key: value[mine.to(value.device)] for key, value in start.conditioning.items()}
     mine = mine.to(x0.device)
-    return Draws(x0[mine].to(student.device), start.x1[mine].to(student.device), {**cond, **told})
+    return Draws(x0[mine].to(student.device), start.x1[mine].to(student.device), {**cond, **conditioning})
 
 
 def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
@@ -64,14 +64,14 @@ def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gui
     Pairs have other noise than those on disk, and their share of inverted ones starts from held-out samples; their teacher must be here.
     """
     if not isinstance(recipe.coupling, Pairs):
-        return held_out_draws(recipe, student, data, num, guidance)
+        return held_out_samples(recipe, student, data, num, guidance)
     settings = recipe.coupling
     fresh = replace(settings, seed=settings.seed + 1 + abs(recipe.evaluation.seed), num=num, inverted=0.0)
     maker = Maker.of(recipe.changed(coupling=fresh), student.device)
     num_inverted = round(num * settings.inverted)
     parts = [_generated(maker, student, _mine(num - num_inverted).tolist(), recipe.evaluation.batch_size, guidance)]
     if num_inverted:
-        real = held_out_draws(recipe, student, data, num_inverted, guidance)
+        real = held_out_samples(recipe, student, data, num_inverted, guidance)
         parts += [_inverted(maker, part) for part in real.batches(recipe.evaluation.batch_size)]
     return _joined(parts)
 
@@ -112,7 +112,7 @@ def _generated(maker: Maker, student: Student, pairs: list[int], batch_size: int
 def _pairs(maker: Maker, student: Student, pairs: list[int], guidance: float | None) -> Draws:
     x0, cond = maker.samples(pairs)
     start = maker.starts(pairs)
-    cond = {**_taken(student, cond, len(pairs), guidance), **rows_told(start, slice(None), student.device)}
+    cond = {**_taken(student, cond, len(pairs), guidance), **conditioning_rows(start, slice(None), student.device)}
     return Draws(x0.to(student.device), start.x1.to(student.device), cond)
 
 

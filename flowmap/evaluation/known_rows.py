@@ -49,7 +49,7 @@ def stamps(
 
     look: where the first samples start and their conditions.
     """
-    told = {
+    settings = {
         key: value.cpu()
         for key, value in data.held_out_conditions_at(torch.arange(min(LOOK, data.num_held_out))).items()
     }
@@ -59,7 +59,7 @@ def stamps(
         to_plain(recipe.data, TABLES),
         to_plain(recipe.evaluation, TABLES),
     ]
-    shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(told), world_size()]
+    shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(settings), world_size()]
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import write_json
-from flowmap.base.progress import Say
+from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.build.parts import BuiltTeacher, build_data, build_teacher
 from flowmap.build.text import flow_alone
@@ -28,7 +28,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     guidance: float | None = None,
     out: str | Path | None = None,
-    progress: Say | None = None,
+    progress: LogFunction | None = None,
     teacher: bool = True,
     anew: bool = False,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def measure(
     steps: Sequence[int] | None = None,
     metrics: Sequence[Any] | None = None,
     guidance: float | None = None,
-    progress: Say | None = None,
+    progress: LogFunction | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share.
@@ -76,7 +76,7 @@ def measure(
     known: those of an earlier look, from which the teacher's rows and the floor are taken where their stamps are the same.
     """
     started = time.perf_counter()
-    say = progress or (lambda message: None)
+    log = progress or (lambda message: None)
     specs = recipe.metrics if metrics is None else metrics
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     rows = Rows(recipe, student, teacher, data, specs, guidance, progress)
@@ -91,7 +91,7 @@ def measure(
         )
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in steps or recipe.sampler.steps}}
     if "teacher" in same:
-        say("teacher: as in metrics.json, from which nothing has changed")
+        log("teacher: as in metrics.json, from which nothing has changed")
         result |= {key: known[key] for key in ("teacher", "teacher_few") if key in known}
         nfe["teacher"], seconds["teacher"] = known["teacher"]["nfe"], known["seconds"]["teacher"]
     elif teacher is not None:
@@ -104,12 +104,12 @@ def measure(
             rows.begin("teacher at few steps")
             result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
     if not data.num_held_out:
-        say(
+        log(
             "nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train"
         )
     if "floor" not in same:
-        say("evaluating: real against real")
-    result["floor"] = known["floor"] if "floor" in same else rows.floor(data)
+        log("evaluating: real against real")
+    result["floor"] = known["floor"] if "floor" in same else rows.baseline(data)
     seconds |= (
         {"decode": rows.decode_seconds}
         if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
-from flowmap.base.progress import Progress, Say
+from flowmap.base.progress import LogFunction, Progress
 from flowmap.build.parts import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.evaluation.conditions import classes_by_law, conditions_for
-from flowmap.evaluation.held_out import Draws, add_losses, coupled_draws, held_out_draws
+from flowmap.evaluation.held_out import Draws, add_losses, coupled_draws, held_out_samples
 from flowmap.evaluation.known_rows import LOOK, Row
 from flowmap.flow.draws import RowGenerator, of_samples
-from flowmap.flow.prior import Start, rows_told
+from flowmap.flow.prior import Start, conditioning_rows
 from flowmap.flow.solver import Euler, invert
 from flowmap.flow.types import Cond
-from flowmap.metrics import floors
+from flowmap.metrics import baselines
 from flowmap.recipe.recipe import Recipe
 from flowmap.student.student import Student
 
@@ -39,10 +39,10 @@ class Rows:
         data: Dataset,
         specs,
         guidance: float | None,
-        say: Say | None,
+        log: LogFunction | None,
     ):
         self.recipe, self.flow_map, self.specs, self.pictures = recipe, student.flow_map, specs, student.pictures
-        self.say, self.label = say, ""
+        self.log, self.label = log, ""
         self.draws = lambda of, num: of(recipe, student, data, num, guidance)
         self.built_teacher, self.guided = teacher, teacher and teacher.guided
         self.device, self.arrival = student.device, student.config.arrival
@@ -84,13 +84,13 @@ class Rows:
     def begin(self, row: str) -> None:
         """Names the row that is measured from here on."""
         self.label = f"evaluating: {row}"
-        if self.say is not None:
-            self.say(self.label)
+        if self.log is not None:
+            self.log(self.label)
 
-    def floor(self, data: Dataset) -> dict[str, float]:
-        found = floors(list(zip(self.specs, self.built, strict=True)), data, self.classes)
+    def baseline(self, data: Dataset) -> dict[str, float]:
+        found = baselines(list(zip(self.specs, self.built, strict=True)), data, self.classes)
         for spec, metric in zip(self.specs, self.built, strict=True):
-            found |= spec.floor(metric, data) if spec.needs == "texts" else {}
+            found |= spec.baseline(metric, data) if spec.needs == "texts" else {}
         return found
 
     def student(self, k: int, to_teacher: Row | None = None) -> tuple[dict[str, float], float]:
@@ -183,7 +183,7 @@ class Rows:
     def _inverted(self, spec, whose: str) -> list[Draws]:
         """Held-out samples, batch by batch, with the noise that the velocity carries them to in place of that drawn."""
         if (whose, spec) not in self.known:
-            velocity, draws = self._velocity(whose), self.draws(held_out_draws, spec.images)
+            velocity, draws = self._velocity(whose), self.draws(held_out_samples, spec.images)
             noise = lambda part: invert(lambda x, t: velocity(x, t, part.cond), part.x0, spec.solver).x
             parts = self.known[whose, spec] = []
             with self._counting(len(draws.x0), ", inverting") as count:
@@ -221,10 +221,12 @@ class Rows:
         with self._counting(num, what) as count:
             for i in range(0, num, size):
                 rows = slice(i, min(i + size, num))
-                cond = self.conditions(self.places[rows]) | rows_told(self.start, self.places[rows], self.device)
+                cond = self.conditions(self.places[rows]) | conditioning_rows(
+                    self.start, self.places[rows], self.device
+                )
                 yield self.x1[rows].to(self.device), cond, self.noise(i, rows.stop - i)
                 count((rows.stop - i) * self.world)
 
     def _counting(self, num: int, what: str) -> Progress:
         """The progress of `num` samples in each process."""
-        return Progress(num * self.world, f"{self.label}{what}", self.say)
+        return Progress(num * self.world, f"{self.label}{what}", self.log)

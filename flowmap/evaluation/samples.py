@@ -133,7 +133,7 @@ def edit_file(
         warnings.warn(f"--texts: {len(lines) - len(texts)} of {len(lines)} lines are empty, and stay so", stacklevel=2)
     paths = [out / f"steps-{k}.txt" for k in steps]
     for k, path in zip(steps, paths, strict=True):
-        edited = iter(edit(student, texts, k, cond, reverse, mark="--"))
+        edited = iter(edit(student, texts, k, cond, reverse, prefix="--"))
         write_text(path, "\n".join(" ".join(next(edited).splitlines()) if line else "" for line in lines) + "\n")
     return paths
 

@@ -26,24 +26,24 @@ def whole_folder(
     """
     check_free(out, overwrite, mark=mark, what=what)
     out = out.absolute()
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     try:
         with naming(out):
-            beside.mkdir(parents=True)
-            yield beside
-            write_json(beside / mark, {**note, FILES: _files(beside)})
-            _flush(beside)
+            temporary.mkdir(parents=True)
+            yield temporary
+            write_json(temporary / mark, {**note, FILES: _files(temporary)})
+            _flush(temporary)
         if out.exists():
             os.rename(out, old)
         try:
-            os.rename(beside, out)
+            os.rename(temporary, out)
         except OSError:
             if old.exists():
                 os.rename(old, out)
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -31,10 +31,10 @@ def exported_vae(plan: Export, *, shifts: bool = True) -> Any | None:
     vae = copy.deepcopy(frozen.model).cpu()
     shift, scale = _numbers(frozen.shift), _numbers(frozen.scale)
     if len(shift) == len(scale) == 1 and (shifts or not shift.any()):
-        _say(vae, float(scale), float(shift))
+        _log_line(vae, float(scale), float(shift))
     else:
         fold_normalisation(vae, shift, scale)
-        _say(vae, 1.0, 0.0)
+        _log_line(vae, 1.0, 0.0)
     if plan.unit:
         fold_unit(vae)
     return vae
@@ -92,7 +92,7 @@ def _with_convolutions(vae: Any) -> None:
             vae.register_to_config(**{f"use_{name}": True})
 
 
-def _say(vae: Any, scale: float, shift: float) -> None:
+def _log_line(vae: Any, scale: float, shift: float) -> None:
     """The normalisation in the configuration, in its first words alone; a shift also where the class knows none (our pipeline reads it)."""
     said = {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
     vae.register_to_config(**{key: value for key, value in said.items() if key in vae.config or value})

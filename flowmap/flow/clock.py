@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.path import Coefficients, convert, wide
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 
 LARGEST_LOGIT = 20.0  # of t, where a schedule ends at a = 0 (zero terminal SNR): t = 1 - 2e-9
 
@@ -64,6 +64,6 @@ def velocity_of(predict, clock: FlowClock | TableClock, x: Tensor, t: Tensor, pr
     if prediction == "x0":  # at b = 0 it says nothing about x1
         first = clock.t_min if isinstance(clock, TableClock) else 1e-4
         at, time = clock.at(wide(t).clamp(min=first))
-    state = (along(at.a + at.b, x) * x).to(x.dtype)
+    state = (broadcast_time(at.a + at.b, x) * x).to(x.dtype)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     return convert(predict(state, time.to(precise)), state, at, source=prediction, target="linear_velocity")

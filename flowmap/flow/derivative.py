@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowmap.flow.tangent.dual import ride
+from flowmap.flow.tangent.dual import dual_forward
 from flowmap.flow.tangent.torch_functions import random_state, replayed
-from flowmap.flow.types import Cond, FlowMap, along
+from flowmap.flow.types import Cond, FlowMap, broadcast_time
 
-DERIVATIVES = ("ride", "forward", "difference")
+DERIVATIVES = ("dual", "forward", "difference")
+OLD_NAMES = {"ride": "dual"}  # of version 0.1
 
 STEPS = {torch.float64: 1e-7, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """The step of a difference by the dtype in which the network computes: where truncation and rounding error meet. On a small attention network
@@ -29,18 +30,26 @@ the relative error was 4e-8, 4e-4, - and 5e-2; a network three times as steep er
 """
 
 
+def derivative_named(name: str) -> str:
+    """The canonical name of a derivative; "ride" is the name that version 0.1 gave to "dual". ValueError for an unknown name."""
+    found = OLD_NAMES.get(name, name)
+    if found not in DERIVATIVES:
+        raise ValueError(f"derivative: {name!r} is not one of {', '.join(DERIVATIVES)}")
+    return found
+
+
 def value_and_rate(
     function: Callable[..., Tensor],
     primals: tuple[Tensor, ...],
     tangents: tuple[Tensor | None, ...],
     *,
-    mode: str = "ride",
+    mode: str = "dual",
     step: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(function(*primals) with its graph, its directional derivative along the tangents without graph).
 
     The function takes tensors and gives one; a tangent of None is zero and costs nothing. step is that of mode "difference": a number, or (B,)
-    with a sign a sample; None is calibrated to the dtype. Mode "ride" takes tangents of fewer rows than their primals. Raises ValueError
+    with a sign a sample; None is calibrated to the dtype. Mode "dual" takes tangents of fewer rows than their primals. Raises ValueError
     for an unknown mode, NotImplementedError naming an operation through which a tangent cannot follow.
     """
     if mode not in MODES:
@@ -52,7 +61,7 @@ def value_and_rate(
     return MODES[mode](function, primals, tangents, step)
 
 
-def along_path(
+def eulerian_derivative(
     student: FlowMap,
     x: Tensor,
     t: Tensor,
@@ -60,13 +69,13 @@ def along_path(
     velocity: Tensor,
     cond: Cond | None = None,
     *,
-    mode: str = "ride",
+    mode: str = "dual",
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(F, dF/dt): the mean velocity with its graph, and its rate without, as (x, t) moves along the velocity while s rests.
 
     x and velocity are (B, ...), t and s (B,). A difference steps to later times where t + step <= 1, to earlier ones elsewhere.
-    With `rows` only the first so many samples are derived, and the rate is zero in the rest: those cost nothing in mode "ride".
+    With `rows` only the first so many samples are derived, and the rate is zero in the rest: those cost nothing in mode "dual".
     """
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, t, None) if mode == "difference" else None
@@ -74,17 +83,17 @@ def along_path(
     return of_rows(function, (x, t), (velocity.to(x.dtype), torch.ones_like(t)), mode, step, rows)
 
 
-def in_arrival(
+def lagrangian_derivative(
     student: FlowMap,
     x: Tensor,
     t: Tensor,
     s: Tensor,
     cond: Cond | None = None,
     *,
-    mode: str = "ride",
+    mode: str = "dual",
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes and rows as in along_path.
+    """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes and rows as in eulerian_derivative.
 
     A difference steps towards t where s + step <= t, away from it elsewhere.
     """
@@ -139,7 +148,7 @@ def of_rows(function, primals, tangents, mode, step, rows: int | None) -> tuple[
     if rows == 0:
         value = function(*primals)
         return value, torch.zeros_like(value, requires_grad=False)
-    if mode == "ride":
+    if OLD_NAMES.get(mode, mode) == "dual":
         return value_and_rate(function, primals, tuple(tangent[:rows] for tangent in tangents))
     value, rate = value_and_rate(function, primals, tangents, mode=mode, step=step)
     return value, torch.cat([rate[:rows], torch.zeros_like(rate[rows:])])
@@ -163,8 +172,8 @@ def inward_step(x: Tensor, time: Tensor, limit: Tensor | None) -> Tensor:
     return torch.where(fits | (time < step), step, -step)
 
 
-def by_riding(function, primals, tangents, step):
-    return ride(function, primals, tangents)
+def by_dual_forward(function, primals, tangents, step):
+    return dual_forward(function, primals, tangents)
 
 
 def by_forward_mode(function, primals, tangents, step):
@@ -190,9 +199,10 @@ def by_difference(function, primals, tangents, step):
     value, again = recorded(function, primals)
     with again, torch.no_grad():
         moved = [
-            p if t is None else p + (along(step, p) * t).to(p.dtype) for p, t in zip(primals, tangents, strict=True)
+            p if t is None else p + (broadcast_time(step, p) * t).to(p.dtype)
+            for p, t in zip(primals, tangents, strict=True)
         ]
-        rate = (function(*moved) - value) / along(step, value)
+        rate = (function(*moved) - value) / broadcast_time(step, value)
     return value, rate.to(value.dtype).detach()
 
 
@@ -213,4 +223,10 @@ def jvp_of(function, primals, tangents, moving):
     return torch.func.jvp(of_moving, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
 
 
-MODES = {"ride": by_riding, "forward": by_forward_mode, "joint": by_joint_forward_mode, "difference": by_difference}
+MODES = {
+    "dual": by_dual_forward,
+    "ride": by_dual_forward,
+    "forward": by_forward_mode,
+    "joint": by_joint_forward_mode,
+    "difference": by_difference,
+}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Positive, Range, check_ranges
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 
 NORMS = ("l2", "rms", "none")
 
@@ -102,7 +102,7 @@ def normalise(g: Tensor, c: float = 0.1, norm: str = "l2") -> Tensor:
     length = torch.linalg.vector_norm(flat, dim=1)
     if norm == "rms":
         length = length / flat.shape[1] ** 0.5
-    return (_wide(g) / along(length + c, g)).to(g.dtype)
+    return (_wide(g) / broadcast_time(length + c, g)).to(g.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class RowGenerator:
         part._words = None if self._words is None else self._words[:, rows]
         return part
 
-    def beside(self, name: str) -> RowGenerator:
+    def for_codes(self, name: str) -> RowGenerator:
         """A second generator of the same rows, which draws nothing of this one."""
         return RowGenerator(f"{name}/{self.name}", self.rows, self.step)
 
@@ -169,15 +169,15 @@ def places_of(n: int, device: torch.device | str, generator: Generator | None) -
 
 
 @overload
-def beside(generator: torch.Generator) -> torch.Generator: ...
+def for_codes(generator: torch.Generator) -> torch.Generator: ...
 @overload
-def beside(generator: Generator | None) -> Generator | None: ...
-def beside(generator: Generator | None) -> Generator | None:
+def for_codes(generator: Generator | None) -> Generator | None: ...
+def for_codes(generator: Generator | None) -> Generator | None:
     """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
     if generator is None:
         return None
     return (
-        generator.beside("code")
+        generator.for_codes("code")
         if isinstance(generator, RowGenerator)
         else seeded(f"code/{generator.initial_seed()}", generator.device)
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.path import wide
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Threshold:
 
     def __call__(self, x0: Tensor) -> Tensor:
         size = torch.quantile(wide(x0).flatten(1).abs(), self.ratio, dim=1).clamp(1, self.most).to(x0.dtype)
-        size = along(size, x0)
+        size = broadcast_time(size, x0)
         return torch.maximum(torch.minimum(x0, size), -size) / size
 
 
@@ -58,8 +58,8 @@ def limited(v: Tensor, x: Tensor, t: Tensor, limit: Limit, *, first: float = 1e-
     schedule ends, t counts as `last`.
     """
     t = wide(t).clamp(max=last)
-    x0 = x - along(t, x).to(x.dtype) * v
+    x0 = x - broadcast_time(t, x).to(x.dtype) * v
     kept = limit(x0)
     return torch.where(
-        kept == x0, v, (x - kept) / along(t.clamp(min=first), x).to(x.dtype)
+        kept == x0, v, (x - kept) / broadcast_time(t.clamp(min=first), x).to(x.dtype)
     )  # v as it is: no rounding where nothing changes

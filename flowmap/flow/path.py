@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import InsideOne, Positive, check_ranges
-from flowmap.flow.types import Cond, PathSample, along
+from flowmap.flow.types import Cond, PathSample, broadcast_time
 
 PREDICTIONS = ("x0", "epsilon", "velocity", "linear_velocity", "v", "score", "trig")
 
@@ -57,25 +57,25 @@ def convert(value: Tensor, x: Tensor, at: Coefficients, *, source: str, target: 
     if source == target:
         return value
     if source == "score":
-        return convert(-along(at.b, x) * value, x, at, source="epsilon", target=target, sigma_data=sigma_data).to(
-            x.dtype
-        )
+        return convert(
+            -broadcast_time(at.b, x) * value, x, at, source="epsilon", target=target, sigma_data=sigma_data
+        ).to(x.dtype)
     if target == "score":
-        return (-convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data) / along(at.b, x)).to(
-            x.dtype
-        )
+        return (
+            -convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data) / broadcast_time(at.b, x)
+        ).to(x.dtype)
     p, q = _row(source, at, sigma_data)
     p_new, q_new = _row(target, at, sigma_data)
     determinant = at.a * q - at.b * p
     on_x = (p_new * q - q_new * p) / determinant
     on_value = (at.a * q_new - at.b * p_new) / determinant
-    return (along(on_x, x) * x + along(on_value, x) * value).to(x.dtype)
+    return (broadcast_time(on_x, x) * x + broadcast_time(on_value, x) * value).to(x.dtype)
 
 
 def to_linear(x: Tensor, at: Coefficients) -> tuple[Tensor, Tensor]:
     """The state a x0 + b x1 as it stands on the linear path: (x / (a + b), t = b / (a + b))."""
     total = at.a + at.b
-    return (x / along(total, x)).to(x.dtype), at.b / total
+    return (x / broadcast_time(total, x)).to(x.dtype), at.b / total
 
 
 def _row(kind: str, at: Coefficients, sigma_data: float) -> tuple[Tensor, Tensor]:
@@ -116,8 +116,8 @@ class _Path:
                 raise ValueError(f"{name} must be ({x0.shape[0]},), got {tuple(time.shape)}")
         at = self.coefficients(t)
         assert at.a_rate is not None and at.b_rate is not None  # only tables have none
-        xt = along(at.a, x0) * x0 + along(at.b, x0) * x1
-        vt = along(at.a_rate, x0) * x0 + along(at.b_rate, x0) * x1
+        xt = broadcast_time(at.a, x0) * x0 + broadcast_time(at.b, x0) * x1
+        vt = broadcast_time(at.a_rate, x0) * x0 + broadcast_time(at.b_rate, x0) * x1
         return PathSample(x0=x0, x1=x1, t=t, s=s, xt=xt.to(x0.dtype), vt=vt.to(x0.dtype), cond=cond)
 
     def convert(
@@ -134,7 +134,7 @@ class _Path:
         """The state (x, t) of the linear path as (x, t) on this path: the inverse of to_linear."""
         own = self.from_linear_time(t)
         at = self.coefficients(own)
-        return (along(at.a + at.b, x) * x).to(x.dtype), own
+        return (broadcast_time(at.a + at.b, x) * x).to(x.dtype), own
 
 
 @dataclass(frozen=True)

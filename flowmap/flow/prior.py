@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, Positive, Range, check_ranges
-from flowmap.flow.draws import Generator, beside, normal_like, normal_rows
+from flowmap.base.schema import renamed
+from flowmap.flow.draws import Generator, for_codes, normal_like, normal_rows
 from flowmap.flow.types import Cond, Prior
 
 
@@ -25,7 +26,7 @@ class Start:
     (None: it is 1)."""
 
     x1: Tensor
-    told: Cond = field(default_factory=dict)
+    conditioning: Cond = field(default_factory=dict)
     variance: Tensor | None = None
 
 
@@ -77,13 +78,13 @@ CODE_SAMPLERS = {"normal": NormalCodes, "mixture": MixtureCodes, "flow": FlowCod
 class Learned:
     """x1 = mu(z) + scale sigma(z) eps, by the auxiliary model that `recipe` trains (objective variance_guided).
 
-    told: the network is given z as well. z: where codes come from at sampling; in training they are the encoder's. overrides: key=value for
+    conditioning: the network is given z as well. z: where codes come from at sampling; in training they are the encoder's. overrides: key=value for
     the recipe.
     """
 
     recipe: str
     scale: Positive = 1.0
-    told: bool = True
+    conditioning: bool = field(default=True, metadata=renamed("told"))
     z: CodeSampler = NormalCodes()
     overrides: tuple[str, ...] = ()
 
@@ -115,8 +116,8 @@ class LearnedPrior:
     codes: noise (B, Z + 1), standard normal -> z (B, Z).
     """
 
-    def __init__(self, model, codes: Codes, size: int, *, scale: float = 1.0, told: bool = True):
-        self.model, self.codes, self.size, self.scale, self.told = model, codes, size, scale, told
+    def __init__(self, model, codes: Codes, size: int, *, scale: float = 1.0, conditioning: bool = True):
+        self.model, self.codes, self.size, self.scale, self.conditioning = model, codes, size, scale, conditioning
 
     @torch.no_grad()
     def encode(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
@@ -131,11 +132,11 @@ class LearnedPrior:
         with _without_autocast(z):
             mean, logvar = self.model.decode(z)
         std = self.scale * (logvar / 2).exp()
-        return Start(mean + std * noise, {"z": z} if self.told else {}, std.square())
+        return Start(mean + std * noise, {"z": z} if self.conditioning else {}, std.square())
 
     def start(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
         """Training's start: the code is cond["z"] or else the encoder's; eps is what the Gaussian prior would draw."""
-        z = cond["z"] if cond and "z" in cond else self.encode(x0, beside(generator))
+        z = cond["z"] if cond and "z" in cond else self.encode(x0, for_codes(generator))
         return self.place(z, normal_like(x0, generator))
 
     def sample(self, x0: Tensor, cond: Cond | None = None, generator: Generator | None = None) -> Tensor:
@@ -149,7 +150,7 @@ class LearnedPrior:
     def exact(self) -> LearnedPrior:
         """Itself in float64 on the CPU: rounded to float32, its starts do not depend on how many are computed at once."""
         model, codes = (copy.deepcopy(part).to("cpu").double() for part in (self.model, self.codes))
-        return LearnedPrior(model, codes, self.size, scale=self.scale, told=self.told)
+        return LearnedPrior(model, codes, self.size, scale=self.scale, conditioning=self.conditioning)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -189,7 +190,7 @@ def starts(
     noise = normal_rows((num, *shape), generator)
     if prior is None:
         return Start(noise)
-    coarse = normal_rows((num, prior.size + 1), beside(generator))
+    coarse = normal_rows((num, prior.size + 1), for_codes(generator))
     return placed(prior, noise, coarse, z=z, batch_size=batch_size)
 
 
@@ -205,19 +206,20 @@ def placed(
         rows = slice(i, i + batch_size)
         code = prior.codes(coarse[rows].to(**like)) if z is None else z[rows].to(**like)
         parts.append(prior.place(code, noise[rows].to(**like)))
-    told = {
-        key: torch.cat([part.told[key].float().cpu() for part in parts]) for key in (parts[0].told if parts else {})
+    conditioning = {
+        key: torch.cat([part.conditioning[key].float().cpu() for part in parts])
+        for key in (parts[0].conditioning if parts else {})
     }
     x1, variance = (
         torch.cat([getattr(part, name).float().cpu() for part in parts]) if parts else noise
         for name in ("x1", "variance")
     )
-    return Start(x1, told, variance)
+    return Start(x1, conditioning, variance)
 
 
-def rows_told(start: Start, rows: slice | Tensor, device: torch.device | str) -> dict[str, Tensor]:
+def conditioning_rows(start: Start, rows: slice | Tensor, device: torch.device | str) -> dict[str, Tensor]:
     """What the network is told at those rows, on that device."""
-    return {key: value[rows].to(device) for key, value in start.told.items()}
+    return {key: value[rows].to(device) for key, value in start.conditioning.items()}
 
 
 def chi_square(squared_norms: list[float], dims: int) -> dict[str, float]:

@@ -120,7 +120,7 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-def along(t: Tensor | float, x: Tensor) -> Tensor:
+def broadcast_time(t: Tensor | float, x: Tensor) -> Tensor:
     """t reshaped to multiply x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor. The one place that broadcasts times.
 
     The dtype of t is kept when it is wider than x's (times stay in float32 or better). Raises ValueError unless t is a scalar or (B,).

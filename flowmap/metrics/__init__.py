@@ -5,9 +5,9 @@ Importing this costs nothing: torchmetrics is imported by `build()`.
 
 from flowmap.metrics.against import TRAIN, Against
 from flowmap.metrics.asked_specs import Agreement, Retrieval
+from flowmap.metrics.baseline import baseline, baselines
 from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
-from flowmap.metrics.floor import floor, floors
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
@@ -43,7 +43,7 @@ __all__ = [
     "Samples",
     "Straightness",
     "check_metrics",
-    "floor",
-    "floors",
+    "baseline",
+    "baselines",
     "lacking",
 ]

@@ -51,21 +51,21 @@ class Against:
     @torch.no_grad()
     def update(self, x: Tensor, *, world: int = 1, only: str | None = None) -> None:
         """Generated samples x (B, ...), all of this process's; world: the number of processes. only: tells just the metric of that suffix."""
-        told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
-        counts = {suffix: self.wanted[suffix] // world for suffix in told}
+        chosen = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
+        counts = {suffix: self.wanted[suffix] // world for suffix in chosen}
         x, features = x[: max(counts.values())], self.spec.features_of(self.metrics[TRAIN])
         for start in range(0, len(x), CHUNK):
             part = x[start : start + CHUNK]
             found = None if features is None else features(part)
-            for suffix, metric in told.items():
+            for suffix, metric in chosen.items():
                 if (rows := counts[suffix] - start) > 0:
                     metric.update(part[:rows], real=False, **({} if found is None else {"found": found[:rows]}))
 
     def report(self, *, only: str | None = None) -> dict[str, float]:
         """The figures under their keys, those against training samples with `_train` after them."""
-        told = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
+        chosen = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
         return {
             f"{key}{suffix}": value
-            for suffix, metric in told.items()
+            for suffix, metric in chosen.items()
             for key, value in self.spec.report(metric).items()
         }

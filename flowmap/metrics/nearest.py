@@ -37,7 +37,7 @@ class Neighbours:
     def report(self) -> dict[str, float]:
         return self._row(float(self.metric.compute()))
 
-    def floor(self) -> dict[str, float]:
+    def baseline(self) -> dict[str, float]:
         """The row of the held-out samples themselves."""
         return self._row(self.held_out)
 

@@ -47,7 +47,7 @@ class TextMetric:
     ) -> dict[str, float]:
         raise NotImplementedError
 
-    def floor(self, metric: Any, data: Any) -> dict[str, float]:
+    def baseline(self, metric: Any, data: Any) -> dict[str, float]:
         """The figures of real sentences that were not trained on, evenly spaced (a source may be sorted), with their own attributes."""
         count, num = len(data.held_out_texts), min(self.images, len(data.held_out_texts))
         places = [i * count // num for i in range(num)]
@@ -132,7 +132,7 @@ class TextDivergence(TextMetric):
             key: value for suffix, real in metric.items() for key, value in self._between(real, found, suffix).items()
         }
 
-    def floor(self, metric, data) -> dict[str, float]:
+    def baseline(self, metric, data) -> dict[str, float]:
         """Training sentences against held-out ones, and these against those."""
         if "" not in metric:
             return {}

@@ -135,7 +135,7 @@ class Infilled(TextMetric):
         names = {"kept_bleu": "infilled_bleu", "kept_rouge_l": "infilled_rouge_l", "unchanged": "infilled_exactly"}
         return {names[key]: value for key, value in kept.items()}
 
-    def floor(self, metric, data) -> dict[str, float]:
+    def baseline(self, metric, data) -> dict[str, float]:
         return {}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.metrics.mean import MeanScore
 
 
@@ -32,7 +32,7 @@ class StraightnessScore(MeanScore):
                 f"times must be ({len(trajectory)},), 2 or more, strictly up or down; got {tuple(times.shape)}"
             )
         x, length = trajectory.double(), times[-1].double() - times[0].double()
-        off = (x.diff(dim=0) / along(steps, x[1:]) - (x[-1] - x[0]) / length).square().flatten(1).mean(1)
+        off = (x.diff(dim=0) / broadcast_time(steps, x[1:]) - (x[-1] - x[0]) / length).square().flatten(1).mean(1)
         self.total += (off * steps / length).sum() * x.shape[1]
         self.count += x.shape[1]
 

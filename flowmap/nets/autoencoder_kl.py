@@ -22,7 +22,7 @@ class AutoencoderKL:
     latent_channels: Width = 4
     layers: Depth = 1
     groups: Width = 8
-    leaves: ClassVar[str] = "autoencoder"
+    artifact: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
         check_ranges(self)

@@ -22,7 +22,7 @@ class _Auxiliary:
 
     size: Width = 8
     log_variance: tuple[Annotated[float, Range(-50, 50)], Annotated[float, Range(-50, 50)]] = (-6.0, 2.0)
-    leaves: ClassVar[str] = "prior"
+    artifact: ClassVar[str] = "prior"
 
     def __post_init__(self):
         check_ranges(self)

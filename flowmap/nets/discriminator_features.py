@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowmap.base.ranges import BelowOne, Range, Width, check_ranges
-from flowmap.flow.types import Cond, along
+from flowmap.flow.types import Cond, broadcast_time
 from flowmap.nets.discriminator import Head, channels_of, check_shape, in_float32
 
 MOST_BLOCKS = 4
@@ -76,7 +76,7 @@ class OnTeacherNet(nn.Module):
     def features(self, x: Tensor, cond: Cond | None, noise: Tensor | None) -> list[Tensor]:
         """What each chosen block gives; nothing else of the teacher's forward pass is looked at."""
         network, t = self._frozen[0], torch.full((len(x),), self.time, device=x.device)
-        point = (1 - along(t, x)) * x if noise is None else torch.lerp(x, noise.to(x.dtype), self.time)
+        point = (1 - broadcast_time(t, x)) * x if noise is None else torch.lerp(x, noise.to(x.dtype), self.time)
         with _hearing(self._blocks) as heard, sdpa_kernel(SDPBackend.MATH):
             network.forward(point, t, t, cond)  # not as compiled: hooks and second derivatives
         return [heard[block] for block in self._blocks]

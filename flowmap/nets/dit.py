@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import Cycles, Depth, Heads, Range, Ratio, Width, check_ranges
-from flowmap.nets.embed import Conditioning, Further
+from flowmap.nets.embed import Conditioning, ExtraCondition
 
 #          width depth heads
 PRESETS = {
@@ -41,7 +41,7 @@ class DiT:
     heads: Heads | None = None
     mlp_ratio: Ratio = 8 / 3
     cycles: Cycles = 4.0
-    takes_further: ClassVar[bool] = True
+    takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
@@ -63,7 +63,7 @@ class DiT:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
             raise ValueError(
@@ -82,7 +82,7 @@ class DiTNet(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         width, depth, heads = spec.sizes
@@ -91,8 +91,8 @@ class DiTNet(nn.Module):
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
         self.position = nn.Parameter(sine_positions(*self.grid, width))
-        told: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
-        self.conditioning = Conditioning(width, cycles=spec.cycles, **told)
+        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        self.conditioning = Conditioning(width, cycles=spec.cycles, **options)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, size)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Width, check_ranges
-from flowmap.nets.embed import Further, FurtherEmbeddings, ScalarEmbedding, branches
+from flowmap.nets.embed import ExtraCondition, ExtraEmbeddings, ScalarEmbedding, branches
 from flowmap.nets.preconditioning import one_hot, velocity_of
 
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -39,7 +39,7 @@ class EDM2:
     attention_at: tuple[Side, ...] = (16, 8)
     sigma_data: Positive = 0.5
     dropout: BelowOne = 0.0
-    takes_further: ClassVar[bool] = True
+    takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
@@ -59,7 +59,7 @@ class EDM2:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
         halvings = 2 ** (len(self.multipliers) - 1)
         if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
@@ -79,7 +79,7 @@ class EDM2Net(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         self.sigma_data, self.num_classes = spec.sigma_data, num_classes
@@ -87,7 +87,7 @@ class EDM2Net(nn.Module):
         width = self.unet.emb_noise.out_channels
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
-        self.further = FurtherEmbeddings(further, width) if further else None
+        self.further = ExtraEmbeddings(further, width) if further else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
         cond = cond or {}

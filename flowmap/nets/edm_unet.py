@@ -239,12 +239,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         y = self.conv0(F.silu(self.norm0(x)))
-        told = self.affine(emb)[:, :, None, None].to(y.dtype)
+        modulation = self.affine(emb)[:, :, None, None].to(y.dtype)
         if self.adaptive:
-            scale, shift = told.chunk(2, 1)
+            scale, shift = modulation.chunk(2, 1)
             y = self.norm1(y) * (scale + 1) + shift
         else:
-            y = self.norm1(y + told)
+            y = self.norm1(y + modulation)
         y = F.silu(y)
         y = self.conv1(F.dropout(y, self.dropout) if self.training and self.dropout else y)
         x = (y + (x if self.skip is None else self.skip(x))) * self.scale

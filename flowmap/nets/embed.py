@@ -18,7 +18,7 @@ from flowmap.flow.types import Cond
 
 
 @dataclass(frozen=True)
-class Further:
+class ExtraCondition:
     """A condition beside class and guidance scale, by its name in cond.
 
     kind number: one of `size` whole numbers, -1 or absent for none.  kind context: `size` numbers in any shape, zeros or absent for none.
@@ -30,7 +30,7 @@ class Further:
     kind: str
 
     def __post_init__(self):
-        assert self.kind in FURTHER, self.kind
+        assert self.kind in EXTRA_EMBEDDINGS, self.kind
 
     def example(self, rows: int) -> Tensor:
         """That condition in `rows` rows."""
@@ -99,14 +99,14 @@ class CodeEmbedding(nn.Module):
         return self.out(F.silu(self.hidden(z.to(self.hidden.weight.dtype))))
 
 
-FURTHER = {"number": NumberEmbedding, "context": ContextEmbedding, "code": CodeEmbedding}
+EXTRA_EMBEDDINGS = {"number": NumberEmbedding, "context": ContextEmbedding, "code": CodeEmbedding}
 
 
-class FurtherEmbeddings(nn.ModuleList):
+class ExtraEmbeddings(nn.ModuleList):
     """The sum of further conditions, each as a vector (B, width), or (width,) where cond lacks it."""
 
-    def __init__(self, further: Sequence[Further], width: int):
-        super().__init__(FURTHER[one.kind](one.size, width) for one in further)
+    def __init__(self, further: Sequence[ExtraCondition], width: int):
+        super().__init__(EXTRA_EMBEDDINGS[one.kind](one.size, width) for one in further)
         self.names = tuple(one.name for one in further)
 
     def forward(self, cond: Cond) -> Tensor:
@@ -128,7 +128,7 @@ class Conditioning(nn.Module):
         arrival: bool,
         guidance: bool,
         cycles: float,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -136,7 +136,7 @@ class Conditioning(nn.Module):
         self.arrival = ScalarEmbedding(width, cycles=cycles, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.further = FurtherEmbeddings(further, width) if further else None
+        self.further = ExtraEmbeddings(further, width) if further else None
 
     def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
         cond = cond or {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowmap.flow.types import Cond, along
+from flowmap.flow.types import Cond, broadcast_time
 from flowmap.nets.stacked import StackedNet
 
 
@@ -38,7 +38,7 @@ class FlowMapNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """The arrival point f(x, t, s); exactly x where s = t."""
-        return x + (along(s - t, x) * self.mean_velocity(x, t, s, cond)).to(x.dtype)
+        return x + (broadcast_time(s - t, x) * self.mean_velocity(x, t, s, cond)).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The instantaneous velocity F(x, t, t)."""
@@ -54,7 +54,7 @@ class FlowMapNet(nn.Module):
         return x if self.decode is None else self.decode(x)
 
 
-def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:
+def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:
     """The first tensor that two state dicts do not share in name and shape: (name, shape wanted, shape given); None where they fit.
 
     A tensor that is not there has the shape "absent".

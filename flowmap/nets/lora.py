@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowmap.base.ranges import BelowOne, Positive, Width, check_ranges
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
-from flowmap.nets.flow_map import misfit
+from flowmap.nets.flow_map import mismatch
 from flowmap.nets.pretrained import load_pretrained
 
 ADAPTER = "default"  # the one name that diffusers gives to an adapter that was given none
@@ -95,7 +95,7 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
     """The frozen network, without branches, on the clock of `spec`. ValueError, in one line, if it is not there or not the one trained on."""
     _, net = load_pretrained(base.source, base.revision)
     with torch.device("meta"):
-        odd = misfit(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
+        odd = mismatch(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
     if odd is not None:
         name, wants, was = odd
         raise ValueError(

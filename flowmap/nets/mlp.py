@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.ranges import Cycles, Depth, Width, check_ranges
-from flowmap.nets.embed import Conditioning, Further
+from flowmap.nets.embed import Conditioning, ExtraCondition
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MLP:
     width: Width = 128
     depth: Depth = 3
     cycles: Cycles = 4.0
-    takes_further: ClassVar[bool] = True
+    takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
@@ -33,7 +33,7 @@ class MLP:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
         return MLPNet(self, shape, num_classes, arrival, guidance, further)
 
@@ -48,13 +48,13 @@ class MLPNet(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[Further] = (),
+        further: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
-        told: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
-        self.conditioning = Conditioning(spec.width, cycles=spec.cycles, **told)
+        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
+        self.conditioning = Conditioning(spec.width, cycles=spec.cycles, **options)
         self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, size)
 

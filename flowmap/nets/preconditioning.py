@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
@@ -26,8 +26,8 @@ def velocity_of(unet: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, 
     noise = torch.logit(held) / 4  # log(sigma) / 4
     square = t**2 + ((1 - t) * sigma_data) ** 2
     size = square.sqrt()
-    out = unet((x / along(size, x)).to(x.dtype), noise)
-    return along((t - sigma_data**2 * (1 - t)) / square, x) * x - along(sigma_data / size, x) * out
+    out = unet((x / broadcast_time(size, x)).to(x.dtype), noise)
+    return broadcast_time((t - sigma_data**2 * (1 - t)) / square, x) * x - broadcast_time(sigma_data / size, x) * out
 
 
 def one_hot(x: Tensor, cond, num_classes: int | None) -> Tensor | None:

@@ -45,7 +45,9 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
     """What `load_pretrained` says of a pipeline, without its weights, which are not read. Raises ValueError as that does."""
     import diffusers
 
-    (part, network), (beside, scheduler) = (_component(source, revision, names) for names in (NETWORK, ("scheduler",)))
+    (part, network), (scheduler_folder, scheduler) = (
+        _component(source, revision, names) for names in (NETWORK, ("scheduler",))
+    )
     place = _at(source, revision)
     _check_weights(source, part)
     if network not in CALLS:
@@ -53,7 +55,7 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
     try:
         check_scheduler(scheduler)
         settings = getattr(diffusers, network).load_config(source, subfolder=part, revision=revision)
-        schedule = getattr(diffusers, scheduler).load_config(source, subfolder=beside, revision=revision)
+        schedule = getattr(diffusers, scheduler).load_config(source, subfolder=scheduler_folder, revision=revision)
         check_scheduler(schedule.get("_class_name", scheduler))
         spec = DiffusersModel(network, _json(settings), scheduler, _json(schedule))
         spec = replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from flowmap.flow.types import Cond, along
+from flowmap.flow.types import Cond, broadcast_time
 
 
 @runtime_checkable
@@ -75,7 +75,7 @@ class StackedNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         middle = (t + s) / 2
         one = self.first(x, t, middle, cond).to(x.dtype)
-        other = self.second(x + (along(middle - t, x) * one).to(x.dtype), middle, s, cond).to(x.dtype)
+        other = self.second(x + (broadcast_time(middle - t, x) * one).to(x.dtype), middle, s, cond).to(x.dtype)
         return (one + other) / 2
 
     @property

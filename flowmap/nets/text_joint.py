@@ -37,7 +37,7 @@ class TextJoint:
     autoencoder: TextCoderSpec = TextVAE()
     vocab: Vocab | None = None
     special: tuple[CountFromZero, CountFromZero, CountFromZero, CountFromZero] | None = None
-    leaves: ClassVar[str] = "text_joint"
+    artifact: ClassVar[str] = "text_joint"
 
     def __post_init__(self):
         check_ranges(self)
@@ -49,8 +49,8 @@ class TextJoint:
         return self.autoencoder.latent_shape
 
     @property
-    def takes_further(self) -> bool:
-        return getattr(self.flow, "takes_further", False)
+    def takes_extra_conditions(self) -> bool:
+        return getattr(self.flow, "takes_extra_conditions", False)
 
     def build(
         self,
@@ -59,12 +59,12 @@ class TextJoint:
         num_classes: int | None = None,
         arrival: bool = False,
         guidance: bool = False,
-        **told,
+        **options,
     ) -> nn.Module:
         coder = replace(self.autoencoder, vocab=self.vocab, special=self.special).build(shape)
         return TextJointNet(
             coder,
-            self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **told),
+            self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **options),
         )
 
 

@@ -40,7 +40,7 @@ class TextPair:
     encoder_tokens: CountFromZero = 0
     encoder_vocab: CountFromZero = 0
     configs: tuple[str, str] | None = None
-    leaves: ClassVar[str] = "text_autoencoder"
+    artifact: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         check_ranges(self)

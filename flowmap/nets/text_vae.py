@@ -39,7 +39,7 @@ class TextVAE:
     direct: bool = False
     vocab: Vocab | None = None
     special: tuple[CountFromZero, CountFromZero, CountFromZero, CountFromZero] | None = None
-    leaves: ClassVar[str] = "text_autoencoder"
+    artifact: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         check_ranges(self)

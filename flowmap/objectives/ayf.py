@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Share
-from flowmap.flow.derivative import along_path, in_arrival, without_graph
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.shares import anywhere, called_on, evenly, taken
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.tangent import Tangent
 
 
@@ -45,9 +45,11 @@ class AYFEMD(_AYF):
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         r = self.tangent_weight(step)
-        derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
+        derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
+            student, x, t, s, v, cond, mode=self.derivative, rows=rows
+        )
         mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=r > 0)
-        g = (mean_velocity.detach() - v) + r * along(t - s, x) * rate
+        g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate
         return self._loss(mean_velocity, g, rate, step)
 
 
@@ -57,15 +59,15 @@ class AYFLMD(_AYF):
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError(
-                "objective.kind: ayf_lmd asks the teacher at the student's own arrival point, so the recipe needs a teacher"
-            )
+            raise ValueError("objective.kind: ayf_lmd evaluates the teacher where the student arrives; add a teacher")
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
         r = self.tangent_weight(step)
-        derive = lambda x, t, s, v, cond, rows: in_arrival(student, x, t, s, cond, mode=self.derivative, rows=rows)
+        derive = lambda x, t, s, v, cond, rows: lagrangian_derivative(
+            student, x, t, s, cond, mode=self.derivative, rows=rows
+        )
         mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=r > 0)
-        arrival = x + along(s - t, x) * mean_velocity.detach()
-        g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * along(t - s, x) * rate)
+        arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()
+        g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)
         return self._loss(mean_velocity, g, rate, step)
 
 
@@ -90,9 +92,8 @@ class AYFMixed(_AYF):
                 if self.own_eulerian
                 else ("lagrangian", "where the student arrives")
             )
-            raise ValueError(
-                f"objective.{name}: {getattr(self, name)} asks a teacher at {where}; without one it must be 0"
-            )
+            share = getattr(self, name)
+            raise ValueError(f"objective.{name}: {share} evaluates a teacher at {where}; without one it must be 0")
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
@@ -129,8 +130,10 @@ def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSam
         return sample
     part = rows_of(sample, places)
     jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)
-    moved = (part.x1 + along(part.t - 1, part.x1) * jump).to(sample.xt.dtype)
-    return replace(sample, xt=sample.xt.index_copy(0, places, torch.where(along(rows[places], moved), moved, part.xt)))
+    moved = (part.x1 + broadcast_time(part.t - 1, part.x1) * jump).to(sample.xt.dtype)
+    return replace(
+        sample, xt=sample.xt.index_copy(0, places, torch.where(broadcast_time(rows[places], moved), moved, part.xt))
+    )
 
 
 def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from flowmap.base.ranges import Count, check_ranges
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CMT:
         i, j = places(times, sample.t, sample.s)
         cond = None if cond is None else {key: value[leader] for key, value in cond.items()}
         x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]
-        target = (x - y) / along(t - s, x).to(x.dtype)
+        target = (x - y) / broadcast_time(t - s, x).to(x.dtype)
         error = self.distance(student.mean_velocity(x, t, s, cond), target)
         return Loss(error.mean(), {"error": error.detach()})
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Positive, Rho, check_ranges
 from flowmap.flow.derivative import without_graph
 from flowmap.flow.distance import Distance, Squared
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 GRIDS = ("uniform", "rho")
 
@@ -51,10 +51,10 @@ class Consistency:
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond
         u, zero = self.earlier(t), torch.zeros_like(t)
-        y = x + along(u - t, x) * self._slope(teacher, sample, u)
-        prediction = x - along(t, x) * student.mean_velocity(x, t, zero, cond)
+        y = x + broadcast_time(u - t, x) * self._slope(teacher, sample, u)
+        prediction = x - broadcast_time(t, x) * student.mean_velocity(x, t, zero, cond)
         y = y.to(x.dtype)
-        target = y - along(u, x) * without_graph(student, y, u, zero, cond)
+        target = y - broadcast_time(u, x) * without_graph(student, y, u, zero, cond)
         error = self.distance(prediction, target.detach())
         return Loss(error.mean(), {"error": error.detach()})
 
@@ -66,7 +66,7 @@ class Consistency:
         first = teacher.velocity(x, t, cond)
         if self.solver == "euler":
             return first
-        return (first + teacher.velocity((x + along(u - t, x) * first).to(x.dtype), u, cond)) / 2
+        return (first + teacher.velocity((x + broadcast_time(u - t, x) * first).to(x.dtype), u, cond)) / 2
 
     def earlier(self, t: Tensor) -> Tensor:
         """u, one grid step nearer to data than t, (B,); 0 where there is none."""

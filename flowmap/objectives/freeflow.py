@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from flowmap.flow.derivative import DERIVATIVES, in_arrival
+from flowmap.flow.derivative import derivative_named, lagrangian_derivative
 from flowmap.flow.distance import Distance, Squared
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,15 @@ class FreeFlow:
     """distance(F(x1, 1, s), sg(v(f, s) + (1 - s) dF/ds)): of the sample only noise, arrival time and condition are read.
 
     Such a student jumps from t = 1 alone. distance: the paper's weight could not be had; `adaptive` is MeanFlow's.
-    derivative: "ride", "forward" or "difference".
+    derivative: "dual", "forward" or "difference".
     """
 
     distance: Distance = Squared(mean=False)
-    derivative: str = "ride"
+    derivative: str = "dual"
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        object.__setattr__(self, "derivative", derivative_named(self.derivative))
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
@@ -40,8 +39,8 @@ class FreeFlow:
                 "objective.kind: freeflow asks the teacher at the student's own arrival point, so the recipe needs a teacher"
             )
         x, s, cond = sample.x1, sample.s, sample.cond
-        mean_velocity, rate = in_arrival(student, x, torch.ones_like(s), s, cond, mode=self.derivative)
-        length = along(1 - s, x)
+        mean_velocity, rate = lagrangian_derivative(student, x, torch.ones_like(s), s, cond, mode=self.derivative)
+        length = broadcast_time(1 - s, x)
         arrival = (x - length * mean_velocity.detach()).to(x.dtype)
         target = teacher.velocity(arrival, s, cond) + length * rate
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)

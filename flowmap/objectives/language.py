@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.barrier import barrier, barrier_weight
 from flowmap.flow.draws import RowGenerator, normal_like
-from flowmap.flow.types import Cond, Loss, PathSample, Teacher, along
+from flowmap.flow.types import Cond, Loss, PathSample, Teacher, broadcast_time
 
 IGNORED = -100
 
@@ -57,7 +57,7 @@ class TextELBO:
     anneal_steps: CountFromZero = 1000
     word_dropout: Share = 0.0
     diagonal: ClassVar[bool] = True
-    leaves: ClassVar[str] = "text_autoencoder"
+    artifact: ClassVar[str] = "text_autoencoder"
 
     def __post_init__(self):
         check_ranges(self)
@@ -106,7 +106,7 @@ class TextJoint:
     alpha: FromZero = 1.0
     beta: FromZero = 1.0
     diagonal: ClassVar[bool] = True
-    leaves: ClassVar[str] = "text_joint"
+    artifact: ClassVar[str] = "text_joint"
 
     def __post_init__(self):
         check_ranges(self)
@@ -129,7 +129,7 @@ class TextJoint:
         means = student.net.moments(sample.x0)[0]
         z = normalised(means)
         x1 = normal_like(z, named_by_noise("flow", sample.x1))
-        t = along(sample.t, z)
+        t = broadcast_time(sample.t, z)
         velocity = student.velocity(((1 - t) * z + t * x1).to(z.dtype), sample.t, sample.cond)
         return (velocity - (x1 - z)).float().square().mean()
 

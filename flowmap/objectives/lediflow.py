@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import CountFromZero, FromZero, check_ranges
-from flowmap.flow.types import Loss, PathSample, Teacher, along
+from flowmap.flow.types import Loss, PathSample, Teacher, broadcast_time
 
 
 class PriorNet(Protocol):
@@ -41,7 +41,7 @@ class VarianceGuided:
     free_bits: FromZero = 0.0
     warmup_steps: CountFromZero = 0
     diagonal: ClassVar[bool] = True
-    leaves: ClassVar[str] = "prior"
+    artifact: ClassVar[str] = "prior"
 
     def __post_init__(self):
         check_ranges(self)
@@ -94,7 +94,7 @@ class _ByVariance:
 
     def __call__(self, variance: Tensor) -> Tensor:
         weight = (variance + self.floor) ** self.power
-        return weight / (weight.mean() if self.over == "batch" else along(weight.flatten(1).mean(1), weight))
+        return weight / (weight.mean() if self.over == "batch" else broadcast_time(weight.flatten(1).mean(1), weight))
 
 
 @dataclass(frozen=True)

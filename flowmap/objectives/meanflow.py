@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import BelowOne, Positive, Share, check_ranges
-from flowmap.flow.derivative import DERIVATIVES, along_path, without_graph
+from flowmap.flow.derivative import derivative_named, eulerian_derivative, without_graph
 from flowmap.flow.distance import Adaptive, Distance
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 from flowmap.objectives.ayf import off_diagonal
 
 
@@ -27,7 +27,7 @@ class MeanFlow:
     tangent: d/dt is taken along "target", v itself, or along "student", the student's own F(x, t, t), which the noise does not shake.
     omega, kappa: guidance in the target, v <- omega v + kappa F(x, t, t) + (1 - omega - kappa) F(x, t, t | no class), where t lies in
     `guided` and the sample has a class; the student learns the guided flow of scale omega / (1 - kappa). (1, 0) is none.
-    distance: by default the paper's, |.|^2 / sg(|.|^2 + offset)^power. derivative: "ride", "forward" or "difference".
+    distance: by default the paper's, |.|^2 / sg(|.|^2 + offset)^power. derivative: "dual", "forward" or "difference".
     """
 
     distance: Distance = Adaptive()
@@ -35,13 +35,12 @@ class MeanFlow:
     omega: Positive = 1.0
     kappa: BelowOne = 0.0
     guided: tuple[Share, Share] = (0.0, 1.0)
-    derivative: str = "ride"
+    derivative: str = "dual"
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        object.__setattr__(self, "derivative", derivative_named(self.derivative))
         if self.tangent not in ("target", "student"):
             raise ValueError(f"tangent: {self.tangent!r} is not one of target, student")
         if not self.guided[0] <= self.guided[1]:
@@ -52,9 +51,11 @@ class MeanFlow:
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         v = self._guided(student, sample, v).detach()
         direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
-        derive = lambda x, t, s, v, cond, rows: along_path(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
+        derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
+            student, x, t, s, v, cond, mode=self.derivative, rows=rows
+        )
         mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=True)
-        target = v - along(t - s, x) * rate
+        target = v - broadcast_time(t - s, x) * rate
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)
         return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
@@ -72,4 +73,4 @@ class MeanFlow:
         dropped = without_graph(student, x, t, t, {**cond, "class": torch.full_like(cond["class"], -1)})
         mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped
         inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)
-        return torch.where(along(inside, x), mixed, v)
+        return torch.where(broadcast_time(inside, x), mixed, v)

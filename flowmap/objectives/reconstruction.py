@@ -37,7 +37,7 @@ class Reconstruction:
     squared: FromZero = 1.0
     kl: FromZero = 1e-4
     diagonal: ClassVar[bool] = True
-    leaves: ClassVar[str] = "autoencoder"
+    artifact: ClassVar[str] = "autoencoder"
 
     def __post_init__(self):
         check_ranges(self)

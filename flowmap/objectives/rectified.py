@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Positive, check_ranges
 from flowmap.flow.distance import PseudoHuber, Squared
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
 
 EDGE = 1e-5  # below it 1 / t is not followed: where U-shaped times end
@@ -47,7 +47,7 @@ class LPIPSHuber:
 
     def __call__(self, velocity: Tensor, sample: PathSample, student: FlowMap) -> Tensor:
         huber = PseudoHuber(self.scale)(velocity, sample.x1 - sample.x0)
-        guess = sample.xt - along(sample.t, sample.xt) * velocity
+        guess = sample.xt - broadcast_time(sample.t, sample.xt) * velocity
         with torch.no_grad():
             wanted = pictures_of(student, sample.x0)
         perceptual = distance_by(self.net, pictures_of(student, guess), wanted)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Positive, Share
-from flowmap.flow.derivative import along_path
+from flowmap.flow.derivative import eulerian_derivative
 from flowmap.flow.distance import gradient_as_target, normalise
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 from flowmap.objectives.tangent import Tangent
 from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
@@ -39,13 +39,14 @@ class SCM(Tangent):
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
-        mean_velocity, rate = along_path(student, x, t, torch.zeros_like(t), v, cond, mode=self.derivative)
+        mean_velocity, rate = eulerian_derivative(student, x, t, torch.zeros_like(t), v, cond, mode=self.derivative)
         radius, cos2 = self._radius_and_cos2(t)
         r = self.tangent_weight(step)
         pull = mean_velocity.detach() - v
-        whole = along(1 - t, x) * (pull + along(t, x) * rate)
-        g = -along(radius, x) * ((1 - r) * along(cos2, x) * pull + r * whole)
-        network = along(radius / self.sigma_data, x) * mean_velocity  # what TrigFlow adds to it has no gradient
+        whole = broadcast_time(1 - t, x) * (pull + broadcast_time(t, x) * rate)
+        g = -broadcast_time(radius, x) * ((1 - r) * broadcast_time(cos2, x) * pull + r * whole)
+        # what TrigFlow adds to it has no gradient
+        network = broadcast_time(radius / self.sigma_data, x) * mean_velocity
         error = gradient_as_target(network, -normalise(g, c=self.c, norm=self.norm)) / x[0].numel()
         loss = self.weight(error, student, t, torch.zeros_like(t))
         logs = {"residual_norm": g.flatten(1).norm(dim=1), "tangent_norm": rate.flatten(1).norm(dim=1)}

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Range, Rate, check_ranges
 from flowmap.flow.distance import gradient_as_target
 from flowmap.flow.draws import Generator, one_of
-from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, along
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, broadcast_time
 from flowmap.objectives.flow_matching import FlowMatching
 
 LEAST = 1e-6  # of the mean that g is divided by
@@ -62,9 +62,9 @@ class ScoreDistillation:
         x, t, cond = sample.xt.detach(), sample.t, sample.cond
         with torch.no_grad():
             real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)
-            g = along(t, x) * (real - other)
-            away = (sample.x0 - (x - along(t, x) * real)).abs().flatten(1).mean(1)
-            direction = g / along(away.clamp_min(LEAST), g) if self.normalised else g
+            g = broadcast_time(t, x) * (real - other)
+            away = (sample.x0 - (x - broadcast_time(t, x) * real)).abs().flatten(1).mean(1)
+            direction = g / broadcast_time(away.clamp_min(LEAST), g) if self.normalised else g
         loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())
         return Loss(loss.mean(), {"residual_norm": g.flatten(1).norm(dim=1), "distance_to_teacher": away})
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.derivative import (
-    DERIVATIVES,
-    along_path,
-    in_arrival,
+    derivative_named,
+    eulerian_derivative,
+    lagrangian_derivative,
     value_and_graded_rate,
     value_and_rate,
     without_graph,
 )
 from flowmap.flow.distance import Distance, Squared
 from flowmap.flow.shares import called_on
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, along, rows_of
+from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
 SPLITS = ("midpoint", "uniform")
@@ -71,15 +71,14 @@ def _mean(error: Tensor, rows: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _ByRate(SelfDistilled):
     """through_rate: the gradient also runs through the student's time derivative, as the paper's does (by torch.func.jvp with a
-    graph: about twice the activations); without it, the rate is part of the target. derivative: how a rate without graph is taken, "ride",
+    graph: about twice the activations); without it, the rate is part of the target. derivative: how a rate without graph is taken, "dual",
     "forward" or "difference"."""
 
     through_rate: bool = True
-    derivative: str = "ride"
+    derivative: str = "dual"
 
     def __post_init__(self):
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        object.__setattr__(self, "derivative", derivative_named(self.derivative))
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ class ESD(_ByRate):
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
-        length = along(t - s, x)
+        length = broadcast_time(t - s, x)
         own = without_graph(student, x, t, t, cond)
         if not self.through_rate:
-            mean_velocity, rate = along_path(student, x, t, s, own, cond, mode=self.derivative)
+            mean_velocity, rate = eulerian_derivative(student, x, t, s, own, cond, mode=self.derivative)
             return mean_velocity + length * rate, own
         of_time = lambda t: student.mean_velocity(x, t, s, cond)
         mean_velocity, rate = value_and_graded_rate(of_time, (t,), (torch.ones_like(t),))
@@ -107,12 +106,12 @@ class LSD(_ByRate):
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
-        length = along(t - s, x)
+        length = broadcast_time(t - s, x)
         if self.through_rate:
             of_arrival = lambda s: student.mean_velocity(x, t, s, cond)
             mean_velocity, rate = value_and_graded_rate(of_arrival, (s,), (torch.ones_like(s),))
         else:
-            mean_velocity, rate = in_arrival(student, x, t, s, cond, mode=self.derivative)
+            mean_velocity, rate = lagrangian_derivative(student, x, t, s, cond, mode=self.derivative)
         arrival = (x - length * mean_velocity.detach()).to(x.dtype)
         own = without_graph(student, arrival, s, s, cond)
         return mean_velocity - length * rate, own
@@ -137,9 +136,9 @@ class PSD(SelfDistilled):
         h = spread(sample.places(step), t) if self.split == "uniform" else torch.full_like(t, 0.5)
         middle = t - h * (t - s)
         first = without_graph(student, x, t, middle, cond)
-        between = (x + along(middle - t, x) * first).to(x.dtype)
+        between = (x + broadcast_time(middle - t, x) * first).to(x.dtype)
         second = without_graph(student, between, middle, s, cond)
-        return mean_velocity, along(h, x) * first + along(1 - h, x) * second
+        return mean_velocity, broadcast_time(h, x) * first + broadcast_time(1 - h, x) * second
 
 
 def spread(place: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowmap.base.ranges import Range, check_ranges
 from flowmap.flow.derivative import without_graph
 from flowmap.flow.distance import Distance, Squared
-from flowmap.flow.types import FlowMap, PathSample, along
+from flowmap.flow.types import FlowMap, PathSample, broadcast_time
 from flowmap.objectives.self_distilled import SelfDistilled
 
 
@@ -40,6 +40,6 @@ class Shortcut(SelfDistilled):
         middle = (t + s) / 2
         shortest = (t - s) / 2 * self.finest <= 1 + 1e-6 if self.finest else torch.zeros_like(t, dtype=torch.bool)
         first = without_graph(student, x, t, torch.where(shortest, t, middle), cond)
-        between = (x + along(middle - t, x) * first).to(x.dtype)
+        between = (x + broadcast_time(middle - t, x) * first).to(x.dtype)
         second = without_graph(student, between, middle, torch.where(shortest, middle, s), cond)
         return mean_velocity, (first + second) / 2

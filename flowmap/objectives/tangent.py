@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
-from flowmap.flow.derivative import DERIVATIVES
+from flowmap.flow.derivative import derivative_named
 from flowmap.flow.distance import NORMS
 
 
@@ -14,7 +14,7 @@ from flowmap.flow.distance import NORMS
 class Tangent:
     """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per sample.
 
-    norm is "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is taken: "ride", "forward" or "difference"
+    norm is "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is taken: "dual", "forward" or "difference"
     (flow/derivative.py).
     """
 
@@ -22,13 +22,12 @@ class Tangent:
     r_max: Share = 0.99
     norm: str = "l2"
     c: FromZero = 0.1
-    derivative: str = "ride"
+    derivative: str = "dual"
     diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)
-        if self.derivative not in DERIVATIVES:
-            raise ValueError(f"derivative: {self.derivative!r} is not one of {', '.join(DERIVATIVES)}")
+        object.__setattr__(self, "derivative", derivative_named(self.derivative))
         if self.norm not in NORMS:
             raise ValueError(f"norm: {self.norm!r} is not one of {', '.join(NORMS)}")
 

@@ -35,8 +35,8 @@ from flowmap.plan.dependencies import (
 from flowmap.plan.provenance import WHERE, identity, pairs_spec
 from flowmap.plan.same_run import BUILT_ON, name_in_0_1, same_training
 from flowmap.recipe.kinds import TABLES
-from flowmap.recipe.recipe import Recipe
-from flowmap.student.config import BESIDE
+from flowmap.recipe.recipe import Recipe, in_old_words
+from flowmap.student.config import SHIPPED_AUTOENCODER
 from flowmap.teachers.card import Card
 
 
@@ -97,7 +97,9 @@ class Pairing:
     @property
     def complete(self) -> bool:
         try:
-            return pairs.unlike(pairs.read_index(self.folder)["identity"], pairs_identity(self.recipe)) is None
+            return (
+                pairs.first_difference(pairs.read_index(self.folder)["identity"], pairs_identity(self.recipe)) is None
+            )
         except ValueError:  # not there, torn, or its data is still to be encoded
             return False
 
@@ -148,7 +150,7 @@ def data_of(recipe: Recipe) -> Any:
     trained = autoencoder_recipes(recipe)
     if trained:
         folder = dependency_folder(trained[0]) / "student"
-        source = str(folder / BESIDE if trained[0].leaves == "text_joint" else folder)
+        source = str(folder / SHIPPED_AUTOENCODER if trained[0].artifact == "text_joint" else folder)
         data = replace(data, autoencoder=replace(data.autoencoder, source=source, recipe=None))
     if isinstance(data, Text):
         return data if data.root else replace(data, root=str(runs_root() / "text-latents"))
@@ -186,7 +188,7 @@ def pairs_of(recipe: Recipe) -> Pairs:
 
     def parts(hash_of: Callable[[Recipe], str]) -> tuple:
         prior = (
-            (to_plain(recipe.prior, TABLES), [hash_of(one) for one in prior_recipes(recipe)])
+            (in_old_words(to_plain(recipe.prior, TABLES)), [hash_of(one) for one in prior_recipes(recipe)])
             if isinstance(recipe.prior, Learned)
             else ()
         )
@@ -222,7 +224,7 @@ def dependency_folder(recipe: Recipe) -> Path:
     named = runs_root() / _name_of(recipe)
     hashed = [named, *sorted(runs_root().glob(f"{glob.escape(recipe.name)}-{'[0-9a-f]' * 8}"))]
     whole = next((folder for folder in (runs_root() / recipe.name, *hashed) if is_complete(folder, recipe)), None)
-    return whole or next((folder for folder in hashed if holds(folder, recipe)), named)
+    return whole or next((folder for folder in hashed if matches(folder, recipe)), named)
 
 
 def built_on(recipe: Recipe) -> list[str]:
@@ -254,10 +256,10 @@ def trained_run(trained: Recipe, recipe: Recipe, slot: str) -> Path:
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
     """The folder holds a finished run of this recipe: metrics.json is written last."""
-    return (folder / "metrics.json").is_file() and (folder / "student").is_dir() and holds(folder, recipe)
+    return (folder / "metrics.json").is_file() and (folder / "student").is_dir() and matches(folder, recipe)
 
 
-def holds(folder: Path, recipe: Recipe) -> bool:
+def matches(folder: Path, recipe: Recipe) -> bool:
     """The folder's run is trained as the recipe says, and what it was built on is what it would be built on today."""
     if not (folder / "recipe.yaml").is_file():
         return False
@@ -274,7 +276,7 @@ def _same_built_on(path: Path, recipe: Recipe) -> bool:
     return there == built_on(recipe) or set(there) == {name_in_0_1(dependency_folder(one)) for one in _built_on(recipe)}
 
 
-def mark(folder: Path, recipe: Recipe) -> None:
+def stamp(folder: Path, recipe: Recipe) -> None:
     """Writes what `holds` looks at."""
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     if on := built_on(recipe):

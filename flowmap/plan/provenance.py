@@ -77,7 +77,7 @@ def identity(
         made_by = _of_card(recipe, card_of, find_card, weights_of)
     else:
         made_by = _of_recipe(recipe.named(spec.recipe), weights_of)
-    told = {
+    found = {
         "format": FORMAT,
         "clock": CLOCK,
         "teacher": made_by,
@@ -87,8 +87,8 @@ def identity(
         "data": _of_data(recipe, data),
     }
     if isinstance(recipe.prior, Learned):
-        told["prior"] = _of_prior(recipe, recipe.prior, weights_of)
-    return json.loads(json.dumps(told))
+        found["prior"] = _of_prior(recipe, recipe.prior, weights_of)
+    return json.loads(json.dumps(found))
 
 
 def _of_prior(recipe: Recipe, prior: Learned, weights_of) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def _of_prior(recipe: Recipe, prior: Learned, weights_of) -> dict[str, Any]:
         flow = {"flow": _of_recipe(recipe.named(prior.z.recipe, prior.z.overrides), weights_of), "steps": prior.z.steps}
     else:
         codes = prior.z
-    told = _of_recipe(recipe.named(prior.recipe, prior.overrides), weights_of)
-    return {**told, "scale": prior.scale, "z": to_plain(codes, TABLES), **flow}
+    found = _of_recipe(recipe.named(prior.recipe, prior.overrides), weights_of)
+    return {**found, "scale": prior.scale, "z": to_plain(codes, TABLES), **flow}
 
 
 def _of_recipe(trained: Recipe, weights_of) -> dict[str, Any]:
@@ -110,28 +110,28 @@ def _of_card(recipe: Recipe, card_of, find_card, weights_of) -> dict[str, Any]:
     teacher = pairs_spec(recipe).teacher
     assert teacher is not None
     guidance = teacher.guidance
-    told = _card(recipe, card_of(teacher), weights_of)
+    found = _card(recipe, card_of(teacher), weights_of)
     if guidance is not None:
         plain = to_plain(guidance, TABLES)
-        told["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
+        found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
-        told["weak"] = _card(recipe, find_card(guidance.weak), weights_of)
-    return told
+        found["weak"] = _card(recipe, find_card(guidance.weak), weights_of)
+    return found
 
 
 def _card(recipe: Recipe, card: Card, weights_of) -> dict[str, Any]:
     here = card.source is not None and Path(card.source).is_dir()  # then its weights name it, not where they lie
-    told = {"card": card.name, "kind": card.kind, "source": None if here else card.source, "revision": card.revision}
+    found = {"card": card.name, "kind": card.kind, "source": None if here else card.source, "revision": card.revision}
     teacher = pairs_spec(recipe).teacher
     assert teacher is not None
     trained = recipe.named(card.trained_by, teacher.overrides) if card.kind == "recipe" else None
-    told |= {"recipe": None if trained is None else trained.name, "hash": None if trained is None else trained.hash()}
+    found |= {"recipe": None if trained is None else trained.name, "hash": None if trained is None else trained.hash()}
     folder = weights_of(trained or card)
-    return {key: value for key, value in told.items() if value is not None} | {"weights": weights_hash(folder)}
+    return {key: value for key, value in found.items() if value is not None} | {"weights": weights_hash(folder)}
 
 
 def _of_data(recipe: Recipe, data: Any) -> dict[str, Any]:
     if isinstance(data, Encoded):
         return {"kind": "encoded", "conditional": data.conditional, **data.identity(), **data.chosen()}
-    told = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
-    return told | ({"reader": READER} if isinstance(data, Folder) else {})
+    found = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    return found | ({"reader": READER} if isinstance(data, Folder) else {})

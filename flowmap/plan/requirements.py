@@ -44,7 +44,7 @@ def check_sizes(recipe: Recipe, data: Dataset) -> None:
     }
     try:
         check_metrics(
-            seen.get(recipe.leaves, ()),
+            seen.get(recipe.artifact, ()),
             data,
             conditional=recipe.data.conditional,
             paired=isinstance(recipe.coupling, Pairs),
@@ -89,11 +89,13 @@ def shipped_prior(recipe: Recipe) -> Shipped | None:
     if not isinstance(recipe.prior, Learned):
         return None
     trained = prior_recipes(recipe)[0]
-    if trained.leaves != "prior":
+    if trained.artifact != "prior":
         raise RecipeError(
             f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided"
         )
-    return Shipped(auxiliary(trained.student).size, recipe.prior.scale, recipe.prior.told, trained.name, trained.hash())
+    return Shipped(
+        auxiliary(trained.student).size, recipe.prior.scale, recipe.prior.conditioning, trained.name, trained.hash()
+    )
 
 
 def check_prior(recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from flowmap.base.files import read_json
 from flowmap.base.schema import short_hash, to_plain
 from flowmap.recipe.kinds import TABLES
-from flowmap.recipe.recipe import Recipe, read_plain, read_resolved
+from flowmap.recipe.recipe import Recipe, in_old_words, read_plain, read_resolved
 
 BUILT_ON = "built_on.json"  # in a run folder: the runs that its weights or data come of
 MEASURED = ("sampler", "metrics", "evaluation")
@@ -51,6 +51,6 @@ def name_in_0_1(folder: Path) -> str | None:
     if not (folder / "recipe.yaml").is_file():
         return None
     plain = read_plain(folder / "recipe.yaml")
-    known = short_hash({key: value for key, value in plain.items() if key != "log"})
+    known = short_hash(in_old_words({key: value for key, value in plain.items() if key != "log"}))
     on = read_json(folder / BUILT_ON)["recipes"] if (folder / BUILT_ON).is_file() else []
     return f"{plain.get('name')}-{short_hash((known, on)) if on else known}"

@@ -39,7 +39,7 @@ def encode(
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
     batch_size: int = 32,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """index.json's contents where the encoding is complete; None where other processes still have shards to make, or complete it just now.
@@ -51,7 +51,7 @@ def encode(
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
     optional("pyarrow")
-    say = say or (lambda message: None)
+    log = log or (lambda message: None)
     survey.check_captions(spec.images, spec.text is not None)
     with making(folder, shard, waiting):
         encoder, what = Encoder(spec, device), _plan(spec)
@@ -60,17 +60,17 @@ def encode(
             encoder.load()  # before anything is written down
         check_plan(folder, what, "encoding", ("length", "fingerprint"))
         if not (folder / INDEX).is_file():
-            _say_each(say, survey.describe_source(spec.images, spec.text is not None))
+            _say_each(log, survey.describe_source(spec.images, spec.text is not None))
         _fill(spec, folder, encoder, *shard, batch_size)
     shards = _all_shards(spec, folder)
-    index = None if shards is None else _finish(spec, folder, encoder, shards, say)
-    _say_each(say, [] if index is None else survey.describe_index(index))
+    index = None if shards is None else _finish(spec, folder, encoder, shards, log)
+    _say_each(log, [] if index is None else survey.describe_index(index))
     return index
 
 
-def _say_each(say: Callable[[str], None], lines: list[str]) -> None:
+def _say_each(log: Callable[[str], None], lines: list[str]) -> None:
     for line in lines:
-        say(line)
+        log(line)
 
 
 class Encoder:
@@ -166,7 +166,7 @@ def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size
         raise RuntimeError(
             f"{path}: the source gave {shard.positions} items from position {start}; it has changed while it was read"
         )
-    return write_shard(folder, number, shard.write, shard.told())
+    return write_shard(folder, number, shard.write, shard.summary())
 
 
 def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
@@ -183,23 +183,23 @@ def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
     length = spec.images.length()
     shards: list[dict[str, Any]] = []
     while length is None or len(shards) * spec.shard_items < length:
-        told = whole(folder, len(shards))
-        if told is None:
+        summary = whole(folder, len(shards))
+        if summary is None:
             return None
-        shards.append({"file": shard_name(len(shards)), **told})
-        if length is None and told["positions"] < spec.shard_items:
+        shards.append({"file": shard_name(len(shards)), **summary})
+        if length is None and summary["positions"] < spec.shard_items:
             break
     return shards
 
 
 def _finish(
-    spec: Encoded, folder: Path, encoder: Encoder, shards: list[dict[str, Any]], say: Callable[[str], None]
+    spec: Encoded, folder: Path, encoder: Encoder, shards: list[dict[str, Any]], log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Writes what is common to all shards, index.json last; returns it. The same shards give the same bytes. None: another process is at it."""
 
     def finish() -> dict[str, Any]:
         index = _index(spec, shards)
-        _write_common(spec, folder, encoder, index, shards, say)
+        _write_common(spec, folder, encoder, index, shards, log)
         return index
 
     return once(folder, finish)
@@ -211,7 +211,7 @@ def _write_common(
     encoder: Encoder,
     index: dict[str, Any],
     shards: list[dict[str, Any]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     there = [folder / name for name in (INDEX, REFERENCE, *([EMPTY] if spec.text is not None else []))]
     if (
@@ -223,7 +223,7 @@ def _write_common(
     (folder / INDEX).unlink(missing_ok=True)
     if spec.text is not None:
         write_tensors(folder / EMPTY, encoder.text([""]))
-    say("reading the pictures that metrics compare with")
+    log("reading the pictures that metrics compare with")
     write_tensors(folder / REFERENCE, _reference(spec, folder, shards))
     index["files"] = [{"file": path.name, **measured(path)} for path in there if path.name != INDEX]
     write_json(folder / INDEX, index)

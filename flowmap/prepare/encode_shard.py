@@ -61,7 +61,7 @@ class Shard:
             kept = [one for one, ok in zip(usable, finite, strict=True) if ok]
             self._keep(kept, {name: value[finite] for name, value in columns.items()})
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What is known of the shard, as plain values; sum and squares are over all pixels of each channel of x0, class_rows by label."""
         names = (
             "positions",

@@ -46,7 +46,7 @@ def make_pairs(
     shard: tuple[int, int] = (0, 1),
     device: torch.device | str = "cpu",
     batch_size: int = 256,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """index.json's contents where the pairs are complete; None where other processes still have shards to make, or complete it just now.
@@ -64,15 +64,15 @@ def make_pairs(
         slot = pairs_teacher(recipe)
         if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
             alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
-            check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, say=say)
+            check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, log=log)
         check_plan(folder, maker.plan(), "set of pairs")
         _fill(maker, folder, shard, batch_size)
-    told = [whole(folder, number) for number in range(len(maker.ranges()))]
-    complete = [one for one in told if one is not None]
+    summaries = [whole(folder, number) for number in range(len(maker.ranges()))]
+    complete = [one for one in summaries if one is not None]
     return (
         None
-        if len(complete) < len(told)
-        else once(folder, lambda: _finish(maker, folder, complete, say or (lambda message: None)))
+        if len(complete) < len(summaries)
+        else once(folder, lambda: _finish(maker, folder, complete, log or (lambda message: None)))
     )
 
 
@@ -138,7 +138,9 @@ class Maker:
             columns["x1"] = solved.x.half().cpu()
         else:
             start = self.starts(pairs)
-            solved = self.spec.solver(self.velocity({**cond, **start.told}, len(pairs)), start.x1.to(self.device))
+            solved = self.spec.solver(
+                self.velocity({**cond, **start.conditioning}, len(pairs)), start.x1.to(self.device)
+            )
             columns["x0"] = pack(solved.x, self.dtype)
         self._must_be_finite(solved.x, columns, pairs)
         return columns, solved.calls * self.teacher.calls_per_step
@@ -202,30 +204,30 @@ def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int
     import pyarrow
 
     batches: list[Any] = []
-    told: dict[str, Any] = {"rows": len(pairs), "inverted": maker.inverted(pairs), "calls": 0, "squared_norms": []}
+    summary: dict[str, Any] = {"rows": len(pairs), "inverted": maker.inverted(pairs), "calls": 0, "squared_norms": []}
     for at in range(0, len(pairs), batch_size):
         part = pairs[at : at + batch_size]
-        columns, told["calls"] = maker.columns(part)
+        columns, summary["calls"] = maker.columns(part)
         arrays = {
             "pair": pyarrow.array(list(part)),
             **{name: pyarrow.array(columns.pop(name).numpy()) for name in ("label", "place")},
         }
         batches.append(pyarrow.record_batch(arrays | {name: to_column(value) for name, value in columns.items()}))
         if "x1" in columns:
-            told["squared_norms"] += columns["x1"].double().flatten(1).square().sum(1).tolist()
-    write_shard(folder, number, lambda path: write_stream(path, batches), told)
+            summary["squared_norms"] += columns["x1"].double().flatten(1).square().sum(1).tolist()
+    write_shard(folder, number, lambda path: write_stream(path, batches), summary)
 
 
-def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
+def _finish(maker: Maker, folder: Path, summaries: list[dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:
     """Writes index.json and gives it. The same shards give the same bytes."""
-    norms = [norm for shard in told for norm in shard["squared_norms"]]
+    norms = [norm for shard in summaries for norm in shard["squared_norms"]]
     index = {
         **maker.plan(),
         "dtype": maker.dtype,
-        "nfe": max(shard["calls"] for shard in told),
+        "nfe": max(shard["calls"] for shard in summaries),
         "rows": maker.spec.num,
         "shards": [
-            {"file": shard_name(i), **{key: one[key] for key in KEPT if key in one}} for i, one in enumerate(told)
+            {"file": shard_name(i), **{key: one[key] for key in KEPT if key in one}} for i, one in enumerate(summaries)
         ],
         "inverted_noise": chi_square(norms, math.prod(maker.data.shape)) if norms else None,
     }
@@ -238,7 +240,7 @@ def _finish(maker: Maker, folder: Path, told: list[dict[str, Any]], say: Callabl
             stacklevel=4,
         )
     elif norms:
-        say(described(index["inverted_noise"]))
+        log(described(index["inverted_noise"]))
     return index
 
 

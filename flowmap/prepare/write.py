@@ -58,13 +58,13 @@ def whole(folder: Path, number: int) -> dict[str, Any] | None:
     """What a shard's .json says of it; None where the shard is not there, or not whole."""
     path = folder / shard_name(number)
     try:
-        told = read_json(path.with_suffix(".json"))
-        return told if path.stat().st_size == told["bytes"] else None
+        summary = read_json(path.with_suffix(".json"))
+        return summary if path.stat().st_size == summary["bytes"] else None
     except (ValueError, KeyError, OSError):
         return None
 
 
-def write_shard(folder: Path, number: int, write: Callable[[Path], None], told: Mapping[str, Any]) -> dict[str, Any]:
+def write_shard(folder: Path, number: int, write: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Writes one shard, first what it holds (.json), then the shard itself; gives the former, its bytes and SHA-256 among it."""
     path = folder / shard_name(number)
     for stale in folder.glob(f".{path.stem}.*.tmp"):  # of a killed process: this one alone makes the shard now
@@ -72,7 +72,7 @@ def write_shard(folder: Path, number: int, write: Callable[[Path], None], told: 
 
     def both(temporary: Path) -> None:
         write(temporary)
-        write_json(path.with_suffix(".json"), {**told, **measured(temporary)})
+        write_json(path.with_suffix(".json"), {**summary, **measured(temporary)})
 
     write_beside(path, both)
     return read_json(path.with_suffix(".json"))

@@ -154,9 +154,9 @@ def _bases(path: Path, base: Any) -> list[Path]:
         raise RecipeError(f"{path.name}: base: {base!r} is not the name or the path of a recipe, and no list of them")
     found: list[Path] = []
     for name in names:
-        beside = path.parent / f"{name.removesuffix('.yaml')}.yaml"
+        sibling = path.parent / f"{name.removesuffix('.yaml')}.yaml"
         try:
-            file = beside if _is_there(beside) else find_recipe(name)
+            file = sibling if _is_there(sibling) else find_recipe(name)
         except RecipeError as error:
             raise RecipeError(f"{path.name}: base: {str(error).removeprefix('recipe: ')}") from None
         if any(file.resolve() == other.resolve() for other in found):

@@ -95,7 +95,7 @@ class EMA(Protocol):
     """How weights are averaged; settings.py has the kinds."""
 
 
-def left_by(part: Any) -> str:
+def artifact_of(part: Any) -> str:
     """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
     return getattr(part, "leaves", "student")
 
@@ -113,7 +113,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     StudentSpec: {**STARTS, **NETS},
     NetSpec: {
         **STARTS,
-        **{kind: net for kind, net in NETS.items() if net is not Stacked and left_by(net) == "student"},
+        **{kind: net for kind, net in NETS.items() if net is not Stacked and artifact_of(net) == "student"},
     },
     TextCoderSpec: {"text_vae": NETS["text_vae"]},
     Objective: OBJECTIVES,

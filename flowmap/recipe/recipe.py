@@ -33,7 +33,7 @@ from flowmap.objectives.lediflow import Unweighted
 from flowmap.recipe.composing import composed, find_recipe, is_part, load, merge
 from flowmap.recipe.composing import list_recipes as list_recipes  # others take these from here
 from flowmap.recipe.composing import shipped as shipped
-from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, left_by
+from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, artifact_of
 from flowmap.recipe.optimizer import AdamW
 from flowmap.recipe.settings import ClassifierFree, Evaluation, Log, PowerEMA, Trainer
 from flowmap.samplers import Deterministic, Gamma
@@ -71,7 +71,7 @@ class Recipe:
         self._check_leaves()
         if self.lora is not None:
             self._check_lora()
-        if isinstance(self.coupling, Pairs) and self.leaves != "student":
+        if isinstance(self.coupling, Pairs) and self.artifact != "student":
             raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")
         self._check_prior()
         if isinstance(self.distillation, (Rectified, Endpoint)):
@@ -126,13 +126,13 @@ class Recipe:
         return getattr(self.student, "lora", None)
 
     def _check_leaves(self) -> None:
-        if self.leaves == "text_joint" and self.trainer.strategy == "fsdp":
+        if self.artifact == "text_joint" and self.trainer.strategy == "fsdp":
             raise ValueError(
                 "trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp"
             )
-        if left_by(self.student) == self.leaves:
+        if artifact_of(self.student) == self.artifact:
             return
-        kinds = [kind for kind, net in TABLES[StudentSpec].items() if left_by(net) == self.leaves]
+        kinds = [kind for kind, net in TABLES[StudentSpec].items() if artifact_of(net) == self.artifact]
         objective, student = kind_of(self.objective, TABLES), kind_of(self.student, TABLES)
         raise ValueError(
             f"objective: {objective} does not train a student of kind {student}; allowed: {', '.join(kinds)}"
@@ -143,9 +143,9 @@ class Recipe:
             raise ValueError(
                 "trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp"
             )
-        way, dropout = getattr(self.distillation, "derivative", "ride"), 0.0 if self.lora is None else self.lora.dropout
-        if dropout and way != "ride":
-            what = f"{dropout} wants objective.derivative: ride; {way!r} would see another mask"
+        way, dropout = getattr(self.distillation, "derivative", "dual"), 0.0 if self.lora is None else self.lora.dropout
+        if dropout and way != "dual":
+            what = f"{dropout} wants objective.derivative: dual; {way!r} would see another mask"
             raise ValueError(f"student.lora.dropout: {what}")
 
     def _check_pairs(self) -> None:
@@ -231,7 +231,7 @@ class Recipe:
             )
         if not learned:
             return
-        if self.leaves != "student":
+        if self.artifact != "student":
             raise ValueError("prior: an autoencoder or an auxiliary model is trained without one; leave it gaussian")
         if self.data.conditional:
             raise ValueError(
@@ -255,9 +255,9 @@ class Recipe:
             )
 
     @property
-    def leaves(self) -> str:
+    def artifact(self) -> str:
         """What the run leaves: a student that samples, an autoencoder, a text_autoencoder, or a prior (the auxiliary model of one)."""
-        return left_by(self.objective)
+        return artifact_of(self.objective)
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, every default written out; reading it gives the same recipe."""
@@ -265,7 +265,7 @@ class Recipe:
 
     def hash(self) -> str:
         """Eight hexadecimal digits that change with anything that changes the result (not with how the run is logged)."""
-        return short_hash({key: value for key, value in to_plain(self, TABLES).items() if key != "log"})
+        return short_hash(in_old_words({key: value for key, value in to_plain(self, TABLES).items() if key != "log"}))
 
     def training(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, as plain values.
@@ -284,7 +284,7 @@ class Recipe:
 
     def training_hash(self) -> str:
         """Eight hexadecimal digits that change with anything in `training`."""
-        return short_hash(self.training())
+        return short_hash(in_old_words(self.training()))
 
     def missing(self) -> list[str]:
         """Keys whose value is ??? and must be given before a run."""
@@ -292,6 +292,20 @@ class Recipe:
 
 
 KEYS = [f.name for f in fields(Recipe)]
+
+
+def in_old_words(plain: Any) -> Any:
+    """Settings as version 0.1 named them. Hashes are taken of these, so that a new name of a setting changes no hash."""
+    if isinstance(plain, (list, tuple)):
+        return type(plain)(in_old_words(value) for value in plain)
+    if not isinstance(plain, Mapping):
+        return plain
+    learned = plain.get("kind") == "learned"
+    words = {"conditioning": "told"} if learned else {}
+    return {
+        words.get(key, key): "ride" if (key, value) == ("derivative", "dual") else in_old_words(value)
+        for key, value in plain.items()
+    }
 
 
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:

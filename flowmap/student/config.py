@@ -12,7 +12,7 @@ from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text.dataset import Attribute
 from flowmap.flow.types import Sampler
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
-from flowmap.nets.embed import Further
+from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora
 from flowmap.nets.stacked import NetSpec
@@ -20,14 +20,14 @@ from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.student.prior import Shipped
 
 FORMAT = 1
-BESIDE = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
+SHIPPED_AUTOENCODER = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
 
 
-def found_beside(spec: Any, folder: Path | None) -> Any:
+def in_student_folder(spec: Any, folder: Path | None) -> Any:
     """An autoencoder (or None) whose source is the folder beside the weights, told where that is; any other as it is."""
     return (
-        replace(spec, source=str(folder / BESIDE))
-        if spec is not None and spec.source == BESIDE and folder is not None
+        replace(spec, source=str(folder / SHIPPED_AUTOENCODER))
+        if spec is not None and spec.source == SHIPPED_AUTOENCODER and folder is not None
         else spec
     )
 
@@ -85,19 +85,21 @@ class StudentConfig:
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
-        if self.told and not getattr(self.net, "takes_further", False):
+        if self.conditioning and not getattr(self.net, "takes_extra_conditions", False):
             raise ValueError(
-                f"prior.told: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false"
+                f"prior.conditioning: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false"
             )
-        if self.descriptions and not getattr(self.net, "takes_further", False):
-            kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_further", False))
+        if self.descriptions and not getattr(self.net, "takes_extra_conditions", False):
+            kinds = ", ".join(
+                kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_extra_conditions", False)
+            )
             what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
             raise ValueError(f"attributes: {what}; allowed: {kinds}")
 
     @property
-    def told(self) -> bool:
+    def conditioning(self) -> bool:
         """The network is told the code z of where a sample starts."""
-        return self.prior is not None and self.prior.told
+        return self.prior is not None and self.prior.conditioning
 
     @property
     def descriptions(self) -> tuple[str, ...]:
@@ -105,11 +107,11 @@ class StudentConfig:
         return (*(one.name for one in self.attributes), *self.contexts)
 
     @property
-    def further(self) -> tuple[Further, ...]:
+    def further(self) -> tuple[ExtraCondition, ...]:
         """The conditions beside class and guidance, as networks are told of them."""
-        attributes = (Further(one.name, len(one.values), "number") for one in self.attributes)
-        contexts = (Further(name, math.prod(self.shape), "context") for name in self.contexts)
-        code = [Further("z", self.prior.size, "code")] if self.prior is not None and self.told else []
+        attributes = (ExtraCondition(one.name, len(one.values), "number") for one in self.attributes)
+        contexts = (ExtraCondition(name, math.prod(self.shape), "context") for name in self.contexts)
+        code = [ExtraCondition("z", self.prior.size, "code")] if self.prior is not None and self.conditioning else []
         return (*attributes, *contexts, *code)
 
     def classes_listed(self, shown: int = 20) -> str:

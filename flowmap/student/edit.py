@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flowmap.base.images import from_bytes
 from flowmap.data.sources import load_upright
-from flowmap.flow.prior import LearnedPrior, rows_told, starts
+from flowmap.flow.prior import LearnedPrior, conditioning_rows, starts
 from flowmap.samplers import asked_for
 from flowmap.student.student import Student
 
@@ -46,7 +46,7 @@ def inpaint(
     drawn = []
     for i in range(0, num, batch_size):
         at = slice(i, i + batch_size)
-        cond = rows_told(start, at, student.device)
+        cond = conditioning_rows(start, at, student.device)
         drawn.append(_resolved(student, start.x1[at].to(student.device), cond, x0, hole, steps, solver))
     pictures = student.pictures(torch.cat(drawn))
     return torch.where(mask.to(pictures.device), pictures, picture.to(pictures.device))
@@ -87,7 +87,7 @@ def interpolate(
     noise = torch.randn(1, *student.config.shape, generator=torch.Generator().manual_seed(seed)).to(student.device)
     start = prior.place(z, noise.expand(num, *student.config.shape))
     sampler = asked_for(student.config.sampler, solver=solver)
-    return student.pictures(sampler(student.flow_map, start.x1, dict(start.told), steps=steps))
+    return student.pictures(sampler(student.flow_map, start.x1, dict(start.conditioning), steps=steps))
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

@@ -18,12 +18,15 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
 from flowmap.recipe.kinds import TABLES
-from flowmap.student.config import BESIDE, FORMAT, StudentConfig
+from flowmap.student.config import FORMAT, SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
 
 FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
-FOLDERS = (BESIDE, PRIOR)  # what may lie beside these files: whatever the student needs beyond its own weights
+FOLDERS = (
+    SHIPPED_AUTOENCODER,
+    PRIOR,
+)  # what may lie beside these files: whatever the student needs beyond its own weights
 MAX_SIZE = 1 << 28  # entries of a sample
 
 

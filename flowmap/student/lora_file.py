@@ -78,13 +78,13 @@ def _scaling(path: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    told = {key.rpartition(".")[2]: value for key, value in told.items()}
-    beside = path.with_name("adapter_config.json")
-    if not told and beside.is_file():
-        told = read_json(beside)
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    settings = {key.rpartition(".")[2]: value for key, value in settings.items()}
+    settings_file = path.with_name("adapter_config.json")
+    if not settings and settings_file.is_file():
+        settings = read_json(settings_file)
     for name in ("alpha_pattern", "use_dora", "use_rslora"):
-        if told.get(name):
+        if settings.get(name):
             raise ValueError(f"--lora: {path}: {name} is set, which is not read")
-    alpha = told.get("lora_alpha")
+    alpha = settings.get("lora_alpha")
     return lambda layer, rank: 1.0 if alpha is None else alpha / rank

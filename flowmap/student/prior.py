@@ -6,18 +6,18 @@ The run that trains the auxiliary model leaves one in student/, with codes ~ N(0
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from flowmap.base.files import read_json, read_tensors, write_json, write_tensors
-from flowmap.base.schema import construct, to_plain
+from flowmap.base.schema import construct, renamed, to_plain
 from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
 from flowmap.flow.prior import CodeSampler, FlowCodes, LearnedPrior, MixtureCodes, NormalCodes
 from flowmap.flow.solver import Heun
-from flowmap.nets.flow_map import FlowMapNet, misfit
+from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.nets.stacked import NetSpec
 from flowmap.recipe.kinds import TABLES, StudentSpec
 
@@ -31,20 +31,20 @@ class Shipped:
 
     size: int
     scale: float
-    told: bool
+    conditioning: bool = field(metadata=renamed("told"))
     recipe: str
     recipe_hash: str
 
     def same_start(self, other: Shipped | None) -> bool:
         """The same auxiliary model at the same scale, told alike: one velocity for both. Where codes come from plays no part."""
-        return other is not None and (self.scale, self.told, self.recipe_hash) == (
+        return other is not None and (self.scale, self.conditioning, self.recipe_hash) == (
             other.scale,
-            other.told,
+            other.conditioning,
             other.recipe_hash,
         )
 
     def __str__(self) -> str:
-        return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {'told' if self.told else 'not told'} z"
+        return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {'conditioned on' if self.conditioning else 'without'} z"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def read_prior_config(folder: Path) -> PriorConfig:
     return construct(PriorConfig, plain, TABLES, file=str(path))
 
 
-def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int | None = None) -> LearnedPrior:
+def load_prior(folder: Path, *, scale: float = 1.0, conditioning: bool = True, size: int | None = None) -> LearnedPrior:
     """The prior in that folder, on the CPU, frozen. size: of the codes that its student is told. ValueError names the file and what is wrong."""
     config, file = read_prior_config(folder), folder / "model.safetensors"
     spec = auxiliary(config.net)
@@ -105,7 +105,7 @@ def load_prior(folder: Path, *, scale: float = 1.0, told: bool = True, size: int
     _fill(model, {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, file)
     codes = {k.removeprefix("codes."): v for k, v in state.items() if k.startswith("codes.")}
     draws = built_codes(config, codes, file)
-    return LearnedPrior(model.eval().requires_grad_(False), draws, spec.size, scale=scale, told=told)
+    return LearnedPrior(model.eval().requires_grad_(False), draws, spec.size, scale=scale, conditioning=conditioning)
 
 
 def built_codes(
@@ -131,7 +131,7 @@ def built_codes(
 
 
 def _fill(net, state: Mapping[str, Tensor], file: Path | str, what: str = "") -> None:
-    odd = misfit(net.state_dict(), state)
+    odd = mismatch(net.state_dict(), state)
     if odd is not None:
         raise ValueError(f"{file}: {what}{odd[0]} has shape {odd[2]}, config.json says {odd[1]}")
     net.load_state_dict({name: tensor.float() for name, tensor in state.items()})

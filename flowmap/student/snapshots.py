@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowmap.base.files import read_tensors, write_tensors
 from flowmap.flow.averaging import posthoc_coefficients
-from flowmap.nets.flow_map import misfit
+from flowmap.nets.flow_map import mismatch
 
 _NAME = re.compile(r"step-(\d+)-std-(\d\.\d+)\.safetensors")
 
@@ -57,7 +57,7 @@ def weighted_sum(parts: Iterable[tuple[float, str, Mapping[str, Tensor]]]) -> di
     """The sum, taken in float64, of weight times tensor over parts (weight, file, tensors); ValueError names a file that holds others."""
     total: dict[str, Tensor] = {}
     for weight, file, tensors in parts:
-        if total and (odd := misfit(total, tensors)):
+        if total and (odd := mismatch(total, tensors)):
             raise ValueError(f"{file}: holds other tensors than the ones before it: {odd[0]} is {odd[2]}, not {odd[1]}")
         for name, tensor in tensors.items():
             total[name] = total[name] + weight * tensor.double() if name in total else weight * tensor.double()

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from flowmap.base.ranges import MAX_STEPS
 from flowmap.flow.draws import Generator, of_samples
-from flowmap.flow.prior import LearnedPrior, Start, rows_told, starts
+from flowmap.flow.prior import LearnedPrior, Start, conditioning_rows, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
 from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
-from flowmap.student.config import StudentConfig, found_beside
+from flowmap.student.config import StudentConfig, in_student_folder
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
@@ -137,7 +137,7 @@ class Student(Sentences):
         noise, out = of_samples(generator, torch.arange(len(start.x1))), []
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
-            rows = {key: value[at] for key, value in conditions.items()} | rows_told(start, at, self.device)
+            rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, self.device)
             chunk = start.x1[at].to(self.device)
             out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
             if progress is not None:
@@ -155,11 +155,16 @@ class Student(Sentences):
     @cached_property
     def prior(self) -> LearnedPrior | None:
         """The learned prior, loaded when first asked for; None where samples start at N(0, I)."""
-        told = self.config.prior
-        if told is None:
+        conditioning = self.config.prior
+        if conditioning is None:
             return None
         assert self.folder is not None
-        return load_prior(self.folder / PRIOR, scale=told.scale, told=told.told, size=told.size)
+        return load_prior(
+            self.folder / PRIOR,
+            scale=conditioning.scale,
+            conditioning=conditioning.conditioning,
+            size=conditioning.size,
+        )
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
@@ -172,7 +177,7 @@ class Student(Sentences):
     @cached_property
     def autoencoder(self) -> FrozenAutoencoder | None:
         """The frozen autoencoder that makes pictures of latents, loaded when first asked for; None where samples are no latents."""
-        spec = found_beside(self.config.autoencoder, self.folder)
+        spec = in_student_folder(self.config.autoencoder, self.folder)
         if isinstance(spec, DiffusersAutoencoder):
             spec.check_channels(self.config.shape[0])
         return None if spec is None else spec.load()

@@ -18,7 +18,7 @@ from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.student.conditions import texts_of
-from flowmap.student.config import found_beside
+from flowmap.student.config import in_student_folder
 
 
 class Sentences:
@@ -57,7 +57,7 @@ class Sentences:
     @cached_property
     def words(self):
         """The frozen text autoencoder, loaded when first asked for; None where samples are no sentences."""
-        spec = found_beside(self.config.text_autoencoder, self.folder)
+        spec = in_student_folder(self.config.text_autoencoder, self.folder)
         coder = None if spec is None else spec.load()
         if coder is not None and tuple(coder.shape) != tuple(self.config.shape):
             raise ValueError(
@@ -110,27 +110,27 @@ def _tell_cut(student: Sentences, key: str, cut: int, num: int, stacklevel: int)
 
 
 @torch.no_grad()
-def edit(student: Sentences, texts: Sequence[str], steps: int, cond, reverse: bool, mark: str = "") -> list[str]:
+def edit(student: Sentences, texts: Sequence[str], steps: int, cond, reverse: bool, prefix: str = "") -> list[str]:
     """The sentences, their latents carried from t = 1 to 0 (reverse: from 0 to 1 by Euler), decoded. mark: what stands before the names of
     arguments in errors and warnings."""
     if not student.config.edits:
         raise ValueError(
-            f"{mark}texts: this student starts from noise, not from sentences; {'leave it out' if mark else 'use sample(num)'}"
+            f"{prefix}texts: this student starts from noise, not from sentences; {'leave it out' if prefix else 'use sample(num)'}"
         )
     if isinstance(texts, str) or not isinstance(texts, Iterable):
-        raise ValueError(f"{mark}texts: {texts!r} is no list of sentences; for one, give a list of one")
+        raise ValueError(f"{prefix}texts: {texts!r} is no list of sentences; for one, give a list of one")
     texts = list(texts)
     if not texts or not all(isinstance(one, str) and one.strip() for one in texts):
-        raise ValueError(f"{mark}texts: must be one or more sentences, none of them empty")
+        raise ValueError(f"{prefix}texts: must be one or more sentences, none of them empty")
     if steps < 1:
-        raise ValueError(f"{mark}steps: {steps} must be 1 or more")
+        raise ValueError(f"{prefix}steps: {steps} must be 1 or more")
     if reverse and student.config.arrival:
         why = "a flow map runs from its source to its target alone; a velocity (objective rectified) runs both ways"
-        raise ValueError(f"{mark}reverse: {why}")
+        raise ValueError(f"{prefix}reverse: {why}")
     rows = student.conditions(len(texts), cond)
     x, cut = student.words.to(student.device).encode(texts, count_cut=True)
     x = x.to(student.device)
-    _tell_cut(student, f"{mark}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
+    _tell_cut(student, f"{prefix}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
     if not reverse:
         carried = student.carry(Start(x), rows, steps, torch.Generator().manual_seed(0))
         assert isinstance(carried, list)

@@ -60,13 +60,13 @@ class Autoencoder:
         """What makes its latents unlike those of another: class, weights, normalisation; plain values, found without loading it."""
         folder, config = self._place()
         shift, scale = self._normalisation(config)
-        told = {
+        identity_ = {
             "class": config["_class_name"],
             "weights": digest_of(folder),
             "shift": list(shift),
             "scale": list(scale),
         }
-        return told | ({"unit": True} if self.unit else {})
+        return identity_ | ({"unit": True} if self.unit else {})
 
     def check_channels(self, channels: int) -> None:
         """ValueError where its latents are known to have another number of channels; found without loading it."""

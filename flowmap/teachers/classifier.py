@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import Cond, Teacher, along
+from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.teachers.guidance import network_calls
 
 LogProb = Callable[[Tensor, Tensor, Cond | None], Tensor]
@@ -43,7 +43,7 @@ class ClassifierGuided:
             return v
         with torch.enable_grad():
             free = x.detach().requires_grad_(True)
-            seen, time = (free - along(t, x) * v.detach(), torch.zeros_like(t)) if self.denoised else (free, t)
+            seen, time = (free - broadcast_time(t, x) * v.detach(), torch.zeros_like(t)) if self.denoised else (free, t)
             (gradient,) = torch.autograd.grad(self.log_prob(seen, time, cond).sum(), free)
         factor = (t / (1 - t).clamp_min(1e-12)).clamp_max(self.most)
-        return v - self.scale * along(factor, x).to(x.dtype) * gradient
+        return v - self.scale * broadcast_time(factor, x).to(x.dtype) * gradient

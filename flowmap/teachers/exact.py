@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.solver import rk4_step
-from flowmap.flow.types import Cond, along
+from flowmap.flow.types import Cond, broadcast_time
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ class GaussianTeacher:
         """F with f(x, t, s) = x + (s - t) F, without the 0/0 at s = t: (S(s) - S(t)) / (s - t) is (s + t - c^2 (2-s-t)) / (S(s) + S(t))."""
         m = self._mean(x)
         slope = (s + t - self.std**2 * (2 - s - t)) / (self.spread(s) + self.spread(t))
-        return (-m + along(slope / self.spread(t), x) * (x - along(1 - t, x) * m)).to(x.dtype)
+        return (-m + broadcast_time(slope / self.spread(t), x) * (x - broadcast_time(1 - t, x) * m)).to(x.dtype)
 
     def flow_map(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """Where the flow takes x from t to s, either way: (1-s) m + S(s) / S(t) (x - (1-t) m)."""
         m = self._mean(x)
-        return (along(1 - s, x) * m + along(self.spread(s) / self.spread(t), x) * (x - along(1 - t, x) * m)).to(x.dtype)
+        return (
+            broadcast_time(1 - s, x) * m
+            + broadcast_time(self.spread(s) / self.spread(t), x) * (x - broadcast_time(1 - t, x) * m)
+        ).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws of data, (n, *shape) float32; (n, len(mean)) where shape is not set."""
@@ -91,7 +94,7 @@ class MixtureTeacher:
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """sum_k r_k(x, t) v_k(x, t), with r_k the posterior weight of component k at time t and v_k its Gaussian velocity."""
         dtype = torch.promote_types(x.dtype, torch.promote_types(t.dtype, torch.float32))
-        wide, time = x.to(dtype), along(t.to(dtype), x)
+        wide, time = x.to(dtype), broadcast_time(t.to(dtype), x)
         means, stds, log_weights = self._tensors(wide)
         spread2 = ((1 - time) * stds) ** 2 + time * time  # (B, K)
         from_mean = wide[:, None] - (1 - time[..., None]) * means  # (B, K, D)
@@ -106,7 +109,7 @@ class MixtureTeacher:
         t, s = t.double(), s.double()
 
         def per_unit(state: Tensor, u: float) -> Tensor:
-            return along(s - t, state) * self.velocity(state, t + u * (s - t), cond)
+            return broadcast_time(s - t, state) * self.velocity(state, t + u * (s - t), cond)
 
         state = x.double()
         for i in range(self.flow_steps):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowmap.flow.types import Cond, Teacher, along
+from flowmap.flow.types import Cond, Teacher, broadcast_time
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def _extrapolate(strong: Tensor, weak: Callable[[], Tensor], scale: Tensor | flo
     if bool(torch.as_tensor(scale == 1).all()):
         return strong
     dtype = torch.promote_types(strong.dtype, torch.float32)
-    w = along(torch.as_tensor(scale, dtype=dtype), strong)
+    w = broadcast_time(torch.as_tensor(scale, dtype=dtype), strong)
     return (w * strong.to(dtype) + (1 - w) * weak().to(dtype)).to(strong.dtype)

@@ -86,7 +86,7 @@ class FrozenRefiner:
             raise ValueError(f"prompts: {len(prompts)} given for {len(pictures)} pictures")
         given = (pictures.float().clamp(-1, 1).expand(-1, 3, -1, -1) + 1) / 2
         generators = [torch.Generator().manual_seed(self.spec.seed + i) for i in range(len(given))]
-        told = dict(
+        options = dict(
             output_type="pt",
             strength=self.spec.strength,
             num_inference_steps=self.spec.steps,
@@ -96,7 +96,7 @@ class FrozenRefiner:
         for i in range(0, len(given), BATCH):
             rows = slice(i, i + BATCH)
             out = self.pipeline(
-                prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generators[rows], **told
+                prompt=prompts[rows], image=given[rows].to(self.pipeline.device), generator=generators[rows], **options
             )
             refined.append(2 * out.images.float() - 1)
         return torch.cat(refined).to(pictures.device)

@@ -28,7 +28,7 @@ class AdversarialModule(BesideModule):
             last_layer(self.student),
         )  # in a tuple: it is a parameter of the student, not one more of this module
 
-    def beside(self) -> dict[str, torch.optim.Optimizer]:
+    def auxiliary_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         objective = self.recipe.objective
         judge = torch.optim.AdamW(
             self.discriminator.parameters(),
@@ -36,7 +36,7 @@ class AdversarialModule(BesideModule):
             betas=objective.discriminator_betas,
             weight_decay=0.0,
         )
-        return {**super().beside(), "discriminator": judge}
+        return {**super().auxiliary_optimizers(), "discriminator": judge}
 
     def descend(self, sample: PathSample, generator: RowGenerator, share: float) -> None:
         objective = self.recipe.objective

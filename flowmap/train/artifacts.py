@@ -19,7 +19,7 @@ from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
 from flowmap.train.module import DistillModule
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 Figures = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ class Leaves(Protocol):
         """Callbacks that look at the averaged weights and keep them; the checkpoint last: what it says is done has left its figures behind."""
         ...
 
-    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+    def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         """metrics.json's contents."""
         ...
 
@@ -43,13 +43,13 @@ class Leaves(Protocol):
     ) -> None: ...
 
 
-class AStudent:
+class StudentArtifact:
     def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
         return [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
 
-    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+    def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         known = read_known(stage.folder / "student")  # of a run that is measured again
-        return measure(stage.recipe, student, module.teacher, module.data, progress=say, known=known)
+        return measure(stage.recipe, student, module.teacher, module.data, progress=log, known=known)
 
     def write(
         self,
@@ -64,7 +64,7 @@ class AStudent:
 
 
 @dataclass(frozen=True)
-class AnAutoencoder:
+class AutoencoderArtifact:
     """kind: the module that shows, measures and saves it, that of pictures or that of text."""
 
     kind: ModuleType
@@ -72,7 +72,7 @@ class AnAutoencoder:
     def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
         return [self.kind.Reconstructions(stage), self.kind.KeepAutoencoder(stage, student.config)]
 
-    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
+    def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         return self.kind.measure_autoencoder(module)
 
     def write(
@@ -87,12 +87,12 @@ class AnAutoencoder:
         self.kind.save_autoencoder(stage, module, state, done, metrics)
 
 
-class APrior:
+class PriorArtifact:
     def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
         return [Drawn(stage, student), KeepPrior(stage, student.config)]
 
-    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
-        return measure_prior(module, say)
+    def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
+        return measure_prior(module, log)
 
     def write(
         self,
@@ -106,14 +106,14 @@ class APrior:
         keep_prior(stage, student.config, module, state, done, metrics)
 
 
-class Both:
+class JointTextArtifact:
     """A text autoencoder and the flow in its latents."""
 
     def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
         return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]
 
-    def measure(self, stage: Stage, student: Student, module: DistillModule, say: Say | None) -> dict[str, Any]:
-        return text_joint.measure_joint(stage, module, say)
+    def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
+        return text_joint.measure_joint(stage, module, log)
 
     def write(
         self,
@@ -127,10 +127,10 @@ class Both:
         text_joint.save_joint(stage, student.config, module, state, done, metrics)
 
 
-LEAVES: dict[str, Leaves] = {
-    "student": AStudent(),
-    "autoencoder": AnAutoencoder(autoencoder),
-    "text_autoencoder": AnAutoencoder(text_autoencoder),
-    "text_joint": Both(),
-    "prior": APrior(),
+ARTIFACTS: dict[str, Leaves] = {
+    "student": StudentArtifact(),
+    "autoencoder": AutoencoderArtifact(autoencoder),
+    "text_autoencoder": AutoencoderArtifact(text_autoencoder),
+    "text_joint": JointTextArtifact(),
+    "prior": PriorArtifact(),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowmap.base.files import write_json, write_tensors, write_text
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.metrics import floors
+from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.module import DistillModule
@@ -57,7 +57,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     for _, metric in built:
         metric.update(rebuilt)
         row |= metric.report()
-    lowest = floors(built, data)
+    lowest = baselines(built, data)
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     return {"student": {"1": row}, "floor": lowest, "seconds": seconds, "nfe": {"student": {"1": 1}}}
 

@@ -23,9 +23,9 @@ class Bar(AtSteps):
     line is 10 seconds old.
     """
 
-    def __init__(self, every: int, say: Callable[[str], None], now: Now = time.monotonic):
+    def __init__(self, every: int, log: Callable[[str], None], now: Now = time.monotonic):
         super().__init__()
-        self.every, self.say, self.now = every, say, now
+        self.every, self.log, self.now = every, log, now
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class Bar(AtSteps):
                 self.bar.set_postfix({key: f"{value:.4g}" for key, value in shown(module).items()}, refresh=False)
             self.bar.update()
         elif due and self.pace.due(always=ends):
-            self.say(self.line(trainer.max_steps, module, done))
+            self.log(self.line(trainer.max_steps, module, done))
 
     def line(self, steps: int, module: DistillModule, done: int) -> str:
         """step 500/3800  loss 0.812  residual 0.043  12.3 it/s  4:28 left"""

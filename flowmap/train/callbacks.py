@@ -16,8 +16,8 @@ from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
-from flowmap.flow.derivative import along_path
-from flowmap.flow.prior import rows_told
+from flowmap.flow.derivative import eulerian_derivative
+from flowmap.flow.prior import conditioning_rows
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import BESIDE_NET
 from flowmap.plan.plan import Stage
@@ -102,7 +102,7 @@ class Figures(AtSteps):
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)
         logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if getattr(module.recipe.distillation, "derivative", None) == "ride" and ((done - 1) // self.every) % 10 == 0:
+        if getattr(module.recipe.distillation, "derivative", None) == "dual" and ((done - 1) // self.every) % 10 == 0:
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)
@@ -132,8 +132,8 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
     cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
     x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
     module.student.eval()  # two calls under dropout would see different masks
-    ridden = along_path(module.student, x, t, s, v, cond, mode="ride")[1]
-    differed = along_path(module.student, x, t, s, v, cond, mode="difference")[1]
+    ridden = eulerian_derivative(module.student, x, t, s, v, cond, mode="dual")[1]
+    differed = eulerian_derivative(module.student, x, t, s, v, cond, mode="difference")[1]
     module.student.train()
     return float((ridden - differed).norm() / differed.norm().clamp_min(1e-12))
 
@@ -262,7 +262,7 @@ class Pictures(AtPictures):
 
     def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
         start = self.student.start(num, torch.Generator().manual_seed(self.stage.recipe.evaluation.seed))
-        cond = {**cond, **rows_told(start, slice(None), module.device)}
+        cond = {**cond, **conditioning_rows(start, slice(None), module.device)}
         return module.teacher.solve(start.x1.to(module.device), cond, self.stage.recipe.evaluation.teacher_steps)
 
 

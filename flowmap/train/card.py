@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowmap.base.schema import kind_of
 from flowmap.metrics import TRAIN
-from flowmap.metrics.floor import spread_of
+from flowmap.metrics.baseline import spread_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import StudentConfig

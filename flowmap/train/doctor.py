@@ -26,7 +26,7 @@ from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import as_trained
 
-WAYS = ("ride", "difference", "forward")
+WAYS = ("dual", "difference", "forward")
 
 
 def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
@@ -38,7 +38,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     config = student_config(recipe, data, teacher)
     student = as_trained(build_student(recipe, config, teacher), recipe).to(device).train()
     if teacher is not None:
-        teacher.told_empty({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
+        teacher.with_null_conditions({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)
     lines = [
         f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"
@@ -72,8 +72,8 @@ def _teacher_lines(
         data, compare = noise, False
     prior = build_prior(recipe)
     if teacher is not None and compare:
-        teacher.told_empty({key: value.to(device) for key, value in data.empty.items()})
-    check_teacher(recipe, teacher, data, device=device, prior=prior, say=lines.append, compare=compare)
+        teacher.with_null_conditions({key: value.to(device) for key, value in data.empty.items()})
+    check_teacher(recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
 
 
 def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowmap.flow.draws import Generator, RowGenerator, places_of, uniforms
 from flowmap.flow.prior import LearnedPrior, Start, start_of
-from flowmap.flow.types import Cond, PathSample, along
+from flowmap.flow.types import Cond, PathSample, broadcast_time
 from flowmap.recipe import Recipe
 
 
@@ -49,9 +49,9 @@ def draw_sample(
     row each) for what came of text.
     """
     n, device = len(x0), x0.device
-    told = {"z": cond["z"]} if "z" in cond else {}
+    conditioning = {"z": cond["z"]} if "z" in cond else {}
     cond = {key: value for key, value in cond.items() if key != "z"} if recipe.data.conditional else {}
-    start = start_of(prior or recipe.prior, x0, cond, generator) if x1 is None else Start(x1, told)
+    start = start_of(prior or recipe.prior, x0, cond, generator) if x1 is None else Start(x1, conditioning)
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
         dropped = uniforms(n, device, generator) < recipe.data.drop_condition
@@ -59,7 +59,7 @@ def draw_sample(
             key: row.to(device) for key, row in (empty or {}).items()
         }
         for key in cond.keys() & nothing.keys():
-            cond[key] = torch.where(along(dropped, cond[key]), nothing[key], cond[key])
+            cond[key] = torch.where(broadcast_time(dropped, cond[key]), nothing[key], cond[key])
     share = getattr(recipe.data, "drop_attribute", 0.0)
     for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
         cond[key] = torch.where(uniforms(n, device, generator) < share, -1, cond[key])
@@ -69,5 +69,7 @@ def draw_sample(
         cond["guidance"] = low + (high - low) * uniforms(n, device, generator)
     place = places_of(n, device, generator) if isinstance(generator, RowGenerator) else None
     return replace(
-        recipe.path.sample(x0, start.x1, t, s, {**cond, **start.told} or None), variance=start.variance, place=place
+        recipe.path.sample(x0, start.x1, t, s, {**cond, **start.conditioning} or None),
+        variance=start.variance,
+        place=place,
     )

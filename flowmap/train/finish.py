@@ -8,15 +8,15 @@ from typing import Any
 import lightning as L
 
 from flowmap.base.files import read_json, write_json
-from flowmap.plan.plan import Stage, mark
+from flowmap.plan.plan import Stage, stamp
 from flowmap.student.student import Student
-from flowmap.train.artifacts import LEAVES
+from flowmap.train.artifacts import ARTIFACTS
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.run_folder import NOT_DRAWN
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 
 
 class FitError(RuntimeError):
@@ -29,7 +29,7 @@ def finish(
     module: DistillModule,
     trainer: L.Trainer,
     seconds: float,
-    say: Say,
+    log: LogFunction,
     clock: Clock | None,
     *,
     again: bool,
@@ -44,16 +44,16 @@ def finish(
     except NotFinite as error:
         raise FitError(f"{stage.recipe.name}: {error}") from error
     state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
-    leaves, path = LEAVES[stage.recipe.leaves], stage.folder / "metrics.json"
+    artifact, path = ARTIFACTS[stage.recipe.artifact], stage.folder / "metrics.json"
     module.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
     ended_early = done < stage.recipe.trainer.steps and not again  # by the clock, after a step that keeps nothing
     if ended_early and trainer.is_global_zero:
-        leaves.write(stage, student, module, state, done, None)
+        artifact.write(stage, student, module, state, done, None)
     not_drawn = None if done < stage.recipe.trainer.steps else _drawn(trainer, module, done)
     try:
-        metrics = leaves.measure(stage, student, module, say if trainer.is_global_zero else None)
+        metrics = artifact.measure(stage, student, module, log if trainer.is_global_zero else None)
     except Exception as error:
         raise _unfinished(stage, done, "measuring", reason(error)) from error
     if not trainer.is_global_zero:
@@ -64,10 +64,10 @@ def finish(
     if again:
         _keep_training(metrics, read_json(path))
         path.unlink()  # from here on the run counts as not measured, until the new figures are written
-        mark(stage.folder, stage.recipe)
+        stamp(stage.folder, stage.recipe)
     if not_drawn is not None:
         metrics[NOT_DRAWN] = not_drawn
-    leaves.write(stage, student, module, state, done, metrics)
+    artifact.write(stage, student, module, state, done, metrics)
     logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logs, done - 1)

@@ -28,16 +28,16 @@ from flowmap.build.prior import build_prior, write_prior
 from flowmap.estimate.dry_run import check_stages
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
-from flowmap.nets.flow_map import misfit
+from flowmap.nets.flow_map import mismatch
 from flowmap.plan.pictures import describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, data_of, mark, plan, runs_root
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, data_of, plan, runs_root, stamp
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import make_pairs
 from flowmap.recipe import Recipe
-from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
-from flowmap.train.artifacts import LEAVES
+from flowmap.train.artifacts import ARTIFACTS
 from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
@@ -50,7 +50,7 @@ from flowmap.train.run_folder import STUDENT, check_step, guard, measures_again,
 from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
 from flowmap.train.wandb_log import close_wandb, wandb_logger
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    say: Say | None = None,
+    log: LogFunction | None = None,
     clock: Clock | None = None,
     shared: bool = False,
 ) -> Run:
@@ -82,7 +82,7 @@ def fit(
     fills the folder, wait for it, as for whatever the recipe needs. Raises RecipeError for a user's mistake, FitError where training had to
     stop.
     """
-    say = silent if is_child() else say or (lambda message: print(message, file=sys.stderr, flush=True))
+    log = silent if is_child() else log or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
     if recipe.missing():
         raise RecipeError(
@@ -90,27 +90,27 @@ def fit(
         )
     stages = plan(recipe, folder)
     if is_child():
-        _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
+        _make_all(stages, resume=resume, overwrite=overwrite, log=log, clock=clock)
         return Run(folder, {})  # the first process may still be writing metrics.json
     check_writable(folder, "--out")
-    with only_process(folder, waiting_for(recipe.name, folder, say) if shared else None):
-        recover(folder, say)
+    with only_process(folder, waiting_for(recipe.name, folder, log) if shared else None):
+        recover(folder, log)
         guard(stages[-1], resume=resume, overwrite=overwrite)
         check_stages(stages, again=overwrite)  # before pictures are encoded for hours
-        _make_all(stages, resume=resume, overwrite=overwrite, say=say, clock=clock)
+        _make_all(stages, resume=resume, overwrite=overwrite, log=log, clock=clock)
     return Run(folder, read_json(folder / "metrics.json"))
 
 
-def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, clock: Clock | None) -> None:
+def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, log: LogFunction, clock: Clock | None) -> None:
     """Makes the stages that are not complete, in order; of the last, the caller has the lock and has asked `guard`."""
     for i, stage in enumerate(stages):
         label = f"[{i + 1}/{len(stages)}] {stage.recipe.name}"
         last = i == len(stages) - 1
         again = last and not overwrite and measures_again(stage, resume=resume, log=clock is None)
         if stage.complete and not again and not (last and overwrite):
-            say(f"{label}: complete in {stage.folder}")
+            log(f"{label}: complete in {stage.folder}")
             for line in describe_pictures(stage) if isinstance(stage, Encoding) else ():
-                say(line)
+                log(line)
             continue
         if not isinstance(stage, Stage):
             what = (
@@ -118,20 +118,20 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
                 if isinstance(stage, Pairing)
                 else f"its pictures -> {stage.makes} in"
             )
-            say(f"{label}: {what} {stage.folder}")
-            make(stage, say, waiting_for(label, stage.folder, say))
+            log(f"{label}: {what} {stage.folder}")
+            make(stage, log, waiting_for(label, stage.folder, log))
             continue
-        say(f"{label}: {'measured again' if again else f'{stage.recipe.trainer.steps} steps'} -> {stage.folder}")
-        with nullcontext() if last or is_child() else only_process(stage.folder, waiting_for(label, stage.folder, say)):
+        log(f"{label}: {'measured again' if again else f'{stage.recipe.trainer.steps} steps'} -> {stage.folder}")
+        with nullcontext() if last or is_child() else only_process(stage.folder, waiting_for(label, stage.folder, log)):
             if stage.complete and not last:
-                say(f"{label}: complete in {stage.folder}, made by another process")
+                log(f"{label}: complete in {stage.folder}, made by another process")
                 continue
             _run(
                 stage,
                 resume=resume or not last,
                 overwrite=last and overwrite,
                 again=again,
-                say=say,
+                log=log,
                 clock=clock if last else None,
             )
 
@@ -139,14 +139,14 @@ def _make_all(stages: list[Needed], *, resume: bool, overwrite: bool, say: Say, 
 def silent(message: str) -> None: ...
 
 
-def waiting_for(label: str, folder: Path, say: Say) -> Callable[[], None]:
+def waiting_for(label: str, folder: Path, log: LogFunction) -> Callable[[], None]:
     """What says that another process makes that folder."""
-    return lambda: say(f"{label}: another flowmap process is filling {folder}; waiting for it")
+    return lambda: log(f"{label}: another flowmap process is filling {folder}; waiting for it")
 
 
-def make(stage: Encoding | Pairing, say: Say, waiting: Callable[[], None] | None = None) -> None:
+def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None] | None = None) -> None:
     """Makes the data set on disk or the pairs of that stage, or what of them is not there yet. RecipeError names the recipe."""
-    options = dict(device=device_of(stage.recipe), say=say, waiting=waiting)
+    options = dict(device=device_of(stage.recipe), log=log, waiting=waiting)
     done = lambda: (
         make_pairs(stage.recipe, stage.folder, **options)
         if isinstance(stage, Pairing)
@@ -166,7 +166,7 @@ def device_of(recipe: Recipe) -> str:
     return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
-def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, clock: Clock | None) -> None:
+def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, log: LogFunction, clock: Clock | None) -> None:
     recipe, folder = stage.recipe, stage.folder
     data = build_data(recipe)
     teacher = build_teacher(recipe, data)
@@ -190,35 +190,35 @@ def _run(stage: Stage, *, resume: bool, overwrite: bool, again: bool, say: Say, 
     if again:
         check_step(folder, start)
     elif start:
-        say(
+        log(
             f"resuming at step {start}{'' if has_checksum(checkpoint) else ', from a checkpoint without a checksum (flowmap 0.1 wrote none)'}"
         )
     checked = (
         {}
         if start or is_child()
-        else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, say=say)
+        else check_teacher(recipe, teacher, data, device=device_of(recipe), prior=prior, log=log)
     )
     student = Student(
         config, module.averaged, folder / "student"
     )  # one for the run: what it loads to decode and to read prompts, it keeps
     student.prior = prior
     steps = start if again else recipe.trainer.steps
-    trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization, say=say)
+    trainer = _trainer(stage, student, clock, steps, automatic=module.automatic_optimization, log=log)
     _check_optimizers(module)
     started = time.perf_counter()
     try:
         if not is_child() and not again:
             _begin(stage, prior, config, overwrite)
-        trainer.loggers = _loggers(stage, start, say)
+        trainer.loggers = _loggers(stage, start, log)
         for logger in trainer.loggers if checked else ():
             logger.log_metrics(checked, 0)
         _train(trainer, module, checkpoint if start else None, clock)
-        finish(stage, student, module, trainer, time.perf_counter() - started, say, clock, again=again)
+        finish(stage, student, module, trainer, time.perf_counter() - started, log, clock, again=again)
         close_wandb(0)
     except BaseException:
         close_wandb(1)
         if not is_child() and put_back(folder):
-            say(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
+            log(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
         raise
 
 
@@ -236,10 +236,14 @@ def _begin(stage: Stage, prior: LearnedPrior | None, config: StudentConfig, over
     if overwrite:
         move_aside(folder)
     sweep(folder)
-    mark(folder, stage.recipe)
-    if BESIDE in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
+    stamp(folder, stage.recipe)
+    if SHIPPED_AUTOENCODER in (getattr(part, "source", None) for part in (config.autoencoder, config.text_autoencoder)):
         source = Path(data_of(stage.recipe).autoencoder.source)
-        copy_folder(source, folder / "student" / BESIDE, lambda path: path.parent == source and path.name in STUDENT)
+        copy_folder(
+            source,
+            folder / "student" / SHIPPED_AUTOENCODER,
+            lambda path: path.parent == source and path.name in STUDENT,
+        )
     if prior is not None:
         write_prior(stage.recipe, prior, folder / "student")
 
@@ -278,7 +282,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
         state = read_checkpoint(path)
     except ValueError as error:
         raise RecipeError(f"--resume: {error}") from error
-    odd = misfit(module.state_dict(), state["state_dict"])
+    odd = mismatch(module.state_dict(), state["state_dict"])
     if odd is not None:
         name, wants, was = odd
         raise RecipeError(
@@ -288,13 +292,13 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
 
 
 def _trainer(
-    stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool, say: Say
+    stage: Stage, student: Student, clock: Clock | None, steps: int, *, automatic: bool, log: LogFunction
 ) -> L.Trainer:
     recipe, trainer = stage.recipe, stage.recipe.trainer
     quiet_lightning()
     every = recipe.log.every_steps
     # averages first: all see them
-    callbacks = [Average(), Bar(every, say), Figures(every), *LEAVES[recipe.leaves].shows(stage, student)]
+    callbacks = [Average(), Bar(every, log), Figures(every), *ARTIFACTS[recipe.artifact].shows(stage, student)]
     if clock is not None:
         callbacks = [callbacks[0], clock, *callbacks[1:], clock.restart]
     try:
@@ -320,12 +324,12 @@ def _trainer(
         raise RecipeError(f"{recipe.name}: trainer: {' '.join(str(error).split())}") from error
 
 
-def _loggers(stage: Stage, start: int, say: Say) -> list:
+def _loggers(stage: Stage, start: int, log: LogFunction) -> list:
     if is_child():
         return []
     loggers: list = [CSVLog(stage.folder / "log.csv", keep_below=start)]
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
-        logger = wandb_logger(stage, start, say)
+        logger = wandb_logger(stage, start, log)
         loggers += [] if logger is None else [logger]
     return loggers
 

@@ -111,7 +111,7 @@ class Drawn(AtPictures):
 
 
 @torch.no_grad()
-def measure_prior(module: DistillModule, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+def measure_prior(module: DistillModule, log: Callable[[str], None] | None = None) -> dict[str, Any]:
     """metrics.json's contents. The row "1" of "student": negative log-likelihood an entry of samples not trained on, root mean square of what
     the decoder's mean leaves, the KL in nats, the share of z's numbers that are active, and how far codes are from N(0, I) (Frechet distance)."""
     from flowmap.metrics.frechet import gaussian_frechet
@@ -140,8 +140,8 @@ def measure_prior(module: DistillModule, say: Callable[[str], None] | None = Non
         "active_share": active / net.size,
         "codes_to_normal": float(off),
     }
-    if say is not None:
-        say(f"{_state(active, net.size)}: {active} of {net.size} numbers of z have a KL above {ACTIVE} nats, {row['kl_nats']:.3g} nats in all; "
+    if log is not None:
+        log(f"{_state(active, net.size)}: {active} of {net.size} numbers of z have a KL above {ACTIVE} nats, {row['kl_nats']:.3g} nats in all; "
             f"the decoder's mean leaves {row['rmse']:.3g} (root mean square)")  # fmt: skip
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     units_told = {"kl": [round(float(value), 6) for value in units], "active": active}

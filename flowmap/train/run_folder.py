@@ -22,12 +22,12 @@ from flowmap.base.files import read_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.text.tokens import FILE, SETTINGS
-from flowmap.plan.plan import Stage, built_on, holds
+from flowmap.plan.plan import Stage, built_on, matches
 from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 
 STEP = "step-" + "[0-9]" * 8
 STUDENT = (*FILES, "diffusion_pytorch_model.safetensors", FILE, SETTINGS, ENCODINGS)
@@ -97,12 +97,12 @@ def put_back(folder: Path) -> bool:
     return bool(moved)
 
 
-def recover(folder: Path, say: Say) -> None:
+def recover(folder: Path, log: LogFunction) -> None:
     """Ends what a killed process has begun: with a checkpoint of the new run the old one is removed, without one it is put back."""
     if (folder / REPLACING).is_file() and (folder / LAST).is_file():
         drop_old(folder)
     elif put_back(folder):
-        say(f"{folder}: the run that was to replace this one ended before its first checkpoint; this one is back")
+        log(f"{folder}: the run that was to replace this one ended before its first checkpoint; this one is back")
 
 
 def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
@@ -124,7 +124,7 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
         raise RecipeError(f"--out: {folder / 'recipe.yaml'} is of no run and would be replaced; choose another folder")
     if overwrite:
         return
-    if not holds(folder, stage.recipe):
+    if not matches(folder, stage.recipe):
         key = _first_difference(folder / "recipe.yaml", stage.recipe)
         raise RecipeError(
             f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite"

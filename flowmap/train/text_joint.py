@@ -12,7 +12,7 @@ from flowmap.build.text import flow_alone
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.evaluation.measure import measure
 from flowmap.plan.plan import Stage
-from flowmap.student.config import BESIDE, StudentConfig
+from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.train.callbacks import Keep, keep_student
 from flowmap.train.module import DistillModule
@@ -26,11 +26,11 @@ class KeepJoint(Keep):
         save_joint(self.stage, self.config, module, state, done)
 
 
-def measure_joint(stage: Stage, module: DistillModule, say=None) -> dict[str, Any]:
+def measure_joint(stage: Stage, module: DistillModule, log=None) -> dict[str, Any]:
     """metrics.json's contents: those of a flow, measured on the student as it was kept, and the "autoencoder"'s figures."""
     folder = stage.folder / "student"
     alone = flow_alone(stage.recipe, folder)
-    figures = measure(alone, load_student(folder).to(module.device), None, build_data(alone), progress=say)
+    figures = measure(alone, load_student(folder).to(module.device), None, build_data(alone), progress=log)
     return {**figures, "autoencoder": measure_autoencoder(module)["student"]["1"]}
 
 
@@ -48,6 +48,10 @@ def save_joint(
         part = next(one for one in mine if name.startswith(one))
         mine[part]["net." + name.removeprefix(part)] = tensor
     coder = module.averaged.net.autoencoder
-    save_autoencoder(stage, module, mine["net.autoencoder."], done, net=coder, folder=stage.folder / "student" / BESIDE)
-    flow = replace(config, net=net.flow, shape=net.latent_shape, text_autoencoder=TextAutoencoder(source=BESIDE))
+    save_autoencoder(
+        stage, module, mine["net.autoencoder."], done, net=coder, folder=stage.folder / "student" / SHIPPED_AUTOENCODER
+    )
+    flow = replace(
+        config, net=net.flow, shape=net.latent_shape, text_autoencoder=TextAutoencoder(source=SHIPPED_AUTOENCODER)
+    )
     keep_student(stage, flow, mine["net.flow."], done, metrics)

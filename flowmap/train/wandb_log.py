@@ -16,11 +16,11 @@ from flowmap.base.schema import to_plain
 from flowmap.plan.plan import Stage
 from flowmap.recipe.kinds import TABLES
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B's own would wait 90 s, and at the end for ever
 
 
-def wandb_logger(stage: Stage, start: int, say: Say) -> WandbLogger | None:
+def wandb_logger(stage: Stage, start: int, log: LogFunction) -> WandbLogger | None:
     """The logger of a run that begins at step `start`; None where W&B works neither online nor offline. One line says why it is not online."""
     mode = "offline"
     try:
@@ -28,18 +28,18 @@ def wandb_logger(stage: Stage, start: int, say: Say) -> WandbLogger | None:
 
         wandb.setup()  # reads WANDB_SILENT, before anything of it warns
         mode = "offline" if _offline() else "online"
-        return _started(stage, start, mode, say)
+        return _started(stage, start, mode, log)
     except (
         Exception
     ) as error:  # of the network, the key, the settings, W&B's own service: it has no common class for them
         if mode == "online":
-            say(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
+            log(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
         else:
-            say(f"W&B: {first_line(error)}")
+            log(f"W&B: {first_line(error)}")
     try:
-        return _started(stage, start, "offline", say)
+        return _started(stage, start, "offline", log)
     except Exception as error:
-        say(f"W&B: cannot record offline either ({first_line(error)}); log.csv has the figures")
+        log(f"W&B: cannot record offline either ({first_line(error)}); log.csv has the figures")
         return None
 
 
@@ -57,7 +57,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _started(stage: Stage, start: int, mode: str, say: Say) -> WandbLogger:
+def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> WandbLogger:
     import wandb
 
     # a variable of the user's own, WANDB_INIT_TIMEOUT for one, comes first; older versions of wandb have no finish_timeout
@@ -70,7 +70,7 @@ def _started(stage: Stage, start: int, mode: str, say: Say) -> WandbLogger:
     where = dict(
         name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode
     )
-    logger = _Lasting(say, **where, id=_id(stage.folder, start), resume="allow", settings=wandb.Settings(**ours))
+    logger = _Lasting(log, **where, id=_id(stage.folder, start), resume="allow", settings=wandb.Settings(**ours))
     logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
     return logger
 
@@ -78,9 +78,9 @@ def _started(stage: Stage, start: int, mode: str, say: Say) -> WandbLogger:
 class _Lasting(WandbLogger):
     """Where W&B fails on the way, one line says so, and the run goes on without it."""
 
-    def __init__(self, say: Say, **settings: Any):
+    def __init__(self, log: LogFunction, **settings: Any):
         super().__init__(**settings)
-        self._say, self._failed = say, False
+        self._log_line, self._failed = log, False
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().log_metrics, *args, **kwargs)
@@ -98,7 +98,7 @@ class _Lasting(WandbLogger):
             call(*args, **kwargs)
         except Exception as error:  # of W&B's service, which may have been killed, or a full disk
             self._failed = True
-            self._say(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
+            self._log_line(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
 
 
 def _id(folder: Path, start: int) -> str:

@@ -78,7 +78,7 @@ def test_no_card_is_resolved(tmp_path):
 
 def test_a_secret_reaches_no_file_of_a_run(tiny, tmp_path):
     recipe = read_recipe(tiny, ["trainer.steps=1", "name=$A_SECRET"])  # a dollar alone is text
-    folder = fit(recipe, tmp_path / "run", say=lambda message: None).folder
+    folder = fit(recipe, tmp_path / "run", log=lambda message: None).folder
     assert not [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert read_resolved(folder / "recipe.yaml").name == "$A_SECRET"
 

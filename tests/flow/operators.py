@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.overrides import get_testing_overrides
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.tangent.dual import Riding, ride
+from flowmap.flow.tangent.dual import DualTensor, dual_forward
 
 VALUES = (None, 0.0, 1.0, float("inf"), -float("inf"))
 OUTCOMES = ("right", "constant", "refused", "wrong", "failed")
@@ -44,7 +44,7 @@ class Form(NamedTuple):
     operator: str
     dtype: str
     way: str
-    riders: str
+    duals: str
     values: float | None
     sample: int
 
@@ -101,7 +101,7 @@ def into_out(function: Callable) -> Callable:
 
 def unboarded(x):
     leaves, structure = tree_flatten(x)
-    return tree_unflatten([v.value if type(v) is Riding else v for v in leaves], structure)
+    return tree_unflatten([v.value if type(v) is DualTensor else v for v in leaves], structure)
 
 
 def keyword_names(function: Callable) -> list[str]:
@@ -147,7 +147,7 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self.structure)
         out = self.function(*args, **kwargs)
         vector, self.numeric, self.double = as_vector(self.process(out))
-        self.rode = type(vector) is Riding
+        self.rode = type(vector) is DualTensor
         return vector
 
     def directions_of(self, chosen: list[int], rows: bool) -> list[Tensor | None]:
@@ -234,7 +234,7 @@ def close(got: Tensor, wanted: Tensor) -> bool:
 def outcome(call: Call, tangents: list, full: list, value: float | None) -> tuple[str, str]:
     """(one of OUTCOMES, what was said)."""
     try:
-        out, rate = ride(call, call.primals, tangents)
+        out, rate = dual_forward(call, call.primals, tangents)
     except NotImplementedError as error:
         return "refused", str(error)
     except Exception as error:
@@ -280,10 +280,8 @@ def forms(op, num_samples: int, values=VALUES) -> Iterator[tuple[Form, str, str]
                         continue
                     call = Call(of, args, kwargs, sample.output_process_fn_grad, value, generator)
                     if call.primals and callable_on_plain(call):
-                        for riders, tangents, full in rides_of(call):
-                            form = Form(
-                                op.formatted_name, str(dtype).removeprefix("torch."), way, riders, value, number
-                            )
+                        for duals, tangents, full in rides_of(call):
+                            form = Form(op.formatted_name, str(dtype).removeprefix("torch."), way, duals, value, number)
                             yield form, *outcome(call, tangents, full, value)
 
 
@@ -297,7 +295,7 @@ def callable_on_plain(call: Call) -> bool:
 
 
 def survey(
-    ops: list, num_samples: int, values=VALUES, say: Callable | None = None
+    ops: list, num_samples: int, values=VALUES, log: Callable | None = None
 ) -> tuple[list[tuple[Form, str, str]], Counter]:
     """Every form of these operators, and how often each outcome came."""
     found = []
@@ -306,6 +304,6 @@ def survey(
         for op in ops:
             if op.name not in SKIPPED:
                 found += forms(op, num_samples, values)
-                if say is not None:
-                    say(op, found)
+                if log is not None:
+                    log(op, found)
     return found, Counter(result for _, result, _ in found)

@@ -15,14 +15,14 @@ from flowmap.flow.derivative import (
     DERIVATIVES,
     MODES,
     LayerNormByParts,
-    along_path,
-    in_arrival,
+    eulerian_derivative,
     inward_step,
+    lagrangian_derivative,
     value_and_graded_rate,
     value_and_rate,
     without_graph,
 )
-from flowmap.flow.tangent.dual import Riding, ride
+from flowmap.flow.tangent.dual import DualTensor, dual_forward
 
 B, N, D = 5, 6, 12
 
@@ -88,7 +88,7 @@ def test_every_mode_is_the_derivative_along_the_path(mode):
     net, x, t, s, v = setting()
     with torch.no_grad():
         truth = richardson(lambda h: net(x + h * v, t + h, s))
-    value, rate = along_path(net, x, t, s, v, mode=mode)
+    value, rate = eulerian_derivative(net, x, t, s, v, mode=mode)
     torch.testing.assert_close(value, net(x, t, s), rtol=1e-12, atol=1e-12)
     assert value.requires_grad and not rate.requires_grad and type(value) is type(rate) is torch.Tensor
     torch.testing.assert_close(
@@ -101,7 +101,7 @@ def test_every_mode_is_the_derivative_in_arrival(mode):
     net, x, t, s, _ = setting()
     with torch.no_grad():
         truth = richardson(lambda h: net(x, t, s + h))
-    value, rate = in_arrival(net, x, t, s, mode=mode)
+    value, rate = lagrangian_derivative(net, x, t, s, mode=mode)
     assert value.requires_grad and not rate.requires_grad
     torch.testing.assert_close(rate, truth, rtol=1e-6, atol=1e-6)
 
@@ -109,7 +109,7 @@ def test_every_mode_is_the_derivative_in_arrival(mode):
 def test_a_graded_rate_has_the_same_value_and_its_own_gradient():
     net, x, t, s, _ = setting()
     value, rate = value_and_graded_rate(lambda s: net(x, t, s), (s,), (torch.ones_like(s),))
-    torch.testing.assert_close(rate.detach(), in_arrival(net, x, t, s)[1])
+    torch.testing.assert_close(rate.detach(), lagrangian_derivative(net, x, t, s)[1])
     got = torch.autograd.grad((value * value + rate * rate).sum(), net.times.weight)[0]
     by_hand = (net(x, t, s + 1e-5) - net(x, t, s - 1e-5)) / 2e-5
     expected = torch.autograd.grad((net(x, t, s) ** 2 + by_hand**2).sum(), net.times.weight)[0]
@@ -140,14 +140,17 @@ def test_without_graph_is_the_same_number_and_changes_no_setting():
 def test_riding_is_forward_mode_to_rounding():
     net, x, t, s, v = setting()
     torch.testing.assert_close(
-        along_path(net, x, t, s, v)[1], along_path(net, x, t, s, v, mode="forward")[1], rtol=0, atol=1e-12
+        eulerian_derivative(net, x, t, s, v)[1],
+        eulerian_derivative(net, x, t, s, v, mode="forward")[1],
+        rtol=0,
+        atol=1e-12,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_value_and_its_gradients_are_bit_equal_to_an_ordinary_forward(dtype):
     net, x, t, s, v = setting(dtype)
-    value, rate = along_path(net, x, t, s, v)
+    value, rate = eulerian_derivative(net, x, t, s, v)
     plain = net(x, t, s)
     assert torch.equal(value, plain)
     assert all(torch.equal(a, b) for a, b in zip(gradients(net, value, rate), gradients(net, plain, rate), strict=True))
@@ -162,7 +165,7 @@ def test_the_graph_saves_no_tangent():
             run()
         return sizes
 
-    assert saved(lambda: along_path(net, x, t, s, v)) == saved(lambda: net(x, t, s))
+    assert saved(lambda: eulerian_derivative(net, x, t, s, v)) == saved(lambda: net(x, t, s))
 
 
 def test_no_tangent_outlives_the_ride():
@@ -170,7 +173,7 @@ def test_no_tangent_outlives_the_ride():
     alive = []
     for module in net.modules():
         module.register_forward_hook(lambda m, i, o: alive.append(weakref.ref(o.tangent)))
-    value, rate = along_path(net, x, t, s, v)
+    value, rate = eulerian_derivative(net, x, t, s, v)
     assert len(alive) > 10 and value.requires_grad
     assert [ref() is None or ref() is rate for ref in alive] == [True] * len(alive)
 
@@ -179,7 +182,7 @@ def test_no_tangent_outlives_the_ride():
 def test_dropout_draws_one_mask_for_value_and_rate(mode):
     net, x, t, s, v = setting(dropout=0.5)
     torch.manual_seed(3)
-    value, rate = along_path(net, x, t, s, v, mode=mode)
+    value, rate = eulerian_derivative(net, x, t, s, v, mode=mode)
     following = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(value, net(x, t, s))
@@ -192,12 +195,12 @@ def test_dropout_draws_one_mask_for_value_and_rate(mode):
     torch.testing.assert_close(rate, richardson(moved), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["ride", "forward"])
+@pytest.mark.parametrize("mode", ["dual", "forward"])
 def test_bf16_autocast_keeps_the_rate_within_two_percent_and_the_gradients(mode):
     net, x, t, s, v = setting(torch.float32)
-    _, exact = along_path(net, x, t, s, v)
+    _, exact = eulerian_derivative(net, x, t, s, v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, rate = along_path(net, x, t, s, v, mode=mode)
+        value, rate = eulerian_derivative(net, x, t, s, v, mode=mode)
         plain = net(x, t, s)
     assert torch.equal(value, plain)
     assert (rate - exact).norm() < 0.02 * exact.norm()  # bfloat16 keeps 8 bits: 0.4 % a rounding
@@ -207,10 +210,10 @@ def test_bf16_autocast_keeps_the_rate_within_two_percent_and_the_gradients(mode)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_nothing(reentrant):
     net, x, t, s, v = setting()
-    value, rate = along_path(net, x, t, s, v)
+    value, rate = eulerian_derivative(net, x, t, s, v)
     reference = gradients(net, value, rate)
     net.checkpointed = reentrant
-    again, rate_again = along_path(net, x, t, s, v)
+    again, rate_again = eulerian_derivative(net, x, t, s, v)
     assert torch.equal(value, again) and torch.equal(rate, rate_again)
     for a, b in zip(gradients(net, again, rate_again), reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -220,7 +223,7 @@ def test_recomputation_under_checkpointing_carries_no_tangent(monkeypatch):
     import flowmap.flow.tangent.dual as module
 
     net, x, t, s, v = setting(checkpointed=False)
-    value, rate = along_path(net, x, t, s, v)
+    value, rate = eulerian_derivative(net, x, t, s, v)
     monkeypatch.setattr(module, "with_tangent", lambda *a: pytest.fail("a tangent rode in the backward pass"))
     gradients(net, value, rate)
 
@@ -231,7 +234,7 @@ def test_module_hooks_and_tensor_hooks_see_the_ordinary_graph():
     for block in net.blocks:
         block.register_forward_hook(lambda m, i, o: o.register_hook(lambda g: seen.append(g.norm())) and None)
         block.register_full_backward_hook(lambda m, gi, go: seen.append(go[0].norm()))
-    value, rate = along_path(net, x, t, s, v)
+    value, rate = eulerian_derivative(net, x, t, s, v)
     reference = richardson(lambda h: net(x + h * v, t + h, s).detach())
     gradients(net, value, rate)
     assert len(seen) == 4
@@ -240,22 +243,22 @@ def test_module_hooks_and_tensor_hooks_see_the_ordinary_graph():
 
 def test_no_grad_and_inference_mode_keep_the_tangent():
     net, x, t, s, v = setting()
-    _, rate = along_path(net, x, t, s, v)
+    _, rate = eulerian_derivative(net, x, t, s, v)
     with torch.no_grad():
-        value, inside = along_path(net, x, t, s, v)
+        value, inside = eulerian_derivative(net, x, t, s, v)
     assert torch.equal(rate, inside) and not value.requires_grad
     with torch.inference_mode():
-        assert torch.equal(rate, along_path(net, x, t, s, v)[1])
+        assert torch.equal(rate, eulerian_derivative(net, x, t, s, v)[1])
     inner = lambda x: x * torch.no_grad()(torch.sin)(x)  # no_grad cuts gradients, not tangents
-    torch.testing.assert_close(ride(inner, (x,), (v,))[1], v * (x.sin() + x * x.cos()))
+    torch.testing.assert_close(dual_forward(inner, (x,), (v,))[1], v * (x.sin() + x * x.cos()))
 
 
 def test_a_constant_has_rate_zero_and_detach_makes_one():
     x, v = torch.randn(B, 3), torch.randn(B, 3)
-    for mode in ("ride", "forward"):
+    for mode in ("dual", "forward"):
         assert (value_and_rate(lambda x: torch.ones(B, 3) * 2, (x,), (v,), mode=mode)[1] == 0).all()
         torch.testing.assert_close(
-            value_and_rate(lambda x: x * x.detach(), (x,), (v,), mode=mode)[1], v * x if mode == "ride" else v * x
+            value_and_rate(lambda x: x * x.detach(), (x,), (v,), mode=mode)[1], v * x if mode == "dual" else v * x
         )
 
 
@@ -266,8 +269,8 @@ def test_a_tangent_of_none_costs_nothing():
         calls.append((type(a), type(b)))
         return a * b
 
-    value, rate = ride(function, (x, v), (None, v))
-    assert calls == [(torch.Tensor, Riding)] and torch.equal(rate, x * v)
+    value, rate = dual_forward(function, (x, v), (None, v))
+    assert calls == [(torch.Tensor, DualTensor)] and torch.equal(rate, x * v)
 
 
 class Doubled(torch.autograd.Function):
@@ -315,7 +318,7 @@ REFUSED = {
     "relu_": lambda x: torch.relu_(x.sin()),
     "Tensor.view": lambda x: x.view(torch.int32),
     "dropout_p": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
-    "a ride inside a ride": lambda x: ride(torch.sin, (x,), (torch.ones(x.shape),))[0],
+    "a ride inside a ride": lambda x: dual_forward(torch.sin, (x,), (torch.ones(x.shape),))[0],
     "backward": lambda x: x.sum().backward(),
     "grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
 }
@@ -335,12 +338,12 @@ def _setitem(y, x):
 def test_what_would_drop_a_tangent_is_refused_by_name(name):
     x = torch.randn(B, 3)
     with pytest.raises(NotImplementedError, match=name.split(" (")[0].replace(".", r"\.")):
-        ride(REFUSED[name], (x,), (torch.randn(B, 3),))
+        dual_forward(REFUSED[name], (x,), (torch.randn(B, 3),))
 
 
 def test_an_autograd_function_with_a_jvp_rides():
     x, v = torch.randn(B, 3), torch.randn(B, 3)
-    assert torch.equal(ride(lambda x: DoubledWithJvp.apply(x).sin(), (x,), (v,))[1], 2 * v * (2 * x).cos())
+    assert torch.equal(dual_forward(lambda x: DoubledWithJvp.apply(x).sin(), (x,), (v,))[1], 2 * v * (2 * x).cos())
     assert "apply" not in torch.autograd.Function.__mro__[1].__dict__  # torch is left as it was found
 
 
@@ -348,7 +351,7 @@ def test_scripted_and_traced_code_rides():
     x, v = torch.randn(2, B, 3, dtype=torch.float64).unbind(0)
     script = torch.jit.script(scripted)
     truth = v * (x.sin() + x * x.cos())
-    torch.testing.assert_close(ride(lambda x: script(x) * 1, (x,), (v,))[1], truth)
+    torch.testing.assert_close(dual_forward(lambda x: script(x) * 1, (x,), (v,))[1], truth)
     net, x, t, s, v = setting()
     traced = torch.jit.trace(net, (x, t, s))
     torch.testing.assert_close(
@@ -375,9 +378,9 @@ def test_a_compiled_network_is_ridden_eagerly_and_stays_compiled():
 
 def test_a_finished_ride_leaves_constants():
     x, kept = torch.randn(B, 3), []
-    ride(lambda x: kept.append(x * 2) or x, (x,), (torch.ones_like(x),))
+    dual_forward(lambda x: kept.append(x * 2) or x, (x,), (torch.ones_like(x),))
     assert type(kept[0] * 1) is torch.Tensor
-    _, rate = ride(lambda x: x * kept[0], (x,), (torch.ones_like(x),))
+    _, rate = dual_forward(lambda x: x * kept[0], (x,), (torch.ones_like(x),))
     torch.testing.assert_close(rate, 2 * x)
 
 
@@ -385,8 +388,8 @@ def test_half_precision_times_become_float32():
     net, x, t, s, v = setting(torch.float32)
     seen = []
     net.mean_velocity = lambda x, t, s, cond: seen.extend([t.dtype, s.dtype]) or net(x, t, s)
-    along_path(net, x, t.bfloat16(), s.bfloat16(), v)
-    in_arrival(net, x, t.half(), s.half())
+    eulerian_derivative(net, x, t.bfloat16(), s.bfloat16(), v)
+    lagrangian_derivative(net, x, t.half(), s.half())
     assert set(seen) == {torch.float32}
 
 
@@ -414,5 +417,5 @@ def test_a_user_s_mistake_is_named():
 
 def test_a_copy_of_the_network_rides_alike():
     net, x, t, s, v = setting()
-    along_path(net, x, t, s, v)
-    assert torch.equal(along_path(copy.deepcopy(net), x, t, s, v)[1], along_path(net, x, t, s, v)[1])
+    eulerian_derivative(net, x, t, s, v)
+    assert torch.equal(eulerian_derivative(copy.deepcopy(net), x, t, s, v)[1], eulerian_derivative(net, x, t, s, v)[1])

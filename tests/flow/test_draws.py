@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmap.flow.draws import RowGenerator, beside, normal_like, normal_rows, normals, of_samples, uniforms
+from flowmap.flow.draws import RowGenerator, for_codes, normal_like, normal_rows, normals, of_samples, uniforms
 from flowmap.flow.philox import WORD, philox
 from tests.oracle import seeded
 
@@ -62,7 +62,7 @@ def test_draws_names_and_rows_differ():
         RowGenerator("b", ROWS),
         RowGenerator("a", ROWS + 1),
         RowGenerator("a", ROWS + 2**32),
-        RowGenerator("a", ROWS).beside("code"),
+        RowGenerator("a", ROWS).for_codes("code"),
     ):
         assert not any(torch.equal(a, b) for a, b in zip(one[:6], every_draw(other)[:6], strict=True))
     assert len({float(x) for x in one[0].flatten()}) == one[0].numel()
@@ -98,7 +98,7 @@ def test_noise_is_typed_and_placed_like_x_and_functions_take_either_generator():
     assert noise.dtype == torch.float64 and torch.equal(noise.float(), RowGenerator("a", ROWS).normal((3, 4, 6)))
     for generator in (RowGenerator("a", ROWS), seeded(1), None):
         assert uniforms(5, "cpu", generator).shape == normals(5, "cpu", generator).shape == (5,)
-        assert beside(generator) is None or type(beside(generator)) is type(generator)
+        assert for_codes(generator) is None or type(for_codes(generator)) is type(generator)
 
 
 def test_first_rows_of_torchs_own_normal_numbers_do_not_depend_on_their_count():

@@ -10,7 +10,7 @@ from torch import nn
 
 from flowmap.flow.codes import FlowDraws, MixtureDraws, NormalDraws
 from flowmap.flow.path import Linear
-from flowmap.flow.prior import PRIORS, Gaussian, Learned, LearnedPrior, beside, placed, start_of, starts
+from flowmap.flow.prior import PRIORS, Gaussian, Learned, LearnedPrior, for_codes, placed, start_of, starts
 from flowmap.flow.solver import RK4
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.nets.flow_map import FlowMapNet
@@ -41,16 +41,16 @@ class Affine(nn.Module):
         return level * ones, self.logvar.to(z.dtype) * ones
 
 
-def prior_of(*args, scale=1.0, told=True, codes=None, **settings):
-    return LearnedPrior(Affine(*args, **settings), codes or NormalDraws(), 2, scale=scale, told=told)
+def prior_of(*args, scale=1.0, conditioning=True, codes=None, **settings):
+    return LearnedPrior(Affine(*args, **settings), codes or NormalDraws(), 2, scale=scale, conditioning=conditioning)
 
 
 def test_a_prior_of_mean_0_variance_1_and_scale_1_trains_bit_for_bit_as_the_gaussian_one():
     recipe = read_recipe("lediflow/digits-gaussian")
     guided = read_recipe("digits")
     x0 = draw(7, 1, 8, 8, dtype=torch.float32)
-    for told in (True, False):
-        prior = prior_of(told=told, shape=(1, 8, 8))
+    for conditioning in (True, False):
+        prior = prior_of(conditioning=conditioning, shape=(1, 8, 8))
         for one, cond in ((recipe, {}), (guided, {"class": torch.arange(7)})):
             plain, learned = (draw_sample(one, x0, cond, seeded(3), prior=given) for given in (None, prior))
             for name in ("x0", "x1", "t", "s", "xt", "vt"):
@@ -59,19 +59,19 @@ def test_a_prior_of_mean_0_variance_1_and_scale_1_trains_bit_for_bit_as_the_gaus
             assert rest.keys() == (plain.cond or {}).keys() and all(
                 torch.equal(rest[key], plain.cond[key]) for key in rest
             )
-            assert ("z" in (learned.cond or {})) == told
+            assert ("z" in (learned.cond or {})) == conditioning
         assert torch.equal(learned.variance, torch.ones_like(x0)) and plain.variance is None
     gaussian = starts(None, (1, 8, 8), 7, seeded(5))
-    assert torch.equal(gaussian.x1, starts(prior, (1, 8, 8), 7, seeded(5)).x1) and gaussian.told == {}
+    assert torch.equal(gaussian.x1, starts(prior, (1, 8, 8), 7, seeded(5)).x1) and gaussian.conditioning == {}
     assert torch.equal(gaussian.x1, torch.randn(7, 1, 8, 8, generator=seeded(5)))
 
 
 def test_the_second_stream_leaves_the_first_alone():
     one, other = seeded(4), seeded(4)
-    torch.randn(5, generator=beside(one))
+    torch.randn(5, generator=for_codes(one))
     assert torch.equal(torch.randn(5, generator=one), torch.randn(5, generator=other))
-    assert not torch.equal(torch.randn(5, generator=beside(one)), torch.randn(5, generator=seeded(4)))
-    assert beside(None) is None
+    assert not torch.equal(torch.randn(5, generator=for_codes(one)), torch.randn(5, generator=seeded(4)))
+    assert for_codes(None) is None
 
 
 def test_starts_are_the_decoders_mean_and_scaled_deviation():
@@ -82,10 +82,10 @@ def test_starts_are_the_decoders_mean_and_scaled_deviation():
     variance = 0.7**2 * torch.tensor(-1.0).exp()
     torch.testing.assert_close(start.x1, level + variance.sqrt() * eps)
     torch.testing.assert_close(start.variance, variance.expand(5, *SHAPE))
-    assert torch.equal(start.told["z"], z)
+    assert torch.equal(start.conditioning["z"], z)
     x0 = draw(5, *SHAPE, dtype=torch.float32)
     assert torch.equal(
-        prior.sample(x0, None, seeded(2)), prior.start(x0, {"z": prior.encode(x0, beside(seeded(2)))}, seeded(2)).x1
+        prior.sample(x0, None, seeded(2)), prior.start(x0, {"z": prior.encode(x0, for_codes(seeded(2)))}, seeded(2)).x1
     )
     assert torch.equal(prior.encode(x0), x0.flatten(1)[:, :2])
 
@@ -106,7 +106,7 @@ def test_the_exact_form_does_not_depend_on_how_many_are_computed_at_once():
     whole = placed(exact, noise, coarse)
     for size in (1, 7, 32):
         parts = placed(exact, noise, coarse, batch_size=size)
-        assert torch.equal(parts.x1, whole.x1) and torch.equal(parts.told["z"], whole.told["z"])
+        assert torch.equal(parts.x1, whole.x1) and torch.equal(parts.conditioning["z"], whole.conditioning["z"])
     assert next(net.parameters()).dtype == torch.float32
 
 
@@ -158,7 +158,7 @@ def test_flow_matching_from_a_learned_prior_has_its_minimum_at_that_flow(scale, 
     x0, eps = 2 * z[:, :1] + 0.3 * draw(n, 3, seed=3), draw(n, 3, seed=2)
     start = prior.place(z, eps)
     t = torch.linspace(0, 1, n).double()
-    sample = replace(Linear().sample(x0, start.x1, t, t, start.told), variance=start.variance)
+    sample = replace(Linear().sample(x0, start.x1, t, t, start.conditioning), variance=start.variance)
     student = Told(scale)
     gradient = torch.autograd.grad(FlowMatching()(student, None, sample, 0).value, student.scale)[0]
     assert abs(gradient) < 0.05 if sign == 0 else sign * gradient > 0.1  # five standard errors are 0.03

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowmap.flow.derivative import value_and_rate
-from flowmap.flow.tangent.dual import Riding, ride
+from flowmap.flow.tangent.dual import DualTensor, dual_forward
 from flowmap.flow.tangent.watch import HIDDEN
 
 W = torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3)
@@ -190,12 +190,12 @@ def difference(function, x, v, h=1e-6):
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_what_can_be_followed_is_followed(name):
     function, (x, v) = case(FOLLOWED[name]), given()
-    value, rate = ride(function, (x,), (v,))
+    value, rate = dual_forward(function, (x,), (v,))
     torch.testing.assert_close(value, function(x), rtol=0, atol=0)
     torch.testing.assert_close(rate, difference(function, x, v), rtol=1e-6, atol=1e-8)
     some = torch.cat([v[:2], torch.zeros(3, 3, dtype=torch.float64)])
     torch.testing.assert_close(
-        ride(function, (x,), (v[:2],))[1], ride(function, (x,), (some,))[1], rtol=1e-9, atol=1e-12
+        dual_forward(function, (x,), (v[:2],))[1], dual_forward(function, (x,), (some,))[1], rtol=1e-9, atol=1e-12
     )
 
 
@@ -204,7 +204,7 @@ def test_what_can_be_followed_is_followed(name):
 def test_what_cannot_be_followed_is_refused(name, rows):
     x, v = given()
     with pytest.raises(NotImplementedError):
-        ride(case(REFUSED[name]), (x,), (v[:rows],))
+        dual_forward(case(REFUSED[name]), (x,), (v[:rows],))
 
 
 def replaced():
@@ -216,16 +216,16 @@ def replaced():
 
 def test_torch_is_left_as_it_was_found():
     before, (x, v) = replaced(), given()
-    ride(torch.sin, (x,), (v,))
+    dual_forward(torch.sin, (x,), (v,))
     with pytest.raises(NotImplementedError):
-        ride(lambda x: x.item(), (x,), (v,))
+        dual_forward(lambda x: x.item(), (x,), (v,))
     assert replaced() == before and not before[1]
 
 
 def test_one_tensor_may_ride_twice_with_two_tangents():
     x, v = given()
-    torch.testing.assert_close(ride(torch.mul, (x, x), (v, 2 * v))[1], 3 * x * v)
-    torch.testing.assert_close(ride(lambda a, b: a * b.sin(), (x, x), (v, None))[1], v * x.sin())
+    torch.testing.assert_close(dual_forward(torch.mul, (x, x), (v, 2 * v))[1], 3 * x * v)
+    torch.testing.assert_close(dual_forward(lambda a, b: a * b.sin(), (x, x), (v, None))[1], v * x.sin())
 
 
 def test_running_statistics_are_kept_once():
@@ -235,7 +235,7 @@ def test_running_statistics_are_kept_once():
         torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64),
     ):
         plain = copy.deepcopy(layer)
-        ride(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
+        dual_forward(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
         plain(x.T[None] if "Instance" in repr(layer) else x)
         assert torch.equal(layer.running_mean, plain.running_mean) and torch.equal(layer.running_var, plain.running_var)
 
@@ -251,15 +251,15 @@ def test_the_error_names_the_operation():
         (lambda x: torch.hash_tensor(x), "hash_tensor"),
     ):
         with pytest.raises(NotImplementedError, match=words):
-            ride(function, (x,), (v,))
+            dual_forward(function, (x,), (v,))
 
 
 def test_a_finished_ride_holds_nothing_back():
     x, v = given()
     kept = []
-    ride(lambda x: kept.append(x * 2) or x, (x,), (v,))
+    dual_forward(lambda x: kept.append(x * 2) or x, (x,), (v,))
     y = kept[0]
-    assert type(y) is Riding
+    assert type(y) is DualTensor
     for out in (
         copy.deepcopy(y),
         y.as_subclass(Tensor),
@@ -299,7 +299,7 @@ INFINITE = {
 def test_where_an_infinite_value_is_cut_off_the_tangent_is_zero(name, rows):
     """The log of a ratio of noise to data has an infinite value and slope at t = 1 (zero terminal SNR), and is clamped there."""
     t = torch.tensor([[0.5, 1.0, 0.5], [1.0, 0.6, 0.7]], dtype=torch.float64)
-    _, rate = ride(lambda t: INFINITE[name](torch.logit(t)), (t,), (torch.ones_like(t)[:rows],))
+    _, rate = dual_forward(lambda t: INFINITE[name](torch.logit(t)), (t,), (torch.ones_like(t)[:rows],))
     assert rate.isfinite().all() and rate[0, 1] == 0 and rate[1, 0] == 0
 
 
@@ -321,7 +321,7 @@ KINKS = {
 def test_at_a_kink_the_tangent_is_torchs_own(name):
     function, at, slope = KINKS[name]
     x = torch.tensor(at, dtype=torch.float64)
-    rate = ride(function, (x,), (torch.ones_like(x),))[1]
+    rate = dual_forward(function, (x,), (torch.ones_like(x),))[1]
     assert rate.tolist() == slope
     torch.testing.assert_close(rate, torch.func.jvp(function, (x,), (torch.ones_like(x),))[1])
 
@@ -355,7 +355,7 @@ BY_ROWS = {
 def test_a_tangent_of_some_rows_goes_the_same_way_by_keywords(name):
     x, v = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     full = torch.cat([v[:2], torch.zeros_like(v[2:])])
-    rate = ride(BY_ROWS[name], (x,), (v[:2],))[1]
+    rate = dual_forward(BY_ROWS[name], (x,), (v[:2],))[1]
     torch.testing.assert_close(rate, difference(BY_ROWS[name], x, full), rtol=1e-6, atol=1e-8)
 
 

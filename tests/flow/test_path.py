@@ -5,7 +5,7 @@ import torch
 from torch.autograd.functional import jvp
 
 from flowmap.flow.path import PATHS, PREDICTIONS, Coefficients, Linear, Trig, VariancePreserving, convert
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from tests.oracle import SHAPE, draw, draw_times
 
 ALL = [Linear(), Trig(), Trig(sigma_data=0.5), VariancePreserving()]
@@ -33,7 +33,7 @@ def test_linear_is_the_clock():
     t, s = draw_times()
     sample = Linear().sample(x0, x1, t, s, {"class": torch.arange(5)})
     torch.testing.assert_close(sample.vt, x1 - x0, rtol=0, atol=0)
-    torch.testing.assert_close(sample.xt, x0 + along(t, x0) * (x1 - x0))
+    torch.testing.assert_close(sample.xt, x0 + broadcast_time(t, x0) * (x1 - x0))
     assert sample.cond["class"].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -57,7 +57,7 @@ def test_variance_preserving_keeps_the_variance_and_follows_its_beta():
 def truth(path, x0, x1, t, sigma_data):
     """What each kind of prediction should be, from its words rather than from rows."""
     at = path.coefficients(t)
-    a, b = along(at.a, x0), along(at.b, x0)
+    a, b = broadcast_time(at.a, x0), broadcast_time(at.b, x0)
     angle = torch.atan2(b, a * sigma_data)
     return {
         "x0": x0,
@@ -97,13 +97,13 @@ def test_trigflow_and_edm_forms_of_methods_section_0():
     """v = [(t - sd^2 (1-t)) / A^2] xt - (sd / A) U with EDM's U = -F."""
     x, F, (t, _), sd = draw(seed=1), draw(seed=2), draw_times(), 0.5
     A2 = t**2 + (1 - t) ** 2 * sd**2
-    expected = along((t - sd**2 * (1 - t)) / A2, x) * x + along(sd / A2.sqrt(), x) * F
+    expected = broadcast_time((t - sd**2 * (1 - t)) / A2, x) * x + broadcast_time(sd / A2.sqrt(), x) * F
     torch.testing.assert_close(
         Linear().convert(F, x, t, source="trig", target="linear_velocity", sigma_data=sd), expected
     )
     own_x, own_t = Trig(sd).from_linear(x, t)
     torch.testing.assert_close(own_t * math.pi / 2, torch.arctan(t / ((1 - t) * sd)))
-    torch.testing.assert_close(own_x, along(sd / A2.sqrt(), x) * x)
+    torch.testing.assert_close(own_x, broadcast_time(sd / A2.sqrt(), x) * x)
 
 
 @each_path

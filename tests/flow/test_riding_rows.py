@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flowmap.flow.derivative import DERIVATIVES, along_path, in_arrival
+from flowmap.flow.derivative import DERIVATIVES, eulerian_derivative, lagrangian_derivative
 from flowmap.flow.tangent import rows as riding_rows
-from flowmap.flow.tangent.dual import ride
+from flowmap.flow.tangent.dual import dual_forward
 from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet
 
@@ -32,8 +32,14 @@ def given(name, n=6):
 def test_the_rate_of_some_rows(name, mode, rows):
     net, x, t, s, v, cond = given(name)
     for some, full in (
-        (along_path(net, x, t, s, v, cond, mode=mode, rows=rows), along_path(net, x, t, s, v, cond, mode=mode)),
-        (in_arrival(net, x, t, s, cond, mode=mode, rows=rows), in_arrival(net, x, t, s, cond, mode=mode)),
+        (
+            eulerian_derivative(net, x, t, s, v, cond, mode=mode, rows=rows),
+            eulerian_derivative(net, x, t, s, v, cond, mode=mode),
+        ),
+        (
+            lagrangian_derivative(net, x, t, s, cond, mode=mode, rows=rows),
+            lagrangian_derivative(net, x, t, s, cond, mode=mode),
+        ),
     ):
         assert torch.equal(some[0], full[0]) and some[0].requires_grad and not some[1].requires_grad
         torch.testing.assert_close(some[1][:rows], full[1][:rows], rtol=1e-9, atol=1e-11)
@@ -45,9 +51,9 @@ def test_no_tangent_is_filled_up_before_the_end(name, monkeypatch):
     net, x, t, s, v, cond = given(name)
     filled, whole = [], riding_rows.whole
     monkeypatch.setattr(riding_rows, "whole", lambda x: filled.append(tuple(x.shape)) or whole(x))
-    along_path(net, x, t, s, v, cond, rows=4)
+    eulerian_derivative(net, x, t, s, v, cond, rows=4)
     assert filled == [tuple(x.shape)]
-    in_arrival(net, x, t, s, cond, rows=4)
+    lagrangian_derivative(net, x, t, s, cond, rows=4)
     assert filled == [tuple(x.shape)] * 2
 
 
@@ -56,10 +62,12 @@ def test_rows_that_meet_are_not_lost():
     x, v = torch.randn(2, 5, 3, dtype=torch.float64)
     mix = lambda x: x * x.mean(0) + torch.roll(x.sin(), 1, 0) + x.flip(0)
     full = torch.cat([v[:2], torch.zeros(3, 3, dtype=torch.float64)])
-    torch.testing.assert_close(ride(mix, [x], [v[:2]])[1], ride(mix, [x], [full])[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        dual_forward(mix, [x], [v[:2]])[1], dual_forward(mix, [x], [full])[1], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (6, 3), (2, 4), (2, 3, 1), (2,)])
 def test_a_tangent_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="must have its primal's shape"):
-        ride(torch.sin, [torch.ones(5, 3)], [torch.ones(shape)])
+        dual_forward(torch.sin, [torch.ones(5, 3)], [torch.ones(shape)])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.tangent.dual import Ride, Riding, name_of, ride, riding
+from flowmap.flow.tangent.dual import Context, DualTensor, dual_forward, name_of, riding
 from flowmap.flow.tangent.rules import RULES
 from flowmap.flow.tangent.rules_base import constant
 from flowmap.flow.tangent.rules_constant import PROPERTIES, READ
@@ -244,7 +244,7 @@ def numbers(out):
     """Everything differentiable that a call gave, as one vector."""
     leaves = tree_flatten(list(out) if hasattr(out, "__next__") else out)[0]
     parts = [
-        leaves[i].as_subclass(torch.Tensor) if type(leaves[i]) is not Riding else leaves[i] for i in floats(leaves)
+        leaves[i].as_subclass(torch.Tensor) if type(leaves[i]) is not DualTensor else leaves[i] for i in floats(leaves)
     ]
     return (
         torch.cat([torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten() for x in parts])
@@ -274,7 +274,7 @@ def check(function, sample):
         [[v if i == j else None for j, v in enumerate(whole)] for i in range(len(primals))] if len(primals) > 1 else []
     )
     for tangents in [whole, *alone]:
-        value, rate = ride(of, primals, tangents)
+        value, rate = dual_forward(of, primals, tangents)
         moved = [
             of(*[p if v is None else p + h * v for p, v in zip(primals, tangents, strict=True)]) for h in (1e-6, -1e-6)
         ]
@@ -295,7 +295,10 @@ def check_some_rows(of, primals, tangents):
             full = [
                 None if v is None else torch.cat([v, torch.zeros_like(p[1:])]) for v, p in zip(some, given, strict=True)
             ]
-            (value, rate), (expected, full_rate) = ride(function, given, some), ride(function, given, full)
+            (value, rate), (expected, full_rate) = (
+                dual_forward(function, given, some),
+                dual_forward(function, given, full),
+            )
             torch.testing.assert_close(value, expected, rtol=0, atol=0)
             torch.testing.assert_close(rate, full_rate, rtol=1e-9, atol=1e-12)
 
@@ -344,7 +347,7 @@ def test_operations_without_a_rule_take_torchs_derivative(name):
 
 
 def aboard(x):
-    return riding(x, torch.ones_like(x), Ride())
+    return riding(x, torch.ones_like(x), Context())
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_piecewise_constant_operations_carry_no_tangent(function):
         args, kwargs = sample()
         boarded = [aboard(a) if isinstance(a, torch.Tensor) else a for a in args]
         out = function(*boarded, **kwargs)
-        assert not any(isinstance(x, Riding) for x in tree_flatten(out)[0])
+        assert not any(isinstance(x, DualTensor) for x in tree_flatten(out)[0])
 
 
 def test_properties_are_those_of_the_value():
@@ -393,7 +396,7 @@ def test_change_of_precision_takes_the_tangent_along():
     x = aboard(r(5, 3))
     for name, dtype in (("float", torch.float32), ("half", torch.float16), ("bfloat16", torch.bfloat16)):
         y = getattr(x, name)()
-        assert type(y) is Riding and y.tangent.dtype == dtype == y.value.dtype
+        assert type(y) is DualTensor and y.tangent.dtype == dtype == y.value.dtype
 
 
 def test_attention_by_blocks_is_attention(monkeypatch):
@@ -408,7 +411,7 @@ def test_a_query_that_sees_no_key_has_zero_tangent():
     mask = torch.ones(5, 7, dtype=torch.bool)
     mask[2] = False
     q, k, v = r(2, 5, 4), r(2, 7, 4), r(2, 7, 3)
-    _, rate = ride(
+    _, rate = dual_forward(
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         (q, k, v),
         (r(2, 5, 4), r(2, 7, 4), r(2, 7, 3)),

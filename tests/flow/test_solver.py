@@ -16,7 +16,7 @@ from flowmap.flow.solver import (
     rho_times,
     uniform_times,
 )
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from tests.oracle import GAUSSIAN, SHAPE, draw, seeded, slope
 
 ORDERS = {"euler": (Euler, 1, 1), "midpoint": (Midpoint, 2, 2), "heun": (Heun, 2, 2), "rk4": (RK4, 4, 4)}
@@ -33,7 +33,7 @@ def exact(x, start, end):
 
 def bent(x, t):
     """dx/dt = 2 cos(2t) (1 + x^2), so arctan x - sin 2t stays; nonlinear, so no solver meets it with more than its order."""
-    return 2 * torch.cos(2 * along(t, x)) * (1 + x * x)
+    return 2 * torch.cos(2 * broadcast_time(t, x)) * (1 + x * x)
 
 
 def bent_flow(x, start, end):
@@ -132,7 +132,7 @@ def test_anchored_rule_is_euler_on_straight_paths_and_the_formula_elsewhere():
     x = x1
     for t, s in ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)):
         time = torch.full((SHAPE[0],), t, dtype=torch.float64)
-        x = (1 - s) * (x - along(time, x) * velocity(x, time)) + s * x1
+        x = (1 - s) * (x - broadcast_time(time, x) * velocity(x, time)) + s * x1
     solution = NoiseAnchored(4)(velocity, x1)
     torch.testing.assert_close(solution.x, x)
     assert solution.calls == 4 and not torch.allclose(x, Euler(4)(velocity, x1).x, atol=1e-2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowmap.data import Dataset, Digits
-from flowmap.metrics import MMD, Against, Frechet, PrecisionRecall, floor
+from flowmap.metrics import MMD, Against, Frechet, PrecisionRecall, baseline
 from flowmap.metrics.features import Pixels
 
 
@@ -85,7 +85,7 @@ def test_floors_are_what_fresh_samples_score(n, held, m):
             [scored(spec, gaussian(2 * s, size), gaussian(2 * s + 1, m))["frechet_pixels"] for s in range(40)]
         )
     found = [
-        floor(Against(spec, data), data)
+        baseline(Against(spec, data), data)
         for data in (two(gaussian(s + 100, n), gaussian(s + 200, held)) for s in range(40))
     ]
     for suffix, value in truth.items():
@@ -96,7 +96,7 @@ def test_the_floor_by_halves_is_what_fresh_samples_score():
     n, m, spec = 700, 1500, Frechet(images=1500)
     truth = [scored(spec, gaussian(2 * s, n), gaussian(2 * s + 1, m))["frechet_pixels"] for s in range(40)]
     sets = [two(gaussian(s, n), gaussian(s, 0)) for s in range(40)]
-    found = [floor(Against(spec, data), data) for data in sets]
+    found = [baseline(Against(spec, data), data) for data in sets]
     assert set(found[0]) == {"frechet_pixels_train", "frechet_pixels_train_std"}
     assert sum(one["frechet_pixels_train"] for one in found) == pytest.approx(sum(truth), rel=0.15)
 
@@ -104,13 +104,13 @@ def test_the_floor_by_halves_is_what_fresh_samples_score():
 def test_the_spread_of_the_floor_is_that_of_its_draws():
     """20,000 training samples: draws of 300 hardly overlap, so the spread is that of fresh draws against the same held-out samples."""
     data, spec = two(gaussian(0, 20_000), gaussian(1, 400)), Frechet(images=300)
-    found = floor(Against(spec, data), data, draws=40)
+    found = baseline(Against(spec, data), data, draws=40)
     fresh = torch.tensor([scored(spec, data.held_out, gaussian(50 + s, 300))["frechet_pixels"] for s in range(40)])
     assert found["frechet_pixels_std"] == pytest.approx(
         float(fresh.std()), rel=4 / math.sqrt(2 * 40)
     )  # four standard errors of a spread
     assert found["frechet_pixels"] == pytest.approx(float(fresh.mean()), abs=5 * float(fresh.std()) / math.sqrt(40))
-    assert floor(Against(spec, data), data) == floor(Against(spec, data), data)
+    assert baseline(Against(spec, data), data) == baseline(Against(spec, data), data)
 
 
 def test_the_floor_has_the_classes_of_generated_samples():
@@ -120,17 +120,17 @@ def test_the_floor_has_the_classes_of_generated_samples():
     shift = lambda x, y: x + 50.0 * y.view(-1, 1, 1)
     data = Dataset("odd", shift(gaussian(0, 1000), labels), shift(gaussian(1, 400), held), labels, held, num_classes=2)
     against = Against(Frechet(images=200), data)
-    by_law = floor(against, data, lambda num: (torch.arange(num) % 20 == 0).long())["frechet_pixels"]
-    assert by_law < 0.1 < 1 < floor(against, data)["frechet_pixels"]
+    by_law = baseline(against, data, lambda num: (torch.arange(num) % 20 == 0).long())["frechet_pixels"]
+    assert by_law < 0.1 < 1 < baseline(against, data)["frechet_pixels"]
 
 
 def test_floors_of_the_digits():
     data = Digits().build()
-    found = floor(Against(Frechet(), data), data)
+    found = baseline(Against(Frechet(), data), data)
     assert found["frechet_pixels_train"] == pytest.approx(0.31, abs=0.04) and found["frechet_pixels"] == pytest.approx(
         1.03, abs=0.1
     )
-    shares = floor(Against(PrecisionRecall(images=898), data), data)
+    shares = baseline(Against(PrecisionRecall(images=898), data), data)
     assert all(
         0.85 < shares[f"{name}_pixels{suffix}"] < 0.95 for name in ("precision", "recall") for suffix in ("", "_train")
     )
@@ -140,6 +140,6 @@ def test_floors_of_the_digits():
 
 def test_a_set_without_conditions_has_a_floor():
     data = SimpleNamespace(reference=gaussian(0, 300), held_out=gaussian(1, 200))
-    assert set(floor(Against(Frechet(images=100), data), data)) == {
+    assert set(baseline(Against(Frechet(images=100), data), data)) == {
         f"frechet_pixels{s}" for s in ("", "_std", "_train", "_train_std")
     }

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from flowmap.data import Digits
-from flowmap.metrics import Agreement, Retrieval, floors
+from flowmap.metrics import Agreement, Retrieval, baselines
 from flowmap.metrics.agreement import Ridge, below, sentences
 from tests.oracle import draw, seeded
 
@@ -38,9 +38,9 @@ def built(spec, data):
 
 
 def test_classes_of_held_out_digits_and_of_shuffled_ones(digits):
-    found = floors(built(Agreement(), digits), digits)
+    found = baselines(built(Agreement(), digits), digits)
     assert found["agreement_pixels"] > 0.97 and 0.03 < found["agreement_pixels_shuffled"] < 0.2
-    assert floors(built(Agreement(images=100), digits), digits)["agreement_pixels"] > 0.95
+    assert baselines(built(Agreement(images=100), digits), digits)["agreement_pixels"] > 0.95
 
 
 def test_no_class_does_not_count(digits):
@@ -90,13 +90,13 @@ def test_the_floor_of_retrieval():
     data = SimpleNamespace(
         reference=real, reference_conditions=cond, held_out=held_out, held_out_samples=lambda: (held_out, own)
     )
-    found = floors(built(Retrieval("pixels"), data), data)
+    found = baselines(built(Retrieval("pixels"), data), data)
     assert found["retrieval_top1_pixels"] > 0.95 and found["retrieval_top1_pixels_shuffled"] < 0.04
     assert found["retrieval_top5_pixels_shuffled"] == pytest.approx(0.05, abs=0.04)
     none = SimpleNamespace(
         reference=real, reference_conditions=cond, held_out=held_out[:0], held_out_samples=lambda: (held_out[:0], {})
     )
-    assert floors(built(Retrieval("pixels"), none), none) == {}
+    assert baselines(built(Retrieval("pixels"), none), none) == {}
 
 
 def test_the_law_of_drawn_captions_is_that_of_drawing_them():

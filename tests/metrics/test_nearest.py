@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowmap.data import Dataset, Digits
-from flowmap.metrics import METRICS, NearestNeighbour, floors
+from flowmap.metrics import METRICS, NearestNeighbour, baselines
 
 
 def points(seed, n):
@@ -41,7 +41,7 @@ def test_fresh_samples_have_ratio_one_and_copies_less():
 
 def test_a_part_of_the_reference_may_be_searched():
     few, all_of_it = (
-        NearestNeighbour(reference_images=count).compare(DATA).floor()["nearest_pixels"] for count in (50, None)
+        NearestNeighbour(reference_images=count).compare(DATA).baseline()["nearest_pixels"] for count in (50, None)
     )
     assert few > all_of_it
 
@@ -49,7 +49,7 @@ def test_a_part_of_the_reference_may_be_searched():
 def test_the_floor_is_the_row_of_held_out_samples():
     spec = NearestNeighbour("pca", images=200)
     digits = Digits().build()
-    found = floors([(spec, spec.compare(digits))], digits)
+    found = baselines([(spec, spec.compare(digits))], digits)
     assert found["nearest_pca_ratio"] == 1 and found["nearest_pca"] == found["nearest_pca_held_out"] > 0
 
 

@@ -115,7 +115,7 @@ def test_a_value_that_does_not_fit_the_data_is_refused(metric, data, says):
 
 
 def test_the_smallest_sets_that_are_allowed_can_be_measured():
-    from flowmap.metrics import Against, floor
+    from flowmap.metrics import Against, baseline
 
     data = points(20, 5)
     for settings in (
@@ -127,7 +127,7 @@ def test_the_smallest_sets_that_are_allowed_can_be_measured():
         check_metrics([spec], data, conditional=True, paired=False)
         against = Against(spec, data)
         against.update(torch.randn(spec.images, 2))
-        assert set(against.report()) <= set(floor(against, data))
+        assert set(against.report()) <= set(baseline(against, data))
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_a_run_that_needs_held_out_samples_is_refused_where_there_are_none(tmp_p
         "digits-teacher", [f"data={{kind: pictures, root: {tmp_path}, held_out: 0}}", "metrics=[{kind: inversion}]"]
     )
     with pytest.raises(RecipeError, match="data.held_out is 0"):
-        flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
+        flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     assert not (tmp_path / "run").exists()

@@ -107,11 +107,11 @@ def test_the_features_of_a_divergence_are_named():
     row = spec.report(spec.build(data), texts[::2], {})
     assert set(row) == {f"{name}_words{suffix}" for name in ("divergence", "frechet") for suffix in ("", "_train")}
     assert row["divergence_words_train"] < 0.2 < row["divergence_words"]
-    floor = spec.floor(spec.build(data), data)
-    assert set(floor) == set(row) and floor["frechet_words"] == pytest.approx(floor["frechet_words_train"])
+    baseline = spec.baseline(spec.build(data), data)
+    assert set(baseline) == set(row) and baseline["frechet_words"] == pytest.approx(baseline["frechet_words_train"])
     alone = SimpleNamespace(texts=texts, held_out_texts=[])
     assert set(spec.report(spec.build(alone), texts[::2], {})) == {"divergence_words_train", "frechet_words_train"}
-    assert spec.floor(spec.build(alone), alone) == {}
+    assert spec.baseline(spec.build(alone), alone) == {}
     with pytest.raises(ValueError, match="features: 'clip'"):
         TextDivergence(features="clip")
 

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path
+from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets.auxiliary import ConvPrior, TransformerPrior
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm2 import EDM2
-from flowmap.nets.embed import Further
+from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.mlp import MLP
 from tests.oracle import draw
 
 SHAPE = (3, 4, 6)
-TOLD = (Further("z", 7, "code"),)
+TOLD = (ExtraCondition("z", 7, "code"),)
 KINDS = pytest.mark.parametrize(
     "spec",
     [
@@ -79,7 +79,9 @@ def test_a_network_that_is_told_a_code_depends_on_it_and_rides(spec):
     t, s = torch.full((5,), 0.7).double(), torch.full((5,), 0.2).double()
     told = flow_map(x, t, s, {"z": z})
     assert not torch.allclose(told, flow_map(x, t, s, {"z": z + 1}))
-    ridden, forward = (along_path(flow_map, x, t, s, v, {"z": z}, mode=mode)[1] for mode in ("ride", "forward"))
+    ridden, forward = (
+        eulerian_derivative(flow_map, x, t, s, v, {"z": z}, mode=mode)[1] for mode in ("dual", "forward")
+    )
     torch.testing.assert_close(ridden, forward, rtol=1e-8, atol=1e-10)
 
 

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, clock_of, pack, unpack
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
@@ -177,18 +177,18 @@ def from_the_reference_tangent(family, kind):
     x, t, s, *values = (value.double() if value.is_floating_point() else value for value in (x, t, s, *cond.values()))
     student, cond = loud(student_of(family, kind)[1]).double(), dict(zip(cond, values, strict=True))
     rates = lambda mode: (
-        along_path(student, x, t, s, v, cond, mode=mode)[1],
-        in_arrival(student, x, t, s, cond, mode=mode)[1],
+        eulerian_derivative(student, x, t, s, v, cond, mode=mode)[1],
+        lagrangian_derivative(student, x, t, s, cond, mode=mode)[1],
     )
     reference = _by_differences(student, x, t, s, v, cond) if family in BY_DIFFERENCES else rates("forward")
-    return parity.of_rates(rates("ride"), reference)
+    return parity.of_rates(rates("dual"), reference)
 
 
 @torch.no_grad()
 def _by_differences(student, x, t, s, v, cond, h=2e-5):
-    along = [student.mean_velocity(x + e * v, t + e, s, cond) for e in (h, -h)]
+    broadcast_time = [student.mean_velocity(x + e * v, t + e, s, cond) for e in (h, -h)]
     arrival = [student.mean_velocity(x, t, s + e, cond) for e in (h, -h)]
-    return [(after - before) / (2 * h) for after, before in (along, arrival)]
+    return [(after - before) / (2 * h) for after, before in (broadcast_time, arrival)]
 
 
 @rows

@@ -116,7 +116,7 @@ def test_without_blocks_shares_the_weights_and_leaves_the_network_alone():
 
 
 @pytest.mark.parametrize("kind", [AYFEMD, AYFLMD])
-@pytest.mark.parametrize("derivative", ["ride", "forward", "difference"])
+@pytest.mark.parametrize("derivative", ["dual", "forward", "difference"])
 def test_activation_checkpointing_changes_no_gradient(kind, derivative):
     t, s = draw_times()
     sample = Linear().sample(draw(seed=1), draw(seed=2), t, torch.where(torch.arange(5) == 2, t, s))

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm_unet import Block, resized, square_filter
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -177,7 +177,7 @@ def moved(family, mode):
     x, t, label = inputs()
     s, v = 0.3 * t, torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     cond = {"class": label, "guidance": torch.linspace(1, 3, 4).double()}
-    return along_path(net, x, t, s, v, cond, mode=mode), in_arrival(net, x, t, s, cond, mode=mode)
+    return eulerian_derivative(net, x, t, s, v, cond, mode=mode), lagrangian_derivative(net, x, t, s, cond, mode=mode)
 
 
 def rates(family, mode):
@@ -186,13 +186,13 @@ def rates(family, mode):
 
 def from_the_reference_tangent(family):
     """The riding tangents beside torch.func.jvp, float64: see parity.of_rates."""
-    return parity.of_rates(rates(family, "ride"), rates(family, "forward"))
+    return parity.of_rates(rates(family, "dual"), rates(family, "forward"))
 
 
 @families
 def test_the_tangent_rides(family):
     assert from_the_reference_tangent(family) < 1e-9
-    for ridden, exact in zip(moved(family, "ride"), moved(family, "forward"), strict=True):
+    for ridden, exact in zip(moved(family, "dual"), moved(family, "forward"), strict=True):
         assert torch.equal(ridden[0], exact[0]) and ridden[0].requires_grad
     # a one-sided difference of 1e-7, rates of 1e2 at t = 0.01
     assert parity.of_rates(rates(family, "difference"), rates(family, "forward")) < 1e-4

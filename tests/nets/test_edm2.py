@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.nets.edm2 import EDM2, blend, joined, silu, unit
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import SIGMA_MAX
@@ -107,8 +107,11 @@ def from_the_reference_tangent():
         torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
     )
     s, cond = 0.3 * t, {"class": label, "guidance": torch.ones(4).double()}
-    rates = lambda mode: (along_path(net, x, t, s, v, cond, mode=mode)[1], in_arrival(net, x, t, s, cond, mode=mode)[1])
-    return parity.of_rates(rates("ride"), rates("forward"))
+    rates = lambda mode: (
+        eulerian_derivative(net, x, t, s, v, cond, mode=mode)[1],
+        lagrangian_derivative(net, x, t, s, cond, mode=mode)[1],
+    )
+    return parity.of_rates(rates("dual"), rates("forward"))
 
 
 def test_the_tangent_rides():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowmap.flow.derivative import along_path, in_arrival
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.flow.path import Linear
 from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -157,13 +157,13 @@ def test_float64_runs_in_float64_throughout(kind):
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     F = flow_map.mean_velocity(x, t, s, cond)
     assert seen and set(seen) == {torch.float64}
-    _, rate = along_path(flow_map, x, t, s, torch.zeros_like(x), cond)
+    _, rate = eulerian_derivative(flow_map, x, t, s, torch.zeros_like(x), cond)
     moved = (flow_map.mean_velocity(x, t + 1e-9, s, cond) - F) / 1e-9
     torch.testing.assert_close(moved, rate, rtol=0, atol=1e-5 * float(rate.abs().max()))
 
 
 @nets
-@pytest.mark.parametrize("mode", ["ride", "forward", "difference"])
+@pytest.mark.parametrize("mode", ["dual", "forward", "difference"])
 def test_every_derivative_is_richardsons(kind, mode):
     flow_map = built(kind, loud=True).double()
     for p in flow_map.parameters():
@@ -182,8 +182,8 @@ def test_every_derivative_is_richardsons(kind, mode):
         1e-5 if mode == "difference" else 1e-7
     )  # a one-sided step of 1e-7 errs by 1e-7 times half the second derivative
     for truth, (F, rate) in (
-        (path, along_path(flow_map, x, t, s, v, cond, mode=mode)),
-        (arrival, in_arrival(flow_map, x, t, s, cond, mode=mode)),
+        (path, eulerian_derivative(flow_map, x, t, s, v, cond, mode=mode)),
+        (arrival, lagrangian_derivative(flow_map, x, t, s, cond, mode=mode)),
     ):
         assert truth.abs().max() > 0.1
         torch.testing.assert_close(rate, truth, rtol=0, atol=near * float(truth.abs().max()))
@@ -194,8 +194,8 @@ def test_every_derivative_is_richardsons(kind, mode):
 def test_riding_equals_forward_mode_to_rounding(kind):
     flow_map = built(kind, loud=True).double()
     (x, t, s, cond), v = given(), draw(seed=5)
-    on_path = [along_path(flow_map, x, t, s, v, cond, mode=mode)[1] for mode in ("ride", "forward")]
-    at_arrival = [in_arrival(flow_map, x, t, s, cond, mode=mode)[1] for mode in ("ride", "forward")]
+    on_path = [eulerian_derivative(flow_map, x, t, s, v, cond, mode=mode)[1] for mode in ("dual", "forward")]
+    at_arrival = [lagrangian_derivative(flow_map, x, t, s, cond, mode=mode)[1] for mode in ("dual", "forward")]
     for ridden, reference in (on_path, at_arrival):
         torch.testing.assert_close(ridden, reference, rtol=0, atol=1e-12 * float(reference.abs().max()))
 
@@ -213,12 +213,12 @@ def test_bf16_autocast_keeps_the_time_path_in_float32(kind):
     flow_map.net.enter.register_forward_hook(lambda module, args, out: entered.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         F = flow_map.mean_velocity(x, t, s, cond)
-        _, rate = along_path(flow_map, x, t, s, draw(dtype=torch.float32, seed=5), cond)
+        _, rate = eulerian_derivative(flow_map, x, t, s, draw(dtype=torch.float32, seed=5), cond)
     assert entered[0] == torch.bfloat16 and F.dtype == rate.dtype == torch.float32
     for name, value in (("departure", t), ("arrival", t - s), ("guidance", (cond["guidance"] - 1) / 4)):
         assert torch.equal(seen[name].detach() + 0, getattr(flow_map.net.conditioning, name)(value))
         assert seen[name].dtype == torch.float32
-    exact = along_path(flow_map, x, t, s, draw(dtype=torch.float32, seed=5), cond)[1]
+    exact = eulerian_derivative(flow_map, x, t, s, draw(dtype=torch.float32, seed=5), cond)[1]
     assert (rate - exact).norm() < 0.05 * exact.norm()  # bf16 has 8 bits
 
 

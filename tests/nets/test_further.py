@@ -3,19 +3,23 @@
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path
+from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets import EDM2, MLP, DiT
-from flowmap.nets.embed import Further
+from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet
 
-FURTHER = (Further("kind", 4, "number"), Further("length", 7, "number"), Further("left", 6, "context"))
+EXTRA_EMBEDDINGS = (
+    ExtraCondition("kind", 4, "number"),
+    ExtraCondition("length", 7, "number"),
+    ExtraCondition("left", 6, "context"),
+)
 SHAPE = (3, 1, 2)
 
 
 @pytest.fixture(params=[DiT(patch=1, width=16, depth=2, heads=2), MLP(width=16, depth=2)], ids=["dit", "mlp"])
 def net(request):
     torch.manual_seed(0)
-    net = request.param.build(SHAPE, further=FURTHER)
+    net = request.param.build(SHAPE, further=EXTRA_EMBEDDINGS)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return FlowMapNet(net.double())
@@ -54,7 +58,7 @@ def test_each_reaches_its_own_row_alone(net):
 
 def test_the_tangent_rides_through_them(net):
     v = torch.randn(5, *SHAPE, dtype=torch.float64)
-    ridden, forward = (along_path(net, X, T, S, v, COND, mode=mode) for mode in ("ride", "forward"))
+    ridden, forward = (eulerian_derivative(net, X, T, S, v, COND, mode=mode) for mode in ("dual", "forward"))
     for a, b in zip(ridden, forward, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-9, atol=1e-9)
 
@@ -65,7 +69,9 @@ def test_the_tangent_rides_through_them(net):
 )
 def test_any_network_reads_numbers_and_a_code_side_by_side(spec):
     torch.manual_seed(0)
-    net = FlowMapNet(spec.build((3, 4, 4), further=(Further("kind", 4, "number"), Further("z", 7, "code"))))
+    net = FlowMapNet(
+        spec.build((3, 4, 4), further=(ExtraCondition("kind", 4, "number"), ExtraCondition("z", 7, "code")))
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from flowmap.flow.derivative import along_path, value_and_rate
+from flowmap.flow.derivative import eulerian_derivative, value_and_rate
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, fingerprint, load_base, merged
@@ -110,8 +110,8 @@ def test_the_tangent_rides_through_the_adapters(family):
     x, v = numbers(B, 4, 8, 8).double(), numbers(B, 4, 8, 8).flip(0).double()
     t, s = (time.double() for time in times())
     cond = {key: value.double() if value.is_floating_point() else value for key, value in COND.items()}
-    value, rate = along_path(student, x, t, s, v, cond, mode="ride")
-    ordinary, reference = along_path(student, x, t, s, v, cond, mode="forward")
+    value, rate = eulerian_derivative(student, x, t, s, v, cond, mode="dual")
+    ordinary, reference = eulerian_derivative(student, x, t, s, v, cond, mode="forward")
     assert torch.equal(value, ordinary)
     assert (rate - reference).norm() < 1e-10 * reference.norm()
     value.sum().backward()

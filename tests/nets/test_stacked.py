@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowmap.base.schema import RecipeError
-from flowmap.flow.derivative import along_path
-from flowmap.flow.types import along
+from flowmap.flow.derivative import eulerian_derivative
+from flowmap.flow.types import broadcast_time
 from flowmap.nets import MLP, DiT, Stacked
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import LoRA
@@ -72,8 +72,10 @@ def test_started_from_a_teacher_it_takes_two_of_its_euler_steps(arrival):
         "on the diagonal it is the teacher, to the bit"
     )
     middle = (t + s) / 2
-    y = x + along(middle - t, x) * teacher.velocity(x, t, cond)
-    torch.testing.assert_close(stack(x, t, s, cond), y + along(s - middle, x) * teacher.velocity(y, middle, cond))
+    y = x + broadcast_time(middle - t, x) * teacher.velocity(x, t, cond)
+    torch.testing.assert_close(
+        stack(x, t, s, cond), y + broadcast_time(s - middle, x) * teacher.velocity(y, middle, cond)
+    )
     first, second = stack.net.parts
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first.parameters(), second.parameters(), strict=True)), (
         "weights of their own"
@@ -93,7 +95,7 @@ def test_a_start_that_does_not_fit_is_refused():
 def test_the_tangent_rides_through_both(spec):
     stack = built(spec)
     (t, s), x, v = draw_times(), draw(), draw(seed=3)
-    ridden, forward = (along_path(stack, x, t, s, v, None, mode=mode) for mode in ("ride", "forward"))
+    ridden, forward = (eulerian_derivative(stack, x, t, s, v, None, mode=mode) for mode in ("dual", "forward"))
     for one, other in zip(ridden, forward, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 

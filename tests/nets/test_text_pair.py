@@ -169,7 +169,7 @@ def test_from_a_recipe_to_a_folder_that_stands_alone(models, tmp_path, monkeypat
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     pair_recipe(tmp_path, models)
     assert "nothing is missing" in "".join(dry_run(read_recipe(tmp_path / "pair.yaml"), None, throughput=200.0))
-    run = flowmap.fit(read_recipe(tmp_path / "pair.yaml"), say=lambda message: None)
+    run = flowmap.fit(read_recipe(tmp_path / "pair.yaml"), log=lambda message: None)
     coder = TextAutoencoder(source=str(run.folder)).load()
     z = coder.encode(["cat again as n", "to say"])
     config = run.folder / "student" / "config.json"
@@ -181,7 +181,7 @@ def test_from_a_recipe_to_a_folder_that_stands_alone(models, tmp_path, monkeypat
     with pytest.raises(ValueError, match="kind pair is for a student of kind text_pair"):
         flowmap.fit(
             read_recipe(tmp_path / "pair.yaml", ["student={kind: text_vae, width: 8, heads: 2}", "name=b"]),
-            say=lambda message: None,
+            log=lambda message: None,
         )
 
 

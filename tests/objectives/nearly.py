@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowmap.flow.path import Linear
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.nets import MLP
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
@@ -33,7 +33,7 @@ class Nearly(nn.Module):
         self.shift = nn.Parameter(torch.full((5,), shift, dtype=torch.float64))
 
     def mean_velocity(self, x, t, s, cond):
-        return self.scale * self.exact.mean_velocity(x, t, s) + along(self.shift[cond["row"]], x)
+        return self.scale * self.exact.mean_velocity(x, t, s) + broadcast_time(self.shift[cond["row"]], x)
 
 
 class Leaning(nn.Module):
@@ -45,7 +45,7 @@ class Leaning(nn.Module):
         self.lean = nn.Parameter(torch.tensor(lean, dtype=torch.float64))
 
     def mean_velocity(self, x, t, s, cond):
-        return self.exact.mean_velocity(x, t, s) + along(self.lean * (t - s), x)
+        return self.exact.mean_velocity(x, t, s) + broadcast_time(self.lean * (t - s), x)
 
 
 class Watched:

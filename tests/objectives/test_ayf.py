@@ -11,8 +11,8 @@ from torch import nn
 
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.path import Linear
-from flowmap.flow.tangent.dual import Riding
-from flowmap.flow.types import along
+from flowmap.flow.tangent.dual import DualTensor
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, FlowMatching
 from flowmap.teachers.guidance import Autoguidance
 from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, chosen, drawn, gradients, pull, same, teachers
@@ -32,7 +32,7 @@ class Counted(nn.Module):
 
     def mean_velocity(self, x, t, s, cond=None):
         self.rows.append(len(x))
-        aboard = [time for time in (t, s) if type(time) is Riding]
+        aboard = [time for time in (t, s) if type(time) is DualTensor]
         self.riding.append(len(aboard[0].tangent) if aboard else 0)
         self.guidance += [] if cond is None else cond["guidance"].tolist()
         return self.student.mean_velocity(x, t, s, cond)
@@ -46,7 +46,7 @@ def by_hand(kind, student, teacher, sample, r):
     """The residual before normalisation, with central differences in place of derivatives."""
     x, t, s, cond, h = sample.xt, sample.t, sample.s, sample.cond, 1e-5
     with torch.no_grad():
-        F, length = student.mean_velocity(x, t, s, cond), along(t - s, x)
+        F, length = student.mean_velocity(x, t, s, cond), broadcast_time(t - s, x)
         if kind is AYFEMD:
             v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
             ahead, behind = (student.mean_velocity(x + e * v, t + e, s, cond) for e in (h, -h))
@@ -87,7 +87,7 @@ def test_the_slope_in_a_scaled_map_is_the_closed_form():
     sample, a = drawn(), 1.02
     x, t, s, truth = sample.xt, sample.t, sample.s, ExactStudent(GAUSSIAN)
     F = truth.mean_velocity(x, t, s)
-    at_arrival = a * GAUSSIAN.velocity(truth(x, t, s), s) - GAUSSIAN.velocity(x - along(t - s, x) * a * F, s)
+    at_arrival = a * GAUSSIAN.velocity(truth(x, t, s), s) - GAUSSIAN.velocity(x - broadcast_time(t - s, x) * a * F, s)
     for kind, g in ((AYFEMD, (a - 1) * GAUSSIAN.velocity(x, t)), (AYFLMD, at_arrival)):
         loss = exact(kind)(Nearly(GAUSSIAN, scale=a), GAUSSIAN, sample, 0)
         torch.testing.assert_close(loss.value.detach(), g.square().flatten(1).sum(1).mean())
@@ -107,7 +107,7 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(kind, norm, derivat
     g = by_hand(kind, student, WEAK, sample, r=0.6)
     size = g.flatten(1).norm(dim=1)
     divisor = {"none": torch.ones(5).double(), "l2": size + 0.3, "rms": size / 72**0.5 + 0.3}[norm]
-    normalised = g / along(divisor, g)
+    normalised = g / broadcast_time(divisor, g)
     loss = kind(**settings)(student, WEAK, sample, step=6)
     near = (
         dict(rtol=1e-5, atol=1e-5) if derivative == "difference" else dict(rtol=1e-7, atol=1e-7)
@@ -240,7 +240,7 @@ def test_the_guidance_scale_reaches_teacher_and_student(kind):
         factor = nn.Parameter(torch.ones(()).double())
 
         def mean_velocity(self, x, t, s, cond):
-            scale = along(self.factor * cond["guidance"], x)
+            scale = broadcast_time(self.factor * cond["guidance"], x)
             return scale * GAUSSIAN.velocity(x, t) + (1 - scale) * WEAK.velocity(x, t)
 
     t, _ = draw_times()

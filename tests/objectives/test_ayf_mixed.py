@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowmap.flow.times import Mixture
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, AYFMixed
 from tests.objectives.nearly import (
     MIXTURE,
@@ -100,7 +100,7 @@ def test_rows_on_own_states_are_those_of_a_sample_drawn_where_the_student_arrive
     objective = AYFMixed(**SETTINGS, lagrangian=share, own_lagrangian=own_lagrangian, own_eulerian=own_eulerian)
     lagrangian, own = objective.rows(sample.places(6))
     assert (int(lagrangian.sum()), int(own.sum())) == (5 * share, count)
-    there = replace(sample, xt=torch.where(along(own, path), reached, path))
+    there = replace(sample, xt=torch.where(broadcast_time(own, path), reached, path))
     loss, by_hand = (
         objective(student, teacher, sample, 6),
         AYFMixed(**SETTINGS, lagrangian=share)(student, teacher, there, 6),

@@ -5,7 +5,7 @@ import torch
 
 from flowmap.flow.distance import PseudoHuber
 from flowmap.flow.solver import RK4, Euler, Heun, NoiseAnchored
-from flowmap.flow.types import PathSample, along
+from flowmap.flow.types import PathSample, broadcast_time
 from flowmap.objectives import CMT, OBJECTIVES
 from flowmap.objectives.cmt import places
 from flowmap.teachers.guidance import Autoguidance
@@ -57,7 +57,7 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(distance):
     x, y = (torch.stack([states[k][row] for k, row in zip(at, leader, strict=True)]) for at in (i, j))
     t, s = (torch.tensor([times[k] for k in at]).double() for at in (i, j))
     cond = {key: value[leader] for key, value in sample.cond.items()}
-    value = distance(student.mean_velocity(x, t, s, cond), (x - y) / along(t - s, x)).mean()
+    value = distance(student.mean_velocity(x, t, s, cond), (x - y) / broadcast_time(t - s, x)).mean()
     objective = CMT(solver=Euler(steps=4), points=2, distance=distance)
     torch.testing.assert_close(objective(student, teacher, sample, 0).value, value)
     same(gradients(objective, student, teacher, sample), torch.autograd.grad(value, list(student.parameters())))

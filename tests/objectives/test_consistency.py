@@ -5,7 +5,7 @@ import torch
 
 from flowmap.flow.path import Linear
 from flowmap.flow.solver import rho_times, uniform_times
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import OBJECTIVES, SCM, Consistency
 from flowmap.teachers.guidance import Autoguidance
 from tests.objectives.nearly import WEAK, Nearly, Watched, bent, drawn, gradients, same, teachers
@@ -61,9 +61,9 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(solver, teacher):
     x, t, cond = sample.xt, sample.t, sample.cond
     u = (t - 1 / 4).clamp_min(0)
     v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
-    y = x + along(u - t, x) * v
+    y = x + broadcast_time(u - t, x) * v
     if teacher is not None and solver == "heun":
-        y = x + along(u - t, x) * (v + teacher.velocity(y, u, cond)) / 2
+        y = x + broadcast_time(u - t, x) * (v + teacher.velocity(y, u, cond)) / 2
     value = (student(x, t, zero, cond) - student(y, u, zero, cond).detach()).square().mean()
     objective = Consistency(steps=4, grid="uniform", solver=solver)
     torch.testing.assert_close(objective(student, teacher, sample, 0).value, value)

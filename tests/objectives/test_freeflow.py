@@ -6,7 +6,7 @@ import torch
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.distance import Adaptive, Squared
 from flowmap.flow.path import Linear
-from flowmap.flow.types import PathSample, along
+from flowmap.flow.types import PathSample, broadcast_time
 from flowmap.objectives import AYFLMD, OBJECTIVES, FreeFlow
 from flowmap.teachers.guidance import Autoguidance
 from tests.objectives.nearly import (
@@ -46,7 +46,11 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(derivative):
     with torch.no_grad():
         F = student.mean_velocity(x, one, s, cond)
         ahead, behind = (student.mean_velocity(x, one, s + e, cond) for e in (h, -h))
-        g = F - teacher.velocity(x - along(1 - s, x) * F, s, cond) - along(1 - s, x) * (ahead - behind) / (2 * h)
+        g = (
+            F
+            - teacher.velocity(x - broadcast_time(1 - s, x) * F, s, cond)
+            - broadcast_time(1 - s, x) * (ahead - behind) / (2 * h)
+        )
     objective, near = FreeFlow(derivative=derivative), 1e-5 if derivative == "difference" else 1e-7
     torch.testing.assert_close(objective(student, teacher, sample, 0).value.detach(), squares(g), rtol=near, atol=near)
     from_noise = Linear().sample(sample.x0, x, one, s, cond)

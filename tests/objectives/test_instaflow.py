@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowmap.flow.path import Linear
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.nets import MLP
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import OBJECTIVES, Endpoint
@@ -34,7 +34,7 @@ class Nearly(nn.Module):
 
     def forward(self, x, t, s, cond=None):
         self.asked = (x, t, s, cond)
-        return x + along(s - t, x) * (self.scale * self.exact.mean_velocity(x, t, s) + self.shift)
+        return x + broadcast_time(s - t, x) * (self.scale * self.exact.mean_velocity(x, t, s) + self.shift)
 
 
 class Decoded(Nearly):
@@ -167,7 +167,7 @@ def test_lpips_huber_looks_at_what_latents_decode_to():
 
     sample, student = loose(), Latent()
     distance = LPIPSHuber(net=NET)
-    guess = sample.xt - along(sample.t, sample.xt) * 0.3 * sample.xt
+    guess = sample.xt - broadcast_time(sample.t, sample.xt) * 0.3 * sample.xt
     huber = (1 - sample.t) * Rectified()(student, None, sample, 0).logs["error"]
     seen = Network(NET)(student.pictures(guess), student.pictures(sample.x0))
     torch.testing.assert_close(

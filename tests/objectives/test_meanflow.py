@@ -7,7 +7,7 @@ from torch import nn
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.distance import Adaptive, Squared
 from flowmap.flow.path import Linear
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import AYFEMD, OBJECTIVES, MeanFlow
 from flowmap.teachers.exact import GaussianTeacher
 from tests.objectives.nearly import (
@@ -36,7 +36,7 @@ def residual(student, v, sample, direction):
     x, t, s, cond, h = sample.xt, sample.t, sample.s, sample.cond, 1e-5
     with torch.no_grad():
         ahead, behind = (student.mean_velocity(x + e * direction, t + e, s, cond) for e in (h, -h))
-        return student.mean_velocity(x, t, s, cond) - v + along(t - s, x) * (ahead - behind) / (2 * h)
+        return student.mean_velocity(x, t, s, cond) - v + broadcast_time(t - s, x) * (ahead - behind) / (2 * h)
 
 
 @tangents
@@ -80,7 +80,7 @@ def test_by_default_each_sample_is_weighted_by_its_own_error():
     sample, student = drawn(), bent()
     g = residual(student, sample.vt, sample, sample.vt)
     e = g.square().flatten(1).sum(1)
-    same(gradients(MeanFlow(), student, None, sample), pull(student, sample, g / along(e + 1e-3, g)), 1e-7)
+    same(gradients(MeanFlow(), student, None, sample), pull(student, sample, g / broadcast_time(e + 1e-3, g)), 1e-7)
 
 
 def test_without_a_teacher_the_exact_map_is_still_on_average():
@@ -119,7 +119,7 @@ class Guided(nn.Module):
 
     def mean_velocity(self, x, t, s, cond):
         plain = MIXTURE.velocity(x, t)
-        there = along(cond["class"] >= 0, x)
+        there = broadcast_time(cond["class"] >= 0, x)
         return self.factor * torch.where(
             there, self.scale * MIXTURE.velocity(x, t, cond) + (1 - self.scale) * plain, plain
         )
@@ -146,7 +146,7 @@ def test_guidance_moves_target_and_tangent_by_the_students_own_predictions():
         given, plain = (
             student.mean_velocity(x, t, t, {**cond, "class": c}) for c in (CLASSES, torch.full_like(CLASSES, -1))
         )
-    v = torch.where(along(CLASSES >= 0, x), 1.5 * sample.vt + 0.25 * given + (1 - 1.75) * plain, sample.vt)
+    v = torch.where(broadcast_time(CLASSES >= 0, x), 1.5 * sample.vt + 0.25 * given + (1 - 1.75) * plain, sample.vt)
     objective = MeanFlow(distance=SUM, omega=1.5, kappa=0.25)
     same(gradients(objective, student, None, sample), pull(student, sample, residual(student, v, sample, v)), 1e-7)
 

@@ -7,7 +7,7 @@ import torch
 
 from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.path import Linear, Trig
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import OBJECTIVES, SCM
 from tests.objectives.nearly import MIXTURE, WEAK, Watched, bent, drawn, gradients, same, still_and_towards, teachers
 from tests.oracle import draw_times
@@ -44,11 +44,11 @@ def by_the_paper(student, v, sample, d, r, c, norm):
     with torch.no_grad():
         ahead, behind = (network(place + e * moves, angle + e) for e in (h, -h))
         N, rate = network(place, angle), (ahead - behind) / (2 * h)
-        cos, sin = along(angle.cos(), x), along(angle.sin(), x)
+        cos, sin = broadcast_time(angle.cos(), x), broadcast_time(angle.sin(), x)
         g = -cos * cos * (d * N - moves) - r * cos * sin * (place + d * rate)
         size = g.flatten(1).norm(dim=1)
         divisor = {"none": torch.ones_like(size), "l2": size + c, "rms": size / D**0.5 + c}[norm]
-        target = N + g / along(divisor, g)
+        target = N + g / broadcast_time(divisor, g)
     return (network(place, angle) - target).square().flatten(1).sum(1).mean() / D, size
 
 

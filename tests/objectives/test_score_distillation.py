@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowmap.flow.path import Linear
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.objectives import OBJECTIVES, FlowMatching, ScoreDistillation
 from flowmap.objectives.score_distillation import Stopped
 from flowmap.samplers import Deterministic, Gamma
@@ -61,10 +61,10 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(normalised):
     sample = looked_at(x0)
     loss = ScoreDistillation(normalised=normalised)(Fake(OTHER), GAUSSIAN, sample, 0)
     with torch.no_grad():
-        guess = lambda law: sample.xt - along(t, x0) * law.velocity(sample.xt, t)
+        guess = lambda law: sample.xt - broadcast_time(t, x0) * law.velocity(sample.xt, t)
         of_real, of_fake = x0 - guess(GAUSSIAN), x0 - guess(OTHER)
         away = of_real.abs().mean((1, 2, 3))
-        g = (of_real - of_fake) / along(away, x0) if normalised else of_real - of_fake
+        g = (of_real - of_fake) / broadcast_time(away, x0) if normalised else of_real - of_fake
     torch.testing.assert_close(loss.value.detach(), g.square().mean() / 2)
     torch.testing.assert_close(torch.autograd.grad(loss.value, x0)[0], g / x0.numel())
     torch.testing.assert_close(loss.logs["distance_to_teacher"], away)
@@ -79,8 +79,8 @@ def test_the_guesses_are_the_exact_means_of_the_data():
 
     def posterior(law):
         m, c = law.mean[0], law.std
-        share = along(c**2 * (1 - t) / ((1 - t) ** 2 * c**2 + t**2), x0)
-        return m + share * (sample.xt - along(1 - t, x0) * m)
+        share = broadcast_time(c**2 * (1 - t) / ((1 - t) ** 2 * c**2 + t**2), x0)
+        return m + share * (sample.xt - broadcast_time(1 - t, x0) * m)
 
     torch.testing.assert_close(g * x0.numel(), (posterior(OTHER) - posterior(GAUSSIAN)).detach())
 

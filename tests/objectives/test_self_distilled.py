@@ -11,7 +11,7 @@ from flowmap.flow.derivative import DERIVATIVES
 from flowmap.flow.distance import Squared
 from flowmap.flow.path import Linear
 from flowmap.flow.shares import evenly
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import ESD, LSD, OBJECTIVES, PSD, Shortcut
@@ -126,7 +126,9 @@ def test_esd_is_its_formula_by_hand(through_rate, derivative):
     in_time, in_space = graded(student, sample, "t"), graded(student, sample, "x").detach()
     rate = (in_time if through_rate else in_time.detach()) + in_space
     value = squares(
-        student.mean_velocity(x, t, s, cond) + along(t - s, x) * rate - student.mean_velocity(x, t, t, cond).detach()
+        student.mean_velocity(x, t, s, cond)
+        + broadcast_time(t - s, x) * rate
+        - student.mean_velocity(x, t, t, cond).detach()
     )
     objective, near = (
         ESD(through_rate=through_rate, derivative=derivative),
@@ -142,8 +144,8 @@ def test_lsd_is_its_formula_by_hand(through_rate, derivative):
     sample, student = drawn(guidance=GUIDANCE), bent(guidance=True)
     x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
     rate, F = graded(student, sample, "s"), student.mean_velocity(x, t, s, cond)
-    own = student.mean_velocity((x - along(t - s, x) * F).detach(), s, s, cond).detach()
-    value = squares(F - along(t - s, x) * (rate if through_rate else rate.detach()) - own)
+    own = student.mean_velocity((x - broadcast_time(t - s, x) * F).detach(), s, s, cond).detach()
+    value = squares(F - broadcast_time(t - s, x) * (rate if through_rate else rate.detach()) - own)
     objective, near = (
         LSD(through_rate=through_rate, derivative=derivative),
         1e-5 if derivative == "difference" else 1e-7,
@@ -177,7 +179,9 @@ def test_lsd_through_norms_and_attention_is_its_formula_by_hand(build, shape):
     x, t, s = sample.xt, sample.t, sample.s
     rate, F = graded(student, sample, "s"), student.mean_velocity(x, t, s)
     value = squares(
-        F - along(t - s, x) * rate - student.mean_velocity((x - along(t - s, x) * F).detach(), s, s).detach()
+        F
+        - broadcast_time(t - s, x) * rate
+        - student.mean_velocity((x - broadcast_time(t - s, x) * F).detach(), s, s).detach()
     )
     expected = torch.autograd.grad(value, list(student.parameters()), allow_unused=True)
     got = torch.autograd.grad(LSD()(student, None, sample, 0).value, list(student.parameters()), allow_unused=True)
@@ -192,9 +196,9 @@ def test_psd_is_its_formula_by_hand(split):
     x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
     h = torch.full((5,), 0.5).double() if split == "midpoint" else spread(sample.places(step), t)
     m = t - h * (t - s)
-    between = x + along(m - t, x) * student.mean_velocity(x, t, m, cond)
-    end = between + along(s - m, x) * student.mean_velocity(between, m, s, cond)
-    g = (student.mean_velocity(x, t, s, cond) - (end - x) / along(s - t, x)).detach()
+    between = x + broadcast_time(m - t, x) * student.mean_velocity(x, t, m, cond)
+    end = between + broadcast_time(s - m, x) * student.mean_velocity(between, m, s, cond)
+    g = (student.mean_velocity(x, t, s, cond) - (end - x) / broadcast_time(s - t, x)).detach()
     torch.testing.assert_close(PSD(split=split)(student, None, sample, step).value.detach(), squares(g))
     same(gradients(PSD(split=split), student, None, sample, step), pull(student, sample, g))
 
@@ -217,7 +221,7 @@ def test_a_shortcut_is_two_halves_and_the_shortest_are_steps_of_the_velocity(fin
     x, m, cond = sample.xt, (t + s) / 2, sample.cond
     short = torch.tensor([True, False, False, True, False]) & (finest > 0)
     first = student.mean_velocity(x, t, torch.where(short, t, m), cond)
-    second = student.mean_velocity(x - along(t - m, x) * first, m, torch.where(short, m, s), cond)
+    second = student.mean_velocity(x - broadcast_time(t - m, x) * first, m, torch.where(short, m, s), cond)
     g = (student.mean_velocity(x, t, s, cond) - (first + second) / 2).detach()
     torch.testing.assert_close(Shortcut(finest=finest)(student, None, sample, 0).value.detach(), g.square().mean())
     same(gradients(Shortcut(finest=finest, distance=SUM), student, None, sample), pull(student, sample, g))

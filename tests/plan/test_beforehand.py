@@ -37,7 +37,7 @@ def test_features_that_cannot_be_had_stop_a_run_before_its_teacher_is_trained(me
     recipe = read_recipe("digits", [f"metrics=[{metric}]"])
     assert says in dry_run(recipe, None)[-1]
     with pytest.raises(RecipeError, match=f"digits: {says}"):
-        flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
+        flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     assert not (tmp_path / "runs").exists() and not (tmp_path / "run").exists()
 
 

@@ -126,7 +126,7 @@ def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny,
     from flowmap.plan.plan import dependency_folder
 
     recipe, runs = read_recipe(tiny), tmp_path / "runs"
-    flowmap.fit(recipe, runs / "tiny-01234567", say=lambda message: None)
+    flowmap.fit(recipe, runs / "tiny-01234567", log=lambda message: None)
     assert dependency_folder(recipe) == runs / "tiny-01234567"
     other = read_recipe(tiny, ["seed=1"])
     assert dependency_folder(other) == runs / f"tiny-{other.training_hash()}"

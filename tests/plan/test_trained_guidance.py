@@ -54,7 +54,7 @@ NEVER = "asks the teacher without a condition, and 'taught' never learned that: 
 def test_a_teacher_that_never_dropped_its_condition_is_not_asked_without_it(place, tmp_path, command):
     path = place(drop=0.0)
     with pytest.raises(RecipeError, match="teacher.guidance: classifier_free asks.*never learned that"):
-        flowmap.fit(read_recipe(path), tmp_path / "run", say=lambda message: None)
+        flowmap.fit(read_recipe(path), tmp_path / "run", log=lambda message: None)
     assert not (tmp_path / "runs").exists(), "found before the teacher is trained"
     code, out, err = command("fit", "--recipe", path, "--dry-run")
     assert code == 2 and NEVER in err and len(err.strip().splitlines()) == 1

@@ -35,7 +35,7 @@ def of(root, **more):
 
 def test_what_is_left_out_is_counted_by_reason_and_said(root, tmp_path):
     said = []
-    index = encode(of(root), tmp_path / "e", say=said.append)
+    index = encode(of(root), tmp_path / "e", log=said.append)
     assert (
         index["class_names"] == ["1", "2", "10"]
         and index["class_rows"] == {"0": 2, "1": 1}

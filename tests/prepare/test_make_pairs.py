@@ -16,7 +16,7 @@ from flowmap.base.files import WriteError
 from flowmap.base.schema import RecipeError
 from flowmap.build.parts import BuiltTeacher, build_data, build_samples
 from flowmap.data import PairedDataset, Pairs
-from flowmap.data.pairs import contents, noise_of, unlike
+from flowmap.data.pairs import contents, first_difference, noise_of
 from flowmap.flow.solver import Heun
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
@@ -213,11 +213,11 @@ def test_another_guidance_clock_shape_or_generator_is_refused(recipe, tmp_path):
 
 def test_weights_that_are_not_here_are_not_compared():
     there = {"teacher": {"card": "a", "weights": "1"}, "seed": 0}
-    assert unlike(there, {"teacher": {"card": "a", "weights": None}, "seed": 0}) is None
-    assert "teacher.weights: '1' there, '2' here" in unlike(
+    assert first_difference(there, {"teacher": {"card": "a", "weights": None}, "seed": 0}) is None
+    assert "teacher.weights: '1' there, '2' here" in first_difference(
         there, {"teacher": {"card": "a", "weights": "2"}, "seed": 0}
     )
-    assert "teacher.card" in unlike(there, {"teacher": {"card": "b", "weights": None}, "seed": 0})
+    assert "teacher.card" in first_difference(there, {"teacher": {"card": "b", "weights": None}, "seed": 0})
 
 
 def test_a_torn_shard_is_named_and_made_anew(recipe, tmp_path):

@@ -103,7 +103,7 @@ def test_known_pixels_stay_on_their_own_path():
     flow_map = Exact()
     flow_map.nothing = torch.nn.Parameter(torch.zeros(1))
     student = Student(config, flow_map)
-    student.prior = LearnedPrior(Standard(), NormalDraws(), 2, told=False)
+    student.prior = LearnedPrior(Standard(), NormalDraws(), 2, conditioning=False)
     mask = torch.zeros(SHAPE[1:], dtype=torch.bool)
     mask[2:5, 3:7] = True
     torch.testing.assert_close(inpaint(student, x0[0], mask, 3, steps=4), x0.expand(3, *SHAPE), rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
         "log.every_steps=64",
         "metrics=[]",
     ]
-    return fit(flowmap.read_recipe(folder / "tiny.yaml", settings), folder / "run", say=lambda message: None).folder
+    return fit(flowmap.read_recipe(folder / "tiny.yaml", settings), folder / "run", log=lambda message: None).folder
 
 
 def test_names(run):

@@ -2,7 +2,7 @@
 
 import torch
 
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.teachers.classifier import ClassifierGuided
 from flowmap.teachers.exact import GaussianTeacher
 
@@ -12,7 +12,7 @@ MEAN, STD, SLOPE = 0.7, 0.4, torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 def log_prob(x, t, cond):
     """log E[exp(slope . x0) | xt = x] up to a constant: the classifier log p(y | x0) = slope . x0, seen through noise."""
     spread = ((1 - t) * STD) ** 2 + t**2
-    return (along(STD**2 * (1 - t) / spread, x) * x * SLOPE).sum(-1)
+    return (broadcast_time(STD**2 * (1 - t) / spread, x) * x * SLOPE).sum(-1)
 
 
 def test_a_tilted_gaussian_has_its_mean_moved():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.functional import jvp
 
-from flowmap.flow.types import along
+from flowmap.flow.types import broadcast_time
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 from tests.oracle import GAUSSIAN, RING, ExactStudent, draw, draw_times, seeded, slope
 
@@ -46,7 +46,7 @@ def test_eulerian_identity_of_the_gaussian():
     x, (t, s) = draw(), draw_times()
     v = GAUSSIAN.velocity(x, t)
     F, rate = jvp(lambda a, b: GAUSSIAN.mean_velocity(a, b, s), (x, t), (v, torch.ones_like(t)))
-    torch.testing.assert_close(F, v - along(t - s, x) * rate)
+    torch.testing.assert_close(F, v - broadcast_time(t - s, x) * rate)
     torch.testing.assert_close(ExactStudent(GAUSSIAN)(x, t, s), GAUSSIAN.flow_map(x, t, s))
 
 

@@ -62,7 +62,7 @@ def path(tmp_path, monkeypatch):
 def run(path, tmp_path):
     """run(key=value, ...) -> the folder of the finished run."""
     return lambda *overrides: (
-        flowmap.fit(read_recipe(path, overrides), tmp_path / f"run-{len(list(tmp_path.iterdir()))}", say=quiet).folder
+        flowmap.fit(read_recipe(path, overrides), tmp_path / f"run-{len(list(tmp_path.iterdir()))}", log=quiet).folder
     )
 
 
@@ -135,7 +135,7 @@ def test_micro_batches_add_up(path, tmp_path):
     for overrides in (["trainer.accumulate=2"], ["trainer.accumulate=1", "data.batch_size=12"]):
         fixed = ["objective.balance=none", "objective.start=0", "trainer.steps=3"]
         recipe = read_recipe(path, [*overrides, *fixed, "sampler.steps=[1]"])
-        folders.append(flowmap.fit(recipe, tmp_path / overrides[0], say=quiet).folder)
+        folders.append(flowmap.fit(recipe, tmp_path / overrides[0], log=quiet).folder)
     one, two = (checkpoint(folder)["state_dict"] for folder in folders)
     for (
         name
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(path, tmp_path, monkeypatch, wh
 
     monkeypatch.setattr(adversarial, name, spoiled)
     with pytest.raises(FitError, match=rf"the {where} is nan at step 5 .*\(step 3\)"):
-        flowmap.fit(read_recipe(path), tmp_path / "run", say=quiet)
+        flowmap.fit(read_recipe(path), tmp_path / "run", log=quiet)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
 )
 def test_a_mistake_is_one_line(path, overrides, says, tmp_path):
     with pytest.raises(RecipeError) as caught:
-        flowmap.fit(read_recipe(path, overrides), tmp_path / "run", say=quiet)
+        flowmap.fit(read_recipe(path, overrides), tmp_path / "run", log=quiet)
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "recipe.yaml").exists(), "nothing is left behind"
 
@@ -288,9 +288,9 @@ def test_points_are_no_pictures_and_an_exact_teacher_has_no_network(tmp_path):
     with pytest.raises(
         RecipeError, match=r"objective.discriminator.kind: 'conv' wants pictures or latents .* samples are \(2,\)"
     ):
-        flowmap.fit(read_recipe(path), tmp_path / "run", say=quiet)
+        flowmap.fit(read_recipe(path), tmp_path / "run", log=quiet)
     with pytest.raises(RecipeError, match="objective.discriminator.kind: 'teacher' needs a teacher that is a network"):
-        flowmap.fit(read_recipe(path, ["objective.discriminator.kind=teacher"]), tmp_path / "run", say=quiet)
+        flowmap.fit(read_recipe(path, ["objective.discriminator.kind=teacher"]), tmp_path / "run", log=quiet)
 
 
 def test_the_packaged_features_are_a_call_of_their_own(path):

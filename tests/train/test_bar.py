@@ -71,7 +71,7 @@ def test_only_the_first_process_speaks():
 
 def test_a_run_says_what_its_log_says(tiny, tmp_path):
     said = []
-    fit(read_recipe(tiny), tmp_path / "run", say=said.append)
+    fit(read_recipe(tiny), tmp_path / "run", log=said.append)
     found = [line for line in said if line.startswith("step ")]
     assert len(found) == 2 and found[0].startswith("step 1/20  loss ") and found[1].startswith("step 20/20  loss ")
     last = read_log(tmp_path / "run" / "log.csv")[-1]
@@ -85,7 +85,7 @@ def test_a_run_says_what_its_log_says(tiny, tmp_path):
 def test_a_terminal_has_a_bar_with_the_residual_norm(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     said = []
-    fit(read_recipe(tiny), tmp_path / "run", say=said.append)
+    fit(read_recipe(tiny), tmp_path / "run", log=said.append)
     assert not [line for line in said if line.startswith("step ")]
     assert re.search(r"/20 .*loss=[\d.e-]+, residual=[\d.e-]+", capsys.readouterr().err)
 

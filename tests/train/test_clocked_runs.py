@@ -29,7 +29,7 @@ def quiet(message): ...
 def test_it_ends_when_its_seconds_are_spent_and_leaves_a_whole_run(slow, tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks.Keep, "check", lambda self, module, done: setattr(HANDS, "at", HANDS.at + 100))
     clock = Clock(7.0, HANDS)
-    run = fit(slow(), tmp_path / "run", say=quiet, clock=clock)
+    run = fit(slow(), tmp_path / "run", log=quiet, clock=clock)
     assert (clock.seconds, clock.steps, clock.spent) == (7.0, 7, True)
     assert clock.step_seconds == 1.0 and HANDS.at > 100
     assert run.student.config.step == 7 and json.loads((tmp_path / "run" / "metrics.json").read_text())["student"] == {
@@ -40,7 +40,7 @@ def test_it_ends_when_its_seconds_are_spent_and_leaves_a_whole_run(slow, tmp_pat
 
 def test_with_time_left_it_runs_to_its_last_step(slow, tmp_path):
     clock = Clock(1000.0, HANDS)
-    assert fit(slow(), tmp_path / "run", say=quiet, clock=clock).student.config.step == 20
+    assert fit(slow(), tmp_path / "run", log=quiet, clock=clock).student.config.step == 20
     assert clock.seconds == 20 and not clock.spent
 
 
@@ -68,8 +68,8 @@ def test_a_resumed_run_goes_on_with_the_seconds_that_it_has_used(slow, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.Pictures, "at", stop)
         with pytest.raises(FitError):
-            fit(recipe, tmp_path / "run", say=quiet, clock=Clock(24.0, HANDS))
+            fit(recipe, tmp_path / "run", log=quiet, clock=Clock(24.0, HANDS))
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
     clock = Clock(24.0, HANDS)
-    assert fit(recipe, tmp_path / "run", resume=True, say=quiet, clock=clock).student.config.step == 12
+    assert fit(recipe, tmp_path / "run", resume=True, log=quiet, clock=clock).student.config.step == 12
     assert clock.seconds == 24.0

@@ -37,7 +37,7 @@ def three(tiny, monkeypatch):
 def run(recipes, folder, **options):
     said = []
     options = {"budget": 40.0, "seeds": 2, "steps": (1, 2), **options}
-    return compare(recipes, out=folder, say=said.append, now=HANDS, **options), said
+    return compare(recipes, out=folder, log=said.append, now=HANDS, **options), said
 
 
 def test_equal_seconds_are_equal_and_lengths_are_known_beforehand(three, tmp_path):
@@ -213,7 +213,7 @@ def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monke
     from flowmap.compare import entry
 
     monkeypatch.setattr(
-        entry.Entry, "_prepared", lambda self, say: {"one": 0.0, "two": 16.0, "four": 40.0}[self.recipe.name]
+        entry.Entry, "_prepared", lambda self, log: {"one": 0.0, "two": 16.0, "four": 40.0}[self.recipe.name]
     )
     found, _ = run(three, tmp_path / "out", seeds=1)
     one, two, four = found["results"]

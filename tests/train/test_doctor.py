@@ -22,7 +22,7 @@ def test_it_says_what_each_derivative_costs(command, tiny):
         "derivative difference",
         "derivative forward",
     ]
-    assert "(1.00 of plain)" in lines[3] and lines[-1] == "choose objective.derivative=ride"
+    assert "(1.00 of plain)" in lines[3] and lines[-1] == "choose objective.derivative=dual"
 
 
 class Unridable(nn.Module):

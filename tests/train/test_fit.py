@@ -64,9 +64,9 @@ def test_the_student_that_ships_is_the_checkpoints_average(finished):
 def test_the_same_recipe_gives_the_same_run_and_a_finished_run_is_left_alone(tiny, finished):
     before = bytes_of(finished)
     said = []
-    fit(recipe_of(tiny), finished, say=said.append)
+    fit(recipe_of(tiny), finished, log=said.append)
     assert bytes_of(finished) == before and "complete" in said[0]
-    fit(recipe_of(tiny), finished, overwrite=True, say=quiet)
+    fit(recipe_of(tiny), finished, overwrite=True, log=quiet)
     after = bytes_of(finished)
     assert {name for name in after if after[name] != before[name]} <= {
         "log.csv",
@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tiny, tmp_path,
     with pytest.raises(
         FitError, match=rf"the gradient's norm is nan at step {step} \(t in .*(step 6|no checkpoint was kept yet)"
     ):
-        fit(recipe_of(tiny), tmp_path / "run", say=quiet)
+        fit(recipe_of(tiny), tmp_path / "run", log=quiet)
     for path in (tmp_path / "run").rglob("*.safetensors"):
         assert finite(read_tensors(path))
 
@@ -129,7 +129,7 @@ def test_weights_that_overflow_are_never_kept(tiny, tmp_path, monkeypatch):
         AdamW, "lr_at", lambda self, step, total_steps: 1e36
     )  # far out of the range that a recipe may ask for
     with pytest.raises(FitError, match="not finite|is nan|is inf"):
-        fit(recipe_of(tiny, "trainer.checkpoint_every_steps=1"), tmp_path / "run", say=quiet)
+        fit(recipe_of(tiny, "trainer.checkpoint_every_steps=1"), tmp_path / "run", log=quiet)
     assert not list(tmp_path.rglob("last.ckpt")) or finite(
         read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
     )
@@ -211,7 +211,7 @@ def test_accumulation_sees_the_same_data_and_makes_the_same_number_of_steps(tiny
         with monkeypatch.context() as patch:
             patch.setattr(DistillModule, "training_step", look)
             settings = (f"trainer.accumulate={accumulate}", f"data.batch_size={batch}", "trainer.steps=6")
-            fit(recipe_of(tiny, *settings), tmp_path / str(accumulate), say=quiet)
+            fit(recipe_of(tiny, *settings), tmp_path / str(accumulate), log=quiet)
         assert len(read_log(tmp_path / str(accumulate) / "log.csv")) == 6
     assert torch.equal(torch.cat(seen[1]), torch.cat(seen[2]))
 
@@ -224,11 +224,11 @@ def module_of(recipe) -> DistillModule:
 
 
 def test_bf16_runs_and_keeps_float32_weights(tiny, tmp_path):
-    run = fit(recipe_of(tiny, "trainer.precision=bf16", "trainer.steps=6"), tmp_path / "run", say=quiet)
+    run = fit(recipe_of(tiny, "trainer.precision=bf16", "trainer.steps=6"), tmp_path / "run", log=quiet)
     assert {tensor.dtype for tensor in read_tensors(run.folder / "student" / "model.safetensors").values()} == {
         torch.float32
     }
-    other = fit(recipe_of(tiny, "trainer.steps=6"), tmp_path / "other", say=quiet)
+    other = fit(recipe_of(tiny, "trainer.steps=6"), tmp_path / "other", log=quiet)
     losses = [
         [float(row["train/loss"]) for row in read_log(folder / "log.csv")] for folder in (run.folder, other.folder)
     ]
@@ -245,7 +245,7 @@ def test_an_average_of_constant_decay_is_the_closed_form(tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillModule, "average", look)
     initial = [p.detach().clone() for p in module_of(recipe_of(tiny)).student.parameters()]
-    run = fit(recipe_of(tiny, "ema={kind: constant, decay: 0.8}"), tmp_path / "run", say=quiet)
+    run = fit(recipe_of(tiny, "ema={kind: constant, decay: 0.8}"), tmp_path / "run", log=quiet)
     average = initial
     for step, theta in enumerate(weights, start=1):
         beta = min(0.8, step / (step + 9))
@@ -261,7 +261,7 @@ def test_a_progress_bar_on_a_terminal_alone(tiny, tmp_path, monkeypatch, capsys,
     import sys
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    fit(recipe_of(tiny, "log.every_steps=1"), tmp_path / "run", say=quiet)
+    fit(recipe_of(tiny, "log.every_steps=1"), tmp_path / "run", log=quiet)
     err = capsys.readouterr().err
     assert ("/20 [" in err and "step/s" in err and "loss=" in err) if terminal else err == ""
 

@@ -51,7 +51,7 @@ def test_what_a_run_starts_from_is_trained_first_and_once(recipes, tmp_path, com
     assert [stage.recipe.name for stage in plan(recipe, tmp_path / "run")] == ["flow", "map", "further"]
     code, out, err = command("fit", "--recipe", tmp_path / "map.yaml", "--dry-run")
     assert code == 0 and "student: 0.0" in out and "nothing is missing" in out, out + err
-    flowmap.fit(recipe, tmp_path / "run", say=quiet)
+    flowmap.fit(recipe, tmp_path / "run", log=quiet)
     assert flowmap.load_student(tmp_path / "run").sample(3, steps=2).shape == (3, 2)
     assert f"teacher: {tmp_path / 'flow.yaml'};" in (tmp_path / "run" / "student" / "README.md").read_text()
 
@@ -69,7 +69,7 @@ def test_warm_start_anchor_one_step_pairs_and_both_residuals_on_own_states_go_to
     (tmp_path / "warm.yaml").write_text(warm.to_yaml())
     recipe = recipes("map", *(line.replace("FOLDER", str(tmp_path)) for line in COMBINED))
     assert [stage.recipe.name for stage in plan(recipe, tmp_path / "run")] == ["flow", "warm", "combined"]
-    run = flowmap.fit(recipe, tmp_path / "run", say=quiet)
+    run = flowmap.fit(recipe, tmp_path / "run", log=quiet)
     figures = flowmap.load_student(tmp_path / "run").sample(3, steps=2)
     assert figures.isfinite().all() and (tmp_path / "run" / "metrics.json").is_file() and run is not None
     with pytest.raises(RecipeError, match="objective.own_eulerian: 1.5 must lie in"):
@@ -77,7 +77,7 @@ def test_warm_start_anchor_one_step_pairs_and_both_residuals_on_own_states_go_to
 
 
 def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
-    flowmap.fit(recipes("map"), tmp_path / "runs" / "map", say=quiet)
+    flowmap.fit(recipes("map"), tmp_path / "runs" / "map", log=quiet)
     for name, start in (("map", dependency_folder(recipes("flow"))), ("further", tmp_path / "runs" / "map")):
         recipe, other = recipes(name), flowmap.load_student(start)
         data = build_data(recipe)
@@ -97,7 +97,7 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
         student_config(recipe, build_data(recipe), None)
     with pytest.raises(RecipeError, match="teacher.*exactly one of card and recipe"):
         recipes("map", "teacher.card=digits")
-    flowmap.fit(recipe, tmp_path / "runs" / "map", say=quiet)
+    flowmap.fit(recipe, tmp_path / "runs" / "map", log=quiet)
     plain = recipes("further", "teacher=null", "objective={kind: flow_matching}")
     with pytest.raises(RecipeError, match="starts from a flow map, of which this objective trains only the diagonal"):
         student_config(plain, build_data(plain), None)

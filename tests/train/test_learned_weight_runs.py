@@ -35,7 +35,7 @@ def path(tmp_path, monkeypatch):
     "overrides", [[], ["objective={kind: scm, warmup_steps: 4, weight: {kind: learned}}"]], ids=["lsd", "scm"]
 )
 def test_it_trains_and_does_not_ship(path, tmp_path, overrides):
-    folder = flowmap.fit(read_recipe(path, overrides), tmp_path / "run", say=lambda message: None).folder
+    folder = flowmap.fit(read_recipe(path, overrides), tmp_path / "run", log=lambda message: None).folder
     state = read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     branch = {name: tensor for name, tensor in state.items() if name.startswith("student.uncertainty.")}
     assert branch and float(branch["student.uncertainty.leave.weight"].abs().max()) > 0, "from zero"
@@ -58,7 +58,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, t
 
 def test_without_it_there_is_no_such_branch(path, tmp_path):
     folder = flowmap.fit(
-        read_recipe(path, ["objective.weight.kind=none", "trainer.steps=2"]), tmp_path / "run", say=lambda message: None
+        read_recipe(path, ["objective.weight.kind=none", "trainer.steps=2"]), tmp_path / "run", log=lambda message: None
     ).folder
     assert not any(
         "uncertainty" in name for name in read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]

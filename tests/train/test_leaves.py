@@ -6,12 +6,12 @@ from flowmap.base.schema import RecipeError
 from flowmap.nets import NETS
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
-from flowmap.recipe.kinds import left_by
-from flowmap.train.artifacts import LEAVES
+from flowmap.recipe.kinds import artifact_of
+from flowmap.train.artifacts import ARTIFACTS
 
 
 def test_the_table_is_what_objectives_and_networks_declare():
-    assert set(LEAVES) == set(map(left_by, OBJECTIVES.values())) == set(map(left_by, NETS.values()))
+    assert set(ARTIFACTS) == set(map(artifact_of, OBJECTIVES.values())) == set(map(artifact_of, NETS.values()))
 
 
 @pytest.mark.parametrize("objective", ["reconstruction", "text_elbo", "variance_guided"])

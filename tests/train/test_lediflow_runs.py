@@ -13,7 +13,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
 from flowmap.build.prior import build_prior
 from flowmap.data.pairs import starts_of
-from flowmap.flow.prior import beside, starts
+from flowmap.flow.prior import for_codes, starts
 from flowmap.flow.solver import Heun
 from flowmap.plan.plan import dependency_folder, plan
 from flowmap.prepare.make_pairs import verify
@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
     write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLOWMAP_RUNS", str(folder / "runs"))
-        flowmap.fit(read_recipe(folder / "small-map.yaml"), say=lambda message: None)
+        flowmap.fit(read_recipe(folder / "small-map.yaml"), log=lambda message: None)
     return folder
 
 
@@ -121,10 +121,10 @@ def test_the_students_prior_ships_with_it_and_gives_the_same_starts(recipes, tra
     assert no_runs(trained / "runs" / "small-map") == no_runs(dependency_folder(recipes("flow"))) == set()
     recipe = recipes("map")
     student, built = flowmap.load_student(trained / "runs" / "small-map"), build_prior(recipe)
-    assert student.config.prior.told and student.config.prior.scale == 0.8
+    assert student.config.prior.conditioning and student.config.prior.scale == 0.8
     ours = student.start(5, torch.Generator().manual_seed(3))
     again = starts(built, (1, 8, 8), 5, torch.Generator().manual_seed(3))
-    assert torch.equal(ours.x1, again.x1) and torch.equal(ours.told["z"], again.told["z"])
+    assert torch.equal(ours.x1, again.x1) and torch.equal(ours.conditioning["z"], again.conditioning["z"])
     same = [student.sample(4, steps=2, seed=1) for _ in range(2)]
     assert torch.equal(*same) and not torch.equal(same[0], student.sample(4, steps=2, seed=2))
     z = torch.zeros(4, 3)
@@ -150,12 +150,12 @@ def test_the_prior_is_held_and_not_trained_and_figures_come_out_again(recipes, t
     assert code == 0 and again["student"] == kept["student"] and again["teacher"] == kept["teacher"], err
     assert "start at the prior of 'small-prior'" in (run / "student" / "README.md").read_text()
     code, out, err = command("doctor", "--recipe", trained / "small-map.yaml")
-    assert code == 0 and "choose objective.derivative=ride" in out, err
+    assert code == 0 and "choose objective.derivative=dual" in out, err
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(recipes, tmp_path, monkeypatch):
     recipe = recipes("flow", "trainer.checkpoint_every_steps=2", "metrics=[]")
-    whole = flowmap.fit(recipe, tmp_path / "whole", say=lambda message: None).student
+    whole = flowmap.fit(recipe, tmp_path / "whole", log=lambda message: None).student
     cut = DistillModule.training_step
 
     def step(module, batch, i):
@@ -165,9 +165,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(recipes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillModule, "training_step", step)
     with pytest.raises(FitError):
-        flowmap.fit(recipe, tmp_path / "cut", say=lambda message: None)
+        flowmap.fit(recipe, tmp_path / "cut", log=lambda message: None)
     monkeypatch.setattr(DistillModule, "training_step", cut)
-    resumed = flowmap.fit(recipe, tmp_path / "cut", resume=True, say=lambda message: None).student
+    resumed = flowmap.fit(recipe, tmp_path / "cut", resume=True, log=lambda message: None).student
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert torch.equal(whole.sample(4, steps=2, seed=3), resumed.sample(4, steps=2, seed=3))
 
@@ -179,7 +179,7 @@ def test_solvers_are_counted(recipes):
 
 def test_pairs_start_at_the_learned_prior_bit_for_bit(recipes, tmp_path):
     recipe = recipes("reflow")
-    run = flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
+    run = flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     assert set(run.metrics["student"]) == {"1", "2"}
     pairs = build_samples(recipe, build_data(recipe))
     places = list(range(40))
@@ -188,7 +188,7 @@ def test_pairs_start_at_the_learned_prior_bit_for_bit(recipes, tmp_path):
     exact = build_prior(recipe).exact()
     for part in ([7], [39, 3], places[10:25]):  # however many at once
         start = starts_of(exact, recipe.coupling.seed, part, (1, 8, 8))
-        assert torch.equal(start.x1, x1[part]) and torch.equal(start.told["z"], cond["z"][part])
+        assert torch.equal(start.x1, x1[part]) and torch.equal(start.conditioning["z"], cond["z"][part])
     teacher = flowmap.load_student(dependency_folder(recipes("flow")))
     solved = recipe.coupling.solver(lambda x, t: teacher.velocity(x, t, {"z": cond["z"]}), x1).x
     torch.testing.assert_close(solved.clamp(-1, 1), x0, rtol=0, atol=1 / 127)  # kept as grey levels
@@ -202,15 +202,17 @@ def test_a_flow_of_codes(recipes, tmp_path, trained):
         "prior.told=false",
     )
     assert [stage.recipe.name for stage in plan(recipe, tmp_path)] == ["small-prior", "small-codes", "by-flow"]
-    run = flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
+    run = flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     student = run.student
-    assert student.start(4, torch.Generator().manual_seed(0)).told == {} and student.sample(4, steps=1).shape == (
+    assert student.start(4, torch.Generator().manual_seed(0)).conditioning == {} and student.sample(
+        4, steps=1
+    ).shape == (
         4,
         1,
         8,
         8,
     )
-    noise = torch.randn(4, 4, generator=beside(torch.Generator().manual_seed(0)))
+    noise = torch.randn(4, 4, generator=for_codes(torch.Generator().manual_seed(0)))
     net = flowmap.load_student(dependency_folder(recipes("codes")))
     expected = Heun(steps=2)(lambda z, t: net.velocity(z, t), noise[:, :3]).x
     torch.testing.assert_close(student.prior.codes(noise), expected)
@@ -276,7 +278,7 @@ def test_a_collapsed_posterior_is_refused_with_its_figure(recipes, trained, tmp_
     with pytest.raises(
         RecipeError, match=r"has a collapsed posterior: 0 of 3 numbers of z are active, KL .* nats in all"
     ):
-        flowmap.fit(recipe, tmp_path / "run", say=said.append)
+        flowmap.fit(recipe, tmp_path / "run", log=said.append)
     assert any(line.startswith("collapsed posterior: 0 of 3") for line in said)
 
 

@@ -62,7 +62,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(place):
-    return fit(flowmap.read_recipe(place / "plain.yaml"), place / "runs" / "plain", say=quiet).folder
+    return fit(flowmap.read_recipe(place / "plain.yaml"), place / "runs" / "plain", log=quiet).folder
 
 
 def quiet(message):
@@ -125,7 +125,7 @@ def test_a_student_is_loaded_sampled_and_merged(place, run, tmp_path):
 @pytest.mark.parametrize("name", ["plain", "dropout"])
 def test_a_resumed_run_is_the_whole_run_to_the_bit(place, run, tmp_path, monkeypatch, name):
     recipe = flowmap.read_recipe(place / f"{name}.yaml")
-    whole = run if name == "plain" else fit(recipe, tmp_path / "whole", say=quiet).folder
+    whole = run if name == "plain" else fit(recipe, tmp_path / "whole", log=quiet).folder
     original = DistillModule.training_step
 
     def stopped(self, batch, batch_idx):
@@ -135,11 +135,11 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(place, run, tmp_path, monkeyp
 
     monkeypatch.setattr(DistillModule, "training_step", stopped)
     with pytest.raises(RuntimeError, match="stopped"):
-        fit(recipe, tmp_path / "run", say=quiet)
+        fit(recipe, tmp_path / "run", log=quiet)
     monkeypatch.undo()
     torch.manual_seed(99)  # another process's
     said = []
-    fit(recipe, tmp_path / "run", resume=True, say=said.append)
+    fit(recipe, tmp_path / "run", resume=True, log=said.append)
     assert "resuming at step 3" in said
     for path in [
         p for part in ("student", "ema", "samples") for p in (whole / part).iterdir() if p.name != "README.md"
@@ -187,7 +187,7 @@ def test_what_cannot_be_a_lora_student_is_one_line(place, tmp_path, command):
         code, _, err = command("fit", "--recipe", path, "--out", tmp_path / "run", "--dry-run", override)
         assert code == 2 and says in err.strip().splitlines()[-1] and "Traceback" not in err, (override, err)
     settings = ["student.lora.dropout=0.1", "objective.derivative=difference"]
-    with pytest.raises(ValueError, match="student.lora.dropout: 0.1 wants objective.derivative: ride"):
+    with pytest.raises(ValueError, match="student.lora.dropout: 0.1 wants objective.derivative: dual"):
         flowmap.read_recipe(path, settings)
 
 
@@ -197,7 +197,7 @@ def test_dry_run_and_doctor_count_what_is_trained(place, run, command):
     code, out, err = command("fit", "--recipe", place / "plain.yaml", "--out", place / "other", "--dry-run")
     assert code == 0 and says in out and "M frozen" in out, err
     code, out, err = command("doctor", "--recipe", place / "plain.yaml", "--batch", 2)
-    assert code == 0 and says in out and "choose objective.derivative=ride" in out, err
+    assert code == 0 and says in out and "choose objective.derivative=dual" in out, err
 
 
 def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import bytes_of
 import flowmap
 from flowmap.base.files import read_json, read_tensors
 from flowmap.base.schema import RecipeError, short_hash
-from flowmap.plan.plan import holds, is_complete
+from flowmap.plan.plan import is_complete, matches
 from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.clock import Clock
 from flowmap.train.fit import fit
@@ -150,7 +150,7 @@ def test_a_run_keeps_its_figures_until_it_is_measured_again(tiny, finished, monk
     before = {name: data for name, data in bytes_of(finished).items() if name != "samples/step-00000020.png"}
     monkeypatch.setattr(where, fail)
     with pytest.raises(RuntimeError, match="as arranged"):
-        fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, say=quiet)
+        fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, log=quiet)
     after = bytes_of(finished)
     assert {name: after[name] for name in before} == before
 
@@ -165,10 +165,10 @@ def test_figures_are_never_those_of_another_recipe(tiny, finished, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(f"flowmap.train.finish.{moment}", die)
         with pytest.raises(KeyboardInterrupt):
-            fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, say=quiet)
+            fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, log=quiet)
     assert not is_complete(finished, recipe_of(tiny))
     said = []
-    run = fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, say=said.append)
+    run = fit(recipe_of(tiny, OTHER["sampler"]), finished, resume=True, log=said.append)
     assert "resuming at step 20" in said and set(run.metrics["student"]) == {"1", "3"}
 
 
@@ -183,9 +183,9 @@ def test_an_unfinished_run_goes_on_with_other_metrics(tiny, finished, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(DistillModule, "training_step", stop)
         with pytest.raises(RuntimeError, match="as arranged"):
-            fit(recipe_of(tiny), tmp_path / "run", say=quiet)
+            fit(recipe_of(tiny), tmp_path / "run", log=quiet)
     said = []
-    run = fit(recipe_of(tiny, OTHER["metrics"], OTHER["sampler"]), tmp_path / "run", resume=True, say=said.append)
+    run = fit(recipe_of(tiny, OTHER["metrics"], OTHER["sampler"]), tmp_path / "run", resume=True, log=said.append)
     assert "resuming at step 6" in said and set(run.metrics["student"]) == {"1", "3"}
     assert (run.folder / "student/model.safetensors").read_bytes() == (
         finished / "student/model.safetensors"
@@ -200,11 +200,11 @@ def test_what_cannot_be_measured_again_is_left_alone(tiny, finished, tmp_path, c
     assert command("fit", "--recipe", tiny, "--out", finished, OTHER["log"], "--resume")[0] == 0
     assert bytes_of(finished) == before
     ticks = iter(range(1000))
-    run = fit(recipe_of(tiny), tmp_path / "cut", say=quiet, clock=Clock(9, lambda: next(ticks)))
+    run = fit(recipe_of(tiny), tmp_path / "cut", log=quiet, clock=Clock(9, lambda: next(ticks)))
     before = bytes_of(run.folder)
     assert 6 < run.metrics["training"]["steps"] < 12
     with pytest.raises(RecipeError, match=r"last.ckpt is of step 6, and the student of step \d"):
-        fit(recipe_of(tiny, OTHER["metrics"]), run.folder, resume=True, say=quiet)
+        fit(recipe_of(tiny, OTHER["metrics"]), run.folder, resume=True, log=quiet)
     assert bytes_of(run.folder) == before
 
 
@@ -234,7 +234,7 @@ def taught(tiny, tmp_path):
         .replace("name: tiny", "name: taught")
     )
     (tmp_path / "taught.yaml").write_text(text)
-    fit(recipe_of(tmp_path / "taught.yaml"), tmp_path / "run", say=quiet)
+    fit(recipe_of(tmp_path / "taught.yaml"), tmp_path / "run", log=quiet)
     return tmp_path
 
 
@@ -245,13 +245,13 @@ def test_a_student_does_not_depend_on_how_its_teacher_is_measured(taught, untrai
     text = re.sub(r"sampler: .*\n|metrics: .*\n", "", flow.read_text())
     flow.write_text(text + "sampler: {kind: anchored, steps: [7]}\nmetrics: []\n")
     said = []
-    fit(recipe_of(taught / "taught.yaml"), taught / "run", say=said.append)
+    fit(recipe_of(taught / "taught.yaml"), taught / "run", log=said.append)
     assert [line.split(": ")[1].split(" ")[0] for line in said] == ["complete", "complete"]
     after = bytes_of(taught)
     assert {name for name in after if after[name] != before[name]} == {"flow.yaml"}
     flow.write_text(flow.read_text() + "seed: 1\n")
     with pytest.raises(RecipeError, match="first difference: the runs that it is built on"):
-        fit(recipe_of(taught / "taught.yaml"), taught / "run", say=quiet)
+        fit(recipe_of(taught / "taught.yaml"), taught / "run", log=quiet)
 
 
 def test_a_run_of_0_1_is_still_known(taught):
@@ -265,9 +265,9 @@ def test_a_run_of_0_1_is_still_known(taught):
         assert (old == recipe_of(taught / "flow.yaml").hash()) == (setting == "")
         (taught / "run/built_on.json").write_text(json.dumps({"recipes": [f"flow-{old}"]}))
         teacher = teacher.rename(taught / f"runs/flow-{old}")
-        assert holds(taught / "run", recipe_of(taught / "taught.yaml"))
+        assert matches(taught / "run", recipe_of(taught / "taught.yaml"))
     (taught / "run/built_on.json").write_text(json.dumps({"recipes": ["flow-01234567"]}))
-    assert not holds(taught / "run", recipe_of(taught / "taught.yaml"))
+    assert not matches(taught / "run", recipe_of(taught / "taught.yaml"))
 
 
 def test_an_unfinished_run_of_another_hash_is_gone_on_with(taught, monkeypatch):
@@ -275,7 +275,7 @@ def test_an_unfinished_run_of_another_hash_is_gone_on_with(taught, monkeypatch):
     (teacher / "metrics.json").unlink()
     teacher.rename(taught / "runs/flow-01234567")
     said = []
-    fit(recipe_of(taught / "taught.yaml"), taught / "run", say=said.append)
+    fit(recipe_of(taught / "taught.yaml"), taught / "run", log=said.append)
     assert "resuming at step 20" in said and sorted(path.name for path in (taught / "runs").iterdir()) == [
         "flow-01234567"
     ]

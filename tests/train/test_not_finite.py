@@ -24,7 +24,7 @@ def test_an_average_that_is_not_finite_ships_nothing(tiny, tmp_path, monkeypatch
     spoil_average(monkeypatch, which, 8, value)
     last = r"the average of width 0\.\d+ is not finite after step \d+: averages\.\d\.net\.enter\.weight; the last good checkpoint is .*step 6"
     with pytest.raises(FitError, match=last):
-        fit(flowmap.read_recipe(tiny), tmp_path / "run", say=quiet)
+        fit(flowmap.read_recipe(tiny), tmp_path / "run", log=quiet)
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
     for path in (tmp_path / "run").rglob("*.safetensors"):
         check_finite(load_file(path), path)
@@ -35,7 +35,7 @@ def test_nor_does_a_run_that_its_clock_ends_between_checkpoints(tiny, tmp_path, 
     seconds = iter(range(10_000))
     with pytest.raises(FitError, match="the average of width"):
         recipe = flowmap.read_recipe(tiny, ["ema.snapshot_every_steps=0"])
-        fit(recipe, tmp_path / "run", say=quiet, clock=Clock(3.0, lambda: next(seconds), at_least=3))
+        fit(recipe, tmp_path / "run", log=quiet, clock=Clock(3.0, lambda: next(seconds), at_least=3))
     assert not list((tmp_path / "run").rglob("model.safetensors"))
 
 

@@ -66,7 +66,7 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
     code, out, _ = command("fit", "--recipe", tmp_path / "student.yaml", "--dry-run")
     assert code == 0 and "90 pairs ->" in out and "nothing is missing" in out
     said = []
-    flowmap.fit(small(), tmp_path / "run", say=said.append)
+    flowmap.fit(small(), tmp_path / "run", log=said.append)
     assert any("[2/3] small-student: 90 pairs -> " in line for line in said)
     assert sum(line.startswith("teacher: 32 samples at 2 steps") for line in said) == 2, (
         "before the pairs, and before the student"
@@ -77,7 +77,7 @@ def test_fit_trains_the_teacher_makes_the_pairs_and_uses_them_once(small, tmp_pa
         (tmp_path / "run" / "log.csv").read_text().split("\n")[0].split(",")
     )
     said.clear()
-    flowmap.fit(small(), tmp_path / "run", say=said.append)
+    flowmap.fit(small(), tmp_path / "run", log=said.append)
     assert [": complete in" in line for line in said] == [True] * 3
     shutil.rmtree(stages[1].folder)
     flowmap.evaluate(tmp_path / "run")  # a student is measured without the pairs that it learned from
@@ -88,7 +88,7 @@ def ready(small, tmp_path):
     """The teacher trained and the pairs made."""
     from flowmap.prepare.make_pairs import make_pairs
 
-    flowmap.fit(read_recipe(tmp_path / "teacher.yaml"), tmp_path / "runs" / "small-teacher", say=quiet)
+    flowmap.fit(read_recipe(tmp_path / "teacher.yaml"), tmp_path / "runs" / "small-teacher", log=quiet)
     make_pairs(small())
     return small
 
@@ -103,7 +103,7 @@ def test_a_step_sees_the_pairs_of_its_batch(ready, tmp_path, monkeypatch):
         return loss
 
     monkeypatch.setattr(DistillModule, "training_step", look)
-    flowmap.fit(ready("trainer.steps=3", "data.drop_condition=0"), tmp_path / "run", say=quiet)
+    flowmap.fit(ready("trainer.steps=3", "data.drop_condition=0"), tmp_path / "run", log=quiet)
     pairs = build_samples(ready(), build_data(ready()))
     for sample, rows in zip(seen, StepBatches(90, 16, seed=0, num_steps=3), strict=True):
         x0, cond, x1 = pairs.__getitems__(rows)
@@ -117,7 +117,7 @@ def test_a_step_sees_the_pairs_of_its_batch(ready, tmp_path, monkeypatch):
 
 
 def test_a_run_cut_off_goes_on_bit_equal(ready, tmp_path, monkeypatch):
-    whole = flowmap.fit(ready(), tmp_path / "whole", say=quiet)
+    whole = flowmap.fit(ready(), tmp_path / "whole", log=quiet)
     original = DistillModule.training_step
 
     def cut(self, batch, batch_idx):
@@ -127,8 +127,8 @@ def test_a_run_cut_off_goes_on_bit_equal(ready, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut"):
         patch.setattr(DistillModule, "training_step", cut)
-        flowmap.fit(ready(), tmp_path / "cut", say=quiet)
-    flowmap.fit(ready(), tmp_path / "cut", resume=True, say=quiet)
+        flowmap.fit(ready(), tmp_path / "cut", log=quiet)
+    flowmap.fit(ready(), tmp_path / "cut", resume=True, log=quiet)
     one, other = (read_tensors(folder / "student" / "model.safetensors") for folder in (whole.folder, tmp_path / "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -142,7 +142,7 @@ def test_other_objectives_take_pairs_too(ready, tmp_path):
         "trainer.steps=2",
     )
     assert pairs_of(ayf).root == pairs_of(ready()).root
-    flowmap.fit(ayf, tmp_path / "ayf", say=quiet)
+    flowmap.fit(ayf, tmp_path / "ayf", log=quiet)
     assert flowmap.load_student(tmp_path / "ayf").config.arrival
 
 
@@ -157,7 +157,7 @@ def test_pairs_of_a_recipe_are_those_of_its_student(ready, tmp_path):
     assert (
         [type(stage) for stage in stages] == [Stage, Pairing, Stage] and stages[0].complete and not stages[1].complete
     )
-    flowmap.fit(reflow, tmp_path / "run", say=quiet)
+    flowmap.fit(reflow, tmp_path / "run", log=quiet)
     x0, cond, x1 = build_samples(reflow, build_data(reflow)).__getitems__(range(8))
     student = flowmap.load_student(tmp_path / "runs" / "small-teacher")
     x = reflow.coupling.solver(lambda x, t: student.flow_map.mean_velocity(x, t, t, cond), x1).x
@@ -179,7 +179,7 @@ def test_another_teacher_or_a_new_training_of_it_is_refused(ready, tmp_path):
     )
     assert not Pairing(ready()).complete
     with pytest.raises(RecipeError, match="teacher.weights: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
-        flowmap.fit(ready(), tmp_path / "run", say=quiet)
+        flowmap.fit(ready(), tmp_path / "run", log=quiet)
     shutil.rmtree(run)
     assert Pairing(ready()).complete  # another machine, without the teacher: its weights are not compared
 

@@ -227,7 +227,7 @@ class _Step(nn.Module):
             x0[rows], x1[rows], t[rows], s[rows], {key: value[rows] for key, value in cond.items()}
         )
         teacher = SimpleNamespace(velocity=lambda x, t, cond: v[rows] - x)
-        return OBJECTIVES["ayf_emd"](warmup_steps=0, derivative="ride")(self.student, teacher, sample, 10).value
+        return OBJECTIVES["ayf_emd"](warmup_steps=0, derivative="dual")(self.student, teacher, sample, 10).value
 
 
 def _compare(rank: int, address: str, wrapping: str, checkpointed: bool) -> None:

@@ -188,7 +188,7 @@ def test_the_doctor_tries_a_network_that_reads_text(tmp_path, monkeypatch, comma
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     tiny = tiny_file("sd35-medium", tmp_path)
     code, out, err = command("doctor", "--recipe", "sd35-medium", f"+{tiny}")
-    assert code == 0 and "choose objective.derivative=ride" in out, err
+    assert code == 0 and "choose objective.derivative=dual" in out, err
 
 
 def test_2_rectified_flow_from_a_published_diffusion_network_and_its_pairs(tmp_path, monkeypatch, command):

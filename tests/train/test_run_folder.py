@@ -86,7 +86,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tiny, finished):
     with_theirs(finished)
     stale = finished / "samples/step-00000099.png"
     shutil.copy(finished / "samples/step-00000020.png", stale)
-    fit(recipe_of(tiny, "seed=1", "ema.snapshot_every_steps=0"), finished, overwrite=True, say=quiet)
+    fit(recipe_of(tiny, "seed=1", "ema.snapshot_every_steps=0"), finished, overwrite=True, log=quiet)
     assert_theirs(finished)
     assert not stale.exists() and not list(finished.glob("ema/*")) and hidden(finished) == []
     assert set(bytes_of(finished)) - set(THEIRS) == {str(path.relative_to(finished)) for path in written(finished)}
@@ -130,7 +130,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_back(tin
     before, said = bytes_of(with_theirs(finished)), []
     failing_at(monkeypatch, step)
     with pytest.raises(RuntimeError, match="as arranged"):
-        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=said.append)
+        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=said.append)
     assert bytes_of(finished) == before
     assert "the run that was there is back" in said[-1]
 
@@ -139,14 +139,14 @@ def test_a_run_that_fails_after_its_first_checkpoint_has_replaced_the_old_one(ti
     with_theirs(finished)
     failing_at(monkeypatch, 6)
     with pytest.raises(RuntimeError, match="as arranged"):
-        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=quiet)
+        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=quiet)
     assert (
         "seed: 1\n" in (finished / "recipe.yaml").read_text()
         and not (finished / "metrics.json").exists()
         and hidden(finished) == []
     )
     monkeypatch.undo()
-    fit(recipe_of(tiny, "seed=1"), finished, resume=True, say=quiet)
+    fit(recipe_of(tiny, "seed=1"), finished, resume=True, log=quiet)
     assert_theirs(finished)
 
 
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_before_its_first_checkpoint_loses_nothing(tiny
     before, said = bytes_of(with_theirs(finished)), []
     kill(tiny, finished, owner, name, count)
     assert bytes_of(finished) != before
-    fit(recipe_of(tiny), finished, say=said.append)
+    fit(recipe_of(tiny), finished, log=said.append)
     assert bytes_of(finished) == before
     assert "complete in" in said[-1] and (len(said) == 1 or "this one is back" in said[0])
 
@@ -214,8 +214,8 @@ def test_putting_back_may_be_killed_as_well(tiny, finished, monkeypatch):
 
             patch.setattr(owner, name, stop)
             with pytest.raises(KeyboardInterrupt):
-                fit(recipe_of(tiny), finished, say=quiet)
-    fit(recipe_of(tiny), finished, say=quiet)
+                fit(recipe_of(tiny), finished, log=quiet)
+    fit(recipe_of(tiny), finished, log=quiet)
     assert bytes_of(finished) == before
 
 
@@ -235,10 +235,10 @@ def test_a_process_that_is_killed_with_its_first_checkpoint_has_replaced_the_old
         patch.setattr(Path, "unlink", stop)
         patch.setattr("flowmap.train.fit.put_back", lambda folder: False)  # a killed process does not come to that
         with pytest.raises(KeyboardInterrupt):
-            fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=quiet)
+            fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=quiet)
     assert hidden(finished)
     said = []
-    fit(recipe_of(tiny, "seed=1"), finished, resume=True, say=said.append)
+    fit(recipe_of(tiny, "seed=1"), finished, resume=True, log=said.append)
     assert "resuming at step 6" in said and hidden(finished) == []
     assert_theirs(finished)
 
@@ -271,12 +271,12 @@ def test_no_second_fit_gets_into_the_folder_of_an_overwriting_one(tiny, finished
         if self.global_step == step:
             for flags in ({}, {"resume": True}, {"overwrite": True}):
                 with pytest.raises(ValueError, match="another flowmap process is filling this folder"):
-                    fit(recipe_of(tiny, "seed=1"), finished, say=quiet, **flags)
+                    fit(recipe_of(tiny, "seed=1"), finished, log=quiet, **flags)
                 tried.append(step)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(DistillModule, "training_step", second)
-    fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=quiet)
+    fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=quiet)
     assert len(tried) == 3
 
 
@@ -289,5 +289,5 @@ def test_a_run_that_stops_is_said_once(tiny, finished, monkeypatch):
     monkeypatch.setattr("flowmap.train.module.torch.isfinite", lambda value: torch.zeros_like(value, dtype=torch.bool))
     before = bytes_of(finished)
     with pytest.raises(FitError, match="at step 0 .*no checkpoint was kept yet"):
-        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, say=quiet)
+        fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=quiet)
     assert bytes_of(finished) == before

@@ -38,7 +38,7 @@ def path(tmp_path, monkeypatch):
 
 
 def test_the_fake_steps_thrice_as_often_and_does_not_ship(path, tmp_path):
-    folder = flowmap.fit(read_recipe(path), tmp_path / "run", say=quiet).folder
+    folder = flowmap.fit(read_recipe(path), tmp_path / "run", log=quiet).folder
     state = checkpoint(folder)
     assert state["global_step"] == 9, "the student's steps"
     counts = [{float(one["step"]) for one in optimizer["state"].values()} for optimizer in state["optimizer_states"]]
@@ -139,7 +139,7 @@ def test_it_comes_nearer_to_the_teachers_law(path, tmp_path):
     ]
     found = []
     for steps in (1, 150):
-        run = flowmap.fit(read_recipe(path, [*settings, f"trainer.steps={steps}"]), tmp_path / str(steps), say=quiet)
+        run = flowmap.fit(read_recipe(path, [*settings, f"trainer.steps={steps}"]), tmp_path / str(steps), log=quiet)
         found.append(run.metrics["student"]["1"]["frechet_pixels"])
     assert found[1] < found[0] / 3
 
@@ -160,7 +160,7 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     path.write_text(text + f"teacher: {{recipe: {flow}, guidance: {{kind: classifier_free}}}}\n")
     judged = "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, discriminator: {kind: conv, width: 4}, balance: none}"
     assert "fake score: 0." in "\n".join(dry_run(read_recipe(path), None))
-    folder = flowmap.fit(read_recipe(path, [judged]), tmp_path / "judged", say=quiet).folder
+    folder = flowmap.fit(read_recipe(path, [judged]), tmp_path / "judged", log=quiet).folder
     state = checkpoint(folder)
     assert {name.split(".")[0] for name in state["state_dict"]} == {"student", "averages", "fake", "discriminator"}
     counts = [{float(one["step"]) for one in optimizer["state"].values()} for optimizer in state["optimizer_states"]]

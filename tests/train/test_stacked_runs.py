@@ -35,7 +35,7 @@ def recipe(request, tmp_path, monkeypatch):
 def test_from_nothing_to_an_exported_folder(recipe, tmp_path, command):
     code, out, err = command("fit", "--recipe", tmp_path / "stack.yaml", "--dry-run")
     assert code == 0 and "nothing is missing" in out, out + err
-    run = flowmap.fit(recipe, tmp_path / "run", say=lambda message: None)
+    run = flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     student = run.student
     assert student.config.net == Stacked(MLP(width=16, depth=1)) and student.sample(5, steps=2).shape == (5, 2)
     data = build_data(recipe)

@@ -36,7 +36,7 @@ metrics: [{kind: frechet, features: pixels, images: 20}, {kind: control, images:
 evaluation: {batch_size: 10, teacher_steps: 2}
 log: {wandb: false, grid_images: 4}
 """
-QUIET = dict(say=lambda message: None)
+QUIET = dict(log=lambda message: None)
 
 
 @pytest.fixture(scope="module")

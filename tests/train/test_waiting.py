@@ -65,11 +65,11 @@ def while_waiting(monkeypatch):
 def test_a_teacher_that_another_process_trains_is_waited_for(taught, tmp_path, monkeypatch, while_waiting):
     flow = recipe_of(taught / "flow.yaml")
     folder = dependency_folder(flow)
-    fit(flow, tmp_path / "made", say=quiet)
+    fit(flow, tmp_path / "made", log=quiet)
     made = tmp_path / "made/student/model.safetensors"
     while_waiting(folder, lambda: None, lambda: shutil.copytree(tmp_path / "made", folder, dirs_exist_ok=True))
     said = []
-    run = fit(recipe_of(taught / "taught.yaml"), tmp_path / "run", say=said.append)
+    run = fit(recipe_of(taught / "taught.yaml"), tmp_path / "run", log=said.append)
     assert said[1] == f"[1/2] flow: another flowmap process is filling {folder}; waiting for it"
     assert said[2] == f"[1/2] flow: complete in {folder}, made by another process"
     assert (folder / "student/model.safetensors").read_bytes() == made.read_bytes() and run.metrics["student"]
@@ -79,7 +79,7 @@ def test_a_teacher_whose_process_died_is_trained(taught, tmp_path, while_waiting
     folder = dependency_folder(recipe_of(taught / "flow.yaml"))
     while_waiting(folder, lambda: None)
     said = []
-    fit(recipe_of(taught / "taught.yaml"), tmp_path / "run", say=said.append)
+    fit(recipe_of(taught / "taught.yaml"), tmp_path / "run", log=said.append)
     assert sum("waiting for it" in line for line in said) == 1 and not any("made by another" in line for line in said)
     assert (folder / "metrics.json").is_file()
 
@@ -87,11 +87,11 @@ def test_a_teacher_whose_process_died_is_trained(taught, tmp_path, while_waiting
 @pytest.mark.parametrize("lock", [".process-0-of-1", ".process-last"])
 def test_pairs_that_another_process_makes_are_waited_for(taught, tmp_path, monkeypatch, while_waiting, lock):
     recipe = recipe_of(taught / "paired.yaml")
-    fit(recipe_of(taught / "flow.yaml"), say=quiet)
+    fit(recipe_of(taught / "flow.yaml"), log=quiet)
     (pairing,) = (stage for stage in plan(recipe, tmp_path / "run") if isinstance(stage, Pairing))
     while_waiting(pairing.folder / lock, lambda: None, lambda: None)
     said = []
-    fit(recipe, tmp_path / "run", say=said.append)
+    fit(recipe, tmp_path / "run", log=said.append)
     assert pairing.complete and (sum("waiting for it" in line for line in said) == 1) == (lock == ".process-0-of-1")
 
 
@@ -102,7 +102,7 @@ def test_the_folder_of_the_run_itself_is_not_waited_for_unless_it_is_shared(taug
             f"flowmap: {tmp_path / 'run'}: another flowmap process is filling this folder; wait for it or choose another"
         ]
     while_waiting(tmp_path / "run", lambda: None)
-    fit(recipe_of(taught / "flow.yaml"), tmp_path / "run", say=quiet, shared=True)  # as compare trains a teacher
+    fit(recipe_of(taught / "flow.yaml"), tmp_path / "run", log=quiet, shared=True)  # as compare trains a teacher
 
 
 def train(recipe: str, out: str, runs: str, die: bool) -> None:

@@ -37,11 +37,11 @@ class FolderCaptions:
         """The caption of that picture, None where it has none; ValueError where its .txt cannot be read."""
         if (found := self.metadata.get(normalized_name(name))) is not None:
             return found
-        beside = self.texts.get(_stem(name))
-        if beside is None:
+        caption_file = self.texts.get(_stem(name))
+        if caption_file is None:
             return None
         try:
-            return read_text(os.path.join(self.root, beside)).strip()
+            return read_text(os.path.join(self.root, caption_file)).strip()
         except OSError as error:
             raise ValueError(f"its caption cannot be read: {error.strerror}") from error
         except ValueError as error:
@@ -53,8 +53,8 @@ class FolderCaptions:
 
     def digest(self) -> str:
         """Changes with any caption in metadata, and with the names of the texts beside pictures."""
-        told = json.dumps([self.metadata, self.texts], sort_keys=True)
-        return text_digest(told)
+        contents = json.dumps([self.metadata, self.texts], sort_keys=True)
+        return text_digest(contents)
 
 
 def read_captions(root: str, listing: Listing) -> FolderCaptions:

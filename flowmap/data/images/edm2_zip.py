@@ -26,7 +26,7 @@ from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
 from flowmap.data.dataset import Source, held_out_count
 from flowmap.data.images.listing import Tally, is_hidden, normalized_name
 from flowmap.data.safe_files import open_regular
-from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves
+from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, escapes
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
 
@@ -118,7 +118,9 @@ class ZipLatents:
             print(f"{spec.path}: skipped: {line}", file=sys.stderr)
         self.shape = self._shape(names[0])
         bytes_of_one = self.archive.infos[names[0]].file_size
-        self.names = [name for name in names if self.archive.infos[name].file_size == bytes_of_one and not leaves(name)]
+        self.names = [
+            name for name in names if self.archive.infos[name].file_size == bytes_of_one and not escapes(name)
+        ]
         if len(self.names) < len(names):
             odd = min(set(names) - set(self.names))
             print(
@@ -261,7 +263,7 @@ class Archive:
 
     def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
         """The content of that entry; ValueError says why it is refused or cannot be read."""
-        if leaves(name):
+        if escapes(name):
             raise ValueError("has a name that points out of the archive")
         if self.infos[name].file_size > limit:
             raise ValueError(f"has {self.infos[name].file_size} bytes; {limit} are allowed")
@@ -276,8 +278,8 @@ class Archive:
 
     def fingerprint(self) -> str:
         wanted = [*self.names, *(["dataset.json"] if "dataset.json" in self.infos else [])]
-        told = "\n".join(f"{name} {self.infos[name].CRC} {self.infos[name].file_size}" for name in wanted)
-        return text_digest(told, "surrogateescape")
+        contents = "\n".join(f"{name} {self.infos[name].CRC} {self.infos[name].file_size}" for name in wanted)
+        return text_digest(contents, "surrogateescape")
 
     def _matched(self, labels: dict[str, int]) -> dict[str, int]:
         """The labels by the names of entries."""

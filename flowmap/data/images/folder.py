@@ -67,8 +67,8 @@ class FolderImages(SquareImages):
         return (names if len(set(names)) == len(names) else [*map(printable, self._classes)]) or None
 
     def fingerprint(self) -> str:
-        told = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
-        return text_digest(json.dumps(told))
+        contents = [self._listing.pictures, self._classes, self._captions.digest() if self.captions else None]
+        return text_digest(json.dumps(contents))
 
     def skipped(self) -> dict[str, dict[str, Any]]:
         return self._listing.skipped | (self._captions.skipped if self.captions else {})
@@ -131,7 +131,7 @@ class Folder(Source):
             grey += item.grey
             images.append(from_bytes(item.image))
             labels.append(item.label)
-        _say(source, labels, left_out, grey)
+        _log_line(source, labels, left_out, grey)
         if held_out_count(self.held_out, len(images)) >= len(images):
             raise ValueError(
                 f"data.root: {self.root}: holds {len(images)} readable images, data.held_out: {self.held_out}"
@@ -155,7 +155,9 @@ class Folder(Source):
         )
 
 
-def _say(source: FolderImages, labels: list[int | None], left_out: list[tuple[str, str | None]], grey: int) -> None:
+def _log_line(
+    source: FolderImages, labels: list[int | None], left_out: list[tuple[str, str | None]], grey: int
+) -> None:
     """On stderr, what of the folder is not in the data set."""
     if left_out:
         shown_ones = "; ".join(f"{name} {why}" for name, why in left_out[:3])

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 from flowmap.base.files import text_digest
 from flowmap.data.images.listing import Tally
 from flowmap.data.safe_files import MAX_TEXT_BYTES, decode_utf8, open_regular
-from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, leaves, text_of
+from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, escapes, text_of
 
 TEXTS = ("cls", "txt", "json")
 BLOCK = tarfile.BLOCKSIZE
@@ -60,8 +60,8 @@ class WebDatasetImages(SquareImages):
         return dict(found)
 
     def fingerprint(self) -> str:
-        told = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self._paths)
-        return text_digest(told, "surrogateescape")
+        contents = "\n".join(f"{os.path.basename(path)} {os.path.getsize(path)}" for path in self._paths)
+        return text_digest(contents, "surrogateescape")
 
     @cached_property
     def _paths(self) -> list[str]:
@@ -175,7 +175,7 @@ def _parts(members: list[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarI
     for suffix, member in members:
         if f".{suffix}" not in SUFFIXES and suffix not in TEXTS:
             continue
-        if leaves(member.name):
+        if escapes(member.name):
             raise ValueError("has a name that points out of the archive")
         if not member.isreg():
             raise ValueError(f"its .{suffix} is a link or a device, not a file")

@@ -33,15 +33,15 @@ transform = torch._C._functorch.peek_interpreter_stack
 is_graded, set_graded = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 
-class Ride:
+class Context:
     """One forward pass. Once it is over, what rode in it is a constant: activation checkpointing recomputes on such tensors, plainly."""
 
     def __init__(self):
-        self.under_way = True
+        self.active = True
         self.depth = depth_of_transforms()
 
 
-class Riding(Tensor):
+class DualTensor(Tensor):
     """A tensor with `value`, the ordinary tensor that operations see, and `tangent`, of its shape and dtype, without graph.
 
     Where `rows` is not None the tangent is that of the value's first rows alone (riding_rows.py). `version` is that of the value's memory
@@ -50,7 +50,7 @@ class Riding(Tensor):
 
     value: Tensor
     tangent: Tensor
-    ride: Ride
+    dual_forward: Context
     rows: Rows | None
     version: int | None
     joint: Node | None = None
@@ -68,11 +68,11 @@ class Riding(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch types its default, no classmethod
         """A kernel that was reached past `__torch_function__`: refused while the ride is under way."""
-        riders: list[Riding] = []
-        values, named = plain(args, riders), plain(kwargs or {}, riders)
-        if function is torch.ops.aten.alias.default and riders[0].leaving:
+        duals: list[DualTensor] = []
+        values, named = plain(args, duals), plain(kwargs or {}, duals)
+        if function is torch.ops.aten.alias.default and duals[0].leaving:
             return function(*values)
-        if any(x.ride.under_way for x in riders):
+        if any(x.dual_forward.active for x in duals):
             way = (
                 "inside torch.func"
                 if under_torch_func()
@@ -85,12 +85,12 @@ class Riding(Tensor):
 
     def as_subclass(self, cls):
         """Itself as a Tensor; a class of its own has its own rules, which a tangent cannot follow."""
-        if cls is Tensor or not self.ride.under_way:
-            return self if self.ride.under_way else self.value.as_subclass(cls)
+        if cls is Tensor or not self.dual_forward.active:
+            return self if self.dual_forward.active else self.value.as_subclass(cls)
         raise NotImplementedError(f"Tensor.as_subclass({cls.__name__}) {DETACHED}")
 
 
-def ride(
+def dual_forward(
     function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """The function's value with its graph, bit-equal to an ordinary call, and its directional derivative without graph.
@@ -98,16 +98,16 @@ def ride(
     A tangent of None is zero and costs nothing; one with fewer rows (places of dimension 0) than its primal is zero in those left out, and
     these cost nothing either. Raises NotImplementedError, naming the operation, where a tangent cannot follow.
     """
-    journey = Ride()
-    args = [board(p, t, journey) for p, t in zip(apart_from_each_other(primals), tangents, strict=True)]
+    context = Context()
+    args = [enter(p, t, context) for p, t in zip(apart_from_each_other(primals), tangents, strict=True)]
     try:
         with watched(carry, through_autograd_function, through_hidden):
             out = function(*args)
     finally:
-        journey.under_way = False
+        context.active = False
     if not isinstance(out, Tensor):
         raise ValueError(f"the function must return one tensor, got {type(out).__name__}")
-    return (out.value, filled(out)) if type(out) is Riding else (out, torch.zeros_like(out, requires_grad=False))
+    return (out.value, filled(out)) if type(out) is DualTensor else (out, torch.zeros_like(out, requires_grad=False))
 
 
 def apart_from_each_other(primals: Sequence[Tensor]) -> list[Tensor]:
@@ -115,10 +115,10 @@ def apart_from_each_other(primals: Sequence[Tensor]) -> list[Tensor]:
     return [p.view_as(p) if any(p is q for q in primals[:i]) else p for i, p in enumerate(primals)]
 
 
-def board(primal: Tensor, tangent: Tensor | None, journey: Ride) -> Tensor:
+def enter(primal: Tensor, tangent: Tensor | None, context: Context) -> Tensor:
     """An argument as it enters a ride."""
-    if type(primal) is Riding:
-        if primal.ride.under_way:
+    if type(primal) is DualTensor:
+        if primal.dual_forward.active:
             raise NotImplementedError(
                 "a ride inside a ride: second derivatives are not carried; use mode='forward' for the inner one"
             )
@@ -134,10 +134,10 @@ def board(primal: Tensor, tangent: Tensor | None, journey: Ride) -> Tensor:
                 f"a tangent must have its primal's shape {tuple(primal.shape)}, or fewer rows, got {tuple(tangent.shape)}"
             )
         rows = Rows(-primal.ndim, len(tangent))
-    return riding(primal, tangent.detach(), journey, rows)
+    return riding(primal, tangent.detach(), context, rows)
 
 
-def riding(value: Tensor, tangent: Tensor, journey: Ride, rows: Rows | None = None) -> Riding:
+def riding(value: Tensor, tangent: Tensor, context: Context, rows: Rows | None = None) -> DualTensor:
     """The value, carrying the tangent. Operations see `value` itself, so their graph is the ordinary one and saves no tangent."""
     if tangent.dtype != value.dtype:
         tangent = tangent.to(value.dtype)
@@ -146,17 +146,17 @@ def riding(value: Tensor, tangent: Tensor, journey: Ride, rows: Rows | None = No
         shape = torch.Size([*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]])
     if tangent.shape != shape:
         tangent = tangent.expand(shape)
-    x = value.as_subclass(Riding)
-    x.value, x.tangent, x.ride, x.rows = value, tangent, journey, rows
+    x = value.as_subclass(DualTensor)
+    x.value, x.tangent, x.dual_forward, x.rows = value, tangent, context, rows
     x.version = None if value.is_inference() else value._version
     return x
 
 
 def carry(function: Callable, args: tuple, kwargs: dict):
     """What the function gives on the values, carrying the tangent that the function's rule gives."""
-    riders: list[Riding] = []
-    values, named = plain(args, riders), plain(kwargs, riders) if kwargs else kwargs
-    live = [x for x in riders if x.ride.under_way]
+    duals: list[DualTensor] = []
+    values, named = plain(args, duals), plain(kwargs, duals) if kwargs else kwargs
+    live = [x for x in duals if x.dual_forward.active]
     if not live:
         return function(*values, **named)
     sound(live, function)
@@ -184,10 +184,10 @@ def carry(function: Callable, args: tuple, kwargs: dict):
         tangent, rows = by_rule(rule, function, out, values, named, live)
     finally:
         set_graded(graded)
-    return with_tangent(out, tangent, live[0].ride, rows)
+    return with_tangent(out, tangent, live[0].dual_forward, rows)
 
 
-def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, live: list[Riding]):
+def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, live: list[DualTensor]):
     """(The tangent of out, the rows it is of): of those rows alone where the operation keeps them apart, by torch where the rule leaves it."""
     takes = accepts(rule, len(args), tuple(kwargs))
     if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
@@ -201,43 +201,43 @@ def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, 
     return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
 
 
-def each_by_itself(args: tuple, kwargs: dict, live: list[Riding]):
+def each_by_itself(args: tuple, kwargs: dict, live: list[DualTensor]):
     """The call with every mention of what rides an object of its own, so that a rule that looks at one mention has not looked at all."""
-    riders, mentioned = {id(x.value): x for x in live}, []
+    duals, mentioned = {id(x.value): x for x in live}, []
 
     def mention(value: Tensor) -> Tensor:
-        x = riders.get(id(value))
+        x = duals.get(id(value))
         if x is None:
             return value
-        mentioned.append(riding(value.detach(), x.tangent, x.ride, x.rows))
+        mentioned.append(riding(value.detach(), x.tangent, x.dual_forward, x.rows))
         return mentioned[-1].value
 
     return mapped(args, mention), mapped(kwargs, mention), mentioned
 
 
-def plain(x, riders: list):
+def plain(x, duals: list):
     """x with values in place of what rides, also inside lists, tuples and dicts; riders collects those replaced."""
     kind = type(x)
-    if kind is Riding:
-        riders.append(x)
+    if kind is DualTensor:
+        duals.append(x)
         return x.value
     if kind in LEAVES:
         return x
     if kind is tuple or kind is list:
-        return kind([plain(v, riders) for v in x])
+        return kind([plain(v, duals) for v in x])
     if isinstance(x, (tuple, list)) and kind is not torch.Size:  # a named tuple
-        return tuple(plain(v, riders) for v in x)
-    return {key: plain(v, riders) for key, v in x.items()} if isinstance(x, dict) else x
+        return tuple(plain(v, duals) for v in x)
+    return {key: plain(v, duals) for key, v in x.items()} if isinstance(x, dict) else x
 
 
-def sound(live: list[Riding], function: Callable) -> None:
+def sound(live: list[DualTensor], function: Callable) -> None:
     """Whether the tangents still belong to the values: none was overwritten through a view or .detach(), none is inside torch.func."""
     for x in live:
         if x.version is not None and x.value._version != x.version:
             raise NotImplementedError(
                 f"{name_of(function)} gets a tensor that was written in place through another one: its tangent is not of it"
             )
-    if transform() is not None and depth_of_transforms() > live[0].ride.depth:
+    if transform() is not None and depth_of_transforms() > live[0].dual_forward.depth:
         raise NotImplementedError(
             f"{name_of(function)} inside {transform_name()} cannot be followed by a tangent: use mode='forward'"
         )
@@ -270,17 +270,17 @@ def in_torchs_words(rule: Callable, args: tuple, kwargs: dict) -> tuple[tuple, d
     return args, kwargs
 
 
-def with_tangent(out, tangent, journey: Ride, rows: Rows | None = None):
+def with_tangent(out, tangent, context: Context, rows: Rows | None = None):
     """The output, carrying its tangent; outputs that are tuples carry one each."""
     if tangent is None:
         return out
     if isinstance(out, Tensor):
-        return riding(out, tangent, journey, rows)
+        return riding(out, tangent, context, rows)
     if isinstance(out, Iterator):
-        return iter([riding(v, t, journey, rows) for v, t in zip(out, tangent, strict=True)])
+        return iter([riding(v, t, context, rows) for v, t in zip(out, tangent, strict=True)])
     leaves, structure = tree_flatten(out)
     pairs = zip(leaves, tree_flatten(tangent)[0], strict=True)
-    return tree_unflatten([v if t is None else riding(v, t, journey, rows) for v, t in pairs], structure)
+    return tree_unflatten([v if t is None else riding(v, t, context, rows) for v, t in pairs], structure)
 
 
 def draws(x, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
@@ -288,19 +288,19 @@ def draws(x, p: float = 0.5, training: bool = True, inplace: bool = False) -> bo
     return training and p > 0
 
 
-def without_rule(function: Callable, args: tuple, values: tuple, named: dict, live: list[Riding]):
+def without_rule(function: Callable, args: tuple, values: tuple, named: dict, live: list[DualTensor]):
     """Torch's own derivative of one operation; NotImplementedError for writing in place and for taking numbers out of the ride."""
     if (
         short_name(function) == "__set__"
         and name_of(function) in (".requires_grad", ".grad")
-        and type(args[1]) is not Riding
+        and type(args[1]) is not DualTensor
     ):
         return function(*values, **named)
     refuse_by_name(function, values, named)
     return by_torch(function, values, named, live)
 
 
-def by_torch(function: Callable, args: tuple, kwargs: dict, live: list[Riding]):
+def by_torch(function: Callable, args: tuple, kwargs: dict, live: list[DualTensor]):
     """The function on the values, then torch's forward derivative of it on the same random draw."""
     device = live[0].value.device
     before = random_state(device)
@@ -313,48 +313,50 @@ def by_torch(function: Callable, args: tuple, kwargs: dict, live: list[Riding]):
         )
     with replayed(before, device):
         return with_tangent(
-            out, forward_derivative(function, args, kwargs, {id(x.value): filled(x) for x in live}), live[0].ride
+            out,
+            forward_derivative(function, args, kwargs, {id(x.value): filled(x) for x in live}),
+            live[0].dual_forward,
         )
 
 
 def through_hidden(name: str, function: Callable, args: tuple, kwargs: dict):
     """A function that torch hides from the ride: as_tensor and asarray are `to`; no tangent can follow the others."""
-    riders: list[Riding] = []
-    values, named = plain(args, riders), plain(kwargs, riders)
-    if any(x.ride.under_way for x in riders):
+    duals: list[DualTensor] = []
+    values, named = plain(args, duals), plain(kwargs, duals)
+    if any(x.dual_forward.active for x in duals):
         raise NotImplementedError(f"{name} {DETACHED}")
     return function(*values, **named)
 
 
 def through_autograd_function(cls: type[torch.autograd.Function], apply: Callable, args: tuple):
     """A Function with a jvp of its own takes it; torch's own plumbing (checkpointing, FSDP, DDP) is passed through; others are refused."""
-    riders: list[Riding] = []
-    values = plain(args, riders)
-    riders = [x for x in riders if x.ride.under_way]
+    duals: list[DualTensor] = []
+    values = plain(args, duals)
+    duals = [x for x in duals if x.dual_forward.active]
     name = f"{cls.__module__}.{cls.__qualname__}"
     refusal = NotImplementedError(
         f"no tangent rule for the autograd.Function {name}: give it a jvp, or use mode='difference'"
     )
-    if not riders:
+    if not duals:
         out = apply(*args)
-        if any(type(x) is Riding and x.ride.under_way for x in tree_flatten(out)[0]):
+        if any(type(x) is DualTensor and x.dual_forward.active for x in tree_flatten(out)[0]):
             raise refusal
         return out
     if cls.jvp is not torch.autograd.Function.jvp:
         with torch._C.DisableTorchFunctionSubclass():
-            return by_torch(apply, values, {}, riders)
+            return by_torch(apply, values, {}, duals)
     if not cls.__module__.startswith("torch."):
         raise refusal
     leaves, structure = tree_flatten(apply(*args))
-    if any(has_derivative(x) and type(x) is not Riding for x in leaves):
+    if any(has_derivative(x) and type(x) is not DualTensor for x in leaves):
         raise refusal
-    return tree_unflatten([reboarded(x) if type(x) is Riding else x for x in leaves], structure)
+    return tree_unflatten([reentered(x) if type(x) is DualTensor else x for x in leaves], structure)
 
 
-def reboarded(x: Riding) -> Riding:
+def reentered(x: DualTensor) -> DualTensor:
     """x, which an autograd.Function gave and torch has since joined to the graph, riding on with a value of that graph."""
     x.leaving = True
     with torch._C.DisableTorchFunctionSubclass():
-        y = riding(Tensor.as_subclass(x, Tensor), x.tangent, x.ride, x.rows)
+        y = riding(Tensor.as_subclass(x, Tensor), x.tangent, x.dual_forward, x.rows)
         y.joint = Tensor.grad_fn.__get__(x)  # type: ignore[union-attr]  # torch annotates its descriptor as an attribute
     return y

@@ -26,9 +26,9 @@ class Rows(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
-def partial(riders) -> bool:
+def partial(duals) -> bool:
     """Whether one of these carries a tangent of some rows only."""
-    return any(x.rows is not None for x in riders)
+    return any(x.rows is not None for x in duals)
 
 
 def filled(x) -> Tensor:
@@ -53,14 +53,14 @@ def mapped(x, change: Callable):
     return {key: mapped(v, change) for key, v in x.items()} if kind is dict else x
 
 
-def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list):
+def apart(function: Callable, out, args: tuple, kwargs: dict, duals: list):
     """(out, args, kwargs, tangents by id, rows) for a rule: the call on the rows that have a tangent, and the rows of what it gives; or None
     where the operation is not known to keep them apart. args and kwargs are values.
     """
-    rows, kind = riders[0].rows, KINDS.get(function)
+    rows, kind = duals[0].rows, KINDS.get(function)
     if kind is None or not args or rows is None or not accepts(kind, len(args), tuple(kwargs)):
         return None
-    for x in riders:
+    for x in duals:
         if x.rows is not rows and x.rows != rows:
             return None
     dim = kind(rows.dim, out, *args, **kwargs)
@@ -68,11 +68,11 @@ def apart(function: Callable, out, args: tuple, kwargs: dict, riders: list):
         return None
     if kind in ALIGNED:
         tangents: dict[int, Tensor] = {}
-        narrow = functools.partial(first, rows, out.shape[dim], {id(x.value): x.tangent for x in riders}, tangents)
+        narrow = functools.partial(first, rows, out.shape[dim], {id(x.value): x.tangent for x in duals}, tangents)
         args, kwargs = mapped(args, narrow), mapped(kwargs, narrow) if kwargs else kwargs
-    elif len(riders) == 1 and riders[0].value is args[0]:
+    elif len(duals) == 1 and duals[0].value is args[0]:
         part = args[0].narrow(rows.dim, 0, rows.count)
-        args, tangents = (part, *args[1:]), {id(part): riders[0].tangent}
+        args, tangents = (part, *args[1:]), {id(part): duals[0].tangent}
     else:
         return None
     part = out.narrow(dim, 0, rows.count) if isinstance(out, Tensor) else out

@@ -18,14 +18,14 @@ Classes = Callable[[int], Tensor]  # how many samples -> their classes (num,), b
 DRAWS = 5
 
 
-def floors(
+def baselines(
     built: Sequence[tuple[Any, Any]], dataset: HasReferences, classes: Classes | None = None
 ) -> dict[str, float]:
     """The floors of all metrics that have one. built: each spec with the metric made of it, an Against or Neighbours where it needs samples."""
     found: dict[str, float] = {}
     for spec, metric in built:
         if spec.needs == "samples":
-            found |= floor(metric, dataset, classes) if isinstance(metric, Against) else metric.floor()
+            found |= baseline(metric, dataset, classes) if isinstance(metric, Against) else metric.baseline()
         elif spec.needs == "conditions":
             found |= agreement_floor(spec, metric, dataset)
     return found
@@ -49,7 +49,7 @@ def agreement_floor(spec: Agreement | Retrieval, metric: Any, dataset: HasRefere
     return found
 
 
-def floor(
+def baseline(
     against: Against, dataset: HasReferences, classes: Classes | None = None, *, draws: int = DRAWS
 ) -> dict[str, float]:
     """What real samples score against real samples, under the keys of `against.report`: means over `draws` draws, and their standard deviations
@@ -121,6 +121,6 @@ def _spread(rows: list[dict[str, float]]) -> dict[str, float]:
     return means | {f"{key}_std": statistics.stdev(row[key] for row in rows) for key in rows[0]}
 
 
-def spread_of(floor: dict) -> dict:
+def spread_of(baseline: dict) -> dict:
     """Under each metric's name the standard deviation of its floor over draws of real samples, where there is one."""
-    return {key.removesuffix("_std"): value for key, value in floor.items() if key.endswith("_std")}
+    return {key.removesuffix("_std"): value for key, value in baseline.items() if key.endswith("_std")}
