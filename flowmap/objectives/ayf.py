@@ -87,13 +87,10 @@ class AYFMixed(_AYF):
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None and (self.own_eulerian or self.lagrangian):
-            name, where = (
-                ("own_eulerian", "the student's own states")
-                if self.own_eulerian
-                else ("lagrangian", "where the student arrives")
-            )
+            name = "own_eulerian" if self.own_eulerian else "lagrangian"
+            where = "at the student's own states" if self.own_eulerian else "where the student arrives"
             share = getattr(self, name)
-            raise ValueError(f"objective.{name}: {share} evaluates a teacher at {where}; without one it must be 0")
+            raise ValueError(f"objective.{name}: {share} needs a teacher, evaluated {where}; without one it must be 0")
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
