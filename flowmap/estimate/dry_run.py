@@ -12,7 +12,7 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.discriminator import discriminator_on
 from flowmap.build.fake_score import fake_config
-from flowmap.build.parts import student_config
+from flowmap.build.student import student_config
 from flowmap.data import Text
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
+from flowmap.build.data import build_data, build_samples
 from flowmap.data import Dataset, Encoded, Pairs, Text
 from flowmap.data.shards import INDEX
 from flowmap.estimate.text import described

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
 from flowmap.base.progress import LogFunction, Progress
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.evaluation.conditions import classes_by_law, conditions_for
 from flowmap.evaluation.held_out import Draws, add_losses, coupled_draws, held_out_samples

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import counted
 from flowmap.estimate.teacher_check import check_teacher

@@ -23,8 +23,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from flowmap.base.distributed import is_child
 from flowmap.base.files import POLL, check_writable, copy_folder, only_process, read_json, real_folder
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior, write_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.estimate.dry_run import check_stages
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior

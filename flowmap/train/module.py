@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from flowmap.build.parts import BuiltTeacher, build_decoder
+from flowmap.build.data import build_decoder
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.draws import RowGenerator

@@ -6,7 +6,7 @@ from torch import nn
 
 from flowmap.build.discriminator import build_discriminator
 from flowmap.build.fake_score import build_fake
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.recipe import Recipe
