@@ -11,7 +11,8 @@ import torch
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.build.text import fitted, text_config
-from flowmap.data import Dataset, TextDataset
+from flowmap.data import Dataset
+from flowmap.data.outline import DataOutline, outline_of
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
@@ -42,30 +43,32 @@ class HasDropout(Protocol):
     def dropout(self) -> float: ...
 
 
-def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) -> StudentConfig:
+def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTeacher | None) -> StudentConfig:
     """Return the student's configuration: its network, sample shape, conditions and sampler.
 
-    Raises RecipeError where the network does not fit the data, the objective or what it starts from.
+    data: the samples, or their outline alone. Raises RecipeError if the network does not match the data, the objective
+    or what it starts from.
     """
-    check_conditions(recipe, data)
+    outline = data if isinstance(data, DataOutline) else outline_of(data)
+    check_conditions(recipe, outline)
     start = _start(recipe, teacher)
-    net = _net(recipe, data, start)
+    net = _net(recipe, outline, start)
     conditional = recipe.data.conditional
     guidance = recipe.teacher.guidance if recipe.teacher else None
     autoencoder = shipped_autoencoder(recipe)
     return StudentConfig(
         net=net,
         sampler=recipe.sampler,
-        shape=data.shape,
-        num_classes=data.num_classes if conditional else None,
-        class_names=_class_names(data, start) if conditional else None,
+        shape=outline.shape,
+        num_classes=outline.num_classes if conditional else None,
+        class_names=_class_names(outline, start) if conditional else None,
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
-        clamp=len(data.shape) == 3 and recipe.data.in_pixels,
-        autoencoder=None if isinstance(data, TextDataset) else autoencoder,
+        clamp=len(outline.shape) == 3 and recipe.data.in_pixels,
+        autoencoder=None if outline.sentences else autoencoder,
         text=getattr(recipe.data, "text", None),
-        **(text_config(recipe, data, autoencoder) if isinstance(data, TextDataset) else {}),
+        **({} if outline.sentences is None else text_config(recipe, outline.sentences, autoencoder)),
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
         prior=shipped_prior(recipe),
@@ -111,24 +114,24 @@ def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
     return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)
 
 
-def _net(recipe: Recipe, data: Dataset, start: StudentConfig | None) -> StudentSpec:
+def _net(recipe: Recipe, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
     """Return the settings of the student's network, checked against the data, the objective and its start."""
     net = recipe.student
     if start is not None:
         net = stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
         _check_start(recipe, data, start)
     _check_dropout(recipe, net)
-    if isinstance(data, TextDataset):
-        net = fitted(recipe, net, data)
+    if data.sentences is not None:
+        net = fitted(recipe, net, data.sentences)
     if isinstance(net_within(net), DiffusersModel):
         try:
-            check_text(net_within(net), data.conditions_at(torch.zeros(1, dtype=torch.int64)))
+            check_text(net_within(net), data.conditions)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: {error}") from error
     return net
 
 
-def _check_start(recipe: Recipe, data: Dataset, start: StudentConfig) -> None:
+def _check_start(recipe: Recipe, data: DataOutline, start: StudentConfig) -> None:
     if start.shape != data.shape:
         teacher_name = recipe.teacher.name if recipe.teacher else ""
         origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {teacher_name}"
@@ -148,7 +151,7 @@ def _check_dropout(recipe: Recipe, net: StudentSpec) -> None:
         )
 
 
-def _class_names(data: Dataset, start: StudentConfig | None) -> tuple[str, ...] | None:
+def _class_names(data: DataOutline, start: StudentConfig | None) -> tuple[str, ...] | None:
     """Return the data's class names or, if it has none, those of the network that the student starts from."""
     known = start.class_names if start is not None and start.num_classes == data.num_classes else None
     return data.class_names or known

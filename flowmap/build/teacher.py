@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Independent, TeacherSlot
+from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
@@ -115,7 +116,7 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
 
     Raises RecipeError if its samples have another shape than the data.
     """
-    check_conditions(recipe, data)
+    check_conditions(recipe, outline_of(data))
     alone = recipe.changed(teacher=pairs_teacher(recipe), coupling=Independent(), objective=FlowMatching())
     built = build_teacher(alone, data)
     if built is None:

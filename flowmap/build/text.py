@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import TextCoder, TextDataset
+from flowmap.data import TextCoder
+from flowmap.data.outline import SentencesOutline
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives import FlowMatching
@@ -32,7 +33,7 @@ class OnTokens(Protocol):
     def latent_shape(self) -> tuple[int, ...]: ...
 
 
-def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
+def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentSpec:
     """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
     if artifact_of(net) not in ON_TOKENS:
         if data.tokens is not None:
@@ -49,7 +50,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
         raise RecipeError(
             f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
         )
-    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning())
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning)
 
 
 def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
@@ -61,14 +62,11 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
-def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
+def text_config(recipe: Recipe, data: SentencesOutline, autoencoder: TextCoder | None) -> dict[str, Any]:
     """The fields of StudentConfig that a student of sentences has."""
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
     if recipe.data.conditional and recipe.artifact in ("student", "text_joint"):
-        plain |= {
-            "attributes": data.attributes,
-            "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point()),
-        }
+        plain |= {"attributes": data.attributes, "contexts": data.contexts}
     return plain

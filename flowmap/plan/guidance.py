@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from flowmap.base.schema import RecipeError
-from flowmap.data import Dataset, TeacherSlot, Text, TextDataset
+from flowmap.data import TeacherSlot
 from flowmap.data.images.folder import Folder, FolderImages
+from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.plan.cards import card_of, pairs_teacher
@@ -34,13 +33,12 @@ def check_guidance(recipe: Recipe) -> None:
         )
 
 
-def check_conditions(recipe: Recipe, data: Dataset) -> None:
-    """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
+def check_conditions(recipe: Recipe, data: DataOutline) -> None:
+    """Raise RecipeError if classifier-free guidance is configured for data that has neither classes nor text."""
+    if data.num_classes or set(data.conditions) - {"class", "z"}:
+        return
     for key, slot in _slots(recipe):
-        described = isinstance(data, TextDataset) and isinstance(recipe.data, Text) and recipe.data.attributes
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or described:
-            continue
-        if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
+        if isinstance(slot.guidance, ClassifierFree):
             raise RecipeError(_no_conditions(recipe, key))
 
 
