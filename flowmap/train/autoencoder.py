@@ -35,10 +35,11 @@ class Reconstructions(AtPictures):
         grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
         if not trainer.is_global_zero:
             return
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids))
+        names = ("real", "reconstructed")
+        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids, names))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
-                for name, grid in zip(("real", "reconstructed"), grids, strict=True):
+                for name, grid in zip(names, grids, strict=True):
                     logger.log_image(f"samples/{name}", [grid], step=done - 1)
 
 
