@@ -55,7 +55,7 @@ class EvalSpec:
 
     @staticmethod
     def of(first: Recipe) -> EvalSpec:
-        metrics = tuple(spec for spec in first.metrics if spec.needs == "samples")
+        metrics = tuple(spec for spec in first.metrics if spec.on_samples)
         if not metrics:
             raise RecipeError(
                 f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
