@@ -20,8 +20,8 @@ from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
 from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.estimate.dry_run import dry_run
-from flowmap.plan.plan import runs_root
 from flowmap.plan.requirements import check_beforehand
+from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
 
 STEPS = (1, 2, 4, 8)

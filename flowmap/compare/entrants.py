@@ -9,8 +9,9 @@ from typing import Any
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.plan.cards import card_of
+from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_recipes, teacher_recipes
-from flowmap.plan.provenance import WHERE, scale_of
+from flowmap.plan.provenance import scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import FromRecipe

@@ -11,7 +11,8 @@ from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
 from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, dependency_folder, plan
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
