@@ -58,7 +58,7 @@ class Seed:
     def _start(self, source: Path) -> Path:
         """The kept run that the stage goes on from; it and its teacher appear beside the arms, where `flowmap` looks for them."""
         from flowmap.plan.dependencies import teacher_recipes
-        from flowmap.plan.plan import matches
+        from flowmap.plan.run_folders import matches
         from flowmap.recipe.recipe import read_recipe, read_resolved
 
         name = read_recipe(self.case.recipe).student.recipe
@@ -105,7 +105,7 @@ class Seed:
 
     def make(self, arm: str) -> None:
         """Trains the arm where that is not done."""
-        from flowmap.plan.plan import matches
+        from flowmap.plan.run_folders import matches
         from flowmap.recipe import read_recipe
 
         path, out = self.recipe(arm), self.root / arm

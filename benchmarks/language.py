@@ -88,7 +88,7 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """The finished run of that name, trained first where it is not there."""
-        from flowmap.plan.plan import dependency_folder, is_complete
+        from flowmap.plan.run_folders import dependency_folder, is_complete
         from flowmap.recipe import read_recipe
 
         recipe, changes = RECIPE.get(name, RECIPE["flow"]), self.overrides(name)

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from flowmap.compare import compare
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.plan.dependencies import teacher_recipes
-from flowmap.plan.plan import dependency_folder, is_complete, matches, runs_root
+from flowmap.plan.run_folders import dependency_folder, is_complete, matches, runs_root
 from flowmap.recipe.recipe import find_recipe, read_plain
 
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps

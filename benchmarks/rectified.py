@@ -280,7 +280,7 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
-    from flowmap.plan.plan import dependency_folder
+    from flowmap.plan.run_folders import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
     from flowmap.student.folder import load_student

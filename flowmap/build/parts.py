@@ -24,12 +24,13 @@ from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import card_of, find_card, lora_card, pairs_teacher, weights_folder
+from flowmap.plan.data_folders import data_of, pairs_of
 from flowmap.plan.dependencies import pairs_recipes, start_recipes, styles_of
 from flowmap.plan.guidance import check_conditions
 from flowmap.plan.named_networks import missing_weights, stacked
-from flowmap.plan.plan import data_of, pairs_identity, pairs_of, trained_run
-from flowmap.plan.provenance import baked_scale
+from flowmap.plan.provenance import baked_scale, pairs_identity
 from flowmap.plan.requirements import check_sizes, check_start, shipped_prior
+from flowmap.plan.run_folders import trained_run
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import Autoguidance, ClassifierFree, FromRecipe, FromTeacher

@@ -22,12 +22,12 @@ from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.cards import pairs_cards, teacher_cards
-from flowmap.plan.dependencies import prior_recipes
+from flowmap.plan.dependencies import pairs_spec, prior_recipes
 from flowmap.plan.named_networks import missing_weights, net_of, spec_of
 from flowmap.plan.pictures import check_pictures, describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, matches, plan, runs_root
-from flowmap.plan.provenance import pairs_spec
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
 from flowmap.plan.requirements import check_parts, check_sizes, missing_parts
+from flowmap.plan.run_folders import matches, runs_root
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES

@@ -21,9 +21,11 @@ from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import find_card, list_cards, pairs_cards, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
-from flowmap.plan.plan import Pairing, data_of, dependency_folder, is_complete
+from flowmap.plan.plan import Pairing
+from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec
 from flowmap.student.config import StudentConfig

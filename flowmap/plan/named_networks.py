@@ -11,8 +11,8 @@ from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import card_of, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import start_recipes
-from flowmap.plan.plan import data_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher

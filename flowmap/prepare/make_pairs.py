@@ -30,8 +30,8 @@ from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import pairs_teacher
-from flowmap.plan.plan import pairs_identity, pairs_of
-from flowmap.plan.provenance import scale_of
+from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.provenance import pairs_identity, scale_of
 from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
 from flowmap.recipe import Recipe
 

@@ -284,7 +284,7 @@ class Measure(AtSteps):
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
-        metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
+        metrics = [spec for spec in recipe.metrics if spec.on_samples]
         self.known = measure(recipe, self.student, None, module.data, metrics=metrics, known=self.known)
         rows = self.known["student"]
         logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}

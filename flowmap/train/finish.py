@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 
 from flowmap.base.files import read_json, write_json
-from flowmap.plan.plan import Stage, stamp
+from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import stamp
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib

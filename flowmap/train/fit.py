@@ -29,8 +29,10 @@ from flowmap.estimate.dry_run import check_stages
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import mismatch
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.pictures import describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, data_of, plan, runs_root, stamp
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.run_folders import runs_root, stamp
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import make_pairs
 from flowmap.recipe import Recipe

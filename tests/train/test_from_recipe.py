@@ -11,7 +11,8 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.parts import _dropping, build_data, build_student, build_teacher, student_config
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import DDPMpp
-from flowmap.plan.plan import dependency_folder, plan
+from flowmap.plan.plan import plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.recipe import read_recipe
 
 MAP = """\

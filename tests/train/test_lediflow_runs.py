@@ -15,7 +15,8 @@ from flowmap.build.prior import build_prior
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import for_codes, starts
 from flowmap.flow.solver import Heun
-from flowmap.plan.plan import dependency_folder, plan
+from flowmap.plan.plan import plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import verify
 from flowmap.recipe import read_recipe
 from flowmap.train.fit import FitError

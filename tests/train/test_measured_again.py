@@ -13,7 +13,7 @@ from conftest import bytes_of
 import flowmap
 from flowmap.base.files import read_json, read_tensors
 from flowmap.base.schema import RecipeError, short_hash
-from flowmap.plan.plan import is_complete, matches
+from flowmap.plan.run_folders import is_complete, matches
 from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.clock import Clock
 from flowmap.train.fit import fit
