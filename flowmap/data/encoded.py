@@ -19,7 +19,7 @@ from torch import Tensor
 from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.data import shards
-from flowmap.data.dataset import Source
+from flowmap.data.dataset import Source, WithoutSentences
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
@@ -91,7 +91,7 @@ class Encoded(Source):
         return EncodedDataset(self, Path(self.root))
 
 
-class EncodedDataset:
+class EncodedDataset(WithoutSentences):
     """A data set (see data/dataset.py) of samples on disk.
 
     held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are, and are read anew at each look.

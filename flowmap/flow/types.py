@@ -113,7 +113,15 @@ class Objective(Protocol):
 
 
 class Sampler(Protocol):
-    """Takes x1 to data in a few calls of the student."""
+    """Takes x1 to data in a few calls of the student.
+
+    steps: the numbers of steps that evaluation reports. calls(steps): how often a sample of so many steps calls it.
+    """
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    def calls(self, steps: int) -> int: ...
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None

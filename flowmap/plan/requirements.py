@@ -40,7 +40,7 @@ def check_sizes(recipe: Recipe, data: Dataset) -> None:
     seen = {
         "student": recipe.metrics,
         "text_joint": recipe.metrics,
-        "autoencoder": [m for m in recipe.metrics if m.needs == "samples"],
+        "autoencoder": [m for m in recipe.metrics if m.on_samples],
     }
     try:
         check_metrics(

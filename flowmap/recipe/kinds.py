@@ -28,6 +28,7 @@ from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.metrics import METRICS
+from flowmap.metrics import Spec as Metric
 from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
@@ -82,13 +83,6 @@ class StudentSpec(Protocol):
     """The settings of a student, a dataclass: those of a network (NetSpec), or what its weights start from."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-class Metric(Protocol):
-    """The settings of a metric (metrics/specs.py)."""
-
-    @property
-    def needs(self) -> str: ...
 
 
 class EMA(Protocol):

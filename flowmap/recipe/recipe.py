@@ -243,7 +243,7 @@ class Recipe:
             )
         if isinstance(self.sampler, Gamma):
             raise ValueError("sampler: gamma puts back N(0, I), and the prior is a learned one; choose another")
-        if any(metric.needs == "inversion" for metric in self.metrics):
+        if any(metric.normal_noise for metric in self.metrics):
             raise ValueError(
                 "metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out"
             )

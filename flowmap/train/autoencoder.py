@@ -35,10 +35,11 @@ class Reconstructions(AtPictures):
         grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
         if not trainer.is_global_zero:
             return
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids))
+        names = ("real", "reconstructed")
+        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids, names))
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
-                for name, grid in zip(("real", "reconstructed"), grids, strict=True):
+                for name, grid in zip(names, grids, strict=True):
                     logger.log_image(f"samples/{name}", [grid], step=done - 1)
 
 
@@ -46,14 +47,14 @@ class Reconstructions(AtPictures):
 def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     """metrics.json's contents: under "student" "1" the signal-to-noise ratio of reconstructions and every metric of samples on them."""
     recipe, data, started = module.recipe, module.data, time.perf_counter()
-    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.needs == "samples"]
+    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
     x = torch.cat([_unseen(module), data.reference])[:num]
     size = recipe.evaluation.batch_size
     rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
     error = (rebuilt - x).square().flatten(1).mean(1)
     row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
-    built = [(spec, spec.compare(data)) for spec in specs]
+    built = [(spec, spec.build_on(data)) for spec in specs]
     for _, metric in built:
         metric.update(rebuilt)
         row |= metric.report()

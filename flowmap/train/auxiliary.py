@@ -29,7 +29,7 @@ class BesideModule(DistillModule):
         if fake is not None:
             self.fake = fake.train()
 
-    def beside(self) -> dict[str, torch.optim.Optimizer]:
+    def auxiliary_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimisers of the networks beside the student, by the name of the network, at their full learning rates."""
         if not hasattr(self, "fake"):
             return {}
@@ -38,10 +38,10 @@ class BesideModule(DistillModule):
         return {"fake": optimizer}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        beside = self.beside()
-        self._names = tuple(beside)
-        self._full_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in beside.items()}
-        return [self.recipe.optimizer(trained(self.student)), *beside.values()]
+        others = self.auxiliary_optimizers()
+        self._names = tuple(others)
+        self._full_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in others.items()}
+        return [self.recipe.optimizer(trained(self.student)), *others.values()]
 
     def configure_model(self) -> None:
         super().configure_model()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, stack, to_grid
+from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
 from flowmap.flow.derivative import eulerian_derivative
@@ -253,7 +253,10 @@ class Pictures(AtPictures):
         if not trainer.is_global_zero:
             return
         path = self.stage.folder / "samples" / f"step-{done:08d}.png"
-        save_picture(path, stack(grids))
+        labels = [steps_label("student", k) for k in recipe.sampler.steps]
+        if module.teacher is not None:
+            labels.append(steps_label("teacher", recipe.evaluation.teacher_steps))
+        save_picture(path, stack(grids, labels))
         names = [f"{k} step{'s' * (k > 1)}" for k in recipe.sampler.steps] + ["teacher"] * (module.teacher is not None)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
@@ -281,7 +284,7 @@ class Measure(AtSteps):
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
-        metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
+        metrics = [spec for spec in recipe.metrics if spec.on_samples]
         self.known = measure(recipe, self.student, None, module.data, metrics=metrics, known=self.known)
         rows = self.known["student"]
         logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}

@@ -130,8 +130,8 @@ class DistillModule(L.LightningModule):
         self._micro = (micro + 1) % self.recipe.trainer.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, first_place(step, micro, **self._split), len(x0), x0.device)
-        if not paired and hasattr(self.data, "partners"):
-            paired = [self.data.partners(x0, generator)]
+        if not paired and (x1 := self.data.partners(x0, generator)) is not None:
+            paired = [x1]
         return draw_sample(self.recipe, x0, cond, generator, self.data.empty, *paired, prior=self.prior), generator
 
     def keep(self, sample: PathSample, loss: Loss) -> None:

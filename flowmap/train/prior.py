@@ -103,7 +103,8 @@ class Drawn(AtPictures):
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
         if not trainer.is_global_zero:
             return
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
+        sheet = stack(list(grids.values()), list(grids))
+        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", sheet)
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 for name, grid in grids.items():
