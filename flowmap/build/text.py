@@ -1,4 +1,4 @@
-"""How a recipe of sentences becomes a student's configuration: tokenizer, text autoencoder, attributes and contexts."""
+"""Configure students of sentences: tokenizer, text autoencoder, attributes and contexts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec, artifact_of
 from flowmap.student.config import SHIPPED_AUTOENCODER
 
-ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
+ON_TOKENS = ("text_autoencoder", "text_joint")  # The artifacts of runs on rows of tokens.
 
 
 @runtime_checkable
 class OnTokens(Protocol):
-    """The settings of a network of one of those: a dataclass whose fields include vocab."""
+    """The settings of a network whose samples are rows of tokens, a dataclass whose fields include vocab."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -34,7 +34,10 @@ class OnTokens(Protocol):
 
 
 def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentSpec:
-    """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
+    """Return the network's settings with those of the tokenizer if it reads tokens, else unchanged.
+
+    Raises RecipeError if network and data do not match.
+    """
     if artifact_of(net) not in ON_TOKENS:
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
@@ -54,7 +57,10 @@ def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentS
 
 
 def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as one of a flow in the latents of the autoencoder beside the student in that folder, where it trained both; else itself."""
+    """Return the recipe of the flow alone if a run trained it together with its autoencoder, else the recipe.
+
+    The flow is in the latents of the autoencoder in that student's folder.
+    """
     if recipe.artifact != "text_joint":
         return recipe
     assert isinstance(recipe.student, TextJoint)
@@ -63,7 +69,7 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def text_config(recipe: Recipe, data: SentencesOutline, autoencoder: TextCoder | None) -> dict[str, Any]:
-    """The fields of StudentConfig that a student of sentences has."""
+    """Return the fields of StudentConfig that a student of sentences has."""
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}

@@ -1,4 +1,4 @@
-"""What is known of a recipe's data and of its teachers before any is there, and whether they fit each other: shapes, classes, pictures."""
+"""Outlines of a recipe's data and teachers before any of them is here, and whether they match: shapes and classes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ from flowmap.student.folder import read_config
 from flowmap.student.prior import auxiliary
 from flowmap.teachers.autoencoder import Autoencoder
 
-PLACE = re.compile(
-    r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b"
-)  # keys that name what may not be here
+# Keys of settings that name what may be missing on this machine.
+PLACE = re.compile(r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b")
 
 CONTEXTS = ("left", "right")  # the conditions of infilling
 
@@ -65,10 +64,9 @@ def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | 
 
 
 def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
-    """What the data lacks on this machine; the error itself where it is no place that has nothing."""
-    if (
-        isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file()
-    ):  # `fit` makes them, as a stage of their own
+    """Return what the data lacks on this machine. Raise the error itself if it is about no place of data."""
+    # `fit` encodes the data in a stage of its own.
+    if isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file():
         try:
             recipe.data.images.length()
             return []
@@ -128,12 +126,15 @@ def _text_latents(recipe: Recipe, autoencoder: TextCoder) -> Shape:
 
 
 def _codes(recipe: Recipe) -> Shape | None:
-    """The shape of codes, where they are the data."""
+    """Return the shape of codes, if they are the data."""
     return next(((auxiliary(trained.student).size,) for trained in code_recipes(recipe)), None)
 
 
 def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
-    """(shape, classes) of the samples as the teacher's card says them, or that of the recipe that it or the student comes from."""
+    """Return shape and classes of samples as the teacher's card states them.
+
+    Without one, those of the recipe that trains the teacher or what the student starts from.
+    """
     cards = teacher_cards(recipe)
     if cards and cards[0].shape:
         return tuple(cards[0].shape), cards[0].num_classes
@@ -143,16 +144,19 @@ def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
 
 
 def _latents(recipe: Recipe) -> Shape | None:
-    """The shape of latents of an autoencoder that one of our recipes trains, that a card of kind autoencoder describes, or that is here."""
+    """Return the shape of latents of an autoencoder, or None.
+
+    It is known of one that a recipe trains, that a card of kind autoencoder describes, or that is a local folder.
+    """
     images, autoencoder = getattr(recipe.data, "images", None), getattr(recipe.data, "autoencoder", None)
     for trained in autoencoder_recipes(recipe) if images is not None else ():
-        spec: Any = trained.student  # of an autoencoder
+        spec: Any = trained.student  # the settings of an autoencoder
         side = halved(recipe, 2 ** (len(spec.channels) - 1), trained.name)
         return spec.latent_channels, side, side
     source = getattr(autoencoder, "source", None)
     for card in map(find_card, list_cards()) if source else ():
         if card.kind == "autoencoder" and card.source == source:
-            assert card.pixels is not None  # read_card has checked
+            assert card.pixels is not None  # read_card has checked this.
             side = halved(recipe, card.pixels // card.shape[1], card.name)
             return card.shape[0], side, side
     if isinstance(autoencoder, Autoencoder) and images is not None and source and Path(source).is_dir():
@@ -162,18 +166,17 @@ def _latents(recipe: Recipe) -> Shape | None:
 
 
 def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
-    """The side of the latents of the recipe's pictures. RecipeError where `factor` pixels a side do not divide them."""
+    """Return the side of the latents of the recipe's pictures. Raise RecipeError if `factor` does not divide theirs."""
     data: Any = recipe.data  # of pictures
     size = data.images.size
     if size % factor:
-        raise RecipeError(
-            f"{recipe.name}: data.images.size: {size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
-        )
+        what = f"{size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
+        raise RecipeError(f"{recipe.name}: data.images.size: {what}")
     return size // factor
 
 
 def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
-    """RecipeError unless the samples of every teacher, and of the student that this one starts from, have its shape and its classes."""
+    """Raise RecipeError unless every teacher, and what the student starts from, has the data's shape and classes."""
     if getattr(recipe.data, "images", None) is not None:
         _latents(recipe)
     for whose, known in _others(recipe):
@@ -187,9 +190,9 @@ def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
 
 
 def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
-    """(name, what is told of the shape of its samples and of its classes) of every teacher and of the student that this one starts from.
+    """Yield the name of every teacher and of what the student starts from, with shapes and classes.
 
-    Of a network of others both its converted weights and its card tell; where they differ, either may be what the data is like.
+    For a converted network both its weights and its card state them; where they differ, the data may match either.
     """
     for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
         known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
@@ -210,7 +213,7 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
 
 
 def _of_student(trained: Recipe) -> tuple[Shape, int | None] | None:
-    """Return shape and classes of that recipe's student: from its configuration if it is trained, else from its data."""
+    """Return shape and classes of that recipe's student: from its configuration if trained, else from its data."""
     folder = dependency_folder(trained)
     if is_complete(folder, trained) and trained.artifact == "student":
         config = read_config(folder / "student" / "config.json")
