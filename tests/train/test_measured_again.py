@@ -155,7 +155,7 @@ def test_a_run_keeps_its_figures_until_it_is_measured_again(tiny, finished, monk
     assert {name: after[name] for name in before} == before
 
 
-@pytest.mark.parametrize("moment", ["mark", "write_json"])
+@pytest.mark.parametrize("moment", ["stamp", "write_json"])
 def test_figures_are_never_those_of_another_recipe(tiny, finished, monkeypatch, moment):
     """Killed between writing the recipe and its figures: the run is then trained, and not measured."""
 
