@@ -28,6 +28,11 @@ class Source:
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
+    @property  # no ClassVar: that would move the field of data/text/ to the front
+    def drop_attribute(self) -> float:
+        """The probability of dropping an attribute of text; 0 for data without any."""
+        return 0.0
+
     def outline(self) -> tuple[tuple[int, ...], int | None] | None:
         """(shape of a sample, number of classes) where the settings alone say it, without the data; None where they do not."""
         return None

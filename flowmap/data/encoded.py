@@ -32,6 +32,9 @@ MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 class Autoencoder(Protocol):
     """Names a frozen autoencoder. load() gives encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z)."""
 
+    @property
+    def source(self) -> str | None: ...
+
     def load(self) -> Any: ...
 
     def identity(self) -> dict[str, Any]:

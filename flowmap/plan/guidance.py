@@ -119,9 +119,7 @@ def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, a
 
 
 def _drops(recipe: Recipe) -> bool:
-    return recipe.data.conditional and (
-        recipe.data.drop_condition > 0 or getattr(recipe.data, "drop_attribute", 0.0) > 0
-    )
+    return recipe.data.conditional and (recipe.data.drop_condition > 0 or recipe.data.drop_attribute > 0)
 
 
 def _knows_nothing(trained: Recipe) -> bool:

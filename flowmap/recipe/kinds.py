@@ -69,6 +69,9 @@ class Data(Protocol):
     def drop_condition(self) -> float: ...
 
     @property
+    def drop_attribute(self) -> float: ...
+
+    @property
     def in_pixels(self) -> bool: ...
 
     @property
@@ -86,7 +89,19 @@ class StudentSpec(Protocol):
 
 
 class EMA(Protocol):
-    """How weights are averaged; settings.py has the kinds."""
+    """How weights are averaged; settings.py has the kinds.
+
+    widths: one average is kept for each, and the first ships. kept(width, step): the share of the average that stays
+    when the weights of that step are added.
+    """
+
+    @property
+    def snapshot_every_steps(self) -> int: ...
+
+    @property
+    def widths(self) -> tuple[float, ...]: ...
+
+    def kept(self, width: float, step: int) -> float: ...
 
 
 def artifact_of(part: Any) -> str:

@@ -20,7 +20,8 @@ def text(tmp_path, monkeypatch):
     (tmp_path / "lines.txt").write_text("\n".join(SENTENCES * 4))
     source = f"data.sentences={{kind: files, root: '{tmp_path / 'lines.txt'}'}}"
     return read_recipe(
-        "language/wordnet-vae", [source, "metrics=[]", "data.attributes=[length]", "data.tokenizer={kind: bpe, vocab: 400}"]
+        "language/wordnet-vae",
+        [source, "metrics=[]", "data.attributes=[length]", "data.tokenizer={kind: bpe, vocab: 400}"],
     )
 
 
