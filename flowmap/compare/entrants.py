@@ -42,7 +42,7 @@ def _check(entrant: Recipe) -> None:
         )
     if entrant.artifact != "student":
         raise RecipeError(
-            f"{entrant.name}: objective: leaves no student (but: {entrant.leaves}), so no samples to compare"
+            f"{entrant.name}: objective: makes no student (but: {entrant.artifact}), so no samples to compare"
         )
     if entrant.trainer.devices * entrant.trainer.num_nodes > 1:
         raise RecipeError(f"{entrant.name}: trainer.devices: {entrant.trainer.devices}; compare trains on one device")

@@ -96,8 +96,8 @@ class EMA(Protocol):
 
 
 def artifact_of(part: Any) -> str:
-    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
-    return getattr(part, "leaves", "student")
+    """What a run of that objective, or of that kind of student, writes to student/ (the names of train/artifacts.py)."""
+    return getattr(part, "artifact", "student")
 
 
 STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
