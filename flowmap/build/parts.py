@@ -99,7 +99,7 @@ def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
 
 def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
     """What makes pictures of the recipe's latents, where its objective looks at pictures; None where it needs none."""
-    if recipe.data.in_pixels or not getattr(recipe.distillation, "sees_pictures", False):
+    if recipe.data.in_pixels or not recipe.distillation.sees_pictures:
         return None
     try:
         return data_of(recipe).autoencoder.load()
@@ -183,7 +183,7 @@ def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn
 def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
         spec, net = load_pretrained(card.pipeline, card.revision)
-        spec.check(tuple(card.shape))
+        spec.check_teacher(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
     flow_map = FlowMapNet(net)
@@ -248,9 +248,10 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         raise RecipeError(
             f"{recipe.name}: student: it starts from a flow map, of which this objective trains only the diagonal, t = s"
         )
-    if (share := getattr(net_within(net), "dropout", 0.0)) and (
-        way := getattr(recipe.distillation, "derivative", "dual")
-    ) != "dual":
+    if (share := getattr(net_within(net), "dropout", 0.0)) and (way := recipe.distillation.derivative) not in (
+        None,
+        "dual",
+    ):
         raise RecipeError(
             f"{recipe.name}: student.dropout: {share} wants objective.derivative: dual; {way!r} would see another mask"
         )

@@ -86,14 +86,8 @@ class AYFMixed(_AYF):
     own_eulerian: Share = 0.0
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        if teacher is None and (self.own_eulerian or self.lagrangian):
-            name, where = (
-                ("own_eulerian", "the student's own states")
-                if self.own_eulerian
-                else ("lagrangian", "where the student arrives")
-            )
-            share = getattr(self, name)
-            raise ValueError(f"objective.{name}: {share} evaluates a teacher at {where}; without one it must be 0")
+        if teacher is None:
+            self._check_without_teacher()
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
@@ -113,6 +107,15 @@ class AYFMixed(_AYF):
         total = sum(losses)
         assert isinstance(total, Tensor)  # a batch has rows
         return Loss(total, logs)
+
+    def _check_without_teacher(self) -> None:
+        """Raise ValueError where some rows need the teacher's velocity away from the path."""
+        for name, where in (
+            ("own_eulerian", "at the student's own states"),
+            ("lagrangian", "where the student arrives"),
+        ):
+            if share := getattr(self, name):
+                raise ValueError(f"objective.{name}: {share} evaluates a teacher {where}; without one it must be 0")
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.trust import allowed_attribute
+from flowmap.flow.types import RecipeView
 
 SIZE = 224
 TRUNKS = {
@@ -32,6 +33,23 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 def check_name(name: str) -> None:
     if name not in NETWORKS and not all(name.partition(":")):
         raise ValueError(f"net: {name!r} is not one of {', '.join(NETWORKS)} or package.mod:attr")
+
+
+def check_pictures(recipe: RecipeView, net: str | None, setting: str) -> None:
+    """Raise ValueError where a recipe has no pictures for `setting` of its objective, or where `net` is also a metric's."""
+    key = f"{recipe.key}.{setting}"
+    if not recipe.data.in_pixels and recipe.data.autoencoder is None:
+        raise ValueError(
+            f"{key}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder"
+        )
+    if net is not None:
+        check_unmeasured(recipe, net, f"{key}.net", "a loss")
+
+
+def check_unmeasured(recipe: RecipeView, net: str, key: str, user: str) -> None:
+    """Raise ValueError where a metric of the recipe compares in the features of `net`, which `user` is trained with."""
+    if any(metric.features == net for metric in recipe.metrics):
+        raise ValueError(f"{key}: {net!r} is also a metric's; {user} and a metric must not share a network")
 
 
 def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Figures(AtSteps):
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)
         logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if getattr(module.recipe.distillation, "derivative", None) == "dual" and ((done - 1) // self.every) % 10 == 0:
+        if module.recipe.distillation.derivative == "dual" and ((done - 1) // self.every) % 10 == 0:
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)

@@ -46,7 +46,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
-    if not hasattr(recipe.distillation, "derivative"):
+    if recipe.distillation.derivative is None:
         return [*lines, "this objective takes no derivative of the network"]
     works = []
     for way in WAYS:

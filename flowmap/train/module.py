@@ -17,7 +17,6 @@ from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.uncertainty import with_uncertainty
-from flowmap.objectives.uncertainty import learns_weight
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import PowerEMA
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
@@ -31,7 +30,7 @@ class NotFinite(RuntimeError):
 
 def as_trained(student: nn.Module, recipe: Recipe) -> nn.Module:
     """The student with what only training needs: the branch of a learned weight, where the objective has one."""
-    return with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student
+    return with_uncertainty(student, recipe.seed) if recipe.distillation.learns_weight else student
 
 
 class DistillModule(L.LightningModule):
