@@ -52,6 +52,7 @@ def value_and_rate(
     with a sign a sample; None is calibrated to the dtype. Mode "dual" takes tangents of fewer rows than their primals. Raises ValueError
     for an unknown mode, NotImplementedError naming an operation through which a tangent cannot follow.
     """
+    mode = OLD_NAMES.get(mode, mode)
     if mode not in MODES:
         raise ValueError(f"derivative mode must be one of {', '.join(MODES)}, got {mode!r}")
     if len(primals) != len(tangents):
@@ -225,7 +226,6 @@ def jvp_of(function, primals, tangents, moving):
 
 MODES = {
     "dual": by_dual_forward,
-    "ride": by_dual_forward,
     "forward": by_forward_mode,
     "joint": by_joint_forward_mode,
     "difference": by_difference,

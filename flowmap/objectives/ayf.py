@@ -110,12 +110,13 @@ class AYFMixed(_AYF):
 
     def _check_without_teacher(self) -> None:
         """Raise ValueError where some rows need the teacher's velocity away from the path."""
-        for name, where in (
-            ("own_eulerian", "at the student's own states"),
-            ("lagrangian", "where the student arrives"),
+        for name, share, where in (
+            ("own_eulerian", self.own_eulerian, "at the student's own states"),
+            ("lagrangian", self.lagrangian, "where the student arrives"),
         ):
-            if share := getattr(self, name):
-                raise ValueError(f"objective.{name}: {share} evaluates a teacher {where}; without one it must be 0")
+            if share:
+                needed = f"{share} needs a teacher, evaluated {where}"
+                raise ValueError(f"objective.{name}: {needed}; without one it must be 0")
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""

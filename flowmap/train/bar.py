@@ -25,7 +25,7 @@ class Bar(AtSteps):
 
     def __init__(self, every: int, log: Callable[[str], None], now: Now = time.monotonic):
         super().__init__()
-        self.every, self.log, self.now = every, log, now
+        self.every, self.print, self.now = every, log, now
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class Bar(AtSteps):
                 self.bar.set_postfix({key: f"{value:.4g}" for key, value in shown(module).items()}, refresh=False)
             self.bar.update()
         elif due and self.pace.due(always=ends):
-            self.log(self.line(trainer.max_steps, module, done))
+            self.print(self.line(trainer.max_steps, module, done))
 
     def line(self, steps: int, module: DistillModule, done: int) -> str:
         """step 500/3800  loss 0.812  residual 0.043  12.3 it/s  4:28 left"""

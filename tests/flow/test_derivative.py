@@ -403,7 +403,7 @@ def test_a_difference_stays_inside_the_interval():
 
 def test_a_user_s_mistake_is_named():
     x = torch.randn(B, 3)
-    with pytest.raises(ValueError, match="must be one of ride, forward, joint, difference, got 'reverse'"):
+    with pytest.raises(ValueError, match="must be one of dual, forward, joint, difference, got 'reverse'"):
         value_and_rate(torch.sin, (x,), (x,), mode="reverse")
     with pytest.raises(ValueError, match="step belongs to mode 'difference'"):
         value_and_rate(torch.sin, (x,), (x,), step=0.1)
