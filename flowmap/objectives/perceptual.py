@@ -27,7 +27,14 @@ TRUNKS = {
 }  # torchvision's release files
 NETWORKS = (*TRUNKS, "efficientnet_lite0", "random_conv")
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+class Perceptual(Protocol):
+    """d(a, b) (B,) of pictures. size: the side in pixels that it wants, None for any."""
+
+    @property
+    def size(self) -> int | None: ...
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
 
 
 def check_name(name: str) -> None:
@@ -56,8 +63,7 @@ def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to what it wants; carries grad to a. ValueError where it is not at
     hand."""
     net = perceptual(name, a.device)
-    size = getattr(net, "size", SIZE)
-    return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
+    return net(_as_wanted(a, net.size), _as_wanted(b.detach(), net.size))
 
 
 @runtime_checkable
@@ -76,13 +82,14 @@ def pictures_of(student: Any, x: Tensor) -> Tensor:
 def perceptual(name: str, device: torch.device) -> Perceptual:
     """The network of that name, frozen, one for each process and device."""
     check_name(name)
-    found = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
-    return found.eval().requires_grad_(False).to(device) if isinstance(found, nn.Module) else found
+    found: Any = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
+    return found.eval().requires_grad_(False).to(device)
 
 
 class EfficientNetLite0(nn.Module):
     """Sum over five depths of the mean squared difference of channel-normalised features (LPIPS, arXiv:1801.03924, eq. 1, with weights 1)."""
 
+    size = SIZE
     depths = (0, 2, 4, 10, 15)
 
     def __init__(self):
@@ -171,6 +178,8 @@ def _lpips(name: str) -> nn.Module:
 class _Flat(nn.Module):
     """A distance (B, 1, 1, 1) as (B,)."""
 
+    size = SIZE
+
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
@@ -179,9 +188,21 @@ class _Flat(nn.Module):
         return self.net(a, b).flatten()
 
 
-def _imported(name: str) -> Perceptual:
+class _Imported(nn.Module):
+    """A distance of a user, whose `size` is SIZE where it states none."""
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.distance = distance
+        self.size: int | None = getattr(distance, "size", SIZE)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.distance(a, b)
+
+
+def _imported(name: str) -> _Imported:
     found = allowed_attribute(name, "net")
-    return found() if isinstance(found, type) else found
+    return _Imported(found() if isinstance(found, type) else found)
 
 
 def _as_wanted(x: Tensor, size: int | None) -> Tensor:
