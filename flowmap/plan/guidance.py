@@ -24,9 +24,7 @@ def check_guidance(recipe: Recipe) -> None:
     """RecipeError where a guidance has no effect, or needs the velocity without a condition of a network that never learned it."""
     for key, slot in _slots(recipe):
         _check_slot(recipe, key, slot)
-    distillation = recipe.distillation
-    weak = 1 - getattr(distillation, "omega", 1.0) - getattr(distillation, "kappa", 0.0)
-    if abs(weak) > 1e-9 and not _drops(recipe):
+    if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
             f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it never learns: "
             "data.drop_condition is 0; take 0.1, say"

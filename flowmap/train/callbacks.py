@@ -31,7 +31,7 @@ from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
 from flowmap.train.logging import log_pictures
-from flowmap.train.module import DistillModule, NotFinite, derivative_of, norm_of, trained
+from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 from flowmap.train.run_folder import drop_old
 
 
@@ -108,7 +108,7 @@ class Figures(AtSteps):
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)
         logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if derivative_of(module.recipe) == "dual" and ((done - 1) // self.every) % 10 == 0:
+        if module.recipe.distillation.derivative == "dual" and ((done - 1) // self.every) % 10 == 0:
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)
