@@ -1,4 +1,4 @@
-"""What a sample looks like: a grid of pictures, or for points a plot of where they lie. Pillow only."""
+"""Renders samples: image grids, or a density plot of two-dimensional points. Needs only Pillow."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from flowmap.base.files import write_beside
 
 
 def from_bytes(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Pixels of 0 to 255 as values in [-1, 1]."""
+    """Scale pixels in [0, 255] to values in [-1, 1]."""
     return pixels.to(dtype).div(127.5).sub_(1)
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Values in [-1, 1] as the nearest pixels, uint8; what lies outside is cut off."""
+    """Round values in [-1, 1] to uint8 pixels; values outside are clamped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Image.Image:
-    """One sample (C, H, W) in [-1, 1] as a picture: one channel is grey, two are red and green, of more the first three are red, green, blue."""
+    """One sample (C, H, W) in [-1, 1] as an image.
+
+    One channel is grey, two are red and green; of three or more the first three are red, green and blue.
+    """
     pixels = to_bytes(x.detach().cpu()).numpy()
     if len(pixels) == 2:
         pixels = np.concatenate([pixels, np.full_like(pixels[:1], 128)])
@@ -32,8 +35,11 @@ def to_picture(x: Tensor) -> Image.Image:
 
 
 def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
-    """Samples (N, C, H, W) side by side, enlarged to at least `least` pixels each; points (N, D) as a density of the first two coordinates over
-    [-2, 2]^2. Samples (N, C, L) are pictures of C rows."""
+    """A grid of samples (N, C, H, W), each enlarged to at least `least` pixels.
+
+    Points (N, D) are drawn as a density of their first two coordinates over [-2, 2]^2. Samples (N, C, L) are drawn as
+    images with C rows.
+    """
     if x.ndim == 2:
         return _density(x)
     x = x.unsqueeze(1) if x.ndim == 3 else x
@@ -41,20 +47,16 @@ def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
     tiles = [to_picture(one) for one in x]
     size = (x.shape[-1] * scale, x.shape[-2] * scale)
     rows = -(-len(tiles) // columns)
-    grid = Image.new(
-        tiles[0].mode,
-        (min(columns, len(tiles)) * (size[0] + 2), rows * (size[1] + 2)),
-        255 if tiles[0].mode == "L" else (255,) * 3,
-    )
+    width, height = size[0] + 2, size[1] + 2  # with a margin
+    white = 255 if tiles[0].mode == "L" else (255,) * 3
+    grid = Image.new(tiles[0].mode, (min(columns, len(tiles)) * width, rows * height), white)
     for i, tile in enumerate(tiles):
-        grid.paste(
-            tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * (size[0] + 2), (i // columns) * (size[1] + 2))
-        )
+        grid.paste(tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * width, (i // columns) * height))
     return grid
 
 
 def stack(grids: list[Image.Image], *, gap: int = 8) -> Image.Image:
-    """Pictures below one another."""
+    """Stack images vertically."""
     size = (max(g.width for g in grids), sum(g.height + gap for g in grids) - gap)
     sheet = Image.new(grids[0].mode, size, 128 if grids[0].mode == "L" else (128,) * 3)
     top = 0
