@@ -39,7 +39,7 @@ def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
 
 def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
     """Return the autoencoder that decodes latents for an objective that compares pictures; None if none is needed."""
-    if recipe.data.in_pixels or not getattr(recipe.distillation, "sees_pictures", False):
+    if recipe.data.in_pixels or not recipe.distillation.sees_pictures:
         return None
     try:
         return data_of(recipe).autoencoder.load()

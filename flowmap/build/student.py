@@ -143,8 +143,8 @@ def _check_start(recipe: Recipe, data: DataOutline, start: StudentConfig) -> Non
 
 
 def _check_dropout(recipe: Recipe, net: StudentSpec) -> None:
-    within, way = net_within(net), getattr(recipe.distillation, "derivative", "dual")
-    if isinstance(within, HasDropout) and within.dropout and way != "dual":
+    within, way = net_within(net), recipe.distillation.derivative
+    if isinstance(within, HasDropout) and within.dropout and way not in (None, "dual"):
         raise RecipeError(
             f"{recipe.name}: student.dropout: {within.dropout} wants objective.derivative: dual; "
             f"{way!r} would see another mask"

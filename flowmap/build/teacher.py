@@ -190,7 +190,7 @@ def _exact(card: Card, recipe: Recipe) -> MixtureTeacher:
 def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
         spec, net = load_pretrained(card.pipeline, card.revision)
-        spec.check(tuple(card.shape))
+        spec.check_teacher(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
     flow_map = FlowMapNet(net)

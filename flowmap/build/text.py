@@ -14,7 +14,7 @@ from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives import FlowMatching
 from flowmap.plan.dependencies import styles_of
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import StudentSpec, artifact_of
+from flowmap.recipe.kinds import StudentSpec, student_part
 from flowmap.student.config import SHIPPED_AUTOENCODER
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # The artifacts of runs on rows of tokens.
@@ -38,7 +38,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentS
 
     Raises RecipeError if network and data do not match.
     """
-    if artifact_of(net) not in ON_TOKENS:
+    if student_part(net).artifact not in ON_TOKENS:
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
         return net

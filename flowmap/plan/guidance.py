@@ -24,9 +24,7 @@ def check_guidance(recipe: Recipe) -> None:
     """Raise RecipeError if a guidance has no effect, or needs a velocity without a condition that was never learned."""
     for key, slot in _slots(recipe):
         _check_slot(recipe, key, slot)
-    distillation = recipe.distillation
-    weak = 1 - getattr(distillation, "omega", 1.0) - getattr(distillation, "kappa", 0.0)
-    if abs(weak) > 1e-9 and not _drops(recipe):
+    if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
             f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it "
             "never learns: data.drop_condition is 0; set it to 0.1, for example"
@@ -117,9 +115,7 @@ def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, a
 
 
 def _drops(recipe: Recipe) -> bool:
-    return recipe.data.conditional and (
-        recipe.data.drop_condition > 0 or getattr(recipe.data, "drop_attribute", 0.0) > 0
-    )
+    return recipe.data.conditional and (recipe.data.drop_condition > 0 or recipe.data.drop_attribute > 0)
 
 
 def _learns_unconditional(trained: Recipe) -> bool:

@@ -14,6 +14,7 @@ from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
 MAX_FOR_STATISTICS = 4096  # pictures from which the latents' shift and scale are measured
@@ -32,15 +33,13 @@ class Reconstructions(AtPictures):
     @torch.no_grad()
     def show(self, trainer, module: DistillModule, done: int) -> None:
         x = _unseen(module)[: self.stage.recipe.log.grid_images].to(module.device)
-        grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
-        if not trainer.is_global_zero:
-            return
-        names = ("real", "reconstructed")
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids, names))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in zip(names, grids, strict=True):
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+        pictures = {"real": x, "reconstructed": module.averaged.net(x)}
+        grids = {name: to_grid(part.clamp(-1, 1), columns=16) for name, part in pictures.items()}
+        if trainer.is_global_zero:
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
+            log_pictures(trainer, grids, done)
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def spoiled_at(step: int, bad: float):
 
     calls = iter(range(1000))
 
-    def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
+    def spoiled(recipe, x0, cond, generator, empty=None, x1=None, prior=None):
         sample = draw.draw_sample(recipe, x0, cond, generator)
         if next(calls) == step:
             sample.xt[0, 0] = bad
