@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.prior import build_prior
-from flowmap.build.text import fitted, text_config
+from flowmap.build.text import fitted, text_latents
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs, StyledDataset, TeacherSlot, TextDataset
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
@@ -33,7 +33,7 @@ from flowmap.plan.requirements import check_sizes, check_start, shipped_prior
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import Autoguidance, ClassifierFree, FromRecipe, FromTeacher
-from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
+from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
 from flowmap.student.folder import load_student, read_config
 from flowmap.student.snapshots import nearest_snapshot
 from flowmap.student.student import Student
@@ -193,7 +193,7 @@ def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.
         shape=tuple(card.shape),
         num_classes=card.num_classes,
         arrival=False,
-        clamp=False,
+        samples=Pixels(clamp=False),
     )
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
 
@@ -271,16 +271,24 @@ def student_config(recipe: Recipe, data: Dataset, teacher: BuiltTeacher | None) 
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
-        clamp=len(data.shape) == 3 and recipe.data.in_pixels,
-        autoencoder=None if isinstance(data, TextDataset) else shipped_autoencoder(recipe),
-        text=getattr(recipe.data, "text", None),
-        **(text_config(recipe, data, shipped_autoencoder(recipe)) if isinstance(data, TextDataset) else {}),
+        samples=_samples(recipe, data),
+        text=recipe.data.text,
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
         prior=shipped_prior(recipe),
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )
+
+
+def _samples(recipe: Recipe, data: Dataset) -> Pixels | ImageLatents | TextLatents:
+    """Return what the student's samples are, and what decodes them."""
+    autoencoder = shipped_autoencoder(recipe)
+    if isinstance(data, TextDataset):
+        return text_latents(recipe, data, autoencoder)
+    if autoencoder is not None:
+        return ImageLatents(autoencoder)
+    return Pixels(clamp=len(data.shape) == 3 and recipe.data.in_pixels)
 
 
 def _class_names(data: Dataset, start: StudentConfig | None) -> tuple[str, ...] | None:
@@ -319,7 +327,7 @@ def started_folder(recipe: Recipe) -> Path:
 
 def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
     """The autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
-    autoencoder = getattr(recipe.data, "autoencoder", None)
+    autoencoder = recipe.data.autoencoder
     if autoencoder is None or autoencoder.recipe is None:
         return autoencoder
     return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)

@@ -14,7 +14,7 @@ from flowmap.objectives import FlowMatching
 from flowmap.plan.dependencies import styles_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec, student_part
-from flowmap.student.config import SHIPPED_AUTOENCODER
+from flowmap.student.config import SHIPPED_AUTOENCODER, TextLatents
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
 
@@ -61,14 +61,11 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
-def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
-    """The fields of StudentConfig that a student of sentences has."""
+def text_latents(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> TextLatents:
+    """What the samples of the recipe's student are, whose data are sentences."""
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
-    plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
-    if recipe.data.conditional and recipe.artifact in ("student", "text_joint"):
-        plain |= {
-            "attributes": data.attributes,
-            "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point()),
-        }
-    return plain
+    if not recipe.data.conditional or recipe.artifact not in ("student", "text_joint"):
+        return TextLatents(autoencoder, edits=edits)
+    contexts = tuple(key for key, rows in data.codes.items() if rows.is_floating_point())
+    return TextLatents(autoencoder, data.attributes, contexts, edits)
