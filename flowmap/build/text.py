@@ -11,11 +11,12 @@ from flowmap.data import TextCoder
 from flowmap.data.outline import SentencesOutline
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.nets.text_joint import TextJoint
+from flowmap.nets.text_pair import TextPair
 from flowmap.objectives import FlowMatching
 from flowmap.plan.dependencies import styles_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec, student_part
-from flowmap.student.config import SHIPPED_AUTOENCODER
+from flowmap.student.config import SHIPPED_AUTOENCODER, TextLatents
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # The artifacts of runs on rows of tokens.
 
@@ -49,7 +50,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentS
         raise RecipeError(
             f"{recipe.name}: student.vocab: {net.vocab} is smaller than the tokenizer's {data.tokens.vocab}"
         )
-    if data.tokens.pair != hasattr(net, "encoder_tokens"):
+    if data.tokens.pair != isinstance(net, TextPair):
         raise RecipeError(
             f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
         )
@@ -68,11 +69,10 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
-def text_config(recipe: Recipe, data: SentencesOutline, autoencoder: TextCoder | None) -> dict[str, Any]:
-    """Return the fields of StudentConfig that a student of sentences has."""
+def text_latents(recipe: Recipe, data: SentencesOutline, autoencoder: TextCoder | None) -> TextLatents:
+    """Return what the samples of a student of sentences are."""
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
-    plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
-    if recipe.data.conditional and recipe.artifact in ("student", "text_joint"):
-        plain |= {"attributes": data.attributes, "contexts": data.contexts}
-    return plain
+    if not recipe.data.conditional or recipe.artifact not in ("student", "text_joint"):
+        return TextLatents(autoencoder, edits=edits)
+    return TextLatents(autoencoder, data.attributes, data.contexts, edits)

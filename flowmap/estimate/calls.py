@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
-from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
+from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.teachers.guidance import Autoguidance as Autoguided
@@ -98,7 +98,7 @@ def _sampling(recipe: Recipe) -> tuple[float, float]:
 def _without_networks(objective):
     if isinstance(objective, Endpoint):
         return Endpoint()
-    if isinstance(getattr(objective, "distance", None), LPIPSHuber):
+    if isinstance(objective, Rectified) and isinstance(objective.distance, LPIPSHuber):
         return replace(objective, distance=PseudoHuber(objective.distance.scale))
     return objective
 

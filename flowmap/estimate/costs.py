@@ -79,8 +79,8 @@ def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in flow_map.parameters()) - trained
     net = flow_map.to("meta").train().net  # This also moves tables that a library makes with numpy.
-    if checkpointing and hasattr(net, "activation_checkpointing"):
-        net.activation_checkpointing = True
+    if checkpointing:
+        flow_map.checkpoint_activations(True)
     if not graded:
         with torch.no_grad():
             return Cost(_passes(net, config, 1, graded)[0], 0, 0, 0, trained, frozen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
 from flowmap.plan.plan import Pairing
+from flowmap.plan.requirements import HasSource
 from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
@@ -41,6 +42,14 @@ CONTEXTS = ("left", "right")  # the conditions of infilling
 Shape = tuple[int, ...]
 
 
+@runtime_checkable
+class HasRoot(Protocol):
+    """The settings of data in a folder."""
+
+    @property
+    def root(self) -> str: ...
+
+
 def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | None, list[str]]:
     """Return the outline of the recipe's data, None if nothing determines it, and what is missing on this machine.
 
@@ -50,9 +59,8 @@ def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | 
     if isinstance(recipe.data, Text):
         return _of_sentences(recipe, recipe.data)
     data, missing = None, []
-    there = not recipe.data.quick and any(
-        Path(place).exists() for name in ("root", "path") if (place := getattr(recipe.data, name, ""))
-    )
+    spec = recipe.data
+    there = not spec.quick and isinstance(spec, HasRoot) and bool(spec.root) and Path(spec.root).exists()
     if not any(key.startswith("data") for key in recipe.missing()) and (whole or not there):
         try:
             data = build_data(recipe)
@@ -148,12 +156,12 @@ def _latents(recipe: Recipe) -> Shape | None:
 
     It is known of one that a recipe trains, that a card of kind autoencoder describes, or that is a local folder.
     """
-    images, autoencoder = getattr(recipe.data, "images", None), getattr(recipe.data, "autoencoder", None)
+    images, autoencoder = recipe.data.images, recipe.data.autoencoder
     for trained in autoencoder_recipes(recipe) if images is not None else ():
         spec: Any = trained.student  # the settings of an autoencoder
         side = halved(recipe, 2 ** (len(spec.channels) - 1), trained.name)
         return spec.latent_channels, side, side
-    source = getattr(autoencoder, "source", None)
+    source = autoencoder.source if isinstance(autoencoder, HasSource) else None
     for card in map(find_card, list_cards()) if source else ():
         if card.kind == "autoencoder" and card.source == source:
             assert card.pixels is not None  # read_card has checked this.
@@ -177,16 +185,16 @@ def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
 
 def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
     """Raise RecipeError unless every teacher, and what the student starts from, has the data's shape and classes."""
-    if getattr(recipe.data, "images", None) is not None:
+    if recipe.data.images is not None:
         _latents(recipe)
-    for whose, known in _others(recipe):
+    for name, known in _others(recipe):
         if tuple(config.shape) not in [tuple(shape) for shape, _ in known]:
             raise RecipeError(
-                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(known[0][0])}"
+                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {name} {tuple(known[0][0])}"
             )
         classes = [num for _, num in known]
         if config.num_classes and all(classes) and config.num_classes not in classes:
-            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {classes[0]}")
+            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {name} {classes[0]}")
 
 
 def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
@@ -203,13 +211,13 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
         if known:
             yield f"the teacher {card.name}", known
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
-    for whose, trained in (
+    for role, trained in (
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
         *(("the start", one) for one in start_recipes(recipe)),
     ):
         found = _of_student(trained)
         if found is not None:
-            yield f"{whose} {trained.name}", [found]
+            yield f"{role} {trained.name}", [found]
 
 
 def _of_student(trained: Recipe) -> tuple[Shape, int | None] | None:

@@ -84,15 +84,15 @@ class Checked:
     def logs(self) -> dict[str, float]:
         """Return the figures by their keys in the log, teacher_check/..., with those of each of 2 to 4 channels."""
         logs = {}
-        for whose, found in (("", self.teacher), ("data_", self.data)):
+        for prefix, found in (("", self.teacher), ("data_", self.data)):
             if found is None:
                 continue
             for name, values in (("mean", found.mean), ("std", found.std)):
-                logs[f"teacher_check/{whose}{name}"] = float(values.mean())
+                logs[f"teacher_check/{prefix}{name}"] = float(values.mean())
                 if 2 <= len(values) <= 4:
-                    logs |= {f"teacher_check/{whose}{name}_{i}": float(value) for i, value in enumerate(values)}
+                    logs |= {f"teacher_check/{prefix}{name}_{i}": float(value) for i, value in enumerate(values)}
             if found.saturated is not None:
-                logs[f"teacher_check/{whose}saturated"] = found.saturated
+                logs[f"teacher_check/{prefix}saturated"] = found.saturated
         return logs
 
 

@@ -174,16 +174,31 @@ class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student.
 
     steps: the step counts that evaluation reports. calls(steps): the number of calls of the student for that count.
-    jumps_to_data: every call of the student goes to t = 0.
+    jumps_to_data: every call of the student goes to t = 0. A subclass of
+    samplers/grids.py's FewStep has all members but `__call__`.
     """
 
     @property
     def steps(self) -> tuple[int, ...]: ...
 
-    def calls(self, steps: int) -> int: ...
-
     @property
     def jumps_to_data(self) -> bool: ...
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """The steps + 1 times of a run, falling to exactly 0."""
+        ...
+
+    def calls(self, steps: int) -> int:
+        """How often a run calls the student."""
+        ...
+
+    def start(self, x1: Tensor) -> Tensor:
+        """The state at the first of the times."""
+        ...
+
+    def step(self, student: FlowMap, x: Tensor, t: float, s: float, cond: Cond | None) -> Tensor:
+        """The state x at time t carried to time s in one step."""
+        ...
 
     def check(self, recipe: RecipeView) -> None: ...
 

@@ -30,7 +30,7 @@ def data_of(recipe: Recipe) -> Any:
     data: Any = recipe.data
     if isinstance(data, Codes) and data.recipe:
         return replace(data, root=str(dependency_folder(code_recipes(recipe)[0]) / "student"))
-    if not isinstance(data, Encoded) and getattr(data, "autoencoder", None) is None:
+    if not isinstance(data, Encoded) and data.autoencoder is None:
         return data
     trained = autoencoder_recipes(recipe)
     if trained:

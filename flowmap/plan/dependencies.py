@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flowmap.data import Pairs, Styles, TeacherSlot
 from flowmap.data.codes import Codes
+from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.plan.cards import cards_of, pairs_teacher
 from flowmap.recipe.recipe import Recipe
@@ -19,13 +20,11 @@ def pairs_spec(recipe: Recipe) -> Pairs:
 
 def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
     """Return the recipe that trains the autoencoder of the data, if one does."""
-    autoencoder = getattr(recipe.data, "autoencoder", None)
-    overrides = getattr(autoencoder, "overrides", ())
-    return (
-        [recipe.named(autoencoder.recipe, overrides)]
-        if autoencoder is not None and autoencoder.recipe is not None
-        else []
-    )
+    autoencoder = recipe.data.autoencoder
+    if autoencoder is None or autoencoder.recipe is None:
+        return []
+    overrides = autoencoder.overrides if isinstance(autoencoder, TextAutoencoder) else ()
+    return [recipe.named(autoencoder.recipe, overrides)]
 
 
 def code_recipes(recipe: Recipe) -> list[Recipe]:

@@ -23,7 +23,7 @@ def check_frozen_parts(spec: Any) -> None:
 
 def _folders(spec: Any) -> Iterator[tuple[str, str, Path]]:
     """Yield (key, source, folder of weights) of every part that is in a local folder."""
-    autoencoder, text = getattr(spec, "autoencoder", None), getattr(spec, "text", None)
+    autoencoder, text = spec.autoencoder, spec.text
     if isinstance(autoencoder, Autoencoder) and autoencoder.source and Path(autoencoder.source).is_dir():
         root = Path(autoencoder.source)
         folder = root if (root / "config.json").is_file() else root / "vae"

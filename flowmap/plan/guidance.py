@@ -47,15 +47,12 @@ def _no_conditions(recipe: Recipe, key: str) -> str:
 
 def _known_to_have_none(data: Any) -> bool:
     """Return whether the settings, or the names in the folder, show that there are neither classes nor text."""
-    images = (
-        FolderImages(data.size, data.channels, data.root, captions=False)
-        if isinstance(data, Folder)
-        else getattr(data, "images", None)
-    )
     if isinstance(data, Tensors):
         return not data.num_classes
+    is_folder = isinstance(data, Folder)
+    images = FolderImages(data.size, data.channels, data.root, captions=False) if is_folder else data.images
     try:
-        return isinstance(images, FolderImages) and getattr(data, "text", None) is None and images.num_classes() is None
+        return isinstance(images, FolderImages) and data.text is None and images.num_classes() is None
     except ValueError:  # There is no such folder: building the data fails with that message.
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Pairs
@@ -20,6 +20,22 @@ from flowmap.recipe import Recipe
 from flowmap.recipe.settings import FromTeacher
 from flowmap.student.prior import Shipped, auxiliary
 from flowmap.teachers.text import MINILM_SOURCE
+
+
+@runtime_checkable
+class HasSource(Protocol):
+    """A frozen network named by a folder or a hub id."""
+
+    @property
+    def source(self) -> str | None: ...
+
+
+@runtime_checkable
+class HasRevision(Protocol):
+    """A frozen network with a revision on the hub."""
+
+    @property
+    def revision(self) -> str | None: ...
 
 
 def check_beforehand(recipe: Recipe) -> None:
@@ -71,17 +87,18 @@ def check_parts(recipe: Recipe) -> None:
 
 def missing_parts(recipe: Recipe) -> list[str]:
     """Return what metrics and frozen networks of the data need that is not on this machine, a line each."""
-    parts = [(f"data.{name}.source", getattr(recipe.data, name, None)) for name in ("autoencoder", "text")]
+    parts = (("data.autoencoder.source", recipe.data.autoencoder), ("data.text.source", recipe.data.text))
     return [*lacking(recipe.metrics), *(line for key, part in parts if (line := _missing_source(key, part)))]
 
 
 def _missing_source(key: str, part: Any) -> str | None:
-    source = getattr(part, "source", None)
+    source = part.source if isinstance(part, HasSource) else None
     if source in (None, MINILM_SOURCE) or Path(source).is_dir():
         return None
     if not is_hub_id(source):
         return f"{key}: {source!r}: no such folder, and no hub id (owner/name)"
-    here = in_hub_cache(source, ("config.json", "vae/config.json", "model_index.json"), part.revision)
+    revision = part.revision if isinstance(part, HasRevision) else None
+    here = in_hub_cache(source, ("config.json", "vae/config.json", "model_index.json"), revision)
     return None if here else f"{key}: {source!r}: not on this machine; fit fetches it"
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -77,6 +77,13 @@ def _log_each(log: Callable[[str], None], lines: list[str]) -> None:
         log(line)
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A network that can be moved to a device."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
 class Encoder:
     """Encode pictures and captions into the columns of a shard; networks are loaded when they are first needed."""
 
@@ -130,7 +137,7 @@ def _compact(value: Tensor) -> Tensor:
 
 
 def _on(network: Any, device: torch.device | str) -> Any:
-    return network.to(device) if hasattr(network, "to") else network
+    return network.to(device) if isinstance(network, Movable) else network
 
 
 def _plan(spec: Encoded) -> dict[str, Any]:
