@@ -34,7 +34,7 @@ PATH_MISTAKES = (
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        for name in getattr(arguments, "imports", None) or []:
+        for name in arguments.imports or ():
             allow_import(name)
         with plain_warnings():
             return arguments.run(arguments)

@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, words = build_parser(), [*(sys.argv[1:] if argv is None else argv)]
     behind = _settings_behind(words)
     arguments, rest = parser.parse_known_args([word for i, word in enumerate(words) if i not in behind])
-    odd = [word for word in rest if not _is_setting(word) or not hasattr(arguments, "overrides")]
+    odd = [word for word in rest if not _is_setting(word) or arguments.overrides is None]
     if odd:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
     if settings := [*(words[i] for i in behind), *rest]:
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=OneLine)
     for name, (verb, help) in VERBS.items():
         one = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        one.set_defaults(run=verb.run)
+        one.set_defaults(run=verb.run, imports=None, overrides=None)
         verb.add_arguments(one)
     parser.verbs = verbs
     return parser

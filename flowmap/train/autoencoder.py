@@ -14,6 +14,7 @@ from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
@@ -64,8 +65,6 @@ def save_autoencoder(
     stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None
 ) -> None:
     """Writes student/: weights, then the config with the shift and scale that normalise the latents of the training pictures."""
-    from flowmap.train.card import figures_table
-
     folder, model = stage.folder / "student", module.averaged.net.model
     shift, scale = module.averaged.net.normalisation(module.data.reference[:MAX_FOR_STATISTICS].to(module.device))
     config = json.loads(model.to_json_string()) | {"shift_factor": shift, "scaling_factor": scale}
@@ -75,8 +74,7 @@ def save_autoencoder(
     write_json(folder / "config.json", config)
     write_text(folder / "recipe.yaml", stage.recipe.to_yaml())
     what = f"An autoencoder of pictures, trained for {done} steps: `diffusers.AutoencoderKL.from_pretrained(folder)` loads it."
-    lines = [f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]
-    write_text(folder / "README.md", "\n".join(lines))
+    write_text(folder / "README.md", short_card(stage.recipe.name, what, metrics))
 
 
 def _unseen(module: DistillModule) -> Tensor:

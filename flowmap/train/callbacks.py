@@ -30,6 +30,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
+from flowmap.train.card import model_card
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, NotFinite, derivative_of, norm_of, trained
 from flowmap.train.run_folder import drop_old
@@ -202,8 +203,6 @@ def check_weights(module: DistillModule, done: int) -> None:
 def keep_student(
     stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None
 ) -> None:
-    from flowmap.train.card import model_card
-
     config = replace(config, step=done)
     save_student(
         stage.folder / "student",

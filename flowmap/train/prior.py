@@ -21,6 +21,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.prior import PriorConfig, save_prior
 from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
@@ -44,8 +45,6 @@ def keep_prior(
     metrics: dict | None = None,
 ) -> None:
     """Writes student/; with the last figures also the posteriors of the training data, from which z-samplers are made."""
-    from flowmap.train.card import figures_table
-
     folder, recipe = stage.folder / "student", stage.recipe
     if metrics is not None:
         write_tensors(folder / ENCODINGS, _posteriors(module))
@@ -53,10 +52,7 @@ def keep_prior(
     save_prior(folder, prior, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     what = f"The auxiliary model of a learned prior (flowmap, LeDiFlow), trained for {done} steps."
-    write_text(
-        folder / "README.md",
-        "\n".join([f"# {recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]),
-    )
+    write_text(folder / "README.md", short_card(recipe.name, what, metrics))
 
 
 @torch.no_grad()

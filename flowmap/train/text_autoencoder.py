@@ -16,6 +16,7 @@ from flowmap.data.text.tokens import Tokens
 from flowmap.objectives.language import IGNORED, divergence
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
 from flowmap.train.module import DistillModule
 
 MEASURED = 1000  # sentences for figures, if there are as many
@@ -119,11 +120,9 @@ def save_autoencoder(
 
     net, folder: the autoencoder and its place, where those are not the whole network and student/.
     """
-    from flowmap.train.card import figures_table
-
     call = "flowmap.data.text.autoencoder.TextAutoencoder(source=folder).load()"
     what = f"A text autoencoder, trained for {done} steps: `{call}` has encode and decode."
-    card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
+    card = short_card(stage.recipe.name, what, metrics)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()
     folder, net = folder or stage.folder / "student", module.averaged.net if net is None else net
