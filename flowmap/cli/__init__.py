@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_error(error: object, code: int) -> int:
-    if is_child():  # the first process says it
+    if is_child():  # the first process prints it
         return code
     print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""The model card that ships beside a student."""
+"""The model card of a student."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowmap.student.config import StudentConfig
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
-    """README.md of a student folder: what it is, how to use it, what was measured (and nothing that was not)."""
+    """README.md of a student folder: what the student is, how to use it, and the figures that were measured."""
     steps = ", ".join(str(k) for k in recipe.sampler.steps)
     label = f'"{config.class_names[-1]}"' if config.class_names else min(3, (config.num_classes or 1) - 1)
     given = [f'"class": {label}'] if config.num_classes else []
@@ -27,7 +27,8 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     lines = [
         f"# {recipe.name}",
         "",
-        f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. Objective: {kind_of(recipe.objective, TABLES)}; "
+        f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. "
+        f"Objective: {kind_of(recipe.objective, TABLES)}; "
         f"teacher: {recipe.teacher.name if recipe.teacher else 'none'}; trained for {config.step} steps.",
         "",
         "```python",
@@ -45,7 +46,8 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     if config.lora is not None:
         lines.insert(
             -3,
-            f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.",
+            f"They are LoRA adapters of rank {config.lora.rank} and branches; "
+            f"the frozen network beside them is {config.base}.",
         )
     if config.prior is not None:
         lines.insert(-3, f"Samples start at {config.prior}; it lies in `prior/`.")
