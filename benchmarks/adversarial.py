@@ -181,7 +181,7 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     import _labels
 
     from flowmap.base.trust import allow_import
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
     from flowmap.recipe import read_recipe
     from flowmap.student.folder import load_student

@@ -113,7 +113,7 @@ class Look:
     @classmethod
     def at(cls, recipe, options: argparse.Namespace) -> "Look":
         """Of what the recipe has trained."""
-        from flowmap.build.parts import build_data
+        from flowmap.build.data import build_data
         from flowmap.plan.run_folders import dependency_folder
         from flowmap.student.folder import load_student
 

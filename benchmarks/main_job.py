@@ -66,7 +66,8 @@ def look(out: Path) -> dict:
     """The figures of a finished run, with 8 and 16 steps, without guidance (scale 1), and with more samples."""
     from dataclasses import replace
 
-    from flowmap.build.parts import build_data, build_teacher
+    from flowmap.build.data import build_data
+    from flowmap.build.teacher import build_teacher
     from flowmap.evaluation.measure import measure
     from flowmap.metrics import Frechet
     from flowmap.recipe.recipe import read_recipe, read_resolved

@@ -99,7 +99,7 @@ def toys(seeds: int, steps: int) -> list[list]:
 def digits(seeds: int) -> list[list]:
     """The recipe digits-ayf-emd beside the same recipe with s = 0, one teacher each seed."""
     import flowmap
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
 
     if not seeds:

@@ -8,7 +8,9 @@ import torch
 
 import flowmap
 from flowmap.base.files import write_json
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import dry_run
 from flowmap.evaluation.conditions import classes_by_law

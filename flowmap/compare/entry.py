@@ -16,7 +16,9 @@ import torch
 from flowmap.base.files import read_json, write_json
 from flowmap.base.progress import LogFunction, paced
 from flowmap.base.schema import RecipeError, short_hash, to_plain
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.compare.entrants import of_length
 from flowmap.compare.terms import (
     NothingLeft,

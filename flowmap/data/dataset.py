@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Batch, Share, check_ranges
 from flowmap.flow.draws import Generator
+from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
 
 
+class BaseData(Part):
+    """The optional settings of data, with their defaults.
+
+    images: where pictures come from. autoencoder: what makes samples of them, or of sentences. text: what encodes captions.
+    drop_attribute: the probability with which each attribute of a sentence is dropped.
+    """
+
+    images: Any = None
+    autoencoder: Any = None
+    text: Any = None
+    drop_attribute: float = 0.0
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(BaseData):
     """The settings that every source of data has.
 
     batch_size is for one process and one micro-batch. conditional: labels are given to the network (where there are any), and dropped with
@@ -27,11 +41,6 @@ class Source:
     drop_condition: Share = 0.0
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
-
-    @property  # no ClassVar: that would move the field of data/text/ to the front
-    def drop_attribute(self) -> float:
-        """The probability of dropping an attribute of text; 0 for data without any."""
-        return 0.0
 
     def outline(self) -> tuple[tuple[int, ...], int | None] | None:
         """(shape of a sample, number of classes) where the settings alone say it, without the data; None where they do not."""

@@ -43,7 +43,14 @@ class Autoencoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Names a frozen text encoder. load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of it."""
+    """The settings of a frozen text encoder.
+
+    load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of these. max_tokens: the
+    tokens of a text that it encodes, None where its pipeline decides.
+    """
+
+    @property
+    def max_tokens(self) -> int | None: ...
 
     def load(self) -> Any: ...
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.flow.limit import Clip
 from flowmap.flow.prior import LearnedPrior, start_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import conditioning_rows, start_of

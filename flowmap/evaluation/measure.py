@@ -10,7 +10,8 @@ from typing import Any
 from flowmap.base.files import write_json
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.build.text import flow_alone
 from flowmap.data import Dataset, Pairs
 from flowmap.evaluation.known_rows import read_known, stamps, to_teacher

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.progress import LogFunction
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.evaluation.held_out import Draws, Velocity, velocities
 from flowmap.evaluation.known_rows import Row

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, to_grid, to_picture
+from flowmap.base.images import save_picture, stack, steps_label, to_grid, to_picture
 from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
 from flowmap.evaluation.conditions import conditions_for
@@ -85,7 +85,7 @@ def sample(
             continue
         assert isinstance(x0, torch.Tensor)
         grids.append(Path(out) / f"steps-{k}.png")
-        save_picture(grids[-1], to_grid(x0))
+        save_picture(grids[-1], stack([to_grid(x0)], [steps_label("student", k)]))
         if x0.ndim == 4:
             for i, one in enumerate(x0):
                 save_picture(Path(out) / f"steps-{k}" / f"{i:05d}.png", to_picture(one))

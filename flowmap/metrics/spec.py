@@ -155,6 +155,11 @@ class Spec:
         within(self, images=SAMPLES)
 
     @property
+    def feature_space(self) -> str | None:
+        """The network in whose features the metric compares samples."""
+        return None
+
+    @property
     def num_starts(self) -> int:
         """The number of samples that are drawn from noise."""
         return self.images
@@ -195,6 +200,10 @@ class InFeatures(Spec):
     def __post_init__(self):
         super().__post_init__()
         well_formed(self.features)
+
+    @property
+    def feature_space(self) -> str | None:
+        return self.features
 
     def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
         super().fits(data, conditional=conditional, paired=paired)

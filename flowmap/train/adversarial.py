@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.flow.draws import RowGenerator, normal_like, one_of
 from flowmap.flow.types import Loss, PathSample

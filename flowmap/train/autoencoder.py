@@ -37,7 +37,9 @@ class Reconstructions(AtPictures):
         pictures = {"real": x, "reconstructed": module.averaged.net(x)}
         grids = {name: to_grid(part.clamp(-1, 1), columns=16) for name, part in pictures.items()}
         if trainer.is_global_zero:
-            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
             log_pictures(trainer, grids, done)
 
 

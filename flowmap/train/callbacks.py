@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, stack, to_grid
+from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction, paced
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
 from flowmap.flow.derivative import eulerian_derivative
@@ -32,7 +32,7 @@ from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
 from flowmap.train.card import model_card
 from flowmap.train.logging import log_pictures
-from flowmap.train.module import DistillModule, NotFinite, derivative_of, norm_of, trained
+from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 from flowmap.train.run_folder import drop_old
 
 
@@ -116,7 +116,7 @@ class Figures(AtSteps):
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)
         logs["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if derivative_of(module.recipe) == "dual" and ((done - 1) // self.every) % 10 == 0:
+        if module.recipe.distillation.derivative == "dual" and ((done - 1) // self.every) % 10 == 0:
             logs["train/tangent_against_difference"] = tangent_error(module)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)
@@ -273,7 +273,10 @@ class Pictures(AtPictures):
                 self.teacher_grid = to_grid(student.pictures(samples), columns=16)
             grids["teacher"] = self.teacher_grid
         if trainer.is_global_zero:
-            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
+            labels = [steps_label("student", k) for k in recipe.sampler.steps]
+            labels += [steps_label("teacher", recipe.evaluation.teacher_steps)] * ("teacher" in grids)
+            sheet = stack(list(grids.values()), labels)
+            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", sheet)
             log_pictures(trainer, grids, done)
 
     def _of_teacher(self, module: DistillModule, teacher: BuiltTeacher, cond: Cond, num: int) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import counted
 from flowmap.estimate.teacher_check import check_teacher
@@ -28,7 +30,7 @@ from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
-from flowmap.train.module import as_trained, derivative_of
+from flowmap.train.module import as_trained
 
 WAYS = ("dual", "difference", "forward")
 
@@ -54,7 +56,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
-    if derivative_of(recipe) is None:
+    if recipe.distillation.derivative is None:
         return [*lines, "this objective takes no derivative of the network"]
     works, objective = [], cast(Any, recipe.distillation)  # a dataclass with this setting
     for way in WAYS:

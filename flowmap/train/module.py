@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from flowmap.build.parts import BuiltTeacher, build_decoder
+from flowmap.build.data import build_decoder
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample, Teacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
-from flowmap.objectives.uncertainty import learns_weight
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 
@@ -30,8 +30,8 @@ class NotFinite(RuntimeError):
 
 
 def as_trained(student: FlowMapNet, recipe: Recipe) -> FlowMapNet:
-    """The student with the branch of a learned weight, if the objective has one; it is trained and never ships."""
-    return with_uncertainty(student, recipe.seed) if learns_weight(recipe.distillation) else student
+    """The student with what only training needs: the branch of a learned weight, where the objective has one."""
+    return with_uncertainty(student, recipe.seed) if recipe.distillation.learns_weight else student
 
 
 class DistillModule(L.LightningModule):
@@ -196,11 +196,6 @@ class DistillModule(L.LightningModule):
                     if bool(inside.any()):
                         logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
         return logs
-
-
-def derivative_of(recipe: Recipe) -> str | None:
-    """How the recipe's objective takes the derivative of the network; None if it takes none."""
-    return getattr(recipe.distillation, "derivative", None)
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:

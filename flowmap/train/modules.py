@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowmap.build.discriminator import build_discriminator
 from flowmap.build.fake_score import build_fake
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import Adversarial, ScoreDistillation

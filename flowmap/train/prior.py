@@ -104,7 +104,9 @@ class Drawn(AtPictures):
         }
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
         if trainer.is_global_zero:
-            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
             log_pictures(trainer, grids, done)
 
 

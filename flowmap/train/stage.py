@@ -18,8 +18,10 @@ from flowmap.base.distributed import is_child
 from flowmap.base.files import copy_folder
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior, write_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.build.text import flow_alone
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.evaluation.measure import measure

@@ -52,8 +52,8 @@ def test_it_names_the_operation_that_cannot_be_ridden(command, tiny, monkeypatch
     monkeypatch.setattr(MLP, "build", lambda *a, **k: Unridable(built(*a, **k)))
     code, out, err = command("doctor", "--recipe", tiny)
     assert code == 0, err
-    dual = next(line for line in out.splitlines() if line.startswith("derivative dual"))
-    assert "not here" in dual and "Straight" in dual
+    ride = next(line for line in out.splitlines() if line.startswith("derivative dual"))
+    assert "not here" in ride and "Straight" in ride
     assert out.splitlines()[-1] == "choose objective.derivative=difference"
 
 

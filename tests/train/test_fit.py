@@ -217,7 +217,9 @@ def test_accumulation_sees_the_same_data_and_makes_the_same_number_of_steps(tiny
 
 
 def module_of(recipe) -> DistillModule:
-    from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import build_student, student_config
+    from flowmap.build.teacher import build_teacher
 
     data, teacher = build_data(recipe), build_teacher(recipe)
     return DistillModule(recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data)

@@ -10,8 +10,10 @@ import torch
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import for_codes, starts
 from flowmap.flow.solver import Heun

@@ -12,7 +12,7 @@ from conftest import FLOW
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
+from flowmap.build.data import build_data, build_samples
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
 from flowmap.plan.data_folders import pairs_of

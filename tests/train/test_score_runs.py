@@ -10,8 +10,10 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
+from flowmap.build.data import build_data
 from flowmap.build.fake_score import build_fake
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.dry_run import dry_run
 from flowmap.recipe import read_recipe
