@@ -112,7 +112,8 @@ class Prior(Protocol):
 class Coupling(Protocol):
     """How noise and data are joined.
 
-    independent: noise is drawn from the recipe's prior, whatever the data. paired: each noise belongs to one sample, by a teacher's ODE.
+    independent: noise is drawn from the recipe's prior, whatever the data. paired: a teacher's ODE joined each noise to
+    a sample.
     """
 
     @property
@@ -127,17 +128,18 @@ class Coupling(Protocol):
 class Objective(Protocol):
     """A deterministic function of student, teacher and a drawn sample; step is the optimizer step (for warm-ups).
 
-    diagonal            it trains a plain velocity, only at t = s, so that the student needs no arrival time
-    artifact            what a run writes to student/: a "student", an "autoencoder", a "text_autoencoder", "text_joint" or a "prior"
-    derivative          how it takes a derivative of the network ("dual", "forward" or "difference"), None where it takes none
-    learns_weight       its error is weighted by a branch of the student, log_error(t, s)
-    draws_samples       it trains on samples that the student draws
-    sees_pictures       it compares pictures, so latents are decoded first
-    loss_net            the perceptual network that it compares them with, which no metric may share
-    null_weight         the weight in its target of the student's prediction without a condition
-    distillation        the objective that compares the student with its teacher: itself, or the one that it adds a loss to
+    diagonal        it trains a plain velocity, t = s alone, so that the student needs no arrival time
+    artifact        what a run writes to student/: "student", "autoencoder", "text_autoencoder", "text_joint" or "prior"
+    derivative      how it differentiates the network ("dual", "forward", "difference"), None where it does not
+    learns_weight   its error is weighted by a branch of the student, log_error(t, s)
+    draws_samples   it trains on samples that the student draws
+    sees_pictures   it compares pictures, so latents are decoded first
+    loss_net        the perceptual network that compares them, which no metric may use
+    null_weight     the weight, in its target, of the student's prediction without a condition
+    distillation    the objective that compares student and teacher: itself, or the one that it adds a loss to
 
-    A class that lacks one of these members gets the default of flow/parts.py when a recipe is read; `__call__` alone is required.
+    A class that lacks one of these members gets the default of flow/parts.py when a recipe is read. Only `__call__` is
+    required.
     """
 
     artifact: ClassVar[str]
@@ -209,7 +211,7 @@ class Sampler(Protocol):
 
 
 class DataView(Protocol):
-    """What a part reads of a recipe's data. in_pixels: samples are no latents. autoencoder: what decodes latents, None where nothing does."""
+    """What a part reads of a recipe's data. autoencoder: what decodes its latents, None where nothing does."""
 
     @property
     def in_pixels(self) -> bool: ...
