@@ -108,7 +108,7 @@ class Unweighted:
 @dataclass(frozen=True)
 class InverseVariance(_ByVariance):
     """1 / (variance + floor), normalised: entries that the prior is sure of count most. Straighter paths, and at length worse samples
-    (measured: docs/lediflow.md)."""
+    (measured: docs/guide/lediflow.md)."""
 
     power: ClassVar[float] = -1.0
 
