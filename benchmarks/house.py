@@ -148,12 +148,15 @@ def reached(graph: dict[str, set[str]], start: set[str]) -> set[str]:
     return found
 
 
-def functions(trees: dict[str, ast.Module]) -> Iterator[tuple[int, str]]:
-    """(lines, name) of every function."""
+def functions(trees: dict[str, ast.Module], *, statements: bool = False) -> Iterator[tuple[int, str]]:
+    """(lines, name) of every function, or (statements, name), which does not depend on how lines are broken."""
     for name, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield node.end_lineno - node.lineno + 1, f"{name}.{node.name}"
+                size = node.end_lineno - node.lineno + 1
+                if statements:
+                    size = sum(isinstance(part, ast.stmt) for part in ast.walk(node))
+                yield size, f"{name}.{node.name}"
 
 
 def called(trees: dict[str, ast.Module], name: str, least: int = 0) -> int:
@@ -234,6 +237,7 @@ def measured(checkout: Path, *, types: bool) -> dict[str, object]:
     }
     below = reached(graph, {"flowmap.objectives.ayf"}) - {"flowmap"}
     longest, where = max(functions(trees))
+    most, of = max(functions(trees, statements=True))
     largest = max(lines, key=lines.__getitem__)
     loose = [path for path in (checkout / "flowmap").glob("*.py") if not path.stem.startswith("__")]
     files, settings, distinct, shared, _ = counts(texts(str(checkout / "recipes")))
@@ -258,6 +262,7 @@ def measured(checkout: Path, *, types: bool) -> dict[str, object]:
         "longest file, lines": f"{lines[largest]} ({largest})",
         "longest function, lines": f"{longest} ({where.removeprefix('flowmap.')})",
         "functions over 40 lines": sum(size > 40 for size, _ in functions(trees)),
+        "most statements in a function": f"{most} ({of.removeprefix('flowmap.')})",
         "recipe files": files,
         "lines of settings": settings,
         "distinct lines of settings": distinct,
