@@ -18,7 +18,8 @@ from _report import environment, table, write
 from safetensors.torch import load_file, save_file
 
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.build.parts import build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.export import export
 from flowmap.recipe.recipe import read_resolved

@@ -16,7 +16,7 @@ import torch
 from _report import environment, table, write
 
 import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
-from flowmap.build.parts import build_teacher
+from flowmap.build.teacher import build_teacher
 from flowmap.data import Folder
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowmap.base.images import save_picture, stack, steps_label, to_grid
-from flowmap.build.parts import build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.recipe import read_resolved
 from flowmap.student.folder import load_student

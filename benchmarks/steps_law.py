@@ -99,7 +99,7 @@ def toys(seeds: int, steps: int) -> list[list]:
 def digits(seeds: int) -> list[list]:
     """The recipe digits-ayf-emd beside the same recipe with s = 0, one teacher each seed."""
     import flowmap
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
 
     if not seeds:
@@ -124,7 +124,7 @@ def digits(seeds: int) -> list[list]:
             ):  # what is trained is not trained again
                 flowmap.fit(recipe, root / "consistency", resume=True)
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
-            only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+            only = [spec for spec in recipe.metrics if spec.on_samples][:1]
             figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
             found[model].append(figures["student"])
             floor.append(figures["floor"])

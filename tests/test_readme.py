@@ -77,7 +77,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def digits_run(desk, monkeypatch):
     """runs/digits as a finished run would leave it, with a small untrained student; fit finds it and trains nothing."""
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
     from flowmap.student.config import StudentConfig

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.flow.types import Cond
 from flowmap.objectives.adversarial import Adversarial, DiscriminatorSpec, FeaturesSpec
 from flowmap.objectives.perceptual import perceptual

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flowmap.build.parts import BuiltTeacher, build_student
+from flowmap.build.student import build_student
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
 from flowmap.recipe import Recipe

@@ -13,8 +13,8 @@ from flowmap.base.schema import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.flow.prior import CodeSampler, FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.plan.dependencies import prior_recipes
-from flowmap.plan.plan import trained_run
 from flowmap.plan.requirements import check_prior, shipped_prior
+from flowmap.plan.run_folders import trained_run
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student, read_config
 from flowmap.student.prior import PRIOR, PriorConfig, built_codes, load_prior, read_prior_config, save_prior

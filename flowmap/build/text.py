@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import TextCoder, TextDataset
+from flowmap.data import TextCoder
+from flowmap.data.outline import SentencesOutline
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives import FlowMatching
 from flowmap.plan.dependencies import styles_of
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import StudentSpec, artifact_of
+from flowmap.recipe.kinds import StudentSpec, student_part
 from flowmap.student.config import SHIPPED_AUTOENCODER
 
 ON_TOKENS = ("text_autoencoder", "text_joint")  # what runs leave whose samples are rows of tokens
@@ -32,9 +33,9 @@ class OnTokens(Protocol):
     def latent_shape(self) -> tuple[int, ...]: ...
 
 
-def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
+def fitted(recipe: Recipe, net: StudentSpec, data: SentencesOutline) -> StudentSpec:
     """A text autoencoder's network told the tokenizer of its data; any other as it is. RecipeError where they do not fit."""
-    if artifact_of(net) not in ON_TOKENS:
+    if student_part(net).artifact not in ON_TOKENS:
         if data.tokens is not None:
             raise RecipeError(f"{recipe.name}: data.autoencoder: is required: a flow runs between latents, not tokens")
         return net
@@ -49,7 +50,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
         raise RecipeError(
             f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
         )
-    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning())
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning)
 
 
 def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
@@ -61,14 +62,11 @@ def flow_alone(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.changed(data=data, student=recipe.student.flow, objective=FlowMatching())
 
 
-def text_config(recipe: Recipe, data: TextDataset, autoencoder: TextCoder | None) -> dict[str, Any]:
+def text_config(recipe: Recipe, data: SentencesOutline, autoencoder: TextCoder | None) -> dict[str, Any]:
     """The fields of StudentConfig that a student of sentences has."""
     styles = styles_of(recipe)
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     plain: dict[str, Any] = {"text_autoencoder": autoencoder, "edits": edits}
     if recipe.data.conditional and recipe.artifact in ("student", "text_joint"):
-        plain |= {
-            "attributes": data.attributes,
-            "contexts": tuple(key for key, rows in data.codes.items() if rows.is_floating_point()),
-        }
+        plain |= {"attributes": data.attributes, "contexts": data.contexts}
     return plain

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.data import Pairs
-    from flowmap.plan.plan import pairs_of
+    from flowmap.plan.data_folders import pairs_of
     from flowmap.prepare.make_pairs import make_pairs, verify
     from flowmap.recipe import read_recipe
 

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import check_writable, only_process, read_json, write_json
+from flowmap.base.progress import LogFunction
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
 from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.estimate.dry_run import dry_run
-from flowmap.plan.plan import runs_root
 from flowmap.plan.requirements import check_beforehand
+from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
 
-LogFunction = Callable[[str], None]
 STEPS = (1, 2, 4, 8)
 REPORT = ("table.md", "quality.png")  # written after compare.json
 
@@ -59,7 +59,7 @@ def compare(
         for seed, entries in enumerate(by_seed):
             _baseline_rows(entries, folder / f"seed-{seed}" / "beside.json", log)
             for entry in entries:
-                result = entry.kept() or entry.run(log)
+                result = entry.kept(log) or entry.run(log)
                 log(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
                 write_report(folder, _report(by_seed, folder))
     return {**read_json(folder / "compare.json"), "folder": str(folder)}
@@ -129,8 +129,9 @@ def _entries(entrants: list[Recipe], seed: int, folder: Path, terms: Terms, look
 
 def _baseline_rows(entries: list[Entry], path: Path, log: LogFunction) -> None:
     """Measures the teacher and the floor of a seed, by the first recipe that samples with the teacher's guidance; kept in beside.json."""
-    taught = [entry for entry in entries if entry.recipe.teacher is not None]
-    chosen = next((entry for entry in taught if entry.recipe.teacher.guidance is not None), [*taught, *entries][0])
+    taught = [(entry, entry.recipe.teacher) for entry in entries if entry.recipe.teacher is not None]
+    guided = [entry for entry, teacher in taught if teacher.guidance is not None]
+    chosen = [*guided, *(entry for entry, _ in taught), *entries][0]
     same = {"look": chosen.look.hash, "steps": list(chosen.terms.steps), "by": chosen.recipe.name}
     if path.is_file() and read_json(path).get("same") == same:
         return

@@ -9,8 +9,9 @@ from typing import Any
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.plan.cards import card_of
+from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_recipes, teacher_recipes
-from flowmap.plan.provenance import WHERE, scale_of
+from flowmap.plan.provenance import scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import FromRecipe
@@ -42,7 +43,8 @@ def _check(entrant: Recipe) -> None:
         )
     if entrant.artifact != "student":
         raise RecipeError(
-            f"{entrant.name}: objective: leaves no student (but: {entrant.leaves}), so no samples to compare"
+            f"{entrant.name}: objective: a run of it writes no student but the artifact {entrant.artifact!r}, "
+            "so there are no samples to compare"
         )
     if entrant.trainer.devices * entrant.trainer.num_nodes > 1:
         raise RecipeError(f"{entrant.name}: trainer.devices: {entrant.trainer.devices}; compare trains on one device")
@@ -50,9 +52,9 @@ def _check(entrant: Recipe) -> None:
 
 def _check_alike(first: Recipe, other: Recipe) -> None:
     """RecipeError for other data, or another teacher or guidance (a recipe without a teacher goes with any)."""
-    for what, part_of in (("data", data_settings), ("teacher", _taught_by)):
-        mine, theirs = part_of(first), part_of(other)
-        if mine == theirs or (what == "teacher" and (mine is None or theirs is None)):
+    pairs = (("data", data_settings(first), data_settings(other)), ("teacher", _taught_by(first), _taught_by(other)))
+    for what, mine, theirs in pairs:
+        if mine == theirs or mine is None or theirs is None:
             continue
         key = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
         values = f"{key} {mine.get(key)!r} and {theirs.get(key)!r}"

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from flowmap.base.files import read_json, write_json
+from flowmap.base.progress import LogFunction, paced
 from flowmap.base.schema import RecipeError, short_hash, to_plain
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.compare.entrants import of_length
 from flowmap.compare.terms import (
     NothingLeft,
@@ -39,7 +42,6 @@ from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, device_of, fit, silent
 from flowmap.train.module import NotFinite
 
-LogFunction = Callable[[str], None]
 TRIAL = 0.05  # of the budget goes, beside it, into measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most
 TRIAL_STEPS = SETTLING + 5  # at least
@@ -55,7 +57,7 @@ class EvalSpec:
 
     @staticmethod
     def of(first: Recipe) -> EvalSpec:
-        metrics = tuple(spec for spec in first.metrics if spec.needs == "samples")
+        metrics = tuple(spec for spec in first.metrics if spec.on_samples)
         if not metrics:
             raise RecipeError(
                 f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
@@ -98,15 +100,15 @@ class Entry:
             )
         return result
 
-    def kept(self) -> dict[str, Any] | None:
-        """The finished result, its figures taken anew or completed where others are asked for."""
+    def kept(self, log: LogFunction) -> dict[str, Any] | None:
+        """The finished result, measured again or completed if other figures are asked for; None if there is none."""
         result = self.found()
         if result is None or result["ended"] not in ("whole", "cut"):
             return result
         figures = result["figures"] if result["look"] == self.look.hash else {}
         if missing := [k for k in self.steps() if str(k) not in figures]:
             try:
-                result |= {"figures": figures | self.figures(missing), "look": self.look.hash}
+                result |= {"figures": figures | self.figures(missing, log), "look": self.look.hash}
             except NotFinite as error:
                 result |= {"ended": "diverged", "why": str(error), "figures": {}}
             self._keep(result)
@@ -124,13 +126,11 @@ class Entry:
                 math.inf if self.terms.seconds is None else self.terms.seconds - plan["own_seconds"], self.now
             )
             forget_peak()
-            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, log=silent, clock=clock).metrics[
-                "training"
-            ]
-            end = {
-                "ended": "cut" if trained["steps"] < plan["planned_steps"] else "whole",
-                "figures": self.figures(self.steps()),
-            }
+            recipe = self.bare(plan["planned_steps"])
+            done = fit(recipe, self.folder, resume=True, log=self._paced(log), clock=clock)
+            trained = done.metrics["training"]
+            ended = "cut" if trained["steps"] < plan["planned_steps"] else "whole"
+            end = {"ended": ended, "figures": self.figures(self.steps(), log)}
         except NothingLeft as error:
             end = {"ended": "no time", "why": str(error), "figures": {}}
         except NotFinite as error:
@@ -153,6 +153,10 @@ class Entry:
         self._keep(result)
         return result
 
+    def _paced(self, log: LogFunction) -> LogFunction:
+        """Passes on a line of progress, with the seed and the name, at most every 10 seconds."""
+        return paced(lambda line: log(f"seed {self.recipe.seed}, {self.recipe.name}: {line}"))
+
     def _keep(self, result: Mapping[str, Any]) -> None:
         write_json(self.folder / "result.json", result)
 
@@ -163,19 +167,13 @@ class Entry:
             return {key: value for key, value in plan.items() if key != "same"}
         spent = self._prepared(log)
         left = left_of(self.terms, spent)
-        if left.evaluations is not None:
-            plan = {
-                "planned_steps": int(left.evaluations / evaluations_of(self.recipe)),
-                "own_evaluations": spent,
-                "own_seconds": 0.0,
-            }
+        if left.seconds is None:
+            steps = int(left.budget / evaluations_of(self.recipe))
+            plan = {"planned_steps": steps, "own_evaluations": spent, "own_seconds": 0.0}
         else:
             seconds = self.step_seconds(left.seconds)
-            plan = {
-                "planned_steps": int(left.seconds / seconds * (1 + 1e-9)),
-                "own_seconds": spent,
-                "step_seconds": seconds,
-            }
+            steps = int(left.seconds / seconds * (1 + 1e-9))
+            plan = {"planned_steps": steps, "own_seconds": spent, "step_seconds": seconds}
         if plan["planned_steps"] < 1:
             raise NothingLeft(f"not one step fits into what is left of {self.terms}")
         write_json(path, {"same": self.same, **plan})
@@ -212,13 +210,13 @@ class Entry:
         """The steps at which this student is looked at: 1 alone where its sampler is for one step alone."""
         return tuple(k for k in self.terms.steps if k == 1 or tuple(self.recipe.sampler.steps) != (1,))
 
-    def figures(self, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-        """The figures of the run's student; NotFinite where one is not."""
+    def figures(self, steps: Sequence[int], log: LogFunction) -> dict[str, dict[str, float]]:
+        """The figures of the run's student at each number of steps; raises NotFinite if one is not finite."""
         if not steps:
             return {}
         recipe = self.look.at(self.recipe)
         student = load_student(self.folder / "student").to(device_of(recipe))
-        found = measure(recipe, student, None, build_data(recipe), steps=steps)["student"]
+        found = measure(recipe, student, None, build_data(recipe), steps=steps, progress=self._paced(log))["student"]
         if any(not math.isfinite(value) for row in found.values() for value in row.values()):
             raise NotFinite("its samples are not finite")
         return found

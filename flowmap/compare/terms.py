@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
 from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, dependency_folder, plan
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -42,11 +43,15 @@ class Terms:
             raise ValueError(f"steps: {list(self.steps)} must be different whole numbers from 1")
 
     def __str__(self) -> str:
-        return (
-            f"{self.seconds:g} seconds of training"
-            if self.seconds is not None
-            else f"{self.evaluations:g} network evaluations"
-        )
+        unit = "seconds of training" if self.seconds is not None else "network evaluations"
+        return f"{self.budget:g} {unit}"
+
+    @property
+    def budget(self) -> float:
+        """The one of seconds and evaluations that is given."""
+        value = self.evaluations if self.seconds is None else self.seconds
+        assert value is not None, "__post_init__ checks that one is given"
+        return value
 
 
 def evaluations_of(recipe: Recipe) -> float:
@@ -71,7 +76,7 @@ def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
     return found
 
 
-def own_stages(recipe: Recipe, shared: set[Path]) -> list[Stage | Pairing]:
+def own_stages(recipe: Recipe, shared: Set[Path]) -> list[Stage | Pairing]:
     """What this recipe needs for itself, in order: pairs, runs that it starts from. They are paid for out of its budget."""
     return [stage for stage in needs_of(recipe) if not isinstance(stage, Encoding) and stage.folder not in shared]
 
@@ -110,7 +115,7 @@ def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> 
 
 def left_of(terms: Terms, spent: float) -> Terms:
     """The terms with what a recipe's own preparations took off; NothingLeft where they took all."""
-    if (terms.seconds or terms.evaluations) <= spent:
+    if terms.budget <= spent:
         raise NothingLeft(f"what it needs for itself takes {spent:.4g} of {terms}")
     rest = lambda value: None if value is None else value - spent
     return replace(terms, seconds=rest(terms.seconds), evaluations=rest(terms.evaluations))

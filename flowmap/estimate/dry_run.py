@@ -12,22 +12,22 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.discriminator import discriminator_on
 from flowmap.build.fake_score import fake_config
-from flowmap.build.parts import student_config
-from flowmap.data import Text
+from flowmap.build.student import student_config
+from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.outlines import Described, check_outlines, known_data
+from flowmap.estimate.outlines import check_outlines, known_outline
 from flowmap.flow.prior import Learned
 from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.cards import pairs_cards, teacher_cards
-from flowmap.plan.dependencies import prior_recipes
+from flowmap.plan.dependencies import pairs_spec, prior_recipes
 from flowmap.plan.named_networks import missing_weights, net_of, spec_of
 from flowmap.plan.pictures import check_pictures, describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, matches, plan, runs_root
-from flowmap.plan.provenance import pairs_spec
-from flowmap.plan.requirements import check_parts, check_sizes, missing_parts
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.requirements import check_parts, missing_parts
+from flowmap.plan.run_folders import matches, runs_root
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
@@ -98,12 +98,8 @@ def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) 
     if not missing:
         check_parts(recipe)
     missing += [*missing_parts(recipe), *missing_devices(recipe)]
-    data, lacks = known_data(recipe, whole=whole)
+    data, lacks = known_outline(recipe, whole=whole)
     missing += lacks
-    if not (
-        lacks or recipe.missing() or data is None or isinstance(data, Described) or isinstance(recipe.data, Text)
-    ):  # no sentence is in it
-        check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
@@ -145,7 +141,7 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
+def _config(recipe: Recipe, data: DataOutline | None, cards: list[Card]) -> StudentConfig | None:
     """The student's configuration without any weights or data; None where nothing says what it is."""
     spec = net_of(recipe)
     if spec is None or data is None:

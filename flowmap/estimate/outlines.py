@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
-from flowmap.data import Dataset, Encoded, Pairs, Text
+from flowmap.build.data import build_data, build_samples
+from flowmap.build.text import OnTokens
+from flowmap.data import Encoded, Pairs, Text, TextCoder
+from flowmap.data.outline import DataOutline, SentencesOutline, outline_of
 from flowmap.data.shards import INDEX
-from flowmap.estimate.text import described
-from flowmap.flow.types import Cond
+from flowmap.data.text.dataset import Attribute
+from flowmap.data.text.tokens import BPE
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import find_card, list_cards, pairs_cards, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
-from flowmap.plan.plan import Pairing, data_of, dependency_folder, is_complete
+from flowmap.plan.plan import Pairing
+from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import StudentSpec
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import read_config
 from flowmap.student.prior import auxiliary
@@ -35,31 +37,20 @@ PLACE = re.compile(
     r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b"
 )  # keys that name what may not be here
 
+CONTEXTS = ("left", "right")  # the conditions of infilling
+
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Described:
-    """What is known of a data set that is not here: as much of data/dataset.py's Dataset as a student's configuration asks for."""
+def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | None, list[str]]:
+    """Return the outline of the recipe's data, None if nothing determines it, and what is missing on this machine.
 
-    shape: Shape
-    num_classes: int | None
-    spec: StudentSpec
-    class_names: tuple[str, ...] | None = None
-
-    def conditions_at(self, places: Tensor) -> Cond:
-        net = net_within(self.spec)
-        return example_conditions(net, len(places)) if isinstance(net, DiffusersModel) else {}
-
-
-def known_data(recipe: Recipe, *, whole: bool = True) -> tuple[Dataset | Described | None, list[str]]:
-    """The recipe's data itself where it is here, else what is known of it, and what is missing. RecipeError for a mistake in its settings.
-
-    whole: also data that takes long to read.
+    The data is read if it is on this machine; otherwise settings, cards and other recipes determine the outline.
+    whole: read the data even if that takes long. Raises RecipeError for a mistake in the settings.
     """
-    data, missing = None, []
     if isinstance(recipe.data, Text):
-        return described(recipe)
+        return _of_sentences(recipe, recipe.data)
+    data, missing = None, []
     there = not recipe.data.quick and any(
         Path(place).exists() for name in ("root", "path") if (place := getattr(recipe.data, name, ""))
     )
@@ -70,7 +61,7 @@ def known_data(recipe: Recipe, *, whole: bool = True) -> tuple[Dataset | Describ
                 build_samples(recipe, data)
         except RecipeError as error:
             missing += _lacks(recipe, error)
-    return _described(recipe) if data is None else data, missing
+    return _outline(recipe) if data is None else outline_of(data), missing
 
 
 def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
@@ -91,12 +82,49 @@ def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
     return [known]
 
 
-def _described(recipe: Recipe) -> Described | None:
+def _outline(recipe: Recipe) -> DataOutline | None:
+    """Return the outline of data that is not here, as settings, recipes and cards state it; None if they do not."""
     spec = net_of(recipe)
     shape, num_classes = recipe.data.outline() or (_codes(recipe) or _latents(recipe), None)
     carded = _carded(recipe) or (None, None)
     shape, num_classes = shape or carded[0], num_classes or carded[1]
-    return Described(shape, num_classes, spec) if shape and spec is not None else None
+    if not shape or spec is None:
+        return None
+    net = net_within(spec)
+    conditions = example_conditions(net, 1) if isinstance(net, DiffusersModel) else {}
+    return DataOutline(shape, num_classes, conditions=conditions)
+
+
+def _of_sentences(recipe: Recipe, spec: Text) -> tuple[DataOutline, list[str]]:
+    """Return the outline of sentences, of which at most the attributes are read, and what is missing."""
+    missing = list[str]()
+    tokenizer = spec.tokenizer or BPE()
+    shape: Shape = (tokenizer.row_length,)
+    attributes: tuple[Attribute, ...] = ()
+    try:
+        if spec.autoencoder is not None:
+            shape = _text_latents(recipe, spec.autoencoder)
+        attributes = spec.read()[2] if "???" not in repr(spec.sentences) else ()
+    except ValueError as error:
+        missing.append(str(error))
+    tokens = None
+    if spec.autoencoder is None:
+        try:
+            tokens = tokenizer.outline()
+        except ValueError as error:
+            missing.append(str(error))
+            tokens = tokenizer.assumed_outline()
+    contexts = {name: torch.zeros(1, *shape) for name in CONTEXTS if spec.infill}
+    numbers = {name: torch.zeros(1, dtype=torch.int64) for name in spec.attributes}
+    sentences = SentencesOutline(attributes, tuple(contexts), tokens)
+    return DataOutline(shape, conditions={**contexts, **numbers}, sentences=sentences), missing
+
+
+def _text_latents(recipe: Recipe, autoencoder: TextCoder) -> Shape:
+    for trained in autoencoder_recipes(recipe):
+        assert isinstance(trained.student, OnTokens)
+        return trained.student.latent_shape
+    return autoencoder.load().shape
 
 
 def _codes(recipe: Recipe) -> Shape | None:
@@ -167,8 +195,8 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
         known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
         config = weights_folder(card) / "config.json"
         if card.kind == "converted" and config.is_file():
-            found = read_config(config)
-            known.insert(0, (found.shape, found.num_classes))
+            converted = read_config(config)
+            known.insert(0, (converted.shape, converted.num_classes))
         if known:
             yield f"the teacher {card.name}", known
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
@@ -176,20 +204,21 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
         *(("the start", one) for one in start_recipes(recipe)),
     ):
-        found = _outline(trained)
+        found = _of_student(trained)
         if found is not None:
-            yield f"{whose} {trained.name}", [(found.shape, found.num_classes)]
+            yield f"{whose} {trained.name}", [found]
 
 
-def _outline(trained: Recipe) -> Any:
-    """What has the shape and the classes of that recipe's student: its own configuration where it is trained, else its data."""
+def _of_student(trained: Recipe) -> tuple[Shape, int | None] | None:
+    """Return shape and classes of that recipe's student: from its configuration if it is trained, else from its data."""
     folder = dependency_folder(trained)
     if is_complete(folder, trained) and trained.artifact == "student":
-        return read_config(folder / "student" / "config.json")
-    if isinstance(trained.student, TextJoint):  # its flow is in the latents of its own autoencoder
-        return Described(trained.student.latent_shape, None, trained.student.flow)
+        config = read_config(folder / "student" / "config.json")
+        return config.shape, config.num_classes
+    if isinstance(trained.student, TextJoint):  # Its flow is in the latents of its own autoencoder.
+        return trained.student.latent_shape, None
     known = trained.data.outline()
-    if known is not None and known[1] is not None:  # the settings say it: the data need not be read
-        return Described(known[0], known[1] if trained.data.conditional else None, trained.student)
-    data, _ = known_data(trained)
-    return data if data is None or trained.data.conditional else Described(data.shape, None, trained.student)
+    if known is None or known[1] is None:  # The settings do not state it, so the data is read.
+        data, _ = known_outline(trained)
+        known = None if data is None else (data.shape, data.num_classes)
+    return known and (known[0], known[1] if trained.data.conditional else None)

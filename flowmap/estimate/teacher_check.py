@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.flow.limit import Clip
 from flowmap.flow.prior import LearnedPrior, start_of
@@ -153,8 +153,8 @@ def _start(
     x0, cond = data.__getitems__(_spread(len(data), num))
     x0, cond = x0.to(device), {key: value.to(device) for key, value in cond.items()} if recipe.data.conditional else {}
     generator = seeded(f"teacher-check/{recipe.seed}", torch.device(device))
-    if hasattr(data, "partners"):
-        return data.partners(x0, generator), cond
+    if (paired := data.partners(x0, generator)) is not None:
+        return paired, cond
     if prior is not None:
         x0 = x0.to(next(prior.model.parameters()).dtype)  # an exact one's is float64
     start = start_of(prior.to(device) if prior is not None else recipe.prior, x0, cond, generator)

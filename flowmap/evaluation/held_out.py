@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import conditioning_rows, start_of
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
+from flowmap.metrics.flow_specs import NOTHING_HELD_OUT
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.student.student import Student
@@ -44,7 +45,7 @@ def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, 
     """
     x0, cond = data.held_out_samples()
     if not len(x0):
-        raise ValueError("metrics: inversion and loss_by_time look at held-out samples, and data.held_out is 0")
+        raise ValueError(NOTHING_HELD_OUT)
     x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
     prior = student.prior and student.prior.to(student.device)
     x0 = x0.to(student.device) if prior else x0
@@ -89,18 +90,21 @@ def loss_by_time(
     spec = LossByTime(images, tuple(times))
     draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
     metric = spec.build()
-    add_losses(metric, recipe, student.flow_map.velocity, draws)
+    for place, predicted, vt in velocities(recipe, student.flow_map.velocity, draws, spec.times):
+        metric.update(place, predicted, vt)
     return dict(zip(spec.times, metric.losses(), strict=True))
 
 
 @torch.no_grad()
-def add_losses(metric, recipe: Recipe, velocity: Velocity, draws: Draws) -> None:
-    """Tells the metric of kind loss_by_time how far the velocity is from the conditional one at each of its times, on the recipe's path."""
+def velocities(
+    recipe: Recipe, velocity: Velocity, draws: Draws, times: Sequence[float]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index of the time, velocity, conditional velocity) at each time on the recipe's path, batch by batch."""
     for part in draws.batches(recipe.evaluation.batch_size):
-        for place, time in enumerate(metric.times):
+        for place, time in enumerate(times):
             t = torch.full((len(part.x0),), time, device=part.x0.device)
             sample = recipe.path.sample(part.x0, part.x1, t, t, part.cond or None)
-            metric.update(place, velocity(sample.xt, t, sample.cond), sample.vt)
+            yield place, velocity(sample.xt, t, sample.cond), sample.vt
 
 
 def _generated(maker: Maker, student: Student, pairs: list[int], batch_size: int, guidance: float | None) -> Draws:

@@ -16,7 +16,7 @@ import flowmap
 from flowmap.base.distributed import world_size
 from flowmap.base.files import read_json
 from flowmap.base.schema import short_hash, to_plain
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.data.pairs import contents
 from flowmap.flow.types import Cond

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
 from flowmap.flow.draws import Generator
-from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, Sampler, Teacher
+from flowmap.flow.parts import BaseObjective
+from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher
+from flowmap.objectives.perceptual import check_unmeasured
 from flowmap.objectives.reconstruction import Reconstruction
 
 Scores = Callable[[Tensor, Cond | None, Tensor | None], Tensor]
@@ -48,7 +50,7 @@ class FeaturesSpec(DiscriminatorSpec, Protocol):
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class Adversarial(BaseObjective):
     """The distillation loss of `base`, kept, and the pairing loss of the student's samples in one of `steps` steps, drawn for each step of training.
 
     balance: which of the two losses is multiplied by `weight` times the ratio of both gradients' norms at the student's last layer: "base"
@@ -80,8 +82,32 @@ class Adversarial:
             raise ValueError("base: wants an objective that trains a flow map, not adversarial or reconstruction")
 
     @property
-    def diagonal(self) -> bool:
+    def diagonal(self) -> bool:  # type: ignore[override]  # a constant of other kinds; none is asked for it as a class
         return self.base.diagonal
+
+    @property
+    def distillation(self) -> Objective:
+        return self.base
+
+    @property
+    def draws_samples(self) -> bool:
+        return True
+
+    def check(self, recipe: RecipeView) -> None:
+        key, spec = "objective.discriminator", self.discriminator
+        if recipe.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp"
+            )
+        if spec.trunk == "teacher" and recipe.teacher is None:
+            raise ValueError(
+                f"{key}.kind: 'teacher' looks through the teacher's network, and the recipe has no teacher"
+            )
+        if spec.trunk == "features":
+            if not recipe.data.in_pixels:
+                raise ValueError(f"{key}.kind: 'features' looks at pictures, and the data's samples are latents")
+            assert isinstance(spec, FeaturesSpec)
+            check_unmeasured(recipe, spec.net, f"{key}.net", "a discriminator")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """The distillation loss alone: what a discriminator adds is train/adversarial.py's."""

@@ -86,11 +86,8 @@ class AYFMixed(_AYF):
     own_eulerian: Share = 0.0
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        if teacher is None and (self.own_eulerian or self.lagrangian):
-            name = "own_eulerian" if self.own_eulerian else "lagrangian"
-            where = "at the student's own states" if self.own_eulerian else "where the student arrives"
-            share = getattr(self, name)
-            raise ValueError(f"objective.{name}: {share} needs a teacher, evaluated {where}; without one it must be 0")
+        if teacher is None:
+            self._check_without_teacher()
         settings = {field.name: getattr(self, field.name) for field in fields(_AYF)}
         chosen, own = self.rows(sample.places(step))
         sample = at_own_states(student, sample, own)
@@ -110,6 +107,16 @@ class AYFMixed(_AYF):
         total = sum(losses)
         assert isinstance(total, Tensor)  # a batch has rows
         return Loss(total, logs)
+
+    def _check_without_teacher(self) -> None:
+        """Raise ValueError where some rows need the teacher's velocity away from the path."""
+        for name, share, where in (
+            ("own_eulerian", self.own_eulerian, "at the student's own states"),
+            ("lagrangian", self.lagrangian, "where the student arrives"),
+        ):
+            if share:
+                needed = f"{share} needs a teacher, evaluated {where}"
+                raise ValueError(f"objective.{name}: {needed}; without one it must be 0")
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""

@@ -9,19 +9,19 @@ Clock: 0 data, 1 noise. With x_0 = x1, x_1, ... x_K the states of a solver at fa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Count, check_ranges
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 
 @dataclass(frozen=True)
-class CMT:
+class CMT(BaseObjective):
     """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
 
     Trajectories start from the sample's noise, one for `points` rows in a row, which share the condition of the first; nothing of them is
@@ -31,7 +31,6 @@ class CMT:
     solver: Solver = field(default_factory=lambda: Heun(steps=16))
     points: Count = 8
     distance: Distance = Squared()
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

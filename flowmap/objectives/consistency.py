@@ -7,7 +7,6 @@ Clock: 0 data, 1 noise; the paper's sigma is t / (1 - t), and its smallest one i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Positive, Rho, check_ranges
 from flowmap.flow.derivative import without_graph
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 GRIDS = ("uniform", "rho")
 
 
 @dataclass(frozen=True)
-class Consistency:
+class Consistency(BaseObjective):
     """distance(f(x, t, 0), sg f(y, u, 0)), y where one solver step of the teacher's velocity takes x from t to u, one grid step nearer to data.
 
     steps: how many grid steps lie between noise and data. grid: "uniform" in t, or "rho", even in sigma^(1/rho) between sigma_min and
@@ -37,7 +37,6 @@ class Consistency:
     sigma_max: Positive = 80.0
     solver: str = "heun"
     distance: Distance = Squared()
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

@@ -9,17 +9,17 @@ trains a second network beside the student, is not here).  Clock: 0 data, 1 nois
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from flowmap.flow.derivative import derivative_named, lagrangian_derivative
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 
 
 @dataclass(frozen=True)
-class FreeFlow:
+class FreeFlow(BaseObjective):
     """distance(F(x1, 1, s), sg(v(f, s) + (1 - s) dF/ds)): of the sample only noise, arrival time and condition are read.
 
     Such a student jumps from t = 1 alone. distance: the paper's weight could not be had; `adaptive` is MeanFlow's.
@@ -28,7 +28,6 @@ class FreeFlow:
 
     distance: Distance = Squared(mean=False)
     derivative: str = "dual"
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "derivative", derivative_named(self.derivative))

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from flowmap.base.ranges import CountFromZero, Share, check_ranges
 from flowmap.flow.distance import Squared
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher
-from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
+from flowmap.flow.parts import BaseObjective
+from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher
+from flowmap.objectives.perceptual import check_name, check_pictures, distance_by, pictures_of
+from flowmap.objectives.rectified import check_straight
 
 
 class PictureDistance(Protocol):
@@ -49,7 +51,7 @@ PICTURE_DISTANCES = {"network": Network, "pictures": Pictures}
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class Endpoint(BaseObjective):
     """d(f(x1, 1, 0), x0) of the pair: squared until step `perceptual_after_steps`, then squared * that + (1 - squared) * `perceptual`.
 
     Without `perceptual` it is the squared error to the end. The sample's times play no part, nor does a teacher.
@@ -66,6 +68,15 @@ class Endpoint:
             raise ValueError(
                 "perceptual_after_steps, squared: say when and how much of `perceptual`, which is not given"
             )
+
+    def check(self, recipe: RecipeView) -> None:
+        if not recipe.coupling.paired:
+            raise ValueError(
+                "coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean"
+            )
+        check_straight(recipe, "endpoint")
+        if self.sees_pictures:
+            check_pictures(recipe, self.loss_net, "perceptual")
 
     @property
     def sees_pictures(self) -> bool:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.barrier import barrier, barrier_weight
 from flowmap.flow.draws import RowGenerator, normal_like
-from flowmap.flow.types import Cond, Loss, PathSample, Teacher, broadcast_time
+from flowmap.flow.parts import BaseObjective
+from flowmap.flow.types import Cond, Loss, PathSample, RecipeView, Teacher, broadcast_time
 
 IGNORED = -100
 
@@ -44,7 +45,7 @@ class JointStudent(TextStudent, Protocol):
 
 
 @dataclass(frozen=True)
-class TextELBO:
+class TextELBO(BaseObjective):
     """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps); KL = sum over latent entries of max(mean_B KL_d, free_bits).
 
     Sums over the tokens of a sentence and the entries of its latent, means over the batch; free_bits in nats an entry. z is a draw of the
@@ -92,7 +93,7 @@ class TextELBOSpec(Protocol):
 
 
 @dataclass(frozen=True)
-class TextJoint:
+class TextJoint(BaseObjective):
     """f + lambda g: reconstruction g (`elbo`) first, the flow f between noise and the posterior's means after it, by flow/barrier.py.
 
     f = mean (v(zt, t) - (x1 - z))^2 with z the means less their mean over the batch, over their spread: no shrinking of latents lowers it.
@@ -110,6 +111,12 @@ class TextJoint:
 
     def __post_init__(self):
         check_ranges(self)
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp"
+            )
 
     def __call__(self, student: JointStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)

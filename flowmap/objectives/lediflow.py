@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import CountFromZero, FromZero, check_ranges
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import Loss, PathSample, Teacher, broadcast_time
 
 
@@ -29,7 +30,7 @@ class PriorStudent(Protocol):
 
 
 @dataclass(frozen=True)
-class VarianceGuided:
+class VarianceGuided(BaseObjective):
     """mean over entries of ((x0 - mu)^2 / sigma^2 + ln sigma^2) / 2, plus kl times the KL of z to N(0, I), divided by the number of entries.
 
     With kl = 1 and free_bits = 0 it is minus the ELBO an entry, up to a constant. free_bits: each of z's numbers has so many nats of KL

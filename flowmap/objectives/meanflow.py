@@ -8,7 +8,6 @@ Clock: 0 data, 1 noise, which is theirs too; their r is our s.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +15,13 @@ from torch import Tensor
 from flowmap.base.ranges import BelowOne, Positive, Share, check_ranges
 from flowmap.flow.derivative import derivative_named, eulerian_derivative, without_graph
 from flowmap.flow.distance import Adaptive, Distance
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
 from flowmap.objectives.ayf import off_diagonal
 
 
 @dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(BaseObjective):
     """distance(F, sg(v - (t - s) dF/dt)), v the conditional velocity, or the teacher's where there is one.
 
     tangent: d/dt is taken along "target", v itself, or along "student", the student's own F(x, t, t), which the noise does not shake.
@@ -36,7 +36,6 @@ class MeanFlow:
     kappa: BelowOne = 0.0
     guided: tuple[Share, Share] = (0.0, 1.0)
     derivative: str = "dual"
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)
@@ -59,6 +58,10 @@ class MeanFlow:
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)
         return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
+
+    @property
+    def null_weight(self) -> float:
+        return 1 - self.omega - self.kappa
 
     def _guided(self, student: FlowMap, sample: PathSample, v: Tensor) -> Tensor:
         """v with the guidance of the student's own predictions with and without the class."""

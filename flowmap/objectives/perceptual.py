@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.trust import allowed_attribute
+from flowmap.flow.types import RecipeView
 
 SIZE = 224
 TRUNKS = {
@@ -26,7 +27,14 @@ TRUNKS = {
 }  # torchvision's release files
 NETWORKS = (*TRUNKS, "efficientnet_lite0", "random_conv")
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+class Perceptual(Protocol):
+    """d(a, b) (B,) of pictures. size: the side in pixels that it wants, None for any."""
+
+    @property
+    def size(self) -> int | None: ...
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
 
 
 def check_name(name: str) -> None:
@@ -34,12 +42,28 @@ def check_name(name: str) -> None:
         raise ValueError(f"net: {name!r} is not one of {', '.join(NETWORKS)} or package.mod:attr")
 
 
+def check_pictures(recipe: RecipeView, net: str | None, setting: str) -> None:
+    """Raise ValueError where a recipe has no pictures for `setting` of its objective, or where `net` is also a metric's."""
+    key = f"{recipe.key}.{setting}"
+    if not recipe.data.in_pixels and recipe.data.autoencoder is None:
+        raise ValueError(
+            f"{key}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder"
+        )
+    if net is not None:
+        check_unmeasured(recipe, net, f"{key}.net", "a loss")
+
+
+def check_unmeasured(recipe: RecipeView, net: str, key: str, user: str) -> None:
+    """Raise ValueError where a metric of the recipe compares in the features of `net`, which `user` is trained with."""
+    if any(metric.feature_space == net for metric in recipe.metrics):
+        raise ValueError(f"{key}: {net!r} is also a metric's; {user} and a metric must not share a network")
+
+
 def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to what it wants; carries grad to a. ValueError where it is not at
     hand."""
     net = perceptual(name, a.device)
-    size = getattr(net, "size", SIZE)
-    return net(_as_wanted(a, size), _as_wanted(b.detach(), size))
+    return net(_as_wanted(a, net.size), _as_wanted(b.detach(), net.size))
 
 
 @runtime_checkable
@@ -58,13 +82,14 @@ def pictures_of(student: Any, x: Tensor) -> Tensor:
 def perceptual(name: str, device: torch.device) -> Perceptual:
     """The network of that name, frozen, one for each process and device."""
     check_name(name)
-    found = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
-    return found.eval().requires_grad_(False).to(device) if isinstance(found, nn.Module) else found
+    found: Any = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
+    return found.eval().requires_grad_(False).to(device)
 
 
 class EfficientNetLite0(nn.Module):
     """Sum over five depths of the mean squared difference of channel-normalised features (LPIPS, arXiv:1801.03924, eq. 1, with weights 1)."""
 
+    size = SIZE
     depths = (0, 2, 4, 10, 15)
 
     def __init__(self):
@@ -153,6 +178,8 @@ def _lpips(name: str) -> nn.Module:
 class _Flat(nn.Module):
     """A distance (B, 1, 1, 1) as (B,)."""
 
+    size = SIZE
+
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
@@ -161,9 +188,21 @@ class _Flat(nn.Module):
         return self.net(a, b).flatten()
 
 
-def _imported(name: str) -> Perceptual:
+class _Imported(nn.Module):
+    """A distance of a user, whose `size` is SIZE where it states none."""
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.distance = distance
+        self.size: int | None = getattr(distance, "size", SIZE)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.distance(a, b)
+
+
+def _imported(name: str) -> _Imported:
     found = allowed_attribute(name, "net")
-    return found() if isinstance(found, type) else found
+    return _Imported(found() if isinstance(found, type) else found)
 
 
 def _as_wanted(x: Tensor, size: int | None) -> Tensor:

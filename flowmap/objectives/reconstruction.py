@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from flowmap.base.ranges import FromZero, check_ranges
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import Loss, PathSample, Teacher
 
 
@@ -28,7 +29,7 @@ class PictureStudent(Protocol):
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(BaseObjective):
     """mean |x0 - D(z)| + squared * mean (x0 - D(z))^2 + kl * KL(posterior || N(0, 1)) per latent entry, z drawn with the sample's noise.
 
     The student's network is an autoencoder (moments, decode); times and teacher are not looked at.

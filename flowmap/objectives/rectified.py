@@ -14,8 +14,10 @@ from torch import Tensor
 
 from flowmap.base.ranges import Positive, check_ranges
 from flowmap.flow.distance import PseudoHuber, Squared
-from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
-from flowmap.objectives.perceptual import check_name, distance_by, pictures_of
+from flowmap.flow.parts import BaseObjective
+from flowmap.flow.path import Linear
+from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher, broadcast_time
+from flowmap.objectives.perceptual import check_name, check_pictures, distance_by, pictures_of
 
 EDGE = 1e-5  # below it 1 / t is not followed: where U-shaped times end
 
@@ -59,11 +61,20 @@ DISTANCES = {"squared": Squared, "pseudo_huber": PseudoHuber, "lpips_huber": LPI
 
 
 @dataclass(frozen=True)
-class Rectified:
+class Rectified(BaseObjective):
     """The distance between F(xt, t, t) and x1 - x0 of the pair. The teacher is not asked: what it knows is in the pairs."""
 
     distance: RectifiedDistance = PseudoHuber()
     diagonal: ClassVar[bool] = True
+
+    def check(self, recipe: RecipeView) -> None:
+        if not recipe.coupling.paired and not isinstance(self.distance, Squared):
+            raise ValueError(
+                f"{recipe.key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs"
+            )
+        check_straight(recipe, "rectified")
+        if self.sees_pictures:
+            check_pictures(recipe, self.loss_net, "distance")
 
     @property
     def sees_pictures(self) -> bool:
@@ -82,3 +93,13 @@ class Rectified:
             else self.distance(velocity, sample.x1 - sample.x0)
         )
         return Loss(error.mean(), {"error": error.detach()})
+
+
+def check_straight(recipe: RecipeView, kind: str) -> None:
+    """Raise ValueError where a recipe of the objective `kind` has curved paths, or guides a teacher that the objective does not call."""
+    if not isinstance(recipe.path, Linear):
+        raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
+    if recipe.teacher is not None and recipe.teacher.guidance is not None:
+        raise ValueError(
+            f"teacher.guidance: objective {kind} does not ask the teacher; guidance is baked in by coupling.teacher.guidance"
+        )

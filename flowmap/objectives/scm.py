@@ -36,6 +36,10 @@ class SCM(Tangent):
     sigma_data: Positive = 0.5
     weight: TimeWeight = EvenWeight()
 
+    @property
+    def learns_weight(self) -> bool:
+        return self.weight.learned
+
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         x, t, cond = sample.xt, sample.t, sample.cond
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)

@@ -12,7 +12,7 @@ trains (flowmap/train/auxiliary.py).  For a sample x0 put to a time t with fresh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,14 +20,15 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Range, Rate, check_ranges
 from flowmap.flow.distance import gradient_as_target
 from flowmap.flow.draws import Generator, one_of
-from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, Sampler, Teacher, broadcast_time
+from flowmap.flow.parts import BaseObjective
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, RecipeView, Sampler, Teacher, broadcast_time
 from flowmap.objectives.flow_matching import FlowMatching
 
 LEAST = 1e-6  # of the mean that g is divided by
 
 
 @dataclass(frozen=True)
-class ScoreDistillation:
+class ScoreDistillation(BaseObjective):
     """The student's samples in one of `steps` steps descend the difference between the fake's prediction and the teacher's.
 
     In how many is drawn for each step of training, the same for all its samples. fake_steps: how often the fake steps before each step of the
@@ -44,7 +45,6 @@ class ScoreDistillation:
     through: str = "last"
     normalised: bool = True
     fake_lr: Rate | None = None
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)
@@ -52,6 +52,32 @@ class ScoreDistillation:
             raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
         if self.through not in ("last", "all"):
             raise ValueError(f"through: {self.through!r} is not one of last, all")
+
+    @property
+    def draws_samples(self) -> bool:
+        return True
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.teacher is None:
+            raise ValueError(
+                "teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one"
+            )
+        if recipe.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard the fake of score_distillation beside the student; use ddp"
+            )
+        if not recipe.coupling.independent:
+            raise ValueError(
+                "coupling: objective score_distillation compares laws, not pairs: its samples start at noise; leave it independent"
+            )
+        if recipe.prior.learned:
+            raise ValueError(
+                "prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian"
+            )
+        if self.through == "last" and max(self.steps) > 1 and not recipe.sampler.jumps_to_data:
+            raise ValueError(
+                f"{recipe.key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}"
+            )
 
     def __call__(self, fake: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """What the student descends, by way of sample.x0, its samples with their graph; the fake, in the student's place here, is only asked."""

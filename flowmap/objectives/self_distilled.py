@@ -11,7 +11,6 @@ Diagonal samples (times.diagonal; the paper has 3 in 4) descend on F - v, v cond
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from flowmap.flow.derivative import (
     without_graph,
 )
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.parts import BaseObjective
 from flowmap.flow.shares import called_on
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
@@ -33,12 +33,15 @@ SPLITS = ("midpoint", "uniform")
 
 
 @dataclass(frozen=True)
-class SelfDistilled:
+class SelfDistilled(BaseObjective):
     """distance: of both kinds of sample, by default the paper's sum of squares. weight: {kind: learned} is the paper's, by (t, s)."""
 
     distance: Distance = Squared(mean=False)
     weight: TimeWeight = EvenWeight()
-    diagonal: ClassVar[bool] = False
+
+    @property
+    def learns_weight(self) -> bool:
+        return self.weight.learned
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         moving = sample.t > sample.s

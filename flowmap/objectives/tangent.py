@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.derivative import derivative_named
 from flowmap.flow.distance import NORMS
+from flowmap.flow.parts import BaseObjective
 
 
 @dataclass(frozen=True)
-class Tangent:
+class Tangent(BaseObjective):
     """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per sample.
 
     norm is "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is taken: "dual", "forward" or "difference"
@@ -23,7 +23,6 @@ class Tangent:
     norm: str = "l2"
     c: FromZero = 0.1
     derivative: str = "dual"
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

@@ -55,8 +55,3 @@ class LearnedWeight:
 
 
 TIME_WEIGHTS = {"none": EvenWeight, "learned": LearnedWeight}
-
-
-def learns_weight(objective) -> bool:
-    """Whether the student needs a log_error for that objective."""
-    return getattr(getattr(objective, "weight", None), "learned", False)

@@ -6,9 +6,15 @@ from flowmap.data import Pairs, Styles, TeacherSlot
 from flowmap.data.codes import Codes
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.plan.cards import cards_of, pairs_teacher
-from flowmap.plan.provenance import pairs_spec
 from flowmap.recipe.recipe import Recipe
 from flowmap.recipe.settings import FromRecipe
+from flowmap.teachers.card import Card
+
+
+def pairs_spec(recipe: Recipe) -> Pairs:
+    """The recipe's coupling, which must be pairs."""
+    assert isinstance(recipe.coupling, Pairs)
+    return recipe.coupling
 
 
 def autoencoder_recipes(recipe: Recipe) -> list[Recipe]:
@@ -66,7 +72,14 @@ def styles_of(recipe: Recipe) -> Styles | None:
     return styles_of(made_by[0]) if made_by else None
 
 
+def trained_by(recipe: Recipe, slot: TeacherSlot, card: Card) -> Recipe | None:
+    """Return the recipe that trains a card of the slot, with the slot's overrides; None for other kinds of cards."""
+    return recipe.named(card.trained_by, slot.overrides) if card.kind == "recipe" else None
+
+
 def trained_recipes(recipe: Recipe, slot: TeacherSlot | None) -> list[Recipe]:
+    """Return the recipes that train the slot's cards."""
     if slot is None:
         return []
-    return [recipe.named(card.trained_by, slot.overrides) for card in cards_of(slot) if card.kind == "recipe"]
+    found = (trained_by(recipe, slot, card) for card in cards_of(slot))
+    return [trained for trained in found if trained is not None]

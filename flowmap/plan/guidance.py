@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from flowmap.base.schema import RecipeError
-from flowmap.data import Dataset, TeacherSlot, Text, TextDataset
+from flowmap.data import TeacherSlot
 from flowmap.data.images.folder import Folder, FolderImages
+from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.plan.cards import card_of, pairs_teacher
@@ -25,22 +24,19 @@ def check_guidance(recipe: Recipe) -> None:
     """RecipeError where a guidance has no effect, or needs the velocity without a condition of a network that never learned it."""
     for key, slot in _slots(recipe):
         _check_slot(recipe, key, slot)
-    distillation = recipe.distillation
-    weak = 1 - getattr(distillation, "omega", 1.0) - getattr(distillation, "kappa", 0.0)
-    if abs(weak) > 1e-9 and not _drops(recipe):
+    if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
             f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it never learns: "
             "data.drop_condition is 0; take 0.1, say"
         )
 
 
-def check_conditions(recipe: Recipe, data: Dataset) -> None:
-    """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
+def check_conditions(recipe: Recipe, data: DataOutline) -> None:
+    """Raise RecipeError if classifier-free guidance is configured for data that has neither classes nor text."""
+    if data.num_classes or set(data.conditions) - {"class", "z"}:
+        return
     for key, slot in _slots(recipe):
-        described = isinstance(data, TextDataset) and isinstance(recipe.data, Text) and recipe.data.attributes
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or described:
-            continue
-        if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
+        if isinstance(slot.guidance, ClassifierFree):
             raise RecipeError(_no_conditions(recipe, key))
 
 
@@ -121,9 +117,7 @@ def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, a
 
 
 def _drops(recipe: Recipe) -> bool:
-    return recipe.data.conditional and (
-        recipe.data.drop_condition > 0 or getattr(recipe.data, "drop_attribute", 0.0) > 0
-    )
+    return recipe.data.conditional and (recipe.data.drop_condition > 0 or recipe.data.drop_attribute > 0)
 
 
 def _knows_nothing(trained: Recipe) -> bool:

@@ -11,8 +11,8 @@ from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import card_of, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import start_recipes
-from flowmap.plan.plan import data_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
@@ -91,7 +91,7 @@ def check_teachers(recipe: Recipe) -> None:
             raise RecipeError(f"{recipe.name}: teacher.card: {line}")
         try:
             if card.kind == "diffusers":
-                read_spec(card.pipeline, card.revision).check(tuple(card.shape))
+                read_spec(card.pipeline, card.revision).check_teacher(tuple(card.shape))
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
         if card.kind == "diffusers":
@@ -99,7 +99,7 @@ def check_teachers(recipe: Recipe) -> None:
 
 
 def _check_latents(recipe: Recipe, card: Card) -> None:
-    autoencoder = getattr(data_of(recipe), "autoencoder", None)
+    autoencoder = data_of(recipe).autoencoder
     if isinstance(autoencoder, Autoencoder) and autoencoder.source is not None and Path(autoencoder.source).is_dir():
         try:
             autoencoder.check_channels(card.shape[0])

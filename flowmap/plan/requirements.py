@@ -11,11 +11,11 @@ from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.plan.cards import teacher_cards
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import code_recipes, pairs_recipes, prior_recipes, teacher_recipes
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
 from flowmap.plan.named_networks import check_teachers
-from flowmap.plan.plan import data_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import FromTeacher
 from flowmap.student.prior import Shipped, auxiliary
@@ -40,7 +40,7 @@ def check_sizes(recipe: Recipe, data: Dataset) -> None:
     seen = {
         "student": recipe.metrics,
         "text_joint": recipe.metrics,
-        "autoencoder": [m for m in recipe.metrics if m.needs == "samples"],
+        "autoencoder": [m for m in recipe.metrics if m.on_samples],
     }
     try:
         check_metrics(

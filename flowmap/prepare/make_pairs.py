@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import read_json, write_json
-from flowmap.build.parts import BuiltTeacher, build_data, build_pairs_teacher
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.teacher import BuiltTeacher, build_pairs_teacher
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, sources_of, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
@@ -30,8 +31,8 @@ from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import pairs_teacher
-from flowmap.plan.plan import pairs_identity, pairs_of
-from flowmap.plan.provenance import scale_of
+from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.provenance import pairs_identity, scale_of
 from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
 from flowmap.recipe import Recipe
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Share
 from flowmap.flow.draws import Generator, normal_like
-from flowmap.flow.types import Cond, FlowMap
+from flowmap.flow.types import Cond, FlowMap, RecipeView
 from flowmap.samplers.grids import FewStep, jump
 
 
@@ -25,6 +25,14 @@ class Gamma(FewStep):
     """
 
     gamma: Share = 0.5
+
+    @property
+    def jumps_to_data(self) -> bool:
+        return self.gamma == 1
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.prior.learned:
+            raise ValueError("sampler: gamma puts back N(0, I), and the prior is a learned one; choose another")
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None

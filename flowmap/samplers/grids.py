@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Calls, Positive, Range, Rho, Share, check_ranges
 from flowmap.flow.draws import Generator
+from flowmap.flow.parts import BaseSampler
 from flowmap.flow.solver import rho_times, uniform_times
 from flowmap.flow.types import Cond, FlowMap
 
@@ -17,7 +18,7 @@ GRIDS = ("uniform", "shifted", "rho")
 
 
 @dataclass(frozen=True)
-class FewStep:
+class FewStep(BaseSampler):
     """The settings that every few-step sampler has.
 
     steps     the step counts that evaluation reports; a call may ask for any other

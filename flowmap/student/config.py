@@ -16,7 +16,7 @@ from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora
 from flowmap.nets.stacked import NetSpec
-from flowmap.recipe.kinds import TABLES, StudentSpec
+from flowmap.recipe.kinds import TABLES, StudentSpec, student_part
 from flowmap.student.prior import Shipped
 
 FORMAT = 1
@@ -85,14 +85,13 @@ class StudentConfig:
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
-        if self.conditioning and not getattr(self.net, "takes_extra_conditions", False):
+        if self.conditioning and not student_part(self.net).takes_extra_conditions:
             raise ValueError(
                 f"prior.conditioning: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false"
             )
-        if self.descriptions and not getattr(self.net, "takes_extra_conditions", False):
-            kinds = ", ".join(
-                kind for kind, net in TABLES[StudentSpec].items() if getattr(net, "takes_extra_conditions", False)
-            )
+        if self.descriptions and not student_part(self.net).takes_extra_conditions:
+            nets = TABLES[StudentSpec].items()
+            kinds = ", ".join(kind for kind, net in nets if student_part(net).takes_extra_conditions)
             what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
             raise ValueError(f"attributes: {what}; allowed: {kinds}")
 

@@ -17,7 +17,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
-from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.kinds import TABLES, student_part
 from flowmap.student.config import FORMAT, SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
@@ -100,7 +100,7 @@ def load_student(source: str | Path, *, base: str | Path | None = None) -> Stude
             flow_map = config.build(load_base(config.base, config.net))
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
-    elif getattr(config.net, "holds_constants", False):
+    elif student_part(config.net).holds_constants:
         flow_map = config.build()
     flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return Student(config, flow_map.eval().requires_grad_(False), folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 import lightning as L
 from torch import Tensor
 
+from flowmap.base.progress import LogFunction
 from flowmap.evaluation.known_rows import read_known
 from flowmap.evaluation.measure import measure
 from flowmap.plan.plan import Stage
@@ -19,12 +19,11 @@ from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
 from flowmap.train.module import DistillModule
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 
-LogFunction = Callable[[str], None]
 Figures = dict[str, Any]
 
 
 class Leaves(Protocol):
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         """Callbacks that look at the averaged weights and keep them; the checkpoint last: what it says is done has left its figures behind."""
         ...
 
@@ -44,8 +43,8 @@ class Leaves(Protocol):
 
 
 class StudentArtifact:
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
-        return [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
+        return [Measure(stage, student, log), Pictures(stage, student), Keep(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         known = read_known(stage.folder / "student")  # of a run that is measured again
@@ -69,7 +68,7 @@ class AutoencoderArtifact:
 
     kind: ModuleType
 
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [self.kind.Reconstructions(stage), self.kind.KeepAutoencoder(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
@@ -88,7 +87,7 @@ class AutoencoderArtifact:
 
 
 class PriorArtifact:
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [Drawn(stage, student), KeepPrior(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
@@ -109,7 +108,7 @@ class PriorArtifact:
 class JointTextArtifact:
     """A text autoencoder and the flow in its latents."""
 
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:

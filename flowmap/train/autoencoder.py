@@ -14,6 +14,7 @@ from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
 MAX_FOR_STATISTICS = 4096  # pictures from which the latents' shift and scale are measured
@@ -32,29 +33,27 @@ class Reconstructions(AtPictures):
     @torch.no_grad()
     def show(self, trainer, module: DistillModule, done: int) -> None:
         x = _unseen(module)[: self.stage.recipe.log.grid_images].to(module.device)
-        grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
-        if not trainer.is_global_zero:
-            return
-        names = ("real", "reconstructed")
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids, names))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in zip(names, grids, strict=True):
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+        pictures = {"real": x, "reconstructed": module.averaged.net(x)}
+        grids = {name: to_grid(part.clamp(-1, 1), columns=16) for name, part in pictures.items()}
+        if trainer.is_global_zero:
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
+            log_pictures(trainer, grids, done)
 
 
 @torch.no_grad()
 def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     """metrics.json's contents: under "student" "1" the signal-to-noise ratio of reconstructions and every metric of samples on them."""
     recipe, data, started = module.recipe, module.data, time.perf_counter()
-    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.needs == "samples"]
+    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
     x = torch.cat([_unseen(module), data.reference])[:num]
     size = recipe.evaluation.batch_size
     rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
     error = (rebuilt - x).square().flatten(1).mean(1)
     row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
-    built = [(spec, spec.compare(data)) for spec in specs]
+    built = [(spec, spec.build_on(data)) for spec in specs]
     for _, metric in built:
         metric.update(rebuilt)
         row |= metric.report()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,6 +27,9 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None: ...
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Pictures are not in the table; samples/ has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import counted
 from flowmap.estimate.teacher_check import check_teacher
@@ -46,12 +49,12 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
-    if not hasattr(recipe.distillation, "derivative"):
+    if recipe.distillation.derivative is None:
         return [*lines, "this objective takes no derivative of the network"]
-    works = []
+    works, objective = [], cast(Any, recipe.distillation)  # a dataclass with this setting
     for way in WAYS:
         try:
-            seconds, kept = _measured(replace(recipe.distillation, derivative=way), student, teacher, sample)
+            seconds, kept = _measured(replace(objective, derivative=way), student, teacher, sample)
             works.append(way)
             share = kept / max(plain[1], 1)
             lines.append(
@@ -76,7 +79,7 @@ def _teacher_lines(
     check_teacher(recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
 
 
-def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
+def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> _Noise:
     """A data set of noise in the teacher's shape, or in that of the recipe's data where it is here."""
     if teacher is not None and teacher.network is not None:
         shape, num_classes = teacher.network.config.shape, teacher.network.config.num_classes

@@ -60,7 +60,7 @@ def draw_sample(
         }
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(broadcast_time(dropped, cond[key]), nothing[key], cond[key])
-    share = getattr(recipe.data, "drop_attribute", 0.0)
+    share = recipe.data.drop_attribute
     for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
         cond[key] = torch.where(uniforms(n, device, generator) < share, -1, cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None

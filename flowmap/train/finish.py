@@ -8,10 +8,11 @@ from typing import Any
 import lightning as L
 
 from flowmap.base.files import read_json, write_json
-from flowmap.plan.plan import Stage, stamp
+from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import stamp
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS
-from flowmap.train.callbacks import AtPictures, check_weights, full_state, peak_gib
+from flowmap.train.callbacks import AtPictures, check_weights, full_state, metric_logs, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.module import DistillModule, NotFinite
 from flowmap.train.run_folder import NOT_DRAWN
@@ -68,9 +69,8 @@ def finish(
     if not_drawn is not None:
         metrics[NOT_DRAWN] = not_drawn
     artifact.write(stage, student, module, state, done, metrics)
-    logs = {f"metrics/{name}/{k}": value for k, row in metrics["student"].items() for name, value in row.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(logs, done - 1)
+        logger.log_metrics(metric_logs(metrics), done - 1)
         logger.finalize("success")
     write_json(path, metrics)
     if not_drawn is not None:

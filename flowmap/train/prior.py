@@ -21,6 +21,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.prior import PriorConfig, save_prior
 from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
 ACTIVE = 0.01  # nats of KL from which a number of z counts as active
@@ -48,8 +49,8 @@ def keep_prior(
     folder, recipe = stage.folder / "student", stage.recipe
     if metrics is not None:
         write_tensors(folder / ENCODINGS, _posteriors(module))
-    config = PriorConfig(config.net, tuple(config.shape), recipe=recipe.name, recipe_hash=recipe.hash(), step=done)
-    save_prior(folder, config, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
+    prior = PriorConfig(config.net, tuple(config.shape), recipe=recipe.name, recipe_hash=recipe.hash(), step=done)
+    save_prior(folder, prior, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     what = f"The auxiliary model of a learned prior (flowmap, LeDiFlow), trained for {done} steps."
     write_text(
@@ -101,14 +102,11 @@ class Drawn(AtPictures):
             "drawn": prior.place(normal_like(z, generator), noise).x1,
         }
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
-        if not trainer.is_global_zero:
-            return
-        sheet = stack(list(grids.values()), list(grids))
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", sheet)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in grids.items():
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+        if trainer.is_global_zero:
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
+            log_pictures(trainer, grids, done)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from flowmap.base.files import read_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.text.tokens import FILE, SETTINGS
-from flowmap.plan.plan import Stage, built_on, matches
+from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import built_on, matches
 from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import write_text
+from flowmap.data import TextDataset
 from flowmap.data.text.autoencoder import save_text_autoencoder
+from flowmap.data.text.tokens import Tokens
 from flowmap.objectives.language import IGNORED, divergence
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
@@ -34,7 +36,7 @@ class Reconstructions(AtPictures):
         if not trainer.is_global_zero:
             return
         rows = _unseen(module)[: self.stage.recipe.log.grid_images]
-        pairs = zip(module.data.tokens.decode(rows), reconstructed(module, rows), strict=True)
+        pairs = zip(_tokens(module).decode(rows), reconstructed(module, rows), strict=True)
         write_text(
             self.stage.folder / "samples" / f"step-{done:08d}.txt", "\n".join(f"{a}\n  {b}" for a, b in pairs) + "\n"
         )
@@ -45,7 +47,7 @@ def reconstructed(module: DistillModule, rows: Tensor, batch_size: int = 256) ->
     """What comes back of token rows (N, L): the posterior's mean, decoded greedily."""
     net = module.averaged.net
     parts = [net.generate(net.moments(part.to(module.device).float())[0]).cpu() for part in rows.split(batch_size)]
-    return [text for part in parts for text in module.data.tokens.decode(part)]
+    return [text for part in parts for text in _tokens(module).decode(part)]
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     tokens, the true ones before given, from the posterior's mean; kl, in nats; active: latent entries with a KL above 0.01 nats."""
     started, rows = time.perf_counter(), _unseen(module)
     rows = rows[:: -(-len(rows) // MEASURED)]  # evenly spaced: a source may be sorted
-    net, texts = module.averaged.net, module.data.tokens.decode(rows)
+    net, texts = module.averaged.net, _tokens(module).decode(rows)
     again = reconstructed(module, rows)
     row = {
         "exact": sum(a == b for a, b in zip(texts, again, strict=True)) / len(texts),
@@ -63,8 +65,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
         **_teacher_forced(net, rows.to(module.device)),
     }
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
-    counts = {key: int(value) for key, value in module.data.counts.items()}
-    sentences = {"train": len(module.data), "held_out": len(module.data.held_out), **counts}
+    sentences = {key: int(value) for key, value in (module.data.sentence_counts() or {}).items()}
     return {
         "student": {"1": row},
         "floor": {},
@@ -126,7 +127,14 @@ def save_autoencoder(
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()
     folder, net = folder or stage.folder / "student", module.averaged.net if net is None else net
-    save_text_autoencoder(folder, net, weights, module.data.tokens, rows, recipe=stage.recipe.to_yaml(), card=card)
+    save_text_autoencoder(folder, net, weights, _tokens(module), rows, recipe=stage.recipe.to_yaml(), card=card)
+
+
+def _tokens(module: DistillModule) -> Tokens:
+    """What makes sentences of the token rows that are trained on."""
+    data = module.data
+    assert isinstance(data, TextDataset) and data.tokens is not None, "a text autoencoder trains on token rows"
+    return data.tokens
 
 
 def _unseen(module: DistillModule) -> Tensor:

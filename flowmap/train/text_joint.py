@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.build.text import flow_alone
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.evaluation.measure import measure
@@ -43,7 +43,8 @@ def save_joint(
     metrics: dict | None = None,
 ) -> None:
     """Writes the autoencoder, then the student that samples in its latents."""
-    net, mine = config.net, {"net.autoencoder.": {}, "net.flow.": {}}
+    net: Any = config.net  # nets/text_joint.py's settings
+    mine: dict[str, dict[str, Tensor]] = {"net.autoencoder.": {}, "net.flow.": {}}
     for name, tensor in state.items():
         part = next(one for one in mine if name.startswith(one))
         mine[part]["net." + name.removeprefix(part)] = tensor

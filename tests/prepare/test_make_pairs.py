@@ -14,7 +14,8 @@ from encoding import files, spec
 
 from flowmap.base.files import WriteError
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_samples
+from flowmap.build.data import build_data, build_samples
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import PairedDataset, Pairs
 from flowmap.data.pairs import contents, first_difference, noise_of
 from flowmap.flow.solver import Heun
