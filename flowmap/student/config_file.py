@@ -64,6 +64,8 @@ def config_json(config: StudentConfig) -> dict[str, Any]:
     found = config.samples
     of_samples: dict[str, Any] = {"clamp": False, **{field.name: getattr(found, field.name) for field in fields(found)}}
     flat = to_plain(_Flat(**plain, **of_samples), TABLES)
+    if flat["prior"] is not None:  # the file keeps the key of version 0.1
+        flat["prior"] = {"told" if key == "conditioning" else key: value for key, value in flat["prior"].items()}
     names = flat.pop("class_names")
     return flat if names is None else flat | {"id2label": {str(i): name for i, name in enumerate(names)}}
 
