@@ -14,7 +14,9 @@ SAMPLERS = {"deterministic": Deterministic, "gamma": Gamma, "anchored": Anchored
 
 
 def asked_for(sampler: Sampler, *, gamma: float | None = None, solver: str | None = None) -> Sampler:
-    """Return gamma-sampling or a solver on the grid of `sampler`; without `gamma` and `solver`, return `sampler` itself."""
+    """Return gamma-sampling or a solver on the grid of `sampler`; without `gamma` and `solver`, return `sampler`
+    itself.
+    """
     if gamma is not None and solver is not None:
         raise ValueError(f"solver: {solver!r} and gamma: {gamma} exclude one another")
     if gamma is None and solver is None:

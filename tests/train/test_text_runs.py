@@ -248,7 +248,7 @@ def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines,
         (b"cat\n", ("--num", "8"), "--num: does not go with --texts"),
         (b"cat\n", ("--steps", 1, 0), "--steps: 0 must be 1 or more"),
         (b"\xff\n", (), "is not UTF-8"),
-        (b"\n \n", (), "holds no sentence"),
+        (b"\n \n", (), "has no sentence"),
     ):
         code, lines, err = edit_lines(content, *options)
         assert code == 2 and lines is None and says in err and len(err.splitlines()) == 1
