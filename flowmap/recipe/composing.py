@@ -100,7 +100,10 @@ def merge(base: Any, over: Any) -> Any:
 def _composed(
     path: Path, known: list[str], above: dict[Path, Path], done: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
-    """`composed` with its state: `above`, the files that led here by real path, and `done`, the files composed already."""
+    """`composed` with its state.
+
+    above: the files that led here, by their real paths. done: the files composed already.
+    """
     real, chain = path.resolve(), [*above.values(), path]
     if real in above:
         raise RecipeError(f"{chain[0].name}: base: {' > '.join(map(str, chain))} is a circle")
