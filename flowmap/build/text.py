@@ -49,7 +49,7 @@ def fitted(recipe: Recipe, net: StudentSpec, data: TextDataset) -> StudentSpec:
         raise RecipeError(
             f"{recipe.name}: data.tokenizer: kind pair is for a student of kind text_pair, and it for nothing else"
         )
-    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.network_settings())
+    return replace(net, vocab=net.vocab or data.tokens.vocab, **data.tokens.conditioning())
 
 
 def flow_alone(recipe: Recipe, folder: Path) -> Recipe:

@@ -169,7 +169,7 @@ class Tokens:
             kept.append([i for i in row if i not in (self.pad, self.start, self.mask)])
         return self.fast.decode_batch(kept, skip_special_tokens=True)
 
-    def network_settings(self) -> dict[str, Any]:
+    def conditioning(self) -> dict[str, Any]:
         """The settings of the network that depend on the tokenizer."""
         return {"special": self.special}
 
@@ -209,7 +209,7 @@ class PairTokens(Tokens):
         """Of whole rows, or of the decoder's part alone."""
         return self.decoder.decode(rows[:, -self.decoder.max_tokens :])
 
-    def network_settings(self) -> dict[str, Any]:
+    def conditioning(self) -> dict[str, Any]:
         seen = {"pad": self.encoder.pad, "tokens": self.encoder.max_tokens, "vocab": self.encoder.vocab}
         return {"special": self.special} | {f"encoder_{name}": value for name, value in seen.items()}
 
