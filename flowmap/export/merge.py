@@ -18,7 +18,7 @@ from flowmap.base.files import read_json, read_tensors
 from flowmap.export.folder import whole_folder
 from flowmap.nets.flow_map import SILENT
 from flowmap.student.config import StudentConfig
-from flowmap.student.folder import copy_beside, load_student, save_student
+from flowmap.student.folder import copy_models, load_student, save_student
 from flowmap.student.lora_file import read_lora
 from flowmap.student.student import Student
 
@@ -116,7 +116,7 @@ def write_merged(merged: Merged, student: Student, out: str | Path, *, overwrite
     }
     with whole_folder(Path(out), note, overwrite=overwrite, mark=MARK, what="merge") as folder:
         if student.folder is not None:
-            copy_beside(student.folder, folder)
+            copy_models(student.folder, folder)
         save_student(folder, merged.config, merged.weights, recipe=text, card=_card(merged))
     return Path(out)
 

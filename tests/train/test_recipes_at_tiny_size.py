@@ -175,7 +175,7 @@ def test_what_a_prompt_may_be(tmp_path, monkeypatch, command):
         ({}, "prompt: is required"),
         ({"prompt": ["a"]}, "prompt: 1 given; allowed: one text, or 2 texts"),
         ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": "a", **encoded}, "stand without prompt"),
+        ({"prompt": "a", **encoded}, "come without prompt"),
         ({"class": 1}, "'class' is no condition of this student; allowed: guidance, prompt"),
     ):
         with pytest.raises(ValueError, match=says):

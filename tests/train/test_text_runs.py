@@ -306,7 +306,7 @@ def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
 def test_an_autoencoder_is_no_student_and_one_that_is_not_there_is_named(runs, tmp_path, command):
     code, out, err = command("sample", "--student", runs / "words", "--num", 4, "--out", tmp_path / "drawn")
     assert code == 2 and "is an autoencoder's, not a student's" in err
-    with pytest.raises(ValueError, match="holds no text autoencoder yet; `flowmap fit`"):
+    with pytest.raises(ValueError, match="has no text autoencoder yet; `flowmap fit`"):
         TextAutoencoder(source=str(tmp_path / "nowhere")).load()
     for plain in ({}, {"source": "a", "recipe": "b"}):
         with pytest.raises(ValueError, match="exactly one of source"):
