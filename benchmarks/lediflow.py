@@ -253,7 +253,7 @@ def report(options: argparse.Namespace, runs: list[dict]) -> None:
     for name, one in made.items():
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     if "curve" in made and options.share == 1:
-        plot(made["curve"], Path("docs") / f"lediflow_{options.set}_curve.png")
+        plot(made["curve"], Path("docs/images") / f"lediflow_{options.set}_curve.png")
     settings = {"set": options.set, "seeds": list(range(len(runs)))} | (
         {} if options.share == 1 else {"share": options.share}
     )

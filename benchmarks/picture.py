@@ -1,6 +1,6 @@
 """What do samples look like?  Draws the teacher at 64 steps above its student at 4, 2 and 1, from the same noise.
 
-`python benchmarks/picture.py RUN [RUN ...] [--columns 6] [--out docs/teacher_and_student.png]`, RUN being the folder of a
+`python benchmarks/picture.py RUN [RUN ...] [--columns 6] [--out docs/images/teacher_and_student.png]`, RUN being the folder of a
 finished run.  The runs of the teachers are looked up below $FLOWMAP_RUNS, or runs/.  Several runs are drawn next to each
 other.  Classes come in turn; nothing is selected.  Pictures are enlarged by bicubic interpolation.
 """
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--columns", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=Path("docs/teacher_and_student.png"))
+    parser.add_argument("--out", type=Path, default=Path("docs/images/teacher_and_student.png"))
     given = parser.parse_args()
     lines: dict[str, list[Image.Image]] = {}
     for run in given.runs:

@@ -52,7 +52,6 @@ def save_joint(
     save_autoencoder(
         stage, module, mine["net.autoencoder."], done, net=coder, folder=stage.folder / "student" / SHIPPED_AUTOENCODER
     )
-    flow = replace(
-        config, net=net.flow, shape=net.latent_shape, text_autoencoder=TextAutoencoder(source=SHIPPED_AUTOENCODER)
-    )
+    samples = replace(config.sentences, text_autoencoder=TextAutoencoder(source=SHIPPED_AUTOENCODER))
+    flow = replace(config, net=net.flow, shape=net.latent_shape, samples=samples)
     keep_student(stage, flow, mine["net.flow."], done, metrics)
