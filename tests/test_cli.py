@@ -1,4 +1,4 @@
-"""The commands as a user has them: what they print and leave, and that every mistake is one line and exit 2, with nothing lost."""
+"""The commands as a user runs them: what they print and write, and that every mistake is one line and exit 2."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flowmap.base.files import read_tensors, write_text
+from flowmap.base.images import stack, steps_label
 
 
 def refuses(command, *arguments, says, code=2):
@@ -37,7 +38,8 @@ def test_sample_writes_grids_and_single_pictures(command, finished, tmp_path):
     )
     assert (code, err) == (0, "")
     assert out.split() == [str(tmp_path / "drawn" / f"steps-{k}.png") for k in (1, 3)]
-    assert Image.open(tmp_path / "drawn" / "steps-1.png").size == (256, 256)
+    labelled = stack([Image.new("RGB", (256, 256))], [steps_label("student", 1)])
+    assert Image.open(tmp_path / "drawn" / "steps-1.png").size == labelled.size
     assert len((tmp_path / "drawn" / "steps-3.csv").read_text().splitlines()) == 5
     again = bytes_of(tmp_path / "drawn")
     command(
@@ -111,7 +113,8 @@ def test_the_looking_verbs(command, verb, tiny):
 
 def test_the_light_commands_import_nothing_heavy(tmp_path):
     heavy = ("lightning", "wandb", "torchmetrics", "diffusers", "transformers", "torchvision", "sklearn", "lpips")
-    text = "import sys\nfrom flowmap.cli import main\nfor a in (['--help'], ['list'], ['show', '--recipe', 'digits'], ['cite']):\n"
+    text = "import sys\nfrom flowmap.cli import main\n"
+    text += "for a in (['--help'], ['list'], ['show', '--recipe', 'digits'], ['cite']):\n"
     text += "    try:\n        main(a)\n    except SystemExit:\n        pass\n"
     text += f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path)
@@ -164,7 +167,8 @@ def test_recipes_in_a_loop(command, tmp_path):
     write_text(card, f"kind: recipe\nrecipe: {path}\n")
     write_text(
         path,
-        f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n",
+        "data: {kind: digits}\nstudent: {kind: from_teacher}\nobjective: {kind: ayf_emd}\n"
+        f"teacher: {{card: {card}}}\n",
     )
     for extra in ([], ["--dry-run"]):
         refuses(command, "fit", "--recipe", path, *extra, "--out", tmp_path / "run", says=["loop", "looped"])

@@ -1,4 +1,4 @@
-"""The teacher's rows and the floor are taken from metrics.json as long as nothing that they depend on has changed, and not a moment longer."""
+"""The teacher's rows and the floor are taken from metrics.json as long as nothing they depend on has changed."""
 
 from dataclasses import replace
 

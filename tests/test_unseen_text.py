@@ -1,4 +1,4 @@
-"""Captions go with what was drawn from them: a student that draws what its caption says is found out, by way of `measure`."""
+"""Captions go with the samples that were drawn from them: `measure` finds a student that follows its captions."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Settings of metrics that could only fail after training are refused when the recipe is read, or where they depend on the data before training."""
+"""Settings of metrics that could only fail after training are refused with the recipe, or when the data is known."""
 
 from dataclasses import fields
 

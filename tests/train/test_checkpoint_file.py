@@ -1,4 +1,4 @@
-"""A checkpoint is what was written, byte for byte, or it is refused in one line; those of flowmap 0.1, without a checksum, are still resumed."""
+"""A checkpoint is read byte for byte or refused in one line; those of flowmap 0.1, without a checksum, still resume."""
 
 from __future__ import annotations
 

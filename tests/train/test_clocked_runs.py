@@ -1,4 +1,4 @@
-"""A run on a clock: it ends after the step in which its seconds are spent, whole; what comes between steps costs it nothing."""
+"""A run on a clock ends after the step in which its seconds are spent; what happens between steps does not count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that go on from other runs: a student that starts from another recipe's, a teacher that is named by the recipe that trains it."""
+"""Runs that start from other runs: a student from another recipe's, a teacher named by the recipe that trains it."""
 
 from __future__ import annotations
 

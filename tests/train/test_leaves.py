@@ -1,4 +1,4 @@
-"""What runs leave: every name that an objective or a network declares has its entry, and what does not train it is refused."""
+"""The artifacts of runs: every name that an objective or a network declares has its entry, and no other trains it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A run is trained when its last checkpoint and its student are there; how it is measured and drawn is no part of it and can be repeated."""
+"""A run is trained when its last checkpoint and its student exist; its measurement and drawing can be repeated."""
 
 from __future__ import annotations
 

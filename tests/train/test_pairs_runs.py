@@ -1,4 +1,4 @@
-"""Runs on pairs: what makes them is trained first, batches are the pairs' own, and a run goes on where it was cut, bit-equal."""
+"""Runs on pairs: what makes them is trained first, batches are the pairs' own, and a resumed run is bit-equal."""
 
 from __future__ import annotations
 

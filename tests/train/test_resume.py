@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL anywhere and resumed ends bit-equal to one that was left alone: weights, averages, optimiser, loss trace."""
+"""A run that is killed with SIGKILL anywhere and resumed is bit-equal: weights, averages, optimizer, losses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(recipe: str, out: str, die: dict | None) -> None:
 
 
 def _arrange_death(kind: str, count: int) -> None:
-    """Before the count-th training step, inside the count-th write of a file (half of it written), or before the count-th rename."""
+    """Before the count-th training step, inside the count-th write of a file (half written), or before a rename."""
     from flowmap.train.module import DistillModule
 
     left = [count]

@@ -1,4 +1,4 @@
-"""A run folder is the user's: a run removes only what a run wrote, and an old run only once a new one has its first checkpoint."""
+"""A run removes only what a run wrote from its folder, and an old run only once a new one has a checkpoint."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def failing_at(monkeypatch, step: int) -> None:
 
 
 def killed_while_overwriting(recipe: str, out: str, owner: str, name: str, count: int) -> None:
-    """Trains that recipe with another seed over what `out` holds; kills its process before the count-th call of that function."""
+    """Train that recipe with another seed over `out`; kill its process before the count-th call of that function."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")
     place = {"path": Path, "module": DistillModule, "folder": run_folder}[owner]
