@@ -123,7 +123,7 @@ class StudentConfig:
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
         guidance = self.guidance is not None
-        further = {"further": self.further} if self.further else {}
+        further = {"extra_conditions": self.further} if self.further else {}
         if base is None:
             assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
             net: Any = self.net.build(

@@ -215,7 +215,7 @@ def test_layers_can_be_skipped_for_autoguidance():
     torch.testing.assert_close(guided, 2 * strong.velocity(x, t, cond) - weak.velocity(x, t, cond))
     with pytest.raises(ValueError, match=r"skip_blocks: \(3,\) must lie in 0..2"):
         net.without_blocks((3,))
-    with pytest.raises(ValueError, match="no row of transformer blocks"):
+    with pytest.raises(ValueError, match="has no transformer blocks"):
         teacher_of(made(unet), scheduler_of("epsilon")).flow_map.net.without_blocks((0,))
 
 
