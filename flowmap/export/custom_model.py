@@ -39,8 +39,8 @@ class FlowMapModel(ModelMixin, ConfigMixin):
     @property
     def takes_guidance(self) -> bool:
         """Whether the guidance scale is an input, of our branch or of the published network."""
-        model = getattr(self.flow_map.net, "model", None)
-        return bool(self.config.guidance or (model is not None and model.config.get("guidance_embeds")))
+        model = dict(self.flow_map.net.named_children()).get("model")
+        return bool(self.config.guidance or (isinstance(model, ConfigMixin) and model.config.get("guidance_embeds")))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """F for x (B, ...), t and s (B,), with x's shape and dtype, whatever the weights' dtype; times stay float32."""

@@ -110,9 +110,7 @@ def _notes(plan: Export) -> tuple[str, ...]:
         "a scale of the adapter of 1 and no other, and this scheduler. peft is needed besides diffusers."
     )
     if any(_lacks_bias(layer) for layer in model.modules()):
-        note += (
-            " Some layers of this network have no bias: peft warns when it loads the adapter, which cannot be fused."
-        )
+        note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
     return (note,)
 
 

@@ -157,7 +157,7 @@ class DiffusersNet(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+        return bool(self.model.is_gradient_checkpointing)
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:

@@ -1,4 +1,4 @@
-"""Two networks in series: f(x, t, t) = x, the composition of two flow maps, a teacher's two Euler steps at step 0, saved and loaded."""
+"""Two networks in series: f(x, t, t) = x, composed flow maps, a teacher's two Euler steps, saving and loading."""
 
 from __future__ import annotations
 
