@@ -191,7 +191,9 @@ MUTANTS = [
     Mutant("rectified", "huber: pair swapped", RECTIFIED, HUBER, HUBER.replace("x1 - sample.x0", "x0 - sample.x1")),
     Mutant("rectified", "huber: noise as the target", RECTIFIED, HUBER, HUBER.replace(" - sample.x0", "")),
     Mutant("rectified", "huber: its scale ignored", RECTIFIED, HUBER, HUBER.replace("self.scale", "")),
-    Mutant("rectified", "guess: flipped sign", RECTIFIED, GUESS, GUESS.replace(" - along", " + along")),
+    Mutant(
+        "rectified", "guess: flipped sign", RECTIFIED, GUESS, GUESS.replace(" - broadcast_time", " + broadcast_time")
+    ),
     Mutant(
         "rectified",
         "guess: the other time",
@@ -469,10 +471,16 @@ MUTANTS = [
     Mutant("meanflow", "guided without a class", MF, MF_INSIDE, MF_INSIDE.replace(' & (cond["class"] >= 0)', "")),
     Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
     Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
-    Mutant("scm", "flipped sign of the derivative", CT, CT_WHOLE, CT_WHOLE.replace("pull + along", "pull - along")),
+    Mutant(
+        "scm",
+        "flipped sign of the derivative",
+        CT,
+        CT_WHOLE,
+        CT_WHOLE.replace("pull + broadcast_time", "pull - broadcast_time"),
+    ),
     Mutant("scm", "t missing", CT, CT_WHOLE, CT_WHOLE.replace("broadcast_time(t, x) * rate", "rate")),
     Mutant("scm", "weight 1 - t missing", CT, CT_WHOLE, CT_WHOLE.replace("broadcast_time(1 - t, x) * ", "")),
-    Mutant("scm", "flipped sign of the tangent", CT, CT_G, CT_G.replace("-along", "along")),
+    Mutant("scm", "flipped sign of the tangent", CT, CT_G, CT_G.replace("-broadcast_time", "broadcast_time")),
     Mutant("scm", "radius missing", CT, CT_G, CT_G.replace("-broadcast_time(radius, x) * ", "-")),
     Mutant("scm", "cosine not squared", CT, "radius) ** 2", "radius)"),
     Mutant("scm", "warm-up turned round", CT, CT_G, CT_G.replace("(1 - r)", "r").replace("+ r *", "+ (1 - r) *")),
@@ -535,7 +543,9 @@ MUTANTS = [
         PSD_SUM,
         "return mean_velocity, broadcast_time(1 - h, x) * first + broadcast_time(h, x) * second",
     ),
-    Mutant("psd", "flipped sign of the second jump", SELF, PSD_SUM, PSD_SUM.replace("+ along", "- along")),
+    Mutant(
+        "psd", "flipped sign of the second jump", SELF, PSD_SUM, PSD_SUM.replace("+ broadcast_time", "- broadcast_time")
+    ),
     Mutant("psd", "first jump on the other side", SELF, PSD_BETWEEN, PSD_BETWEEN.replace("middle - t", "t - middle")),
     Mutant(
         "psd",
@@ -632,7 +642,13 @@ MUTANTS = [
         CM_TARGET,
         CM_TARGET.replace("broadcast_time(u, x)", "broadcast_time(t, x)"),
     ),
-    Mutant("consistency", "target on the other side", CM, CM_TARGET, CM_TARGET.replace("y - along", "y + along")),
+    Mutant(
+        "consistency",
+        "target on the other side",
+        CM,
+        CM_TARGET,
+        CM_TARGET.replace("y - broadcast_time", "y + broadcast_time"),
+    ),
     Mutant("consistency", "target's condition lost", CM, CM_TARGET, CM_TARGET.replace("cond", "None")),
     Mutant("consistency", "teacher asked twice at t", CM, CM_SECOND, CM_SECOND.replace("u, cond", "t, cond")),
     Mutant("consistency", "teacher asked twice at x", CM, CM_SECOND, "teacher.velocity(x, u, cond)"),
@@ -808,7 +824,7 @@ MUTANTS = [
         "guess on the other side",
         SCORE,
         SCORE_AWAY,
-        SCORE_AWAY.replace("(x - along", "(x + along"),
+        SCORE_AWAY.replace("(x - broadcast_time", "(x + broadcast_time"),
     ),
     Mutant("score_distillation", "weight by the sum", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".mean(1)", ".sum(1)")),
     Mutant("score_distillation", "weight by the square", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".abs()", ".square()")),

@@ -117,6 +117,4 @@ def test_the_network_of_every_job_has_what_its_objective_asks_of_it(peers):
     """Training here is by the benchmark's own loop, which adds no branch of a learned weight."""
     import _peers_jobs
 
-    from flowmap.objectives.uncertainty import learns_weight
-
-    assert not any(learns_weight(_peers_jobs.Job.recipe_of(name, 0).objective) for name in _peers_jobs.JOBS)
+    assert not any(_peers_jobs.Job.recipe_of(name, 0).objective.learns_weight for name in _peers_jobs.JOBS)

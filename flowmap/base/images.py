@@ -1,32 +1,33 @@
-"""Renders samples: image grids, or a density plot of two-dimensional points. Needs only Pillow."""
+"""Samples as images: grids of pictures with labelled rows, density plots of points. Pillow only."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowmap.base.files import write_beside
 
 
 def from_bytes(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale pixels in [0, 255] to values in [-1, 1]."""
+    """Pixels of 0 to 255 as values in [-1, 1]."""
     return pixels.to(dtype).div(127.5).sub_(1)
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Round values in [-1, 1] to uint8 pixels; values outside are clamped."""
+    """Values in [-1, 1] as the nearest pixels, uint8; values outside are clamped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Image.Image:
-    """One sample (C, H, W) in [-1, 1] as an image.
+    """One sample (C, H, W) in [-1, 1] as a picture.
 
-    One channel is grey, two are red and green; of three or more the first three are red, green and blue.
+    One channel is grey, two are red and green; of three or more, the first three are red, green and blue.
     """
     pixels = to_bytes(x.detach().cpu()).numpy()
     if len(pixels) == 2:
@@ -34,36 +35,49 @@ def to_picture(x: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels[:3], 0, -1))
 
 
-def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
-    """A grid of samples (N, C, H, W), each enlarged to at least `least` pixels.
+def to_grid(x: Tensor, *, columns: int = 8, least: int = 48) -> Image.Image:
+    """A grid of the samples (N, C, H, W), each enlarged by a whole factor to at least `least` pixels in width.
 
-    Points (N, D) are drawn as a density of their first two coordinates over [-2, 2]^2. Samples (N, C, L) are drawn as
-    images with C rows.
+    Samples (N, C, L) are pictures of C rows.  Points (N, D) give a density plot of their first two coordinates
+    over [-2, 2]^2.
     """
     if x.ndim == 2:
         return _density(x)
     x = x.unsqueeze(1) if x.ndim == 3 else x
     scale = max(1, -(-least // x.shape[-1]))
     tiles = [to_picture(one) for one in x]
-    size = (x.shape[-1] * scale, x.shape[-2] * scale)
+    width, height = x.shape[-1] * scale, x.shape[-2] * scale
     rows = -(-len(tiles) // columns)
-    width, height = size[0] + 2, size[1] + 2  # with a margin
-    white = 255 if tiles[0].mode == "L" else (255,) * 3
-    grid = Image.new(tiles[0].mode, (min(columns, len(tiles)) * width, rows * height), white)
+    mode = tiles[0].mode
+    grid = Image.new(mode, (min(columns, len(tiles)) * (width + 2), rows * (height + 2)), _shade(mode, 255))
     for i, tile in enumerate(tiles):
-        grid.paste(tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * width, (i // columns) * height))
+        place = ((i % columns) * (width + 2), (i // columns) * (height + 2))
+        grid.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
     return grid
 
 
-def stack(grids: list[Image.Image], *, gap: int = 8) -> Image.Image:
-    """Stack images vertically."""
-    size = (max(g.width for g in grids), sum(g.height + gap for g in grids) - gap)
-    sheet = Image.new(grids[0].mode, size, 128 if grids[0].mode == "L" else (128,) * 3)
-    top = 0
-    for grid in grids:
-        sheet.paste(grid, (0, top))
+def stack(grids: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:
+    """The grids below one another, each with its label in a column on the left."""
+    font = ImageFont.load_default(max(16, min(g.height for g in grids) // 24))
+    margin = max((round(font.getlength(label)) + 2 * gap for label in labels), default=0)
+    size = (margin + max(g.width for g in grids), sum(g.height + gap for g in grids) - gap)
+    sheet = Image.new(grids[0].mode, size, _shade(grids[0].mode, 255 if labels else 128))
+    pen, top = ImageDraw.Draw(sheet), 0
+    for i, grid in enumerate(grids):
+        if labels:
+            pen.text((gap, top + grid.height // 2), labels[i], _shade(sheet.mode, 0), font, anchor="lm")
+        sheet.paste(grid, (margin, top))
         top += grid.height + gap
     return sheet
+
+
+def steps_label(who: str, steps: int) -> str:
+    """The label of a row: "student, 1 step", "teacher, 64 steps"."""
+    return f"{who}, {steps} step{'s' * (steps != 1)}"
+
+
+def _shade(mode: str, level: int) -> int | tuple[int, ...]:
+    return level if mode == "L" else (level,) * 3
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

@@ -50,6 +50,17 @@ class Pace:
         return True
 
 
+def paced(log: LogFunction, pace: Pace | None = None) -> LogFunction:
+    """A log function that passes on at most one line in 10 seconds and drops the others."""
+    pace = pace or Pace()
+
+    def write(line: str) -> None:
+        if pace.due():
+            log(line)
+
+    return write
+
+
 class Progress:
     """Progress of one task: `with Progress(898, "evaluating: 2 steps", log) as count:`, then count(n) per n samples.
 

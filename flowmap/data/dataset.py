@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Batch, Share, check_ranges
+from flowmap.flow.draws import Generator
+from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
 
 
+class BaseData(Part):
+    """The optional settings of data, with their defaults.
+
+    images: where pictures come from. autoencoder: what makes samples of them, or of sentences. text: what encodes captions.
+    drop_attribute: the probability with which each attribute of a sentence is dropped.
+    """
+
+    images: Any = None
+    autoencoder: Any = None
+    text: Any = None
+    drop_attribute: float = 0.0
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(BaseData):
     """The settings that every source of data has.
 
     batch_size is for one process and one micro-batch. conditional: labels are given to the network (where there are any), and dropped with
@@ -35,8 +50,28 @@ class Source:
         check_ranges(self)
 
 
+class WithoutSentences:
+    """What a data set that has no sentences answers when it is asked for them (data/text/ has those that do)."""
+
+    def wanted(self, num: int) -> list[str] | None:
+        """The true middle parts at the first `num` places of an evaluation; None where nothing is infilled."""
+        return None
+
+    def starts(self, num: int) -> tuple[Tensor, list[str]] | None:
+        """x1 and its sentences for an evaluation of `num` samples; None where samples start from the prior."""
+        return None
+
+    def partners(self, x0: Tensor, generator: Generator) -> Tensor | None:
+        """x1 (B, ...) that the data pairs with x0; None where the coupling draws it."""
+        return None
+
+    def sentence_counts(self) -> dict[str, int] | None:
+        """How many sentences are trained on, held out and left out; None where there are none."""
+        return None
+
+
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(WithoutSentences):
     """Samples in memory, read a batch at a time.
 
     train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1, or -1

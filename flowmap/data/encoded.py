@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.data import shards
-from flowmap.data.dataset import Source
+from flowmap.data.dataset import Source, WithoutSentences
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
@@ -32,6 +32,9 @@ MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 class Autoencoder(Protocol):
     """Names a frozen autoencoder. load() gives encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z)."""
 
+    @property
+    def source(self) -> str | None: ...
+
     def load(self) -> Any: ...
 
     def identity(self) -> dict[str, Any]:
@@ -40,7 +43,14 @@ class Autoencoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Names a frozen text encoder. load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of it."""
+    """The settings of a frozen text encoder.
+
+    load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of these. max_tokens: the
+    tokens of a text that it encodes, None where its pipeline decides.
+    """
+
+    @property
+    def max_tokens(self) -> int | None: ...
 
     def load(self) -> Any: ...
 
@@ -57,7 +67,7 @@ class Encoded(Source):
     of the source.
     """
 
-    images: ImageSource
+    images: ImageSource = field()  # required, though BaseData has a default
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
     root: str = ""
@@ -91,7 +101,7 @@ class Encoded(Source):
         return EncodedDataset(self, Path(self.root))
 
 
-class EncodedDataset:
+class EncodedDataset(WithoutSentences):
     """A data set (see data/dataset.py) of samples on disk.
 
     held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are, and are read anew at each look.

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from flowmap.data import shards
 from flowmap.data.dataset import Dataset
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.text.styles import StyledDataset
+from flowmap.flow.parts import BaseCoupling, Part
+from flowmap.flow.path import Linear
 from flowmap.flow.prior import LearnedPrior, Start, placed
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
-from flowmap.flow.types import Cond
+from flowmap.flow.types import Cond, RecipeView
+from flowmap.flow.types import Coupling as Coupling  # others take it from here
 
 FORMAT = 1
 CLOCK = "0 data, 1 noise, linear path"
@@ -43,17 +46,18 @@ class Guidance(Protocol):
     @property
     def default(self) -> float: ...
 
-
-class Coupling(Protocol): ...
+    def check(self, recipe: RecipeView) -> None: ...
 
 
 @dataclass(frozen=True)
-class Independent:
+class Independent(BaseCoupling):
     """Noise is drawn from the recipe's prior, whatever the data."""
 
+    independent: ClassVar[bool] = True
+
 
 @dataclass(frozen=True)
-class TeacherSlot:
+class TeacherSlot(Part):
     """A frozen teacher by its card, or by the recipe of ours that trains it, and the guidance around it; overrides: key=value for the
     recipes that train it and its weak model."""
 
@@ -66,13 +70,19 @@ class TeacherSlot:
         if (self.card is None) == (self.recipe is None):
             raise ValueError("card: a teacher wants exactly one of card and recipe (one of ours)")
 
+    def check(self, recipe: RecipeView) -> None:
+        if not isinstance(recipe.path, Linear):
+            raise ValueError(
+                "path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}"
+            )
+
     @property
     def name(self) -> str:
         return self.card or self.recipe or ""
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(BaseCoupling):
     """num pairs (x0, x1) joined by the ODE of a `teacher`, or of the student that one of our recipes trains (`recipe`).
 
     guidance: the one scale that is baked in (none: the default of the teacher's guidance). Conditions are the data's: classes in turn, or
@@ -90,6 +100,7 @@ class Pairs:
     dtype: str = "auto"
     shard_items: Count = 1000
     root: str = ""
+    paired: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
@@ -102,6 +113,14 @@ class Pairs:
         if self.inverted and isinstance(self.solver, NoiseAnchored):
             raise ValueError(
                 "solver: the anchored rule runs from noise to data only; choose another for inverted pairs"
+            )
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.artifact != "student":
+            raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")
+        if recipe.prior.learned and self.inverted:
+            raise ValueError(
+                "coupling.inverted: real data carried to t = 1 has no code; with a learned prior it must be 0"
             )
 
     @property

@@ -215,6 +215,12 @@ def optional(name: str) -> ModuleType:
         raise ValueError(f"{name} cannot be imported ({error}): pip install 'flowmap-distillation[data]'") from error
 
 
+def class_names_of(feature: Any) -> list[str] | None:
+    """The names of the classes in a column of a Hugging Face data set; None where the column has none."""
+    found = isinstance(feature, optional("datasets").ClassLabel) and feature.names
+    return list(found) if found else None
+
+
 def escapes(name: str) -> bool:
     """Whether a name inside an archive points out of it: absolute, or up through `..`."""
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"

@@ -55,6 +55,7 @@ def value_and_rate(
     accepts tangents with fewer rows than their primals. Raises a ValueError for an unknown mode, and a
     NotImplementedError with the operation's name if a tangent cannot follow.
     """
+    mode = OLD_NAMES.get(mode, mode)
     if mode not in MODES:
         known = ", ".join(name for name in MODES if name not in OLD_NAMES)
         raise ValueError(f"derivative mode must be one of {known}, got {mode!r}")
@@ -233,7 +234,6 @@ def jvp_of(function, primals, tangents, moving):
 
 MODES = {
     "dual": by_dual_forward,
-    "ride": by_dual_forward,
     "forward": by_forward_mode,
     "joint": by_joint_forward_mode,
     "difference": by_difference,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Positive, Range, check_ranges
 from flowmap.base.schema import renamed
 from flowmap.flow.draws import Generator, for_codes, normal_like, normal_rows
-from flowmap.flow.types import Cond, Prior
+from flowmap.flow.parts import BasePrior
+from flowmap.flow.types import Cond, Prior, RecipeView
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(BasePrior):
     """x1 ~ N(0, I), independent of x0 and cond."""
 
     def sample(self, x0: Tensor, cond: Cond | None = None, generator: Generator | None = None) -> Tensor:
@@ -85,7 +86,7 @@ CODE_SAMPLERS = {"normal": NormalCodes, "mixture": MixtureCodes, "flow": FlowCod
 
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(BasePrior):
     """x1 = mu(z) + scale sigma(z) eps, with the auxiliary model that `recipe` trains (objective variance_guided).
 
     conditioning: whether the network is also conditioned on z. z: the code distribution at sampling; in training codes
@@ -97,9 +98,22 @@ class Learned:
     conditioning: bool = field(default=True, metadata=renamed("told"))
     z: CodeSampler = NormalCodes()
     overrides: tuple[str, ...] = ()
+    learned: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.artifact != "student":
+            raise ValueError("prior: an autoencoder or an auxiliary model is trained without one; leave it gaussian")
+        if recipe.data.conditional:
+            raise ValueError(
+                "prior: the codes of a learned prior know no conditions, so that it wants data.conditional: false"
+            )
+        if any(metric.normal_noise for metric in recipe.metrics):
+            raise ValueError(
+                "metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out"
+            )
 
 
 PRIORS = {"gaussian": Gaussian, "learned": Learned}
@@ -119,12 +133,14 @@ class Codes(Protocol):
         ...
 
 
-class LearnedPrior:
+class LearnedPrior(BasePrior):
     """A learned prior: a frozen auxiliary model and a code sampler. It is not an nn.Module.
 
     model: encode(x0) -> (mean, log-variance) of z, each (B, Z); decode(z) -> (mean, log-variance) of x1, each shaped
     like x0. codes: standard normal noise (B, Z + 1) -> z (B, Z).
     """
+
+    learned: ClassVar[bool] = True
 
     def __init__(self, model, codes: Codes, size: int, *, scale: float = 1.0, conditioning: bool = True):
         self.model, self.codes, self.size, self.scale, self.conditioning = model, codes, size, scale, conditioning

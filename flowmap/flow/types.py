@@ -6,9 +6,9 @@ Letters: x0 data, x1 noise, xt the point at t, vt the conditional velocity d xt 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -87,12 +87,6 @@ class Path(Protocol):
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> PathSample: ...
 
 
-class Prior(Protocol):
-    """The distribution of x1, shaped like x0; a learned prior may depend on x0 and cond."""
-
-    def sample(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Tensor: ...
-
-
 class TimeSampler(Protocol):
     """Draws n pairs (t, s), each (n,) float32 on `device`, 0 <= s <= t <= 1."""
 
@@ -101,24 +95,199 @@ class TimeSampler(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-class Objective(Protocol):
-    """A deterministic function of student, teacher and a drawn sample; `step` is the optimiser step (for warm-ups).
+class Prior(Protocol):
+    """Where a path starts: x1, shaped like x0; a learned prior may depend on x0 and cond.
 
-    diagonal: whether it trains a plain velocity, only at t = s, so that the student needs no arrival time.
+    learned: x1 comes from networks of its own, not from N(0, I).
     """
 
     @property
+    def learned(self) -> bool: ...
+
+    def check(self, recipe: RecipeView) -> None: ...
+
+    def sample(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Tensor: ...
+
+
+class Coupling(Protocol):
+    """How noise and data are joined.
+
+    independent: noise is drawn from the recipe's prior, whatever the data. paired: a teacher's ODE joined each noise to
+    a sample.
+    """
+
+    @property
+    def independent(self) -> bool: ...
+
+    @property
+    def paired(self) -> bool: ...
+
+    def check(self, recipe: RecipeView) -> None: ...
+
+
+class Objective(Protocol):
+    """A deterministic function of student, teacher and a drawn sample; step is the optimizer step (for warm-ups).
+
+    diagonal        it trains a plain velocity, t = s alone, so that the student needs no arrival time
+    artifact        what a run writes to student/: "student", "autoencoder", "text_autoencoder", "text_joint" or "prior"
+    derivative      how it differentiates the network ("dual", "forward", "difference"), None where it does not
+    learns_weight   its error is weighted by a branch of the student, log_error(t, s)
+    draws_samples   it trains on samples that the student draws
+    sees_pictures   it compares pictures, so latents are decoded first
+    loss_net        the perceptual network that compares them, which no metric may use
+    null_weight     the weight, in its target, of the student's prediction without a condition
+    distillation    the objective that compares student and teacher: itself, or the one that it adds a loss to
+
+    A class that lacks one of these members gets the default of flow/parts.py when a recipe is read. Only `__call__` is
+    required.
+    """
+
+    artifact: ClassVar[str]
+
+    @property
     def diagonal(self) -> bool: ...
+
+    @property
+    def derivative(self) -> str | None: ...
+
+    @property
+    def learns_weight(self) -> bool: ...
+
+    @property
+    def draws_samples(self) -> bool: ...
+
+    @property
+    def sees_pictures(self) -> bool: ...
+
+    @property
+    def loss_net(self) -> str | None: ...
+
+    @property
+    def null_weight(self) -> float: ...
+
+    @property
+    def distillation(self) -> Objective: ...
+
+    def check(self, recipe: RecipeView) -> None: ...
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
 
 
 class Sampler(Protocol):
-    """Maps x1 to data in a few calls of the student."""
+    """Takes x1 to data in a few calls of the student.
+
+    steps: the step counts that evaluation reports. calls(steps): the number of calls of the student for that count.
+    jumps_to_data: every call of the student goes to t = 0. A subclass of
+    samplers/grids.py's FewStep has all members but `__call__`.
+    """
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    @property
+    def jumps_to_data(self) -> bool: ...
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """The steps + 1 times of a run, falling to exactly 0."""
+        ...
+
+    def calls(self, steps: int) -> int:
+        """How often a run calls the student."""
+        ...
+
+    def start(self, x1: Tensor) -> Tensor:
+        """The state at the first of the times."""
+        ...
+
+    def step(self, student: FlowMap, x: Tensor, t: float, s: float, cond: Cond | None) -> Tensor:
+        """The state x at time t carried to time s in one step."""
+        ...
+
+    def check(self, recipe: RecipeView) -> None: ...
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor: ...
+
+
+class DataView(Protocol):
+    """What a part reads of a recipe's data. autoencoder: what decodes its latents, None where nothing does."""
+
+    @property
+    def in_pixels(self) -> bool: ...
+
+    @property
+    def conditional(self) -> bool: ...
+
+    @property
+    def autoencoder(self) -> object | None: ...
+
+
+class MetricView(Protocol):
+    """What a part reads of a metric.
+
+    normal_noise: it expects noise of N(0, I). feature_space: the network in whose features it compares, None if none.
+    """
+
+    @property
+    def normal_noise(self) -> bool: ...
+
+    @property
+    def feature_space(self) -> str | None: ...
+
+
+class TeacherView(Protocol):
+    """What a part reads of a recipe's teacher."""
+
+    @property
+    def guidance(self) -> object | None: ...
+
+
+class TrainerView(Protocol):
+    """What a part reads of a recipe's trainer."""
+
+    @property
+    def strategy(self) -> str: ...
+
+
+class RecipeView(Protocol):
+    """What a part reads of the recipe that it belongs to, in `check`.
+
+    artifact, distillation: those of the objective. key: the key of `distillation`, "objective" or "objective.base".
+    """
+
+    @property
+    def data(self) -> DataView: ...
+
+    @property
+    def artifact(self) -> str: ...
+
+    @property
+    def distillation(self) -> Objective: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def teacher(self) -> TeacherView | None: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def prior(self) -> Prior: ...
+
+    @property
+    def coupling(self) -> Coupling: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    @property
+    def metrics(self) -> Sequence[MetricView]: ...
+
+    @property
+    def trainer(self) -> TrainerView: ...
 
 
 def broadcast_time(t: Tensor | float, x: Tensor) -> Tensor:

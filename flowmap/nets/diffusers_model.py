@@ -74,7 +74,7 @@ class DiffusersModel:
         with torch.device("cpu"):
             return limit_of(made(self.scheduler, self.scheduler_settings))
 
-    def check(self, shape: tuple[int, ...] | None = None) -> None:
+    def check_teacher(self, shape: tuple[int, ...] | None = None) -> None:
         """Raise a ValueError that names a setting with which it cannot be a teacher of samples of that shape."""
         import diffusers
 

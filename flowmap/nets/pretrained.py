@@ -58,7 +58,7 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
         spec = DiffusersModel(network, _json(settings), scheduler, _json(schedule))
         spec = replace(spec, scheduler_settings=_json(made(scheduler, spec.scheduler_settings).config))
         check_pipeline_settings(_index(source, revision))
-        spec.check()
+        spec.check_teacher()
         return spec
     except Exception as error:  # diffusers raises various types for invalid folders
         raise ValueError(f"{place}: cannot be read: {first_line(error)}") from error

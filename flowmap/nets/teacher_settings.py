@@ -1,7 +1,7 @@
 """The settings of a diffusers pipeline as a teacher: each is honoured, irrelevant to a velocity, or refused by name.
 
 A setting that a scheduler's class does not read is ignored, as in diffusers. A setting in none of these tables (of a
-later version of diffusers) is refused unless it has its default value. docs/teachers.md shows the tables.
+later version of diffusers) is refused unless it has its default value. docs/guide/teachers.md shows the tables.
 """
 
 from __future__ import annotations

@@ -60,6 +60,10 @@ class TextVAE:
             raise ValueError("vocab: and special: are the tokenizer's; data of kind text provides them")
         return TextVAENet(self, shape[0])
 
+    def alone(self, net: TextVAENet) -> TextVAE:
+        """These settings, which describe the network `net` completely."""
+        return self
+
 
 class TextVAENet(nn.Module):
     """moments: (mean, log variance) of the posterior, (B, *latent_shape) each; logits: the decoder's output."""

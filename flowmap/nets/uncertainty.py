@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowmap.nets.discriminator import in_float32
 from flowmap.nets.embed import ScalarEmbedding
+from flowmap.nets.flow_map import FlowMapNet
 
 
 class Uncertainty(nn.Module):
@@ -29,7 +30,7 @@ class Uncertainty(nn.Module):
             return self.leave(hidden.to(self.leave.weight.dtype)).squeeze(-1)
 
 
-def with_uncertainty(flow_map: nn.Module, seed: int) -> nn.Module:
+def with_uncertainty(flow_map: FlowMapNet, seed: int) -> FlowMapNet:
     """Add the branch to the student, with weights that depend on the seed only, and return the student."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,21 +1,22 @@
-"""The settings of objectives whose residual holds a derivative that is warmed up and normalised (arXiv:2410.11081, arXiv:2506.14603)."""
+"""The settings of objectives with a warmed-up and normalised derivative (arXiv:2410.11081, arXiv:2506.14603)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from flowmap.base.ranges import CountFromZero, FromZero, Share, check_ranges
 from flowmap.flow.derivative import derivative_named
 from flowmap.flow.distance import NORMS
+from flowmap.flow.parts import BaseObjective
 
 
 @dataclass(frozen=True)
-class Tangent:
-    """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per sample.
+class Tangent(BaseObjective):
+    """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per
+    sample.
 
-    norm is "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is taken: "dual", "forward" or "difference"
-    (flow/derivative.py).
+    norm: "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is computed, "dual",
+    "forward" or "difference" (flow/derivative.py).
     """
 
     warmup_steps: CountFromZero = 10_000
@@ -23,7 +24,6 @@ class Tangent:
     norm: str = "l2"
     c: FromZero = 0.1
     derivative: str = "dual"
-    diagonal: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

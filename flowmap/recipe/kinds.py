@@ -20,14 +20,17 @@ from flowmap.data import (
     TextSource,
     Tokenizer,
 )  # fmt: skip
+from flowmap.data.dataset import Source
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.flow.distance import DISTANCES, Distance
+from flowmap.flow.parts import BaseCoupling, BaseObjective, BasePrior, BaseSampler, Part, complete
 from flowmap.flow.path import PATHS
 from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler
 from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES
-from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
+from flowmap.flow.types import Objective, Path, Prior, RecipeView, Sampler, TimeSampler
 from flowmap.metrics import METRICS
+from flowmap.metrics import Spec as Metric
 from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
@@ -41,6 +44,7 @@ from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
 from flowmap.recipe.settings import (
     Autoguidance,
+    BaseStudent,
     ClassifierFree,
     ConstantEMA,
     Embedded,
@@ -68,10 +72,24 @@ class Data(Protocol):
     def drop_condition(self) -> float: ...
 
     @property
+    def drop_attribute(self) -> float: ...
+
+    @property
     def in_pixels(self) -> bool: ...
 
     @property
     def quick(self) -> bool: ...
+
+    @property
+    def images(self) -> Any: ...
+
+    @property
+    def autoencoder(self) -> Any: ...
+
+    @property
+    def text(self) -> Any: ...
+
+    def check(self, recipe: RecipeView) -> None: ...
 
     def outline(self) -> tuple[tuple[int, ...], int | None] | None: ...
 
@@ -79,25 +97,34 @@ class Data(Protocol):
 
 
 class StudentSpec(Protocol):
-    """The settings of a student, a dataclass: those of a network (NetSpec), or what its weights start from."""
+    """The settings of a student, a dataclass: those of a network (NetSpec), or what its weights start from.
+
+    Its optional members are those of BaseStudent (settings.py); `student_part` reads them.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-class Metric(Protocol):
-    """The settings of a metric (metrics/specs.py)."""
+class EMA(Protocol):
+    """How weights are averaged; settings.py has the kinds.
+
+    widths: one average is kept for each, and the first ships. kept(width, step): the share of the average that stays
+    when the weights of that step are added.
+    """
 
     @property
-    def needs(self) -> str: ...
+    def snapshot_every_steps(self) -> int: ...
+
+    @property
+    def widths(self) -> tuple[float, ...]: ...
+
+    def kept(self, width: float, step: int) -> float: ...
 
 
-class EMA(Protocol):
-    """How weights are averaged; settings.py has the kinds."""
-
-
-def artifact_of(part: Any) -> str:
-    """What a run of that objective, or of that kind of student, leaves in student/ (the names of train/leaves.py)."""
-    return getattr(part, "leaves", "student")
+def student_part(student: Any) -> BaseStudent:
+    """The settings of a student, or their class, with the members of BaseStudent: a class that lacks some of them gets the defaults."""
+    complete(student if isinstance(student, type) else type(student), BaseStudent)
+    return student
 
 
 STARTS = {"from_teacher": FromTeacher, "from_recipe": FromRecipe}
@@ -113,7 +140,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     StudentSpec: {**STARTS, **NETS},
     NetSpec: {
         **STARTS,
-        **{kind: net for kind, net in NETS.items() if net is not Stacked and artifact_of(net) == "student"},
+        **{kind: net for kind, net in NETS.items() if net is not Stacked and student_part(net).artifact == "student"},
     },
     TextCoderSpec: {"text_vae": NETS["text_vae"]},
     Objective: OBJECTIVES,
@@ -135,3 +162,35 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
     EMA: {"power": PowerEMA, "constant": ConstantEMA},
 }
+
+
+class _BaseMetric:
+    features: ClassVar[str | None] = None
+
+
+def parts_of(recipe: Any) -> list[Part]:
+    """The parts of a recipe that check what they are combined with, in the order in which they do.
+
+    Their classes get the optional members that they lack, those of the metrics too: a class of a user inherits nothing from ours.
+    """
+    for metric in recipe.metrics:
+        complete(type(metric), _BaseMetric)
+    teacher = recipe.teacher
+    slots = (
+        (teacher, Part),
+        (recipe.student, BaseStudent),
+        (recipe.data, Source),
+        (recipe.coupling, BaseCoupling),
+        (recipe.prior, BasePrior),
+        (None if teacher is None else teacher.guidance, Part),
+        (recipe.sampler, BaseSampler),
+        (recipe.objective, BaseObjective),
+    )
+    parts = [_completed(part, defaults) for part, defaults in slots if part is not None]
+    kept = recipe.objective.distillation  # of an adversarial stage
+    return parts if kept is recipe.objective else [*parts, _completed(kept, BaseObjective)]
+
+
+def _completed(part: Any, defaults: type[Part]) -> Part:
+    complete(type(part), defaults)
+    return part

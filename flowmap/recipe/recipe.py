@@ -19,24 +19,20 @@ from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, refuse_interpolations
 from flowmap.base.ranges import Seed, check_ranges
 from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
-from flowmap.data import Coupling, Independent, Pairs, Styles, TeacherSlot
-from flowmap.flow.distance import Squared
+from flowmap.data import Coupling, Independent, TeacherSlot
 from flowmap.flow.path import Linear
-from flowmap.flow.prior import Gaussian, Learned
+from flowmap.flow.prior import Gaussian
 from flowmap.flow.times import Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import net_within
-from flowmap.objectives import Adversarial, Endpoint, FlowMatching, Rectified, ScoreDistillation
-from flowmap.objectives.adversarial import FeaturesSpec
-from flowmap.objectives.lediflow import Unweighted
 from flowmap.recipe.composing import composed, find_recipe, is_part, load, merge
 from flowmap.recipe.composing import list_recipes as list_recipes  # others take these from here
 from flowmap.recipe.composing import shipped as shipped
-from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, artifact_of
+from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, parts_of, student_part
 from flowmap.recipe.optimizer import AdamW
-from flowmap.recipe.settings import ClassifierFree, Evaluation, Log, PowerEMA, Trainer
-from flowmap.samplers import Deterministic, Gamma
+from flowmap.recipe.settings import Evaluation, Log, PowerEMA, Trainer
+from flowmap.samplers import Deterministic
 
 
 @dataclass(frozen=True)
@@ -64,24 +60,10 @@ class Recipe:
     def __post_init__(self):
         check_ranges(self)
         check_name(self.name, "name")
-        if self.teacher is not None and not isinstance(self.path, Linear):
-            raise ValueError(
-                "path: a teacher speaks on the linear path, so a recipe with a teacher wants {kind: linear}"
-            )
-        self._check_leaves()
-        if self.lora is not None:
-            self._check_lora()
-        if isinstance(self.coupling, Pairs) and self.artifact != "student":
-            raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")
-        self._check_prior()
-        if isinstance(self.distillation, (Rectified, Endpoint)):
-            self._check_pairs()
-        if getattr(self.distillation, "sees_pictures", False):
-            self._check_pictures()
-        if isinstance(self.objective, Adversarial):
-            self._check_adversarial()
-        if isinstance(self.distillation, ScoreDistillation):
-            self._check_scores()
+        parts = parts_of(self)
+        self._check_artifact()
+        for part in parts:
+            part.check(self)
 
     @cached_property
     def _read(self) -> dict[tuple[str, tuple[str, ...]], Recipe]:
@@ -108,12 +90,12 @@ class Recipe:
     @property
     def distillation(self) -> Objective:
         """What the student is compared with its teacher by: the objective, or the one that an adversarial stage keeps."""
-        return self.objective.base if isinstance(self.objective, Adversarial) else self.objective
+        return self.objective.distillation
 
     @property
-    def _key(self) -> str:
-        """The key under which `distillation` stands."""
-        return "objective.base" if isinstance(self.objective, Adversarial) else "objective"
+    def key(self) -> str:
+        """The key of `distillation`."""
+        return "objective" if self.distillation is self.objective else "objective.base"
 
     @property
     def start(self) -> StudentSpec:
@@ -123,141 +105,22 @@ class Recipe:
     @property
     def lora(self) -> LoRA | None:
         """The adapters that are trained instead of the student's weights, where the recipe says so."""
-        return getattr(self.student, "lora", None)
+        return student_part(self.student).lora
 
-    def _check_leaves(self) -> None:
-        if self.artifact == "text_joint" and self.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp"
-            )
-        if artifact_of(self.student) == self.artifact:
+    def _check_artifact(self) -> None:
+        """Raise ValueError where the objective trains another kind of network than the student's."""
+        if student_part(self.student).artifact == self.artifact:
             return
-        kinds = [kind for kind, net in TABLES[StudentSpec].items() if artifact_of(net) == self.artifact]
+        kinds = [kind for kind, net in TABLES[StudentSpec].items() if student_part(net).artifact == self.artifact]
         objective, student = kind_of(self.objective, TABLES), kind_of(self.student, TABLES)
         raise ValueError(
             f"objective: {objective} does not train a student of kind {student}; allowed: {', '.join(kinds)}"
         )
 
-    def _check_lora(self) -> None:
-        if self.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp"
-            )
-        way, dropout = getattr(self.distillation, "derivative", "dual"), 0.0 if self.lora is None else self.lora.dropout
-        if dropout and way != "dual":
-            what = f"{dropout} wants objective.derivative: dual; {way!r} would see another mask"
-            raise ValueError(f"student.lora.dropout: {what}")
-
-    def _check_pairs(self) -> None:
-        kind, distance = kind_of(self.distillation, TABLES), getattr(self.distillation, "distance", None)
-        if not isinstance(self.coupling, Pairs) and isinstance(self.distillation, Endpoint):
-            raise ValueError(
-                "coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean"
-            )
-        if not isinstance(self.coupling, Pairs) and not isinstance(distance, Squared):
-            raise ValueError(
-                f"{self._key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs"
-            )
-        if not isinstance(self.path, Linear):
-            raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
-        if self.teacher is not None and self.teacher.guidance is not None:
-            raise ValueError(
-                f"teacher.guidance: objective {kind} does not ask the teacher; guidance is baked in by coupling.teacher.guidance"
-            )
-
-    def _check_pictures(self) -> None:
-        """The objective looks at pictures: those that the data's latents decode to, by a network that no metric has."""
-        objective: Any = self.distillation  # one with sees_pictures and loss_net
-        where, net = ("perceptual" if isinstance(objective, Endpoint) else "distance"), objective.loss_net
-        if not self.data.in_pixels and getattr(self.data, "autoencoder", None) is None:
-            raise ValueError(
-                f"{self._key}.{where}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder"
-            )
-        self._check_unmeasured(net, f"{self._key}.{where}.net", "a loss")
-
-    def _check_adversarial(self) -> None:
-        assert isinstance(self.objective, Adversarial)
-        where, spec = "objective.discriminator", self.objective.discriminator
-        if self.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp"
-            )
-        if spec.trunk == "teacher" and self.teacher is None:
-            raise ValueError(
-                f"{where}.kind: 'teacher' looks through the teacher's network, and the recipe has no teacher"
-            )
-        if spec.trunk == "features":
-            if not self.data.in_pixels:
-                raise ValueError(f"{where}.kind: 'features' looks at pictures, and the data's samples are latents")
-            assert isinstance(spec, FeaturesSpec)
-            self._check_unmeasured(spec.net, f"{where}.net", "a discriminator")
-
-    def _check_unmeasured(self, net: str | None, key: str, what: str) -> None:
-        if net is not None and any(getattr(metric, "features", None) == net for metric in self.metrics):
-            raise ValueError(f"{key}: {net!r} is also a metric's; {what} and a metric must not share a network")
-
-    def _check_scores(self) -> None:
-        objective = self.distillation
-        assert isinstance(objective, ScoreDistillation)
-        way = objective.through
-        if self.teacher is None:
-            raise ValueError(
-                "teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one"
-            )
-        if self.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard the fake of score_distillation beside the student; use ddp"
-            )
-        if not isinstance(self.coupling, Independent):
-            raise ValueError(
-                "coupling: objective score_distillation compares laws, not pairs: its samples start at noise; leave it independent"
-            )
-        if not isinstance(self.prior, Gaussian):
-            raise ValueError(
-                "prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian"
-            )
-        to_data = isinstance(self.sampler, Gamma) and self.sampler.gamma == 1
-        if way == "last" and max(objective.steps) > 1 and not to_data:
-            raise ValueError(
-                f"{self._key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}"
-            )
-
-    def _check_prior(self) -> None:
-        learned, objective = isinstance(self.prior, Learned), self.distillation
-        weighted = isinstance(objective, FlowMatching) and not isinstance(objective.weight, Unweighted)
-        if weighted and not (learned and isinstance(self.coupling, Independent)):
-            raise ValueError(
-                "objective.weight: is by the variance of a learned prior, on an independent coupling; allowed here: none"
-            )
-        if not learned:
-            return
-        if self.artifact != "student":
-            raise ValueError("prior: an autoencoder or an auxiliary model is trained without one; leave it gaussian")
-        if self.data.conditional:
-            raise ValueError(
-                "prior: the codes of a learned prior know no conditions, so that it wants data.conditional: false"
-            )
-        if self.teacher is not None and isinstance(self.teacher.guidance, ClassifierFree):
-            raise ValueError(
-                "teacher.guidance: classifier_free wants conditions, and flows that start at a learned prior have none"
-            )
-        if isinstance(self.sampler, Gamma):
-            raise ValueError("sampler: gamma puts back N(0, I), and the prior is a learned one; choose another")
-        if any(metric.needs == "inversion" for metric in self.metrics):
-            raise ValueError(
-                "metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out"
-            )
-        if isinstance(self.coupling, Styles):
-            raise ValueError("prior: a flow of coupling styles starts at sentences, not at a prior; leave it gaussian")
-        if isinstance(self.coupling, Pairs) and self.coupling.inverted:
-            raise ValueError(
-                "coupling.inverted: real data carried to t = 1 has no code; with a learned prior it must be 0"
-            )
-
     @property
     def artifact(self) -> str:
         """What the run leaves: a student that samples, an autoencoder, a text_autoencoder, or a prior (the auxiliary model of one)."""
-        return artifact_of(self.objective)
+        return self.objective.artifact
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, every default written out; reading it gives the same recipe."""
@@ -278,7 +141,7 @@ class Recipe:
             for key, value in to_plain(self, TABLES).items()
             if key not in ("sampler", "metrics", "evaluation", "log")
         }
-        if isinstance(self.objective, Adversarial) or isinstance(self.distillation, ScoreDistillation):
+        if self.objective.draws_samples or self.distillation.draws_samples:
             plain["sampler"] = {key: value for key, value in to_plain(self.sampler, TABLES).items() if key != "steps"}
         return plain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from flowmap.base.ranges import (
     Batch,
@@ -17,11 +17,32 @@ from flowmap.base.ranges import (
     Seed,
     check_ranges,
 )
+from flowmap.flow.averaging import exponent_from_std, power_beta
+from flowmap.flow.parts import Part
+from flowmap.flow.types import RecipeView
 from flowmap.nets.lora import LoRA
 
 
+class BaseStudent(Part):
+    """The optional members of a student's settings, with their defaults.
+
+    artifact                  what a run of it writes to student/, as flow/types.py describes it for objectives
+    takes_extra_conditions    the network takes conditions other than class and guidance
+    holds_constants           the network has constants that no file of weights has, so it must be built with memory
+    lora                      the adapters that are trained instead of its weights
+    """
+
+    artifact: ClassVar[str] = "student"
+    takes_extra_conditions: ClassVar[bool] = False
+    holds_constants: ClassVar[bool] = False
+
+    @property
+    def lora(self) -> LoRA | None:
+        return None
+
+
 @dataclass(frozen=True)
-class FromTeacher:
+class FromTeacher(BaseStudent):
     """The student is the teacher's network with its weights, beside silent branches for arrival time and guidance scale.
 
     lora: the weights stay frozen, adapters and branches are trained (a teacher of kind diffusers alone); `{}` is every default.
@@ -34,9 +55,20 @@ class FromTeacher:
     def __post_init__(self):
         check_ranges(self)
 
+    def check(self, recipe: RecipeView) -> None:
+        if self.lora is None:
+            return
+        if recipe.trainer.strategy == "fsdp":
+            raise ValueError(
+                "trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp"
+            )
+        if self.lora.dropout and recipe.distillation.derivative not in (None, "dual"):
+            what = f"{self.lora.dropout} wants objective.derivative: dual; {recipe.distillation.derivative!r} would see another mask"
+            raise ValueError(f"student.lora.dropout: {what}")
+
 
 @dataclass(frozen=True)
-class FromRecipe:
+class FromRecipe(BaseStudent):
     """The student starts from the averaged weights of the student that another recipe trains; what the start has no branch for stays silent."""
 
     recipe: str
@@ -44,7 +76,7 @@ class FromRecipe:
 
 
 @dataclass(frozen=True)
-class ClassifierFree:
+class ClassifierFree(Part):
     """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
@@ -54,9 +86,15 @@ class ClassifierFree:
         check_ranges(self)
         _check_scale(self.scale)
 
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.prior.learned:
+            raise ValueError(
+                "teacher.guidance: classifier_free wants conditions, and flows that start at a learned prior have none"
+            )
+
 
 @dataclass(frozen=True)
-class Autoguidance:
+class Autoguidance(Part):
     """v = w v_strong + (1 - w) v_weak; the weak model is one of: another card, an earlier snapshot of the same run (its share of the
     run's steps, in (0, 1)), or the same network with blocks skipped."""
 
@@ -76,7 +114,7 @@ class Autoguidance:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Embedded(Part):
     """The guidance of a model that was itself distilled to take the scale as an input (FLUX.1-dev): it is handed through."""
 
     scale: tuple[FromZero, FromZero] = (1.0, 5.0)
@@ -101,15 +139,31 @@ class PowerEMA:
     def __post_init__(self):
         check_ranges(self)
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        extra = self.snapshot_stds if self.snapshot_every_steps else ()
+        return tuple(dict.fromkeys((self.std, *extra)))
+
+    def kept(self, width: float, step: int) -> float:
+        return power_beta(step, exponent_from_std(width))
+
 
 @dataclass(frozen=True)
 class ConstantEMA:
-    """The ordinary exponential average; decay 0 is no average."""
+    """The ordinary exponential average; decay 0 is no average. A short run is not held back by its start."""
 
     decay: BelowOne = 0.999
+    snapshot_every_steps: ClassVar[int] = 0
 
     def __post_init__(self):
         check_ranges(self)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        return (self.decay,)
+
+    def kept(self, width: float, step: int) -> float:
+        return min(width, step / (step + 9))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flowmap.teachers.text import Sentence
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
-    cond |= {one.name: one.example(rows) for one in config.further}
+    cond |= {one.name: one.example(rows) for one in config.extra_conditions}
     net = net_within(config.net)
     if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
         return (
@@ -27,7 +27,7 @@ def conditions_of(config: StudentConfig, rows: int) -> Cond:
 
 def tokens_of(network: str, text: TextEncoder | None) -> int:
     """How many tokens of text a network reads: its encoder's max_tokens, else what its family's pipeline cuts at; SD3 has CLIP's 77 before T5's."""
-    most = getattr(text, "max_tokens", None)
+    most = None if text is None else text.max_tokens
     if isinstance(text, Sentence):
         return text.max_tokens
     if network == "SD3Transformer2DModel":

@@ -17,15 +17,15 @@ from flowmap.train.module import DistillModule
 
 
 class Bar(AtSteps):
-    """Shows the step, the loss, the residual norm, the speed and the time that is left, from the first process alone.
+    """Shows the step, the loss, the residual norm, the speed and the time left; in the first process alone.
 
-    Without a terminal it passes a line to `say` at the first step, at the last and, every `every` steps, where the last
-    line is 10 seconds old.
+    Without a terminal it passes a line to `log` after the first step, after the last one and, every `every` steps, if
+    the last line is at least 10 seconds old.
     """
 
     def __init__(self, every: int, log: Callable[[str], None], now: Now = time.monotonic):
         super().__init__()
-        self.every, self.log, self.now = every, log, now
+        self.every, self.print, self.now = every, log, now
         self.bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -49,7 +49,7 @@ class Bar(AtSteps):
                 self.bar.set_postfix({key: f"{value:.4g}" for key, value in shown(module).items()}, refresh=False)
             self.bar.update()
         elif due and self.pace.due(always=ends):
-            self.log(self.line(trainer.max_steps, module, done))
+            self.print(self.line(trainer.max_steps, module, done))
 
     def line(self, steps: int, module: DistillModule, done: int) -> str:
         """step 500/3800  loss 0.812  residual 0.043  12.3 it/s  4:28 left"""
@@ -72,7 +72,7 @@ class Bar(AtSteps):
 
 
 def shown(module: DistillModule) -> dict[str, float]:
-    """The last step's loss and, where the objective has one, the norm of its residual."""
+    """The last step's loss and, if the objective logs one, the norm of its residual."""
     loss = module.last_loss
     assert loss is not None, "no step has been made"
     values = {"loss": float(loss.value.detach())}

@@ -28,7 +28,7 @@ from tests import tiny_nets
 from tests.tiny_nets import unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
-DOCS = Path(__file__).parents[2] / "docs" / "teachers.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guide" / "teachers.md"
 
 
 def schedulers():
@@ -218,7 +218,7 @@ def test_zero_terminal_snr_is_refused_on_loading_and_beforehand(tmp_path):
     assert "\n" not in str(caught.value)
     spec = DiffusersModel("UNet2DModel", "{}", "DDPMScheduler", json.dumps({"rescale_betas_zero_snr": True}))
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
-        spec.check()
+        spec.check_teacher()
 
 
 STEM = "diffusion_pytorch_model"

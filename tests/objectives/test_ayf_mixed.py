@@ -156,7 +156,7 @@ def test_a_share_outside_the_batch_is_refused():
             AYFMixed(**{name: -0.1})
     with pytest.raises(ValueError, match="norm"):
         AYFMixed(norm="l1")
-    with pytest.raises(ValueError, match="objective.lagrangian: 0.25 asks a teacher"):
+    with pytest.raises(ValueError, match="objective.lagrangian: 0.25 needs a teacher"):
         AYFMixed()(bent(), None, drawn(), 0)
     with pytest.raises(ValueError, match="own_eulerian.*teacher"):
         AYFMixed(lagrangian=0.0, own_eulerian=0.5)(bent(), None, drawn(), 0)

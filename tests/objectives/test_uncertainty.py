@@ -11,7 +11,7 @@ from torch import nn
 from flowmap.flow.types import rows_of
 from flowmap.nets.uncertainty import Uncertainty, with_uncertainty
 from flowmap.objectives import AYFEMD, ESD, LSD, PSD, SCM, FlowMatching, Shortcut
-from flowmap.objectives.uncertainty import EvenWeight, LearnedWeight, learns_weight
+from flowmap.objectives.uncertainty import EvenWeight, LearnedWeight
 from tests.objectives.nearly import MIXTURE, WEAK, Nearly, bent, drawn, still_and_towards, teachers
 from tests.oracle import draw, draw_times
 
@@ -122,8 +122,8 @@ def test_the_branch_is_zero_at_the_start_and_knows_both_times():
 
 
 def test_who_learns_a_weight():
-    assert learns_weight(SCM(weight=LEARNED)) and learns_weight(PSD(weight=LEARNED))
-    assert not any(map(learns_weight, (SCM(), LSD(), AYFEMD(), FlowMatching(), Shortcut())))
+    assert SCM(weight=LEARNED).learns_weight and PSD(weight=LEARNED).learns_weight
+    assert not any(one.learns_weight for one in (SCM(), LSD(), AYFEMD(), FlowMatching(), Shortcut()))
     error = draw(5).square()
     assert EvenWeight()(error, None, error, error) is error
     assert math.isclose(float(LEARNED(torch.ones(1), with_uncertainty(bent(), 0), torch.rand(1), torch.zeros(1))), 1.0)

@@ -12,10 +12,11 @@ from conftest import FLOW
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
+from flowmap.build.data import build_data, build_samples
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
-from flowmap.plan.plan import Pairing, Stage, pairs_of, plan
+from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.plan import Pairing, Stage, plan
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import DistillModule
@@ -210,7 +211,7 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["teacher.guidance={kind: classifier_free}"],
-            "teacher.guidance: objective rectified does not ask the teacher",
+            "teacher.guidance: objective rectified does not call the teacher",
         ),
         (
             ["objective.distance={kind: lpips_huber, net: pixels}"],
@@ -229,17 +230,17 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"],
-            "objective.distance: looks at pictures, and nothing decodes",
+            "objective.distance: needs pictures, and nothing decodes",
         ),
         (["objective={kind: endpoint}", "coupling.kind=independent"], "coupling: objective endpoint is for pairs"),
         (["objective={kind: endpoint}", "path.kind=trig"], "path: "),
         (
             ["objective={kind: endpoint}", "teacher.guidance={kind: classifier_free}"],
-            "teacher.guidance: objective endpoint does not ask",
+            "teacher.guidance: objective endpoint does not call",
         ),
         (
             ["objective={kind: endpoint, perceptual_after_steps: 3}"],
-            "objective.perceptual_after_steps, squared: say when",
+            "objective.perceptual_after_steps, squared: have no effect",
         ),
         (
             ["objective={kind: endpoint, perceptual: {kind: vgg}}"],
@@ -247,7 +248,7 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["objective={kind: endpoint, perceptual: {kind: pictures}}", "data={kind: latents, root: r}"],
-            "objective.perceptual: looks at pictures",
+            "objective.perceptual: needs pictures",
         ),
         (
             [

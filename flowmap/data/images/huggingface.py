@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from flowmap.data.sources import Item, SquareImages, as_label, optional
+from flowmap.data.sources import Item, SquareImages, as_label, class_names_of, optional
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class HuggingFaceImages(SquareImages):
         return len(names) if names else None
 
     def class_names(self) -> list[str] | None:
-        features = self._rows.features or {}
-        return list(getattr(features.get(self.label), "names", None) or []) or None
+        return class_names_of((self._rows.features or {}).get(self.label))
 
     def fingerprint(self) -> str | None:
         return None if self.streaming else str(self._rows._fingerprint)

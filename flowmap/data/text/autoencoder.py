@@ -28,6 +28,10 @@ class TextNet(Protocol):
     @property
     def vocab(self) -> int | None: ...
 
+    def alone(self, net: Any) -> Any:
+        """These settings with all that is needed to build `net`, one of their networks, again."""
+        ...
+
     @property
     def build(self) -> Callable[..., nn.Module]: ...
 
@@ -152,9 +156,8 @@ def save_text_autoencoder(
     with torch.no_grad():
         device = next(net.parameters()).device
         z = torch.cat([net.moments(part.to(device))[0].float().cpu() for part in rows.split(256)])
-    spec = net.spec.alone(net) if hasattr(net.spec, "alone") else net.spec
     config = _Config(
-        spec,
+        net.spec.alone(net),
         net.max_tokens,
         tuple(z.mean(0).flatten().tolist()),
         float(1 / (z - z.mean(0)).std().clamp_min(1e-6)),

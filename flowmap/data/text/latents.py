@@ -16,6 +16,9 @@ from torch import Tensor
 class TextCoder(Protocol):
     """Names a frozen text autoencoder. load() gives encode(list[str]) -> normalised latents (N, *shape), decode(z) -> list[str]."""
 
+    @property
+    def source(self) -> str | None: ...
+
     def load(self) -> Any: ...
 
     def identity(self) -> dict[str, Any]: ...

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from flowmap.data.images.listing import NOT_REGULAR, Tally, walk
 from flowmap.data.safe_files import lines_of
-from flowmap.data.sources import optional
+from flowmap.data.sources import class_names_of, optional
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class HuggingFaceText:
 
     def read(self) -> tuple[list[Sentence], Counter]:
         rows = self._rows()
-        names: dict[str, Any] = {c: getattr(rows.features[c], "names", None) for c in self.columns}
+        names: dict[str, Any] = {c: class_names_of(rows.features[c]) for c in self.columns}
         found: list[Sentence] = []
         counts: Counter[str] = Counter()
         for i, row in enumerate(rows):

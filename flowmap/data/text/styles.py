@@ -15,10 +15,12 @@ from torch import Tensor
 from flowmap.data.dataset import looked_at
 from flowmap.data.text.dataset import TextDataset
 from flowmap.flow.draws import Generator, integers
+from flowmap.flow.parts import BaseCoupling
+from flowmap.flow.types import RecipeView
 
 
 @dataclass(frozen=True)
-class Styles:
+class Styles(BaseCoupling):
     """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set.
 
     match "independent" joins each x0 to any x1; "optimal" joins those of a batch so that the sum of |x1 - x0|^2 is least: paths are short, and
@@ -38,6 +40,10 @@ class Styles:
             raise ValueError(f"target: {list(self.target)} is the source as well")
         if self.match not in ("independent", "optimal"):
             raise ValueError(f"match: {self.match!r} is not one of independent, optimal")
+
+    def check(self, recipe: RecipeView) -> None:
+        if recipe.prior.learned:
+            raise ValueError("prior: a flow of coupling styles starts at sentences, not at a prior; leave it gaussian")
 
 
 @dataclass(frozen=True, eq=False)
