@@ -183,11 +183,17 @@ def test_another_network_is_one_line(changed, says, theirs, command, tmp_path):
     assert not (tmp_path / "weights").exists()
 
 
-RECIPE = """ data: {{kind: pictures, root: {root}/pictures, num_classes: 5, batch_size: 8}} teacher: {{card:
-{root}/strong.yaml, guidance: {{kind: autoguidance, weak: {root}/weak.yaml, scale: [1.0, 2.0], default: 1.5}}}}
-student: {{kind: from_teacher}} objective: {{kind: ayf_emd, warmup_steps: 2}} trainer: {{steps: 3, accelerator: cpu,
-checkpoint_every_steps: 3}} metrics: [{{kind: frechet, features: pixels, images: 200, reference_images: 200}}]
-evaluation: {{teacher_steps: 2}} log: {{every_steps: 1, wandb: false}}
+RECIPE = """
+data: {{kind: pictures, root: {root}/pictures, num_classes: 5, batch_size: 8}}
+teacher:
+  card: {root}/strong.yaml
+  guidance: {{kind: autoguidance, weak: {root}/weak.yaml, scale: [1.0, 2.0], default: 1.5}}
+student: {{kind: from_teacher}}
+objective: {{kind: ayf_emd, warmup_steps: 2}}
+trainer: {{steps: 3, accelerator: cpu, checkpoint_every_steps: 3}}
+metrics: [{{kind: frechet, features: pixels, images: 200, reference_images: 200}}]
+evaluation: {{teacher_steps: 2}}
+log: {{every_steps: 1, wandb: false}}
 """
 
 

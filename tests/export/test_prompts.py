@@ -74,8 +74,10 @@ for job in json.load(open("jobs.json")):
         exec(job["code"].replace("num_inference_steps", 'latents=noise, output_type="pt", num_inference_steps'))
     torch.save(images, job["out"])
     if job["out"].endswith("sd3-lora-2.pt"):
-        call = dict(latents=noise, output_type="pt", num_inference_steps=2, guidance_scale=1.0, height=16, width=16,
-        max_sequence_length=16) pipe.fuse_lora() torch.save(pipe(prompt="a blue cat", **call).images, "fused.pt")
+        call = dict(latents=noise, output_type="pt", num_inference_steps=2, guidance_scale=1.0)
+        call |= dict(height=16, width=16, max_sequence_length=16)
+        pipe.fuse_lora()
+        torch.save(pipe(prompt="a blue cat", **call).images, "fused.pt")
         pipe.unfuse_lora()
         torch.nn.init.zeros_(pipe.transformer.time_text_embed.timestep_embedder.linear_2.lora_B["default_0"].bias)
         torch.save(pipe(prompt="a blue cat", **call).images, "no_bias.pt")
