@@ -176,7 +176,7 @@ class StudentConfig:
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared. Adapters, if any, have no effect yet."""
         guidance = self.guidance is not None
-        extra = {"further": self.extra_conditions} if self.extra_conditions else {}
+        extra = {"extra_conditions": self.extra_conditions} if self.extra_conditions else {}
         if base is None:
             assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
             net: Any = self.net.build(

@@ -1,4 +1,4 @@
-"""A refiner: any img2img pipeline from a folder, between strength and noise what diffusers itself gives; students and the command line use it."""
+"""Refiners from folders of img2img pipelines give the result of diffusers, for students and the command line."""
 
 from __future__ import annotations
 
