@@ -155,6 +155,23 @@ def test_every_make_target_exists(page):
 
 
 @pages
+def test_lines_have_at_most_120_characters(page):
+    """Tables, images and the lines that say where figures come from excepted."""
+    exempt = re.compile(r"\||!\[|`benchmarks/results/")
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 120 or exempt.match(line) or page.parent.name == "reference", f"{number}: {line}"
+
+
+@pages
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(
+        r"`((?:flowmap|benchmarks|tests|examples|docs)/[\w/.*]+\.(?:py|json|md|png))`", page.read_text(encoding="utf-8")
+    )
+    for name in named:
+        assert next(ROOT.glob(name), None) is not None, name
+
+
+@pages
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).is_file(), target
