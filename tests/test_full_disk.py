@@ -14,7 +14,7 @@ from flowmap.base.files import WriteError, write_beside
 from flowmap.export import export
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from tests.export.alone import shaken
 
 
@@ -67,7 +67,9 @@ def test_a_run_stopped_by_a_full_disk_goes_on(command, tiny, tmp_path):
 
 @pytest.mark.parametrize("to", ["torch", "diffusers"])
 def test_an_earlier_export_stays(tmp_path, to):
-    student = shaken(StudentConfig(MLP(width=32, depth=1), Deterministic(steps=(1,)), (2,), clamp=False))
+    student = shaken(
+        StudentConfig(MLP(width=32, depth=1), Deterministic(steps=(1,)), (2,), samples=Pixels(clamp=False))
+    )
     folder = export(student, tmp_path / "out", to=to)
     before = bytes_of(folder)
     with full_disk(1 << 12), pytest.raises(WriteError, match=f"cannot be written .File too large.*: '{folder}'"):

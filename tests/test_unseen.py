@@ -18,6 +18,7 @@ from flowmap.evaluation.measure import evaluate, measure
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
 from flowmap.recipe import read_recipe
+from flowmap.student.config import TextLatents
 from flowmap.student.student import Student
 from flowmap.teachers.exact import GaussianTeacher
 from tests.oracle import ExactStudent
@@ -124,7 +125,7 @@ def test_attributes_come_with_the_sentences(tmp_path):
     data = TextDataset(
         "text", torch.randn(9, 2), torch.randn(9, 2), attributes=(style,), codes=codes, held_out_codes=codes
     )
-    told = Student(replace(student.config, net=MLP(), attributes=(style,)), student.flow_map)
+    told = Student(replace(student.config, net=MLP(), samples=TextLatents(attributes=(style,))), student.flow_map)
     assert torch.equal(held_out_samples(recipe, told, data, 7).cond["style"], codes["style"][:7])
     assert held_out_samples(recipe, student, data, 7).cond == {}
 

@@ -13,7 +13,7 @@ from flowmap.nets.mlp import MLP
 from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.student import Student
 
 pytest.importorskip("datasets")
@@ -74,7 +74,7 @@ def test_a_student_that_draws_its_caption_is_found(tmp_path):
     encode(spec(**settings), tmp_path)
     data = spec(tmp_path, **settings).build()
     recipe = replace(read_recipe("digits"), sampler=Deterministic(), metrics=(Retrieval("pixels", 150, 40),))
-    config = StudentConfig(MLP(), Deterministic(), data.shape, text=Hashed(), clamp=True)
+    config = StudentConfig(MLP(), Deterministic(), data.shape, text=Hashed(), samples=Pixels())
     found = {reads: measure(recipe, Student(config, Painter(reads)), None, data, steps=[1]) for reads in (True, False)}
     assert found[True]["student"]["1"]["retrieval_top1_pixels"] > 0.95
     assert (

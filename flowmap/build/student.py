@@ -10,7 +10,7 @@ import torch
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.build.text import fitted, text_config
+from flowmap.build.text import fitted, text_latents
 from flowmap.data import Dataset
 from flowmap.data.outline import DataOutline, outline_of
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -28,7 +28,7 @@ from flowmap.plan.run_folders import trained_run
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
-from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
+from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
 from flowmap.student.folder import load_student, read_config
 from flowmap.teachers.autoencoder import Autoencoder
 
@@ -55,7 +55,6 @@ def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTe
     net = _net(recipe, outline, start)
     conditional = recipe.data.conditional
     guidance = recipe.teacher.guidance if recipe.teacher else None
-    autoencoder = shipped_autoencoder(recipe)
     return StudentConfig(
         net=net,
         sampler=recipe.sampler,
@@ -65,10 +64,8 @@ def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTe
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(recipe),
-        clamp=len(outline.shape) == 3 and recipe.data.in_pixels,
-        autoencoder=None if outline.sentences else autoencoder,
-        text=getattr(recipe.data, "text", None),
-        **({} if outline.sentences is None else text_config(recipe, outline.sentences, autoencoder)),
+        samples=_samples(recipe, outline),
+        text=recipe.data.text,
         lora=recipe.lora,
         base=_base(recipe, teacher) if recipe.lora else None,
         prior=shipped_prior(recipe),
@@ -108,7 +105,7 @@ def started_folder(recipe: Recipe) -> Path:
 
 def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
     """Return the autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
-    autoencoder = getattr(recipe.data, "autoencoder", None)
+    autoencoder = recipe.data.autoencoder
     if autoencoder is None or autoencoder.recipe is None:
         return autoencoder
     return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)
@@ -149,6 +146,16 @@ def _check_dropout(recipe: Recipe, net: StudentSpec) -> None:
             f"{recipe.name}: student.dropout: {within.dropout} wants objective.derivative: dual; "
             f"{way!r} would see another mask"
         )
+
+
+def _samples(recipe: Recipe, data: DataOutline) -> Pixels | ImageLatents | TextLatents:
+    """Return what the student's samples are, and what decodes them."""
+    autoencoder = shipped_autoencoder(recipe)
+    if data.sentences is not None:
+        return text_latents(recipe, data.sentences, autoencoder)
+    if autoencoder is not None:
+        return ImageLatents(autoencoder)
+    return Pixels(clamp=len(data.shape) == 3 and recipe.data.in_pixels)
 
 
 def _class_names(data: DataOutline, start: StudentConfig | None) -> tuple[str, ...] | None:

@@ -28,7 +28,7 @@ from flowmap.plan.requirements import check_start, shipped_prior
 from flowmap.plan.run_folders import trained_run
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import Autoguidance, ClassifierFree
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.snapshots import nearest_snapshot
 from flowmap.student.student import Student
@@ -200,7 +200,7 @@ def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.
         shape=tuple(card.shape),
         num_classes=card.num_classes,
         arrival=False,
-        clamp=False,
+        samples=Pixels(clamp=False),
     )
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
 

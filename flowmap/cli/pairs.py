@@ -34,7 +34,7 @@ def run(a: argparse.Namespace) -> int:
     folder = Path(a.out or pairs_of(recipe).root)
     if a.verify is not None:
         gap, pair = verify(recipe, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
-        print(f"{folder}: {a.verify} pairs made anew differ by at most {gap:.3g} (pair {pair})")
+        print(f"{folder}: {a.verify} pairs made again differ by at most {gap:.3g} (pair {pair})")
         return 0
     check_writable(folder, "--out")
     index = make_pairs(recipe, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, log=log)

@@ -1,4 +1,4 @@
-"""One recipe at one seed: how long it may be, its training, what its student is worth; kept in result.json, whatever the end."""
+"""One recipe at one seed: its length, its training and the figures of its student, written to result.json."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, device_of, fit, silent
 from flowmap.train.module import NotFinite
 
-TRIAL = 0.05  # of the budget goes, beside it, into measuring the time of a step
+TRIAL = 0.05  # the share of the budget, in addition to it, for measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most
 TRIAL_STEPS = SETTLING + 5  # at least
 FOREVER = 10**9
@@ -50,7 +50,7 @@ FOREVER = 10**9
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """How students are looked at, all alike: the metrics and the evaluation of the comparison's first recipe."""
+    """The metrics and the evaluation of all students: those of the comparison's first recipe."""
 
     metrics: tuple[Any, ...]
     recipe: Recipe
@@ -60,7 +60,8 @@ class EvalSpec:
         metrics = tuple(spec for spec in first.metrics if spec.on_samples)
         if not metrics:
             raise RecipeError(
-                f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
+                f"{first.name}: metrics: has none of samples (frechet, precision_recall), "
+                "by which students are compared"
             )
         return EvalSpec(metrics, first)
 
@@ -74,7 +75,7 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe at a seed, the folder that its run fills, and who may be left out of its bill."""
+    """A recipe at a seed, the folder of its run, and the folders that are not counted for it (`shared`)."""
 
     recipe: Recipe
     folder: Path
@@ -85,18 +86,19 @@ class Entry:
 
     @cached_property
     def same(self) -> str:
-        """Changes with anything that changes the training: the settings and the terms."""
+        """A hash of everything that changes the training: the settings and the terms."""
         return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
 
     def found(self) -> dict[str, Any] | None:
-        """The finished result as it lies there; RecipeError if it is another's."""
+        """The finished result, None if there is none; raises RecipeError if it is of other settings or terms."""
         path = self.folder / "result.json"
         if not path.is_file():
             return None
         result = read_json(path)
         if result.get("same") != self.same:
             raise RecipeError(
-                f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; choose another --out"
+                f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; "
+                "choose another --out"
             )
         return result
 
@@ -115,7 +117,7 @@ class Entry:
         return result
 
     def run(self, log: LogFunction) -> dict[str, Any]:
-        """Trains, measures, keeps and gives the result; a run that diverges, or has no time left, is one as well."""
+        """Train and measure, then write and return the result; a run that diverges, or has no time left, is one."""
         result = {"recipe": self.recipe.name, "seed": self.recipe.seed, "same": self.same, "look": self.look.hash}
         trained, clock = {"seconds": 0.0, "steps": 0, "peak_gib": 0.0}, Clock(now=self.now)
         try:
@@ -154,14 +156,17 @@ class Entry:
         return result
 
     def _paced(self, log: LogFunction) -> LogFunction:
-        """Passes on a line of progress, with the seed and the name, at most every 10 seconds."""
+        """A log function with the seed and the name, for at most one line of progress in 10 seconds."""
         return paced(lambda line: log(f"seed {self.recipe.seed}, {self.recipe.name}: {line}"))
 
     def _keep(self, result: Mapping[str, Any]) -> None:
         write_json(self.folder / "result.json", result)
 
     def planned(self, log: LogFunction) -> dict[str, Any]:
-        """How many steps fit into the terms: found once, kept in length.json, so that a run that was cut off goes on as it was begun."""
+        """The number of steps that fit into the terms, with what the preparations took.
+
+        It is computed once and kept in length.json, so that an interrupted run continues with it.
+        """
         path = self.folder / "length.json"
         if path.is_file() and (plan := read_json(path)).get("same") == self.same:
             return {key: value for key, value in plan.items() if key != "same"}
@@ -180,7 +185,10 @@ class Entry:
         return plan
 
     def _prepared(self, log: LogFunction) -> float:
-        """What the recipe needs is made where it is not there; gives what its own part of that takes. NothingLeft before pairs that are too dear."""
+        """Make what the recipe needs; returns what its own part of that takes.
+
+        Raises NothingLeft before pairs are made that exceed the budget.
+        """
         spent, own = 0.0, {stage.folder for stage in own_stages(self.recipe, self.shared)}
         for stage in needs_of(self.recipe):
             if stage.folder in own and isinstance(stage, Pairing):
@@ -193,7 +201,7 @@ class Entry:
         return spent
 
     def step_seconds(self, budget: float) -> float:
-        """The mean time of a step over a short trial, whose student is thrown away."""
+        """The mean time of a step over a short trial run, which is thrown away."""
         clock = Clock(min(TRIAL * budget, TRIAL_SECONDS), self.now, at_least=TRIAL_STEPS)
         recipe = self.bare(FOREVER)
         recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
@@ -202,12 +210,12 @@ class Entry:
         return clock.step_seconds
 
     def bare(self, steps: int) -> Recipe:
-        """The recipe at that length, with nothing to show on the way: all that is looked at is looked at by compare."""
+        """The recipe at that length without metrics, pictures and W&B: compare measures by itself."""
         log = replace(self.recipe.log, wandb=False, samples_every_steps=0, metrics_every_steps=0)
         return replace(of_length(self.recipe, steps), metrics=(), log=log)
 
     def steps(self) -> tuple[int, ...]:
-        """The steps at which this student is looked at: 1 alone where its sampler is for one step alone."""
+        """The steps at which this student is measured: 1 alone if its sampler is for one step."""
         return tuple(k for k in self.terms.steps if k == 1 or tuple(self.recipe.sampler.steps) != (1,))
 
     def figures(self, steps: Sequence[int], log: LogFunction) -> dict[str, dict[str, float]]:
@@ -223,7 +231,7 @@ class Entry:
 
 
 def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any]:
-    """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
+    """The teacher's rows and the baseline, by the entry's teacher and metrics, under the keys of metrics.json."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
     recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
     data = build_data(recipe)
@@ -237,7 +245,7 @@ def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any
 
 
 def forget_peak() -> None:
-    """From here on the peak of memory is counted anew, where the system can do that."""
+    """Reset the peak of memory, if the system can do that."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

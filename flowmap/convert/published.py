@@ -10,7 +10,7 @@ from torch import Tensor
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.teachers.pickled import Record, tensors_of
 
 NOT_NEEDED = ("logvar_", "model.map_augment.")
@@ -53,7 +53,7 @@ def config_of(net: Record, weights: dict[str, Tensor], file: str) -> StudentConf
         shape=(channels, size, size),
         num_classes=labels[1] if labels else None,
         arrival=False,
-        clamp=channels in (1, 3),
+        samples=Pixels(clamp=channels in (1, 3)),
         recipe="imported",
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ class Encoded(Source):
     of the source.
     """
 
-    images: ImageSource
+    images: ImageSource = field()  # required, though BaseData has a default
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
     root: str = ""

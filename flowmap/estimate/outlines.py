@@ -1,11 +1,11 @@
-"""What is known of a recipe's data and of its teachers before any is there, and whether they fit each other: shapes, classes, pictures."""
+"""Outlines of a recipe's data and teachers before any of them is here, and whether they match: shapes and classes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,7 @@ from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
 from flowmap.plan.plan import Pairing
+from flowmap.plan.requirements import HasSource
 from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
 from flowmap.student.config import StudentConfig
@@ -33,13 +34,20 @@ from flowmap.student.folder import read_config
 from flowmap.student.prior import auxiliary
 from flowmap.teachers.autoencoder import Autoencoder
 
-PLACE = re.compile(
-    r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b"
-)  # keys that name what may not be here
+# Keys of settings that name what may be missing on this machine.
+PLACE = re.compile(r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b")
 
 CONTEXTS = ("left", "right")  # the conditions of infilling
 
 Shape = tuple[int, ...]
+
+
+@runtime_checkable
+class HasRoot(Protocol):
+    """The settings of data in a folder."""
+
+    @property
+    def root(self) -> str: ...
 
 
 def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | None, list[str]]:
@@ -51,9 +59,8 @@ def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | 
     if isinstance(recipe.data, Text):
         return _of_sentences(recipe, recipe.data)
     data, missing = None, []
-    there = not recipe.data.quick and any(
-        Path(place).exists() for name in ("root", "path") if (place := getattr(recipe.data, name, ""))
-    )
+    spec = recipe.data
+    there = not spec.quick and isinstance(spec, HasRoot) and bool(spec.root) and Path(spec.root).exists()
     if not any(key.startswith("data") for key in recipe.missing()) and (whole or not there):
         try:
             data = build_data(recipe)
@@ -65,10 +72,9 @@ def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | 
 
 
 def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
-    """What the data lacks on this machine; the error itself where it is no place that has nothing."""
-    if (
-        isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file()
-    ):  # `fit` makes them, as a stage of their own
+    """Return what the data lacks on this machine. Raise the error itself if it is about no place of data."""
+    # `fit` encodes the data in a stage of its own.
+    if isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file():
         try:
             recipe.data.images.length()
             return []
@@ -128,12 +134,15 @@ def _text_latents(recipe: Recipe, autoencoder: TextCoder) -> Shape:
 
 
 def _codes(recipe: Recipe) -> Shape | None:
-    """The shape of codes, where they are the data."""
+    """Return the shape of codes, if they are the data."""
     return next(((auxiliary(trained.student).size,) for trained in code_recipes(recipe)), None)
 
 
 def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
-    """(shape, classes) of the samples as the teacher's card says them, or that of the recipe that it or the student comes from."""
+    """Return shape and classes of samples as the teacher's card states them.
+
+    Without one, those of the recipe that trains the teacher or what the student starts from.
+    """
     cards = teacher_cards(recipe)
     if cards and cards[0].shape:
         return tuple(cards[0].shape), cards[0].num_classes
@@ -143,16 +152,19 @@ def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
 
 
 def _latents(recipe: Recipe) -> Shape | None:
-    """The shape of latents of an autoencoder that one of our recipes trains, that a card of kind autoencoder describes, or that is here."""
-    images, autoencoder = getattr(recipe.data, "images", None), getattr(recipe.data, "autoencoder", None)
+    """Return the shape of latents of an autoencoder, or None.
+
+    It is known of one that a recipe trains, that a card of kind autoencoder describes, or that is a local folder.
+    """
+    images, autoencoder = recipe.data.images, recipe.data.autoencoder
     for trained in autoencoder_recipes(recipe) if images is not None else ():
-        spec: Any = trained.student  # of an autoencoder
+        spec: Any = trained.student  # the settings of an autoencoder
         side = halved(recipe, 2 ** (len(spec.channels) - 1), trained.name)
         return spec.latent_channels, side, side
-    source = getattr(autoencoder, "source", None)
+    source = autoencoder.source if isinstance(autoencoder, HasSource) else None
     for card in map(find_card, list_cards()) if source else ():
         if card.kind == "autoencoder" and card.source == source:
-            assert card.pixels is not None  # read_card has checked
+            assert card.pixels is not None  # read_card has checked this.
             side = halved(recipe, card.pixels // card.shape[1], card.name)
             return card.shape[0], side, side
     if isinstance(autoencoder, Autoencoder) and images is not None and source and Path(source).is_dir():
@@ -162,34 +174,33 @@ def _latents(recipe: Recipe) -> Shape | None:
 
 
 def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
-    """The side of the latents of the recipe's pictures. RecipeError where `factor` pixels a side do not divide them."""
+    """Return the side of the latents of the recipe's pictures. Raise RecipeError if `factor` does not divide theirs."""
     data: Any = recipe.data  # of pictures
     size = data.images.size
     if size % factor:
-        raise RecipeError(
-            f"{recipe.name}: data.images.size: {size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
-        )
+        what = f"{size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
+        raise RecipeError(f"{recipe.name}: data.images.size: {what}")
     return size // factor
 
 
 def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
-    """RecipeError unless the samples of every teacher, and of the student that this one starts from, have its shape and its classes."""
-    if getattr(recipe.data, "images", None) is not None:
+    """Raise RecipeError unless every teacher, and what the student starts from, has the data's shape and classes."""
+    if recipe.data.images is not None:
         _latents(recipe)
-    for whose, known in _others(recipe):
+    for name, known in _others(recipe):
         if tuple(config.shape) not in [tuple(shape) for shape, _ in known]:
             raise RecipeError(
-                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(known[0][0])}"
+                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {name} {tuple(known[0][0])}"
             )
         classes = [num for _, num in known]
         if config.num_classes and all(classes) and config.num_classes not in classes:
-            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {classes[0]}")
+            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {name} {classes[0]}")
 
 
 def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
-    """(name, what is told of the shape of its samples and of its classes) of every teacher and of the student that this one starts from.
+    """Yield the name of every teacher and of what the student starts from, with shapes and classes.
 
-    Of a network of others both its converted weights and its card tell; where they differ, either may be what the data is like.
+    For a converted network both its weights and its card state them; where they differ, the data may match either.
     """
     for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
         known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
@@ -200,17 +211,17 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
         if known:
             yield f"the teacher {card.name}", known
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
-    for whose, trained in (
+    for role, trained in (
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
         *(("the start", one) for one in start_recipes(recipe)),
     ):
         found = _of_student(trained)
         if found is not None:
-            yield f"{whose} {trained.name}", [found]
+            yield f"{role} {trained.name}", [found]
 
 
 def _of_student(trained: Recipe) -> tuple[Shape, int | None] | None:
-    """Return shape and classes of that recipe's student: from its configuration if it is trained, else from its data."""
+    """Return shape and classes of that recipe's student: from its configuration if trained, else from its data."""
     folder = dependency_folder(trained)
     if is_complete(folder, trained) and trained.artifact == "student":
         config = read_config(folder / "student" / "config.json")

@@ -1,4 +1,4 @@
-"""What a student was not trained on: held-out samples with their conditions, and draws of the recipe's own coupling."""
+"""Samples that a student was not trained on: held-out samples, and draws of the recipe's own coupling."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Draws:
 
 
 def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
-    """At most `num` held-out samples, each with fresh noise of the recipe's prior: a function of evaluation.seed.
+    """At most `num` held-out samples, each with noise of the recipe's prior, as a function of evaluation.seed.
 
-    All processes call it and each has its share. ValueError where nothing is held out, or not the classes that the student wants.
+    All processes call it, and each has its share. Raises ValueError if nothing is held out, or if the student needs
+    classes and the data has none.
     """
     x0, cond = data.held_out_samples()
     if not len(x0):
@@ -60,9 +61,10 @@ def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, 
 
 
 def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
-    """`num` draws of the recipe's coupling, of which none was trained on: held-out samples with fresh noise, or pairs made anew.
+    """`num` draws of the recipe's coupling that were not trained on: held-out samples with new noise, or new pairs.
 
-    Pairs have other noise than those on disk, and their share of inverted ones starts from held-out samples; their teacher must be here.
+    Pairs have other noise than those on disk; their share of inverted ones starts from held-out samples. Their teacher
+    must be on this machine.
     """
     if not isinstance(recipe.coupling, Pairs):
         return held_out_samples(recipe, student, data, num, guidance)
@@ -86,7 +88,7 @@ def loss_by_time(
     images: int = 1000,
     guidance: float | None = None,
 ) -> dict[float, float]:
-    """The mean squared error per value of the student's velocity at each of `times`, over draws of its own coupling (`coupled_draws`)."""
+    """The mean squared error per value of the student's velocity at each time, over draws of its own coupling."""
     spec = LossByTime(images, tuple(times))
     draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
     metric = spec.build()
@@ -132,7 +134,7 @@ def _joined(parts: list[Draws]) -> Draws:
 
 
 def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Cond:
-    """Of those conditions, what the student takes; ValueError where it wants classes and there are none."""
+    """The conditions that the student takes; raises ValueError if it needs classes and there are none."""
     if student.config.num_classes and "class" not in cond:
         raise ValueError(
             "metrics: inversion and loss_by_time want the classes of held-out samples, and the data has none"
@@ -141,6 +143,6 @@ def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Co
 
 
 def _mine(num: int) -> Tensor:
-    """The places of this process among `num`, as many as any other's."""
+    """The places of this process among `num`, as many as of any other process."""
     world, mine = world_size(), rank()
     return torch.arange(num // world * world)[mine::world]

@@ -1,4 +1,4 @@
-"""What a student is worth: every metric at each number of steps, beside the teacher's row and the real-against-real floor."""
+"""The figures of a student and its teacher: every metric at each number of steps, and the real-vs-real baseline."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def evaluate(
     teacher: bool = True,
     anew: bool = False,
 ) -> dict[str, Any]:
-    """The contents of metrics.json for a saved student, by its own recipe's data, teacher and metrics.
+    """The contents of metrics.json for a saved student, with its own recipe's data, teacher and metrics.
 
-    steps: default the recipe's. metrics: only those kinds. The teacher's rows are left out where its weights are not on this machine, and
-    without `teacher`. They and the floor are taken from the run's metrics.json where nothing that they depend on has changed; anew: never.
+    steps: default the recipe's. metrics: only those kinds. The teacher's rows are left out without `teacher`, or if its
+    weights are not on this machine. They and the floor are copied from the run's metrics.json if nothing that they
+    depend on has changed, unless `anew` is given.
     """
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
-        raise ValueError("student: evaluate needs the recipe.yaml that lies beside the weights")
+        raise ValueError("student: evaluate needs the recipe.yaml in the folder of the weights")
     recipe = flow_alone(read_resolved(student.folder / "recipe.yaml"), student.folder)
     chosen = _chosen(recipe, metrics)
     for k in steps or ():

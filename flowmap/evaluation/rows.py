@@ -44,7 +44,7 @@ class Flow:
 
     @staticmethod
     def of_student(recipe: Recipe, student: Student) -> Flow:
-        """A plain flow, whose network has no arrival time, is solved by Euler's method whatever its sampler is."""
+        """The student's flow; a plain one, without an arrival time, is solved by Euler's method, not by its sampler."""
         flow_map = student.flow_map
 
         def by_sampler(x1: Tensor, cond: Cond, noise: RowGenerator, steps: int) -> Tensor:
@@ -63,7 +63,7 @@ class Flow:
 
 
 class DrawnRow:
-    """The samples that `draw` makes of the starts, and the flow behind them, as metrics ask for them (`metrics.Drawn`)."""
+    """The samples that `draw` makes of the starts, and the flow behind them, in the form of `metrics.Drawn`."""
 
     def __init__(self, starts: Starts, student: Student, draw: Draw, flow: Flow, coupled: dict[int, Draws]):
         self.starts, self.student, self.draw, self.flow = starts, student, draw, flow

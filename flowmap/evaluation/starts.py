@@ -1,4 +1,4 @@
-"""Where the samples of every row of metrics.json start: the same noise, conditions and held-out samples for all rows."""
+"""The starts of all rows of metrics.json: the same noise, conditions and held-out samples for each row."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Starts:
         return of_samples(self._unused, self.rank + self.world * torch.arange(first, first + count))
 
     def batches(self, num: int, label: str = "") -> Iterator[Batch]:
-        """This process's share of the first `num` starts; a batch is counted as done when the next one is asked for."""
+        """Yield this process's share of the first `num` starts; a batch is counted when the next is requested."""
         size, num = self.recipe.evaluation.batch_size, num // self.world
         with self.counting(num, label) as count:
             for i in range(0, num, size):

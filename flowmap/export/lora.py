@@ -24,6 +24,7 @@ from flowmap.export.stock import (
     unit_of,
 )
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
+from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.lora import ADAPTER
 from flowmap.teachers.autoencoder import Autoencoder
 
@@ -35,9 +36,11 @@ def write_lora(plan: Export, folder: Path) -> Written:
     config = plan.student.config
     if config.lora is None:
         raise ValueError("--to lora: this student is no LoRA student; take --to diffusers")
+    net = config.net
+    assert isinstance(net, DiffusersModel)
     if not has_stock(plan):
         raise ValueError(
-            f"--to lora: no stock pipeline samples {config.net.network} on the schedule of {config.net.scheduler} as this student does; take "
+            f"--to lora: no stock pipeline samples {net.network} on the schedule of {net.scheduler} as this student does; take "
             "--to diffusers --custom, which merges its adapters"
         )
     check_grid(plan)
@@ -52,7 +55,9 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
     """A, B and the bias of B by layer, in diffusers' names; alpha / rank is in B, so that the scale of all is 1, which is what no alpha means."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    net, rank, out = network_of(plan), plan.student.config.lora.rank, {}
+    lora = plan.student.config.lora
+    assert lora is not None
+    net, rank, out = network_of(plan), lora.rank, {}
     extra = constant_extra(plan)
     embeddings = [f"{name}.linear_2" for name, _ in time_embeddings(net.model)] if extra is not None else []
     for name, layer in net.model.named_modules():
@@ -74,7 +79,8 @@ def _check_autoencoder(plan: Export) -> None:
     config = plan.student.config
     if config.autoencoder is None:
         return
-    theirs = Autoencoder(source=config.base.source, revision=config.base.revision)
+    base = config.frozen_base()
+    theirs = Autoencoder(source=base.source, revision=base.revision)
     ours = plan.autoencoder()
     assert ours is not None
     if plan.unit or ours.identity() != theirs.identity():
@@ -84,7 +90,7 @@ def _check_autoencoder(plan: Export) -> None:
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
-    net, base = network_of(plan), plan.student.config.base
+    net, base = network_of(plan), plan.student.config.frozen_base()
     family = FAMILIES[type(net.model).__name__]
     here = Path(base.source).is_dir()
     source = (

@@ -23,7 +23,9 @@ class Export:
 
     @property
     def sampler(self) -> Deterministic | Gamma:
-        return self.student.config.sampler
+        sampler = self.student.config.sampler
+        assert isinstance(sampler, (Deterministic, Gamma))  # plan_of has checked
+        return sampler
 
     @property
     def gamma(self) -> float:
@@ -72,7 +74,7 @@ def make_plan(
         )
     student = student.merged() if merge else student
     sampler = student.config.sampler
-    if type(sampler) not in (Deterministic, Gamma):
+    if not isinstance(sampler, (Deterministic, Gamma)) or type(sampler) not in (Deterministic, Gamma):
         raise ValueError(f"sampler: {type(sampler).__name__} cannot be exported; what can: deterministic, gamma")
     steps = max(sampler.steps) if steps is None else steps
     sampler.times(steps)

@@ -56,7 +56,7 @@ def write_text_parts(
         return None
     parts, source = _pipeline_parts(spec)
     if of_base:
-        base = plan.student.config.base
+        base = plan.student.config.frozen_base()
         same = (
             PipelineText(
                 source=base.source, revision=base.revision, max_tokens=spec.max_tokens, size=spec.size

@@ -74,7 +74,7 @@ class BaseObjective(Part):
 
 
 def complete(cls: type, defaults: type) -> None:
-    """Add to a class the members of `defaults` that it does not state: neither as attributes nor as fields of a dataclass."""
+    """Add to a class the members of `defaults` that it does not state, as attributes or as fields of a dataclass."""
     fields = vars(cls).get("__dataclass_fields__", {})
     for base in defaults.__mro__[:-1]:
         for name, value in vars(base).items():

@@ -1,4 +1,4 @@
-"""The nouns that every other file speaks: a drawn point, a loss, and the protocols of the parts that meet.
+"""The shared types: path samples, losses, and the protocols of teachers, students, paths, priors and so on.
 
 Clock, everywhere: t = 0 is data, t = 1 is noise; t is the departure, s the arrival, 0 <= s <= t <= 1.
 Letters: x0 data, x1 noise, xt the point at t, vt the conditional velocity d xt / dt.
@@ -16,16 +16,16 @@ from torch import Tensor
 from flowmap.flow.draws import Generator
 
 Cond = Mapping[str, Tensor]
-"""What a velocity is conditioned on, one row a sample: "class" (B,) int64 with -1 for "no class", "guidance" (B,) float, "text" ..."""
+"""Conditions by name, one row per sample: "class" (B,) int64 with -1 for no class, "guidance" (B,) float, "text" ..."""
 
 
 @dataclass(frozen=True)
 class PathSample:
     """All randomness of a training step, drawn before an objective sees it.
 
-    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of x1's entries, given what a
-    learned prior knows of them (B, ...); None where it is 1. place: how many samples of the run come before each, (B,) int64; None where
-    there is no run.
+    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of the
+    entries of x1 given the code of a learned prior, (B, ...); None means 1. place: the index of each sample in the run,
+    (B,) int64; None outside a run.
     """
 
     x0: Tensor
@@ -39,14 +39,14 @@ class PathSample:
     place: Tensor | None = None
 
     def places(self, step: int) -> Tensor:
-        """`place`, or where there is none those of a run whose every step has one batch of this size."""
-        return (
-            step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
-        )
+        """`place`; without one, the indices in a run with one batch of this size per step."""
+        if self.place is not None:
+            return self.place
+        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device)
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
-    """The sample with those rows alone, in that order; rows is an index or a mask."""
+    """The sample restricted to `rows`, an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
     more: dict[str, Any] = {
@@ -57,9 +57,10 @@ def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
 
 @dataclass(frozen=True)
 class Loss:
-    """The value to descend, with what is worth watching.
+    """The value to minimise, and quantities to log.
 
-    value is a scalar that carries grad. logs are detached: a scalar is logged as train/<key>; a (B,) vector is also shown by bins of t.
+    value is a scalar with a graph. logs are detached: a scalar is logged as train/<key>; a (B,) vector is also logged
+    by bins of t.
     """
 
     value: Tensor
@@ -67,7 +68,7 @@ class Loss:
 
 
 class Teacher(Protocol):
-    """A frozen velocity field v(x, t) = E[x1 - x0 | xt = x] on our clock; never needs grad."""
+    """A frozen velocity field v(x, t) = E[x1 - x0 | xt = x] on our clock; it never needs gradients."""
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor: ...
 
@@ -81,7 +82,7 @@ class FlowMap(Protocol):
 
 
 class Path(Protocol):
-    """How data and noise are joined: xt = a(t) x0 + b(t) x1."""
+    """An interpolation of data and noise: xt = a(t) x0 + b(t) x1."""
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> PathSample: ...
 
@@ -111,7 +112,8 @@ class Prior(Protocol):
 class Coupling(Protocol):
     """How noise and data are joined.
 
-    independent: noise is drawn from the recipe's prior, whatever the data. paired: each noise belongs to one sample, by a teacher's ODE.
+    independent: noise is drawn from the recipe's prior, whatever the data. paired: a teacher's ODE joined each noise to
+    a sample.
     """
 
     @property
@@ -126,17 +128,18 @@ class Coupling(Protocol):
 class Objective(Protocol):
     """A deterministic function of student, teacher and a drawn sample; step is the optimizer step (for warm-ups).
 
-    diagonal            it trains a plain velocity, t = s alone, so that the student needs no arrival time
-    artifact            what a run writes to student/: a "student", an "autoencoder", a "text_autoencoder", "text_joint" or a "prior"
-    derivative          how it takes a derivative of the network ("dual", "forward" or "difference"), None where it takes none
-    learns_weight       its error is weighted by a branch of the student, log_error(t, s)
-    draws_samples       it trains on samples that the student draws
-    sees_pictures       it compares pictures, so latents are decoded first
-    loss_net            the perceptual network that it compares them with, which no metric may share
-    null_weight         the weight in its target of the student's prediction without a condition
-    distillation        the objective that compares the student with its teacher: itself, or the one that it adds a loss to
+    diagonal        it trains a plain velocity, t = s alone, so that the student needs no arrival time
+    artifact        what a run writes to student/: "student", "autoencoder", "text_autoencoder", "text_joint" or "prior"
+    derivative      how it differentiates the network ("dual", "forward", "difference"), None where it does not
+    learns_weight   its error is weighted by a branch of the student, log_error(t, s)
+    draws_samples   it trains on samples that the student draws
+    sees_pictures   it compares pictures, so latents are decoded first
+    loss_net        the perceptual network that compares them, which no metric may use
+    null_weight     the weight, in its target, of the student's prediction without a condition
+    distillation    the objective that compares student and teacher: itself, or the one that it adds a loss to
 
-    A class that lacks one of these members gets the default of flow/parts.py when a recipe is read; `__call__` alone is required.
+    A class that lacks one of these members gets the default of flow/parts.py when a recipe is read. Only `__call__` is
+    required.
     """
 
     artifact: ClassVar[str]
@@ -174,16 +177,31 @@ class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student.
 
     steps: the step counts that evaluation reports. calls(steps): the number of calls of the student for that count.
-    jumps_to_data: every call of the student goes to t = 0.
+    jumps_to_data: every call of the student goes to t = 0. A subclass of
+    samplers/grids.py's FewStep has all members but `__call__`.
     """
 
     @property
     def steps(self) -> tuple[int, ...]: ...
 
-    def calls(self, steps: int) -> int: ...
-
     @property
     def jumps_to_data(self) -> bool: ...
+
+    def times(self, steps: int) -> tuple[float, ...]:
+        """The steps + 1 times of a run, falling to exactly 0."""
+        ...
+
+    def calls(self, steps: int) -> int:
+        """How often a run calls the student."""
+        ...
+
+    def start(self, x1: Tensor) -> Tensor:
+        """The state at the first of the times."""
+        ...
+
+    def step(self, student: FlowMap, x: Tensor, t: float, s: float, cond: Cond | None) -> Tensor:
+        """The state x at time t carried to time s in one step."""
+        ...
 
     def check(self, recipe: RecipeView) -> None: ...
 
@@ -193,7 +211,7 @@ class Sampler(Protocol):
 
 
 class DataView(Protocol):
-    """What a part reads of a recipe's data. in_pixels: samples are no latents. autoencoder: what decodes latents, None where nothing does."""
+    """What a part reads of a recipe's data. autoencoder: what decodes its latents, None where nothing does."""
 
     @property
     def in_pixels(self) -> bool: ...
@@ -273,9 +291,10 @@ class RecipeView(Protocol):
 
 
 def broadcast_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """t reshaped to multiply x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor. The one place that broadcasts times.
+    """t reshaped to broadcast against x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor.
 
-    The dtype of t is kept when it is wider than x's (times stay in float32 or better). Raises ValueError unless t is a scalar or (B,).
+    The dtype of t does not change, so times stay in float32 or better. Raises a ValueError unless t is a scalar or
+    (B,).
     """
     t = torch.as_tensor(t, device=x.device)
     if t.ndim == 0:

@@ -1,4 +1,6 @@
-"""Floor 1: what a student is trained to satisfy. One file a paper; a new objective is a frozen dataclass and a line here."""
+"""Objectives: what a student is trained to satisfy. Each is a frozen dataclass in a file of its own and an entry of
+OBJECTIVES.
+"""
 
 from flowmap.objectives.adversarial import Adversarial
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed

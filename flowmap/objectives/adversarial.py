@@ -1,7 +1,9 @@
-"""Adversarial finetuning: a distilled student trained on by its own objective and by a discriminator of its few-step samples.
+"""Adversarial finetuning: train a distilled student by its own objective and by a discriminator of its few-step
+samples.
 
-Source: Align Your Flow, arXiv:2506.14603 (section on adversarial finetuning); the loss is that of R3GAN, arXiv:2501.05441: relativistic
-pairing with zero-centred gradient penalties.  A discriminator D(x, cond, noise) gives one score (B,) a sample, higher for data.
+Source: Align Your Flow, arXiv:2506.14603 (section on adversarial finetuning). The loss is that of R3GAN,
+arXiv:2501.05441: relativistic pairing with zero-centred gradient penalties. A discriminator D(x, cond, noise) gives one
+score (B,) per sample, higher for data.
 
     D      softplus(D(fake) - D(real)) + r1/2 |dD/dx (real)|^2 + r2/2 |dD/dx (fake)|^2
     G      softplus(D(real) - D(fake)),   fake the student's sample in k steps
@@ -25,13 +27,13 @@ from flowmap.objectives.perceptual import check_unmeasured
 from flowmap.objectives.reconstruction import Reconstruction
 
 Scores = Callable[[Tensor, Cond | None, Tensor | None], Tensor]
-MOST = 1e4  # of the adaptive factor, where one gradient vanishes
+MOST = 1e4  # the largest adaptive factor, for a gradient that vanishes
 
 
 class DiscriminatorSpec(Protocol):
     """The settings of a discriminator.
 
-    trunk: the network whose features it reads: "none", the "teacher"'s, or "features" of a published one.
+    trunk: the network that it takes features from: "none", the "teacher"'s, or "features" of a published one.
     """
 
     @property
@@ -43,7 +45,7 @@ class DiscriminatorSpec(Protocol):
 
 @runtime_checkable
 class FeaturesSpec(DiscriminatorSpec, Protocol):
-    """Those of one on the features of the network `net`."""
+    """The settings of a discriminator on the features of the network `net`."""
 
     @property
     def net(self) -> str: ...
@@ -51,12 +53,17 @@ class FeaturesSpec(DiscriminatorSpec, Protocol):
 
 @dataclass(frozen=True)
 class Adversarial(BaseObjective):
-    """The distillation loss of `base`, kept, and the pairing loss of the student's samples in one of `steps` steps, drawn for each step of training.
+    """The distillation loss of `base` plus the pairing loss of the student's samples.
 
-    balance: which of the two losses is multiplied by `weight` times the ratio of both gradients' norms at the student's last layer: "base"
-    (sources of the paper: weight 0.1), "adversarial", or "none", where `weight` alone multiplies the adversarial loss. r1 and r2 weigh the
-    penalties. through: the gradient of a sample goes through the "last" jump or through "all". Before step `start` the discriminator learns
-    and the student descends the base's loss alone. The discriminator's learning rate follows the student's schedule.
+    steps       the step counts of the samples; each training step draws one of them
+    balance     the loss that is multiplied by `weight` times the ratio of the two gradients' norms at the student's
+                last layer: "base" (the paper's, weight 0.1) or "adversarial"; with "none" the adversarial loss is
+                multiplied by `weight` alone
+    r1, r2      weights of the gradient penalties on data and on samples
+    through     whether the gradient of a sample passes through its "last" jump or through "all"
+    start       the step before which only the discriminator uses the samples, and the student descends the base's loss
+
+    The discriminator's learning rate follows the student's schedule.
     """
 
     base: Objective
@@ -79,10 +86,10 @@ class Adversarial(BaseObjective):
         if not self.steps:
             raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
         if isinstance(self.base, (Adversarial, Reconstruction)):
-            raise ValueError("base: wants an objective that trains a flow map, not adversarial or reconstruction")
+            raise ValueError("base: must be an objective that trains a flow map, not adversarial or reconstruction")
 
     @property
-    def diagonal(self) -> bool:  # type: ignore[override]  # a constant of other kinds; none is asked for it as a class
+    def diagonal(self) -> bool:  # type: ignore[override]  # a constant of other kinds
         return self.base.diagonal
 
     @property
@@ -96,25 +103,24 @@ class Adversarial(BaseObjective):
     def check(self, recipe: RecipeView) -> None:
         key, spec = "objective.discriminator", self.discriminator
         if recipe.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard a discriminator, whose penalties are differentiated twice; use ddp"
-            )
+            what = "a discriminator with penalties, which are differentiated twice"
+            raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
         if spec.trunk == "teacher" and recipe.teacher is None:
-            raise ValueError(
-                f"{key}.kind: 'teacher' looks through the teacher's network, and the recipe has no teacher"
-            )
+            raise ValueError(f"{key}.kind: 'teacher' needs the features of a teacher, and the recipe has none")
         if spec.trunk == "features":
             if not recipe.data.in_pixels:
-                raise ValueError(f"{key}.kind: 'features' looks at pictures, and the data's samples are latents")
+                raise ValueError(f"{key}.kind: 'features' needs pictures, and the data's samples are latents")
             assert isinstance(spec, FeaturesSpec)
             check_unmeasured(recipe, spec.net, f"{key}.net", "a discriminator")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        """The distillation loss alone: what a discriminator adds is train/adversarial.py's."""
+        """The distillation loss alone; train/auxiliary.py adds the discriminator's."""
         return self.base(student, teacher, sample, step)
 
     def factors(self, of_base: Tensor, of_adversarial: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """What the base's and the adversarial loss are multiplied by, given the norms of their gradients at the student's last layer."""
+        """The factors of the base's and the adversarial loss, from the norms of their gradients at the student's last
+        layer.
+        """
         one = torch.ones_like(of_base)
         if step < self.start:
             return one, 0 * one
@@ -128,7 +134,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 def pairing_loss(higher: Tensor, lower: Tensor) -> Tensor:
-    """softplus(lower - higher), row by row: small where the scores `higher` (B,) lie above those of `lower`."""
+    """softplus(lower - higher), row by row: small where the scores `higher` (B,) exceed `lower`."""
     return F.softplus(lower - higher)
 
 
@@ -142,7 +148,10 @@ def discriminator_loss(
     r1: float,
     r2: float,
 ) -> Loss:
-    """What the discriminator descends. real, fake and noise are (B, ...), rows that share a condition; one pass of both together."""
+    """The loss of the discriminator, by one pass of data and samples together.
+
+    real, fake and noise are (B, ...); row i of each has the same condition.
+    """
     penalised = r1 > 0 or r2 > 0
     both = torch.cat([real, fake]).detach().requires_grad_(penalised)
     twice = None if cond is None else {key: torch.cat([value, value]) for key, value in cond.items()}
@@ -158,7 +167,7 @@ def discriminator_loss(
 
 
 def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
-    """|d scores_i / d x_i|^2 of each row i, (B,), with its graph; scores (B,) made of x (B, ...), row by row."""
+    """|d scores_i / d x_i|^2 of each row i, (B,), with its graph; scores (B,) depend on x (B, ...) row by row."""
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
     return gradient.flatten(1).square().sum(1)
 
@@ -166,7 +175,7 @@ def squared_gradient(scores: Tensor, x: Tensor) -> Tensor:
 def generator_loss(
     scores: Scores, real: Tensor, fake: Tensor, cond: Cond | None = None, noise: Tensor | None = None
 ) -> Tensor:
-    """What the student descends beside its distillation loss, a scalar that carries grad to fake."""
+    """The adversarial loss of the student, a scalar that carries grad to `fake`."""
     with torch.no_grad():
         of_real = scores(real, cond, noise)
     return pairing_loss(scores(fake, cond, noise), of_real).mean()
@@ -181,7 +190,7 @@ def generate(
 
 
 class _LastCall:
-    """A flow map that keeps the graph of its num_calls-th call alone."""
+    """A flow map that keeps the graph of its num_calls-th call only."""
 
     def __init__(self, student: FlowMap, num_calls: int):
         self.student, self.left = student, num_calls

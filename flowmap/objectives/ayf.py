@@ -1,10 +1,10 @@
 """Align Your Flow: continuous-time distillation of a teacher's velocity into a flow map.
 
-Source: Sabour, Fidler, Kreis 2025, arXiv:2506.14603 (EMD: theorem 3.2 and algorithm 1; LMD: the Lagrangian counterpart).
-Clock: 0 data, 1 noise.  At the exact map, with d/dt taken along the teacher's velocity v:
+Source: Sabour, Fidler, Kreis 2025, arXiv:2506.14603 (EMD: theorem 3.2, algorithm 1; LMD: the Lagrangian counterpart).
+Clock: 0 data, 1 noise. At the exact map, with d/dt taken along the teacher's velocity v:
 
-    EMD   F(x, t, s) = v(x, t) - (t - s) dF/dt                          (where it starts, moving the start changes nothing)
-    LMD   F(x, t, s) = v(f, s) + (t - s) dF/ds,   f = x + (s - t) F     (where it arrives, it moves as the teacher moves)
+    EMD   F(x, t, s) = v(x, t) - (t - s) dF/dt                         (moving the departure changes no arrival)
+    LMD   F(x, t, s) = v(f, s) + (t - s) dF/ds,   f = x + (s - t) F    (the arrival moves with the teacher's velocity)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flowmap.objectives.tangent import Tangent
 
 @dataclass(frozen=True)
 class _AYF(Tangent):
-    """What r_max lacks of 1 is a flow-matching pull."""
+    """The loss of both: the part by which r_max is below 1 is a flow-matching term."""
 
     def _loss(self, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int) -> Loss:
         size = g.flatten(1).norm(dim=1)
@@ -38,7 +38,8 @@ class _AYF(Tangent):
 class AYFEMD(_AYF):
     """|| F - sg(F - g) ||^2 with g = (F - v) + r (t - s) dF/dt, normalised per sample.
 
-    Without a teacher v is the conditional velocity.  Samples on the diagonal t = s, whose derivative is multiplied by zero, do not pay.
+    Without a teacher v is the conditional velocity. On the diagonal t = s the derivative is multiplied by zero and is
+    not computed.
     """
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
@@ -55,7 +56,7 @@ class AYFEMD(_AYF):
 
 @dataclass(frozen=True)
 class AYFLMD(_AYF):
-    """|| F - sg(F - g) ||^2 with g = F - (v(f, s) + r (t - s) dF/ds), normalised; the teacher is asked where the student arrives, f."""
+    """|| F - sg(F - g) ||^2 with g = F - (v(f, s) + r (t - s) dF/ds), normalised; f is where the student arrives."""
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
@@ -75,10 +76,11 @@ class AYFLMD(_AYF):
 class AYFMixed(_AYF):
     """AYF-LMD on a share `lagrangian` of the rows, AYF-EMD on the others; the mean over all rows.
 
-    own_lagrangian and own_eulerian: of either kind's rows, the share that departs not from the path between noise and data but from the
-    student's own state, where it arrives from the row's noise in one jump, f(x1, 1, t), without gradient: one forward pass more for those
-    rows. Both identities hold wherever the teacher's velocity does, and these are the states at which the student is asked when it
-    samples. Shares are evenly spread over the samples of the run, however they are batched (flow/shares.py).
+    own_lagrangian and own_eulerian: the share of either kind's rows that depart from the student's own state f(x1, 1,
+    t) instead of the path between noise and data. That state is computed without gradient and costs one more forward
+    pass for those rows. Both identities hold wherever the teacher's velocity does, and these are the states that the
+    student meets when it samples. Shares are spread evenly over the samples of the run, however they are batched
+    (flow/shares.py).
     """
 
     lagrangian: Share = 0.25
@@ -119,7 +121,9 @@ class AYFMixed(_AYF):
                 raise ValueError(f"objective.{name}: {needed}; without one it must be 0")
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of the samples at those places of the run are Lagrangian, which depart from the student's own states), masks (n,)."""
+        """Return two masks (n,) of the samples at those places of the run: Lagrangian rows, and rows at the student's
+        own states.
+        """
         chosen, lagrangian = evenly(place, self.lagrangian, turned=1), taken(place, self.lagrangian, turned=1)
         own, own_eulerian = (
             evenly(lagrangian, self.own_lagrangian, turned=2),
@@ -129,7 +133,10 @@ class AYFMixed(_AYF):
 
 
 def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSample:
-    """The sample in which xt of those rows (a mask) is f(x1, 1, t), the student's own state, without gradient; at t = 1 that is the noise."""
+    """The sample with xt replaced, in the rows of a mask, by the student's own state f(x1, 1, t), without gradient.
+
+    At t = 1 that is the noise itself.
+    """
     if (places := called_on(rows, student)) is None:
         return sample
     part = rows_of(sample, places)
@@ -141,9 +148,10 @@ def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSam
 
 
 def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
-    """(F, rate) for the whole batch, the rate taken only where t > s and elsewhere zero (it is multiplied by t - s).
+    """Return (F, rate) of the whole batch; the rate is computed where t > s and zero elsewhere, as it is multiplied by
+    t - s.
 
-    One forward pass whatever the times: where the diagonal samples are not the last of the batch it is put in that order and back.
+    There is one forward pass whatever the times: rows on the diagonal are moved to the end of the batch, and back.
     """
     still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)
     rows = max(int((~still).sum()), int(needed and anywhere(~still, student)))

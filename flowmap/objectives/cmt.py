@@ -1,7 +1,8 @@
-"""Consistency mid-training: a flow map is begun by regression on points of the teacher's own solver trajectories.
+"""Consistency mid-training: initialise a flow map by regression on points of the teacher's own solver trajectories.
 
-Source: Hu, Lai, Mitsufuji, Ermon 2025, arXiv:2509.24526 (as its abstract and reviews give it: its weights and distances are settings here).
-Clock: 0 data, 1 noise. With x_0 = x1, x_1, ... x_K the states of a solver at falling times from 1 to 0, for i < j:
+Source: Hu, Lai, Mitsufuji, Ermon 2025, arXiv:2509.24526 (known from its abstract and reviews; its weights and distances
+are settings here). Clock: 0 data, 1 noise. With x_0 = x1, x_1, ... x_K the states of a solver at falling times from 1
+to 0, for i < j:
 
     F(x_i, t_i, t_j) = (x_i - x_j) / (t_i - t_j)
 """
@@ -22,10 +23,11 @@ from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_tim
 
 @dataclass(frozen=True)
 class CMT(BaseObjective):
-    """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), where the sample's t and s fall into steps i and j of the solver's grid.
+    """distance(F(x_i, t_i, t_j), (x_i - x_j) / (t_i - t_j)), with i and j the solver's steps nearest to the sample's t
+    and s.
 
-    Trajectories start from the sample's noise, one for `points` rows in a row, which share the condition of the first; nothing of them is
-    stored. The grid's times nearest to t and s are taken, at least one step apart. Of the sample the data is not looked at.
+    i and j differ by one step at least. Each trajectory starts from the sample's noise and serves `points` consecutive
+    rows, which share the condition of the first; no trajectory is stored. The sample's data is not used.
     """
 
     solver: Solver = field(default_factory=lambda: Heun(steps=16))
@@ -35,15 +37,12 @@ class CMT(BaseObjective):
     def __post_init__(self):
         check_ranges(self)
         if isinstance(self.solver, NoiseAnchored):
-            raise ValueError(
-                "solver: the anchored rule's states are no points of one trajectory; choose euler, midpoint, heun or rk4"
-            )
+            why = "its states are not points of one trajectory"
+            raise ValueError(f"solver: the anchored rule does not fit: {why}; choose euler, midpoint, heun or rk4")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError(
-                "objective.kind: cmt follows the teacher's own trajectories, so the recipe needs a teacher"
-            )
+            raise ValueError("objective.kind: cmt follows the teacher's own trajectories; add a teacher")
         leader = torch.arange(len(sample.t), device=sample.t.device) // self.points
         trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
         times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)
@@ -56,14 +55,17 @@ class CMT(BaseObjective):
 
     @torch.no_grad()
     def _trajectories(self, teacher: Teacher, sample: PathSample, count: int):
-        """The states at every time of the grid, (K + 1, count, ...), from each `points`-th row of the sample's noise, and those rows' conditions."""
+        """The states at every time of the grid, (K + 1, count, ...), and their conditions.
+
+        Trajectories start from every `points`-th row of the sample's noise.
+        """
         rows = torch.arange(count, device=sample.t.device) * self.points
         cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
         return self.solver(lambda x, t: teacher.velocity(x, t, cond), sample.x1[rows], keep=True).trajectory, cond
 
 
 def places(times: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """(i, j): where in the falling `times` (K + 1,) the ones nearest to t and s stand, j at least i + 1 and i below K."""
+    """The indices (i, j) of the entries of the falling `times` (K + 1,) nearest to t and s, with i < K and j > i."""
     nearest = lambda at: (at[:, None] - times[None, :]).abs().argmin(1)
     i = nearest(t).clamp_max(len(times) - 2)
     return i, torch.maximum(nearest(s), i + 1)

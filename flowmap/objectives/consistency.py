@@ -1,7 +1,7 @@
-"""Consistency models, discrete: two neighbouring points of one trajectory have one end at the data.
+"""Discrete consistency models: two neighbouring points of one trajectory end at the same data.
 
 Source: Song, Dhariwal, Chen, Sutskever 2023, arXiv:2303.01469; distillation with a teacher, training without one.
-Clock: 0 data, 1 noise; the paper's sigma is t / (1 - t), and its smallest one is 0 here, where f(x, 0, 0) = x.
+Clock: 0 data, 1 noise. The paper's sigma is t / (1 - t); its smallest sigma is 0 here, where f(x, 0, 0) = x.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ GRIDS = ("uniform", "rho")
 
 @dataclass(frozen=True)
 class Consistency(BaseObjective):
-    """distance(f(x, t, 0), sg f(y, u, 0)), y where one solver step of the teacher's velocity takes x from t to u, one grid step nearer to data.
+    """distance(f(x, t, 0), sg f(y, u, 0)), with y the result of one solver step of the teacher's velocity from t to u.
 
-    steps: how many grid steps lie between noise and data. grid: "uniform" in t, or "rho", even in sigma^(1/rho) between sigma_min and
-    sigma_max (the last step then goes from sigma_min or below to 0). solver: "heun" or "euler". Without a teacher the velocity is the
-    conditional one, whose line either solver follows exactly. Times between grid points are allowed: u is one grid step below any t.
-    The target is the student's own, as later work found better than the paper's averaged one. The sample's arrival time is not looked at.
+    steps       the number of grid steps between noise and data; u is one grid step below t, for any t
+    grid        "uniform" in t, or "rho", even in sigma^(1/rho) between sigma_min and sigma_max; the last step of "rho"
+                goes from sigma_min or below to 0
+    solver      "heun" or "euler"; without a teacher the velocity is the conditional one, which both follow exactly
+
+    The target is computed by the student itself, which later work found better than the paper's averaged weights. The
+    sample's arrival time is not used.
     """
 
     steps: Calls = 18
@@ -58,7 +61,7 @@ class Consistency(BaseObjective):
         return Loss(error.mean(), {"error": error.detach()})
 
     def _slope(self, teacher: Teacher | None, sample: PathSample, u: Tensor) -> Tensor:
-        """The solver's mean velocity from t to u, like x."""
+        """The solver's mean velocity from t to u, shaped like x."""
         x, t, cond = sample.xt, sample.t, sample.cond
         if teacher is None:
             return sample.vt

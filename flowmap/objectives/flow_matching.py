@@ -1,6 +1,6 @@
-"""Flow matching: on the diagonal s = t the student's mean velocity is the conditional velocity on average.
+"""Flow matching: on the diagonal s = t the student's mean velocity equals the mean of the conditional velocity.
 
-Source: Lipman et al. 2022, arXiv:2210.02747; this is how a teacher is trained.  Clock: 0 data, 1 noise.
+Source: Lipman et al. 2022, arXiv:2210.02747; teachers are trained with it. Clock: 0 data, 1 noise.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flowmap.objectives.lediflow import Unweighted, Weight
 
 @dataclass(frozen=True)
 class FlowMatching(BaseObjective):
-    """The distance between F(xt, t, t) and v, the conditional velocity, or the teacher's where there is one; by default the mean square.
+    """The distance, by default the mean square, between F(xt, t, t) and the conditional or the teacher's velocity.
 
-    weight: of each entry, by the variance that a learned prior gives it (1 under the Gaussian one); both velocities are multiplied by its
-    root.
+    weight: the weight of each entry, from the variance that a learned prior gives it (1 under the Gaussian prior). Both
+    velocities are multiplied by its square root.
     """
 
     distance: Distance = Squared()
@@ -29,9 +29,8 @@ class FlowMatching(BaseObjective):
     def check(self, recipe: RecipeView) -> None:
         weighted = not isinstance(self.weight, Unweighted)
         if weighted and not (recipe.prior.learned and recipe.coupling.independent):
-            raise ValueError(
-                "objective.weight: is by the variance of a learned prior, on an independent coupling; allowed here: none"
-            )
+            needed = "the variance of a learned prior, on an independent coupling"
+            raise ValueError(f"objective.weight: needs {needed}; allowed here: none")
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)

@@ -1,7 +1,7 @@
-"""FreeFlow: a flow map from noise alone, by the Lagrangian identity at t = 1; no data is looked at.
+"""FreeFlow: train a flow map from noise alone, without data, by the Lagrangian identity at t = 1.
 
-Source: Tong, Ma, Xie, Jaakkola 2025, arXiv:2511.19428 (its prediction objective, in the continuous form; its correction objective, which
-trains a second network beside the student, is not here).  Clock: 0 data, 1 noise; the paper's duration is 1 - s.
+Source: Tong, Ma, Xie, Jaakkola 2025, arXiv:2511.19428: its prediction objective, in the continuous form. Its correction
+objective, which trains a second network, is not implemented. Clock: 0 data, 1 noise; the paper's duration is 1 - s.
 
     F(x1, 1, s) = v(f, s) + (1 - s) dF/ds,   f = x1 - (1 - s) F
 """
@@ -20,9 +20,9 @@ from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_tim
 
 @dataclass(frozen=True)
 class FreeFlow(BaseObjective):
-    """distance(F(x1, 1, s), sg(v(f, s) + (1 - s) dF/ds)): of the sample only noise, arrival time and condition are read.
+    """distance(F(x1, 1, s), sg(v(f, s) + (1 - s) dF/ds)), from the sample's noise, arrival time and condition.
 
-    Such a student jumps from t = 1 alone. distance: the paper's weight could not be had; `adaptive` is MeanFlow's.
+    Such a student jumps from t = 1 only. distance: the paper's weight is not known; `adaptive` is MeanFlow's.
     derivative: "dual", "forward" or "difference".
     """
 
@@ -34,9 +34,7 @@ class FreeFlow(BaseObjective):
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         if teacher is None:
-            raise ValueError(
-                "objective.kind: freeflow asks the teacher at the student's own arrival point, so the recipe needs a teacher"
-            )
+            raise ValueError("objective.kind: freeflow evaluates a teacher where the student arrives; add a teacher")
         x, s, cond = sample.x1, sample.s, sample.cond
         mean_velocity, rate = lagrangian_derivative(student, x, torch.ones_like(s), s, cond, mode=self.derivative)
         length = broadcast_time(1 - s, x)

@@ -1,7 +1,8 @@
-"""InstaFlow's last stage: one step from the noise of a pair must end where the pair ends, first by squares, then as pictures are seen.
+"""InstaFlow's last stage: one step from the noise of a pair ends at its data, by squared error and then by a perceptual
+distance.
 
-Source: Liu, Zhang, Ma, Peng, Liu 2023, arXiv:2309.06380. Clock: 0 data, 1 noise. The pairs are those of a reflowed model, whose paths are
-nearly straight, so that its end points are nearly a smooth function of the noise: reflow first, then distil.
+Source: Liu, Zhang, Ma, Peng, Liu 2023, arXiv:2309.06380. Clock: 0 data, 1 noise. The pairs come from a reflowed model:
+its paths are nearly straight, so its endpoints are nearly a smooth function of the noise. Reflow first, then distil.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PictureDistance(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """The distance in that network, as `lpips_huber` names it (perceptual.py)."""
+    """The perceptual distance in a network, named as for `lpips_huber` (perceptual.py)."""
 
     net: str = "lpips"
 
@@ -41,7 +42,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The mean square over pixels: in latents, what the decoder makes of an error, where no second perceptual network is at hand."""
+    """The mean square over pixels. For latents it measures the decoded error, without a second perceptual network."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         return Squared()(a, b)
@@ -52,28 +53,26 @@ PICTURE_DISTANCES = {"network": Network, "pictures": Pictures}
 
 @dataclass(frozen=True)
 class Endpoint(BaseObjective):
-    """d(f(x1, 1, 0), x0) of the pair: squared until step `perceptual_after_steps`, then squared * that + (1 - squared) * `perceptual`.
+    """d(f(x1, 1, 0), x0) of the pair, with d the squared error until step `perceptual_after_steps`.
 
-    Without `perceptual` it is the squared error to the end. The sample's times play no part, nor does a teacher.
+    From then on d is squared * the squared error + (1 - squared) * `perceptual`. Without `perceptual` it stays the
+    squared error. Neither the sample's times nor a teacher are used.
     """
 
     perceptual: PictureDistance | None = None
     perceptual_after_steps: CountFromZero = 0
     squared: Share = 0.0
-    diagonal: ClassVar[bool] = True  # one network call from noise: an arrival time would be a constant
+    diagonal: ClassVar[bool] = True  # one call from noise: an arrival time would be constant
 
     def __post_init__(self):
         check_ranges(self)
         if self.perceptual is None and (self.perceptual_after_steps or self.squared):
-            raise ValueError(
-                "perceptual_after_steps, squared: say when and how much of `perceptual`, which is not given"
-            )
+            raise ValueError("perceptual_after_steps, squared: have no effect without `perceptual`")
 
     def check(self, recipe: RecipeView) -> None:
         if not recipe.coupling.paired:
-            raise ValueError(
-                "coupling: objective endpoint is for pairs, whose noise says where to end; on independent ones it learns the mean"
-            )
+            why = "on an independent coupling it learns the mean of the data"
+            raise ValueError(f"coupling: objective endpoint is for pairs; {why}")
         check_straight(recipe, "endpoint")
         if self.sees_pictures:
             check_pictures(recipe, self.loss_net, "perceptual")
@@ -84,7 +83,7 @@ class Endpoint(BaseObjective):
 
     @property
     def loss_net(self) -> str | None:
-        """The network that the loss looks through, which no metric may share."""
+        """The network of the perceptual distance, which no metric may use."""
         return self.perceptual.net if isinstance(self.perceptual, Network) else None
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:

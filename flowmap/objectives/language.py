@@ -1,7 +1,8 @@
-"""Training a text autoencoder: sentences come back from their latents, whose posterior stays near a Gaussian.
+"""Training a text autoencoder: its latents decode to the sentence, and their posterior stays near a Gaussian.
 
-Source: the evidence lower bound (Kingma, Welling 2013, arXiv:1312.6114) with annealing (Bowman et al. 2015, arXiv:1511.06349) and free bits
-(Kingma et al. 2016, arXiv:1606.04934). Both together with a flow: Language Rectified Flow, arXiv:2403.16995.
+Source: the evidence lower bound (Kingma, Welling 2013, arXiv:1312.6114) with annealing (Bowman et al. 2015,
+arXiv:1511.06349) and free bits (Kingma et al. 2016, arXiv:1606.04934). Joint training with a flow: Language Rectified
+Flow, arXiv:2403.16995.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ IGNORED = -100
 
 
 class TextNet(Protocol):
-    """A text autoencoder: mean and log-variance of the latents of rows, and the next tokens that it expects, with the true ones."""
+    """A text autoencoder. moments: mean and log-variance of the latents of rows; logits: of each next token, with the
+    targets.
+    """
 
     def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -37,7 +40,7 @@ class TextStudent(Protocol):
 
 
 class JointStudent(TextStudent, Protocol):
-    """One whose network is a flow in those latents as well."""
+    """A text autoencoder that is also a flow in its own latents."""
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor: ...
 
@@ -46,11 +49,13 @@ class JointStudent(TextStudent, Protocol):
 
 @dataclass(frozen=True)
 class TextELBO(BaseObjective):
-    """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps); KL = sum over latent entries of max(mean_B KL_d, free_bits).
+    """(- log p(x | z) + beta KL) / tokens, beta = kl * min(1, step / anneal_steps), KL = sum_d max(mean_B KL_d,
+    free_bits).
 
-    Sums over the tokens of a sentence and the entries of its latent, means over the batch; free_bits in nats an entry. z is a draw of the
-    posterior, and a share word_dropout of the decoder's inputs is masked; both draws of a sample are functions of its noise x1. The student's
-    network is a text autoencoder (moments, logits); times and teacher are not looked at.
+    Sums are over the tokens of a sentence and the entries of its latent, means over the batch. free_bits is in nats per
+    entry. z is drawn from the posterior, and a share word_dropout of the decoder's inputs is masked; both draws are
+    functions of the sample's noise x1. The student's network is a text autoencoder (moments, logits). Times and teacher
+    are not used.
     """
 
     kl: FromZero = 1.0
@@ -87,19 +92,20 @@ class TextELBO(BaseObjective):
 
 
 class TextELBOSpec(Protocol):
-    """What reconstructs: `text_elbo`."""
+    """The objective that reconstructs: `text_elbo`."""
 
     def __call__(self, student: TextStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss: ...
 
 
 @dataclass(frozen=True)
 class TextJoint(BaseObjective):
-    """f + lambda g: reconstruction g (`elbo`) first, the flow f between noise and the posterior's means after it, by flow/barrier.py.
+    """f + lambda g: reconstruction g (`elbo`) and the flow f between noise and the posterior's means, by
+    flow/barrier.py.
 
-    f = mean (v(zt, t) - (x1 - z))^2 with z the means less their mean over the batch, over their spread: no shrinking of latents lowers it.
-    lambda is held constant, so that the gradient is grad f + lambda grad g, of all weights: along it, in small plain steps, g falls at least
-    at the rate min(alpha (g - least), beta |grad g|^2). least: g, in nats a token, that is good enough. Each process has the lambda of its
-    own batch.
+    f = mean (v(zt, t) - (x1 - z))^2, with z the means less their batch mean, divided by their spread, so that no
+    shrinking of latents lowers f. lambda carries no gradient: the gradient of all weights is grad f + lambda grad g,
+    with which in small plain steps g falls at least at the rate min(alpha (g - least), beta |grad g|^2). least: the g,
+    in nats per token, that is good enough. Each process computes the lambda of its own batch.
     """
 
     elbo: TextELBOSpec = TextELBO()
@@ -114,9 +120,8 @@ class TextJoint(BaseObjective):
 
     def check(self, recipe: RecipeView) -> None:
         if recipe.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard what two losses are differentiated for one by one; use ddp"
-            )
+            what = "weights of two losses that are differentiated separately"
+            raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
 
     def __call__(self, student: JointStudent, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         first, flow = self.elbo(student, teacher, sample, step), self.flow(student, sample)
@@ -142,19 +147,26 @@ class TextJoint(BaseObjective):
 
 
 def named_by_noise(name: str, x1: Tensor) -> RowGenerator:
-    """More draws for samples whose noise is x1 (B, ...), each a function of its own: rows are named by the bits of two numbers of it."""
+    """A generator of more draws for samples with noise x1 (B, ...): each row is named by the bits of two of its
+    entries.
+    """
     bits = x1.flatten(1)[:, [0, -1]].float().contiguous().view(torch.int32).long()
     return RowGenerator(name, bits[:, 0] << 32 | bits[:, 1] & 0xFFFFFFFF)
 
 
 def normalised(means: Tensor) -> Tensor:
-    """Latents (B, ...) less their mean over the batch, over the spread of all entries together: what a kept autoencoder does with its own."""
+    """Latents (B, ...) less their batch mean, divided by the spread of all entries, as a saved autoencoder normalises
+    its own.
+    """
     centred = means - means.mean(0)
     return centred / centred.square().mean().sqrt().clamp_min(1e-6)
 
 
 def divergence(mean: Tensor, logvar: Tensor, free_bits: float) -> tuple[Tensor, Tensor]:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of a batch (B, ...), in nats: summed over entries, mean over the batch; and the same with no entry
-    below free_bits, where its gradient vanishes."""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of a batch (B, ...) in nats, without and with free bits.
+
+    Both are sums over entries of the batch mean. In the second no entry is below free_bits, where its gradient
+    vanishes.
+    """
     each = ((mean.float().square() + logvar.float().exp() - 1 - logvar.float()) / 2).flatten(1).mean(0)
     return each.sum(), each.clamp_min(free_bits).sum()

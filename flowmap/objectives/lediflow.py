@@ -1,6 +1,8 @@
-"""LeDiFlow's two losses: the variance-guided loss of the auxiliary model, and weights of flow matching by the prior's variance.
+"""LeDiFlow's two losses: the variance-guided loss of the auxiliary model, and flow matching weighted by the prior's
+variance.
 
-Source: Zwick et al. 2025, arXiv:2505.20723; its full text was not to be had: KL weight, free bits and the weights' formula are settings.
+Source: Zwick et al. 2025, arXiv:2505.20723. Its full text was not available: KL weight, free bits and the weights'
+formula are settings.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from flowmap.flow.types import Loss, PathSample, Teacher, broadcast_time
 
 
 class PriorNet(Protocol):
-    """The auxiliary model: encode(x0) and decode(z) are each (mean, log-variance), of the code and of x1."""
+    """The auxiliary model: encode(x0) and decode(z) each return (mean, log-variance), of the code and of x1."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -31,11 +33,12 @@ class PriorStudent(Protocol):
 
 @dataclass(frozen=True)
 class VarianceGuided(BaseObjective):
-    """mean over entries of ((x0 - mu)^2 / sigma^2 + ln sigma^2) / 2, plus kl times the KL of z to N(0, I), divided by the number of entries.
+    """mean over entries of ((x0 - mu)^2 / sigma^2 + ln sigma^2) / 2, plus kl / entries times the KL of z to N(0, I).
 
-    With kl = 1 and free_bits = 0 it is minus the ELBO an entry, up to a constant. free_bits: each of z's numbers has so many nats of KL
-    (mean over the batch) for nothing. kl grows to its value over the first warmup_steps. z is drawn with the sample's noise; times and
-    teacher are not looked at. The student's network is an auxiliary model (encode, decode).
+    With kl = 1 and free_bits = 0 it is the negative ELBO per entry, up to a constant. free_bits: the nats of KL (mean
+    over the batch) that each entry of z has without a penalty. kl grows to its value over the first warmup_steps. z is
+    drawn with the sample's noise. Times and teacher are not used. The student's network is an auxiliary model (encode,
+    decode).
     """
 
     kl: FromZero = 1.0
@@ -61,7 +64,10 @@ class VarianceGuided(BaseObjective):
 
 
 def negative_log_likelihood(x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """(B,): the mean over entries of ((x - mean)^2 / sigma^2 + ln sigma^2) / 2. Least at mean = x, sigma^2 = the mean square residual."""
+    """(B,): the mean over entries of ((x - mean)^2 / sigma^2 + ln sigma^2) / 2.
+
+    Its minimum is at mean = x, with sigma^2 the mean square residual.
+    """
     return ((x - mean).square() * (-logvar).exp() + logvar).flatten(1).mean(1) / 2
 
 
@@ -71,7 +77,7 @@ def kl_of(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 class Weight(Protocol):
-    """How much each entry of a velocity counts: weights shaped like the prior's variance."""
+    """The weight of each entry of a velocity, shaped like the prior's variance."""
 
     def __call__(self, variance: Tensor) -> Tensor: ...
 
@@ -80,8 +86,8 @@ class Weight(Protocol):
 class _ByVariance:
     """(variance + floor)^power, divided by its mean over a sample's entries, or over those of the batch.
 
-    Where the network is told z the weights are a function of what it is told, and the velocity that minimises the loss is the same for all
-    of them. Where it is not, they shift it.
+    Where z is a condition of the network, the weights are a function of a condition, and the velocity that minimises
+    the loss is the same for all of them. Otherwise the weights shift it.
     """
 
     floor: FromZero = 0.05
@@ -100,7 +106,7 @@ class _ByVariance:
 
 @dataclass(frozen=True)
 class Unweighted:
-    """Every entry counts alike."""
+    """A weight of 1 for every entry."""
 
     def __call__(self, variance: Tensor) -> Tensor:
         return torch.ones_like(variance)
@@ -108,15 +114,17 @@ class Unweighted:
 
 @dataclass(frozen=True)
 class InverseVariance(_ByVariance):
-    """1 / (variance + floor), normalised: entries that the prior is sure of count most. Straighter paths, and at length worse samples
-    (measured: docs/guide/lediflow.md)."""
+    """1 / (variance + floor), normalised: entries that the prior predicts well weigh most.
+
+    Paths become straighter; after long training samples become worse (measured: docs/guide/lediflow.md).
+    """
 
     power: ClassVar[float] = -1.0
 
 
 @dataclass(frozen=True)
 class ByVariance(_ByVariance):
-    """variance + floor, normalised: entries that the prior leaves open count most."""
+    """variance + floor, normalised: entries that the prior predicts least weigh most."""
 
     power: ClassVar[float] = 1.0
 

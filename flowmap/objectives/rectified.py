@@ -1,7 +1,9 @@
-"""Improved rectified flow (2-rectified flow++): flow matching on pairs of noise and data that a teacher's ODE has already joined.
+"""Improved rectified flow (2-rectified flow++): flow matching on pairs of noise and data that a teacher's ODE has
+joined.
 
-Source: Lee, Lin, Fanti 2024, arXiv:2405.20320.  Clock: 0 data, 1 noise.  On pairs the velocity at xt is (nearly) a function of xt, not an
-average over many data, so distances other than the squared one have the same minimum; on an independent coupling they have not.
+Source: Lee, Lin, Fanti 2024, arXiv:2405.20320. Clock: 0 data, 1 noise. On pairs the velocity at xt is (nearly) a
+function of xt, not an average over many data, so distances other than the squared one have the same minimum. On an
+independent coupling they do not.
 """
 
 from __future__ import annotations
@@ -19,22 +21,26 @@ from flowmap.flow.path import Linear
 from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher, broadcast_time
 from flowmap.objectives.perceptual import check_name, check_pictures, distance_by, pictures_of
 
-EDGE = 1e-5  # below it 1 / t is not followed: where U-shaped times end
+EDGE = 1e-5  # the least t of U-shaped times, and of 1 / t
 
 
 class RectifiedDistance(Protocol):
-    """d (B,): of velocities and what they should be, or, by `lpips_huber`, of velocities, the sample and the student."""
+    """d (B,): of velocities and their targets, or, for `lpips_huber`, of velocities, the sample and the student."""
 
     def __call__(self, *args: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class LPIPSHuber:
-    """(1 - t) huber(v, x1 - x0) + w(t) LPIPS(x0_hat, x0) with x0_hat = xt - t v; weight "one": w = 1, "inverse_time": w = 1 / t.
+    """(1 - t) huber(v, x1 - x0) + w(t) LPIPS(x0_hat, x0), with x0_hat = xt - t v.
 
-    net: "lpips" (VGG trunk) or "lpips_alex", through the lpips package where the trunk's weights are at hand; "efficientnet_lite0", whose
-    weights are a package; "random_conv", which needs none; or "package.mod:attr", a call (a, b) -> (B,) on pictures (B, 3, H, W) of side
-    `attr.size` (224 where it says nothing, None for any). Latents are decoded first.
+    weight     "one": w = 1; "inverse_time": w = 1 / t
+    net        "lpips" (VGG trunk) or "lpips_alex", by the lpips package, if the trunk's weights are on this machine;
+               "efficientnet_lite0", with weights from a package; "random_conv", without weights; or
+               "package.mod:attr", a call (a, b) -> (B,) on pictures (B, 3, H, W) of side `attr.size` (by default 224;
+               None for any)
+
+    Latents are decoded first.
     """
 
     scale: Positive = 0.00054
@@ -62,16 +68,17 @@ DISTANCES = {"squared": Squared, "pseudo_huber": PseudoHuber, "lpips_huber": LPI
 
 @dataclass(frozen=True)
 class Rectified(BaseObjective):
-    """The distance between F(xt, t, t) and x1 - x0 of the pair. The teacher is not asked: what it knows is in the pairs."""
+    """The distance between F(xt, t, t) and x1 - x0 of the pair. The teacher is not called: the pairs carry its
+    knowledge.
+    """
 
     distance: RectifiedDistance = PseudoHuber()
     diagonal: ClassVar[bool] = True
 
     def check(self, recipe: RecipeView) -> None:
         if not recipe.coupling.paired and not isinstance(self.distance, Squared):
-            raise ValueError(
-                f"{recipe.key}.distance: on an independent coupling only squared has the velocity as its minimum; or give coupling pairs"
-            )
+            why = "on an independent coupling only squared has the velocity as its minimum"
+            raise ValueError(f"{recipe.key}.distance: {why}; or give coupling pairs")
         check_straight(recipe, "rectified")
         if self.sees_pictures:
             check_pictures(recipe, self.loss_net, "distance")
@@ -82,7 +89,7 @@ class Rectified(BaseObjective):
 
     @property
     def loss_net(self) -> str | None:
-        """The network that the loss looks through, which no metric may share."""
+        """The network of the perceptual distance, which no metric may use."""
         return self.distance.net if isinstance(self.distance, LPIPSHuber) else None
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
@@ -96,10 +103,11 @@ class Rectified(BaseObjective):
 
 
 def check_straight(recipe: RecipeView, kind: str) -> None:
-    """Raise ValueError where a recipe of the objective `kind` has curved paths, or guides a teacher that the objective does not call."""
+    """Raise ValueError where a recipe of objective `kind` has curved paths, or guides a teacher that the objective
+    never calls.
+    """
     if not isinstance(recipe.path, Linear):
-        raise ValueError("path: rectified flow has straight paths, so it wants {kind: linear}")
+        raise ValueError("path: rectified flow has straight paths, so it must be {kind: linear}")
     if recipe.teacher is not None and recipe.teacher.guidance is not None:
-        raise ValueError(
-            f"teacher.guidance: objective {kind} does not ask the teacher; guidance is baked in by coupling.teacher.guidance"
-        )
+        what = f"objective {kind} does not call the teacher; the pairs are guided by coupling.teacher.guidance"
+        raise ValueError(f"teacher.guidance: {what}")

@@ -1,8 +1,9 @@
-"""sCM: continuous-time consistency, every sample to the data (s = 0), with the weights that TrigFlow gives it.
+"""sCM: continuous-time consistency, every sample to the data (s = 0), with TrigFlow's weights.
 
 Source: Lu, Song 2024, arXiv:2410.11081 (algorithm 1); distillation (sCD) with a teacher, training (sCT) without one.
-Clock: 0 data, 1 noise.  With A^2 = t^2 + (1 - t)^2 d^2, d = sigma_data, TrigFlow's angle a has cos a = (1 - t) d / A, sin a = t / A, its state
-is d x / A, and its network (A / d) F + ((1 - t) d^2 - t) x / (A d), so that on our clock and linear path, exactly,
+Clock: 0 data, 1 noise. With A^2 = t^2 + (1 - t)^2 d^2 and d = sigma_data, TrigFlow's angle a has cos a = (1 - t) d / A
+and sin a = t / A, its state is d x / A, and its network is (A / d) F + ((1 - t) d^2 - t) x / (A d). On our clock and
+linear path this gives exactly
 
     d f / d a = -(A^2 / d) (F - v + t dF/dt)
     g = -cos^2 a A (F - v)  -  r [ (1 - t) A (F - v + t dF/dt) - cos^2 a A (F - v) ]      = cos a df/da at r = 1
@@ -25,11 +26,14 @@ from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
 @dataclass(frozen=True)
 class SCM(Tangent):
-    """|| N - sg(N + g / (||g|| + c)) ||^2 / D, N the network as TrigFlow would have it, D the number of elements of a sample.
+    """|| N - sg(N + g / (||g|| + c)) ||^2 / D, with N the network as TrigFlow has it and D the number of elements of a
+    sample.
 
-    sigma_data: the data's std. r weighs all that holds a derivative.
-    weight: {kind: learned} is the paper's exp(w(t)), with w = -u; once g is normalised it has little to even out.
-    The sample's arrival time is not looked at. At t = 1 exactly g is zero, as it is in TrigFlow: such samples teach nothing.
+    sigma_data    the data's standard deviation
+    weight        {kind: learned} is the paper's exp(w(t)), with w = -u; it has little effect once g is normalised
+
+    r weighs every term with a derivative. The sample's arrival time is not used. At t = 1 exactly, g is zero, as in
+    TrigFlow: such samples have no gradient.
     """
 
     r_max: Share = 1.0

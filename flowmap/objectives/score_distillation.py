@@ -1,9 +1,10 @@
-"""Score distillation: the law of the student's few-step samples moves to the teacher's, sample by sample along the difference of their scores.
+"""Score distillation: match the distribution of the student's few-step samples to the teacher's by the difference of
+scores.
 
-Source: DMD2, Yin et al. 2024, arXiv:2405.14867; the gradient and its weight are DMD's, Yin et al. 2023, arXiv:2311.18828, without the paper's
-factor alpha_t = 1 - t.
-Clock: 0 data, 1 noise.  A second network, the fake, learns the velocity of the student's own samples by flow matching while the student
-trains (flowmap/train/auxiliary.py).  For a sample x0 put to a time t with fresh noise, v the teacher's and w the fake's velocity there,
+Source: DMD2, Yin et al. 2024, arXiv:2405.14867. The gradient and its weight are DMD's, Yin et al. 2023,
+arXiv:2311.18828, without the paper's factor alpha_t = 1 - t. Clock: 0 data, 1 noise. A second network, the fake, learns
+the velocity of the student's own samples by flow matching while the student trains (flowmap/train/auxiliary.py). For a
+sample x0 carried to a time t with fresh noise, with v the teacher's and w the fake's velocity there,
 
     g = (x0^fake - x0^real) / mean|x0 - x0^real| = t (v - w) / mean|x0 - (xt - t v)|        x0^ = xt - t velocity
     loss = || x0 - sg(x0 - g) ||^2 / (2 D)                                                   its gradient in x0 is g / D
@@ -29,15 +30,17 @@ LEAST = 1e-6  # of the mean that g is divided by
 
 @dataclass(frozen=True)
 class ScoreDistillation(BaseObjective):
-    """The student's samples in one of `steps` steps descend the difference between the fake's prediction and the teacher's.
+    """The student's samples descend the difference between the fake's prediction and the teacher's.
 
-    In how many is drawn for each step of training, the same for all its samples. fake_steps: how often the fake steps before each step of the
-    student (the paper has 5 on ImageNet-64), each time on new samples.
-    through "last": such a run is stopped at one of its jumps, drawn too, whose arrival is the sample, and the gradient is that jump's (the
-    paper's backward simulation; every jump must go to the data, as those of sampler gamma 1 do). through "all": whole runs, and the gradient
-    of all their jumps. normalised: without it g is not divided. fake_lr: the optimiser's own where it is None; it follows the student's schedule.
+    steps         the step counts of the samples; each training step draws one of them
+    fake_steps    the fake's steps before each step of the student, each on new samples (the paper: 5 on ImageNet-64)
+    through       "last": a run stops at one of its jumps, drawn at random, whose arrival is the sample and whose graph
+                  carries the gradient (the paper's backward simulation; every jump must go to the data, as with sampler
+                  gamma 1); "all": whole runs, with the gradient of all jumps
+    normalised    whether g is divided by its denominator
+    fake_lr       the fake's learning rate, by default the optimizer's; it follows the student's schedule
 
-    The times of recipe are those at which both networks look at the samples; its data gives conditions alone.
+    The recipe's times are those at which both networks are evaluated. Its data supplies conditions only.
     """
 
     steps: tuple[Calls, ...] = (1, 2, 4)
@@ -59,28 +62,23 @@ class ScoreDistillation(BaseObjective):
 
     def check(self, recipe: RecipeView) -> None:
         if recipe.teacher is None:
-            raise ValueError(
-                "teacher: objective score_distillation compares with the teacher's velocity, so the recipe needs one"
-            )
+            raise ValueError("teacher: objective score_distillation compares with a teacher's velocity; add a teacher")
         if recipe.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard the fake of score_distillation beside the student; use ddp"
-            )
+            raise ValueError("trainer.strategy: 'fsdp' cannot shard the fake of score_distillation; use ddp")
         if not recipe.coupling.independent:
-            raise ValueError(
-                "coupling: objective score_distillation compares laws, not pairs: its samples start at noise; leave it independent"
-            )
+            why = "compares laws, not pairs: its samples start at noise"
+            raise ValueError(f"coupling: objective score_distillation {why}; leave it independent")
         if recipe.prior.learned:
-            raise ValueError(
-                "prior: objective score_distillation puts its samples to N(0, I), not to a learned prior; leave it gaussian"
-            )
+            why = "adds noise from N(0, I) to its samples"
+            raise ValueError(f"prior: objective score_distillation {why}; leave it gaussian")
         if self.through == "last" and max(self.steps) > 1 and not recipe.sampler.jumps_to_data:
-            raise ValueError(
-                f"{recipe.key}.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {{kind: gamma, gamma: 1}}"
-            )
+            allowed = "allowed: 'all', or sampler {kind: gamma, gamma: 1}"
+            raise ValueError(f"{recipe.key}.through: 'last' trains jumps to the data alone; {allowed}")
 
     def __call__(self, fake: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        """What the student descends, by way of sample.x0, its samples with their graph; the fake, in the student's place here, is only asked."""
+        """The student's loss, through sample.x0, its samples with their graph. `fake` takes the place of the student
+        and gets no grad.
+        """
         if teacher is None:
             raise ValueError(
                 "objective.kind: score_distillation compares with the teacher's velocity, so the recipe needs a teacher"
@@ -95,13 +93,13 @@ class ScoreDistillation(BaseObjective):
         return Loss(loss.mean(), {"residual_norm": g.flatten(1).norm(dim=1), "distance_to_teacher": away})
 
     def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
-        """What the fake descends: flow matching on samples that the student has made, sample.x0 without their graph."""
+        """The fake's loss: flow matching on samples of the student, sample.x0 without their graph."""
         return FlowMatching()(fake, None, sample, 0)
 
     def samples(
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
     ) -> tuple[Tensor, int]:
-        """The student's samples from x1 as `through` has it, and in how many jumps."""
+        """Return the student's samples from x1, as `through` requires, and their number of jumps."""
         num_steps = self.steps[one_of(len(self.steps), generator)]
         if self.through == "all":
             return sampler(student, x1, cond, steps=num_steps, generator=generator), num_steps
@@ -111,7 +109,10 @@ class ScoreDistillation(BaseObjective):
 
 
 class Stopped:
-    """A flow map for one run of a sampler: `arrival` is where its call number `at` arrives, with that call's graph; later calls cost nothing."""
+    """A flow map for one run of a sampler: `arrival` is the result of call number `at`, with its graph.
+
+    Later calls cost nothing.
+    """
 
     def __init__(self, student: FlowMap, at: int):
         self.student, self.at, self.calls = student, at, 0

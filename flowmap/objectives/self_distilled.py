@@ -1,7 +1,9 @@
-"""Self-distilled flow maps: on the diagonal F(x, t, t) learns the velocity, off it the student keeps its own map consistent with that.
+"""Self-distilled flow maps: F(x, t, t) learns the velocity on the diagonal; off it, the student is consistent with
+itself.
 
-Source: Boffi, Albergo, Vanden-Eijnden 2025, arXiv:2505.18825.  Clock: 0 data, 1 noise; theirs runs the other way, and their v_{s,t} is F.
-Diagonal samples (times.diagonal; the paper has 3 in 4) descend on F - v, v conditional or the teacher's. For the others, u = F(x, t, t):
+Source: Boffi, Albergo, Vanden-Eijnden 2025, arXiv:2505.18825. Clock: 0 data, 1 noise; the paper's clock is reversed,
+and its v_{s,t} is F. Diagonal samples (times.diagonal; 3 in 4 in the paper) descend F - v, with v conditional or the
+teacher's. For the others, with u = F(x, t, t):
 
     ESD   F(x, t, s) = u(x, t) - (t - s) dF/dt                          Eulerian, d/dt along u
     LSD   F(x, t, s) = u(f, s) + (t - s) dF/ds,   f = x + (s - t) F     Lagrangian
@@ -34,7 +36,11 @@ SPLITS = ("midpoint", "uniform")
 
 @dataclass(frozen=True)
 class SelfDistilled(BaseObjective):
-    """distance: of both kinds of sample, by default the paper's sum of squares. weight: {kind: learned} is the paper's, by (t, s)."""
+    """The settings of all three.
+
+    distance: of both kinds of sample, by default the paper's sum of squares. weight: {kind: learned} is the paper's, by
+    (t, s).
+    """
 
     distance: Distance = Squared(mean=False)
     weight: TimeWeight = EvenWeight()
@@ -57,12 +63,12 @@ class SelfDistilled(BaseObjective):
         )
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
-        """(what carries grad, what it is to be, which carries none), both like x, for samples with t > s."""
+        """Return, for samples with t > s, the prediction, which carries grad, and its target; both shaped like x."""
         raise NotImplementedError
 
 
 def _velocities(student: FlowMap, teacher: Teacher | None, sample: PathSample) -> tuple[Tensor, Tensor]:
-    """F on the diagonal and the velocity that it is to be."""
+    """F on the diagonal, and its target."""
     target = sample.vt if teacher is None else teacher.velocity(sample.xt, sample.t, sample.cond)
     return student.mean_velocity(sample.xt, sample.t, sample.s, sample.cond), target.detach()
 
@@ -73,9 +79,12 @@ def _mean(error: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _ByRate(SelfDistilled):
-    """through_rate: the gradient also runs through the student's time derivative, as the paper's does (by torch.func.jvp with a
-    graph: about twice the activations); without it, the rate is part of the target. derivative: how a rate without graph is taken, "dual",
-    "forward" or "difference"."""
+    """The settings of losses with a derivative.
+
+    through_rate: whether the gradient also passes through the student's time derivative, as in the paper (by
+    torch.func.jvp with a graph: about twice the activations); otherwise the rate is part of the target. derivative: how
+    a rate without a graph is computed, "dual", "forward" or "difference".
+    """
 
     through_rate: bool = True
     derivative: str = "dual"
@@ -86,7 +95,7 @@ class _ByRate(SelfDistilled):
 
 @dataclass(frozen=True)
 class ESD(_ByRate):
-    """|| F + (t - s) dF/dt - sg(u) ||^2. No gradient runs through the derivative in space, in the paper's runs neither."""
+    """|| F + (t - s) dF/dt - sg(u) ||^2. As in the paper's runs, no gradient passes through the spatial derivative."""
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
@@ -105,7 +114,7 @@ class ESD(_ByRate):
 
 @dataclass(frozen=True)
 class LSD(_ByRate):
-    """|| F - (t - s) dF/ds - sg(u(f, s)) ||^2, the velocity asked where the student arrives."""
+    """|| F - (t - s) dF/ds - sg(u(f, s)) ||^2, with the velocity evaluated where the student arrives."""
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond
@@ -122,9 +131,10 @@ class LSD(_ByRate):
 
 @dataclass(frozen=True)
 class PSD(SelfDistilled):
-    """|| F - sg(h F(x, t, m) + (1 - h) F(f(x, t, m), m, s)) ||^2: one jump is two.
+    """|| F - sg(h F(x, t, m) + (1 - h) F(f(x, t, m), m, s)) ||^2: one jump equals two.
 
-    split: "midpoint", h = 1/2, or "uniform", h even in [0, 1) over the samples of the run (a Weyl sequence: an objective draws nothing).
+    split: "midpoint", h = 1/2, or "uniform", h evenly in [0, 1) over the samples of the run (a Weyl sequence, as an
+    objective draws nothing).
     """
 
     split: str = "midpoint"
@@ -145,5 +155,8 @@ class PSD(SelfDistilled):
 
 
 def spread(place: Tensor, like: Tensor) -> Tensor:
-    """A number in [0, 1) for each place, (n,) int64, typed like `like`: any stretch of places has them evenly (multiples of the golden ratio)."""
+    """A number in [0, 1) for each place, (n,) int64, in the dtype of `like`: multiples of the golden ratio.
+
+    Any stretch of consecutive places has its numbers evenly spread.
+    """
     return ((place.double() * 0.6180339887498949 + 0.5) % 1).to(like.dtype)

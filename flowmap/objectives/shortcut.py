@@ -1,7 +1,7 @@
-"""Shortcut models: one jump is two jumps of half its length, for lengths that are powers of two.
+"""Shortcut models: one jump equals two jumps of half its length, for lengths that are powers of two.
 
-Source: Frans, Hafner, Levine, Abbeel 2024, arXiv:2410.12557.  Clock: 0 data, 1 noise; theirs runs the other way.
-The lengths come from the recipe's times: `dyadic`, whose diagonal samples are the flow-matching ones.
+Source: Frans, Hafner, Levine, Abbeel 2024, arXiv:2410.12557. Clock: 0 data, 1 noise; the paper's clock is reversed. The
+lengths come from the recipe's times: `dyadic`, with its diagonal samples for flow matching.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from flowmap.objectives.self_distilled import SelfDistilled
 
 @dataclass(frozen=True)
 class Shortcut(SelfDistilled):
-    """distance(F, sg(half of F(x, t, m) + F(f(x, t, m), m, s))), m halfway; on the diagonal distance(F, v), v conditional or the teacher's.
+    """distance(F, sg(half of F(x, t, m) + F(f(x, t, m), m, s))) with m halfway; on the diagonal distance(F, v).
 
-    finest: half jumps of 1 / finest or shorter are Euler steps of the velocity F(., t, t), where the paper's ladder of lengths ends;
-    0: none are. The paper's target comes from averaged weights and its guidance from a doubled batch; here it is the student itself, whose
-    guidance is the teacher's.
+    v is the conditional velocity or the teacher's. finest: half jumps of 1 / finest or shorter are Euler steps of the
+    velocity F(., t, t), at the end of the paper's ladder of lengths; 0 for none. The paper's target comes from averaged
+    weights and its guidance from a doubled batch; here the target comes from the student itself and the guidance from
+    the teacher.
     """
 
     distance: Distance = Squared()

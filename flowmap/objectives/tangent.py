@@ -1,4 +1,4 @@
-"""The settings of objectives whose residual holds a derivative that is warmed up and normalised (arXiv:2410.11081, arXiv:2506.14603)."""
+"""The settings of objectives with a warmed-up and normalised derivative (arXiv:2410.11081, arXiv:2506.14603)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from flowmap.flow.parts import BaseObjective
 
 @dataclass(frozen=True)
 class Tangent(BaseObjective):
-    """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per sample.
+    """The derivative's weight is r = min(r_max, step / warmup_steps); the residual g becomes g / (||g|| + c) per
+    sample.
 
-    norm is "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is taken: "dual", "forward" or "difference"
-    (flow/derivative.py).
+    norm: "l2", "rms" (l2 / sqrt of the dimension) or "none". derivative: how d/dt or d/ds is computed, "dual",
+    "forward" or "difference" (flow/derivative.py).
     """
 
     warmup_steps: CountFromZero = 10_000

@@ -1,9 +1,12 @@
-"""A learned weight of the error by its times: what is noisier or larger counts less, so that all times pull alike.
+"""A learned weight of the error at each time: times with larger or noisier errors weigh less, so that all contribute
+alike.
 
-Source: EDM2, Karras et al. 2024, arXiv:2312.02696 (section 2.2, after Kendall et al. 2018); as sCM (arXiv:2410.11081, exp(w) e - w with w = -u)
-and self-distilled maps (arXiv:2505.18825) use it.  u(t, s) is a branch of the student (flowmap/nets/uncertainty.py):
+Source: EDM2, Karras et al. 2024, arXiv:2312.02696 (section 2.2, after Kendall et al. 2018), as used by sCM
+(arXiv:2410.11081, exp(w) e - w with w = -u) and by self-distilled maps (arXiv:2505.18825). u(t, s) is a branch of the
+student (flowmap/nets/uncertainty.py):
 
-    exp(-u) e + u        least at u = log E[e | t, s], where it is 1 + u and its gradient in the student is that of log E[e | t, s]
+    exp(-u) e + u     least at u = log E[e | t, s], where it is 1 + u and its gradient in the student is that of
+                      log E[e | t, s]
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from flowmap.flow.types import FlowMap
 
 
 class TimeWeight(Protocol):
-    """What errors (B,) at departures t and arrivals s, (B,), become for the mean over them to be descended."""
+    """Weighs errors (B,) at departures t and arrivals s, both (B,); the mean of the result is the loss."""
 
     @property
     def learned(self) -> bool: ...
@@ -27,14 +30,14 @@ class TimeWeight(Protocol):
 
 @runtime_checkable
 class WithLogError(Protocol):
-    """A student that expects errors of itself: log_error(t, s) is (B,)."""
+    """A student that predicts its own error: log_error(t, s) is (B,)."""
 
     def log_error(self, t: Tensor, s: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class EvenWeight:
-    """All times count as they are."""
+    """The same weight at all times."""
 
     learned = False
 
@@ -44,7 +47,10 @@ class EvenWeight:
 
 @dataclass(frozen=True)
 class LearnedWeight:
-    """exp(-u) error + u with u(t, s) the student's log_error: its gradient in the student is that of the error, divided by exp(u)."""
+    """exp(-u) error + u, with u(t, s) the student's log_error.
+
+    Its gradient in the student is that of the error, divided by exp(u).
+    """
 
     learned = True
 

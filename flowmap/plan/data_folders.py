@@ -1,4 +1,4 @@
-"""Where the data that runs make is: latents of encoded pictures, and pairs of a teacher."""
+"""Folders of the data that runs make: latents of encoded pictures, and pairs of a teacher."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ WHERE = ("root", *(field.name for field in fields(Source) if field.name != "cond
 
 
 def data_of(recipe: Recipe) -> Any:
-    """The recipe's data with folders in the place of names: where its latents lie, and where the run that trains its encoder does."""
+    """Return the recipe's data with folders in place of names: of its latents, and of the run that trains its
+    encoder.
+    """
     data: Any = recipe.data
     if isinstance(data, Codes) and data.recipe:
         return replace(data, root=str(dependency_folder(code_recipes(recipe)[0]) / "student"))
-    if not isinstance(data, Encoded) and getattr(data, "autoencoder", None) is None:
+    if not isinstance(data, Encoded) and data.autoencoder is None:
         return data
     trained = autoencoder_recipes(recipe)
     if trained:
@@ -50,7 +52,7 @@ def data_of(recipe: Recipe) -> Any:
 
 
 def pairs_of(recipe: Recipe) -> Pairs:
-    """The recipe's pairs with the folder where they lie: runs/pairs-<hash> unless it names one."""
+    """Return the recipe's pairs with their folder: runs/pairs-<hash> unless the recipe names one."""
     spec = pairs_spec(recipe)
     if spec.root:
         return spec
@@ -71,9 +73,10 @@ def pairs_of(recipe: Recipe) -> Pairs:
 
 
 def _by_hash(what: str, parts: Callable[[Callable[[Recipe], str]], Any]) -> Path:
-    """runs/<what>-<hash> of all that a data set on disk depends on, how pictures are read among it: recipes that share it share the folder.
+    """Return runs/<what>-<hash> for a hash of all that a data set on disk depends on; equal data share a folder.
 
-    parts(hash_of): what is hashed. A folder that is there under 0.1's name, which hashed all settings of a recipe, is taken.
+    parts(hash_of): the values that are hashed. An existing folder is used under the name that version 0.1 gave it,
+    which hashed all settings of a recipe.
     """
     named, older = (
         runs_root() / f"{what}-{short_hash(parts(hash_of))}" for hash_of in (Recipe.training_hash, Recipe.hash)

@@ -1,4 +1,4 @@
-"""What a recipe needs before it can run, in order: autoencoders and teachers that recipes train, each in a run folder of its own, latents, pairs."""
+"""What a recipe needs before it can run, in order: runs of other recipes, encoded data, pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flowmap.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """One run: a recipe and the folder that it fills."""
+    """One run: a recipe and its run folder."""
 
     recipe: Recipe
     folder: Path
@@ -32,7 +32,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Pictures that become latents and text embeddings, and the folder that holds them."""
+    """Pictures to encode into latents and text embeddings, and the folder of the result."""
 
     recipe: Recipe
 
@@ -53,13 +53,13 @@ class Encoding:
         try:
             index, spec = read_index(self.folder), self.spec
             return difference(index["identity"] | index["chosen"], spec.identity() | spec.chosen()) is None
-        except ValueError:  # not there, torn, or its autoencoder is still to be trained
+        except ValueError:  # It is missing or damaged, or its autoencoder is not trained yet.
             return False
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Pairs that a teacher's ODE makes, and the folder that holds them."""
+    """Pairs to make with a teacher's ODE, and their folder."""
 
     recipe: Recipe
 
@@ -70,10 +70,9 @@ class Pairing:
     @property
     def complete(self) -> bool:
         try:
-            return (
-                pairs.first_difference(pairs.read_index(self.folder)["identity"], pairs_identity(self.recipe)) is None
-            )
-        except ValueError:  # not there, torn, or its data is still to be encoded
+            there = pairs.read_index(self.folder)["identity"]
+            return pairs.first_difference(there, pairs_identity(self.recipe)) is None
+        except ValueError:  # It is missing or damaged, or its data is not encoded yet.
             return False
 
 
@@ -81,7 +80,10 @@ Needed = Stage | Encoding | Pairing
 
 
 def plan(recipe: Recipe, folder: Path) -> list[Needed]:
-    """What leads to the recipe, in order, itself the last. RecipeError where recipes need each other in a loop."""
+    """Return all stages that the recipe needs, in order; the last is the recipe itself.
+
+    Raises RecipeError if recipes need each other in a loop.
+    """
     if recipe.lora is not None:
         lora_card(recipe)
     stages: list[Needed] = []

@@ -1,4 +1,4 @@
-"""The provenance of pairs: teacher and weights, guidance, solver and data, as plain values that compare equal on any machine."""
+"""The provenance of pairs: teacher and weights, guidance, solver and data, as values that compare equal anywhere."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The sampler of 2-rectified flow++: guess the data, then go back along the straight line to the noise that the sample started from.
+"""The sampler of 2-rectified flow++: predict the data, then return on the straight line to the noise of the start.
 
-Source: Lee, Lin, Fanti 2024, arXiv:2405.20320.  flow/solver.py has the same rule for any velocity (NoiseAnchored).
+Source: Lee, Lin, Fanti 2024, arXiv:2405.20320. flow/solver.py has the same rule for any velocity (NoiseAnchored).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from flowmap.samplers.grids import FewStep
 class Anchored(FewStep):
     """x0_hat = x - t v(x, t), then x = (1 - s) x0_hat + s x1, with v = F(x, t, t) and x1 the noise of the start.
 
-    Euler's own result where paths are straight; better than Euler at few steps where they nearly are. For students trained on the diagonal.
+    It equals Euler where paths are straight, and is better than Euler at few steps where they are nearly straight. It
+    is for students trained on the diagonal.
     """
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
-        """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
+        """x0, shaped like x1, after `steps` calls of the student. Does not use `generator`. Raises ValueError for steps
+        < 1.
+        """
         times = self.times(steps)
         x = self.start(x1)
         ones = torch.ones(

@@ -1,4 +1,4 @@
-"""Deterministic few-step sampling: the student's own map, applied along a falling grid."""
+"""Deterministic few-step sampling: apply the student's own map on a falling grid of times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from flowmap.samplers.grids import FewStep, jump
 
 @dataclass(frozen=True)
 class Deterministic(FewStep):
-    """x <- f(x, t, s) from t_max to 0. The same noise gives the same sample; on an exact map any number of steps gives the same one."""
+    """x <- f(x, t, s) from t_max to 0. On an exact map the sample is the same for any number of steps."""
 
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
-        """x0, shaped like x1, after `steps` calls of the student. generator is not used. Raises ValueError for steps < 1."""
+        """x0, shaped like x1, after `steps` calls of the student. Does not use `generator`. Raises ValueError for steps
+        < 1.
+        """
         times = self.times(steps)
         x = self.start(x1)
         for t, s in zip(times, times[1:], strict=False):

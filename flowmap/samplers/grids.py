@@ -1,4 +1,4 @@
-"""Time grids of few-step samplers: falling times from t_max to exactly 0, one step more than calls of the student."""
+"""Time grids of few-step samplers: falling times from t_max to exactly 0, one more than the calls of the student."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ GRIDS = ("uniform", "shifted", "rho")
 class FewStep(BaseSampler):
     """The settings that every few-step sampler has.
 
-    steps     the step counts that evaluation reports; a call may ask for any other
-    grid      "uniform" is even in t; "shifted" moves uniform times u to shift u / (1 + (shift - 1) u), towards noise for shift > 1;
-              "rho" is even in sigma^(1/rho) between t_max and sigma_min, then 0 (EDM)
-    t_max     where sampling starts, with the state t_max x1: below 1 the data's share (1 - t_max) x0 is left out, as EDM does
-    middle    times between t_max and 0, falling; they replace the grid for calls of len(middle) + 1 steps
+    steps     the step counts that evaluation reports; a call may use any other
+    grid      "uniform" is even in t; "shifted" moves uniform times u to shift u / (1 + (shift - 1) u), towards noise
+              for shift > 1; "rho" is even in sigma^(1/rho) between t_max and sigma_min, then 0 (EDM)
+    t_max     where sampling starts, with the state t_max x1; below 1 it leaves out the data's share (1 - t_max) x0, as
+              EDM does
+    middle    falling times between t_max and 0, which replace the grid for calls of len(middle) + 1 steps
     """
 
     steps: tuple[Calls, ...] = (1, 2, 4)
@@ -49,7 +50,7 @@ class FewStep(BaseSampler):
             )
 
     def times(self, steps: int) -> tuple[float, ...]:
-        """The steps + 1 times of a run of `steps` calls, falling from exactly t_max to exactly 0. Raises ValueError for steps < 1."""
+        """The steps + 1 times of a run, falling from exactly t_max to exactly 0. Raises ValueError for steps < 1."""
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}; allowed: a whole number from 1")
         if self.middle and steps == len(self.middle) + 1:
@@ -62,12 +63,12 @@ class FewStep(BaseSampler):
         return (self.t_max, *(self.t_max * u for u in even[1:-1]), 0.0)
 
     def _rho_times(self, steps: int) -> tuple[float, ...]:
-        """EDM's grid; its sigma_max is that of t_max, or 80 where t_max is larger than that of 80."""
+        """EDM's grid. Its sigma_max is that of t_max, at most 80."""
         sigma_max = min(self.t_max / max(1 - self.t_max, 1e-9), 80.0)
         return rho_times(steps, rho=self.rho, sigma_min=min(self.sigma_min, sigma_max), sigma_max=sigma_max)
 
     def calls(self, steps: int) -> int:
-        """How often a sample of so many steps asks the student."""
+        """The number of calls of the student for a sample of that many steps."""
         return steps
 
     def __call__(
@@ -76,7 +77,7 @@ class FewStep(BaseSampler):
         raise NotImplementedError
 
     def step(self, student, x: Tensor, t: float, s: float, cond) -> Tensor:
-        """x at time t carried to time s, one step."""
+        """The state x at time t carried to time s in one step."""
         return jump(student, x, t, s, cond)
 
     def start(self, x1: Tensor) -> Tensor:
@@ -85,6 +86,6 @@ class FewStep(BaseSampler):
 
 
 def jump(student, x: Tensor, t: float, s: float, cond) -> Tensor:
-    """f(x, t, s) for one pair of times for the whole batch, given to the student as (B,) float32 (float64 for a float64 x)."""
+    """f(x, t, s) for one pair of times for the whole batch, passed as (B,) in float32 (float64 for a float64 x)."""
     ones = torch.ones(x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return student(x, ones * t, ones * s, cond)

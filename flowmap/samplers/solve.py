@@ -1,4 +1,4 @@
-"""Sampling by a solver of the student's own velocity, F(x, t, t), along a falling grid: for students that are velocities."""
+"""Sampling by a solver of the student's velocity F(x, t, t) on a falling grid, for students that are velocities."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class Solve(FewStep):
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
-        """x0, shaped like x1, after calls(steps) calls of the student. generator is not used. Raises ValueError for steps < 1."""
-        return self._along(student, self.start(x1), self.times(steps), cond)
+        """x0, shaped like x1, after calls(steps) calls of the student. Does not use `generator`. Raises ValueError for
+        steps < 1.
+        """
+        return self._integrated(student, self.start(x1), self.times(steps), cond)
 
     def step(self, student, x: Tensor, t: float, s: float, cond) -> Tensor:
-        return self._along(student, x, (t, s), cond)
+        return self._integrated(student, x, (t, s), cond)
 
-    def _along(self, student, x: Tensor, times: tuple[float, ...], cond) -> Tensor:
+    def _integrated(self, student, x: Tensor, times: tuple[float, ...], cond) -> Tensor:
         return integrate(lambda x, t: student.mean_velocity(x, t, t, cond), x, times, step=STEPS[self.solver][0]).x

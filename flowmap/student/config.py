@@ -1,4 +1,4 @@
-"""All that a student's config.json says: its network, how it samples, what it is conditioned on, what lies beside its weights."""
+"""The configuration of a student: its network, its sampler, its conditions, and what decodes its samples."""
 
 from __future__ import annotations
 
@@ -19,32 +19,56 @@ from flowmap.nets.stacked import NetSpec
 from flowmap.recipe.kinds import TABLES, StudentSpec, student_part
 from flowmap.student.prior import Shipped
 
-FORMAT = 1
-SHIPPED_AUTOENCODER = "autoencoder"  # the folder beside a student's weights with the autoencoder that a recipe trained
+SHIPPED_AUTOENCODER = "autoencoder"  # the folder, next to a student's weights, of the autoencoder that a recipe trained
 
 
 def in_student_folder(spec: Any, folder: Path | None) -> Any:
-    """An autoencoder (or None) whose source is the folder beside the weights, told where that is; any other as it is."""
-    return (
-        replace(spec, source=str(folder / SHIPPED_AUTOENCODER))
-        if spec is not None and spec.source == SHIPPED_AUTOENCODER and folder is not None
-        else spec
-    )
+    """The settings of an autoencoder (or None), with the path of the student's own where its source is that."""
+    if spec is None or folder is None or spec.source != SHIPPED_AUTOENCODER:
+        return spec
+    return replace(spec, source=str(folder / SHIPPED_AUTOENCODER))
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Samples that need no decoding: pictures in [-1, 1], to which they are clamped, or with `clamp` false any other values."""
+
+    clamp: bool = True
+
+
+@dataclass(frozen=True)
+class ImageLatents:
+    """Samples that an autoencoder decodes to pictures."""
+
+    autoencoder: Autoencoder
+
+
+@dataclass(frozen=True)
+class TextLatents:
+    """Samples that a text autoencoder decodes to sentences; text_autoencoder is None while one run trains it and the student.
+
+    attributes, contexts: the conditions that describe a sentence. edits: the styles (source, target) of a student that starts from
+    sentences instead of noise.
+    """
+
+    text_autoencoder: TextCoder | None = None
+    attributes: tuple[Attribute, ...] = ()
+    contexts: tuple[str, ...] = ()
+    edits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """All that is needed to build the network again and to sample from it.
+    """All that is needed to build the network and to sample from it. config_file.py reads and writes it.
 
-    guidance: the range of scales it was trained on and the default, or None where the scale is no input;
-    class_names: of each class, in their order, where they are known; config.json has them as `id2label`.
-    baked_guidance: the one scale in the pairs that it learned from, where there was one. arrival: False for a plain
-    velocity (a teacher). clamp: samples are pictures in [-1, 1]. autoencoder: samples are its latents, and it makes pictures of them; the
-    source "autoencoder" is the folder of that name beside the weights. text: what encodes prompts. lora: its weights are adapters and
-    branches beside the frozen `base`. prior: the learned prior in the folder prior/ beside the weights, where samples do not start at N(0, I).
-
-    text_autoencoder: samples are latents that it makes sentences of (text.py). attributes and contexts are then conditions. edits:
-    the styles (source, target) of a student that starts from sentences, not from noise.
+    samples             what samples are, and what decodes them
+    class_names         the name of each class, in order, where the names are known
+    arrival             whether the network takes an arrival time; False for a plain velocity (a teacher)
+    guidance            the range of scales that it was trained on and the default, None where the scale is no input
+    baked_guidance      the one guidance scale of the pairs that it was trained on, None where there was none
+    text                the text encoder of its prompts
+    lora, base          its weights are adapters and branches on top of the frozen `base`
+    prior               the learned prior in the folder prior/, where samples do not start from N(0, I)
     """
 
     net: StudentSpec
@@ -55,66 +79,95 @@ class StudentConfig:
     arrival: bool = True
     guidance: tuple[float, float, float] | None = None
     baked_guidance: float | None = None
-    clamp: bool = True
-    autoencoder: Autoencoder | None = None
+    samples: Pixels | ImageLatents | TextLatents = Pixels()
     text: TextEncoder | None = None
-    text_autoencoder: TextCoder | None = None
-    attributes: tuple[Attribute, ...] = ()
-    contexts: tuple[str, ...] = ()
-    edits: tuple[str, ...] = ()
     lora: LoRA | None = None
     base: Base | None = None
     prior: Shipped | None = None
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
-    format: int = FORMAT
 
     def __post_init__(self):
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"shape: {self.shape} must be whole numbers from 1")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
-        if self.class_names is not None and (
-            len(self.class_names) != self.num_classes or len(set(self.class_names)) != self.num_classes
-        ):
-            raise ValueError(
-                f"class_names: {self.num_classes} classes want as many different names, not {len(self.class_names)}"
-            )
+        self._check_classes()
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
-        if self.conditioning and not student_part(self.net).takes_extra_conditions:
+        if not student_part(self.net).takes_extra_conditions:
+            self._check_no_extra_conditions()
+
+    def _check_classes(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise ValueError(f"num_classes: {self.num_classes} must be 1 or more")
+        names = self.class_names
+        if names is not None and not len(names) == len(set(names)) == self.num_classes:
+            raise ValueError(f"class_names: {self.num_classes} classes want as many different names, not {len(names)}")
+
+    def _check_no_extra_conditions(self) -> None:
+        kind = kind_of(self.net, TABLES)
+        if self.conditioning:
             raise ValueError(
-                f"prior.conditioning: a network of kind {kind_of(self.net, TABLES)} takes no code z; set prior.told: false"
+                f"prior.conditioning: a network of kind {kind} takes no code z; set prior.conditioning: false"
             )
-        if self.descriptions and not student_part(self.net).takes_extra_conditions:
+        if self.descriptions:
             nets = TABLES[StudentSpec].items()
             kinds = ", ".join(kind for kind, net in nets if student_part(net).takes_extra_conditions)
-            what = f"a network of kind {kind_of(self.net, TABLES)} is not told {', '.join(self.descriptions)}"
+            what = f"a network of kind {kind} takes no condition {', '.join(self.descriptions)}"
             raise ValueError(f"attributes: {what}; allowed: {kinds}")
 
     @property
+    def clamp(self) -> bool:
+        """Whether samples are pictures in [-1, 1]."""
+        return isinstance(self.samples, Pixels) and self.samples.clamp
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """What decodes samples to pictures, None where nothing does."""
+        return self.samples.autoencoder if isinstance(self.samples, ImageLatents) else None
+
+    @property
+    def sentences(self) -> TextLatents:
+        """What is known of the sentences that samples decode to; nothing where they decode to none."""
+        return self.samples if isinstance(self.samples, TextLatents) else TextLatents()
+
+    @property
+    def text_autoencoder(self) -> TextCoder | None:
+        """What decodes samples to sentences, None where nothing does."""
+        return self.sentences.text_autoencoder
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """The styles (source, target) of a student that starts from sentences, empty for any other."""
+        return self.sentences.edits
+
+    @property
     def conditioning(self) -> bool:
-        """The network is told the code z of where a sample starts."""
+        """Whether the code z of a learned prior is a condition of the network."""
         return self.prior is not None and self.prior.conditioning
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """The conditions that describe a sentence: its attributes and contexts."""
-        return (*(one.name for one in self.attributes), *self.contexts)
+        """The names of the conditions that describe a sentence: its attributes and contexts."""
+        return (*(one.name for one in self.sentences.attributes), *self.sentences.contexts)
 
     @property
-    def further(self) -> tuple[ExtraCondition, ...]:
-        """The conditions beside class and guidance, as networks are told of them."""
-        attributes = (ExtraCondition(one.name, len(one.values), "number") for one in self.attributes)
-        contexts = (ExtraCondition(name, math.prod(self.shape), "context") for name in self.contexts)
+    def extra_conditions(self) -> tuple[ExtraCondition, ...]:
+        """The conditions of the network other than class and guidance."""
+        attributes = (ExtraCondition(one.name, len(one.values), "number") for one in self.sentences.attributes)
+        contexts = (ExtraCondition(name, math.prod(self.shape), "context") for name in self.sentences.contexts)
         code = [ExtraCondition("z", self.prior.size, "code")] if self.prior is not None and self.conditioning else []
         return (*attributes, *contexts, *code)
 
+    def frozen_base(self) -> Base:
+        """The base of a student whose weights are adapters."""
+        assert self.base is not None
+        return self.base
+
     def classes_listed(self, shown: int = 20) -> str:
-        """One line with the names of the first classes and their numbers, for a model card."""
+        """One line with the numbers and names of the first classes, for a model card."""
         names = self.class_names or ()
         rest = f", and {len(names) - shown} more" if len(names) > shown else ""
         return f"Classes: {', '.join(f'{i} {name}' for i, name in enumerate(names[:shown]))}{rest}."
@@ -122,11 +175,11 @@ class StudentConfig:
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
         """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
         guidance = self.guidance is not None
-        further = {"further": self.further} if self.further else {}
+        extra = {"further": self.extra_conditions} if self.extra_conditions else {}
         if base is None:
             assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
             net: Any = self.net.build(
-                self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **further
+                self.shape, num_classes=self.num_classes, arrival=self.arrival, guidance=guidance, **extra
             )
         else:
             net = base.with_branches(arrival=self.arrival, guidance=guidance)

@@ -16,6 +16,7 @@ from flowmap.base.images import from_bytes
 from flowmap.data.sources import load_upright
 from flowmap.flow.prior import LearnedPrior, conditioning_rows, starts
 from flowmap.samplers import asked_for
+from flowmap.student.config import ImageLatents, TextLatents
 from flowmap.student.student import Student
 
 ROUNDS = 4  # how often the code of a masked picture is found anew, with the hole filled by its own decoding
@@ -122,9 +123,9 @@ def read_mask(path: str | Path) -> Tensor:
 def picture_shape(student: Student) -> tuple[int, int, int]:
     """The shape (C, H, W) of the student's pictures; those of latents are as large as their decoder makes them."""
     shape = tuple(student.config.shape)
-    if len(shape) != 3 or student.config.text_autoencoder is not None:
+    if len(shape) != 3 or isinstance(student.config.samples, TextLatents):
         raise ValueError(f"this student's samples, of shape {shape}, are no pictures")
-    if student.config.autoencoder is not None:
+    if isinstance(student.config.samples, ImageLatents):
         shape = student.pictures(torch.zeros(1, *shape, device=student.device)).shape[1:]
     channels, height, width = shape
     return channels, height, width

@@ -16,7 +16,7 @@ from flowmap.teachers.text import Sentence
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
-    cond |= {one.name: one.example(rows) for one in config.further}
+    cond |= {one.name: one.example(rows) for one in config.extra_conditions}
     net = net_within(config.net)
     if isinstance(net, DiffusersModel):  # FLUX reads a scale of its own, guided or not
         return (

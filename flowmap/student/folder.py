@@ -6,19 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowmap.base.files import copy_folder, read_json, read_tensors, write_json, write_tensors, write_text
-from flowmap.base.schema import RecipeError, construct, to_plain
+from flowmap.base.files import copy_folder, read_tensors, write_json, write_tensors, write_text
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
-from flowmap.recipe.kinds import TABLES, student_part
-from flowmap.student.config import FORMAT, SHIPPED_AUTOENCODER, StudentConfig
+from flowmap.recipe.kinds import student_part
+from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
+from flowmap.student.config_file import config_json, read_config
 from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
 
@@ -36,23 +35,6 @@ def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tens
     write_json(folder / "config.json", config_json(config))
     write_text(folder / "recipe.yaml", recipe)
     write_text(folder / "README.md", card)
-
-
-def config_json(config: StudentConfig) -> dict[str, Any]:
-    """What config.json holds: the settings, with the names of classes as `id2label`, the key by which hubs and pipelines know them."""
-    plain = to_plain(config, TABLES)
-    names = plain.pop("class_names")
-    return plain if names is None else plain | {"id2label": {str(i): name for i, name in enumerate(names)}}
-
-
-def _class_names(plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The same with `id2label` as class_names; ValueError where it is not {"0": name, "1": name, ...}."""
-    labels = plain.pop("id2label", None)
-    if labels is None:
-        return plain
-    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
-        raise ValueError(f'{path}: id2label: is not {{"0": name, "1": name, ...}}')
-    return plain | {"class_names": [labels[str(i)] for i in range(len(labels))]}
 
 
 def check_place(folder: Path, key: str) -> None:
@@ -129,25 +111,6 @@ def _local(source: str | Path) -> Path:
     raise ValueError(
         f"student: {str(source)!r} is no folder with config.json and model.safetensors, and no hub id (owner/name)"
     )
-
-
-def read_config(path: Path) -> StudentConfig:
-    """What a student's folder says of it; ValueError names the file and what is wrong."""
-    plain = read_json(path)
-    if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith(
-        "flowmap-text-autoencoder"
-    ):
-        raise ValueError(f"{path}: is an autoencoder's, not a student's")
-    if plain.get("what") == PRIOR:
-        raise ValueError(f"{path}: is a learned prior's, not a student's")
-    if plain.get("format") != FORMAT:
-        raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
-    try:
-        return construct(StudentConfig, _class_names(plain, path), TABLES, file=str(path))
-    except RecipeError:
-        raise
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:

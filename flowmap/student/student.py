@@ -20,7 +20,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
 from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
-from flowmap.student.config import StudentConfig, in_student_folder
+from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
@@ -99,7 +99,7 @@ class Student(Sentences):
             raise ValueError(
                 f"num: this student carries sentences of {self.config.edits[0]} to {self.config.edits[1]}; use edit(texts)"
             )
-        if refine is not None and (latents or self.config.text_autoencoder is not None):
+        if refine is not None and (latents or isinstance(self.config.samples, TextLatents)):
             raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
         generator = torch.Generator().manual_seed(seed)
         rows = self.conditions(num, cond, guidance)
@@ -145,7 +145,7 @@ class Student(Sentences):
         x0 = torch.cat(out)
         if latents:
             return x0
-        return self.pictures(x0, batch_size) if self.config.text_autoencoder is None else self.sentences(x0)
+        return self.sentences(x0) if isinstance(self.config.samples, TextLatents) else self.pictures(x0, batch_size)
 
     def start(self, num: int, generator: torch.Generator, z: Tensor | None = None) -> Start:
         """Where `num` samples start, on the CPU: a function of the generator's seed, and of the codes z (num, Z) where they are given."""
@@ -169,7 +169,8 @@ class Student(Sentences):
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
         """What samples x0 (B, *shape) look like: decoded where they are latents, pictures cut to [-1, 1], anything else as it is."""
-        if self.autoencoder is not None:
+        if isinstance(self.config.samples, ImageLatents):
+            assert self.autoencoder is not None
             decode = self.autoencoder.to(x0.device).decode
             return torch.cat([decode(part).clamp(-1, 1) for part in x0.split(batch_size)]) if len(x0) else x0
         return x0.clamp(-1, 1) if self.config.clamp else x0
@@ -192,6 +193,21 @@ class Student(Sentences):
     ) -> dict[str, Tensor]:
         """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
         cond = dict(cond or {})
+        self._check_conditions(cond, guidance)
+        rows = {} if self.config.text is None else self._text(num, cond)
+        if self.config.descriptions:
+            rows |= described_by(self, num, cond)
+        if "z" in cond and self.config.prior is not None:
+            rows["z"] = codes_of(cond["z"], num, self.config.prior.size).to(self.device)
+        if self.config.num_classes:
+            rows["class"] = self._classes(num, cond.get("class"), self.config.num_classes)
+        if self.config.guidance is not None:
+            scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
+            rows["guidance"] = self._scales(num, scale, self.config.guidance)
+        return rows
+
+    def _check_conditions(self, cond: Mapping[str, Any], guidance: float | None) -> None:
+        """Raise ValueError for a condition that the student does not take, or a scale where the scale is no input."""
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
         has = (("class", self.config.num_classes), ("guidance", self.config.guidance), ("z", self.config.prior))
         allowed = [*(key for key, there in has if there), *text, *self.config.descriptions]
@@ -201,31 +217,22 @@ class Student(Sentences):
             raise ValueError(f"guidance: {scale} was given, but {no_scale(self.config.baked_guidance)}")
         for key in cond:
             if key not in allowed:
-                raise ValueError(
-                    f"cond: {key!r} is no condition of this student; allowed: {', '.join(allowed) or 'none'}"
-                )
-        rows = self._text(num, cond) if text else {}
-        if self.config.descriptions:
-            rows |= described_by(self, num, cond)
-        if "z" in cond:
-            rows["z"] = codes_of(cond["z"], num, self.config.prior.size).to(self.device)
-        if self.config.num_classes:
-            rows["class"] = self._classes(num, cond.get("class"))
-        if self.config.guidance is not None:
-            scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
-            low, high, _ = self.config.guidance
-            rows["guidance"] = rows_of(scale, num, "guidance", torch.float32).to(self.device)
-            if not bool(((rows["guidance"] >= 0) & rows["guidance"].isfinite()).all()):
-                raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
-            if not bool(((rows["guidance"] >= low - 1e-6) & (rows["guidance"] <= high + 1e-6)).all()):
-                warnings.warn(
-                    f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on",
-                    stacklevel=3,
-                )
-        return rows
+                listed = ", ".join(allowed) or "none"
+                raise ValueError(f"cond: {key!r} is no condition of this student; allowed: {listed}")
+
+    def _scales(self, num: int, scale: Any, trained: tuple[float, float, float]) -> Tensor:
+        """The guidance scales as (num,) float32; one outside the range that the student was trained on is a warning."""
+        low, high, _ = trained
+        scales = rows_of(scale, num, "guidance", torch.float32).to(self.device)
+        if not bool(((scales >= 0) & scales.isfinite()).all()):
+            raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
+        if not bool(((scales >= low - 1e-6) & (scales <= high + 1e-6)).all()):
+            what = f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on"
+            warnings.warn(what, stacklevel=4)
+        return scales
 
     def taken(self, num: int, cond: Mapping[str, Any], guidance: float | None = None) -> dict[str, Tensor]:
-        """The conditions of `num` samples of the data, of which this student takes those that it knows."""
+        """Those of the data's conditions that this student takes, as tensors of `num` rows."""
         known = (
             *(ENCODED if self.config.text is not None else ()),
             *(("class",) if self.config.num_classes else ()),
@@ -249,8 +256,7 @@ class Student(Sentences):
         self.text.to(self.device)
         return {key: value.to(self.device)[places] for key, value in self.text(list(place)).items()}
 
-    def _classes(self, num: int, label: Any) -> Tensor:
-        count = self.config.num_classes
+    def _classes(self, num: int, label: Any, count: int) -> Tensor:
         if label is None:
             return (torch.arange(num) % count).to(self.device)
         labels = rows_of(labels_of(label, self.config.class_names), num, "class", torch.int64)

@@ -18,13 +18,13 @@ from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.student.conditions import texts_of
-from flowmap.student.config import in_student_folder
+from flowmap.student.config import StudentConfig, in_student_folder
 
 
 class Sentences:
     """What a Student can do whose samples are latents of sentences."""
 
-    config: Any
+    config: StudentConfig
     flow_map: FlowMapNet
     folder: Path | None
 
@@ -69,7 +69,7 @@ class Sentences:
 def described_by(student: Sentences, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
     """Attributes (a value by name, or num of them; -1 and absent: none) and contexts (texts, or latents) as rows on the student's device."""
     rows = {}
-    for attribute in student.config.attributes:
+    for attribute in student.config.sentences.attributes:
         value = cond.get(attribute.name, -1)
         if isinstance(value, Tensor):
             odd = value.is_floating_point() or value.shape != (num,)
@@ -82,7 +82,7 @@ def described_by(student: Sentences, num: int, cond: Mapping[str, Any]) -> dict[
             raise ValueError(f"{attribute.name}: {len(values)} values given; allowed: one, or {num}")
         numbers = [-1 if type(one) is int and one == -1 else attribute.number(one) for one in values]
         rows[attribute.name] = torch.tensor(numbers, device=student.device)
-    for name in student.config.contexts:
+    for name in student.config.sentences.contexts:
         rows[name] = _context(student, num, name, cond.get(name))
     return rows
 

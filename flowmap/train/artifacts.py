@@ -1,4 +1,6 @@
-"""What a run leaves in student/, by the recipe's `leaves`: how it is shown and kept on the way, measured at the end, and written with its figures."""
+"""The artifact that a run writes to student/, by the objective's `artifact`: its callbacks during training, its
+figures, and its files.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,14 @@ Figures = dict[str, Any]
 
 class Leaves(Protocol):
     def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
-        """Callbacks that look at the averaged weights and keep them; the checkpoint last: what it says is done has left its figures behind."""
+        """Callbacks that draw, measure and save the averaged weights.
+
+        The one that saves a checkpoint comes last, so that a checkpoint has the figures of its step.
+        """
         ...
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
-        """metrics.json's contents."""
+        """The contents of metrics.json."""
         ...
 
     def write(
@@ -47,7 +52,7 @@ class StudentArtifact:
         return [Measure(stage, student, log), Pictures(stage, student), Keep(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
-        known = read_known(stage.folder / "student")  # of a run that is measured again
+        known = read_known(stage.folder / "student")  # there if the run is measured again
         return measure(stage.recipe, student, module.teacher, module.data, progress=log, known=known)
 
     def write(
@@ -64,7 +69,7 @@ class StudentArtifact:
 
 @dataclass(frozen=True)
 class AutoencoderArtifact:
-    """kind: the module that shows, measures and saves it, that of pictures or that of text."""
+    """kind: the module that draws, measures and saves the autoencoder, that of pictures or that of text."""
 
     kind: ModuleType
 
@@ -106,7 +111,7 @@ class PriorArtifact:
 
 
 class JointTextArtifact:
-    """A text autoencoder and the flow in its latents."""
+    """A text autoencoder and the flow on its latents."""
 
     def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]

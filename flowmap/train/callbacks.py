@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: checkpoints, snapshots of averages, figures, sample grids, metrics."""
+"""Callbacks of a run: checkpoints, snapshots of averages, figures, sample grids, metrics."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
+from flowmap.train.card import model_card
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 from flowmap.train.run_folder import drop_old
 
 
 class AtSteps(L.Callback):
-    """Calls `at(trainer, module, done)` once after every optimiser step; done counts the finished ones."""
+    """Calls `at(trainer, module, done)` once after every optimizer step; done is the number of finished steps."""
 
     def __init__(self):
         self._seen = -1
@@ -54,7 +55,7 @@ class AtSteps(L.Callback):
 
 
 def going_on(what: str, look: Callable[[], None]) -> None:
-    """look(); where it fails, a warning: training goes on."""
+    """Call look(); if it fails, warn and go on training."""
     try:
         look()
     except Exception as error:
@@ -64,7 +65,10 @@ def going_on(what: str, look: Callable[[], None]) -> None:
 
 
 class AtPictures(AtSteps):
-    """Calls `show(trainer, module, done)` every log.samples_every_steps; the last step's samples are drawn when it has been kept (finish.py)."""
+    """Calls `show(trainer, module, done)` every log.samples_every_steps.
+
+    finish.py draws the samples of the last step, once the student is saved.
+    """
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -80,14 +84,18 @@ class AtPictures(AtSteps):
 
 
 class Average(AtSteps):
-    """The averages take every step in. First among the callbacks (which run before the module's own hook): what the others keep has the step."""
+    """Adds the weights of every step to the averages.
+
+    It is the first of the callbacks, which run before the module's own hook, so that the others see averages with the
+    step.
+    """
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         module.average()
 
 
 class Figures(AtSteps):
-    """The loss, its logs by time, throughput, memory, and how well the tangent agrees with a finite difference."""
+    """Logs the loss, its parts by time, throughput, memory, and how close the tangent is to a finite difference."""
 
     def __init__(self, every: int):
         super().__init__()
@@ -115,8 +123,10 @@ class Figures(AtSteps):
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory that this process has held: on the accelerator where there is one, else resident (on Linux since it was last counted
-    anew, compare/entry.py)."""
+    """The peak memory of this process in GiB: on the accelerator if there is one, otherwise resident memory.
+
+    On Linux the resident peak is that since the last reset (compare/entry.py).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
@@ -128,7 +138,7 @@ def peak_gib(device: torch.device) -> float:
 
 @torch.no_grad()
 def tangent_error(module: DistillModule, rows: int = 16) -> float:
-    """|| dF/dt by riding - dF/dt by difference || / || the latter || on a few rows of the last batch."""
+    """|| dF/dt by dual numbers - dF/dt by difference || / || the latter || on a few rows of the last batch."""
     sample, _ = module.last
     moving = (sample.t > sample.s).nonzero().squeeze(1)[:rows]
     if len(moving) == 0:  # sharded weights: every process must call the network as often as the others
@@ -143,7 +153,10 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
 
 
 class Keep(AtSteps):
-    """checkpoints/last.ckpt and student/ every so many steps and at the end, snapshots of averages; never of weights that are not finite."""
+    """Saves checkpoints/last.ckpt and student/ every so many steps and at the end, and snapshots of the averages.
+
+    Weights that are not finite are never saved.
+    """
 
     def __init__(self, stage: Stage, config: StudentConfig):
         super().__init__()
@@ -170,20 +183,20 @@ class Keep(AtSteps):
         state = full_state(module.averaged)
         if trainer.is_global_zero:
             self.ship(module, state, done)
-            drop_old(self.stage.folder)  # the run that this one replaces, if it does
+            drop_old(self.stage.folder)  # the run that this one replaces, if there is one
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         keep_student(self.stage, self.config, state, done)
 
 
 def metric_logs(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The student's figures of metrics.json under the names that loggers have: metrics/NAME/STEPS."""
+    """The student's figures of metrics.json under the names that loggers use: metrics/NAME/STEPS."""
     rows = metrics["student"]
     return {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
 
 
 def check_weights(module: DistillModule, done: int) -> None:
-    """NotFinite that names a weight or an average of it that is not finite; all processes call it."""
+    """Raise NotFinite with the name of a weight, or of an average of it, that is not finite; all processes call it."""
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
     kept |= {
@@ -202,8 +215,6 @@ def check_weights(module: DistillModule, done: int) -> None:
 def keep_student(
     stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None
 ) -> None:
-    from flowmap.train.card import model_card
-
     config = replace(config, step=done)
     save_student(
         stage.folder / "student",
@@ -215,7 +226,7 @@ def keep_student(
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of the map on the CPU, as it ships; gathered where the weights are sharded (all processes call it)."""
+    """The whole state dict of the map on the CPU, as it ships; gathered if it is sharded (all processes call it)."""
     from torch.distributed.tensor import DTensor
 
     state = net.state_dict()
@@ -227,7 +238,7 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 class Pictures(AtPictures):
-    """samples/step-N.png: the averaged student at each number of steps, above the teacher from the same noise."""
+    """Draws samples/step-N.png: the averaged student at each number of steps, then the teacher from the same noise."""
 
     def __init__(self, stage: Stage, student: Student):
         super().__init__(stage)
@@ -239,7 +250,7 @@ class Pictures(AtPictures):
 
     @torch.no_grad()
     def write(self, trainer, module: DistillModule, done: int) -> None:
-        """samples/step-N.txt: sentences at each number of steps, from the same noise (or from the same sentences, which come first)."""
+        """Write samples/step-N.txt: sentences at each number of steps, all from the same noise or source sentences."""
         from flowmap.evaluation.samples import sentences_of
 
         text = sentences_of(self.student, module.data, self.stage.recipe)
@@ -277,7 +288,7 @@ class Pictures(AtPictures):
 class Measure(AtSteps):
     """Measures the averaged student every log.metrics_every_steps by the recipe's metrics of samples.
 
-    The teacher is measured at the end of the run alone, its real-vs-real baseline once. Progress: at most a line in 10
+    The teacher is measured only at the end of the run, the real-vs-real baseline once. Progress is at most a line in 10
     seconds.
     """
 

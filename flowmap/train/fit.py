@@ -138,7 +138,7 @@ def waiting_for(label: str, folder: Path, log: LogFunction) -> Callable[[], None
 
 
 def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None] | None = None) -> None:
-    """Make the encoded data set or the pairs of the stage, or the part that is missing. RecipeError names the recipe."""
+    """Make the encoded data set or the pairs of the stage, or the missing part. RecipeError names the recipe."""
     device = device_of(stage.recipe)
 
     def made() -> bool:

@@ -162,7 +162,7 @@ class DistillModule(L.LightningModule):
         self._must_be_finite("gradient's norm", norm_of(gradients))
 
     def _must_be_finite(self, what: str, value: Tensor) -> None:
-        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits for the others."""
+        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits."""
         bad = (~torch.isfinite(value)).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
@@ -209,7 +209,7 @@ def _copy(student: FlowMapNet) -> FlowMapNet:
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together, a scalar on their device; of the whole tensors if they are sharded."""
+    """The Euclidean norm of all tensors together, a scalar on their device; sharded tensors count whole."""
     if not tensors:
         return torch.zeros(())
     norm = torch.nn.utils.get_total_norm(tensors)

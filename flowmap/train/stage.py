@@ -1,4 +1,4 @@
-"""The training of one recipe: its parts are built, its folder is begun or resumed, Lightning trains, `finish` measures."""
+"""The training of one recipe: build its parts, begin or resume its folder, train with Lightning, measure."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _check_checkpoint(path: Path, module: DistillModule) -> int:
 
 
 def _check_optimizers(module: DistillModule) -> None:
-    """Raise RecipeError if torch refuses the settings of an optimizer: Lightning builds them only as training begins."""
+    """Raise RecipeError if torch refuses the settings of an optimizer: Lightning builds them only later."""
     try:
         module.configure_optimizers()
     except ValueError as error:
@@ -219,7 +219,7 @@ def _trainer(
             use_distributed_sampler=False,
             default_root_dir=stage.folder,
         )
-    except (MisconfigurationException, ValueError) as error:  # no such accelerator, more devices than there are, ...
+    except (MisconfigurationException, ValueError) as error:  # no such accelerator, too many devices, ...
         raise RecipeError(f"{recipe.name}: trainer: {' '.join(str(error).split())}") from error
 
 

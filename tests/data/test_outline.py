@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_data
 from flowmap.build.student import student_config
 from flowmap.data.outline import outline_of
@@ -52,3 +53,8 @@ def test_a_configuration_is_the_same_from_the_data_and_from_its_outline():
     assert student_config(recipe, data, None) == student_config(recipe, outline_of(data), None)
     other = dataclasses.replace(outline_of(data), shape=(3,))
     assert student_config(recipe, other, None).shape == (3,)
+
+
+def test_pictures_to_encode_are_required():
+    with pytest.raises(RecipeError, match="data.images: is required"):
+        read_recipe("digits", ["data={kind: encoded}"])

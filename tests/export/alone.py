@@ -13,7 +13,7 @@ import torch
 
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.student import Student
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,5 +71,10 @@ def foreign(model, scheduler, shape, sampler=None, **more) -> Student:
     plain = lambda config: json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}, sort_keys=True)
     net = DiffusersModel(type(model).__name__, plain(model.config), type(scheduler).__name__, plain(scheduler.config))
     return shaken(
-        StudentConfig(net, sampler or Deterministic(), shape, **{"clamp": False, "guidance": (1.0, 3.0, 2.0), **more})
+        StudentConfig(
+            net,
+            sampler or Deterministic(),
+            shape,
+            **{"samples": Pixels(clamp=False), "guidance": (1.0, 3.0, 2.0), **more},
+        )
     )

@@ -11,7 +11,7 @@ from flowmap.export import export
 from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, own_modules, shaken, snippet
 
@@ -31,13 +31,13 @@ STUDENTS = {
         )
     ),
     "mlp": lambda: shaken(
-        StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), clamp=False)
+        StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), samples=Pixels(clamp=False))
     ),
     "table_dit": lambda: foreign(
-        tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, clamp=True
+        tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, samples=Pixels()
     ),
     "table_unet": lambda: foreign(
-        tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), clamp=True
+        tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), samples=Pixels()
     ),
 }
 ROWS = [(name, steps) for name in STUDENTS for steps in (1, 2, 4)]

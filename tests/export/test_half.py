@@ -9,13 +9,13 @@ from flowmap.export import export
 from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import ImageLatents, StudentConfig
 from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 from tests import tiny_nets
 from tests.export.alone import foreign, own_modules, shaken
 
 diffusers = pytest.importorskip("diffusers")
-KIN = {"autoencoder": Autoencoder(source="nowhere"), "clamp": False}
+KIN = {"samples": ImageLatents(Autoencoder(source="nowhere"))}
 #       the student, its autoencoder, and the shift and scale of its latents
 STUDENTS = {
     "dit, kl": (lambda: shaken(StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (4, 8, 8), num_classes=3, **KIN)), "kl", (0.2,), (0.6,)),

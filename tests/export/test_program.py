@@ -13,7 +13,7 @@ from flowmap.export.program import example_conditions
 from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, shaken, snippet
 
@@ -33,7 +33,12 @@ STUDENTS = {
             StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Gamma(), (3, 8, 8))
         ),
     ),
-    "mlp": (2, lambda: shaken(StudentConfig(MLP(width=16, depth=1), Deterministic(middle=(0.6,)), (2,), clamp=False))),
+    "mlp": (
+        2,
+        lambda: shaken(
+            StudentConfig(MLP(width=16, depth=1), Deterministic(middle=(0.6,)), (2,), samples=Pixels(clamp=False))
+        ),
+    ),
     "table_unet": (1, lambda: foreign(tiny_nets.unet(sample_size=8), diffusers.DDIMScheduler(), (3, 8, 8))),
     "sd3": (1, lambda: foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))),
 }
@@ -107,7 +112,7 @@ def test_the_program_of_a_larger_network_does_too(tmp_path, name):
 
 
 def test_noise_between_steps_is_refused(tmp_path):
-    student = shaken(StudentConfig(MLP(width=16), Gamma(), (2,), clamp=False))
+    student = shaken(StudentConfig(MLP(width=16), Gamma(), (2,), samples=Pixels(clamp=False)))
     with pytest.raises(ValueError, match="--steps 1"):
         export(student, tmp_path / "out", to="torch", steps=2)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from flowmap.nets.diffusers_model import pack
 from flowmap.nets.lora import Base, LoRA, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import ImageLatents, Pixels, StudentConfig
 from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder
 from flowmap.teachers.text import PipelineText, Sentence
@@ -95,14 +95,12 @@ def whole(family: str, root, **more) -> StudentConfig:
     base = Base(str(source), None, fingerprint(net.model))
     text = PipelineText(source=str(source), max_tokens=None if family == "sd" else 16)
     settings = {
-        "autoencoder": Autoencoder(source=str(source)),
+        "samples": ImageLatents(Autoencoder(source=str(source))),
         "text": text,
         "lora": LoRA(3, 5.0, LORAS[family][0]),
         "base": base,
     }
-    return StudentConfig(
-        spec, Deterministic(), LORAS[family][1], clamp=False, guidance=(1.0, 3.0, 2.0), **{**settings, **more}
-    )
+    return StudentConfig(spec, Deterministic(), LORAS[family][1], guidance=(1.0, 3.0, 2.0), **{**settings, **more})
 
 
 def drawn(config: StudentConfig) -> Student:
@@ -132,7 +130,12 @@ def sentence_student(root) -> Student:
     )
     return drawn(
         whole(
-            "sd3", root, lora=None, base=None, text=Sentence(str(root / "bert"), max_tokens=8), autoencoder=autoencoder
+            "sd3",
+            root,
+            lora=None,
+            base=None,
+            text=Sentence(str(root / "bert"), max_tokens=8),
+            samples=ImageLatents(autoencoder),
         )
     )
 
@@ -250,7 +253,7 @@ def test_encoders_of_another_pipeline_stay_out_of_a_stock_folder(done, tmp_path)
 @pytest.mark.slow
 def test_the_card_of_a_hubs_base_says_its_name_and_revision(done, tmp_path):
     sd3 = done[0]["sd3"]
-    config = replace(sd3.config, base=Base("owner/model", "v1"), text=None, autoencoder=None)
+    config = replace(sd3.config, base=Base("owner/model", "v1"), text=None, samples=Pixels(clamp=False))
     card = (export(Student(config, sd3.flow_map), tmp_path / "out", to="lora") / "README.md").read_text()
     assert (
         'from_pretrained("owner/model", revision="v1")' in card
@@ -305,7 +308,7 @@ def test_what_no_lora_can_be_is_refused_in_one_line(done, tmp_path, student, opt
     students = done[0]
     sd3 = students["sd3"]
     changed = {
-        "other": {"autoencoder": replace(sd3.config.autoencoder, scale=(0.7,))},
+        "other": {"samples": ImageLatents(replace(sd3.config.autoencoder, scale=(0.7,)))},
         "uneven": {"sampler": Deterministic(middle=(0.7,))},
     }
     made = Student(replace(sd3.config, **changed[student]), sd3.flow_map) if student in changed else students[student]

@@ -13,6 +13,7 @@ from flowmap.export.plan import make_plan
 from flowmap.export.stock import FAMILIES, check_grid
 from flowmap.nets.diffusers_model import pack, unpack
 from flowmap.samplers import Deterministic, Gamma
+from flowmap.student.config import ImageLatents
 from tests import parity
 from tests.export.alone import alone, foreign, own_modules, snippet
 from tests.tiny_nets import flux, kl, qwen, sana, sd3
@@ -139,7 +140,7 @@ def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = kl().eval()
     student, frozen = student_of("sd3"), Frozen(vae, (0.25,), (1.5,))
-    object.__setattr__(student.config, "autoencoder", "kl")
+    object.__setattr__(student.config, "samples", ImageLatents("kl"))
     student.autoencoder = frozen
     z, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 24)
     wanted = vae.decode(student.config.sampler(student.flow_map, z, {"text": text, "pooled": pooled, "guidance": torch.full((2,), 2.0)}, steps=2)
@@ -156,7 +157,7 @@ def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
 
 def test_a_shift_of_latents_is_refused_where_the_pipeline_knows_none(tmp_path):
     student = student_of("sana")
-    object.__setattr__(student.config, "autoencoder", "kl")
+    object.__setattr__(student.config, "samples", ImageLatents("kl"))
     student.autoencoder = Frozen(torch.nn.Identity(), (0.5,), (1.0,))
     with pytest.raises(ValueError, match="a shift of latents .* --custom"):
         export(student, tmp_path / "out")

@@ -8,7 +8,7 @@ import torch
 from flowmap.export.plan import Export
 from flowmap.export.vae import exported_vae
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import ImageLatents, StudentConfig
 from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 
@@ -27,8 +27,7 @@ def plan_of(model, shift, scale, unit=False) -> Export:
         MLP(width=8, depth=1),
         Deterministic(),
         (4, 3, 5),
-        clamp=False,
-        autoencoder=Autoencoder(source="nowhere", unit=unit),
+        samples=ImageLatents(Autoencoder(source="nowhere", unit=unit)),
     )
     student = Student(config, config.build())
     student.__dict__["autoencoder"] = FrozenAutoencoder(model, shift, scale, unit, {})

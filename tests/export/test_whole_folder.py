@@ -10,7 +10,7 @@ from flowmap.export import export, hub
 from flowmap.export.folder import MARK, whole_folder
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from tests.conftest import bytes_of
 from tests.export.alone import shaken
 
@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 
 
 def student(**more):
-    return shaken(StudentConfig(MLP(width=8, depth=1), Deterministic(), (2,), clamp=False, **more))
+    return shaken(StudentConfig(MLP(width=8, depth=1), Deterministic(), (2,), samples=Pixels(clamp=False), **more))
 
 
 def test_a_failure_leaves_everything_as_it_was(tmp_path):

@@ -259,8 +259,8 @@ def test_a_student_in_the_plane_comes_nearer_to_the_data(balance):
         ({"discriminator_lr": 0.0}, "discriminator_lr: 0.0"),
         ({"discriminator_betas": (0.0, 1.0)}, "discriminator_betas"),
         ({"start": -1}, "start: -1"),
-        ({"base": Reconstruction()}, "base: wants"),
-        ({"base": Adversarial(base=AYFEMD(), discriminator=Conv())}, "base: wants"),
+        ({"base": Reconstruction()}, "base: must be"),
+        ({"base": Adversarial(base=AYFEMD(), discriminator=Conv())}, "base: must be"),
     ],
 )
 def test_mistakes_are_named(settings, says):

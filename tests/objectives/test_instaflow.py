@@ -183,8 +183,8 @@ def test_lpips_huber_looks_at_what_latents_decode_to():
     [
         ({"perceptual": Pictures(), "perceptual_after_steps": -1}, "perceptual_after_steps: -1 must be 0 or more"),
         ({"perceptual": Pictures(), "squared": 1.5}, "squared: 1.5 must lie in"),
-        ({"perceptual_after_steps": 3}, "which is not given"),
-        ({"squared": 0.5}, "which is not given"),
+        ({"perceptual_after_steps": 3}, "have no effect without"),
+        ({"squared": 0.5}, "have no effect without"),
     ],
 )
 def test_mistakes_are_named(settings, says):

@@ -120,7 +120,7 @@ def test_grey_pictures_are_looked_at_in_colour_and_points_are_refused():
         distance_by(NET, grey, 0.5 * grey),
         distance_by(NET, grey.expand(-1, 3, -1, -1), 0.5 * grey.expand(-1, 3, -1, -1)),
     )
-    with pytest.raises(ValueError, match="wants pictures"):
+    with pytest.raises(ValueError, match="needs pictures"):
         distance_by(NET, draw(5, 2), draw(5, 2))
 
 

@@ -12,7 +12,7 @@ from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.nets.mlp import MLP
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.edit import code_of_part, inpaint, interpolate, read_mask, read_picture, slerp
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
@@ -97,7 +97,7 @@ def test_known_pixels_stay_on_their_own_path():
         sampler=Deterministic(),
         shape=SHAPE,
         arrival=False,
-        clamp=False,
+        samples=Pixels(clamp=False),
         prior=Shipped(2, 1.0, False, "", ""),
     )
     flow_map = Exact()

@@ -14,7 +14,7 @@ from flowmap.export.merge import MARK, merge
 from flowmap.nets import MLP, Stacked
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.student.student import Student
@@ -25,7 +25,7 @@ from tests.oracle import draw
 def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True, shape=(2,), prior=None):  # noqa: B008
     torch.manual_seed(seed)
     config = StudentConfig(
-        spec, Deterministic(), shape, clamp=False, arrival=arrival, prior=prior, recipe="mine", step=9
+        spec, Deterministic(), shape, samples=Pixels(clamp=False), arrival=arrival, prior=prior, recipe="mine", step=9
     )
     student = Student(config, config.build().eval(), folder)
     save_student(folder, config, student.flow_map.state_dict(), recipe="", card="# mine\n")

@@ -11,7 +11,7 @@ import flowmap
 from flowmap.nets import MLP, DiT
 from flowmap.samplers import Deterministic
 from flowmap.student.conditions import codes_of, texts_of
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
 
@@ -35,7 +35,7 @@ def saved(folder, config=CONFIG) -> Student:
 
 
 @pytest.mark.parametrize(
-    "config", [CONFIG, StudentConfig(MLP(width=16), Deterministic(), (2,), clamp=False, arrival=False)]
+    "config", [CONFIG, StudentConfig(MLP(width=16), Deterministic(), (2,), samples=Pixels(clamp=False), arrival=False)]
 )
 def test_a_round_trip_is_exact(tmp_path, config):
     before, after = saved(tmp_path, config), load_student(tmp_path)

@@ -246,7 +246,7 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
     [
         (
             ["objective.discriminator={kind: teacher}"],
-            "'teacher' looks through the teacher's network, and the recipe has no teacher",
+            "'teacher' needs the features of a teacher, and the recipe has none",
         ),
         (
             ["objective.discriminator={kind: features}", "metrics=[{kind: frechet, features: efficientnet_lite0}]"],
@@ -260,14 +260,14 @@ def test_it_continues_a_distilled_run_and_looks_through_its_teacher(path, tmp_pa
         (["objective.discriminator.kind=convv"], "objective.discriminator.kind: no 'convv', did you mean 'conv'?"),
         (["objective.discriminator.widht=3"], "objective.discriminator.widht: no such setting, did you mean 'width'?"),
         (["objective={kind: adversarial, discriminator: {kind: conv}}"], "objective.base: is required"),
-        (["objective.base={kind: reconstruction}"], "base: wants an objective that trains a flow map"),
+        (["objective.base={kind: reconstruction}"], "base: must be an objective that trains a flow map"),
         (["objective.base.kind=rectified"], "objective.base.distance: on an independent coupling"),
         (["objective.steps=[0]"], "objective.steps[0]: 0 must be 1 or more"),
         (["trainer.accumulate=0"], "trainer.accumulate: 0 must be 1 or more"),
         (["trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' cannot shard a discriminator"),
         (
             ["data={kind: latents, root: nowhere}", "objective.discriminator={kind: features}"],
-            "'features' looks at pictures",
+            "'features' needs pictures",
         ),
     ],
 )

@@ -227,7 +227,7 @@ def test_a_flow_of_codes(recipes, tmp_path, trained):
         ("flow", "data.conditional=true", "know no conditions"),
         ("flow", "sampler.kind=gamma", "sampler: gamma"),
         ("flow", "prior.scale=0", "prior.scale: 0"),
-        ("flow", "prior.kind=gaussian", "objective.weight: is by the variance of a learned prior"),
+        ("flow", "prior.kind=gaussian", "objective.weight: needs the variance of a learned prior"),
         ("flow", "objective.weight.kind=inverse_varianc", "did you mean 'inverse_variance'"),
         ("reflow", "coupling.inverted=0.5", "coupling.inverted"),
         ("map", "coupling={kind: styles, source: [a=1], target: [a=2]}", "coupling styles starts at sentences"),

@@ -211,7 +211,7 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["teacher.guidance={kind: classifier_free}"],
-            "teacher.guidance: objective rectified does not ask the teacher",
+            "teacher.guidance: objective rectified does not call the teacher",
         ),
         (
             ["objective.distance={kind: lpips_huber, net: pixels}"],
@@ -230,17 +230,17 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["objective.distance={kind: lpips_huber}", "data={kind: latents, root: r}"],
-            "objective.distance: looks at pictures, and nothing decodes",
+            "objective.distance: needs pictures, and nothing decodes",
         ),
         (["objective={kind: endpoint}", "coupling.kind=independent"], "coupling: objective endpoint is for pairs"),
         (["objective={kind: endpoint}", "path.kind=trig"], "path: "),
         (
             ["objective={kind: endpoint}", "teacher.guidance={kind: classifier_free}"],
-            "teacher.guidance: objective endpoint does not ask",
+            "teacher.guidance: objective endpoint does not call",
         ),
         (
             ["objective={kind: endpoint, perceptual_after_steps: 3}"],
-            "objective.perceptual_after_steps, squared: say when",
+            "objective.perceptual_after_steps, squared: have no effect",
         ),
         (
             ["objective={kind: endpoint, perceptual: {kind: vgg}}"],
@@ -248,7 +248,7 @@ def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way()
         ),
         (
             ["objective={kind: endpoint, perceptual: {kind: pictures}}", "data={kind: latents, root: r}"],
-            "objective.perceptual: looks at pictures",
+            "objective.perceptual: needs pictures",
         ),
         (
             [

@@ -17,7 +17,7 @@ from flowmap.export import export
 from flowmap.nets.edm import ADM
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
-from flowmap.student.config import StudentConfig
+from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import save_student
 from tests.tiny_pipelines import WORDS, save
 
@@ -65,7 +65,7 @@ def edm2_weights(folder, shape):
         torch.manual_seed(name)
         config = StudentConfig(
             net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), sampler=Deterministic(), shape=shape, num_classes=3,
-            arrival=False, clamp=shape[0] == 3,
+            arrival=False, samples=Pixels(clamp=shape[0] == 3),
         )  # fmt: skip
         side = 512 if shape[0] == 4 else 64
         save_student(folder / f"edm2-{size}-imagenet{side}", config, config.build().state_dict(), recipe="", card="")

@@ -192,7 +192,7 @@ def test_every_networks_calls_are_counted(path):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["teacher=null"], "teacher: objective score_distillation compares with the teacher's velocity"),
+        (["teacher=null"], "teacher: objective score_distillation compares with a teacher's velocity"),
         (["trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' cannot shard the fake"),
         (
             ["coupling={kind: pairs, num: 8, teacher: {card: exact}}"],
@@ -200,7 +200,7 @@ def test_every_networks_calls_are_counted(path):
         ),
         (
             ["prior={kind: learned, recipe: lediflow/digits-prior}", "sampler={kind: deterministic}"],
-            "prior: objective score_distillation puts its samples to N(0, I)",
+            "prior: objective score_distillation adds noise from N(0, I)",
         ),
         (
             ["sampler={kind: deterministic}"],

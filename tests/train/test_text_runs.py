@@ -248,7 +248,7 @@ def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines,
         (b"cat\n", ("--num", "8"), "--num: does not go with --texts"),
         (b"cat\n", ("--steps", 1, 0), "--steps: 0 must be 1 or more"),
         (b"\xff\n", (), "is not UTF-8"),
-        (b"\n \n", (), "holds no sentence"),
+        (b"\n \n", (), "has no sentence"),
     ):
         code, lines, err = edit_lines(content, *options)
         assert code == 2 and lines is None and says in err and len(err.splitlines()) == 1
@@ -341,7 +341,7 @@ def test_infilling_is_given_what_stands_around(runs):
     one, other = (
         student.sample(2, cond={"left": "to say", "right": right}, latents=True) for right in ("fox n", "hen v")
     )
-    assert not torch.equal(one, other) and student.config.contexts == ("left", "right")
+    assert not torch.equal(one, other) and student.config.sentences.contexts == ("left", "right")
     with pytest.raises(ValueError, match="left: 3 given; allowed: one text, or 2 texts"):
         student.sample(2, cond={"left": ["a"] * 3})
     with pytest.raises(ValueError, match="left: 3 was given; allowed: one text, or 2 texts"):
@@ -376,7 +376,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(runs, tmp_path):
         ("flow", "data.attributes=[colour]", "'colour' is no attribute"),
         ("flow", "data.autoencoder=null", "data.autoencoder: is required"),
         ("flow", "data.tokenizer={kind: bpe}", "tokenizer: the text autoencoder brings its own"),
-        ("flow", "student={kind: edm_ddpmpp}", "a network of kind edm_ddpmpp is not told "),
+        ("flow", "student={kind: edm_ddpmpp}", "a network of kind edm_ddpmpp takes no condition "),
         (
             "flow",
             "coupling={kind: styles, source: [length=4], target: [part_of_speech=pronoun]}",
