@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from _report import spread
+from lib.report import spread
 
 Run = dict  # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ..., "codes": ...}
 MANY = 50  # Euler steps of the Gaussian whose distance is to be reached
