@@ -29,8 +29,8 @@ test-slow: .venv/ready  ## the long tests as well
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
 
 lint: .venv/ready   ## ruff: lint and format
-	$(BIN)/ruff check flowmap tests benchmarks
-	$(BIN)/ruff format --check flowmap tests benchmarks
+	$(BIN)/ruff check flowmap tests benchmarks examples docs/reference.py
+	$(BIN)/ruff format --check flowmap tests benchmarks examples docs/reference.py
 
 types: .venv/ready  ## mypy
 	$(BIN)/mypy

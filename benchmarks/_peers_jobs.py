@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from _peers import FastGen, Loss, PyMeanFlow
 
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.compare.entrants import at_seed
 from flowmap.data import StepBatches
 from flowmap.flow.types import PathSample

@@ -58,7 +58,7 @@ class Seed:
     def _start(self, source: Path) -> Path:
         """The kept run that the stage goes on from; it and its teacher appear beside the arms, where `flowmap` looks for them."""
         from flowmap.plan.dependencies import teacher_recipes
-        from flowmap.plan.plan import holds
+        from flowmap.plan.run_folders import matches
         from flowmap.recipe.recipe import read_recipe, read_resolved
 
         name = read_recipe(self.case.recipe).student.recipe
@@ -69,7 +69,7 @@ class Seed:
             )
         needed = [run]
         for teacher in teacher_recipes(read_resolved(run / "recipe.yaml")):
-            needed += [folder for folder in sorted(source.glob(f"{teacher.name}*")) if holds(folder, teacher)][:1]
+            needed += [folder for folder in sorted(source.glob(f"{teacher.name}*")) if matches(folder, teacher)][:1]
         for folder in needed:
             link = self.root / folder.name
             if not link.is_symlink():
@@ -105,11 +105,11 @@ class Seed:
 
     def make(self, arm: str) -> None:
         """Trains the arm where that is not done."""
-        from flowmap.plan.plan import holds
+        from flowmap.plan.run_folders import matches
         from flowmap.recipe import read_recipe
 
         path, out = self.recipe(arm), self.root / arm
-        if out.is_dir() and not holds(out, read_recipe(path)):
+        if out.is_dir() and not matches(out, read_recipe(path)):
             raise SystemExit(f"{out} is of another recipe: remove {self.root} to measure this one")
         if arm in self.found.get("cost", {}):
             return
@@ -181,7 +181,7 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     import _labels
 
     from flowmap.base.trust import allow_import
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
     from flowmap.recipe import read_recipe
     from flowmap.student.folder import load_student

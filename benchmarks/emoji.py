@@ -2,7 +2,7 @@
 
 `flowmap fit --recipe emoji32` first (`make data` before it). Then `python benchmarks/emoji.py [--run runs/emoji32]`: exports the student for 1, 2
 and 4 steps, has a process in which flowmap cannot be imported draw the captions of training samples with StableDiffusion3Pipeline, compares with
-student.sample from the same noise, and writes docs/emoji.png: rows of real pictures, the teacher, and diffusers at 4, 2 and 1 steps.
+student.sample from the same noise, and writes docs/images/emoji.png: rows of real pictures, the teacher, and diffusers at 4, 2 and 1 steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from _report import environment, table, write
 from safetensors.torch import load_file, save_file
 
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.build.parts import build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.export import export
 from flowmap.recipe.recipe import read_resolved
@@ -70,7 +71,7 @@ def main() -> None:
         by_teacher = student.pictures(teacher.solve(noise, cond, recipe.evaluation.teacher_steps))
     real = student.pictures(data.__getitems__([i * len(data) // NUM for i in range(NUM)])[0])
     save_picture(
-        ROOT / "docs" / "emoji.png",
+        ROOT / "docs" / "images" / "emoji.png",
         stack([to_grid(x, columns=16) for x in (real, by_teacher, *(theirs[k] for k in (4, 2, 1)))]),
     )
     figures = {f"student {k}": row for k, row in metrics["student"].items()}

@@ -13,9 +13,9 @@ from _report import RESULTS, _cell, table
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
-    "main_job": "main_job_digits.json",
+    "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
-    "operators": "operators.json",
+    "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json", "own_teacher": "own_teacher.json",
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
@@ -26,7 +26,9 @@ FILES = {
     **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", "_share"), ("emoji", "_share"))
        for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # the last two with --share 0.35 and 0.15
 }  # fmt: skip
-IN_README = ("steps_law", "emoji")  # plots that README.md shows; all others stand in a page beside them
+SHORT = {
+    "main_job_short": ("student 1", "student 2", "student 4", "teacher 64", "floor")
+}  # the rows of README.md's table
 COLUMNS = {"main_job": ["row", "median", "least", "most", "median ratio to teacher 64"]}
 BLOCK = re.compile(r"(<!-- figures:(\w+) -->\n).*?(<!-- /figures -->)", re.S)
 
@@ -57,9 +59,16 @@ def block(name: str, result: dict) -> str:
     rows, columns = made["rows"], made.get("columns") or COLUMNS.get(name)
     if name == "steps_law":
         rows, columns = by_steps(rows)
-    folder = "docs/" if name in IN_README else ""
-    plot = f"![{name}]({folder}{name}.png)\n\n" if (ROOT / "docs" / f"{name}.png").is_file() else ""
+    if name in SHORT:
+        rows, columns = short(rows, columns, SHORT[name])
+    plot = f"![{name}](../images/{name}.png)\n\n" if (ROOT / "docs" / "images" / f"{name}.png").is_file() else ""
     return f"{table(rows, columns or [''] * len(rows[0]))}\n\n{plot}{origin(name, result)}\n"
+
+
+def short(rows: list[list], columns: list[str], wanted: tuple[str, ...]) -> tuple[list[list], list[str]]:
+    """The wanted rows of the first group, as [row, median, least, most]."""
+    group = [row for row in rows if row[0] == rows[0][0] and row[1] in wanted]
+    return [row[1:5] for row in group], columns[1:5]
 
 
 def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
@@ -98,7 +107,7 @@ def origin(name: str, result: dict) -> str:
 
 def main() -> None:
     found = results()
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         old = page.read_text(encoding="utf-8")
         new = filled(old, found)
         if new != old:

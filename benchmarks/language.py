@@ -88,7 +88,7 @@ class Bench:
 
     def folder(self, name: str) -> Path:
         """The finished run of that name, trained first where it is not there."""
-        from flowmap.plan.plan import dependency_folder, is_complete
+        from flowmap.plan.run_folders import dependency_folder, is_complete
         from flowmap.recipe import read_recipe
 
         recipe, changes = RECIPE.get(name, RECIPE["flow"]), self.overrides(name)
@@ -126,7 +126,7 @@ class Look:
     """The metrics of sentences, fitted once for all seeds: look(texts, cond) are the figures of a row, brief(texts, cond) those of control."""
 
     def __init__(self, bench: Bench):
-        from flowmap.build.parts import build_data
+        from flowmap.build.data import build_data
         from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
         from flowmap.metrics.text_conditioned import Control, Phrase
         from flowmap.recipe import read_recipe
@@ -227,7 +227,7 @@ def edit(bench: Bench, look: Look) -> None:
 
 
 def edited(bench: Bench, what: str, names) -> None:
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.flow.prior import Start
     from flowmap.metrics.text import Distinct
     from flowmap.metrics.text_conditioned import ContentKept, Phrase, StyleHit
@@ -312,7 +312,7 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
 
 def infill(bench: Bench, look: Look) -> None:
     """Middle thirds of all held-out sentences from their sides; beside what stood there, through the autoencoder, and what stood in another."""
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.data.dataset import looked_at
     from flowmap.data.text.dataset import outer_thirds
     from flowmap.metrics.text import Distinct

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from flowmap.compare import compare
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.plan.dependencies import teacher_recipes
-from flowmap.plan.plan import dependency_folder, holds, is_complete, runs_root
+from flowmap.plan.run_folders import dependency_folder, is_complete, matches, runs_root
 from flowmap.recipe.recipe import find_recipe, read_plain
 
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps
@@ -113,7 +113,7 @@ def take_over(recipes: Sequence[str], name: str, seed: int) -> None:
             target = dependency_folder(teacher)
             for place in TEACHERS if not is_complete(target, teacher) else ():
                 for folder in Path(place.format(set=name, seed=seed)).glob(f"{teacher.name}*"):
-                    if holds(folder, teacher):
+                    if matches(folder, teacher):
                         shutil.copytree(folder, target, dirs_exist_ok=True)
 
 

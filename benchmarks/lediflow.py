@@ -71,7 +71,7 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
     """Trains the arm, and what it needs, and looks at it."""
-    from flowmap.plan.plan import dependency_folder
+    from flowmap.plan.run_folders import dependency_folder
     from flowmap.train.fit import fit
 
     recipe = recipe_of(arm, options, seed)
@@ -91,7 +91,7 @@ def prior_seconds(recipe) -> float:
     """Seconds that the training of the auxiliary model took: they are part of the learned prior's budget."""
     from flowmap.base.files import read_json
     from flowmap.plan.dependencies import prior_recipes
-    from flowmap.plan.plan import dependency_folder
+    from flowmap.plan.run_folders import dependency_folder
 
     return sum(read_json(dependency_folder(one) / "metrics.json")["seconds"]["train"] for one in prior_recipes(recipe))
 
@@ -113,8 +113,8 @@ class Look:
     @classmethod
     def at(cls, recipe, options: argparse.Namespace) -> "Look":
         """Of what the recipe has trained."""
-        from flowmap.build.parts import build_data
-        from flowmap.plan.plan import dependency_folder
+        from flowmap.build.data import build_data
+        from flowmap.plan.run_folders import dependency_folder
         from flowmap.student.folder import load_student
 
         return cls(recipe, load_student(dependency_folder(recipe)), build_data(recipe), options)
@@ -205,7 +205,7 @@ class Look:
         from flowmap.flow.codes import MixtureDraws, NormalDraws
         from flowmap.flow.prior import MixtureCodes, starts
         from flowmap.plan.dependencies import prior_recipes
-        from flowmap.plan.plan import dependency_folder
+        from flowmap.plan.run_folders import dependency_folder
 
         prior, num = self.student.prior.to(self.student.device), self.spec.images
         start = starts(prior, tuple(self.student.config.shape), num, torch.Generator().manual_seed(1234))
@@ -253,7 +253,7 @@ def report(options: argparse.Namespace, runs: list[dict]) -> None:
     for name, one in made.items():
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     if "curve" in made and options.share == 1:
-        plot(made["curve"], Path("docs") / f"lediflow_{options.set}_curve.png")
+        plot(made["curve"], Path("docs/images") / f"lediflow_{options.set}_curve.png")
     settings = {"set": options.set, "seeds": list(range(len(runs)))} | (
         {} if options.share == 1 else {"share": options.share}
     )

@@ -66,7 +66,8 @@ def look(out: Path) -> dict:
     """The figures of a finished run, with 8 and 16 steps, without guidance (scale 1), and with more samples."""
     from dataclasses import replace
 
-    from flowmap.build.parts import build_data, build_teacher
+    from flowmap.build.data import build_data
+    from flowmap.build.teacher import build_teacher
     from flowmap.evaluation.measure import measure
     from flowmap.metrics import Frechet
     from flowmap.recipe.recipe import read_recipe, read_resolved
@@ -78,7 +79,7 @@ def look(out: Path) -> dict:
     if replace(recipe, sampler=now.sampler).hash() != now.hash():
         raise SystemExit(f"{out}: the recipe has changed in more than its sampler; --anew trains it again")
     data, teacher, train_seconds = build_data(recipe), build_teacher(recipe), figures["seconds"]["train"]
-    only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+    only = [spec for spec in recipe.metrics if spec.on_samples][:1]
     if recipe.sampler != now.sampler:  # --look-again
         recipe = replace(recipe, sampler=now.sampler)
         figures |= measure(recipe, student, teacher, data, metrics=only)

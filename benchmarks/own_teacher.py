@@ -1,7 +1,7 @@
 """Does a teacher that was trained by diffusers' unconditional example, and nothing of ours, become a student that works?
 
 `python benchmarks/own_teacher.py train` trains a small UNet2DModel on 32x32 pictures with diffusers' own classes, as diffusers'
-examples/unconditional_image_generation does with `--prediction_type sample`, and saves a DDPMPipeline; docs/own_teacher.md goes on from there
+examples/unconditional_image_generation does with `--prediction_type sample`, and saves a DDPMPipeline; docs/guide/own_teacher.md goes on from there
 with flowmap's commands. Then `python benchmarks/own_teacher.py report` writes the figures of that run for the page. Needs `make data`.
 """
 
@@ -16,7 +16,7 @@ import torch
 from _report import environment, table, write
 
 import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
-from flowmap.build.parts import build_teacher
+from flowmap.build.teacher import build_teacher
 from flowmap.data import Folder
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student

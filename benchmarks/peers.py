@@ -27,7 +27,7 @@ from league import take_over
 from flowmap.compare.terms import make, needs_of
 from flowmap.evaluation.measure import measure
 from flowmap.flow.averaging import exponent_from_std, power_beta
-from flowmap.plan.plan import runs_root
+from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
 

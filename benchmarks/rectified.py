@@ -274,13 +274,14 @@ class Seed:
 
 def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) -> dict:
     """The figures of a finished run: as samples, as a path and, of plain flows, as an inverse and a loss by time."""
-    from flowmap.build.parts import build_data, build_teacher
+    from flowmap.build.data import build_data
+    from flowmap.build.teacher import build_teacher
     from flowmap.data import Independent
     from flowmap.evaluation.measure import measure
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
-    from flowmap.plan.plan import dependency_folder
+    from flowmap.plan.run_folders import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
     from flowmap.student.folder import load_student

@@ -5,7 +5,7 @@ deterministically, the consistency model on (t, 0) and sampled by going to data 
 (exact teachers, the settings of exactness.py; error: sliced Wasserstein distance to fresh data, in units of the data's std) and on digits
 (Frechet distance on pixels to held-out digits, and to those of training; the runs that `main_job.py --recipe digits-ayf-emd` left, and the same
 recipe with s = 0).
-`python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/steps_law.png]`
+`python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/images/steps_law.png]`
 """
 
 import argparse
@@ -99,7 +99,7 @@ def toys(seeds: int, steps: int) -> list[list]:
 def digits(seeds: int) -> list[list]:
     """The recipe digits-ayf-emd beside the same recipe with s = 0, one teacher each seed."""
     import flowmap
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
 
     if not seeds:
@@ -124,7 +124,7 @@ def digits(seeds: int) -> list[list]:
             ):  # what is trained is not trained again
                 flowmap.fit(recipe, root / "consistency", resume=True)
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
-            only = [spec for spec in recipe.metrics if spec.needs == "samples"][:1]
+            only = [spec for spec in recipe.metrics if spec.on_samples][:1]
             figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
             found[model].append(figures["student"])
             floor.append(figures["floor"])
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--digits-seeds", type=int, default=3)
     parser.add_argument("--keep-toys", action="store_true", help="take the toys' rows from the last result")
-    parser.add_argument("--plot", default="docs/steps_law.png")
+    parser.add_argument("--plot", default="docs/images/steps_law.png")
     arguments = parser.parse_args()
     kept = json.loads((RESULTS / "steps_law.json").read_text())["rows"] if arguments.keep_toys else []
     rows = [row for row in kept if not row[0].startswith("digits")] or toys(arguments.seeds, arguments.steps)

@@ -1,24 +1,28 @@
-"""Prints the reference of recipes from the dataclasses themselves; docs/recipes.md holds the text between its two markers.
+"""Writes docs/reference/ from the code: recipes.md from the dataclasses of recipes, api.md from signatures and docstrings.
 
-`python docs/reference.py` prints it, `python docs/reference.py --write` puts it into docs/recipes.md.  A test compares the two.
+`python docs/reference.py` prints both, `python docs/reference.py --write` puts each between the markers of its page.
+A test compares pages and code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
+import textwrap
 import types
 import typing
+from importlib import import_module
 from pathlib import Path
 
 from flowmap.base.schema import kind_of
 from flowmap.cli.slots import keys_of_slots
-from flowmap.recipe.kinds import TABLES
 from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES
 
 KEYS = keys_of_slots()
-PAGE = Path(__file__).parent / "recipes.md"
+FOLDER = Path(__file__).parent / "reference"
 MARKERS = ("<!-- reference -->", "<!-- /reference -->")
 
 
@@ -29,7 +33,10 @@ def reference() -> str:
         parts += [f"## {place}", says(cls), settings(cls)]
     for slot, table in TABLES.items():
         parts += [f"## {' and '.join(places(slot))}: {len(table)} kind{'s' * (len(table) > 1)}"]
-        whole = next((other for other, kinds in TABLES.items() if len(kinds) > len(table) and table.items() <= kinds.items()), None)
+        whole = next(
+            (other for other, kinds in TABLES.items() if len(kinds) > len(table) and table.items() <= kinds.items()),
+            None,
+        )
         if whole is not None:
             parts += [f"Those of `{places(whole)[0]}`: {', '.join(table)}."]
             continue
@@ -55,8 +62,16 @@ def places(slot: type) -> list[str]:
 
 
 def says(cls: type) -> str:
-    """The class's docstring, a line of Markdown for each of its paragraphs."""
-    return "\n\n".join(" ".join(part.split()).replace("<", "&lt;") for part in inspect.cleandoc(cls.__doc__).split("\n\n"))
+    """The class's docstring as paragraphs of Markdown."""
+    return "\n\n".join(wrapped(part) for part in inspect.cleandoc(cls.__doc__).split("\n\n"))
+
+
+def wrapped(paragraph: str) -> str:
+    """The paragraph as Markdown, in lines of at most 120 characters, none of which starts like a list or a heading."""
+    text = textwrap.fill(
+        " ".join(paragraph.split()).replace("<", "&lt;"), 120, break_long_words=False, break_on_hyphens=False
+    )
+    return re.sub(r"\n(?=[-+*#>|=]|\d+[.)] )", " ", text)
 
 
 def shared(table: dict[str, type]) -> list[str]:
@@ -109,27 +124,126 @@ def written(value) -> str:
     """The value as a recipe writes it; a slot by its kind, a section as {}."""
     if dataclasses.is_dataclass(value):
         kind = kind_of(value, TABLES)
-        own = [f for f in dataclasses.fields(value) if f.default is not dataclasses.MISSING and getattr(value, f.name) != f.default]
+        own = [
+            f
+            for f in dataclasses.fields(value)
+            if f.default is not dataclasses.MISSING and getattr(value, f.name) != f.default
+        ]
         changed = "".join(f", {f.name}: {written(getattr(value, f.name))}" for f in own)
         return "{}" if kind is None else f"{{kind: {kind}{changed}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(written, value))}]"
     if isinstance(value, str):
         return f'"{value}"' if value.isdigit() else value  # a text that YAML would read as a number
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
 
 
 def in_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+API = {  # title -> import path -> public names; of a class, the methods after the dot
+    "Use a student": {
+        "flowmap": ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import"],
+        "flowmap.student.student": ["Student", "Student.__call__", "Student.mean_velocity", "Student.sample"],
+        "flowmap.student.edit": ["inpaint", "interpolate"],
+        "flowmap.student.snapshots": ["combine"],
+        "flowmap.export": ["export"],
+        "flowmap.compare": ["compare"],
+    },
+    "Write a part": {
+        "flowmap.flow.types": [
+            "Teacher", "FlowMap", "Objective", "Path", "Prior", "TimeSampler", "Sampler", "PathSample", "Loss", "broadcast_time",
+        ],
+        "flowmap.flow.derivative": ["eulerian_derivative", "lagrangian_derivative", "value_and_rate"],
+        "flowmap.flow.solver": ["rk4_step"],
+        "flowmap.nets.flow_map": ["FlowMapNet", "start_from"],
+        "flowmap.data.dataset": ["Dataset", "Source"],
+    },
+}  # fmt: skip
+
+
+def api() -> str:
+    """Markdown: the signature and the docstring of every public name."""
+    parts = []
+    for title, modules in API.items():
+        parts.append(f"## {title}")
+        for module, names in modules.items():
+            parts += [described(module, name) for name in names]
+    return "\n\n".join(parts)
+
+
+def described(module: str, name: str) -> str:
+    """The name with its module, its signature and its docstring."""
+    thing: typing.Any = import_module(module)
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    shown = name.replace(".__call__", "(...)").replace("__call__", "")
+    title = f"### {shown}\n\n`from {module} import {name.split('.')[0]}`"
+    lines = [title, f"```python\n{signature(name, thing)}\n```", docstring(thing)]
+    return "\n\n".join(line for line in lines if line)
+
+
+def signature(name: str, thing: typing.Any) -> str:
+    """The call as Python writes it; of a protocol its methods."""
+    if inspect.isclass(thing) and typing.Protocol in thing.__bases__:
+        methods = [call(f"def {key}", value) for key, value in vars(thing).items() if inspect.isfunction(value)]
+        own = [one for one in methods if not one.startswith(("def __init__", "def __subclasshook__"))]
+        return "\n".join([f"class {name}(Protocol):", *(textwrap.indent(one, "    ") for one in own)])
+    last = name.rpartition(".")[2]
+    return call("student" if last == "__call__" else last, thing)
+
+
+def call(name: str, function: typing.Any) -> str:
+    """name(arguments) -> result, one argument a line where that is longer than 100 characters."""
+    made = inspect.signature(function)
+    arguments, starred = [], False
+    for argument in made.parameters.values():
+        if argument.name == "self" and not name.startswith("def "):
+            continue
+        if argument.kind is argument.KEYWORD_ONLY and not starred:
+            arguments, starred = [*arguments, "*"], True
+        arguments.append(one_argument(argument))
+    given = made.return_annotation is not made.empty and not inspect.isclass(function)
+    result = f" -> {plain(made.return_annotation)}" if given else ""
+    line = f"{name}({', '.join(arguments)}){result}"
+    if len(line) <= 100:
+        return line
+    return f"{name}(\n" + "".join(f"    {one},\n" for one in arguments) + f"){result}"
+
+
+def one_argument(argument: inspect.Parameter) -> str:
+    stars = {argument.VAR_POSITIONAL: "*", argument.VAR_KEYWORD: "**"}.get(argument.kind, "")
+    hint = "" if argument.annotation is argument.empty else f": {plain(argument.annotation)}"
+    if argument.default is argument.empty:
+        return f"{stars}{argument.name}{hint}"
+    default = argument.default.__name__ if callable(argument.default) else repr(argument.default)
+    return f"{stars}{argument.name}{hint}{' = ' if hint else '='}{default}"
+
+
+def plain(annotation: typing.Any) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+
+
+def docstring(thing: typing.Any) -> str:
+    """The docstring: its paragraphs as Markdown, those with indented lines as they are written."""
+    text = inspect.getdoc(thing) or ""
+    parts = [f"```text\n{part}\n```" if re.search(r"^ ", part, re.M) else wrapped(part) for part in text.split("\n\n")]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    if sys.argv[1:] != ["--write"]:
-        print(reference())
-        return
-    text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
-    PAGE.write_text(f"{head}{MARKERS[0]}\n{reference()}\n{MARKERS[1]}{tail}", encoding="utf-8")
+    made = {"recipes.md": reference, "api.md": api}
+    for name, text in made.items():
+        if sys.argv[1:] != ["--write"]:
+            print(text())
+            continue
+        page = FOLDER / name
+        old = page.read_text(encoding="utf-8")
+        head, tail = old.split(MARKERS[0])[0], old.split(MARKERS[1])[1]
+        page.write_text(f"{head}{MARKERS[0]}\n{text()}\n{MARKERS[1]}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

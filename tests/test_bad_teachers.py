@@ -413,7 +413,9 @@ def test_captions_of_another_form(place, command):
 
 def student_in(place: Path) -> Path:
     """An untrained student of the recipe, as a run leaves it."""
-    from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import build_student, student_config
+    from flowmap.build.teacher import build_teacher
     from flowmap.student.folder import save_student
 
     recipe = flowmap.read_recipe(place / "recipe.yaml")

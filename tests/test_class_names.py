@@ -57,7 +57,8 @@ def test_an_encoding_keeps_them(tmp_path):
 
 
 def test_a_run_of_the_digits_has_them(tmp_path, monkeypatch):
-    from flowmap.build.parts import build_data, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import student_config
 
     recipe = read_recipe("digits-teacher")
     assert student_config(recipe, build_data(recipe), None).class_names == tuple("0123456789")

@@ -8,7 +8,9 @@ import torch
 
 import flowmap
 from flowmap.base.files import write_json
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import dry_run
 from flowmap.evaluation.conditions import classes_by_law
@@ -146,9 +148,9 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     torch.testing.assert_close(samples[1], samples[0])
     student.pictures, parts = lambda x0: parts.append(x0) or x0, []
-    monkeypatch.setattr("flowmap.evaluation.rows.world_size", lambda: 2)
+    monkeypatch.setattr("flowmap.evaluation.starts.world_size", lambda: 2)
     for rank in range(2):
-        monkeypatch.setattr("flowmap.evaluation.rows.rank", lambda mine=rank: mine)
+        monkeypatch.setattr("flowmap.evaluation.starts.rank", lambda mine=rank: mine)
         measure(recipe, student, None, data, steps=[4])
     torch.testing.assert_close(torch.stack(parts, 1).flatten(0, 1), samples[0])
     drawn = Student(student.config, student.flow_map).sample(

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "flowmap"
 FILES = sorted(ROOT.rglob("*.py"))
 PARTS = {"objectives", "samplers", "nets", "teachers", "data", "metrics"}
-ORDER = (  # from the ground up, as docs/extending.md draws it
+ORDER = (  # from the ground up, as docs/guide/extending.md draws it
     {"base"},
     {"flow"},
     PARTS,

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: fused attention under a ride, bf16, compile, a whole fit. Skipped where there is none."""
+"""What only a CUDA device shows: fused attention in the dual forward, bf16, compile, a whole fit. Skipped where there is none."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def parts(seed: int = 0):
     return student, (x, t, t * 0.3, v, {"class": torch.arange(5, device="cuda")})
 
 
-def test_riding_equals_forward_mode():
+def test_dual_equals_forward_mode():
     student, arguments = parts()
     value, rate = eulerian_derivative(student, *arguments, mode="dual")
     reference = eulerian_derivative(student, *arguments, mode="forward")
@@ -30,7 +30,7 @@ def test_riding_equals_forward_mode():
     assert float((rate - reference[1]).norm() / reference[1].norm()) < 1e-3  # float32, two attention kernels
 
 
-def test_riding_in_bf16_is_near_float32():
+def test_dual_in_bf16_is_near_float32():
     student, arguments = parts()
     exact = eulerian_derivative(student, *arguments)[1]
     with torch.autocast("cuda", torch.bfloat16):

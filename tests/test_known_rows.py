@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from flowmap.base.files import read_json, write_json
-from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.cli import main
 from flowmap.evaluation.known_rows import stamps
 from flowmap.evaluation.measure import evaluate, measure

@@ -69,7 +69,7 @@ def test_evaluate_writes_over_figures_alone(finished, tmp_path, command, text):
     path.parent.mkdir()
     path.write_text(text)
     options = ("evaluate", "--student", finished, "--steps", 1, "--out", path)
-    assert_refused(command, path.parent, *options, says="holds no figures of a student")
+    assert_refused(command, path.parent, *options, says="has no figures of a student")
     path.unlink()
     assert command(*options)[0] == 0 and command(*options)[0] == 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmap.base.images import stack, to_grid, to_picture
+from flowmap.base.images import stack, steps_label, to_grid, to_picture
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
@@ -24,3 +24,23 @@ def test_a_sample_of_any_number_of_channels_is_a_picture(channels):
 def test_samples_of_any_shape_are_a_grid(shape):
     grid = to_grid(torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)), columns=16)
     assert min(grid.size) >= 3 and stack([grid, grid]).height == 2 * grid.height + 8
+
+
+def test_each_row_of_a_sheet_has_its_label_on_the_left():
+    """The grids keep their pixels; the column on the left is white except for the label, at the height of its row."""
+    grids = [to_grid(torch.full((2, 1, 8, 8), value)) for value in (-1.0, 0.0)]
+    sheet = np.asarray(stack(grids, ["", steps_label("student", 1)]))
+    height, width = grids[0].height, grids[0].width
+    margin = sheet.shape[1] - width
+    assert (sheet[:height, margin:] == np.asarray(grids[0])).all()
+    assert (sheet[-height:, margin:] == np.asarray(grids[1])).all()
+    assert (sheet[:height, :margin] == 255).all() and (sheet[-height:, :margin] < 128).any()
+
+
+def test_labels_count_steps():
+    assert steps_label("student", 1) == "student, 1 step" and steps_label("teacher", 64) == "teacher, 64 steps"
+
+
+@pytest.mark.parametrize(("side", "tile"), [(8, 48), (14, 56), (28, 56), (64, 64), (256, 256)])
+def test_small_pictures_are_enlarged_by_a_whole_factor_to_48_pixels_or_more(side, tile):
+    assert to_grid(torch.zeros(3, 3, side, side)).size == (3 * (tile + 2), tile + 2)

@@ -18,9 +18,15 @@ from flowmap.cli import parse
 from flowmap.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_COMMANDS = [page for page in PAGES if page.name != "recipes.md"]
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+WITH_COMMANDS = [page for page in PAGES if name_of(page) != "docs/reference/recipes.md"]
+pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -71,7 +77,7 @@ def desk(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def digits_run(desk, monkeypatch):
     """runs/digits as a finished run would leave it, with a small untrained student; fit finds it and trains nothing."""
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
     from flowmap.nets import DiT
     from flowmap.samplers import Deterministic
     from flowmap.student.config import StudentConfig
@@ -121,15 +127,15 @@ def tables():
 
 
 def test_the_tutorials_python_runs(digits_run):
-    assert run_blocks(ROOT / "docs/tutorial.md")["images"].shape == (16, 1, 8, 8)
+    assert run_blocks(ROOT / "docs/guide/tutorial.md")["images"].shape == (16, 1, 8, 8)
 
 
 def test_extending_runs(desk, tables):
-    run_blocks(ROOT / "docs/extending.md")
+    run_blocks(ROOT / "docs/guide/extending.md")
     assert (desk / "runs/solver-points/metrics.json").is_file()
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
 def test_commands_parse_and_their_recipes_read(page, desk):
     for words in shell_lines(page):
         if words[0] != "flowmap":
@@ -154,12 +160,13 @@ def test_every_link_leads_to_a_file(page):
         assert (page.parent / target).is_file(), target
 
 
-def test_the_reference_of_recipes_is_the_codes(monkeypatch):
+@pytest.mark.parametrize(("page", "maker"), [("recipes.md", "reference"), ("api.md", "api")])
+def test_the_reference_is_that_of_the_code(page, maker, monkeypatch):
     made = module_of(ROOT / "docs/reference.py", monkeypatch)
-    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference" / page).read_text(encoding="utf-8")
     start, end = made.MARKERS
     committed = text.split(start)[1].split(end)[0].strip()
-    assert committed == made.reference(), "run `.venv/bin/python docs/reference.py --write`"
+    assert committed == getattr(made, maker)(), "run `.venv/bin/python docs/reference.py --write`"
 
 
 @pages

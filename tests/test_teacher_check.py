@@ -13,7 +13,8 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors, write_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import Statistics, check_teacher, look
 from flowmap.recipe import read_recipe

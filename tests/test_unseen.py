@@ -9,7 +9,8 @@ import torch.multiprocessing as mp
 
 from flowmap.base.files import write_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import student_config
 from flowmap.data import TextDataset
 from flowmap.data.text.dataset import Attribute
 from flowmap.evaluation.held_out import coupled_draws, held_out_samples, loss_by_time

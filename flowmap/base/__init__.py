@@ -1,1 +1,1 @@
-"""What every floor may use and what uses none of them."""
+"""The ground floor: files, settings, images and processes. Every other package may import it."""

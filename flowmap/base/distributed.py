@@ -1,4 +1,4 @@
-"""Which process this is, where a run is spread over several: before torch.distributed is set up, and within it."""
+"""The rank of this process and the world size, before and after torch.distributed is set up."""
 
 import os
 
@@ -8,20 +8,20 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def is_child() -> bool:
-    """A process that Lightning, torchrun or SLURM started beside the first one, which does the talking."""
+    """Whether Lightning, torchrun or SLURM started this process with a rank above 0; only rank 0 prints."""
     return any(int(os.environ.get(name, "0")) > 0 for name in RANKS)
 
 
 def ready() -> bool:
-    """Whether this process belongs to a group of processes that can talk to each other."""
+    """Whether a torch.distributed process group is initialized."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def world_size() -> int:
-    """How many processes share the work; 1 outside a group."""
+    """The number of processes in the group; 1 without a group."""
     return distributed.get_world_size() if ready() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0; 0 outside a group."""
+    """The rank of this process in the group; 0 without a group."""
     return distributed.get_rank() if ready() else 0

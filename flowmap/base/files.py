@@ -1,4 +1,4 @@
-"""Files are written beside and renamed: a reader sees the old file or the new one, never half of one."""
+"""Atomic file writes, locks and hashes. Write to a temporary file, then rename it: readers never see half a file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from torch import Tensor
 from flowmap.base.finite import check_finite
 from flowmap.base.outside import bounded_text
 
-POLL, MINUTE = 0.5, 60.0  # seconds between two looks at a lock, and between two messages about it
+POLL, MINUTE = 0.5, 60.0  # seconds between two attempts to lock, and between two messages about waiting
 
 
 class WriteError(OSError):
-    """A file that could not be written; what was there before is untouched."""
+    """A file could not be written; its previous content is unchanged."""
 
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls write(temporary path), flushes it to disk and renames it to `path`; on any failure `path` is as it was (WriteError names it)."""
+    """Call write(temporary path), flush the file to disk and rename it to `path`.
+
+    On any failure `path` keeps its previous content, and a WriteError names it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path, RuntimeError):  # torch.save's error for a full disk
@@ -47,30 +50,29 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def naming(path: Path, *others: type[Exception], kept: str = "nothing that was there is changed") -> Iterator[None]:
-    """Within it, an error of writing (a full disk, say), or one of `others`, becomes a WriteError that names `path` and says what is `kept`."""
+    """A context that turns errors of writing (such as a full disk) and `others` into a WriteError.
+
+    The error names `path` and ends with `kept`, which describes what remains intact.
+    """
     from safetensors import SafetensorError
 
     caught: tuple[type[Exception], ...] = (OSError, SafetensorError, *others)
     try:
         yield
     except caught as error:
-        said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' way to give an errno
-        number = error.errno if isinstance(error, OSError) else int(said[1]) if said else errno.EIO
-        with suppress(
-            OSError
-        ):  # torch and safetensors do not say so: fewer than a megabyte is left beside the half-written file
+        match = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives the errno in its message
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else errno.EIO
+        # torch and safetensors do not report a full disk: less than a megabyte of free space is taken for one
+        with suppress(OSError):
             free = os.statvfs(path.parent if path.parent.is_dir() else ".")
             number = errno.ENOSPC if number == errno.EIO and free.f_bavail * free.f_frsize < 1 << 20 else number
-        reason = (
-            os.strerror(number)
-            if number not in (None, errno.EIO)
-            else (str(error).strip() or type(error).__name__).splitlines()[0]
-        )
+        plain = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = plain if number in (None, errno.EIO) else os.strerror(number)
         raise WriteError(number, f"cannot be written ({reason}); {kept}", str(path)) from error
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """ValueError that names `key` where that folder is not there and cannot be made, or cannot be written to. Makes nothing."""
+    """Raise a ValueError that names `key` if the folder cannot be created or written to. Creates nothing."""
     there = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise ValueError(f"{key}: {folder} cannot be a folder: {there} is not one")
@@ -79,7 +81,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def real_folder(path: Path, key: str) -> Path:
-    """The folder that the path names, a symbolic link followed once. ValueError that names `key` for a link that leads to no folder."""
+    """The folder at `path`, with a symbolic link resolved. ValueError that names `key` for a broken link."""
     if not path.is_symlink():
         return path
     if not path.is_dir():
@@ -89,24 +91,25 @@ def real_folder(path: Path, key: str) -> Path:
 
 @contextmanager
 def only_process(folder: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within it no other process fills the folder. The lock ends with its process, however that ends.
+    """Lock the folder, so that no other flowmap process writes to it. The lock ends with the process, however it exits.
 
-    Where another process has the lock: ValueError, or with `waiting` it waits; waiting() is called at once and then once a minute.
+    If another process has the lock, raise a ValueError. With `waiting`, wait instead: waiting() is called at once and
+    then once a minute.
     """
     made = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     handle = _locked(folder, waiting)
     try:
         yield
     finally:
-        for path in made:  # the folders that were made for the lock alone are removed again
+        for path in made:  # remove the folders that only the lock needed: rmdir fails on the others
             with suppress(OSError):
                 path.rmdir()
         os.close(handle)
 
 
 def _locked(folder: Path, waiting: Callable[[], None] | None) -> int:
-    """An open descriptor of the folder, locked. The folder itself is locked, so no file is left behind."""
-    said = -math.inf
+    """An open, locked descriptor of the folder. The folder itself is locked, so there is no lock file to clean up."""
+    last = -math.inf
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -114,21 +117,21 @@ def _locked(folder: Path, waiting: Callable[[], None] | None) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder)):
                 return handle
-            os.close(handle)  # the lock is on a folder that has been removed since
+            os.close(handle)  # another process has removed the locked folder: try again
         except BlockingIOError as error:
             os.close(handle)
             if waiting is None:
                 raise ValueError(
                     f"{folder}: another flowmap process is filling this folder; wait for it or choose another"
                 ) from error
-            if time.monotonic() - said >= MINUTE:
-                said = time.monotonic()
+            if time.monotonic() - last >= MINUTE:
+                last = time.monotonic()
                 waiting()
             time.sleep(POLL)
 
 
 def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool] = Path.is_file) -> None:
-    """The files of a folder (those `wanted`), copied one by one beside and renamed; those that are there already in the same size are left."""
+    """Copy the `wanted` files of a folder atomically; skip files that the target has already in the same size."""
     for path in sorted(p for p in source.rglob("*") if p.is_file() and wanted(p)):
         there = target / path.relative_to(source)
         if not there.is_file() or there.stat().st_size != path.stat().st_size:
@@ -144,18 +147,24 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, finite: bool = True) -> None:
-    """A safetensors file of those tensors: the same tensors give the same bytes (more than one entry of metadata would come in any order).
-    finite: where one of them is not, ValueError, and the file is as it was."""
+    """Write a safetensors file. The same tensors give the same bytes.
+
+    With `finite`, a tensor with a NaN or an infinite value raises a ValueError, and the file keeps its content.
+    """
     from safetensors.torch import save_file
 
     if finite:
         check_finite(tensors, path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # one metadata entry only: safetensors writes several in arbitrary order
     write_beside(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, all finite; ValueError, in one line that names the file, for anything else. Nothing is unpickled."""
+    """The tensors of a safetensors file, all finite. Anything else raises a one-line ValueError that names the file.
+
+    Nothing is unpickled.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -167,16 +176,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with open(path, "rb") as handle:
             start = handle.read(2)
         if start[:1] == b"\x80" or start == b"PK":
-            what = "is a pickle, not safetensors; flowmap unpickles nothing, so convert it with the tool that wrote it"
+            what = "is a pickle, not safetensors; flowmap loads no pickles, so convert it with the tool that wrote it"
         else:
-            what = f"is not a whole safetensors file (torn or not one): {str(error).splitlines()[0]}"
+            what = f"is not a whole safetensors file: {str(error).splitlines()[0]}"
         raise ValueError(f"{path}: {what}") from error
     check_finite(tensors, path)
     return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in that file; ValueError names the file otherwise."""
+    """The JSON object in the file. ValueError that names the file if it is not one."""
     text = bounded_text(path, "json")
     try:
         value = json.loads(text)
@@ -188,18 +197,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_digest(path: str | Path) -> str:
-    """The SHA-256 of that file, hexadecimal; its content is never held whole."""
+    """The SHA-256 of the file in hexadecimal, computed in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_digest(text: str, errors: str = "strict") -> str:
-    """Sixteen hexadecimal digits of that text's SHA-256; errors: as str.encode has it."""
+    """The first 16 hexadecimal digits of the text's SHA-256. `errors` is passed to str.encode."""
     return hashlib.sha256(text.encode("utf-8", errors)).hexdigest()[:16]
 
 
 def weights_hash(where: Path | None) -> str | None:
-    """SHA-256 over a file of weights, or all safetensors of a folder by name; None where there are none. About a second a gigabyte, once."""
+    """A hash of a weights file, or of all safetensors files in a folder; None if there are none.
+
+    Reading takes about a second per gigabyte; results are cached by path, size and modification time.
+    """
     if where is None or not where.exists():
         return None
     files = [where] if where.is_file() else sorted(where.rglob("*.safetensors"))

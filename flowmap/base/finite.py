@@ -1,4 +1,4 @@
-"""Weights are finite: a NaN or an infinite value is refused where they are written and where they are read."""
+"""Refuses weights with NaN or infinite values when they are written and when they are read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from torch import Tensor
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
-    """ValueError that names `where` and the first of the tensors that holds a NaN or an infinite value. Costs one pass over them."""
+    """Raise a ValueError that names `where` and the first tensor with a NaN or an infinite value, if there is one."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
-            seen = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite of 8-bit numbers
-            if not bool(torch.isfinite(seen).all()):
-                raise ValueError(
-                    f"{where}: {name}: holds values that are not finite (NaN or infinite), so these weights are of no use"
-                )
+            values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for 8-bit floats
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{where}: {name}: has values that are not finite (NaN or infinite)")

@@ -1,13 +1,14 @@
-"""What a sample looks like: a grid of pictures, or for points a plot of where they lie. Pillow only."""
+"""Samples as images: grids of pictures with labelled rows, density plots of points. Pillow only."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowmap.base.files import write_beside
@@ -19,49 +20,64 @@ def from_bytes(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Values in [-1, 1] as the nearest pixels, uint8; what lies outside is cut off."""
+    """Values in [-1, 1] as the nearest pixels, uint8; values outside are clamped."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_picture(x: Tensor) -> Image.Image:
-    """One sample (C, H, W) in [-1, 1] as a picture: one channel is grey, two are red and green, of more the first three are red, green, blue."""
+    """One sample (C, H, W) in [-1, 1] as a picture.
+
+    One channel is grey, two are red and green; of three or more, the first three are red, green and blue.
+    """
     pixels = to_bytes(x.detach().cpu()).numpy()
     if len(pixels) == 2:
         pixels = np.concatenate([pixels, np.full_like(pixels[:1], 128)])
     return Image.fromarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels[:3], 0, -1))
 
 
-def to_grid(x: Tensor, *, columns: int = 8, least: int = 32) -> Image.Image:
-    """Samples (N, C, H, W) side by side, enlarged to at least `least` pixels each; points (N, D) as a density of the first two coordinates over
-    [-2, 2]^2. Samples (N, C, L) are pictures of C rows."""
+def to_grid(x: Tensor, *, columns: int = 8, least: int = 48) -> Image.Image:
+    """A grid of the samples (N, C, H, W), each enlarged by a whole factor to at least `least` pixels in width.
+
+    Samples (N, C, L) are pictures of C rows.  Points (N, D) give a density plot of their first two coordinates
+    over [-2, 2]^2.
+    """
     if x.ndim == 2:
         return _density(x)
     x = x.unsqueeze(1) if x.ndim == 3 else x
     scale = max(1, -(-least // x.shape[-1]))
     tiles = [to_picture(one) for one in x]
-    size = (x.shape[-1] * scale, x.shape[-2] * scale)
+    width, height = x.shape[-1] * scale, x.shape[-2] * scale
     rows = -(-len(tiles) // columns)
-    grid = Image.new(
-        tiles[0].mode,
-        (min(columns, len(tiles)) * (size[0] + 2), rows * (size[1] + 2)),
-        255 if tiles[0].mode == "L" else (255,) * 3,
-    )
+    mode = tiles[0].mode
+    grid = Image.new(mode, (min(columns, len(tiles)) * (width + 2), rows * (height + 2)), _shade(mode, 255))
     for i, tile in enumerate(tiles):
-        grid.paste(
-            tile.resize(size, Image.Resampling.NEAREST), ((i % columns) * (size[0] + 2), (i // columns) * (size[1] + 2))
-        )
+        place = ((i % columns) * (width + 2), (i // columns) * (height + 2))
+        grid.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
     return grid
 
 
-def stack(grids: list[Image.Image], *, gap: int = 8) -> Image.Image:
-    """Pictures below one another."""
-    size = (max(g.width for g in grids), sum(g.height + gap for g in grids) - gap)
-    sheet = Image.new(grids[0].mode, size, 128 if grids[0].mode == "L" else (128,) * 3)
-    top = 0
-    for grid in grids:
-        sheet.paste(grid, (0, top))
+def stack(grids: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:
+    """The grids below one another, each with its label in a column on the left."""
+    font = ImageFont.load_default(max(16, min(g.height for g in grids) // 24))
+    margin = max((round(font.getlength(label)) + 2 * gap for label in labels), default=0)
+    size = (margin + max(g.width for g in grids), sum(g.height + gap for g in grids) - gap)
+    sheet = Image.new(grids[0].mode, size, _shade(grids[0].mode, 255 if labels else 128))
+    pen, top = ImageDraw.Draw(sheet), 0
+    for i, grid in enumerate(grids):
+        if labels:
+            pen.text((gap, top + grid.height // 2), labels[i], _shade(sheet.mode, 0), font, anchor="lm")
+        sheet.paste(grid, (margin, top))
         top += grid.height + gap
     return sheet
+
+
+def steps_label(who: str, steps: int) -> str:
+    """The label of a row: "student, 1 step", "teacher, 64 steps"."""
+    return f"{who}, {steps} step{'s' * (steps != 1)}"
+
+
+def _shade(mode: str, level: int) -> int | tuple[int, ...]:
+    return level if mode == "L" else (level,) * 3
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""Files that may come from anyone: a regular file of a bounded size is read as text or YAML, nothing in it is resolved, no error quotes it."""
+"""Reads untrusted text and YAML files: bounded in size, without interpolation. Error messages never quote them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 MOST_BYTES = {"yaml": 1 << 20, "json": 1 << 28}
 INTERPOLATION = "${"
-NO_INTERPOLATION = f"holds {INTERPOLATION}...}}, which is not resolved here: nothing of the environment or of other settings is; write the value"
+NO_INTERPOLATION = (
+    f"holds {INTERPOLATION}...}}, which is not resolved here: nothing of the environment or of other settings is; "
+    "write the value"
+)
 
 
 def bounded_text(path: Path, kind: str) -> str:
-    """The text of a regular file (never of a pipe or a device). ValueError, which quotes nothing of it, for any other and a larger one."""
+    """The text of a regular file of at most MOST_BYTES[kind].
+
+    Raises a ValueError, which does not quote the content, for a pipe, a device, a larger file, or invalid UTF-8.
+    """
     try:
         there = os.stat(path)
         if not stat.S_ISREG(there.st_mode):
@@ -36,8 +42,11 @@ def bounded_text(path: Path, kind: str) -> str:
 
 
 def read_settings(path: Path, known: Iterable[str], what: str) -> dict[str, Any]:
-    """The mapping of settings in a YAML file, as plain containers. ValueError, which quotes nothing of it, if it is no YAML, holds an
-    interpolation, or none of its keys is, or is nearly, one of `known`: then it is no `what`, but any file that somebody named."""
+    """The settings in a YAML file, as plain containers.
+
+    Raises a ValueError, which does not quote the content, if the file is not YAML or has an interpolation, or if no
+    key equals or resembles one of `known`: then the file is not a `what` at all.
+    """
     plain, known = read_yaml(path), list(known)
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: is not a mapping of settings")
@@ -48,24 +57,26 @@ def read_settings(path: Path, known: Iterable[str], what: str) -> dict[str, Any]
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain containers that a YAML file holds. ValueError, which quotes nothing of it, if it is no YAML or holds an interpolation."""
+    """The content of a YAML file, as plain containers.
+
+    Raises a ValueError, which does not quote the content, if the file is not YAML or has an interpolation.
+    """
     text = bounded_text(path, "yaml")
     try:
         plain = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except OmegaConfBaseException as error:
         what = NO_INTERPOLATION if INTERPOLATION in text else f"cannot be read: {type(error).__name__}"
         raise ValueError(f"{path}: {f'{error.full_key}: ' if error.full_key else ''}{what}") from None
-    except Exception as error:  # PyYAML's own errors; omegaconf re-exports no common class for them
+    except Exception as error:  # PyYAML's own errors: omegaconf re-exports no common class for them
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(
-            f"{path}: is not YAML" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
-        ) from None
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{path}: is not YAML{at}") from None
     refuse_interpolations(plain, f"{path}: ")
     return plain
 
 
 def refuse_interpolations(plain: Any, prefix: str) -> None:
-    """ValueError that names the key, and not the value, of the first text with `${` in it."""
+    """Raise a ValueError for the first text that contains `${`. It names the key, not the value."""
     key = next(_interpolated(plain, ""), None)
     if key is not None:
         raise ValueError(f"{prefix}{f'{key}: ' if key else ''}{NO_INTERPOLATION}")

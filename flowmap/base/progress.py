@@ -1,6 +1,6 @@
-"""Progress of long work: a bar where stderr is a terminal, lines elsewhere.
+"""Progress reports: a bar if stderr is a terminal, otherwise lines.
 
-`Pace` decides when a line is due: at most one in 10 seconds, so that a log file stays short.
+`Pace` limits lines to one in 10 seconds, so that log files stay short.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-PAUSE = 10.0  # seconds between two lines, at least
+PAUSE = 10.0  # minimum seconds between two lines
 
 LogFunction = Callable[[str], None]
 Now = Callable[[], float]
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal with columns, where a bar can be redrawn; containers have terminals without any."""
+    """Whether stderr is a terminal in which a bar can be redrawn; the terminals of some containers have no columns."""
     if sys.stderr is None or not sys.stderr.isatty():
         return False
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (OSError, ValueError):  # its size cannot be asked for
+    except (OSError, ValueError):  # the size is unknown
         return True
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, from an hour on with hours: 0:07, 4:28, 1:02:03."""
+    """Seconds formatted as M:SS, or H:MM:SS from one hour: 0:07, 4:28, 1:02:03."""
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Pace:
-    """`due()` is true at most once in `pause` seconds, counted from the start or from the last time it was true."""
+    """A rate limit: `due()` is true at most once every `pause` seconds."""
 
     def __init__(self, pause: float = PAUSE, now: Now = time.monotonic):
         self.pause, self.now = pause, now
@@ -50,11 +50,22 @@ class Pace:
         return True
 
 
-class Progress:
-    """`with Progress(898, "evaluating: student 2 steps", say) as count:`, then count(n) after every n samples.
+def paced(log: LogFunction, pace: Pace | None = None) -> LogFunction:
+    """A log function that passes on at most one line in 10 seconds and drops the others."""
+    pace = pace or Pace()
 
-    On a terminal it draws a bar.  Elsewhere it passes lines such as `evaluating: student 2 steps, 512/898` to `say`;
-    work that is done before the first of them is due prints none.  Without `say` it shows nothing.
+    def write(line: str) -> None:
+        if pace.due():
+            log(line)
+
+    return write
+
+
+class Progress:
+    """Progress of one task: `with Progress(898, "evaluating: 2 steps", log) as count:`, then count(n) per n samples.
+
+    On a terminal it draws a bar. Otherwise it passes lines such as `evaluating: 2 steps, 512/898` to `log`;
+    short tasks, which end before the first line is due, print nothing. With `log` None it shows nothing.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""What a number among the settings may be: its range stands beside its type, and `check_ranges` holds the settings to it.
+"""Ranges of numeric settings, declared in their type annotations and checked by `check_ranges`.
 
     steps: Annotated[int, Range(1, 1000)] = 50
     def __post_init__(self): check_ranges(self)
 
-No range is open towards infinity, so that reading settings never allocates what a slip of the keyboard asks for.
+Every range has an upper bound, so that a typing error in a setting cannot allocate unbounded memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_STEPS = 100_000  # network calls of a sampler or a solver
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `least` to `most`; `above` and `below` leave out the end itself."""
+    """The numbers from `least` to `most`; `above` excludes `least` itself, `below` excludes `most`."""
 
     least: float
     most: float
@@ -62,19 +62,22 @@ InsideOne = Annotated[float, Range(0, 1, above=True, below=True)]
 
 
 def check_ranges(settings: Any) -> None:
-    """ValueError, which names the field, its value and what is allowed, where a number among the fields is out of its range or not finite."""
+    """Raise a ValueError if a numeric field is out of its range or not finite.
+
+    The message names the field, its value and the allowed range.
+    """
     for name, hint in _ranged(type(settings)).items():  # type: ignore[arg-type]  # every class has a hash
         _check(name, getattr(settings, name), hint)
 
 
 @cache
 def _ranged(cls: type) -> dict[str, Any]:
-    """The hints that hold a range, by field."""
+    """The type hints that contain a range, by field name."""
     return {name: hint for name, hint in typing.get_type_hints(cls, include_extras=True).items() if ranges_in(hint)}
 
 
 def ranges_in(hint: Any) -> list[Range]:
-    """All ranges in a type hint, those of the entries of a tuple among them."""
+    """All ranges in a type hint, including those of tuple entries."""
     if typing.get_origin(hint) is Annotated:
         return [extra for extra in hint.__metadata__ if isinstance(extra, Range)]
     return [found for part in typing.get_args(hint) for found in ranges_in(part)]

@@ -1,7 +1,7 @@
-"""A plain mapping becomes a frozen dataclass, checked: names, types, kinds and values, each error with its full key and a suggestion.
+"""Builds frozen dataclasses from plain mappings and back. Errors give the full key and a suggestion.
 
-A field whose type is one of `tables` (a protocol such as TimeSampler) is a slot: a mapping with `kind`, looked up in that slot's table.
-OmegaConf (recipe.py) does the reading, merging and overriding; its structured configs cannot choose a class by `kind`, this does.
+A field whose type is one of `tables` (a protocol such as TimeSampler) is a slot: its mapping has a `kind`, which
+selects a class from that slot's table. OmegaConf (recipe/) reads, merges and overrides; it cannot select classes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from typing import Any
 
 MISSING = "???"
 OWN_KINDS = "; --import FILE adds kinds of your own"
-MAX_NAME = 100  # characters; with a hash behind it also the name of a folder
+MAX_NAME = 100  # characters; a name followed by a hash is also used as a folder name
 
 
 class RecipeError(ValueError):
-    """A user's mistake in a recipe: one line that names file, key, value and what is allowed."""
+    """A mistake in a recipe. The message is one line that names file, key, value and the allowed values."""
 
 
 def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *, file: str, key: str = "") -> Any:
-    """An instance of the dataclass `cls` from the mapping `node`; RecipeError if a key, a type or a value does not fit."""
+    """Build the dataclass `cls` from the mapping `node`. RecipeError for an invalid key, type or value."""
     if not isinstance(node, Mapping):
         raise RecipeError(f"{file}: {key or 'recipe'}: {node!r} is not a mapping with {_listed(_names(cls))}")
     hints = typing.get_type_hints(cls)
     node = _renamed(cls, node, file, key)
     for name in node:
-        if name not in _names(cls):
-            raise RecipeError(
-                f"{file}: {_join(key, name)}: no such setting{suggest(str(name), _names(cls))}; allowed: {_listed(_names(cls))}"
-            )
+        if name not in (allowed := _names(cls)):
+            what = f"no such setting{suggest(str(name), allowed)}; allowed: {_listed(allowed)}"
+            raise RecipeError(f"{file}: {_join(key, name)}: {what}")
     values = {}
     for field in dataclasses.fields(cls):
         if field.name in node:
@@ -45,12 +44,12 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
         return cls(**values)
     except RecipeError:
         raise
-    except ValueError as error:  # a value's own check: it names its field first
+    except ValueError as error:  # from __post_init__, whose messages start with the field's name
         raise RecipeError(f"{file}: {_join(key, str(error))}") from error
 
 
 def renamed(old: str) -> Mapping[str, str]:
-    """Metadata of a field that had another name: a file may still hold that."""
+    """Field metadata that accepts an old name of the field in existing files."""
     return {_OLD_NAME: old}
 
 
@@ -58,7 +57,7 @@ _OLD_NAME = "old name"
 
 
 def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping[str, Any]:
-    """The mapping, its old names replaced by those of the fields."""
+    """The mapping with old field names replaced by current ones."""
     new = {field.metadata[_OLD_NAME]: field.name for field in dataclasses.fields(cls) if _OLD_NAME in field.metadata}
     twice = next((old for old in new if old in node and new[old] in node), None)
     if twice is not None:
@@ -67,7 +66,7 @@ def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping
 
 
 def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]]) -> Any:
-    """The mapping that `construct` would read back as `value`, every default written out."""
+    """The mapping from which `construct` rebuilds `value`, with every default written out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {f.name: to_plain(getattr(value, f.name), tables) for f in dataclasses.fields(value)}
         kind = kind_of(value, tables)
@@ -78,7 +77,7 @@ def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]]) -> Any:
 
 
 def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None:
-    """The name under which the value's class stands in its slot's table; None where it fills no slot."""
+    """The kind of the value's class in its slot's table; None if it is in no table."""
     for table in tables.values():
         for kind, cls in table.items():
             if type(value) is cls:
@@ -87,12 +86,12 @@ def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits that change with what is printed of the value."""
+    """Eight hexadecimal digits of a hash of the value's repr."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
 def check_name(name: str, key: str) -> None:
-    """ValueError that names `key` unless the name can be that of one folder: runs go to folders of their recipes' names."""
+    """Raise a ValueError that names `key` unless `name` is a valid folder name; run folders are named after recipes."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError(
             f"{key}: {name!r} must be a plain name: not empty, '.' or '..', without slashes and control characters"
@@ -102,7 +101,7 @@ def check_name(name: str, key: str) -> None:
 
 
 def suggest(name: str, allowed) -> str:
-    """, did you mean 'digits'? where a name that is allowed is close to this one; else nothing."""
+    """The text ", did you mean 'digits'?" if an allowed name is close to this one; otherwise an empty text."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -124,9 +123,8 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
 
 def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise RecipeError(
-            f"{file}: {key}: {value!r} is not a mapping; write {{kind: {next(iter(table))}, ...}}, kinds: {_listed(table)}"
-        )
+        form = f"{{kind: {next(iter(table))}, ...}}"
+        raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {form}, kinds: {_listed(table)}")
     kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
     if not isinstance(kind, str) or kind not in table:
         if kind is None:

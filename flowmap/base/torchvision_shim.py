@@ -1,11 +1,13 @@
-"""Makes `import torchvision` work where it is broken: lightning, torchmetrics and lpips import it and would fall with it.
+"""Makes `import torchvision` work if its C library cannot be loaded; lightning, torchmetrics and lpips import it.
 
-Cause: beside a CPU build of torch, the registry's (CUDA) build of torchvision cannot load its C library, so the operators that its
-Python code describes do not exist ("operator torchvision::nms does not exist").  Declaring the two operators by their schema is enough
-for everything that does not call them.  Can go when torchvision publishes one wheel for all builds of torch.
+Cause: with a CPU build of torch, the registry's (CUDA) build of torchvision cannot load its C library, so the
+operators that its Python code describes do not exist ("operator torchvision::nms does not exist"). Declaring the
+schemas of the two operators is enough for code that does not call them. Remove this when torchvision publishes one
+wheel for all builds of torch.
 
-`main()` (the last step of `make setup`) does the same for whatever runs in this environment without flowmap, `python -c "import diffusers"`
-for example: where torchvision is broken it copies this file, and a .pth file that runs it, into site-packages; elsewhere it does nothing.
+`main()` (the last step of `make setup`) fixes the whole environment, for programs that do not import flowmap, such
+as `python -c "import diffusers"`: if torchvision is broken, it copies this file, and a .pth file that runs it, to
+site-packages.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from pathlib import Path
 
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _BROKEN = (RuntimeError, ImportError, OSError)
-_kept_alive: list = []  # the operators' registrations live as long as their library handle
+_kept_alive: list = []  # an operator stays registered as long as its library handle exists
 
 
 def install() -> None:
-    """From now on the first `import torchvision`, whoever asks for it, is tried as it is and mended if it fails. Costs nothing before."""
+    """Install an import hook that repairs the first `import torchvision` if it fails. It costs nothing until then."""
     if not any(type(finder).__name__ == _TorchvisionFinder.__name__ for finder in sys.meta_path):
         sys.meta_path.insert(0, _TorchvisionFinder())
 
@@ -65,13 +67,12 @@ class _MendingLoader(importlib.abc.Loader):
             del sys.modules[name]
         try:
             if not _kept_alive:
-                _kept_alive.append(
-                    torch.library.Library("torchvision", "DEF")
-                )  # refused where its own C library was loaded
+                # raises if torchvision's own C library was loaded
+                _kept_alive.append(torch.library.Library("torchvision", "DEF"))
                 for name in ("nms", "qnms"):
                     _kept_alive[0].define(name + _SCHEMA)
             self.loader.exec_module(module)
-        except _BROKEN as error:  # broken in a way that is not known: let importers see it as absent
+        except _BROKEN as error:  # broken in some other way: importers treat an ImportError as absent
             raise ImportError(f"torchvision is installed but broken: {error}") from error
 
 
@@ -84,14 +85,13 @@ UNMENDED = (
 
 
 def install_at_start(site_packages: Path) -> bool:
-    """Whether `import torchvision` fails here as it is: then every Python of this environment mends it, by two files in site-packages."""
+    """Whether torchvision is broken; if so, add two files to site-packages that repair it in every Python process."""
     absent = importlib.util.find_spec("torchvision") is None
     if absent or subprocess.run([sys.executable, "-c", UNMENDED], stderr=subprocess.DEVNULL).returncode == 0:
         return False
     shutil.copy(__file__, site_packages / f"{COPY}.py")
-    (site_packages / f"{COPY}.pth").write_text(
-        f"import {COPY}; {COPY}.install()\n"
-    )  # lines that begin with import are run at the start
+    # Python executes lines of .pth files that begin with "import" at startup
+    (site_packages / f"{COPY}.pth").write_text(f"import {COPY}; {COPY}.install()\n")
     return True
 
 

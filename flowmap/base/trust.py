@@ -1,6 +1,6 @@
-"""The modules that a recipe may take code from: those that the user allows by `--import` or `allow_import`, and no others.
+"""The modules that recipes may name: only those that the user allows by `--import` or `allow_import`.
 
-A recipe, a card or a student's folder may come from anyone, so a name such as `os:fork` in one of them never imports a module.
+Recipes, cards and student folders may be untrusted, so a name such as `os:fork` in one of them never imports a module.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _ALLOWED: dict[str, ModuleType] = {}
 
 
 def allow_import(name: str) -> ModuleType:
-    """Imports the module of that name, or runs that .py file; from then on a recipe may name its attributes as `module:attribute`.
+    """Import a module by name or from a .py file; recipes may then name its attributes as `module:attribute`.
 
-    The module of a file is called by the file's stem: `nets.py` allows `nets:attribute`. Submodules are not included. Raises ValueError
-    where it cannot be imported.
+    A file's module is named by the file's stem: `nets.py` allows `nets:attribute`. Submodules are not included.
+    Raises a ValueError if the import fails.
     """
     path = Path(name)
     try:
@@ -27,9 +27,9 @@ def allow_import(name: str) -> ModuleType:
             _ALLOWED[name] = importlib.import_module(name)
             return _ALLOWED[name]
         spec = importlib.util.spec_from_file_location(f"flowmap_import_{path.stem}", path)
-        assert spec is not None and spec.loader is not None  # of a file that ends in .py
+        assert spec is not None and spec.loader is not None  # the file ends in .py
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
+        sys.modules[spec.name] = module  # dataclasses look up their module by name
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"--import: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
@@ -38,13 +38,15 @@ def allow_import(name: str) -> ModuleType:
 
 
 def allowed_attribute(name: str, key: str) -> Any:
-    """What `module:attribute` names, where the user allowed that module; nothing is imported. ValueError starts with `key`."""
+    """The attribute `module:attribute` of an allowed module; nothing is imported. ValueErrors start with `key`."""
     module, _, attribute = name.partition(":")
     if module not in _ALLOWED:
         how = f"--import {module} on the command line or flowmap.allow_import({module!r}) in Python allows it"
         raise ValueError(
             f"{key}: {name!r} names code, and a recipe imports nothing on its own; if you trust this module, {how}"
         )
-    if not attribute or not hasattr(_ALLOWED[module], attribute):
-        raise ValueError(f"{key}: {name!r} cannot be imported: module {module!r} has no attribute {attribute!r}")
-    return getattr(_ALLOWED[module], attribute)
+    try:
+        return getattr(_ALLOWED[module], attribute)
+    except AttributeError:
+        what = f"module {module!r} has no attribute {attribute!r}"
+        raise ValueError(f"{key}: {name!r} cannot be imported: {what}") from None

@@ -1,4 +1,4 @@
-"""An adversarial recipe's discriminator: the one place that joins it with the network that it looks through."""
+"""Build an adversarial recipe's discriminator and connect it with the network whose features it reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.flow.types import Cond
 from flowmap.objectives.adversarial import Adversarial, DiscriminatorSpec, FeaturesSpec
 from flowmap.objectives.perceptual import perceptual
@@ -19,7 +19,10 @@ from flowmap.student.examples import conditions_of
 
 
 def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:
-    """D(x, cond, noise) -> (B,) for the student's samples, its weights random by the recipe's seed. RecipeError where it cannot look at them."""
+    """Return D(x, cond, noise) -> (B,) for the student's samples, its weights drawn with the recipe's seed.
+
+    Raises RecipeError if it cannot read such samples.
+    """
     spec = _spec(recipe)
     if spec.trunk != "teacher":
         return discriminator_on(recipe, config, None, {})
@@ -30,7 +33,9 @@ def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTea
 
 
 def discriminator_on(recipe: Recipe, config: StudentConfig, network: nn.Module | None, example: Cond) -> nn.Module:
-    """As build_discriminator, on the teacher's network itself, given one row of its conditions."""
+    """Return the discriminator as build_discriminator does, given the teacher's network and one row of its
+    conditions.
+    """
     spec = _spec(recipe)
     where = "objective.discriminator"
     with torch.random.fork_rng(devices=[]):
@@ -51,15 +56,16 @@ def _spec(recipe: Recipe) -> DiscriminatorSpec:
 
 
 def _call(name: str):
-    """What gives the features of that network, frozen, on the CPU."""
-    net = copy.deepcopy(perceptual(name, torch.device("cpu")))  # one of its own: it moves to the device of the heads
+    """Return the frozen network of that name, on the CPU, as a callable that returns features."""
+    # A copy, because it moves to the device of the heads.
+    net = copy.deepcopy(perceptual(name, torch.device("cpu")))
     return _Features(net) if name == "efficientnet_lite0" else net
 
 
 class _Features(nn.Module):
     """The features of a perceptual distance's network, at all its depths."""
 
-    net: Any  # has `features`
+    net: Any  # A network with `features`.
 
     def __init__(self, net: Any):
         super().__init__()

@@ -1,10 +1,11 @@
-"""A score distillation's fake: the network that learns the velocity of the student's own samples, as it is at step 0."""
+"""Build the fake score of a score distillation: the network that learns the velocity of the student's samples."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from flowmap.build.parts import BuiltTeacher, build_student
+from flowmap.build.student import build_student
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
 from flowmap.recipe import Recipe
@@ -13,16 +14,20 @@ from flowmap.student.config import StudentConfig
 
 
 def fake_config(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
-    """What the fake is: the student's network, one of a stack, without an arrival time (unless the teacher's network has it), told the same."""
+    """Return the configuration of the fake: the student's network (one of a stack), with the student's conditions.
+
+    It takes no arrival time unless the teacher's network has one.
+    """
     network = None if teacher is None else teacher.network
     arrival = network is not None and network.config.arrival and _starts_as_teacher(recipe, teacher)
     return replace(config, net=net_within(config.net), arrival=arrival)
 
 
 def build_fake(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
-    """The fake, its weights the teacher's where the student starts from that or from another recipe, else random by the recipe's seed.
+    """Return the fake at step 0.
 
-    RecipeError where the student's network is not the teacher's.
+    Its weights are the teacher's if the student starts from the teacher or from another recipe, else drawn with the
+    recipe's seed. Raises RecipeError if the student's network is not the teacher's.
     """
     start = (
         recipe.changed(student=FromTeacher()) if _starts_as_teacher(recipe, teacher) and recipe.lora is None else recipe

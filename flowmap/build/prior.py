@@ -1,4 +1,4 @@
-"""A recipe's learned prior, built from the run that trained its auxiliary model, with the z-sampler that the recipe names."""
+"""Build a recipe's learned prior from the run that trained its auxiliary model, with the recipe's sampler of codes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from flowmap.base.schema import RecipeError
 from flowmap.data.codes import draws_of
 from flowmap.flow.prior import CodeSampler, FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.plan.dependencies import prior_recipes
-from flowmap.plan.plan import trained_run
 from flowmap.plan.requirements import check_prior, shipped_prior
+from flowmap.plan.run_folders import trained_run
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student, read_config
 from flowmap.student.prior import PRIOR, PriorConfig, built_codes, load_prior, read_prior_config, save_prior
 
-MOST = 20_000  # samples that a mixture is fitted to
+MOST = 20_000  # The number of samples that a mixture is fitted to.
 
 
 def write_prior(recipe: Recipe, prior: LearnedPrior, folder: Path) -> None:
-    """The recipe's built prior, written to folder/prior, where a student's weights lie, or will."""
+    """Write the recipe's built prior to folder/prior, where `folder` is a student's."""
     run = trained_run(prior_recipes(recipe)[0], recipe, "prior.recipe")
     save_prior(folder / PRIOR, _config(recipe, run / "student"), prior.model.state_dict(), prior.codes.tensors())
 
 
 def build_prior(recipe: Recipe) -> LearnedPrior | None:
-    """The learned prior where the recipe starts at one; RecipeError where it is not trained, has collapsed or its z-sampler does not fit."""
+    """Return the learned prior, or None for the Gaussian one.
+
+    Raises RecipeError if it is not trained, its posterior has collapsed, or its sampler of codes does not match.
+    """
     shipped = shipped_prior(recipe)
     if shipped is None:
         return None
@@ -38,8 +41,9 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
     units = read_json(run / "metrics.json")["units"]
     if units["active"] == 0:
         raise RecipeError(
-            f"{recipe.name}: prior.recipe: {shipped.recipe!r} has a collapsed posterior: 0 of {shipped.size} numbers of z are active, "
-            f"KL {sum(units['kl']):.3g} nats in all; lower its objective.kl or raise its objective.free_bits"
+            f"{recipe.name}: prior.recipe: {shipped.recipe!r} has a collapsed posterior: 0 of {shipped.size} "
+            f"numbers of z are active, KL {sum(units['kl']):.3g} nats in all; "
+            "lower its objective.kl or raise its objective.free_bits"
         )
     try:
         prior = load_prior(run / "student", scale=shipped.scale, conditioning=shipped.conditioning)
@@ -50,7 +54,7 @@ def build_prior(recipe: Recipe) -> LearnedPrior | None:
 
 
 def _config(recipe: Recipe, folder: Path) -> PriorConfig:
-    """That of the auxiliary model in the folder, with the recipe's z-sampler."""
+    """Return the configuration of the auxiliary model in the folder, with the recipe's sampler of codes."""
     z = _codes_of(recipe)
     net = read_config(_flow_folder(recipe) / "student" / "config.json").net if isinstance(z, FlowCodes) else None
     return replace(read_prior_config(folder), z=z, z_net=net)
@@ -62,7 +66,7 @@ def _codes_of(recipe: Recipe) -> CodeSampler:
 
 
 def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
-    """The tensors of the recipe's z-sampler, fitted or read."""
+    """Return the tensors of the recipe's sampler of codes, fitted or read."""
     z = _codes_of(recipe)
     if isinstance(z, MixtureCodes):
         return fitted_mixture(draws_of(folder, 1, z.seed, MOST).flatten(0, 1), z)
@@ -70,12 +74,15 @@ def _codes(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
 
 
 def _flow_folder(recipe: Recipe) -> Path:
-    """The run that trained the flow of codes; RecipeError where it has not been made."""
+    """Return the run that trained the flow of codes. Raise RecipeError if it has not been trained."""
     return trained_run(prior_recipes(recipe)[1], recipe, "prior.z.recipe")
 
 
 def fitted_mixture(z: Tensor, spec: MixtureCodes) -> dict[str, Tensor]:
-    """A mixture of Gaussians fitted to z (N, Z) by scikit-learn's EM: weights, means and Cholesky factors of the covariances, float64."""
+    """Return a mixture of Gaussians fitted to z (N, Z) by scikit-learn's EM.
+
+    The tensors are weights, means and Cholesky factors of the covariances, in float64.
+    """
     from sklearn.mixture import GaussianMixture
 
     if len(z) < 2 * spec.components:

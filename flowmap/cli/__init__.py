@@ -34,7 +34,7 @@ PATH_MISTAKES = (
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        for name in getattr(arguments, "imports", None) or []:
+        for name in arguments.imports or ():
             allow_import(name)
         with plain_warnings():
             return arguments.run(arguments)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_error(error: object, code: int) -> int:
-    if is_child():  # the first process says it
+    if is_child():  # the first process prints it
         return code
     print(f"flowmap: {' '.join(str(error).split())}", file=sys.stderr)
     return code

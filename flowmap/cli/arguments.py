@@ -30,7 +30,7 @@ def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) ->
         "--shard",
         default="0/1",
         metavar="I/N",
-        help="make part I of N (from 0), beside other processes that make the others",
+        help="make part I of N (from 0), while other processes make the others",
     )
     parser.add_argument("--batch", type=int, default=batch, help="samples that the networks see at once")
     parser.add_argument("--device", default="cpu")
@@ -55,14 +55,14 @@ def student_argument(parser: argparse.ArgumentParser, *, base: bool = False) -> 
 
 
 def guided_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of verbs that draw from a student."""
+    """Add the arguments of verbs that draw from a student."""
     student_argument(parser, base=True)
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
     parser.add_argument("--device", default="cpu")
 
 
 def device_of(name: str) -> torch.device:
-    """ValueError where torch cannot use that device on this machine."""
+    """The device; raises ValueError if torch cannot use it on this machine."""
     import torch
 
     try:

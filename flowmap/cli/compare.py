@@ -1,4 +1,4 @@
-"""`flowmap compare`: trains recipes on equal terms, or tabulates finished runs (flowmap/train/compare/)."""
+"""`flowmap compare`: trains recipes on equal terms, or tabulates finished runs (flowmap/compare/)."""
 
 from __future__ import annotations
 

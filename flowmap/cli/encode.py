@@ -25,8 +25,9 @@ def run(a: argparse.Namespace) -> int:
     from flowmap.data import Encoded
     from flowmap.data.encoded import MADE, read_index
     from flowmap.data.shards import check_sums
+    from flowmap.plan.data_folders import data_of
     from flowmap.plan.dependencies import autoencoder_recipes
-    from flowmap.plan.plan import data_of, trained_run
+    from flowmap.plan.run_folders import trained_run
     from flowmap.prepare.encode import encode
     from flowmap.recipe import read_recipe
 

@@ -40,9 +40,9 @@ def run(a: argparse.Namespace) -> int:
 
 
 def _check_figures(path: Path) -> None:
-    """ValueError where that file is there and holds no figures of a student."""
+    """Raise ValueError if the file exists and is not one of a student's figures."""
     try:
         if path.exists() and "student" not in json.loads(path.read_text(encoding="utf-8")):
             raise ValueError
     except (ValueError, TypeError, OSError):
-        raise ValueError(f"--out: {path} is there and holds no figures of a student; choose another file") from None
+        raise ValueError(f"--out: {path} is there and has no figures of a student; choose another file") from None

@@ -1,4 +1,4 @@
-"""`flowmap export`: writes a student for those without flowmap."""
+"""`flowmap export`: writes a student for use without flowmap."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a pipeline with its own code, also where diffusers has a stock one",
     )
     parser.add_argument("--no-text", action="store_true", help="leave the student's text encoders out of the folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the export that the folder holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the export in the folder")
     parser.add_argument("--push", metavar="OWNER/NAME", help="then upload the folder to that repository of the hub")
     parser.add_argument("--out", required=True, help="folder for the export")
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the run that the folder holds, once the new one has a checkpoint",
+        help="replace the run in the folder, once the new one has a checkpoint",
     )
     parser.add_argument(
         "--dry-run",

@@ -1,4 +1,4 @@
-"""`flowmap list`: the shipped recipes and teachers, and what may stand in every slot of a recipe."""
+"""`flowmap list`: the shipped recipes and teachers, and the kinds of every slot of a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowmap.cli.arguments import import_argument
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to list: recipes with the first line of each, parts of recipes, teachers, and kinds under the keys of their slot."""
+    """What can be listed: recipes with their first line, parts of recipes, teachers, kinds under their slot's keys."""
 
     recipes: Mapping[str, str]
     parts: Sequence[str]
@@ -31,15 +31,15 @@ class Found:
         }
 
     def matching(self, word: str) -> Found:
-        """What holds that word, in capitals or not.
+        """What contains that word, in any case; a recipe also in its first line.
 
-        Recipes also in their first line; of a slot whose key holds it, all kinds.
+        If a slot's key contains it, all kinds of the slot are listed.
         """
-        holds = lambda text: word.lower() in text.lower()
-        recipes = {name: first for name, first in self.recipes.items() if holds(name) or holds(first)}
-        of_slot = lambda title, those: [kind for kind in those if holds(_keys(title)) or holds(kind)]
+        contains = lambda text: word.lower() in text.lower()
+        recipes = {name: first for name, first in self.recipes.items() if contains(name) or contains(first)}
+        of_slot = lambda title, those: [kind for kind in those if contains(_keys(title)) or contains(kind)]
         kinds = {title: found for title, those in self.kinds.items() if (found := of_slot(title, those))}
-        parts, teachers = ([*filter(holds, names)] for names in (self.parts, self.teachers))
+        parts, teachers = ([*filter(contains, names)] for names in (self.parts, self.teachers))
         return Found(recipes, parts, teachers, kinds)
 
     def lines(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="FILE", help="a LoRA in the format of diffusers or peft, safetensors")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="how much of the LoRA")
     parser.add_argument("--strict", action="store_true", help="refuse what does not fit whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace the merge that the folder holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the merge in the folder")
     parser.add_argument("--out", required=True, help="folder for the student")
 
 

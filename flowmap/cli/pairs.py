@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.data import Pairs
-    from flowmap.plan.plan import pairs_of
+    from flowmap.plan.data_folders import pairs_of
     from flowmap.prepare.make_pairs import make_pairs, verify
     from flowmap.recipe import read_recipe
 
@@ -34,7 +34,7 @@ def run(a: argparse.Namespace) -> int:
     folder = Path(a.out or pairs_of(recipe).root)
     if a.verify is not None:
         gap, pair = verify(recipe, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
-        print(f"{folder}: {a.verify} pairs made anew differ by at most {gap:.3g} (pair {pair})")
+        print(f"{folder}: {a.verify} pairs made again differ by at most {gap:.3g} (pair {pair})")
         return 0
     check_writable(folder, "--out")
     index = make_pairs(recipe, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, log=log)

@@ -1,4 +1,4 @@
-"""The parser of the command line: its verbs in groups, and words that argparse alone does not place."""
+"""The parser of the command line: verbs in groups, and arguments that argparse alone does not place."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; key=value and +FILE may stand on both sides of an option, which argparse alone does not allow."""
+    """The arguments; key=value and +FILE may be on both sides of an option, which argparse alone refuses."""
     parser, words = build_parser(), [*(sys.argv[1:] if argv is None else argv)]
     behind = _settings_behind(words)
     arguments, rest = parser.parse_known_args([word for i, word in enumerate(words) if i not in behind])
-    odd = [word for word in rest if not _is_setting(word) or not hasattr(arguments, "overrides")]
-    if odd:
-        parser.error(f"unrecognized arguments: {' '.join(odd)}")
+    unknown = [word for word in rest if not _is_setting(word) or arguments.overrides is None]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if settings := [*(words[i] for i in behind), *rest]:
         arguments.overrides = [*arguments.overrides, *settings]
     return arguments
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=OneLine)
     for name, (verb, help) in VERBS.items():
         one = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        one.set_defaults(run=verb.run)
+        one.set_defaults(run=verb.run, imports=None, overrides=None)
         verb.add_arguments(one)
     parser.verbs = verbs
     return parser
@@ -113,13 +113,13 @@ class OneLine(argparse.ArgumentParser):
     """A parser whose errors are one line and exit 2."""
 
     def error(self, message: str) -> NoReturn:
-        if not is_child():  # the first process says it
+        if not is_child():  # the first process prints it
             print(f"flowmap: {message}; see `{self.prog} --help`", file=sys.stderr)
         sys.exit(2)
 
 
 class Grouped(OneLine):
-    """The parser of the verbs: its help lists them by group, and a mistyped one is answered with the closest."""
+    """The parser of the verbs: its help lists them by group, and an unknown verb is answered with the closest one."""
 
     verbs: argparse._SubParsersAction[Any]
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.3,
         metavar="S",
-        help="how much it makes anew, above 0 up to 1",
+        help="how much of the picture it changes, above 0 up to 1",
     )
     parser.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
     parser.add_argument(
@@ -65,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inpaint",
         metavar="IMAGE",
-        help="draw part of this picture anew, through the code of a learned prior (with --mask)",
+        help="redraw part of this picture, through the code of a learned prior (with --mask)",
     )
-    parser.add_argument("--mask", metavar="IMAGE", help="what is light in it is drawn anew")
+    parser.add_argument("--mask", metavar="IMAGE", help="its light parts are redrawn")
     parser.add_argument(
         "--interpolate",
         nargs=2,
@@ -89,7 +89,7 @@ def run(a: argparse.Namespace) -> int:
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
-        raise ValueError("--inpaint and --mask: go together: a picture, and what of it is drawn anew")
+        raise ValueError("--inpaint and --mask: go together: a picture, and the mask of what is redrawn")
     edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
     prompt = a.prompt if student.config.text is not None else None
     given = (
@@ -131,14 +131,14 @@ def run(a: argparse.Namespace) -> int:
 
 
 def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:
-    """What --class names: a class by its name, where the student has one of that name, else by its number."""
+    """The class that --class names: by its name if the student has one of that name, otherwise by its number."""
     if given is None or (names and given in names):
         return given
     return int(given) if re.fullmatch(r"-?\d{1,18}", given) else given
 
 
 def _alone(a: argparse.Namespace) -> None:
-    """ValueError where --texts is given what editing sentences does not heed."""
+    """Raise ValueError if --texts is given with an option that editing sentences ignores."""
     names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt", "num", "seed")
     given = next((name for name in names if getattr(a, name) is not None), None)
     if given is not None:

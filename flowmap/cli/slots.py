@@ -1,4 +1,4 @@
-"""Under which keys of a recipe each slot stands."""
+"""The keys of a recipe under which each slot can be set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flowmap.recipe.kinds import TABLES
 
 
 def keys_of_slots() -> dict[type, dict[str, list[str]]]:
-    """The keys under which each slot stands in a recipe, "data", "data.images", ..., and the kinds that have each.
+    """For each slot its keys in a recipe, "data", "data.images", ..., and the kinds that have each key.
 
-    "" is the kind of a recipe's own slot: there may be slots of two types under one key. What a slot holds within
-    itself is not followed further.
+    "" is the kind of a recipe's own slot: one key may have slots of two types. What a slot has within itself is not
+    followed further.
     """
     found: dict[type, dict[str, list[str]]] = {}
     _walk(Recipe, "", "", (), found)
@@ -22,7 +22,7 @@ def keys_of_slots() -> dict[type, dict[str, list[str]]]:
 
 
 def _walk(cls: type, kind: str, key: str, within: tuple[type, ...], found: dict[type, dict[str, list[str]]]) -> None:
-    """Adds the slots among the fields of a class, which is that kind of the slot `key`, and all within them."""
+    """Add the slots among the fields of a class, which is that kind of the slot `key`, and all within them."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = f"{key}.{field.name}" if key else field.name
@@ -36,7 +36,7 @@ def _walk(cls: type, kind: str, key: str, within: tuple[type, ...], found: dict[
 
 
 def _within(hint: Any) -> Iterator[Any]:
-    """The hint itself, or what it is a tuple or an option of."""
+    """Yield the hint itself, and the types within a tuple or an option."""
     yield hint
     for part in get_args(hint):
         yield from _within(part)

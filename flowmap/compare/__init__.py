@@ -1,8 +1,11 @@
-"""Recipes side by side on equal terms: each is trained for the same seconds, or the same network evaluations, from the same teacher, seed by
-seed, and looked at by the same metrics at each number of steps. `finished` and `curves` tabulate and plot runs that are there.
+"""Compare recipes on equal terms.
 
-A folder: seed-N/NAME/ holds a run and its result.json; compare.json, table.md and quality.png are written after every run, so that what is
-there can be looked at. A finished run is kept: the same call goes on where it was cut off, and one with more recipes or seeds adds them.
+Each recipe is trained for the same seconds, or the same number of network evaluations, against the same teacher at each
+seed, and measured by the same metrics at each number of steps. `finished` and `curves` tabulate and plot existing runs.
+
+In the folder of a comparison, seed-N/NAME/ has a run and its result.json. compare.json, table.md and quality.png are
+written after every run. A finished run is kept: the same call continues a comparison that was interrupted, and a call
+with more recipes or seeds adds them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import check_writable, only_process, read_json, write_json
+from flowmap.base.progress import LogFunction
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
 from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.estimate.dry_run import dry_run
-from flowmap.plan.plan import runs_root
 from flowmap.plan.requirements import check_beforehand
+from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
 
-LogFunction = Callable[[str], None]
 STEPS = (1, 2, 4, 8)
 REPORT = ("table.md", "quality.png")  # written after compare.json
 
@@ -40,26 +43,27 @@ def compare(
     log: LogFunction | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
-    """Trains every recipe at seeds 0 to seeds - 1 and gives compare.json's contents, and its `folder`.
+    """Train every recipe at seeds 0 to seeds - 1; returns the contents of compare.json, with its `folder`.
 
-    budget: seconds of training each; calls: network evaluations each; exactly one. out: the folder, by default runs/compare. The teacher of
-    a seed is trained once, in a run folder below runs/, and paid for by nobody; pairs, and runs that a recipe starts from, by that recipe.
-    RecipeError (ValueError) for a user's mistake, recipes of other data or teachers among them. now: the time in seconds.
+    budget: seconds of training each; calls: network evaluations each; exactly one must be given. out: the folder, by
+    default runs/compare. now: returns the time in seconds. The teacher of a seed is trained once, in a run folder below
+    runs/, and is not counted. Pairs, and runs that a recipe starts from, count for that recipe. Raises RecipeError
+    (ValueError) for a user's mistake, such as recipes of different data or teachers.
     """
     log = log or (lambda message: print(message, file=sys.stderr, flush=True))
     terms = Terms(budget, calls, tuple(steps))
     entrants, folder = _checked(recipes, overrides, seeds, out)
     look = EvalSpec.of(entrants[0])
-    for entrant in entrants:  # all that can be refused is refused before the folder is there
+    for entrant in entrants:  # refuse what can be refused before the folder is made
         check_beforehand(entrant.changed(metrics=look.metrics))
     with only_process(folder):
         by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]
         for entry in (entry for entries in by_seed for entry in entries):
-            entry.found()  # what was trained on other terms is refused before anything is trained
+            entry.found()  # refuses runs on other terms before anything is trained
         for seed, entries in enumerate(by_seed):
             _baseline_rows(entries, folder / f"seed-{seed}" / "beside.json", log)
             for entry in entries:
-                result = entry.kept() or entry.run(log)
+                result = entry.kept(log) or entry.run(log)
                 log(f"seed {seed}, {entry.recipe.name}: {_in_words(result)}")
                 write_report(folder, _report(by_seed, folder))
     return {**read_json(folder / "compare.json"), "folder": str(folder)}
@@ -68,7 +72,7 @@ def compare(
 def dry_compare(
     recipes: Sequence[str], *, budget=None, calls=None, seeds=5, steps=STEPS, out=None, overrides=()
 ) -> list[str]:
-    """The lines that `flowmap compare --dry-run` prints: what would be trained, what is there, what is missing on this machine."""
+    """The lines of `flowmap compare --dry-run`: what would be trained, what exists, what is missing on this machine."""
     terms = Terms(budget, calls, tuple(steps))
     entrants, folder = _checked(recipes, overrides, seeds, out)
     ready = [
@@ -84,7 +88,8 @@ def dry_compare(
     todo = sum(not done for done in teachers.values())
     lines = [_dry_line(entrant, [row[i] for row in ready], terms) for i, entrant in enumerate(entrants)]
     lines.append(
-        f"{len(entrants)} recipes x {seeds} seeds x {terms}, beside {todo} of {len(teachers)} teachers to make first -> {folder}"
+        f"{len(entrants)} recipes x {seeds} seeds x {terms}, "
+        f"beside {todo} of {len(teachers)} teachers to make first -> {folder}"
     )
     last = list(dict.fromkeys(dry_run(entry.recipe, None)[-1] for entry in ready[0]))
     return [*lines, *(line for line in last if len(last) == 1 or not line.startswith("nothing"))]
@@ -100,7 +105,8 @@ def _dry_line(entrant: Recipe, entries: list[Entry], terms: Terms) -> str:
     )
     paid = f", less what {', '.join(own)} takes" if own else ""
     done = sum((entry.folder / "result.json").is_file() for entry in entries)
-    return f"{entrant.name}: {asked:.4g} network evaluations a step, {length}{paid}; {done} of {len(entries)} seeds finished"
+    finished = f"{done} of {len(entries)} seeds finished"
+    return f"{entrant.name}: {asked:.4g} network evaluations a step, {length}{paid}; {finished}"
 
 
 def _checked(
@@ -121,16 +127,20 @@ def _checked(
 
 
 def _entries(entrants: list[Recipe], seed: int, folder: Path, terms: Terms, look: EvalSpec, now) -> list[Entry]:
-    """Everybody at that seed."""
+    """The entries of all recipes at that seed."""
     seeded = [at_seed(entrant, seed) for entrant in entrants]
     shared = frozenset(shared_folders(seeded))
     return [Entry(recipe, folder / f"seed-{seed}" / recipe.name, terms, look, shared, now) for recipe in seeded]
 
 
 def _baseline_rows(entries: list[Entry], path: Path, log: LogFunction) -> None:
-    """Measures the teacher and the floor of a seed, by the first recipe that samples with the teacher's guidance; kept in beside.json."""
-    taught = [entry for entry in entries if entry.recipe.teacher is not None]
-    chosen = next((entry for entry in taught if entry.recipe.teacher.guidance is not None), [*taught, *entries][0])
+    """Measure the teacher and the real-vs-real baseline of a seed and write them to beside.json.
+
+    The first recipe that samples with the teacher's guidance is chosen for it.
+    """
+    taught = [(entry, entry.recipe.teacher) for entry in entries if entry.recipe.teacher is not None]
+    guided = [entry for entry, teacher in taught if teacher.guidance is not None]
+    chosen = [*guided, *(entry for entry, _ in taught), *entries][0]
     same = {"look": chosen.look.hash, "steps": list(chosen.terms.steps), "by": chosen.recipe.name}
     if path.is_file() and read_json(path).get("same") == same:
         return
@@ -141,7 +151,7 @@ def _baseline_rows(entries: list[Entry], path: Path, log: LogFunction) -> None:
 
 
 def _report(by_seed: list[list[Entry]], folder: Path) -> dict[str, Any]:
-    """Of what is finished and was looked at alike, in the order of recipes and seeds."""
+    """The report on the finished entries that were measured alike, in the order of recipes and seeds."""
     first = by_seed[0][0]
     found = [entry.found() for entries in zip(*by_seed, strict=True) for entry in entries]
     besides = [

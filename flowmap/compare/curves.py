@@ -1,6 +1,6 @@
-"""`flowmap plot`: the loss, the residual norm and metrics of runs, from log.csv and metrics.json.
+"""`flowmap plot`: draw the loss, the residual norm and metrics of runs, from log.csv and metrics.json.
 
-Drawn by matplotlib (extra `bench`), which is imported here alone.
+Only this file imports matplotlib (extra `bench`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from flowmap.compare.finished import Finished, labelled, read_runs
 from flowmap.train.csv_log import read_log
 
 LOGGED = {"train/loss": "loss", "train/residual_norm": "residual norm"}
-MADE_BY = "flowmap plot"  # in the PNG's `Software`, by which a plot of ours is known
+MADE_BY = "flowmap plot"  # in the PNG's `Software`, by which a plot of flowmap's is recognised
 ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.4  # panels in a row; inches of a panel
-STYLES = ("-", "--", ":", "-.")  # each ten runs have one
+STYLES = ("-", "--", ":", "-.")  # one for each ten runs
 
 Points = tuple[list[float], list[float]]
 Panel = Callable[[Any], None]  # draws on matplotlib's Axes
 
 
 def plot_runs(folders: Sequence[str | Path], out: str | Path, *, metrics: Sequence[str] | None = None) -> Path:
-    """Writes a PNG with a panel for the loss, one for the residual norm where a run logged it, and one for each metric.
+    """Write a PNG with a panel for the loss, one for the residual norm if a run logged it, and one for each metric.
 
-    metrics: their names in metrics.json; default the first one that the runs have.  Runs that are not finished have
-    none in it.  ValueError for a user's mistake.
+    metrics: their names in metrics.json; default the first one that the runs have. Runs that are not finished have no
+    line there. Raises ValueError for a user's mistake.
     """
     path = Path(out)
     _check_file(path)
@@ -61,9 +61,9 @@ def _check_file(path: Path) -> None:
 
 
 def _log_of(path: Path) -> dict[str, Points]:
-    """Steps and values of what LOGGED names, where the log has it."""
+    """The steps and values of each name in LOGGED that the log has."""
     if not path.is_file():
-        raise ValueError(f"{path}: is not there, and holds what would be drawn")
+        raise ValueError(f"{path}: is not there, and has what would be drawn")
     found: dict[str, Points] = {}
     try:
         for row in read_log(path):
@@ -143,19 +143,19 @@ def _draw_metric(name: str, runs: Sequence[Finished], axes: Any) -> None:
 
 
 def _level_of_teacher(run: Finished, name: str) -> tuple[int, float] | None:
-    """The teacher's steps and its figure."""
+    """The teacher's number of steps and its figure."""
     return None if run.teacher is None or name not in run.teacher[1] else (run.teacher[0], run.teacher[1][name])
 
 
 def _level(axes: Any, value: float, label: str, shared: str, place: int, style: str) -> float:
-    """A horizontal line, grey where all runs share it and else in the colour of its run; gives its value."""
+    """Draw a horizontal line, grey if all runs share it, otherwise in its run's colour; returns its value."""
     colour = f"C{place % 10}" if shared.endswith(")") else "0.4"
     axes.axhline(value, color=colour, linestyle=style, linewidth=1.2, label=label)
     return value
 
 
 def _logarithmic(axes: Any, values: Sequence[float]) -> None:
-    """Sets a logarithmic vertical axis where the values are positive and span a factor of ten."""
+    """Set a logarithmic vertical axis if the values are positive and span a factor of ten."""
     if values and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
 

@@ -1,4 +1,4 @@
-"""Who is compared: recipes of the same data and the same teacher, each at a seed and at a length of its own."""
+"""The recipes of a comparison: of the same data and the same teacher, each at a seed and at its own length."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.plan.cards import card_of
+from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_recipes, teacher_recipes
-from flowmap.plan.provenance import WHERE, scale_of
+from flowmap.plan.provenance import scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import FromRecipe
 
-# settings in steps that a recipe chose for its own length
+# settings in steps, which a recipe chose for its own length
 LENGTHS = ("warmup_steps", "decay_from", "start", "anneal_steps", "perceptual_after_steps")
 
 
 def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
-    """The recipes, the overrides laid over each; RecipeError where they cannot be compared."""
+    """The recipes with the overrides; raises RecipeError if they cannot be compared."""
     entrants = [read_recipe(name, overrides) for name in names]
     if not entrants:
         raise RecipeError("recipes: none were given")
@@ -42,17 +43,18 @@ def _check(entrant: Recipe) -> None:
         )
     if entrant.artifact != "student":
         raise RecipeError(
-            f"{entrant.name}: objective: makes no student (but: {entrant.artifact}), so no samples to compare"
+            f"{entrant.name}: objective: a run of it writes no student but the artifact {entrant.artifact!r}, "
+            "so there are no samples to compare"
         )
     if entrant.trainer.devices * entrant.trainer.num_nodes > 1:
         raise RecipeError(f"{entrant.name}: trainer.devices: {entrant.trainer.devices}; compare trains on one device")
 
 
 def _check_alike(first: Recipe, other: Recipe) -> None:
-    """RecipeError for other data, or another teacher or guidance (a recipe without a teacher goes with any)."""
-    for what, part_of in (("data", data_settings), ("teacher", _taught_by)):
-        mine, theirs = part_of(first), part_of(other)
-        if mine == theirs or (what == "teacher" and (mine is None or theirs is None)):
+    """Raise RecipeError for different data, teachers or guidance (a recipe without a teacher fits any)."""
+    pairs = (("data", data_settings(first), data_settings(other)), ("teacher", _taught_by(first), _taught_by(other)))
+    for what, mine, theirs in pairs:
+        if mine == theirs or mine is None or theirs is None:
             continue
         key = next(key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key))
         values = f"{key} {mine.get(key)!r} and {theirs.get(key)!r}"
@@ -66,7 +68,10 @@ def data_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
-    """The teacher of a recipe or of its pairs, and the guidance that is sampled with; the range drawn from in training is the recipe's own."""
+    """The teacher of a recipe or of its pairs, and the guidance scale of sampling.
+
+    The range of scales that training draws from may differ.
+    """
     slot, scale = recipe.teacher, None
     if isinstance(recipe.coupling, Pairs):
         slot, scale = recipe.coupling.teacher or slot, scale_of(recipe)
@@ -75,7 +80,7 @@ def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
     if slot is None:
         return None
     guidance = to_plain(slot.guidance, TABLES) or {}
-    card = card_of(slot)  # a teacher may be named by its card or by the recipe that trains it
+    card = card_of(slot)  # a teacher may be named by its card, or by the recipe that trains it
     named = {"card": card.recipe or card.name, "overrides": list(slot.overrides)}
     return {
         **named,
@@ -85,7 +90,7 @@ def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def at_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with that seed, the recipes that it needs with it."""
+    """The recipe, and the recipes that it needs, with that seed."""
     changes: dict[str, Any] = {"seed": seed}
     word = f"seed={seed}"
     if recipe.teacher is not None and teacher_recipes(recipe):
@@ -96,7 +101,7 @@ def at_seed(recipe: Recipe, seed: int) -> Recipe:
         start = at_seed(recipe.named(recipe.student.recipe, recipe.student.overrides), seed)
         mine, theirs = changes.get("teacher", recipe.teacher), start.teacher
         if mine is not None and theirs is not None and (mine.card, mine.recipe) == (theirs.card, theirs.recipe):
-            theirs = mine  # one teacher for both, with what the comparison's overrides say of it
+            theirs = mine  # one teacher for both, with the comparison's overrides
         words = [f"teacher.overrides={list(theirs.overrides)}"] if theirs is not None and theirs.overrides else []
         changes["student"] = _told(recipe.student, word, *words)
     return recipe.changed(**changes)
@@ -107,9 +112,9 @@ def _told(slot: TeacherSlot | FromRecipe, *words: str) -> Any:
 
 
 def of_length(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe at another number of steps, with the warm-ups and decays that it counts in steps stretched by as much.
+    """The recipe at another number of steps; warm-ups and decays counted in steps are scaled by the same ratio.
 
-    A cosine and a power-function average know the length of a run by themselves; a constant average keeps its decay.
+    A cosine schedule and a power-function average depend on the length already; a constant average keeps its decay.
     """
     ratio = steps / recipe.trainer.steps
     trainer = replace(recipe.trainer, steps=steps, checkpoint_every_steps=max(steps // 4, 1))
@@ -119,7 +124,10 @@ def of_length(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _stretched(value: Any, ratio: float) -> Any:
-    """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio; what was above 0 stays at least 1, and at most 10^9."""
+    """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio.
+
+    A setting above 0 becomes at least 1 and at most 10^9.
+    """
     changes = {}
     for field in fields(value):
         old = getattr(value, field.name)

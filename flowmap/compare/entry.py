@@ -1,4 +1,4 @@
-"""One recipe at one seed: how long it may be, its training, what its student is worth; kept in result.json, whatever the end."""
+"""One recipe at one seed: its length, its training and the figures of its student, written to result.json."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from flowmap.base.files import read_json, write_json
+from flowmap.base.progress import LogFunction, paced
 from flowmap.base.schema import RecipeError, short_hash, to_plain
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.compare.entrants import of_length
 from flowmap.compare.terms import (
     NothingLeft,
@@ -39,8 +42,7 @@ from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, device_of, fit, silent
 from flowmap.train.module import NotFinite
 
-LogFunction = Callable[[str], None]
-TRIAL = 0.05  # of the budget goes, beside it, into measuring the time of a step
+TRIAL = 0.05  # the share of the budget, in addition to it, for measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most
 TRIAL_STEPS = SETTLING + 5  # at least
 FOREVER = 10**9
@@ -48,17 +50,18 @@ FOREVER = 10**9
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """How students are looked at, all alike: the metrics and the evaluation of the comparison's first recipe."""
+    """The metrics and the evaluation of all students: those of the comparison's first recipe."""
 
     metrics: tuple[Any, ...]
     recipe: Recipe
 
     @staticmethod
     def of(first: Recipe) -> EvalSpec:
-        metrics = tuple(spec for spec in first.metrics if spec.needs == "samples")
+        metrics = tuple(spec for spec in first.metrics if spec.on_samples)
         if not metrics:
             raise RecipeError(
-                f"{first.name}: metrics: has none of samples (frechet, precision_recall), by which students are compared"
+                f"{first.name}: metrics: has none of samples (frechet, precision_recall), "
+                "by which students are compared"
             )
         return EvalSpec(metrics, first)
 
@@ -72,7 +75,7 @@ class EvalSpec:
 
 @dataclass(frozen=True)
 class Entry:
-    """A recipe at a seed, the folder that its run fills, and who may be left out of its bill."""
+    """A recipe at a seed, the folder of its run, and the folders that are not counted for it (`shared`)."""
 
     recipe: Recipe
     folder: Path
@@ -83,37 +86,38 @@ class Entry:
 
     @cached_property
     def same(self) -> str:
-        """Changes with anything that changes the training: the settings and the terms."""
+        """A hash of everything that changes the training: the settings and the terms."""
         return short_hash([self.recipe.hash(), self.terms.seconds, self.terms.evaluations])
 
     def found(self) -> dict[str, Any] | None:
-        """The finished result as it lies there; RecipeError if it is another's."""
+        """The finished result, None if there is none; raises RecipeError if it is of other settings or terms."""
         path = self.folder / "result.json"
         if not path.is_file():
             return None
         result = read_json(path)
         if result.get("same") != self.same:
             raise RecipeError(
-                f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; choose another --out"
+                f"--out: {self.folder} holds {self.recipe.name!r} with other settings or on other terms; "
+                "choose another --out"
             )
         return result
 
-    def kept(self) -> dict[str, Any] | None:
-        """The finished result, its figures taken anew or completed where others are asked for."""
+    def kept(self, log: LogFunction) -> dict[str, Any] | None:
+        """The finished result, measured again or completed if other figures are asked for; None if there is none."""
         result = self.found()
         if result is None or result["ended"] not in ("whole", "cut"):
             return result
         figures = result["figures"] if result["look"] == self.look.hash else {}
         if missing := [k for k in self.steps() if str(k) not in figures]:
             try:
-                result |= {"figures": figures | self.figures(missing), "look": self.look.hash}
+                result |= {"figures": figures | self.figures(missing, log), "look": self.look.hash}
             except NotFinite as error:
                 result |= {"ended": "diverged", "why": str(error), "figures": {}}
             self._keep(result)
         return result
 
     def run(self, log: LogFunction) -> dict[str, Any]:
-        """Trains, measures, keeps and gives the result; a run that diverges, or has no time left, is one as well."""
+        """Train and measure, then write and return the result; a run that diverges, or has no time left, is one."""
         result = {"recipe": self.recipe.name, "seed": self.recipe.seed, "same": self.same, "look": self.look.hash}
         trained, clock = {"seconds": 0.0, "steps": 0, "peak_gib": 0.0}, Clock(now=self.now)
         try:
@@ -124,13 +128,11 @@ class Entry:
                 math.inf if self.terms.seconds is None else self.terms.seconds - plan["own_seconds"], self.now
             )
             forget_peak()
-            trained = fit(self.bare(plan["planned_steps"]), self.folder, resume=True, log=silent, clock=clock).metrics[
-                "training"
-            ]
-            end = {
-                "ended": "cut" if trained["steps"] < plan["planned_steps"] else "whole",
-                "figures": self.figures(self.steps()),
-            }
+            recipe = self.bare(plan["planned_steps"])
+            done = fit(recipe, self.folder, resume=True, log=self._paced(log), clock=clock)
+            trained = done.metrics["training"]
+            ended = "cut" if trained["steps"] < plan["planned_steps"] else "whole"
+            end = {"ended": ended, "figures": self.figures(self.steps(), log)}
         except NothingLeft as error:
             end = {"ended": "no time", "why": str(error), "figures": {}}
         except NotFinite as error:
@@ -153,36 +155,40 @@ class Entry:
         self._keep(result)
         return result
 
+    def _paced(self, log: LogFunction) -> LogFunction:
+        """A log function with the seed and the name, for at most one line of progress in 10 seconds."""
+        return paced(lambda line: log(f"seed {self.recipe.seed}, {self.recipe.name}: {line}"))
+
     def _keep(self, result: Mapping[str, Any]) -> None:
         write_json(self.folder / "result.json", result)
 
     def planned(self, log: LogFunction) -> dict[str, Any]:
-        """How many steps fit into the terms: found once, kept in length.json, so that a run that was cut off goes on as it was begun."""
+        """The number of steps that fit into the terms, with what the preparations took.
+
+        It is computed once and kept in length.json, so that an interrupted run continues with it.
+        """
         path = self.folder / "length.json"
         if path.is_file() and (plan := read_json(path)).get("same") == self.same:
             return {key: value for key, value in plan.items() if key != "same"}
         spent = self._prepared(log)
         left = left_of(self.terms, spent)
-        if left.evaluations is not None:
-            plan = {
-                "planned_steps": int(left.evaluations / evaluations_of(self.recipe)),
-                "own_evaluations": spent,
-                "own_seconds": 0.0,
-            }
+        if left.seconds is None:
+            steps = int(left.budget / evaluations_of(self.recipe))
+            plan = {"planned_steps": steps, "own_evaluations": spent, "own_seconds": 0.0}
         else:
             seconds = self.step_seconds(left.seconds)
-            plan = {
-                "planned_steps": int(left.seconds / seconds * (1 + 1e-9)),
-                "own_seconds": spent,
-                "step_seconds": seconds,
-            }
+            steps = int(left.seconds / seconds * (1 + 1e-9))
+            plan = {"planned_steps": steps, "own_seconds": spent, "step_seconds": seconds}
         if plan["planned_steps"] < 1:
             raise NothingLeft(f"not one step fits into what is left of {self.terms}")
         write_json(path, {"same": self.same, **plan})
         return plan
 
     def _prepared(self, log: LogFunction) -> float:
-        """What the recipe needs is made where it is not there; gives what its own part of that takes. NothingLeft before pairs that are too dear."""
+        """Make what the recipe needs; returns what its own part of that takes.
+
+        Raises NothingLeft before pairs are made that exceed the budget.
+        """
         spent, own = 0.0, {stage.folder for stage in own_stages(self.recipe, self.shared)}
         for stage in needs_of(self.recipe):
             if stage.folder in own and isinstance(stage, Pairing):
@@ -195,7 +201,7 @@ class Entry:
         return spent
 
     def step_seconds(self, budget: float) -> float:
-        """The mean time of a step over a short trial, whose student is thrown away."""
+        """The mean time of a step over a short trial run, which is thrown away."""
         clock = Clock(min(TRIAL * budget, TRIAL_SECONDS), self.now, at_least=TRIAL_STEPS)
         recipe = self.bare(FOREVER)
         recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
@@ -204,28 +210,28 @@ class Entry:
         return clock.step_seconds
 
     def bare(self, steps: int) -> Recipe:
-        """The recipe at that length, with nothing to show on the way: all that is looked at is looked at by compare."""
+        """The recipe at that length without metrics, pictures and W&B: compare measures by itself."""
         log = replace(self.recipe.log, wandb=False, samples_every_steps=0, metrics_every_steps=0)
         return replace(of_length(self.recipe, steps), metrics=(), log=log)
 
     def steps(self) -> tuple[int, ...]:
-        """The steps at which this student is looked at: 1 alone where its sampler is for one step alone."""
+        """The steps at which this student is measured: 1 alone if its sampler is for one step."""
         return tuple(k for k in self.terms.steps if k == 1 or tuple(self.recipe.sampler.steps) != (1,))
 
-    def figures(self, steps: Sequence[int]) -> dict[str, dict[str, float]]:
-        """The figures of the run's student; NotFinite where one is not."""
+    def figures(self, steps: Sequence[int], log: LogFunction) -> dict[str, dict[str, float]]:
+        """The figures of the run's student at each number of steps; raises NotFinite if one is not finite."""
         if not steps:
             return {}
         recipe = self.look.at(self.recipe)
         student = load_student(self.folder / "student").to(device_of(recipe))
-        found = measure(recipe, student, None, build_data(recipe), steps=steps)["student"]
+        found = measure(recipe, student, None, build_data(recipe), steps=steps, progress=self._paced(log))["student"]
         if any(not math.isfinite(value) for row in found.values() for value in row.values()):
             raise NotFinite("its samples are not finite")
         return found
 
 
 def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any]:
-    """The teacher's rows at the terms' steps and at its own, and the floor, by the entry's teacher and look; metrics.json's keys."""
+    """The teacher's rows and the baseline, by the entry's teacher and metrics, under the keys of metrics.json."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
     recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
     data = build_data(recipe)
@@ -239,7 +245,7 @@ def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any
 
 
 def forget_peak() -> None:
-    """From here on the peak of memory is counted anew, where the system can do that."""
+    """Reset the peak of memory, if the system can do that."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,4 @@
-"""Finished runs next to each other: the rows of their metrics.json as tables and a plot.
-
-Nothing is trained or measured.
-"""
+"""Tables and a plot of finished runs, from the rows of their metrics.json. Nothing is trained or measured."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ REPORT = ("runs.json", "table.md", "quality.png")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run under the name that tables and plots give it, its folder and its metrics.json ({} where there is none)."""
+    """A run under its name in tables and plots, with its folder and its metrics.json ({} if there is none)."""
 
     name: str
     folder: Path
@@ -35,13 +32,13 @@ class Finished:
 
     @property
     def student(self) -> dict[int, Row]:
-        """The student's rows by the number of steps, in order."""
+        """The student's rows by number of steps, in order."""
         rows = {int(k): figures_of(row) for k, row in self.metrics.get("student", {}).items()}
         return dict(sorted(rows.items()))
 
     @property
     def teacher(self) -> tuple[int, Row] | None:
-        """The steps and the figures of the teacher's own row."""
+        """The number of steps and the figures of the teacher's own row."""
         row = self.metrics.get("teacher")
         return None if row is None else (int(row["steps"]), figures_of(row))
 
@@ -51,7 +48,7 @@ class Finished:
 
     @property
     def baseline(self) -> Row:
-        """The figures of real samples in the place of generated ones, with their standard deviations (`_std`)."""
+        """The figures of real samples against real samples, with their standard deviations (`_std`)."""
         return figures_of(self.metrics.get("floor", {}))
 
     def metric_names(self) -> list[str]:
@@ -64,7 +61,10 @@ def figures_of(row: Mapping[str, Any]) -> Row:
 
 
 def read_runs(folders: Sequence[str | Path], *, unfinished: bool = False) -> list[Finished]:
-    """The runs of those folders, named by them. ValueError where one is no run folder, given twice, or not finished."""
+    """The runs of those folders, named by them.
+
+    Raises ValueError if one is no run folder, given twice, or not finished.
+    """
     paths = [Path(folder) for folder in folders]
     for path in paths:
         if not (path / "recipe.yaml").is_file():
@@ -95,9 +95,9 @@ def compare_runs(
     steps: Sequence[int] | None = None,
     out: str | Path | None = None,
 ) -> str:
-    """The tables as Markdown, one for each metric; with `out` also that folder's runs.json, table.md and quality.png.
+    """The tables as Markdown, one for each metric; with `out`, write runs.json, table.md and quality.png there.
 
-    steps: only those. ValueError where the runs' data or metrics differ: their figures then measure different things.
+    steps: only those. Raises ValueError if the runs' data or metrics differ: their figures are then not comparable.
     """
     if out is not None:
         _check_out(Path(out))
@@ -137,7 +137,7 @@ def _check_alike(runs: Sequence[Finished]) -> None:
 
 
 def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, one's value, the other's) for each setting in which two plain values differ; None where there is none."""
+    """Yield (key, one value, other value) for each setting in which two plain values differ; None if it is missing."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for name in {**one, **other}:
             yield from differences(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
@@ -149,7 +149,7 @@ def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any,
 
 
 def tabulated(runs: Sequence[Finished], steps: Sequence[int] | None = None) -> dict[str, Any]:
-    """The contents of runs.json, in compare.json's form: each figure is a spread over one run."""
+    """The contents of runs.json, in the form of compare.json: each figure is a spread over one run."""
     there = sorted({k for run in runs for k in run.student})
     missing = [k for k in steps or () if k not in there]
     if missing:
@@ -177,7 +177,7 @@ def tabulated(runs: Sequence[Finished], steps: Sequence[int] | None = None) -> d
 
 
 def labelled(label: str, runs: Sequence[Finished], values: Sequence[Any]) -> list[tuple[str, Finished]]:
-    """A run for each different value, labelled with the names of all that have it; a single value has no names."""
+    """A run for each distinct value, labelled with the names of all runs that have it, or without if all have it."""
     empty: tuple[Any, ...] = (None, {}, (None, {}))
     groups: list[tuple[Any, list[Finished]]] = []
     for run, value in zip(runs, values, strict=True):
@@ -192,7 +192,7 @@ def labelled(label: str, runs: Sequence[Finished], values: Sequence[Any]) -> lis
 
 
 def markdown(found: Mapping[str, Any], runs: Sequence[Finished]) -> str:
-    """A table of what the runs are, and one for each metric."""
+    """A table that describes the runs, and one for each metric."""
     heads = "| run | recipe | objective | train seconds |\n| --- | --- | --- | ---: |"
     parts = ["\n".join([heads, *map(_told, runs)])]
     parts += [f"{metric}\n\n{table(found, metric, costs=False)}" for metric in found["metrics"]]

@@ -1,4 +1,4 @@
-"""Quality against steps, drawn by Pillow: a line through the medians, a bar from the least to the most, level lines for what has no steps."""
+"""Quality against steps, drawn by Pillow: lines through the medians, bars from least to most, horizontal lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#444444")
-FINE = 3  # drawn so much larger, then made smaller: smooth lines
+FINE = 3  # it is drawn this much larger and then reduced, for smooth lines
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 860, 480, 70, 40, 50, 260
 GREY = "#888888"
 
@@ -19,7 +19,10 @@ def plot(
     lines: Mapping[str, Sequence[Mapping[str, float] | None]],
     levels: Mapping[str, float],
 ) -> Image.Image:
-    """lines: for each label a spread (median, least, most) or None at each of the steps. The vertical axis is logarithmic where all is positive."""
+    """Draw the plot; the vertical axis is logarithmic if all values are positive.
+
+    lines: for each label a spread (median, least, most) or None at each of the steps. levels: horizontal lines.
+    """
     values = [one[key] for line in lines.values() for one in line if one for key in ("least", "most")] + list(
         levels.values()
     )
@@ -33,7 +36,7 @@ def plot(
 
 
 class _Page:
-    """A picture with axes: x is the place of a number of steps, y the value."""
+    """A picture with axes: x is the index of a number of steps, y the value."""
 
     def __init__(self, places: int, values: Sequence[float]):
         self.picture = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), "white")
@@ -88,12 +91,12 @@ class _Page:
         self.legend(f"{label}: {value:.3g}", number, GREY, dash=dash)
 
     def dot(self, x: float, y: float, colour: str, number: int) -> None:
-        """A disc, or from the eleventh line on, when colours come again, a square."""
+        """Draw a disc, or from the eleventh line on, when colours repeat, a square."""
         box = [(x - 3.5) * FINE, (y - 3.5) * FINE, (x + 3.5) * FINE, (y + 3.5) * FINE]
         (self.draw.ellipse if number < len(COLOURS) else self.draw.rectangle)(box, fill=colour)
 
     def legend(self, label: str, number: int, colour: str, dash: int = 8) -> tuple[float, float]:
-        """Gives where the row's stroke begins. dash: its length, of every eight."""
+        """Draw a row of the legend; returns the start of its stroke. dash: its length, of every eight."""
         left, y = WIDTH - LEGEND + 16, TOP + 6 + 19 * number
         for x in range(left, left + 24, 8):
             self.stroke([(x, y), (x + dash, y)], colour)
@@ -102,7 +105,7 @@ class _Page:
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round values within the scale: 1, 2, 5 times powers of ten where it is logarithmic, else about six of equal distance."""
+    """Round values on the scale: 1, 2, 5 times powers of ten if it is logarithmic, otherwise about six even ones."""
     if log:
         found = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
         return [value for value in found if low <= math.log10(value) <= high]

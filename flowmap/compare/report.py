@@ -1,4 +1,4 @@
-"""What came of a comparison: medians and spreads over seeds, as compare.json, as Markdown, as a plot."""
+"""The report of a comparison: medians and spreads over seeds, as compare.json, as Markdown, as a plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def report(
     names: Sequence[str], results: Sequence[dict[str, Any]], besides: Sequence[dict[str, Any]], terms: Terms, seeds: int
 ) -> dict[str, Any]:
-    """compare.json's contents: `recipes` and `beside` (teacher, floor) hold for each metric and number of steps the spread over seeds."""
+    """The contents of compare.json.
+
+    `recipes` and `beside` (teacher, baseline) have the spread over seeds for each metric and number of steps.
+    """
     steps = [str(k) for k in terms.steps]
     recipes = {name: _of_recipe([r for r in results if r["recipe"] == name], steps) for name in names}
     teacher_steps = next((b["teacher"]["steps"] for b in besides if "teacher" in b), None)
@@ -71,7 +74,7 @@ def _spreads(rows: list[Mapping[str, float]]) -> dict[str, Spread]:
 
 
 def write_report(folder: Path, found: dict[str, Any]) -> None:
-    """compare.json, table.md and quality.png."""
+    """Write compare.json, table.md and quality.png."""
     write_json(folder / "compare.json", found)
     write_text(folder / "table.md", markdown(found))
     if found["metrics"]:
@@ -79,7 +82,10 @@ def write_report(folder: Path, found: dict[str, Any]) -> None:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """A table of every metric, the costs in the first; under each number of steps the median (least to most) over the seeds that finished."""
+    """A table for each metric, with the costs in the first one.
+
+    A cell has the median (least to most) over the seeds that finished.
+    """
     terms = found["terms"]
     given = (
         f"{terms['seconds']:g} seconds of training"
@@ -92,9 +98,12 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, ENDS]) + "\n"
 
 
-ENDS = """Steps: of the optimiser. Evaluations: network passes of one sample, a backward pass for two, the teacher's calls among them. Own: seconds of
-the budget that went into what the recipe alone needs. GiB: the process's peak in training. Done: the least share of
-the steps that a trial of its speed had foreseen, for which its schedules were made, before the clock ended the run."""
+ENDS = (
+    "Steps: of the optimiser. Evaluations: network passes of one sample, a backward pass for two, the teacher's calls "
+    "among them. Own: seconds of\nthe budget that went into what the recipe alone needs. GiB: the process's peak in "
+    "training. Done: the least share of\nthe steps that a trial of its speed had foreseen, for which its schedules "
+    "were made, before the clock ended the run."
+)
 
 
 def table(found: Mapping[str, Any], metric: str, *, costs: bool) -> str:
@@ -135,7 +144,7 @@ def _cell(value: Spread | None) -> str:
 
 
 def lines_of(found: Mapping[str, Any], metric: str):
-    """What the plot shows: its title, the steps, a line for each recipe and for the teacher (None where it has no figure), level lines."""
+    """The title, the steps, a line for each recipe and for the teacher (None where a figure is missing), and levels."""
     steps = found["terms"]["steps"]
     lines = {name: [one["figures"][str(k)].get(metric) for k in steps] for name, one in found["recipes"].items()}
     labels = [f"teacher, {k} Euler steps" for k in steps]

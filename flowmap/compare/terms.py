@@ -1,9 +1,9 @@
-"""On what terms: seconds of training or network evaluations, and what a recipe's own preparations take of them."""
+"""The terms of a comparison: seconds of training or network evaluations, less what a recipe's preparations take."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
 from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, dependency_folder, plan
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -23,7 +24,7 @@ PAIRS = 256  # pairs in the batch that is timed
 
 @dataclass(frozen=True)
 class Terms:
-    """What each recipe is given for each seed, one of seconds of training and network evaluations, and the steps at which it is looked at.
+    """The budget of each recipe and seed, in seconds of training or network evaluations, and the steps of evaluation.
 
     An evaluation is one network's forward pass for one sample; a backward pass counts as two, a tangent as one.
     """
@@ -42,15 +43,19 @@ class Terms:
             raise ValueError(f"steps: {list(self.steps)} must be different whole numbers from 1")
 
     def __str__(self) -> str:
-        return (
-            f"{self.seconds:g} seconds of training"
-            if self.seconds is not None
-            else f"{self.evaluations:g} network evaluations"
-        )
+        unit = "seconds of training" if self.seconds is not None else "network evaluations"
+        return f"{self.budget:g} {unit}"
+
+    @property
+    def budget(self) -> float:
+        """The seconds or the evaluations, whichever is given."""
+        value = self.evaluations if self.seconds is None else self.seconds
+        assert value is not None, "__post_init__ checks that one is given"
+        return value
 
 
 def evaluations_of(recipe: Recipe) -> float:
-    """Network evaluations of one optimiser step, teacher's calls included."""
+    """Network evaluations of one optimizer step, with the teacher's calls."""
     calls = calls_of(recipe, conditional=recipe.data.conditional)
     return samples_of(recipe) * (calls.forward + 2 * calls.backward + calls.strong + calls.weak)
 
@@ -60,7 +65,7 @@ def samples_of(recipe: Recipe) -> int:
 
 
 def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
-    """Where the teachers of these recipes and the autoencoders of their data lie, and all that those need: nobody pays for them."""
+    """The folders of the recipes' teachers and autoencoders, and of what those need: they are not counted."""
     found: set[Path] = set()
     for entrant in entrants:
         by_teacher = (
@@ -71,8 +76,8 @@ def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
     return found
 
 
-def own_stages(recipe: Recipe, shared: set[Path]) -> list[Stage | Pairing]:
-    """What this recipe needs for itself, in order: pairs, runs that it starts from. They are paid for out of its budget."""
+def own_stages(recipe: Recipe, shared: Set[Path]) -> list[Stage | Pairing]:
+    """What this recipe alone needs, in order: pairs, runs that it starts from. They count for its budget."""
     return [stage for stage in needs_of(recipe) if not isinstance(stage, Encoding) and stage.folder not in shared]
 
 
@@ -81,7 +86,7 @@ def needs_of(recipe: Recipe) -> list[Needed]:
 
 
 def make(stage: Needed, log, now: Callable[[], float]) -> None:
-    """Makes a stage that is not complete; what a run took is in its metrics.json."""
+    """Make a stage that is not complete; metrics.json has the time of a run."""
     if isinstance(stage, Stage):
         fit(stage.recipe, stage.folder, resume=True, log=log, clock=Clock(now=now), shared=True)
     else:
@@ -89,9 +94,9 @@ def make(stage: Needed, log, now: Callable[[], float]) -> None:
 
 
 def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> float:
-    """What a stage takes, in the unit of the terms: of pairs before they are made, of a run (which then is finished) what it took.
+    """What a stage takes, in the unit of the terms: an estimate for pairs, the measured figure for a finished run.
 
-    The seconds of pairs are those of one batch times their number, whoever makes them and however often that is cut.
+    The seconds of pairs are those of one batch times the number of batches, whoever makes them.
     """
     if isinstance(stage, Stage):
         if terms.evaluations is not None:
@@ -109,12 +114,12 @@ def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> 
 
 
 def left_of(terms: Terms, spent: float) -> Terms:
-    """The terms with what a recipe's own preparations took off; NothingLeft where they took all."""
-    if (terms.seconds or terms.evaluations) <= spent:
+    """The terms less what a recipe's own preparations took; raises NothingLeft if they took everything."""
+    if terms.budget <= spent:
         raise NothingLeft(f"what it needs for itself takes {spent:.4g} of {terms}")
     rest = lambda value: None if value is None else value - spent
     return replace(terms, seconds=rest(terms.seconds), evaluations=rest(terms.evaluations))
 
 
 class NothingLeft(Exception):
-    """What a recipe needs for itself takes all that it was given."""
+    """A recipe's own preparations take its whole budget."""

@@ -1,1 +1,1 @@
-"""Weights of others, in their own formats, become folders that flowmap reads. Nothing in a pickle is executed."""
+"""Converts published weights from other formats to folders that flowmap loads. No code in a pickle is executed."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Batch, Share, check_ranges
+from flowmap.flow.draws import Generator
 from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
 
@@ -49,8 +50,28 @@ class Source(BaseData):
         check_ranges(self)
 
 
+class WithoutSentences:
+    """What a data set that has no sentences answers when it is asked for them (data/text/ has those that do)."""
+
+    def wanted(self, num: int) -> list[str] | None:
+        """The true middle parts at the first `num` places of an evaluation; None where nothing is infilled."""
+        return None
+
+    def starts(self, num: int) -> tuple[Tensor, list[str]] | None:
+        """x1 and its sentences for an evaluation of `num` samples; None where samples start from the prior."""
+        return None
+
+    def partners(self, x0: Tensor, generator: Generator) -> Tensor | None:
+        """x1 (B, ...) that the data pairs with x0; None where the coupling draws it."""
+        return None
+
+    def sentence_counts(self) -> dict[str, int] | None:
+        """How many sentences are trained on, held out and left out; None where there are none."""
+        return None
+
+
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(WithoutSentences):
     """Samples in memory, read a batch at a time.
 
     train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 ..

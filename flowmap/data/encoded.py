@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.data import shards
-from flowmap.data.dataset import Source
+from flowmap.data.dataset import Source, WithoutSentences
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.sources import ImageSource
 from flowmap.flow.types import Cond
@@ -34,6 +34,9 @@ class Autoencoder(Protocol):
 
     load() returns encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z).
     """
+
+    @property
+    def source(self) -> str | None: ...
 
     def load(self) -> Any: ...
 
@@ -72,7 +75,7 @@ class Encoded(Source):
     Held-out and reference samples are stored as pictures; of a stream both come from its start.
     """
 
-    images: ImageSource
+    images: ImageSource = field()  # required, though BaseData has a default
     autoencoder: Autoencoder | None = None
     text: TextEncoder | None = None
     root: str = ""
@@ -106,7 +109,7 @@ class Encoded(Source):
         return EncodedDataset(self, Path(self.root))
 
 
-class EncodedDataset:
+class EncodedDataset(WithoutSentences):
     """A data set (see data/dataset.py) of samples on disk.
 
     held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; each access reads them

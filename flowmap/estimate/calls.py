@@ -1,5 +1,8 @@
-"""What one training step asks of its networks, found by taking one: the recipe's own objective on its own times, with stand-ins for student
-and teacher that cost one matrix product a call, and these products counted."""
+"""Count the calls of networks in one training step by taking one.
+
+The step uses the recipe's own objective and times, with a student and a teacher that cost one matrix product a call;
+the products are counted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
-from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber
+from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.teachers.guidance import Autoguidance as Autoguided
@@ -21,13 +24,16 @@ from flowmap.teachers.guidance import ClassifierFree as Guided
 
 ROWS, WIDTH = 1000, 8
 UNIT = 2 * ROWS * WIDTH**2  # FLOPs of one call for every sample
-WARM = 10**9  # a step after every warm-up
+WARM = 10**9  # A step after every warm-up.
 
 
 @dataclass(frozen=True)
 class Calls:
-    """For each sample of a step: forward passes of the student (a tangent counts as one) and of the fake that trains beside it, backward
-    passes, calls of the strong teacher and of the weak one."""
+    """Calls for each sample of a step.
+
+    forward: passes of the student (a tangent counts as one) and of the fake score. backward: backward passes. strong,
+    weak: calls of the teacher and of its weak model.
+    """
 
     forward: float
     backward: float
@@ -36,7 +42,10 @@ class Calls:
 
 
 def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
-    """Counted over a thousand samples, after warm-up. A perceptual distance's own network is not counted, nor is a decoder before it."""
+    """Return the calls of a step after warm-up, counted over a thousand samples.
+
+    The network of a perceptual distance is not counted, nor is a decoder before it.
+    """
     if recipe.artifact != "student":
         return Calls(1, 1, 0, 0)
     student, strong, weak = _Student(), _Teacher(), _Teacher()
@@ -54,7 +63,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     if isinstance(guidance, Autoguidance):
         teacher = Autoguided(strong, weak, default=guidance.default)
     if isinstance(recipe.distillation, ScoreDistillation):
-        x0.requires_grad_()  # in the place of the student's samples
+        x0.requires_grad_()  # It stands for the student's samples.
     sample = recipe.path.sample(x0, x1, t, s, cond or None)
     with FlopCounterMode(display=False) as counter:
         loss = _without_networks(recipe.distillation)(student, teacher, sample, WARM).value
@@ -66,8 +75,10 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
 
 
 def _sampling(recipe: Recipe) -> tuple[float, float]:
-    """Forward and backward passes for the samples that a discriminator and a fake look at, the fake's own among them, in the mean over their
-    numbers of steps."""
+    """Return forward and backward passes for the samples that a discriminator and a fake score need.
+
+    The passes of the fake score are among them; the result is the mean over the numbers of steps.
+    """
     forward = backward = 0.0
     if isinstance(recipe.objective, Adversarial):
         mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
@@ -87,18 +98,19 @@ def _sampling(recipe: Recipe) -> tuple[float, float]:
 def _without_networks(objective):
     if isinstance(objective, Endpoint):
         return Endpoint()
-    if isinstance(getattr(objective, "distance", None), LPIPSHuber):
+    if isinstance(objective, Rectified) and isinstance(objective.distance, LPIPSHuber):
         return replace(objective, distance=PseudoHuber(objective.distance.scale))
     return objective
 
 
 class _Student(nn.Module):
-    """A flow map of one matrix, which all of x, t and s reach."""
+    """A flow map of one matrix that depends on x, t and s."""
 
     def __init__(self):
         super().__init__()
         self.matrix = nn.Parameter(torch.eye(WIDTH) / 2)
-        self.bias = nn.Parameter(torch.zeros(WIDTH))  # so that the matrix's input has a gradient, as in a deep network
+        # With a bias the input of the matrix has a gradient, as in a deep network.
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         return F.linear(x + self.bias + broadcast_time(t, x) + broadcast_time(s, x) / 2, self.matrix)
@@ -114,7 +126,7 @@ class _Student(nn.Module):
 
 
 class _Teacher:
-    """A velocity that costs nothing, and counts the samples that it is asked for."""
+    """A velocity that costs nothing and counts the samples for which it is evaluated."""
 
     rows = 0
 

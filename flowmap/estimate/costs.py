@@ -1,8 +1,8 @@
-"""What a network costs, found without any weights: parameters, FLOPs of its passes, bytes that it keeps for the backward pass.
+"""Cost of a network without its weights: parameters, FLOPs of its passes, bytes kept for the backward pass.
 
-One forward and one backward pass are run on the meta device, which holds no values. FLOPs are those of matrix products, convolutions and
-attention, two for each multiply-add. Attention is counted as the fused kernels do it: no matrix of tokens by tokens is kept, and the
-scores that they compute anew in the backward pass are not counted.
+One forward and one backward pass run on the meta device, where tensors have shapes but no values. FLOPs are those of
+matrix products, convolutions and attention, two for each multiply-add. Attention counts as in the fused kernels: no
+matrix of tokens by tokens is kept, and the scores that the backward pass recomputes do not count.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of
 from flowmap.student.prior import auxiliary
 
-ATTENTION = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # the fused kernel that has shapes on every device
+# This fused kernel has shapes on every device.
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of one sample's forward pass and of its backward pass (what checkpointing computes anew among them); bytes that are kept in
-    between, in float32, of each sample and of a batch whatever its size; trained and frozen parameters."""
+    """FLOPs, memory and parameters of a network.
+
+    flops, backward_flops: of one sample; those that checkpointing recomputes are among the latter. kept_bytes,
+    shared_bytes: kept between the passes in float32, for each sample and for a batch of any size. trained, frozen:
+    numbers of parameters.
+    """
 
     flops: float
     backward_flops: float
@@ -54,7 +57,10 @@ class Cost:
 
 
 def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool = False) -> Cost:
-    """Counted on the meta device; without `graded` the forward pass alone. ValueError where the network cannot be built."""
+    """Return the cost of a student's network, counted on the meta device.
+
+    graded: count the backward pass too. Raises ValueError if the network cannot be built.
+    """
     if isinstance(joint := config.net, TextJoint):
         coder = replace(joint.autoencoder, vocab=joint.vocab, special=joint.special)
         each = (
@@ -72,9 +78,9 @@ def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
         flow_map = config.build()
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in flow_map.parameters()) - trained
-    net = flow_map.to("meta").train().net  # also tables that a library makes by numpy
-    if checkpointing and hasattr(net, "activation_checkpointing"):
-        net.activation_checkpointing = True
+    net = flow_map.to("meta").train().net  # This also moves tables that a library makes with numpy.
+    if checkpointing:
+        flow_map.checkpoint_activations(True)
     if not graded:
         with torch.no_grad():
             return Cost(_passes(net, config, 1, graded)[0], 0, 0, 0, trained, frozen)
@@ -84,7 +90,10 @@ def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
 
 
 def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
-    """FLOPs of one start at sampling: the auxiliary model's decoder and the z-sampler; 0 under the Gaussian prior."""
+    """Return the FLOPs of one starting point of sampling: decoder of the auxiliary model and sampler of codes.
+
+    It is 0 for the Gaussian prior.
+    """
     if not isinstance(recipe.prior, Learned):
         return 0.0
     trained, *flow = prior_recipes(recipe)
@@ -96,7 +105,7 @@ def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
         with torch.no_grad(), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             net.decode(z)
     flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
-    for one in flow:  # Heun: two calls a step
+    for one in flow:  # Heun takes two calls a step.
         assert isinstance(codes, FlowCodes)
         config = StudentConfig(one.student, one.sampler, (size,), arrival=False)
         flops += 2 * codes.steps * cost_of(config, graded=False).flops
@@ -104,21 +113,24 @@ def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
 
 
 def discriminator_cost(net: nn.Module, config: StudentConfig, objective: Adversarial) -> Cost:
-    """A discriminator's share in a step, counted on the meta device: both losses with their penalties and backward passes, all as forward."""
+    """Return a discriminator's share of a step, counted on the meta device.
+
+    Its flops are of both losses with their penalties and backward passes.
+    """
     one, two = (_judged(net, config, objective, rows) for rows in (1, 2))
     flops, kept = (b - a for a, b in zip(one, two, strict=True))
     return Cost(flops, 0, kept, max(one[1] - kept, 0), sum(p.numel() for p in net.parameters()), 0)
 
 
 def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows: int) -> tuple[int, int]:
-    """(FLOPs, bytes kept for the backward pass of the discriminator's loss) of a batch."""
+    """Return FLOPs of a batch, and bytes kept for the backward pass of the discriminator's loss."""
     with torch.device("meta"):
         real, fake, noise = (torch.zeros(rows, *config.shape) for _ in range(3))
         cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
     there = [real, fake, noise, *cond.values(), *net.parameters()]
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    # torch's own hangs hooks on gradients, which torch.autograd.grad refuses (torch 2.13)
-    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]  # torch annotates its own class
+    # torch's own tracker puts hooks on gradients, which torch.autograd.grad refuses (torch 2.13).
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
     with torch.device("meta"), counter:
         generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
         net.zero_grad(set_to_none=True)
@@ -130,7 +142,7 @@ def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows:
 
 
 class _Nowhere:
-    """Does not follow which module is running."""
+    """A module tracker that does not follow which module runs."""
 
     parents = ("Global",)
 
@@ -140,7 +152,7 @@ class _Nowhere:
 
 
 def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> tuple[int, int, int]:
-    """(FLOPs forward, FLOPs backward, bytes kept in between) of a batch."""
+    """Return FLOPs of a batch's forward pass and of its backward pass, and the bytes kept in between."""
     with torch.device("meta"):
         x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
     there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
@@ -155,7 +167,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
 
 
 class _Kept(TorchDispatchMode):
-    """Follows every storage that is made, and forgets those that are freed: `sizes` holds what is alive, in bytes, what was there apart."""
+    """Track the storages that are allocated: `sizes` are the bytes of those alive, except tensors of before."""
 
     def __init__(self, there: list[Tensor]):
         super().__init__()
@@ -176,7 +188,7 @@ class _Kept(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Inside, attention is a fused kernel, which keeps queries, keys, values and the result; so it is where checkpointing computes it anew."""
+    """Make attention a fused kernel, which keeps queries, keys, values and the result, also when recomputed."""
     original = F.scaled_dot_product_attention
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -200,7 +212,7 @@ def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
 def _convolution_backward_flops(
     grad, x, weight, bias, stride, padding, dilation, transposed, extra, groups, wanted, **kwargs
 ) -> int:
-    """As many as forward for each of the two gradients that is wanted, in groups too, which torch's own formula leaves out."""
+    """Return as many FLOPs as forward for each gradient wanted, also with groups, which torch's formula omits."""
     places = x if transposed else grad
     return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
 

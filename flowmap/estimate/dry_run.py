@@ -1,4 +1,4 @@
-"""What `fit` would do: the plan, what each stage costs in parameters, FLOPs, memory and hours, and what is missing on this machine."""
+"""What `fit` would do: the plan, each stage's parameters, FLOPs, memory and hours, and what is missing here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.discriminator import discriminator_on
 from flowmap.build.fake_score import fake_config
-from flowmap.build.parts import student_config
-from flowmap.data import Text
+from flowmap.build.student import student_config
+from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.outlines import Described, check_outlines, known_data
+from flowmap.estimate.outlines import check_outlines, known_outline
 from flowmap.flow.prior import Learned
 from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.cards import pairs_cards, teacher_cards
-from flowmap.plan.dependencies import prior_recipes
+from flowmap.plan.dependencies import pairs_spec, prior_recipes
 from flowmap.plan.named_networks import missing_weights, net_of, spec_of
 from flowmap.plan.pictures import check_pictures, describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, matches, plan, runs_root
-from flowmap.plan.provenance import pairs_spec
-from flowmap.plan.requirements import check_parts, check_sizes, missing_parts
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.requirements import check_parts, missing_parts
+from flowmap.plan.run_folders import matches, runs_root
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
@@ -38,11 +38,11 @@ from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
 MISSING = "missing on this machine: "
-THROUGHPUT = 200.0  # TFLOP/s of one device: about half of the dense bf16 peak that an H100's maker states
+THROUGHPUT = 200.0  # TFLOP/s of one device: about half of an H100's dense bf16 peak
 
 
 def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) -> list[str]:
-    """The lines that `flowmap fit --dry-run` prints; the last says what is missing, or that nothing is."""
+    """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is."""
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
     stages = plan(recipe, Path(out) if out else runs_root() / recipe.name)
@@ -65,21 +65,21 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite"
         )
     elif stages[-1].complete and not same_measurement(stages[-1].folder, recipe):
-        lines.append(
-            f"      {stages[-1].folder} holds this run, measured by other settings: fit wants --resume, which measures it again"
-        )
+        differs = "holds this run, measured by other settings"
+        lines.append(f"      {stages[-1].folder} {differs}: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
     return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
 
 def check_stages(stages: list[Needed], *, again: bool = False) -> None:
-    """RecipeError, before anything is made, where a stage that is not complete could not run: all that a dry run finds but what `fit` fetches.
+    """Raise RecipeError, before anything is made, if a stage that is not complete could not run.
 
-    again: the last stage is run whether it is complete or not.
+    It is all that a dry run reports, except what `fit` fetches. again: the last stage runs even if it is complete.
     """
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
-            check_parts(stage.recipe)  # says more of a teacher that is not here than that it is missing
+            # The message about a missing teacher is more precise than that of the dry run.
+            check_parts(stage.recipe)
             blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
@@ -88,9 +88,10 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
 
 def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
-    """(what its networks cost, what is missing on this machine), a line each: all is built on the meta device, and asked once for a velocity.
+    """Return lines on the cost of the networks, and what is missing on this machine.
 
-    RecipeError where the parts of the recipe do not fit each other or its data. whole: data that takes long to read is read as well.
+    The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
+    RecipeError if parts of the recipe do not match each other or the data.
     """
     missing = [f"{key} (a value)" for key in recipe.missing()]
     cards = teacher_cards(recipe)
@@ -98,12 +99,8 @@ def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) 
     if not missing:
         check_parts(recipe)
     missing += [*missing_parts(recipe), *missing_devices(recipe)]
-    data, lacks = known_data(recipe, whole=whole)
+    data, lacks = known_outline(recipe, whole=whole)
     missing += lacks
-    if not (
-        lacks or recipe.missing() or data is None or isinstance(data, Described) or isinstance(recipe.data, Text)
-    ):  # no sentence is in it
-        check_sizes(recipe, data)
     config = _config(recipe, data, cards)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
@@ -124,7 +121,7 @@ def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) 
 
 
 def missing_devices(recipe: Recipe) -> list[str]:
-    """What the trainer asks of this machine and it does not have, a line each."""
+    """Return what the trainer needs that this machine does not have, a line each."""
     asked, devices = recipe.trainer.accelerator, recipe.trainer.devices
     gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
     there = {"cuda": gpus, "gpu": gpus or int(apple), "mps": int(apple), "auto": gpus or devices, "cpu": devices}[asked]
@@ -145,8 +142,8 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-def _config(recipe: Recipe, data, cards: list[Card]) -> StudentConfig | None:
-    """The student's configuration without any weights or data; None where nothing says what it is."""
+def _config(recipe: Recipe, data: DataOutline | None, cards: list[Card]) -> StudentConfig | None:
+    """Return the student's configuration without weights or samples; None if nothing states its network."""
     spec = net_of(recipe)
     if spec is None or data is None:
         return None
@@ -169,9 +166,8 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
         lines.append(_prior(recipe, config))
     judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
     if judge is not None:
-        lines.append(
-            f"discriminator: {counted(judge)}; {_flops(judge.flops)} a step for one sample, penalties and their gradients among them"
-        )
+        each = f"{_flops(judge.flops)} a step for one sample, penalties and their gradients among them"
+        lines.append(f"discriminator: {counted(judge)}; {each}")
     fake, distillation = None, recipe.distillation
     if isinstance(distillation, ScoreDistillation):
         fake = cost_of(fake_config(recipe, config))
@@ -179,14 +175,13 @@ def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput:
         lines.append(f"fake score: {counted(fake)}, {steps} steps of its own for each of the student's")
     lines.append(_memory(recipe, student, teachers, judge, fake))
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
-    each = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
+    step = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
     samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
-    hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
+    hours = step * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if teachers else []
-    lines.append(
-        f"a step: {_flops(each * samples)} for {samples} samples: passes {', '.join(asked)}; {_flops(student.flops)} a forward pass of one"
-    )
+    passes = f"passes {', '.join(asked)}; {_flops(student.flops)} a forward pass of one"
+    lines.append(f"a step: {_flops(step * samples)} for {samples} samples: {passes}")
     if trainer.accelerator != "cpu" and hours >= 0.01:
         lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
     return lines
@@ -197,11 +192,12 @@ def _prior(recipe: Recipe, config: StudentConfig) -> str:
     trained = prior_recipes(recipe)[0]
     auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
     start = start_flops(recipe, config.shape)
-    return f"learned prior: {counted(auxiliary)} ({trained.name}), codes by {kind_of(recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
+    codes = f"codes by {kind_of(recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
+    return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
 
 
 def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[tuple[Card, Cost]]:
-    """Each network that the guided velocity calls, with its cost."""
+    """Return each network that the guided velocity calls, with its cost."""
     found = []
     for card in cards:
         spec = spec_of(card, recipe) if card.kind != "exact" else None
@@ -213,7 +209,7 @@ def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[
 
 
 def _discriminator(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> Cost | None:
-    """Its cost without any weights of the teacher that it looks through; None where nothing says what that is."""
+    """Return the discriminator's cost without weights of its teacher; None if nothing states that network."""
     assert isinstance(recipe.objective, Adversarial)
     network: nn.Module | None = None
     example: Cond = {}
@@ -229,7 +225,10 @@ def _discriminator(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> 
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
-    """Of one sample: the student's passes and the teacher's calls. A weak model that is the strong one at another time costs what that does."""
+    """Return FLOPs of one sample: passes of the student and calls of the teacher.
+
+    A weak model that is the teacher at another time costs what the teacher does.
+    """
     strong = teachers[0].flops if teachers else 0
     weak = teachers[-1].flops if teachers else 0
     return (
@@ -248,17 +247,16 @@ def _memory(
     averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
     shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
     state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
-    frozen = 4 * sum(cost.parameters for _, cost in teachers) - (
-        4 * teachers[0][1].parameters if recipe.lora else 0
-    )  # a base is shared
+    # A LoRA student shares its base with the teacher.
+    shared = teachers[0][1].parameters if recipe.lora else 0
+    frozen = 4 * (sum(cost.parameters for _, cost in teachers) - shared)
     kept = one = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
     if fake is not None:
         assert isinstance(distillation, ScoreDistillation)
         state += 16 * fake.trained
         kept *= max(distillation.steps) if distillation.through == "all" else 1
-    if (
-        judge is not None
-    ):  # the samples' graph stands beside that of the distillation loss; the discriminator's own loss comes after both
+    # The graphs of the samples and of the distillation loss exist at once; the discriminator's own loss comes later.
+    if judge is not None:
         assert isinstance(objective, Adversarial)
         state += 16 * judge.trained
         graphs = max(objective.steps) if objective.through == "all" else 1
@@ -281,7 +279,7 @@ def _memory(
 
 
 def counted(net: nn.Module | Cost) -> str:
-    """How many parameters a network has; the trained and the frozen ones apart where it has both."""
+    """Return the number of a network's parameters in words; trained and frozen ones apart if it has both."""
     if isinstance(net, Cost):
         total, trained = net.parameters, net.trained
     else:

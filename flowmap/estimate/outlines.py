@@ -1,68 +1,66 @@
-"""What is known of a recipe's data and of its teachers before any is there, and whether they fit each other: shapes, classes, pictures."""
+"""Outlines of a recipe's data and teachers before any of them is here, and whether they match: shapes and classes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
-from flowmap.data import Dataset, Encoded, Pairs, Text
+from flowmap.build.data import build_data, build_samples
+from flowmap.build.text import OnTokens
+from flowmap.data import Encoded, Pairs, Text, TextCoder
+from flowmap.data.outline import DataOutline, SentencesOutline, outline_of
 from flowmap.data.shards import INDEX
-from flowmap.estimate.text import described
-from flowmap.flow.types import Cond
+from flowmap.data.text.dataset import Attribute
+from flowmap.data.text.tokens import BPE
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import find_card, list_cards, pairs_cards, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
-from flowmap.plan.plan import Pairing, data_of, dependency_folder, is_complete
+from flowmap.plan.plan import Pairing
+from flowmap.plan.requirements import HasSource
+from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import StudentSpec
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import read_config
 from flowmap.student.prior import auxiliary
 from flowmap.teachers.autoencoder import Autoencoder
 
-PLACE = re.compile(
-    r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b"
-)  # keys that name what may not be here
+# Keys of settings that name what may be missing on this machine.
+PLACE = re.compile(r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b")
+
+CONTEXTS = ("left", "right")  # the conditions of infilling
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Described:
-    """What is known of a data set that is not here: as much of data/dataset.py's Dataset as a student's configuration asks for."""
+@runtime_checkable
+class HasRoot(Protocol):
+    """The settings of data in a folder."""
 
-    shape: Shape
-    num_classes: int | None
-    spec: StudentSpec
-    class_names: tuple[str, ...] | None = None
-
-    def conditions_at(self, places: Tensor) -> Cond:
-        net = net_within(self.spec)
-        return example_conditions(net, len(places)) if isinstance(net, DiffusersModel) else {}
+    @property
+    def root(self) -> str: ...
 
 
-def known_data(recipe: Recipe, *, whole: bool = True) -> tuple[Dataset | Described | None, list[str]]:
-    """The recipe's data itself where it is here, else what is known of it, and what is missing. RecipeError for a mistake in its settings.
+def known_outline(recipe: Recipe, *, whole: bool = True) -> tuple[DataOutline | None, list[str]]:
+    """Return the outline of the recipe's data, None if nothing determines it, and what is missing on this machine.
 
-    whole: also data that takes long to read.
+    The data is read if it is on this machine; otherwise settings, cards and other recipes determine the outline.
+    whole: read the data even if that takes long. Raises RecipeError for a mistake in the settings.
     """
-    data, missing = None, []
     if isinstance(recipe.data, Text):
-        return described(recipe)
-    there = not recipe.data.quick and any(
-        Path(place).exists() for name in ("root", "path") if (place := getattr(recipe.data, name, ""))
-    )
+        return _of_sentences(recipe, recipe.data)
+    data, missing = None, []
+    spec = recipe.data
+    there = not spec.quick and isinstance(spec, HasRoot) and bool(spec.root) and Path(spec.root).exists()
     if not any(key.startswith("data") for key in recipe.missing()) and (whole or not there):
         try:
             data = build_data(recipe)
@@ -70,14 +68,13 @@ def known_data(recipe: Recipe, *, whole: bool = True) -> tuple[Dataset | Describ
                 build_samples(recipe, data)
         except RecipeError as error:
             missing += _lacks(recipe, error)
-    return _described(recipe) if data is None else data, missing
+    return _outline(recipe) if data is None else outline_of(data), missing
 
 
 def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
-    """What the data lacks on this machine; the error itself where it is no place that has nothing."""
-    if (
-        isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file()
-    ):  # `fit` makes them, as a stage of their own
+    """Return what the data lacks on this machine. Raise the error itself if it is about no place of data."""
+    # `fit` encodes the data in a stage of its own.
+    if isinstance(recipe.data, Encoded) and not (Path(data_of(recipe).root) / INDEX).is_file():
         try:
             recipe.data.images.length()
             return []
@@ -91,21 +88,61 @@ def _lacks(recipe: Recipe, error: RecipeError) -> list[str]:
     return [known]
 
 
-def _described(recipe: Recipe) -> Described | None:
+def _outline(recipe: Recipe) -> DataOutline | None:
+    """Return the outline of data that is not here, as settings, recipes and cards state it; None if they do not."""
     spec = net_of(recipe)
     shape, num_classes = recipe.data.outline() or (_codes(recipe) or _latents(recipe), None)
     carded = _carded(recipe) or (None, None)
     shape, num_classes = shape or carded[0], num_classes or carded[1]
-    return Described(shape, num_classes, spec) if shape and spec is not None else None
+    if not shape or spec is None:
+        return None
+    net = net_within(spec)
+    conditions = example_conditions(net, 1) if isinstance(net, DiffusersModel) else {}
+    return DataOutline(shape, num_classes, conditions=conditions)
+
+
+def _of_sentences(recipe: Recipe, spec: Text) -> tuple[DataOutline, list[str]]:
+    """Return the outline of sentences, of which at most the attributes are read, and what is missing."""
+    missing = list[str]()
+    tokenizer = spec.tokenizer or BPE()
+    shape: Shape = (tokenizer.row_length,)
+    attributes: tuple[Attribute, ...] = ()
+    try:
+        if spec.autoencoder is not None:
+            shape = _text_latents(recipe, spec.autoencoder)
+        attributes = spec.read()[2] if "???" not in repr(spec.sentences) else ()
+    except ValueError as error:
+        missing.append(str(error))
+    tokens = None
+    if spec.autoencoder is None:
+        try:
+            tokens = tokenizer.outline()
+        except ValueError as error:
+            missing.append(str(error))
+            tokens = tokenizer.assumed_outline()
+    contexts = {name: torch.zeros(1, *shape) for name in CONTEXTS if spec.infill}
+    numbers = {name: torch.zeros(1, dtype=torch.int64) for name in spec.attributes}
+    sentences = SentencesOutline(attributes, tuple(contexts), tokens)
+    return DataOutline(shape, conditions={**contexts, **numbers}, sentences=sentences), missing
+
+
+def _text_latents(recipe: Recipe, autoencoder: TextCoder) -> Shape:
+    for trained in autoencoder_recipes(recipe):
+        assert isinstance(trained.student, OnTokens)
+        return trained.student.latent_shape
+    return autoencoder.load().shape
 
 
 def _codes(recipe: Recipe) -> Shape | None:
-    """The shape of codes, where they are the data."""
+    """Return the shape of codes, if they are the data."""
     return next(((auxiliary(trained.student).size,) for trained in code_recipes(recipe)), None)
 
 
 def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
-    """(shape, classes) of the samples as the teacher's card says them, or that of the recipe that it or the student comes from."""
+    """Return shape and classes of samples as the teacher's card states them.
+
+    Without one, those of the recipe that trains the teacher or what the student starts from.
+    """
     cards = teacher_cards(recipe)
     if cards and cards[0].shape:
         return tuple(cards[0].shape), cards[0].num_classes
@@ -115,16 +152,19 @@ def _carded(recipe: Recipe) -> tuple[Shape, int | None] | None:
 
 
 def _latents(recipe: Recipe) -> Shape | None:
-    """The shape of latents of an autoencoder that one of our recipes trains, that a card of kind autoencoder describes, or that is here."""
-    images, autoencoder = getattr(recipe.data, "images", None), getattr(recipe.data, "autoencoder", None)
+    """Return the shape of latents of an autoencoder, or None.
+
+    It is known of one that a recipe trains, that a card of kind autoencoder describes, or that is a local folder.
+    """
+    images, autoencoder = recipe.data.images, recipe.data.autoencoder
     for trained in autoencoder_recipes(recipe) if images is not None else ():
-        spec: Any = trained.student  # of an autoencoder
+        spec: Any = trained.student  # the settings of an autoencoder
         side = halved(recipe, 2 ** (len(spec.channels) - 1), trained.name)
         return spec.latent_channels, side, side
-    source = getattr(autoencoder, "source", None)
+    source = autoencoder.source if isinstance(autoencoder, HasSource) else None
     for card in map(find_card, list_cards()) if source else ():
         if card.kind == "autoencoder" and card.source == source:
-            assert card.pixels is not None  # read_card has checked
+            assert card.pixels is not None  # read_card has checked this.
             side = halved(recipe, card.pixels // card.shape[1], card.name)
             return card.shape[0], side, side
     if isinstance(autoencoder, Autoencoder) and images is not None and source and Path(source).is_dir():
@@ -134,62 +174,62 @@ def _latents(recipe: Recipe) -> Shape | None:
 
 
 def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
-    """The side of the latents of the recipe's pictures. RecipeError where `factor` pixels a side do not divide them."""
+    """Return the side of the latents of the recipe's pictures. Raise RecipeError if `factor` does not divide theirs."""
     data: Any = recipe.data  # of pictures
     size = data.images.size
     if size % factor:
-        raise RecipeError(
-            f"{recipe.name}: data.images.size: {size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
-        )
+        what = f"{size} is not a multiple of {factor}, the side of one latent of {autoencoder!r}"
+        raise RecipeError(f"{recipe.name}: data.images.size: {what}")
     return size // factor
 
 
 def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
-    """RecipeError unless the samples of every teacher, and of the student that this one starts from, have its shape and its classes."""
-    if getattr(recipe.data, "images", None) is not None:
+    """Raise RecipeError unless every teacher, and what the student starts from, has the data's shape and classes."""
+    if recipe.data.images is not None:
         _latents(recipe)
-    for whose, known in _others(recipe):
+    for name, known in _others(recipe):
         if tuple(config.shape) not in [tuple(shape) for shape, _ in known]:
             raise RecipeError(
-                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {whose} {tuple(known[0][0])}"
+                f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {name} {tuple(known[0][0])}"
             )
         classes = [num for _, num in known]
         if config.num_classes and all(classes) and config.num_classes not in classes:
-            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {whose} {classes[0]}")
+            raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {name} {classes[0]}")
 
 
 def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
-    """(name, what is told of the shape of its samples and of its classes) of every teacher and of the student that this one starts from.
+    """Yield the name of every teacher and of what the student starts from, with shapes and classes.
 
-    Of a network of others both its converted weights and its card tell; where they differ, either may be what the data is like.
+    For a converted network both its weights and its card state them; where they differ, the data may match either.
     """
     for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
         known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
         config = weights_folder(card) / "config.json"
         if card.kind == "converted" and config.is_file():
-            found = read_config(config)
-            known.insert(0, (found.shape, found.num_classes))
+            converted = read_config(config)
+            known.insert(0, (converted.shape, converted.num_classes))
         if known:
             yield f"the teacher {card.name}", known
     made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
-    for whose, trained in (
+    for role, trained in (
         *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
         *(("the start", one) for one in start_recipes(recipe)),
     ):
-        found = _outline(trained)
+        found = _of_student(trained)
         if found is not None:
-            yield f"{whose} {trained.name}", [(found.shape, found.num_classes)]
+            yield f"{role} {trained.name}", [found]
 
 
-def _outline(trained: Recipe) -> Any:
-    """What has the shape and the classes of that recipe's student: its own configuration where it is trained, else its data."""
+def _of_student(trained: Recipe) -> tuple[Shape, int | None] | None:
+    """Return shape and classes of that recipe's student: from its configuration if trained, else from its data."""
     folder = dependency_folder(trained)
     if is_complete(folder, trained) and trained.artifact == "student":
-        return read_config(folder / "student" / "config.json")
-    if isinstance(trained.student, TextJoint):  # its flow is in the latents of its own autoencoder
-        return Described(trained.student.latent_shape, None, trained.student.flow)
+        config = read_config(folder / "student" / "config.json")
+        return config.shape, config.num_classes
+    if isinstance(trained.student, TextJoint):  # Its flow is in the latents of its own autoencoder.
+        return trained.student.latent_shape, None
     known = trained.data.outline()
-    if known is not None and known[1] is not None:  # the settings say it: the data need not be read
-        return Described(known[0], known[1] if trained.data.conditional else None, trained.student)
-    data, _ = known_data(trained)
-    return data if data is None or trained.data.conditional else Described(data.shape, None, trained.student)
+    if known is None or known[1] is None:  # The settings do not state it, so the data is read.
+        data, _ = known_outline(trained)
+        known = None if data is None else (data.shape, data.num_classes)
+    return known and (known[0], known[1] if trained.data.conditional else None)

@@ -1,7 +1,7 @@
-"""A look at the teacher before training: statistics of a few dozen of its many-step samples, beside those of the data.
+"""Check of the teacher before training: statistics of a few dozen of its samples, compared with the data's.
 
-A teacher that predicts something else than its card says (noise for velocity, another range, latents of another scale) trains a student
-without any error. Its samples show it at once: their spread is not the data's.
+A teacher that predicts something else than its card states (noise instead of velocity, another range, latents of
+another scale) trains a student without any error. The spread of its samples shows it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.flow.limit import Clip
 from flowmap.flow.prior import LearnedPrior, start_of
@@ -27,16 +27,13 @@ from flowmap.recipe import Recipe
 from flowmap.teachers.limited import Limited
 
 SAMPLES, FEW_SAMPLES, STEPS = 32, 8, 16
-LARGE = 200_000_000  # parameters, from which fewer samples are drawn
+LARGE = 200_000_000  # The number of parameters from which fewer samples are drawn.
 REAL_SAMPLES = 512
-SPREAD, SHIFT, SATURATED = (
-    2.0,
-    1.0,
-    0.25,
-)  # ratio of standard deviations, difference of means in standard deviations, difference of shares
+# Ratio of standard deviations, difference of means in standard deviations, difference of shares.
+SPREAD, SHIFT, SATURATED = 2.0, 1.0, 0.25
 CAUSES = {
-    "diffusers": "look at prediction_type in its scheduler, scaling_factor and shift_factor of its autoencoder, and the range of the data: "
-    "pictures on [-1, 1]",
+    "diffusers": "check prediction_type in its scheduler, scaling_factor and shift_factor of its autoencoder, and the "
+    "range of the data: pictures are on [-1, 1]",
     "recipe": "train it longer, and check that it is a teacher of this data",
     "converted": "check that it is a teacher of this data, and the autoencoder's scale",
     "exact": "check the settings of the data",
@@ -45,7 +42,10 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of samples (N, C, ...): mean and standard deviation of each channel, (C,), and the share of values at or beyond the bound, None without one."""
+    """Statistics of samples (N, C, ...).
+
+    mean, std: of each channel, (C,). saturated: the share of values at or beyond the bound, None without one.
+    """
 
     mean: Tensor
     std: Tensor
@@ -53,16 +53,15 @@ class Statistics:
 
     @staticmethod
     def of(x: Tensor, bound: float | None) -> Statistics:
-        channels = (
-            x.transpose(0, 1).flatten(1) if x.ndim == 4 else x.flatten()[None]
-        )  # anything but pictures and latents counts as one channel
+        # Anything but pictures and latents counts as one channel.
+        channels = x.transpose(0, 1).flatten(1) if x.ndim == 4 else x.flatten()[None]
         saturated = None if bound is None else float((x.abs() >= 0.999 * bound).float().mean())
         return Statistics(channels.mean(1), channels.std(1), saturated)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check found; data is None where there was none to compare with."""
+    """The result of the check; data is None if there was none to compare with."""
 
     num: int
     steps: int
@@ -71,7 +70,7 @@ class Checked:
     warnings: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """The one line of the log."""
+        """Return the result as one line."""
         of_data = lambda of: f" (data {_numbers(of(self.data))})" if self.data else ""
         parts = [
             f"{name} {_numbers(of(self.teacher))}{of_data(of)}"
@@ -83,17 +82,17 @@ class Checked:
         return f"teacher: {self.num} samples at {self.steps} steps: {', '.join(parts)}"
 
     def logs(self) -> dict[str, float]:
-        """The figures by their keys in the log, teacher_check/..., those of single channels too where there are 2 to 4."""
+        """Return the figures by their keys in the log, teacher_check/..., with those of each of 2 to 4 channels."""
         logs = {}
-        for whose, found in (("", self.teacher), ("data_", self.data)):
+        for prefix, found in (("", self.teacher), ("data_", self.data)):
             if found is None:
                 continue
             for name, values in (("mean", found.mean), ("std", found.std)):
-                logs[f"teacher_check/{whose}{name}"] = float(values.mean())
+                logs[f"teacher_check/{prefix}{name}"] = float(values.mean())
                 if 2 <= len(values) <= 4:
-                    logs |= {f"teacher_check/{whose}{name}_{i}": float(value) for i, value in enumerate(values)}
+                    logs |= {f"teacher_check/{prefix}{name}_{i}": float(value) for i, value in enumerate(values)}
             if found.saturated is not None:
-                logs[f"teacher_check/{whose}saturated"] = found.saturated
+                logs[f"teacher_check/{prefix}saturated"] = found.saturated
         return logs
 
 
@@ -107,10 +106,10 @@ def check_teacher(
     log: Callable[[str], None] | None = None,
     compare: bool = True,
 ) -> dict[str, float]:
-    """Says in one line what the teacher's samples are like beside the data's, and a line for each warning; gives the figures for the log.
+    """Log one line that compares the teacher's samples with the data, and one for each warning; return the figures.
 
-    {} without a teacher. Costs 16 steps on 32 samples (8 of a network above 200 M parameters); draws from generators of its own. compare:
-    the data is real. RecipeError where the teacher's velocity is not finite.
+    Returns {} without a teacher. It costs 16 steps for 32 samples (8 for a network above 200 M parameters) and draws
+    from generators of its own. compare: the data is real. Raises RecipeError if the teacher's velocity is not finite.
     """
     if teacher is None:
         return {}
@@ -131,13 +130,13 @@ def look(
     prior: LearnedPrior | None = None,
     compare: bool = True,
 ) -> Checked:
-    """The statistics of the teacher's samples, with the conditions of training samples and the default guidance, and of the data."""
+    """Return statistics of the data and of the teacher's samples, with training conditions and default guidance."""
     large = sum(p.numel() for module in teacher.modules for p in module.parameters()) > LARGE
     num = min(FEW_SAMPLES if large else SAMPLES, len(data))
     steps = min(STEPS, recipe.evaluation.teacher_steps)
     teacher.to(device)
     x1, cond = _start(recipe, data, num, device, prior)
-    with torch.compiler.set_stance("force_eager"):  # else this batch size would be compiled for
+    with torch.compiler.set_stance("force_eager"):  # Otherwise this batch size is compiled.
         samples = Euler(steps=steps)(_finite_velocity(recipe, teacher, cond), x1).x.float().cpu()
     bound = _bound(recipe, teacher, samples)
     ours, real = Statistics.of(samples, bound), None
@@ -149,14 +148,14 @@ def look(
 def _start(
     recipe: Recipe, data: Dataset, num: int, device: Any, prior: LearnedPrior | None
 ) -> tuple[Tensor, Cond | None]:
-    """Where the samples start, and their conditions: those of training samples evenly spread."""
+    """Return the starting points of the samples, and their conditions: those of evenly spread training samples."""
     x0, cond = data.__getitems__(_spread(len(data), num))
     x0, cond = x0.to(device), {key: value.to(device) for key, value in cond.items()} if recipe.data.conditional else {}
     generator = seeded(f"teacher-check/{recipe.seed}", torch.device(device))
-    if hasattr(data, "partners"):
-        return data.partners(x0, generator), cond
+    if (paired := data.partners(x0, generator)) is not None:
+        return paired, cond
     if prior is not None:
-        x0 = x0.to(next(prior.model.parameters()).dtype)  # an exact one's is float64
+        x0 = x0.to(next(prior.model.parameters()).dtype)  # An exact prior is float64.
     start = start_of(prior.to(device) if prior is not None else recipe.prior, x0, cond, generator)
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
     conditioning = {} if guidance is None else {"guidance": torch.full((num,), float(guidance.default), device=device)}
@@ -181,8 +180,8 @@ def _finite_velocity(recipe: Recipe, teacher: BuiltTeacher, cond: Cond | None) -
             at = float(torch.as_tensor(t).flatten()[0])
             what = "NaN" if bool(v.isnan().any()) else "infinite"
             raise RecipeError(
-                f"{recipe.name}: teacher: {name!r}: its velocity is {what} at t = {at:.3g} (0 is data, 1 noise); nothing was trained; "
-                "look at its weights, and at the schedule's ends"
+                f"{recipe.name}: teacher: {name!r}: its velocity is {what} at t = {at:.3g} (0 is data, 1 noise); "
+                "nothing was trained; check its weights, and the ends of its schedule"
             )
         return v
 
@@ -190,7 +189,7 @@ def _finite_velocity(recipe: Recipe, teacher: BuiltTeacher, cond: Cond | None) -
 
 
 def _bound(recipe: Recipe, teacher: BuiltTeacher, samples: Tensor) -> float | None:
-    """The largest value that samples have: where the teacher is clipped, or 1 for pictures; None for anything else."""
+    """Return the largest value of samples: the bound of a clipped teacher, 1 for pictures, None for anything else."""
     if isinstance(teacher.guided, Limited):
         return teacher.guided.limit.bound if isinstance(teacher.guided.limit, Clip) else 1.0
     return 1.0 if recipe.data.in_pixels and samples.ndim == 4 else None
@@ -205,18 +204,15 @@ def _warnings(recipe: Recipe, ours: Statistics, real: Statistics | None) -> list
     found = []
     if bool((ratio > SPREAD).any() | (ratio < 1 / SPREAD).any()):
         worst = int(ratio.log().abs().argmax())
-        found.append(
-            f"its samples' std is {float(ours.std[worst]):.3g}{_channel(worst, ratio)}, the data's is {float(real.std[worst]):.3g}"
-        )
+        theirs = f"{float(ours.std[worst]):.3g}{_channel(worst, ratio)}"
+        found.append(f"its samples' std is {theirs}, the data's is {float(real.std[worst]):.3g}")
     if bool((shift > SHIFT).any()):
         worst = int(shift.argmax())
-        found.append(
-            f"its samples' mean is {float(ours.mean[worst]):.3g}{_channel(worst, shift)}, the data's is {float(real.mean[worst]):.3g}"
-        )
+        theirs = f"{float(ours.mean[worst]):.3g}{_channel(worst, shift)}"
+        found.append(f"its samples' mean is {theirs}, the data's is {float(real.mean[worst]):.3g}")
     if ours.saturated is not None and real.saturated is not None and ours.saturated > real.saturated + SATURATED:
-        found.append(
-            f"{100 * ours.saturated:.0f} % of its samples' values are at the bound, of the data's {100 * real.saturated:.0f} %"
-        )
+        theirs = f"{100 * ours.saturated:.0f} % of its samples' values are at the bound"
+        found.append(f"{theirs}, of the data's {100 * real.saturated:.0f} %")
     return [f"teacher {recipe.teacher.name!r}: {line}: {CAUSES[card_of(recipe.teacher).kind]}" for line in found]
 
 
@@ -225,7 +221,7 @@ def _channel(place: int, values: Tensor) -> str:
 
 
 def _numbers(values: Tensor) -> str:
-    """Those of up to four channels, else the smallest and the largest."""
+    """Return the values of up to four channels, else the smallest and the largest."""
     if len(values) <= 4:
         return "/".join(f"{float(value):.3g}" for value in values)
     return f"{float(values.min()):.3g}..{float(values.max()):.3g}"

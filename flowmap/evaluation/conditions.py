@@ -15,8 +15,11 @@ from flowmap.student.student import Student
 
 
 def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:
-    """What gives the classes (num,) of `num` samples: by the law of held-out samples, without any by that of training ones, -1 (no class)
-    among them; uniform: as often each. None where the data has no classes."""
+    """A function of num that returns the classes (num,) of as many samples; None if the data has no classes.
+
+    law: "data" for the proportions of held-out samples (of training ones if none are held out), with -1 for no class;
+    "uniform" for as many of each class.
+    """
     labels = data.held_out_labels if data.num_held_out and data.held_out_labels is not None else data.labels
     if labels is None or data.num_classes is None:
         return None
@@ -33,9 +36,11 @@ def conditions_for(
     guidance: float | None = None,
     classes: Callable[[int], Tensor] | None = None,
 ) -> Callable[[Tensor], Cond]:
-    """What gives the conditions at some places of a set of `num` samples. Where there is text: those of held-out samples, without any of
-    training ones, in an order drawn once. Else `classes`, and without these classes in turn. ValueError at once where the guidance scale
-    does not fit."""
+    """A function that returns the conditions at some places of a set of `num` samples.
+
+    For text they are those of held-out samples (of training ones if none are held out), in an order drawn once;
+    otherwise `classes`, by default all classes in turn. Raises ValueError at once if the guidance scale is not allowed.
+    """
     if student.config.text is None and not student.config.descriptions:
         whole = student.conditions(num, None if classes is None else {"class": classes(num)}, guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}

@@ -1,4 +1,4 @@
-"""What a student was not trained on: held-out samples with their conditions, and draws of the recipe's own coupling."""
+"""Samples that a student was not trained on: held-out samples, and draws of the recipe's own coupling."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import conditioning_rows, start_of
 from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
+from flowmap.metrics.flow_specs import NOTHING_HELD_OUT
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.student.student import Student
@@ -38,13 +39,14 @@ class Draws:
 
 
 def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
-    """At most `num` held-out samples, each with fresh noise of the recipe's prior: a function of evaluation.seed.
+    """At most `num` held-out samples, each with noise of the recipe's prior, as a function of evaluation.seed.
 
-    All processes call it and each has its share. ValueError where nothing is held out, or not the classes that the student wants.
+    All processes call it, and each has its share. Raises ValueError if nothing is held out, or if the student needs
+    classes and the data has none.
     """
     x0, cond = data.held_out_samples()
     if not len(x0):
-        raise ValueError("metrics: inversion and loss_by_time look at held-out samples, and data.held_out is 0")
+        raise ValueError(NOTHING_HELD_OUT)
     x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
     prior = student.prior and student.prior.to(student.device)
     x0 = x0.to(student.device) if prior else x0
@@ -59,9 +61,10 @@ def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, 
 
 
 def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, guidance: float | None = None) -> Draws:
-    """`num` draws of the recipe's coupling, of which none was trained on: held-out samples with fresh noise, or pairs made anew.
+    """`num` draws of the recipe's coupling that were not trained on: held-out samples with new noise, or new pairs.
 
-    Pairs have other noise than those on disk, and their share of inverted ones starts from held-out samples; their teacher must be here.
+    Pairs have other noise than those on disk; their share of inverted ones starts from held-out samples. Their teacher
+    must be on this machine.
     """
     if not isinstance(recipe.coupling, Pairs):
         return held_out_samples(recipe, student, data, num, guidance)
@@ -85,22 +88,25 @@ def loss_by_time(
     images: int = 1000,
     guidance: float | None = None,
 ) -> dict[float, float]:
-    """The mean squared error per value of the student's velocity at each of `times`, over draws of its own coupling (`coupled_draws`)."""
+    """The mean squared error per value of the student's velocity at each time, over draws of its own coupling."""
     spec = LossByTime(images, tuple(times))
     draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
     metric = spec.build()
-    add_losses(metric, recipe, student.flow_map.velocity, draws)
+    for place, predicted, vt in velocities(recipe, student.flow_map.velocity, draws, spec.times):
+        metric.update(place, predicted, vt)
     return dict(zip(spec.times, metric.losses(), strict=True))
 
 
 @torch.no_grad()
-def add_losses(metric, recipe: Recipe, velocity: Velocity, draws: Draws) -> None:
-    """Tells the metric of kind loss_by_time how far the velocity is from the conditional one at each of its times, on the recipe's path."""
+def velocities(
+    recipe: Recipe, velocity: Velocity, draws: Draws, times: Sequence[float]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index of the time, velocity, conditional velocity) at each time on the recipe's path, batch by batch."""
     for part in draws.batches(recipe.evaluation.batch_size):
-        for place, time in enumerate(metric.times):
+        for place, time in enumerate(times):
             t = torch.full((len(part.x0),), time, device=part.x0.device)
             sample = recipe.path.sample(part.x0, part.x1, t, t, part.cond or None)
-            metric.update(place, velocity(sample.xt, t, sample.cond), sample.vt)
+            yield place, velocity(sample.xt, t, sample.cond), sample.vt
 
 
 def _generated(maker: Maker, student: Student, pairs: list[int], batch_size: int, guidance: float | None) -> Draws:
@@ -128,7 +134,7 @@ def _joined(parts: list[Draws]) -> Draws:
 
 
 def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Cond:
-    """Of those conditions, what the student takes; ValueError where it wants classes and there are none."""
+    """The conditions that the student takes; raises ValueError if it needs classes and there are none."""
     if student.config.num_classes and "class" not in cond:
         raise ValueError(
             "metrics: inversion and loss_by_time want the classes of held-out samples, and the data has none"
@@ -137,6 +143,6 @@ def _taken(student: Student, cond: Cond, num: int, guidance: float | None) -> Co
 
 
 def _mine(num: int) -> Tensor:
-    """The places of this process among `num`, as many as any other's."""
+    """The places of this process among `num`, as many as of any other process."""
     world, mine = world_size(), rank()
     return torch.arange(num // world * world)[mine::world]

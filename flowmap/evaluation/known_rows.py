@@ -1,6 +1,7 @@
-"""Rows of metrics.json that need not be measured again: the teacher's and the floor, while nothing that they depend on has changed.
+"""Rows of metrics.json that are not measured again while nothing that they depend on has changed: teacher and floor.
 
-metrics.json has a `stamp` for each: a hash of settings, of the start of every row, of some of the data and, for the teacher, of its weights.
+metrics.json has a `stamp` for each: a hash of settings, of the start of every row, of some of the data and, for the
+teacher, of its weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import flowmap
 from flowmap.base.distributed import world_size
 from flowmap.base.files import read_json
 from flowmap.base.schema import short_hash, to_plain
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.data.pairs import contents
 from flowmap.flow.types import Cond
@@ -26,11 +27,11 @@ from flowmap.recipe.kinds import TABLES
 from flowmap.student.student import Student
 
 Row = Mapping[str, float]
-LOOK = 8  # samples of each kind that a stamp looks at
+LOOK = 8  # samples of each kind that a stamp depends on
 
 
 def read_known(folder: Path) -> dict[str, Any]:
-    """metrics.json of the run that the student's folder is of; {} where it has none that can be read."""
+    """The metrics.json of the run that the student's folder belongs to; {} if there is none that can be read."""
     try:
         return read_json(folder.parent / "metrics.json")
     except (OSError, ValueError):
@@ -45,9 +46,9 @@ def stamps(
     specs: Sequence[Any],
     look: tuple[Tensor, Cond],
 ) -> dict:
-    """{"floor", "teacher", "student"}: hashes of what the floor, the teacher's rows, and the student's distance to the teacher depend on.
+    """{"floor", "teacher", "student"}: hashes of what floor, teacher's rows and distances to the teacher depend on.
 
-    look: where the first samples start and their conditions.
+    look: the start of the first samples and their conditions.
     """
     settings = {
         key: value.cpu()
@@ -72,7 +73,7 @@ def stamps(
 
 
 def to_teacher(known: Mapping[str, Any], k: int) -> Row:
-    """How far the student's samples at k steps were from the teacher's, which the student's row wants of the teacher."""
+    """The distances of the student's samples at k steps to the teacher's, from its known row."""
     return {
         key: value for key, value in known.get("student", {}).get(str(k), {}).items() if key.endswith("_to_teacher")
     }

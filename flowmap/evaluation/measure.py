@@ -1,4 +1,4 @@
-"""What a student is worth: every metric at each number of steps, beside the teacher's row and the real-against-real floor."""
+"""The figures of a student and its teacher: every metric at each number of steps, and the real-vs-real baseline."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 from flowmap.base.files import write_json
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_teacher
+from flowmap.build.data import build_data
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.build.text import flow_alone
 from flowmap.data import Dataset, Pairs
 from flowmap.evaluation.known_rows import read_known, stamps, to_teacher
 from flowmap.evaluation.rows import Rows
-from flowmap.metrics import check_metrics
+from flowmap.metrics import Spec, check_metrics
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+
+ONLY_TRAINING = (
+    "nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train"
+)
 
 
 def evaluate(
@@ -32,14 +37,15 @@ def evaluate(
     teacher: bool = True,
     anew: bool = False,
 ) -> dict[str, Any]:
-    """The contents of metrics.json for a saved student, by its own recipe's data, teacher and metrics.
+    """The contents of metrics.json for a saved student, with its own recipe's data, teacher and metrics.
 
-    steps: default the recipe's. metrics: only those kinds. The teacher's rows are left out where its weights are not on this machine, and
-    without `teacher`. They and the floor are taken from the run's metrics.json where nothing that they depend on has changed; anew: never.
+    steps: default the recipe's. metrics: only those kinds. The teacher's rows are left out without `teacher`, or if its
+    weights are not on this machine. They and the floor are copied from the run's metrics.json if nothing that they
+    depend on has changed, unless `anew` is given.
     """
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
-        raise ValueError("student: evaluate needs the recipe.yaml that lies beside the weights")
+        raise ValueError("student: evaluate needs the recipe.yaml in the folder of the weights")
     recipe = flow_alone(read_resolved(student.folder / "recipe.yaml"), student.folder)
     chosen = _chosen(recipe, metrics)
     for k in steps or ():
@@ -52,8 +58,9 @@ def evaluate(
         if progress is not None:
             progress(f"no teacher's row: {error}")
     known = {} if anew else read_known(student.folder)
-    options = dict(steps=steps, metrics=chosen, guidance=guidance, progress=progress, known=known)
-    measured = measure(recipe, student, built, data, **options)
+    measured = measure(
+        recipe, student, built, data, steps=steps, metrics=chosen, guidance=guidance, progress=progress, known=known
+    )
     if out is not None:
         write_json(Path(out), measured)
     return measured
@@ -66,64 +73,68 @@ def measure(
     data: Dataset,
     *,
     steps: Sequence[int] | None = None,
-    metrics: Sequence[Any] | None = None,
+    metrics: Sequence[Spec] | None = None,
     guidance: float | None = None,
     progress: LogFunction | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """metrics.json's contents. Every row starts from the same noise and classes; all processes call it and each draws its share.
+    """The contents of metrics.json. Every row starts from the same noise and classes.
 
-    known: those of an earlier look, from which the teacher's rows and the floor are taken where their stamps are the same.
+    All processes call it and each draws its share. known: the contents of an earlier metrics.json, from which the
+    teacher's rows and the floor are taken where their stamps are the same.
     """
     started = time.perf_counter()
     log = progress or (lambda message: None)
-    specs = recipe.metrics if metrics is None else metrics
+    specs, known = recipe.metrics if metrics is None else metrics, known or {}
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     rows = Rows(recipe, student, teacher, data, specs, guidance, progress)
-    stamp = stamps(recipe, student, teacher, data, specs, rows.first)
-    same = {key for key in stamp if known and known.get("stamp", {}).get(key) == stamp[key]}
+    stamp = stamps(recipe, student, teacher, data, specs, rows.starts.first)
+    same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
     result: dict[str, Any] = {"student": {}, "stamp": stamp}
     seconds: dict[str, float] = {}
-    for k in steps or recipe.sampler.steps:
-        rows.begin(f"student {k} step{'s' * (k > 1)}")
-        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(
-            k, to_teacher(known, k) if "student" in same else None
-        )
-    nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in steps or recipe.sampler.steps}}
+    chosen = steps or recipe.sampler.steps
+    nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}
+    for k in chosen:
+        rows.starts.begin(f"student {_counted(k)}")
+        near = to_teacher(known, k) if "student" in same else None
+        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k, near)
     if "teacher" in same:
         log("teacher: as in metrics.json, from which nothing has changed")
         result |= {key: known[key] for key in ("teacher", "teacher_few") if key in known}
         nfe["teacher"], seconds["teacher"] = known["teacher"]["nfe"], known["seconds"]["teacher"]
     elif teacher is not None:
-        n = recipe.evaluation.teacher_steps
-        rows.begin(f"teacher {n} step{'s' * (n > 1)}")
-        row, seconds["teacher"] = rows.teacher(n)
-        nfe["teacher"] = n * teacher.calls_per_step
-        result["teacher"] = {"nfe": nfe["teacher"], "steps": n, **row}
-        if recipe.evaluation.teacher_extra_steps:
-            rows.begin("teacher at few steps")
-            result["teacher_few"] = {str(k): rows.teacher(k)[0] for k in recipe.evaluation.teacher_extra_steps}
+        found, seconds["teacher"] = _teacher_rows(recipe, teacher, rows)
+        result, nfe["teacher"] = result | found, found["teacher"]["nfe"]
     if not data.num_held_out:
-        log(
-            "nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train"
-        )
+        log(ONLY_TRAINING)
     if "floor" not in same:
         log("evaluating: real against real")
     result["floor"] = known["floor"] if "floor" in same else rows.baseline(data)
-    seconds |= (
-        {"decode": rows.decode_seconds}
-        if rows.decode_seconds > 0 and any(spec.needs == "texts" for spec in specs)
-        else {}
-    )
+    if rows.decode_seconds > 0:
+        seconds["decode"] = rows.decode_seconds
     seconds["evaluate"] = time.perf_counter() - started
-    result["seconds"] = {key: round(value, 4) for key, value in seconds.items()}
-    result["nfe"] = nfe
-    if hasattr(data, "counts"):
-        result["sentences"] = {"train": len(data), "held_out": len(data.held_out), **data.counts}
-    return result
+    result |= {"seconds": {key: round(value, 4) for key, value in seconds.items()}, "nfe": nfe}
+    sentences = data.sentence_counts()
+    return result if sentences is None else result | {"sentences": sentences}
 
 
-def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
+def _teacher_rows(recipe: Recipe, teacher: BuiltTeacher, rows: Rows) -> tuple[dict[str, Any], float]:
+    """("teacher" and "teacher_few" of metrics.json, the seconds of drawing the first)."""
+    n, few = recipe.evaluation.teacher_steps, recipe.evaluation.teacher_extra_steps
+    rows.starts.begin(f"teacher {_counted(n)}")
+    row, seconds = rows.teacher(n)
+    found: dict[str, Any] = {"teacher": {"nfe": n * teacher.calls_per_step, "steps": n, **row}}
+    if few:
+        rows.starts.begin("teacher at few steps")
+        found["teacher_few"] = {str(k): rows.teacher(k)[0] for k in few}
+    return found, seconds
+
+
+def _counted(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Spec]:
     from flowmap.base.schema import OWN_KINDS, kind_of, suggest
     from flowmap.recipe.kinds import TABLES, Metric
 
@@ -134,7 +145,7 @@ def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Any]:
             close = suggest(kind, TABLES[Metric])
             allowed = ", ".join(TABLES[Metric])
             raise ValueError(f"metrics: {kind!r} is not one of {allowed}{close or OWN_KINDS}")
-    chosen: list[Any] = []
+    chosen: list[Spec] = []
     for kind in kinds:
         chosen += [spec for spec in recipe.metrics if kind_of(spec, TABLES) == kind] or [TABLES[Metric][kind]()]
     return chosen

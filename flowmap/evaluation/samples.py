@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, to_grid, to_picture
+from flowmap.base.images import save_picture, stack, steps_label, to_grid, to_picture
 from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
 from flowmap.evaluation.conditions import conditions_for
@@ -21,7 +21,7 @@ from flowmap.student.text import edit
 
 
 def _edited(student: Student, inpaint, interpolate, **options):
-    """What draws num pictures in so many `steps`, the files read and checked now."""
+    """A function of `steps` that draws pictures; the files are read and checked now."""
     from flowmap.student import edit as pictures
 
     channels = pictures.picture_shape(student)[0]
@@ -48,10 +48,10 @@ def sample(
     inpaint: tuple[str | Path, str | Path] | None = None,
     interpolate: tuple[str | Path, str | Path] | None = None,
 ) -> list[Path]:
-    """Writes out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K, and returns the grids' paths. Points are written as
-    out/steps-K.csv, sentences as out/steps-K.txt, one a line.
+    """Write out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K; returns the paths of the grids.
 
-    refine, solver: as Student.sample has them. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py).
+    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver: as in
+    Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py).
     """
     student = student if isinstance(student, Student) else load_student(student)
     for k in steps:
@@ -85,7 +85,7 @@ def sample(
             continue
         assert isinstance(x0, torch.Tensor)
         grids.append(Path(out) / f"steps-{k}.png")
-        save_picture(grids[-1], to_grid(x0))
+        save_picture(grids[-1], stack([to_grid(x0)], [steps_label("student", k)]))
         if x0.ndim == 4:
             for i, one in enumerate(x0):
                 save_picture(Path(out) / f"steps-{k}" / f"{i:05d}.png", to_picture(one))
@@ -98,7 +98,10 @@ def sample(
 
 
 def sentences_of(student: Student, data, recipe) -> str:
-    """Sentences at each of the recipe's numbers of steps, under a line that says it; a student that edits starts from held-out ones, shown first."""
+    """Sentences at each of the recipe's numbers of steps, each under a heading.
+
+    For a student that edits, the held-out sentences that it starts from come first.
+    """
     num, seed, parts = recipe.log.grid_images, recipe.evaluation.seed, []
     cond = conditions_for(student, data, num)(torch.arange(num))
     cond = {key: value for key, value in cond.items() if key != "guidance"}
@@ -117,9 +120,10 @@ def sentences_of(student: Student, data, recipe) -> str:
 def edit_file(
     student: Student, file: Path, out: Path, steps: Sequence[int], cond: dict, reverse: bool = False
 ) -> list[Path]:
-    """Writes out/steps-K.txt: the sentences of a file, one a line, carried to the student's target style (reverse: back from it).
+    """Write out/steps-K.txt: the sentences of a file, one a line, carried to the student's target style.
 
-    Line i of each is what became of line i; an empty line stays empty, and a warning counts them.
+    reverse: carry them back from it. Line i of the result belongs to line i of the file; an empty line stays empty, and
+    a warning counts them.
     """
     if not file.is_file():
         raise ValueError(f"--texts: {file}: there is no such file")
@@ -128,7 +132,7 @@ def edit_file(
     lines = [one_line(line) for line in lines_of(file)]
     texts = [line for line in lines if line]
     if not texts:
-        raise ValueError(f"--texts: {file}: holds no sentence")
+        raise ValueError(f"--texts: {file}: has no sentence")
     if len(texts) < len(lines):
         warnings.warn(f"--texts: {len(lines) - len(texts)} of {len(lines)} lines are empty, and stay so", stacklevel=2)
     paths = [out / f"steps-{k}.txt" for k in steps]

@@ -1,1 +1,1 @@
-"""Floor 0: the mathematics of flow maps. torch only; no nn.Module, no files."""
+"""The mathematics of flow maps, in plain torch: no nn.Module, no files."""

@@ -1,4 +1,4 @@
-"""Which class each of `num` samples is of, so that all of them, and about every first part of them, follow the law of given counts."""
+"""Assigns classes to samples in proportion to given counts, over all samples and nearly so over every first part."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def apportioned(counts: Tensor, num: int) -> Tensor:
-    """(num,) int64: class k occurs as the largest remainder method gives it, num counts[k] / sum(counts) rounded up or down.
+    """The class of each sample, (num,) int64: class k occurs num counts[k] / sum(counts) times, rounded up or down.
 
-    counts (K,) are 0 or more. The j-th of the c samples of a class is placed at (j + 1/2) / c of the whole, so each class is spread evenly
-    over it; equal counts give classes in turn. ValueError where nothing is counted.
+    Rounding follows the largest remainder method. counts (K,) are 0 or more. The j-th of the c samples of a class is
+    placed at (j + 1/2) / c of the whole, so each class is spread evenly; equal counts give the classes in turn. Raises
+    a ValueError if all counts are 0.
     """
     total = int(counts.sum())
     if total < 1 or int(counts.min()) < 0:

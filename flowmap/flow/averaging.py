@@ -1,8 +1,9 @@
-"""Averaging of weights with a profile that grows as a power of time, and its reconstruction after the fact.
+"""Power-function averages of weights (EMA) and their post-hoc reconstruction.
 
-Source: EDM2 (Karras et al. 2024, arXiv:2312.02696), section 3 and appendix C. The average at step n of a trace theta_1, theta_2, ... weighs
-theta_i by p(i; n) = (gamma + 1) i^gamma / n^(gamma + 1): a fixed fraction of the run, whatever its length. `std` is the width of that
-profile relative to the run's length (0.05 is gamma 16.97), `exponent` is gamma. Pure numbers: no network here.
+Source: EDM2 (Karras et al. 2024, arXiv:2312.02696), section 3 and appendix C. The average at step n of a trace theta_1,
+theta_2, ... weighs theta_i by p(i; n) = (gamma + 1) i^gamma / n^(gamma + 1): a fixed fraction of the run, whatever its
+length. `std` is the width of that profile relative to the run's length (0.05 is gamma 16.97), `exponent` is gamma. Pure
+numbers: no network here.
 """
 
 from __future__ import annotations
@@ -48,26 +49,23 @@ def power_beta(step: int, exponent: float) -> float:
 def posthoc_coefficients(
     steps: Sequence[int], stds: Sequence[float], *, target_step: int | None = None, target_std: float
 ) -> Tensor:
-    """Weights of snapshots, summing to 1, whose combination comes nearest to the average of width `target_std` at `target_step`.
+    """Weights (K,) of snapshots, summing to 1, that approximate the average of width `target_std` at `target_step`.
 
-    Snapshot i is an average of width stds[i] taken at steps[i]; target_step is the last of `steps` if not given. Nearest in least squares
-    between the profiles over time, with the sum held at 1; solved in float64, (K,). Raises ValueError for lists that do not match, or a
-    target_step after every snapshot.
+    Snapshot i is an average of width stds[i] at steps[i]; target_step defaults to the last of `steps`. The weights
+    minimise the squared difference of the profiles over time under the constraint that they sum to 1, in float64.
+    Raises a ValueError for lists of different lengths, or a target_step after every snapshot.
     """
     if len(steps) != len(stds) or not steps:
-        raise ValueError(
-            f"steps and stds must be as long as each other and not empty, got {len(steps)} and {len(stds)}"
-        )
+        raise ValueError(f"steps and stds must have the same length, above 0, got {len(steps)} and {len(stds)}")
     target_step = max(steps) if target_step is None else target_step
     if not 1 <= target_step <= max(steps) or min(steps) < 1:
-        raise ValueError(
-            f"target_step is {target_step!r}, steps {list(steps)!r}; allowed: steps from 1, target_step in [1, {max(steps)}]"
-        )
+        allowed = f"steps from 1, target_step in [1, {max(steps)}]"
+        raise ValueError(f"target_step is {target_step!r}, steps {list(steps)!r}; allowed: {allowed}")
     ends = torch.tensor([*steps, target_step], dtype=torch.float64)
     exponents = torch.tensor([exponent_from_std(std) for std in [*stds, target_std]], dtype=torch.float64)
     products = _inner_products(ends / target_step, exponents)
     count = len(steps)
-    # minimise w' A w - 2 w' b with sum(w) = 1: one multiplier beside the normal equations; lstsq allows twin snapshots
+    # minimise w' A w - 2 w' b with sum(w) = 1 by a Lagrange multiplier; lstsq accepts identical snapshots
     system = torch.ones(count + 1, count + 1, dtype=torch.float64)
     system[:count, :count] = products[:count, :count]
     system[count, count] = 0
@@ -77,9 +75,9 @@ def posthoc_coefficients(
 
 
 def _inner_products(ends: Tensor, exponents: Tensor) -> Tensor:
-    """The (K, K) matrix of int p_i p_j dt of profiles that end at `ends`: with m <= n the ends of the earlier and the later one,
+    """The (K, K) matrix of int p_i p_j dt of profiles that end at `ends`.
 
-    (gi + 1) (gj + 1) / (gi + gj + 1) (m / n)^(g of the later) / n.
+    An entry is (gi + 1) (gj + 1) / (gi + gj + 1) (m / n)^(g of the later) / n, with m <= n the two ends.
     """
     g_i, g_j = exponents[:, None], exponents[None, :]
     end_i, end_j = ends[:, None], ends[None, :]

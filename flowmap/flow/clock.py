@@ -1,7 +1,7 @@
-"""The clocks of pretrained models: where our (x, t) lies on a model's own schedule, and what its prediction says as our velocity.
+"""The clocks of pretrained models: convert our (x, t) to a model's schedule, and its prediction to our velocity.
 
-Our state on the linear path is xt = (1 - t) x0 + t x1. A model's state a x0 + b x1 is ours after division by a + b, at t = b / (a + b).
-`at(t)` gives that state's coefficients and the number that the network is told.
+Our state on the linear path is xt = (1 - t) x0 + t x1. A model's state a x0 + b x1, divided by a + b, is ours at
+t = b / (a + b). `at(t)` returns the coefficients of the model's state and the time that its network embeds.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from flowmap.flow.path import Coefficients, convert, wide
 from flowmap.flow.types import broadcast_time
 
-LARGEST_LOGIT = 20.0  # of t, where a schedule ends at a = 0 (zero terminal SNR): t = 1 - 2e-9
+LARGEST_LOGIT = 20.0  # of t, for schedules that end at a = 0 (zero terminal SNR): t = 1 - 2e-9
 
 
 @dataclass(frozen=True)
 class FlowClock:
-    """Flow matching (SD3, FLUX, Sana, QwenImage): t is the model's sigma, and the network is told unit x t."""
+    """Flow matching (SD3, FLUX, Sana, QwenImage): t is the model's sigma, and the network embeds unit x t."""
 
     unit: float = 1000.0
 
@@ -29,10 +29,11 @@ class FlowClock:
 
 
 class TableClock:
-    """A discrete variance-preserving schedule (DDPM and kin), given as its products alpha_bar (N,), from data to noise.
+    """A discrete variance-preserving schedule (such as DDPM), given as its products alpha_bar (N,), from data to noise.
 
-    Between two entries the network's time is interpolated in log-SNR, that is in the logit of t. Beyond the table's ends it rests at 0 or
-    N - 1; times above the table's last are taken as the last, because there a model knows nothing and "epsilon" leaves x0 undetermined.
+    The network's time is interpolated between two entries in log-SNR, that is in the logit of t, and clamped to 0 and
+    N - 1 beyond the table. Times above the table's last are replaced by the last: the model was not trained there, and
+    "epsilon" does not determine x0.
     """
 
     def __init__(self, alphas_cumprod: Tensor):
@@ -59,9 +60,12 @@ class TableClock:
 
 
 def velocity_of(predict, clock: FlowClock | TableClock, x: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """x1 - x0 at our (x, t), by a network predict(state, time) -> `prediction` (one of flow.path.PREDICTIONS) on its own clock."""
+    """The velocity x1 - x0 at our (x, t), from a network predict(state, time) -> `prediction` on the given clock.
+
+    `prediction` is one of flow.path.PREDICTIONS.
+    """
     at, time = clock.at(t)
-    if prediction == "x0":  # at b = 0 it says nothing about x1
+    if prediction == "x0":  # at b = 0 it does not determine x1
         first = clock.t_min if isinstance(clock, TableClock) else 1e-4
         at, time = clock.at(wide(t).clamp(min=first))
     state = (broadcast_time(at.a + at.b, x) * x).to(x.dtype)

@@ -1,6 +1,6 @@
-"""z-samplers, built: standard normal noise (B, Z + 1) becomes codes (B, Z), row by row, so that a code is a function of its noise alone.
+"""Code samplers: map standard normal noise (B, Z + 1) to codes (B, Z), each a function of its row of noise only.
 
-The last column is for those that choose between alternatives.
+The last column of the noise serves samplers that choose between alternatives.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NormalDraws:
 
 
 class MixtureDraws:
-    """z = mean_k + L_k eps; the component k is chosen by the last column, through the normal law's own distribution function.
+    """z = mean_k + L_k eps; the normal distribution function of the last column selects the component k.
 
     weights (K,), means (K, Z), factors (K, Z, Z) with covariance L L^T, all float64.
     """
@@ -53,7 +53,7 @@ class MixtureDraws:
 
 
 class FlowDraws:
-    """z = where `solver` carries the noise along the velocity F(z, t, t) of a network."""
+    """z = the solution of the probability flow of a network, with velocity F(z, t, t), from the noise."""
 
     def __init__(self, flow_map, solver):
         self.flow_map, self.solver = flow_map.eval().requires_grad_(False), solver

@@ -1,11 +1,11 @@
-"""Directional derivatives of a network: along a velocity, in departure time, in arrival time. The one place that knows how they are taken.
+"""Directional derivatives of a network: along a velocity, in departure time, in arrival time.
 
-Four ways to one contract, value with graph and rate without:
-  ride        one graded forward beside which the tangent rides (riding.py): the default; exact, activations as in an ordinary forward
+Four modes with one contract: return the value with its graph and the derivative without one.
+  dual        one dual forward (tangent/dual.py): the default; exact, activations as in an ordinary forward
   forward     torch.func.jvp under no_grad, then an ordinary graded forward; exact; the reference in tests
   joint       one graded torch.func.jvp for both; exact, about twice the activations; for comparison
-  difference  one more forward at a point moved by a calibrated step; for compiled or foreign modules; error of order `step`
-Times are taken in float32 or better whatever autocast says. Clock: 0 data, 1 noise.
+  difference  a second forward at a point moved by a calibrated step; for compiled modules; error of order `step`
+Times are in float32 or better, whatever the autocast dtype. Clock: 0 data, 1 noise.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ DERIVATIVES = ("dual", "forward", "difference")
 OLD_NAMES = {"ride": "dual"}  # of version 0.1
 
 STEPS = {torch.float64: 1e-7, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""The step of a difference by the dtype in which the network computes: where truncation and rounding error meet. On a small attention network
-the relative error was 4e-8, 4e-4, - and 5e-2; a network three times as steep erred 50 times as much. Ride where a network can be ridden.
+"""The step of mode "difference" by the network's dtype, chosen so that truncation and rounding error are equal.
+
+On a small attention network the relative error was 4e-8, 4e-4, - and 5e-2; with three times the slope it was 50 times
+as large. Prefer mode "dual" if the network supports it.
 """
 
 
 def derivative_named(name: str) -> str:
-    """The canonical name of a derivative; "ride" is the name that version 0.1 gave to "dual". ValueError for an unknown name."""
+    """The canonical name of a derivative; "ride" was the name of "dual" in version 0.1. ValueError for other names."""
     found = OLD_NAMES.get(name, name)
     if found not in DERIVATIVES:
         raise ValueError(f"derivative: {name!r} is not one of {', '.join(DERIVATIVES)}")
@@ -46,15 +48,17 @@ def value_and_rate(
     mode: str = "dual",
     step: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(function(*primals) with its graph, its directional derivative along the tangents without graph).
+    """(function(*primals) with its graph, its directional derivative along the tangents without one).
 
-    The function takes tensors and gives one; a tangent of None is zero and costs nothing. step is that of mode "difference": a number, or (B,)
-    with a sign a sample; None is calibrated to the dtype. Mode "dual" takes tangents of fewer rows than their primals. Raises ValueError
-    for an unknown mode, NotImplementedError naming an operation through which a tangent cannot follow.
+    The function takes tensors and returns one. A tangent of None is zero and costs nothing. `step` is for mode
+    "difference": a number, or (B,) with a sign per sample; by default it is calibrated to the dtype. Mode "dual"
+    accepts tangents with fewer rows than their primals. Raises a ValueError for an unknown mode, and a
+    NotImplementedError with the operation's name if a tangent cannot follow.
     """
     mode = OLD_NAMES.get(mode, mode)
     if mode not in MODES:
-        raise ValueError(f"derivative mode must be one of {', '.join(MODES)}, got {mode!r}")
+        known = ", ".join(name for name in MODES if name not in OLD_NAMES)
+        raise ValueError(f"derivative mode must be one of {known}, got {mode!r}")
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals need as many tangents, got {len(tangents)}")
     if step is not None and mode != "difference":
@@ -73,10 +77,11 @@ def eulerian_derivative(
     mode: str = "dual",
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(F, dF/dt): the mean velocity with its graph, and its rate without, as (x, t) moves along the velocity while s rests.
+    """(F, dF/dt): the mean velocity with its graph, and its derivative along the velocity for fixed s, without one.
 
-    x and velocity are (B, ...), t and s (B,). A difference steps to later times where t + step <= 1, to earlier ones elsewhere.
-    With `rows` only the first so many samples are derived, and the rate is zero in the rest: those cost nothing in mode "dual".
+    x and velocity are (B, ...), t and s (B,). Mode "difference" steps to later times where t + step <= 1, otherwise to
+    earlier ones. With `rows` only that many samples, the first, get a derivative; it is zero in the rest, which cost
+    nothing in mode "dual".
     """
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, t, None) if mode == "difference" else None
@@ -94,9 +99,9 @@ def lagrangian_derivative(
     mode: str = "dual",
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(F, dF/ds): the mean velocity with its graph, and its rate in arrival time without. Shapes and rows as in eulerian_derivative.
+    """(F, dF/ds): the mean velocity with its graph, and its derivative in arrival time without one.
 
-    A difference steps towards t where s + step <= t, away from it elsewhere.
+    Shapes and `rows` as in eulerian_derivative. Mode "difference" steps towards t where s + step <= t, otherwise away.
     """
     t, s = at_least_float32(t), at_least_float32(s)
     step = inward_step(x, s, t) if mode == "difference" else None
@@ -106,17 +111,17 @@ def lagrangian_derivative(
 def value_and_graded_rate(
     function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor]:
-    """value_and_rate with a graph for both, by one torch.func.jvp: for objectives whose gradient runs through the rate as well."""
+    """value_and_rate with a graph for both, by one torch.func.jvp: for objectives that also train through the rate."""
     moving = [i for i, t in enumerate(tangents) if t is not None]
     with sdpa_kernel(SDPBackend.MATH), LayerNormByParts():
         return jvp_of(function, primals, tangents, moving)
 
 
 class LayerNormByParts(TorchFunctionMode):
-    """Inside, layer_norm is made of mean and square.
+    """A mode in which layer_norm is computed from elementary operations.
 
-    The forward derivative of torch's own (2.13) takes mean and deviation for constants in what it records: the rate is right, its gradient
-    is not. (That of group_norm and rms_norm is right.)
+    The forward derivative of torch's layer_norm (2.13) records mean and deviation as constants: the rate is right, but
+    its gradient is wrong. (Those of group_norm and rms_norm are right.)
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -125,7 +130,7 @@ class LayerNormByParts(TorchFunctionMode):
 
 
 def layer_norm_by_parts(x: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, *unused) -> Tensor:
-    """torch's layer_norm, in float32 or better, typed like x."""
+    """torch's layer_norm from elementary operations, in float32 or better; returns the dtype of x."""
     dims = tuple(range(-len(normalized_shape), 0))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = wide - wide.mean(dims, keepdim=True)
@@ -135,7 +140,10 @@ def layer_norm_by_parts(x: Tensor, normalized_shape, weight=None, bias=None, eps
 
 
 def without_graph(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-    """F(x, t, s) as a number to aim at: no graph, and none of the casts that autocast would keep, which would have none either."""
+    """F(x, t, s) as a regression target, without graph.
+
+    Autocast's weight cache is off: weights cast under no_grad would stay in it without a graph.
+    """
     device = x.device.type
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
@@ -143,7 +151,7 @@ def without_graph(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond 
 
 
 def of_rows(function, primals, tangents, mode, step, rows: int | None) -> tuple[Tensor, Tensor]:
-    """value_and_rate with the rate of the first `rows` samples alone, zero in the rest; of none where rows is 0."""
+    """value_and_rate with the rate of the first `rows` samples, zero in the rest."""
     if rows is None or rows == len(primals[0]):
         return value_and_rate(function, primals, tangents, mode=mode, step=step)
     if rows == 0:
@@ -156,18 +164,18 @@ def of_rows(function, primals, tangents, mode, step, rows: int | None) -> tuple[
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """Times as float32, or float64 if they are."""
+    """Times as float32, or float64 if they are already."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def calibrated_step(x: Tensor) -> float:
-    """The step for the dtype in which a network computes on x."""
+    """The step for the dtype in which a network computes on x, under autocast or not."""
     device = x.device.type
     return STEPS[torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype]
 
 
 def inward_step(x: Tensor, time: Tensor, limit: Tensor | None) -> Tensor:
-    """The calibrated step, (B,): positive where time + step stays within the limit (None: 1), else negative, if that stays within 0."""
+    """The calibrated step (B,): positive where time + step <= limit (None: 1), otherwise negative if time >= step."""
     step = torch.full_like(time, calibrated_step(x))
     fits = time + step <= (1 if limit is None else limit)
     return torch.where(fits | (time < step), step, -step)
@@ -178,7 +186,7 @@ def by_dual_forward(function, primals, tangents, step):
 
 
 def by_forward_mode(function, primals, tangents, step):
-    """Ordinary forward first: under autocast, weights cast under no_grad would stay in the cache without a graph."""
+    """The graded forward runs first: under autocast, weights cast under no_grad would stay cached without a graph."""
     value, derive = recorded(function, primals)
     moving = [i for i, t in enumerate(tangents) if t is not None]
     with derive, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -194,7 +202,7 @@ def by_joint_forward_mode(function, primals, tangents, step):
 
 
 def by_difference(function, primals, tangents, step):
-    """(F(p + h dp) - F(p)) / h, h of one sign or of a sign a sample."""
+    """(F(p + h dp) - F(p)) / h, with one h or one per sample."""
     floats = [p for p, t in zip(primals, tangents, strict=True) if t is not None]
     step = calibrated_step(floats[0]) if step is None else step
     value, again = recorded(function, primals)
@@ -208,14 +216,14 @@ def by_difference(function, primals, tangents, step):
 
 
 def recorded(function, primals):
-    """The function's value, and a context in which the random draws of that call are drawn again."""
+    """The function's value, and a context in which the random numbers of that call are repeated."""
     device = primals[0].device
     before = random_state(device)
     return function(*primals), replayed(before, device)
 
 
 def jvp_of(function, primals, tangents, moving):
-    """torch.func.jvp of the function in those arguments alone that move."""
+    """torch.func.jvp of the function in the arguments `moving` only."""
 
     def of_moving(*values):
         given = dict(zip(moving, values, strict=True))

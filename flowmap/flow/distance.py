@@ -1,6 +1,6 @@
-"""Distances: one number a sample between a prediction and its target, and the two devices that turn a gradient into a loss.
+"""Distances between predictions and targets, one number per sample, and two helpers that turn a gradient into a loss.
 
-All reductions run over every dimension but the first, in float32 or better; results are (B,).
+All reductions are over every dimension except the first, in float32 or better; results are (B,).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ NORMS = ("l2", "rms", "none")
 
 
 class Distance(Protocol):
-    """(prediction, target), both (B, ...), to a (B,) loss that carries grad to prediction. A perceptual distance is one too."""
+    """A function of (prediction, target), both (B, ...), that returns a loss (B,) with gradients for the prediction."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Squared:
-    """||prediction - target||^2 of each sample; divided by its number of elements D where mean is set."""
+    """||prediction - target||^2 of each sample; with `mean`, divided by the number of elements D."""
 
     mean: bool = True
 
@@ -39,7 +39,8 @@ class Squared:
 class PseudoHuber:
     """(sqrt(||prediction - target||^2 + k^2) - k) / D with k = scale D: 2-rectified flow++ (arXiv:2405.20320).
 
-    k grows with D, not with sqrt(D) as in iCT. Far away the gradient has length 1 / D, near by it is that of ||.||^2 / (2 k D).
+    k is proportional to D, not to sqrt(D) as in iCT. For large differences the gradient has length 1 / D, for small
+    ones it is that of ||.||^2 / (2 k D).
     """
 
     scale: Positive = 0.00054
@@ -52,13 +53,16 @@ class PseudoHuber:
         num_elements = difference.shape[1]
         k = self.scale * num_elements
         squared = difference.square().sum(1)
-        # sqrt(q + k^2) - k without its cancellation for q << k^2
+        # sqrt(q + k^2) - k without cancellation for q << k^2
         return squared / ((squared + k * k).sqrt() + k) / num_elements
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """sg(w) e with e = ||prediction - target||^2 and w = 1 / (e + offset)^power: MeanFlow's loss (arXiv:2505.13447). power 0 is Squared."""
+    """sg(w) e with e = ||prediction - target||^2 and w = 1 / (e + offset)^power: MeanFlow's loss (arXiv:2505.13447).
+
+    power 0 is Squared.
+    """
 
     power: Annotated[float, Range(0, 100)] = 1.0
     offset: Positive = 1e-3
@@ -73,12 +77,12 @@ class Adaptive:
 
 
 def adaptive_weight(error: Tensor, power: float = 1.0, offset: float = 1e-3) -> Tensor:
-    """1 / (error + offset)^power, without grad; error is (B,) and not negative."""
+    """1 / (error + offset)^power, without gradient; error is (B,) and not negative."""
     return (error.detach() + offset) ** -power
 
 
 def gradient_as_target(F: Tensor, g: Tensor) -> Tensor:
-    """||F - sg(F - g)||^2 of each sample: its value is ||g||^2, its gradient in F is 2 g, whatever g is.
+    """||F - sg(F - g)||^2 of each sample: its value is ||g||^2, its gradient in F is 2 g.
 
     F and g are (B, ...), the result (B,).
     """
@@ -87,10 +91,10 @@ def gradient_as_target(F: Tensor, g: Tensor) -> Tensor:
 
 
 def normalise(g: Tensor, c: float = 0.1, norm: str = "l2") -> Tensor:
-    """g / (||g|| + c) with one norm a sample: shorter than 1 in that norm, and zero stays zero. Same shape and dtype as g.
+    """g / (||g|| + c) with one norm per sample, so that its norm is below 1. Same shape and dtype as g.
 
-    norm "l2" is the Euclidean length over all dimensions but the first, "rms" that length over sqrt(D), "none" returns g. (AYF,
-    arXiv:2506.14603.)
+    norm "l2" is the Euclidean length over all dimensions except the first, "rms" is that length over sqrt(D), and
+    "none" returns g. Source: AYF, arXiv:2506.14603.
     """
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; allowed: {', '.join(NORMS)}")

@@ -1,6 +1,7 @@
-"""Random numbers of samples: a function of (name, which sample, which draw), whatever the batch, the process and the device.
+"""Random numbers per sample: a function of (name, sample, draw), independent of batch, process and device.
 
-Whatever draws takes a `Generator`: torch's own, whose numbers depend on how many are drawn at once, or a RowGenerator, whose do not.
+Functions that draw take a `Generator`: torch's, for which numbers depend on how many are drawn at once, or a
+RowGenerator, for which they do not.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 from flowmap.flow.philox import WORD, philox
 from flowmap.flow.seeds import seeded
 
-SINGLE = WORD  # the number that stands for all draws of one number a row, in the place of a draw's own
-CHUNK = 16  # numbers that torch's normal_ makes together on a CPU
+SINGLE = WORD  # the draw index that all draws of one number per row share
+CHUNK = 16  # torch's normal_ draws in chunks of this size on a CPU
 
 
 class RowGenerator:
-    """Random numbers for samples `rows`, (N,) int64: each method gives one draw, N rows of it, and the next call another one.
+    """Random numbers for samples `rows`, (N,) int64. Each call of a method makes a new draw with N rows.
 
-    Row i's k-th draw is a function of (name, rows[i], k) alone. Integers and uniform numbers are the same to the bit on every device, normal
-    ones to rounding. step: the training step that all rows belong to, for `together`.
+    Row i's k-th draw is a function of (name, rows[i], k) only. Integers and uniform numbers are bit-equal on every
+    device, normal ones equal to rounding. `step` is the training step of all rows, for `together`.
     """
 
     def __init__(self, name: str, rows: Tensor, step: int = 0):
@@ -38,18 +39,21 @@ class RowGenerator:
         return len(self.rows)
 
     def at(self, rows: slice | Tensor) -> RowGenerator:
-        """The same generator, in the same state, for some of its rows."""
+        """A generator in the same state for some of the rows."""
         part = copy.copy(self)
         part.rows = self.rows[rows]
         part._words = None if self._words is None else self._words[:, rows]
         return part
 
     def for_codes(self, name: str) -> RowGenerator:
-        """A second generator of the same rows, which draws nothing of this one."""
+        """A second, independent generator for the same rows; this one's state does not change."""
         return RowGenerator(f"{name}/{self.name}", self.rows, self.step)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal draws, (N, *shape) float32: two words u, v give sqrt(-2 ln u) (cos, sin)(2 pi v), in float64 (Box, Muller)."""
+        """Standard normal draws (N, *shape), float32.
+
+        Box-Muller in float64: two words u, v give sqrt(-2 ln u) (cos, sin)(2 pi v).
+        """
         count = math.prod(shape)
         words = self._blocks(-(-count // 4)).double()
         radius = words[::2].add_(1).mul_(2.0**-32).log_().mul_(-2).sqrt_()
@@ -58,11 +62,11 @@ class RowGenerator:
         return pairs.permute(1, 2, 0, 3).reshape(len(self), -1)[:, :count].float().reshape(len(self), *shape)
 
     def single_normal(self) -> Tensor:
-        """One standard normal draw a row, (N,) float32: the inverse of the distribution at the middle of the word's interval."""
+        """One standard normal draw per row, (N,) float32: the quantile at the middle of the word's interval."""
         return torch.special.ndtri((self._word().double() + 0.5) * 2.0**-32).float()
 
     def uniform(self, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Draws in [0, 1), (N, *shape) float32; one a row, (N,), where no shape is given."""
+        """Uniform draws in [0, 1), (N, *shape) float32; (N,) without a shape."""
         if shape is None:
             return (self._word() >> 8).float() * 2.0**-24
         count = math.prod(shape)
@@ -70,24 +74,24 @@ class RowGenerator:
         return ((words >> 8).float() * 2.0**-24).reshape(len(self), *shape)
 
     def integers(self, high: int) -> Tensor:
-        """One draw of 0 .. high - 1 a row, (N,) int64; high is far below 2^32."""
+        """One draw of 0 .. high - 1 per row, (N,) int64; high must be far below 2^32."""
         return (self._word() * high) >> 32
 
     def together(self, high: int) -> int:
-        """One draw of 0 .. high - 1 for all rows of the step: the same in every micro-batch and process."""
+        """One draw of 0 .. high - 1 for all rows of the step, the same in every micro-batch and process."""
         self._together += 1
         digest = hashlib.sha256(f"{self.name}/{self.step}/{self._together}".encode()).digest()
         return int.from_bytes(digest[:8], "little") % high
 
     def _blocks(self, count: int) -> Tensor:
-        """(4, N, count) words of the next draw."""
+        """The words of the next draw, (4, N, count)."""
         block = torch.arange(count, device=self.device)
         words = self._philox(block, self._wide)
         self._wide += 1
         return words
 
     def _word(self) -> Tensor:
-        """(N,): the next word of each row's sequence of single draws, four of which are made at a time."""
+        """The next word (N,) of each row's sequence of single draws, which are made four at a time."""
         place = self._single % 4
         if place == 0:
             self._words = self._philox(torch.tensor([self._single // 4], device=self.device), SINGLE).squeeze(-1)
@@ -113,28 +117,28 @@ Generator = torch.Generator | RowGenerator
 def normal_like(x: Tensor, generator: Generator | None = None) -> Tensor:
     """Standard normal draws with x's shape, device and dtype.
 
-    Drawn in float32 on the generator's device (x's without one) and then moved, so that a generator on the CPU gives the same noise to every
-    device and precision. A RowGenerator has one row for each of x's.
+    They are drawn in float32 on the generator's device (x's without a generator), then moved, so that a CPU generator
+    gives the same noise for every device and precision. A RowGenerator must have one row per row of x.
     """
     if isinstance(generator, RowGenerator):
         return generator.normal(tuple(x.shape[1:])).to(device=x.device, dtype=x.dtype)
     device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(
-        device=x.device, dtype=x.dtype
-    )
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32)
+    return noise.to(device=x.device, dtype=x.dtype)
 
 
 def normal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """torch.randn of a generator on the CPU, with first rows that do not depend on how many follow.
+    """torch.randn of a CPU generator, with rows that do not depend on how many follow.
 
-    torch makes normal numbers 16 at a time, and draws the last 16 again where their count is no multiple: here whole ones are drawn.
+    torch draws normal numbers 16 at a time, and redraws the last 16 unless the count is a multiple of 16; this function
+    rounds the count up.
     """
     count = math.prod(shape)
     return torch.randn(-(-count // CHUNK) * CHUNK, generator=generator)[:count].reshape(shape)
 
 
 def uniforms(n: int, device: torch.device | str, generator: Generator | None) -> Tensor:
-    """n float32 draws in [0, 1), drawn on the generator's device, then moved."""
+    """n uniform float32 draws in [0, 1), made on the generator's device, then moved."""
     if isinstance(generator, RowGenerator):
         return generator.uniform().to(device)
     where = device if generator is None else generator.device
@@ -142,7 +146,7 @@ def uniforms(n: int, device: torch.device | str, generator: Generator | None) ->
 
 
 def normals(n: int, device: torch.device | str, generator: Generator | None) -> Tensor:
-    """n float32 standard normal draws, drawn on the generator's device, then moved."""
+    """n standard normal float32 draws, made on the generator's device, then moved."""
     if isinstance(generator, RowGenerator):
         return generator.single_normal().to(device)
     where = device if generator is None else generator.device
@@ -164,7 +168,7 @@ def one_of(high: int, generator: Generator) -> int:
 
 
 def places_of(n: int, device: torch.device | str, generator: Generator | None) -> Tensor:
-    """Which samples of the run n draws are for, (n,) int64: the generator's rows, or the first n where it has none."""
+    """The indices (n,) int64 of the samples in the run: the generator's rows, or 0 .. n - 1 if it has none."""
     return generator.rows.to(device) if isinstance(generator, RowGenerator) else torch.arange(n, device=device)
 
 
@@ -173,7 +177,7 @@ def for_codes(generator: torch.Generator) -> torch.Generator: ...
 @overload
 def for_codes(generator: Generator | None) -> Generator | None: ...
 def for_codes(generator: Generator | None) -> Generator | None:
-    """A second stream of the generator's own seed. The first one is not touched: codes cost noise, times and the rest none of their draws."""
+    """A second generator from the same seed, for codes. The first one's state and later draws do not change."""
     if generator is None:
         return None
     return (
@@ -184,9 +188,10 @@ def for_codes(generator: Generator | None) -> Generator | None:
 
 
 def of_samples(generator: Generator, places: Tensor) -> RowGenerator:
-    """What samples at those places, (N,) int64, draw on their way: a function of the generator's state, which stays as it is.
+    """A generator for draws during sampling, for the samples `places`, (N,) int64.
 
-    Ask before the samples' starts are drawn, a function of whose number that state is. A RowGenerator gives its own rows at those places.
+    It is a function of the generator's state, which does not change. Call it before drawing the initial noise: the
+    state afterwards depends on the number of samples. A RowGenerator gives its own rows at those places.
     """
     if isinstance(generator, RowGenerator):
         return generator.at(places)

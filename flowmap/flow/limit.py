@@ -1,7 +1,8 @@
-"""Limits on predicted data: a velocity whose x0 leaves the allowed range becomes the velocity towards the x0 that is kept inside.
+"""Clipping and thresholding of the x0 that a velocity predicts, as a change of the velocity.
 
-Clock: 0 data, 1 noise. A velocity v at (x, t) predicts x0 = x - t v; with x0' in its place it is (x - x0') / t = v + (x0 - x0') / t. Diffusion
-samplers clip x0 at every step (Ho et al. 2020, arXiv:2006.11239) or threshold it (Saharia et al. 2022, arXiv:2205.11487).
+Clock: 0 data, 1 noise. A velocity v at (x, t) predicts x0 = x - t v; the velocity that predicts x0' instead is
+(x - x0') / t = v + (x0 - x0') / t. Diffusion samplers clip x0 at every step (Ho et al. 2020, arXiv:2006.11239) or
+threshold it (Saharia et al. 2022, arXiv:2205.11487).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flowmap.flow.types import broadcast_time
 
 @dataclass(frozen=True)
 class Clip:
-    """Every value of x0 in [-bound, bound]."""
+    """Clip x0 to [-bound, bound]."""
 
     bound: float = 1.0
 
@@ -31,7 +32,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Threshold:
-    """x0 clipped at +-s and divided by s, where s is the `ratio` quantile of one sample's |x0|, at least 1 and at most `most`."""
+    """Clip x0 to [-s, s] and divide it by s: the `ratio` quantile of a sample's |x0|, clamped to [1, most]."""
 
     ratio: float = 0.995
     most: float = 1.0
@@ -52,14 +53,13 @@ Limit = Clip | Threshold
 
 
 def limited(v: Tensor, x: Tensor, t: Tensor, limit: Limit, *, first: float = 1e-4, last: float = 1.0) -> Tensor:
-    """The velocity whose predicted x0 is the limited one; equal to v where the limit changes nothing.
+    """The velocity that predicts limit(x0); bit-equal to v where the limit changes nothing.
 
-    v and x are (B, ...), t is (B,). Below `first` x - x0 is divided by `first`, since 1 / t grows without bound. Above `last`, where a
-    schedule ends, t counts as `last`.
+    v and x are (B, ...), t is (B,). Below `first` the division is by `first`, since 1 / t is unbounded. Above `last`,
+    where a schedule ends, t is replaced by `last`.
     """
     t = wide(t).clamp(max=last)
     x0 = x - broadcast_time(t, x).to(x.dtype) * v
     kept = limit(x0)
-    return torch.where(
-        kept == x0, v, (x - kept) / broadcast_time(t.clamp(min=first), x).to(x.dtype)
-    )  # v as it is: no rounding where nothing changes
+    towards = (x - kept) / broadcast_time(t.clamp(min=first), x).to(x.dtype)
+    return torch.where(kept == x0, v, towards)

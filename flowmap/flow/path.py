@@ -1,16 +1,14 @@
-"""Paths xt = a(t) x0 + b(t) x1 from data (t = 0) to noise (t = 1), and the exchange of one network's prediction for another's.
+"""Paths xt = a(t) x0 + b(t) x1 from data (t = 0) to noise (t = 1), and conversions between kinds of predictions.
 
-A prediction is a row (p, q): it stands for p x0 + q x1. With the state (a, b) that makes two equations in x0 and x1, so any prediction
-turns into any other by one formula, wherever the answer is determined at all.
+A kind of prediction is a pair (p, q) and means p x0 + q x1. Together with the state a x0 + b x1 that gives two
+equations in x0 and x1, so one formula converts any kind to any other wherever the result is determined.
 
-    kind              p x0 + q x1                       who speaks it
-    x0                x0                                denoisers
-    epsilon           x1                                DDPM
-    velocity          a' x0 + b' x1 = d xt / dt         flows on this path
-    linear_velocity   x1 - x0                           flowmap: the velocity on the linear clock
-    v                 a x1 - b x0                       variance-preserving v-prediction (Salimans, Ho 2022, arXiv:2202.00512)
-    score             -x1 / b                           score models
-    trig              cos x1 - sin x0 / sigma_data      TrigFlow's F (sCM, arXiv:2410.11081), tan = b / (a sigma_data)
+    kind              p x0 + q x1                       used by x0                x0
+    denoisers epsilon           x1                                DDPM velocity          a' x0 + b' x1 = d xt / dt
+    flows on this path linear_velocity   x1 - x0                           flowmap: the velocity on the linear clock v
+    a x1 - b x0                       variance-preserving v-prediction (Salimans, Ho 2022, arXiv:2202.00512) score
+    -x1 / b                           score models trig              cos x1 - sin x0 / sigma_data      TrigFlow's F
+    (sCM, arXiv:2410.11081), tan = b / (a sigma_data)
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ PREDICTIONS = ("x0", "epsilon", "velocity", "linear_velocity", "v", "score", "tr
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The state is a x0 + b x1; a_rate and b_rate are da/dt and db/dt, None where a schedule is a table. Each is (B,) or 0-dim."""
+    """The state a x0 + b x1, and da/dt and db/dt, which tabulated schedules do not have. Each is (B,) or 0-dim."""
 
     a: Tensor
     b: Tensor
@@ -45,25 +43,24 @@ def wide(t: Tensor | float) -> Tensor:
 
 
 def convert(value: Tensor, x: Tensor, at: Coefficients, *, source: str, target: str, sigma_data: float = 1.0) -> Tensor:
-    """What a prediction `value` of kind `source`, made at the state x = a x0 + b x1, says in kind `target`.
+    """Convert a prediction `value` at the state x = a x0 + b x1 from kind `source` to kind `target`.
 
-    value and x are (B, ...); the result has x's dtype, its coefficients are worked out in float32 or better. It is inf or nan only where
-    the answer is undetermined: at b = 0 from "x0" to kinds that need x1, at a = 0 from "epsilon" or "score" to kinds that need x0,
-    "score" at b = 0. sigma_data is read by "trig" alone. Raises ValueError for a kind not in PREDICTIONS, or "velocity" without rates.
+    value and x are (B, ...); the result has x's dtype, and coefficients are computed in float32 or better. The result
+    is inf or nan only where it is undetermined: at b = 0 from "x0" to kinds that need x1, at a = 0 from "epsilon" or
+    "score" to kinds that need x0, and "score" at b = 0. sigma_data is used by "trig" only. Raises a ValueError for a
+    kind not in PREDICTIONS, or "velocity" without rates.
     """
     for name, kind in (("source", source), ("target", target)):
         if kind not in PREDICTIONS:
             raise ValueError(f"{name} is {kind!r}; allowed: {', '.join(PREDICTIONS)}")
     if source == target:
         return value
+    b = broadcast_time(at.b, x)
     if source == "score":
-        return convert(
-            -broadcast_time(at.b, x) * value, x, at, source="epsilon", target=target, sigma_data=sigma_data
-        ).to(x.dtype)
+        return convert(-b * value, x, at, source="epsilon", target=target, sigma_data=sigma_data).to(x.dtype)
     if target == "score":
-        return (
-            -convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data) / broadcast_time(at.b, x)
-        ).to(x.dtype)
+        epsilon = convert(value, x, at, source=source, target="epsilon", sigma_data=sigma_data)
+        return (-epsilon / b).to(x.dtype)
     p, q = _row(source, at, sigma_data)
     p_new, q_new = _row(target, at, sigma_data)
     determinant = at.a * q - at.b * p
@@ -73,19 +70,18 @@ def convert(value: Tensor, x: Tensor, at: Coefficients, *, source: str, target: 
 
 
 def to_linear(x: Tensor, at: Coefficients) -> tuple[Tensor, Tensor]:
-    """The state a x0 + b x1 as it stands on the linear path: (x / (a + b), t = b / (a + b))."""
+    """The state a x0 + b x1 on the linear path: (x / (a + b), t = b / (a + b))."""
     total = at.a + at.b
     return (x / broadcast_time(total, x)).to(x.dtype), at.b / total
 
 
 def _row(kind: str, at: Coefficients, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """(p, q) such that the prediction is p x0 + q x1; a "score" has been rescaled to "epsilon" before."""
+    """(p, q) such that the prediction is p x0 + q x1; the caller has converted "score" to "epsilon"."""
     a, b = at.a, at.b
     if kind == "velocity":
         if at.a_rate is None or at.b_rate is None:
-            raise ValueError(
-                "kind 'velocity' needs the rates da/dt and db/dt, which a tabulated schedule has not; use 'linear_velocity'"
-            )
+            needs = "kind 'velocity' needs the rates da/dt and db/dt"
+            raise ValueError(f"{needs}, which a tabulated schedule does not have; use 'linear_velocity'")
         return at.a_rate, at.b_rate
     if kind == "trig":
         radius = torch.hypot(a * sigma_data, b)
@@ -95,7 +91,7 @@ def _row(kind: str, at: Coefficients, sigma_data: float) -> tuple[Tensor, Tensor
 
 
 class _Path:
-    """What every path has, given coefficients(t) and from_linear_time(t)."""
+    """Base of all paths; a subclass defines coefficients(t) and from_linear_time(t)."""
 
     def coefficients(self, t: Tensor | float) -> Coefficients:
         raise NotImplementedError
@@ -115,7 +111,7 @@ class _Path:
             if time.shape != x0.shape[:1]:
                 raise ValueError(f"{name} must be ({x0.shape[0]},), got {tuple(time.shape)}")
         at = self.coefficients(t)
-        assert at.a_rate is not None and at.b_rate is not None  # only tables have none
+        assert at.a_rate is not None and at.b_rate is not None  # only tabulated schedules have none
         xt = broadcast_time(at.a, x0) * x0 + broadcast_time(at.b, x0) * x1
         vt = broadcast_time(at.a_rate, x0) * x0 + broadcast_time(at.b_rate, x0) * x1
         return PathSample(x0=x0, x1=x1, t=t, s=s, xt=xt.to(x0.dtype), vt=vt.to(x0.dtype), cond=cond)
@@ -123,11 +119,11 @@ class _Path:
     def convert(
         self, value: Tensor, xt: Tensor, t: Tensor | float, *, source: str, target: str, sigma_data: float = 1.0
     ) -> Tensor:
-        """A prediction of kind `source` at (xt, t) on this path, said in kind `target`: see flow.path.convert."""
+        """A prediction at (xt, t) on this path, converted from kind `source` to kind `target`: see convert above."""
         return convert(value, xt, self.coefficients(t), source=source, target=target, sigma_data=sigma_data)
 
     def to_linear(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The state (x, t) of this path as (x, t) on the linear path: same x0, same x1."""
+        """The state (x, t) of this path as (x, t) on the linear path, with the same x0 and x1."""
         return to_linear(x, self.coefficients(t))
 
     def from_linear(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -152,9 +148,9 @@ class Linear(_Path):
 
 @dataclass(frozen=True)
 class Trig(_Path):
-    """xt = cos(pi t / 2) x0 + sigma_data sin(pi t / 2) x1: TrigFlow (arXiv:2410.11081) with its angle in units of pi / 2.
+    """xt = cos(pi t / 2) x0 + sigma_data sin(pi t / 2) x1: TrigFlow (arXiv:2410.11081), angle in units of pi / 2.
 
-    With the data's std in sigma_data the state keeps that std at every t; sigma_data = 1 is the cosine schedule.
+    If sigma_data is the data's std, the state has that std at every t; sigma_data = 1 is the cosine schedule.
     """
 
     sigma_data: Positive = 1.0
@@ -175,11 +171,11 @@ class Trig(_Path):
 
 @dataclass(frozen=True)
 class VariancePreserving(_Path):
-    """xt = a x0 + sqrt(1 - a^2) x1, log a = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2: the VP SDE (Song et al. 2021,
-    arXiv:2011.13456).
+    """The VP SDE: xt = a x0 + sqrt(1 - a^2) x1 with log a = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2.
 
-    db/dt is infinite at t = 0: rates are those at t_min there. a(1) is not 0 (0.0066 with the defaults): linear times beyond
-    to_linear's largest (0.9935) come back from from_linear_time as 1.
+    Source: Song et al. 2021, arXiv:2011.13456. db/dt is infinite at t = 0, so rates below t_min are those at t_min.
+    a(1) is not 0 (0.0066 with the defaults): from_linear_time maps linear times above to_linear's largest (0.9935) to
+    1.
     """
 
     beta_min: Positive = 0.1

@@ -1,7 +1,8 @@
-"""Philox4x32-10, a counter-based generator: 128 random bits are a function of a 128-bit counter and a 64-bit key, with no state between calls.
+"""Philox4x32-10, a counter-based random generator: 128 random bits from a 128-bit counter and a 64-bit key, stateless.
 
-Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"; the Random123 library.  torch has no unsigned 32-bit
-arithmetic on all devices: words are int64 in [0, 2^32), and a product of two of them wraps around to the right 64 bits.
+Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"; the Random123 library. torch has
+no unsigned 32-bit arithmetic on all devices, so words are int64 in [0, 2^32); the product of two words wraps around to
+the correct 64 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> Tensor:
-    """(4, ...) int64 random words in [0, 2^32) of counters that are four words each, int64 tensors of one shape (...); the key is two words."""
+    """Random words (4, ...), int64 in [0, 2^32), for counters of four words, each an int64 tensor (...).
+
+    The key is two words.
+    """
     a, b, c, d = counter
     even, odd = torch.stack([c, a]), torch.stack([b, d])
     shape = (2, *[1] * a.ndim)

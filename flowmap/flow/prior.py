@@ -1,7 +1,8 @@
-"""Priors: where a path starts. x1 is shaped like x0; a learned prior looks at x0 through its code z, the Gaussian one does not.
+"""Priors: the distribution of x1, Gaussian or learned. A learned prior depends on x0 through a code z.
 
-Learned priors: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723): x1 = mu(z) + k sigma(z) eps, with z from the encoder of x0 in training and
-from a z-sampler otherwise.  `Learned` is what a recipe says; `LearnedPrior` is built of it and holds the networks.
+Learned priors follow LeDiFlow (Zwick et al. 2025, arXiv:2505.20723): x1 = mu(z) + k sigma(z) eps, with z from the
+encoder of x0 in training and from a code sampler otherwise. `Learned` is the setting in a recipe, `LearnedPrior` the
+object with the networks that is built from it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from flowmap.flow.types import Cond, Prior, RecipeView
 
 @dataclass(frozen=True)
 class Start:
-    """Where paths start: x1 (B, ...), what the network is told of it ({} or {"z": (B, Z)}), and the variance of x1's entries given z
-    (None: it is 1)."""
+    """Start points of paths.
+
+    x1 is (B, ...). conditioning: extra conditions for the network, {} or {"z": (B, Z)}. variance: that of the entries
+    of x1 given z; None means 1.
+    """
 
     x1: Tensor
     conditioning: Cond = field(default_factory=dict)
@@ -41,17 +45,20 @@ class Gaussian(BasePrior):
 
 
 class CodeSampler(Protocol):
-    """Says where codes come from at sampling."""
+    """Settings of the code distribution at sampling."""
 
 
 @dataclass(frozen=True)
 class NormalCodes:
-    """z ~ N(0, I), what the KL term pulls all codes together towards."""
+    """z ~ N(0, I), the target of the KL term."""
 
 
 @dataclass(frozen=True)
 class MixtureCodes:
-    """z from a mixture of `components` Gaussians of full covariance, fitted (EM, scikit-learn, `seed`) to codes of the training data."""
+    """z from a mixture of `components` Gaussians with full covariance, fitted to codes of the training data.
+
+    The fit is scikit-learn's EM with random state `seed`.
+    """
 
     components: Annotated[int, Range(1, 10_000)] = 16
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
@@ -62,7 +69,10 @@ class MixtureCodes:
 
 @dataclass(frozen=True)
 class FlowCodes:
-    """z from a flow that a recipe of its own (data of kind codes) trains, by `steps` Heun steps of it; overrides: key=value for that recipe."""
+    """z from a flow, sampled with `steps` Heun steps.
+
+    A separate recipe (with data of kind codes) trains the flow; overrides: key=value settings for that recipe.
+    """
 
     recipe: str
     steps: Calls = 8
@@ -77,10 +87,10 @@ CODE_SAMPLERS = {"normal": NormalCodes, "mixture": MixtureCodes, "flow": FlowCod
 
 @dataclass(frozen=True)
 class Learned(BasePrior):
-    """x1 = mu(z) + scale sigma(z) eps, by the auxiliary model that `recipe` trains (objective variance_guided).
+    """x1 = mu(z) + scale sigma(z) eps, with the auxiliary model that `recipe` trains (objective variance_guided).
 
-    conditioning: the network is given z as well. z: where codes come from at sampling; in training they are the encoder's. overrides: key=value for
-    the recipe.
+    conditioning: whether the network is also conditioned on z. z: the code distribution at sampling; in training codes
+    come from the encoder. overrides: key=value settings for the recipe.
     """
 
     recipe: str
@@ -100,7 +110,7 @@ class Learned(BasePrior):
             raise ValueError(
                 "prior: the codes of a learned prior know no conditions, so that it wants data.conditional: false"
             )
-        if any(metric.needs == "inversion" for metric in recipe.metrics):
+        if any(metric.normal_noise for metric in recipe.metrics):
             raise ValueError(
                 "metrics: inversion compares noise with N(0, I), and the prior is a learned one; leave it out"
             )
@@ -110,7 +120,7 @@ PRIORS = {"gaussian": Gaussian, "learned": Learned}
 
 
 class Codes(Protocol):
-    """A built z-sampler: noise (B, Z + 1), standard normal -> z (B, Z)."""
+    """A code sampler: standard normal noise (B, Z + 1) -> z (B, Z)."""
 
     def __call__(self, noise: Tensor) -> Tensor: ...
 
@@ -119,15 +129,15 @@ class Codes(Protocol):
     def double(self) -> Codes: ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is built of again."""
+        """The tensors from which it can be rebuilt."""
         ...
 
 
 class LearnedPrior(BasePrior):
-    """A built prior: an auxiliary model and a z-sampler, frozen, held without being a module.
+    """A learned prior: a frozen auxiliary model and a code sampler. It is not an nn.Module.
 
-    model: encode(x0) -> (mean, log-variance) of z, each (B, Z); decode(z) -> (mean, log-variance) of x1, each shaped like x0.
-    codes: noise (B, Z + 1), standard normal -> z (B, Z).
+    model: encode(x0) -> (mean, log-variance) of z, each (B, Z); decode(z) -> (mean, log-variance) of x1, each shaped
+    like x0. codes: standard normal noise (B, Z + 1) -> z (B, Z).
     """
 
     learned: ClassVar[bool] = True
@@ -137,21 +147,21 @@ class LearnedPrior(BasePrior):
 
     @torch.no_grad()
     def encode(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
-        """A code of each x0 (B, ...), drawn from the posterior; its mean where there is no generator."""
+        """The codes of x0 (B, ...): drawn from the posterior, or its mean without a generator."""
         with _without_autocast(x0):
             mean, logvar = self.model.encode(x0)
         return mean if generator is None else mean + (logvar / 2).exp() * normal_like(mean, generator)
 
     @torch.no_grad()
     def place(self, z: Tensor, noise: Tensor) -> Start:
-        """The start of the path whose code is z (B, Z) and whose noise is eps (B, ...)."""
+        """The start points for codes z (B, Z) and noise eps (B, ...)."""
         with _without_autocast(z):
             mean, logvar = self.model.decode(z)
         std = self.scale * (logvar / 2).exp()
         return Start(mean + std * noise, {"z": z} if self.conditioning else {}, std.square())
 
     def start(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
-        """Training's start: the code is cond["z"] or else the encoder's; eps is what the Gaussian prior would draw."""
+        """Start points for training: the code is cond["z"] or the encoder's; eps is the Gaussian prior's draw."""
         z = cond["z"] if cond and "z" in cond else self.encode(x0, for_codes(generator))
         return self.place(z, normal_like(x0, generator))
 
@@ -164,28 +174,28 @@ class LearnedPrior(BasePrior):
         return self
 
     def exact(self) -> LearnedPrior:
-        """Itself in float64 on the CPU: rounded to float32, its starts do not depend on how many are computed at once."""
+        """A float64 copy on the CPU. Its start points, rounded to float32, do not depend on the batch size."""
         model, codes = (copy.deepcopy(part).to("cpu").double() for part in (self.model, self.codes))
         return LearnedPrior(model, codes, self.size, scale=self.scale, conditioning=self.conditioning)
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    """Inside, where paths start is computed as precisely as it is given, whatever the training's precision."""
+    """A context that disables autocast, so that start points are computed in the precision of x."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 @runtime_checkable
 class WithStart(Protocol):
-    """A prior that says more of a start than x1."""
+    """A prior that provides conditioning and variance besides x1."""
 
     def start(self, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start: ...
 
 
 def start_of(prior: Prior, x0: Tensor, cond: Cond | None, generator: Generator | None) -> Start:
-    """Training's start by any prior, one that has no more than `sample` included."""
-    return (
-        prior.start(x0, cond, generator) if isinstance(prior, WithStart) else Start(prior.sample(x0, cond, generator))
-    )
+    """Start points for training from any prior, including one with `sample` only."""
+    if isinstance(prior, WithStart):
+        return prior.start(x0, cond, generator)
+    return Start(prior.sample(x0, cond, generator))
 
 
 @torch.no_grad()
@@ -198,10 +208,10 @@ def starts(
     z: Tensor | None = None,
     batch_size: int = 256,
 ) -> Start:
-    """Where `num` samples start, float32 on the CPU: a function of the generator's seed, and sample i's whatever `num` is. None is the
-    Gaussian prior.
+    """Start points of `num` samples, float32 on the CPU. That of sample i depends on the seed, not on `num`.
 
-    eps are the draws that the Gaussian prior would make; codes are drawn beside them, unless z (num, Z) is given.
+    A prior of None is the Gaussian one. eps are the draws that the Gaussian prior would make; codes come from a second
+    generator, unless z (num, Z) is given.
     """
     noise = normal_rows((num, *shape), generator)
     if prior is None:
@@ -214,7 +224,7 @@ def starts(
 def placed(
     prior: LearnedPrior, noise: Tensor, coarse: Tensor, *, z: Tensor | None = None, batch_size: int = 256
 ) -> Start:
-    """The starts of that noise (N, ...) and of the codes that coarse (N, Z + 1) or z stands for, batch by batch, on the CPU."""
+    """Start points for noise (N, ...) and codes z, or codes sampled from coarse (N, Z + 1); by batches, on the CPU."""
     where = next(prior.model.parameters())
     like = dict(device=where.device, dtype=where.dtype)
     parts = []
@@ -234,13 +244,15 @@ def placed(
 
 
 def conditioning_rows(start: Start, rows: slice | Tensor, device: torch.device | str) -> dict[str, Tensor]:
-    """What the network is told at those rows, on that device."""
+    """The conditioning of those rows, on that device."""
     return {key: value[rows].to(device) for key, value in start.conditioning.items()}
 
 
 def chi_square(squared_norms: list[float], dims: int) -> dict[str, float]:
-    """How squared norms of noise in D dimensions compare with chi^2_D, whose mean is D and std sqrt(2 D): that of their mean, in standard
-    errors (z), and the probability of one as far (p, by the normal law that means of many have)."""
+    """Compare squared norms of noise in D dimensions with chi^2_D, which has mean D and std sqrt(2 D).
+
+    z is the deviation of their mean in standard errors; p is the two-sided p-value by the central limit theorem.
+    """
     norms = torch.tensor(squared_norms, dtype=torch.float64)
     z = float((norms.mean() - dims) / math.sqrt(2 * dims / len(norms)))
     mean, std = float(norms.mean()), float(norms.std()) if len(norms) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""Randomness as a function of a name: nothing is saved, and any process draws the same."""
+"""Random generators seeded by a name, the same in every process, so that no generator state need be saved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def seeded(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on that device, seeded by a hash of the name."""
+    """A generator on the device, seeded by a hash of the name."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))

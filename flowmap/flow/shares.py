@@ -1,6 +1,7 @@
-"""Shares of the samples, by a rule: which of them are in a share is a function of how many of the run's samples came before, not of the batch.
+"""Deterministic selection of a share of the samples, as a function of a sample's index in the run, not of the batch.
 
-Of the first n samples a share has n times itself, to within one; of every n for which that number is whole, from a multiple of n on, exactly it.
+Of the first n samples, share * n are selected, to within one. If share * n is a whole number, exactly that many are
+selected of every n samples that start at a multiple of n.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-FINEST = 10**6  # the largest denominator: of a share that is not a fraction of so many the nearest one is taken
+FINEST = 10**6  # the largest denominator: other shares are rounded to the nearest such fraction
 
 
 def fraction(share: float | Fraction) -> Fraction:
-    """A share as a fraction, which floats only approach: 0.15 is 3 / 20."""
+    """A share as an exact fraction: 0.15 becomes 3 / 20."""
     return Fraction(share).limit_denominator(FINEST)
 
 
 def taken(count: Tensor, share: float | Fraction, *, turned: int | None = None) -> Tensor:
-    """How many of the first `count` samples are in that share, (N,) int64: evenly spread, floor(count * share).
+    """The number of the first `count` samples that are selected, (N,) int64: evenly spread, floor(count * share).
 
-    turned: a number that names the share. Then, in every stretch of as many samples as the fraction's denominator, it begins elsewhere, by a
-    hash of the stretch: a share of the samples that are in another one has its part of those as well, whatever the two periods are.
+    turned: an id of the share. With it, every period (as many samples as the fraction's denominator) is rotated by a
+    hash of the period and the id, so that two shares with related periods are selected independently.
     """
     part = fraction(share)
     stretch, within = count // part.denominator, count % part.denominator
@@ -33,17 +34,16 @@ def taken(count: Tensor, share: float | Fraction, *, turned: int | None = None) 
 
 
 def evenly(count: Tensor, share: float | Fraction, *, turned: int | None = None) -> Tensor:
-    """Whether the sample that comes after `count` others is in that share, a mask."""
+    """Whether the samples with index `count` are selected, a mask."""
     part = fraction(share)
     within = count % part.denominator
     begins = 0 if turned is None else hashed(count // part.denominator, turned)
-    return (
-        (begins + within) % part.denominator * part.numerator
-    ) % part.denominator >= part.denominator - part.numerator
+    place = (begins + within) % part.denominator
+    return (place * part.numerator) % part.denominator >= part.denominator - part.numerator
 
 
 def hashed(x: Tensor, salt: int) -> Tensor:
-    """A hash of each number of x, int64 and not negative: the finalizer of MurmurHash3, in arithmetic that wraps around."""
+    """A non-negative int64 hash of each entry of x: the finalizer of MurmurHash3, in wrap-around arithmetic."""
     x = x + salt * 0x9E3779B97F4A7C1
     for factor in (-0xAE502812AA7333, -0x3B314601E57A13AD):
         x = (x ^ (x >> 33 & 0x7FFFFFFF)) * factor
@@ -51,10 +51,10 @@ def hashed(x: Tensor, salt: int) -> Tensor:
 
 
 def called_on(rows: Tensor, student) -> Tensor | None:
-    """The places (n,) of the rows of a mask that the network is to be called on; None where it is not called.
+    """The indices (n,) of the masked rows for which to call the network; None if it is not to be called.
 
-    Where weights are sharded over processes every one of them must call the network as often as the others: one that has no such rows, while
-    another has, gets its first row, which is not in the mask and must be given no weight.
+    If weights are sharded over processes, all of them must call the network equally often. A process without masked
+    rows then gets row 0 if another process has some; the caller must give that row no weight.
     """
     if not anywhere(rows, student):
         return None
@@ -63,7 +63,7 @@ def called_on(rows: Tensor, student) -> Tensor | None:
 
 
 def anywhere(rows: Tensor, student) -> bool:
-    """Whether the mask has a row; on any process, where weights are sharded."""
+    """Whether the mask has a row, on any process if weights are sharded."""
     found = rows.any().float()
     if sharded(student):
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
@@ -71,6 +71,6 @@ def anywhere(rows: Tensor, student) -> bool:
 
 
 def sharded(student) -> bool:
-    """Whether its weights lie on several processes (FSDP2), so that a call of it is one of all processes."""
+    """Whether the student's weights are sharded over processes (FSDP2), so that all of them must call it together."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(student, fsdp.FSDPModule)

@@ -1,4 +1,4 @@
-"""Solvers of dx/dt = v(x, t), from noise to data (times fall) or from data to noise (times rise), with the network's calls counted.
+"""Solvers of dx/dt = v(x, t), from noise to data or from data to noise, that count the network's calls.
 
 A velocity is any callable (x (B, ...), t (B,)) -> (B, ...). A solver records a graph unless it is called under no_grad.
 """
@@ -20,7 +20,7 @@ GRIDS = ("uniform", "rho")
 
 @dataclass(frozen=True)
 class Solution:
-    """x where the times end, the states at every time (N + 1, B, ...) if asked for, and how often the velocity was called."""
+    """The final x, the states at every time (N + 1, B, ...) if they were kept, and the number of velocity calls."""
 
     x: Tensor
     trajectory: Tensor | None
@@ -28,21 +28,21 @@ class Solution:
 
 
 def uniform_times(steps: int, start: float = 1.0, end: float = 0.0) -> tuple[float, ...]:
-    """steps + 1 equally spaced times, exactly `start` first and `end` last."""
+    """steps + 1 equally spaced times, from exactly `start` to exactly `end`."""
     _check_steps(steps)
     return (start, *(start + (end - start) * i / steps for i in range(1, steps)), end)
 
 
 def rho_times(steps: int, *, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> tuple[float, ...]:
-    """EDM's grid on our clock: sigma from sigma_max to sigma_min, even in sigma^(1/rho), then 0; t = sigma / (1 + sigma).
+    """EDM's grid on our clock: sigma from sigma_max to sigma_min, even in sigma^(1/rho), then 0.
 
-    It starts at t = sigma_max / (1 + sigma_max), below 1, where EDM's state is t x1. (Karras et al. 2022, arXiv:2206.00364, eq. 5.)
+    t is sigma / (1 + sigma), so it starts at sigma_max / (1 + sigma_max), below 1. Source: Karras et al. 2022,
+    arXiv:2206.00364, eq. 5.
     """
     _check_steps(steps)
     if not (rho > 0 and 0 < sigma_min <= sigma_max):
-        raise ValueError(
-            f"rho, sigma_min, sigma_max are {rho!r}, {sigma_min!r}, {sigma_max!r}; allowed: above 0, sigma_min <= sigma_max"
-        )
+        allowed = "above 0, sigma_min <= sigma_max"
+        raise ValueError(f"rho, sigma_min, sigma_max are {rho!r}, {sigma_min!r}, {sigma_max!r}; allowed: {allowed}")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     sigmas = [(high + (low - high) * i / max(steps - 1, 1)) ** rho for i in range(steps)]
     return (*(sigma / (1 + sigma) for sigma in sigmas), 0.0)
@@ -51,10 +51,10 @@ def rho_times(steps: int, *, rho: float = 7.0, sigma_min: float = 0.002, sigma_m
 def integrate(
     velocity: Velocity, x: Tensor, times: Sequence[float] | Tensor, *, step: Step, keep: bool = False
 ) -> Solution:
-    """x carried along the velocity through `times`, which fall or rise strictly.
+    """Integrate the velocity from x over `times`, which must be strictly decreasing or strictly increasing.
 
-    The state is kept in float32 or better, the velocity sees x's own dtype and times (B,) in float32 (float64 for a float64 x).
-    Raises ValueError for fewer than two times, or times that turn back.
+    The state is kept in float32 or better; the velocity gets x in its own dtype and times (B,) in float32 (float64
+    for a float64 x). Raises a ValueError for fewer than two times, or times that are not monotonic.
     """
     times = [float(t) for t in times]
     forward = all(t < s for t, s in zip(times, times[1:], strict=False))
@@ -72,7 +72,7 @@ def integrate(
 
 
 class _Counted:
-    """A velocity asked at one number t for the whole batch, which counts how often."""
+    """A velocity that takes one number t for the whole batch and counts its calls."""
 
     def __init__(self, velocity: Velocity, x: Tensor):
         self.velocity, self.calls, self.dtype = velocity, 0, x.dtype
@@ -112,10 +112,10 @@ def rk4_step(v, x: Tensor, t: float, s: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Solver:
-    """Settings of a solver: how many steps, on which grid.
+    """Base of all solvers: the number of steps and the time grid.
 
-    grid "uniform" is even in t. grid "rho" is EDM's, with its first time moved from sigma_max / (1 + sigma_max) to exactly 1, where x is
-    pure noise; it runs between 1 and 0 only.
+    grid "uniform" is even in t. grid "rho" is EDM's, with its first time moved from sigma_max / (1 + sigma_max) to
+    exactly 1, where x is pure noise; it is defined between 1 and 0 only.
     """
 
     steps: Calls = 50
@@ -147,13 +147,13 @@ class Solver:
     def __call__(
         self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False
     ) -> Solution:
-        """x at time `start`, (B, ...), carried to time `end`; start < end inverts data to noise."""
+        """Integrate from x (B, ...) at time `start` to time `end`; start < end maps data to noise."""
         return integrate(velocity, x, self.times(start, end), step=self.step, keep=keep)
 
 
 @dataclass(frozen=True)
 class Euler(Solver):
-    """Order 1, one call a step. On EDM's grid it is DDIM."""
+    """Order 1, one call per step. On EDM's grid it is DDIM."""
 
     def step(self, v, x: Tensor, t: float, s: float) -> Tensor:
         return euler_step(v, x, t, s)
@@ -161,7 +161,7 @@ class Euler(Solver):
 
 @dataclass(frozen=True)
 class Midpoint(Solver):
-    """Order 2, two calls a step; never asks at the end of a step."""
+    """Order 2, two calls per step, none of them at the end of the step."""
 
     def step(self, v, x: Tensor, t: float, s: float) -> Tensor:
         return midpoint_step(v, x, t, s)
@@ -169,7 +169,7 @@ class Midpoint(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Order 2, two calls a step; with euler_last the step that arrives at t = 0 is an Euler step (EDM's way: 2 steps - 1 calls)."""
+    """Order 2, two calls per step. With euler_last the step to t = 0 is an Euler step, as in EDM: 2 steps - 1 calls."""
 
     euler_last: bool = False
 
@@ -179,7 +179,7 @@ class Heun(Solver):
 
 @dataclass(frozen=True)
 class RK4(Solver):
-    """Order 4, four calls a step."""
+    """Order 4, four calls per step."""
 
     def step(self, v, x: Tensor, t: float, s: float) -> Tensor:
         return rk4_step(v, x, t, s)
@@ -187,18 +187,18 @@ class RK4(Solver):
 
 @dataclass(frozen=True)
 class NoiseAnchored(Solver):
-    """2-rectified flow++'s rule (arXiv:2405.20320): x0_hat = x - t v, then x = (1 - s) x0_hat + s x1, with x1 the noise of the start.
+    """The sampler of 2-rectified flow++ (arXiv:2405.20320): x0_hat = x - t v, then x = (1 - s) x0_hat + s x1.
 
-    Euler's own result where paths are straight, and in 1 or 2 steps down to 0 everywhere. One call a step; from t = 1 towards 0 only.
+    x1 is the initial noise. The result equals Euler's for straight paths, and for any paths with 1 or 2 steps down to
+    0. One call per step; from t = 1 towards 0 only.
     """
 
     def __call__(
         self, velocity: Velocity, x: Tensor, *, start: float = 1.0, end: float = 0.0, keep: bool = False
     ) -> Solution:
         if start != 1 or not 0 <= end < 1:
-            raise ValueError(
-                f"start, end are {start!r}, {end!r}; allowed for the anchored rule: start 1, end in [0, 1)"
-            )
+            allowed = "allowed for the anchored rule: start 1, end in [0, 1)"
+            raise ValueError(f"start, end are {start!r}, {end!r}; {allowed}")
         noise = x if x.dtype == torch.float64 else x.float()
 
         def step(v, x, t, s):
@@ -208,7 +208,7 @@ class NoiseAnchored(Solver):
 
 
 def invert(velocity: Velocity, x0: Tensor, solver: Solver) -> Solution:
-    """The noise x1 whose path along the velocity ends in x0, both (B, ...): the solver's steps run from t = 0 to t = 1."""
+    """The noise x1 that the velocity maps to x0, both (B, ...): the solver integrates from t = 0 to t = 1."""
     return solver(velocity, x0, start=0.0, end=1.0)
 
 

@@ -1,8 +1,8 @@
-"""Times: the law of the pairs (t, s) that a training step looks at, 0 <= s <= t <= 1, t = 1 is noise.
+"""Time samplers: distributions of the training pairs (t, s), 0 <= s <= t <= 1, where t = 1 is noise.
 
-Each sampler is called with n and gives (t, s), both (n,) float32. `density(t)` is the probability density of t's marginal (Dyadic's has none).
-Laws of a single time come with a field `pairs`: "diagonal" is s = t (flow matching), "sorted" draws twice and gives the later to t,
-"consistency" is s = 0.
+A sampler is called with n and returns (t, s), both (n,) float32. `density(t)` is the density of t's marginal (Dyadic
+has none). Distributions of a single time have a field `pairs`: "diagonal" is s = t (flow matching), "sorted" draws
+twice and takes the larger as t, "consistency" is s = 0.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ENDS = ("departure", "arrival")
 
 @runtime_checkable
 class WithDensity(Protocol):
-    """Times of which t has a density."""
+    """Time samplers with a density of t."""
 
     def density(self, t: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
 class WithDensities(WithDensity, Protocol):
-    """Times of which s has one as well."""
+    """Time samplers with densities of t and s."""
 
     def arrival_density(self, s: Tensor) -> Tensor: ...
 
 
 class _OneLaw:
-    """Pairs made of one law of times; a subclass gives draw, density_of_one and distribution (its cumulative function)."""
+    """Pairs from one distribution of times; a subclass defines draw, density_of_one and distribution (its CDF)."""
 
     pairs: str
 
@@ -69,7 +69,7 @@ class _OneLaw:
         return torch.maximum(t, other), torch.minimum(t, other)
 
     def density(self, t: Tensor) -> Tensor:
-        """The density of t; of the larger of two draws, 2 p P, where pairs are sorted."""
+        """The density of t; for sorted pairs that of the larger of two draws, 2 p P."""
         one = self.density_of_one(t)
         return 2 * one * self.distribution(t) if self.pairs == "sorted" else one
 
@@ -102,7 +102,7 @@ class Uniform(_OneLaw):
 
 @dataclass(frozen=True)
 class LogitNormal(_OneLaw):
-    """log(t / (1 - t)) ~ N(mean, std^2): on our clock that is log sigma ~ N(mean, std^2), the law of EDM's noise levels."""
+    """log(t / (1 - t)) ~ N(mean, std^2): on our clock log sigma ~ N(mean, std^2), EDM's noise levels."""
 
     mean: Annotated[float, Range(-50, 50)] = 0.0
     std: Annotated[float, Range(0, 50, above=True)] = 1.0
@@ -128,8 +128,8 @@ class LogitNormal(_OneLaw):
 class UShaped(_OneLaw):
     """Density proportional to cosh(a (t - 1/2)) on [edge, 1 - edge]: 2-rectified flow++ (arXiv:2405.20320), a = 4.
 
-    Drawn as e = log(1 + u (e^a - 1)) / a, then e or 1 - e with probability 1/2. The paper's printed formula is not symmetric; this is
-    what was run.
+    Drawn as e = log(1 + u (e^a - 1)) / a, then e or 1 - e with probability 1/2. The formula in the paper is not
+    symmetric; this one is that of its code.
     """
 
     a: Annotated[float, Range(0, 50, above=True)] = 4.0
@@ -159,7 +159,7 @@ class UShaped(_OneLaw):
 class Interval:
     """Interval d = sigmoid(N(mean, std^2)), s ~ U(0, 1 - d), t = s + d: Align Your Flow (arXiv:2506.14603).
 
-    (-0.8, 1.0) gives jumps longer than 0.9 to 0.14 % of the draws: see Mixture for a share of exact (1, 0).
+    With (-0.8, 1.0), 0.14 % of the draws have d > 0.9: see Mixture for a share of exactly (1, 0).
     """
 
     mean: Annotated[float, Range(-50, 50)] = -0.8
@@ -186,11 +186,11 @@ class Interval:
         return torch.where((t >= 0) & (t <= 1), density, torch.zeros_like(t))
 
     def arrival_density(self, s: Tensor) -> Tensor:
-        """The density of s, which has the law of 1 - t."""
+        """The density of s, which is distributed as 1 - t."""
         return self.density(1 - s)
 
     def joint_density(self, t: Tensor, s: Tensor) -> Tensor:
-        """The density of (t, s) together: p(d) / (1 - d) at d = t - s, 0 outside 0 <= s < t <= 1."""
+        """The joint density of (t, s): p(d) / (1 - d) at d = t - s, 0 outside 0 <= s < t <= 1."""
         d = t - s
         inside = (s >= 0) & (t <= 1) & (d > 0) & (d < 1)
         of_d = LogitNormal(self.mean, self.std).density(d)
@@ -199,7 +199,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Consistency:
-    """t by the named law, s = 0: consistency training. law "logit_normal" reads mean and std; "uniform" does not."""
+    """t from the distribution `law`, s = 0: consistency training. mean and std are for "logit_normal" only."""
 
     law: str = "logit_normal"
     mean: Annotated[float, Range(-50, 50)] = -0.8
@@ -226,9 +226,10 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Dyadic:
-    """Jumps of 1, 1/2, 1/4 ... 1/finest with equal chances, from a multiple of their own length: shortcut models (arXiv:2410.12557).
+    """Jumps of length 1, 1/2, 1/4 ... 1/finest with equal probability, at multiples of their length.
 
-    A share `diagonal` of the samples (flow/shares.py) has s = t instead, at any multiple of 1/finest but 0.
+    Source: shortcut models, arXiv:2410.12557. A share `diagonal` of the samples (flow/shares.py) has s = t instead,
+    at a nonzero multiple of 1/finest.
     """
 
     finest: Annotated[int, Range(1, 2**20)] = 64
@@ -242,7 +243,7 @@ class Dyadic:
     def __call__(
         self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are multiples of it, exactly."""
+        """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are exact multiples of it."""
         which, where = uniforms(n, device, generator), uniforms(n, device, generator)
         still = evenly(places_of(n, which.device, generator), self.diagonal)
         jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
@@ -254,11 +255,12 @@ class Dyadic:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A base law in which a share `one_step` of the samples is exactly (1, 0) and a share `diagonal` has s = t.
+    """A base distribution, with a share `one_step` of the samples at exactly (1, 0) and a share `diagonal` with s = t.
 
-    diagonal_at says at which end of the drawn interval: "departure" is at t, "arrival" at s, which lies nearer to data; many short steps
-    need the velocity there. Shares are evenly spread over the samples of the run (flow/shares.py), however they are batched: they hold to
-    within one sample from the start to any step, and exactly in every batch in which they are whole numbers.
+    diagonal_at: the end of the drawn interval to use for both times, "departure" (t) or "arrival" (s), which is
+    nearer to data; sampling with many short steps needs the velocity there. Shares are evenly spread over the samples
+    of the run (flow/shares.py), however they are batched: they are exact to within one sample up to any step, and
+    exact in every batch in which they are whole numbers.
     """
 
     base: TimeSampler = field(default_factory=Interval)
@@ -279,7 +281,7 @@ class Mixture:
             raise ValueError(f"one_step + diagonal is {self.one_step + self.diagonal!r}; allowed: at most 1")
 
     def members(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """(which of the samples at those places of the run, (N,) int64, are (1, 0), which are diagonal), masks (N,)."""
+        """Masks (N,) of the samples with indices `place`, (N,) int64, that are (1, 0), and that are diagonal."""
         one_step = fraction(self.one_step)
         rest = min(fraction(self.diagonal) / (1 - one_step), Fraction(1)) if one_step < 1 else Fraction(0)
         jumps = evenly(place, one_step)
@@ -288,7 +290,7 @@ class Mixture:
     def __call__(
         self, n: int, *, device: torch.device | str = "cpu", generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """n pairs (t, s), each (n,) float32 on `device`; the base draws n whatever the shares."""
+        """n pairs (t, s), each (n,) float32 on `device`; the base draws n pairs whatever the shares."""
         t, s = self.base(n, device=device, generator=generator)
         jumps, still = self.members(places_of(n, t.device, generator))
         t = torch.where(jumps, torch.ones_like(t), t)
@@ -296,7 +298,7 @@ class Mixture:
         return (torch.where(still, s, t), s) if self.diagonal_at == "arrival" else (t, torch.where(still, t, s))
 
     def density(self, t: Tensor) -> Tensor:
-        """The density of t beside the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
+        """The density of t without the atom of mass one_step at t = 1: it integrates to 1 - one_step."""
         assert isinstance(self.base, WithDensity)
         at = whole = self.base.density(t)
         if self.diagonal_at == "arrival":

@@ -1,4 +1,4 @@
-"""The nouns that every other file speaks: a drawn point, a loss, and the protocols of the parts that meet.
+"""The shared types: path samples, losses, and the protocols of teachers, students, paths, priors and so on.
 
 Clock, everywhere: t = 0 is data, t = 1 is noise; t is the departure, s the arrival, 0 <= s <= t <= 1.
 Letters: x0 data, x1 noise, xt the point at t, vt the conditional velocity d xt / dt.
@@ -16,16 +16,16 @@ from torch import Tensor
 from flowmap.flow.draws import Generator
 
 Cond = Mapping[str, Tensor]
-"""What a velocity is conditioned on, one row a sample: "class" (B,) int64 with -1 for "no class", "guidance" (B,) float, "text" ..."""
+"""Conditions by name, one row per sample: "class" (B,) int64 with -1 for no class, "guidance" (B,) float, "text" ..."""
 
 
 @dataclass(frozen=True)
 class PathSample:
     """All randomness of a training step, drawn before an objective sees it.
 
-    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of x1's entries, given what a
-    learned prior knows of them (B, ...); None where it is 1. place: how many samples of the run come before each, (B,) int64; None where
-    there is no run.
+    x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of the
+    entries of x1 given the code of a learned prior, (B, ...); None means 1. place: the index of each sample in the run,
+    (B,) int64; None outside a run.
     """
 
     x0: Tensor
@@ -39,14 +39,14 @@ class PathSample:
     place: Tensor | None = None
 
     def places(self, step: int) -> Tensor:
-        """`place`, or where there is none those of a run whose every step has one batch of this size."""
-        return (
-            step * len(self.t) + torch.arange(len(self.t), device=self.t.device) if self.place is None else self.place
-        )
+        """`place`; without one, the indices in a run with one batch of this size per step."""
+        if self.place is not None:
+            return self.place
+        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device)
 
 
 def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
-    """The sample with those rows alone, in that order; rows is an index or a mask."""
+    """The sample restricted to `rows`, an index or a mask."""
     cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
     parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
     more: dict[str, Any] = {
@@ -57,9 +57,10 @@ def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
 
 @dataclass(frozen=True)
 class Loss:
-    """The value to descend, with what is worth watching.
+    """The value to minimise, and quantities to log.
 
-    value is a scalar that carries grad. logs are detached: a scalar is logged as train/<key>; a (B,) vector is also shown by bins of t.
+    value is a scalar with a graph. logs are detached: a scalar is logged as train/<key>; a (B,) vector is also logged
+    by bins of t.
     """
 
     value: Tensor
@@ -67,7 +68,7 @@ class Loss:
 
 
 class Teacher(Protocol):
-    """A frozen velocity field v(x, t) = E[x1 - x0 | xt = x] on our clock; never needs grad."""
+    """A frozen velocity field v(x, t) = E[x1 - x0 | xt = x] on our clock; it never needs gradients."""
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor: ...
 
@@ -81,7 +82,7 @@ class FlowMap(Protocol):
 
 
 class Path(Protocol):
-    """How data and noise are joined: xt = a(t) x0 + b(t) x1."""
+    """An interpolation of data and noise: xt = a(t) x0 + b(t) x1."""
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> PathSample: ...
 
@@ -175,8 +176,9 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student.
 
-    steps: the step counts that evaluation reports. jumps_to_data: every call of the student goes to t = 0. A subclass
-    of samplers/grids.py's FewStep has all members but `__call__`.
+    steps: the step counts that evaluation reports. calls(steps): the number of calls of the student for that count.
+    jumps_to_data: every call of the student goes to t = 0. A subclass of
+    samplers/grids.py's FewStep has all members but `__call__`.
     """
 
     @property
@@ -222,13 +224,16 @@ class DataView(Protocol):
 
 
 class MetricView(Protocol):
-    """What a part reads of a metric. features: the network that gives its features, None where it uses none."""
+    """What a part reads of a metric.
+
+    normal_noise: it expects noise of N(0, I). feature_space: the network in whose features it compares, None if none.
+    """
 
     @property
-    def needs(self) -> str: ...
+    def normal_noise(self) -> bool: ...
 
     @property
-    def features(self) -> str | None: ...
+    def feature_space(self) -> str | None: ...
 
 
 class TeacherView(Protocol):
@@ -286,9 +291,10 @@ class RecipeView(Protocol):
 
 
 def broadcast_time(t: Tensor | float, x: Tensor) -> Tensor:
-    """t reshaped to multiply x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor. The one place that broadcasts times.
+    """t reshaped to broadcast against x: (B,) becomes (B, 1, ..., 1); a number becomes a 0-dim tensor.
 
-    The dtype of t is kept when it is wider than x's (times stay in float32 or better). Raises ValueError unless t is a scalar or (B,).
+    The dtype of t does not change, so times stay in float32 or better. Raises a ValueError unless t is a scalar or
+    (B,).
     """
     t = torch.as_tensor(t, device=x.device)
     if t.ndim == 0:

@@ -9,6 +9,7 @@ from flowmap.metrics.baseline import baseline, baselines
 from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.spec import Drawn, Spec
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
 from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
@@ -41,6 +42,8 @@ __all__ = [
     "PrecisionRecall",
     "Retrieval",
     "Samples",
+    "Drawn",
+    "Spec",
     "Straightness",
     "check_metrics",
     "baseline",

@@ -1,22 +1,63 @@
-"""What a recipe may ask for of samples with their conditions: does each show what was asked for?  `needs` and `report`: see specs.py."""
+"""Metrics of samples with their conditions: does each sample show what was asked for?"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from flowmap.flow.types import Cond
+from flowmap.metrics.against import HasReferences
 from flowmap.metrics.features import build_features, short_name
-from flowmap.metrics.spec import MAX_SAMPLES, InFeatures, Sizes, some, within
+from flowmap.metrics.spec import MAX_SAMPLES, Classes, Drawn, InFeatures, Sizes, share, some, within
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.agreement import CaptionRetrieval, ClassAgreement
 
 
+class OfConditions(InFeatures):
+    """A metric of samples with their conditions, fitted to the training samples and theirs."""
+
+    def build(self, reference: Tensor, conditions: Cond) -> Any:
+        """The metric, fitted to the reference (N, ...) with its conditions (N, ...)."""
+        raise NotImplementedError
+
+    def report(self, metric: Any) -> dict[str, float]:
+        """The figures of what the metric has counted, under their names."""
+        raise NotImplementedError
+
+    def build_on(self, data: HasReferences) -> Any:
+        return self.build(data.reference, data.reference_conditions)
+
+    def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
+        metric.reset()
+        conditions = {key: value.cpu() for key, value in drawn.conditions(self.images).items()}
+        metric.update(drawn.samples(self.images), conditions)
+        return self.report(metric)
+
+    def baseline(self, metric: Any, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
+        """The figures of held-out samples with their own conditions, and, as `..._shuffled`, with those of others.
+
+        The first is the ceiling, the second is chance. At most `images` samples; {} where no held-out sample has a
+        condition.
+        """
+        held_out, cond = some(data.held_out, self.images), data.held_out_samples()[1]
+        cond = {key: some(value, self.images) for key, value in cond.items()}
+        if not len(held_out) or not cond:
+            return {}
+        found: dict[str, float] = {}
+        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))
+        for suffix, rows in (("", torch.arange(len(held_out))), ("_shuffled", order)):
+            metric.reset()
+            metric.update(share(held_out), {key: share(value[rows]) for key, value in cond.items()})
+            found |= {f"{key}{suffix}": value for key, value in self.report(metric).items()}
+        return found
+
+
 @dataclass(frozen=True)
-class Agreement(InFeatures):
+class Agreement(OfConditions):
     """The share of `images` samples in which a classifier sees the class that they were asked for.
 
     The classifier, a support vector machine on `features`, is fitted to `reference_images` real samples (None: all) and used by no loss.
@@ -27,11 +68,18 @@ class Agreement(InFeatures):
     features: str = "pixels"
     images: int = 2000
     reference_images: int | None = 5000
-    needs: ClassVar[str] = "conditions"
 
     def __post_init__(self):
         super().__post_init__()
         within(self, reference_images=(2, MAX_SAMPLES))
+
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
+        if data.num_classes is None or not conditional:
+            raise ValueError(
+                "metrics: agreement needs data with classes that are given to the network; "
+                "for captions there is retrieval"
+            )
+        super().fits(data, conditional=conditional, paired=paired)
 
     def build(self, reference: Tensor, conditions: Cond) -> ClassAgreement:
         """The metric, fitted to the reference (N, ...) with its "class" (N,)."""
@@ -45,7 +93,7 @@ class Agreement(InFeatures):
 
 
 @dataclass(frozen=True)
-class Retrieval(InFeatures):
+class Retrieval(OfConditions):
     """How often the caption of a sample is among the 1 and the 5 (`top`) nearest of `among` captions, over `images` samples.
 
     Nearest by a ridge regression from `features` to sentence embeddings, fitted to `reference_images` real samples (None: all). The floor
@@ -59,7 +107,6 @@ class Retrieval(InFeatures):
     among: int = 100
     top: tuple[int, ...] = (1, 5)
     reference_images: int | None = None
-    needs: ClassVar[str] = "conditions"
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,8 +114,14 @@ class Retrieval(InFeatures):
             raise ValueError(f"top: {self.top} must lie in 1..{self.among - 1}, below among, which is 2 or more")
         within(self, reference_images=(self.among + 1, MAX_SAMPLES))
 
-    def fits(self, data: Sizes) -> None:
-        super().fits(data)
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
+        keys = set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) if conditional else set()
+        if not {"pooled", "text"} & keys:
+            raise ValueError(
+                "metrics: retrieval needs data with captions that are given to the network; "
+                "for classes there is agreement"
+            )
+        super().fits(data, conditional=conditional, paired=paired)
         if (count := min(data.num_reference, self.reference_images or MAX_SAMPLES)) <= self.among:
             raise ValueError(f"metrics.among: {self.among} wants more captions of real samples; there are {count}")
 

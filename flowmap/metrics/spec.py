@@ -1,21 +1,71 @@
-"""What every metric of a recipe has: settings that are checked when it is made and, where they depend on the data, before anything is trained."""
+"""What every metric of a recipe is: settings that are checked when the recipe is read and, where they depend on the
+data, before anything is trained; and the way in which it measures a row of metrics.json (`Drawn`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flowmap.base.distributed import rank, world_size
+from flowmap.flow.solver import Solver
 from flowmap.flow.types import Cond
 from flowmap.metrics.features import check_features, needs_pictures
 
 MAX_SAMPLES, MAX_STEPS = 1_000_000, 100_000
 SAMPLES, STEPS = (1, MAX_SAMPLES), (1, MAX_STEPS)
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+Classes = Callable[[int], Tensor]  # number of samples -> their classes (num,), in the proportions of generated samples
+
+
+class Drawn(Protocol):
+    """What one row of metrics.json is measured on: the samples of one sampler, and the velocity field behind it.
+
+    Every process has its own share, `num // world` of the first `num` samples. A batch is drawn when it is asked for.
+    """
+
+    @property
+    def world(self) -> int:
+        """The number of processes."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[str] | None:
+        """The sentences that an editing student starts from, or the true parts of an infilling one; otherwise None."""
+        ...
+
+    def samples(self, num: int) -> Tensor:
+        """The first generated samples, decoded, on the CPU."""
+        ...
+
+    def texts(self, num: int) -> list[str]:
+        """The first generated sentences."""
+        ...
+
+    def conditions(self, num: int) -> Cond:
+        """The conditions of the first generated samples."""
+        ...
+
+    def paths(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (trajectory (steps + 1, B, ...), times (steps + 1,)) of Euler's method on the velocity."""
+        ...
+
+    def endpoints(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (samples, end points of the flow after `steps` steps from the same noise)."""
+        ...
+
+    def inversions(self, num: int, solver: Solver) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of (held-out samples, the noise that the velocity carries them to, samples from that noise)."""
+        ...
+
+    def velocities(self, num: int, times: Sequence[float]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(index of the time, velocity, conditional velocity) over batches of the recipe's own coupling."""
+        ...
 
 
 class Sizes(Protocol):
@@ -26,6 +76,9 @@ class Sizes(Protocol):
 
     @property
     def num_held_out(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int | None: ...
 
     @property
     def reference_shape(self) -> tuple[int, ...]: ...
@@ -43,14 +96,14 @@ class WithTexts(Protocol):
 
 @runtime_checkable
 class WithSources(WithTexts, Protocol):
-    """One for editing, whose sentences have the target's style: those of the source's as well."""
+    """A data set for editing, with sentences of the target style, that also has those of the source style."""
 
     @property
     def source_texts(self) -> Sequence[str]: ...
 
 
 def within(spec: Any, **allowed: tuple[int, int]) -> None:
-    """ValueError where one of these settings lies outside (least, most); None is allowed."""
+    """Raise ValueError if one of these settings is outside (least, most); None is allowed."""
     for name, (least, most) in allowed.items():
         value = getattr(spec, name)
         if value is not None and not least <= value <= most:
@@ -58,13 +111,17 @@ def within(spec: Any, **allowed: tuple[int, int]) -> None:
 
 
 def well_formed(features: str) -> None:
-    """ValueError where a feature space with a colon in its name is not package.mod:attr; nothing is imported."""
+    """Raise ValueError if a feature space with a colon in its name is not package.mod:attr; nothing is imported."""
     if ":" in features and not NAME.fullmatch(features):
         raise ValueError(f"features: {features!r} is not of the form package.mod:attr")
 
 
 def enough(what: str, least: int, data: Sizes) -> None:
-    """ValueError unless there are `least` training samples, and held-out ones where there are any, and as many in what the floor draws of them."""
+    """Raise ValueError unless each draw of the real-vs-real baseline has `least` samples.
+
+    A draw has four fifths of the held-out and of the training samples, or half of the training samples where nothing
+    is held out.
+    """
     if data.num_held_out:
         sides = {"held-out": data.num_held_out, "training": data.num_reference}
         drawn = {kind: count * 4 // 5 for kind, count in sides.items()}
@@ -74,27 +131,69 @@ def enough(what: str, least: int, data: Sizes) -> None:
     for kind, count in sides.items():
         if drawn[kind] < least:
             raise ValueError(
-                f"metrics: {what} needs {least} {kind} samples or more in each draw of its floor: of {count} it draws {drawn[kind]}"
+                f"metrics: {what} needs {least} {kind} samples or more in each draw of its floor: "
+                f"of {count} it draws {drawn[kind]}"
             )
 
 
 class Spec:
-    """What all have: `images` samples are looked at."""
+    """The base of all metrics: `images` samples are measured.
+
+    on_samples: it compares generated samples with real ones and needs nothing else, so that it is also measured during
+    training and by `flowmap compare`. of_velocity: its figures depend on the velocity alone, not on the sampler, and
+    are computed once for all rows of a flow. of_endpoints: it is a distance to many-step end points; its figures come
+    last in a row and are also taken against the teacher's. normal_noise: it expects noise of N(0, I).
+    """
 
     images: int
+    on_samples: ClassVar[bool] = False
+    of_velocity: ClassVar[bool] = False
+    of_endpoints: ClassVar[bool] = False
+    normal_noise: ClassVar[bool] = False
 
     def __post_init__(self):
         within(self, images=SAMPLES)
 
-    def fits(self, data: Sizes) -> None:
-        """ValueError where the data set is too small for the settings, or not of the kind that the metric looks at."""
+    @property
+    def feature_space(self) -> str | None:
+        """The network in whose features the metric compares samples."""
+        return None
+
+    @property
+    def num_starts(self) -> int:
+        """The number of samples that are drawn from noise."""
+        return self.images
+
+    @property
+    def num_texts(self) -> int:
+        """The number of samples that are decoded to sentences."""
+        return 0
+
+    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
+        """Raise ValueError if the data set is too small for the settings, or not of the kind that is measured.
+
+        conditional: the network is given the conditions of the data. paired: the coupling makes pairs of its own, so
+        that nothing need be held out.
+        """
 
     def check(self) -> None:
-        """ValueError where something that it needs is not on this machine; no network is loaded."""
+        """Raise ValueError if something that the metric needs is not on this machine; no network is loaded."""
+
+    def build_on(self, data: Any) -> Any:
+        """The metric, with what it takes from the data set already counted or fitted."""
+        raise NotImplementedError
+
+    def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
+        """The figures of one row under their names in metrics.json. metric: as `build_on` returned it."""
+        raise NotImplementedError
+
+    def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
+        """The figures of real samples, for the `floor` of metrics.json; {} where the metric has none."""
+        return {}
 
 
 class InFeatures(Spec):
-    """A metric that looks at samples in the space `features`."""
+    """A metric of samples in the space `features`."""
 
     features: str
 
@@ -102,12 +201,17 @@ class InFeatures(Spec):
         super().__post_init__()
         well_formed(self.features)
 
-    def fits(self, data: Sizes) -> None:
-        super().fits(data)
+    @property
+    def feature_space(self) -> str | None:
+        return self.features
+
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
         if needs_pictures(self.features) and (len(data.reference_shape) != 3 or data.reference_shape[0] not in (1, 3)):
             shape = tuple(data.reference_shape)
             raise ValueError(
-                f"metrics: features {self.features!r} look at pictures of 1 or 3 channels, and the samples have shape {shape}"
+                f"metrics: features {self.features!r} look at pictures of 1 or 3 channels, "
+                f"and the samples have shape {shape}"
             )
 
     def check(self) -> None:
@@ -115,11 +219,11 @@ class InFeatures(Spec):
 
 
 def some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:
-    """`count` rows of x (None or too many: all), in an order that depends on seed alone."""
+    """`count` rows of x (None or too many: all), in an order that depends on the seed alone."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
     return x[order.to(x.device)]
 
 
 def share(x: Tensor) -> Tensor:
-    """This process's rows of what every process holds: metrics add up over processes."""
+    """This process's rows of a tensor that every process has: metrics add up over processes."""
     return x[rank() :: world_size()]

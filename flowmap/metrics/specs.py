@@ -1,8 +1,6 @@
-"""The metrics that a recipe may ask for, as values.
+"""The metrics that a recipe may ask for, as values: metrics of two sets of samples, and the table METRICS of all kinds.
 
-`needs` says what a metric is fed: "samples" (update(x, real=False)), "conditions" (update(x, cond)), "trajectory" (update(trajectory, times)),
-"endpoints" (update(few, many)), "inversion" (update(x0, x1, back)) or "loss" (update(place, velocity, vt)). `report(metric)` gives results
-under the names of metrics.json.
+`report(metric)` gives results under the names of metrics.json.
 """
 
 from __future__ import annotations
@@ -16,9 +14,22 @@ from torch import Tensor
 
 from flowmap.metrics.against import Against, HasReferences
 from flowmap.metrics.asked_specs import Agreement, Retrieval
+from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
-from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, InFeatures, Sizes, Spec, enough, share, some, within
+from flowmap.metrics.spec import (
+    MAX_SAMPLES,
+    SAMPLES,
+    Classes,
+    Drawn,
+    InFeatures,
+    Sizes,
+    Spec,
+    enough,
+    share,
+    some,
+    within,
+)
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
@@ -30,7 +41,7 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
 class Samples(Spec):
     """A metric of two sets of samples: `build(reference, like)` gives one that has counted the reference, in the feature space of `like`."""
 
-    needs: ClassVar[str] = "samples"
+    on_samples: ClassVar[bool] = True
     least: ClassVar[int] = 2  # samples of each
     kind: ClassVar[str] = "a metric of samples"  # its name in METRICS
 
@@ -38,13 +49,36 @@ class Samples(Spec):
         super().__post_init__()
         within(self, images=(self.least, MAX_SAMPLES))
 
-    def fits(self, data: Sizes) -> None:
-        super().fits(data)
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
         enough(self.kind, self.least, data)
+
+    def build(self, reference: Tensor, like: Any = None) -> Any:
+        """The metric with the reference (N, ...) already counted, in the feature space of `like`, if given."""
+        raise NotImplementedError
+
+    def report(self, metric: Any) -> dict[str, float]:
+        """The figures of what the metric has counted, under their names."""
+        raise NotImplementedError
 
     def compare(self, data: HasReferences) -> Against:
         """The metric with each reference of the data already counted."""
         return Against(self, data)
+
+    def build_on(self, data: HasReferences) -> Against:
+        return self.compare(data)
+
+    def measure(self, metric: Against, drawn: Drawn) -> dict[str, float]:
+        metric.reset()
+        metric.update(drawn.samples(self.images), world=drawn.world)
+        return metric.report()
+
+    def baseline(self, metric: Against, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
+        return baseline(metric, data, classes)
+
+    def bias(self, reference: int, generated: int) -> float:
+        """The factor by which a figure of so many reference and generated samples exceeds its limit; 1: no known law."""
+        return 1.0
 
     def compared(self, reference: int) -> int:
         """How many generated samples are compared with `reference` real ones."""
@@ -87,6 +121,10 @@ class Frechet(_InSpace):
         metric.update(share(some(reference, self.reference_images)), real=True)
         return metric
 
+    def bias(self, reference: int, generated: int) -> float:
+        """Proportional to 1/n + 1/m for n samples of the reference and m generated ones."""
+        return 1 / min(reference, self.reference_images or reference) + 1 / generated
+
     def report(self, metric: FrechetDistance) -> dict[str, float]:
         return {f"frechet_{short_name(self.features)}": float(metric.compute())}
 
@@ -111,13 +149,13 @@ class PrecisionRecall(_InSpace):
     def least(self) -> int:  # type: ignore[override]  # a constant of the other metrics; none is asked for it as a class
         return self.k + 1
 
-    def fits(self, data: Sizes) -> None:
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
         if self.images > data.num_reference:
-            found = data.num_reference
             raise ValueError(
-                f"metrics.images: precision_recall compares {self.images} with as many training samples, and there are {found}"
+                f"metrics.images: precision_recall compares {self.images} with as many training samples, "
+                f"and there are {data.num_reference}"
             )
-        super().fits(data)
+        super().fits(data, conditional=conditional, paired=paired)
 
     @property
     def reference_images(self) -> int:
@@ -188,14 +226,14 @@ class NearestNeighbour(InFeatures):
     features: str = "pixels"
     images: int = 1000
     reference_images: int | None = None
-    needs: ClassVar[str] = "samples"
+    on_samples: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
         within(self, reference_images=(1, MAX_SAMPLES))
 
-    def fits(self, data: Sizes) -> None:
-        super().fits(data)
+    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
         if not data.num_held_out:
             raise ValueError("metrics: nearest_neighbour compares with held-out samples, and data.held_out is 0")
 
@@ -205,8 +243,19 @@ class NearestNeighbour(InFeatures):
 
         return Neighbours(data, features=self.features, images=self.images, reference_images=self.reference_images)
 
+    def build_on(self, data: HasReferences) -> Neighbours:
+        return self.compare(data)
 
-METRICS = {
+    def measure(self, metric: Neighbours, drawn: Drawn) -> dict[str, float]:
+        metric.reset()
+        metric.update(drawn.samples(self.images), world=drawn.world)
+        return metric.report()
+
+    def baseline(self, metric: Neighbours, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
+        return metric.baseline()
+
+
+METRICS: dict[str, type[Spec]] = {
     "frechet": Frechet,
     "precision_recall": PrecisionRecall,
     "mmd": MMD,

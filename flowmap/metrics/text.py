@@ -1,7 +1,7 @@
-"""Metrics of sentences as values. `needs` is "texts": build(data) takes the data set, report(metric, texts, cond, sources) gives figures.
+"""Metrics of sentences as values: build(data) takes the data set, report(metric, texts, cond, sources) gives figures.
 
-data has texts, held_out_texts, attributes, codes and held_out_codes (data/text.py); cond are the numbers that were asked for; sources the
-sentences that an editing student started from, else None. floor(metric, data): the same figures of held-out sentences.
+data has texts, held_out_texts, attributes, codes and held_out_codes (data/text/dataset.py). cond are the conditions
+that were asked for. sources are the sentences that an editing student started from, otherwise None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flowmap.metrics.against import TRAIN
-from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, well_formed, within
+from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, Classes, Drawn, Spec, WithTexts, well_formed, within
 from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
 
@@ -23,31 +23,39 @@ Cond = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TextMetric:
-    """What all have: `images` sentences are looked at (the name that every metric has for its number of samples)."""
+class TextMetric(Spec):
+    """The base of all metrics of sentences: `images` sentences are measured (every metric has this name for it)."""
 
     images: int = 1000
-    needs: ClassVar[str] = "texts"
     least: ClassVar[Mapping[str, int]] = {}  # of each setting that is a number
 
     def __post_init__(self):
         within(self, **{"images": SAMPLES} | {name: (least, MAX_SAMPLES) for name, least in self.least.items()})
 
-    def fits(self, data: Any) -> None:
-        """ValueError where the data set has not what it looks at."""
+    @property
+    def num_texts(self) -> int:
+        return self.images
 
-    def check(self) -> None:
-        """ValueError where a package or a network that it needs is not on this machine; none is loaded."""
+    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
+        if not isinstance(data, WithTexts):
+            raise ValueError(f"metrics: {type(self).__name__} looks at sentences: data of kind text")
 
     def build(self, data: Any) -> Any:
+        """What `report` needs of the data set; by default the data set itself."""
         return data
+
+    def build_on(self, data: Any) -> Any:
+        return self.build(data)
+
+    def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
+        return self.report(metric, drawn.texts(self.images), drawn.conditions(self.images), drawn.sources)
 
     def report(
         self, metric: Any, texts: Sequence[str], cond: Cond, sources: Sequence[str] | None = None
     ) -> dict[str, float]:
         raise NotImplementedError
 
-    def baseline(self, metric: Any, data: Any) -> dict[str, float]:
+    def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
         """The figures of real sentences that were not trained on, evenly spaced (a source may be sorted), with their own attributes."""
         count, num = len(data.held_out_texts), min(self.images, len(data.held_out_texts))
         places = [i * count // num for i in range(num)]
@@ -132,7 +140,7 @@ class TextDivergence(TextMetric):
             key: value for suffix, real in metric.items() for key, value in self._between(real, found, suffix).items()
         }
 
-    def baseline(self, metric, data) -> dict[str, float]:
+    def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
         """Training sentences against held-out ones, and these against those."""
         if "" not in metric:
             return {}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flowmap.metrics.spec import WithSources
+from flowmap.metrics.spec import Classes, WithSources
 from flowmap.metrics.text import TextMetric, classifier, library
 from flowmap.metrics.text_features import check_features, features_of
 from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
@@ -63,7 +63,8 @@ class Phrase(TextMetric):
 
     attribute: str = "part_of_speech"
 
-    def fits(self, data: Any) -> None:
+    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
         self.build(data)
 
     def check(self) -> None:
@@ -135,7 +136,7 @@ class Infilled(TextMetric):
         names = {"kept_bleu": "infilled_bleu", "kept_rouge_l": "infilled_rouge_l", "unchanged": "infilled_exactly"}
         return {names[key]: value for key, value in kept.items()}
 
-    def baseline(self, metric, data) -> dict[str, float]:
+    def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
         return {}
 
 

@@ -44,6 +44,11 @@ class FlowMapNet(nn.Module):
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
 
+    def checkpoint_activations(self, on: bool) -> None:
+        """Recompute activations in the backward pass, or keep them; nothing for a network without that setting."""
+        if hasattr(self.net, "activation_checkpointing"):
+            self.net.activation_checkpointing = on
+
     def log_error(self, t: Tensor, s: Tensor) -> Tensor:
         """u(t, s), (B,): the logarithm of the error that the student expects of itself there."""
         assert self.uncertainty is not None

@@ -1,7 +1,7 @@
 """What the files of a diffusers pipeline say of a teacher: each setting is honoured, irrelevant to a velocity, or refused by name.
 
 A setting that a scheduler's class does not read is ignored, as diffusers ignores it. One that is in none of these tables (a later version
-of diffusers) is refused unless it has its default. docs/teachers.md shows the tables.
+of diffusers) is refused unless it has its default. docs/guide/teachers.md shows the tables.
 """
 
 from __future__ import annotations

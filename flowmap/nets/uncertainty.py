@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowmap.nets.discriminator import in_float32
 from flowmap.nets.embed import ScalarEmbedding
+from flowmap.nets.flow_map import FlowMapNet
 
 
 class Uncertainty(nn.Module):
@@ -29,7 +30,7 @@ class Uncertainty(nn.Module):
             ).squeeze(-1)
 
 
-def with_uncertainty(flow_map: nn.Module, seed: int) -> nn.Module:
+def with_uncertainty(flow_map: FlowMapNet, seed: int) -> FlowMapNet:
     """The student, given such a branch, the same one for the same seed; itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -116,7 +116,7 @@ class Unweighted:
 class InverseVariance(_ByVariance):
     """1 / (variance + floor), normalised: entries that the prior predicts well weigh most.
 
-    Paths become straighter; after long training samples become worse (measured: docs/lediflow.md).
+    Paths become straighter; after long training samples become worse (measured: docs/guide/lediflow.md).
     """
 
     power: ClassVar[float] = -1.0

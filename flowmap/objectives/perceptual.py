@@ -52,7 +52,7 @@ def check_pictures(recipe: RecipeView, net: str | None, setting: str) -> None:
 
 def check_unmeasured(recipe: RecipeView, net: str, key: str, user: str) -> None:
     """Raise ValueError where a metric of the recipe compares in the features of `net`, which `user` is trained with."""
-    if any(metric.features == net for metric in recipe.metrics):
+    if any(metric.feature_space == net for metric in recipe.metrics):
         raise ValueError(f"{key}: {net!r} is also a metric's; {user} and a metric must not share a network")
 
 

@@ -1,4 +1,4 @@
-"""Cards of frozen teachers: where a recipe names one, and where its weights lie."""
+"""Cards of frozen teachers: the card that a recipe names, and the folder of its weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from flowmap.teachers.card import Card, read_card
 
 
 def teacher_cards(recipe: Recipe) -> list[Card]:
-    """The cards of the teacher and of its weak companion, where there are any."""
+    """Return the cards of the recipe's teacher and of its weak model, if it has them."""
     return cards_of(recipe.teacher)
 
 
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
-    """The teacher that makes the recipe's pairs, where a card names it."""
+    """Return the teacher that makes the recipe's pairs, or None if another recipe's student makes them."""
     return recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
 
 
 def pairs_cards(recipe: Recipe) -> list[Card]:
+    """Return the cards of the teacher that makes the recipe's pairs, and of its weak model."""
     return cards_of(pairs_teacher(recipe))
 
 
 def cards_of(slot: TeacherSlot | None) -> list[Card]:
+    """Return the cards of a slot and of its weak model."""
     if slot is None:
         return []
     weak = [slot.guidance.weak] if isinstance(slot.guidance, Autoguidance) and slot.guidance.weak else []
@@ -37,7 +39,7 @@ def cards_of(slot: TeacherSlot | None) -> list[Card]:
 
 
 def card_of(slot: TeacherSlot) -> Card:
-    """The card that the slot names; of a teacher that is named by its recipe, a card that says so."""
+    """Return the card that the slot names. For a teacher named by its recipe, return a card of kind "recipe"."""
     card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.name)
     if card.kind == "autoencoder":
         raise RecipeError(
@@ -47,7 +49,10 @@ def card_of(slot: TeacherSlot) -> Card:
 
 
 def lora_card(recipe: Recipe) -> Card:
-    """The card of the teacher whose frozen weights lie under the recipe's LoRA student; RecipeError where it is no diffusers model."""
+    """Return the card of the teacher that supplies the frozen weights under the recipe's LoRA student.
+
+    Raises RecipeError if it is not a diffusers model.
+    """
     card = card_of(recipe.teacher) if recipe.teacher else None
     if card is None or card.kind != "diffusers":
         what = "there is none" if card is None else f"{card.name!r} is of kind {card.kind}"
@@ -56,31 +61,32 @@ def lora_card(recipe: Recipe) -> Card:
 
 
 def weights_folder(card: Card) -> Path:
-    """Where `flowmap import` is told to put a published network's weights: weights/<card>, or in the folder that FLOWMAP_WEIGHTS names."""
+    """Return the folder where `flowmap import` puts a published network's weights: weights/<card>.
+
+    The environment variable FLOWMAP_WEIGHTS replaces `weights`.
+    """
     return Path(os.environ.get("FLOWMAP_WEIGHTS", "weights")) / card.name
 
 
 def find_card(name: str) -> Card:
-    """The shipped card of that name, or the card file at that path."""
+    """Return the shipped card of that name, or the card in the file of that path."""
     path = Path(name) if Path(name).is_file() else shipped("teachers") / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
         cards = list_cards()
         close = difflib.get_close_matches(name, cards, n=1)
-        raise RecipeError(
-            f"teacher.card: no card {name!r}{f', did you mean {close[0]!r}?' if close else ''} Cards: {', '.join(cards)}"
-        )
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"teacher.card: no card {name!r}{hint} Cards: {', '.join(cards)}")
     state = path.stat()
     card = copy.copy(_read_card(path.resolve(), state.st_size, state.st_mtime_ns))
-    if (
-        card.kind == "diffusers" and (weights_folder(card) / "model_index.json").is_file()
-    ):  # converted, or fetched to there
+    # A pipeline that was converted or fetched to the weights folder is read from there.
+    if card.kind == "diffusers" and (weights_folder(card) / "model_index.json").is_file():
         card.source, card.revision = str(weights_folder(card)), None
     return card
 
 
 @lru_cache(maxsize=256)
 def _read_card(path: Path, size: int, changed: int) -> Card:
-    """The card in that file of that size and time of change."""
+    """Return the card in that file; size and time of change make an edited file be read again."""
     try:
         return read_card(path)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The frozen networks that a data set is encoded with: whether their weights can be read, told before anything is encoded or trained."""
+"""Check that the weights of the frozen networks that encode a data set can be read, before anything is encoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowmap.teachers.text import PipelineText, Sentence
 
 
 def check_frozen_parts(spec: Any) -> None:
-    """ValueError, in one line, that names the file which the autoencoder or the text encoder of that data lacks, where they are folders here."""
+    """Raise ValueError, naming the file, if a local autoencoder or text encoder of that data lacks weights."""
     for key, source, folder in _folders(spec):
         try:
             check_weight_files(folder)
@@ -22,12 +22,12 @@ def check_frozen_parts(spec: Any) -> None:
 
 
 def _folders(spec: Any) -> Iterator[tuple[str, str, Path]]:
-    """(key, source, folder with weights) of every part that lies in a folder."""
-    autoencoder, text = getattr(spec, "autoencoder", None), getattr(spec, "text", None)
+    """Yield (key, source, folder of weights) of every part that is in a local folder."""
+    autoencoder, text = spec.autoencoder, spec.text
     if isinstance(autoencoder, Autoencoder) and autoencoder.source and Path(autoencoder.source).is_dir():
         root = Path(autoencoder.source)
         folder = root if (root / "config.json").is_file() else root / "vae"
-        if (folder / "config.json").is_file():  # else it is no autoencoder, which loading it says
+        if (folder / "config.json").is_file():  # Otherwise it is not an autoencoder, and loading it fails.
             yield "autoencoder.source", autoencoder.source, folder
     if isinstance(text, Sentence | PipelineText) and Path(text.source).is_dir():
         root = Path(text.source)
@@ -37,7 +37,7 @@ def _folders(spec: Any) -> Iterator[tuple[str, str, Path]]:
 
 
 def _text_encoders(root: Path) -> list[Path]:
-    """The folders of the text encoders that a pipeline's index names."""
+    """Return the folders of the text encoders that a pipeline's index names."""
     try:
         index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

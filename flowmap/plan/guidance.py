@@ -1,4 +1,4 @@
-"""Whether a recipe's guidance has what it extrapolates from: conditions in the data, and a teacher that was trained without them too."""
+"""Check that guidance has what it needs: conditions in the data, and a teacher trained without a condition too."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from flowmap.base.schema import RecipeError
-from flowmap.data import Dataset, TeacherSlot, Text, TextDataset
+from flowmap.data import TeacherSlot
 from flowmap.data.images.folder import Folder, FolderImages
+from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.plan.cards import card_of, pairs_teacher
@@ -22,50 +21,47 @@ from flowmap.teachers.card import Card
 
 
 def check_guidance(recipe: Recipe) -> None:
-    """RecipeError where a guidance has no effect, or needs the velocity without a condition of a network that never learned it."""
+    """Raise RecipeError if a guidance has no effect, or needs a velocity without a condition that was never learned."""
     for key, slot in _slots(recipe):
         _check_slot(recipe, key, slot)
     if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
-            f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it never learns: "
-            "data.drop_condition is 0; take 0.1, say"
+            f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it "
+            "never learns: data.drop_condition is 0; set it to 0.1, for example"
         )
 
 
-def check_conditions(recipe: Recipe, data: Dataset) -> None:
-    """RecipeError where classifier-free guidance is asked for on data that has neither classes nor text."""
+def check_conditions(recipe: Recipe, data: DataOutline) -> None:
+    """Raise RecipeError if classifier-free guidance is configured for data that has neither classes nor text."""
+    if data.num_classes or set(data.conditions) - {"class", "z"}:
+        return
     for key, slot in _slots(recipe):
-        described = isinstance(data, TextDataset) and isinstance(recipe.data, Text) and recipe.data.attributes
-        if not isinstance(slot.guidance, ClassifierFree) or data.num_classes or described:
-            continue
-        if not set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class", "z"}:
+        if isinstance(slot.guidance, ClassifierFree):
             raise RecipeError(_no_conditions(recipe, key))
 
 
 def _no_conditions(recipe: Recipe, key: str) -> str:
-    return f"{recipe.name}: {key}.guidance: classifier_free has no effect: the data has neither classes nor text; leave it out"
+    no_effect = f"{recipe.name}: {key}.guidance: classifier_free has no effect"
+    return f"{no_effect}: the data has neither classes nor text; leave it out"
 
 
 def _known_to_have_none(data: Any) -> bool:
-    """Whether the data's settings, or a look at the folder's names, say that there are neither classes nor text."""
-    images = (
-        FolderImages(data.size, data.channels, data.root, captions=False)
-        if isinstance(data, Folder)
-        else getattr(data, "images", None)
-    )
+    """Return whether the settings, or the names in the folder, show that there are neither classes nor text."""
     if isinstance(data, Tensors):
         return not data.num_classes
+    is_folder = isinstance(data, Folder)
+    images = FolderImages(data.size, data.channels, data.root, captions=False) if is_folder else data.images
     try:
-        return isinstance(images, FolderImages) and getattr(data, "text", None) is None and images.num_classes() is None
-    except ValueError:  # no such folder, which building it says
+        return isinstance(images, FolderImages) and data.text is None and images.num_classes() is None
+    except ValueError:  # There is no such folder: building the data fails with that message.
         return False
 
 
 def guidance_warnings(recipe: Recipe) -> list[str]:
-    """A line for each guidance of which it cannot be known whether its network learned the velocity without a condition."""
+    """Return a warning for each guidance whose network may never have learned the velocity without a condition."""
     return [
-        f"{key}.guidance: classifier_free asks {card.name!r} without a class; NVIDIA's published class-conditional networks were, as far as is "
-        "known, always trained with one: look at the teacher's samples, or take autoguidance"
+        f"{key}.guidance: classifier_free asks {card.name!r} without a class; as far as is known, NVIDIA's published "
+        "class-conditional networks were always trained with one: check the teacher's samples, or use autoguidance"
         for key, slot in _slots(recipe)
         if isinstance(slot.guidance, ClassifierFree) and (card := card_of(slot)).kind == "converted"
     ]
@@ -80,23 +76,20 @@ def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
     card, free = card_of(slot), isinstance(slot.guidance, ClassifierFree)
     if free and not recipe.data.conditional:
         raise RecipeError(
-            f"{recipe.name}: {key}.guidance: classifier_free has no effect: data.conditional is false; leave one of them out"
+            f"{recipe.name}: {key}.guidance: classifier_free has no effect: data.conditional is false; "
+            "leave one of them out"
         )
     if free and _known_to_have_none(recipe.data):
         raise RecipeError(_no_conditions(recipe, key))
-    asks = (
-        f"{key}.guidance: classifier_free asks"
-        if free
-        else "data.drop_condition: above 0 asks"
-        if _drops(recipe)
-        else None
-    )
+    asks = f"{key}.guidance: classifier_free asks" if free else None
+    if not free and _drops(recipe):
+        asks = "data.drop_condition: above 0 asks"
     if asks and card.kind == "recipe":
         trained = recipe.named(card.trained_by, slot.overrides)
-        if trained.data.conditional and recipe.data.conditional and not _knows_nothing(trained):
+        if trained.data.conditional and recipe.data.conditional and not _learns_unconditional(trained):
             raise RecipeError(
-                f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: its data.drop_condition is 0; "
-                "train it with 0.1, say"
+                f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: "
+                "its data.drop_condition is 0; train it with 0.1, for example"
             )
     if card.kind == "diffusers":
         _check_pretrained(recipe, key, slot, card, asks)
@@ -119,18 +112,16 @@ def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, a
 
 
 def _drops(recipe: Recipe) -> bool:
-    return recipe.data.conditional and (
-        recipe.data.drop_condition > 0 or getattr(recipe.data, "drop_attribute", 0.0) > 0
-    )
+    return recipe.data.conditional and (recipe.data.drop_condition > 0 or recipe.data.drop_attribute > 0)
 
 
-def _knows_nothing(trained: Recipe) -> bool:
-    """Whether that recipe's student learned the velocity without a condition, itself or in what it starts from."""
+def _learns_unconditional(trained: Recipe) -> bool:
+    """Return whether that recipe's student, or what it starts from, learned the velocity without a condition."""
     if _drops(trained):
         return True
     if isinstance(trained.start, FromRecipe):
-        return _knows_nothing(start_recipes(trained)[0])
+        return _learns_unconditional(start_recipes(trained)[0])
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
         card = card_of(trained.teacher)
-        return card.kind != "recipe" or _knows_nothing(trained.named(card.trained_by, trained.teacher.overrides))
+        return card.kind != "recipe" or _learns_unconditional(trained.named(card.trained_by, trained.teacher.overrides))
     return False

@@ -1,4 +1,4 @@
-"""What network a card or a recipe names, as far as it is known without weights, and whether those are on this machine."""
+"""The network that a card or a recipe names, as far as it is known without weights, and whether they are here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import card_of, teacher_cards, weights_folder
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import start_recipes
-from flowmap.plan.plan import data_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
@@ -22,7 +22,7 @@ from flowmap.teachers.card import Card
 
 
 def net_of(recipe: Recipe) -> StudentSpec | None:
-    """The network of the recipe's student without its weights, by way of what it starts from; None as in spec_of."""
+    """Return the settings of the student's network, following what it starts from; None as in spec_of."""
     net: StudentSpec | None = recipe.start
     if isinstance(net, FromRecipe):
         net = _shipped(net_of(start_recipes(recipe)[0]))
@@ -32,19 +32,22 @@ def net_of(recipe: Recipe) -> StudentSpec | None:
 
 
 def stacked(net: StudentSpec) -> Stacked:
-    """A stack of two of that network."""
+    """Return a stack of two of that network."""
     assert isinstance(net, NetSpec)
     return Stacked(net)
 
 
 def _shipped(net: StudentSpec | None) -> StudentSpec | None:
-    """The network that a run with this student leaves for others to start from: of an autoencoder and its flow in one, the flow."""
+    """Return the network that other runs start from: of an autoencoder trained with its flow, the flow."""
     return net.flow if isinstance(net, TextJoint) else net
 
 
 def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
-    """The network of a card without its weights: from where those are, else from the recipe that trains it or the card itself; None where
-    none of them says it. RecipeError where the card says it wrongly."""
+    """Return the settings of a card's network without its weights, or None if nothing states them.
+
+    They are read from the weights' folder, else from the recipe that trains it, else from the card. Raises
+    RecipeError if the card is wrong.
+    """
     if card.kind == "recipe":
         assert recipe.teacher is not None
         return _shipped(net_of(recipe.named(card.trained_by, recipe.teacher.overrides)))
@@ -63,11 +66,13 @@ def spec_of(card: Card, recipe: Recipe) -> StudentSpec | None:
 
 @dataclass(frozen=True)
 class _Network:
+    """The slot that a card's network is read into."""
+
     network: StudentSpec
 
 
 def missing_weights(card: Card) -> str | None:
-    """Why a pretrained card cannot be used here, in one line; None where it can."""
+    """Return why a pretrained card cannot be used on this machine, in one line; None if it can."""
     if card.kind == "diffusers":
         lacks = "no such folder, and no hub id (owner/name)"
         if is_hub_id(card.pipeline):
@@ -76,16 +81,17 @@ def missing_weights(card: Card) -> str | None:
     folder = weights_folder(card)
     if (folder / "config.json").is_file():
         return None
-    return f"{card.name!r} is the published model {card.source}: fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
+    how = f"fetch its pickle and run `flowmap import --from FILE.pkl --out {folder}`"
+    return f"{card.name!r} is the published model {card.source}: {how}"
 
 
 def on_this_machine(card: Card) -> bool:
-    """Whether a diffusers model is a folder here or in the hub's cache."""
+    """Return whether a diffusers model is a local folder or in the hub's cache."""
     return Path(card.source or "").is_dir() or in_hub_cache(card.pipeline, ["model_index.json"], card.revision)
 
 
 def check_teachers(recipe: Recipe) -> None:
-    """RecipeError where a pretrained teacher is not there, is not one that is known, or has other latents; its weights are not read."""
+    """Raise RecipeError if a pretrained teacher is missing, not supported, or has other latents. Reads no weights."""
     for card in teacher_cards(recipe):
         if card.kind == "converted" and (line := missing_weights(card)):
             raise RecipeError(f"{recipe.name}: teacher.card: {line}")

@@ -1,4 +1,4 @@
-"""What can be told of an encoding's pictures before one is decoded; of a finished encoding, what its index says."""
+"""What is known of an encoding's pictures before they are decoded and, once it is complete, from its index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowmap.plan.plan import Encoding
 
 
 def check_pictures(stage: Encoding) -> None:
-    """RecipeError where the pictures that are still to be encoded are not here, or lack the captions that the recipe reads."""
+    """Raise RecipeError if pictures still to be encoded are missing, or lack captions that the recipe reads."""
     if stage.complete:
         return
     data = _encoded(stage)
@@ -21,13 +21,16 @@ def check_pictures(stage: Encoding) -> None:
 
 
 def describe_pictures(stage: Encoding) -> list[str]:
-    """What a person should know of them, a line each; [] where they are not here, or all are used. RecipeError as from `check_pictures`."""
+    """Return lines that describe the pictures; [] if they are missing or all of them are used.
+
+    Raises RecipeError as `check_pictures` does.
+    """
     if stage.complete:
         return survey.describe_index(read_index(stage.folder))
     data = _encoded(stage)
     try:
         data.images.length()
-    except ValueError:  # not here: what is missing is told apart
+    except ValueError:  # The dry run reports missing pictures itself.
         return []
     check_pictures(stage)
     return survey.describe_source(data.images, data.text is not None)

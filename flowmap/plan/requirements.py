@@ -1,9 +1,9 @@
-"""What can be told of a recipe before anything is trained or encoded: whether its parts fit, and what of them is not on this machine."""
+"""Checks of a recipe before anything is trained or encoded: whether its parts match, and what is missing here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Pairs
@@ -11,19 +11,35 @@ from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id
 from flowmap.plan.cards import teacher_cards
+from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import code_recipes, pairs_recipes, prior_recipes, teacher_recipes
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
 from flowmap.plan.named_networks import check_teachers
-from flowmap.plan.plan import data_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import FromTeacher
 from flowmap.student.prior import Shipped, auxiliary
 from flowmap.teachers.text import MINILM_SOURCE
 
 
+@runtime_checkable
+class HasSource(Protocol):
+    """A frozen network named by a folder or a hub id."""
+
+    @property
+    def source(self) -> str | None: ...
+
+
+@runtime_checkable
+class HasRevision(Protocol):
+    """A frozen network with a revision on the hub."""
+
+    @property
+    def revision(self) -> str | None: ...
+
+
 def check_beforehand(recipe: Recipe) -> None:
-    """RecipeError where its teacher, its prior or its metrics cannot be had here or do not fit; no weights are read."""
+    """Raise RecipeError if teacher, prior or metrics are not available here or do not match. Reads no weights."""
     check_parts(recipe)
     if lacks := lacking(recipe.metrics):
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
@@ -31,16 +47,16 @@ def check_beforehand(recipe: Recipe) -> None:
         try:
             data = data_of(recipe).build()
         except ValueError:
-            return  # it is made by a stage, or said when it is built
+            return  # A stage makes the data, or building it raises the error.
         check_sizes(recipe, data)
 
 
 def check_sizes(recipe: Recipe, data: Dataset) -> None:
-    """RecipeError where one of its metrics does not fit the data: too few samples for its settings, no classes, nothing held out."""
+    """Raise RecipeError if the data does not suffice for a metric: too few samples, no classes, nothing held out."""
     seen = {
         "student": recipe.metrics,
         "text_joint": recipe.metrics,
-        "autoencoder": [m for m in recipe.metrics if m.needs == "samples"],
+        "autoencoder": [m for m in recipe.metrics if m.on_samples],
     }
     try:
         check_metrics(
@@ -54,10 +70,11 @@ def check_sizes(recipe: Recipe, data: Dataset) -> None:
 
 
 def check_parts(recipe: Recipe) -> None:
-    """RecipeError where student, teacher and prior do not fit each other."""
+    """Raise RecipeError if student, teacher and prior do not match each other."""
     if isinstance(recipe.start, FromTeacher) and recipe.teacher is None:
         raise RecipeError(
-            f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network (dit, mlp, ...)"
+            f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network "
+            "(dit, mlp, ...)"
         )
     check_teachers(recipe)
     check_guidance(recipe)
@@ -69,29 +86,31 @@ def check_parts(recipe: Recipe) -> None:
 
 
 def missing_parts(recipe: Recipe) -> list[str]:
-    """What its metrics and the frozen networks of its data need that is not on this machine, a line each."""
-    parts = [(f"data.{name}.source", getattr(recipe.data, name, None)) for name in ("autoencoder", "text")]
+    """Return what metrics and frozen networks of the data need that is not on this machine, a line each."""
+    parts = (("data.autoencoder.source", recipe.data.autoencoder), ("data.text.source", recipe.data.text))
     return [*lacking(recipe.metrics), *(line for key, part in parts if (line := _missing_source(key, part)))]
 
 
 def _missing_source(key: str, part: Any) -> str | None:
-    source = getattr(part, "source", None)
+    source = part.source if isinstance(part, HasSource) else None
     if source in (None, MINILM_SOURCE) or Path(source).is_dir():
         return None
     if not is_hub_id(source):
         return f"{key}: {source!r}: no such folder, and no hub id (owner/name)"
-    here = in_hub_cache(source, ("config.json", "vae/config.json", "model_index.json"), part.revision)
+    revision = part.revision if isinstance(part, HasRevision) else None
+    here = in_hub_cache(source, ("config.json", "vae/config.json", "model_index.json"), revision)
     return None if here else f"{key}: {source!r}: not on this machine; fit fetches it"
 
 
 def shipped_prior(recipe: Recipe) -> Shipped | None:
-    """What the recipe's student says of its learned prior, known before any is trained; None for the Gaussian one."""
+    """Return how the student records its learned prior, known before that is trained; None for the Gaussian prior."""
     if not isinstance(recipe.prior, Learned):
         return None
     trained = prior_recipes(recipe)[0]
     if trained.artifact != "prior":
         raise RecipeError(
-            f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: its objective is not variance_guided"
+            f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: "
+            "its objective is not variance_guided"
         )
     return Shipped(
         auxiliary(trained.student).size, recipe.prior.scale, recipe.prior.conditioning, trained.name, trained.hash()
@@ -99,7 +118,9 @@ def shipped_prior(recipe: Recipe) -> Shipped | None:
 
 
 def check_prior(recipe: Recipe) -> None:
-    """RecipeError where the flow of codes is one of other codes than the encoder's, or the teacher's paths start at another prior."""
+    """Raise RecipeError if the flow of codes belongs to another encoder, or the teacher's paths start at another
+    prior.
+    """
     ours = shipped_prior(recipe)
     if isinstance(recipe.prior, Learned) and isinstance(recipe.prior.z, FlowCodes):
         _check_codes(recipe)
@@ -117,14 +138,13 @@ def _check_codes(recipe: Recipe) -> None:
         what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
         raise RecipeError(
             f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
-            f"not on those of {trained.name!r} ({trained.hash()}); what prior.overrides changes, prior.z.overrides must say too, "
-            'as ["data.overrides=[...]"]'
+            f"not on those of {trained.name!r} ({trained.hash()}); what prior.overrides changes, "
+            'prior.z.overrides must change too, as ["data.overrides=[...]"]'
         )
 
 
 def check_start(recipe: Recipe, theirs: Shipped | None, ours: Shipped | None) -> None:
-    """RecipeError unless the teacher's paths start where the recipe's do."""
+    """Raise RecipeError unless the teacher's paths start where the recipe's do."""
     if (ours is None) != (theirs is None) or (ours is not None and not ours.same_start(theirs)):
-        raise RecipeError(
-            f"{recipe.name}: prior: the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}"
-        )
+        starts = f"the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}"
+        raise RecipeError(f"{recipe.name}: prior: {starts}")

@@ -1,4 +1,4 @@
-"""What a run folder says of its run: whether a recipe trains the same, measures the same, and the name that 0.1 gave it in built_on.json."""
+"""Compare a run folder's settings with a recipe's: those of training, those of measurement, and its 0.1 name."""
 
 from __future__ import annotations
 
@@ -11,27 +11,32 @@ from flowmap.base.schema import short_hash, to_plain
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import Recipe, in_old_words, read_plain, read_resolved
 
-BUILT_ON = "built_on.json"  # in a run folder: the runs that its weights or data come of
+BUILT_ON = "built_on.json"  # In a run folder: the runs that its weights or data depend on.
 MEASURED = ("sampler", "metrics", "evaluation")
 
 
 def same_training(folder: Path, recipe: Recipe) -> bool:
-    """The folder's recipe.yaml says all that the recipe's weights depend on, and the same. RecipeError where it cannot be read."""
+    """Return whether the folder's recipe.yaml equals the recipe in all that its weights depend on.
+
+    Raises RecipeError if it cannot be read.
+    """
     return read_resolved(folder / "recipe.yaml").training() == recipe.training()
 
 
 def same_measurement(folder: Path, recipe: Recipe, *keys: str) -> bool:
-    """What the folder's run was sampled and measured by, and the recipe's settings under `keys`, are the recipe's."""
+    """Return whether the folder's run was sampled and measured with the recipe's settings, those of `keys` among
+    them.
+    """
     return measurement(read_resolved(folder / "recipe.yaml"), *keys) == measurement(recipe, *keys)
 
 
 def measurement(recipe: Recipe, *keys: str) -> dict[str, Any]:
-    """The settings by which a trained run is measured, as plain values."""
+    """Return the settings with which a trained run is measured, as plain values."""
     return {key: to_plain(getattr(recipe, key), TABLES) for key in (*MEASURED, *keys)}
 
 
 def first_difference(old: Any, new: Any) -> str | None:
-    """The first setting that differs, in words; None where none does."""
+    """Return the first setting that differs, in words; None if none does."""
     old, new = _flat(old), _flat(new)
     key = next((key for key in [*new, *old] if old.get(key, "absent") != new.get(key, "absent")), None)
     return None if key is None else f"{key}, {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} here"
@@ -47,7 +52,10 @@ def _flat(node: Any, key: str = "") -> dict[str, Any]:
 
 
 def name_in_0_1(folder: Path) -> str | None:
-    """<name>-<hash> of the folder's run as version 0.1 wrote it into built_on.json: the hash was one of all settings but those of the log."""
+    """Return <name>-<hash> of the folder's run as version 0.1 wrote it to built_on.json.
+
+    That hash was one of all settings but those of the log.
+    """
     if not (folder / "recipe.yaml").is_file():
         return None
     plain = read_plain(folder / "recipe.yaml")

@@ -1,1 +1,1 @@
-"""Folders that are filled shard by shard: latents and pairs. Killed at any moment, a second call completes them."""
+"""Fill folders of latents and of pairs shard by shard; after an interruption, a second call completes them."""

@@ -1,7 +1,8 @@
-"""Pictures become latents and text embeddings on disk, shard by shard: killed at any moment, a second call completes what is there.
+"""Encode pictures into latents and text embeddings on disk, shard by shard.
 
-A shard is a fixed range of the source's positions and a function of it alone, so it does not matter which process makes it, or how often.
-See data/encoded.py for the files.
+After an interruption at any moment, a second call completes the folder. A shard is a fixed range of the source's
+positions and a function of that range alone, so any process may make it, any number of times. data/encoded.py
+describes the files.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.prepare.encode_shard import Shard
 from flowmap.prepare.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
 
-PREFIX = 4  # of a stream, held-out and reference samples come from this many times their number of first samples
+# Held-out and reference samples of a stream come from this many times their number of first samples.
+PREFIX = 4
 
 
 def encode(
@@ -42,11 +44,13 @@ def encode(
     log: Callable[[str], None] | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
-    """index.json's contents where the encoding is complete; None where other processes still have shards to make, or complete it just now.
+    """Encode the data and return the contents of index.json, or None while other processes still make shards.
 
-    shard (r, n) makes those whose number leaves r when divided by n. say: told what the pictures are before they are encoded, and after what
-    was left out. ValueError where the folder holds another encoding, or captions are read and no picture has one; WriteError names a shard
-    that could not be written, and the ones before it stay. waiting: as only_process (base/files.py) has it.
+    shard (r, n): make the shards whose number is r modulo n. log: receives a description of the pictures before they
+    are encoded, and of those skipped afterwards. waiting: as in only_process (base/files.py).
+
+    Raises ValueError if the folder contains another encoding, or captions are read and no picture has one. WriteError
+    names a shard that could not be written; earlier shards remain.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} must be 1 or more")
@@ -57,38 +61,48 @@ def encode(
         encoder, what = Encoder(spec, device), _plan(spec)
         if not (folder / PLAN).is_file():
             check_frozen_parts(spec)
-            encoder.load()  # before anything is written down
+            encoder.load()  # before anything is written
         check_plan(folder, what, "encoding", ("length", "fingerprint"))
         if not (folder / INDEX).is_file():
-            _say_each(log, survey.describe_source(spec.images, spec.text is not None))
+            _log_each(log, survey.describe_source(spec.images, spec.text is not None))
         _fill(spec, folder, encoder, *shard, batch_size)
     shards = _all_shards(spec, folder)
     index = None if shards is None else _finish(spec, folder, encoder, shards, log)
-    _say_each(log, [] if index is None else survey.describe_index(index))
+    _log_each(log, [] if index is None else survey.describe_index(index))
     return index
 
 
-def _say_each(log: Callable[[str], None], lines: list[str]) -> None:
+def _log_each(log: Callable[[str], None], lines: list[str]) -> None:
     for line in lines:
         log(line)
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A network that can be moved to a device."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
 class Encoder:
-    """What turns pictures and captions into the columns of a shard; the networks are loaded when first needed."""
+    """Encode pictures and captions into the columns of a shard; networks are loaded when they are first needed."""
 
     def __init__(self, spec: Encoded, device: torch.device | str):
         self.spec, self.device = spec, device
 
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        """Columns for uint8 images (B, C, H, W): "x0", "mirrored", "cond_text" ..., each (B, ...) float16, uint8 or bool."""
+        """Return columns for uint8 images (B, C, H, W): "x0", "mirrored", "cond_text" ...
+
+        Each is (B, ...) float16, uint8 or bool.
+        """
         columns = {"x0": self._latents(images)}
         if self.spec.flip:
             columns["mirrored"] = self._latents(images.flip(-1))
         return columns | {f"cond_{name}": value for name, value in self.text(captions).items()}
 
     def load(self) -> None:
-        """Loads the networks now. ValueError where one cannot be had."""
+        """Load the networks now. Raise ValueError if one is not available."""
         if self.spec.autoencoder is not None:
             self._autoencoder  # noqa: B018
         if self.spec.text is not None:
@@ -123,11 +137,11 @@ def _compact(value: Tensor) -> Tensor:
 
 
 def _on(network: Any, device: torch.device | str) -> Any:
-    return network.to(device) if hasattr(network, "to") else network
+    return network.to(device) if isinstance(network, Movable) else network
 
 
 def _plan(spec: Encoded) -> dict[str, Any]:
-    """What is being made, and of how many pictures."""
+    """Return what is being made, and the number of pictures."""
     images = spec.images
     return {
         "identity": spec.identity(),
@@ -149,12 +163,12 @@ def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, 
         for number in numbers:
             made = whole(folder, number) or _make(spec, folder, encoder, number, batch_size)
             bar.update(made["positions"])
-            if made["positions"] < spec.shard_items:  # the source ends here
+            if made["positions"] < spec.shard_items:  # The source ends here.
                 return
 
 
 def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size: int) -> dict[str, Any]:
-    """Encodes one shard, in memory, and writes it: first what it holds (.json), then the shard itself."""
+    """Encode one shard in memory, then write its summary (.json) and the shard."""
     start = number * spec.shard_items
     shard = Shard(encoder, start, spec.images.num_classes(), wants_text=spec.text is not None)
     items = spec.images.items(start, start + spec.shard_items)
@@ -170,7 +184,7 @@ def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size
 
 
 def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """The same, each read by another thread while the one before is encoded."""
+    """Yield the same batches, each read by another thread while the one before is encoded."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)
         while (batch := coming.result()) is not None:
@@ -179,7 +193,7 @@ def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
 
 
 def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
-    """What every shard of the encoding says of itself, in order; None where one is missing."""
+    """Return the summaries of all shards of the encoding, in order; None if one is missing."""
     length = spec.images.length()
     shards: list[dict[str, Any]] = []
     while length is None or len(shards) * spec.shard_items < length:
@@ -195,7 +209,10 @@ def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
 def _finish(
     spec: Encoded, folder: Path, encoder: Encoder, shards: list[dict[str, Any]], log: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Writes what is common to all shards, index.json last; returns it. The same shards give the same bytes. None: another process is at it."""
+    """Write what is common to all shards, index.json last, and return it; None if another process does so now.
+
+    The same shards give the same bytes.
+    """
 
     def finish() -> dict[str, Any]:
         index = _index(spec, shards)
@@ -239,14 +256,13 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
             f"data.held_out: {held_out} leaves nothing of {rows} usable pictures ({len(left_out)} left out{first})"
         )
     if spec.text is not None and sum(shard["missing_captions"] for shard in shards) == rows:
-        raise ValueError(
-            f"data.text: the recipe reads captions and none of {rows} usable pictures has one: {spec.images.captions_hint}"
-        )
+        none = f"the recipe reads captions and none of {rows} usable pictures has one"
+        raise ValueError(f"data.text: {none}: {spec.images.captions_hint}")
     columns = filled[0]["columns"]
     for shard in filled:
         found = difference(columns, shard["columns"])
         if found:
-            raise ValueError(f"{shard['file']}: its samples are unlike those of {filled[0]['file']}: {found}")
+            raise ValueError(f"{shard['file']}: its samples differ from those of {filled[0]['file']}: {found}")
     labels = [shard["max_label"] for shard in filled if shard["max_label"] is not None]
     mean, std = _moments(filled)
     return {
@@ -270,13 +286,13 @@ def _index(spec: Encoded, shards: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _class_rows(shards: list[dict[str, Any]]) -> dict[str, int]:
-    """How many samples there are of each class, by its number."""
+    """Return the number of samples of each class, by its number."""
     found = sum((Counter(shard["class_rows"]) for shard in shards), Counter())
     return {label: found[label] for label in sorted(found, key=int)}
 
 
 def _moments(shards: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of x0."""
+    """Return mean and standard deviation of each channel of x0."""
     count = sum(shard["values"] for shard in shards)
     first, second = (
         torch.tensor([shard[key] for shard in shards], dtype=torch.float64).sum(0) / count for key in ("sum", "squares")
@@ -285,7 +301,7 @@ def _moments(shards: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 
 
 def _reference(spec: Encoded, folder: Path, shards: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The pictures of held-out samples and of reference ones, uint8, and the rows where they stand."""
+    """Return the pictures of held-out and of reference samples, uint8, and their rows."""
     positions = torch.cat([_positions(folder / shard["file"]) for shard in shards if shard["rows"]])
     held_out = held_out_count(spec.held_out, len(positions))
     wanted = held_out + spec.reference_images

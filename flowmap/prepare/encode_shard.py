@@ -1,4 +1,4 @@
-"""One shard of an encoding while it is made: its rows as Arrow batches, and what is to be told of it."""
+"""One shard of an encoding while it is made: its rows as Arrow batches, and its summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowmap.data.sources import Item
 
 
 class Shard:
-    """Takes items batch by batch, from position `start` on; those that cannot be used are left out by name and keep their position.
+    """Take items batch by batch, from position `start` on; unusable ones are skipped by name and keep their position.
 
     encoder: (uint8 images (B, C, H, W), captions) -> columns (B, ...), "x0" among them.
     """
@@ -62,27 +62,27 @@ class Shard:
             self._keep(kept, {name: value[finite] for name, value in columns.items()})
 
     def summary(self) -> dict[str, Any]:
-        """What is known of the shard, as plain values; sum and squares are over all pixels of each channel of x0, class_rows by label."""
-        names = (
-            "positions",
-            "rows",
-            "grey",
-            "missing_captions",
-            "unlabelled",
-            "max_label",
-            "left_out",
-            "columns",
-            "values",
-        )
-        class_rows = {str(label): self.labels[label] for label in sorted(self.labels)}
-        return {name: getattr(self, name) for name in names} | {
-            "class_rows": class_rows,
+        """Return the summary as plain values.
+
+        sum and squares are over all pixels of each channel of x0, class_rows by label.
+        """
+        return {
+            "positions": self.positions,
+            "rows": self.rows,
+            "grey": self.grey,
+            "missing_captions": self.missing_captions,
+            "unlabelled": self.unlabelled,
+            "max_label": self.max_label,
+            "left_out": self.left_out,
+            "columns": self.columns,
+            "values": self.values,
+            "class_rows": {str(label): self.labels[label] for label in sorted(self.labels)},
             "sum": self.sum.tolist(),
             "squares": self.squares.tolist(),
         }
 
     def write(self, path: Path) -> None:
-        """An Arrow stream file; without any row, one of the plain columns alone."""
+        """Write an Arrow stream file; without any row, one of the plain columns alone."""
         write_stream(path, self.batches or [_batch([], {})])
 
     def _problem(self, item: Item) -> str | None:
@@ -101,7 +101,8 @@ class Shard:
         if shapes != self.columns:
             name = next(name for name in shapes if shapes[name] != self.columns.get(name))
             raise ValueError(
-                f"{name}: is {shapes[name]} for one batch and {self.columns.get(name)} for another; texts must be padded to one length"
+                f"{name}: is {shapes[name]} for one batch and {self.columns.get(name)} for another; "
+                "texts must be padded to one length"
             )
         self.rows += len(kept)
         self.grey += sum(item.grey for _, item in kept)

@@ -1,6 +1,7 @@
-"""Pairs of noise and data that a teacher's ODE joins, shard by shard: killed at any moment, a second call completes what is there.
+"""Make pairs of noise and data that a teacher's ODE joins, shard by shard.
 
-A shard is a fixed range of pairs and a function of it alone. See data/pairs.py for the files.
+After an interruption at any moment, a second call completes the folder. A shard is a fixed range of pairs and a
+function of that range alone. data/pairs.py describes the files.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import read_json, write_json
-from flowmap.build.parts import BuiltTeacher, build_data, build_pairs_teacher
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.teacher import BuiltTeacher, build_pairs_teacher
 from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, sources_of, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
@@ -30,13 +32,13 @@ from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import pairs_teacher
-from flowmap.plan.plan import pairs_identity, pairs_of
-from flowmap.plan.provenance import scale_of
+from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.provenance import pairs_identity, scale_of
 from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
 from flowmap.recipe import Recipe
 
-KEPT = ("rows", "bytes", "sha256", "inverted")  # of what a shard's .json says, in index.json
-OFF = 4.0  # standard errors from which inverted noise is called off
+KEPT = ("rows", "bytes", "sha256", "inverted")  # The keys of a shard's summary that index.json repeats.
+OFF = 4.0  # The number of standard errors from which inverted noise raises a warning.
 
 
 def make_pairs(
@@ -49,11 +51,13 @@ def make_pairs(
     log: Callable[[str], None] | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
-    """index.json's contents where the pairs are complete; None where other processes still have shards to make, or complete it just now.
+    """Make the pairs and return the contents of index.json, or None while other processes still make shards.
 
-    folder: default where the recipe looks for them. shard (r, n) makes those whose number leaves r when divided by n. ValueError where the
-    folder holds other pairs; WriteError names a shard that could not be written, and the ones before it stay. waiting: as only_process
-    (base/files.py) has it.
+    folder: by default the one where the recipe looks for them. shard (r, n): make the shards whose number is r modulo
+    n. waiting: as in only_process (base/files.py).
+
+    Raises ValueError if the folder contains other pairs. WriteError names a shard that could not be written; earlier
+    shards remain.
     """
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")
@@ -62,7 +66,7 @@ def make_pairs(
     folder = folder or Path(pairs_of(recipe).root)
     with making(folder, shard, waiting):
         slot = pairs_teacher(recipe)
-        if slot is not None and not (folder / PLAN).is_file():  # before hours of its velocities
+        if slot is not None and not (folder / PLAN).is_file():  # before hours of evaluating it
             alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
             check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, log=log)
         check_plan(folder, maker.plan(), "set of pairs")
@@ -78,7 +82,10 @@ def make_pairs(
 
 @dataclass(frozen=True)
 class Maker:
-    """What makes pair i: the teacher's velocity at its one scale, the data that conditions and real samples come from, the settings."""
+    """All that determines pair i: the teacher's velocity at its one scale, the data, and the settings.
+
+    Conditions and real samples come from the data.
+    """
 
     spec: Pairs
     data: Dataset
@@ -95,7 +102,8 @@ class Maker:
         spec, data = pairs_of(recipe), build_data(recipe)
         if spec.num_inverted and sources_of(data) is not None:
             raise ValueError(
-                "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; here it must be 0"
+                "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; "
+                "here it must be 0"
             )
         if spec.num_inverted > len(data):
             raise ValueError(f"coupling.inverted: wants {spec.num_inverted} real samples, the data has {len(data)}")
@@ -118,7 +126,7 @@ class Maker:
         }
 
     def ranges(self) -> list[range]:
-        """The pairs of each shard: no shard holds both generated and inverted ones."""
+        """Return the pairs of each shard; no shard has both generated and inverted ones."""
         start, step = self.spec.num - self.spec.num_inverted, self.spec.shard_items
         parts = ((0, start), (start, self.spec.num))
         return [range(at, min(at + step, end)) for first, end in parts for at in range(first, end, step)]
@@ -128,7 +136,10 @@ class Maker:
 
     @torch.no_grad()
     def columns(self, pairs: Sequence[int]) -> tuple[dict[str, Tensor], int]:
-        """The columns x0, label, place (and x1 of inverted pairs) of pairs that are all inverted or all not, and the calls of a network for each."""
+        """Return the columns of those pairs, and the network calls for each pair.
+
+        The columns are x0, label, place, and x1 of inverted pairs. All of the pairs must be inverted, or none.
+        """
         label, place, cond = self._conditions(pairs)
         columns = {"label": label, "place": place}
         if self.inverted(pairs):
@@ -146,21 +157,21 @@ class Maker:
         return columns, solved.calls * self.teacher.calls_per_step
 
     def velocity(self, cond: Cond, num: int) -> Velocity:
-        """The teacher's, at these conditions (num, ...) and the one scale."""
+        """Return the teacher's velocity at these conditions (num, ...) and the one scale."""
         guided = cond if self.scale is None else {**cond, "guidance": torch.full((num,), self.scale)}
         on_device = {key: value.to(self.device) for key, value in guided.items()} or None
         return lambda x, t: self.teacher.guided.velocity(x, t, on_device)
 
     def starts(self, pairs: Sequence[int]) -> Start:
-        """Where those pairs start."""
+        """Return the starting points of those pairs."""
         return starts_of(self.prior, self.spec.seed, pairs, self.data.shape, sources_of(self.data))
 
     def samples(self, pairs: Sequence[int]) -> tuple[Tensor, Cond]:
-        """(x0, cond) of those pairs, as training would see them."""
+        """Return (x0, cond) of those pairs, as training sees them."""
         return unpack(self.columns(pairs)[0]["x0"]), self._conditions(pairs)[2]
 
     def _conditions(self, pairs: Sequence[int]) -> tuple[Tensor, Tensor, Cond]:
-        """(label, place in the data, what the teacher sees) of those pairs; -1 where there is no label or no place."""
+        """Return label, place in the data and conditions of those pairs; -1 where there is no label or no place."""
         i, none = torch.tensor(pairs), torch.full((len(pairs),), -1)
         text, classes = has_text(self.data), self.data.num_classes
         place = self._places(i) if text or self.inverted(pairs) else none
@@ -168,7 +179,9 @@ class Maker:
         return cond.get("class", none), place, cond if self.conditional else {}
 
     def _places(self, i: Tensor) -> Tensor:
-        """The data's samples in an order drawn by the seed, again and again; inverted pairs take the first ones of it."""
+        """Return places in the data, in an order drawn with the seed and repeated; inverted pairs take its first
+        ones.
+        """
         first = self.spec.num - self.spec.num_inverted
         return self._order[torch.where(i >= first, i - first, i) % len(self._order)]
 
@@ -180,9 +193,8 @@ class Maker:
         kept = columns.get("x1", columns["x0"])
         bad = ~(solved.cpu().flatten(1).isfinite().all(1) & kept.float().flatten(1).isfinite().all(1))
         if bool(bad.any()):
-            raise RuntimeError(
-                f"pair {pairs[int(bad.nonzero()[0])]}: the solver's result is not finite as {kept.dtype}; take more steps"
-            )
+            pair = pairs[int(bad.nonzero()[0])]
+            raise RuntimeError(f"pair {pair}: the solver's result is not finite as {kept.dtype}; take more steps")
 
 
 def _fill(maker: Maker, folder: Path, shard: tuple[int, int], batch_size: int) -> None:
@@ -200,7 +212,7 @@ def _fill(maker: Maker, folder: Path, shard: tuple[int, int], batch_size: int) -
 
 
 def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int) -> None:
-    """Solves one shard, in memory, and writes it."""
+    """Solve one shard in memory and write it."""
     import pyarrow
 
     batches: list[Any] = []
@@ -219,7 +231,7 @@ def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int
 
 
 def _finish(maker: Maker, folder: Path, summaries: list[dict[str, Any]], log: Callable[[str], None]) -> dict[str, Any]:
-    """Writes index.json and gives it. The same shards give the same bytes."""
+    """Write index.json and return it. The same shards give the same bytes."""
     norms = [norm for shard in summaries for norm in shard["squared_norms"]]
     index = {
         **maker.plan(),
@@ -235,8 +247,9 @@ def _finish(maker: Maker, folder: Path, summaries: list[dict[str, Any]], log: Ca
         sweep_stale(folder, (PLAN, INDEX))
         write_json(folder / INDEX, index)
     if norms and abs(index["inverted_noise"]["z"]) > OFF:
+        found = described(index["inverted_noise"])
         warnings.warn(
-            f"coupling.inverted: {described(index['inverted_noise'])}: the teacher does not carry these data to N(0, I)",
+            f"coupling.inverted: {found}: the teacher does not carry these data to N(0, I)",
             stacklevel=4,
         )
     elif norms:
@@ -255,9 +268,10 @@ def described(found: Mapping[str, float]) -> str:
 def verify(
     recipe: Recipe, folder: Path | None = None, *, num: int, device: torch.device | str = "cpu", batch_size: int = 256
 ) -> tuple[float, int]:
-    """The largest difference between `num` pairs as they are kept, evenly spread, and the same made anew, and the pair where it is.
+    """Return the largest difference between pairs on disk and the same pairs made again, and the pair that has it.
 
-    0 where the same machine makes them in the same batches; a grey level of uint8 is 0.0078.
+    num: the number of pairs, evenly spread. The difference is 0 if the same machine makes them in the same batches;
+    one grey level of uint8 is 0.0078.
     """
     if num < 1 or batch_size < 1:
         raise ValueError(f"--verify: {num} and --batch: {batch_size} must be 1 or more")
@@ -276,7 +290,7 @@ def verify(
 
 
 def _gaps(maker: Maker, kept: PairedDataset, pairs: list[int]) -> list[float]:
-    """How far each of those pairs, made anew, is from the one that is kept."""
+    """Return the difference between each of those pairs, made again, and the one on disk."""
     columns, _ = maker.columns(pairs)
     x0, _, x1 = kept.__getitems__(pairs)
     gap = (unpack(columns["x0"]) - x0).abs().flatten(1).amax(1)

@@ -1,6 +1,7 @@
-"""Writing a folder of shards (data/shards.py) so that it may be killed at any moment: a second call completes what is there.
+"""Write a folder of shards (data/shards.py) that survives an interruption at any moment.
 
-A shard is a function of its number alone, so it does not matter which process makes it, or how often.
+A second call completes the folder. A shard is a function of its number alone, so any process may make it, any number
+of times.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from flowmap.data.encoded import EMPTY, REFERENCE
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 
 T = TypeVar("T")
-OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # what is written after the plan
+OURS = (INDEX, "shard-[0-9][0-9][0-9][0-9][0-9].*", EMPTY, REFERENCE)  # the files written after the plan
 
 
 @contextmanager
 def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within it this process alone makes part I of N of the folder; ValueError for a part that there is not, or that another is making, for
-    which it waits with `waiting` (base/files.py)."""
+    """Hold the lock on part I of N of the folder, so that only this process makes it.
+
+    Raises ValueError for a part that does not exist, or that another process makes; with `waiting` (base/files.py),
+    wait for that process.
+    """
     rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard: {rank}/{world} must be I/N with 0 <= I < N")
@@ -30,13 +34,16 @@ def making(folder: Path, shard: tuple[int, int], waiting: Callable[[], None] | N
         try:
             yield
         finally:
-            for empty in (lock, folder):  # the folder goes where nothing could be begun
+            for empty in (lock, folder):  # Also remove the folder if nothing was written.
                 with suppress(OSError):
                     empty.rmdir()
 
 
 def check_plan(folder: Path, plan: Mapping[str, Any], thing: str, changes: tuple[str, ...] = ()) -> None:
-    """Writes down what is being made; ValueError where the folder holds something else, or its source (`changes`) has changed since."""
+    """Write the plan of the folder. Raise ValueError if the folder is of something else, or its source has changed.
+
+    changes: the keys of the plan that describe the source.
+    """
     if not (folder / PLAN).is_file():
         foreign = next((path.name for pattern in OURS for path in sorted(folder.glob(pattern))), None)
         if foreign is not None:
@@ -55,7 +62,7 @@ def check_plan(folder: Path, plan: Mapping[str, Any], thing: str, changes: tuple
 
 
 def whole(folder: Path, number: int) -> dict[str, Any] | None:
-    """What a shard's .json says of it; None where the shard is not there, or not whole."""
+    """Return the summary of a shard from its .json; None if the shard is missing or truncated."""
     path = folder / shard_name(number)
     try:
         summary = read_json(path.with_suffix(".json"))
@@ -65,9 +72,9 @@ def whole(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def write_shard(folder: Path, number: int, write: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one shard, first what it holds (.json), then the shard itself; gives the former, its bytes and SHA-256 among it."""
+    """Write the summary (.json) of a shard, then the shard; return the summary with its bytes and SHA-256."""
     path = folder / shard_name(number)
-    for stale in folder.glob(f".{path.stem}.*.tmp"):  # of a killed process: this one alone makes the shard now
+    for stale in folder.glob(f".{path.stem}.*.tmp"):  # An interrupted process wrote it.
         stale.unlink(missing_ok=True)
 
     def both(temporary: Path) -> None:
@@ -79,12 +86,12 @@ def write_shard(folder: Path, number: int, write: Callable[[Path], None], summar
 
 
 def measured(path: Path) -> dict[str, Any]:
-    """The size and the SHA-256 of a file, as index.json keeps them."""
+    """Return size and SHA-256 of a file, as in index.json."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def once(folder: Path, finish: Callable[[], T]) -> T | None:
-    """finish(), unless another process is at it just now: None."""
+    """Return finish(), or None if another process does it just now."""
     lock = folder / ".process-last"
     with ExitStack() as stack:
         try:
@@ -98,7 +105,7 @@ def once(folder: Path, finish: Callable[[], T]) -> T | None:
 
 
 def sweep_stale(folder: Path, names: Iterable[str]) -> None:
-    """Removes the temporary files of those names that a killed process left; for the one that holds `once`."""
+    """Remove temporary files of those names that an interrupted process wrote; for the process that runs `once`."""
     for name in names:
         for stale in folder.glob(f".{name}.*.tmp"):
             stale.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES
 from flowmap.flow.types import Objective, Path, Prior, RecipeView, Sampler, TimeSampler
 from flowmap.metrics import METRICS
+from flowmap.metrics import Spec as Metric
 from flowmap.nets import DISCRIMINATORS, NETS
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
@@ -71,6 +72,9 @@ class Data(Protocol):
     def drop_condition(self) -> float: ...
 
     @property
+    def drop_attribute(self) -> float: ...
+
+    @property
     def in_pixels(self) -> bool: ...
 
     @property
@@ -84,9 +88,6 @@ class Data(Protocol):
 
     @property
     def text(self) -> Any: ...
-
-    @property
-    def drop_attribute(self) -> float: ...
 
     def check(self, recipe: RecipeView) -> None: ...
 
@@ -104,18 +105,20 @@ class StudentSpec(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-class Metric(Protocol):
-    """The settings of a metric (metrics/specs.py)."""
-
-    @property
-    def needs(self) -> str: ...
-
-    @property
-    def features(self) -> str | None: ...
-
-
 class EMA(Protocol):
-    """How weights are averaged; settings.py has the kinds."""
+    """How weights are averaged; settings.py has the kinds.
+
+    widths: one average is kept for each, and the first ships. kept(width, step): the share of the average that stays
+    when the weights of that step are added.
+    """
+
+    @property
+    def snapshot_every_steps(self) -> int: ...
+
+    @property
+    def widths(self) -> tuple[float, ...]: ...
+
+    def kept(self, width: float, step: int) -> float: ...
 
 
 def student_part(student: Any) -> BaseStudent:

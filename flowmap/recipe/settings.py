@@ -17,6 +17,7 @@ from flowmap.base.ranges import (
     Seed,
     check_ranges,
 )
+from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
 from flowmap.nets.lora import LoRA
@@ -149,15 +150,31 @@ class PowerEMA:
     def __post_init__(self):
         check_ranges(self)
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        extra = self.snapshot_stds if self.snapshot_every_steps else ()
+        return tuple(dict.fromkeys((self.std, *extra)))
+
+    def kept(self, width: float, step: int) -> float:
+        return power_beta(step, exponent_from_std(width))
+
 
 @dataclass(frozen=True)
 class ConstantEMA:
-    """The ordinary exponential average; decay 0 is no average."""
+    """The ordinary exponential average; decay 0 is no average. A short run is not held back by its start."""
 
     decay: BelowOne = 0.999
+    snapshot_every_steps: ClassVar[int] = 0
 
     def __post_init__(self):
         check_ranges(self)
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        return (self.decay,)
+
+    def kept(self, width: float, step: int) -> float:
+        return min(width, step / (step + 9))
 
 
 @dataclass(frozen=True)

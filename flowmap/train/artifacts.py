@@ -1,8 +1,9 @@
-"""What a run leaves in student/, by the recipe's `leaves`: how it is shown and kept on the way, measured at the end, and written with its figures."""
+"""The artifact that a run writes to student/, by the objective's `artifact`: its callbacks during training, its
+figures, and its files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import lightning as L
 from torch import Tensor
 
+from flowmap.base.progress import LogFunction
 from flowmap.evaluation.known_rows import read_known
 from flowmap.evaluation.measure import measure
 from flowmap.plan.plan import Stage
@@ -19,17 +21,19 @@ from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
 from flowmap.train.module import DistillModule
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 
-LogFunction = Callable[[str], None]
 Figures = dict[str, Any]
 
 
 class Leaves(Protocol):
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
-        """Callbacks that look at the averaged weights and keep them; the checkpoint last: what it says is done has left its figures behind."""
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
+        """Callbacks that draw, measure and save the averaged weights.
+
+        The one that saves a checkpoint comes last, so that a checkpoint has the figures of its step.
+        """
         ...
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
-        """metrics.json's contents."""
+        """The contents of metrics.json."""
         ...
 
     def write(
@@ -44,11 +48,11 @@ class Leaves(Protocol):
 
 
 class StudentArtifact:
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
-        return [Measure(stage, student), Pictures(stage, student), Keep(stage, student.config)]
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
+        return [Measure(stage, student, log), Pictures(stage, student), Keep(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
-        known = read_known(stage.folder / "student")  # of a run that is measured again
+        known = read_known(stage.folder / "student")  # there if the run is measured again
         return measure(stage.recipe, student, module.teacher, module.data, progress=log, known=known)
 
     def write(
@@ -65,11 +69,11 @@ class StudentArtifact:
 
 @dataclass(frozen=True)
 class AutoencoderArtifact:
-    """kind: the module that shows, measures and saves it, that of pictures or that of text."""
+    """kind: the module that draws, measures and saves the autoencoder, that of pictures or that of text."""
 
     kind: ModuleType
 
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [self.kind.Reconstructions(stage), self.kind.KeepAutoencoder(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
@@ -88,7 +92,7 @@ class AutoencoderArtifact:
 
 
 class PriorArtifact:
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [Drawn(stage, student), KeepPrior(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
@@ -107,9 +111,9 @@ class PriorArtifact:
 
 
 class JointTextArtifact:
-    """A text autoencoder and the flow in its latents."""
+    """A text autoencoder and the flow on its latents."""
 
-    def shows(self, stage: Stage, student: Student) -> list[L.Callback]:
+    def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         return [text_autoencoder.Reconstructions(stage), text_joint.KeepJoint(stage, student.config)]
 
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:

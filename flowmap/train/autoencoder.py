@@ -1,4 +1,4 @@
-"""What a run of the objective `reconstruction` leaves: an autoencoder in diffusers' own format, its reconstructions, its figures."""
+"""The artifact of the objective `reconstruction`: an autoencoder in diffusers' format, reconstructions, figures."""
 
 from __future__ import annotations
 
@@ -14,46 +14,50 @@ from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
-MAX_FOR_STATISTICS = 4096  # pictures from which the latents' shift and scale are measured
+MAX_FOR_STATISTICS = 4096  # pictures by which the latents' shift and scale are measured
 
 
 class KeepAutoencoder(Keep):
-    """As Keep; student/ is a folder that diffusers' AutoencoderKL.from_pretrained loads."""
+    """Saves student/ as a folder that diffusers' AutoencoderKL.from_pretrained loads."""
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         save_autoencoder(self.stage, module, state, done)
 
 
 class Reconstructions(AtPictures):
-    """samples/step-N.png: pictures that were not trained on, above what the autoencoder makes of them."""
+    """Draws samples/step-N.png: held-out pictures above their reconstructions."""
 
     @torch.no_grad()
     def show(self, trainer, module: DistillModule, done: int) -> None:
         x = _unseen(module)[: self.stage.recipe.log.grid_images].to(module.device)
-        grids = [to_grid(pictures.clamp(-1, 1), columns=16) for pictures in (x, module.averaged.net(x))]
-        if not trainer.is_global_zero:
-            return
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(grids))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in zip(("real", "reconstructed"), grids, strict=True):
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+        pictures = {"real": x, "reconstructed": module.averaged.net(x)}
+        grids = {name: to_grid(part.clamp(-1, 1), columns=16) for name, part in pictures.items()}
+        if trainer.is_global_zero:
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
+            log_pictures(trainer, grids, done)
 
 
 @torch.no_grad()
 def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
-    """metrics.json's contents: under "student" "1" the signal-to-noise ratio of reconstructions and every metric of samples on them."""
+    """The contents of metrics.json.
+
+    The row "1" of "student" has the signal-to-noise ratio of reconstructions and every metric of samples on them.
+    """
     recipe, data, started = module.recipe, module.data, time.perf_counter()
-    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.needs == "samples"]
+    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
     x = torch.cat([_unseen(module), data.reference])[:num]
     size = recipe.evaluation.batch_size
     rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
     error = (rebuilt - x).square().flatten(1).mean(1)
     row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
-    built = [(spec, spec.compare(data)) for spec in specs]
+    built = [(spec, spec.build_on(data)) for spec in specs]
     for _, metric in built:
         metric.update(rebuilt)
         row |= metric.report()
@@ -65,9 +69,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
 def save_autoencoder(
     stage: Stage, module: DistillModule, state: dict[str, Tensor], done: int, metrics: dict | None = None
 ) -> None:
-    """Writes student/: weights, then the config with the shift and scale that normalise the latents of the training pictures."""
-    from flowmap.train.card import figures_table
-
+    """Write student/: weights, then the config with the shift and scale that normalise latents of training pictures."""
     folder, model = stage.folder / "student", module.averaged.net.model
     shift, scale = module.averaged.net.normalisation(module.data.reference[:MAX_FOR_STATISTICS].to(module.device))
     config = json.loads(model.to_json_string()) | {"shift_factor": shift, "scaling_factor": scale}
@@ -76,11 +78,11 @@ def save_autoencoder(
     )
     write_json(folder / "config.json", config)
     write_text(folder / "recipe.yaml", stage.recipe.to_yaml())
-    what = f"An autoencoder of pictures, trained for {done} steps: `diffusers.AutoencoderKL.from_pretrained(folder)` loads it."
-    lines = [f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]
-    write_text(folder / "README.md", "\n".join(lines))
+    loads = "`diffusers.AutoencoderKL.from_pretrained(folder)` loads it."
+    what = f"An autoencoder of pictures, trained for {done} steps: {loads}"
+    write_text(folder / "README.md", short_card(stage.recipe.name, what, metrics))
 
 
 def _unseen(module: DistillModule) -> Tensor:
-    """Held-out pictures; where there are none, those of training."""
+    """Held-out pictures, or training pictures if none are held out."""
     return module.data.held_out if len(module.data.held_out) else module.data.reference

@@ -1,10 +1,15 @@
-"""The LightningModule of students that do not train alone: other networks step beside them, each by an optimiser of its own.
+"""The LightningModule of students that train together with other networks, each with an optimizer of its own.
 
-Lightning counts the steps of optimisers that it has wrapped. Those of the other networks are stepped as torch's own, so that global_step counts
-the student's steps: trainer.steps, schedules, averages, checkpoints, logs and resuming are those of any other run.
+Lightning counts the steps of optimizers that it has wrapped. Those of the auxiliary networks are stepped as torch's
+own, so that global_step counts the student's steps: trainer.steps, schedules, averages, checkpoints, logs and resuming
+are those of any other run.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,41 +17,77 @@ from torch import Tensor, nn
 
 from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.types import Cond, Loss, PathSample
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.objectives import ScoreDistillation
+from flowmap.recipe import Recipe
 from flowmap.train.module import DistillModule, norm_of, trained
 
+Drawn = list[tuple[PathSample, RowGenerator]]  # the micro-batches of a step
 
-class BesideModule(DistillModule):
-    """As DistillModule, with a fake score network (objectives/score_distillation.py) that trains beside the student where there is one.
 
-    Networks beside the student are in state_dict() but in no average: they never ship. The micro-batches of a step are kept until its last;
-    then the fake makes its own steps on all of them, and after that the student, so that a step is one of the whole batch for both.
+@dataclass(frozen=True)
+class Auxiliary:
+    """A network that trains together with the student: a fake score network, or a discriminator.
+
+    It is in the state_dict() of the module under `name`, but in no average: it never ships. build_optimizer makes its
+    optimizer at the full learning rate; `AuxiliaryModule` scales that by the student's schedule.
     """
 
-    def __init__(self, *parts, fake: nn.Module | None = None, **more):
+    name: str
+    net: nn.Module
+    build_optimizer: Callable[[], torch.optim.Optimizer]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return trained(self.net)
+
+
+def fake_score(recipe: Recipe, net: FlowMapNet) -> Auxiliary:
+    """The fake score network of a score distillation (objectives/score_distillation.py)."""
+    objective = recipe.distillation
+    assert isinstance(objective, ScoreDistillation)
+    lr = objective.fake_lr or recipe.optimizer.lr
+
+    def optimizer() -> torch.optim.Optimizer:
+        built = recipe.optimizer(trained(net))
+        built.param_groups[0]["lr"] = lr
+        return built
+
+    return Auxiliary("fake", net, optimizer)
+
+
+class AuxiliaryModule(DistillModule):
+    """A DistillModule with a fake score network, if one is given.
+
+    The micro-batches of a step are kept until the last one. Then the fake takes its own steps on all of them, and after
+    that the student takes its step, so that a step is one of the whole batch for both.
+    """
+
+    fake: FlowMapNet | None
+
+    def __init__(self, *parts: Any, fake: FlowMapNet | None = None, **more: Any):
         super().__init__(*parts, **more)
         self.automatic_optimization = False
-        self._waiting: list[tuple[PathSample, RowGenerator]] = []
-        if fake is not None:
-            self.fake = fake.train()
+        self.auxiliaries: tuple[Auxiliary, ...] = () if fake is None else (fake_score(self.recipe, fake),)
+        self.fake = None if fake is None else fake.train()
+        self._waiting: Drawn = []
+        self._full_lr: dict[str, float] = {}
+        self._fake_loss = torch.zeros(())
 
-    def beside(self) -> dict[str, torch.optim.Optimizer]:
-        """The optimisers of the networks beside the student, by the name of the network, at their full learning rates."""
-        if not hasattr(self, "fake"):
-            return {}
-        optimizer = self.recipe.optimizer(trained(self.fake))
-        optimizer.param_groups[0]["lr"] = self.recipe.distillation.fake_lr or self.recipe.optimizer.lr
-        return {"fake": optimizer}
+    @property
+    def networks(self) -> list[FlowMapNet]:
+        return [*super().networks, *([] if self.fake is None else [self.fake])]
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        beside = self.beside()
-        self._names = tuple(beside)
-        self._full_lr = {name: optimizer.param_groups[0]["lr"] for name, optimizer in beside.items()}
-        return [self.recipe.optimizer(trained(self.student)), *beside.values()]
+        built = [one.build_optimizer() for one in self.auxiliaries]
+        pairs = zip(self.auxiliaries, built, strict=True)
+        self._full_lr = {one.name: optimizer.param_groups[0]["lr"] for one, optimizer in pairs}
+        return [self.recipe.optimizer(trained(self.student)), *built]
 
     def configure_model(self) -> None:
         super().configure_model()
-        if hasattr(self, "fake") and hasattr(self.fake.net, "activation_checkpointing"):
-            self.fake.net.activation_checkpointing = self.recipe.trainer.activation_checkpointing
+        if self.fake is not None:
+            self.fake.checkpoint_activations(self.recipe.trainer.activation_checkpointing)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -57,70 +98,77 @@ class BesideModule(DistillModule):
         if self._micro:
             return
         drawn, self._waiting = self._waiting, []
-        if hasattr(self, "fake"):
-            for _ in range(self.recipe.distillation.fake_steps):
+        if self.fake is not None:
+            for _ in range(self._score.fake_steps):
                 self._fake_step(drawn)
         for sample, generator in drawn:
             self.descend(sample, generator, 1 / len(drawn))
         self.step_student()
 
     def descend(self, sample: PathSample, generator: RowGenerator, share: float) -> None:
-        """Adds `share` of the micro-batch's gradient to that of every network that steps with the student."""
+        """Add `share` of the micro-batch's gradient to that of every network that steps with the student."""
         loss = self.distillation_loss(sample, generator)
         (loss.value * share).backward()
         self.last_loss = Loss(loss.value.detach(), loss.logs)
 
     def distillation_loss(self, sample: PathSample, generator: RowGenerator) -> Loss:
-        """What the student descends on the micro-batch by what it is compared with its teacher by; kept for the logs."""
-        objective, teacher = self.recipe.distillation, self.teacher and self.teacher.guided
-        if not hasattr(self, "fake"):
-            loss = objective(self.student, teacher, sample, self.global_step)
+        """The student's distillation loss on the micro-batch, without that of a discriminator; kept for the logs."""
+        if self.fake is None:
+            loss = self.recipe.distillation(self.student, self.guided, sample, self.global_step)
             self.keep(sample, loss)
             return loss
-        sample, num_jumps = self._looked_at(sample.x1, sample.cond, generator)
-        loss = objective(self.fake, teacher, sample, self.global_step)
+        sample, num_jumps = self._generated_sample(sample.x1, sample.cond, generator)
+        loss = self._score(self.fake, self.guided, sample, self.global_step)
         loss = Loss(loss.value, {**loss.logs, "jumps": torch.tensor(float(num_jumps)), "fake_loss": self._fake_loss})
         self.keep(sample, loss)
         return loss
 
-    def _fake_step(self, drawn: list[tuple[PathSample, RowGenerator]]) -> None:
-        """One step of the fake on samples that the student makes from new noise, with the conditions of the micro-batches."""
+    @property
+    def _score(self) -> ScoreDistillation:
+        objective = self.recipe.distillation
+        assert isinstance(objective, ScoreDistillation), "only a score distillation has a fake"
+        return objective
+
+    def _fake_step(self, drawn: Drawn) -> None:
+        """One step of the fake on samples that the student makes from new noise, with the micro-batches' conditions."""
+        assert self.fake is not None
         for sample, generator in drawn:
             with torch.no_grad():
-                made, _ = self._looked_at(normal_like(sample.x1, generator), sample.cond, generator)
-            loss = self.recipe.distillation.learn(self.fake, made)
+                made, _ = self._generated_sample(normal_like(sample.x1, generator), sample.cond, generator)
+            loss = self._score.learn(self.fake, made)
             self.keep(made, loss)
             self._fake_loss = loss.value.detach()
             (loss.value / len(drawn)).backward()
-        self.step_beside("fake")
+        self.step_auxiliary("fake")
 
-    def _looked_at(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, int]:
-        """The student's samples from x1 with fresh noise and times of the recipe's law, and in how many jumps they were made."""
-        x0, num_jumps = self.recipe.distillation.samples(self.recipe.sampler, self.student, x1, cond, generator)
+    def _generated_sample(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, int]:
+        """The student's samples from x1 with new noise and the recipe's times; and the number of jumps they took."""
+        x0, num_jumps = self._score.samples(self.recipe.sampler, self.student, x1, cond, generator)
         noise = normal_like(x1, generator)
         t, s = self.recipe.times(len(x1), device=x1.device, generator=generator)
         return self.recipe.path.sample(x0, noise, t, s, cond), num_jumps
 
-    def step_beside(self, name: str) -> None:
-        """The network of that name steps, at its own learning rate on the student's schedule."""
-        schedule, optimizer = (
-            self.recipe.optimizer,
-            self.optimizers()[1 + self._names.index(name)].optimizer,
-        )  # torch's own: not counted
+    def step_auxiliary(self, name: str) -> None:
+        """Step the network of that name, at its own learning rate on the student's schedule."""
+        place, auxiliary = next((i, one) for i, one in enumerate(self.auxiliaries, 1) if one.name == name)
+        optimizer = self.optimizers()[place].optimizer  # torch's own: Lightning does not count its steps
+        schedule = self.recipe.optimizer
         lr = schedule.lr_at(self.global_step, self.recipe.trainer.steps)
         optimizer.param_groups[0]["lr"] = self._full_lr[name] * lr / schedule.lr
-        self._step(optimizer, trained(getattr(self, name)), name)
+        self._step(optimizer, auxiliary.parameters, name)
 
     def step_student(self) -> None:
         self._step(self.optimizers()[0], trained(self.student))
 
-    def _step(self, optimizer, parameters: list[nn.Parameter], name: str | None = None) -> None:
-        """The gradients' mean over processes, clipped as the student's are, then the step. The student's own norm is looked at by a hook."""
+    def _step(self, optimizer: Any, parameters: list[nn.Parameter], name: str | None = None) -> None:
+        """Average the gradients over processes, clip them as the student's, and step.
+
+        name: of an auxiliary network; None for the student, whose gradient's norm a hook checks.
+        """
         self._average_gradients(parameters)
         if name is not None:
-            self._must_be_finite(
-                f"norm of the {name}'s gradient", norm_of([p.grad for p in parameters if p.grad is not None])
-            )
+            norm = norm_of([p.grad for p in parameters if p.grad is not None])
+            self._must_be_finite(f"norm of the {name}'s gradient", norm)
         if self.recipe.optimizer.clip_norm:
             nn.utils.clip_grad_norm_(parameters, self.recipe.optimizer.clip_norm)
         optimizer.step()
@@ -129,15 +177,14 @@ class BesideModule(DistillModule):
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
         if self.trainer.world_size == 1:
             return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        whole = self._mean(torch.cat([p.grad.flatten() for p in parameters]))
-        for parameter, mean in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(mean.view_as(parameter))
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        whole = self._mean(torch.cat([grad.flatten() for grad in grads]))
+        parts = whole.split([p.numel() for p in parameters])
+        for parameter, grad, mean in zip(parameters, grads, parts, strict=True):
+            parameter.grad = grad.copy_(mean.view_as(parameter))
 
     def _mean(self, value: Tensor) -> Tensor:
-        """Over the processes."""
+        """The mean over the processes."""
         if self.trainer.world_size == 1:
             return value
         value = value.clone()

@@ -17,10 +17,10 @@ from flowmap.train.module import DistillModule
 
 
 class Bar(AtSteps):
-    """Shows the step, the loss, the residual norm, the speed and the time that is left, from the first process alone.
+    """Shows the step, the loss, the residual norm, the speed and the time left; in the first process alone.
 
-    Without a terminal it passes a line to `say` at the first step, at the last and, every `every` steps, where the last
-    line is 10 seconds old.
+    Without a terminal it passes a line to `log` after the first step, after the last one and, every `every` steps, if
+    the last line is at least 10 seconds old.
     """
 
     def __init__(self, every: int, log: Callable[[str], None], now: Now = time.monotonic):
@@ -72,7 +72,7 @@ class Bar(AtSteps):
 
 
 def shown(module: DistillModule) -> dict[str, float]:
-    """The last step's loss and, where the objective has one, the norm of its residual."""
+    """The last step's loss and, if the objective logs one, the norm of its residual."""
     loss = module.last_loss
     assert loss is not None, "no step has been made"
     values = {"loss": float(loss.value.detach())}

@@ -1,19 +1,24 @@
-"""What happens beside the steps of a run: checkpoints, snapshots of averages, figures, sample grids, metrics."""
+"""Callbacks of a run: checkpoints, snapshots of averages, figures, sample grids, metrics."""
 
 from __future__ import annotations
 
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, stack, to_grid
+from flowmap.base.images import save_picture, stack, steps_label, to_grid
+from flowmap.base.progress import LogFunction, paced
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
 from flowmap.flow.derivative import eulerian_derivative
@@ -25,12 +30,14 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
+from flowmap.train.card import model_card
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
 from flowmap.train.run_folder import drop_old
 
 
 class AtSteps(L.Callback):
-    """Calls `at(trainer, module, done)` once after every optimiser step; done counts the finished ones."""
+    """Calls `at(trainer, module, done)` once after every optimizer step; done is the number of finished steps."""
 
     def __init__(self):
         self._seen = -1
@@ -48,7 +55,7 @@ class AtSteps(L.Callback):
 
 
 def going_on(what: str, look: Callable[[], None]) -> None:
-    """look(); where it fails, a warning: training goes on."""
+    """Call look(); if it fails, warn and go on training."""
     try:
         look()
     except Exception as error:
@@ -58,7 +65,10 @@ def going_on(what: str, look: Callable[[], None]) -> None:
 
 
 class AtPictures(AtSteps):
-    """Calls `show(trainer, module, done)` every log.samples_every_steps; the last step's samples are drawn when it has been kept (finish.py)."""
+    """Calls `show(trainer, module, done)` every log.samples_every_steps.
+
+    finish.py draws the samples of the last step, once the student is saved.
+    """
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -74,14 +84,18 @@ class AtPictures(AtSteps):
 
 
 class Average(AtSteps):
-    """The averages take every step in. First among the callbacks (which run before the module's own hook): what the others keep has the step."""
+    """Adds the weights of every step to the averages.
+
+    It is the first of the callbacks, which run before the module's own hook, so that the others see averages with the
+    step.
+    """
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         module.average()
 
 
 class Figures(AtSteps):
-    """The loss, its logs by time, throughput, memory, and how well the tangent agrees with a finite difference."""
+    """Logs the loss, its parts by time, throughput, memory, and how close the tangent is to a finite difference."""
 
     def __init__(self, every: int):
         super().__init__()
@@ -109,8 +123,10 @@ class Figures(AtSteps):
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory that this process has held: on the accelerator where there is one, else resident (on Linux since it was last counted
-    anew, compare/entry.py)."""
+    """The peak memory of this process in GiB: on the accelerator if there is one, otherwise resident memory.
+
+    On Linux the resident peak is that since the last reset (compare/entry.py).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
@@ -122,12 +138,10 @@ def peak_gib(device: torch.device) -> float:
 
 @torch.no_grad()
 def tangent_error(module: DistillModule, rows: int = 16) -> float:
-    """|| dF/dt by riding - dF/dt by difference || / || the latter || on a few rows of the last batch."""
-    sample = module.last_sample
+    """|| dF/dt by dual numbers - dF/dt by difference || / || the latter || on a few rows of the last batch."""
+    sample, _ = module.last
     moving = (sample.t > sample.s).nonzero().squeeze(1)[:rows]
-    if (
-        len(moving) == 0
-    ):  # any rows, not none: where weights are sharded, every process must call the network as often as the others
+    if len(moving) == 0:  # sharded weights: every process must call the network as often as the others
         moving = torch.arange(min(rows, len(sample.t)), device=sample.t.device)
     cond = None if sample.cond is None else {key: value[moving] for key, value in sample.cond.items()}
     x, t, s, v = (tensor[moving] for tensor in (sample.xt, sample.t, sample.s, sample.vt))
@@ -139,7 +153,10 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
 
 
 class Keep(AtSteps):
-    """checkpoints/last.ckpt and student/ every so many steps and at the end, snapshots of averages; never of weights that are not finite."""
+    """Saves checkpoints/last.ckpt and student/ every so many steps and at the end, and snapshots of the averages.
+
+    Weights that are not finite are never saved.
+    """
 
     def __init__(self, stage: Stage, config: StudentConfig):
         super().__init__()
@@ -147,7 +164,7 @@ class Keep(AtSteps):
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
-        snapshots = getattr(recipe.ema, "snapshot_every_steps", 0)
+        snapshots = recipe.ema.snapshot_every_steps
         if snapshots and done % snapshots == 0:
             self.check(module, done)
             for width, average in zip(module.widths, module.averages, strict=True):
@@ -166,14 +183,20 @@ class Keep(AtSteps):
         state = full_state(module.averaged)
         if trainer.is_global_zero:
             self.ship(module, state, done)
-            drop_old(self.stage.folder)  # the run that this one replaces, if it does
+            drop_old(self.stage.folder)  # the run that this one replaces, if there is one
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         keep_student(self.stage, self.config, state, done)
 
 
+def metric_logs(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The student's figures of metrics.json under the names that loggers use: metrics/NAME/STEPS."""
+    rows = metrics["student"]
+    return {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
+
+
 def check_weights(module: DistillModule, done: int) -> None:
-    """NotFinite that names a weight or an average of it that is not finite; all processes call it."""
+    """Raise NotFinite with the name of a weight, or of an average of it, that is not finite; all processes call it."""
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
     kept |= {
@@ -192,10 +215,6 @@ def check_weights(module: DistillModule, done: int) -> None:
 def keep_student(
     stage: Stage, config: StudentConfig, state: dict[str, Tensor], done: int, metrics: dict | None = None
 ) -> None:
-    from dataclasses import replace
-
-    from flowmap.train.card import model_card
-
     config = replace(config, step=done)
     save_student(
         stage.folder / "student",
@@ -207,7 +226,7 @@ def keep_student(
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of the map on the CPU, as it ships; gathered where the weights are sharded (all processes call it)."""
+    """The whole state dict of the map on the CPU, as it ships; gathered if it is sharded (all processes call it)."""
     from torch.distributed.tensor import DTensor
 
     state = net.state_dict()
@@ -219,18 +238,19 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
 
 
 class Pictures(AtPictures):
-    """samples/step-N.png: the averaged student at each number of steps, above the teacher from the same noise."""
+    """Draws samples/step-N.png: the averaged student at each number of steps, then the teacher from the same noise."""
 
     def __init__(self, stage: Stage, student: Student):
         super().__init__(stage)
-        self.student, self.teacher_grid = student, None
+        self.student = student
+        self.teacher_grid: Image.Image | None = None
 
     def show(self, trainer, module: DistillModule, done: int) -> None:
         (self.draw if self.student.config.text_autoencoder is None else self.write)(trainer, module, done)
 
     @torch.no_grad()
     def write(self, trainer, module: DistillModule, done: int) -> None:
-        """samples/step-N.txt: sentences at each number of steps, from the same noise (or from the same sentences, which come first)."""
+        """Write samples/step-N.txt: sentences at each number of steps, all from the same noise or source sentences."""
         from flowmap.evaluation.samples import sentences_of
 
         text = sentences_of(self.student, module.data, self.stage.recipe)
@@ -242,36 +262,40 @@ class Pictures(AtPictures):
         recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
         student = self.student
         cond = conditions_for(student, module.data, num)(torch.arange(num))
-        grids = [
-            to_grid(student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed), columns=16)
-            for k in recipe.sampler.steps
-        ]
+        grids: dict[str, Image.Image] = {}
+        for k in recipe.sampler.steps:
+            samples = student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed)
+            assert isinstance(samples, Tensor), "sentences are written, not drawn"
+            grids[f"{k} step{'s' * (k > 1)}"] = to_grid(samples, columns=16)
         if module.teacher is not None:
             if self.teacher_grid is None:
-                self.teacher_grid = to_grid(student.pictures(self._of_teacher(module, cond, num)), columns=16)
-            grids.append(self.teacher_grid)
-        if not trainer.is_global_zero:
-            return
-        path = self.stage.folder / "samples" / f"step-{done:08d}.png"
-        save_picture(path, stack(grids))
-        names = [f"{k} step{'s' * (k > 1)}" for k in recipe.sampler.steps] + ["teacher"] * (module.teacher is not None)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in zip(names, grids, strict=True):
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+                samples = self._of_teacher(module, module.teacher, cond, num)
+                self.teacher_grid = to_grid(student.pictures(samples), columns=16)
+            grids["teacher"] = self.teacher_grid
+        if trainer.is_global_zero:
+            labels = [steps_label("student", k) for k in recipe.sampler.steps]
+            labels += [steps_label("teacher", recipe.evaluation.teacher_steps)] * ("teacher" in grids)
+            sheet = stack(list(grids.values()), labels)
+            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", sheet)
+            log_pictures(trainer, grids, done)
 
-    def _of_teacher(self, module: DistillModule, cond: Cond, num: int) -> Tensor:
+    def _of_teacher(self, module: DistillModule, teacher: BuiltTeacher, cond: Cond, num: int) -> Tensor:
         start = self.student.start(num, torch.Generator().manual_seed(self.stage.recipe.evaluation.seed))
         cond = {**cond, **conditioning_rows(start, slice(None), module.device)}
-        return module.teacher.solve(start.x1.to(module.device), cond, self.stage.recipe.evaluation.teacher_steps)
+        return teacher.solve(start.x1.to(module.device), cond, self.stage.recipe.evaluation.teacher_steps)
 
 
 class Measure(AtSteps):
-    """The recipe's metrics of the averaged student every so many steps (the teacher's row waits for the end)."""
+    """Measures the averaged student every log.metrics_every_steps by the recipe's metrics of samples.
 
-    def __init__(self, stage: Stage, student: Student):
+    The teacher is measured only at the end of the run, the real-vs-real baseline once. Progress is at most a line in 10
+    seconds.
+    """
+
+    def __init__(self, stage: Stage, student: Student, log: LogFunction):
         super().__init__()
-        self.stage, self.student, self.known = stage, student, {}  # the floor is measured once
+        self.stage, self.student, self.write = stage, student, log
+        self.known: dict[str, Any] = {}
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
@@ -281,9 +305,9 @@ class Measure(AtSteps):
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
-        metrics = [spec for spec in recipe.metrics if spec.needs == "samples"]
-        self.known = measure(recipe, self.student, None, module.data, metrics=metrics, known=self.known)
-        rows = self.known["student"]
-        logs = {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
+        metrics = [spec for spec in recipe.metrics if spec.on_samples]
+        log = paced(self.write) if trainer.is_global_zero else None
+        self.known = measure(recipe, self.student, None, module.data, metrics=metrics, known=self.known, progress=log)
+        logs = metric_logs(self.known)
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)

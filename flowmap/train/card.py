@@ -1,17 +1,20 @@
-"""The model card that ships beside a student."""
+"""The model card of a student."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flowmap.base.schema import kind_of
+from flowmap.evaluation.tables import tabulated
 from flowmap.metrics import TRAIN
-from flowmap.metrics.baseline import spread_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import StudentConfig
 
 
 def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> str:
-    """README.md of a student folder: what it is, how to use it, what was measured (and nothing that was not)."""
+    """README.md of a student folder: what the student is, how to use it, and the figures that were measured."""
     steps = ", ".join(str(k) for k in recipe.sampler.steps)
     label = f'"{config.class_names[-1]}"' if config.class_names else min(3, (config.num_classes or 1) - 1)
     given = [f'"class": {label}'] if config.num_classes else []
@@ -24,7 +27,8 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     lines = [
         f"# {recipe.name}",
         "",
-        f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. Objective: {kind_of(recipe.objective, TABLES)}; "
+        f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. "
+        f"Objective: {kind_of(recipe.objective, TABLES)}; "
         f"teacher: {recipe.teacher.name if recipe.teacher else 'none'}; trained for {config.step} steps.",
         "",
         "```python",
@@ -42,29 +46,34 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     if config.lora is not None:
         lines.insert(
             -3,
-            f"They are LoRA adapters of rank {config.lora.rank} and branches; the frozen network beside them is {config.base}.",
+            f"They are LoRA adapters of rank {config.lora.rank} and branches; "
+            f"the frozen network beside them is {config.base}.",
         )
     if config.prior is not None:
         lines.insert(-3, f"Samples start at {config.prior}; it lies in `prior/`.")
     return "\n".join(lines + figures_table(metrics)) + "\n"
 
 
-def figures_table(metrics: dict | None) -> list[str]:
+LABELS = {
+    "student": "student, {steps} step{s}",
+    "teacher": "teacher, {steps} steps ({nfe} network calls)",
+    "floor": "real against real (floor)",
+    "spread": "floor, standard deviation",
+}
+
+
+def figures_table(metrics: Mapping[str, Any] | None) -> list[str]:
     """metrics.json as lines of Markdown."""
     if not metrics:
         return ["Not measured yet."]
-    rows = {f"student, {k} step{'s' * (k != '1')}": row for k, row in metrics["student"].items()}
-    if "teacher" in metrics:
-        rows[f"teacher, {metrics['teacher']['steps']} steps ({metrics['teacher']['nfe']} network calls)"] = metrics[
-            "teacher"
-        ]
-    rows["real against real (floor)"] = metrics["floor"]
-    if spread := spread_of(metrics["floor"]):
-        rows["floor, standard deviation"] = spread
-    names = list(dict.fromkeys(name for row in metrics["student"].values() for name in row))
+    names, rows = tabulated(metrics, LABELS)
     table = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for label, row in rows.items():
-        table.append(f"| {label} | " + " | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) + " |")
+    table += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
     if any(name.endswith(TRAIN) for name in names):
         table += ["", f"Distances are to held-out samples; those that end in `{TRAIN}` are to training samples."]
     return table
+
+
+def short_card(title: str, what: str, metrics: Mapping[str, Any] | None) -> str:
+    """A short model card: a title, a sentence, the figures."""
+    return "\n".join([f"# {title}", "", what, "", "## Figures", "", *figures_table(metrics), ""])

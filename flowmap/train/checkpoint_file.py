@@ -1,6 +1,7 @@
-"""A checkpoint's file: torch's zip of tensors, whose comment holds a SHA-256 of all before it, so that it is whole or it is refused.
+"""The file of a checkpoint: torch's zip of tensors, with a SHA-256 of everything before it in the zip's comment.
 
-torch checks no checksum of its own when it reads; files of flowmap 0.1 have none and are read as they are.
+A file that is not whole is refused. torch checks no checksum when it reads; files of flowmap 0.1 have none and are read
+without one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flowmap.base.files import write_beside
 from flowmap.base.schema import RecipeError
 
 MARK = b"flowmap sha256 "
-NO_COMMENT = b"\0\0"  # the end of an archive that nothing was added to
+NO_COMMENT = b"\0\0"  # the end of an archive without a comment
 SEAL = len(MARK) + 64  # bytes of the comment, the last of the file
 NEEDED = {
     "state_dict": dict,
@@ -35,7 +36,7 @@ NEEDED = {
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes to a temporary file, seals it with its checksum and renames it."""
+    """Write to a temporary file, add the checksum, then rename atomically."""
 
     def write(temporary: Path) -> None:
         torch.save(state, temporary)
@@ -45,15 +46,18 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in that file; ValueError names it if it is torn, changed, hostile or not a checkpoint. Nothing is unpickled but tensors."""
+    """The state in that file, which is read without unpickling anything but tensors and plain containers.
+
+    Raises ValueError, with the file's name, if it is torn, changed, hostile or not a checkpoint.
+    """
     try:
         _check_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle's protocol; the error below says enough
+            warnings.simplefilter("ignore")  # about a foreign pickle's protocol; the error below is clear enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such checkpoint") from None
-    except Exception as error:  # the restricted unpickler raises whatever a foreign file makes it stumble over
+    except Exception as error:  # the restricted unpickler raises many kinds of errors on a foreign file
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
             f"{path}: is not a whole checkpoint (torn, changed, or holds more than tensors): {reason}"
@@ -64,7 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def restoring(path: Path | None, begun: Callable[[], bool]) -> Iterator[None]:
-    """Where training resumes from that file and fails before it has begun, RecipeError names the file: something in it fits nothing here."""
+    """Raise RecipeError with the file's name if resuming from it fails before training has begun: it does not fit."""
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -80,7 +84,7 @@ def has_checksum(path: Path) -> bool:
 
 
 def _seal(path: Path) -> None:
-    """The end of a zip is its comment, and the two bytes before it are the comment's length: 0 in what torch writes."""
+    """The end of a zip is its comment, and the two bytes before it are the comment's length: 0 in torch's files."""
     size = os.path.getsize(path)
     with open(path, "r+b") as handle:
         handle.seek(size - 2)
@@ -93,7 +97,7 @@ def _seal(path: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """ValueError unless it is a regular file, what its own checksum says, and an archive that does not unpack to more than it is."""
+    """Raise ValueError unless it is a regular file with a matching checksum and an archive that unpacks to its size."""
     there = os.stat(path)
     if not stat.S_ISREG(there.st_mode):
         raise ValueError("is not a regular file")

@@ -1,4 +1,4 @@
-"""The clock of a run: seconds of training alone, and the end of the run when they are spent."""
+"""The clock of a run: the seconds of training alone, and the end of the run when they are spent."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import lightning as L
 
 from flowmap.train.module import DistillModule
 
-SETTLING = 3  # steps that are not counted in the time of a step: caches fill, memory is taken
+SETTLING = 3  # steps that are not counted in the time of a step: caches fill, memory is allocated
 
 
 class Clock(L.Callback):
-    """Counts the seconds that a run trains, and ends it cleanly after the step in which `budget` seconds are spent.
+    """Counts the seconds that a run trains, and ends it after the step in which `budget` seconds are spent.
 
-    A step is timed from the moment that all that comes between steps (figures, pictures, checkpoints) is done until the averages have taken
-    it in: its batch is read within. The count is in the checkpoint, so a resumed run goes on with it. now: the time in seconds. at_least:
-    steps that are made whatever they take.
+    A step is timed from the end of what happens between steps (figures, pictures, checkpoints) until the averages have
+    its weights, with the reading of its batch. The count is in the checkpoint, and a resumed run continues it. now:
+    returns the time in seconds. at_least: the number of steps that are made however long they take.
     """
 
     def __init__(self, budget: float = math.inf, now: Callable[[], float] = time.perf_counter, *, at_least: int = 1):
@@ -33,7 +33,7 @@ class Clock(L.Callback):
 
     @property
     def step_seconds(self) -> float:
-        """The mean time of a step, the first few apart where there are more."""
+        """The mean time of a step, without the first few if there are more."""
         steps, seconds = self._settled or (0, 0.0)
         return (self.seconds - seconds) / max(self.steps - steps, 1)
 
@@ -56,7 +56,7 @@ class Clock(L.Callback):
 
 
 class _Restart(L.Callback):
-    """The last of the callbacks: from here on the next step's time runs."""
+    """The last of the callbacks: the time of the next step begins here."""
 
     def __init__(self, clock: Clock):
         self.clock = clock

@@ -1,10 +1,14 @@
-"""log.csv: one row a logged step, numbers written so that they read back bit-equal; a resumed run drops the rows after its checkpoint."""
+"""log.csv: one row a logged step, with numbers that read back bit-equal.
+
+A resumed run drops the rows after its checkpoint.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,7 +17,7 @@ from flowmap.base.files import naming, write_text
 
 
 class CSVLog(Logger):
-    """Appends a row per step; a new column rewrites the file (beside, then renamed)."""
+    """Appends a row per step; a new column rewrites the whole file atomically."""
 
     def __init__(self, path: Path, *, keep_below: int):
         super().__init__()
@@ -26,6 +30,9 @@ class CSVLog(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None: ...
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Do nothing: pictures are in samples/, not in the table."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -56,7 +63,7 @@ class CSVLog(Logger):
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows as text, empty cells left out, a torn last row dropped."""
+    """The rows as text, without empty cells and without a torn last row."""
     with open(path, newline="", encoding="utf-8") as handle:
         rows = list(csv.DictReader(handle))
     whole = [row for row in rows if None not in row and (row.get("step") or "").isdigit()]

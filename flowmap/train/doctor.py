@@ -1,19 +1,25 @@
-"""What one training step of a recipe does on its real network: which ways of taking the derivative work there, what stops the others, and
-what each costs in time and memory; and what the teacher's samples are like. The data of the step is noise, so none need be there; the
-teacher's weights must be."""
+"""One training step of a recipe on its real network, for `flowmap doctor`.
+
+It tries each way of taking the derivative, reports the error of those that fail and the time and memory of the others,
+and describes the teacher's samples. The step's data is noise, so that the data need not be there; the teacher's weights
+must be.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import counted
 from flowmap.estimate.teacher_check import check_teacher
@@ -30,7 +36,10 @@ WAYS = ("dual", "difference", "forward")
 
 
 def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
-    """The lines that `flowmap doctor` prints; the last says which derivative to choose. Raises RecipeError for what cannot be built."""
+    """The lines that `flowmap doctor` prints; the last one recommends a derivative.
+
+    Raises RecipeError for a recipe that cannot be built.
+    """
     if batch < 1:
         raise ValueError(f"--batch: {batch} must be 1 or more")
     teacher = build_teacher(recipe)
@@ -41,21 +50,23 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
         teacher.with_null_conditions({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
     sample = _sample(recipe, data, device)
     lines = [
-        f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, batch {batch}, {device}"
+        f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, "
+        f"batch {batch}, {device}"
     ]
     _teacher_lines(recipe, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
     if recipe.distillation.derivative is None:
         return [*lines, "this objective takes no derivative of the network"]
-    works = []
+    works, objective = [], cast(Any, recipe.distillation)  # a dataclass with this setting
     for way in WAYS:
         try:
-            seconds, kept = _measured(replace(recipe.distillation, derivative=way), student, teacher, sample)
+            seconds, kept = _measured(replace(objective, derivative=way), student, teacher, sample)
             works.append(way)
             share = kept / max(plain[1], 1)
             lines.append(
-                f"derivative {way}: {seconds:.3g} s with the teacher's calls, {_mib(kept)} of activations ({share:.2f} of plain)"
+                f"derivative {way}: {seconds:.3g} s with the teacher's calls, "
+                f"{_mib(kept)} of activations ({share:.2f} of plain)"
             )
         except (NotImplementedError, RuntimeError) as error:
             lines.append(f"derivative {way}: not here: {' '.join(str(error).split())[:300]}")
@@ -65,7 +76,7 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
 def _teacher_lines(
     recipe: Recipe, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]
 ) -> None:
-    """Adds what the teacher's samples are like, beside the recipe's data where that is here."""
+    """Add a description of the teacher's samples, compared with the recipe's data if that is on this machine."""
     try:
         data, compare = (build_data(recipe), True) if teacher is not None else (noise, False)
     except (RecipeError, OSError):
@@ -76,8 +87,8 @@ def _teacher_lines(
     check_teacher(recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
 
 
-def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
-    """A data set of noise in the teacher's shape, or in that of the recipe's data where it is here."""
+def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> _Noise:
+    """A data set of noise, in the teacher's shape or, without a teacher's network, in that of the recipe's data."""
     if teacher is not None and teacher.network is not None:
         shape, num_classes = teacher.network.config.shape, teacher.network.config.num_classes
     else:
@@ -97,7 +108,7 @@ def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> Dataset:
 
 @dataclass(frozen=True, eq=False)
 class _Noise(Dataset):
-    """Samples and text of nothing."""
+    """Noise in the place of samples and of their text."""
 
     text: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -113,8 +124,10 @@ def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
 
 
 def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sample: PathSample) -> tuple[float, int]:
-    """(seconds of one forward and backward pass, bytes that autograd kept in between): the least of two passes or more, about a second of
-    them, after one that is not counted."""
+    """(seconds of a forward and backward pass, bytes that autograd kept between them).
+
+    The least of two or more passes, about a second of them, after one that is not counted.
+    """
     seconds: list[float] = []
     while len(seconds) < 3 or (len(seconds) < 20 and sum(seconds) < 1):
         student.zero_grad(set_to_none=True)

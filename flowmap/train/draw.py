@@ -1,7 +1,8 @@
-"""What a sample of a training step draws is a function of (run seed, how many samples of the run came before it).
+"""The random draws of a training step: a function of (run seed, number of earlier samples in the run).
 
-A resumed run is bit-equal and saves no generator; a step draws the same however its batch is split over micro-batches and processes. Dropout
-alone, whose masks torch draws for whole batches, is a function of (run seed, step, micro-batch, process).
+A resumed run is bit-equal and saves no generator; a step draws the same however its batch is split over micro-batches
+and processes. Only the masks of dropout, which torch draws for whole batches, are a function of (run seed, step,
+micro-batch, process).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from flowmap.recipe import Recipe
 
 
 def generator_for(seed: int, step: int, first: int, count: int, device: torch.device) -> RowGenerator:
-    """The draws of the samples of that step before which `first`, first + 1, ... others come in the run."""
-    where = device if device.type in ("cpu", "cuda") else "cpu"  # elsewhere there may be no float64
+    """The generator of the step's samples that come after `first`, first + 1, ... others in the run."""
+    where = device if device.type in ("cpu", "cuda") else "cpu"  # other devices may have no float64
     return RowGenerator(f"train/{seed}", torch.arange(first, first + count, device=where), step)
 
 
 @contextmanager
 def drawing_by(name: str, device: torch.device):
-    """Inside, torch's own draws (dropout takes no generator) are a function of the name; afterwards they go on as before."""
+    """Seed torch's own generator, from which dropout draws, by the name, and restore it afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"))
         yield
@@ -42,11 +43,11 @@ def draw_sample(
     x1: Tensor | None = None,
     prior: LearnedPrior | None = None,
 ) -> PathSample:
-    """Noise, times, dropped conditions and guidance scale for a batch x0 (B, ...), in this order, from one generator.
+    """Draw noise, times, dropped conditions and guidance scale for x0 (B, ...), in this order, from one generator.
 
-    x1: the noise that the batch is paired with; the prior is not asked then, and its code, if any, is cond["z"]. prior: the recipe's, where
-    it is a learned one. A dropped condition is class -1, and the row of `empty` (one
-    row each) for what came of text.
+    x1: the noise that the batch is paired with; then the prior draws nothing, and its code, if any, is cond["z"].
+    prior: the recipe's learned prior, if it has one. A dropped condition is class -1, and for text the row of `empty`
+    (one row each).
     """
     n, device = len(x0), x0.device
     conditioning = {"z": cond["z"]} if "z" in cond else {}
@@ -60,7 +61,7 @@ def draw_sample(
         }
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(broadcast_time(dropped, cond[key]), nothing[key], cond[key])
-    share = getattr(recipe.data, "drop_attribute", 0.0)
+    share = recipe.data.drop_attribute
     for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
         cond[key] = torch.where(uniforms(n, device, generator) < share, -1, cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None

@@ -1,4 +1,6 @@
-"""What a run of the objective `variance_guided` leaves: the auxiliary model of a learned prior, codes of the training data, its figures."""
+"""The artifact of the objective `variance_guided`: the auxiliary model of a learned prior, codes of the training data,
+figures.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.prior import PriorConfig, save_prior
 from flowmap.student.student import Student
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
+from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule
 
-ACTIVE = 0.01  # nats of KL from which a number of z counts as active
+ACTIVE = 0.01  # nats of KL from which a dimension of z counts as active
 MOST_ENCODED, MOST_MEASURED = 100_000, 2048
 
 
 class KeepPrior(Keep):
-    """As Keep; student/ is a learned prior with codes ~ N(0, I)."""
+    """Saves student/ as a learned prior with codes ~ N(0, I)."""
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         keep_prior(self.stage, self.config, module, state, done)
@@ -42,20 +46,15 @@ def keep_prior(
     done: int,
     metrics: dict | None = None,
 ) -> None:
-    """Writes student/; with the last figures also the posteriors of the training data, from which z-samplers are made."""
-    from flowmap.train.card import figures_table
-
+    """Write student/; with the last figures also the posteriors of the training data, for the fitting of z-samplers."""
     folder, recipe = stage.folder / "student", stage.recipe
     if metrics is not None:
         write_tensors(folder / ENCODINGS, _posteriors(module))
-    config = PriorConfig(config.net, tuple(config.shape), recipe=recipe.name, recipe_hash=recipe.hash(), step=done)
-    save_prior(folder, config, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
+    prior = PriorConfig(config.net, tuple(config.shape), recipe=recipe.name, recipe_hash=recipe.hash(), step=done)
+    save_prior(folder, prior, {name.removeprefix("net."): tensor for name, tensor in state.items()}, {})
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     what = f"The auxiliary model of a learned prior (flowmap, LeDiFlow), trained for {done} steps."
-    write_text(
-        folder / "README.md",
-        "\n".join([f"# {recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""]),
-    )
+    write_text(folder / "README.md", short_card(recipe.name, what, metrics))
 
 
 @torch.no_grad()
@@ -66,14 +65,17 @@ def _posteriors(module: DistillModule) -> dict[str, Tensor]:
 
 
 def _batches(module: DistillModule, places: Tensor):
-    """The training samples at those places, batch by batch, where the network is."""
+    """The training samples at those places, batch by batch, on the network's device."""
     device = next(module.averaged.parameters()).device
     for part in places.split(256):
         yield module.data.__getitems__(part.tolist())[0].to(device)
 
 
 def looked_at(module: DistillModule, num: int) -> Tensor:
-    """Samples that were not trained on, in the space that is trained in; training samples where there are none, or these are pictures of latents."""
+    """Held-out samples in the space of training.
+
+    They are training samples if none are held out, or if the held-out ones are pictures of latents.
+    """
     held_out = module.data.held_out
     if len(held_out) and tuple(held_out.shape[1:]) == tuple(module.data.shape) and module.recipe.data.in_pixels:
         return held_out[:num]
@@ -82,7 +84,7 @@ def looked_at(module: DistillModule, num: int) -> Tensor:
 
 
 class Drawn(AtPictures):
-    """samples/step-N.png: real samples, the decoder's mean of their codes, starts drawn for their codes, and for codes ~ N(0, I)."""
+    """Draws samples/step-N.png: real samples, the means of their codes, starts of these and of random codes."""
 
     def __init__(self, stage: Stage, student: Student):
         super().__init__(stage)
@@ -101,19 +103,21 @@ class Drawn(AtPictures):
             "drawn": prior.place(normal_like(z, generator), noise).x1,
         }
         grids = {name: to_grid(self.student.pictures(row), columns=16) for name, row in rows.items()}
-        if not trainer.is_global_zero:
-            return
-        save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values())))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                for name, grid in grids.items():
-                    logger.log_image(f"samples/{name}", [grid], step=done - 1)
+        if trainer.is_global_zero:
+            save_picture(
+                self.stage.folder / "samples" / f"step-{done:08d}.png", stack(list(grids.values()), list(grids))
+            )
+            log_pictures(trainer, grids, done)
 
 
 @torch.no_grad()
 def measure_prior(module: DistillModule, log: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """metrics.json's contents. The row "1" of "student": negative log-likelihood an entry of samples not trained on, root mean square of what
-    the decoder's mean leaves, the KL in nats, the share of z's numbers that are active, and how far codes are from N(0, I) (Frechet distance)."""
+    """The contents of metrics.json.
+
+    The row "1" of "student" has, on held-out samples, the negative log-likelihood per entry, the root mean square error
+    of the decoder's mean, the KL in nats, the share of active dimensions of z, and the Frechet distance of codes from
+    N(0, I).
+    """
     from flowmap.metrics.frechet import gaussian_frechet
 
     started, net = time.perf_counter(), module.averaged.net
@@ -141,8 +145,10 @@ def measure_prior(module: DistillModule, log: Callable[[str], None] | None = Non
         "codes_to_normal": float(off),
     }
     if log is not None:
-        log(f"{_state(active, net.size)}: {active} of {net.size} numbers of z have a KL above {ACTIVE} nats, {row['kl_nats']:.3g} nats in all; "
-            f"the decoder's mean leaves {row['rmse']:.3g} (root mean square)")  # fmt: skip
+        log(
+            f"{_state(active, net.size)}: {active} of {net.size} numbers of z have a KL above {ACTIVE} nats, "
+            f"{row['kl_nats']:.3g} nats in all; the decoder's mean leaves {row['rmse']:.3g} (root mean square)"
+        )
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     units_told = {"kl": [round(float(value), 6) for value in units], "active": active}
     return {"student": {"1": row}, "floor": {}, "units": units_told, "seconds": seconds, "nfe": {"student": {"1": 1}}}

@@ -1,12 +1,12 @@
-"""A run folder: which files a run writes, and how a run takes the place of an earlier one.
+"""A run folder: the files that a run writes, and how a run replaces an earlier one.
 
-Only files of the list WRITTEN are ever moved or removed; everything else in the folder is the user's. While a run replaces another one, the
-old files stay in their folders under hidden names, until the new run has its first checkpoint:
+Only files of the list WRITTEN are ever moved or removed; everything else in the folder belongs to the user. While a run
+replaces another one, the old files stay in their folders under hidden names until the new run has its first checkpoint:
 
     .replaced.NAME   a file of the old run, renamed within its folder
     .replacing       exists once all of them are renamed: files named in WRITTEN are then the new run's
 
-A process that is killed in between leaves this state; `recover`, which every `fit` calls first, ends it.
+A process that is killed in between leaves the folder in this state; `recover`, which every `fit` calls first, ends it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from flowmap.base.files import read_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.text.tokens import FILE, SETTINGS
-from flowmap.plan.plan import Stage, built_on, matches
+from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import built_on, matches
 from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS
@@ -52,11 +53,14 @@ HEADS = tuple(dict.fromkeys(name.rpartition("/")[0] for name in WRITTEN))
 LAST = "checkpoints/last.ckpt"
 NOT_DRAWN = "not_drawn"  # in metrics.json: why the samples of the last step could not be drawn
 ASIDE, REPLACING = ".replaced.", ".replacing"
-NOTE = "A run replaces the one whose files are named .replaced.*; if it ends before its first checkpoint, the next `flowmap fit` puts them back.\n"
+NOTE = (
+    "A run replaces the one whose files are named .replaced.*; if it ends before its first checkpoint, "
+    "the next `flowmap fit` puts them back.\n"
+)
 
 
 def written(folder: Path, before: str = "", after: str = "") -> Iterator[Path]:
-    """What lies in the folder under the names of WRITTEN, each with `before` and `after` around its last part."""
+    """The paths in the folder that match WRITTEN, each with `before` and `after` around its last part."""
     for head in HEADS:
         where = folder / head
         names = [name.rpartition("/")[2] for name in WRITTEN if name.rpartition("/")[0] == head]
@@ -66,28 +70,28 @@ def written(folder: Path, before: str = "", after: str = "") -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Removes the temporary files (base/files.py) that a killed run left in that folder."""
+    """Remove the temporary files (base/files.py) of a killed run."""
     _remove(folder, written(folder, ".", ".[0-9]*.tmp"))
 
 
 def move_aside(folder: Path) -> None:
-    """Renames the files of the run that the folder holds, until `drop_old` or `put_back`."""
+    """Rename the files of the run in the folder, until `drop_old` or `put_back`."""
     for path in list(written(folder)):
         path.rename(path.with_name(ASIDE + path.name))
     write_text(folder / REPLACING, NOTE)
 
 
 def drop_old(folder: Path) -> None:
-    """Removes the files that `move_aside` renamed; nothing where there are none."""
+    """Remove the files that `move_aside` renamed, if there are any."""
     if (folder / REPLACING).is_file():
         _remove(folder, written(folder, ASIDE))
         (folder / REPLACING).unlink()
 
 
 def put_back(folder: Path) -> bool:
-    """Removes the files of a run that was to replace another and gives the other's their names again; False where there are none.
+    """Remove the files of a run that was to replace another, and rename the other's files back.
 
-    It may be interrupted and called again.
+    Returns False if there are none. It may be interrupted and called again.
     """
     if (folder / REPLACING).is_file():
         _remove(folder, written(folder))
@@ -98,7 +102,7 @@ def put_back(folder: Path) -> bool:
 
 
 def recover(folder: Path, log: LogFunction) -> None:
-    """Ends what a killed process has begun: with a checkpoint of the new run the old one is removed, without one it is put back."""
+    """Finish what a killed process has begun: remove the old run if the new one has a checkpoint, else put it back."""
     if (folder / REPLACING).is_file() and (folder / LAST).is_file():
         drop_old(folder)
     elif put_back(folder):
@@ -106,7 +110,7 @@ def recover(folder: Path, log: LogFunction) -> None:
 
 
 def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
-    """RecipeError where fit may not touch what the folder holds, unless asked to go on with it or to replace it."""
+    """Raise RecipeError if fit may not touch the folder: it has another or an unfinished run, or is no run folder."""
     folder = stage.folder
     if not (folder / "recipe.yaml").is_file():
         in_the_way = next(
@@ -117,7 +121,8 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
             raise RecipeError(f"--overwrite: {folder} is not a run folder (no recipe.yaml), so it is left alone")
         if in_the_way:
             raise RecipeError(
-                f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way} would be replaced; choose another"
+                f"--out: {folder} is not a run folder (no recipe.yaml) and its {in_the_way} would be replaced; "
+                "choose another"
             )
         return
     if not _is_a_runs(folder):
@@ -127,31 +132,34 @@ def guard(stage: Stage, *, resume: bool, overwrite: bool) -> None:
     if not matches(folder, stage.recipe):
         key = _first_difference(folder / "recipe.yaml", stage.recipe)
         raise RecipeError(
-            f"--out: {folder} holds a run of another recipe (first difference: {key}); choose another --out, or --overwrite"
+            f"--out: {folder} holds a run of another recipe (first difference: {key}); "
+            "choose another --out, or --overwrite"
         )
     if stage.complete:
         _guard_measured(stage, resume)
     elif not resume and (folder / "checkpoints").exists():
         raise RecipeError(
-            f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts anew"
+            f"--out: {folder} holds an unfinished run of this recipe; --resume goes on with it, --overwrite starts over"
         )
 
 
 def _guard_measured(stage: Stage, resume: bool) -> None:
-    """RecipeError where the finished run was measured by other settings, and is not to be measured again or cannot be."""
+    """Raise RecipeError if the finished run was measured with other settings, unless it can be measured again."""
     folder, recipe = stage.folder, stage.recipe
     key = first_difference(measurement(read_resolved(folder / "recipe.yaml")), measurement(recipe))
     if key is not None and not resume:
         what = f"holds this run, measured otherwise (first difference: {key})"
-        raise RecipeError(f"--out: {folder} {what}; --resume measures it again, --overwrite trains anew")
+        raise RecipeError(f"--out: {folder} {what}; --resume measures it again, --overwrite trains again")
     if key is not None and not (folder / LAST).is_file():
         what = f"{folder / LAST} is not there, and without it the run cannot be measured again"
         raise RecipeError(f"--resume: {what}; `flowmap evaluate --student {folder}` measures its student")
 
 
 def measures_again(stage: Stage, *, resume: bool, log: bool) -> bool:
-    """Whether `fit` measures the finished run of that folder again: asked to resume it with other settings of its measurement, or with `log`
-    also where those of the log differ or its samples could not be drawn."""
+    """Whether `fit` measures the finished run again: it is resumed with other settings of its measurement.
+
+    log: also if settings of the log differ, or if its samples could not be drawn.
+    """
     folder = stage.folder
     if not (resume and stage.complete and (folder / LAST).is_file()):
         return False
@@ -161,7 +169,8 @@ def measures_again(stage: Stage, *, resume: bool, log: bool) -> bool:
 
 
 def check_step(folder: Path, step: int) -> None:
-    """RecipeError unless the last checkpoint, of that step, has the weights that were measured before: a run that ran out of time has others."""
+    """Raise RecipeError unless the last checkpoint is of the step that was measured: a run that ran out of time has an
+    earlier one."""
     measured = read_json(folder / "metrics.json").get("training", {}).get("steps", step)
     if measured != step:
         what = f"{folder / LAST} is of step {step}, and the student of step {measured}"
@@ -169,7 +178,7 @@ def check_step(folder: Path, step: int) -> None:
 
 
 def _is_a_runs(folder: Path) -> bool:
-    """Whether a run wrote the folder's recipe.yaml: other files of a run lie beside it, or it has every default, as a run writes it."""
+    """Whether a run wrote recipe.yaml: the folder has other files of a run, or the recipe has every default."""
     path = folder / "recipe.yaml"
     if any(found != path for found in written(folder)):
         return True
@@ -180,7 +189,7 @@ def _is_a_runs(folder: Path) -> bool:
 
 
 def _first_difference(path: Path, recipe: Recipe) -> str:
-    """The first setting of the training that differs from that recipe.yaml's, in words."""
+    """The first setting of the training that differs from the recipe.yaml, in words."""
     try:
         found = first_difference(read_resolved(path).training(), recipe.training())
     except RecipeError:
@@ -189,7 +198,7 @@ def _first_difference(path: Path, recipe: Recipe) -> str:
 
 
 def _remove(folder: Path, paths: Iterator[Path]) -> None:
-    """Removes these paths, then the folders of a run that are empty."""
+    """Remove these paths, then the empty folders of a run."""
     for path in list(paths):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""How a run is spread over processes: plain, DDP, or FSDP2 (fully_shard), and the files that hold its state."""
+"""How a run is distributed over processes: not at all, DDP, or FSDP2 (fully_shard); and the files of its state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strategy_for(recipe: Recipe) -> str | Strategy:
 
 
 def shard(net: nn.Module, mesh) -> None:
-    """FSDP2 on every block and on the whole; the blocks are the network's `blocks`."""
+    """Apply FSDP2 to every block (the network's `blocks`) and to the whole network."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"] if mesh is not None and mesh.ndim > 1 else mesh
@@ -39,7 +39,7 @@ def shard(net: nn.Module, mesh) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints sealed with a checksum and written at one stroke, read without unpickling anything but tensors and plain containers."""
+    """Checkpoints with a checksum, written atomically; only tensors and plain containers are unpickled."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
         write_checkpoint(Path(path), checkpoint)

@@ -1,4 +1,4 @@
-"""What a run of the objective `text_elbo` leaves: a text autoencoder with its tokenizer, sentences that came back, its figures."""
+"""The artifact of the objective `text_elbo`: a text autoencoder with its tokenizer, reconstructions, figures."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import write_text
+from flowmap.data import TextDataset
 from flowmap.data.text.autoencoder import save_text_autoencoder
+from flowmap.data.text.tokens import Tokens
 from flowmap.objectives.language import IGNORED, divergence
 from flowmap.plan.plan import Stage
 from flowmap.train.callbacks import AtPictures, Keep
+from flowmap.train.card import short_card
 from flowmap.train.module import DistillModule
 
-MEASURED = 1000  # sentences for figures, if there are as many
-MAX_FOR_STATISTICS = 4096  # sentences from which the latents' shift and scale are measured
+MEASURED = 1000  # sentences that are measured, if there are as many
+MAX_FOR_STATISTICS = 4096  # sentences by which the latents' shift and scale are measured
 
 
 class KeepAutoencoder(Keep):
-    """As Keep; student/ is a folder that text_autoencoder.TextAutoencoder loads."""
+    """Saves student/ as a folder that text_autoencoder.TextAutoencoder loads."""
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         save_autoencoder(self.stage, module, state, done)
 
 
 class Reconstructions(AtPictures):
-    """samples/step-N.txt: held-out sentences, each above what the autoencoder makes of it."""
+    """Writes samples/step-N.txt: held-out sentences, each above its reconstruction."""
 
     def show(self, trainer, module: DistillModule, done: int) -> None:
         if not trainer.is_global_zero:
             return
         rows = _unseen(module)[: self.stage.recipe.log.grid_images]
-        pairs = zip(module.data.tokens.decode(rows), reconstructed(module, rows), strict=True)
+        pairs = zip(_tokens(module).decode(rows), reconstructed(module, rows), strict=True)
         write_text(
             self.stage.folder / "samples" / f"step-{done:08d}.txt", "\n".join(f"{a}\n  {b}" for a, b in pairs) + "\n"
         )
@@ -42,20 +45,23 @@ class Reconstructions(AtPictures):
 
 @torch.no_grad()
 def reconstructed(module: DistillModule, rows: Tensor, batch_size: int = 256) -> list[str]:
-    """What comes back of token rows (N, L): the posterior's mean, decoded greedily."""
+    """The reconstructions of token rows (N, L): the posterior's mean, decoded greedily."""
     net = module.averaged.net
     parts = [net.generate(net.moments(part.to(module.device).float())[0]).cpu() for part in rows.split(batch_size)]
-    return [text for part in parts for text in module.data.tokens.decode(part)]
+    return [text for part in parts for text in _tokens(module).decode(part)]
 
 
 @torch.no_grad()
 def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
-    """metrics.json's contents, on held-out sentences (as tokens, so cut where they were cut): under "student" "1"
-    exact: the share that comes back letter by letter; word_accuracy: of words at their places; token_accuracy and nll_per_token: of next
-    tokens, the true ones before given, from the posterior's mean; kl, in nats; active: latent entries with a KL above 0.01 nats."""
+    """The contents of metrics.json, on held-out sentences as tokens (cut to the length of training).
+
+    The row "1" of "student" has exact: the share of sentences that are reconstructed letter by letter; word_accuracy:
+    that of words at their places; token_accuracy and nll_per_token: of next tokens given the true ones before, from the
+    posterior's mean; kl, in nats; active: the number of latent entries with a KL above 0.01 nats.
+    """
     started, rows = time.perf_counter(), _unseen(module)
-    rows = rows[:: -(-len(rows) // MEASURED)]  # evenly spaced: a source may be sorted
-    net, texts = module.averaged.net, module.data.tokens.decode(rows)
+    rows = rows[:: -(-len(rows) // MEASURED)]  # evenly spaced, since a source may be sorted
+    net, texts = module.averaged.net, _tokens(module).decode(rows)
     again = reconstructed(module, rows)
     row = {
         "exact": sum(a == b for a, b in zip(texts, again, strict=True)) / len(texts),
@@ -63,8 +69,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
         **_teacher_forced(net, rows.to(module.device)),
     }
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
-    counts = {key: int(value) for key, value in module.data.counts.items()}
-    sentences = {"train": len(module.data), "held_out": len(module.data.held_out), **counts}
+    sentences = {key: int(value) for key, value in (module.data.sentence_counts() or {}).items()}
     return {
         "student": {"1": row},
         "floor": {},
@@ -114,21 +119,26 @@ def save_autoencoder(
     net=None,
     folder: Path | None = None,
 ) -> None:
-    """Writes student/: weights, tokenizer, and the shift and scale that normalise the latents of the training sentences.
+    """Write student/: weights, tokenizer, and the shift and scale that normalise latents of training sentences.
 
-    net, folder: the autoencoder and its place, where those are not the whole network and student/.
+    net, folder: the autoencoder and its folder, if they are not the whole network and student/.
     """
-    from flowmap.train.card import figures_table
-
     call = "flowmap.data.text.autoencoder.TextAutoencoder(source=folder).load()"
     what = f"A text autoencoder, trained for {done} steps: `{call}` has encode and decode."
-    card = "\n".join([f"# {stage.recipe.name}", "", what, "", "## Figures", "", *figures_table(metrics), ""])
+    card = short_card(stage.recipe.name, what, metrics)
     weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
     rows = module.data.reference[:: max(1, len(module.data) // MAX_FOR_STATISTICS)].long()
     folder, net = folder or stage.folder / "student", module.averaged.net if net is None else net
-    save_text_autoencoder(folder, net, weights, module.data.tokens, rows, recipe=stage.recipe.to_yaml(), card=card)
+    save_text_autoencoder(folder, net, weights, _tokens(module), rows, recipe=stage.recipe.to_yaml(), card=card)
+
+
+def _tokens(module: DistillModule) -> Tokens:
+    """The tokenizer of the token rows that are trained on."""
+    data = module.data
+    assert isinstance(data, TextDataset) and data.tokens is not None, "a text autoencoder trains on token rows"
+    return data.tokens
 
 
 def _unseen(module: DistillModule) -> Tensor:
-    """Rows of held-out sentences; where there are none, those of training."""
+    """Rows of held-out sentences, or of training sentences if none are held out."""
     return (module.data.held_out if len(module.data.held_out) else module.data.reference).long()

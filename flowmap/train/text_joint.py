@@ -1,4 +1,4 @@
-"""What a run of the objective `text_joint` leaves: an ordinary student of sentences, the autoencoder that was trained with it beside it."""
+"""The artifact of the objective `text_joint`: a student of sentences, and the autoencoder that trained with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowmap.build.parts import build_data
+from flowmap.build.data import build_data
 from flowmap.build.text import flow_alone
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.evaluation.measure import measure
@@ -20,14 +20,14 @@ from flowmap.train.text_autoencoder import measure_autoencoder, save_autoencoder
 
 
 class KeepJoint(Keep):
-    """As Keep; student/ is that of the flow, student/autoencoder the text autoencoder's."""
+    """Saves the flow as student/ and the text autoencoder as student/autoencoder."""
 
     def ship(self, module: DistillModule, state: dict[str, Tensor], done: int) -> None:
         save_joint(self.stage, self.config, module, state, done)
 
 
 def measure_joint(stage: Stage, module: DistillModule, log=None) -> dict[str, Any]:
-    """metrics.json's contents: those of a flow, measured on the student as it was kept, and the "autoencoder"'s figures."""
+    """The contents of metrics.json: those of a flow, measured on the saved student, and the "autoencoder"'s figures."""
     folder = stage.folder / "student"
     alone = flow_alone(stage.recipe, folder)
     figures = measure(alone, load_student(folder).to(module.device), None, build_data(alone), progress=log)
@@ -42,8 +42,9 @@ def save_joint(
     done: int,
     metrics: dict | None = None,
 ) -> None:
-    """Writes the autoencoder, then the student that samples in its latents."""
-    net, mine = config.net, {"net.autoencoder.": {}, "net.flow.": {}}
+    """Write the autoencoder, then the student that samples its latents."""
+    net: Any = config.net  # nets/text_joint.py's settings
+    mine: dict[str, dict[str, Tensor]] = {"net.autoencoder.": {}, "net.flow.": {}}
     for name, tensor in state.items():
         part = next(one for one in mine if name.startswith(one))
         mine[part]["net." + name.removeprefix(part)] = tensor

@@ -1,4 +1,7 @@
-"""The run's record in W&B: online for a user who is logged in, offline otherwise and where W&B does not answer. It never ends a run."""
+"""The log of a run in W&B: online for a user who is logged in, otherwise offline, also if W&B does not answer.
+
+Errors of W&B never end a run.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,22 @@ from flowmap.plan.plan import Stage
 from flowmap.recipe.kinds import TABLES
 
 LogFunction = Callable[[str], None]
-SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B's own would wait 90 s, and at the end for ever
+SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B itself waits 90 s, and at the end without a limit
 
 
 def wandb_logger(stage: Stage, start: int, log: LogFunction) -> WandbLogger | None:
-    """The logger of a run that begins at step `start`; None where W&B works neither online nor offline. One line says why it is not online."""
+    """The logger of a run that begins at step `start`; None if W&B works neither online nor offline.
+
+    If it is not online, one line is logged with the reason.
+    """
     mode = "offline"
     try:
         import wandb
 
-        wandb.setup()  # reads WANDB_SILENT, before anything of it warns
+        wandb.setup()  # reads WANDB_SILENT, before any warning of W&B
         mode = "offline" if _offline() else "online"
         return _started(stage, start, mode, log)
-    except (
-        Exception
-    ) as error:  # of the network, the key, the settings, W&B's own service: it has no common class for them
+    except Exception as error:  # network, key, settings, W&B's service: their errors have no common class
         if mode == "online":
             log(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
         else:
@@ -44,12 +48,12 @@ def wandb_logger(stage: Stage, start: int, log: LogFunction) -> WandbLogger | No
 
 
 def close_wandb(code: int) -> None:
-    """Ends the run that W&B still has open, if any: the next run of this process is another."""
+    """Finish the run that is open in W&B, if any, so that the next run of this process is another."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         try:
             wandb.finish(exit_code=code)
-        except Exception as error:  # whatever W&B stumbles over, the run itself is done
+        except Exception as error:  # the run itself is complete, whatever fails in W&B
             print(f"W&B: {first_line(error)}", file=sys.stderr, flush=True)
 
 
@@ -60,13 +64,13 @@ def first_line(error: Exception) -> str:
 def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> WandbLogger:
     import wandb
 
-    # a variable of the user's own, WANDB_INIT_TIMEOUT for one, comes first; older versions of wandb have no finish_timeout
+    # a variable of the user's, such as WANDB_INIT_TIMEOUT, has priority; old versions of wandb have no finish_timeout
     ours = {
         key: value
         for key, value in SECONDS.items()
         if f"WANDB_{key.upper()}" not in os.environ and key in wandb.Settings.model_fields
     }
-    # Lightning's own offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
+    # Lightning's offline=True sets its variable after wandb has read it (wandb 0.31), hence wandb.init's `mode`
     where = dict(
         name=stage.recipe.name, project=stage.recipe.log.project, save_dir=str(stage.folder), log_model=False, mode=mode
     )
@@ -76,7 +80,7 @@ def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> WandbLogg
 
 
 class _Lasting(WandbLogger):
-    """Where W&B fails on the way, one line says so, and the run goes on without it."""
+    """Logs one line if W&B fails during the run, and then goes on without it."""
 
     def __init__(self, log: LogFunction, **settings: Any):
         super().__init__(**settings)
@@ -96,13 +100,13 @@ class _Lasting(WandbLogger):
             return
         try:
             call(*args, **kwargs)
-        except Exception as error:  # of W&B's service, which may have been killed, or a full disk
+        except Exception as error:  # W&B's service may have been killed, or the disk is full
             self._failed = True
             self._log_line(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
 
 
 def _id(folder: Path, start: int) -> str:
-    """The W&B run that a resumed run goes on with, or a new one."""
+    """The id of the W&B run that a resumed run continues, or of a new one."""
     path = folder / "wandb" / "run-id"
     if not (start and path.is_file()):
         write_text(path, secrets.token_hex(4))
@@ -110,7 +114,7 @@ def _id(folder: Path, start: int) -> str:
 
 
 def _offline() -> bool:
-    """W&B goes online only for a user who is logged in and has not said otherwise."""
+    """Whether W&B stays offline: the user is not logged in, or set WANDB_MODE."""
     import wandb
 
     mode = os.environ.get("WANDB_MODE")

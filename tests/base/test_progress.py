@@ -10,7 +10,7 @@ import termios
 
 import pytest
 
-from flowmap.base.progress import Pace, Progress, duration, on_terminal
+from flowmap.base.progress import Pace, Progress, duration, on_terminal, paced
 
 
 class Hands:
@@ -40,6 +40,15 @@ def test_a_line_is_due_once_in_ten_seconds():
         found.append(pace.due())
     assert [i + 1 for i, due in enumerate(found) if due] == [10, 20, 30, 40, 50, 60]
     assert pace.due(always=True) and not pace.due()
+
+
+def test_paced_lines_are_dropped_until_one_is_due():
+    hands, said = Hands(), []
+    log = paced(said.append, Pace(now=hands))
+    for second in range(1, 25):
+        hands.at += 1.0
+        log(f"{second} s")
+    assert said == ["10 s", "20 s"]
 
 
 def test_lines_count_towards_the_total_and_short_work_prints_none():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowmap.base.files import write_tensors
-from flowmap.build.parts import BuiltTeacher
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Latents, Pairs, Pictures
 from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
 from flowmap.flow.solver import SOLVERS, Heun

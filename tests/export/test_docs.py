@@ -1,4 +1,4 @@
-"""The Python of docs/export.md runs, block by block, on a student as a run of digits leaves it."""
+"""The Python of docs/guide/export.md runs, block by block, on a student as a run of digits leaves it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from tests.export.alone import own_modules, shaken
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "export.md"
 
 
 def test_the_page_runs(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every operator that torch tests itself by (OpInfo), ridden in every form: what comes is right, or constant, or refused by name.
+"""Every operator that torch tests itself by (OpInfo), dual in every form: what comes is right, or constant, or refused by name.
 
 A form is a way of calling (as sampled, as a method, by keywords, in place, into out=), what rides (each tensor alone, all, the first rows
 of all), the dtype (real, complex), and the values (as sampled; every second one 0, 1, inf, -inf).
@@ -39,7 +39,7 @@ LAPACK = "linalg cholesky svd qr lu pinverse geqrf ormqr logdet matrix_exp trian
 
 
 class Form(NamedTuple):
-    """One way of calling an operator, and what rides."""
+    """One way of calling an operator, and its dual tensors."""
 
     operator: str
     dtype: str
@@ -61,7 +61,7 @@ def operators() -> list:
 
 
 def is_number(x) -> bool:
-    """A tensor that can ride."""
+    """A tensor that can be dual."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
@@ -123,7 +123,7 @@ def as_vector(out) -> tuple[Tensor, bool, bool]:
 
 
 class Call:
-    """An operator's call as a function of the tensors that ride."""
+    """An operator's call as a function of its dual tensors."""
 
     def __init__(self, function, args, kwargs, process, values, generator):
         self.leaves, self.structure = tree_flatten((args, kwargs))
@@ -137,7 +137,7 @@ class Call:
             self.leaves[i] = with_values(self.leaves[i].detach(), values)
         self.primals = [self.leaves[i] for i in self.places]
         self.directions = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in self.primals]
-        self.rode = self.numeric = self.double = False
+        self.dual = self.numeric = self.double = False
 
     def __call__(self, *primals):
         torch.default_generator.manual_seed(0)
@@ -147,7 +147,7 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self.structure)
         out = self.function(*args, **kwargs)
         vector, self.numeric, self.double = as_vector(self.process(out))
-        self.rode = type(vector) is DualTensor
+        self.dual = type(vector) is DualTensor
         return vector
 
     def directions_of(self, chosen: list[int], rows: bool) -> list[Tensor | None]:
@@ -163,8 +163,8 @@ def with_values(x: Tensor, value: float | None) -> Tensor:
     return x
 
 
-def rides_of(call: Call) -> Iterator[tuple[str, list, list]]:
-    """(name, tangents, the same in full) of each choice of what rides."""
+def choices_of(call: Call) -> Iterator[tuple[str, list, list]]:
+    """(name, tangents, the same in full) of each choice of dual tensors."""
     count = len(call.primals)
     for i in range(count if count > 1 else 0):
         tangents = call.directions_of([i], False)
@@ -239,7 +239,7 @@ def outcome(call: Call, tangents: list, full: list, value: float | None) -> tupl
         return "refused", str(error)
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}"
-    good = "right" if call.rode else "constant"
+    good = "right" if call.dual else "constant"
     if not call.numeric:
         return good, ""
     if not torch.equal(torch.nan_to_num(out), torch.nan_to_num(call(*call.primals))):
@@ -252,7 +252,7 @@ def outcome(call: Call, tangents: list, full: list, value: float | None) -> tupl
     if wanted is None or smooth:
         return (
             ("wrong", f"{rate.tolist()[:4]} for {steps[0].tolist()[:4]}")
-            if smooth or call.rode
+            if smooth or call.dual
             else (good, "no reference")
         )
     same = wanted.shape == rate.shape and bool(
@@ -280,7 +280,7 @@ def forms(op, num_samples: int, values=VALUES) -> Iterator[tuple[Form, str, str]
                         continue
                     call = Call(of, args, kwargs, sample.output_process_fn_grad, value, generator)
                     if call.primals and callable_on_plain(call):
-                        for duals, tangents, full in rides_of(call):
+                        for duals, tangents, full in choices_of(call):
                             form = Form(op.formatted_name, str(dtype).removeprefix("torch."), way, duals, value, number)
                             yield form, *outcome(call, tangents, full, value)
 

@@ -1,4 +1,4 @@
-"""Derivatives of networks: every mode gives the same numbers, the ride leaves the ordinary forward untouched, and nothing is dropped in silence."""
+"""Derivatives of networks: every mode gives the same numbers, the dual forward equals the ordinary one, no tangent is dropped."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_without_graph_is_the_same_number_and_changes_no_setting():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_riding_is_forward_mode_to_rounding():
+def test_dual_is_forward_mode_to_rounding():
     net, x, t, s, v = setting()
     torch.testing.assert_close(
         eulerian_derivative(net, x, t, s, v)[1],
@@ -168,7 +168,7 @@ def test_the_graph_saves_no_tangent():
     assert saved(lambda: eulerian_derivative(net, x, t, s, v)) == saved(lambda: net(x, t, s))
 
 
-def test_no_tangent_outlives_the_ride():
+def test_no_tangent_outlives_the_dual_forward():
     net, x, t, s, v = setting()
     alive = []
     for module in net.modules():
@@ -224,7 +224,7 @@ def test_recomputation_under_checkpointing_carries_no_tangent(monkeypatch):
 
     net, x, t, s, v = setting(checkpointed=False)
     value, rate = eulerian_derivative(net, x, t, s, v)
-    monkeypatch.setattr(module, "with_tangent", lambda *a: pytest.fail("a tangent rode in the backward pass"))
+    monkeypatch.setattr(module, "with_tangent", lambda *a: pytest.fail("a tangent was computed in the backward pass"))
     gradients(net, value, rate)
 
 
@@ -318,7 +318,7 @@ REFUSED = {
     "relu_": lambda x: torch.relu_(x.sin()),
     "Tensor.view": lambda x: x.view(torch.int32),
     "dropout_p": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1),
-    "a ride inside a ride": lambda x: dual_forward(torch.sin, (x,), (torch.ones(x.shape),))[0],
+    "a dual forward inside a dual forward": lambda x: dual_forward(torch.sin, (x,), (torch.ones(x.shape),))[0],
     "backward": lambda x: x.sum().backward(),
     "grad": lambda x: torch.autograd.grad(x.sum(), x)[0],
 }
@@ -341,13 +341,13 @@ def test_what_would_drop_a_tangent_is_refused_by_name(name):
         dual_forward(REFUSED[name], (x,), (torch.randn(B, 3),))
 
 
-def test_an_autograd_function_with_a_jvp_rides():
+def test_an_autograd_function_with_a_jvp_has_a_tangent():
     x, v = torch.randn(B, 3), torch.randn(B, 3)
     assert torch.equal(dual_forward(lambda x: DoubledWithJvp.apply(x).sin(), (x,), (v,))[1], 2 * v * (2 * x).cos())
     assert "apply" not in torch.autograd.Function.__mro__[1].__dict__  # torch is left as it was found
 
 
-def test_scripted_and_traced_code_rides():
+def test_scripted_and_traced_code_has_a_tangent():
     x, v = torch.randn(2, B, 3, dtype=torch.float64).unbind(0)
     script = torch.jit.script(scripted)
     truth = v * (x.sin() + x * x.cos())
@@ -376,7 +376,7 @@ def test_a_compiled_network_is_ridden_eagerly_and_stays_compiled():
     assert len(frames) == num_frames > 0
 
 
-def test_a_finished_ride_leaves_constants():
+def test_a_finished_dual_forward_leaves_constants():
     x, kept = torch.randn(B, 3), []
     dual_forward(lambda x: kept.append(x * 2) or x, (x,), (torch.ones_like(x),))
     assert type(kept[0] * 1) is torch.Tensor
@@ -415,7 +415,7 @@ def test_a_user_s_mistake_is_named():
         value_and_rate(torch.sin, (x,), (x, x))
 
 
-def test_a_copy_of_the_network_rides_alike():
+def test_a_copy_of_the_network_has_the_same_tangent():
     net, x, t, s, v = setting()
     eulerian_derivative(net, x, t, s, v)
     assert torch.equal(eulerian_derivative(copy.deepcopy(net), x, t, s, v)[1], eulerian_derivative(net, x, t, s, v)[1])

@@ -1,6 +1,6 @@
-"""A tangent is never dropped in silence: whatever is done to what rides is followed, exactly, or refused by name.
+"""A tangent is never dropped silently: every operation on a dual tensor has an exact tangent or raises with its name.
 
-Each case is a function of a (5, 3) tensor x in float64, the rider, and s, one of its numbers as a 0-dim tensor that rides as well.
+Each case is a function of a (5, 3) tensor x in float64, the dual tensor, and s, one of its numbers as a 0-dim dual tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def inner(function, *args):
 
 
 def written(make, write):
-    """What was written into a tensor that did not ride."""
+    """What was written into a tensor without a tangent."""
     y = make()
     write(y)
     return y
@@ -74,7 +74,7 @@ FOLLOWED = {
     "mm by keywords": lambda x, s: torch.mm(input=W.mT, mat2=x),
     "full_like": lambda x, s: torch.full_like(x, s * s) + x.new_full((5, 3), s),
     "heaviside": lambda x, s: torch.heaviside(torch.zeros(5, 3, dtype=torch.float64), x.sin()),
-    "clamp between riders": lambda x, s: W.clamp(s - 0.5, s + 0.1) + x.clamp(min=s),
+    "clamp between dual tensors": lambda x, s: W.clamp(s - 0.5, s + 0.1) + x.clamp(min=s),
     "masked_fill with a number": lambda x, s: W.masked_fill(W > 0, s.sin()),
     "nested lists": lambda x, s: torch.cat([torch.stack([x, x.sin()]), torch.stack([W, x])]),
     "ordered dict": lambda x, s: F.linear(**OrderedDict(input=x, weight=x)),
@@ -208,7 +208,7 @@ def test_what_cannot_be_followed_is_refused(name, rows):
 
 
 def replaced():
-    """What a ride replaces in torch."""
+    """What the dual forward patches in torch."""
     return [
         getattr(owner, name) for owner, name in [*HIDDEN, (torch.jit.ScriptFunction, "__call__")]
     ], "data" in Tensor.__dict__
@@ -222,7 +222,7 @@ def test_torch_is_left_as_it_was_found():
     assert replaced() == before and not before[1]
 
 
-def test_one_tensor_may_ride_twice_with_two_tangents():
+def test_one_tensor_may_have_two_tangents():
     x, v = given()
     torch.testing.assert_close(dual_forward(torch.mul, (x, x), (v, 2 * v))[1], 3 * x * v)
     torch.testing.assert_close(dual_forward(lambda a, b: a * b.sin(), (x, x), (v, None))[1], v * x.sin())
@@ -254,7 +254,7 @@ def test_the_error_names_the_operation():
             dual_forward(function, (x,), (v,))
 
 
-def test_a_finished_ride_holds_nothing_back():
+def test_a_finished_dual_forward_refuses_nothing():
     x, v = given()
     kept = []
     dual_forward(lambda x: kept.append(x * 2) or x, (x,), (v,))

@@ -38,7 +38,7 @@ def test_rules_are_right_at_zeros_infinities_and_in_complex_numbers(function):
     if RULES[function] is constant or short(function) in ELSEWHERE:
         return
     for value, call in calls(function):
-        for name, tangents, full in operators.rides_of(call):
+        for name, tangents, full in operators.choices_of(call):
             outcome, message = operators.outcome(call, tangents, full, value)
             assert outcome not in BAD, (value, name, call.primals[0].dtype, message)
 

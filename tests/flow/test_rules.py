@@ -1,6 +1,6 @@
 """Every row of the table of tangent rules against central differences in float64, and operations that are in no row against the same.
 
-Each sample is a call of its operation; all its floating-point tensors ride, first together, then one at a time.
+Each sample is a call of its operation; all its floating-point tensors are dual, first together, then one at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.tangent.dual import Context, DualTensor, dual_forward, name_of, riding
+from flowmap.flow.tangent.dual import Context, DualTensor, dual_forward, dual_tensor, name_of
 from flowmap.flow.tangent.rules import RULES
 from flowmap.flow.tangent.rules_base import constant
 from flowmap.flow.tangent.rules_constant import PROPERTIES, READ
@@ -33,7 +33,7 @@ def whole(high, *shape):
 
 
 def resting(x):
-    """x, which does not ride."""
+    """x, without a tangent."""
     x.rests = True
     return x
 
@@ -254,7 +254,7 @@ def numbers(out):
 
 
 def check(function, sample):
-    """The ride's tangent against (f(p + h v) - f(p - h v)) / 2h; with h = 1e-6 the difference is good to about 1e-9."""
+    """The dual tangent against (f(p + h v) - f(p - h v)) / 2h; with h = 1e-6 the difference is good to about 1e-9."""
     torch.manual_seed(0)
     leaves, structure = tree_flatten(sample())
     places = floats(leaves)
@@ -347,7 +347,7 @@ def test_operations_without_a_rule_take_torchs_derivative(name):
 
 
 def aboard(x):
-    return riding(x, torch.ones_like(x), Context())
+    return dual_tensor(x, torch.ones_like(x), Context())
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,17 @@ def test_names_of_results():
     assert Straightness().report(straight) == {"straightness": 0.0} and EndpointError().report(ends) == {
         "endpoint_error": 0.0
     }
-    assert {spec().needs for spec in METRICS.values()} == {
-        "samples",
-        "conditions",
-        "trajectory",
-        "endpoints",
-        "inversion",
-        "loss",
-        "texts",
-    }
+
+
+def test_what_each_kind_is_measured_on():
+    of = lambda name: {kind for kind, spec in METRICS.items() if getattr(spec, name)}
+    assert of("on_samples") == {"frechet", "precision_recall", "mmd", "nearest_neighbour"}
+    assert of("of_velocity") == {"straightness", "loss_by_time"}
+    assert of("of_endpoints") == {"endpoint_error"} and of("normal_noise") == {"inversion"}
+    assert {kind for kind, spec in METRICS.items() if not spec().num_starts} == {"inversion", "loss_by_time"}
+    texts = {"distinct", "self_bleu", "text_divergence", "memorised", "control", "phrase", "content_kept"}
+    texts |= {"style_hit", "infilled", "perplexity"}
+    assert {kind for kind, spec in METRICS.items() if spec().num_texts} == texts
 
 
 def test_pixels_do_not_see_the_data_scale():

@@ -191,13 +191,13 @@ def test_every_derivative_is_richardsons(kind, mode):
 
 
 @nets
-def test_riding_equals_forward_mode_to_rounding(kind):
+def test_dual_equals_forward_mode_to_rounding(kind):
     flow_map = built(kind, loud=True).double()
     (x, t, s, cond), v = given(), draw(seed=5)
     on_path = [eulerian_derivative(flow_map, x, t, s, v, cond, mode=mode)[1] for mode in ("dual", "forward")]
     at_arrival = [lagrangian_derivative(flow_map, x, t, s, cond, mode=mode)[1] for mode in ("dual", "forward")]
-    for ridden, reference in (on_path, at_arrival):
-        torch.testing.assert_close(ridden, reference, rtol=0, atol=1e-12 * float(reference.abs().max()))
+    for dual, reference in (on_path, at_arrival):
+        torch.testing.assert_close(dual, reference, rtol=0, atol=1e-12 * float(reference.abs().max()))
 
 
 @nets

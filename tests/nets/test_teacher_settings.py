@@ -28,7 +28,7 @@ from tests import tiny_nets
 from tests.tiny_nets import unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
-DOCS = Path(__file__).parents[2] / "docs" / "teachers.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guide" / "teachers.md"
 
 
 def schedulers():

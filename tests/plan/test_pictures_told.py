@@ -71,7 +71,7 @@ def test_an_encoding_of_before_is_not_continued_but_begun_elsewhere(place, monke
     folder = next(
         stage for stage in plan(read_recipe(place / "r.yaml"), place / "run") if isinstance(stage, Encoding)
     ).folder
-    monkeypatch.setattr("flowmap.plan.plan.READER", "1")
+    monkeypatch.setattr("flowmap.plan.data_folders.READER", "1")
     assert (
         folder
         != next(

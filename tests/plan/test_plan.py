@@ -7,7 +7,8 @@ from PIL import Image
 
 from flowmap.base.schema import RecipeError
 from flowmap.estimate import dry_run
-from flowmap.plan.plan import Encoding, data_of, plan
+from flowmap.plan.data_folders import data_of
+from flowmap.plan.plan import Encoding, plan
 from flowmap.recipe import read_recipe
 from flowmap.recipe import recipe as reading
 
@@ -123,7 +124,7 @@ def test_recipes_that_need_each_other_are_refused(recipes):
 
 def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny, tmp_path):
     import flowmap
-    from flowmap.plan.plan import dependency_folder
+    from flowmap.plan.run_folders import dependency_folder
 
     recipe, runs = read_recipe(tiny), tmp_path / "runs"
     flowmap.fit(recipe, runs / "tiny-01234567", log=lambda message: None)

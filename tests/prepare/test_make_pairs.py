@@ -14,7 +14,8 @@ from encoding import files, spec
 
 from flowmap.base.files import WriteError
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import BuiltTeacher, build_data, build_samples
+from flowmap.build.data import build_data, build_samples
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import PairedDataset, Pairs
 from flowmap.data.pairs import contents, first_difference, noise_of
 from flowmap.flow.solver import Heun
@@ -369,7 +370,7 @@ def test_the_verb(recipe, tmp_path, command):
     code, said, _ = command("pairs", "--recipe", name, *out, "--shard", "0/2")
     assert code == 0 and "63 pairs of shape (2,), 80 network calls each, 25 inverted" in said
     code, said, _ = command("pairs", "--recipe", name, *out, "--verify", 9)
-    assert code == 0 and "9 pairs made anew differ by at most" in said
+    assert code == 0 and "9 pairs made again differ by at most" in said
     assert command("pairs", "--recipe", name, *out, "--shard", "half")[0] == 2
     code, _, error = command("pairs", "--recipe", name, *out, "coupling.seed=5")
     assert code == 2 and "seed: 0 there, 5 here" in error

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.build.parts import build_teacher
+from flowmap.build.teacher import build_teacher
 from flowmap.flow.limit import Clip, Threshold, limited
 from tests import parity
 from tests.tiny_nets import unet, with_random_weights

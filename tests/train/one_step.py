@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import torch
 
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.data import Pairs, StepBatches
 from flowmap.data.pairs import noises
 from flowmap.recipe import Recipe

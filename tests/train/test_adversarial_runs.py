@@ -14,8 +14,9 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
+from flowmap.build.data import build_data
 from flowmap.build.discriminator import build_discriminator
-from flowmap.build.parts import build_data, build_student, student_config
+from flowmap.build.student import build_student, student_config
 from flowmap.estimate.dry_run import dry_run
 from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2

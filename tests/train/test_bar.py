@@ -93,3 +93,11 @@ def test_a_terminal_has_a_bar_with_the_residual_norm(tiny, tmp_path, monkeypatch
 def test_before_the_first_step_there_is_nothing_to_show():
     with pytest.raises(AssertionError, match="no step"):
         shown(SimpleNamespace(last_loss=None))
+
+
+def test_the_measurement_during_training_logs_its_progress(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowmap.train.callbacks.paced", lambda log: log)  # every line, not one in 10 seconds
+    said = []
+    fit(read_recipe(tiny, ["trainer.steps=6", "log.metrics_every_steps=3"]), tmp_path / "run", log=said.append)
+    during = said[: next(i for i, line in enumerate(said) if line.startswith("step 6/6"))]
+    assert "evaluating: student 1 step" in during and "evaluating: real against real" in during

@@ -127,6 +127,13 @@ def test_what_is_finished_is_kept_and_what_was_cut_off_is_gone_on_with(three, tm
         run(three[:1], tmp_path / "out", overrides=["optimizer.lr=0.1"])
 
 
+def test_training_and_measuring_log_their_progress_under_the_recipes_name(three, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowmap.compare.entry.paced", lambda log: log)  # every line, not one in 10 seconds
+    _, said = run(three[:1], tmp_path / "out", seeds=1)
+    assert any(line.startswith("seed 0, one: step 40/40  loss ") for line in said)
+    assert "seed 0, one: evaluating: student 2 steps" in said
+
+
 def test_a_run_that_diverges_is_a_row(three, tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(path.read_text().replace("cost: 2.0", "cost: 2.0, breaks_at: 13"))

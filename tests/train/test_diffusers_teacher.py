@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.build.parts import build_teacher
+from flowmap.build.teacher import build_teacher
 from tests.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")

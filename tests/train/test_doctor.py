@@ -18,7 +18,7 @@ def test_it_says_what_each_derivative_costs(command, tiny):
     )
     assert lines[2].startswith("plain flow-matching step")
     assert [line.split(":")[0] for line in lines[3:6]] == [
-        "derivative ride",
+        "derivative dual",
         "derivative difference",
         "derivative forward",
     ]
@@ -52,7 +52,7 @@ def test_it_names_the_operation_that_cannot_be_ridden(command, tiny, monkeypatch
     monkeypatch.setattr(MLP, "build", lambda *a, **k: Unridable(built(*a, **k)))
     code, out, err = command("doctor", "--recipe", tiny)
     assert code == 0, err
-    ride = next(line for line in out.splitlines() if line.startswith("derivative ride"))
+    ride = next(line for line in out.splitlines() if line.startswith("derivative dual"))
     assert "not here" in ride and "Straight" in ride
     assert out.splitlines()[-1] == "choose objective.derivative=difference"
 

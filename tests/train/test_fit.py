@@ -97,7 +97,7 @@ def spoiled_at(step: int, bad: float):
 
     calls = iter(range(1000))
 
-    def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
+    def spoiled(recipe, x0, cond, generator, empty=None, x1=None, prior=None):
         sample = draw.draw_sample(recipe, x0, cond, generator)
         if next(calls) == step:
             sample.xt[0, 0] = bad
@@ -217,7 +217,9 @@ def test_accumulation_sees_the_same_data_and_makes_the_same_number_of_steps(tiny
 
 
 def module_of(recipe) -> DistillModule:
-    from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import build_student, student_config
+    from flowmap.build.teacher import build_teacher
 
     data, teacher = build_data(recipe), build_teacher(recipe)
     return DistillModule(recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data)

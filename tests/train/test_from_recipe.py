@@ -8,10 +8,13 @@ from conftest import FLOW
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import _dropping, build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import _with_dropout, build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import DDPMpp
-from flowmap.plan.plan import dependency_folder, plan
+from flowmap.plan.plan import plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.recipe import read_recipe
 
 MAP = """\
@@ -99,7 +102,7 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
         recipes("map", "teacher.card=digits")
     flowmap.fit(recipe, tmp_path / "runs" / "map", log=quiet)
     plain = recipes("further", "teacher=null", "objective={kind: flow_matching}")
-    with pytest.raises(RecipeError, match="starts from a flow map, of which this objective trains only the diagonal"):
+    with pytest.raises(RecipeError, match="starts from a flow map, and this objective trains only the diagonal"):
         student_config(plain, build_data(plain), None)
     with pytest.raises(RecipeError, match="need each other in a loop"):
         plan(recipes("map", f"teacher.recipe={tmp_path / 'map.yaml'}"), tmp_path / "run")
@@ -108,7 +111,7 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
 def test_dropout_is_refused_of_a_network_without_any():
     recipe = read_recipe("digits", ["student={kind: from_teacher, dropout: 0.1}"])
     with pytest.raises(RecipeError, match="student.dropout: a network of kind dit has none"):
-        _dropping(DiT(), recipe)
+        _with_dropout(DiT(), recipe)
     with pytest.raises(RecipeError, match=r"student.dropout: 2.0 must lie in \[0, 1\)"):
-        _dropping(DDPMpp(), read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"]))
-    assert _dropping(DDPMpp(), recipe).dropout == 0.1
+        _with_dropout(DDPMpp(), read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"]))
+    assert _with_dropout(DDPMpp(), recipe).dropout == 0.1

@@ -10,12 +10,15 @@ import torch
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples, build_student, build_teacher, student_config
+from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import for_codes, starts
 from flowmap.flow.solver import Heun
-from flowmap.plan.plan import dependency_folder, plan
+from flowmap.plan.plan import plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import verify
 from flowmap.recipe import read_recipe
 from flowmap.train.fit import FitError

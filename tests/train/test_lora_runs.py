@@ -13,7 +13,7 @@ import torch
 
 import flowmap
 from flowmap.base.files import read_tensors
-from flowmap.build.parts import build_teacher
+from flowmap.build.teacher import build_teacher
 from flowmap.nets.lora import fingerprint
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
@@ -88,7 +88,8 @@ def test_a_run_keeps_adapters_and_branches_alone(place, run):
 
 
 def test_the_base_is_shared_and_unchanged(place, run):
-    from flowmap.build.parts import build_data, build_student, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import build_student, student_config
 
     recipe = flowmap.read_recipe(place / "plain.yaml")
     teacher, data = build_teacher(recipe), build_data(recipe)
@@ -202,7 +203,8 @@ def test_dry_run_and_doctor_count_what_is_trained(place, run, command):
 
 def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
     """Also guided by its own earlier snapshot, which lies beside the same base; a student of its own starts from the merged weights."""
-    from flowmap.build.parts import build_data, build_student, student_config
+    from flowmap.build.data import build_data
+    from flowmap.build.student import build_student, student_config
     from flowmap.student.snapshots import nearest_snapshot
 
     monkeypatch.setenv("FLOWMAP_RUNS", str(place / "runs"))

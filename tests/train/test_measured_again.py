@@ -13,7 +13,7 @@ from conftest import bytes_of
 import flowmap
 from flowmap.base.files import read_json, read_tensors
 from flowmap.base.schema import RecipeError, short_hash
-from flowmap.plan.plan import is_complete, matches
+from flowmap.plan.run_folders import is_complete, matches
 from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.clock import Clock
 from flowmap.train.fit import fit
@@ -155,7 +155,7 @@ def test_a_run_keeps_its_figures_until_it_is_measured_again(tiny, finished, monk
     assert {name: after[name] for name in before} == before
 
 
-@pytest.mark.parametrize("moment", ["mark", "write_json"])
+@pytest.mark.parametrize("moment", ["stamp", "write_json"])
 def test_figures_are_never_those_of_another_recipe(tiny, finished, monkeypatch, moment):
     """Killed between writing the recipe and its figures: the run is then trained, and not measured."""
 

@@ -12,10 +12,11 @@ from conftest import FLOW
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
-from flowmap.build.parts import build_data, build_samples
+from flowmap.build.data import build_data, build_samples
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
-from flowmap.plan.plan import Pairing, Stage, pairs_of, plan
+from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.plan import Pairing, Stage, plan
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import DistillModule

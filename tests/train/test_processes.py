@@ -41,7 +41,7 @@ from flowmap.train import module
 
 original, calls = module.draw_sample, iter(range(1000))
 
-def spoiled(recipe, x0, cond, generator, empty=None, prior=None):
+def spoiled(recipe, x0, cond, generator, empty=None, x1=None, prior=None):
     sample = original(recipe, x0, cond, generator)
     call, rank = next(calls), int(os.environ.get("LOCAL_RANK", "0"))
     if os.environ.get("SPOIL") == "nan" and (call, rank) == (5, 1):

@@ -233,7 +233,7 @@ def test_a_process_that_is_killed_with_its_first_checkpoint_has_replaced_the_old
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", stop)
-        patch.setattr("flowmap.train.fit.put_back", lambda folder: False)  # a killed process does not come to that
+        patch.setattr("flowmap.train.stage.put_back", lambda folder: False)  # a killed process does not come to that
         with pytest.raises(KeyboardInterrupt):
             fit(recipe_of(tiny, "seed=1"), finished, overwrite=True, log=quiet)
     assert hidden(finished)

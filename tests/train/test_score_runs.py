@@ -10,12 +10,14 @@ import torch
 import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.base.schema import RecipeError
+from flowmap.build.data import build_data
 from flowmap.build.fake_score import build_fake
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.dry_run import dry_run
 from flowmap.recipe import read_recipe
-from flowmap.train.auxiliary import BesideModule
+from flowmap.train.auxiliary import AuxiliaryModule
 from tests.conftest import TINY
 from tests.train.test_adversarial_runs import FLOW, checkpoint, quiet
 from tests.train.test_resume import assert_same_run, in_process, trace
@@ -72,7 +74,7 @@ def stepped(path, *overrides):
     teacher = build_teacher(recipe, data)
     config = student_config(recipe, data, teacher)
     parts = (recipe, build_student(recipe, config, teacher), teacher, data, data)
-    return BesideModule(*parts, fake=build_fake(recipe, config, teacher))
+    return AuxiliaryModule(*parts, fake=build_fake(recipe, config, teacher))
 
 
 def test_each_step_is_of_all_micro_batches(path, monkeypatch):
@@ -80,14 +82,14 @@ def test_each_step_is_of_all_micro_batches(path, monkeypatch):
     module, taken = stepped(path, "objective.fake_steps=1"), []
     trainer = type("T", (), {"optimizers": module.configure_optimizers(), "world_size": 1})()
     for name, value in (("global_step", 0), ("global_rank", 0), ("trainer", trainer)):
-        monkeypatch.setattr(BesideModule, name, value)
+        monkeypatch.setattr(AuxiliaryModule, name, value)
     look = lambda self, optimizer, parameters, name=None: (
         taken.append((name, [p.grad.clone() for p in parameters if p.grad is not None])),
         optimizer.zero_grad(),
     )
-    monkeypatch.setattr(BesideModule, "_step", look)
+    monkeypatch.setattr(AuxiliaryModule, "_step", look)
     monkeypatch.setattr(
-        BesideModule,
+        AuxiliaryModule,
         "optimizers",
         lambda self: [type("O", (), {"optimizer": o, "zero_grad": o.zero_grad})() for o in trainer.optimizers],
     )
@@ -114,7 +116,7 @@ def test_the_students_step_leaves_no_gradient_in_the_fake(path, monkeypatch):
     module = stepped(path)
     trainer = type("T", (), {"optimizers": module.configure_optimizers(), "world_size": 1})()
     for name, value in (("global_step", 0), ("global_rank", 0), ("trainer", trainer)):
-        monkeypatch.setattr(BesideModule, name, value)
+        monkeypatch.setattr(AuxiliaryModule, name, value)
     module._fake_loss = torch.zeros(())
     sample, generator = module.draw(module.data.__getitems__(list(range(16))))
     module.descend(sample, generator, 1.0)

@@ -52,7 +52,7 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "reconstruction": (AUTOENCODER,),
     "variance_guided": (PRIOR,),
 }
-BY_BATCH = {  # these look at means over the batch: docs/numerics.md
+BY_BATCH = {  # these look at means over the batch: docs/guide/numerics.md
     "text_elbo": (VAE,),
     "text_joint": (JOINT,),
 }

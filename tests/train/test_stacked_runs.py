@@ -7,7 +7,9 @@ import torch
 from conftest import FLOW
 
 import flowmap
-from flowmap.build.parts import build_data, build_student, build_teacher, student_config
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
 from flowmap.nets import MLP, Stacked
 from flowmap.recipe import read_recipe
 

@@ -138,7 +138,7 @@ def test_conditions_that_are_not_known(runs, cond, says):
 
 
 def test_latents_are_made_once_and_are_those_of_their_autoencoder(runs, monkeypatch):
-    from flowmap.build.parts import build_data
+    from flowmap.build.data import build_data
 
     recipe = read_recipe(runs.parent / "flow.yaml")
     first, files = build_data(recipe), sorted((runs / "text-latents").iterdir())
@@ -248,7 +248,7 @@ def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines,
         (b"cat\n", ("--num", "8"), "--num: does not go with --texts"),
         (b"cat\n", ("--steps", 1, 0), "--steps: 0 must be 1 or more"),
         (b"\xff\n", (), "is not UTF-8"),
-        (b"\n \n", (), "holds no sentence"),
+        (b"\n \n", (), "has no sentence"),
     ):
         code, lines, err = edit_lines(content, *options)
         assert code == 2 and lines is None and says in err and len(err.splitlines()) == 1
@@ -266,7 +266,8 @@ def test_what_a_file_cannot_be_edited_with_is_one_line(runs, editor, edit_lines,
 
 def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
     """x1 are latents of the source, x0 where the editing flow carries them, and the result edits as it does."""
-    from flowmap.build.parts import build_data, build_samples, build_teacher
+    from flowmap.build.data import build_data, build_samples
+    from flowmap.build.teacher import build_teacher
     from flowmap.prepare.make_pairs import verify
 
     styles = "coupling={kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"

@@ -17,7 +17,8 @@ import torch
 import flowmap
 from flowmap.base import files
 from flowmap.base.files import only_process
-from flowmap.plan.plan import Pairing, dependency_folder, plan
+from flowmap.plan.plan import Pairing, plan
+from flowmap.plan.run_folders import dependency_folder
 from flowmap.train.fit import fit
 
 

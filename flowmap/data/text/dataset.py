@@ -209,6 +209,9 @@ class TextDataset(Dataset):
         texts = self.held_out_texts or self.texts
         return [outer_thirds(texts[i])[1] for i in looked_at(torch.arange(num), len(texts)).tolist()]
 
+    def sentence_counts(self) -> dict[str, int] | None:
+        return {"train": len(self), "held_out": len(self.held_out), **self.counts}
+
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
         rows = torch.as_tensor(list(indices))
         return self.train[rows], self.conditions_at(rows)

@@ -19,6 +19,9 @@ class TextCoder(Protocol):
     load() returns encode(list[str]) -> normalised latents (N, *shape), and decode(z) -> list[str].
     """
 
+    @property
+    def source(self) -> str | None: ...
+
     def load(self) -> Any: ...
 
     def identity(self) -> dict[str, Any]: ...

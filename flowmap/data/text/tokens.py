@@ -8,7 +8,7 @@ token, and counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -25,13 +25,36 @@ SPECIAL = ("<pad>", "<start>", "<end>", "<mask>")
 TRAINED_ON = 200_000  # sentences, evenly spaced, that BPE looks at
 
 
+@dataclass(frozen=True)
+class TokensOutline:
+    """What a network depends on of a tokenizer: its number of tokens, whether rows are those of two models, and the
+    settings that the network takes over."""
+
+    vocab: int
+    pair: bool
+    conditioning: Mapping[str, Any]
+
+
 class Tokenizer(Protocol):
-    """The settings of a tokenizer; fit(texts) gives it, trained on those where it is trained at all."""
+    """The settings of a tokenizer; fit(texts) returns it, trained on those texts if it is trained at all."""
 
     @property
     def max_tokens(self) -> int: ...
 
+    @property
+    def row_length(self) -> int:
+        """The number of tokens of a row."""
+        ...
+
     def fit(self, texts: Sequence[str]) -> Tokens: ...
+
+    def outline(self) -> TokensOutline:
+        """Return the outline without any sentence. Raise ValueError if a file is missing."""
+        ...
+
+    def assumed_outline(self) -> TokensOutline:
+        """Return an outline for estimates when `outline` raises."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,16 @@ class BPE:
         step = -(-len(texts) // TRAINED_ON)
         fast.train_from_iterator(texts[::step], trainer)
         return Tokens(fast.to_str(), 0, 1, 2, 3, self.max_tokens)
+
+    @property
+    def row_length(self) -> int:
+        return self.max_tokens
+
+    def outline(self) -> TokensOutline:
+        return TokensOutline(self.vocab, False, {"special": (0, 1, 2, 3)})
+
+    def assumed_outline(self) -> TokensOutline:
+        return self.outline()
 
 
 @dataclass(frozen=True)
@@ -93,6 +126,16 @@ class Pretrained:
         mask = next((i for i in (found.mask_token_id, found.unk_token_id) if i is not None), start)
         return Tokens(fast.to_str(), pad, start, end, mask, self.max_tokens)
 
+    @property
+    def row_length(self) -> int:
+        return self.max_tokens
+
+    def outline(self) -> TokensOutline:
+        return self.fit([]).outline
+
+    def assumed_outline(self) -> TokensOutline:
+        return TokensOutline(50_000, False, {"special": (0, 1, 2, 3)})
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -114,6 +157,16 @@ class Pair:
             for name, one in sources.items()
         )
         return PairTokens(*parts)
+
+    @property
+    def row_length(self) -> int:
+        return 2 * self.max_tokens
+
+    def outline(self) -> TokensOutline:
+        return self.fit([]).outline
+
+    def assumed_outline(self) -> TokensOutline:
+        return TokensOutline(0, True, {"special": (0, 1, 2, 3), "encoder_tokens": self.max_tokens})
 
 
 TOKENIZERS = {"bpe": BPE, "pretrained": Pretrained, "pair": Pair}
@@ -172,6 +225,10 @@ class Tokens:
     def conditioning(self) -> dict[str, Any]:
         """The settings of the network that depend on the tokenizer."""
         return {"special": self.special}
+
+    @property
+    def outline(self) -> TokensOutline:
+        return TokensOutline(self.vocab, self.pair, self.conditioning())
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("pad", "start", "end", "mask", "max_tokens")}

@@ -1,1 +1,1 @@
-"""The dual forward: a tensor that carries its tangent through an unmodified network, and the table of rules."""
+"""The dual forward: dual tensors carry a tangent through an unmodified network, by a table of tangent rules."""

@@ -1,7 +1,8 @@
-"""A tangent of the first rows of a batch alone, for a batch of which some samples need no derivative: those cost no tangent at all.
+"""Tangents of the first rows of a batch only, for batches in which some samples need no derivative: those cost nothing.
 
-Such a tangent is short in one dimension, `Rows`. An operation that keeps rows apart (elementwise, on the last dimensions, a reshape
-or permutation around them) hands its rule those rows of its arguments; before any other the tangent is filled up with zeros. Both are exact.
+Such a tangent is shorter in one dimension, described by `Rows`. If an operation treats rows independently (elementwise,
+on the last dimensions, a reshape or permutation around them), its rule gets only those rows of its arguments. For any
+other operation the tangent is first padded with zeros. Both are exact.
 """
 
 from __future__ import annotations
@@ -20,31 +21,31 @@ from flowmap.flow.tangent.rules_shape import RESHAPES
 
 
 class Rows(NamedTuple):
-    """The tangent covers the first `count` places of dimension `dim`, which is negative: counted from the last."""
+    """The tangent covers the first `count` entries of dimension `dim`, a negative index."""
 
     dim: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
 def partial(duals) -> bool:
-    """Whether one of these carries a tangent of some rows only."""
+    """Whether one of these dual tensors has a tangent of some rows only."""
     return any(x.rows is not None for x in duals)
 
 
 def filled(x) -> Tensor:
-    """The tangent of what rides, whole."""
+    """The tangent of a dual tensor, padded with zeros to the value's shape."""
     return x.tangent if x.rows is None else whole(x)
 
 
 def whole(x) -> Tensor:
-    """The tangent of what rides, zero in the rows that were left out."""
+    """The tangent of some rows, padded with zeros."""
     missing = list(x.value.shape)
     missing[x.rows.dim] -= x.rows.count
     return torch.cat([x.tangent, x.tangent.new_zeros(missing)], x.rows.dim)
 
 
 def mapped(x, change: Callable):
-    """x with every tensor in it changed; also inside lists, tuples and dicts."""
+    """x with `change` applied to every tensor, also inside lists, tuples and dicts."""
     if isinstance(x, Tensor):
         return change(x)
     kind = type(x)
@@ -54,8 +55,9 @@ def mapped(x, change: Callable):
 
 
 def apart(function: Callable, out, args: tuple, kwargs: dict, duals: list):
-    """(out, args, kwargs, tangents by id, rows) for a rule: the call on the rows that have a tangent, and the rows of what it gives; or None
-    where the operation is not known to keep them apart. args and kwargs are values.
+    """(out, args, kwargs, tangents by id, rows of out): the call restricted to the rows with a tangent, for a rule.
+
+    None if the operation is not known to treat rows independently. args and kwargs are values.
     """
     rows, kind = duals[0].rows, KINDS.get(function)
     if kind is None or not args or rows is None or not accepts(kind, len(args), tuple(kwargs)):
@@ -79,9 +81,9 @@ def apart(function: Callable, out, args: tuple, kwargs: dict, duals: list):
     return part, args, kwargs, tangents, rows if dim == rows.dim else Rows(dim, rows.count)
 
 
-def first(rows: Rows, size: int, riding: dict[int, Tensor], tangents: dict[int, Tensor], x: Tensor) -> Tensor:
-    """The rows of what rides, noted in tangents, or of a constant that broadcasts against a batch of this size."""
-    tangent = riding.get(id(x))
+def first(rows: Rows, size: int, duals: dict[int, Tensor], tangents: dict[int, Tensor], x: Tensor) -> Tensor:
+    """The first rows of a dual tensor's value, recorded in `tangents`, or of a constant with a batch of this size."""
+    tangent = duals.get(id(x))
     if tangent is None:
         return x.narrow(rows.dim, 0, rows.count) if x.ndim >= -rows.dim and x.shape[rows.dim] == size else x
     y = x.narrow(rows.dim, 0, rows.count)
@@ -90,28 +92,28 @@ def first(rows: Rows, size: int, riding: dict[int, Tensor], tangents: dict[int, 
 
 
 def by_element(dim, out, /, *args, **kwargs):
-    """Arguments broadcast against each other."""
+    """Elementwise operations with broadcasting."""
     return dim if isinstance(out, Tensor) else None
 
 
 def by_matrix(dim, out, /, *args, **kwargs):
-    """Products and attention on the last two dimensions; on the last three where heads share keys."""
+    """Matrix products and attention on the last two dimensions, the last three if heads share keys."""
     least = 3 if kwargs.get("enable_gqa") else 2
     return dim if dim < -least and all(x.ndim > 1 for x in args if isinstance(x, Tensor)) else None
 
 
 def by_vector(dim, out, x, /, *args, **kwargs):
-    """A map of the last dimension."""
+    """Operations on the last dimension."""
     return dim if dim < -1 else None
 
 
 def by_normalised(dim, out, x, normalized_shape, *args, **kwargs):
-    """A norm over the last dimensions."""
+    """Normalisation over the last dimensions."""
     return dim if dim < -len(normalized_shape) else None
 
 
 def by_sample(dim, out, x, /, *args, **kwargs):
-    """Convolutions and group norms: any operation on samples that lie along the first dimension."""
+    """Convolutions and group norms: operations on samples, with the batch in the first dimension."""
     return dim if dim == -x.ndim and out.ndim == x.ndim and x.ndim > 2 else None
 
 
@@ -120,51 +122,51 @@ def convolved(dim, out, x, weight, *args, **kwargs):
     return by_sample(dim, out, x) if x.ndim == weight.ndim else None
 
 
-def along_a_dimension(row, out, x, dim=None, *args, **kwargs):
-    """softmax: along any dimension but the rows'."""
+def over_one_dimension(row, out, x, dim=None, *args, **kwargs):
+    """softmax over any dimension except that of the rows."""
     return None if dim is None or dim % x.ndim == row % x.ndim else row
 
 
 def reshaped(dim, out, x, /, *args, **kwargs):
-    """The rows' dimension and those before it stay."""
+    """Reshapes that keep the dimension of the rows and those before it."""
     kept = x.ndim + dim + 1
     return kept - 1 - out.ndim if x.shape[:kept] == out.shape[:kept] else None
 
 
 def permuted(dim, out, x, /, *dims, **kwargs):
-    """The rows' dimension goes where it is sent."""
+    """permute: the dimension of the rows moves."""
     dims = kwargs.get("dims", dims)
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return [i % x.ndim for i in dims].index(dim % x.ndim) - x.ndim
 
 
 def transposed(dim, out, x, *dims, **kwargs):
-    """Two dimensions change places, named dim0 and dim1 or axis0 and axis1."""
+    """transpose: two dimensions are exchanged, named dim0 and dim1 or axis0 and axis1."""
     a, b = (i % x.ndim for i in (*dims, *(kwargs[key] for key in sorted(kwargs))))
     swap = {a: b, b: a}
     return swap.get(dim % x.ndim, dim % x.ndim) - x.ndim
 
 
 def mirrored(dim, out, x):
-    """The last two change places."""
+    """mT: the last two dimensions are exchanged."""
     return dim if dim < -2 else None
 
 
 def split(row, out, x, sizes=None, dim=0, **kwargs):
-    """chunk, split: along any dimension but the rows'."""
+    """chunk and split, over any dimension except that of the rows."""
     return None if dim % x.ndim == row % x.ndim else row
 
 
 def unbound(row, out, x, dim=0, *args, **kwargs):
-    """unbind, select: a dimension other than the rows' goes away."""
+    """unbind and select: any dimension except that of the rows is removed."""
     dim = dim % x.ndim
     return None if dim == row % x.ndim else row + (dim > row % x.ndim)
 
 
 def picked(dim, out, x, index):
-    """x[:, ...]: whatever happens behind the rows' dimension, if that is the first and stays whole and in front.
+    """x[:, ...]: any indexing that keeps all rows, in the first dimension of both x and out.
 
-    Arrays of indices that are not neighbours put their common dimensions first: x[:, i, :, j] has the rows elsewhere.
+    Index arrays that are not adjacent put their common dimensions first: x[:, i, :, j] moves the rows.
     """
     index = index if isinstance(index, tuple) else (index,)
     if dim != -x.ndim or not isinstance(index[0], slice) or index[0] != slice(None):
@@ -174,12 +176,12 @@ def picked(dim, out, x, index):
 
 
 def joined(row, out, tensors, dim=0):
-    """cat: along any dimension but the rows', of tensors that all have those rows."""
+    """cat over any dimension except that of the rows, of tensors that all have those rows."""
     return None if dim % out.ndim == row % out.ndim or any(x.ndim != out.ndim for x in tensors) else row
 
 
 ALIGNED = (by_element, by_matrix, joined)
-"""Kinds whose other arguments are narrowed with the riding ones; the rest take rows of their first argument, the only one that rides."""
+"""Kinds that narrow all arguments to the rows; the others narrow their first argument, the only dual one."""
 
 KINDS: dict[Callable, Callable] = {
     **{function: by_element for function, rule in ELEMENTWISE.items() if rule is not constant},
@@ -190,7 +192,7 @@ KINDS: dict[Callable, Callable] = {
     **every(by_normalised, "layer_norm", "rms_norm"),
     **every(by_sample, "group_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle", "avg_pool2d"),
     **every(convolved, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    **every(along_a_dimension, "softmax", "log_softmax"),
+    **every(over_one_dimension, "softmax", "log_softmax"),
     **every(reshaped, *RESHAPES),
     **every(permuted, "permute"),
     **every(transposed, "transpose", "swapaxes", "swapdims"),

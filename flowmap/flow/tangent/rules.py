@@ -1,7 +1,7 @@
-"""The table of tangent rules: what each operation does to a tangent that rides beside its value.
+"""The table of tangent rules: how each operation maps the tangents of its arguments to that of its output.
 
-RULES is a plain dict from torch functions to rules (rules_base.py says what a rule is); a network with an operation of its own adds a row.
-What is in no row takes torch's forward derivative of that one operation, or is refused by name.
+RULES is a plain dict from torch functions to rules (rules_base.py defines a rule); a network with a custom operation
+can add an entry. An operation without an entry uses torch's forward derivative, or raises with its name.
 """
 
 from __future__ import annotations

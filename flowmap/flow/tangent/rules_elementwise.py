@@ -1,6 +1,6 @@
-"""Tangent rules of what acts on each number by itself: arithmetic, activations, elementary functions.
+"""Tangent rules of elementwise operations: arithmetic, activations, elementary functions.
 
-For an elementwise y = f(x) the backward kernel g * f'(x) is the forward derivative too, in one fused pass.
+For an elementwise y = f(x) the backward kernel g * f'(x) also computes the forward derivative, in one fused pass.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def tanh(op, out, x):
 
 
 def silu(op, out, x, inplace=False):
-    if x.is_complex():  # whose backward kernel does not conjugate throughout
+    if x.is_complex():  # the backward kernel does not conjugate every factor
         s = torch.sigmoid(x)
         return T(x) * s * (1 + x * (1 - s))
     return aten.silu_backward(T(x), x)
@@ -194,9 +194,9 @@ def log_sigmoid(op, out, x):
 
 
 def clamp(op, out, x, min=None, max=None):
-    """The tangent where x is inside, 0 elsewhere, also where it is infinite; bounds that ride are left to torch.
+    """The tangent inside the bounds, 0 outside, also for infinite tangents; dual bounds are left to torch.
 
-    At a bound it is torch's own: that of x, but 0 where a tensor is the only bound.
+    At a bound the result is torch's: the tangent of x, but 0 if a tensor is the only bound.
     """
     if min is None or max is None:
         bound, beyond, reached = (max, torch.gt, torch.ge) if min is None else (min, torch.lt, torch.le)
@@ -220,38 +220,38 @@ def at_most(op, out, x, max):
 
 
 def greater(op, out, x, other):
-    """maximum: the tangent of the greater one, the mean of both where they are equal."""
+    """maximum: the tangent of the greater argument, the mean of both if they are equal."""
     return of_either(x > other, x < other, x, other)
 
 
 def lesser(op, out, x, other):
-    """minimum: the tangent of the lesser one, the mean of both where they are equal."""
+    """minimum: the tangent of the lesser argument, the mean of both if they are equal."""
     return of_either(x < other, x > other, x, other)
 
 
 def greater_number(op, out, x, other):
-    """fmax: the second of equals, and what is a number beside a NaN."""
+    """fmax: the second of equal arguments, and the number if the other is NaN."""
     return of_either((x > other) | other.isnan(), (x <= other) | x.isnan(), x, other)
 
 
 def lesser_number(op, out, x, other):
-    """fmin: the first of equals."""
+    """fmin: the first of equal arguments, and the number if the other is NaN."""
     return of_either((x <= other) | other.isnan(), (x > other) | x.isnan(), x, other)
 
 
 def of_either(first: Tensor, second: Tensor, x: Tensor, other: Tensor) -> Tensor:
-    """The tangent of x where `first`, of the other where `second`, else their mean."""
+    """The tangent of x where `first`, that of `other` where `second`, else their mean."""
     a, b = (0 if t is None else t for t in (T(x), T(other)))
     return torch.where(first, a, torch.where(second, b, (a + b) / 2))
 
 
 def without_nan(op, out, x, *args, **kwargs):
-    """nan_to_num: what is replaced is constant."""
+    """nan_to_num: replaced numbers are constant."""
     return T(x).masked_fill(~x.isfinite(), 0) if not x.is_complex() else NotImplemented
 
 
 def where(op, out, condition, input=None, other=None):
-    """Chosen as the values are."""
+    """torch.where: tangents are selected as the values are."""
     ta, tb = (0 if T(v) is None else T(v) for v in (input, other))
     return torch.where(condition, ta, tb)
 
@@ -262,7 +262,7 @@ def where_else(op, out, a, condition, other):
 
 
 def filled_with(op, out, x, fill_value, *args, **kwargs):
-    """full_like: nothing of x but its shape."""
+    """full_like uses only the shape of x."""
     T(x)
     return None if T(fill_value) is None else T(fill_value)
 

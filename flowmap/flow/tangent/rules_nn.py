@@ -1,6 +1,7 @@
-"""Tangent rules of products, convolutions, normalisations and attention: where the time goes.
+"""Tangent rules of matrix products, convolutions, normalisation and attention, which take most of the time.
 
-Softmax and normalisation without weights have symmetric Jacobians, so their fused backward kernels give the forward derivative as well.
+Softmax and normalisation without weights have symmetric Jacobians, so their fused backward kernels also compute the
+forward derivative.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from flowmap.flow.tangent.rules_base import Rule, T, add_up, every, multilinear
 
 aten = torch.ops.aten
 MAX_BLOCK_NUMBERS = 1 << 24
-"""Attention weights that live at once while the tangent of attention is taken: 64 MiB in float32."""
+"""The most attention weights in memory at once while the tangent of attention is computed: 64 MiB in float32."""
 
 
 def linear_layer(op, out, x, weight, bias=None):
-    """d(x W' + b); one product where only x rides."""
+    """d(x W' + b); one product if only x has a tangent."""
     tx, tweight, tbias = T(x), T(weight), T(bias)
     if tweight is None and tbias is None:
         return F.linear(tx, weight)
@@ -79,7 +80,7 @@ def logsumexp(op, out, x, dim, keepdim=False):
 
 
 def vector_norm(op, out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    """Re(conj(x) dx) / |x| summed over the dimensions, 0 at 0, for the Euclidean norm; others are left to torch."""
+    """sum Re(conj(x) dx) / |x|, 0 at 0, for the Euclidean norm; others are left to torch."""
     if isinstance(ord, Tensor) or ord != 2 or dtype is not None:
         return NotImplemented
     inner = (x.conj() * T(x)).real if x.is_complex() else x * T(x)
@@ -88,17 +89,17 @@ def vector_norm(op, out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 
 def norm(op, out, x, p="fro", dim=None, keepdim=False, dtype=None):
-    """torch.norm, of which "fro" and 2 are Euclidean."""
+    """torch.norm, for which "fro" and 2 are Euclidean."""
     return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if p in ("fro", None) or p == 2 else NotImplemented
 
 
 def norm_of_either(op, out, x, ord=None, dim=None, keepdim=False, *, dtype=None):
-    """torch.linalg.norm, Euclidean where no order is given; of matrices 2 is another norm."""
+    """torch.linalg.norm, Euclidean without `ord`; ord=2 of a matrix is another norm."""
     return vector_norm(op, out, x, 2, dim, keepdim, dtype=dtype) if ord is None else NotImplemented
 
 
 def normalize(op, out, x, p=2.0, dim=1, eps=1e-12):
-    """x / max(|x|, eps): (dx - y Re(conj(y) dx)) / |x|; where eps is the greater, dx / eps."""
+    """x / max(|x|, eps): (dx - y Re(conj(y) dx)) / |x|, or dx / eps if |x| < eps."""
     if p != 2 or x.is_complex():
         return NotImplemented
     size, t = torch.linalg.vector_norm(x, dim=dim, keepdim=True), T(x)
@@ -107,7 +108,7 @@ def normalize(op, out, x, p=2.0, dim=1, eps=1e-12):
 
 
 def layer_norm(op, out, x, normalized_shape, weight=None, bias=None, eps=1e-5, *unused):
-    """weight J dx, with J the symmetric Jacobian of normalising x; weights that ride are left to torch."""
+    """weight J dx, with J the symmetric Jacobian of the normalisation; dual weights are left to torch."""
     if T(x) is None or T(weight) is not None or T(bias) is not None:
         return NotImplemented
     x, t, shape = x.to(out.dtype), T(x).to(out.dtype), list(normalized_shape)
@@ -129,7 +130,7 @@ def rms_norm(op, out, x, normalized_shape, weight=None, eps=None):
 
 
 def group_norm(op, out, x, num_groups, weight=None, bias=None, eps=1e-5, *unused):
-    """weight J dx, group by group; weights that ride are left to torch."""
+    """weight J dx, group by group; dual weights are left to torch."""
     if T(x) is None or T(weight) is not None or T(bias) is not None:
         return NotImplemented
     x, t = x.to(out.dtype).contiguous(), T(x).to(out.dtype).contiguous()
@@ -142,7 +143,7 @@ def group_norm(op, out, x, num_groups, weight=None, bias=None, eps=1e-5, *unused
 def batch_norm(
     op, out, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *unused
 ):
-    """By running statistics: a scale of each channel. By the batch's own: layer normalisation across the batch."""
+    """With running statistics a scale per channel, with batch statistics layer normalisation over the batch."""
     if T(x) is None or any(T(v) is not None for v in (running_mean, running_var, weight, bias)):
         return NotImplemented
     channels = (-1, *[1] * (x.ndim - 2))
@@ -157,13 +158,13 @@ def batch_norm(
 
 
 def dropout(op, out, x, p=0.5, training=True, inplace=False):
-    """Switched off: the tangent passes. Switched on it draws, and the dispatcher replays the draw instead of asking this rule."""
+    """Without randomness the tangent passes through; `carry` handles random dropout by torch's forward derivative."""
     assert not training or p == 0
     return T(x)
 
 
 def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a @ b, summed and kept in float32 or better."""
+    """scale a @ b, accumulated and returned in float32 or better."""
     if a.dtype not in (torch.float16, torch.bfloat16):
         return (a if scale == 1 else a * scale) @ b
     if not a.is_cuda or torch.__version__ < "2.8":
@@ -179,13 +180,14 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """d softmax(q k' c + mask) v = (w ds) v - rowsum(w ds) out + w dv, with ds = (dq k' + q dk') c; by blocks of queries.
+    """d softmax(q k' c + mask) v = (w ds) v - rowsum(w ds) out + w dv, with ds = (dq k' + q dk') c.
 
-    No more than MAX_BLOCK_NUMBERS weights live at once. Sums are in float32 or better, as torch's own. Dropped weights are refused.
+    Computed by blocks of queries, with at most MAX_BLOCK_NUMBERS weights in memory at once. Sums are in float32 or
+    better, as in torch. Raises for dropout.
     """
     if dropout_p:
         raise NotImplementedError(
-            "the tangent cannot ride through scaled_dot_product_attention with dropout_p > 0: set the dropout to 0"
+            "no tangent through scaled_dot_product_attention with dropout_p > 0: set the dropout to 0"
         )
     q, k, v, tq, tk, tv = query, key, value, T(query), T(key), T(value)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -211,7 +213,7 @@ def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_caus
 
 
 def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
-    """The tangent of attention for some queries against every key; bias is a mask, (..., rows, keys), bool or added."""
+    """The tangent of attention for some queries and all keys; bias (..., rows, keys) is a boolean or additive mask."""
     weights = product(q, k.mT, scale)
     if bias is None:
         weights = torch.softmax(weights, -1)
@@ -228,24 +230,22 @@ def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
         d = product(moved.to(v.dtype), v)
         d = torch.addcmul(d, moved.sum(-1, keepdim=True), out, value=-1)
     total = add_up(d, None if tv is None else product(weights.to(v.dtype), tv))
-    assert total is not None  # something rides
+    assert total is not None  # an argument has a tangent
     return total.to(out.dtype)
 
 
 def mask_block(mask: Tensor | None, part: slice) -> Tensor | None:
-    """The rows of a mask that belong to these queries; a mask that is the same for every query stays whole."""
+    """The rows of a mask for these queries; a mask that is the same for every query is returned unchanged."""
     if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask
     return mask[..., part, :]
 
 
 def multi_head_attention(op, out, *args, **kwargs):
-    """torch.nn.MultiheadAttention's function: left to torch where nothing is dropped, refused where attention weights are."""
+    """torch.nn.MultiheadAttention's function: left to torch without dropout; raises with it."""
     dropped = kwargs.get("dropout_p", args[9] if len(args) > 9 else 0.0)
     if dropped and kwargs.get("training", args[12] if len(args) > 12 else True):
-        raise NotImplementedError(
-            "the tangent cannot ride through multi_head_attention_forward with dropout: set the dropout to 0"
-        )
+        raise NotImplementedError("no tangent through multi_head_attention_forward with dropout: set the dropout to 0")
     return NotImplemented
 
 

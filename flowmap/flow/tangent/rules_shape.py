@@ -1,4 +1,4 @@
-"""Tangent rules of what moves, picks, joins and adds numbers: the tangent goes the same way."""
+"""Tangent rules of operations that move, select, join or sum numbers: the same operation applies to the tangent."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from flowmap.flow.tangent.rules_base import T, every, getters, linear, same, sha
 
 
 def reshaped(op, out, x, *args, **kwargs):
-    """The same numbers in out's shape. The tangent may lie in memory otherwise than the value, so it is reshaped, never viewed."""
-    T(args[0] if args else kwargs.get("other"))  # of which view_as and reshape_as take the shape alone
+    """The tangent in out's shape. Its memory layout may differ from the value's, so it is reshaped, never viewed."""
+    T(args[0] if args else kwargs.get("other"))  # view_as and reshape_as use only its shape
     t = T(x)
     if t is None:
         return None
@@ -24,7 +24,7 @@ def viewed_as_complex(op, out, x):
 
 
 def joined(op, out, tensors, *args, **kwargs):
-    """cat, stack and kin: tangents are joined as the values are."""
+    """cat, stack and the like: tangents are joined as the values are."""
     return op([tangent_or_zero(x) for x in tensors], *args, **kwargs)
 
 
@@ -35,19 +35,19 @@ def broadcast(op, out, *tensors):
 
 
 def padded(op, out, x, pad, mode="constant", value=None):
-    """Padding is constant: its tangent is 0, whatever its value."""
+    """pad: the padding is constant, so its tangent is 0."""
     return F.pad(T(x), pad, mode)
 
 
 def scattered(op, out, x, dim, index, src=None, *args, **kwargs):
-    """Linear in x and what is scattered into it together."""
+    """scatter and scatter_add, linear in x and src together."""
     if args or kwargs or not isinstance(src, torch.Tensor):
         return NotImplemented
     return op(tangent_or_zero(x), dim, index, tangent_or_zero(src))
 
 
 def extreme(op, out, x, *args, **kwargs):
-    """max and min along a dimension: the tangent of the winner. Other forms are left to torch."""
+    """max and min over a dimension: the tangent of the selected entry. Other forms are left to torch."""
     if not isinstance(out, tuple):
         return NotImplemented
     dim = args[0] if args else kwargs["dim"]
@@ -58,15 +58,15 @@ def extreme(op, out, x, *args, **kwargs):
 
 
 def iterated(op, out, x):
-    """Row by row."""
+    """Iteration over the first dimension."""
     return tuple(T(x).unbind(0))
 
 
 RESHAPES = "view reshape view_as reshape_as flatten unflatten ravel unsqueeze squeeze contiguous".split()
 MOVES = (
     "permute transpose swapaxes swapdims movedim moveaxis t adjoint expand broadcast_to repeat tile repeat_interleave "
-    "roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unsafe_chunk unbind narrow select diagonal diag_embed tril triu "
-    "unfold fold __getitem__ gather index_select take_along_dim masked_select "
+    "roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unsafe_chunk unbind narrow select "
+    "diagonal diag_embed tril triu unfold fold __getitem__ gather index_select take_along_dim masked_select "
     "sum mean cumsum trace "
     "float double half bfloat16 cpu cuda clone view_as_real conj resolve_conj resolve_neg real imag "
     "pixel_shuffle pixel_unshuffle channel_shuffle interpolate upsample avg_pool1d avg_pool2d avg_pool3d "

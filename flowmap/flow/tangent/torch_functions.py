@@ -1,4 +1,4 @@
-"""Torch's own forward derivative of one operation, for what has no rule; the random numbers of that operation are drawn again."""
+"""Torch's forward derivative of one operation, for operations without a rule, with the same random numbers."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from flowmap.flow.tangent.refused import name_of
 from flowmap.flow.tangent.rows import mapped
 
 KEEPERS = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm, torch.instance_norm}
-"""Functions that write running statistics into an argument: once a call, not again for its derivative."""
+"""Functions that update running statistics in an argument: once per call, not again for the derivative."""
 
 
 class Scalar(Tensor):
-    """A 0-dim value from which no number is read: given where torch wants a number, it would lose its tangent without a word."""
+    """A 0-dim value that raises if torch reads a number from it, since that would silently drop its tangent."""
 
     value: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch itself does in its subclasses
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch's own subclasses
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]  # torch types its default, no classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]
         if function is torch.ops.aten._local_scalar_dense.default:
-            raise NotImplementedError("a tensor that rides is given where torch takes a number, which has no tangent")
+            raise NotImplementedError("torch reads a number from a tensor with a tangent, and the number has none")
         given, named = (mapped(x, lambda x: x.value if type(x) is Scalar else x) for x in (args, kwargs or {}))
         out = function(*given, **named)
         return scalar(out) if isinstance(out, Tensor) and out.ndim == 0 and has_derivative(out) else out
 
 
 def scalar(value: Tensor) -> Scalar:
-    """The 0-dim value, guarded."""
+    """The 0-dim value as a Scalar."""
     x = value.as_subclass(Scalar)
     x.value = value
     return x
 
 
 def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: dict[int, Tensor]):
-    """The tangent of one operation on values by torch's forward mode, attention in elementary operations; tangents by id of the value.
+    """The tangent of one operation by torch's forward mode, with attention as elementary operations.
 
-    Raises NotImplementedError that names the operation where torch has no derivative of it.
+    `tangents` are keyed by the id of the value. Raises NotImplementedError with the operation's name if torch has no
+    forward derivative of it.
     """
 
     def dual(x: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: 
             out = function(*mapped(args, dual), **mapped(kwargs, dual))
             leaves, structure = tree_flatten(list(out) if isinstance(out, Iterator) else out)
             found = [forward_ad.unpack_dual(v).tangent if has_derivative(v) else None for v in leaves]
-    except Exception as error:  # whatever torch says of an operation that it cannot derive
+    except Exception as error:  # torch raises various types for operations without a derivative
         raise NotImplementedError(
             f"no tangent rule for {name_of(function)}, and torch has no forward derivative of it: {error}"
         ) from error
@@ -74,7 +75,7 @@ def forward_derivative(function: Callable, args: tuple, kwargs: dict, tangents: 
 
 
 def has_derivative(out) -> bool:
-    """Whether an output has numbers that a tangent could belong to."""
+    """Whether an output contains floating-point or complex tensors, which can have a tangent."""
     if isinstance(out, Tensor):
         return out.is_floating_point() or out.is_complex()
     return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or isinstance(out, Iterator)
@@ -82,13 +83,12 @@ def has_derivative(out) -> bool:
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The state of the generators that an operation on this device may draw from."""
-    return torch.get_rng_state(), None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(
-        device
-    )
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), on_device
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """The generators, put back."""
+    """Restore the state of the generators."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.get_device_module(device).set_rng_state(state[1], device)
@@ -96,7 +96,7 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 
 @contextmanager
 def replayed(before: tuple[Tensor, Tensor | None], device: torch.device):
-    """Inside, the generators give again what they gave since `before`; afterwards they go on as if nothing had been replayed."""
+    """A context in which the generators repeat their numbers since `before`; afterwards they continue unaffected."""
     after = random_state(device)
     set_random_state(before, device)
     try:

@@ -1,6 +1,7 @@
-"""What torch does not hand to `__torch_function__` of a tensor meets the ride all the same while it is under way.
+"""Patches that route calls which torch does not pass to `__torch_function__` through the dual forward while it runs.
 
-The call of torch.autograd.Function, of torch.jit.script and of a few functions and one setter of torch's own is replaced, and put back.
+These are calls of torch.autograd.Function and torch.jit.script, and a few functions and one setter of torch. All
+patches are removed afterwards.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ HIDDEN = OWN_BACKWARD + EXPORTS
 
 @contextmanager
 def watched(through: Callable, through_autograd_function: Callable, through_hidden: Callable):
-    """A ride's surroundings. through(function, args, kwargs) carries a call, through_autograd_function(class, apply, args) a Function's;
-    through_hidden(name, function, args, kwargs) those that torch hides."""
+    """A context with all patches.
+
+    through(function, args, kwargs) handles a scripted function, through_autograd_function(class, apply, args) an
+    autograd.Function, through_hidden(name, function, args, kwargs) one of HIDDEN or the setter of .data.
+    """
     with ExitStack() as stack:
         stack.enter_context(watched_autograd_functions(through_autograd_function))
         stack.enter_context(watched_scripts(through))
@@ -42,13 +46,13 @@ def watched(through: Callable, through_autograd_function: Callable, through_hidd
 
 
 def hidden(through: Callable, name: str, function: Callable, *args, **kwargs):
-    """The call of a hidden function."""
+    """Call one of HIDDEN."""
     return through(name, function, args, kwargs)
 
 
 @contextmanager
 def watched_data(through: Callable):
-    """Inside, `y.data = x` of an ordinary y is seen."""
+    """A context in which `y.data = x` is handled, also for an ordinary tensor y."""
     data: Any = Tensor.data
     seen: Any = property(
         lambda x: through(".data", data.__get__, (x,), {}), lambda y, x: through(".data", data.__set__, (y, x), {})
@@ -62,9 +66,9 @@ def watched_data(through: Callable):
 
 @contextmanager
 def watched_autograd_functions(through: Callable):
-    """Inside, a torch.autograd.Function meets the ride: torch does not hand those to `__torch_function__`, so their `apply` is watched.
+    """A context in which torch.autograd.Functions are handled, by patching `apply` of their parent class.
 
-    `Function.apply` calls its parent's, which is where bound copies of `apply` pass as well; the parent is put back afterwards.
+    `Function.apply` calls its parent's, and so do bound references to `apply`.
     """
     parent: Any = torch.autograd.Function.__mro__[1]
     inherited = parent.__mro__[1].__dict__["apply"].__get__
@@ -81,7 +85,7 @@ def watched_autograd_functions(through: Callable):
 
 @contextmanager
 def watched_scripts(through: Callable):
-    """Inside, a torch.jit.script function meets the ride: torch does not hand those to `__torch_function__` either."""
+    """A context in which calls of torch.jit.script functions are handled."""
     script: Any = torch.jit.ScriptFunction
     ordinary = script.__call__
 
@@ -99,5 +103,5 @@ def watched_scripts(through: Callable):
 
 
 def eagerly():
-    """A context in which torch.compile'd code runs as it was written, operation by operation: a ride cannot enter a compiled graph."""
+    """A context in which compiled functions run eagerly: a dual forward cannot follow a compiled graph."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -1,4 +1,4 @@
-"""The tangent rides through diffusers' networks as they are, default attention and all: tiny random ones, float64.
+"""The dual forward through unmodified diffusers networks with default attention: tiny random ones, float64.
 
 Twin: torch.func.jvp with attention in elementary operations, where that runs; where it does not (torch's group norm), central differences.
 """
@@ -85,7 +85,7 @@ def made(make):
 
 
 @pytest.mark.parametrize("make", [dit, flux, sd3, pixart, sana, sd])
-def test_the_ride_is_torchs_forward_mode(make, monkeypatch):
+def test_the_dual_forward_is_torchs_forward_mode(make, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "float", torch.Tensor.double
     )  # Sana's attention is written in float32: without this, 7e-10
@@ -96,17 +96,17 @@ def test_the_ride_is_torchs_forward_mode(make, monkeypatch):
     assert torch.equal(value, ordinary)
     assert (rate - reference).norm() < 1e-10 * reference.norm()
     value.sum().backward()
-    ridden = [p.grad for p in net.parameters()]
+    dual = [p.grad for p in net.parameters()]
     net.zero_grad()
     ordinary.sum().backward()
     assert all(
         (a is None) == (p.grad is None) and (a is None or torch.equal(a, p.grad))
-        for a, p in zip(ridden, net.parameters(), strict=True)
+        for a, p in zip(dual, net.parameters(), strict=True)
     )
 
 
 @pytest.mark.parametrize("make", [unet, decoder])
-def test_the_ride_is_the_central_difference_where_forward_mode_fails(make):
+def test_the_dual_forward_is_the_central_difference_where_forward_mode_fails(make):
     _, call, x, t, v = made(make)
     ones = torch.ones_like(t)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import DERIVATIVES, eulerian_derivative, lagrangian_derivative
-from flowmap.flow.tangent import rows as riding_rows
+from flowmap.flow.tangent import rows as dual_rows
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet
@@ -49,8 +49,8 @@ def test_the_rate_of_some_rows(name, mode, rows):
 @pytest.mark.parametrize("name", NETS)
 def test_no_tangent_is_filled_up_before_the_end(name, monkeypatch):
     net, x, t, s, v, cond = given(name)
-    filled, whole = [], riding_rows.whole
-    monkeypatch.setattr(riding_rows, "whole", lambda x: filled.append(tuple(x.shape)) or whole(x))
+    filled, whole = [], dual_rows.whole
+    monkeypatch.setattr(dual_rows, "whole", lambda x: filled.append(tuple(x.shape)) or whole(x))
     eulerian_derivative(net, x, t, s, v, cond, rows=4)
     assert filled == [tuple(x.shape)]
     lagrangian_derivative(net, x, t, s, cond, rows=4)

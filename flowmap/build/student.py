@@ -1,0 +1,194 @@
+"""Build a recipe's student: its configuration, and its network with the weights that training starts from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from flowmap.base.schema import RecipeError, kind_of
+from flowmap.build.teacher import BuiltTeacher
+from flowmap.build.text import fitted, text_latents
+from flowmap.data import Dataset
+from flowmap.data.outline import DataOutline, outline_of
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_text import check_text
+from flowmap.nets.flow_map import FlowMapNet, start_from
+from flowmap.nets.lora import Base, fingerprint
+from flowmap.nets.stacked import Stacked, net_within
+from flowmap.plan.cards import lora_card
+from flowmap.plan.dependencies import start_recipes
+from flowmap.plan.guidance import check_conditions
+from flowmap.plan.named_networks import stacked
+from flowmap.plan.provenance import baked_scale
+from flowmap.plan.requirements import shipped_prior
+from flowmap.plan.run_folders import trained_run
+from flowmap.recipe import Recipe
+from flowmap.recipe.kinds import TABLES, StudentSpec
+from flowmap.recipe.settings import FromRecipe, FromTeacher
+from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
+from flowmap.student.folder import load_student, read_config
+from flowmap.teachers.autoencoder import Autoencoder
+
+
+@runtime_checkable
+class HasDropout(Protocol):
+    """The settings of a network with dropout, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def dropout(self) -> float: ...
+
+
+def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTeacher | None) -> StudentConfig:
+    """Return the student's configuration: its network, sample shape, conditions and sampler.
+
+    data: the samples, or their outline alone. Raises RecipeError if the network does not match the data, the objective
+    or what it starts from.
+    """
+    outline = data if isinstance(data, DataOutline) else outline_of(data)
+    check_conditions(recipe, outline)
+    start = _start(recipe, teacher)
+    net = _net(recipe, outline, start)
+    conditional = recipe.data.conditional
+    guidance = recipe.teacher.guidance if recipe.teacher else None
+    return StudentConfig(
+        net=net,
+        sampler=recipe.sampler,
+        shape=outline.shape,
+        num_classes=outline.num_classes if conditional else None,
+        class_names=_class_names(outline, start) if conditional else None,
+        arrival=not recipe.objective.diagonal,
+        guidance=(*guidance.scale, guidance.default) if guidance else None,
+        baked_guidance=baked_scale(recipe),
+        samples=_samples(recipe, outline),
+        text=recipe.data.text,
+        lora=recipe.lora,
+        base=_base(recipe, teacher) if recipe.lora else None,
+        prior=shipped_prior(recipe),
+        recipe=recipe.name,
+        recipe_hash=recipe.hash(),
+    )
+
+
+def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
+    """Return the student at step 0.
+
+    Its weights are those that the recipe starts from, else random ones drawn with the recipe's seed. Frozen weights
+    under adapters are the teacher's own parameters; all others are trained.
+    """
+    network = None if teacher is None else teacher.network
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        try:
+            if config.lora is not None:
+                assert network is not None
+                return config.build(network.flow_map.net)
+            flow_map = config.build()
+            if isinstance(recipe.start, FromTeacher):
+                assert network is not None
+                start_from(flow_map, network.merged().flow_map)
+            elif isinstance(recipe.start, FromRecipe):
+                start_from(flow_map, load_student(started_folder(recipe)).merged().flow_map)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: student: {error}") from error
+    return flow_map.requires_grad_(True)
+
+
+def started_folder(recipe: Recipe) -> Path:
+    """Return the student folder that a student of kind from_recipe starts from."""
+    return trained_run(start_recipes(recipe)[0], recipe, "student.recipe") / "student"
+
+
+def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
+    """Return the autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
+    autoencoder = recipe.data.autoencoder
+    if autoencoder is None or autoencoder.recipe is None:
+        return autoencoder
+    return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)
+
+
+def _net(recipe: Recipe, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
+    """Return the settings of the student's network, checked against the data, the objective and its start."""
+    net = recipe.student
+    if start is not None:
+        net = stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
+        _check_start(recipe, data, start)
+    _check_dropout(recipe, net)
+    if data.sentences is not None:
+        net = fitted(recipe, net, data.sentences)
+    if isinstance(net_within(net), DiffusersModel):
+        try:
+            check_text(net_within(net), data.conditions)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: {error}") from error
+    return net
+
+
+def _check_start(recipe: Recipe, data: DataOutline, start: StudentConfig) -> None:
+    if start.shape != data.shape:
+        teacher_name = recipe.teacher.name if recipe.teacher else ""
+        origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {teacher_name}"
+        raise RecipeError(f"{recipe.name}: data: its samples are {data.shape}, those of {origin} {start.shape}")
+    if start.arrival and recipe.objective.diagonal:
+        raise RecipeError(
+            f"{recipe.name}: student: it starts from a flow map, and this objective trains only the diagonal, t = s"
+        )
+
+
+def _check_dropout(recipe: Recipe, net: StudentSpec) -> None:
+    within, way = net_within(net), recipe.distillation.derivative
+    if isinstance(within, HasDropout) and within.dropout and way not in (None, "dual"):
+        raise RecipeError(
+            f"{recipe.name}: student.dropout: {within.dropout} wants objective.derivative: dual; "
+            f"{way!r} would see another mask"
+        )
+
+
+def _samples(recipe: Recipe, data: DataOutline) -> Pixels | ImageLatents | TextLatents:
+    """Return what the student's samples are, and what decodes them."""
+    autoencoder = shipped_autoencoder(recipe)
+    if data.sentences is not None:
+        return text_latents(recipe, data.sentences, autoencoder)
+    if autoencoder is not None:
+        return ImageLatents(autoencoder)
+    return Pixels(clamp=len(data.shape) == 3 and recipe.data.in_pixels)
+
+
+def _class_names(data: DataOutline, start: StudentConfig | None) -> tuple[str, ...] | None:
+    """Return the data's class names or, if it has none, those of the network that the student starts from."""
+    known = start.class_names if start is not None and start.num_classes == data.num_classes else None
+    return data.class_names or known
+
+
+def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None:
+    """Return the configuration of what the student starts from, its teacher or another student; None without one."""
+    if isinstance(recipe.start, FromRecipe):
+        return read_config(started_folder(recipe) / "config.json")
+    if not isinstance(recipe.start, FromTeacher):
+        return None
+    if teacher is None or teacher.network is None:
+        raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
+    config = teacher.network.config
+    return config if recipe.start.dropout is None else replace(config, net=_with_dropout(config.net, recipe))
+
+
+def _with_dropout(net: StudentSpec, recipe: Recipe) -> StudentSpec:
+    """Return the network's settings with the recipe's dropout."""
+    if not isinstance(net, HasDropout):
+        raise RecipeError(f"{recipe.name}: student.dropout: a network of kind {kind_of(net, TABLES)} has none")
+    assert isinstance(recipe.start, FromTeacher)
+    try:
+        return replace(net, dropout=recipe.start.dropout)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: student.dropout: {error}") from error
+
+
+def _base(recipe: Recipe, teacher: BuiltTeacher | None) -> Base:
+    """Return the source of a LoRA student's frozen weights: the teacher's card."""
+    card = lora_card(recipe)
+    assert teacher is not None and teacher.network is not None  # of kind diffusers
+    return Base(card.pipeline, card.revision, fingerprint(teacher.network.flow_map.net.model))

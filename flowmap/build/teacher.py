@@ -1,0 +1,241 @@
+"""Build a recipe's frozen teacher: its network, and the guidance and limits that wrap it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from flowmap.base.schema import RecipeError
+from flowmap.data import Dataset, Independent, TeacherSlot
+from flowmap.data.outline import outline_of
+from flowmap.flow.clock import TableClock
+from flowmap.flow.solver import Euler
+from flowmap.flow.types import Cond, Teacher
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.pretrained import load_pretrained
+from flowmap.nets.stacked import StackedNet
+from flowmap.objectives import FlowMatching
+from flowmap.plan.cards import card_of, find_card, pairs_teacher, weights_folder
+from flowmap.plan.dependencies import pairs_recipes
+from flowmap.plan.guidance import check_conditions
+from flowmap.plan.named_networks import missing_weights
+from flowmap.plan.requirements import check_start, shipped_prior
+from flowmap.plan.run_folders import trained_run
+from flowmap.recipe import Recipe
+from flowmap.recipe.settings import Autoguidance, ClassifierFree
+from flowmap.student.config import Pixels, StudentConfig
+from flowmap.student.folder import load_student
+from flowmap.student.snapshots import nearest_snapshot
+from flowmap.student.student import Student
+from flowmap.teachers.card import Card
+from flowmap.teachers.exact import MixtureTeacher
+from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
+from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
+from flowmap.teachers.guidance import network_calls
+from flowmap.teachers.limited import Limited as LimitedTeacher
+from flowmap.teachers.network import NetworkTeacher
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A network that replaces dropped text by the conditions of an empty one."""
+
+    empty: Cond
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """A network whose blocks can be skipped to make a weak teacher."""
+
+    def without_blocks(self, skip: tuple[int, ...]) -> nn.Module: ...
+
+
+@runtime_checkable
+class KnownDensity(Protocol):
+    """The settings of data drawn from a mixture of Gaussians."""
+
+    @property
+    def means(self) -> Tensor: ...
+
+    @property
+    def std(self) -> float: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BuiltTeacher:
+    """The guided velocity that objectives use and, if the teacher is a network, that network as a student."""
+
+    guided: Teacher
+    network: Student | None
+    modules: tuple[nn.Module, ...] = ()
+
+    def to(self, device) -> BuiltTeacher:
+        for module in self.modules:
+            module.to(device)
+        return self
+
+    def with_null_conditions(self, empty: Cond) -> BuiltTeacher:
+        """Give the networks the conditions of an empty text, one row each, and return the teacher itself."""
+        for module in self.modules:
+            assert isinstance(module, FlowMapNet)
+            for net in module.net.parts if isinstance(module.net, StackedNet) else (module.net,):
+                if isinstance(net, ReadsText):
+                    net.empty = dict(empty)
+        return self
+
+    def solve(self, x1: Tensor, cond: Cond | None, steps: int) -> Tensor:
+        """Return the samples that Euler steps along the guided velocity make from x1."""
+        return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
+
+    @property
+    def calls_per_step(self) -> int:
+        return network_calls(self.guided)
+
+
+def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher | None:
+    """Return the recipe's teacher with its guidance, its weights read from the runs that trained it; None without one.
+
+    data: supplies the conditions of an empty text, which guidance without a condition needs.
+    """
+    if recipe.teacher is None:
+        return None
+    teacher = _same_start(recipe, _guided(recipe, recipe.teacher))
+    return teacher.with_null_conditions({} if data is None else data.empty)
+
+
+def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
+    """Return the teacher that makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"].
+
+    Raises RecipeError if its samples have another shape than the data.
+    """
+    check_conditions(recipe, outline_of(data))
+    alone = recipe.changed(teacher=pairs_teacher(recipe), coupling=Independent(), objective=FlowMatching())
+    built = build_teacher(alone, data)
+    if built is None:
+        student = load_student(trained_run(pairs_recipes(recipe)[0], recipe, "coupling.recipe"))
+        built = _same_start(recipe, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
+    if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
+        theirs = built.network.config.shape
+        raise RecipeError(
+            f"{recipe.name}: coupling: its teacher's samples are {theirs}, those of the data {data.shape}"
+        )
+    return built
+
+
+def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
+    """Return the teacher; raise RecipeError unless its paths start at the recipe's prior.
+
+    The paths of a teacher that is not a network of flowmap start at N(0, I).
+    """
+    theirs = None if teacher.network is None else teacher.network.config.prior
+    check_start(recipe, theirs, shipped_prior(recipe))
+    return teacher
+
+
+def _guided(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
+    built = _before_limits(recipe, slot)
+    if built.network is None or card_of(slot).kind != "diffusers":
+        return built
+    spec = built.network.config.net
+    assert isinstance(spec, DiffusersModel)
+    limit = spec.limit()
+    if limit is None:
+        return built
+    clock, _ = spec.clock()
+    ends = {"first": clock.t_min, "last": clock.t_max} if isinstance(clock, TableClock) else {}
+    return replace(built, guided=LimitedTeacher(built.guided, limit, **ends))
+
+
+def _before_limits(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
+    card = card_of(slot)
+    strong, network, modules = _load(card, recipe)
+    guidance = slot.guidance
+    if isinstance(guidance, ClassifierFree):
+        return BuiltTeacher(ClassifierFreeTeacher(strong, default=guidance.default), network, modules)
+    if isinstance(guidance, Autoguidance):
+        weak, weak_modules = _weak(card, guidance, recipe, network)
+        return BuiltTeacher(AutoguidedTeacher(strong, weak, default=guidance.default), network, modules + weak_modules)
+    return BuiltTeacher(strong, network, modules)
+
+
+def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
+    if card.kind == "exact":
+        return _exact(card, recipe), None, ()
+    if card.kind == "diffusers":
+        return _pretrained(card, recipe)
+    if card.kind == "converted" and (line := missing_weights(card)):
+        raise RecipeError(f"{recipe.name}: teacher.card: {line}")
+    student = load_student(_trained_folder(card, recipe) if card.kind == "recipe" else weights_folder(card))
+    return NetworkTeacher(student.flow_map), student, (student.flow_map,)
+
+
+def _exact(card: Card, recipe: Recipe) -> MixtureTeacher:
+    data = recipe.data
+    if not isinstance(data, KnownDensity):
+        raise RecipeError(
+            f"{recipe.name}: teacher.card: {card.name!r} is exact, which needs data of a known density (kind: toy)"
+        )
+    means = tuple(tuple(row) for row in data.means.tolist())
+    return MixtureTeacher(means=means, std=(data.std,), weights=tuple(data.weights.tolist()))
+
+
+def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
+    try:
+        spec, net = load_pretrained(card.pipeline, card.revision)
+        spec.check_teacher(tuple(card.shape))
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
+    flow_map = FlowMapNet(net)
+    config = StudentConfig(
+        net=spec,
+        sampler=recipe.sampler,
+        shape=tuple(card.shape),
+        num_classes=card.num_classes,
+        arrival=False,
+        samples=Pixels(clamp=False),
+    )
+    return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
+
+
+def _trained_folder(card: Card, recipe: Recipe) -> Path:
+    assert recipe.teacher is not None
+    return trained_run(recipe.named(card.trained_by, recipe.teacher.overrides), recipe, "teacher")
+
+
+def _weak(
+    card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None
+) -> tuple[Teacher, tuple[nn.Module, ...]]:
+    """Return the weak teacher of an autoguidance and its networks."""
+    if guidance.weak is not None:
+        weak, _, modules = _load(find_card(guidance.weak), recipe)
+        return weak, modules
+    if network is None:
+        raise RecipeError(
+            f"{recipe.name}: teacher.guidance: snapshot and skip_blocks need a teacher that is a network of ours"
+        )
+    if guidance.skip_blocks:
+        flow_map = _without_blocks(network, guidance.skip_blocks, recipe)
+    else:
+        assert guidance.snapshot is not None  # Autoguidance has checked this.
+        # Copied, not built: the state of a LoRA student does not include its base.
+        flow_map = copy.deepcopy(network.flow_map)
+        flow_map.load_state_dict(nearest_snapshot(_trained_folder(card, recipe), share=guidance.snapshot))
+    return NetworkTeacher(flow_map), (flow_map,)
+
+
+def _without_blocks(network: Student, skip: tuple[int, ...], recipe: Recipe) -> FlowMapNet:
+    net = network.flow_map.net
+    if not isinstance(net, HasBlocks):
+        raise RecipeError(f"{recipe.name}: teacher.guidance.skip_blocks: this teacher's network has no blocks to skip")
+    try:
+        return FlowMapNet(net.without_blocks(skip))
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: teacher.guidance.{error}") from error

@@ -1,0 +1,47 @@
+"""Where a run logs its figures and pictures: log.csv, W&B; and Lightning's own messages, which are turned off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from PIL import Image
+
+from flowmap.base.distributed import is_child
+from flowmap.base.progress import LogFunction
+from flowmap.plan.plan import Stage
+from flowmap.train.csv_log import CSVLog
+from flowmap.train.wandb_log import wandb_logger
+
+
+def loggers_of(stage: Stage, start: int, log: LogFunction) -> list[Any]:
+    """The loggers of a run that begins at step `start`; none in the processes other than the first."""
+    if is_child():
+        return []
+    loggers: list[Any] = [CSVLog(stage.folder / "log.csv", keep_below=start)]
+    if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
+        logger = wandb_logger(stage, start, log)
+        loggers += [] if logger is None else [logger]
+    return loggers
+
+
+def log_pictures(trainer: L.Trainer, grids: Mapping[str, Image.Image], done: int) -> None:
+    """Log each grid as `samples/NAME` after `done` steps."""
+    for logger in trainer.loggers:
+        for name, grid in grids.items():
+            logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+
+def quiet_lightning() -> None:
+    """Turn off Lightning's advice on workers, hardware and sanity checks, which is not for users of flowmap."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.*LeafSpec.*")
+    # no code of flowmap writes into a network's output
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -1,0 +1,70 @@
+"""The scripts of examples/ run, with tiny settings, and show what they promise."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import flowmap
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs an example with arguments in an empty folder, and returns the names that it defines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
+
+    def run(name: str, *arguments: object) -> dict:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+def test_every_example_has_a_test():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "folder_to_student.py",
+        "own_lightning.py",
+        "own_module.py",
+    }
+
+
+def test_own_modules_in_plain_torch(run):
+    """Two steps of the student are ten times closer to the teacher's 64 than two steps of the teacher."""
+    names = run("own_module.py", 200)
+    noise, one, teacher = names["noise"], names["one"], names["teacher"]
+    x = noise - teacher.velocity(noise, one) / 2
+    x = x - teacher.velocity(x, one / 2) / 2
+    two_steps = float((x - names["x_teacher"]).square().sum(dim=1).mean().sqrt())
+    assert names["distance"] < 0.1 * two_steps
+
+
+def test_the_example_in_plain_torch_is_short():
+    code = (EXAMPLES / "own_module.py").read_text().split('"""', 2)[2]
+    assert sum(bool(line.strip()) for line in code.splitlines()) < 40
+
+
+def test_an_objective_in_a_lightning_module(run, tmp_path):
+    run("own_lightning.py", "--steps", 2, "--out", tmp_path / "digits.png")
+    assert Image.open(tmp_path / "digits.png").size == (500, 200)
+
+
+def test_a_folder_of_pictures_to_a_student(run, tmp_path):
+    draws = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = draws.integers(0, 255, (12, 10, 3)).astype("uint8")
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    tiny = "--size 8 --preset nano --batch-size 8 --teacher-steps 8 --student-steps 6 --teacher-calls 2 --images 6"
+    run("folder_to_student.py", tmp_path / "pictures", "--out", tmp_path / "mine", *tiny.split())
+    assert (tmp_path / "mine/pictures/steps-2.png").is_file()
+    student = flowmap.load_student(tmp_path / "mine/run")
+    assert student.config.shape == (3, 8, 8) and student.config.num_classes == 2
