@@ -26,7 +26,8 @@ class SentencesOutline:
 class DataOutline:
     """Shape, classes and conditions of samples.
 
-    conditions: one row of each condition, (1, ...), for its name and shape. sentences: None unless samples are of sentences.
+    conditions: one row of each condition, (1, ...), for its name and shape. sentences: None unless samples are of
+    sentences.
     """
 
     shape: tuple[int, ...]
