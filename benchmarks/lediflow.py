@@ -121,9 +121,9 @@ class Look:
 
     def floor(self) -> dict[str, float]:
         """Real samples against real ones: against held-out ones, and under `floor_train` against those of training."""
-        from flowmap.metrics import floor
+        from flowmap.metrics import baseline
 
-        found = floor(self.metric, self.data)
+        found = baseline(self.metric, self.data)
         return {
             f"floor{'_train' * key.endswith('_train')}": value
             for key, value in found.items()
