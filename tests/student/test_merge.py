@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from flowmap.base.files import read_tensors, write_tensors
-from flowmap.export.merge import MARK, merge
+from flowmap.export.merge import STAMP, merge
 from flowmap.nets import MLP, Stacked
 from flowmap.nets.auxiliary import ConvPrior
 from flowmap.samplers import Deterministic
@@ -62,7 +62,7 @@ def test_the_difference_is_added_to_the_bit_and_branches_stay(three, tmp_path, c
     assert (
         "times 0.5" in card
         and "Not measured" in card
-        and json.loads((tmp_path / "out" / MARK).read_text())["recipe"] == "mine"
+        and json.loads((tmp_path / "out" / STAMP).read_text())["recipe"] == "mine"
     )
 
 
