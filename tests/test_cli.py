@@ -1,4 +1,7 @@
-"""The commands as a user has them: what they print and leave, and that every mistake is one line and exit 2, with nothing lost."""
+"""The commands as a user runs them: what they print and write.
+
+Every mistake gives one line and exit code 2, and nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,8 @@ def test_the_looking_verbs(command, verb, tiny):
 
 def test_the_light_commands_import_nothing_heavy(tmp_path):
     heavy = ("lightning", "wandb", "torchmetrics", "diffusers", "transformers", "torchvision", "sklearn", "lpips")
-    text = "import sys\nfrom flowmap.cli import main\nfor a in (['--help'], ['list'], ['show', '--recipe', 'digits'], ['cite']):\n"
+    text = "import sys\nfrom flowmap.cli import main\n"
+    text += "for a in (['--help'], ['list'], ['show', '--recipe', 'digits'], ['cite']):\n"
     text += "    try:\n        main(a)\n    except SystemExit:\n        pass\n"
     text += f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path)
@@ -164,7 +168,8 @@ def test_recipes_in_a_loop(command, tmp_path):
     write_text(card, f"kind: recipe\nrecipe: {path}\n")
     write_text(
         path,
-        f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n",
+        "data: {kind: digits}\nstudent: {kind: from_teacher}\nobjective: {kind: ayf_emd}\n"
+        f"teacher: {{card: {card}}}\n",
     )
     for extra in ([], ["--dry-run"]):
         refuses(command, "fit", "--recipe", path, *extra, "--out", tmp_path / "run", says=["loop", "looped"])

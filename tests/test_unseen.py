@@ -1,4 +1,7 @@
-"""The loss by time of an exact velocity is the conditional variance in closed form; that of a straight coupling is 0; draws are unseen ones."""
+"""The loss by time of an exact velocity is the conditional variance in closed form.
+
+That of a straight coupling is 0.  The draws are held-out ones.
+"""
 
 from dataclasses import replace
 
@@ -130,7 +133,10 @@ def test_attributes_come_with_the_sentences(tmp_path):
     assert held_out_samples(recipe, student, data, 7).cond == {}
 
 
-METRICS = "metrics=[{kind: inversion, images: 100, solver: {kind: euler, steps: 3}}, {kind: loss_by_time, images: 100, times: [0.5]}]"
+METRICS = (
+    "metrics=[{kind: inversion, images: 100, solver: {kind: euler, steps: 3}}, "
+    "{kind: loss_by_time, images: 100, times: [0.5]}]"
+)
 
 
 def test_they_are_rows_of_metrics_json(tmp_path):

@@ -1,4 +1,4 @@
-"""Captions go with what was drawn from them: a student that draws what its caption says is found out, by way of `measure`."""
+"""Captions stay with their samples: `measure` detects a student that copies what its caption names."""
 
 from dataclasses import dataclass, replace
 

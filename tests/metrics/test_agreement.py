@@ -1,4 +1,7 @@
-"""A classifier agrees with the classes of real samples and not with shuffled ones; captions are found where pictures tell them, else by chance."""
+"""A classifier agrees with the classes of real samples and not with shuffled ones.
+
+Captions are recognised if pictures depict them, otherwise at chance level.
+"""
 
 from types import SimpleNamespace
 
@@ -18,7 +21,7 @@ def digits():
 
 
 def captioned(seed, n, noise=0.05, tells=True):
-    """Pictures (n, 1, 4, 6) that are a linear function of their caption's embedding (or have nothing to do with it), of 150 captions."""
+    """Pictures (n, 1, 4, 6) that are a linear function of the caption's embedding, or unrelated to it; 150 captions."""
     captions = F.normalize(draw(150, 16, seed=90))
     which = torch.randint(150, (n,), generator=seeded(seed))
     pictures = captions[which] @ draw(16, 24, seed=91) + noise * draw(n, 24, seed=seed)
@@ -77,7 +80,7 @@ def test_captions_that_pictures_do_not_tell_are_found_by_chance():
 
 
 def test_one_prediction_for_all_is_no_better_than_chance():
-    """Pictures alike, at the mean of the real ones: every caption is as near as every other, and that counts against them."""
+    """Identical pictures, at the mean of the real ones: all captions are equally near, which counts against them."""
     real, cond = captioned(0, 600)
     _, given = captioned(1, 300)
     found = scored(Retrieval("pixels"), real, cond, real.mean(0, keepdim=True).expand(300, -1, -1, -1), given)

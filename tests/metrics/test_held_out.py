@@ -1,4 +1,7 @@
-"""Inversion of a straight flow is exact whatever the steps; its noise has the norm that it has; the loss by time adds up."""
+"""Inversion of a straight flow is exact with any number of steps, and its noise has the right norm.
+
+The loss by time adds up.
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""Settings of metrics that could only fail after training are refused when the recipe is read, or where they depend on the data before training."""
+"""Settings of metrics that could only fail after training are refused when the recipe is read.
+
+Those that depend on the data are refused before training.
+"""
 
 from dataclasses import fields
 

@@ -1,4 +1,7 @@
-"""Adversarial runs: generator steps are what is counted, killed and resumed is left alone, micro-batches and processes add up, bad recipes."""
+"""Adversarial runs: generator steps are counted, a resumed run equals an uninterrupted one.
+
+Micro-batches and processes add up, and bad recipes are refused.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,10 @@ def test_steps_are_the_students_and_what_ships_is_the_student_alone(run, monkeyp
 
 
 def test_where_the_discriminator_never_steers_the_run_is_the_bases_own(run):
-    """So that the base alone is the control of the stage (benchmarks/adversarial.py): the same draws, schedule and averages."""
+    """The base objective alone is the control of the stage (benchmarks/adversarial.py).
+
+    It has the same draws, schedule and averages.
+    """
     common = ["trainer.steps=4", "log.samples_every_steps=0", "metrics=[]"]
     never, base = run("objective.start=4", *common), run("objective={kind: ayf_emd, warmup_steps: 0}", *common)
     one, other = (read_tensors(folder / "student" / "model.safetensors") for folder in (never, base))
@@ -131,7 +137,10 @@ def module_of(path, *overrides):
 
 
 def test_micro_batches_add_up(path, tmp_path):
-    """Two micro-batches of six rows step as one of twelve, both nets; with fixed factors, as those of micro-batches are their own."""
+    """Two micro-batches of six rows step as one of twelve, for both networks.
+
+    The factors are fixed, since micro-batches compute their own.
+    """
     folders = []
     for overrides in (["trainer.accumulate=2"], ["trainer.accumulate=1", "data.batch_size=12"]):
         fixed = ["objective.balance=none", "objective.start=0", "trainer.steps=3"]

@@ -1,4 +1,7 @@
-"""A checkpoint is what was written, byte for byte, or it is refused in one line; those of flowmap 0.1, without a checksum, are still resumed."""
+"""A checkpoint equals what was written, byte for byte, or it is refused in one line.
+
+Those of flowmap 0.1, which have no checksum, are still resumed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A run on a clock: it ends after the step in which its seconds are spent, whole; what comes between steps costs it nothing."""
+"""A run with a time limit ends after the step in which its seconds are spent.
+
+The time between steps does not count.
+"""
 
 from __future__ import annotations
 

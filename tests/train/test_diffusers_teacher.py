@@ -1,4 +1,7 @@
-"""A diffusers pipeline on disk as the teacher: from its folder to a student that is sampled, and what happens when it does not fit."""
+"""A diffusers pipeline on disk as the teacher: from its folder to a student that is sampled.
+
+Pipelines that do not fit are refused.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ log: {{every_steps: 2, wandb: false}}
 
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
-    """A class-conditional DiT with random weights, as DiTPipeline saves it but for the autoencoder, and a card for it."""
+    """A class-conditional DiT with random weights, as DiTPipeline saves it, without the autoencoder; and its card."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     torch.manual_seed(0)
     folder = tmp_path / "pipe"

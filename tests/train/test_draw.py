@@ -22,7 +22,8 @@ def drawn(drop, cond, empty=None):
 
 def conditions():
     return {
-        "class": torch.arange(B), "text": torch.ones(B, 3, 2), "text_mask": torch.ones(B, 3, dtype=torch.bool), "pooled": torch.ones(B, 2),
+        "class": torch.arange(B), "text": torch.ones(B, 3, 2), "text_mask": torch.ones(B, 3, dtype=torch.bool),
+        "pooled": torch.ones(B, 2),
     }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""What a run leaves, and how it ends when it cannot go on: NaN, Ctrl-C, a full disk, a folder that holds something else."""
+"""The files that a run writes, and how it ends when it cannot continue.
+
+Cases: NaN, Ctrl-C, a full disk, a folder with other files.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(tiny, tmp_path, monkeypatch):
-    """Draws differ by micro-batch, so the law is checked where nothing is drawn: the loss of given rows is the mean of its halves' losses."""
+    """The loss of given rows is the mean of the losses of its halves.
+
+    Draws differ by micro-batch, so the law is checked without draws.
+    """
     module = module_of(recipe_of(tiny))
     rows = module.data.train[:16].double()
     x1 = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

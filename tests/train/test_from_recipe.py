@@ -1,4 +1,7 @@
-"""Runs that go on from other runs: a student that starts from another recipe's, a teacher that is named by the recipe that trains it."""
+"""Runs that build on other runs: a student that starts from another recipe's student.
+
+A teacher is named by the recipe that trains it.
+"""
 
 from __future__ import annotations
 

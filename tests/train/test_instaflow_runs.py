@@ -1,5 +1,7 @@
-"""InstaFlow end to end: its full-scale recipes at tiny size, from captioned pictures to a one-step student, and the chain of recipes that names
-its parts by recipe alone."""
+"""InstaFlow end to end: its full-scale recipes at tiny size, and the chain of recipes.
+
+The chain names its parts by recipe alone.
+"""
 
 from __future__ import annotations
 
@@ -92,17 +94,21 @@ def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
 
 
 TINY = """
-data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, text: {{source: {pipe}}}, held_out: 4, reference_images: 8,
+data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, text: {{source: {pipe}}}, held_out: 4,
+        reference_images: 8,
         batch_size: 4}}
-trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu, checkpoint_every_steps: 2}}
+trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu,
+        checkpoint_every_steps: 2}}
 metrics: [{{kind: frechet, features: pixels, images: 8}}]
 evaluation: {{teacher_steps: 2, batch_size: 8}}
 log: {{wandb: false, every_steps: 1, samples_every_steps: 0, grid_images: 4}}
 """
 PAIRS = "num: 12, shard_items: 8, solver: {kind: euler, steps: 2}"
 STAGES = {
-    "sd15-reflow": "teacher: {card: CARD}\ncoupling: {teacher: {card: CARD}, PAIRS}\nobjective: {distance: {kind: lpips_huber, net: NET}}\n",
-    "sd15-reflow-1024": "teacher: {card: CARD}\ncoupling: {teacher: {card: CARD}, PAIRS}\nstudent: {overrides: [+FOLDER/sd15-reflow.yaml]}\n",
+    "sd15-reflow": "teacher: {card: CARD}\ncoupling: {teacher: {card: CARD}, PAIRS}\n"
+    "objective: {distance: {kind: lpips_huber, net: NET}}\n",
+    "sd15-reflow-1024": "teacher: {card: CARD}\ncoupling: {teacher: {card: CARD}, PAIRS}\n"
+    "student: {overrides: [+FOLDER/sd15-reflow.yaml]}\n",
     "sd15": "teacher: {overrides: [ON]}\ncoupling: {teacher: {overrides: [ON]}, PAIRS}\nstudent: START\n"
     "objective: {perceptual: {net: NET}, perceptual_after_steps: 1, squared: 0.1}\n",
 }

@@ -1,4 +1,4 @@
-"""The learned weight as a run: trained, averaged, checkpointed and resumed with the student, and in nothing that ships."""
+"""The learned weight in a run: trained, averaged, checkpointed and resumed with the student, and never exported."""
 
 from __future__ import annotations
 

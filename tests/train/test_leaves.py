@@ -1,4 +1,7 @@
-"""What runs leave: every name that an objective or a network declares has its entry, and what does not train it is refused."""
+"""The artifacts of runs: every name that an objective or a network declares has its entry.
+
+A recipe that does not train the named artifact is refused.
+"""
 
 import pytest
 

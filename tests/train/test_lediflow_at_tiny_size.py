@@ -1,5 +1,7 @@
-"""The recipes of LeDiFlow at full scale, unchanged but for a +tiny file, on the real classes: pictures on disk -> latents -> auxiliary model ->
-flow of codes -> flow, measured, drawn, edited."""
+"""The recipes of LeDiFlow at full scale, unchanged but for a +tiny file, with the real classes.
+
+Pictures on disk -> latents -> auxiliary model -> flow of codes -> flow; evaluated, sampled and edited.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ metrics: [{{kind: mmd, features: pixels, images: 8}}]
 
 
 def tiny(folder):
-    images = f"images: {{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}, autoencoder: {{source: {save('dit', folder / 'pipe') / 'vae'}}}, "
+    autoencoder = save("dit", folder / "pipe") / "vae"
+    images = f"images: {{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}, "
+    images += f"autoencoder: {{source: {autoencoder}}}, "
     (folder / "auxiliary.yaml").write_text(COMMON.format(more=images) + AUXILIARY)
     codes = COMMON.format(more=f"overrides: ['+{folder}/auxiliary.yaml'], ").replace("held_out: 4", "held_out: 0.5")
     (folder / "codes.yaml").write_text(codes + CODES)

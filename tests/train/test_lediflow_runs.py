@@ -1,4 +1,7 @@
-"""Runs that start at a learned prior: the auxiliary model first, the flow, its distillation and its pairs, from the same starts everywhere."""
+"""Runs that start at a learned prior: first the auxiliary model, then the flow, its distillation and its pairs.
+
+All of them start from the same draws of the prior.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,8 @@ objective: {kind: flow_matching, weight: {kind: inverse_variance}}
 optimizer: {lr: 1.0e-2}
 sampler: {kind: solver, solver: midpoint, steps: [1, 2]}
 trainer: {steps: 4, accelerator: cpu}
-metrics: [{kind: frechet, features: pixels, images: 20}, {kind: straightness, images: 8, steps: 2}, {kind: endpoint_error, images: 8, steps: 3}]
+metrics: [{kind: frechet, features: pixels, images: 20}, {kind: straightness, images: 8, steps: 2},
+  {kind: endpoint_error, images: 8, steps: 3}]
 evaluation: {teacher_steps: 2, batch_size: 50}
 log: {wandb: false, every_steps: 1, grid_images: 4}
 """
@@ -60,7 +64,8 @@ sampler: {kind: deterministic, steps: [1, 2]}
 REFLOW = """\
 base: small-flow
 name: small-reflow
-coupling: {kind: pairs, teacher: {recipe: FOLDER/small-flow.yaml}, num: 40, shard_items: 16, solver: {kind: heun, steps: 2}}
+coupling: {kind: pairs, teacher: {recipe: FOLDER/small-flow.yaml}, num: 40, shard_items: 16,
+  solver: {kind: heun, steps: 2}}
 student: {kind: from_recipe, recipe: FOLDER/small-flow.yaml}
 objective: {kind: rectified}
 sampler: {kind: anchored, steps: [1, 2]}

@@ -1,4 +1,7 @@
-"""A run is trained when its last checkpoint and its student are there; how it is measured and drawn is no part of it and can be repeated."""
+"""A run is trained once its last checkpoint and its student are in the folder.
+
+Evaluation and sampling are not part of training and can be repeated.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights that are not finite are neither kept, averaged, shipped nor used: one line names them, and the last good checkpoint stays."""
+"""Weights that are not finite are not saved, averaged, exported or used.
+
+One line names them, and the last good checkpoint stays.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def quiet(message):
 @pytest.mark.parametrize(("which", "value"), [(0, float("nan")), (1, float("inf"))])
 def test_an_average_that_is_not_finite_ships_nothing(tiny, tmp_path, monkeypatch, which, value):
     spoil_average(monkeypatch, which, 8, value)
-    last = r"the average of width 0\.\d+ is not finite after step \d+: averages\.\d\.net\.enter\.weight; the last good checkpoint is .*step 6"
+    last = (
+        r"the average of width 0\.\d+ is not finite after step \d+: averages\.\d\.net\.enter\.weight; "
+        r"the last good checkpoint is .*step 6"
+    )
     with pytest.raises(FitError, match=last):
         fit(flowmap.read_recipe(tiny), tmp_path / "run", log=quiet)
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6

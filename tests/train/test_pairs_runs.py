@@ -1,4 +1,7 @@
-"""Runs on pairs: what makes them is trained first, batches are the pairs' own, and a run goes on where it was cut, bit-equal."""
+"""Runs on pairs: the model that makes them is trained first, and batches consist of pairs.
+
+An interrupted run resumes bit-equal.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Every recipe for a pretrained teacher, unchanged but for a +tiny file, on the real classes at tiny size: pictures on disk -> latents ->
-student -> exported folder -> samples."""
+"""Every recipe for a pretrained teacher, unchanged but for a +tiny file, with the real classes at tiny size.
+
+Pictures on disk -> latents -> student -> exported folder -> samples.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def edm2_weights(folder, shape):
     for size, name in (("s", 0), ("xs", 1)):
         torch.manual_seed(name)
         config = StudentConfig(
-            net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), sampler=Deterministic(), shape=shape, num_classes=3,
+            net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), sampler=Deterministic(),
+            shape=shape, num_classes=3,
             arrival=False, samples=Pixels(clamp=shape[0] == 3),
         )  # fmt: skip
         side = 512 if shape[0] == 4 else 64

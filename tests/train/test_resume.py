@@ -1,4 +1,7 @@
-"""A run killed with SIGKILL anywhere and resumed ends bit-equal to one that was left alone: weights, averages, optimiser, loss trace."""
+"""A run killed with SIGKILL anywhere and resumed ends bit-equal to an uninterrupted one.
+
+Compared are weights, averages, optimiser and loss trace.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ def train(recipe: str, out: str, die: dict | None) -> None:
 
 
 def _arrange_death(kind: str, count: int) -> None:
-    """Before the count-th training step, inside the count-th write of a file (half of it written), or before the count-th rename."""
+    """Kill the process before the count-th training step, inside the count-th write of a file, or before a rename.
+
+    A write is killed when half of the file is written.
+    """
     from flowmap.train.module import DistillModule
 
     left = [count]

@@ -1,4 +1,7 @@
-"""Score distillation as a run: two time scales, what is kept and what ships, killed and resumed, micro-batches, beside a discriminator, mistakes."""
+"""Score distillation in a run: two time scales, saved and exported parts, resuming, micro-batches.
+
+Also with a discriminator, and with mistakes in the recipe.
+"""
 
 from __future__ import annotations
 
@@ -160,7 +163,10 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     )
     path = tmp_path / "three.yaml"
     path.write_text(text + f"teacher: {{recipe: {flow}, guidance: {{kind: classifier_free}}}}\n")
-    judged = "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, discriminator: {kind: conv, width: 4}, balance: none}"
+    judged = (
+        "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, "
+        "discriminator: {kind: conv, width: 4}, balance: none}"
+    )
     assert "fake score: 0." in "\n".join(dry_run(read_recipe(path), None))
     folder = flowmap.fit(read_recipe(path, [judged]), tmp_path / "judged", log=quiet).folder
     state = checkpoint(folder)
@@ -180,7 +186,10 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
 
 
 def test_every_networks_calls_are_counted(path):
-    """A step: (1 + 3/2 + 5/2)/3 jumps for each of the fake's three steps and for the student's, the fake's own four passes, one of the teacher's."""
+    """The calls of a step: (1 + 3/2 + 5/2)/3 jumps for each of the fake's three steps and for the student's.
+
+    To these come the fake's own four passes and one of the teacher's.
+    """
     calls = calls_of(read_recipe(path), conditional=False)
     assert calls.forward == pytest.approx(4 * 5 / 3 + 4) and (calls.backward, calls.strong, calls.weak) == (4, 1, 0)
     whole = ["objective={kind: score_distillation, fake_steps: 2, steps: [1, 3], through: all}"]
@@ -204,7 +213,8 @@ def test_every_networks_calls_are_counted(path):
         ),
         (
             ["sampler={kind: deterministic}"],
-            "objective.through: 'last' trains jumps to the data alone; allowed: 'all', or sampler {kind: gamma, gamma: 1}",
+            "objective.through: 'last' trains jumps to the data alone; "
+            "allowed: 'all', or sampler {kind: gamma, gamma: 1}",
         ),
         (["sampler.gamma=0.5"], "objective.through: 'last' trains jumps to the data alone"),
         (["objective.fake_steps=0"], "objective.fake_steps: 0 must be 1 or more"),

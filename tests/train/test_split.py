@@ -1,4 +1,7 @@
-"""A step is the same however its batch is split over micro-batches and processes, and draws nothing that is not a function of (seed, step)."""
+"""A step is the same however its batch is split over micro-batches and processes.
+
+Every random draw is a function of (seed, step).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def recipe_of(tmp_path, text, *changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_same_however_its_batch_is_split(kind, tmp_path, monkeypatch):
-    """Eight samples at once, in four micro-batches, and in two on each of two processes: the same gradients of every network."""
+    """Eight samples at once, in four micro-batches, and in two on each of two processes give the same gradients."""
     recipe = recipe_of(tmp_path, *KINDS[kind])
     whole = gradients_of_a_step(monkeypatch, recipe, batch=8)
     for split in (dict(batch=2, accumulate=4), dict(batch=2, accumulate=2, world=2)):
@@ -97,7 +100,7 @@ NETS = {  # with dropout
 
 @pytest.mark.parametrize("name", [*KINDS, *BY_BATCH, *NETS])
 def test_a_step_does_not_see_torchs_own_generator(name, tmp_path, monkeypatch):
-    """Two states of it, one gradient: a resumed run, in which it stands elsewhere, goes on as the run that was left alone."""
+    """Two states of the module give one gradient: a resumed run continues as an uninterrupted one does."""
     recipe = recipe_of(tmp_path, *{**KINDS, **BY_BATCH, **NETS}[name])
     one, other = (gradients_of_a_step(monkeypatch, recipe, batch=2, accumulate=2, state=state) for state in (1, 2))
     assert one.keys() == other.keys() and all(
@@ -114,7 +117,10 @@ SHIPPED = [
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_trains_every_share_of_its_own(name):
-    """Before so many samples as make two of the share: flux-dev-lora and sd35-medium, of batches of 4 and 8, never trained a pair (1, 0)."""
+    """Before the number of samples that makes two of the share.
+
+    flux-dev-lora and sd35-medium, with batches of 4 and 8, never trained a pair (1, 0).
+    """
     recipe = read_recipe(name)
     batch = recipe.data.batch_size
     shares = {key: getattr(recipe.times, key, 0.0) for key in ("one_step", "diagonal")}

@@ -1,4 +1,7 @@
-"""A run whose student is a stack: of a teacher's network, or of another recipe's, from nothing to samples and an exported folder."""
+"""Runs with a stacked student: of a teacher's network, or of another recipe's.
+
+They are run from nothing to samples and an exported folder.
+"""
 
 from __future__ import annotations
 

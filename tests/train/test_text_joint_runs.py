@@ -1,4 +1,7 @@
-"""Autoencoder and flow trained together at tiny size: what is left is an ordinary student of sentences, and others may build on it."""
+"""Autoencoder and flow trained together at tiny size.
+
+The artifact is an ordinary student of sentences, and other recipes may build on it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from tests.tiny_text import wordnet_files
 
 JOINT = """
 name: both
-data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, tokenizer: {kind: bpe, vocab: 300, max_tokens: 12}, held_out: 0.2, batch_size: 16,
+data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, tokenizer: {kind: bpe, vocab: 300, max_tokens: 12},
+  held_out: 0.2, batch_size: 16,
   attributes: [part_of_speech, length], drop_condition: 0.1}
 student: {kind: text_joint, autoencoder: {slots: 2, dims: 6, width: 24, depth: 1, heads: 2},
   flow: {kind: dit, patch: 1, width: 16, depth: 1, heads: 2}}
@@ -57,7 +61,8 @@ def test_a_distillation_builds_on_it(folder, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(folder / "runs"))
     both = folder / "both.yaml"
     plain = (
-        f"{{kind: text, sentences: {{kind: wordnet, root: {folder / 'wordnet'}}}, autoencoder: {{recipe: {both}}}, held_out: 0.2, batch_size: 16,"
+        f"{{kind: text, sentences: {{kind: wordnet, root: {folder / 'wordnet'}}}, autoencoder: {{recipe: {both}}}, "
+        "held_out: 0.2, batch_size: 16,"
         " attributes: [part_of_speech, length]}"
     )
     changes = [

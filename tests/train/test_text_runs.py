@@ -1,4 +1,7 @@
-"""Sentences the whole way at tiny size: an autoencoder from a recipe, a flow in its latents, reflow, AYF, editing, and sentences out."""
+"""Sentences end to end at tiny size: an autoencoder from a recipe, a flow in its latents, reflow, AYF, editing.
+
+Each ends with sentences.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from tests.tiny_text import wordnet_files
 
 VAE = """
 name: words
-data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, tokenizer: {kind: bpe, vocab: 300, max_tokens: 12}, held_out: 0.2, batch_size: 16,
+data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, tokenizer: {kind: bpe, vocab: 300, max_tokens: 12},
+  held_out: 0.2, batch_size: 16,
   conditional: false}
 student: {kind: text_vae, slots: 2, dims: 6, width: 48, depth: 1, heads: 2}
 objective: {kind: text_elbo, kl: 0.01, free_bits: 0.0, anneal_steps: 50}
@@ -25,14 +29,16 @@ trainer: {steps: 150, accelerator: cpu}
 log: {wandb: false, grid_images: 5}
 """
 FLOW = """
-data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, autoencoder: {recipe: AUTOENCODER}, held_out: 0.2, batch_size: 16,
+data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, autoencoder: {recipe: AUTOENCODER},
+  held_out: 0.2, batch_size: 16,
   attributes: [part_of_speech, length], drop_condition: 0.1, drop_attribute: 0.3}
 student: {kind: dit, patch: 1, width: 16, depth: 1, heads: 2}
 times: {kind: uniform}
 objective: {kind: flow_matching}
 sampler: {kind: deterministic, steps: [1, 2]}
 trainer: {steps: 10, accelerator: cpu}
-metrics: [{kind: frechet, features: pixels, images: 20}, {kind: control, images: 20}, {kind: distinct, images: 20}, {kind: memorised, images: 20}]
+metrics: [{kind: frechet, features: pixels, images: 20}, {kind: control, images: 20}, {kind: distinct, images: 20},
+  {kind: memorised, images: 20}]
 evaluation: {batch_size: 10, teacher_steps: 2}
 log: {wandb: false, grid_images: 4}
 """
@@ -203,7 +209,7 @@ def test_editing_starts_from_sentences_both_ways(runs, editor):
 
 @pytest.fixture
 def edit_lines(editor, tmp_path, command):
-    """edit_lines(content, *options) -> (exit code, lines of steps-1.txt if there is one, stderr) of `flowmap sample --texts`."""
+    """edit_lines(content, *options) -> (exit code, lines of steps-1.txt if it exists, stderr) of `sample --texts`."""
 
     def call(content, *options, student=None):
         (tmp_path / "in.txt").write_bytes(content)

@@ -1,4 +1,7 @@
-"""Two runs that need the same untrained run, or the same data on disk: the second waits, and goes on with what the first made."""
+"""Two runs that need the same untrained run, or the same data on disk.
+
+The second waits, then uses what the first made.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,18 @@ def taught(tiny, tmp_path):
         "{card: exact}", f"{{recipe: {tmp_path / 'flow.yaml'}}}"
     )
     (tmp_path / "taught.yaml").write_text(student)
-    pairs = f"objective: {{kind: rectified}}\ncoupling: {{kind: pairs, teacher: {{recipe: {tmp_path / 'flow.yaml'}}}, num: 40, shard_items: 20}}\n"
+    teacher = f"{{recipe: {tmp_path / 'flow.yaml'}}}"
+    pairs = f"objective: {{kind: rectified}}\ncoupling: {{kind: pairs, teacher: {teacher}, num: 40, shard_items: 20}}\n"
     (tmp_path / "paired.yaml").write_text(flow.replace("name: flow", "name: paired") + pairs)
     return tmp_path
 
 
 @pytest.fixture
 def while_waiting(monkeypatch):
-    """while_waiting(folder, *looks): another process has the folder's lock; at the n-th look at it looks[n] is called, after the last it ends."""
+    """while_waiting(folder, *looks): another process has the folder's lock.
+
+    Its n-th check calls looks[n]; after the last one the lock is released.
+    """
 
     def holding(folder: Path, *looks) -> None:
         holder, left = only_process(folder), list(looks)
@@ -100,7 +107,8 @@ def test_the_folder_of_the_run_itself_is_not_waited_for_unless_it_is_shared(taug
     with only_process(tmp_path / "run"):
         code, _, err = command("fit", "--recipe", taught / "flow.yaml", "--out", tmp_path / "run")
         assert code == 2 and err.splitlines() == [
-            f"flowmap: {tmp_path / 'run'}: another flowmap process is filling this folder; wait for it or choose another"
+            f"flowmap: {tmp_path / 'run'}: "
+            "another flowmap process is filling this folder; wait for it or choose another"
         ]
     while_waiting(tmp_path / "run", lambda: None)
     fit(recipe_of(taught / "flow.yaml"), tmp_path / "run", log=quiet, shared=True)  # as compare trains a teacher

@@ -1,4 +1,7 @@
-"""W&B that cannot be reached, or does not let us in, costs one line and a few seconds: the run is trained, and recorded offline."""
+"""W&B that cannot be reached, or refuses the login, costs one line and a few seconds.
+
+The run is trained and recorded offline.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ def answering(code):
 
 
 def trained(tmp_path, port, key="a" * 40, **more):
-    """The lines of a run that goes online, on stderr and without those of its progress; it must end well and leave an offline record."""
+    """The stderr lines of a run that logs online, without progress lines.
+
+    The run must succeed and write an offline record.
+    """
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(TINY.replace("wandb: false", "wandb: true").replace("steps: 20", "steps: 2"))
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {
