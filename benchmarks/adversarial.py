@@ -20,8 +20,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from _adversarial_tables import tables
-from _report import environment, keep, kept, table, write
+from lib.report import environment, keep, kept, table, write
+from tables.adversarial import tables
 
 KEPT = Path("runs/bench")
 UNSEEN = "_labels:labels"

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 from safetensors.torch import load_file, save_file
 
 from flowmap.base.images import save_picture, stack, to_grid

@@ -16,7 +16,7 @@ import time
 from functools import partial
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flowmap.flow.path import Linear

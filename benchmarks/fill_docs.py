@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from _report import RESULTS, _cell, table
+from lib.report import RESULTS, _cell, table
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from _report import table, write
+from lib.report import table, write
 from recipe_lines import counts, texts
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 
 import torch
-from _language_nets import Unconditional, ancestral, classifier_of_latents, language_model
-from _language_tables import tables
-from _report import environment, keep, kept, table, write
+from lib.language_nets import Unconditional, ancestral, classifier_of_latents, language_model
+from lib.report import environment, keep, kept, table, write
+from tables.language import tables
 
 KEPT = Path("runs/bench/language")
 NUM = 400  # sentences of a row

@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from _league_tables import tables
-from _report import environment, table, write
+from lib.report import environment, table, write
 from omegaconf import OmegaConf
+from tables.league import tables
 
 from flowmap.compare import compare
 from flowmap.compare.entrants import at_seed, read_entrants

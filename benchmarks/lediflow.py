@@ -21,8 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-from _lediflow_tables import PAIR, tables
-from _report import environment, keep, kept, table, write
+from lib.report import environment, keep, kept, table, write
+from tables.lediflow import PAIR, tables
 
 KEPT = Path("runs/bench")
 FULL = {"euler": (1, 2, 4, 8, 16, 32, 50), "midpoint": (1, 2, 4, 8), "heun": (1, 2, 4, 8), "rk4": (1, 2, 4)}

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from _report import environment, keep, kept, spread, table, write
+from lib.report import environment, keep, kept, spread, table, write
 
 NAME = "frechet_pixels"  # to held-out digits; with _train to those of training
 SUFFIXES = ("", "_train")

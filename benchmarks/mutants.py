@@ -999,7 +999,7 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def main() -> int:
-    from _report import (  # not above: the processes read this file too, and the package must be new to them
+    from lib.report import (  # not above: the processes read this file too, and the package must be new to them
         environment,
         table,
         write,

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ is
 from tests.flow import operators  # noqa: E402

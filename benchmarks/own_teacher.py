@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 
 import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
 from flowmap.build.teacher import build_teacher

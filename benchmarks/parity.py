@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ is
 from tests.export import test_custom, test_program, test_stock  # noqa: E402

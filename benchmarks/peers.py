@@ -21,11 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _peers import FastGen, PyMeanFlow
-from _peers_jobs import TAUGHT, Job, Row, all_rows
-from _peers_tables import AGREEMENT, NAME, QUALITY, STEPS, TIMING, agreement, quality, timing
-from _report import environment, keep, kept, table, write
 from league import take_over
+from lib.peers import FastGen, PyMeanFlow
+from lib.peers_jobs import TAUGHT, Job, Row, all_rows
+from lib.report import environment, keep, kept, table, write
+from tables.peers import AGREEMENT, NAME, QUALITY, STEPS, TIMING, agreement, quality, timing
 
 from flowmap.compare.terms import make, needs_of
 from flowmap.evaluation.measure import measure

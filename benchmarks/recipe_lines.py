@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from _report import table
+from lib.report import table
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from _rectified_tables import tables
-from _report import environment, keep, kept, table, write
+from lib.report import environment, keep, kept, table, write
+from tables.rectified import tables
 
 KEPT = Path("runs/bench/rectified")
 

@@ -11,7 +11,7 @@ import statistics
 import time
 
 import torch
-from _report import environment, table, write
+from lib.report import environment, table, write
 
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.flow.distance import gradient_as_target, normalise

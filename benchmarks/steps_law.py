@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from _report import RESULTS, environment, table, write
+from lib.report import RESULTS, environment, table, write
 
 from flowmap.flow.path import Linear
 from flowmap.flow.times import Consistency, Mixture, Uniform

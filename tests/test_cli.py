@@ -1,7 +1,4 @@
-"""The commands as a user runs them: what they print and write.
-
-Every mistake gives one line and exit code 2, and nothing is lost.
-"""
+"""The commands as a user runs them: what they print and write, and that every mistake is one line and exit 2."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flowmap.base.files import read_tensors, write_text
+from flowmap.base.images import stack, steps_label
 
 
 def refuses(command, *arguments, says, code=2):
@@ -40,7 +38,8 @@ def test_sample_writes_grids_and_single_pictures(command, finished, tmp_path):
     )
     assert (code, err) == (0, "")
     assert out.split() == [str(tmp_path / "drawn" / f"steps-{k}.png") for k in (1, 3)]
-    assert Image.open(tmp_path / "drawn" / "steps-1.png").size == (256, 256)
+    labelled = stack([Image.new("RGB", (256, 256))], [steps_label("student", 1)])
+    assert Image.open(tmp_path / "drawn" / "steps-1.png").size == labelled.size
     assert len((tmp_path / "drawn" / "steps-3.csv").read_text().splitlines()) == 5
     again = bytes_of(tmp_path / "drawn")
     command(

@@ -1,7 +1,4 @@
-"""The rows of the teacher and the real-vs-real baseline are reused from metrics.json.
-
-They are reused exactly as long as nothing that they depend on has changed.
-"""
+"""The teacher's rows and the floor are taken from metrics.json as long as nothing they depend on has changed."""
 
 from dataclasses import replace
 

@@ -1,7 +1,4 @@
-"""benchmarks/_peers.py, tested with a peer written here.
-
-It gets our times, our noise and our network, and installed packages are never replaced by a stub.
-"""
+"""benchmarks/lib/peers.py, by a peer made up here: it sees our times, our noise and our network, and nothing stands in for what is installed."""
 
 from __future__ import annotations
 
@@ -38,10 +35,10 @@ class MeanFlow(torch.nn.Module):
 @pytest.fixture
 def peers(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import _peers
+    import lib.peers as shared
 
-    yield _peers
-    for name in ("_peers", "models", "models.meanflow"):
+    yield shared
+    for name in ("lib.peers", "models", "models.meanflow"):
         sys.modules.pop(name, None)
 
 
@@ -91,8 +88,8 @@ def test_only_what_is_not_installed_is_stood_in_for(peers):
 
 
 def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys):
-    import _peers_tables
     import peers as benchmark
+    import tables.peers as made
 
     assert benchmark.load(peers.FastGen, tmp_path / "absent") is None and benchmark.load(peers.PyMeanFlow, None) is None
     assert capsys.readouterr().out.count("not there") == 2
@@ -100,13 +97,13 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     kept = {"steps": 3, "step_seconds": 0.1, "failed": None, "figures": {"1": 0.5, "2": 0.25, "4": 0.25}}
     kept["figures_train"] = {"1": 0.4, "2": 0.2, "4": 0.1}
     trained = {seed: [{"job": row.job, "whose": row.whose, **kept} for row in rows if row.make] for seed in range(2)}
-    lines = list(_peers_tables.quality(rows, trained))
+    lines = list(made.quality(rows, trained))
     assert [line[2] for line in lines if line[1] != "flowmap"] == ["not there"] * 6
     assert lines[0][2:] == [3, 100.0, "0.5", "0.25", "0.25", "0.4", "0.2", "0.1"]
-    assert all(len(line) == len(_peers_tables.QUALITY) for line in lines)
+    assert all(len(line) == len(made.QUALITY) for line in lines)
     baseline = {"teacher": {"steps": 64, "figure": 0.3, "figure_train": 0.2}, "floor": 0.3, "floor_train": 0.1}
-    more = list(_peers_tables.quality(rows, {seed: [*found, baseline] for seed, found in trained.items()}))[-2:]
-    assert [len(line) for line in more] == [len(_peers_tables.QUALITY)] * 2 and more[1][4:] == [
+    more = list(made.quality(rows, {seed: [*found, baseline] for seed, found in trained.items()}))[-2:]
+    assert [len(line) for line in more] == [len(made.QUALITY)] * 2 and more[1][4:] == [
         "0.3",
         "",
         "",
@@ -118,6 +115,6 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
 
 def test_the_network_of_every_job_has_what_its_objective_asks_of_it(peers):
     """Training here is by the benchmark's own loop, which adds no branch of a learned weight."""
-    import _peers_jobs
+    import lib.peers_jobs as jobs
 
-    assert not any(_peers_jobs.Job.recipe_of(name, 0).objective.learns_weight for name in _peers_jobs.JOBS)
+    assert not any(jobs.Job.recipe_of(name, 0).objective.learns_weight for name in jobs.JOBS)

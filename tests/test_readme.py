@@ -155,6 +155,23 @@ def test_every_make_target_exists(page):
 
 
 @pages
+def test_lines_have_at_most_120_characters(page):
+    """Tables, images and the lines that say where figures come from excepted."""
+    exempt = re.compile(r"\||!\[|`benchmarks/results/")
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 120 or exempt.match(line) or page.parent.name == "reference", f"{number}: {line}"
+
+
+@pages
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(
+        r"`((?:flowmap|benchmarks|tests|examples|docs)/[\w/.*]+\.(?:py|json|md|png))`", page.read_text(encoding="utf-8")
+    )
+    for name in named:
+        assert next(ROOT.glob(name), None) is not None, name
+
+
+@pages
 def test_every_link_leads_to_a_file(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).is_file(), target
@@ -203,7 +220,7 @@ def test_a_result_of_several_tables_fills_each_in_its_place(monkeypatch):
 def test_the_adversarial_stage_is_compared_within_each_seed(monkeypatch):
     """Two seeds in which the stage divides the distance by two and adds .1 of recall, and training on does nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    made = module_of(ROOT / "benchmarks/_adversarial_tables.py", monkeypatch)
+    made = module_of(ROOT / "benchmarks/tables/adversarial.py", monkeypatch)
     row = lambda distance, recall: {
         "1": {"frechet_pixels": distance, "recall_pixels": recall, "frechet_pixels_train": distance / 10}
     }
@@ -253,7 +270,7 @@ def test_the_main_job_shows_held_out_figures_and_those_of_training(monkeypatch):
 
 def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_out(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    made = module_of(ROOT / "benchmarks/_language_tables.py", monkeypatch)
+    made = module_of(ROOT / "benchmarks/tables/language.py", monkeypatch)
     row = lambda perplexity, *first: {"calls": 20, "perplexity": perplexity} | ({"first": list(first)} if first else {})
     one = {
         "few": {"flow 20": row(10.0, "a|b", ""), "ayf 4": row(20.0, "c", "d")},
@@ -289,7 +306,7 @@ def test_figures_by_steps_stand_side_by_side(monkeypatch):
 def test_the_league_says_by_how_much_the_default_is_behind_seed_by_seed(monkeypatch):
     """Two seeds: b is the best at one step in both, at two steps in one; c, which has one seed, is not ranked."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    made = module_of(ROOT / "benchmarks/_league_tables.py", monkeypatch)
+    made = module_of(ROOT / "benchmarks/tables/league.py", monkeypatch)
     figures = {"a": [(2.0, 1.0), (2.2, 1.2)], "b": [(1.0, 0.8), (1.1, 1.25)], "c": [(0.1, 0.1)]}
     row = lambda one, two: {"1": {"d": one}, "2": {"d": two}}
     results = [

@@ -114,11 +114,11 @@ def test_it_draws_from_generators_of_its_own_and_says_nothing_without_a_teacher(
 
 def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
     """The student's weights bit for bit; the log has the figures, and only the log."""
-    import flowmap.train.fit as fit_module
+    import flowmap.train.stage as stage_module
 
     recipe, lines = read_recipe(tiny), []
     flowmap.fit(recipe, tmp_path / "with", log=lines.append)
-    monkeypatch.setattr(fit_module, "check_teacher", lambda *a, **k: {})
+    monkeypatch.setattr(stage_module, "check_teacher", lambda *a, **k: {})
     flowmap.fit(recipe, tmp_path / "without", log=lambda line: None)
     ours, theirs = (read_tensors(tmp_path / name / "student" / "model.safetensors") for name in ("with", "without"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,6 +1,5 @@
-"""The loss by time of an exact velocity is the conditional variance in closed form.
-
-That of a straight coupling is 0.  The draws are held-out ones.
+"""The loss by time of an exact velocity is the conditional variance; that of a straight coupling is 0; draws are held
+out.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Captions stay with their samples: `measure` detects a student that copies what its caption names."""
+"""Captions go with the samples that were drawn from them: `measure` finds a student that follows its captions."""
 
 from dataclasses import dataclass, replace
 

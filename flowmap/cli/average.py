@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.recipe.recipe import read_resolved
-    from flowmap.student.folder import check_place, copy_beside, load_student, save_student
+    from flowmap.student.folder import check_place, copy_models, load_student, save_student
     from flowmap.student.snapshots import combine
     from flowmap.train.card import model_card
 
@@ -45,7 +45,7 @@ def run(a: argparse.Namespace) -> int:
     recipe, config = read_resolved(folder / "recipe.yaml"), load_student(folder).config
     weights = combine(folder, std=a.std, step=a.step)
     config = replace(config, step=config.step if a.step is None else a.step)
-    copy_beside(folder / "student", out)
+    copy_models(folder / "student", out)
     save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
     print(out)
     return 0

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.export.folder import check_free
-    from flowmap.export.merge import MARK, merge, write_merged
+    from flowmap.export.merge import STAMP, merge, write_merged
     from flowmap.student.folder import load_student
 
-    check_free(Path(a.out), a.overwrite, mark=MARK, what="merge")
+    check_free(Path(a.out), a.overwrite, stamp=STAMP, what="merge")
     student = load_student(a.student)
     merged = merge(student, delta=a.delta, base=a.base, alpha=a.alpha, lora=a.lora, scale=a.scale, strict=a.strict)
     print("\n".join(merged.lines()))

@@ -1,7 +1,7 @@
-"""What a recipe's `data` slot may name: DATA maps a kind to a frozen spec whose `build()` gives a data set, IMAGE_SOURCES one to where pictures
-come from, COUPLINGS one to how noise is joined to data.
+"""The kinds of data, picture sources and couplings that a recipe may name: DATA, IMAGE_SOURCES and COUPLINGS.
 
-Nothing heavy is imported before `build()`, so that reading a recipe stays quick.
+DATA maps a kind to a frozen dataclass; its `build()` returns a data set. Heavy packages are imported by `build()` only,
+so that recipes are read quickly.
 """
 
 from flowmap.data.codes import Codes

@@ -1,6 +1,6 @@
-"""SHA-256 checksums of the files of a folder of shards (shards.py): every file is checked once, and again when it has changed.
+"""SHA-256 checksums of the files in a folder of shards (shards.py). Each file is read once, and again after a change.
 
-`checked.json` keeps the size, inode and modification time at which each file was last found right.
+`checked.json` records the size, inode and modification time of each file at its last successful check.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ THREADS = 8
 
 
 def check(folder: Path, wanted: Mapping[str, str], verb: str, *, again: bool = False) -> None:
-    """ValueError names the first file of the folder whose SHA-256 is not the one in `wanted` (name: hexadecimal), and the verb that makes it.
+    """Raise ValueError for the first file with another SHA-256 than in `wanted` (name: hexadecimal), naming the verb
+    that makes it.
 
-    Files that were found right before and have not changed since are not read, unless `again`.
+    Files that have not changed since a successful check are not read, unless `again`.
     """
     before = {} if again else _checked(folder)
     stamps = {name: _stamp(folder / name) for name in wanted}
@@ -29,9 +30,8 @@ def check(folder: Path, wanted: Mapping[str, str], verb: str, *, again: bool = F
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         for name, found in zip(unchecked, pool.map(lambda name: file_digest(folder / name), unchecked), strict=True):
             if found != wanted[name]:
-                raise ValueError(
-                    f"{folder / name}: is torn or damaged: its SHA-256 is {found[:12]}, not {wanted[name][:12]}; delete it and run `{verb}`"
-                )
+                what = f"its SHA-256 is {found[:12]}, not {wanted[name][:12]}"
+                raise ValueError(f"{folder / name}: is torn or damaged: {what}; delete it and run `{verb}`")
     if unchecked:
         _keep(folder, before | {name: [wanted[name], *stamps[name]] for name in unchecked})
 
@@ -50,7 +50,7 @@ def _checked(folder: Path) -> dict[str, list]:
 
 
 def _keep(folder: Path, stamps: Mapping[str, list]) -> None:
-    """Writes checked.json; a folder that cannot be written to is checked at every opening instead."""
+    """Write checked.json. In a folder without write permission, every opening checks again."""
     temporary = folder / f".{CHECKED}.{os.getpid()}.tmp"
     with suppress(OSError):
         temporary.write_text(json.dumps(stamps), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Codes of an auxiliary model as data: what a flow in z is trained on, and what a mixture is fitted to."""
+"""Codes of an auxiliary model as data, to train a flow in z or to fit a mixture."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 from flowmap.base.ranges import BelowOne, Range, Seed
 from flowmap.data.dataset import Dataset, Source
 
-ENCODINGS = "encodings.safetensors"  # in the run's student/: mean and logvar, each (N, Z), of the posterior of N training samples
+# in the run's student/: mean and logvar, each (N, Z), of the posterior of N training samples
+ENCODINGS = "encodings.safetensors"
 
 
 @dataclass(frozen=True)
 class Codes(Source):
-    """Codes z (Z,) of the training samples of `recipe`, whose objective is variance_guided: `draws` of each posterior, by `seed`.
+    """Codes z (Z,) of the training samples of `recipe` (objective variance_guided): `draws` of each posterior, by
+    `seed`.
 
-    A share `held_out` of the samples is not trained on. overrides: key=value for the recipe. root: the run's student/, where the recipe
-    does not say it.
+    held_out: the share of samples that is not trained on. overrides: key=value for the recipe. root: the run's
+    student/, where the recipe does not determine it.
     """
 
     recipe: str = ""
@@ -43,7 +45,9 @@ class Codes(Source):
 
 
 def draws_of(folder: Path, draws: int, seed: int, most: int | None = None) -> Tensor:
-    """(N, draws, Z) float32: codes of at most `most` of the samples, in an order drawn by the seed. ValueError where the run left none."""
+    """(N, draws, Z) float32: codes of at most `most` samples, in an order drawn by the seed. Raises ValueError without
+    codes.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

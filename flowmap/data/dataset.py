@@ -18,7 +18,7 @@ from flowmap.flow.types import Cond
 class BaseData(Part):
     """The optional settings of data, with their defaults.
 
-    images: where pictures come from. autoencoder: what makes samples of them, or of sentences. text: what encodes captions.
+    images: the source of pictures. autoencoder: makes samples of pictures or sentences. text: encodes captions.
     drop_attribute: the probability with which each attribute of a sentence is dropped.
     """
 
@@ -32,8 +32,8 @@ class BaseData(Part):
 class Source(BaseData):
     """The settings that every source of data has.
 
-    batch_size is for one process and one micro-batch. conditional: labels are given to the network (where there are any), and dropped with
-    probability drop_condition, so that it also learns the velocity without a class.
+    batch_size is for one process and one micro-batch. conditional: labels, if there are any, are given to the network,
+    and dropped with probability drop_condition so that it also learns the velocity without a class.
     """
 
     batch_size: Batch = 128
@@ -43,7 +43,7 @@ class Source(BaseData):
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
     def outline(self) -> tuple[tuple[int, ...], int | None] | None:
-        """(shape of a sample, number of classes) where the settings alone say it, without the data; None where they do not."""
+        """(shape of a sample, number of classes) where the settings determine them without the data; otherwise None."""
         return None
 
     def __post_init__(self):
@@ -74,10 +74,11 @@ class WithoutSentences:
 class Dataset(WithoutSentences):
     """Samples in memory, read a batch at a time.
 
-    train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 .. num_classes - 1, or -1
-    for a sample without a class. class_names, where they are known, are num_classes texts. ValueError where these do not fit together.
-    Generated samples are compared with held_out, and with reference, the training samples, as is the practice for Frechet distances.
-    For `torch.utils.data.DataLoader(dataset, batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
+    train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 ..
+    num_classes - 1, or -1 for a sample without a class. class_names, where known, are num_classes texts. Raises
+    ValueError where these do not fit together. Generated samples are compared with held_out, and with reference, the
+    training samples, as is usual for Frechet distances. For `torch.utils.data.DataLoader(dataset,
+    batch_sampler=StepBatches(...), collate_fn=as_it_is)`.
     """
 
     name: str
@@ -164,8 +165,11 @@ def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> N
 
 
 def looked_at(places: Tensor, rows: int) -> Tensor:
-    """Which of `rows` samples stand at those places of an evaluation: all of them in an order drawn once, as a source may be sorted, so that
-    every first part is a fair draw; then the same again."""
+    """The samples, of `rows`, at those places of an evaluation.
+
+    All are taken in a fixed random order, so that the first ones are a fair sample of a sorted source; then they
+    repeat.
+    """
     return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[places % rows]
 
 
@@ -175,5 +179,5 @@ def held_out_count(wanted: int | None, samples: int) -> int:
 
 
 def as_it_is(batch):
-    """The batch unchanged: the `collate_fn` for a Dataset, whose batches come whole from `__getitems__`."""
+    """The batch unchanged: the `collate_fn` of a Dataset, as its `__getitems__` returns whole batches."""
     return batch

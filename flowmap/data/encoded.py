@@ -1,7 +1,7 @@
-"""Pictures that `flowmap encode` has turned into latents and text embeddings: Arrow shards on disk, mapped into memory, never read whole.
+"""Pictures that `flowmap encode` has encoded as latents and text embeddings: memory-mapped Arrow shards.
 
-The folder is one of shards (shards.py), a fixed range of the source's positions each, with empty.safetensors (the encoding of "") and
-reference.safetensors (pictures for metrics, uint8).
+The folder is one of shards (shards.py), each a fixed range of the source's positions, with empty.safetensors (the
+encoding of "") and reference.safetensors (pictures for metrics, uint8).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 
 
 class Autoencoder(Protocol):
-    """Names a frozen autoencoder. load() gives encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z)."""
+    """The settings of a frozen autoencoder.
+
+    load() returns encode(x (B, C, H, W) in [-1, 1]) -> normalised latents (B, c, h, w), and decode(z).
+    """
 
     @property
     def source(self) -> str | None: ...
@@ -45,8 +48,8 @@ class Autoencoder(Protocol):
 class TextEncoder(Protocol):
     """The settings of a frozen text encoder.
 
-    load() gives a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of these. max_tokens: the
-    tokens of a text that it encodes, None where its pipeline decides.
+    load() returns a call list[str] -> {"text" (B, L, D), "text_mask" (B, L) bool, "pooled" (B, P)} or some of these.
+    max_tokens: the number of tokens of a text that it encodes, None where its pipeline determines it.
     """
 
     @property
@@ -59,12 +62,17 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded(Source):
-    """Pictures of a source as latents of an autoencoder, their captions as text embeddings, made by `flowmap encode` and kept in `root`.
+    """Pictures as latents of an autoencoder, and captions as text embeddings, made by `flowmap encode` and stored in
+    `root`.
 
-    autoencoder none: the pictures themselves are kept, uint8. text none: classes alone. A caption that is missing counts as "". flip: each
-    picture is encoded mirrored too, as a sample of its own. held_out samples (null: a tenth, at most 1,000) and reference_images of those
-    trained on, drawn by `seed`, are kept as pictures for metrics; of a stream both come from its start. A shard holds shard_items positions
-    of the source.
+    autoencoder         none: the pictures themselves are stored, uint8
+    text                none: classes only; a missing caption counts as ""
+    flip                each picture is also encoded mirrored, as a sample of its own
+    held_out            samples for metrics, not trained on, drawn by `seed` (null: a tenth, at most 1,000)
+    reference_images    training samples for metrics, drawn by `seed`
+    shard_items         positions of the source in a shard
+
+    Held-out and reference samples are stored as pictures; of a stream both come from its start.
     """
 
     images: ImageSource = field()  # required, though BaseData has a default
@@ -81,7 +89,7 @@ class Encoded(Source):
         super().__post_init__()
 
     @property
-    def in_pixels(self) -> bool:  # type: ignore[override]  # a constant of the other kinds; none is asked for it as a class
+    def in_pixels(self) -> bool:  # type: ignore[override]  # a constant of the other kinds
         return self.autoencoder is None
 
     def identity(self) -> dict[str, Any]:
@@ -95,7 +103,7 @@ class Encoded(Source):
         return {"held_out": self.held_out, "reference_images": self.reference_images, "seed": self.seed}
 
     def build(self) -> EncodedDataset:
-        """The finished encoding, opened; ValueError where it is not complete, is of something else, or a shard is torn."""
+        """The finished encoding, opened. Raises ValueError if it is incomplete, of something else, or torn."""
         if not self.root:
             raise ValueError("data.root: is required: the folder that `flowmap encode` filled")
         return EncodedDataset(self, Path(self.root))
@@ -104,7 +112,8 @@ class Encoded(Source):
 class EncodedDataset(WithoutSentences):
     """A data set (see data/dataset.py) of samples on disk.
 
-    held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are, and are read anew at each look.
+    held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; each access reads them
+    again.
     """
 
     def __init__(self, spec: Encoded, folder: Path):
@@ -129,7 +138,9 @@ class EncodedDataset(WithoutSentences):
         return len(self._kept) * (2 if self._flip else 1)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
-        """The batch (x0, cond) of these training samples: x0 float32 (B, *shape), cond {"class", "text", "text_mask", "pooled"} as there are."""
+        """The batch (x0, cond) of these training samples: x0 float32 (B, *shape), cond with "class", "text" and the
+        like.
+        """
         rows = torch.as_tensor(list(indices))
         mirrored, rows = rows >= len(self._kept), self._kept[rows % len(self._kept)]
         table = self._rows(rows)
@@ -243,7 +254,7 @@ class EncodedDataset(WithoutSentences):
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of a complete encoding; ValueError says how far it is otherwise."""
+    """index.json of a complete encoding. Raises ValueError with the progress of an incomplete one."""
     return shards.read_index(folder, MADE)
 
 
@@ -254,7 +265,7 @@ def _safetensors(path: Path) -> Any:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it anew"
+            f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it again"
         ) from error
 
 

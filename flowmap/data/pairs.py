@@ -1,9 +1,9 @@
-"""The coupling of noise and data: independent, or pairs that a teacher's ODE has joined, made by `flowmap pairs` and kept on disk.
+"""The coupling of noise and data: independent, or pairs that a teacher's ODE has joined, made by `flowmap pairs`.
 
 Sources: rectified flow (arXiv:2209.03003), improved as 2-rectified flow++ (arXiv:2405.20320). Clock: 0 data, 1 noise.
-The folder is one of shards (shards.py). Noise is kept as a seed: pair i starts from `noise_of(seed, i, shape)`, on any machine, whoever
-makes it; those of an editing flow start from the latents of its source, in an order drawn by the seed. Pairs by inversion, real data carried
-to t = 1, come last and keep both ends.
+The folder is one of shards (shards.py). Noise is stored as a seed: pair i starts from `noise_of(seed, i, shape)` on any
+machine. Pairs of an editing flow start from the latents of its source, in an order drawn by the seed. Pairs by
+inversion, real data carried to t = 1, come last and store both ends.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class Independent(BaseCoupling):
 
 @dataclass(frozen=True)
 class TeacherSlot(Part):
-    """A frozen teacher by its card, or by the recipe of ours that trains it, and the guidance around it; overrides: key=value for the
-    recipes that train it and its weak model."""
+    """A frozen teacher, by its card or by the recipe that trains it, with its guidance.
+
+    overrides: key=value for the recipes that train it and its weak model.
+    """
 
     card: str | None = None
     guidance: Guidance | None = None
@@ -83,11 +85,14 @@ class TeacherSlot(Part):
 
 @dataclass(frozen=True)
 class Pairs(BaseCoupling):
-    """num pairs (x0, x1) joined by the ODE of a `teacher`, or of the student that one of our recipes trains (`recipe`).
+    """num pairs (x0, x1) joined by the ODE of a `teacher`, or of the student that `recipe` trains.
 
-    guidance: the one scale that is baked in (none: the default of the teacher's guidance). Conditions are the data's: classes in turn, or
-    where there is text the rows of the data, in an order drawn by `seed`. inverted: the share of pairs that are real samples carried to
-    noise. dtype: how x0 is kept; "auto" is uint8 for pictures and float16 for anything else. root: the folder, by default in runs/.
+    guidance    the one scale of all pairs, by default that of the teacher's guidance
+    inverted    the share of pairs that are real samples carried to noise
+    dtype       of x0 on disk; "auto" is uint8 for pictures and float16 for other samples
+    root        the folder, by default in runs/
+
+    Conditions are the data's: each class in turn, or with text the rows of the data, in an order drawn by `seed`.
     """
 
     teacher: TeacherSlot | None = None
@@ -144,9 +149,10 @@ def noises(seed: int, pairs: Sequence[int], shape: Sequence[int]) -> Tensor:
 def starts_of(
     prior: LearnedPrior | None, seed: int, pairs: Sequence[int], shape: Sequence[int], sources: Tensor | None = None
 ) -> Start:
-    """Where those pairs start: a function of (seed, pair) alone, and of the prior where it is a learned one, which should be `exact`.
+    """The starts of those pairs, a function of (seed, pair), and of the prior if it is a learned one, which should be
+    `exact`.
 
-    sources (N, *shape): what the pairs of an editing flow start from, all of them in an order drawn by the seed, again and again.
+    sources (N, *shape): the starts of an editing flow's pairs, taken repeatedly in an order drawn by the seed.
     """
     if sources is not None:
         order = torch.randperm(len(sources), generator=seeded(f"sources/{seed}"))
@@ -171,7 +177,9 @@ def unpack(kept: Tensor) -> Tensor:
 
 
 def contents(data: Dataset, seed: int) -> dict[str, Any]:
-    """What pairs depend on of the data as it is here: shape, classes, length, a hash of some samples, and one of the noise of pair 0."""
+    """The facts about the data that pairs depend on: shape, classes, length, a hash of some samples and of pair 0's
+    noise.
+    """
     rows = torch.linspace(0, len(data) - 1, 16).long().tolist()
     x0, cond = data.__getitems__(rows)
     shape = list(data.shape)
@@ -198,13 +206,16 @@ def has_text(data: Dataset) -> bool:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of complete pairs; ValueError says how far they are otherwise."""
+    """index.json of complete pairs. Raises ValueError with the progress of incomplete ones."""
     return shards.read_index(folder, MADE)
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first key of provenance that differs. Weights that are not on this machine (None here) are not compared; where they are the same,
-    the hash of the recipe that trained them, which changes with how they are measured, is not."""
+    """The first key of provenance that differs.
+
+    Weights that are not on this machine (None here) are not compared. Where the weights are the same, the hash of the
+    recipe that trained them is not compared: it changes with how they are measured.
+    """
     return difference(there, _filled(here, there))
 
 
@@ -217,11 +228,13 @@ def _filled(here: Any, there: Any) -> Any:
 
 
 class PairedDataset:
-    """What training reads in place of the data: batches (x0, cond, x1). Everything else about the data stays with `data`."""
+    """The pairs that training reads instead of the data: batches (x0, cond, x1). `data` has everything else."""
 
     def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any], prior: LearnedPrior | None = None):
-        """identity: the provenance that is wanted; prior: the learned one that the pairs start at. ValueError names the first key that differs,
-        or a shard that is torn."""
+        """Open the pairs. Raises ValueError that names the first key that differs, or a torn shard.
+
+        identity: the provenance that the pairs must have. prior: the learned prior from which they start.
+        """
         self.data, self.index, self._prior = data, read_index(folder), prior and prior.exact()
         found = first_difference(self.index["identity"], identity) or difference(
             self.index["contents"], contents(data, identity["seed"])
@@ -244,7 +257,9 @@ class PairedDataset:
         return sum(len(table) for table in (self._generated, self._inverted) if table is not None)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond, Tensor]:
-        """The pairs of those numbers: x0 and x1 float32 (B, *shape), cond as the data gives it, and the code z that a network is told."""
+        """The pairs of those numbers: x0 and x1 float32 (B, *shape), and cond as the data has it, with the code z of a
+        prior.
+        """
         pairs = torch.as_tensor(list(indices))
         real = pairs >= self.num_generated
         x0, x1 = (torch.empty(len(pairs), *self._shape) for _ in range(2))

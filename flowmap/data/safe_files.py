@@ -18,7 +18,10 @@ UNPRINTABLE = re.compile(
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """The file at that path, links followed, opened for reading; ValueError for a folder, a device or a pipe, OSError as from open()."""
+    """The file at that path, opened for reading; links are followed.
+
+    Raises ValueError for a folder, a device or a pipe, and OSError as open() does.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):  # a device is not even opened
         raise ValueError("is not a regular file")
     number = os.open(
@@ -31,7 +34,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> str:
-    """The text of a small UTF-8 file, without a byte-order mark; ValueError says what else it is."""
+    """The text of a small UTF-8 file, without a byte-order mark. Raises ValueError for any other file."""
     with open_regular(path) as file:
         return decode_utf8(file.read(limit + 1), limit)
 
@@ -47,7 +50,7 @@ def decode_utf8(content: bytes, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def lines_of(path: str | os.PathLike) -> Iterator[str]:
-    """The lines of a UTF-8 file, without a byte-order mark or line ends; ValueError names file and line where it is something else."""
+    """The lines of a UTF-8 file, without a byte-order mark or line ends. ValueError names the file and the line."""
     number = 0
     try:
         with open_regular(path) as file:

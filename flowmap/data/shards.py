@@ -1,8 +1,9 @@
-"""Arrow shards of a fixed number of samples each, as encodings and pairs keep them: what reads them, and what a writer must agree on.
+"""Arrow shards of a fixed number of samples each, in which encodings and pairs are stored: the reader and the format.
 
-A folder: plan.json (what is being made), shard-00000.arrow with a .json of what it holds, and last index.json: where that stands, all is
-complete. flowmap/shards/write.py writes them. index.json has the SHA-256 of each file (folders of flowmap 0.1 have none), which checksums.py
-checks when the folder is opened for the first time or has changed, and --verify of `encode` and `pairs` always.
+A folder has plan.json (what is being made), shard-00000.arrow with a .json of its contents, and at last index.json,
+which marks it complete. flowmap/prepare/write.py writes them. index.json has the SHA-256 of each file (not in folders
+of flowmap 0.1). checksums.py checks them when the folder is first opened or has changed, and with --verify of `encode`
+and `pairs`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ INDEX, PLAN = "index.json", "plan.json"
 
 @dataclass(frozen=True)
 class Made:
-    """What such folders hold, as messages name it: the recipe's key, the thing, the verb that makes it, the format that this version reads."""
+    """The words of messages about such folders: the recipe's key, the thing, the verb that makes it, and the format
+    number.
+    """
 
     key: str
     thing: str
@@ -38,7 +41,7 @@ def shard_name(number: int) -> str:
 
 
 def read_index(folder: Path, made: Made) -> dict[str, Any]:
-    """index.json of a complete folder; ValueError says how far it is otherwise."""
+    """index.json of a complete folder. Raises ValueError with the progress of an incomplete one."""
     if not (folder / INDEX).is_file():
         done = len(list(folder.glob("shard-*.arrow")))
         state = f"is not complete ({done} shards are there)" if (folder / PLAN).is_file() else f"holds no {made.thing}"
@@ -57,7 +60,7 @@ def read_index(folder: Path, made: Made) -> dict[str, Any]:
 
 
 def difference(there: Any, here: Any, key: str = "") -> str | None:
-    """The first key whose value differs, with both values; None where all are equal."""
+    """The first key with another value, and both values; None where all are equal."""
     if there == here:
         return None
     if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
@@ -85,7 +88,7 @@ def check_size(folder: Path, one: Mapping[str, Any], made: Made) -> None:
     size = os.path.getsize(path) if path.is_file() else None
     if size != one["bytes"]:
         state = "is missing" if size is None else f"is torn: it has {size} bytes, not {one['bytes']}"
-        raise ValueError(f"{path}: {state}; `{made.verb}` makes it anew")
+        raise ValueError(f"{path}: {state}; `{made.verb}` makes it again")
 
 
 def open_shards(folder: Path, shards: Sequence[Mapping[str, Any]], made: Made) -> Any:

@@ -1,7 +1,7 @@
-"""Where pictures come from: a source gives them one at a time, in a fixed order, from any position on.
+"""Sources of pictures: each yields pictures one at a time, in a fixed order, from any position on.
 
-Pictures of others are data, never code: nothing is unpickled, no path that an archive names is followed, and what cannot be used keeps
-its position and says why.
+Pictures are data, never code: nothing is unpickled, no path in an archive is followed, and a picture that cannot be
+used keeps its position, with the reason.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ READER = (
 
 @dataclass(frozen=True)
 class Item:
-    """The picture at one position: uint8 (C, size, size), or None where `problem` says why it cannot be used.
+    """The picture at one position: uint8 (C, size, size), or None with the reason in `problem`.
 
-    grey: it has grey levels alone though colour was asked for. key names it to a person. All its texts are ones that UTF-8 can hold.
+    grey: whether it has grey levels only although colour was requested. key: its name for a person. All texts can be
+    encoded as UTF-8.
     """
 
     image: Tensor | None
@@ -60,7 +61,9 @@ class Item:
 
 
 class ImageSource(Protocol):
-    """Pictures in a fixed order; a broken or huge one is an Item with a problem, never an exception, so that positions stay."""
+    """Pictures in a fixed order. A broken or huge one is an Item with a problem, never an exception, so that positions
+    stay.
+    """
 
     size: int
     channels: int
@@ -79,11 +82,11 @@ class ImageSource(Protocol):
     def class_names(self) -> list[str] | None: ...
 
     def identity(self) -> dict[str, Any]:
-        """Plain values that say which source this is; reads nothing."""
+        """Plain values that identify the source; reads nothing."""
         ...
 
     def fingerprint(self) -> str | None:
-        """Changes with the names, the order or the labels of pictures; None where that is not known without reading them."""
+        """A text that changes with names, order or labels of pictures; None where that requires reading them."""
         ...
 
     def skipped(self) -> dict[str, dict[str, Any]]:
@@ -97,10 +100,11 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class SquareImages:
-    """Every picture is turned upright as its EXIF orientation says, cut to its largest centred square and scaled to size x size pixels.
+    """Pictures turned upright by their EXIF orientation, cropped to the largest centred square, scaled to size x size
+    pixels.
 
-    channels 3 is RGB, 1 grey levels; transparency lies on white; of an animation the first frame is read. A picture that is broken, has more
-    than 64 million pixels or pixels deeper than 8 bits of grey is left out and named with the reason.
+    channels 3 is RGB, 1 grey levels. Transparency becomes white, and an animation its first frame. A picture that is
+    broken, or has more than 64 million pixels or more than 8 bits of grey, is left out and named with the reason.
     """
 
     size: Side = 64
@@ -146,7 +150,9 @@ class SquareImages:
 def read_picture(
     file: str | BinaryIO, *, size: int, channels: int, max_pixels: int = MAX_PIXELS
 ) -> tuple[Tensor, bool]:
-    """uint8 (channels, size, size) and whether the picture has grey levels alone; ValueError says why it cannot be used."""
+    """uint8 (channels, size, size), and whether the picture has grey levels only. ValueError gives the reason for
+    refusal.
+    """
     import numpy
     from PIL import Image
 
@@ -164,9 +170,9 @@ def read_picture(
 
 
 def load_upright(file: str | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[Any, bool]:
-    """A picture for PIL, the first frame of it, turned as its EXIF orientation says and laid on white, and whether it has grey levels alone.
+    """A PIL picture, its first frame, upright by EXIF and on white, and whether it has grey levels only.
 
-    ValueError says why it cannot be used.
+    ValueError gives the reason for refusal.
     """
     try:
         with open_regular(file) if isinstance(file, str) else file as content:
@@ -208,7 +214,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def optional(name: str) -> ModuleType:
-    """A package that only some sources need; ValueError says how to install it."""
+    """A package that only some sources need. ValueError explains how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -222,7 +228,7 @@ def class_names_of(feature: Any) -> list[str] | None:
 
 
 def escapes(name: str) -> bool:
-    """Whether a name inside an archive points out of it: absolute, or up through `..`."""
+    """Whether a name inside an archive is a path out of it: absolute, or up through `..`."""
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"
 
 

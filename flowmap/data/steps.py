@@ -1,4 +1,6 @@
-"""Which samples a step sees is a function of (seed, step, rank) alone, so a resumed run goes on bit-equal with nothing saved."""
+"""The samples of a step are a function of (seed, step, rank), so that a resumed run continues bit-equal without saved
+state.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,22 @@ from torch import Tensor
 
 
 def first_place(step: int, micro: int, *, batch_size: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> int:
-    """How many samples of the run come before the first of that micro-batch: batch_size of them a micro-batch, rank by rank."""
+    """The number of samples of the run before the first of that micro-batch, with batch_size for each micro-batch and
+    rank.
+    """
     return ((step * accumulate + micro) * world + rank) * batch_size
 
 
 class StepBatches:
-    """The index lists of steps start_step, start_step + 1, ...: a `batch_sampler` for DataLoader, one list a micro-batch.
+    """The index lists of steps start_step, start_step + 1, ...: a `batch_sampler` for DataLoader, one list per
+    micro-batch.
 
-    Think of all epochs' permutations, one after another, as one endless stream. Step k reads places k G to (k + 1) G of it, with
-    G = batch_size * accumulate * world; micro-batch a of rank r reads the batch_size places from k G + (a world + r) batch_size on.
-    Hence: no sample comes twice within an epoch, batches run across epoch ends and are never short, a later start needs no replay,
-    and a step sees the same samples however G is split over ranks and micro-batches.
-    It ends before step `num_steps`; None never ends (and then it has no len). The ranks are dealt with here: under Lightning set
-    use_distributed_sampler=False.
+    All epochs' permutations, one after another, form an endless stream. Step k reads places k G to (k + 1) G of it,
+    with G = batch_size * accumulate * world; micro-batch a of rank r reads batch_size places from k G + (a world + r)
+    batch_size on. Hence no sample comes twice within an epoch, batches cross the ends of epochs and are never short, a
+    later start needs no replay, and a step has the same samples however G is split over ranks and micro-batches. It
+    ends before step `num_steps`; with None it never ends (and has no len). It shards by rank itself: under Lightning
+    set use_distributed_sampler=False.
     """
 
     def __init__(

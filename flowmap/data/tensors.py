@@ -17,8 +17,8 @@ from flowmap.data.images.listing import is_hidden
 class Tensors(Source):
     """All shards `*.safetensors` of a folder, each with "x0" (N, C, H, W) and, where there are classes, "class" (N,).
 
-    Values are used as they are. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are never trained on. All of it is read
-    into memory.
+    Values are used as they are. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
+    All samples are loaded into memory.
     """
 
     root: str = "???"
@@ -32,15 +32,14 @@ class Tensors(Source):
 
         shards = sorted(path for path in Path(self.root).glob("*.safetensors") if not is_hidden(path.name))
         if not shards:
-            raise ValueError(f"data.root: {self.root}: holds no *.safetensors shards with x0 (and class)")
+            raise ValueError(f"data.root: {self.root}: has no *.safetensors shards with x0 (and class)")
         try:
             parts = [load_file(shard) for shard in shards]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"data.root: {self.root}: a shard cannot be read: {error}") from error
         if any("x0" not in part or (self.num_classes and "class" not in part) for part in parts):
-            raise ValueError(
-                f"data.root: {self.root}: every shard needs x0 (N, C, H, W){' and class (N,)' if self.num_classes else ''}"
-            )
+            classes = " and class (N,)" if self.num_classes else ""
+            raise ValueError(f"data.root: {self.root}: every shard needs x0 (N, C, H, W){classes}")
         x0 = torch.cat([part["x0"].float() for part in parts])
         labels = torch.cat([part["class"].long() for part in parts]) if self.num_classes else None
         held_out = held_out_count(self.held_out, len(x0))

@@ -1,4 +1,4 @@
-"""Points of a known density: a ring of equal Gaussians, whose exact teacher is `MixtureTeacher(means, std, weights)`."""
+"""Points of a known density: a ring of equal Gaussians. Its exact teacher is `MixtureTeacher(means, std, weights)`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from flowmap.data.dataset import Dataset, Source
 
 @dataclass(frozen=True)
 class Toy(Source):
-    """`num_modes` Gaussians N(m_k, std^2 I) with equal weights, m_k evenly on a circle; the labels say which Gaussian a point came from.
+    """`num_modes` Gaussians N(m_k, std^2 I) of equal weight, m_k evenly on a circle. The label of a point is its
+    Gaussian.
 
-    One mode with radius 0 is a centred Gaussian. `points` are drawn for training and a fifth as many are held out, both by `seed`.
+    One mode with radius 0 is a centred Gaussian. `points` are drawn for training and a fifth as many are held out, both
+    by `seed`.
     """
 
     num_modes: Annotated[int, Range(1, 10_000)] = 8

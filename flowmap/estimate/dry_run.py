@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,16 +21,15 @@ from flowmap.flow.prior import Learned
 from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.plan.cards import pairs_cards, teacher_cards
-from flowmap.plan.dependencies import pairs_spec, prior_recipes
-from flowmap.plan.named_networks import missing_weights, net_of, spec_of
+from flowmap.plan.dependencies import pairs_spec
+from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
 from flowmap.plan.requirements import check_parts, missing_parts
-from flowmap.plan.run_folders import matches, runs_root
+from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import PowerEMA
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of
@@ -45,7 +44,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
     """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is."""
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
-    stages = plan(recipe, Path(out) if out else runs_root() / recipe.name)
+    run = resolve(recipe, Path(out) if out else None)
+    stages = run.stages
     lines, missing = [], []
     for i, stage in enumerate(stages):
         state = _state(stage)
@@ -53,20 +53,18 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {'complete' if stage.complete else state} -> {stage.folder}"
         )
         if isinstance(stage, Pairing) and not stage.complete:
-            missing += _weights_missing(pairs_cards(stage.recipe))
+            missing += _weights_missing(resolve(stage.recipe).pairs_cards)
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage.recipe, throughput)
+            found, lacks = look(stage, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
-    if (stages[-1].folder / "recipe.yaml").is_file() and not matches(stages[-1].folder, recipe):
-        lines.append(
-            f"      {stages[-1].folder} holds a run of another recipe: fit wants another --out, or --overwrite"
-        )
-    elif stages[-1].complete and not same_measurement(stages[-1].folder, recipe):
+    if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
+        lines.append(f"      {run.folder} holds a run of another recipe: fit wants another --out, or --overwrite")
+    elif run.complete and not same_measurement(run.folder, recipe):
         differs = "holds this run, measured by other settings"
-        lines.append(f"      {stages[-1].folder} {differs}: fit wants --resume, which measures it again")
+        lines.append(f"      {run.folder} {differs}: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
     return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
@@ -80,33 +78,33 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
             # The message about a missing teacher is more precise than that of the dry run.
             check_parts(stage.recipe)
-            blocking = [line for line in look(stage.recipe, whole=False)[1] if "fit fetches it" not in line]
+            blocking = [line for line in look(stage, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
         elif isinstance(stage, Encoding):
             check_pictures(stage)
 
 
-def look(recipe: Recipe, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
+def look(run: ResolvedRun, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
     The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
     RecipeError if parts of the recipe do not match each other or the data.
     """
+    recipe = run.recipe
     missing = [f"{key} (a value)" for key in recipe.missing()]
-    cards = teacher_cards(recipe)
-    missing += _weights_missing(cards)
+    missing += _weights_missing(run.cards)
     if not missing:
         check_parts(recipe)
     missing += [*missing_parts(recipe), *missing_devices(recipe)]
     data, lacks = known_outline(recipe, whole=whole)
     missing += lacks
-    config = _config(recipe, data, cards)
+    config = _config(run, data)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
-    check_outlines(recipe, config)
+    check_outlines(run, config)
     try:
-        return _lines(recipe, config, cards, throughput), missing
+        return _lines(run, config, throughput), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -142,86 +140,113 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-def _config(recipe: Recipe, data: DataOutline | None, cards: list[Card]) -> StudentConfig | None:
+def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
     """Return the student's configuration without weights or samples; None if nothing states its network."""
-    spec = net_of(recipe)
-    if spec is None or data is None:
+    recipe = run.recipe
+    if run.net is None or data is None:
         return None
-    config = student_config(recipe.changed(student=spec), data, None)
-    return replace(config, lora=recipe.lora, base=Base(cards[0].pipeline, cards[0].revision)) if recipe.lora else config
+    config = student_config(recipe.changed(student=run.net), data, None)
+    if recipe.lora is None:
+        return config
+    card = run.cards[0]
+    return replace(config, lora=recipe.lora, base=Base(card.pipeline, card.revision))
 
 
-def _lines(recipe: Recipe, config: StudentConfig, cards: list[Card], throughput: float) -> list[str]:
-    trainer = recipe.trainer
-    student, teachers = (
-        cost_of(config, checkpointing=trainer.activation_checkpointing),
-        _teachers(recipe, config, cards),
+@dataclass(frozen=True)
+class _Costs:
+    """The costs of the networks that take part in a training step."""
+
+    student: Cost
+    teachers: list[tuple[Card, Cost]]
+    discriminator: Cost | None
+    fake: Cost | None
+
+
+def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
+    recipe = run.recipe
+    return _Costs(
+        cost_of(config, checkpointing=recipe.trainer.activation_checkpointing),
+        _teachers(run, config),
+        _discriminator(run, config) if isinstance(recipe.objective, Adversarial) else None,
+        cost_of(fake_config(recipe, config)) if isinstance(recipe.distillation, ScoreDistillation) else None,
     )
-    lines = [f"student: {counted(student)}, samples of shape {tuple(config.shape)}"]
-    if teachers:
-        lines.append(
-            "teacher: " + " + ".join(f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in teachers)
-        )
+
+
+def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[str]:
+    costs, distillation = _costs(run, config), run.recipe.distillation
+    lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
+    if costs.teachers:
+        nets = (f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in costs.teachers)
+        lines.append("teacher: " + " + ".join(nets))
     if config.prior is not None:
-        lines.append(_prior(recipe, config))
-    judge = _discriminator(recipe, config, cards) if isinstance(recipe.objective, Adversarial) else None
-    if judge is not None:
-        each = f"{_flops(judge.flops)} a step for one sample, penalties and their gradients among them"
-        lines.append(f"discriminator: {counted(judge)}; {each}")
-    fake, distillation = None, recipe.distillation
-    if isinstance(distillation, ScoreDistillation):
-        fake = cost_of(fake_config(recipe, config))
+        lines.append(_prior(run, config))
+    if costs.discriminator is not None:
+        each = f"{_flops(costs.discriminator.flops)} a step for one sample, penalties and their gradients among them"
+        lines.append(f"discriminator: {counted(costs.discriminator)}; {each}")
+    if costs.fake is not None:
+        assert isinstance(distillation, ScoreDistillation)
         steps = distillation.fake_steps
-        lines.append(f"fake score: {counted(fake)}, {steps} steps of its own for each of the student's")
-    lines.append(_memory(recipe, student, teachers, judge, fake))
+        lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
+    return [*lines, _memory(run.recipe, costs), *_step(run.recipe, config, costs, throughput)]
+
+
+def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: float) -> list[str]:
+    """Return a line on the FLOPs of a step and, for a run on accelerators, one on the hours of all steps."""
+    trainer, judge = recipe.trainer, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
-    step = _step_flops(calls, student, [cost for _, cost in teachers]) + (judge.flops if judge is not None else 0)
+    each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
+    each += judge.flops if judge is not None else 0
     samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
-    hours = step * samples * trainer.steps / (throughput * 1e12) / 3600
+    hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
-    asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if teachers else []
-    passes = f"passes {', '.join(asked)}; {_flops(student.flops)} a forward pass of one"
-    lines.append(f"a step: {_flops(step * samples)} for {samples} samples: {passes}")
+    asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
+    passes = f"passes {', '.join(asked)}; {_flops(costs.student.flops)} a forward pass of one"
+    lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
     if trainer.accelerator != "cpu" and hours >= 0.01:
         lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
     return lines
 
 
-def _prior(recipe: Recipe, config: StudentConfig) -> str:
-    assert isinstance(recipe.prior, Learned)
-    trained = prior_recipes(recipe)[0]
+def _prior(run: ResolvedRun, config: StudentConfig) -> str:
+    assert isinstance(run.recipe.prior, Learned)
+    trained = run.priors[0]
     auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
-    start = start_flops(recipe, config.shape)
-    codes = f"codes by {kind_of(recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
+    start = start_flops(run.recipe, config.shape)
+    codes = f"codes by {kind_of(run.recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
     return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
 
 
-def _teachers(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> list[tuple[Card, Cost]]:
+def _teachers(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, Cost]]:
     """Return each network that the guided velocity calls, with its cost."""
     found = []
-    for card in cards:
-        spec = spec_of(card, recipe) if card.kind != "exact" else None
+    for card, spec in zip(run.cards, run.teacher_nets, strict=True):
         if spec is not None:
             num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
-            plain = replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
-            found.append((card, cost_of(replace(plain, num_classes=num_classes), graded=False)))
+            plain = replace(_of_teacher(config, spec), num_classes=num_classes)
+            found.append((card, cost_of(plain, graded=False)))
     return found
 
 
-def _discriminator(recipe: Recipe, config: StudentConfig, cards: list[Card]) -> Cost | None:
+def _of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:
+    """Return the configuration of a teacher with that network, for the student's samples."""
+    return replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
+
+
+def _discriminator(run: ResolvedRun, config: StudentConfig) -> Cost | None:
     """Return the discriminator's cost without weights of its teacher; None if nothing states that network."""
-    assert isinstance(recipe.objective, Adversarial)
+    objective = run.recipe.objective
+    assert isinstance(objective, Adversarial)
     network: nn.Module | None = None
     example: Cond = {}
-    if recipe.objective.discriminator.trunk == "teacher":
-        spec = spec_of(cards[0], recipe) if cards[0].kind != "exact" else None
+    if objective.discriminator.trunk == "teacher":
+        spec = run.teacher_nets[0]
         if spec is None:
             return None
-        plain = replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
+        plain = _of_teacher(config, spec)
         with torch.device("meta"):
             network, example = plain.build().to("meta").net, conditions_of(plain, 1)
-    net = discriminator_on(recipe, config, network, example).to("meta")
-    return discriminator_cost(net, config, recipe.objective)
+    net = discriminator_on(run.recipe, config, network, example).to("meta")
+    return discriminator_cost(net, config, objective)
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
@@ -239,43 +264,45 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     )
 
 
-def _memory(
-    recipe: Recipe, student: Cost, teachers: list[tuple[Card, Cost]], judge: Cost | None, fake: Cost | None
-) -> str:
+def _memory(recipe: Recipe, costs: _Costs) -> str:
     trainer = recipe.trainer
-    ema, objective, distillation = recipe.ema, recipe.objective, recipe.distillation
-    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
-    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
-    state = 4 * (student.trained * (4 + averages) / shares + student.frozen)
+    state = _state_bytes(recipe, costs)
     # A LoRA student shares its base with the teacher.
-    shared = teachers[0][1].parameters if recipe.lora else 0
-    frozen = 4 * (sum(cost.parameters for _, cost in teachers) - shared)
-    kept = one = student.kept_bytes * recipe.data.batch_size + student.shared_bytes
-    if fake is not None:
-        assert isinstance(distillation, ScoreDistillation)
-        state += 16 * fake.trained
-        kept *= max(distillation.steps) if distillation.through == "all" else 1
-    # The graphs of the samples and of the distillation loss exist at once; the discriminator's own loss comes later.
-    if judge is not None:
-        assert isinstance(objective, Adversarial)
-        state += 16 * judge.trained
-        graphs = max(objective.steps) if objective.through == "all" else 1
-        kept = max(kept + graphs * one, judge.kept_bytes * recipe.data.batch_size + judge.shared_bytes)
-    activations = kept * (0.5 if trainer.precision == "bf16" else 1)
+    shared = costs.teachers[0][1].parameters if recipe.lora else 0
+    frozen = 4 * (sum(cost.parameters for _, cost in costs.teachers) - shared)
+    activations = _activation_bytes(recipe, costs) * (0.5 if trainer.precision == "bf16" else 1)
     how = [trainer.precision] if trainer.precision != "32" else []
-    if trainer.activation_checkpointing:
-        how.append("checkpointed")
+    how += ["checkpointed"] if trainer.activation_checkpointing else []
     parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
     parts += [f"{_gib(frozen)} teacher"] if frozen else []
-    parts.append(
-        " ".join(
-            [
-                f"{_gib(activations)} activations at batch {recipe.data.batch_size}",
-                *([f"({', '.join(how)})"] if how else []),
-            ]
-        )
-    )
+    kept = f"{_gib(activations)} activations at batch {recipe.data.batch_size}"
+    parts.append(f"{kept} ({', '.join(how)})" if how else kept)
     return "memory for each device, estimated: " + " + ".join(parts)
+
+
+def _state_bytes(recipe: Recipe, costs: _Costs) -> float:
+    """Return the bytes of weights, gradients, moments and averages of all networks that are trained."""
+    trainer, ema, student = recipe.trainer, recipe.ema, costs.student
+    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
+    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
+    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
+    return 4 * (student.trained * (4 + averages) / shares + student.frozen) + 16 * others
+
+
+def _activation_bytes(recipe: Recipe, costs: _Costs) -> float:
+    """Return the bytes that a step keeps for its backward passes, in float32."""
+    batch, objective, distillation = recipe.data.batch_size, recipe.objective, recipe.distillation
+    student = costs.student
+    kept = one = student.kept_bytes * batch + student.shared_bytes
+    if isinstance(distillation, ScoreDistillation):
+        kept *= max(distillation.steps) if distillation.through == "all" else 1
+    judge = costs.discriminator
+    if judge is None:
+        return kept
+    assert isinstance(objective, Adversarial)
+    # The graphs of the samples and of the distillation loss exist at once; the discriminator's own loss comes later.
+    graphs = max(objective.steps) if objective.through == "all" else 1
+    return max(kept + graphs * one, judge.kept_bytes * batch + judge.shared_bytes)
 
 
 def counted(net: nn.Module | Cost) -> str:

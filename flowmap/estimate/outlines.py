@@ -21,11 +21,11 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.nets.text_joint import TextJoint
-from flowmap.plan.cards import find_card, list_cards, pairs_cards, teacher_cards, weights_folder
+from flowmap.plan.cards import find_card, list_cards, teacher_cards, weights_folder
 from flowmap.plan.data_folders import data_of
-from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, start_recipes, teacher_recipes
+from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, start_recipes, teacher_recipes
 from flowmap.plan.named_networks import net_of
-from flowmap.plan.plan import Pairing
+from flowmap.plan.plan import Pairing, ResolvedRun
 from flowmap.plan.requirements import HasSource
 from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
@@ -183,11 +183,12 @@ def halved(recipe: Recipe, factor: int, autoencoder: str) -> int:
     return size // factor
 
 
-def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
+def check_outlines(run: ResolvedRun, config: StudentConfig) -> None:
     """Raise RecipeError unless every teacher, and what the student starts from, has the data's shape and classes."""
+    recipe = run.recipe
     if recipe.data.images is not None:
         _latents(recipe)
-    for name, known in _others(recipe):
+    for name, known in _others(run):
         if tuple(config.shape) not in [tuple(shape) for shape, _ in known]:
             raise RecipeError(
                 f"{recipe.name}: data: its samples are {tuple(config.shape)}, those of {name} {tuple(known[0][0])}"
@@ -197,12 +198,12 @@ def check_outlines(recipe: Recipe, config: StudentConfig) -> None:
             raise RecipeError(f"{recipe.name}: data: has {config.num_classes} classes, {name} {classes[0]}")
 
 
-def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
+def _others(run: ResolvedRun) -> Iterator[tuple[str, list[tuple[Shape, int | None]]]]:
     """Yield the name of every teacher and of what the student starts from, with shapes and classes.
 
     For a converted network both its weights and its card state them; where they differ, the data may match either.
     """
-    for card in (*teacher_cards(recipe), *pairs_cards(recipe)):
+    for card in (*run.cards, *run.pairs_cards):
         known = [(tuple(card.shape), card.num_classes)] if card.kind != "recipe" and card.shape else []
         config = weights_folder(card) / "config.json"
         if card.kind == "converted" and config.is_file():
@@ -210,10 +211,9 @@ def _others(recipe: Recipe) -> Iterator[tuple[str, list[tuple[Shape, int | None]
             known.insert(0, (converted.shape, converted.num_classes))
         if known:
             yield f"the teacher {card.name}", known
-    made_by = pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else []
     for role, trained in (
-        *(("the teacher", one) for one in (*teacher_recipes(recipe), *made_by)),
-        *(("the start", one) for one in start_recipes(recipe)),
+        *(("the teacher", one) for one in (*run.teachers, *run.pairs_teachers)),
+        *(("the start", one) for one in run.starts),
     ):
         found = _of_student(trained)
         if found is not None:

@@ -1,4 +1,4 @@
-"""A student for those who do not have flowmap: a diffusers pipeline or LoRA, or a torch program, in a folder with its model card."""
+"""Exports a student for use without flowmap: a diffusers pipeline or LoRA, or a torch program, with a model card."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ def export(
     text: bool = True,
     overwrite: bool = False,
 ) -> Path:
-    """The folder `out`, written whole or not at all: "diffusers", a stock pipeline where one exists and `custom` is not set, else one with
-    its own code; "lora", a LoRA student's adapters for the stock pipeline of its base; or "torch", a program. steps and guidance: the student's
-    largest and its default. text: its text encoders go along. ValueError names what is not possible.
+    """Write the folder `out`, completely or not at all, and return it.
+
+    to: "diffusers" is a stock pipeline if there is one and `custom` is not set, otherwise one with custom code;
+    "lora" are the adapters of a LoRA student for the stock pipeline of its base; "torch" is a program. steps and
+    guidance default to the student's largest number of steps and its default scale. text: include the text encoders.
+    Raises a ValueError that names what is not possible.
     """
     if to not in TARGETS:
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
     if custom and to != "diffusers":
         raise ValueError("--custom: is a way to export to diffusers")
     if student.config.text_autoencoder is not None:
-        raise ValueError(
-            "student: its samples are sentences, for which diffusers has no pipeline; share its folder, which load_student reads"
-        )
+        share = "share its folder, which load_student reads"
+        raise ValueError(f"student: its samples are sentences, for which diffusers has no pipeline; {share}")
     out = Path(out)
     check_free(out, overwrite)
     plan = make_plan(student, steps, guidance, merge=to != "lora", text=text)
@@ -46,7 +48,7 @@ def export(
 
 
 def _way(plan, to: str, custom: bool):
-    """(kind, writer); diffusers is imported only where it is needed."""
+    """(kind, writer); diffusers is imported only if it is needed."""
     if to == "torch":
         from flowmap.export.program import write_program
 

@@ -1,6 +1,7 @@
-"""One Python file that stands alone, made of our own modules' source: what is reached from a few roots, one copy each, in dependency order.
+"""Generates one self-contained Python file from our modules' source: all definitions that a few roots need.
 
-Names keep their spelling and their text; imports of flowmap go, imports of other packages are gathered at the top.
+Definitions keep their names and text, in dependency order. Imports from flowmap are removed, and other imports are
+collected at the top.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ BINDS = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 @dataclass
 class _Module:
-    """A module's top level: what each name is, where it comes from, and what it refers to."""
+    """A parsed module: its definitions and imports by name."""
 
     name: str
     lines: list[str]
     nodes: dict[str, ast.stmt] = field(default_factory=dict)
-    ours: dict[str, str] = field(default_factory=dict)  # a name imported from flowmap: its module
-    foreign: dict[str, str] = field(default_factory=dict)  # a name imported from elsewhere: its import statement
+    ours: dict[str, str] = field(default_factory=dict)  # name imported from flowmap -> its module
+    foreign: dict[str, str] = field(default_factory=dict)  # name imported from elsewhere -> its import statement
 
 
 def amalgamate(roots: Sequence[Root], *, header: str, tail: str = "") -> str:
-    """The file's text. Raises ValueError where a module does at its top level what cannot be taken apart, or two names would meet."""
+    """The text of the file. ValueError if a module has other top-level statements, or two modules share a name."""
     modules: dict[str, _Module] = {}
     kept, imports = _reached(roots, modules)
     parts = [f'"""{header}"""', "from __future__ import annotations", _import_lines(imports)]
@@ -42,7 +43,7 @@ def amalgamate(roots: Sequence[Root], *, header: str, tail: str = "") -> str:
 
 
 def _reached(roots: Iterable[Root], modules: dict[str, _Module]) -> tuple[dict[str, set[str]], dict[str, str]]:
-    """Names by module that the roots need, and the foreign imports (name: statement) that these need."""
+    """The names by module that the roots need, and the foreign imports (name -> statement) that these need."""
     kept: dict[str, set[str]] = {}
     imports: dict[str, str] = {}
     waiting = list(roots)
@@ -73,9 +74,8 @@ def _read(name: str) -> _Module:
         elif isinstance(node, BINDS):
             module.nodes |= {bound: node for bound in _bound(node)}
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-            raise ValueError(
-                f"{name}, line {node.lineno}: a module that is exported may only define, assign and import at its top level"
-            )
+            allowed = "a module that is exported may only define, assign and import at its top level"
+            raise ValueError(f"{name}, line {node.lineno}: {allowed}")
     return module
 
 
@@ -84,9 +84,8 @@ def _note_import(module: _Module, node: ast.Import | ast.ImportFrom) -> None:
     for alias in node.names:
         if (home or alias.name).split(".")[0] == "flowmap":
             if home is None or alias.asname not in (None, alias.name):
-                raise ValueError(
-                    f"{module.name}, line {node.lineno}: a module that is exported imports from flowmap by `from ... import name`"
-                )
+                allowed = "a module that is exported imports from flowmap by `from ... import name`"
+                raise ValueError(f"{module.name}, line {node.lineno}: {allowed}")
             module.ours[alias.name] = home
         elif home != "__future__":
             renamed = f" as {alias.asname}" if alias.asname else ""
@@ -112,7 +111,7 @@ def _inner_imports(node: ast.stmt) -> list[ast.ImportFrom]:
 
 
 def _ordered(modules: dict[str, _Module]) -> list[_Module]:
-    """The modules, each after those that it imports from."""
+    """The modules in dependency order."""
     done: dict[str, _Module] = {}
 
     def visit(module: _Module) -> None:
@@ -128,7 +127,7 @@ def _ordered(modules: dict[str, _Module]) -> list[_Module]:
 
 
 def _texts(module: _Module, names: set[str]) -> list[str]:
-    """The kept definitions as they are written, comments above them included; assignments that stand together stay together."""
+    """The source of the kept definitions, with the comments above them; adjacent assignments form one block."""
     out: list[str] = []
     before = None
     for node in dict.fromkeys(node for name, node in module.nodes.items() if name in names):
@@ -151,13 +150,13 @@ def _text(module: _Module, node: ast.stmt) -> str:
 
 
 def _end(node: ast.stmt) -> int:
-    """The number of the node's last line."""
-    assert node.end_lineno is not None  # every node that was parsed has one
+    """The node's last line number."""
+    assert node.end_lineno is not None  # parsed nodes have one
     return node.end_lineno
 
 
 def _import_lines(imports: dict[str, str]) -> str:
-    """Standard library first, then the rest, each sorted."""
+    """The import statements, sorted, with the standard library first."""
     lines = sorted(set(imports.values()), key=lambda line: (line.startswith("from"), line))
     standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
     others = [line for line in lines if line not in standard]

@@ -1,6 +1,6 @@
-"""The model card of an exported folder: what it is, how it is loaded, where it comes from, under which licence, and what was measured.
+"""The model card of an exported folder: how to load it, its origin, its licence and its figures.
 
-It opens with the lines that a hub reads: licence, base model, library, tags.
+It starts with the metadata that a hub reads: licence, base model, library, tags.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from flowmap.teachers.card import Card
 
 WHAT = {
     "stock": "a stock diffusers pipeline: no code of its own",
-    "custom": "a diffusers pipeline with its own code in this folder (`pipeline.py` and `flow_map/*.py`: read it before you trust it)",
+    "custom": (
+        "a diffusers pipeline with its own code in this folder "
+        "(`pipeline.py` and `flow_map/*.py`: read it before you trust it)"
+    ),
     "lora": "a diffusers LoRA, for the stock pipeline of its base model",
     "torch": "one torch program, `program.pt2`: noise and conditions in, samples out",
 }
@@ -33,11 +36,12 @@ LICENCES = {
     "cc-by-4.0": r"CC[- ]BY[- ]4\.0",
     "creativeml-openrail-m": "CreativeML Open ?RAIL-?M",
     "openrail++": r"(CreativeML )?Open ?RAIL\+\+(-M)?",
-}  # a hub's name, and how the licence is written in our cards
+}
+"""A hub's name of a licence, and the pattern of its name in our cards."""
 
 
 def export_card(plan: Export, kind: str, written: Written) -> str:
-    """README.md of the folder. kind: stock, custom, lora or torch."""
+    """The text of the folder's README.md. kind: stock, custom, lora or torch."""
     config = plan.student.config
     scale = "" if plan.guidance is None or kind == "torch" else f", guidance scale {plan.guidance:g}"
     fixed = FOLDED.get(kind, "the defaults; any other can be asked for")
@@ -57,7 +61,7 @@ def export_card(plan: Export, kind: str, written: Written) -> str:
 
 
 def _front(plan: Export, kind: str, card: Card | None) -> list[str]:
-    """The lines between dashes that a hub reads. What is not known is not said."""
+    """The metadata block that a hub reads, without entries that are unknown."""
     lora, base = plan.student.config.lora is not None, _base_model(plan, card)
     lines = ["---", "library_name: " + ("pytorch" if kind == "torch" else "diffusers"), *_licence(card)]
     if base is not None:
@@ -69,7 +73,7 @@ def _front(plan: Export, kind: str, card: Card | None) -> list[str]:
 
 
 def _licence(card: Card | None) -> list[str]:
-    """A hub knows licences by short names; any other is "other", with its own."""
+    """The licence by its short name on hubs, or "other" with its own name."""
     if card is None or card.licence == "?":
         return []
     for short, pattern in LICENCES.items():
@@ -79,14 +83,14 @@ def _licence(card: Card | None) -> list[str]:
 
 
 def _base_model(plan: Export, card: Card | None) -> str | None:
-    """The hub id of the network that the student started from; None where that is no model of a hub."""
+    """The hub id of the network that the student started from; None if it is not on a hub."""
     base = plan.student.config.base
     source = base.source if base else card.source if card and card.kind == "diffusers" else None
     return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir() else None
 
 
 def _teacher(plan: Export) -> tuple[str, Card | None]:
-    """The name of the teacher's card in the recipe beside the student, and the card where it is known here."""
+    """The name of the teacher's card in the student's recipe, and the card if it is available."""
     folder = plan.student.folder
     try:
         recipe = read_resolved(folder / "recipe.yaml") if folder and (folder / "recipe.yaml").is_file() else None
@@ -112,7 +116,7 @@ def _origin(card: Card | None) -> str:
 
 
 def _figures(plan: Export) -> str:
-    """The figures of the student's own card; they were measured before the export."""
+    """The figures in the student's own card, which were measured before the export."""
     folder = plan.student.folder
     path = folder / "README.md" if folder else None
     text = path.read_text(encoding="utf-8") if path and path.is_file() else ""

@@ -1,6 +1,6 @@
-"""A student as a diffusers pipeline with code of its own in the folder: for networks and schedules that diffusers has no pipeline for.
+"""Exports a student as a diffusers pipeline with custom code, for networks and schedules without a stock pipeline.
 
-The folder holds two generated files, pipeline.py and the network's; both stand alone beside torch and diffusers.
+The folder contains two generated Python files, pipeline.py and the network's, which need only torch and diffusers.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ from flowmap.export.plan import Export, Written
 from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
+from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.stacked import Stacked, net_within, stack_of
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.folder import config_json
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
 
-TOLD = {
+ARGUMENTS = {
     "UNet2DConditionModel": ("prompt_embeds",),
     "PixArtTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "SanaTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "QwenImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "SD3Transformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
     "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
-}  # the arguments of a call, for the card
+}
+"""Arguments of a pipeline call by network, for the card."""
 
 
 def write_custom(plan: Export, folder: Path) -> Written:
-    """Fills the folder with pipeline, network, scheduler, autoencoder and text encoders, and gives the Python lines that load and call it."""
+    """Write pipeline, network, scheduler, autoencoder and text encoders to the folder.
+
+    Returns the Python lines that load and call it.
+    """
     config = plan.student.config
     module = f"flow_map_{kind_of(config.net, TABLES) or type(config.net).__name__.lower()}"
     net, stacked = net_within(config.net), isinstance(config.net, Stacked)
@@ -49,9 +54,8 @@ def write_custom(plan: Export, folder: Path) -> Written:
     model.save_pretrained(folder / "flow_map", safe_serialization=True)
     write_text(folder / "flow_map" / f"{module}.py", network_source(type(net), stacked=stacked))
     write_text(folder / "pipeline.py", pipeline_source())
-    diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0).save_pretrained(
-        folder / "scheduler"
-    )
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=TIME_UNIT, shift=1.0)
+    scheduler.save_pretrained(folder / "scheduler")
     vae = exported_vae(plan)
     if vae is not None:
         vae.save_pretrained(folder / "vae", safe_serialization=True)
@@ -61,7 +65,10 @@ def write_custom(plan: Export, folder: Path) -> Written:
 
 
 def network_source(spec: type, *, stacked: bool = False) -> str:
-    """The network's file: the settings' class with all that it builds, two in series where it is stacked, and the diffusers model around it."""
+    """The network's Python file: the class of its settings, the modules that it builds, and the diffusers model.
+
+    stacked: the network is two of these in series.
+    """
     roots = [("flowmap.export.custom_model", "FlowMapModel"), (spec.__module__, spec.__name__)]
     roots += [(stack_of.__module__, stack_of.__name__)] if stacked else []
     header = _header(f"A flow map's network ({spec.__name__}{', two in series' if stacked else ''}).")
@@ -70,9 +77,9 @@ def network_source(spec: type, *, stacked: bool = False) -> str:
 
 
 def pipeline_source() -> str:
-    return amalgamate(
-        [("flowmap.export.custom_pipeline", "FlowMapPipeline")], header=_header("A few-step pipeline for flow maps.")
-    )
+    """The Python file of the pipeline."""
+    roots = [("flowmap.export.custom_pipeline", "FlowMapPipeline")]
+    return amalgamate(roots, header=_header("A few-step pipeline for flow maps."))
 
 
 def _header(what: str) -> str:
@@ -105,8 +112,8 @@ def _snippet(plan: Export, decodes: bool, encodes: bool) -> str:
     arguments = [f"class_labels={labels}" if config.num_classes and config.num_classes > 1 else "num_images=2"]
     if encodes:
         arguments = [f'prompt="{PROMPT}"']
-    elif (network := getattr(net_within(config.net), "network", "")) in TOLD:
-        arguments = [f"{name}={name}" for name in TOLD[network]]
+    elif isinstance(net := net_within(config.net), DiffusersModel) and net.network in ARGUMENTS:
+        arguments = [f"{name}={name}" for name in ARGUMENTS[net.network]]
     arguments.append(f"num_inference_steps={plan.steps}")
     if plan.guidance is not None:
         arguments.append(f"guidance_scale={plan.guidance:g}")

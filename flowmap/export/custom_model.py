@@ -1,4 +1,4 @@
-"""The network of an exported student as a diffusers model. Its source, with all that it needs of ours, becomes a file of the exported folder."""
+"""The network of an exported student as a diffusers model. The exported folder contains its source and dependencies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TEXT = ("text", "pooled", "size")
 
 
 class FlowMapModel(ModelMixin, ConfigMixin):
-    """The mean velocity F(x, t, s, cond) over [s, t], t = 0 data and t = 1 noise: x moves from t to s by (s - t) F.
+    """The mean velocity F(x, t, s, cond) over [s, t], with t = 0 data and t = 1 noise: (s - t) F maps x from t to s.
 
-    settings are those of the class `network`, which the exported file names at its end.
+    settings are those of the class `network`, which the exported file sets at its end.
     """
 
     network: ClassVar[Any] = None
@@ -38,11 +38,11 @@ class FlowMapModel(ModelMixin, ConfigMixin):
 
     @property
     def takes_guidance(self) -> bool:
-        """The guidance scale is an input, of our own branch or of the network as it was published."""
-        model = getattr(self.flow_map.net, "model", None)
-        return bool(self.config.guidance or (model is not None and model.config.get("guidance_embeds")))
+        """Whether the guidance scale is an input, of our branch or of the published network."""
+        model = dict(self.flow_map.net.named_children()).get("model")
+        return bool(self.config.guidance or (isinstance(model, ConfigMixin) and model.config.get("guidance_embeds")))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """x (B, ...), t and s (B,); cond as the pipeline makes it. Shaped and typed like x, whatever the weights' type; times stay float32."""
+        """F for x (B, ...), t and s (B,), with x's shape and dtype, whatever the weights' dtype; times stay float32."""
         cond = {key: value.to(self.dtype) if key in TEXT else value for key, value in (cond or {}).items()}
         return self.flow_map.mean_velocity(x.to(self.dtype), t, s, cond).to(x.dtype)

@@ -1,4 +1,4 @@
-"""A few-step pipeline for flow maps. Its source, with all that it needs of ours, becomes the file pipeline.py of the exported folder."""
+"""A few-step pipeline for flow maps. pipeline.py in the exported folder contains its source and dependencies."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "tex
 
 
 class FlowMapPipeline(DiffusionPipeline):
-    """Noise to images in a few jumps of a flow map.
+    """Sample images from noise in a few steps of a flow map.
 
-    sampler: the time grid's settings and gamma, the noise put back between steps; steps, guidance_scale: what a call without them uses.
-    text: how prompts are encoded: the diffusers pipeline whose encode_prompt the text encoders are for (none: one sentence encoder),
-    max_tokens, and for SDXL the size of pictures. id2label: the name of each class, by its number as text.
+    sampler: settings of the time grid, and gamma, the amount of noise added between steps. steps, guidance_scale: the
+    defaults of a call. text: how to encode prompts: the diffusers pipeline with the encode_prompt for the text encoders
+    (None: a sentence encoder), max_tokens, and the image size for SDXL. id2label: class names by number, as text.
     """
 
     _optional_components = ["vae", *TEXT_PARTS]
@@ -55,10 +55,8 @@ class FlowMapPipeline(DiffusionPipeline):
         self.register_modules(
             flow_map=flow_map, scheduler=scheduler, vae=vae, **dict(zip(TEXT_PARTS, encoders, strict=True))
         )
-        settings = dict(
-            sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp, id2label=id2label
-        )
-        self.register_to_config(text=text, **settings)
+        settings = dict(sampler=sampler or {}, steps=steps, guidance_scale=guidance_scale, clamp=clamp)
+        self.register_to_config(text=text, id2label=id2label, **settings)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -79,10 +77,11 @@ class FlowMapPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Images, one a row of the conditions (or num_images of them, classes in turn where no label is given; -1 is no class).
+        """Sample one image per row of the conditions, or num_images images.
 
-        latents: the noise that sampling starts from, (B, *shape). output_type: "pil", "np" or "pt" in [0, 1], or "latent", which is what
-        the network made. Raises ValueError for a condition that the student does not know.
+        Without class_labels, classes are used in turn; -1 is no class. latents: the initial noise, (B, *shape).
+        output_type: "pil", "np" or "pt" in [0, 1], or "latent" for the network's output. Raises a ValueError for an
+        unsupported condition.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: {output_type!r} is not one of pil, np, pt, latent")
@@ -116,24 +115,23 @@ class FlowMapPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def get_label_ids(self, label: Any) -> Any:
-        """The numbers of classes given by name, one name or a list with some; anything else as it is. ValueError for an unknown name."""
+        """Class numbers for a class name, or for a list with class names; anything else is returned unchanged.
+
+        Raises a ValueError for an unknown name.
+        """
         numbers = {name: int(i) for i, name in (self.config.id2label or {}).items()}
-        names = [
-            one
-            for one in ([label] if isinstance(label, str) else label if isinstance(label, list) else [])
-            if isinstance(one, str)
-        ]
+        given = [label] if isinstance(label, str) else label if isinstance(label, list) else []
+        names = [one for one in given if isinstance(one, str)]
         for name in names:
             if name not in numbers:
-                raise ValueError(
-                    f"class_labels: no class {name!r}; there are: {', '.join(numbers) or 'no names, give a number'}"
-                )
+                known = ", ".join(numbers) or "no names, give a number"
+                raise ValueError(f"class_labels: no class {name!r}; there are: {known}")
         if isinstance(label, str):
             return numbers[label]
         return [numbers.get(one, one) for one in label] if names else label
 
     def _encode(self, prompts: list[str], num: int, device) -> dict[str, Tensor]:
-        """The conditions of prompts, each distinct one encoded once."""
+        """The conditions of prompts; each distinct prompt is encoded once."""
         settings = self.config.text
         if settings is None:
             raise ValueError(
@@ -151,11 +149,9 @@ class FlowMapPipeline(DiffusionPipeline):
         return {key: value.to(device)[places] for key, value in rows.items()}
 
     def _stock_encoder(self, stock: type, settings: dict) -> DiffusionPipeline:
-        """A pipeline of that class around the text encoders, without a network."""
-        wanted = inspect.signature(stock.__init__).parameters  # type: ignore[misc]  # it is only read
-        required = [
-            name for name, parameter in wanted.items() if name != "self" and parameter.default is parameter.empty
-        ]
+        """A pipeline of the class `stock` with the text encoders, without a network."""
+        wanted = inspect.signature(stock.__init__).parameters  # type: ignore[misc]  # only for its signature
+        required = (name for name, one in wanted.items() if name != "self" and one.default is one.empty)
         parts: dict[str, Any] = dict.fromkeys(required)
         parts |= {name: getattr(self, name) for name in (*TEXT_PARTS, "scheduler") if name in wanted}
         if "requires_safety_checker" in wanted:
@@ -187,12 +183,9 @@ class FlowMapPipeline(DiffusionPipeline):
         return {} if scale is None else {"guidance": torch.full((num,), float(scale), device=device)}
 
     def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, noise) -> Tensor:
-        """x0 after `steps` calls of the network: jumps, and for gamma > 0 each a little too far, with fresh noise put back (CTM)."""
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in self.config.sampler.items()
-            if key != "gamma"
-        }
+        """x0 after `steps` network calls. With gamma > 0 each step goes further than s, then adds new noise (CTM)."""
+        settings: dict[str, Any] = {key: value for key, value in self.config.sampler.items() if key != "gamma"}
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         grid = FewStep(**settings)
         times, x = grid.times(steps), grid.start(x1)
         gamma = self.config.sampler.get("gamma", 0.0) if gamma is None else gamma
@@ -205,11 +198,9 @@ class FlowMapPipeline(DiffusionPipeline):
             mean_velocity = self.flow_map(x, ones * t, ones * target, cond)
             x = ratio * self.scheduler.step(mean_velocity, TIME_UNIT * t, x, r_timestep=TIME_UNIT * target).prev_sample
             if s > 0 and gamma > 0:
-                x = x + gamma * s * (
-                    randn_tensor(x.shape, noise, x.device, x.dtype)
-                    if isinstance(noise, list)
-                    else normal_like(x, noise)
-                )
+                listed = isinstance(noise, list)
+                fresh = randn_tensor(x.shape, noise, x.device, x.dtype) if listed else normal_like(x, noise)
+                x = x + gamma * s * fresh
         return x
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
@@ -217,16 +208,15 @@ class FlowMapPipeline(DiffusionPipeline):
             x = self._decode(x / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0))
         if x.ndim == 4 and (self.config.clamp or self.vae is not None):
             if output_type == "pil" and x.shape[1] not in (1, 3):
-                raise ValueError(
-                    f"output_type: samples of {x.shape[1]} channels are no pictures; take pt, np or latent"
-                )
+                what = f"samples of {x.shape[1]} channels are no pictures"
+                raise ValueError(f"output_type: {what}; take pt, np or latent")
             return self.image_processor.postprocess(x, output_type=output_type)
         if output_type == "pil":
             raise ValueError("output_type: this student's samples are no pictures; take pt, np or latent")
         return x if output_type == "pt" else x.cpu().numpy()
 
     def _decode(self, z: Tensor) -> Tensor:
-        """float32 pictures in the autoencoder's own type; in float32 where it is in float16 and its settings say that it overflows there."""
+        """Decode to float32 images in the autoencoder's dtype, or in float32 if it is float16 and has force_upcast."""
         kind = self.vae.dtype
         upcast = kind == torch.float16 and self.vae.config.get("force_upcast", False)
         if upcast:
@@ -239,7 +229,7 @@ class FlowMapPipeline(DiffusionPipeline):
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device) -> Tensor:
-    """Where samples start: with one generator on the CPU sample i's does not depend on how many there are."""
+    """The initial noise. With one CPU generator, that of sample i does not depend on the number of samples."""
     if isinstance(generator, torch.Generator) and generator.device.type == "cpu":
         return normal_rows(shape, generator).to(device)
     return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""An exported folder is there whole or not at all: it is filled beside its place and renamed."""
+"""Atomic writing of a folder: fill a temporary folder, then rename it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from flowmap.base.files import check_writable, naming, read_json, write_json
 
-MARK = "flowmap_export.json"
-FILES = "files"  # in the note: the files that were written
+STAMP = "flowmap_export.json"
+FILES = "files"  # key of the note: the files that were written
 
 
 @contextmanager
 def whole_folder(
-    out: Path, note: Mapping[str, Any], *, overwrite: bool, mark: str = MARK, what: str = "export"
+    out: Path, note: Mapping[str, Any], *, overwrite: bool, stamp: str = STAMP, what: str = "export"
 ) -> Iterator[Path]:
-    """Gives a new folder to fill; at the end it stands at `out`, `note` and the names of its files in it under the name `mark`. On any failure
-    `out` is as it was.
+    """A context with a new folder to fill, which is renamed to `out` at the end. On any failure `out` is unchanged.
 
-    Raises ValueError where `out` is there already, unless it is empty, or an earlier one (`what`) with no files but its own and `overwrite` is set.
+    The file `stamp` in it contains `note` and the names of all files. Raises a ValueError if `out` exists, unless it is
+    empty, or `overwrite` is set and it contains nothing except an earlier `what`.
     """
-    check_free(out, overwrite, mark=mark, what=what)
+    check_free(out, overwrite, stamp=stamp, what=what)
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
@@ -32,7 +32,7 @@ def whole_folder(
         with naming(out):
             temporary.mkdir(parents=True)
             yield temporary
-            write_json(temporary / mark, {**note, FILES: _files(temporary)})
+            write_json(temporary / stamp, {**note, FILES: _files(temporary)})
             _flush(temporary)
         if out.exists():
             os.rename(out, old)
@@ -47,8 +47,8 @@ def whole_folder(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def check_free(out: Path, overwrite: bool, *, mark: str = MARK, what: str = "export") -> None:
-    """ValueError unless it may be written to `out`."""
+def check_free(out: Path, overwrite: bool, *, stamp: str = STAMP, what: str = "export") -> None:
+    """Raise a ValueError unless the folder `out` can be written or replaced."""
     check_writable(out.parent, "--out")
     if not os.path.lexists(out):
         return
@@ -56,28 +56,24 @@ def check_free(out: Path, overwrite: bool, *, mark: str = MARK, what: str = "exp
         raise ValueError(f"--out: {out} is there and is no folder")
     if not any(out.iterdir()):
         return
-    if not (out / mark).is_file():
+    if not (out / stamp).is_file():
         raise ValueError(f"--out: {out} holds something that is no {what} of flowmap's; choose another folder")
-    note = read_json(out / mark)
+    note = read_json(out / stamp)
     if not overwrite:
-        raise ValueError(
-            f"--out: {out} holds an earlier {what} of {note.get('recipe', 'a student')!r}; --overwrite replaces it"
-        )
+        earlier = f"an earlier {what} of {note.get('recipe', 'a student')!r}"
+        raise ValueError(f"--out: {out} holds {earlier}; --overwrite replaces it")
     if not isinstance(note.get(FILES), list):
-        raise ValueError(
-            f"--out: {out} holds an {what} of version 0.1, which did not note its files; remove it or choose another folder"
-        )
-    if others := [name for name in _files(out) if name not in (*note[FILES], mark)]:
-        raise ValueError(
-            f"--out: {out} holds {others[0]}, which no {what} wrote and --overwrite would remove; choose another folder"
-        )
+        old = f"an {what} of version 0.1, which did not note its files"
+        raise ValueError(f"--out: {out} holds {old}; remove it or choose another folder")
+    if others := [name for name in _files(out) if name not in (*note[FILES], stamp)]:
+        other = f"{others[0]}, which no {what} wrote and --overwrite would remove"
+        raise ValueError(f"--out: {out} holds {other}; choose another folder")
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of all files and links below the folder."""
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    )
+    """The relative paths of all files and links in the folder."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _flush(folder: Path) -> None:

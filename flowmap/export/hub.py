@@ -1,4 +1,4 @@
-"""An exported folder to the hub: the one place that speaks to it, and only when asked."""
+"""Uploads an exported folder to the Hugging Face hub, only on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ def check_repository(name: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads the folder to that repository, which is made if it is not there, and gives its address. RuntimeError says why it did not."""
+    """Upload the folder to the repository, which is created if it does not exist, and return its address.
+
+    Raises a RuntimeError with the reason if that fails.
+    """
     from huggingface_hub import create_repo, upload_folder
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -21,6 +24,5 @@ def push(folder: Path, repository: str) -> str:
         create_repo(repository, exist_ok=True)
         return str(upload_folder(folder_path=folder, repo_id=repository, commit_message="flowmap export"))
     except (HfHubHTTPError, OSError) as error:
-        raise RuntimeError(
-            f"--push: {repository} was not written ({str(error).strip().splitlines()[0]}); the export is in {folder}"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"--push: {repository} was not written ({reason}); the export is in {folder}") from error

@@ -1,7 +1,8 @@
-"""A LoRA student as a diffusers LoRA: pipe.load_lora_weights(folder) on the stock base pipeline, and nothing of ours.
+"""Exports a LoRA student as a diffusers LoRA, for pipe.load_lora_weights(folder) on the stock base pipeline.
 
-What the student adds to the time embedding is a constant on an even grid and at a fixed scale (see stock.py). It rides along as the bias of
-the adapter on that embedding's last layer, which peft calls lora_bias; as that holds for a whole adapter, every other layer's bias is zero.
+On an even grid and at a fixed scale the student adds a constant to the time embedding (see stock.py). It is stored as
+the bias of the adapter on that embedding's last layer (peft's lora_bias). An adapter has biases on all layers or
+none, so the biases of the other layers are zero.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def write_lora(plan: Export, folder: Path) -> Written:
-    """Fills the folder with the adapters' weights, and gives the lines that load and call them. ValueError where a stock pipeline would differ."""
+    """Write the adapters' weights to the folder, and return the lines that load and call them.
+
+    Raises a ValueError if the stock pipeline would give other samples than the student.
+    """
     config = plan.student.config
     if config.lora is None:
         raise ValueError("--to lora: this student is no LoRA student; take --to diffusers")
@@ -40,8 +44,8 @@ def write_lora(plan: Export, folder: Path) -> Written:
     assert isinstance(net, DiffusersModel)
     if not has_stock(plan):
         raise ValueError(
-            f"--to lora: no stock pipeline samples {net.network} on the schedule of {net.scheduler} as this student does; take "
-            "--to diffusers --custom, which merges its adapters"
+            f"--to lora: no stock pipeline samples {net.network} on the schedule of {net.scheduler} "
+            "as this student does; take --to diffusers --custom, which merges its adapters"
         )
     check_grid(plan)
     _check_autoencoder(plan)
@@ -52,7 +56,10 @@ def write_lora(plan: Export, folder: Path) -> Written:
 
 @torch.no_grad()
 def adapter_weights(plan: Export) -> dict[str, Tensor]:
-    """A, B and the bias of B by layer, in diffusers' names; alpha / rank is in B, so that the scale of all is 1, which is what no alpha means."""
+    """A, B and the bias of B by layer, with diffusers' names.
+
+    B is multiplied by alpha / rank, so that the scale is 1, as diffusers assumes without alpha.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     lora = plan.student.config.lora
@@ -67,15 +74,14 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
         elif name in embeddings:
             out[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
             out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
-    biases = {
-        key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in out.items() if ".lora_B." in key
-    }
+    second = {key: value for key, value in out.items() if ".lora_B." in key}
+    biases = {key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in second.items()}
     biases |= {f"{name}.lora_B.bias": extra for name in embeddings}
     return out | (biases if embeddings else {})
 
 
 def _check_autoencoder(plan: Export) -> None:
-    """ValueError unless the base pipeline's own autoencoder decodes as the student's."""
+    """Raise a ValueError unless the base pipeline's autoencoder decodes as the student's."""
     config = plan.student.config
     if config.autoencoder is None:
         return
@@ -84,40 +90,33 @@ def _check_autoencoder(plan: Export) -> None:
     ours = plan.autoencoder()
     assert ours is not None
     if plan.unit or ours.identity() != theirs.identity():
-        raise ValueError(
-            "--to lora: the base pipeline decodes latents otherwise than this student; take --to diffusers, which merges its adapters"
-        )
+        what = "the base pipeline decodes latents otherwise than this student"
+        raise ValueError(f"--to lora: {what}; take --to diffusers, which merges its adapters")
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
     net, base = network_of(plan), plan.student.config.frozen_base()
     family = FAMILIES[type(net.model).__name__]
     here = Path(base.source).is_dir()
-    source = (
-        '"path/to/the/base/pipeline"'
-        if here
-        else f'"{base.source}"' + (f', revision="{base.revision}"' if base.revision else "")
-    )
-    size = [
-        f"{key}={side} * pipe.vae_scale_factor"
-        for key, side in zip(("height", "width"), plan.student.config.shape[1:], strict=True)
-    ]
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    source = '"path/to/the/base/pipeline"' if here else f'"{base.source}"{revision}'
+    height, width = plan.student.config.shape[1:]
+    size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})", 'pipe.load_lora_weights("path/to/this/folder")']
     lines += [f"pipe.scheduler = {family.scheduler}(num_train_timesteps={round(unit_of(net))}, shift=1.0)"]
-    return "\n".join(
-        [*lines, *call_lines(plan, family, size, text, decodes=plan.student.config.autoencoder is not None)]
-    )
+    decodes = plan.student.config.autoencoder is not None
+    return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=decodes)])
 
 
 def _notes(plan: Export) -> tuple[str, ...]:
     model = network_of(plan).model
     note = (
-        f"The adapter and what it says of the steps are one file: take num_inference_steps={plan.steps} and no other, a scale of the adapter of 1 "
-        "and no other, and this scheduler. peft is needed beside diffusers."
+        f"The adapter depends on the number of steps: take num_inference_steps={plan.steps} and no other, "
+        "a scale of the adapter of 1 and no other, and this scheduler. peft is needed besides diffusers."
     )
     if any(_lacks_bias(layer) for layer in model.modules()):
-        note += " Some layers of this network have no bias: peft says so when the adapter is loaded, and it cannot be fused."
+        note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
     return (note,)
 
 

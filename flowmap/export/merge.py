@@ -1,8 +1,8 @@
-"""`flowmap merge`: what others trained on the same base is added onto a student's weights, without training. W += alpha (W_custom - W_base),
-and W += scale (alpha / rank) B A of a LoRA.
+"""`flowmap merge`: add a finetune or a LoRA of the same base to a student's weights, without training.
 
-Source: InstaFlow (Liu et al. 2023, arXiv:2309.06380), which carries community finetunes of Stable Diffusion to its one-step student so.
-It is exact algebra on the weights and a bet on the result: nothing here is measured.
+W += alpha (W_custom - W_base), and W += scale (alpha / rank) B A for a LoRA. Source: InstaFlow (Liu et al. 2023,
+arXiv:2309.06380), which transfers community finetunes of Stable Diffusion to its one-step student in this way. The
+quality of the result is not measured.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from flowmap.base.files import read_json, read_tensors
 from flowmap.export.folder import whole_folder
 from flowmap.nets.flow_map import SILENT
 from flowmap.student.config import StudentConfig
-from flowmap.student.folder import copy_beside, load_student, save_student
+from flowmap.student.folder import copy_models, load_student, save_student
 from flowmap.student.lora_file import read_lora
 from flowmap.student.student import Student
 
 PARTS = ("unet", "transformer")
-WITHIN = re.compile(
-    r"^net\.(?:(?:first|second)\.)?(?:model\.)?"
-)  # a student's name of a weight, before the network's own
-MARK = "flowmap_merge.json"
+# the prefix of a student's weights before the network's own name
+WITHIN = re.compile(r"^net\.(?:(?:first|second)\.)?(?:model\.)?")
+STAMP = "flowmap_merge.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What of a delta or LoRA found its place: names of the student's tensors that changed, and of all that does not fit, by reason."""
+    """The student's tensors that a delta or LoRA changed, and the names that do not match, by reason."""
 
     what: str
     changed: tuple[str, ...]
@@ -40,7 +39,7 @@ class Report:
     untouched: tuple[str, ...]
 
     @property
-    def misfits(self) -> tuple[str, ...]:
+    def mismatches(self) -> tuple[str, ...]:
         return (*self.unmatched, *self.shapes)
 
     def lines(self) -> list[str]:
@@ -57,7 +56,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Merged:
-    """A student's configuration and weights after merging, and what was done to them."""
+    """A student's configuration and weights after merging, and reports of the changes."""
 
     config: StudentConfig
     weights: dict[str, Tensor]
@@ -77,11 +76,12 @@ def merge(
     scale: float = 1.0,
     strict: bool = False,
 ) -> Merged:
-    """The student's weights plus alpha (delta - base), plus scale times the LoRA's product. A LoRA student is merged into its base first.
+    """Add alpha (delta - base), and scale times the LoRA's product, to the student's weights.
 
-    delta and base: a diffusers pipeline's or network's folder, a student's folder, or a safetensors file; lora: a safetensors file. A stack
-    takes a change twice. ValueError where nothing fits or changes, and with `strict` where anything does not fit: of a delta also a weight of
-    the student that it leaves as it was (branches for arrival and guidance apart, which no base has).
+    A LoRA student is merged into its base first. delta and base: a folder of a diffusers pipeline or network, a
+    student's folder, or a safetensors file. lora: a safetensors file. For a stack, changes apply to both networks.
+    Raises a ValueError if nothing matches or changes. With `strict` it also raises for any mismatch, and for weights
+    of the student that a delta does not change (except arrival and guidance branches, which no base has).
     """
     if delta is None and lora is None:
         raise ValueError("--delta: give --delta with --base, or --lora, or both")
@@ -97,32 +97,28 @@ def merge(
         changes = {name: scale * value for name, value in read_lora(Path(lora), _names(weights)).items()}
         reports.append(_add(weights, changes, f"{lora}, times {scale:g}", all_of_it=False))
     for report in reports if strict else ():
-        odd = (*report.misfits, *report.untouched)
-        if odd:
-            raise ValueError(
-                f"--strict: {report.what}: {len(odd)} weights do not fit: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
-            )
+        found = (*report.mismatches, *report.untouched)
+        if found:
+            names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise ValueError(f"--strict: {report.what}: {len(found)} weights do not fit: {names}")
     return Merged(student.config, weights, tuple(reports))
 
 
 def write_merged(merged: Merged, student: Student, out: str | Path, *, overwrite: bool = False) -> Path:
-    """The student folder `out`, written whole or not at all, with a card that says what was merged."""
+    """Write the student folder `out`, completely or not at all, with a card that lists the changes, and return it."""
     recipe = student.folder / "recipe.yaml" if student.folder is not None else None
     text = recipe.read_text(encoding="utf-8") if recipe is not None and recipe.is_file() else ""
-    note = {
-        "recipe": merged.config.recipe,
-        "merged": [report.what for report in merged.reports],
-        "report": merged.lines(),
-    }
-    with whole_folder(Path(out), note, overwrite=overwrite, mark=MARK, what="merge") as folder:
+    what = [report.what for report in merged.reports]
+    note = {"recipe": merged.config.recipe, "merged": what, "report": merged.lines()}
+    with whole_folder(Path(out), note, overwrite=overwrite, stamp=STAMP, what="merge") as folder:
         if student.folder is not None:
-            copy_beside(student.folder, folder)
+            copy_models(student.folder, folder)
         save_student(folder, merged.config, merged.weights, recipe=text, card=_card(merged))
     return Path(out)
 
 
 def _names(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The student's tensors by the network's own name of each: one, or two in a stack."""
+    """The student's tensor names by the network's own name: one each, or two in a stack."""
     found: dict[str, list[str]] = {}
     for key in weights:
         found.setdefault(WITHIN.sub("", key), []).append(key)
@@ -130,16 +126,14 @@ def _names(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def _difference(delta: str | Path, base: str | Path, alpha: float) -> tuple[dict[str, Tensor], list[str]]:
-    """alpha (delta - base) by name, and the names that only one of them has, or that differ in shape between them."""
+    """alpha (delta - base) by name, and the names that only one of them has, or that have different shapes."""
     one, other = (network_tensors(where, key) for where, key in ((delta, "--delta"), (base, "--base")))
-    both = [
-        name for name in one if name in other and one[name].shape == other[name].shape and one[name].is_floating_point()
-    ]
+    shared = [name for name in one if name in other and one[name].shape == other[name].shape]
+    both = [name for name in shared if one[name].is_floating_point()]
     changes = {name: alpha * (one[name].float() - other[name].float()) for name in both}
     if both and not any(bool(change.any()) for change in changes.values()):
-        raise ValueError(
-            f"--delta: {delta} and {base} hold the same weights{'' if alpha else ', or --alpha is 0'}: nothing would change"
-        )
+        what = "hold the same weights" + ("" if alpha else ", or --alpha is 0")
+        raise ValueError(f"--delta: {delta} and {base} {what}: nothing would change")
     constants = {name for name in one if not one[name].is_floating_point()}
     return changes, [name for name in dict.fromkeys([*one, *other]) if name not in changes and name not in constants]
 
@@ -152,7 +146,10 @@ def _add(
     alone: list[str] | None = None,
     all_of_it: bool = True,
 ) -> Report:
-    """Adds what fits to the weights, in float32. alone: names that no change was found for; all_of_it: a change is meant for every weight."""
+    """Add the changes that match to the weights, in float32.
+
+    alone: names without a change. all_of_it: whether a change is expected for every weight.
+    """
     places = _names(weights)
     changed, shapes = [], []
     for name, change in changes.items():
@@ -164,9 +161,8 @@ def _add(
                 shapes.append(f"{key} ({tuple(change.shape)} there, {tuple(weights[key].shape)} here)")
     if not changed:
         theirs, ours = next(iter([*changes, *(alone or ())]), "none"), next(iter(places), "none")
-        raise ValueError(
-            f"{what}: none of its {len(changes)} weights fits the student: the first is {theirs!r}, the student's first {ours!r}"
-        )
+        firsts = f"the first is {theirs!r}, the student's first {ours!r}"
+        raise ValueError(f"{what}: none of its {len(changes)} weights fits the student: {firsts}")
     unmatched = [name for name in [*changes, *(alone or ())] if name not in places]
     here = [key for name, keys in places.items() for key in keys if not any(part in name for part in SILENT)]
     there = {*changed, *(shape.split(" ")[0] for shape in shapes)}
@@ -175,15 +171,17 @@ def _add(
 
 
 def network_tensors(where: str | Path, key: str) -> dict[str, Tensor]:
-    """The weights of one network by its own names: of a diffusers folder, a student's, or a safetensors file. ValueError names `key`."""
+    """The weights of a diffusers folder, a student's folder or a safetensors file, by the network's own names.
+
+    ValueErrors name `key`.
+    """
     path = Path(where)
     if path.is_file():
         return {WITHIN.sub("", name): tensor for name, tensor in read_tensors(path).items()}
     if not path.is_dir():
         raise ValueError(f"{key}: {str(where)!r} is no folder and no safetensors file")
-    if (path / "student").is_dir() or (
-        (path / "config.json").is_file() and "format" in read_json(path / "config.json")
-    ):
+    config = path / "config.json"
+    if (path / "student").is_dir() or (config.is_file() and "format" in read_json(config)):
         state = load_student(path).merged().flow_map.state_dict()
         return {WITHIN.sub("", name): tensor for name, tensor in state.items()}
     folder = next((path / part for part in PARTS if (path / part).is_dir()), path)
@@ -191,7 +189,7 @@ def network_tensors(where: str | Path, key: str) -> dict[str, Tensor]:
 
 
 def _files(folder: Path, key: str) -> list[Path]:
-    """The safetensors files of a diffusers network, whole or in shards; those of a variant (.fp16) only where there are no others."""
+    """The safetensors files of a diffusers network; those of a variant (.fp16) only if there are no others."""
     found = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     plain = [path for path in found if path.name.count(".") == 1]
     if not found:
@@ -202,29 +200,12 @@ def _files(folder: Path, key: str) -> list[Path]:
 
 
 def _card(merged: Merged) -> str:
-    lines = [
-        f"# {merged.config.recipe}, merged",
-        "",
-        "The weights of a flowmap student, with these changes added onto them, not trained:",
-        "",
-    ]
+    head = "The weights of a flowmap student, with these changes added onto them, not trained:"
+    load = ["import flowmap", 'student = flowmap.load_student("path/to/this/folder")']
+    lines = [f"# {merged.config.recipe}, merged", "", head, "", "```", *merged.lines(), "```", ""]
+    lines += ["```python", *load, "```", ""]
     lines += [
-        "```",
-        *merged.lines(),
-        "```",
-        "",
-        "```python",
-        "import flowmap",
-        'student = flowmap.load_student("path/to/this/folder")',
-        "```",
-        "",
+        "`recipe.yaml` is the recipe of the student before. "
+        "Not measured: figures of that student are not figures of this one."
     ]
-    return (
-        "\n".join(
-            [
-                *lines,
-                "`recipe.yaml` is the recipe of the student before. Not measured: figures of that student are not figures of this one.",
-            ]
-        )
-        + "\n"
-    )
+    return "\n".join(lines) + "\n"

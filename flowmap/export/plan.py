@@ -1,4 +1,4 @@
-"""What is exported: a student with the number of steps and the guidance scale that the folder stands for, checked."""
+"""The plan of an export: a student with a checked number of steps and guidance scale."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.conditions import no_scale
 from flowmap.student.student import Student
+from flowmap.teachers.autoencoder import Autoencoder
 
 
 @dataclass(frozen=True)
 class Export:
-    """A student, its default steps and guidance scale (None where the scale is no input); text: its text encoders go along."""
+    """A student with its default steps and guidance scale (None if the scale is not an input).
+
+    text: include the text encoders.
+    """
 
     student: Student
     steps: int
@@ -41,11 +45,12 @@ class Export:
 
     @property
     def unit(self) -> bool:
-        """The autoencoder's pictures are on [0, 1], not on [-1, 1]."""
-        return bool(getattr(self.student.config.autoencoder, "unit", False))
+        """Whether the autoencoder works on images in [0, 1] instead of [-1, 1]."""
+        spec = self.student.config.autoencoder
+        return isinstance(spec, Autoencoder) and spec.unit
 
     def note(self, to: str) -> dict[str, Any]:
-        """What the folder's own file says of it."""
+        """The content of the folder's stamp."""
         from flowmap import __version__
 
         config = self.student.config
@@ -55,7 +60,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer did: the Python lines that load and call the folder, and what a reader of its card must know besides."""
+    """The result of a writer: the Python lines that load and call the folder, and notes for its card."""
 
     snippet: str
     notes: tuple[str, ...] = ()
@@ -64,14 +69,12 @@ class Written:
 def make_plan(
     student: Student, steps: int | None, guidance: float | None, *, merge: bool = True, text: bool = True
 ) -> Export:
-    """The student with its defaults filled in: the largest of its sampler's steps, its default guidance scale. ValueError names what is wrong.
+    """The plan, with defaults for steps (the sampler's largest) and guidance. ValueErrors name the setting.
 
-    merge: a LoRA student's adapters are added into its weights.
+    merge: merge a LoRA student's adapters into its weights.
     """
     if student.config.prior is not None:
-        raise ValueError(
-            "student: starts at a learned prior, which no format of others has; what can be exported starts at N(0, I)"
-        )
+        raise ValueError("student: starts at a learned prior; only students that start at N(0, I) can be exported")
     student = student.merged() if merge else student
     sampler = student.config.sampler
     if not isinstance(sampler, (Deterministic, Gamma)) or type(sampler) not in (Deterministic, Gamma):

@@ -1,4 +1,4 @@
-"""A student's whole sampler as one torch program (.pt2): noise and conditions in, samples out, no Python of ours."""
+"""Exports a student's sampler as one torch program (.pt2) from noise and conditions to samples, without our code."""
 
 from __future__ import annotations
 
@@ -21,26 +21,22 @@ from flowmap.nets.stacked import net_within
 from flowmap.student.examples import tokens_of
 
 PROGRAM = "program.pt2"
-FEW = 63  # rows from which diffusers' up-sampling goes another way
-TOKENS = ("text", "text_mask")  # the conditions whose second dimension is the tokens of a prompt
+FEW = 63  # the largest batch for which diffusers' upsampling takes the same code path
+TOKENS = ("text", "text_mask")  # conditions with the tokens of a prompt in their second dimension
 MASKED = ("SanaTransformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel")
-EXAMPLE = 3  # rows of the example that the program is traced with: no other size of a sample
+EXAMPLE = 3  # batch size for tracing, different from all other dimensions of a sample
 
 
 class SamplerProgram(nn.Module):
-    """noise (B, *shape), cond -> samples, as Student.sample makes them from that noise: the steps unrolled, decoded and clamped."""
+    """A module from noise (B, *shape) and cond to samples, as in Student.sample, with unrolled steps."""
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, plan: Export):
         super().__init__()
-        self.flow_map, self.sampler, self.steps, self.clamp = (
-            plan.student.flow_map,
-            plan.sampler,
-            plan.steps,
-            plan.student.config.clamp,
-        )
+        self.flow_map, self.sampler, self.steps = plan.student.flow_map, plan.sampler, plan.steps
+        self.clamp = plan.student.config.clamp
         frozen = plan.autoencoder()
         self.autoencoder, self.unit = None if frozen is None else frozen.model, plan.unit
         shift, scale = ((0.0,), (1.0,)) if frozen is None else (frozen.shift, frozen.scale)
@@ -56,24 +52,25 @@ class SamplerProgram(nn.Module):
 
 
 def write_program(plan: Export, folder: Path) -> Written:
-    """Writes program.pt2, for any batch size where torch can show that it does not matter, and gives the Python lines that call it."""
+    """Write program.pt2, for any batch size if torch can trace it so, and return the Python lines that call it."""
     if plan.gamma > 0 and plan.steps > 1:
-        raise ValueError(
-            f"--steps: gamma = {plan.gamma:g} draws noise between steps, which a program cannot; take --steps 1"
-        )
+        what = f"gamma = {plan.gamma:g} draws noise between steps, which a program cannot"
+        raise ValueError(f"--steps: {what}; take --steps 1")
     plan.student.to("cpu")
     cond, note = example_conditions(plan)
     program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()  # written in full by Python: where torch's own writer meets a full disk, it ends the process
+    buffer = io.BytesIO()  # Python writes the file: torch's writer aborts the process if the disk is full
     torch.export.save(program, buffer)
     write_beside(folder / PROGRAM, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     return Written(_snippet(plan, cond, program), (note,) if note else ())
 
 
 def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export.ExportedProgram:
-    """The traced program, its batch and the number of tokens of a text free, or where the network looks at them, as free as torch finds.
-    ValueError where it cannot be traced."""
+    """The traced program, with batch size and number of tokens as dynamic as tracing allows.
+
+    Raises a ValueError if the network cannot be traced.
+    """
     dim = torch.export.Dim
     some, few, words = dim("batch", min=1), dim("batch", min=1, max=FEW), dim("tokens", min=1)
     found: Exception | None = None
@@ -89,7 +86,7 @@ def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without torch's pages on what it guards: the error's first line is enough."""
+    """A context without torch's long log messages about guards."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before, log.disabled = log.disabled, True
     try:
@@ -99,7 +96,7 @@ def _silent() -> Iterator[None]:
 
 
 def sizes_of(program: torch.export.ExportedProgram, name: str, dim: int) -> str:
-    """The sizes of a dimension that the program takes, in words. name: "noise", or "cond_" and the name of a condition."""
+    """A description of the allowed sizes of a dimension of "noise", or "cond_" with the name of a condition."""
     size = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[dim]
     if isinstance(size, int) or size.node.expr.is_number:
         return f"exactly {int(size)}"
@@ -109,16 +106,20 @@ def sizes_of(program: torch.export.ExportedProgram, name: str, dim: int) -> str:
 
 
 def example_conditions(plan: Export) -> tuple[dict[str, Tensor], str]:
-    """Conditions of EXAMPLE rows, by key, as the network is called with, and a note for the card.
+    """Conditions with EXAMPLE rows, and a note for the card.
 
-    Those that the student's own text encoder makes of a prompt; where it has none, or none is at hand, zeros for the network's settings.
+    The student's text encoder encodes a prompt; without one, conditions are zeros in the shapes of the network's
+    settings.
     """
     config, note = plan.student.config, ""
     if config.text is not None and plan.text:
         try:
             return plan.student.conditions(EXAMPLE, {"prompt": PROMPT}, plan.guidance), note
         except ValueError as error:
-            note = f"Its text encoder could not be loaded when it was exported ({error}): the conditions above are those that its network names."
+            note = (
+                f"Its text encoder could not be loaded when it was exported ({error}): "
+                "the conditions above are those that its network names."
+            )
     cond = {"class": torch.arange(EXAMPLE) % config.num_classes} if config.num_classes else {}
     if plan.guidance is not None:
         cond["guidance"] = torch.full((EXAMPLE,), plan.guidance)
@@ -137,13 +138,12 @@ def _snippet(plan: Export, cond: Cond, program: torch.export.ExportedProgram) ->
     rows = [f'"{key}": {known.get(key, text)}' for key, text in made.items()]
     shape = ", ".join(str(n) for n in (num, *plan.student.config.shape))
     lines = ["import torch", "", 'program = torch.export.load("path/to/this/folder/program.pt2").module()']
-    sizes = f"batch size: {sizes_of(program, 'noise', 0)}" + (
-        f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else ""
-    )
+    sizes = f"batch size: {sizes_of(program, 'noise', 0)}"
+    sizes += f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else ""
     return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # {sizes}"])
 
 
 def _filled(value: Tensor) -> str:
-    """The Python of a tensor of that shape and type, for the card: all ones for a mask."""
+    """Python code for a tensor of that shape and dtype, for the card: ones for a mask, otherwise zeros."""
     shape = tuple(value.shape)
     return f"torch.ones({shape}, dtype=torch.bool)" if value.dtype == torch.bool else f"torch.zeros{shape}"

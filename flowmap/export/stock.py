@@ -1,8 +1,8 @@
-"""A student as a stock diffusers pipeline, with no code of ours in it.
+"""Exports a student as a stock diffusers pipeline, without custom code.
 
-A diffusers flow network that became a student differs from its stock class by one vector, arrival(t - s) + guidance((w - 1) / 4), that is
-added to what its time embeddings give. On an even grid, t - s = 1/K, and at a fixed scale w that vector is a constant: it folds into the
-bias of the embeddings' last layer.
+A student with a diffusers flow network differs from the stock network by one vector, arrival(t - s) +
+guidance((w - 1) / 4), which is added to the time embeddings. On an even grid, t - s = 1/K, and at a fixed scale w, that
+vector is constant: it is folded into the bias of the embeddings' last layer.
 """
 
 from __future__ import annotations
@@ -28,63 +28,78 @@ from flowmap.nets.embed import branches
 
 @dataclass(frozen=True)
 class Family:
-    """A network's stock pipeline: the scheduler that walks the even grid in it, the parts that stay empty, and how it is called."""
+    """A network's stock pipeline: the scheduler for the even grid, its empty parts, and the arguments of a call."""
 
     pipeline: str
     scheduler: str
     empty: tuple[str, ...]
     conditions: tuple[str, ...]
     call: tuple[str, ...] = ("guidance_scale=1.0",)
-    prompting: tuple[str, ...] = ()  # what a call with prompts is told besides, so that they are encoded as in training
-    shifts: bool = True  # its decoding reads the autoencoder's shift_factor
+    prompting: tuple[str, ...] = ()  # extra arguments with prompts, so that they are encoded as in training
+    shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
 
     def build_scheduler(self, unit: float) -> diffusers.SchedulerMixin:
         return getattr(diffusers, self.scheduler)(num_train_timesteps=round(unit), shift=1.0)
 
 
-# FlowMapEulerDiscreteScheduler makes the even grid itself; FLUX and QwenImage hand over even sigmas, and a `mu` that it does not take.
+# FlowMapEulerDiscreteScheduler makes the even grid itself; the pipelines of FLUX and QwenImage pass even sigmas, and a
+# `mu` that it does not accept.
 FAMILIES = {
     "SD3Transformer2DModel": Family(
-        "StableDiffusion3Pipeline", "FlowMapEulerDiscreteScheduler",
-        ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
-        ("prompt_embeds", "pooled_prompt_embeds"),
+        pipeline="StableDiffusion3Pipeline",
+        scheduler="FlowMapEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"),
+        conditions=("prompt_embeds", "pooled_prompt_embeds"),
     ),
     "SanaTransformer2DModel": Family(
-        "SanaPipeline", "FlowMapEulerDiscreteScheduler", ("text_encoder", "tokenizer"), ("prompt_embeds", "prompt_attention_mask"),
-        ("guidance_scale=1.0", "use_resolution_binning=False"), ("complex_human_instruction=None",), shifts=False,
+        pipeline="SanaPipeline",
+        scheduler="FlowMapEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds", "prompt_attention_mask"),
+        call=("guidance_scale=1.0", "use_resolution_binning=False"),
+        prompting=("complex_human_instruction=None",),
+        shifts=False,
     ),
     "FluxTransformer2DModel": Family(
-        "FluxPipeline", "FlowMatchEulerDiscreteScheduler", ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-        ("prompt_embeds", "pooled_prompt_embeds"),
+        pipeline="FluxPipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        conditions=("prompt_embeds", "pooled_prompt_embeds"),
     ),
     "QwenImageTransformer2DModel": Family(
-        "QwenImagePipeline", "FlowMatchEulerDiscreteScheduler", ("text_encoder", "tokenizer"), ("prompt_embeds", "prompt_embeds_mask"),
-        ("true_cfg_scale=1.0",),
+        pipeline="QwenImagePipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds", "prompt_embeds_mask"),
+        call=("true_cfg_scale=1.0",),
     ),
-}  # fmt: skip
+}
 
 
 def has_stock(plan: Export) -> bool:
-    """The student's network is of a family that diffusers samples from noise as we do."""
+    """Whether a stock diffusers pipeline can sample the student's network from noise as we do."""
     net = plan.student.flow_map.net
     return isinstance(net, DiffusersNet) and isinstance(net.clock, FlowClock) and type(net.model).__name__ in FAMILIES
 
 
 def network_of(plan: Export) -> DiffusersNet:
-    """The student's network, one of diffusers'."""
+    """The student's network, which must be a diffusers network."""
     net = plan.student.flow_map.net
     assert isinstance(net, DiffusersNet)
     return net
 
 
 def unit_of(net: DiffusersNet) -> float:
-    """What the network embeds at t = 1."""
-    assert isinstance(net.clock, FlowClock)  # has_stock has asked
+    """The time that the network embeds at t = 1."""
+    assert isinstance(net.clock, FlowClock)  # has_stock has checked
     return net.clock.unit
 
 
 def write_stock(plan: Export, folder: Path) -> Written:
-    """Fills the folder with the pipeline, and gives the Python lines that load and call it. ValueError where a stock pipeline would differ."""
+    """Write the pipeline to the folder, and return the Python lines that load and call it.
+
+    Raises a ValueError if the stock pipeline would give other samples than the student.
+    """
     check_grid(plan)
     net = network_of(plan)
     family = FAMILIES[type(net.model).__name__]
@@ -95,31 +110,30 @@ def write_stock(plan: Export, folder: Path) -> Written:
     for name in ("transformer", "scheduler", *(["vae"] if vae is not None else [])):
         parts[name].save_pretrained(folder / name)
     text = write_text_parts(plan, folder, for_pipeline=family.pipeline)
-    pipe.save_config(folder)  # model_index.json, of the parts that are none of its text encoders
+    pipe.save_config(folder)  # model_index.json, without text encoders
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     write_json(folder / "model_index.json", index | (text.index if text and text.pipeline else {}))
     return Written(_snippet(plan, family, pipe, text), _notes(plan, text))
 
 
 def check_grid(plan: Export) -> None:
-    """ValueError unless every step of the plan is 1/K long and puts no noise back: then the network is told one interval."""
+    """Raise a ValueError unless all steps have length 1/K and add no noise, so that the network has one interval."""
     even = [1 - i / plan.steps for i in range(plan.steps + 1)]
     times = plan.times
     if max(abs(t - e) for t, e in zip(times, even, strict=True)) > 1e-6:
         grid = ", ".join(f"{t:.4g}" for t in times)
         raise ValueError(
-            f"--steps: the grid of {plan.steps} steps is {grid}: a stock pipeline can walk it, but its network is told one interval; "
-            "take --custom, or a number of steps whose grid is even from 1 to 0"
+            f"--steps: the grid of {plan.steps} steps is {grid}: the network of a stock pipeline is for one interval; "
+            "take --custom, or a number of steps with an even grid from 1 to 0"
         )
     if plan.gamma > 0 and plan.steps > 1:
-        raise ValueError(
-            f"--steps: gamma = {plan.gamma:g} puts noise back between steps, which no stock scheduler does; take --custom or --steps 1"
-        )
+        what = f"gamma = {plan.gamma:g} puts noise back between steps, which no stock scheduler does"
+        raise ValueError(f"--steps: {what}; take --custom or --steps 1")
 
 
 @torch.no_grad()
 def folded(plan: Export) -> nn.Module:
-    """The stock network that says at each step of the plan what the student's says, on the CPU."""
+    """The stock network with the same output as the student's at each step of the plan, on the CPU."""
     net = network_of(plan)
     model = type(net.model).from_config(net.model.config)
     load_weights(model, net.model.state_dict())
@@ -131,7 +145,7 @@ def folded(plan: Export) -> nn.Module:
 
 
 def time_embeddings(model: nn.Module) -> list[tuple[str, Any]]:
-    """The model's time embeddings by name. ValueError where one does not end in a layer with a bias."""
+    """The model's time embeddings by name. ValueError if one does not end in a layer with a bias."""
     found = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
     if any(getattr(module, "post_act", None) is not None or module.linear_2.bias is None for _, module in found):
         raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a bias; take --custom")
@@ -139,17 +153,16 @@ def time_embeddings(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """ValueError where the weights are not those of the plain network: adapters (LoRA) that are not merged, say."""
+    """Load the weights. ValueError if they are not those of the plain network, as with adapters that are not merged."""
     try:
         model.load_state_dict({key: value.cpu() for key, value in weights.items()})
     except RuntimeError as error:
-        raise ValueError(
-            f"--student: its weights are not those of a plain {type(model).__name__}; merge its adapters first"
-        ) from error
+        what = f"its weights are not those of a plain {type(model).__name__}"
+        raise ValueError(f"--student: {what}; merge its adapters first") from error
 
 
 def constant_extra(plan: Export) -> Tensor | None:
-    """What the branches add to the time embeddings at every step of the plan, (width,); None without branches."""
+    """The vector (width,) that the branches add to the time embeddings at every step; None without branches."""
     net = network_of(plan)
     t = torch.ones(1, device=plan.student.device)
     cond = {} if plan.guidance is None else {"guidance": plan.guidance * t}
@@ -160,17 +173,17 @@ def constant_extra(plan: Export) -> Tensor | None:
 def _vae(plan: Export, family: Family) -> nn.Module | None:
     vae = exported_vae(plan, shifts=family.shifts)
     if vae is not None and family.pipeline == "QwenImagePipeline":
-        raise ValueError(
-            f"autoencoder: {family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not; take --custom"
-        )
+        what = f"{family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not"
+        raise ValueError(f"autoencoder: {what}; take --custom")
     return vae
 
 
 def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
-    notes = [f"Take num_inference_steps={plan.steps} and no other: the network is told steps of 1/{plan.steps}."]
+    notes = [f"Take num_inference_steps={plan.steps} and no other: the network is for steps of 1/{plan.steps}."]
     if text is None:
         notes[0] += (
-            " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and tokenizers to from_pretrained."
+            " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and "
+            "tokenizers to from_pretrained."
         )
     elif text.pipeline is None:
         notes[0] += " This pipeline cannot call the text encoder of the folder itself: the lines above do."
@@ -193,7 +206,7 @@ def _quoted(name: str) -> str:
 
 
 def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | None, *, decodes: bool) -> list[str]:
-    """The card's lines that call a stock pipeline: with a prompt where it has the text encoders, else with their embeddings."""
+    """The card's lines that call a stock pipeline: with a prompt if it has text encoders, otherwise with embeddings."""
     config, call = network_of(plan).model.config, list(family.call)
     if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
         call = [f"guidance_scale={plan.guidance:g}"]

@@ -1,4 +1,4 @@
-"""A student's text encoders beside its network: copied where a pipeline calls them itself, else shown in the card with transformers alone."""
+"""A student's text encoders in an export: copied for pipelines that call them, otherwise called by code in the card."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from flowmap.teachers.text import (
     zeros_for_empty,
 )
 
-PROMPT = "a blue cat"  # of the card's lines
+PROMPT = "a blue cat"  # in the card's examples
 KEPT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken")
 PARTS = tuple(f"{kind}{number}" for number in ("", "_2", "_3") for kind in ("text_encoder", "tokenizer"))
 
 
 @dataclass(frozen=True)
 class TextParts:
-    """The text encoders of an exported folder (or of its base): model_index.json's entries for them, and what pipeline they belong to.
+    """The text encoders of an exported folder, or of its base.
 
-    pipeline: the class whose encode_prompt they are for; None for a sentence encoder. zeros_for_empty: an empty prompt becomes zeros (SDXL).
-    width: of the zeros in place of a T5 that SD3 does without; None where it has one.
+    index: their entries in model_index.json. pipeline: the class with the encode_prompt for them; None for a sentence
+    encoder. zeros_for_empty: whether an empty prompt is encoded as zeros (SDXL). width: of the zeros that replace
+    SD3's T5 if it is missing; otherwise None.
     """
 
     index: dict[str, list[str]]
@@ -43,9 +44,10 @@ class TextParts:
 def write_text_parts(
     plan: Export, folder: Path, *, for_pipeline: str | None = None, of_base: bool = False
 ) -> TextParts | None:
-    """Puts the student's text encoders and tokenizers into the folder; None where it has none, or none that can be used there.
+    """Write the student's text encoders and tokenizers to the folder. None if it has none, or none that can be used.
 
-    for_pipeline: encoders of another pipeline class are left out. of_base: those of the LoRA student's base stay there.
+    for_pipeline: skip encoders of another pipeline class. of_base: do not write encoders that the LoRA student's base
+    has.
     """
     spec = plan.student.config.text
     if spec is None or not plan.text:
@@ -91,12 +93,12 @@ def _write_sentence(plan: Export, folder: Path) -> TextParts:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The files of one part, in full precision and without pickles."""
+    """Copy the files of a part, without variants in half precision and pickles."""
     copy_folder(source, target, lambda path: path.name.endswith(KEPT) and ".fp16." not in path.name)
 
 
 def sentence_lines(parts: TextParts | None) -> list[str]:
-    """The card's lines that make a pipeline's conditions with transformers alone; none where the pipeline encodes prompts itself."""
+    """The card's lines that encode prompts with transformers; none if the pipeline encodes prompts itself."""
     if parts is None or parts.pipeline is not None:
         return []
     return [
@@ -105,7 +107,8 @@ def sentence_lines(parts: TextParts | None) -> list[str]:
         "",
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder/tokenizer")',
         'encoder = AutoModel.from_pretrained("path/to/this/folder/text_encoder").requires_grad_(False)',
-        f'tokens = tokenizer(["{PROMPT}"], padding="max_length", truncation=True, max_length={parts.max_tokens}, return_tensors="pt")',
+        f'options = dict(padding="max_length", truncation=True, max_length={parts.max_tokens}, return_tensors="pt")',
+        f'tokens = tokenizer(["{PROMPT}"], **options)',
         'prompt_attention_mask = prompt_embeds_mask = tokens["attention_mask"]',
         "prompt_embeds = encoder(**tokens).last_hidden_state * prompt_attention_mask.unsqueeze(-1)",
         "pooled_prompt_embeds = torch.nn.functional.normalize(prompt_embeds.sum(1), dim=-1)",

@@ -1,6 +1,6 @@
-"""What a recipe's `metrics` slot may name: METRICS maps a kind to a frozen spec whose `build()` gives a torchmetrics Metric.
+"""The metrics of a recipe: METRICS maps a kind to a frozen spec that builds a torchmetrics Metric.
 
-Importing this costs nothing: torchmetrics is imported by `build()`.
+Importing this room is quick: torchmetrics is imported when a metric is built.
 """
 
 from flowmap.metrics.against import TRAIN, Against

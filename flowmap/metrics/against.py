@@ -1,4 +1,4 @@
-"""Generated samples against held-out ones in the first place, and against the training samples under keys that end in `_train`."""
+"""Generated samples against held-out ones, and against training ones under keys that end in `_train`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from flowmap.flow.types import Cond
 
 TRAIN = "_train"
-CHUNK = 256  # samples through the features at once
+CHUNK = 256  # samples that pass through the features at once
 
 
 class HasReferences(Protocol):
-    """What metrics ask of a data set: training samples and held-out ones, both with their conditions."""
+    """What metrics need of a data set: training samples and held-out ones, both with their conditions."""
 
     @property
     def reference(self) -> Tensor: ...
@@ -29,10 +29,10 @@ class HasReferences(Protocol):
 
 
 class Against:
-    """A metric of samples (`spec`, needs "samples") with each reference of a data set: held-out samples, where there are any, and training ones.
+    """A metric of samples (`spec`) with each reference of a data set: held-out samples, if any, and training ones.
 
-    A feature space is fitted to the training samples for both, and samples pass through it once. `reset` and `update` as torchmetrics
-    has them; each process is given its share of `spec.images` samples.
+    One feature space, fitted to the training samples, serves both, and samples pass through it once. `reset` and
+    `update` are as in torchmetrics; each process is given its share of `spec.images` samples.
     """
 
     def __init__(self, spec: Any, dataset: HasReferences):
@@ -50,7 +50,10 @@ class Against:
 
     @torch.no_grad()
     def update(self, x: Tensor, *, world: int = 1, only: str | None = None) -> None:
-        """Generated samples x (B, ...), all of this process's; world: the number of processes. only: tells just the metric of that suffix."""
+        """Count generated samples x (B, ...), all of this process's.
+
+        world: the number of processes. only: update the metric of that suffix alone.
+        """
         chosen = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
         counts = {suffix: self.wanted[suffix] // world for suffix in chosen}
         x, features = x[: max(counts.values())], self.spec.features_of(self.metrics[TRAIN])
@@ -62,7 +65,7 @@ class Against:
                     metric.update(part[:rows], real=False, **({} if found is None else {"found": found[:rows]}))
 
     def report(self, *, only: str | None = None) -> dict[str, float]:
-        """The figures under their keys, those against training samples with `_train` after them."""
+        """The figures under their keys; those against training samples end in `_train`."""
         chosen = {suffix: metric for suffix, metric in self.metrics.items() if only in (None, suffix)}
         return {
             f"{key}{suffix}": value

@@ -1,7 +1,7 @@
-"""Does a sample show what its condition says: its class, seen by a classifier, or its caption, found among others.
+"""Does a sample show what its condition asks for: its class, by a classifier, or its caption, found among others?
 
-Both are fitted to real samples alone, deterministically, and are used by no loss. Both rise as samples blur into the mean of what their
-condition names: read them beside a distance, never alone.
+Both metrics are fitted to real samples alone, deterministically, and are used by no loss. Both rise as samples blur
+into the mean of their condition: read them with a distance, never alone.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from torchmetrics import Metric
 
 from flowmap.flow.types import Cond
 
-SAME = (
-    1 - 1e-5
-)  # cosine from which two encodings are those of one caption; half precision and other batches move it by 1e-7
+# cosine from which two encodings are those of one caption; half precision and batch sizes change it by 1e-7
+SAME = 1 - 1e-5
 RIDGES = torch.logspace(-4, 3, 15, dtype=torch.float64)  # in units of the mean variance of a feature
 
 
 class ClassAgreement(Metric):
-    """The share of samples in which a support vector machine (radial kernel, C = 10) sees the class of their condition.
+    """The share of samples in which a support vector machine (radial kernel, C = 10) finds the class asked for.
 
-    features maps (B, ...) to (B, dims). It is fitted to `real` (N, ...) with `labels` (N,); labels below 0 are no class and do not count.
-    ValueError for fewer than two classes.
+    features maps (B, ...) to (B, dims). The classifier is fitted to `real` (N, ...) with `labels` (N,); labels below 0
+    are no class and do not count. Raises ValueError for fewer than two classes.
     """
 
     is_differentiable = False
@@ -46,7 +45,7 @@ class ClassAgreement(Metric):
 
     @torch.no_grad()
     def update(self, x: Tensor, cond: Cond) -> None:
-        """x (B, ...) with cond["class"] (B,)."""
+        """Count x (B, ...) with cond["class"] (B,)."""
         known = cond["class"] >= 0
         if not bool(known.any()):
             return
@@ -55,7 +54,7 @@ class ClassAgreement(Metric):
         self.count += len(seen)
 
     def compute(self) -> Tensor:
-        """A float64 scalar in [0, 1]. Raises ValueError where no sample had a class."""
+        """A float64 scalar in [0, 1]. Raises ValueError if no sample had a class."""
         if not self.count:
             raise ValueError("metrics: agreement was given no sample with a class")
         return self.right / self.count
@@ -64,10 +63,10 @@ class ClassAgreement(Metric):
 class CaptionRetrieval(Metric):
     """How often the caption of a sample is among the k nearest, for each k of `top`, of `among` captions.
 
-    A ridge regression from features (dims) to sentence embeddings is fitted to `real` (N, ...) with their conditions; nearest is by cosine
-    to the prediction, both less the mean embedding. The other captions are among - 1 different ones of the real samples; the figure is
-    the mean over all ways to draw them (the hypergeometric law), so nothing is drawn. Captions as near as the true one count against it.
-    Chance is k / among.
+    A ridge regression from features (dims) to sentence embeddings is fitted to `real` (N, ...) with their conditions;
+    nearest is by cosine to the prediction, both less the mean embedding. The other captions are among - 1 different
+    ones of the real samples. The figure is the mean over all ways to draw them (the hypergeometric law), so that
+    nothing is random. Captions as near as the true one count against it. Chance is k / among.
     """
 
     is_differentiable = False
@@ -88,16 +87,17 @@ class CaptionRetrieval(Metric):
         captions = sentences(cond)
         self.regression = Ridge(_rows(features, real), captions)
         self.pool = _different(captions)
-        if len(self.pool) < among + 1:  # one of them may be the sample's own
+        if len(self.pool) < among + 1:  # one of them may be that of the sample
             raise ValueError(
-                f"metrics.among: {among} wants more than {among} different captions of real samples; there are {len(self.pool)}"
+                f"metrics.among: {among} wants more than {among} different captions of real samples; "
+                f"there are {len(self.pool)}"
             )
         self.add_state("found", torch.zeros(len(top), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, x: Tensor, cond: Cond) -> None:
-        """x (B, ...) with the conditions of text that it was drawn with: "pooled" (B, P), or "text" (B, L, P) and its mask."""
+        """Count x (B, ...) with its text conditions: "pooled" (B, P), or "text" (B, L, P) and its mask."""
         own, mean = sentences(cond), self.regression.mean
         predicted = F.normalize(self.regression(_rows(self.features, x)) - mean)
         near = predicted @ F.normalize(self.pool - mean).T
@@ -109,15 +109,18 @@ class CaptionRetrieval(Metric):
         self.count += len(x)
 
     def compute(self) -> Tensor:
-        """(len(top),) float64 in [0, 1]. Raises ValueError where no sample was given."""
+        """(len(top),) float64 in [0, 1]. Raises ValueError if no sample was given."""
         if not self.count:
             raise ValueError("metrics: retrieval was given no sample")
         return self.found / self.count
 
 
 class Ridge:
-    """A linear map from features (N, D) to targets (N, P) with a constant: least squares with the penalty that leaves the least error on
-    each sample in turn when it is left out (closed form). Called, it gives (B, P) for (B, D); `mean` (P,) is the mean target."""
+    """A linear map with a constant from features (N, D) to targets (N, P), by least squares with a ridge penalty.
+
+    The penalty minimises the leave-one-out error (closed form). A call maps (B, D) to (B, P); `mean` (P,) is the mean
+    target.
+    """
 
     def __init__(self, features: Tensor, targets: Tensor):
         self.centre, self.scale = features.mean(0), features.std(0).clamp_min(1e-12)
@@ -134,7 +137,7 @@ class Ridge:
 
 
 def _left_out_error(z: Tensor, shrunk: Tensor, shared: Tensor, y: Tensor) -> float:
-    """The mean squared error on a row that is left out: z (N, D) in principal directions, shrunk z^T z plus the penalty, shared z^T y."""
+    """The leave-one-out mean squared error; z (N, D) in principal directions, shrunk z^T z + penalty, shared z^T y."""
     leverage = (z.square() / shrunk).sum(1) + 1 / len(z)
     return float(
         ((y - z @ (shared / shrunk[:, None])).square().sum(1) / (1 - leverage).clamp_min(1e-6).square()).mean()
@@ -142,7 +145,10 @@ def _left_out_error(z: Tensor, shrunk: Tensor, shared: Tensor, y: Tensor) -> flo
 
 
 def below(marked: Tensor, total: Tensor, *, draws: int, most: int) -> Tensor:
-    """(B, most): the chances that 0, 1, ... most - 1 of `draws` without replacement from `total` (B,) are among the `marked` (B,) ones."""
+    """(B, most): the probabilities that 0, 1, ... most - 1 of the marked ones are among `draws` without replacement.
+
+    marked, total: (B,), how many are marked and how many there are.
+    """
 
     def ways(n: Tensor, k: Tensor) -> Tensor:
         inside = (k >= 0) & (k <= n)
@@ -155,7 +161,7 @@ def below(marked: Tensor, total: Tensor, *, draws: int, most: int) -> Tensor:
 
 
 def sentences(cond: Cond) -> Tensor:
-    """(B, P) float64 of length 1: the pooled embedding of a text, or the mean of its words' where there is none. ValueError without text."""
+    """(B, P) float64 of length 1: the pooled embedding of a text, or the mean of its words. ValueError without text."""
     if "pooled" in cond:
         return F.normalize(cond["pooled"].double())
     if "text" not in cond:
@@ -168,10 +174,9 @@ def sentences(cond: Cond) -> Tensor:
 
 
 def _different(captions: Tensor) -> Tensor:
-    """Those rows that are unlike every row before them."""
-    repeats = torch.cat(
-        [((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)]
-    )  # argmax: the first such row
+    """The rows that differ from every row before them."""
+    # argmax gives the first row that is the same
+    repeats = torch.cat([((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)])
     return captions[repeats == torch.arange(len(captions), device=captions.device)]
 
 

@@ -58,11 +58,11 @@ class OfConditions(InFeatures):
 
 @dataclass(frozen=True)
 class Agreement(OfConditions):
-    """The share of `images` samples in which a classifier sees the class that they were asked for.
+    """The share of `images` samples in which a classifier finds the class that was asked for.
 
-    The classifier, a support vector machine on `features`, is fitted to `reference_images` real samples (None: all) and used by no loss.
-    The floor is its figure on held-out samples, and on those with their classes shuffled. It rises as samples blur into the mean of their
-    class: never use it alone.
+    The classifier, a support vector machine on `features`, is fitted to `reference_images` real samples (None: all) and
+    used by no loss. Its baseline is the figure of held-out samples, and of those with their classes shuffled. It rises
+    as samples blur into the mean of their class: never use it alone.
     """
 
     features: str = "pixels"
@@ -94,12 +94,13 @@ class Agreement(OfConditions):
 
 @dataclass(frozen=True)
 class Retrieval(OfConditions):
-    """How often the caption of a sample is among the 1 and the 5 (`top`) nearest of `among` captions, over `images` samples.
+    """How often the caption of a sample is among the 1 and the 5 (`top`) nearest of `among` captions.
 
-    Nearest by a ridge regression from `features` to sentence embeddings, fitted to `reference_images` real samples (None: all). The floor
-    is its figure on held-out samples, and on those with their captions shuffled; chance is top / among. Samples are drawn with captions
-    of training, so one that repeats a training picture scores above held-out ones. It rises as samples blur into the mean of what their
-    captions name: never use it alone.
+    It is measured over `images` samples. Nearest is by a ridge regression from `features` to sentence embeddings,
+    fitted to `reference_images` real samples (None: all). Its baseline is the figure of held-out samples, and of those
+    with their captions shuffled; chance is top / among. Samples are drawn with captions of training, so that one that
+    repeats a training picture scores above held-out ones. It rises as samples blur into the mean of their caption:
+    never use it alone.
     """
 
     features: str = "efficientnet_lite0"
@@ -136,7 +137,7 @@ class Retrieval(OfConditions):
         )
 
     def report(self, metric: CaptionRetrieval) -> dict[str, float]:
-        found = metric.compute().reshape(-1).tolist()  # torchmetrics makes a number of one entry
+        found = metric.compute().reshape(-1).tolist()  # torchmetrics turns one entry into a number
         return {
             f"retrieval_top{k}_{short_name(self.features)}": value for k, value in zip(self.top, found, strict=True)
         }

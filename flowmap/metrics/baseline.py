@@ -1,4 +1,4 @@
-"""The real-vs-real baseline of metrics, the `floor` of metrics.json: the figures of real samples against real samples."""
+"""The real-vs-real baseline of metrics, the `floor` of metrics.json: figures of real samples against real samples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Feature spaces: features(x) is (B, D) for x (B, C, H, W) in [-1, 1] or points (B, D); `build_features(name, reference)` makes one.
+"""Feature spaces: features(x) is (B, D) for pictures x (B, C, H, W) in [-1, 1] or points x (B, D).
 
-A figure is worth something only with the name of its space and the real-against-real floor in it; only "inception" gives the FID of papers.
-Never measure with the network that a loss used.
+`build_features(name, reference)` makes one. Report a figure with the name of its space and the real-vs-real baseline in
+it; only "inception" gives the FID of papers. Never measure with the network that a loss used.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from flowmap.base.trust import allowed_attribute
 
 
 class PictureNet(nn.Module):
-    """A network of pictures that fits nothing to the reference."""
+    """A network of pictures that is not fitted to the reference."""
 
     @classmethod
     def check(cls) -> Any:
-        """ValueError where it cannot be had here."""
+        """Raise ValueError if it is not available on this machine."""
         raise NotImplementedError
 
 
 class Pixels(nn.Module):
-    """The values themselves, divided by one number: the standard deviation of all values of the reference set."""
+    """The pixel values, divided by the standard deviation of all values of the reference set."""
 
     scale: Tensor
 
@@ -53,18 +53,17 @@ class PCA(nn.Module):
         pixels = self.pixels(reference)
         self.register_buffer("mean", pixels.mean(0))
         directions = torch.linalg.eigh(pixels.T.cov().reshape(pixels.shape[1], -1)).eigenvectors
-        self.register_buffer(
-            "directions", directions[:, -dims:].flip(1)
-        )  # eigh sorts upwards; all of them where there are fewer
+        # eigh sorts upwards; there may be fewer than dims
+        self.register_buffer("directions", directions[:, -dims:].flip(1))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.pixels(x) - self.mean) @ self.directions
 
 
 class EfficientNetLite0(PictureNet):
-    """1,280 pooled features of EfficientNet-Lite0 trained on ImageNet, whose weights come as a package; images are resized to 224.
+    """1,280 pooled features of EfficientNet-Lite0 trained on ImageNet, with weights from a package.
 
-    On a CPU core about 0.1 s an image. Distances in it are to be called by its name, never FID.
+    Images are resized to 224. It takes about 0.1 s an image on a CPU core. Name distances in it by its name, never FID.
     """
 
     @staticmethod
@@ -88,20 +87,19 @@ class EfficientNetLite0(PictureNet):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(
-            in_colour(x).float(), (224, 224), mode="bilinear", antialias=True
-        )  # the network was trained on [-1, 1]
+        # the network was trained on [-1, 1]
+        x = F.interpolate(in_colour(x).float(), (224, 224), mode="bilinear", antialias=True)
         return self.net.extract_features(x).mean((2, 3))
 
 
 class Inception(PictureNet):
-    """The 2,048 features of FID proper, by torch-fidelity; its weights must be at hand, as this downloads nothing."""
+    """The 2,048 features of FID proper, by torch-fidelity; its weights must be here: nothing is downloaded."""
 
     weights = "pt_inception-2015-12-05-6726825d.pth"
 
     @classmethod
     def check(cls) -> Path:
-        """Where the weights are."""
+        """The path of the weights."""
         path = Path(torch.hub.get_dir(), "checkpoints", cls.weights)
         if importlib.util.find_spec("torch_fidelity") is None:
             raise ValueError("features 'inception' needs the package torch-fidelity: install it, or choose others")
@@ -116,9 +114,8 @@ class Inception(PictureNet):
         path = self.check()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.net = NoTrainInceptionV3(
-            "inception-v3-compat", ["2048"], str(path), antialias=False
-        )  # the resize of the first FID code
+        # without antialiasing it resizes as the first FID code does
+        self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         bytes_ = to_bytes(in_colour(x))
@@ -126,8 +123,11 @@ class Inception(PictureNet):
 
 
 class CLIP(PictureNet):
-    """The image embeddings of CLIP ViT-L/14 at 336 pixels, those of the CMMD metric, not normalised; weights at hand, as safetensors, are read:
-    in the folder clip-vit-large-patch14-336 of $FLOWMAP_WEIGHTS (default weights/), or in the hub's cache."""
+    """The image embeddings of CLIP ViT-L/14 at 336 pixels, as CMMD uses them, not normalised.
+
+    The weights, as safetensors, are read from the folder clip-vit-large-patch14-336 of $FLOWMAP_WEIGHTS (default
+    weights/), or from the hub's cache.
+    """
 
     name = "clip-vit-large-patch14-336"
     mean: Tensor
@@ -155,10 +155,9 @@ class CLIP(PictureNet):
                 source, use_safetensors=True, local_files_only=True
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"features 'clip': {source} holds no CLIP of transformers as safetensors") from error
-        self.register_buffer(
-            "mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-        )  # CLIP's own preprocessing
+            raise ValueError(f"features 'clip': {source} has no CLIP of transformers as safetensors") from error
+        # CLIP's own preprocessing
+        self.register_buffer("mean", torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,8 +167,10 @@ class CLIP(PictureNet):
 
 
 class Remembered(nn.Module):
-    """A network's features; those of the last `capacity` distinct samples are kept, so that real pictures pass through it once, however
-    often metrics and floors look at them."""
+    """A network's features, with a cache of the last `capacity` distinct samples.
+
+    Real pictures pass through the network once, however many metrics and baselines use them.
+    """
 
     capacity = 20_000
 
@@ -203,20 +204,20 @@ FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
 
 
 def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
-    """The feature space of this name, fitted to the reference samples where it fits anything; frozen, in evaluation mode.
+    """The feature space of this name, fitted to the reference samples if it fits anything; frozen, in evaluation mode.
 
-    A name with a colon, "package.mod:attr", is an attribute of a module that the user allows (base/trust.py): a module or function
-    x -> (B, D), or a class to be made without arguments. Raises ValueError for an unknown name, and for one whose package or weights are not
-    there.
+    A name with a colon, "package.mod:attr", is an attribute of a module that the user allows (base/trust.py): a module
+    or function x -> (B, D), or a class that is made without arguments. Raises ValueError for an unknown name, and for
+    one with a missing package or missing weights.
     """
     check_features(name)
-    alone = ":" in name or needs_pictures(name)  # fits nothing to the reference
+    alone = ":" in name or needs_pictures(name)  # it is not fitted to the reference
     found = _network(name) if alone else FEATURES[name](reference)
     return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
 
 
 def check_features(name: str) -> None:
-    """ValueError, as build_features raises it, where that feature space cannot be had here; no network is loaded."""
+    """Raise ValueError, as build_features does, if the feature space is not available here; no network is loaded."""
     if ":" in name:
         allowed_attribute(name, "features")
     elif name not in FEATURES:
@@ -226,7 +227,7 @@ def check_features(name: str) -> None:
 
 
 def needs_pictures(name: str) -> bool:
-    """Whether that space is of pictures alone; of one that is imported nothing is known."""
+    """Whether the space is of pictures alone; nothing is known of an imported one."""
     return _picture_net(name) is not None
 
 
@@ -236,12 +237,12 @@ def _picture_net(name: str) -> type[PictureNet] | None:
 
 
 def short_name(name: str) -> str:
-    """What results are called after: "pixels", and "clip" for "my.nets:clip"."""
+    """The name in metrics.json: "pixels", and "clip" for "my.nets:clip"."""
     return name.rpartition(":")[2]
 
 
 def in_colour(x: Tensor) -> Tensor:
-    """x (B, 1 or 3, H, W) with three channels. Raises ValueError for anything else."""
+    """x (B, 1 or 3, H, W) with three channels. Raises ValueError for other shapes."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"these features need images (B, 1 or 3, H, W), got {tuple(x.shape)}")
     return x.expand(-1, 3, -1, -1)
@@ -249,7 +250,7 @@ def in_colour(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _network(name: str) -> nn.Module:
-    """A network that fits nothing to the reference, one for each process."""
+    """A network that is not fitted to the reference, one for each process."""
     return Remembered(_imported(name) if ":" in name else FEATURES[name](torch.empty(0)))
 
 

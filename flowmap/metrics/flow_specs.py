@@ -17,7 +17,7 @@ NOTHING_HELD_OUT = "metrics: inversion and loss_by_time look at held-out samples
 
 @dataclass(frozen=True)
 class Straightness(Spec):
-    """How far from straight the paths of `images` samples are, over `steps` steps."""
+    """How far the paths of `images` samples are from straight lines, over `steps` steps."""
 
     images: int = 256
     steps: int = 32
@@ -46,7 +46,7 @@ class Straightness(Spec):
 
 @dataclass(frozen=True)
 class EndpointError(Spec):
-    """How far `images` few-step end points are from those of `steps` steps from the same noise."""
+    """The distance of `images` few-step end points from those of `steps` steps from the same noise."""
 
     images: int = 256
     steps: int = 32
@@ -75,11 +75,12 @@ class EndpointError(Spec):
 
 @dataclass(frozen=True)
 class Inversion(Spec):
-    """Reconstruction by inversion: `images` held-out samples carried to t = 1 by the velocity (`solver`), and back by the sampler.
+    """Reconstruction by inversion: held-out samples carried to t = 1 by the velocity, and back by the sampler.
 
-    inversion_error is the mean squared error per value, of samples as training sees them; inversion_noise the mean squared norm of the
-    noise per value (1 for N(0, I)), inversion_z how far that is off, in standard errors. Where guidance is an input, its default is used,
-    and a guided velocity does not carry real samples to N(0, I).
+    The velocity is solved by `solver` for `images` samples. inversion_error is the mean squared error per value, of
+    samples as training sees them; inversion_noise the mean squared norm of the noise per value (1 for N(0, I)),
+    inversion_z its deviation in standard errors. If guidance is an input, its default is used; a guided velocity does
+    not carry real samples to N(0, I).
     """
 
     images: int = 256
@@ -119,10 +120,11 @@ class Inversion(Spec):
 
 @dataclass(frozen=True)
 class LossByTime(Spec):
-    """The mean squared error per value of the velocity against the conditional one, x1 - x0 on the linear path, at each of `times`.
+    """The mean squared error per value of the velocity against the conditional one, at each of `times`.
 
-    Over `images` draws of the recipe's own coupling that were not trained on: held-out samples with fresh noise, or pairs made anew, with
-    their teacher, from other noise. Its lowest value is the variance of x1 - x0 given xt: 0 for a straight coupling alone.
+    The conditional velocity is x1 - x0 on the linear path. The `images` draws are of the recipe's own coupling and were
+    not trained on: held-out samples with new noise, or new pairs that their teacher makes from other noise. The lowest
+    value is the variance of x1 - x0 given xt: 0 for a straight coupling alone.
     """
 
     images: int = 1000

@@ -1,7 +1,8 @@
 """The Frechet distance between real and generated samples, as Gaussians in a feature space.
 
 Source: Heusel et al. 2017, arXiv:1706.08500: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-It is biased upwards by about C (1/n + 1/m) for n and m samples (Chong, Forsyth 2020, arXiv:1911.07023): compare figures of equal sizes.
+It is biased upwards by about C (1/n + 1/m) for n and m samples (Chong, Forsyth 2020, arXiv:1911.07023): compare figures
+of equal sizes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torchmetrics import Metric
 class FrechetDistance(Metric):
     """Running float64 means and covariances of the features of real and generated samples, and their distance.
 
-    features maps (B, ...) to (B, dims). `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those),
-    so that a reference is passed through the features once. Sums over processes are taken in `compute`.
+    `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those), so that a reference
+    passes through the features once. Sums over processes are taken in `compute`.
     """
 
     is_differentiable = False
@@ -36,7 +37,7 @@ class FrechetDistance(Metric):
 
     @torch.no_grad()
     def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """found (B, dims): the features of x, where they are known."""
+        """Count x; found (B, dims): its features, if they are known."""
         kind = "real" if real else "fake"
         for part in map(self.features, x.split(self.chunk)) if found is None else (found,):
             part = part.double()
@@ -44,7 +45,10 @@ class FrechetDistance(Metric):
                 setattr(self, f"{kind}_{name}", getattr(self, f"{kind}_{name}") + value)
 
     def compute(self) -> Tensor:
-        """The distance, a float64 scalar. Raises ValueError for fewer than two samples; warns where a covariance must be singular."""
+        """The distance, a float64 scalar.
+
+        Raises ValueError for fewer than two samples; warns if a covariance must be singular.
+        """
         return gaussian_frechet(*self._moments("real"), *self._moments("fake"))
 
     def reset(self) -> None:
@@ -71,10 +75,10 @@ class FrechetDistance(Metric):
 
 
 def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:
-    """The squared 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2): means (D,), covariances (D, D), maybe singular; NaN where
-    one of them is not finite.
+    """The squared 2-Wasserstein distance between N(mean1, cov1) and N(mean2, cov2); NaN if one is not finite.
 
-    tr (S1^(1/2) S2 S1^(1/2))^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), which loses no digits to squaring.
+    means (D,), covariances (D, D), which may be singular. tr (S1^(1/2) S2 S1^(1/2))^(1/2) is the sum of the singular
+    values of S1^(1/2) S2^(1/2), which loses no digits by squaring.
     """
     if not all(bool(moment.isfinite().all()) for moment in (mean1, cov1, mean2, cov2)):
         return mean1.new_tensor(float("nan"))

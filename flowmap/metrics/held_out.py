@@ -1,4 +1,4 @@
-"""What a flow makes of real samples: how well it inverts them, and the loss of its velocity at each time.
+"""Metrics of a flow on real samples: how well it inverts them, and the loss of its velocity at each time.
 
 Source: Lee, Lin, Fanti 2024, arXiv:2405.20320.
 """
@@ -14,7 +14,7 @@ from flowmap.metrics.mean import MeanScore
 
 
 class InversionScore(MeanScore):
-    """Real samples carried to noise and back: the mean squared error per value, and whether the noise has the norm of N(0, I)."""
+    """Real samples carried to noise and back: the mean squared error per value, and the norm of the noise."""
 
     def __init__(self):
         super().__init__()
@@ -22,7 +22,7 @@ class InversionScore(MeanScore):
 
     @torch.no_grad()
     def update(self, x0: Tensor, x1: Tensor, back: Tensor) -> None:
-        """Three (B, ...) of one shape: real samples, the noise that they were carried to, and what the sampler makes of that."""
+        """Count three (B, ...) of one shape: real samples, the noise they were carried to, and the samples from it."""
         if not x0.shape == x1.shape == back.shape:
             raise ValueError(
                 f"x0, x1 and back must have one shape, got {tuple(x0.shape)}, {tuple(x1.shape)} and {tuple(back.shape)}"
@@ -32,7 +32,10 @@ class InversionScore(MeanScore):
         self.norms.append(x1.double().flatten(1).square().sum(1))
 
     def compute(self) -> dict[str, float]:  # type: ignore[override]  # its total and count are one figure of three
-        """{"error": per value, and of `chi_square` "z", in standard errors, and "noise", the mean squared norm per value, 1 for N(0, I)}."""
+        """{"error": per value, "noise": the mean squared norm per value, 1 for N(0, I), "z": its deviation from that}.
+
+        z is in standard errors (`chi_square`).
+        """
         norms = dim_zero_cat(self.norms)
         dims = int(self.count) // len(norms)
         law = chi_square(norms.tolist(), dims)
@@ -48,10 +51,10 @@ class LossByTimeScore(MeanScore):
 
     @torch.no_grad()
     def update(self, place: int, velocity: Tensor, vt: Tensor) -> None:
-        """Two (B, ...) at times[place]: the flow's velocity and the conditional one."""
+        """Count the flow's velocity and the conditional one, two (B, ...), at times[place]."""
         self.total[place] += (velocity.double() - vt.double()).square().sum().cpu()
         self.count[place] += vt.numel()
 
     def losses(self) -> list[float]:
-        """compute() as a list: torchmetrics makes a number of it where there is one time."""
+        """compute() as a list: torchmetrics makes a number of it if there is one time."""
         return self.compute().reshape(-1).tolist()

@@ -1,4 +1,4 @@
-"""A mean over all that a metric was told, on all processes."""
+"""A mean over all updates of a metric, on all processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class MeanScore(Metric):
-    """total / count, float64 of the given shape: what `update` adds up; lower is better."""
+    """total / count, float64 of the given shape, which `update` adds to; lower is better."""
 
     is_differentiable = False
     higher_is_better = False

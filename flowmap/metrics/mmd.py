@@ -1,6 +1,7 @@
 """The maximum mean discrepancy between real and generated samples in a feature space, by a Gaussian kernel.
 
-Source: Gretton et al. 2012 (the unbiased estimate); with CLIP's embeddings it is CMMD, Jayasumana et al. 2024, arXiv:2401.09603.
+Source: Gretton et al. 2012 (the unbiased estimate). With CLIP's embeddings it is CMMD, Jayasumana et al. 2024,
+arXiv:2401.09603.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class MaximumMeanDiscrepancy(Metric):
-    """1000 times mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k = exp(-d^2 / (2 sigma^2)), equal samples left out of the first two.
+    """1000 times mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k = exp(-d^2 / (2 sigma^2)).
 
-    Its expectation is 0 where both come from one law, so that it may fall below 0. `reset` forgets the generated samples and keeps the
-    real ones. Keeps all features.
+    Pairs of a sample with itself are left out of the first two means. The expectation is 0 if both are of one law, so
+    that a figure may be below 0. `reset` forgets the generated samples and keeps the real ones. Keeps all features.
     """
 
     is_differentiable = False
@@ -43,7 +44,7 @@ class MaximumMeanDiscrepancy(Metric):
         return F.normalize(found.double(), dim=1) if self.unit else found.double()
 
     def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """found (B, D): the features of x, where they are known."""
+        """Count x; found (B, D): its features, if they are known."""
         (self.real if real else self.fake).append(self.seen(x) if found is None else self._scaled(found))
 
     def compute(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""How far generated samples are from the nearest training sample, next to how far real held-out samples are: copies are nearer.
+"""The distance of generated samples to the nearest training sample, and that of held-out samples: copies are nearer.
 
-Held-out samples are what a model that has learned the law and no single sample would draw.  A model that blurs is far from every sample: read
-the ratio together with a distance between laws.
+A model that has learned the law and no single sample would draw samples like the held-out ones. A model that blurs is
+far from every sample: read the ratio together with a distance between laws.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowmap.metrics.spec import some
 
 
 class Neighbours:
-    """The metric of kind nearest_neighbour on a data set; `reset`, `update` and `report` as Against has them."""
+    """The metric of kind nearest_neighbour on a data set; `reset`, `update` and `report` are as those of Against."""
 
     def __init__(self, data: HasReferences, *, features: str, images: int, reference_images: int | None):
         reference = data.reference
@@ -48,7 +48,10 @@ class Neighbours:
 
 
 class NearestScore(Metric):
-    """The median over samples of the distance to the nearest of `real` (N, ...) in a feature space, (B, ...) to (B, D). Keeps all features."""
+    """The median over samples of the distance to the nearest of `real` (N, ...) in a feature space. Keeps all features.
+
+    features maps (B, ...) to (B, D).
+    """
 
     is_differentiable = False
     full_state_update = False
@@ -73,7 +76,7 @@ class NearestScore(Metric):
             self.distances.append(self.distances_of(x))
 
     def compute(self) -> Tensor:
-        """A float64 scalar. Raises ValueError where no sample was given."""
+        """A float64 scalar. Raises ValueError if no sample was given."""
         if not len(self.distances):
             raise ValueError("metrics: nearest_neighbour was given no sample")
         return dim_zero_cat(self.distances).median()

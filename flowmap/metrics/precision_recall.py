@@ -1,4 +1,4 @@
-"""Precision (are generated samples near real ones?) and recall (are real samples near generated ones?) by nearest neighbours.
+"""Precision (are generated samples near real ones?) and recall (are real ones near generated ones?), by neighbours.
 
 Source: Kynkaanniemi et al. 2019, arXiv:1904.06991, "improved precision and recall".
 """
@@ -16,7 +16,8 @@ from torchmetrics.utilities import dim_zero_cat
 class PrecisionRecallScore(Metric):
     """The two shares, by balls around each sample that reach its k-th nearest neighbour of its own kind.
 
-    `reset` forgets the generated samples and keeps the real ones. Keeps all features: meant for thousands of samples, not for 50,000.
+    `reset` forgets the generated samples and keeps the real ones. Keeps all features: meant for thousands of samples,
+    not for 50,000.
     """
 
     is_differentiable = False
@@ -33,7 +34,7 @@ class PrecisionRecallScore(Metric):
 
     @torch.no_grad()
     def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """found (B, D): the features of x, where they are known."""
+        """Count x; found (B, D): its features, if they are known."""
         kept = self.real if real else self.fake
         kept.extend(part.double() for part in (map(self.features, x.split(self.chunk)) if found is None else (found,)))
 
@@ -45,7 +46,8 @@ class PrecisionRecallScore(Metric):
             sets[kind] = dim_zero_cat(held) if len(held) else torch.empty(0)
             if len(sets[kind]) <= self.k:
                 raise ValueError(
-                    f"precision and recall with k = {self.k} need more than {self.k} {kind} samples, got {len(sets[kind])}"
+                    f"precision and recall with k = {self.k} need more than {self.k} {kind} samples, "
+                    f"got {len(sets[kind])}"
                 )
         real, fake = sets["real"], sets["fake"]
         return {"precision": self._covered(fake, real), "recall": self._covered(real, fake)}
@@ -60,7 +62,7 @@ class PrecisionRecallScore(Metric):
         self._computed = None  # torchmetrics' cache of the last result
 
     def _covered(self, points: Tensor, centres: Tensor) -> Tensor:
-        """The share of points that lie in a centre's ball."""
+        """The share of points that are in the ball of a centre."""
         own = [torch.cdist(part, centres) for part in centres.split(self.chunk)]
         radii = torch.cat([d.kthvalue(self.k + 1, dim=1).values for d in own])  # + 1: each centre is its own nearest
         inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(self.chunk)]

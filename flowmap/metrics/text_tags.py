@@ -1,8 +1,8 @@
-"""What kind of phrase a sentence is, by a part-of-speech tagger: TextBlob's, Brill's rules over a lexicon that the package itself ships.
+"""The kind of phrase that a sentence is, by TextBlob's part-of-speech tagger: Brill's rules and a lexicon.
 
-The rules read the tags of the Penn treebank. They are for definitions: a noun's is a noun phrase, a verb's begins with a bare verb, an
-adjective's with an adjective, a participle or "of", an adverb's with another preposition. How often they say so of real definitions is the
-ceiling of any figure made with them (metrics/text.py, Phrase).
+The rules here read the tags of the Penn treebank. They are for definitions: a noun's is a noun phrase, a verb's begins
+with a bare verb, an adjective's with an adjective, a participle or "of", an adverb's with another preposition. Their
+accuracy on real definitions is the ceiling of any figure made with them (metrics/text_conditioned.py, Phrase).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Tagged = Sequence[tuple[str, str]]
 
 
 def tagged(text: str) -> list[tuple[str, str]]:
-    """(word, tag) of every word and mark of a text. ValueError where the package textblob is not there."""
+    """(word, tag) of every word and punctuation mark of a text. Raises ValueError without the package textblob."""
     try:
         from textblob.en import tag
     except ImportError as error:
@@ -29,7 +29,7 @@ def tagged(text: str) -> list[tuple[str, str]]:
 
 
 def kind_of_phrase(words: Tagged) -> str | None:
-    """The part of speech that the head of the phrase has, one of KINDS; what stands in brackets is passed over. None where nothing is left."""
+    """The part of speech of the phrase's head, one of KINDS; brackets are skipped. None if nothing is left."""
     words = _outside_brackets(words)
     tags = [tag for _, tag in words]
     start = next((i for i, tag in enumerate(tags) if not tag.startswith("RB") and tag not in BREAKS), None)

@@ -1,4 +1,4 @@
-"""How straight a sampler's paths are, and how far its few-step end points are from its many-step ones.
+"""The straightness of a sampler's paths, and the distance of its few-step end points from its many-step ones.
 
 Source: Lee, Lin, Fanti 2024, arXiv:2405.20320 (both); straightness: Liu, Gong, Liu 2022, arXiv:2209.03003.
 """
@@ -13,14 +13,14 @@ from flowmap.metrics.mean import MeanScore
 
 
 class StraightnessScore(MeanScore):
-    """S = mean over steps of |dx/dt - (x1_end - x0_start)|^2, a dimension; 0 on straight paths at constant speed.
+    """S = mean over steps of |dx/dt - (x1_end - x0_start)|^2 per dimension; 0 on straight paths at constant speed.
 
-    Steps are weighted by their length in t, so S is the integral over time, and the plain mean where steps are equal.
+    Steps are weighted by their length in t: S is the integral over time, and the plain mean if steps are equal.
     """
 
     @torch.no_grad()
     def update(self, trajectory: Tensor, times: Tensor) -> None:
-        """trajectory (T, B, ...) at times (T,), strictly up or strictly down. Raises ValueError for other shapes or times."""
+        """Count a trajectory (T, B, ...) at times (T,), strictly up or down; raises ValueError for others."""
         steps = times.double().diff()
         if (
             times.ndim != 1
@@ -38,11 +38,11 @@ class StraightnessScore(MeanScore):
 
 
 class EndpointScore(MeanScore):
-    """Root mean square, a dimension, between few-step and many-step end points from the same noise."""
+    """Root mean square, per dimension, between few-step and many-step end points from the same noise."""
 
     @torch.no_grad()
     def update(self, few: Tensor, many: Tensor) -> None:
-        """Two (B, ...) of one shape, row by row from the same noise and condition."""
+        """Count two (B, ...) of one shape, row by row from the same noise and condition."""
         if few.shape != many.shape:
             raise ValueError(f"end points must have one shape, got {tuple(few.shape)} and {tuple(many.shape)}")
         self.total += (few.double() - many.double()).square().sum()

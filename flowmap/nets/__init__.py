@@ -1,4 +1,4 @@
-"""Floor 1: everything with weights that we train."""
+"""Networks and their settings, one file per architecture."""
 
 from flowmap.nets.autoencoder_kl import AutoencoderKL
 from flowmap.nets.auxiliary import ConvPrior, TransformerPrior

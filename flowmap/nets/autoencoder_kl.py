@@ -1,4 +1,4 @@
-"""An autoencoder of pictures that we train: diffusers' AutoencoderKL, small or large, by the settings that matter."""
+"""A trainable image autoencoder: diffusers' AutoencoderKL with the settings that matter."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from flowmap.base.ranges import Depth, Width, check_ranges
 
 @dataclass(frozen=True)
 class AutoencoderKL:
-    """A convolutional autoencoder with a Gaussian posterior; each of `channels` beyond the first halves height and width.
+    """A convolutional autoencoder with a Gaussian posterior.
 
-    Source: Rombach et al. 2022, arXiv:2112.10752, as diffusers builds it.
+    Each entry of `channels` after the first halves height and width. Source: Rombach et al. 2022, arXiv:2112.10752, in
+    the implementation of diffusers.
     """
 
     channels: tuple[Width, ...] = (32, 64, 64)
@@ -38,7 +39,10 @@ class AutoencoderKL:
 
 
 class AutoencoderNet(nn.Module):
-    """moments: (mean, log variance) of the posterior, each (B, c, h, w); decode: latents to pictures; the call: pictures reconstructed."""
+    """The autoencoder as a module; calling it reconstructs images.
+
+    moments: (mean, log variance) of the posterior, each (B, c, h, w). decode: latents to images.
+    """
 
     def __init__(self, spec: AutoencoderKL, shape: tuple[int, ...]):
         super().__init__()
@@ -46,10 +50,18 @@ class AutoencoderNet(nn.Module):
 
         levels = len(spec.channels)
         self.model = diffusers.AutoencoderKL(
-            in_channels=shape[0], out_channels=shape[0], down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=spec.channels, layers_per_block=spec.layers,
-            latent_channels=spec.latent_channels, norm_num_groups=spec.groups, sample_size=shape[1], scaling_factor=1.0, shift_factor=0.0,
-        )  # fmt: skip
+            in_channels=shape[0],
+            out_channels=shape[0],
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=spec.channels,
+            layers_per_block=spec.layers,
+            latent_channels=spec.latent_channels,
+            norm_num_groups=spec.groups,
+            sample_size=shape[1],
+            scaling_factor=1.0,
+            shift_factor=0.0,
+        )
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         posterior = self.model.encode(x).latent_dist
@@ -63,6 +75,6 @@ class AutoencoderNet(nn.Module):
 
     @torch.no_grad()
     def normalisation(self, x: Tensor, batch_size: int = 256) -> tuple[float, float]:
-        """(shift, scale) that give the latents of the pictures x mean 0 and standard deviation 1."""
+        """(shift, scale) that normalise the latents of images x to mean 0 and standard deviation 1."""
         z = torch.cat([self.moments(x[i : i + batch_size])[0] for i in range(0, len(x), batch_size)])
         return float(z.mean()), float(1 / z.std().clamp_min(1e-6))

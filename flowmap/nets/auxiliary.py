@@ -1,6 +1,6 @@
-"""The auxiliary model of a learned prior: an encoder of samples to a short code z, a decoder of z to a Gaussian of every entry.
+"""The auxiliary model of a learned prior: an encoder from samples to a code z, and a decoder of z.
 
-Source: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723), whose networks could not be read: sizes are settings.
+Source: LeDiFlow (Zwick et al. 2025, arXiv:2505.20723). The paper does not publish its networks, so sizes are settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from flowmap.nets.dit import Block, sine_positions
 
 @dataclass(frozen=True)
 class _Auxiliary:
-    """size: how many numbers a code has. log_variance: the decoder's is kept between these two, smoothly (mid + half tanh((raw - mid) / half))."""
+    """Settings of all auxiliary models.
+
+    size: the dimension of a code. log_variance: bounds of the decoder's log-variance, applied smoothly, as
+    mid + half tanh((raw - mid) / half).
+    """
 
     size: Width = 8
     log_variance: tuple[Annotated[float, Range(-50, 50)], Annotated[float, Range(-50, 50)]] = (-6.0, 2.0)
@@ -32,7 +36,7 @@ class _Auxiliary:
 
 @dataclass(frozen=True)
 class ConvPrior(_Auxiliary):
-    """Residual convolutions; each of `channels` beyond the first halves height and width on the way to z and doubles them on the way back."""
+    """Residual convolutions; each entry of `channels` after the first halves height and width in the encoder."""
 
     channels: tuple[Width, ...] = (32, 64)
     groups: Width = 8
@@ -52,7 +56,7 @@ class ConvPrior(_Auxiliary):
 
 @dataclass(frozen=True)
 class TransformerPrior(_Auxiliary):
-    """Transformer blocks over patches; the decoder's are modulated by z."""
+    """Transformer blocks over patches; z modulates those of the decoder."""
 
     width: Width = 96
     depth: Depth = 3
@@ -69,16 +73,16 @@ class TransformerPrior(_Auxiliary):
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
     ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(
-                f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)"
-            )
+            what = f"a sample of shape {tuple(shape)} (channels, height, width)"
+            raise ValueError(f"patch: {self.patch} does not divide {what}")
         return AuxiliaryNet(self, _TokenEncoder(self, shape), _TokenDecoder(self, shape))
 
 
 class AuxiliaryNet(nn.Module):
-    """encode: x0 (B, C, H, W) -> (mean, log-variance) of z, each (B, size); decode: z -> (mean, log-variance) of x1, each (B, C, H, W).
+    """The auxiliary model as a module; calling it decodes the posterior's mean and returns the mean of x1.
 
-    The call gives the decoded mean of the posterior's mean.
+    encode: x0 (B, C, H, W) -> (mean, log-variance) of z, each (B, size). decode: z -> (mean, log-variance) of x1, each
+    (B, C, H, W).
     """
 
     def __init__(self, spec: _Auxiliary, encoder: nn.Module, decoder: nn.Module):
@@ -89,7 +93,7 @@ class AuxiliaryNet(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.encoder(x).chunk(2, 1)
-        return mean, 10 * torch.tanh(logvar / 10)  # so that a first step's jump cannot overflow
+        return mean, 10 * torch.tanh(logvar / 10)  # bounded, so that exp cannot overflow after the first step
 
     def decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.decoder(z).chunk(2, 1)
@@ -132,9 +136,8 @@ class _Residual(nn.Module):
         super().__init__()
         norms = (nn.GroupNorm(groups, channels) for _ in range(2))
         convs = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.layers = nn.Sequential(
-            *(part for norm, conv in zip(norms, convs, strict=True) for part in (norm, nn.SiLU(), conv))
-        )
+        parts = (part for norm, conv in zip(norms, convs, strict=True) for part in (norm, nn.SiLU(), conv))
+        self.layers = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x)
@@ -145,9 +148,7 @@ class _TokenEncoder(nn.Module):
         super().__init__()
         self.enter = nn.Conv2d(shape[0], spec.width, spec.patch, stride=spec.patch)
         self.position = nn.Parameter(sine_positions(shape[1] // spec.patch, shape[2] // spec.patch, spec.width))
-        self.modulation = nn.Parameter(
-            0.02 * torch.ones(1, spec.width)
-        )  # blocks are gated by a vector: here by one that is learned
+        self.modulation = nn.Parameter(0.02 * torch.ones(1, spec.width))  # a learned vector gates the blocks
         self.blocks = nn.ModuleList(Block(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, 2 * spec.size)
 

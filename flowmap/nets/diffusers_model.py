@@ -1,12 +1,12 @@
-"""A diffusers transformer or UNet as a network of ours: F(x, t, s, cond) on our clock, whatever it predicts on whatever schedule.
+"""An adapter for diffusers transformers and UNets: F(x, t, s, cond) on our clock, for any prediction and schedule.
 
-A teacher is one of these without arrival and guidance branches, a student one with them: silent at the start, they are added to the model's
-own time embedding, so that F(x, t, s) = v(x, t) at step 0. One adapter for every prediction and schedule; a row of CALLS for what a
-family's forward wants to be told. Conditions, by key of cond:
+A teacher has no arrival and guidance branches. A student has them: they start at zero and are added to the model's
+time embedding, so that F(x, t, s) = v(x, t) at step 0. CALLS defines how the forward of each family is called.
+Conditions, by key of cond:
     class (B,)               label, -1 for none
-    text (B, L, D), text_mask (B, L), pooled (B, P)        what the family's text encoders gave
+    text (B, L, D), text_mask (B, L), pooled (B, P)        the output of the family's text encoders
     size (B, 6)              SDXL's original size, crop and target size
-    guidance (B,)            read by models that were distilled with a guidance input of their own (FLUX.1-dev)
+    guidance (B,)            for models that were distilled with a guidance input (FLUX.1-dev)
 """
 
 from __future__ import annotations
@@ -34,22 +34,24 @@ LARGEST_DEPTH = 512
 
 @dataclass(frozen=True)
 class DiffusersModel:
-    """A diffusers network by its class, with its settings and its scheduler's as JSON texts; `load_pretrained` fills it in from a pipeline."""
+    """A diffusers network by its class name, with its settings and those of its scheduler as JSON.
+
+    `load_pretrained` reads them from a pipeline.
+    """
 
     network: str
     settings: str
     scheduler: str
     scheduler_settings: str
-    holds_constants: ClassVar[bool] = (
-        True  # position tables and the like that no file of weights has: it must be built with memory
-    )
+    # buffers such as position tables, which no weights file contains: build it on a real device, not on "meta"
+    holds_constants: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.network not in CALLS:
             raise ValueError(f"network: no call is known for {self.network!r}; known: {', '.join(CALLS)}")
-        for name in ("settings", "scheduler_settings"):
+        for name, text in (("settings", self.settings), ("scheduler_settings", self.scheduler_settings)):
             try:
-                settings = json.loads(getattr(self, name))
+                settings = json.loads(text)
                 if not isinstance(settings, dict):
                     raise ValueError(f"{settings!r} is not a mapping of settings, as JSON")
                 _check_sizes(settings)
@@ -63,17 +65,17 @@ class DiffusersModel:
 
     def clock(self) -> tuple[FlowClock | TableClock, str]:
         check_scheduler(self.scheduler)
-        with torch.device("cpu"):  # also where the network is built without memory
+        with torch.device("cpu"):  # even if the network is built on the meta device
             return clock_of(made(self.scheduler, self.scheduler_settings))
 
     def limit(self) -> Limit | None:
-        """What a sampler of its scheduler does with the predicted data; the network itself does not do it."""
+        """The clipping or thresholding of predicted data in the scheduler's step, if any."""
         check_scheduler(self.scheduler)
         with torch.device("cpu"):
             return limit_of(made(self.scheduler, self.scheduler_settings))
 
     def check_teacher(self, shape: tuple[int, ...] | None = None) -> None:
-        """ValueError, by name, for a setting with which it cannot be a teacher (of samples of that shape)."""
+        """Raise a ValueError that names a setting with which it cannot be a teacher of samples of that shape."""
         import diffusers
 
         check_scheduler(self.scheduler)
@@ -83,13 +85,13 @@ class DiffusersModel:
 
 
 class DiffusersNet(nn.Module):
-    """F(x, t, s, cond) for x (B, C, H, W): the model's prediction on its own clock, said as x1 - x0.
+    """F(x, t, s, cond) for x (B, C, H, W): the model's prediction on its own clock, converted to x1 - x0.
 
-    empty: the conditions of "no text", with batch size 1, which fill in what a call leaves out (classifier-free guidance asks without text).
-    frozen: the names of the weights that LoRA adapts and does not train; lora.py sets it, and no other network has it.
+    empty: the conditions for an empty prompt, batch size 1, used for conditions missing in a call (as in
+    classifier-free guidance). frozen: the names of weights that LoRA adapts and does not train; set by lora.py.
     """
 
-    model: Any  # a network of diffusers
+    model: Any  # a diffusers network
     frozen: frozenset[str]
 
     def __init__(
@@ -116,14 +118,16 @@ class DiffusersNet(nn.Module):
 
         def predict(state: Tensor, time: Tensor) -> Tensor:
             out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
-            return (out[:, : x.shape[1]] if out.shape[1] == 2 * x.shape[1] else out).to(
-                x.dtype
-            )  # a learned variance is left out
+            learned_variance = out.shape[1] == 2 * x.shape[1]
+            return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
 
     def train(self, mode: bool = True) -> DiffusersNet:
-        """The model itself stays in evaluation mode, adapters' dropout apart: dropped labels would differ between a value and its derivative."""
+        """Keep the model in evaluation mode, except for the adapters' dropout.
+
+        Randomly dropped labels would differ between a value and its derivative.
+        """
         super().train(mode)
         self.model.eval()
         for name, module in self.model.named_modules():
@@ -132,22 +136,19 @@ class DiffusersNet(nn.Module):
         return self
 
     def with_branches(self, *, arrival: bool, guidance: bool) -> DiffusersNet:
-        """The same network beside silent branches: modules of its own, the parameters shared."""
+        """The same network with new branches that start at zero: the modules are copies, the parameters are shared."""
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         net = DiffusersNet(model, self.clock, self.prediction, arrival=arrival, guidance=guidance)
         net.empty = dict(self.empty)
         return net
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
-        """The same network, weights shared, with those transformer blocks left out: a weak model for autoguidance."""
-        blocks = getattr(self.model, BLOCKS, None)
-        if blocks is None or any(not 0 <= i < len(blocks) for i in skip):
-            allowed = (
-                f"0..{len(blocks) - 1}"
-                if blocks is not None
-                else "nothing: this network has no row of transformer blocks"
-            )
-            raise ValueError(f"skip_blocks: {tuple(skip)} must lie in {allowed}")
+        """The same network without some transformer blocks, with shared weights: a weak model for autoguidance."""
+        blocks = self.model._modules.get(BLOCKS)
+        if blocks is None:
+            raise ValueError(f"skip_blocks: {tuple(skip)} must be empty: this network has no transformer blocks")
+        if any(not 0 <= i < len(blocks) for i in skip):
+            raise ValueError(f"skip_blocks: {tuple(skip)} must lie in 0..{len(blocks) - 1}")
         weak, model = copy.copy(self), copy.copy(self.model)
         weak._modules, model._modules = dict(self._modules), dict(self.model._modules)
         model._modules[BLOCKS] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
@@ -156,7 +157,7 @@ class DiffusersNet(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        return bool(getattr(self.model, "is_gradient_checkpointing", False))
+        return bool(self.model.is_gradient_checkpointing)
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
@@ -165,19 +166,21 @@ class DiffusersNet(nn.Module):
 
 
 class _Extra:
-    """What is added to the model's time embeddings in the current pass; not a module, so that state_dict keeps the model's own names."""
+    """The vector to add to the model's time embeddings. Not a module, so that state_dict keeps the model's names."""
 
     value: Tensor | None = None
 
 
 def _listen(model: nn.Module, extra: _Extra) -> int:
-    """Makes the model's time embeddings add `extra`, and gives their width. The class of each is exchanged: names and weights stay."""
+    """Make the model's time embeddings add `extra`, and return their width.
+
+    Only the class of each embedding changes: names and weights stay the same.
+    """
     found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
     widths = {module.linear_2.out_features for module in found}
     if len(widths) != 1:
-        raise ValueError(
-            f"{type(model).__name__}: a student needs time embeddings of one width; found {len(found)} of {len(widths)} widths"
-        )
+        what = f"found {len(found)} of {len(widths)} widths"
+        raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; {what}")
     for module in found:
         module.__class__ = _listening(type(module))
         module.extra = extra
@@ -188,7 +191,7 @@ _LISTENING: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _listening(cls: type[nn.Module]) -> type[nn.Module]:
-    """The embedding's class, with the extra added to what it gives."""
+    """A subclass of the embedding's class that adds the extra vector to its output."""
     if cls not in _LISTENING:
 
         def forward(self, *args, **kwargs):
@@ -200,12 +203,12 @@ def _listening(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def called(model: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """What the model predicts for its own state x (B, C, H, W) at its own time (B,), called as its family is."""
+    """The model's prediction for a state x (B, C, H, W) and time (B,) on its own schedule."""
     return CALLS[type(model).__name__](model, x, time, _Conditions(type(model).__name__, cond))
 
 
 class _Conditions:
-    """cond by key; a key that is not there is a ValueError that names the network."""
+    """The conditions by key; a missing key raises a ValueError that names the network."""
 
     def __init__(self, network: str, cond: Cond):
         self.network, self.cond = network, cond
@@ -220,29 +223,29 @@ class _Conditions:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of another library says, its first line; its kind where it says nothing."""
+    """The first line of an exception's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def made(name: str, settings: str) -> Any:
-    """The object of that class of diffusers' by these settings; ValueError where they do not make one."""
+    """An object of the diffusers class `name` with these settings. ValueError if they are invalid."""
     import diffusers
 
     try:
         return getattr(diffusers, name).from_config(json.loads(settings))
-    except Exception as error:  # settings of others make the library raise anything at all
+    except Exception as error:  # diffusers raises various types for invalid settings
         raise ValueError(f"{name}: its settings do not make one: {first_line(error)}") from error
 
 
 def check_scheduler(name: Any) -> None:
     import diffusers
 
-    if not isinstance(name, str) or not name.endswith("Scheduler") or not hasattr(diffusers, name):
+    if not isinstance(name, str) or not name.endswith("Scheduler") or name not in dir(diffusers):
         raise ValueError(f"scheduler: diffusers has no {name!r}")
 
 
 def _check_sizes(value: Any, key: str = "") -> None:
-    """ValueError where a setting of a foreign file would build a network that no weights could have."""
+    """Raise a ValueError for a setting that would build an absurdly large network, since files may be untrusted."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _check_sizes(inner, name)
@@ -300,23 +303,31 @@ def _flux(net, x, time, cond):
     places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
     words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
     out = net(
-        hidden_states=pack(x), timestep=time / 1000, guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
-        pooled_projections=cond["pooled"], encoder_hidden_states=cond["text"], txt_ids=words, img_ids=places,
-    ).sample  # fmt: skip
+        hidden_states=pack(x),
+        timestep=time / 1000,
+        guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
+        pooled_projections=cond["pooled"],
+        encoder_hidden_states=cond["text"],
+        txt_ids=words,
+        img_ids=places,
+    ).sample
     return unpack(out, rows, columns)
 
 
 def _qwen(net, x, time, cond):
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     out = net(
-        hidden_states=pack(x), timestep=time / 1000, encoder_hidden_states=cond["text"], encoder_hidden_states_mask=cond.get("text_mask"),
-        img_shapes=[[(1, rows, columns)]],  # all are of one size: one entry keeps the batch free where it is traced
-    ).sample  # fmt: skip
+        hidden_states=pack(x),
+        timestep=time / 1000,
+        encoder_hidden_states=cond["text"],
+        encoder_hidden_states_mask=cond.get("text_mask"),
+        img_shapes=[[(1, rows, columns)]],  # one entry for all samples keeps the batch dimension dynamic in tracing
+    ).sample
     return unpack(out, rows, columns)
 
 
 def pack(x: Tensor) -> Tensor:
-    """(B, C, 2 rows, 2 columns) -> (B, rows columns, 4 C): FLUX's and QwenImage's tokens."""
+    """(B, C, 2 rows, 2 columns) -> (B, rows columns, 4 C): the tokens of FLUX and QwenImage."""
     x = x.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # B, C, rows, 2, columns, 2
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

@@ -1,4 +1,4 @@
-"""What a diffusers network reads of text, and how wide: found out before a run is begun, from its settings alone."""
+"""The text conditions that a diffusers network reads and their widths, from its settings, before a run starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowmap.nets.diffusers_model import DiffusersModel
 
-# the network's class -> the condition that it reads -> the settings that say its width, the first that is given
+# network class -> condition -> the settings that define its width; the first one that is set counts
 WIDTHS: dict[str, dict[str, tuple[str, ...]]] = {
     "UNet2DConditionModel": {"text": ("encoder_hid_dim", "cross_attention_dim")},
     "SD3Transformer2DModel": {"text": ("joint_attention_dim",), "pooled": ("pooled_projection_dim",)},
@@ -22,7 +22,10 @@ WIDTHS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def example_conditions(net: DiffusersModel, batch: int, tokens: int = 77) -> dict[str, Tensor]:
-    """Zeros in the shapes of what the network reads of text: "text" (batch, tokens, D), "pooled" (batch, P), SDXL's "size" (batch, 6)."""
+    """Zeros in the shapes of the network's text conditions.
+
+    These are "text" (batch, tokens, D), "pooled" (batch, P) and SDXL's "size" (batch, 6).
+    """
     settings = json.loads(net.settings)
     found = {}
     for key, names in WIDTHS.get(net.network, {}).items():
@@ -37,16 +40,14 @@ def example_conditions(net: DiffusersModel, batch: int, tokens: int = 77) -> dic
 
 
 def check_text(net: DiffusersModel, cond: Mapping[str, Tensor]) -> None:
-    """ValueError where conditions, one row or more of each, lack what the network reads of text or are of another width."""
+    """Raise a ValueError if text conditions that the network reads are missing, or have another width."""
     settings = json.loads(net.settings)
     for key, names in WIDTHS.get(net.network, {}).items():
         if key not in cond:
-            raise ValueError(
-                f"data: gives no {key!r}, which {net.network} reads; data of kind encoded with a text encoder (data.text) does"
-            )
+            needed = "data of kind encoded with a text encoder (data.text) does"
+            raise ValueError(f"data: gives no {key!r}, which {net.network} reads; {needed}")
         width = next((settings[name] for name in names if isinstance(settings.get(name), int)), None)
         given = cond[key].shape[-1]
         if width is not None and given != width:
-            raise ValueError(
-                f"data: its {key!r} is {given} wide, {net.network} reads {width}: data.text must be the text encoder of that network"
-            )
+            needed = "data.text must be the text encoder of that network"
+            raise ValueError(f"data: its {key!r} is {given} wide, {net.network} reads {width}: {needed}")

@@ -1,8 +1,8 @@
-"""Discriminators: D(x, cond, noise), one score (B,) a sample, for x (B, C, H, W) in the student's own sample space.
+"""Discriminators: D(x, cond, noise), one score per sample (B,), for x (B, C, H, W) in the student's sample space.
 
-Of cond they read "class" (B,), by projection (Miyato and Koyama 2018, arXiv:1802.05637): the score is <w, h> + <e_class, h>, and for a class of
--1 its first part. No normalisation looks across the batch: the gradient penalties want rows that do not know one another. All in float32,
-whatever autocast says: the penalties are differentiated twice.
+They read cond["class"] (B,) by projection (Miyato and Koyama 2018, arXiv:1802.05637): the score is <w, h> + <e_class,
+h>, without the second term for class -1. No layer normalises over the batch, since gradient penalties need
+independent rows. Everything runs in float32, even under autocast, since the penalties are differentiated twice.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from flowmap.flow.types import Cond
 
 @dataclass(frozen=True)
 class Conv:
-    """A residual convolutional network that halves height and width down to about 4, or `depth` times, and doubles its channels from
-    width to at most max_width."""
+    """A residual convolutional network.
+
+    It halves height and width down to about 4, or `depth` times, and doubles its channels from width up to max_width.
+    """
 
     width: Width = 32
     max_width: Width = 512
@@ -45,7 +47,7 @@ class ConvNet(nn.Module):
         side = min(shape[1:])
         depth = max(round(math.log2(side / 4)), 0) if spec.depth is None else spec.depth
         if side >> depth < 1:
-            raise ValueError(f"depth: {depth} halvings leave nothing of a sample of shape {tuple(shape)}")
+            raise ValueError(f"depth: {depth} halvings are too many for a sample of shape {tuple(shape)}")
         widths = [min(spec.width << level, spec.max_width) for level in range(depth + 1)]
         self.enter = nn.Conv2d(shape[0], widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -65,7 +67,7 @@ class ConvNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a straight way; the variance stays."""
+    """Two convolutions with a skip connection, scaled to keep the variance."""
 
     def __init__(self, inside: int, out: int):
         super().__init__()
@@ -81,9 +83,8 @@ class Projection(nn.Module):
 
     def __init__(self, width: int, num_classes: int | None):
         super().__init__()
-        self.straight = nn.Linear(
-            width, 1, bias=False
-        )  # the loss sees differences of scores alone: a bias would only drift
+        # no bias: the loss depends on differences of scores only, so a bias would drift
+        self.straight = nn.Linear(width, 1, bias=False)
         self.label = nn.Embedding(num_classes, width) if num_classes else None
         if self.label is not None:
             nn.init.zeros_(self.label.weight)
@@ -98,7 +99,10 @@ class Projection(nn.Module):
 
 
 class Head(nn.Module):
-    """The score of one depth of a frozen network: features (B, C, H, W), (B, N, C) or (B, C), each place scored, then the mean: (B,)."""
+    """The score (B,) of features of a frozen network, averaged over positions.
+
+    Features are (B, C, H, W), (B, N, C) or (B, C).
+    """
 
     def __init__(self, channels: int, width: int, num_classes: int | None):
         super().__init__()
@@ -113,7 +117,7 @@ class Head(nn.Module):
 
 
 def keep_variance(net: nn.Module) -> None:
-    """Weights of variance 2 over the number of inputs, no bias (He et al. 2015, arXiv:1502.01852): scores differ from row to row at the start."""
+    """Initialise weights by He et al. 2015 (arXiv:1502.01852), biases with 0, so that initial scores differ by row."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -122,7 +126,7 @@ def keep_variance(net: nn.Module) -> None:
 
 
 def by_place(features: Tensor) -> Tensor:
-    """Features as (B, places, channels)."""
+    """Features as (B, positions, channels)."""
     if features.ndim == 4:
         return features.flatten(2).transpose(1, 2)
     return features if features.ndim == 3 else features.flatten(1).unsqueeze(1)
@@ -133,16 +137,13 @@ def channels_of(features: Tensor) -> int:
 
 
 def check_shape(shape: tuple[int, ...], kind: str) -> None:
-    """ValueError unless samples are pictures or latents."""
+    """Raise a ValueError unless samples are images or latents."""
     if len(shape) != 3:
-        raise ValueError(
-            f"kind: {kind!r} wants pictures or latents (channels, height, width), and the data's samples are {tuple(shape)}"
-        )
+        needs = "wants pictures or latents (channels, height, width)"
+        raise ValueError(f"kind: {kind!r} {needs}, and the data's samples are {tuple(shape)}")
 
 
 def in_float32(device: torch.device) -> torch.autocast:
-    """Inside, autocast is off."""
-    kind = (
-        device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-    )  # "meta" has no autocast to switch off
+    """A context that disables autocast."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # the meta device has no autocast
     return torch.autocast(kind, enabled=False)

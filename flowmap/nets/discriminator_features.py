@@ -1,7 +1,7 @@
-"""Discriminators that look through a frozen network: heads on what the teacher's own blocks say, or on the features of a packaged network.
+"""Discriminators with heads on features of a frozen network: the teacher's blocks, or a packaged network.
 
-Sources: LADD, arXiv:2403.12015 (the teacher's own features); Projected GANs, arXiv:2111.01007 (a packaged network's). The frozen network is
-not a submodule: it is in no parameters() and no state_dict().
+Sources: LADD, arXiv:2403.12015 (the teacher's features); Projected GANs, arXiv:2111.01007 (a packaged network's). The
+frozen network is not a submodule: it is not in parameters() or state_dict().
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ Trunk = Callable[[Tensor], Tensor | list[Tensor]]
 
 @dataclass(frozen=True)
 class OnTeacher:
-    """Heads on the teacher's blocks, those of `blocks` (none named: at most four, evenly spread), at the point (1 - time) x + time noise.
+    """Heads on the teacher's blocks at the point (1 - time) x + time noise.
 
-    The teacher's network is frozen; attention in it is done in elementary operations, as the penalties are differentiated twice.
+    blocks: indices of the blocks; by default up to four, evenly spread. The teacher's network is frozen; its attention
+    runs as elementary operations, since the penalties are differentiated twice.
     """
 
     blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
@@ -44,7 +45,7 @@ class OnTeacher:
     def build(
         self, shape: tuple[int, ...], *, network: nn.Module, example: Cond, num_classes: int | None = None
     ) -> nn.Module:
-        """network: the teacher's F(x, t, s, cond); example: one row of what it is conditioned on."""
+        """network: the teacher's F(x, t, s, cond). example: one row of its conditions."""
         return OnTeacherNet(self, shape, network, example, num_classes)
 
 
@@ -69,25 +70,23 @@ class OnTeacherNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
         with in_float32(x.device):
-            return sum(
-                head(one, cond) for head, one in zip(self.heads, self.features(x, cond, noise), strict=True)
-            ) / len(self.heads)
+            scores = [head(one, cond) for head, one in zip(self.heads, self.features(x, cond, noise), strict=True)]
+            return sum(scores) / len(scores)
 
     def features(self, x: Tensor, cond: Cond | None, noise: Tensor | None) -> list[Tensor]:
-        """What each chosen block gives; nothing else of the teacher's forward pass is looked at."""
+        """The outputs of the chosen blocks in one forward pass of the teacher."""
         network, t = self._frozen[0], torch.full((len(x),), self.time, device=x.device)
         point = (1 - broadcast_time(t, x)) * x if noise is None else torch.lerp(x, noise.to(x.dtype), self.time)
         with _hearing(self._blocks) as heard, sdpa_kernel(SDPBackend.MATH):
-            network.forward(point, t, t, cond)  # not as compiled: hooks and second derivatives
+            network.forward(point, t, t, cond)  # not the compiled call: it has no hooks and no second derivatives
         return [heard[block] for block in self._blocks]
 
 
 def row_of_blocks(network: nn.Module) -> list[nn.Module]:
-    """The network's blocks in order, a UNet's encoder's; none where it has no such row."""
+    """The network's blocks in order, for a UNet those of the encoder; empty if it has no known list of blocks."""
+    modules = dict(network.named_modules())
     for name in ROWS_OF_BLOCKS:
-        found: Any = network
-        for part in name.split("."):
-            found = getattr(found, part, None)
+        found = modules.get(name)
         if isinstance(found, (nn.ModuleList, nn.ModuleDict)) and len(found):
             return list(found.values() if isinstance(found, nn.ModuleDict) else found)
     return []
@@ -95,7 +94,7 @@ def row_of_blocks(network: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _hearing(blocks: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Inside, every pass through those blocks leaves its result here; of several tensors the last (text comes before pictures)."""
+    """A context that records the outputs of blocks; of several tensors the last, since text precedes image features."""
     heard: dict[nn.Module, Tensor] = {}
 
     def keep(block: nn.Module, arguments, out) -> None:
@@ -111,9 +110,10 @@ def _hearing(blocks: tuple[nn.Module, ...]) -> Iterator[dict[nn.Module, Tensor]]
 
 @dataclass(frozen=True)
 class OnFeatures:
-    """Heads on the features of a packaged network: "efficientnet_lite0", or "package.mod:attr", a call x -> tensor or list of tensors.
+    """Heads on the features of a packaged network.
 
-    It sees pictures (B, 3, size, size) in [-1, 1]; size 0: as large as they are. It must not be a network that a metric looks with.
+    net: "efficientnet_lite0", or "package.mod:attr", a function from x to a tensor or a list of tensors. It gets images
+    (B, 3, size, size) in [-1, 1], or in their own size if `size` is 0. Do not use the network of a metric.
     """
 
     net: str = "efficientnet_lite0"
@@ -127,12 +127,11 @@ class OnFeatures:
             raise ValueError(f"net: {self.net!r} is not efficientnet_lite0 or package.mod:attr")
 
     def build(self, shape: tuple[int, ...], *, call: Trunk, num_classes: int | None = None) -> nn.Module:
-        """call: that network, frozen."""
+        """call: the frozen network."""
         check_shape(shape, "features")
         if shape[0] not in (1, 3):
-            raise ValueError(
-                f"kind: 'features' wants pictures of 1 or 3 channels, and the data's samples are {tuple(shape)}"
-            )
+            needs = "wants pictures of 1 or 3 channels"
+            raise ValueError(f"kind: 'features' {needs}, and the data's samples are {tuple(shape)}")
         return OnFeaturesNet(self, shape, call, num_classes)
 
 
@@ -147,9 +146,8 @@ class OnFeaturesNet(nn.Module):
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
         with in_float32(x.device):
-            return sum(head(one, cond) for head, one in zip(self.heads, self.features(x), strict=True)) / len(
-                self.heads
-            )
+            scores = [head(one, cond) for head, one in zip(self.heads, self.features(x), strict=True)]
+            return sum(scores) / len(scores)
 
     def features(self, x: Tensor) -> list[Tensor]:
         if self.size:
@@ -158,7 +156,7 @@ class OnFeaturesNet(nn.Module):
         return [out] if isinstance(out, Tensor) else list(out)
 
     def _apply(self, function, recurse: bool = True) -> OnFeaturesNet:
-        """The frozen network, no submodule, goes to the device that the heads go to."""
+        """Move the frozen network, which is not a submodule, with the heads."""
         if isinstance(self._frozen[0], nn.Module):
             self._frozen[0]._apply(function)
         return super()._apply(function, recurse)

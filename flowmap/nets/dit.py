@@ -1,6 +1,7 @@
 """A diffusion transformer for pixels or latents: adaLN-zero, RMS norms, query-key norm, SwiGLU.
 
-Source: Peebles and Xie 2022, arXiv:2212.09748 (block, sizes S to XL); all layers pass forward-mode AD, compile, autocast.
+Source: Peebles and Xie 2022, arXiv:2212.09748 (block, sizes S to XL); all layers pass forward-mode AD, compile,
+autocast.
 """
 
 from __future__ import annotations
@@ -63,13 +64,12 @@ class DiT:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
         if len(shape) != 3 or shape[1] % self.patch or shape[2] % self.patch:
-            raise ValueError(
-                f"patch: {self.patch} does not divide a sample of shape {tuple(shape)} (channels, height, width)"
-            )
-        return DiTNet(self, shape, num_classes, arrival, guidance, further)
+            what = f"a sample of shape {tuple(shape)} (channels, height, width)"
+            raise ValueError(f"patch: {self.patch} does not divide {what}")
+        return DiTNet(self, shape, num_classes, arrival, guidance, extra_conditions)
 
 
 class DiTNet(nn.Module):
@@ -82,7 +82,7 @@ class DiTNet(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         width, depth, heads = spec.sizes
@@ -91,8 +91,8 @@ class DiTNet(nn.Module):
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
         self.position = nn.Parameter(sine_positions(*self.grid, width))
-        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
-        self.conditioning = Conditioning(width, cycles=spec.cycles, **options)
+        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance)
+        self.conditioning = Conditioning(width, cycles=spec.cycles, extra_conditions=extra_conditions, **options)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, size)
@@ -113,7 +113,7 @@ class DiTNet(nn.Module):
         return self._image(self.leave(torch.addcmul(shift, _norm(h), 1 + scale)))
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiTNet:
-        """The same network, weights shared, with those blocks left out: a weak model for autoguidance."""
+        """The same network without some blocks, with shared weights: a weak model for autoguidance."""
         if any(not 0 <= i < len(self.blocks) for i in skip):
             raise ValueError(f"skip_blocks: {tuple(skip)} must lie in 0..{len(self.blocks) - 1}")
         weak = copy.copy(self)
@@ -133,12 +133,12 @@ class DiTNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each scaled, shifted and gated by the conditioning; the identity at the start."""
+    """Attention and SwiGLU, each scaled, shifted and gated by the conditioning; initially the identity."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.heads = heads
-        hidden = 8 * round(width * mlp_ratio / 8)  # tensor cores want multiples of 8
+        hidden = 8 * round(width * mlp_ratio / 8)  # tensor cores need multiples of 8
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.merge = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
@@ -153,9 +153,8 @@ class Block(nn.Module):
 
     def _attend(self, h: Tensor) -> Tensor:
         batch, tokens, width = h.shape
-        q, k, v = (
-            self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        qkv = self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         h = F.scaled_dot_product_attention(_norm(q).to(v.dtype), _norm(k).to(v.dtype), v)
         return self.merge(h.transpose(1, 2).reshape(batch, tokens, width))
 
@@ -166,7 +165,7 @@ def _norm(h: Tensor) -> Tensor:
 
 def sine_positions(rows: int, columns: int, width: int) -> Tensor:
     """(1, rows * columns, width): half of the channels encode the row, half the column."""
-    # said, as under `torch.device("meta")` torch forgets linspace and arange once transformers 5 has patched them (from_pretrained came first)
+    # explicit, since torch.device("meta") does not reach linspace and arange after transformers 5 has patched them
     here = torch.get_default_device()
     octaves = torch.exp2(-torch.linspace(0, 6, width // 4, device=here))
     y, x = torch.meshgrid(torch.arange(rows, device=here), torch.arange(columns, device=here), indexing="ij")

@@ -1,8 +1,9 @@
-"""EDM's networks, DDPM++ (with its NCSN++ variant) and ADM, as EDM trained them: their settings, and their velocity on our clock.
+"""EDM's networks, DDPM++ (with its NCSN++ variant) and ADM: their settings, and their velocity on our clock.
 
-Source: Karras et al. 2022, arXiv:2206.00364 (tables 6 to 8 and appendix F); Song et al. 2021, arXiv:2011.13456; Dhariwal and Nichol 2021,
-arXiv:2105.05233. Names of layers are those of the published weights, so that these load unchanged; the input for augmentation labels, zero
-wherever a picture is sampled, is left out. Arrival and guidance branches are added to the embedding, silent at the start.
+Sources: Karras et al. 2022, arXiv:2206.00364 (tables 6 to 8 and appendix F); Song et al. 2021, arXiv:2011.13456;
+Dhariwal and Nichol 2021, arXiv:2105.05233. Layers have the names of the published weights, so that these load
+unchanged. The input for augmentation labels, which is zero in sampling, is omitted. Arrival and guidance branches,
+which start at zero, are added to the embedding.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ PRESETS = {"cifar10": (2, 2, 2), "ffhq": (1, 2, 2, 2), "afhqv2": (1, 2, 2, 2)}
 
 @dataclass(frozen=True)
 class DDPMpp:
-    """Settings of EDM's DDPM++; multipliers come from the preset (cifar10, ffhq, afhqv2) unless given, channels are a multiple of 32.
+    """Settings of EDM's DDPM++; channels are a multiple of 32.
 
-    ncsnpp: the NCSN++ variant (random Fourier features of the noise level, a residual way past the encoder, a filter of four taps).
-    sigma_data: the data's std, 0.5 in the published models. dropout: in training alone; EDM trained with 0.13 (CIFAR-10), 0.05 (FFHQ), 0.25 (AFHQ).
+    preset: cifar10, ffhq or afhqv2, defines the multipliers unless they are given. ncsnpp: the NCSN++ variant (random
+    Fourier features of the noise level, a residual path parallel to the encoder, a filter with four taps). sigma_data:
+    the data's std, 0.5 in the published models. dropout: in training only; EDM used 0.13 (CIFAR-10), 0.05 (FFHQ) and
+    0.25 (AFHQ).
     """
 
     preset: str = "cifar10"
@@ -49,18 +52,16 @@ class DDPMpp:
     def build(
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
     ) -> nn.Module:
-        unet = SongUNet(
-            _square(shape, self.levels), self.channels, self.levels, self.num_blocks, self.attention_at, num_classes,
-            ncsnpp=self.ncsnpp, dropout=self.dropout,
-        )  # fmt: skip
+        sizes = (_square(shape, self.levels), self.channels, self.levels, self.num_blocks, self.attention_at)
+        unet = SongUNet(*sizes, num_classes, ncsnpp=self.ncsnpp, dropout=self.dropout)
         return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
 
 
 @dataclass(frozen=True)
 class ADM:
-    """Settings of EDM's ADM, those of ImageNet-64 unless given; channels are a multiple of 64. sigma_data: the data's std.
+    """Settings of EDM's ADM; the defaults are those for ImageNet-64. channels are a multiple of 64.
 
-    dropout: in training alone; EDM trained with 0.1.
+    sigma_data: the data's std. dropout: in training only; EDM used 0.1.
     """
 
     channels: Width = 192
@@ -78,9 +79,8 @@ class ADM:
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
     ) -> nn.Module:
         size = _square(shape, self.multipliers)
-        unet = DhariwalUNet(
-            size, self.channels, self.multipliers, self.num_blocks, self.attention_at, num_classes, dropout=self.dropout
-        )
+        sizes = (size, self.channels, self.multipliers, self.num_blocks, self.attention_at)
+        unet = DhariwalUNet(*sizes, num_classes, dropout=self.dropout)
         return EDMNet(unet, self.sigma_data, num_classes, arrival, guidance)
 
 
@@ -113,7 +113,7 @@ def _check_channels(spec: DDPMpp | ADM, multipliers: tuple[int, ...], unit: int)
     if spec.channels % unit:
         raise ValueError(f"channels: {spec.channels} must be a multiple of {unit}")
     if not multipliers:
-        raise ValueError("multipliers: () must have an entry at least")
+        raise ValueError("multipliers: () must have at least one entry")
 
 
 def _square(shape: tuple[int, ...], multipliers: tuple[int, ...]) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""The EDM2 U-Net: every operation keeps the magnitude of its activations, weights are normalised wherever they are used.
+"""The EDM2 U-Net: every operation preserves the magnitude of its activations, and weights are normalised when used.
 
-Source: Karras et al. 2024, arXiv:2312.02696 (configuration G; table 1 and appendix B for the constants). Names of layers are those of the
-published weights, so that these load unchanged. The preconditioning is EDM's, said on our clock; arrival and guidance branches are added to
-the embedding, silent at the start.
+Source: Karras et al. 2024, arXiv:2312.02696 (configuration G; table 1 and appendix B for the constants). Layers have
+the names of the published weights, so that these load unchanged. The preconditioning is EDM's, on our clock; arrival
+and guidance branches, which start at zero, are added to the embedding.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL":
 
 @dataclass(frozen=True)
 class EDM2:
-    """Settings of an EDM2 U-Net; channels come from the preset unless given. sigma_data: the data's std, 0.5 in the published models.
+    """Settings of an EDM2 U-Net; the preset defines the channels unless they are given.
 
-    dropout: in training alone; EDM2 trained its larger networks with 0.1.
+    sigma_data: the data's std, 0.5 in the published models. dropout: in training only; EDM2 used 0.1 for its larger
+    networks.
     """
 
     preset: str = "S"
@@ -46,7 +47,7 @@ class EDM2:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         if not self.multipliers:
-            raise ValueError("multipliers: () must have an entry at least")
+            raise ValueError("multipliers: () must have at least one entry")
 
     @property
     def width(self) -> int:
@@ -59,14 +60,13 @@ class EDM2:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
         halvings = 2 ** (len(self.multipliers) - 1)
         if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
-            raise ValueError(
-                f"multipliers: {len(self.multipliers)} levels do not halve a square sample of shape {tuple(shape)}"
-            )
-        return EDM2Net(self, shape, num_classes, arrival, guidance, further)
+            levels = len(self.multipliers)
+            raise ValueError(f"multipliers: {levels} levels do not halve a square sample of shape {tuple(shape)}")
+        return EDM2Net(self, shape, num_classes, arrival, guidance, extra_conditions)
 
 
 class EDM2Net(nn.Module):
@@ -79,7 +79,7 @@ class EDM2Net(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         self.sigma_data, self.num_classes = spec.sigma_data, num_classes
@@ -87,7 +87,7 @@ class EDM2Net(nn.Module):
         width = self.unet.emb_noise.out_channels
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
-        self.further = ExtraEmbeddings(further, width) if further else None
+        self.further = ExtraEmbeddings(extra_conditions, width) if extra_conditions else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
         cond = cond or {}
@@ -175,7 +175,7 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with the embedding between them, then attention where asked; sums keep the magnitude."""
+    """Two convolutions with the embedding between them, then optional attention; sums preserve the magnitude."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution, or with kernel () a linear layer, without bias, whose filters are normalised whenever they are used."""
+    """A convolution (a linear layer for kernel ()) without bias, with filters that are normalised when used."""
 
     def __init__(self, inside: int, out: int, kernel: tuple[int, ...]):
         super().__init__()
@@ -241,7 +241,7 @@ class Conv(nn.Module):
 
 
 class Fourier(nn.Module):
-    """sqrt(2) cos(2 pi (f x + phase)) of random frequencies and phases, fixed: (B,) -> (B, num)."""
+    """sqrt(2) cos(2 pi (f x + phase)) with fixed random frequencies and phases: (B,) -> (B, num)."""
 
     freqs: Tensor
     phases: Tensor
@@ -257,7 +257,7 @@ class Fourier(nn.Module):
 
 
 def unit(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
-    """x scaled to root mean square 1 along dim; over all but the first dimension where dim is None."""
+    """x scaled to root mean square 1 over dim, by default over all dimensions except the first."""
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
@@ -276,9 +276,8 @@ def blend(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def joined(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:
-    """a and b along the channels, each scaled so that both have their share and the whole keeps the magnitude."""
+    """a and b concatenated along the channels, weighted by 1 - share and share, with the magnitude preserved."""
     total = a.shape[1] + b.shape[1]
     scale = math.sqrt(total / ((1 - share) ** 2 + share**2))
-    return torch.cat(
-        [a * (scale * (1 - share) / math.sqrt(a.shape[1])), b * (scale * share / math.sqrt(b.shape[1]))], 1
-    )
+    weights = (scale * (1 - share) / math.sqrt(a.shape[1]), scale * share / math.sqrt(b.shape[1]))
+    return torch.cat([a * weights[0], b * weights[1]], 1)

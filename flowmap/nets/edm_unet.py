@@ -1,7 +1,9 @@
-"""The U-Nets of EDM: DDPM++ and NCSN++ (Song et al. 2021, arXiv:2011.13456) and ADM (Dhariwal and Nichol 2021, arXiv:2105.05233).
+"""The U-Nets of EDM: DDPM++, NCSN++ and ADM.
 
-Written from the papers and from EDM's tables 6 to 8 (arXiv:2206.00364); names of layers are those of the published weights. A layer called
-NxN_... works at N by N places; `enc` runs from the picture down, `dec` back up, and each of dec's `block`s takes one skip.
+Sources: Song et al. 2021, arXiv:2011.13456 (DDPM++, NCSN++); Dhariwal and Nichol 2021, arXiv:2105.05233 (ADM).
+Written from the papers and EDM's tables 6 to 8 (arXiv:2206.00364); layers have the names of the published weights. A
+layer called NxN_... runs at resolution N x N; `enc` is the encoder, `dec` the decoder, and each `block` of the decoder
+takes one skip connection.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Family:
-    """What all blocks of a network share.
+    """Settings that all blocks of a network share.
 
-    adaptive: the embedding scales and shifts after the second normalisation; otherwise it is added before. head: channels of one head of
-    attention, None for a single head. scale: of each residual sum. projected: a skip that changes its size has a 1x1 convolution.
-    taps: of the filter with which sizes change. dropout: before each block's second convolution, in training alone.
+    adaptive: the embedding scales and shifts after the second normalisation; otherwise it is added before it. head:
+    channels per attention head, None for a single head. scale: the factor of each residual sum. projected: whether a
+    skip that changes the resolution has a 1x1 convolution. taps: of the resampling filter. dropout: before each
+    block's second convolution, in training only.
     """
 
     adaptive: bool
@@ -38,9 +41,10 @@ DHARIWAL = Family(adaptive=True, head=64, scale=1.0, eps=1e-5, projected=False)
 
 
 class UNet(nn.Module):
-    """U(x, noise, labels, extra) for x (B, C, side, side), noise (B,), labels (B, num_labels) or None, extra (B, width) or None.
+    """U(x, noise, labels, extra) for x (B, C, side, side) and noise (B,).
 
-    A subclass says how noise, labels and extra become the embedding, and what follows the last block.
+    labels are (B, num_labels) or None, extra is (B, width) or None.
+    A subclass defines the embedding of noise, labels and extra, and the layers after the last block.
     """
 
     map_layer1: nn.Linear  # the last layer of the embedding
@@ -124,7 +128,7 @@ class UNet(nn.Module):
 
 
 class SongUNet(UNet):
-    """DDPM++; with ncsnpp NCSN++, whose encoder has a residual way past its blocks."""
+    """DDPM++; with ncsnpp NCSN++, which has a residual path parallel to the encoder's blocks."""
 
     def __init__(
         self,
@@ -152,16 +156,11 @@ class SongUNet(UNet):
         self._draw()
 
     def _draw(self) -> None:
-        """Xavier's uniform weights, near zero where a residual way ends; biases are zero."""
+        """Initialise weights by Xavier's uniform rule, near zero at the end of residual branches; biases are zero."""
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                gain = (
-                    1e-5
-                    if name.endswith(("conv1", "proj", "aux_conv"))
-                    else math.sqrt(0.2)
-                    if name.endswith("qkv")
-                    else 1.0
-                )
+                last = name.endswith(("conv1", "proj", "aux_conv"))
+                gain = 1e-5 if last else math.sqrt(0.2) if name.endswith("qkv") else 1.0
                 nn.init.xavier_uniform_(layer.weight, gain)
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
@@ -180,7 +179,7 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM: the embedding scales and shifts, attention has heads of 64 channels."""
+    """ADM: the embedding scales and shifts, and attention heads have 64 channels."""
 
     def __init__(
         self, size, channels, multipliers, num_blocks, attention_at, num_labels: int | None, *, dropout: float
@@ -196,7 +195,7 @@ class DhariwalUNet(UNet):
         self._draw()
 
     def _draw(self) -> None:
-        """Torch's own weights (uniform within 1 / sqrt(inputs)), zero where a residual way ends; classes are standard normal."""
+        """Keep torch's initial weights, but zero at the end of residual branches and standard normal for classes."""
         for name, layer in self.named_modules():
             if name.endswith(("conv1", "proj", "out_conv")):
                 nn.init.zeros_(layer.weight)
@@ -215,7 +214,7 @@ class DhariwalUNet(UNet):
 
 
 class Block(nn.Module):
-    """Two convolutions with the embedding between them, in a residual sum, then attention in another where asked."""
+    """Two convolutions with the embedding between them, in a residual sum, then optional attention in another."""
 
     def __init__(
         self, inside: int, out: int, emb: int, family: Family, *, way: str | None = None, attention: bool = False
@@ -256,13 +255,12 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c // self.heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # each (B, heads, places, c / heads)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(
-            y.transpose(-1, -2).contiguous().reshape(b, c, height, width)
-        )  # rows in place: forward mode of the next norm wants them
+        # contiguous: torch's forward mode of the next normalisation needs it
+        return self.proj(y.transpose(-1, -2).contiguous().reshape(b, c, height, width))
 
 
 class Conv(nn.Conv2d):
-    """A convolution that keeps the size, after the size was doubled ("up") or halved ("down") where asked."""
+    """A convolution, optionally after doubling ("up") or halving ("down") the resolution."""
 
     resample_filter: Tensor | None
 
@@ -279,7 +277,7 @@ class Conv(nn.Conv2d):
 
 
 class ThenDown(nn.Conv2d):
-    """A 3x3 convolution over enough of a margin, then half the size: the two commute but for that margin."""
+    """A 3x3 convolution with enough padding, then downsampling by 2; the two commute except for the padding."""
 
     resample_filter: Tensor
 
@@ -292,7 +290,7 @@ class ThenDown(nn.Conv2d):
 
 
 class Resized(nn.Module):
-    """Twice or half the size, without weights."""
+    """Upsampling or downsampling by 2, without weights."""
 
     resample_filter: Tensor
 
@@ -306,13 +304,13 @@ class Resized(nn.Module):
 
 
 def square_filter(taps: tuple[int, ...]) -> Tensor:
-    """The outer product of the taps with themselves, (1, 1, n, n), with sum 1."""
+    """The outer product of the taps with themselves, normalised to sum 1, (1, 1, n, n)."""
     row = torch.tensor(taps, dtype=torch.float32)
     return (row[:, None] * row / row.sum() ** 2)[None, None]
 
 
 def resized(x: Tensor, kernel: Tensor, way: str, padding: int | None = None) -> Tensor:
-    """x (B, C, H, W) at twice or half the size, filtered channel by channel."""
+    """x (B, C, H, W) upsampled or downsampled by 2 with a depthwise filter."""
     channels = x.shape[1]
     padding = (kernel.shape[-1] - 1) // 2 if padding is None else padding
     kernel = kernel.to(x.dtype).expand(channels, 1, -1, -1)
@@ -322,7 +320,7 @@ def resized(x: Tensor, kernel: Tensor, way: str, padding: int | None = None) -> 
 
 
 def norm(channels: int, eps: float) -> nn.GroupNorm:
-    """32 groups, fewer where a group would have fewer than 4 channels."""
+    """Group normalisation with 32 groups, or fewer, so that each has at least 4 channels."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -341,7 +339,7 @@ class Positional(nn.Module):
 
 
 class Fourier(nn.Module):
-    """cos and sin of 2 pi f x with random frequencies f of std 16, fixed: (B,) -> (B, num)."""
+    """cos and sin of 2 pi f x with fixed random frequencies f of std 16: (B,) -> (B, num)."""
 
     freqs: Tensor
 

@@ -1,7 +1,8 @@
-"""Embeddings of the scalars and labels that a network is conditioned on.
+"""Embeddings of the scalars and labels on which a network is conditioned.
 
-Time goes in as t itself, through low frequencies, in float32 or better: the derivative of log-sigma explodes at both ends of the path,
-and high frequencies make dF/dt large (Align Your Flow, arXiv:2506.14603; sCM, arXiv:2410.11081, section 4.1).
+Networks embed t itself with low frequencies, in float32 or better: the derivative of log-sigma is unbounded at both
+ends of the path, and high frequencies make dF/dt large (Align Your Flow, arXiv:2506.14603; sCM, arXiv:2410.11081,
+section 4.1).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from flowmap.flow.types import Cond
 
 @dataclass(frozen=True)
 class ExtraCondition:
-    """A condition beside class and guidance scale, by its name in cond.
+    """A condition in addition to class and guidance scale, by its name in cond.
 
-    kind number: one of `size` whole numbers, -1 or absent for none.  kind context: `size` numbers in any shape, zeros or absent for none.
-    kind code: the `size` numbers of a learned prior's code, never absent.
+    kind "number": an integer below `size`, -1 or absent for none. kind "context": `size` numbers in any shape, zeros or
+    absent for none. kind "code": the code of a learned prior, `size` numbers, never absent.
     """
 
     name: str
@@ -33,15 +34,15 @@ class ExtraCondition:
         assert self.kind in EXTRA_EMBEDDINGS, self.kind
 
     def example(self, rows: int) -> Tensor:
-        """That condition in `rows` rows."""
+        """Zeros in the shape of the condition with `rows` rows."""
         return torch.zeros(rows, dtype=torch.int64) if self.kind == "number" else torch.zeros(rows, self.size)
 
 
 class ScalarEmbedding(nn.Module):
-    """A scalar near [0, 1] as a vector of `width`; with `silent`, zero until it is trained.
+    """An embedding of scalars near [0, 1], (B,) -> (B, width); with `silent`, zero until it is trained.
 
-    num_frequencies sinusoids from 1/8 to `cycles` periods over the unit interval, then a two-layer perceptron; all of it in float32 or
-    better whatever autocast says.  (B,) -> (B, width).
+    It consists of num_frequencies sinusoids from 1/8 to `cycles` periods over the unit interval and a two-layer
+    perceptron, in float32 or better, also under autocast.
     """
 
     def __init__(self, width: int, *, num_frequencies: int = 32, cycles: float = 4.0, silent: bool = False):
@@ -54,9 +55,8 @@ class ScalarEmbedding(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, value: Tensor) -> Tensor:
-        kind = (
-            value.device.type if torch.amp.is_autocast_available(value.device.type) else "cpu"
-        )  # "meta" has no autocast to switch off
+        device = value.device.type
+        kind = device if torch.amp.is_autocast_available(device) else "cpu"  # the meta device has no autocast
         with torch.autocast(kind, enabled=False):
             wide = torch.promote_types(self.hidden.weight.dtype, torch.float32)
             octaves = torch.linspace(-3, math.log2(self.cycles), self.num_frequencies, dtype=wide, device=value.device)
@@ -66,28 +66,26 @@ class ScalarEmbedding(nn.Module):
 
 
 class NumberEmbedding(nn.Embedding):
-    """One of `size` whole numbers (B,) as a vector (B, width); none has a row of its own."""
+    """An embedding of integers (B,) below `size`, with an extra row for none: (B, width)."""
 
     def __init__(self, size: int, width: int):
         super().__init__(size + 1, width)
 
     def forward(self, value: Tensor | None) -> Tensor:
-        return (
-            self.weight[-1]
-            if value is None
-            else super().forward(torch.where(value < 0, self.num_embeddings - 1, value))
-        )
+        if value is None:
+            return self.weight[-1]
+        return super().forward(torch.where(value < 0, self.num_embeddings - 1, value))
 
 
 class ContextEmbedding(nn.Linear):
-    """(B, ...) with `size` numbers a row as a vector (B, width)."""
+    """A linear embedding of (B, ...) with `size` numbers per row: (B, width)."""
 
     def forward(self, value: Tensor | None) -> Tensor:
         return self.bias if value is None else super().forward(value.flatten(1).to(self.weight.dtype))
 
 
 class CodeEmbedding(nn.Module):
-    """The code z of a learned prior, (B, size), as a vector (B, width)."""
+    """An embedding of the code z of a learned prior: (B, size) -> (B, width)."""
 
     def __init__(self, size: int, width: int):
         super().__init__()
@@ -95,7 +93,7 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, z: Tensor | None) -> Tensor:
         if z is None:
-            raise ValueError("z: this network is told the code of where its paths start, and cond has none")
+            raise ValueError("z: this network is conditioned on the code of a learned prior, and cond has none")
         return self.out(F.silu(self.hidden(z.to(self.hidden.weight.dtype))))
 
 
@@ -103,21 +101,21 @@ EXTRA_EMBEDDINGS = {"number": NumberEmbedding, "context": ContextEmbedding, "cod
 
 
 class ExtraEmbeddings(nn.ModuleList):
-    """The sum of further conditions, each as a vector (B, width), or (width,) where cond lacks it."""
+    """The sum of the embeddings of extra conditions, (B, width), or (width,) if cond has none of them."""
 
-    def __init__(self, further: Sequence[ExtraCondition], width: int):
-        super().__init__(EXTRA_EMBEDDINGS[one.kind](one.size, width) for one in further)
-        self.names = tuple(one.name for one in further)
+    def __init__(self, extra_conditions: Sequence[ExtraCondition], width: int):
+        super().__init__(EXTRA_EMBEDDINGS[one.kind](one.size, width) for one in extra_conditions)
+        self.names = tuple(one.name for one in extra_conditions)
 
     def forward(self, cond: Cond) -> Tensor:
         return sum(embed(cond.get(name)) for name, embed in zip(self.names, self, strict=True))
 
 
 class Conditioning(nn.Module):
-    """Departure, and as asked arrival, guidance scale, class and further conditions, summed into one vector (B, width).
+    """The sum (B, width) of the embeddings of departure, arrival, guidance scale, class and extra conditions.
 
-    The branches for arrival and guidance are zero at the start, so that a teacher's weights loaded beside them give the teacher's output.
-    The arrival branch sees the interval t - s.
+    All but departure are optional. The branches for arrival and guidance start at zero, so that a student with a
+    teacher's weights gives the teacher's output. The arrival branch embeds the interval t - s.
     """
 
     def __init__(
@@ -128,7 +126,7 @@ class Conditioning(nn.Module):
         arrival: bool,
         guidance: bool,
         cycles: float,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -136,7 +134,7 @@ class Conditioning(nn.Module):
         self.arrival = ScalarEmbedding(width, cycles=cycles, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.further = ExtraEmbeddings(further, width) if further else None
+        self.further = ExtraEmbeddings(extra_conditions, width) if extra_conditions else None
 
     def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
         cond = cond or {}
@@ -157,7 +155,7 @@ class Conditioning(nn.Module):
 def branches(
     arrival: ScalarEmbedding | None, guidance: ScalarEmbedding | None, t: Tensor, s: Tensor, cond
 ) -> Tensor | None:
-    """What the branches for the interval t - s and for the guidance scale add to a foreign network's embedding, (B, width); None without."""
+    """The sum (B, width) of the branches for the interval t - s and the guidance scale; None without branches."""
     extra = None if arrival is None else arrival(t - s)
     if guidance is None:
         return extra
@@ -166,5 +164,5 @@ def branches(
 
 
 def _guidance_input(t: Tensor, cond) -> Tensor:
-    """The guidance scale as its embedding wants it, (B,): scales of 1 to 5 on [0, 1]; 1 where cond has none."""
+    """The input (B,) of the guidance branch: scales from 1 to 5 mapped to [0, 1]; the default scale is 1."""
     return ((cond["guidance"] if "guidance" in cond else torch.ones_like(t)) - 1) / 4

@@ -1,6 +1,6 @@
-"""The head that makes a network a flow map, and the way from a teacher's weights to a student's.
+"""The flow map of a network, and the initialisation of a student from a teacher.
 
-f(x, t, s) = x + (s - t) F(x, t, s): the boundary f(x, t, t) = x holds exactly, whatever the network says.
+f(x, t, s) = x + (s - t) F(x, t, s): the boundary condition f(x, t, t) = x is exact for any network F.
 Source: Align Your Flow, arXiv:2506.14603.
 """
 
@@ -16,14 +16,14 @@ from flowmap.nets.stacked import StackedNet
 
 
 class FlowMapNet(nn.Module):
-    """A student: a network F(x, t, s, cond) read as the mean velocity over [s, t].
+    """A student: a network F(x, t, s, cond), interpreted as the mean velocity over [s, t].
 
-    decode: what makes pictures of latents, with grad, for objectives that look at pictures; train/ sets it on the student that trains. It
-    is no submodule: no state_dict and no copy has it. uncertainty: the branch of a learned weight (uncertainty.py) while the student trains, and
-    None in what ships.
+    decode: a differentiable function from latents to images, for objectives on images; train/ sets it during training.
+    It is not a submodule: no state_dict contains it. uncertainty: the branch for learned loss weights (uncertainty.py),
+    in training only.
     """
 
-    net: Any  # one of nets/, or a library's
+    net: Any  # one of nets/, or a module of another library
     decode: Callable[[Tensor], Tensor] | None = None
     uncertainty: nn.Module | None
 
@@ -37,7 +37,7 @@ class FlowMapNet(nn.Module):
         return self.net(x, t, s, cond).to(x.dtype)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """The arrival point f(x, t, s); exactly x where s = t."""
+        """The arrival point f(x, t, s); exactly x if s = t."""
         return x + (broadcast_time(s - t, x) * self.mean_velocity(x, t, s, cond)).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -50,44 +50,44 @@ class FlowMapNet(nn.Module):
             self.net.activation_checkpointing = on
 
     def log_error(self, t: Tensor, s: Tensor) -> Tensor:
-        """u(t, s), (B,): the logarithm of the error that the student expects of itself there."""
+        """u(t, s), (B,): the log of the student's expected error for these times."""
         assert self.uncertainty is not None
         return self.uncertainty(t, s)
 
     def pictures(self, x: Tensor) -> Tensor:
-        """What samples x look like, with grad: x itself where nothing decodes."""
+        """The images of samples x, with gradients: x itself without `decode`."""
         return x if self.decode is None else self.decode(x)
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:
-    """The first tensor that two state dicts do not share in name and shape: (name, shape wanted, shape given); None where they fit.
+    """The first difference of two state dicts: (name, shape wanted, shape given); None if names and shapes match.
 
-    A tensor that is not there has the shape "absent".
+    The shape of a missing tensor is "absent".
     """
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (wanted, given)]
-    odd = next((name for name in [*shapes[0], *shapes[1]] if shapes[0].get(name) != shapes[1].get(name)), None)
-    return None if odd is None else (odd, shapes[0].get(odd, "absent"), shapes[1].get(odd, "absent"))
+    first = next((name for name in [*shapes[0], *shapes[1]] if shapes[0].get(name) != shapes[1].get(name)), None)
+    return None if first is None else (first, shapes[0].get(first, "absent"), shapes[1].get(first, "absent"))
 
 
 SILENT = ("arrival.", "guidance.")
-BESIDE_NET = "uncertainty."  # what a state dict names so is no part of the map
+BESIDE_NET = "uncertainty."  # the prefix of state dict keys that do not belong to the flow map
 
 
 def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
-    """The student's weights are the teacher's; its arrival and guidance branches, where the teacher has none, stay silent: F(x, t, s) = v(x, t).
+    """Copy the teacher's weights to the student, so that F(x, t, s) = v(x, t).
 
-    A stack whose start is a single network takes those weights twice. Raises ValueError, and changes nothing, if the two networks differ in
-    anything but those branches.
+    Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A stack copies
+    the weights of a single network to both of its networks. Raises a ValueError, and changes nothing, if the networks
+    differ in anything except those branches.
     """
     if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:
             start_from(FlowMapNet(part), teacher)
         return
     wanted, given = student.state_dict(), teacher.state_dict()
-    odd = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
-    odd += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
-    if odd:
-        raise ValueError(
-            f"student: its network is not the teacher's: {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
-        )
+    differ = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
+    differ += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
+    if differ:
+        names = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
+        raise ValueError(f"student: its network is not the teacher's: {names}")
     student.load_state_dict(given, strict=False)

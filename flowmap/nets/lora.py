@@ -1,7 +1,8 @@
-"""LoRA beside a frozen diffusers network: chosen layers become W x + (alpha / rank) B A x; A, B and our branches are all that trains and is kept.
+"""LoRA adapters in a frozen diffusers network: selected layers become W x + (alpha / rank) B A x.
 
-Source: Hu et al. 2021, arXiv:2106.09685. The layers are peft's, put in as diffusers itself does, so that its `save_lora_adapter` writes them.
-B is zero at the start: the network's output is unchanged to the bit.
+Only A, B and our branches are trained and saved. Source: Hu et al. 2021, arXiv:2106.09685. The layers are peft's,
+added as diffusers adds them, so that its `save_lora_adapter` can write them. B starts at zero: the network's output
+is initially unchanged to the bit.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import mismatch
 from flowmap.nets.pretrained import load_pretrained
 
-ADAPTER = "default"  # the one name that diffusers gives to an adapter that was given none
+ADAPTER = "default"  # diffusers' default name of an adapter
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Adapters of that rank on every linear layer and convolution whose name ends in one of `targets`; alpha: the rank if not given.
+    """Settings of adapters on all linear layers and convolutions with names that end in one of `targets`.
 
-    dropout acts on what the adapters read, in training alone.
+    alpha: defaults to the rank. dropout: on the adapters' input, in training only.
     """
 
     rank: Width = 16
@@ -42,7 +43,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen network under the adapters: a diffusers pipeline's folder or hub id, its revision, and the SHA-256 of its weights."""
+    """The frozen network of the adapters: a pipeline's folder or hub id, its revision, and its weights' SHA-256."""
 
     source: str
     revision: str | None = None
@@ -53,14 +54,17 @@ class Base:
 
 
 def add_lora(net: DiffusersNet, lora: LoRA) -> None:
-    """Puts the adapters into the network's model and freezes all of it but them; F is unchanged to the bit, A is drawn by torch's generator.
+    """Add adapters to the network's model and freeze its other weights. F is unchanged to the bit.
 
-    From here on state_dict() holds adapters and branches alone, and load_state_dict wants those alone, strictly. Raises ValueError where a
-    target matches no layer that can be adapted (naming those that can), and where peft is not installed.
+    A is drawn from torch's generator. Afterwards state_dict() contains adapters and branches only, and
+    load_state_dict requires exactly those. Raises a ValueError if a target matches no layer that can be adapted
+    (naming those that can), or if peft is not installed.
     """
+    from diffusers.loaders import PeftAdapterMixin
+
     _check_targets(net.model, lora.targets)
     config = _peft_config(lora)
-    if hasattr(net.model, "add_adapter"):
+    if isinstance(net.model, PeftAdapterMixin):
         net.model.add_adapter(config, ADAPTER)
     else:  # DiT and UNet2D, which have no LoRA pipeline in diffusers
         from peft import inject_adapter_in_model
@@ -75,7 +79,8 @@ def add_lora(net: DiffusersNet, lora: LoRA) -> None:
 
 
 def merged(net: DiffusersNet) -> DiffusersNet:
-    """A copy of the network with the adapters added into its weights and gone: the same F to rounding, with the base's own names."""
+    """A copy of the network with the adapters merged into its weights: F is equal to rounding."""
+    from diffusers.loaders import PeftAdapterMixin
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     net = copy.deepcopy(net)
@@ -85,32 +90,36 @@ def merged(net: DiffusersNet) -> DiffusersNet:
             parent, _, child = name.rpartition(".")
             net.model.get_submodule(parent).register_module(child, layer.get_base_layer())
     del net.model.peft_config
-    if hasattr(net.model, "add_adapter"):
-        net.model._hf_peft_config_loaded = False  # as diffusers' own unload_lora leaves it
+    if isinstance(net.model, PeftAdapterMixin):
+        net.model._hf_peft_config_loaded = False  # as after diffusers' unload_lora
     net.frozen = frozenset()
     return net
 
 
 def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
-    """The frozen network, without branches, on the clock of `spec`. ValueError, in one line, if it is not there or not the one trained on."""
+    """The frozen network without branches, on the clock of `spec`.
+
+    Raises a one-line ValueError if it cannot be loaded or is not the network that the student was trained on.
+    """
     _, net = load_pretrained(base.source, base.revision)
     with torch.device("meta"):
-        odd = mismatch(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
-    if odd is not None:
-        name, wants, was = odd
-        raise ValueError(
-            f"{base}: is another network than this student was trained on: {name} is {was} there, {wants} here"
-        )
-    found = fingerprint(net.model)
-    if found != base.sha256:
-        hashes = f"its weights have SHA-256 {found[:12]}, those that this student was trained on {base.sha256[:12]}"
+        found = mismatch(spec.build((), arrival=False).model.state_dict(), net.model.state_dict())
+    if found is not None:
+        name, wanted, was = found
+        what = f"{name} is {was} there, {wanted} here"
+        raise ValueError(f"{base}: is another network than this student was trained on: {what}")
+    digest = fingerprint(net.model)
+    if digest != base.sha256:
+        hashes = f"its weights have SHA-256 {digest[:12]}, those that this student was trained on {base.sha256[:12]}"
         raise ValueError(f"{base}: {hashes}: it is another revision or another model")
     return DiffusersNet(net.model, *spec.clock(), arrival=False, guidance=False)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The SHA-256 of a model's weights: names, shapes and values in float32; about a second for each gigabyte. Where weights are sharded, all
-    processes call it."""
+    """The SHA-256 of a model's weights: names, shapes and values in float32; about a second per gigabyte.
+
+    If weights are sharded, all processes must call it.
+    """
     from torch.distributed.tensor import DTensor
 
     digest = hashlib.sha256()
@@ -142,26 +151,25 @@ def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
         if not found or not set(found) <= set(can):
             what = "matches no layer" if not found else f"matches {found[0]}, a {type(layers[found[0]]).__name__}"
             candidates = dict.fromkeys(_ending(name) for name in can)
-            raise ValueError(
-                f"lora.targets: {target!r} {what} of {type(model).__name__}; layers that can be adapted: {', '.join(candidates)}"
-            )
+            allowed = f"layers that can be adapted: {', '.join(candidates)}"
+            raise ValueError(f"lora.targets: {target!r} {what} of {type(model).__name__}; {allowed}")
 
 
 def _ending(name: str) -> str:
-    """The last word of a layer's name, with the numbers behind it: to_q, to_out.0."""
+    """The last component of a layer's name, with trailing indices: to_q, to_out.0."""
     found = re.search(r"[^.]+(\.\d+)*$", name)
     assert found is not None, name
     return found[0]
 
 
 def _leave_out_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, metadata) -> None:
-    """The trained part of a state dict: hook of state_dict()."""
+    """Hook of state_dict(): remove the frozen weights."""
     for name in net.frozen:
         state.pop(prefix + name, None)
 
 
 def _put_in_base(net: DiffusersNet, state: dict[str, Tensor], prefix: str, *unused) -> None:
-    """The inverse, hook of load_state_dict: the base's weights are those that are there, the very parameters."""
+    """Hook of load_state_dict(), the inverse: add the frozen weights, which are the current parameters themselves."""
     if net.frozen:
         there = {
             **dict(net.named_parameters(remove_duplicate=False)),

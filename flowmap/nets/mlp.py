@@ -1,4 +1,4 @@
-"""A residual perceptron for points and toy sets: any sample shape, flattened."""
+"""A residual perceptron for points and toy data sets; samples of any shape are flattened."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class MLP:
         num_classes: int | None = None,
         arrival: bool = True,
         guidance: bool = False,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ) -> nn.Module:
-        return MLPNet(self, shape, num_classes, arrival, guidance, further)
+        return MLPNet(self, shape, num_classes, arrival, guidance, extra_conditions)
 
 
 class MLPNet(nn.Module):
@@ -48,13 +48,13 @@ class MLPNet(nn.Module):
         num_classes: int | None,
         arrival: bool,
         guidance: bool,
-        further: Sequence[ExtraCondition] = (),
+        extra_conditions: Sequence[ExtraCondition] = (),
     ):
         super().__init__()
         size = math.prod(shape)
         self.enter = nn.Linear(size, spec.width)
-        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance, further=further)
-        self.conditioning = Conditioning(spec.width, cycles=spec.cycles, **options)
+        options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance)
+        self.conditioning = Conditioning(spec.width, cycles=spec.cycles, extra_conditions=extra_conditions, **options)
         self.blocks = nn.ModuleList(Block(spec.width) for _ in range(spec.depth))
         self.leave = nn.Linear(spec.width, size)
 
@@ -69,11 +69,8 @@ class MLPNet(nn.Module):
 class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.first, self.second, self.shift = (
-            nn.Linear(width, 2 * width),
-            nn.Linear(2 * width, width),
-            nn.Linear(width, 2 * width),
-        )
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.shift = nn.Linear(width, 2 * width)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         return h + self.second(F.silu(self.first(F.silu(h)) + self.shift(c)))

@@ -1,4 +1,4 @@
-"""A diffusers pipeline's folder or hub id becomes a network of ours: settings, schedule and safetensors, never a pickle nor code of its own."""
+"""Loads the network of a diffusers pipeline, from a folder or hub id, by safetensors only and without custom code."""
 
 from __future__ import annotations
 
@@ -21,33 +21,31 @@ NETWORK = ("transformer", "unet")
 def load_pretrained(
     source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
 ) -> tuple[DiffusersModel, DiffusersNet]:
-    """The spec and the network (without branches of ours) of a pipeline's folder, or of its hub id at that revision.
+    """The settings and the network, without our branches, of a pipeline's folder or hub id at that revision.
 
-    Only its network and scheduler are read, weights from safetensors alone, and no code of the folder's is run. Raises ValueError, in one
-    line, for a source that is not there, has no network or scheduler, or a schedule that is not known.
+    Only the network and the scheduler are read, and no code in the folder is run. Raises a one-line ValueError if the
+    source does not exist, has no network or scheduler, or has an unknown schedule.
     """
     import diffusers
 
-    said = read_spec(source, revision)  # refuses what it can before anything large is read
+    spec = read_spec(source, revision)  # finds most errors before reading the weights
     where, _ = _component(source, revision, NETWORK)
     try:
-        model = getattr(diffusers, said.network).from_pretrained(
+        model = getattr(diffusers, spec.network).from_pretrained(
             source, subfolder=where, revision=revision, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
         )
-    except Exception as error:  # a foreign folder makes the library raise anything at all
+    except Exception as error:  # diffusers raises various types for invalid folders
         raise ValueError(f"{_at(source, revision)}: {where} cannot be loaded: {first_line(error)}") from error
-    return replace(said, settings=_json(model.config)), DiffusersNet(
-        model, *said.clock(), arrival=False, guidance=False
-    )
+    net = DiffusersNet(model, *spec.clock(), arrival=False, guidance=False)
+    return replace(spec, settings=_json(model.config)), net
 
 
 def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
-    """What `load_pretrained` says of a pipeline, without its weights, which are not read. Raises ValueError as that does."""
+    """The settings of a pipeline's network, without reading its weights. Raises as `load_pretrained` does."""
     import diffusers
 
-    (part, network), (scheduler_folder, scheduler) = (
-        _component(source, revision, names) for names in (NETWORK, ("scheduler",))
-    )
+    part, network = _component(source, revision, NETWORK)
+    scheduler_folder, scheduler = _component(source, revision, ("scheduler",))
     place = _at(source, revision)
     _check_weights(source, part)
     if network not in CALLS:
@@ -62,27 +60,27 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
         check_pipeline_settings(_index(source, revision))
         spec.check_teacher()
         return spec
-    except Exception as error:  # a foreign folder makes the library raise anything at all
+    except Exception as error:  # diffusers raises various types for invalid folders
         raise ValueError(f"{place}: cannot be read: {first_line(error)}") from error
 
 
 def in_hub_cache(source: str, files: Sequence[str], revision: str | None = None) -> bool:
-    """Whether any of those files of a hub id lies in this machine's cache; False for what is no hub id."""
+    """Whether any of those files of a hub id is in the local cache; False if `source` is not a hub id."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         return any(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in files)
-    except ValueError:  # no hub id
+    except ValueError:  # not a hub id
         return False
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it has the form owner/name, which no path from the root or from here has."""
+    """Whether it has the form owner/name, and is neither an absolute path nor one that starts with a dot."""
     return source.count("/") == 1 and not source.startswith((".", "/"))
 
 
 def _check_weights(source: str, part: str) -> None:
-    """ValueError where that part of a folder on this machine has no whole safetensors."""
+    """Raise a ValueError if that part of a local folder has no complete safetensors files."""
     if (Path(source) / part).is_dir():
         try:
             check_weight_files(Path(source) / part)
@@ -101,9 +99,8 @@ def _component(source: str, revision: str | None, names: tuple[str, ...]) -> tup
         part = index.get(name)
         if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str):
             if part[0] != "diffusers":
-                raise ValueError(
-                    f"{_at(source, revision)}: {name}: {part[1]} of {part[0]!r} is no class of diffusers; its own code is not run"
-                )
+                what = f"{part[1]} of {part[0]!r} is no class of diffusers; its own code is not run"
+                raise ValueError(f"{_at(source, revision)}: {name}: {what}")
             return name, part[1]
     raise ValueError(f"{source}: its model_index.json names no {' or '.join(names)}")
 
@@ -118,12 +115,11 @@ def _index(source: str, revision: str | None) -> dict[str, Any]:
     try:
         index = DiffusionPipeline.load_config(source, revision=revision, local_files_only=here)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{_at(source, revision)}: no diffusers pipeline is there (model_index.json): {first_line(error)}"
-        ) from error
+        what = f"no diffusers pipeline is there (model_index.json): {first_line(error)}"
+        raise ValueError(f"{_at(source, revision)}: {what}") from error
     return index if isinstance(index, dict) else {}
 
 
 def _json(config) -> str:
-    """A diffusers configuration as text, without what says where it was loaded from."""
+    """A diffusers configuration as JSON, without private keys, such as the path that it was loaded from."""
     return json.dumps({key: value for key, value in dict(config).items() if not key.startswith("_")}, sort_keys=True)

@@ -1,10 +1,11 @@
-"""Two networks in series as one: twice the weights and twice the depth of one step, as InstaFlow-1.7B's two U-Nets.
+"""Two networks in series as one network, with twice the weights and depth, as in InstaFlow-1.7B.
 
-Source: Liu et al. 2023, arXiv:2309.06380 (its wiring is not published; ours composes two flow maps). Clock: 0 data, 1 noise.
-The first takes x from t to m = (t + s) / 2, the second from there to s; the mean of their mean velocities is that of the whole:
+Source: Liu et al. 2023, arXiv:2309.06380 (its wiring is not published; ours composes two flow maps). Clock: 0 data, 1
+noise. The first network maps x from t to m = (t + s) / 2, the second from m to s; the mean velocity of the whole is the
+mean of theirs:
     y = x + (m - t) F1(x, t, m),   F(x, t, s) = (F1(x, t, m) + F2(y, m, s)) / 2
-At s = t nothing moves, so f(x, t, t) = x, and two copies of one network say there what that one says: F(x, t, t) = v(x, t). A stack that
-starts as two copies of a teacher is its two Euler steps from t to s.
+For s = t this gives f(x, t, t) = x, and two copies of one network give F(x, t, t) = v(x, t). Two copies of a teacher
+are initially its two Euler steps from t to s.
 """
 
 from __future__ import annotations
@@ -21,34 +22,68 @@ from flowmap.flow.types import Cond, broadcast_time
 
 @runtime_checkable
 class NetSpec(Protocol):
-    """The settings of a network, a dataclass: what `net` may be.
-
-    A recipe may say from_teacher or from_recipe, which are resolved to one.
-    """
+    """The settings of a network, a dataclass. Planning replaces from_teacher and from_recipe by one of these."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def build(self) -> Callable[..., nn.Module]:
-        """build(shape, *, num_classes, arrival, guidance) makes the network of samples of that shape."""
+        """build(shape, *, num_classes, arrival, guidance) returns the network for samples of that shape."""
         ...
+
+
+@runtime_checkable
+class Conditioned(Protocol):
+    """Settings of a network that state whether its `build` takes extra_conditions."""
+
+    @property
+    def takes_extra_conditions(self) -> bool: ...
+
+
+@runtime_checkable
+class WithConstants(Protocol):
+    """Settings of a network that state whether it has buffers that no weights file contains."""
+
+    @property
+    def holds_constants(self) -> bool: ...
+
+
+@runtime_checkable
+class Adapted(Protocol):
+    """Settings of a network that may train LoRA adapters in a frozen base."""
+
+    @property
+    def lora(self) -> Any: ...
+
+
+def takes_extra_conditions(net: Any) -> bool:
+    """Whether the network's `build` takes extra_conditions; False unless its settings state it."""
+    return isinstance(net, Conditioned) and net.takes_extra_conditions
+
+
+def holds_constants(net: Any) -> bool:
+    """Whether the network has buffers that no weights file contains; False unless its settings state it."""
+    return isinstance(net, WithConstants) and net.holds_constants
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """Two networks of the settings `net`, with weights of their own; net may be from_teacher or from_recipe, whose weights both start with."""
+    """Two networks with the settings `net` and separate weights.
+
+    `net` may be from_teacher or from_recipe: both networks then start with those weights.
+    """
 
     net: NetSpec
 
     def __post_init__(self):
         if isinstance(self.net, Stacked):
-            raise ValueError("net: a stack is of two networks; one of stacks is not known")
-        if getattr(self.net, "lora", None) is not None:
-            raise ValueError("net.lora: a stack has weights of its own and no frozen base; leave it out")
+            raise ValueError("net: a stack has two networks and cannot contain stacks")
+        if isinstance(self.net, Adapted) and self.net.lora is not None:
+            raise ValueError("net.lora: a stack trains all of its weights and has no frozen base; leave it out")
 
     @property
     def holds_constants(self) -> bool:
-        return getattr(self.net, "holds_constants", False)
+        return holds_constants(self.net)
 
     def build(
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = True, guidance: bool = False
@@ -58,7 +93,7 @@ class Stacked:
 
 
 def stack_of(network: Callable[..., Any]) -> Callable[..., Stacked]:
-    """What makes a stack of the settings of one of its networks: what an exported folder builds it by."""
+    """A function from a network's settings to the stack's, with which an exported folder builds it."""
     return lambda **settings: Stacked(network(**settings))
 
 
@@ -84,12 +119,13 @@ class StackedNet(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What sharding and the like take one by one."""
-        return [block for net in self.parts for block in getattr(net, "blocks", ())]
+        """The blocks of both networks, the units of sharding and compilation; empty if they have none."""
+        rows = (dict(net.named_children()).get("blocks") for net in self.parts)
+        return [block for row in rows if isinstance(row, nn.ModuleList) for block in row]
 
     @property
     def empty(self) -> Cond:
-        """The conditions of an empty text, which both fill in; networks without text have no such attribute."""
+        """The conditions for an empty prompt, which both networks use; networks without text have no such attribute."""
         return self.first.empty
 
     @empty.setter
@@ -106,5 +142,5 @@ class StackedNet(nn.Module):
 
 
 def net_within(spec: Any) -> Any:
-    """The settings of the network itself: of either of a stack, else those given."""
+    """The settings of a stack's networks, or `spec` itself if it is not a stack."""
     return spec.net if isinstance(spec, Stacked) else spec

@@ -1,7 +1,7 @@
-"""What the files of a diffusers pipeline say of a teacher: each setting is honoured, irrelevant to a velocity, or refused by name.
+"""The settings of a diffusers pipeline as a teacher: each is honoured, irrelevant to a velocity, or refused by name.
 
-A setting that a scheduler's class does not read is ignored, as diffusers ignores it. One that is in none of these tables (a later version
-of diffusers) is refused unless it has its default. docs/guide/teachers.md shows the tables.
+A setting that a scheduler's class does not read is ignored, as in diffusers. A setting in none of these tables (of a
+later version of diffusers) is refused unless it has its default value. docs/guide/teachers.md shows the tables.
 """
 
 from __future__ import annotations
@@ -21,37 +21,39 @@ FLOW_PREDICTIONS = ("epsilon", "sample", "flow_prediction")
 
 HONOURED = {
     "num_train_timesteps": "the length of the table, or the unit of a flow's time",
-    "beta_start": "the table", "beta_end": "the table", "beta_schedule": "the table", "trained_betas": "the table",
-    "snr_shift_scale": "the table",
-    "rescale_betas_zero_snr": "the table; refused with prediction_type epsilon, which says nothing of the data where the signal is zero",
+    **dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "trained_betas", "snr_shift_scale"), "the table"),
+    "rescale_betas_zero_snr": (
+        "the table; refused with prediction_type epsilon, which says nothing of the data where the signal is zero"
+    ),
     "prediction_type": "what the network predicts; a missing one is the scheduler's default, as in diffusers",
     "use_flow_sigmas": "a flow's clock; refused with v_prediction",
     "clip_sample": "the predicted data of the (guided) teacher is clipped at +-clip_sample_range",
     "clip_sample_range": "see clip_sample",
     "thresholding": "the predicted data of the (guided) teacher is thresholded; takes precedence over clip_sample",
-    "dynamic_thresholding_ratio": "see thresholding", "sample_max_value": "see thresholding",
-}  # fmt: skip
-_GRID = "the sampler's grid; the solver here has its own"
-_SOLVER = "the sampler's own rule"
+    "dynamic_thresholding_ratio": "see thresholding",
+    "sample_max_value": "see thresholding",
+}
+_GRID = (
+    "timestep_spacing steps_offset set_alpha_to_one final_sigmas_type euler_at_final use_karras_sigmas use_beta_sigmas "
+    "use_exponential_sigmas use_lu_lambdas interpolation_type sigma_min sigma_max lambda_min_clipped shift flow_shift "
+    "use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal time_shift_type"
+).split()
+_SOLVER = (
+    "algorithm_type solver_order solver_type solver_p predict_x0 lower_order_final disable_corrector predictor_order "
+    "corrector_order skip_prk_steps stochastic_sampling eta tau_func"
+).split()
 IRRELEVANT = {
-    **dict.fromkeys(
-        ("timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type", "euler_at_final", "use_karras_sigmas", "use_beta_sigmas",
-         "use_exponential_sigmas", "use_lu_lambdas", "interpolation_type", "sigma_min", "sigma_max", "lambda_min_clipped", "shift", "flow_shift",
-         "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal", "time_shift_type"),
-        _GRID,
+    **dict.fromkeys(_GRID, "the sampler's grid; the solver here has its own"),
+    **dict.fromkeys(_SOLVER, "the sampler's own rule"),
+    "variance_type": (
+        "the noise that a sampler adds; a learned variance (twice the channels) is left out of the prediction"
     ),
-    **dict.fromkeys(
-        ("algorithm_type", "solver_order", "solver_type", "solver_p", "predict_x0", "lower_order_final", "disable_corrector", "predictor_order",
-         "corrector_order", "skip_prk_steps", "stochastic_sampling", "eta", "tau_func"),
-        _SOLVER,
-    ),
-    "variance_type": "the noise that a sampler adds; a learned variance (twice the channels) is left out of the prediction",
-}  # fmt: skip
+}
 REFUSED = {
     "invert_sigmas": ((False,), "the network's time runs the other way"),
     "timestep_type": (("discrete",), "the network reads another time than the table's places"),
 }
-"""Setting -> (the values that are known, why no other is)."""
+"""Setting -> (supported values, reason why others are not)."""
 REFUSED_SCHEDULERS = {
     **dict.fromkeys(
         ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"),
@@ -59,7 +61,7 @@ REFUSED_SCHEDULERS = {
     ),
     **dict.fromkeys(("HeliosScheduler", "HeliosDMDScheduler"), "its network denoises in stages of several resolutions"),
 }
-READS_NO_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # the setting is there, their step does not read it
+READS_NO_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")  # they have clip_sample, but their step ignores it
 
 REFUSED_OF_NETWORKS: dict[str, dict[str, tuple[tuple, str]]] = {
     "UNet2DModel": {
@@ -86,7 +88,7 @@ REFUSED_OF_NETWORKS: dict[str, dict[str, tuple[tuple, str]]] = {
         "use_layer3d_rope": ((None, False), "it denoises layers"),
     },
 }
-PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # a token is 2 x 2 places of the latents
+PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # a token is a 2 x 2 patch of the latents
 
 PIPELINE_HONOURED = ("force_zeros_for_empty_prompt", "id2label")
 PIPELINE_IRRELEVANT = ("add_watermarker", "requires_safety_checker", "is_cosxl_edit")
@@ -98,46 +100,48 @@ PIPELINE_REFUSED = {
 
 
 def check_scheduler_settings(cls: type, config: Mapping[str, Any]) -> None:
-    """ValueError, by name, for a setting of a diffusers scheduler with which its network would not mean what our velocity says."""
+    """Raise a ValueError that names a scheduler setting with which we cannot convert predictions to velocities."""
     name = cls.__name__
     if name in REFUSED_SCHEDULERS:
         raise ValueError(f"scheduler {name}: cannot be a teacher's: {REFUSED_SCHEDULERS[name]}")
-    read = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # it is only read
+    read = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # only for its signature
     for key, value in config.items():
         if key not in read or key in HONOURED or key in IRRELEVANT:
             continue
         if key in REFUSED:
             known, why = REFUSED[key]
             if value not in known:
-                raise ValueError(
-                    f"scheduler {name}: {key}: {value!r} cannot be a teacher's: {why}; known: {_listed(known)}"
-                )
+                what = f"cannot be a teacher's: {why}; known: {_listed(known)}"
+                raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
         elif value != read[key].default:
-            raise ValueError(
-                f"scheduler {name}: {key}: {value!r} is not known, nor whether it changes what the network predicts"
-            )
-    _check_prediction(
-        name, config, zero_end="rescale_betas_zero_snr" in read and bool(config.get("rescale_betas_zero_snr"))
-    )
+            what = "is not known, nor whether it changes what the network predicts"
+            raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
+    zero_end = "rescale_betas_zero_snr" in read and bool(config.get("rescale_betas_zero_snr"))
+    _check_prediction(name, config, zero_end=zero_end)
 
 
 def _check_prediction(name: str, config: Mapping[str, Any], *, zero_end: bool) -> None:
     kind, flows = config.get("prediction_type", "epsilon"), bool(config.get("use_flow_sigmas"))
     if zero_end and kind == "epsilon" and not flows:
         raise ValueError(
-            f"scheduler {name}: rescale_betas_zero_snr: true cannot go with prediction_type 'epsilon': at the end of the schedule the state is "
-            "pure noise, and the predicted noise says nothing of the data; known: v_prediction, sample"
+            f"scheduler {name}: rescale_betas_zero_snr: true cannot go with prediction_type 'epsilon': at the end of "
+            "the schedule the state is pure noise, and the predicted noise says nothing of the data; known: "
+            "v_prediction, sample"
         )
     if kind == "flow_prediction" and not flows:
         raise ValueError(f"scheduler {name}: prediction_type 'flow_prediction' needs use_flow_sigmas: true")
     if flows and kind not in FLOW_PREDICTIONS:
+        known = ", ".join(FLOW_PREDICTIONS)
         raise ValueError(
-            f"scheduler {name}: use_flow_sigmas: true cannot go with prediction_type {kind!r}; known: {', '.join(FLOW_PREDICTIONS)}"
+            f"scheduler {name}: use_flow_sigmas: true cannot go with prediction_type {kind!r}; known: {known}"
         )
 
 
 def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
-    """The clock and the kind of prediction of a diffusers scheduler. Raises ValueError for one that is neither a flow's nor a table's."""
+    """The clock and the kind of prediction of a diffusers scheduler.
+
+    Raises a ValueError for a scheduler that has neither a flow-matching nor a tabulated schedule.
+    """
     config, name = scheduler.config, type(scheduler).__name__
     if name.startswith("FlowMatch"):
         return FlowClock(float(config.get("num_train_timesteps", 1000))), "linear_velocity"
@@ -153,26 +157,29 @@ def clock_of(scheduler: Any) -> tuple[FlowClock | TableClock, str]:
     clock = TableClock(scheduler.alphas_cumprod)
     if kind == "epsilon" and float(scheduler.alphas_cumprod[-1]) == 0:
         raise ValueError(
-            f"scheduler {name}: prediction_type 'epsilon' cannot go with betas (trained_betas, beta_end) that end without any signal"
+            f"scheduler {name}: prediction_type 'epsilon' cannot go with betas (trained_betas, beta_end) that end "
+            "without any signal"
         )
     return clock, PREDICTION_OF[kind]
 
 
 def limit_of(scheduler: Any) -> Limit | None:
-    """What the scheduler's step does with the predicted data: thresholds it, clips it, or neither."""
+    """The thresholding or clipping of predicted data in the scheduler's step, if any."""
     config, name = scheduler.config, type(scheduler).__name__
     read = inspect.signature(type(scheduler).__init__).parameters
     if "thresholding" in read and config.get("thresholding"):
-        return Threshold(
-            float(config.get("dynamic_thresholding_ratio", 0.995)), float(config.get("sample_max_value", 1.0))
-        )
+        ratio, most = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+        return Threshold(float(ratio), float(most))
     if "clip_sample" in read and name not in READS_NO_CLIP and config.get("clip_sample"):
         return Clip(float(config.get("clip_sample_range", 1.0)))
     return None
 
 
 def check_network_settings(network: str, settings: str, shape: tuple[int, ...] | None = None) -> None:
-    """ValueError, by name, for settings of a network that reads what we do not give it, or denoises samples of other channels than `shape`."""
+    """Raise a ValueError that names a setting of an unsupported network.
+
+    Such a network reads conditions that no data provides, or denoises another number of channels than `shape` has.
+    """
     found = json.loads(settings)
     for key, (known, why) in REFUSED_OF_NETWORKS.get(network, {}).items():
         value = found.get(key, known[0])
@@ -184,18 +191,16 @@ def check_network_settings(network: str, settings: str, shape: tuple[int, ...] |
     if shape is not None and isinstance(inputs, int):
         own = inputs // 4 if network in PACKED else inputs
         if own != shape[0]:
-            raise ValueError(
-                f"{network}: in_channels: {inputs}: it denoises {own} channels, the card's shape says {shape[0]}"
-            )
+            what = f"it denoises {own} channels, the card's shape says {shape[0]}"
+            raise ValueError(f"{network}: in_channels: {inputs}: {what}")
         outputs = found.get("out_channels")
         if network not in PACKED and isinstance(outputs, int) and outputs not in (own, 2 * own):
-            raise ValueError(
-                f"{network}: out_channels: {outputs} is neither {own} nor twice that (with a learned variance)"
-            )
+            what = f"is neither {own} nor twice that (with a learned variance)"
+            raise ValueError(f"{network}: out_channels: {outputs} {what}")
 
 
 def check_pipeline_settings(index: Mapping[str, Any]) -> None:
-    """ValueError, by name, for a setting in model_index.json with which the network would not be the whole teacher."""
+    """Raise a ValueError that names a setting in model_index.json with which the network is not the whole teacher."""
     for key, value in index.items():
         parts = isinstance(value, (list, tuple))
         if key.startswith("_") or value in (None, False) or (parts and not any(value)):
@@ -203,9 +208,8 @@ def check_pipeline_settings(index: Mapping[str, Any]) -> None:
         if key in PIPELINE_REFUSED:
             raise ValueError(f"model_index.json: {key}: cannot be a teacher's: {PIPELINE_REFUSED[key]}")
         if not parts and key not in (*PIPELINE_HONOURED, *PIPELINE_IRRELEVANT):
-            raise ValueError(
-                f"model_index.json: {key}: {value!r} is not known, nor whether it changes what the network predicts"
-            )
+            what = "is not known, nor whether it changes what the network predicts"
+            raise ValueError(f"model_index.json: {key}: {value!r} {what}")
 
 
 def _listed(values: tuple) -> str:

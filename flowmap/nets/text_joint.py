@@ -1,6 +1,6 @@
-"""A text autoencoder and the flow in its latents as one network, for training them together.
+"""A text autoencoder and a flow in its latent space as one network, for joint training.
 
-Source: Language Rectified Flow, arXiv:2403.16995. What is wired here is ours.
+Source: Language Rectified Flow, arXiv:2403.16995; the architecture is ours.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from flowmap.base.ranges import CountFromZero, Vocab, check_ranges
 from flowmap.flow.types import Cond
-from flowmap.nets.stacked import NetSpec
+from flowmap.nets.stacked import NetSpec, takes_extra_conditions
 from flowmap.nets.text_vae import TextVAE
 
 
 class TextCoderSpec(Protocol):
-    """The settings of a text autoencoder that can be trained with a flow: a dataclass whose fields include vocab and special."""
+    """The settings of a text autoencoder for joint training: a dataclass with the fields vocab and special."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -31,7 +31,7 @@ class TextCoderSpec(Protocol):
 
 @dataclass(frozen=True)
 class TextJoint:
-    """The settings of both; vocab and special are the tokenizer's, as those of the autoencoder."""
+    """The settings of both; vocab and special come from the tokenizer, as for the autoencoder."""
 
     flow: NetSpec
     autoencoder: TextCoderSpec = TextVAE()
@@ -42,7 +42,7 @@ class TextJoint:
     def __post_init__(self):
         check_ranges(self)
         if not isinstance(self.flow, NetSpec):
-            raise ValueError("flow: wants the settings of a network; what starts from other weights is not known here")
+            raise ValueError("flow: wants the settings of a network; starting from other weights is not supported here")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class TextJoint:
 
     @property
     def takes_extra_conditions(self) -> bool:
-        return getattr(self.flow, "takes_extra_conditions", False)
+        return takes_extra_conditions(self.flow)
 
     def build(
         self,
@@ -61,17 +61,15 @@ class TextJoint:
         guidance: bool = False,
         **options,
     ) -> nn.Module:
+        options |= dict(num_classes=num_classes, arrival=arrival, guidance=guidance)
         coder = replace(self.autoencoder, vocab=self.vocab, special=self.special).build(shape)
-        return TextJointNet(
-            coder,
-            self.flow.build(self.latent_shape, num_classes=num_classes, arrival=arrival, guidance=guidance, **options),
-        )
+        return TextJointNet(coder, self.flow.build(self.latent_shape, **options))
 
 
 class TextJointNet(nn.Module):
-    """F(x, t, s, cond) of latents x (B, *latent_shape), and the autoencoder's moments, logits and generate."""
+    """F(x, t, s, cond) for latents x (B, *latent_shape), and the autoencoder's moments, logits and generate."""
 
-    autoencoder: Any  # TextVAENet, or another with those three
+    autoencoder: Any  # TextVAENet, or another module with these three methods
 
     def __init__(self, autoencoder: nn.Module, flow: nn.Module):
         super().__init__()

@@ -1,7 +1,7 @@
-"""A text autoencoder that we train: a transformer encoder to a latent, an autoregressive transformer decoder that is conditioned on it.
+"""A trainable text autoencoder: a transformer encoder to a latent, and an autoregressive transformer decoder.
 
-Source: Bowman et al. 2015, arXiv:1511.06349 (text VAE); Li et al. 2020, arXiv:2004.04092 (transformers; the latent as memory and embedding).
-Rows of tokens are (B, L), as data/tokens.py makes them: tokens, the end token, padding.
+Sources: Bowman et al. 2015, arXiv:1511.06349 (text VAE); Li et al. 2020, arXiv:2004.04092 (transformers; the latent as
+memory and embedding). Rows of tokens are (B, L), as in data/tokens.py: tokens, the end token, padding.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import CountFromZero, Depth, Heads, Vocab, Width, check_ranges
 
-SHARP = (
-    -4.0
-)  # log variance of the posterior at the start: a decoder that first sees noise learns to do without the latent
-LOUD = 0.3  # spread of embeddings that go into the latent directly
-IGNORED = -100  # of targets: torch's cross-entropy leaves them out
+# initial log variance of the posterior: with more noise the decoder would learn to ignore the latent
+SHARP = -4.0
+LOUD = 0.3  # std of token embeddings, with `direct`
+IGNORED = -100  # torch's cross-entropy ignores this target
 
 
 @dataclass(frozen=True)
 class TextVAE:
-    """A latent of `slots` vectors of `dims` numbers: samples of the flow are (dims,) for one slot, else (dims, 1, slots).
+    """A latent with `slots` vectors of `dims` numbers.
 
-    direct: linear paths beside the transformers, from the embedded row to the posterior's mean and from the latent to each place of the
-    decoder: a short training learns to copy through them. vocab and special (the pad, start, end and mask tokens) are the tokenizer's; left
-    out, they are taken from the data.
+    Samples of the flow are (dims,) for one slot, otherwise (dims, 1, slots).
+    direct: add linear paths parallel to the transformers, from the embedded row to the posterior's mean and from the
+    latent to each position of the decoder, through which a short training learns to copy. vocab and special (the pad,
+    start, end and mask tokens) are the tokenizer's, by default taken from the data.
     """
 
     slots: Width = 4
@@ -54,11 +54,10 @@ class TextVAE:
         self, shape: tuple[int, ...], *, num_classes: int | None = None, arrival: bool = False, guidance: bool = False
     ) -> nn.Module:
         if len(shape) != 1:
-            raise ValueError(
-                f"text_vae: samples are rows of tokens (L,), not {tuple(shape)}; data of kind text without an autoencoder"
-            )
+            needs = "use data of kind text without an autoencoder"
+            raise ValueError(f"text_vae: samples are rows of tokens (L,), not {tuple(shape)}; {needs}")
         if self.vocab is None or self.special is None:
-            raise ValueError("vocab: and special: are the tokenizer's; data of kind text says them")
+            raise ValueError("vocab: and special: are the tokenizer's; data of kind text provides them")
         return TextVAENet(self, shape[0])
 
     def alone(self, net: TextVAENet) -> TextVAE:
@@ -67,12 +66,12 @@ class TextVAE:
 
 
 class TextVAENet(nn.Module):
-    """moments: (mean, log variance) of the posterior, (B, *latent_shape) each; logits: what the decoder says of every next token."""
+    """moments: (mean, log variance) of the posterior, (B, *latent_shape) each; logits: the decoder's output."""
 
     def __init__(self, spec: TextVAE, max_tokens: int):
         super().__init__()
         self.spec, self.max_tokens = spec, max_tokens
-        assert spec.vocab is not None and spec.special is not None  # build has asked
+        assert spec.vocab is not None and spec.special is not None  # build has checked
         self.pad, self.start, self.end, self.mask = spec.special
         width, small = spec.width, 0.02
         self.embed = nn.Embedding(spec.vocab, width)
@@ -95,9 +94,12 @@ class TextVAENet(nn.Module):
 
     @torch.no_grad()
     def _start_copying(self) -> None:
-        """The direct paths as they start: every place has its own share of the latent's entries, a random projection of its token's embedding to
-        a spread of 1, and the way back from there points where the token is read off: in a rotation of the embeddings, so that a token that is
-        merely the one before says nothing."""
+        """Initialise the direct paths so that they copy tokens.
+
+        Each position owns a share of the latent's entries: a random projection of its token's embedding, with std 1.
+        The path back is the transpose of that projection in a rotated space, in which the output layer reads tokens.
+        The rotation makes the embedding of the previous token, which the decoder also gets, uninformative there.
+        """
         entries, width = len(self.into.weight), self.spec.width
         nn.init.normal_(self.embed.weight, std=LOUD)
         place = torch.arange(entries) * self.max_tokens // entries
@@ -105,9 +107,8 @@ class TextVAENet(nn.Module):
         nn.init.normal_(self.into.weight, std=1 / (LOUD * width**0.5)).mul_(mine)
         turn = torch.linalg.qr(torch.randn(width, width))[0]
         back = self.into.weight.unflatten(1, (self.max_tokens, width)) @ turn
-        self.out.weight.copy_(
-            2 * LOUD**2 * (width * self.max_tokens / entries) ** 0.5 * back.flatten(1).T
-        )  # twice as loud as an embedding
+        scale = 2 * LOUD**2 * (width * self.max_tokens / entries) ** 0.5  # twice the std of an embedding
+        self.out.weight.copy_(scale * back.flatten(1).T)
         self.out.bias.zero_()
         self.leave.weight.copy_(self.embed.weight @ turn / 2)
         self.leave.bias.zero_()
@@ -115,10 +116,8 @@ class TextVAENet(nn.Module):
     def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows.long()
         real = torch.cat([torch.ones_like(rows[:, :1]).expand(-1, self.spec.slots), self._real(rows)], 1).bool()
-        h = (
-            torch.cat([self.queries.expand(len(rows), -1, -1), self.embed(rows)], 1)
-            + self.encoder_places[: self.spec.slots + rows.shape[1]]
-        )
+        h = torch.cat([self.queries.expand(len(rows), -1, -1), self.embed(rows)], 1)
+        h = h + self.encoder_places[: self.spec.slots + rows.shape[1]]
         for block in self.encoder:
             h, _ = block(h, mask=real[:, None, None, :])
         mean, logvar = self.posterior(_norm(h[:, : self.spec.slots])).chunk(2, -1)
@@ -128,9 +127,10 @@ class TextVAENet(nn.Module):
         return self._latent(mean), self._latent(logvar.clamp(-12, 6))
 
     def logits(self, z: Tensor, rows: Tensor, dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """((B, L, vocab), targets (B, L) with -100 at padding): the next token at every place from those before it and the latent z.
+        """(logits (B, L, vocab), targets (B, L) with -100 at padding): the next token from the previous ones and z.
 
-        dropped (B, L) bool: inputs that are shown as the mask token (word dropout)."""
+        dropped (B, L), bool: inputs to replace by the mask token (word dropout).
+        """
         rows = rows.long()
         before = F.pad(rows[:, :-1], (1, 0), value=self.start)
         if dropped is not None:
@@ -140,7 +140,7 @@ class TextVAENet(nn.Module):
 
     @torch.no_grad()
     def generate(self, z: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
-        """Rows (B, max_tokens) int64, token by token from z: the likeliest ones, or drawn at a temperature above 0."""
+        """Rows (B, max_tokens), int64, decoded from z: the most likely tokens, or samples if temperature > 0."""
         rows = torch.full((len(z), self.max_tokens), self.pad, device=z.device)
         token, kept = rows.new_full((len(z), 1), self.start), None
         done = torch.zeros(len(z), dtype=torch.bool, device=z.device)
@@ -158,11 +158,11 @@ class TextVAENet(nn.Module):
         return rows
 
     def forward(self, x: Tensor, t: Tensor | None = None, s: Tensor | None = None, cond=None) -> Tensor:
-        """What the decoder says of every next token of the rows x, the true ones before it and the posterior's mean given."""
+        """The logits of the rows x with teacher forcing, given the posterior's mean."""
         return self.logits(self.moments(x)[0], x)[0]
 
     def _real(self, rows: Tensor) -> Tensor:
-        """(B, L) 0/1: up to the first end token, which may also be what pads."""
+        """A 0/1 mask (B, L) of tokens up to the first end token, which may equal the padding token."""
         ended = (rows == self.end).long()
         return (ended.cumsum(1) - ended == 0).long() * ((rows != self.pad) | (rows == self.end)).long()
 
@@ -179,23 +179,18 @@ class TextVAENet(nn.Module):
     def _decode(
         self, prefix: Tensor | None, tokens: Tensor, z: Tensor, start: int, kept: list | None
     ) -> tuple[Tensor, list]:
-        """(hidden states of `tokens`, keys and values): tokens stand at places start, ...; kept: keys and values of all before them."""
+        """(hidden states, keys and values) of tokens at positions start, ...; kept: the previous keys and values."""
         places = self.decoder_places[self.spec.slots + start : self.spec.slots + start + tokens.shape[1]]
         h = self.embed(tokens) + places + self.everywhere(z.flatten(1)).unsqueeze(1)
         if self.spec.direct:
-            h = (
-                h
-                + self.out(self._slots(z).flatten(1)).unflatten(1, (self.max_tokens, -1))[
-                    :, start : start + tokens.shape[1]
-                ]
-            )
+            direct = self.out(self._slots(z).flatten(1)).unflatten(1, (self.max_tokens, -1))
+            h = h + direct[:, start : start + tokens.shape[1]]
         if prefix is not None:
             h = torch.cat([prefix, h], 1)
-        mask = (
-            None if kept is not None else torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        )
-        if mask is not None:
-            mask[:, : self.spec.slots] = True  # the latent is seen from everywhere, itself included
+        mask = None
+        if kept is None:
+            mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+            mask[:, : self.spec.slots] = True  # every position attends to the latent
         after = []
         for i, block in enumerate(self.decoder):
             h, pair = block(h, mask=mask, kept=None if kept is None else kept[i])
@@ -204,7 +199,7 @@ class TextVAENet(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each behind a norm; gives the keys and values as well, for the tokens that come after."""
+    """Pre-norm attention and a perceptron; also returns the keys and values, for the following tokens."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -216,12 +211,8 @@ class Block(nn.Module):
         self, h: Tensor, *, mask: Tensor | None = None, kept: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple]:
         batch, tokens, width = h.shape
-        q, k, v = (
-            self.qkv(_norm(h))
-            .reshape(batch, tokens, 3, self.heads, width // self.heads)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )
+        qkv = self.qkv(_norm(h)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if kept is not None:
             k, v = torch.cat([kept[0], k], 2), torch.cat([kept[1], v], 2)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -1,6 +1,7 @@
-"""The branch of a student that says how large its error is at a departure and an arrival; it trains with the student and never ships.
+"""A branch of the student that predicts its error for given times. It trains with the student and is not saved with it.
 
-Source: EDM2, arXiv:2312.02696 (one linear layer on Fourier features of the noise level); here of both times, with one hidden layer between.
+Source: EDM2, arXiv:2312.02696, which uses a linear layer on Fourier features of the noise level; here the input are
+both times, with one hidden layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from flowmap.nets.flow_map import FlowMapNet
 
 
 class Uncertainty(nn.Module):
-    """u(t, s), (B,) for t and s (B,), in float32 or better whatever autocast says: 0 at the start."""
+    """u(t, s), (B,), for t and s (B,), in float32 or better, also under autocast; initially 0."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -25,13 +26,12 @@ class Uncertainty(nn.Module):
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         with in_float32(t.device):
-            return self.leave(
-                nn.functional.silu(self.departure(t) + self.interval(t - s)).to(self.leave.weight.dtype)
-            ).squeeze(-1)
+            hidden = nn.functional.silu(self.departure(t) + self.interval(t - s))
+            return self.leave(hidden.to(self.leave.weight.dtype)).squeeze(-1)
 
 
 def with_uncertainty(flow_map: FlowMapNet, seed: int) -> FlowMapNet:
-    """The student, given such a branch, the same one for the same seed; itself."""
+    """Add the branch to the student, with weights that depend on the seed only, and return the student."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         flow_map.uncertainty = Uncertainty()

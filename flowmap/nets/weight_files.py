@@ -1,4 +1,4 @@
-"""Whether a folder of diffusers' or transformers' has the safetensors that loading it reads, told without reading them."""
+"""Checks that a folder of diffusers or transformers has complete safetensors files, without reading the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def check_weight_files(folder: Path) -> None:
-    """ValueError, in one line, that names the file that is missing or torn, or what is there in its place (pickles, another variant)."""
+    """Raise a one-line ValueError that names a missing or truncated file, a pickle or a file of another variant."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -23,13 +23,11 @@ def check_weight_files(folder: Path) -> None:
     for name in names:
         if match := VARIANT.match(name):
             wanted = name.replace(f".{match[2]}", "", 1)
-            raise ValueError(
-                f"{folder}: {name} is of the variant {match[2]!r}, which is not read: save it as {wanted} too"
-            )
+            variant = f"is of the variant {match[2]!r}, which is not read"
+            raise ValueError(f"{folder}: {name} {variant}: save it as {wanted} too")
     pickles = [name for name in names if name.endswith(PICKLES)]
-    raise ValueError(
-        f"{folder}: there is no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else "")
-    )
+    found = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
+    raise ValueError(f"{folder}: there is no *.safetensors{found}")
 
 
 def _check_shards(index: Path) -> None:
@@ -39,14 +37,13 @@ def _check_shards(index: Path) -> None:
         raise ValueError(f"{index}: is no index of safetensors") from error
     for name in shards:
         if not (index.parent / str(name)).is_file():
-            raise ValueError(
-                f"{index.parent}: {name} is missing, one of the {len(shards)} files that {index.name} names"
-            )
+            what = f"is missing, one of the {len(shards)} files that {index.name} names"
+            raise ValueError(f"{index.parent}: {name} {what}")
         _check_whole(index.parent / str(name))
 
 
 def _check_whole(path: Path) -> None:
-    """A safetensors file says in its header how long it is: 8 bytes with the header's length, the header, the tensors."""
+    """Raise unless the file has the length in its header: 8 bytes with the header's length, the header, the tensors."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as handle:

@@ -1,26 +1,45 @@
-"""What a recipe needs before it can run, in order: runs of other recipes, encoded data, pairs."""
+"""Resolve a recipe once: the run, what its recipe names, and what it needs before, in order.
+
+The stages of a run are runs of other recipes, encoded data and pairs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Encoded, Pairs, pairs
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
-from flowmap.plan.cards import lora_card
+from flowmap.plan.cards import lora_card, pairs_cards, teacher_cards
 from flowmap.plan.data_folders import data_of, pairs_of
-from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, weights_recipes
+from flowmap.plan.dependencies import (
+    autoencoder_recipes,
+    pairs_recipes,
+    prior_recipes,
+    start_recipes,
+    teacher_recipes,
+    weights_recipes,
+)
+from flowmap.plan.named_networks import net_of, spec_of
 from flowmap.plan.provenance import pairs_identity
-from flowmap.plan.run_folders import dependency_folder, is_complete
+from flowmap.plan.requirements import shipped_prior
+from flowmap.plan.run_folders import dependency_folder, is_complete, runs_root
+from flowmap.recipe.kinds import StudentSpec
 from flowmap.recipe.recipe import Recipe
+from flowmap.student.prior import Shipped
+from flowmap.teachers.card import Card
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One run: a recipe and its run folder."""
+class ResolvedRun:
+    """A recipe with its run folder and all that the recipe names.
+
+    Each member is determined when it is first used and then kept. Only `complete` reads the folder every time.
+    """
 
     recipe: Recipe
     folder: Path
@@ -28,6 +47,70 @@ class Stage:
     @property
     def complete(self) -> bool:
         return is_complete(self.folder, self.recipe)
+
+    @cached_property
+    def stages(self) -> list[Needed]:
+        """All stages that the run needs, in order, the run itself last; RecipeError if recipes need each other."""
+        if self.recipe.lora is not None:
+            lora_card(self.recipe)
+        stages: list[Needed] = []
+        for needed in _needs(self.recipe, (self.recipe.name,)):
+            if all(stage.folder != needed.folder for stage in stages):
+                stages.append(needed)
+        return [*stages, self]
+
+    @cached_property
+    def cards(self) -> list[Card]:
+        """The cards of the teacher and of its weak model."""
+        return teacher_cards(self.recipe)
+
+    @cached_property
+    def teacher_nets(self) -> list[StudentSpec | None]:
+        """The settings of the network of each card; None for an exact teacher, or if nothing states them."""
+        return [None if card.kind == "exact" else spec_of(card, self.recipe) for card in self.cards]
+
+    @cached_property
+    def teachers(self) -> list[Recipe]:
+        """The recipes that train the teacher and its weak model."""
+        return teacher_recipes(self.recipe)
+
+    @cached_property
+    def starts(self) -> list[Recipe]:
+        """The recipe that trains the student from which this one starts, if it starts from one."""
+        return start_recipes(self.recipe)
+
+    @cached_property
+    def pairs_cards(self) -> list[Card]:
+        """The cards of the teacher that makes the pairs, and of its weak model."""
+        return pairs_cards(self.recipe)
+
+    @cached_property
+    def pairs_teachers(self) -> list[Recipe]:
+        """The recipes that train what makes the pairs."""
+        return pairs_recipes(self.recipe) if isinstance(self.recipe.coupling, Pairs) else []
+
+    @cached_property
+    def priors(self) -> list[Recipe]:
+        """The recipe that trains a learned prior's auxiliary model, then the one of its flow of codes."""
+        return prior_recipes(self.recipe)
+
+    @cached_property
+    def prior(self) -> Shipped | None:
+        """How the student records its learned prior; None for the Gaussian prior."""
+        return shipped_prior(self.recipe)
+
+    @cached_property
+    def data(self) -> Any:
+        """The settings of the data with folders in place of names."""
+        return data_of(self.recipe)
+
+    @cached_property
+    def net(self) -> StudentSpec | None:
+        """The settings of the student's network; None if nothing states them."""
+        return net_of(self.recipe)
+
+
+Stage = ResolvedRun  # The name of a run among the stages of another.
 
 
 @dataclass(frozen=True)
@@ -79,18 +162,17 @@ class Pairing:
 Needed = Stage | Encoding | Pairing
 
 
+def resolve(recipe: Recipe, folder: Path | None = None) -> ResolvedRun:
+    """Return the recipe's run, by default in runs/<name>."""
+    return ResolvedRun(recipe, runs_root() / recipe.name if folder is None else folder)
+
+
 def plan(recipe: Recipe, folder: Path) -> list[Needed]:
     """Return all stages that the recipe needs, in order; the last is the recipe itself.
 
     Raises RecipeError if recipes need each other in a loop.
     """
-    if recipe.lora is not None:
-        lora_card(recipe)
-    stages: list[Needed] = []
-    for needed in _needs(recipe, (recipe.name,)):
-        if all(stage.folder != needed.folder for stage in stages):
-            stages.append(needed)
-    return [*stages, Stage(recipe, folder)]
+    return resolve(recipe, folder).stages
 
 
 def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:

@@ -1,7 +1,8 @@
-"""A recipe's file and the files that its `base:` names become one mapping of settings; here too is where shipped files lie.
+"""Compose the settings of a recipe's file with those of the files that its `base:` names. Find the shipped files.
 
-Shipped are recipes, each with a name that `fit` takes, and parts, of which recipes are composed: recipes/data/* and recipes/method/*.
-Those of few lines are rows of the table.yaml of their folder: row `a` of recipes/rfpp/table.yaml is named, and read, as recipes/rfpp/a.yaml.
+Recipes are shipped under the names that `fit` takes. Parts, in recipes/data/ and recipes/method/, are what recipes are
+composed of. Short ones are rows of the table.yaml of their folder: row `a` of recipes/rfpp/table.yaml has the name and
+path of recipes/rfpp/a.yaml.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from flowmap.base.schema import RecipeError
 
 PARTS = ("data", "method")  # folders of the shipped recipes
 TABLE = "table.yaml"
-MOST_DEEP = 100  # files one on another: what is read may come from anyone
+MOST_DEEP = 100  # files in a chain of bases, which may come from anyone
 
 
 def shipped(folder: str) -> Path:
-    """Where the shipped `recipes` or `teachers` lie: inside the package when installed, next to it in a checkout."""
+    """The folder of the shipped `recipes` or `teachers`: in the package when installed, next to it in a checkout."""
     inside = Path(__file__).parents[1] / "shipped" / folder
     return inside if inside.is_dir() else Path(__file__).parents[2] / folder
 
@@ -45,7 +46,9 @@ def is_part(path: Path) -> bool:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A path that exists, or the name of a shipped recipe or part with or without .yaml; of a row, the path that it would have as a file."""
+    """A path that exists, or that of a shipped recipe or part, named with or without .yaml; a row has the path of its
+    file.
+    """
     if _is_there(Path(name)):
         return Path(name)
     stem = str(name).removesuffix(".yaml")
@@ -58,16 +61,17 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def composed(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The settings of the file on those of its bases, each composed in the same way: from left to right, a later one wins, the file last.
+    """The settings of the file merged over those of its bases, each composed in the same way: a later base wins, the
+    file last.
 
-    A base's name is not taken over.  RecipeError for a base that is not there, one that is named twice, a circle, and more than MOST_DEEP files
-    one on another.
+    The name of a base is not inherited. Raises RecipeError for a base that is missing or named twice, a circle, and a
+    chain of more than MOST_DEEP files.
     """
     return _composed(path, list(known), {}, {})
 
 
 def load(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The settings in that file, or row, as they are written there, `base` and those known; RecipeError names the file."""
+    """The settings in that file or row as written. Keys are `base` and those known. RecipeError names the file."""
     if (row := _row(path)) is not None:
         return copy.deepcopy(row)
     try:
@@ -77,7 +81,7 @@ def load(path: Path, known: Iterable[str]) -> dict[str, Any]:
 
 
 def header(path: Path) -> list[str]:
-    """The lines of comment that a file opens with; of a row, those right above it."""
+    """The comment lines at the top of a file, or right above a row."""
     row = _row(path) is not None
     lines = (path.with_name(TABLE) if row else path).read_text(encoding="utf-8").splitlines()
     if row:
@@ -87,7 +91,7 @@ def header(path: Path) -> list[str]:
 
 
 def merge(base: Any, over: Any) -> Any:
-    """over on base, mapping by mapping; a slot whose kind changes starts afresh."""
+    """`over` merged over `base`, mapping by mapping; a slot with another kind is replaced."""
     if not (isinstance(base, dict) and isinstance(over, dict)) or ("kind" in over and over["kind"] != base.get("kind")):
         return over
     return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
@@ -96,12 +100,15 @@ def merge(base: Any, over: Any) -> Any:
 def _composed(
     path: Path, known: list[str], above: dict[Path, Path], done: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
-    """`composed`; above: the files whose bases led here, from the first, by where they really are; done: what is composed already."""
+    """`composed` with its state.
+
+    above: the files that led here, by their real paths. done: the files composed already.
+    """
     real, chain = path.resolve(), [*above.values(), path]
     if real in above:
         raise RecipeError(f"{chain[0].name}: base: {' > '.join(map(str, chain))} is a circle")
     if len(chain) > MOST_DEEP:
-        raise RecipeError(f"{chain[0].name}: base: has more than {MOST_DEEP} files one on another")
+        raise RecipeError(f"{chain[0].name}: base: has more than {MOST_DEEP} files in a chain")
     if real not in done:
         plain = load(path, known)
         made: dict[str, Any] = {}
@@ -121,7 +128,7 @@ def _names() -> Iterator[str]:
 
 @cache
 def _table(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a shipped table, which do not change while we run."""
+    """The rows of a shipped table, cached, as it does not change while we run."""
     rows = read_yaml(path)
     assert isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()), (
         f"{path}: is not a table of recipes"
@@ -130,7 +137,7 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any] | None:
-    """The settings of the shipped row of that path; None where there is none, or a file."""
+    """The settings of the shipped row of that path; None without such a row, or where a file has that path."""
     path = Path(os.path.abspath(path))
     if shipped("recipes") not in path.parents or path.suffix != ".yaml" or os.path.isfile(path):
         return None
@@ -139,7 +146,7 @@ def _row(path: Path) -> dict[str, Any] | None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether that is a file or a row; False, unlike Path.is_file, for a name that no file can have."""
+    """Whether that is a file or a row; False for a name that no file can have, where Path.is_file raises."""
     return os.path.isfile(path) or _row(path) is not None
 
 
@@ -148,7 +155,7 @@ def _is_comment(line: str) -> bool:
 
 
 def _bases(path: Path, base: Any) -> list[Path]:
-    """The files that a recipe's `base` names: next to it, or what find_recipe finds."""
+    """The files that a recipe's `base` names: next to it, or found by find_recipe."""
     names = [base] if isinstance(base, str) else list(base) if isinstance(base, (list, tuple)) else [base]
     if not all(isinstance(name, str) for name in names) or base == []:
         raise RecipeError(f"{path.name}: base: {base!r} is not the name or the path of a recipe, and no list of them")

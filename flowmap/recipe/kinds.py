@@ -1,4 +1,4 @@
-"""What each slot of a recipe may be: TABLES maps a slot to its kinds, by the names that stand in YAML."""
+"""The kinds that each slot of a recipe may have: TABLES maps a slot to its classes, by their names in YAML."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ from flowmap.teachers.text import TEXT_ENCODERS
 
 
 class Data(Protocol):
-    """The settings of a data set, as data/dataset.py's Source has them; build() makes it."""
+    """The settings of a data set (Source in data/dataset.py); build() makes it."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -122,7 +122,7 @@ class EMA(Protocol):
 
 
 def student_part(student: Any) -> BaseStudent:
-    """The settings of a student, or their class, with the members of BaseStudent: a class that lacks some of them gets the defaults."""
+    """The settings of a student, or their class, with the members of BaseStudent; those it lacks get their defaults."""
     complete(student if isinstance(student, type) else type(student), BaseStudent)
     return student
 
@@ -169,9 +169,10 @@ class _BaseMetric:
 
 
 def parts_of(recipe: Any) -> list[Part]:
-    """The parts of a recipe that check what they are combined with, in the order in which they do.
+    """The parts of a recipe that check what they are combined with, in the order of their checks.
 
-    Their classes get the optional members that they lack, those of the metrics too: a class of a user inherits nothing from ours.
+    Their classes, and those of the metrics, get the optional members that they lack: a class of a user inherits nothing
+    from ours.
     """
     for metric in recipe.metrics:
         complete(type(metric), _BaseMetric)

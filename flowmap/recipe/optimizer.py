@@ -15,9 +15,10 @@ SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with a linear warm-up, then a schedule; gradients clipped to clip_norm (0: not clipped).
+    """AdamW with a linear warm-up, then a schedule. Gradients are clipped to clip_norm (0: not clipped).
 
-    schedule: "constant"; "cosine" or "linear" down to 0 at the last step; "inverse_sqrt" (EDM2): lr / sqrt(max(step / decay_from, 1)).
+    schedule: "constant"; "cosine" or "linear" down to 0 at the last step; "inverse_sqrt" (EDM2), lr / sqrt(max(step /
+    decay_from, 1)).
     """
 
     lr: Rate = 1e-4
@@ -38,7 +39,7 @@ class AdamW:
         return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
     def lr_at(self, step: int, total_steps: int) -> float:
-        """The learning rate of optimiser step `step` (from 0) of `total_steps`."""
+        """The learning rate of optimizer step `step` (from 0) of `total_steps`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.lr * warm * self._decay(step, total_steps)
 

@@ -1,4 +1,4 @@
-"""What to cite for what this package does: title, what it is here, authors, year, arXiv number; `flowmap cite` prints it."""
+"""The papers behind what this package implements, for `flowmap cite`: title, use here, authors, year, arXiv number."""
 
 PAPERS = {
     "ayf": (

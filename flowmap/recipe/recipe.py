@@ -1,7 +1,7 @@
-"""A recipe names data, teacher, student and objective; here it is read, overridden, checked and written out again.
+"""A recipe names data, teacher, student and objective. This module reads, overrides, checks and writes recipes.
 
-The config is the object: values (path, times, objective, sampler, optimiser) are frozen dataclasses whose __call__ is the behaviour,
-specs (data, student, metrics) have one build().  A slot in YAML is `kind` plus fields.
+The config is the object: values (path, times, objective, sampler, optimizer) are frozen dataclasses, and __call__ is
+their behaviour. Specs (data, student, metrics) have one build(). A slot in YAML is `kind` plus fields.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from flowmap.samplers import Deterministic
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a run is made of; `flowmap show --recipe R` prints it with every default."""
+    """All the settings of a run; `flowmap show --recipe R` prints it with every default."""
 
     data: Data
     student: StudentSpec
@@ -71,7 +71,7 @@ class Recipe:
         return {}
 
     def named(self, name: str | File, overrides: Sequence[str] = ()) -> Recipe:
-        """The recipe of that name, which this one builds on. It is read once, whichever recipe of those that this one leads to names it.
+        """The recipe of that name, on which this one builds. It is read once for this recipe and all that it leads to.
 
         Raises RecipeError as `read_recipe` does.
         """
@@ -82,14 +82,16 @@ class Recipe:
         return self._read[key]
 
     def changed(self, **fields: Any) -> Recipe:
-        """This recipe with other values in those fields; what it names is not read again."""
+        """This recipe with other values in those fields. The recipes that it names are not read again."""
         found = replace(self, **fields)
         found.__dict__["_read"] = self._read
         return found
 
     @property
     def distillation(self) -> Objective:
-        """What the student is compared with its teacher by: the objective, or the one that an adversarial stage keeps."""
+        """The objective that compares the student with its teacher: the recipe's, or the one that an adversarial stage
+        keeps.
+        """
         return self.objective.distillation
 
     @property
@@ -99,12 +101,14 @@ class Recipe:
 
     @property
     def start(self) -> StudentSpec:
-        """Where the student's weights come from: the teacher, another recipe, or the network's own settings; of a stack, those of both."""
+        """The source of the student's weights: the teacher, another recipe, or a network's settings; of a stack, that
+        of both.
+        """
         return net_within(self.student)
 
     @property
     def lora(self) -> LoRA | None:
-        """The adapters that are trained instead of the student's weights, where the recipe says so."""
+        """The adapters that are trained instead of the student's weights, None without any."""
         return student_part(self.student).lora
 
     def _check_artifact(self) -> None:
@@ -119,22 +123,22 @@ class Recipe:
 
     @property
     def artifact(self) -> str:
-        """What the run leaves: a student that samples, an autoencoder, a text_autoencoder, or a prior (the auxiliary model of one)."""
+        """What the run writes to student/: a student, an autoencoder, a text_autoencoder, a text_joint, or a prior."""
         return self.objective.artifact
 
     def to_yaml(self) -> str:
-        """The resolved recipe as text, every default written out; reading it gives the same recipe."""
+        """The resolved recipe as text, with every default. Reading it gives the same recipe."""
         return OmegaConf.to_yaml(OmegaConf.create(to_plain(self, TABLES)))
 
     def hash(self) -> str:
-        """Eight hexadecimal digits that change with anything that changes the result (not with how the run is logged)."""
+        """Eight hexadecimal digits of all that changes the result, which the settings of `log` do not."""
         return short_hash(in_old_words({key: value for key, value in to_plain(self, TABLES).items() if key != "log"}))
 
     def training(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, as plain values.
 
-        How the run is logged, sampled and measured is not among them; an objective that draws samples depends on the sampler, but for the
-        steps that are reported.
+        Log, sampler, metrics and evaluation are not among them, except that an objective that draws samples depends on
+        the sampler, without the steps that are reported.
         """
         plain = {
             key: value
@@ -146,11 +150,11 @@ class Recipe:
         return plain
 
     def training_hash(self) -> str:
-        """Eight hexadecimal digits that change with anything in `training`."""
+        """Eight hexadecimal digits of all settings in `training`."""
         return short_hash(in_old_words(self.training()))
 
     def missing(self) -> list[str]:
-        """Keys whose value is ??? and must be given before a run."""
+        """The keys with the value ???, which must be given before a run."""
         return _missing(to_plain(self, TABLES), "")
 
 
@@ -158,7 +162,7 @@ KEYS = [f.name for f in fields(Recipe)]
 
 
 def in_old_words(plain: Any) -> Any:
-    """Settings as version 0.1 named them. Hashes are taken of these, so that a new name of a setting changes no hash."""
+    """Settings with the names of version 0.1, of which hashes are taken: a renamed setting changes no hash."""
     if isinstance(plain, (list, tuple)):
         return type(plain)(in_old_words(value) for value in plain)
     if not isinstance(plain, Mapping):
@@ -172,9 +176,9 @@ def in_old_words(plain: Any) -> Any:
 
 
 def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name or path; overrides are `key=value`, or `+FILE`, a file of settings laid over it, before any key=value.
+    """The recipe of that name or path. RecipeError names file, key, value and what is allowed.
 
-    RecipeError names file, key, value and what is allowed.
+    overrides: `key=value`, or `+FILE`, a file of settings merged over the recipe before any key=value.
     """
     path = find_recipe(name)
     if is_part(path):
@@ -188,15 +192,14 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     config = OmegaConf.create({**_defaults(), **plain})
     for override in (word for word in overrides if not word.startswith("+")):
         _override(config, override)
-    file = (
-        f"{name}.yaml" if str(name).endswith(path.stem) else path.name
-    )  # lediflow/digits.yaml, not one of several digits.yaml
+    # lediflow/digits.yaml, as there are several digits.yaml
+    file = f"{name}.yaml" if str(name).endswith(path.stem) else path.name
     settings: Any = OmegaConf.to_container(config, resolve=False)
     return recipe_from(settings, file=file)
 
 
 def _defaults() -> dict[str, Any]:
-    """The slots that a recipe may leave out, written out, so that an override may name one field of them."""
+    """The defaults of slots that a recipe may omit, so that an override may name one of their fields."""
     return {f.name: to_plain(f.default, TABLES) for f in fields(Recipe) if is_dataclass(f.default)}
 
 
@@ -205,12 +208,12 @@ def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
 
 
 def read_resolved(path: File) -> Recipe:
-    """The recipe that a run or a student folder carries."""
+    """The recipe in a run's or a student's folder."""
     return recipe_from(load(path, KEYS), file=str(path))
 
 
 def read_plain(path: File) -> dict[str, Any]:
-    """The settings in that file as they are written there; RecipeError names the file."""
+    """The settings in that file as written. RecipeError names the file."""
     return load(path, KEYS)
 
 

@@ -1,4 +1,4 @@
-"""The settings of a recipe that are no part of the mathematics: teacher and guidance, averages, trainer, log, evaluation."""
+"""The settings of a recipe other than its mathematics: teacher and guidance, averages, trainer, log, evaluation."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ class BaseStudent(Part):
 
 @dataclass(frozen=True)
 class FromTeacher(BaseStudent):
-    """The student is the teacher's network with its weights, beside silent branches for arrival time and guidance scale.
+    """The student is the teacher's network with its weights, plus branches for arrival time and guidance that start at
+    zero.
 
-    lora: the weights stay frozen, adapters and branches are trained (a teacher of kind diffusers alone); `{}` is every default.
-    dropout: of the student's network in training, where that has such a setting (EDM's and EDM2's); null keeps what the teacher's says.
+    lora: train adapters and branches, and freeze the weights (a teacher of kind diffusers only); `{}` is all defaults.
+    dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
+    teacher's.
     """
 
     lora: LoRA | None = None
@@ -59,17 +61,19 @@ class FromTeacher(BaseStudent):
         if self.lora is None:
             return
         if recipe.trainer.strategy == "fsdp":
-            raise ValueError(
-                "trainer.strategy: 'fsdp' cannot shard a LoRA student, whose frozen base is shared with its averages; use ddp"
-            )
-        if self.lora.dropout and recipe.distillation.derivative not in (None, "dual"):
-            what = f"{self.lora.dropout} wants objective.derivative: dual; {recipe.distillation.derivative!r} would see another mask"
+            what = "a LoRA student, as its averages share its frozen base"
+            raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
+        derivative = recipe.distillation.derivative
+        if self.lora.dropout and derivative not in (None, "dual"):
+            what = f"{self.lora.dropout} wants objective.derivative: dual; {derivative!r} would see another mask"
             raise ValueError(f"student.lora.dropout: {what}")
 
 
 @dataclass(frozen=True)
 class FromRecipe(BaseStudent):
-    """The student starts from the averaged weights of the student that another recipe trains; what the start has no branch for stays silent."""
+    """The student starts from the averaged weights of the student that another recipe trains; new branches start at
+    zero.
+    """
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -77,7 +81,9 @@ class FromRecipe(BaseStudent):
 
 @dataclass(frozen=True)
 class ClassifierFree(Part):
-    """Classifier-free guidance; scale is the range drawn from in training, default the one that sampling and evaluation use."""
+    """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
+    evaluation.
+    """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 1.5
@@ -95,8 +101,11 @@ class ClassifierFree(Part):
 
 @dataclass(frozen=True)
 class Autoguidance(Part):
-    """v = w v_strong + (1 - w) v_weak; the weak model is one of: another card, an earlier snapshot of the same run (its share of the
-    run's steps, in (0, 1)), or the same network with blocks skipped."""
+    """v = w v_strong + (1 - w) v_weak.
+
+    The weak model is one of: another card, an earlier snapshot of the same run (at a share of its steps, in (0, 1)), or
+    the same network with some blocks skipped.
+    """
 
     weak: str | None = None
     snapshot: InsideOne | None = None
@@ -115,7 +124,7 @@ class Autoguidance(Part):
 
 @dataclass(frozen=True)
 class Embedded(Part):
-    """The guidance of a model that was itself distilled to take the scale as an input (FLUX.1-dev): it is handed through."""
+    """The guidance of a model that was distilled to take the scale as an input (FLUX.1-dev)."""
 
     scale: tuple[FromZero, FromZero] = (1.0, 5.0)
     default: FromZero = 3.5
@@ -127,9 +136,11 @@ class Embedded(Part):
 
 @dataclass(frozen=True)
 class PowerEMA:
-    """EDM2's power-function average (arXiv:2312.02696): `std` is relative to the run's length and ships with the student.
+    """EDM2's power-function average (arXiv:2312.02696). std: relative to the run's length; this average ships with the
+    student.
 
-    Snapshots of averages with snapshot_stds are kept every snapshot_every_steps (0: none) and can be combined afterwards to any std.
+    Averages with snapshot_stds are saved every snapshot_every_steps (0: never) and can be combined afterwards to any
+    std.
     """
 
     std: Annotated[float, Range(0, 0.25, above=True, below=True)] = 0.05
@@ -168,7 +179,7 @@ class ConstantEMA:
 
 @dataclass(frozen=True)
 class Trainer:
-    """How long and on what: steps are optimiser steps; the batch of data is taken `accumulate` times a step on each of the devices."""
+    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device."""
 
     steps: Count = 10_000
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
@@ -195,7 +206,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run shows of itself, and how often in optimiser steps; samples and metrics at 0 only at the end."""
+    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only."""
 
     wandb: bool = True
     project: str = "flowmap"
@@ -210,9 +221,11 @@ class Log:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The last look at the student: the teacher's row takes teacher_steps Euler steps; all rows start from the same noise, drawn from `seed`.
+    """The final evaluation: all rows start from the same noise, drawn from `seed`. The teacher takes teacher_steps
+    Euler steps.
 
-    classes: of generated samples, "data" as often as in the held-out samples (without any, the training ones), "uniform" each as often.
+    classes: of generated samples, "data" for the frequencies of the held-out samples (of the training samples if there
+    are none), "uniform" for equal ones.
     """
 
     teacher_steps: Calls = 64

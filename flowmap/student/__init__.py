@@ -1,1 +1,3 @@
-"""A student as a user has it: its folder, its call, what lies beside its weights, and what may be merged onto them."""
+"""Students as users have them: their folders and calls, the models stored next to their weights, and LoRAs merged into
+them.
+"""

@@ -1,4 +1,4 @@
-"""What a user says of the samples wanted, checked: rows of numbers, prompts, and why a distilled student refuses some of it."""
+"""Check the conditions that a user gives for samples: rows of numbers, prompts and codes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ import torch
 from torch import Tensor
 
 NO_NEGATIVE = (
-    "a distilled student makes one prediction a step, and has none of a negative prompt to move away from; leave it out and say in the "
-    "prompt what is wanted, or sample the teacher"
+    "a distilled student makes one prediction a step, so it has no prediction for a negative prompt to move away from; "
+    "describe what you want in the prompt, or sample the teacher"
 )
 
 
 def no_scale(baked: float | None) -> str:
-    """Why a guidance scale cannot be honoured, and what to do instead; baked: the one in the pairs that the student learned from."""
+    """Why a guidance scale is refused, and what to do instead. baked: the scale in the pairs that the student was
+    trained on.
+    """
     why = "this student was not trained with a guidance scale as input"
     if baked is None:
         return why
-    return f"{why}: {baked:g} is baked in by the pairs that it learned from; leave it out, or train on pairs of another coupling.guidance"
+    what = f"{baked:g} is baked in by the pairs that it learned from"
+    return f"{why}: {what}; leave it out, or train on pairs of another coupling.guidance"
 
 
 def prompts_of(num: int, cond: Mapping[str, Any] | None) -> list[str] | None:
-    """The prompts of `num` samples; None where cond has none."""
+    """The prompts of `num` samples, None where cond has none."""
     prompt = (cond or {}).get("prompt")
     return [prompt] * num if isinstance(prompt, str) else None if prompt is None else list(prompt)
 
 
 def texts_of(value: Any, num: int, key: str) -> list[str]:
-    """One text for all, or one each, as `num` texts; ValueError names `key`."""
+    """One text for all samples, or one each, as `num` texts. Raises ValueError that names `key`."""
     if not isinstance(value, Iterable):
         raise ValueError(f"{key}: {value!r} was given; allowed: one text, or {num} texts")
     texts = [value] * num if isinstance(value, str) else list(value)
@@ -40,7 +43,7 @@ def texts_of(value: Any, num: int, key: str) -> list[str]:
 
 
 def codes_of(value: Any, num: int, size: int) -> Tensor:
-    """The codes z of a learned prior, (num, size) float32; ValueError where they are not."""
+    """The codes z of a learned prior, (num, size) float32. Raises ValueError for other shapes or types."""
     try:
         z = torch.as_tensor(value, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
@@ -51,7 +54,7 @@ def codes_of(value: Any, num: int, size: int) -> Tensor:
 
 
 def labels_of(value: Any, names: Sequence[str] | None) -> Any:
-    """The labels with each name of a class as its number; ValueError for a name that is none of `names`."""
+    """The labels with class names replaced by numbers. Raises ValueError for a name that is not in `names`."""
     if isinstance(value, str):
         return label_of(value, names)
     if isinstance(value, Iterable) and not isinstance(value, Tensor):
@@ -60,7 +63,7 @@ def labels_of(value: Any, names: Sequence[str] | None) -> Any:
 
 
 def label_of(name: str, names: Sequence[str] | None) -> int:
-    """The number of the class of that name; ValueError with the names that there are."""
+    """The number of the class of that name. Raises ValueError that lists the names."""
     if not names:
         raise ValueError(f"class: {name!r} was given, but this student knows no names of classes; give a number")
     if name not in names:
@@ -72,7 +75,7 @@ def label_of(name: str, names: Sequence[str] | None) -> int:
 
 
 def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
-    """One value for all, or one each, as (num,) of that type; ValueError names `key`."""
+    """One value for all samples, or one each, as (num,) of that dtype. Raises ValueError that names `key`."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):

@@ -31,7 +31,7 @@ def in_student_folder(spec: Any, folder: Path | None) -> Any:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Samples that need no decoding: pictures in [-1, 1], to which they are clamped, or with `clamp` false any other values."""
+    """Samples that need no decoding. clamp: they are pictures and are clamped to [-1, 1]."""
 
     clamp: bool = True
 
@@ -45,10 +45,11 @@ class ImageLatents:
 
 @dataclass(frozen=True)
 class TextLatents:
-    """Samples that a text autoencoder decodes to sentences; text_autoencoder is None while one run trains it and the student.
+    """Samples that a text autoencoder decodes to sentences; text_autoencoder is None while one run trains it and the
+    student.
 
-    attributes, contexts: the conditions that describe a sentence. edits: the styles (source, target) of a student that starts from
-    sentences instead of noise.
+    attributes, contexts: the conditions that describe a sentence. edits: the styles (source, target) of a student that
+    starts from sentences instead of noise.
     """
 
     text_autoencoder: TextCoder | None = None
@@ -95,7 +96,7 @@ class StudentConfig:
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
-            raise ValueError("lora: adapters are for a network of kind diffusers whose base is named")
+            raise ValueError("lora: adapters are for a network of kind diffusers with a named base")
         if not student_part(self.net).takes_extra_conditions:
             self._check_no_extra_conditions()
 
@@ -162,7 +163,7 @@ class StudentConfig:
         return (*attributes, *contexts, *code)
 
     def frozen_base(self) -> Base:
-        """The base of a student whose weights are adapters."""
+        """The base of a LoRA student."""
         assert self.base is not None
         return self.base
 
@@ -173,9 +174,9 @@ class StudentConfig:
         return f"Classes: {', '.join(f'{i} {name}' for i, name in enumerate(names[:shown]))}{rest}."
 
     def build(self, base: DiffusersNet | None = None) -> FlowMapNet:
-        """The network with random weights, or with those of `base`, shared; its adapters, where it has any, change nothing yet."""
+        """The network with random weights, or with those of `base`, shared. Adapters, if any, have no effect yet."""
         guidance = self.guidance is not None
-        extra = {"further": self.extra_conditions} if self.extra_conditions else {}
+        extra = {"extra_conditions": self.extra_conditions} if self.extra_conditions else {}
         if base is None:
             assert isinstance(self.net, NetSpec)  # a recipe's from_teacher and from_recipe are resolved
             net: Any = self.net.build(

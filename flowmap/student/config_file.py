@@ -1,4 +1,4 @@
-"""A student's config.json. Its keys are flat, and each format of it is read for good: students are kept and published."""
+"""A student's config.json, read and written. Its keys are flat, and do not change: students are kept and published."""
 
 from __future__ import annotations
 

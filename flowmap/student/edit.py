@@ -1,6 +1,6 @@
-"""Editing pictures through the code z of a learned prior: part of one drawn anew, and what lies between two.
+"""Editing pictures through the code z of a learned prior: inpainting, and interpolation between two pictures.
 
-Source: LeDiFlow (arXiv:2505.20723) names both uses; the ways taken here are ours.  Clock: 0 data, 1 noise.
+Source: LeDiFlow (arXiv:2505.20723) names both uses; the methods are our own. Clock: 0 data, 1 noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowmap.samplers import asked_for
 from flowmap.student.config import ImageLatents, TextLatents
 from flowmap.student.student import Student
 
-ROUNDS = 4  # how often the code of a masked picture is found anew, with the hole filled by its own decoding
+ROUNDS = 4  # of finding the code of a masked picture, each with the hole filled by the last code's decoding
 
 
 @torch.no_grad()
@@ -34,11 +34,12 @@ def inpaint(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Tensor:
-    """(num, C, H, W): the picture (C, H, W) in [-1, 1] with what lies under the mask (H, W), true where it is to be drawn, drawn anew.
+    """(num, C, H, W): copies of the picture (C, H, W) in [-1, 1], with new content where the mask (H, W) is true.
 
-    z is the code of the picture, its hole filled by what z itself decodes to; all samples keep it and differ in their noise. After every
-    step what is known is put back where it belongs on its own path, (1 - s) x0 + s x1, and in the end exactly. A student of latents keeps
-    a latent where none of its pixels is masked. ValueError for a student without a learned prior, or a mask or picture of another size.
+    z is the code of the picture, with the hole filled by what z itself decodes to. All samples share z and differ in
+    their noise. After each step the known part is reset to its own path, (1 - s) x0 + s x1, and at the end to the
+    picture exactly. A student of latents keeps a latent if none of its pixels is masked. Raises ValueError for a
+    student without a learned prior, or a mask or picture of another size.
     """
     prior = _prior_of(student, "--inpaint")
     x0, hole = _encoded(student, picture, "--inpaint"), _hole(student, picture, mask)
@@ -54,7 +55,7 @@ def inpaint(
 
 
 def code_of_part(prior: LearnedPrior, x0: Tensor, hole: Tensor) -> Tensor:
-    """The code (1, Z) of the known part of x0 (1, ...); hole (1, 1, ...) is true where it is not known."""
+    """The code (1, Z) of the known part of x0 (1, ...); hole (1, 1, ...) is true where x0 is unknown."""
     z = torch.zeros(1, prior.size, device=x0.device)
     for _ in range(ROUNDS):
         z = prior.encode(torch.where(hole, prior.model.decode(z)[0], x0))
@@ -62,7 +63,7 @@ def code_of_part(prior: LearnedPrior, x0: Tensor, hole: Tensor) -> Tensor:
 
 
 def _resolved(student: Student, x1: Tensor, cond, x0: Tensor, hole: Tensor, steps: int, solver: str | None) -> Tensor:
-    """x1 carried to t = 0 by the student's sampler, one step at a time, with the known part put back on its path after each."""
+    """x1 carried to t = 0 by the student's sampler; after each step the known part is reset to its path."""
     sampler = asked_for(student.config.sampler, solver=solver)
     times, x = sampler.times(steps), sampler.start(x1)
     for t, s in zip(times, times[1:], strict=False):
@@ -81,7 +82,7 @@ def interpolate(
     solver: str | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """(num, C, H, W): samples of codes on the great arc from the first picture's code to the second's, all from the same noise."""
+    """(num, C, H, W): samples of codes on the great arc between the codes of two pictures, all with the same noise."""
     prior = _prior_of(student, "--interpolate")
     a, b = (prior.encode(_encoded(student, one, "--interpolate")) for one in (first, second))
     z = slerp(a, b, torch.linspace(0, 1, num, device=a.device))
@@ -92,7 +93,10 @@ def interpolate(
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """(N, Z): from a (1, Z) at share 0 to b at 1, the direction along the great arc, the length linearly; straight where they are parallel."""
+    """(N, Z): codes from a (1, Z) at share 0 to b at share 1, straight where the two are parallel.
+
+    The direction follows the great arc, the length is linear.
+    """
     lengths = a.norm(), b.norm()
     u, v = a / lengths[0].clamp_min(1e-12), b / lengths[1].clamp_min(1e-12)
     angle = torch.acos((u * v).sum().clamp(-1, 1))
@@ -104,7 +108,9 @@ def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
 
 
 def read_picture(path: str | Path, channels: int, key: str) -> Tensor:
-    """(C, H, W) in [-1, 1] of an image file, upright and on white, grey for one channel and colour for three; ValueError names `key`."""
+    """(C, H, W) in [-1, 1] of an image file, upright and on white; grey for 1 channel, RGB for 3. Raises ValueError
+    with `key`.
+    """
     import numpy as np
 
     try:
@@ -116,12 +122,12 @@ def read_picture(path: str | Path, channels: int, key: str) -> Tensor:
 
 
 def read_mask(path: str | Path) -> Tensor:
-    """(H, W) bool of an image file: true where it is light, that is, to be drawn anew."""
+    """(H, W) bool of an image file, true where it is light: the part to replace."""
     return read_picture(path, 1, "--mask")[0] > 0
 
 
 def picture_shape(student: Student) -> tuple[int, int, int]:
-    """The shape (C, H, W) of the student's pictures; those of latents are as large as their decoder makes them."""
+    """The shape (C, H, W) of the student's pictures. For latents it is that of the decoded picture."""
     shape = tuple(student.config.shape)
     if len(shape) != 3 or isinstance(student.config.samples, TextLatents):
         raise ValueError(f"this student's samples, of shape {shape}, are no pictures")
@@ -133,12 +139,12 @@ def picture_shape(student: Student) -> tuple[int, int, int]:
 
 def _prior_of(student: Student, key: str) -> LearnedPrior:
     if student.prior is None:
-        raise ValueError(f"{key}: this student starts at N(0, I): editing goes through the code of a learned prior")
+        raise ValueError(f"{key}: this student starts from N(0, I); editing needs the code of a learned prior")
     return student.prior.to(student.device)
 
 
 def _encoded(student: Student, picture: Tensor, key: str) -> Tensor:
-    """A picture as one of the student's samples, (1, *shape)."""
+    """The picture as one sample of the student, (1, *shape)."""
     wanted = picture_shape(student)
     if tuple(picture.shape) != wanted:
         raise ValueError(f"{key}: the picture is {_size(picture.shape)}, this student's are {_size(wanted)}")
@@ -147,11 +153,11 @@ def _encoded(student: Student, picture: Tensor, key: str) -> Tensor:
 
 
 def _hole(student: Student, picture: Tensor, mask: Tensor) -> Tensor:
-    """The mask over samples, (1, 1, h, w)."""
+    """The mask of samples, (1, 1, h, w)."""
     if tuple(mask.shape) != tuple(picture.shape[1:]):
         raise ValueError(f"--mask: is {_size(mask.shape)}, the picture is {_size(picture.shape)}")
     if not bool(mask.any()):
-        raise ValueError("--mask: masks nothing; what is light in it is drawn anew")
+        raise ValueError("--mask: masks nothing; light pixels are replaced")
     hole = mask.float()[None, None].to(student.device)
     return F.adaptive_max_pool2d(hole, tuple(student.config.shape[1:])) > 0
 

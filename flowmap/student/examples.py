@@ -1,4 +1,4 @@
-"""Example conditions: what a student's network reads beside x, t and s, with the right shapes."""
+"""Example conditions: the inputs of a student's network other than x, t and s, with the right shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def conditions_of(config: StudentConfig, rows: int) -> Cond:
 
 
 def tokens_of(network: str, text: TextEncoder | None) -> int:
-    """How many tokens of text a network reads: its encoder's max_tokens, else what its family's pipeline cuts at; SD3 has CLIP's 77 before T5's."""
+    """The number of text tokens that a network reads: its encoder's max_tokens, by default its pipeline's limit.
+
+    SD3 has CLIP's 77 before those of T5.
+    """
     most = None if text is None else text.max_tokens
     if isinstance(text, Sentence):
         return text.max_tokens

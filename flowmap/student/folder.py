@@ -1,4 +1,4 @@
-"""A student's folder: config.json + model.safetensors, written and read without a pickle, from this machine or the hub."""
+"""A student's folder, local or on the hub: config.json and model.safetensors, read and written without pickle."""
 
 from __future__ import annotations
 
@@ -22,15 +22,12 @@ from flowmap.student.prior import PRIOR
 from flowmap.student.student import Student
 
 FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
-FOLDERS = (
-    SHIPPED_AUTOENCODER,
-    PRIOR,
-)  # what may lie beside these files: whatever the student needs beyond its own weights
+FOLDERS = (SHIPPED_AUTOENCODER, PRIOR)  # of models that the student needs, next to these files
 MAX_SIZE = 1 << 28  # entries of a sample
 
 
 def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tensor], *, recipe: str, card: str) -> None:
-    """Writes the student folder, each file beside and renamed, the weights before the config that describes them."""
+    """Write the student folder, each file under a temporary name first, and the config after its weights."""
     write_tensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", config_json(config))
     write_text(folder / "recipe.yaml", recipe)
@@ -38,29 +35,32 @@ def save_student(folder: Path, config: StudentConfig, weights: Mapping[str, Tens
 
 
 def check_place(folder: Path, key: str) -> None:
-    """ValueError that names `key` unless a student may be written there: to no folder yet, to an empty one, or over a student alone."""
+    """Raise ValueError that names `key` unless the folder is missing, empty, or has a student and nothing else."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     others = sorted(path.name for path in folder.iterdir() if path.name not in (*FILES, *FOLDERS))
     if others:
-        raise ValueError(f"{key}: {folder} holds {others[0]}, which is no part of a student; choose another folder")
+        raise ValueError(f"{key}: {folder} has {others[0]}, which is no part of a student; choose another folder")
     try:
         read_config(folder / "config.json")
     except ValueError as error:
-        raise ValueError(f"{key}: {folder} is not empty and holds no student, so it is left alone ({error})") from error
+        raise ValueError(f"{key}: {folder} is not empty and has no student, so it is not changed ({error})") from error
 
 
-def copy_beside(source: Path, target: Path) -> None:
-    """What lies beside the weights in one student folder (its autoencoder, its prior), copied into another."""
+def copy_models(source: Path, target: Path) -> None:
+    """Copy the models that are stored next to a student's weights (its autoencoder, its prior) to another student
+    folder.
+    """
     for part in FOLDERS:
         copy_folder(source / part, target / part)
 
 
 def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
-    """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation mode.
+    """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation
+    mode.
 
-    Only config.json and model.safetensors are read, and for a LoRA student its base's safetensors (`base`: where they are now, if they
-    have moved); nothing is unpickled. ValueError names the file and what is wrong with it.
+    Reads config.json and model.safetensors only, and for a LoRA student its base's safetensors; nothing is unpickled.
+    base: where the base is now, if it has moved. Raises ValueError that names the file and what is wrong with it.
     """
     folder = _local(source)
     config = read_config(folder / "config.json")
@@ -95,9 +95,7 @@ def _local(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(
-            f"student: {str(source)!r} is a file; give the folder that holds config.json and model.safetensors"
-        )
+        raise ValueError(f"student: {str(source)!r} is a file; give the folder with config.json and model.safetensors")
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "runs/")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -114,7 +112,7 @@ def _local(source: str | Path) -> Path:
 
 
 def _empty(config: StudentConfig, state: Mapping[str, Tensor], file: Path) -> FlowMapNet:
-    """The network without memory for its weights. A size that no tensor of `state` has is refused before it costs time or memory."""
+    """The network on the meta device. A size that no tensor of `state` has is refused first."""
     largest = max([len(state), *(size for tensor in state.values() for size in tensor.shape)])
     rank = None if config.lora is None else config.lora.rank
     for name, value in [
@@ -145,7 +143,7 @@ def _check_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], fil
             )
         if not got[name].is_floating_point():
             raise ValueError(
-                f"{file}: {name}: holds {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights"
+                f"{file}: {name}: has {str(got[name].dtype).removeprefix('torch.')}, not floating-point weights"
             )
     for name in got:
         if name not in expected:

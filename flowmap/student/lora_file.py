@@ -1,4 +1,6 @@
-"""A LoRA in a safetensors file, as diffusers, peft and the community's trainers write it, becomes changes of weights: (alpha / rank) B A by name."""
+"""Read a LoRA in a safetensors file of diffusers, peft or another trainer as changes of weights: (alpha / rank) B A by
+name.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,12 @@ UNDERSCORED = "lora_unet_"  # names of other trainers: every dot is an underscor
 
 
 def read_lora(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The change of each weight, by name of the network (`names`: those it has, to find names written with underscores).
+    """The change of each weight by its name in the network. names: the network's weights, to resolve names with
+    underscores.
 
-    A layer's alpha is the file's own, else that of its metadata or of adapter_config.json beside it, else its rank. A weight of the file that
-    belongs to no layer of the network keeps its name. ValueError for a file that is no LoRA, or one of another kind (DoRA, LoHa, ...).
+    A layer's alpha is the file's own, by default that of its metadata or of adapter_config.json next to it, by default
+    its rank. A weight that belongs to no layer of the network keeps its name. Raises ValueError for a file that is no
+    LoRA, or one of another kind (DoRA, LoHa, ...).
     """
     layers: dict[str, dict[str, Tensor]] = {}
     whole = {
@@ -39,9 +43,8 @@ def read_lora(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     changes: dict[str, Tensor] = {}
     for layer, parts in layers.items():
         if "A" not in parts or "B" not in parts:
-            raise ValueError(
-                f"--lora: {path}: {layer} has {' and '.join(sorted(parts))} but not both of A and B: it is torn, or no LoRA"
-            )
+            found = " and ".join(sorted(parts))
+            raise ValueError(f"--lora: {path}: {layer} has {found} but not both of A and B: it is torn, or no LoRA")
         rank = len(parts["A"])
         ratio = float(parts["alpha"]) / rank if "alpha" in parts else default(layer, rank)
         changes[f"{layer}.weight"] = ratio * _product(parts["B"], parts["A"], f"{path}: {layer}")
@@ -51,7 +54,7 @@ def read_lora(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _place(key: str, whole: dict[str, str], path: Path) -> tuple[str, str]:
-    """(layer, "A", "B", "bias" or "alpha") that a key of the file stands for."""
+    """(layer, "A", "B", "bias" or "alpha") for a key of the file."""
     found = DOWN_OR_UP.fullmatch(key)
     if found is None and not key.endswith(".alpha"):
         raise ValueError(f"--lora: {path}: {key!r} is no weight of a LoRA in the format of diffusers or peft")
@@ -67,14 +70,14 @@ def _place(key: str, whole: dict[str, str], path: Path) -> tuple[str, str]:
 
 
 def _product(up: Tensor, down: Tensor, what: str) -> Tensor:
-    """B A in the shape of the layer's weight: (out, in), or (out, in, k, k) of a convolution."""
+    """B A in the shape of the layer's weight: (out, in), or (out, in, k, k) for a convolution."""
     if up.shape[1] != len(down) or up[0, 0].numel() != 1:
         raise ValueError(f"--lora: {what}: B {tuple(up.shape)} and A {tuple(down.shape)} make no product")
     return torch.einsum("or,r...->o...", up.flatten(1), down)
 
 
 def _scaling(path: Path) -> Any:
-    """(layer, rank) -> alpha / rank, for layers whose alpha the file does not hold."""
+    """(layer, rank) -> alpha / rank, for layers without an alpha in the file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:

@@ -1,6 +1,8 @@
-"""A learned prior on disk: the auxiliary model and a z-sampler, config.json + model.safetensors, loaded without a pickle.
+"""A learned prior on disk: the auxiliary model and a z-sampler in config.json and model.safetensors, read without
+pickle.
 
-The run that trains the auxiliary model leaves one in student/, with codes ~ N(0, I); a student that starts at it has its own in prior/.
+The run that trains the auxiliary model writes one to student/, with codes ~ N(0, I). A student that starts from it has
+its own in prior/.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ PRIOR = "prior"
 
 @dataclass(frozen=True)
 class Shipped:
-    """What a student says of the learned prior in the folder `prior` beside its weights. size: of z; recipe_hash: of what trained it."""
+    """The learned prior in the folder `prior` next to a student's weights.
+
+    size: the length of z. recipe_hash: the hash of the recipe that trained it.
+    """
 
     size: int
     scale: float
@@ -36,7 +41,10 @@ class Shipped:
     recipe_hash: str
 
     def same_start(self, other: Shipped | None) -> bool:
-        """The same auxiliary model at the same scale, told alike: one velocity for both. Where codes come from plays no part."""
+        """Whether both have the same auxiliary model, scale and conditioning, so that one velocity serves both.
+
+        The source of the codes does not matter.
+        """
         return other is not None and (self.scale, self.conditioning, self.recipe_hash) == (
             other.scale,
             other.conditioning,
@@ -44,12 +52,15 @@ class Shipped:
         )
 
     def __str__(self) -> str:
-        return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {'conditioned on' if self.conditioning else 'without'} z"
+        code = "conditioned on z" if self.conditioning else "without z"
+        return f"the prior of {self.recipe!r} ({self.recipe_hash}), scale {self.scale:g}, {code}"
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """All that is needed to build an auxiliary model and its z-sampler again. z_net: the network of codes that are a flow."""
+    """All that is needed to build an auxiliary model and its z-sampler. z_net: the network of a z-sampler that is a
+    flow.
+    """
 
     net: StudentSpec
     shape: tuple[int, ...]
@@ -64,20 +75,20 @@ class PriorConfig:
 
 @runtime_checkable
 class AuxiliarySpec(NetSpec, Protocol):
-    """The settings of an auxiliary model (nets/auxiliary.py). size: of its codes z."""
+    """The settings of an auxiliary model (nets/auxiliary.py). size: the length of its codes z."""
 
     @property
     def size(self) -> int: ...
 
 
 def auxiliary(net: StudentSpec) -> AuxiliarySpec:
-    """The settings themselves, which must be those of an auxiliary model."""
+    """Return the settings, which must be those of an auxiliary model."""
     assert isinstance(net, AuxiliarySpec)
     return net
 
 
 def save_prior(folder: Path, config: PriorConfig, model: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> None:
-    """Writes config.json and model.safetensors, the weights first."""
+    """Write model.safetensors, then config.json."""
     named = {f"model.{name}": tensor for name, tensor in model.items()} | {
         f"codes.{name}": tensor for name, tensor in codes.items()
     }
@@ -94,11 +105,14 @@ def read_prior_config(folder: Path) -> PriorConfig:
 
 
 def load_prior(folder: Path, *, scale: float = 1.0, conditioning: bool = True, size: int | None = None) -> LearnedPrior:
-    """The prior in that folder, on the CPU, frozen. size: of the codes that its student is told. ValueError names the file and what is wrong."""
+    """The prior in that folder, on the CPU, frozen. size: the length of code that its student takes.
+
+    Raises ValueError that names the file and what is wrong with it.
+    """
     config, file = read_prior_config(folder), folder / "model.safetensors"
     spec = auxiliary(config.net)
     if size not in (None, spec.size):
-        what = f"codes of {spec.size} numbers; the student beside it was trained on codes of {size}"
+        what = f"codes of {spec.size} numbers; its student was trained on codes of {size}"
         raise ValueError(f"{folder / 'config.json'}: {what}")
     state = read_tensors(file)
     model = spec.build(config.shape)
@@ -111,16 +125,15 @@ def load_prior(folder: Path, *, scale: float = 1.0, conditioning: bool = True, s
 def built_codes(
     config: PriorConfig, tensors: Mapping[str, Tensor], file: Path | str
 ) -> NormalDraws | MixtureDraws | FlowDraws:
-    """The z-sampler of those tensors; ValueError where it makes codes of another length than the auxiliary model's."""
+    """The z-sampler of those tensors. Raises ValueError if its codes have another length than the auxiliary model's."""
     size = auxiliary(config.net).size
     if isinstance(config.z, MixtureCodes):
         k = config.z.components
         wanted = {"weights": (k,), "means": (k, size), "factors": (k, size, size)}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != wanted:
-            raise ValueError(
-                f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {k} components of codes of {size} numbers"
-            )
+            what = f"{k} components of codes of {size} numbers"
+            raise ValueError(f"{file}: its z-sampler, a mixture of {given}, does not match config.json, {what}")
         return MixtureDraws(*(tensors[name].double() for name in wanted))
     if isinstance(config.z, FlowCodes):
         assert isinstance(config.z_net, NetSpec)
@@ -131,7 +144,8 @@ def built_codes(
 
 
 def _fill(net, state: Mapping[str, Tensor], file: Path | str, what: str = "") -> None:
-    odd = mismatch(net.state_dict(), state)
-    if odd is not None:
-        raise ValueError(f"{file}: {what}{odd[0]} has shape {odd[2]}, config.json says {odd[1]}")
+    found = mismatch(net.state_dict(), state)
+    if found is not None:
+        name, expected, shape = found
+        raise ValueError(f"{file}: {what}{name} has shape {shape}, config.json says {expected}")
     net.load_state_dict({name: tensor.float() for name, tensor in state.items()})

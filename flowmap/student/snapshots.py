@@ -1,4 +1,4 @@
-"""Snapshots of averaged weights that a run leaves in ema/, and their combination after training to an average of any width.
+"""Snapshots of averaged weights in a run's ema/, and their combination after training to an average of any width.
 
 Source: EDM2's post-hoc EMA (Karras et al. 2024, arXiv:2312.02696, section 3.2).
 """
@@ -27,7 +27,7 @@ def save_snapshot(run: Path, step: int, std: float, weights: dict[str, Tensor]) 
 
 
 def list_snapshots(run: Path) -> list[tuple[int, float, Path]]:
-    """(step, std, file) of every snapshot of that run, by step."""
+    """(step, std, file) of every snapshot of the run, by step."""
     found = [(match, path) for path in (run / "ema").glob("*.safetensors") if (match := _NAME.fullmatch(path.name))]
     return sorted((int(match[1]), float(match[2]), path) for match, path in found)
 
@@ -40,7 +40,9 @@ def nearest_snapshot(run: Path, *, share: float) -> dict[str, Tensor]:
 
 
 def combine(run: Path, *, std: float, step: int | None = None) -> dict[str, Tensor]:
-    """The weights averaged with relative width `std` at `step` (None: the last), as a combination of the run's snapshots."""
+    """The weights averaged with relative width `std` at `step` (None: the last), as a combination of the run's
+    snapshots.
+    """
     snapshots = [s for s in _some(run) if step is None or s[0] <= step]
     if not snapshots:
         raise ValueError(f"{run / 'ema'}: no snapshot at or before step {step}")
@@ -54,11 +56,15 @@ def combine(run: Path, *, std: float, step: int | None = None) -> dict[str, Tens
 
 
 def weighted_sum(parts: Iterable[tuple[float, str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """The sum, taken in float64, of weight times tensor over parts (weight, file, tensors); ValueError names a file that holds others."""
+    """The sum, in float64, of weight times tensor over parts (weight, file, tensors).
+
+    Raises ValueError that names a file with other tensors.
+    """
     total: dict[str, Tensor] = {}
     for weight, file, tensors in parts:
-        if total and (odd := mismatch(total, tensors)):
-            raise ValueError(f"{file}: holds other tensors than the ones before it: {odd[0]} is {odd[2]}, not {odd[1]}")
+        if total and (found := mismatch(total, tensors)):
+            name, expected, shape = found
+            raise ValueError(f"{file}: has other tensors than the ones before it: {name} is {shape}, not {expected}")
         for name, tensor in tensors.items():
             total[name] = total[name] + weight * tensor.double() if name in total else weight * tensor.double()
     return {name: tensor.float() for name, tensor in total.items()}

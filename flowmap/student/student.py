@@ -1,4 +1,4 @@
-"""The student as a user has it: a flow map with its sampler and whatever makes pictures or sentences of its samples."""
+"""The student as a user has it: a flow map with its sampler and the decoder of its samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_IMAGES = 1_000_000
 
 
 class Student(Sentences):
-    """A flow map that samples. student(x, t, s, cond) is the map itself; student.sample(num, steps=...) draws."""
+    """A flow map that samples: student(x, t, s, cond) is the map, student.sample(num, steps=...) draws samples."""
 
     def __init__(self, config: StudentConfig, flow_map: FlowMapNet, folder: Path | None = None):
         self.config, self.flow_map, self.folder = config, flow_map, folder
@@ -55,7 +55,9 @@ class Student(Sentences):
         return self.flow_map.parameters()
 
     def merged(self) -> Student:
-        """The same map to rounding, its adapters added into weights of its own: no base to fetch, no adapters to run. Itself if it has none."""
+        """The same map to rounding, with its adapters merged into weights of its own; the student itself if it has
+        none.
+        """
         if self.config.lora is None:
             return self
         flow_map = FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False)
@@ -80,27 +82,22 @@ class Student(Sentences):
         refine: Refine | None = None,
         solver: str | None = None,
     ) -> Tensor | list[str]:
-        """(num, *shape): pictures in [-1, 1], or num sentences. The same seed gives sample i the same noise, gamma's too (and, without cond,
-        the same class), whatever num, batch_size and the device are.
+        """(num, *shape): pictures in [-1, 1], or num sentences. Raises ValueError that names what is wrong.
 
-        cond: {"class": one label or num labels, numbers or names}, without it classes in turn; {"prompt": one text or num texts} for students
-        that are conditioned on text. guidance: the scale, where it is an input. gamma: in [0, 1], noise put back between steps. progress: called
-        with the number of new samples. latents: give latents, not their pictures. refine: called with the pictures and their
-        prompts (None without text), gives the refined ones (teachers/refiner.py). solver: of the velocity F(x, t, t), in the place of the
-        student's own sampler. Raises ValueError that names what is wrong.
+        With the same seed sample i has the same noise (gamma's too, and without cond the same class), whatever num,
+        batch_size and the device are.
+
+        cond        {"class": one label or num labels, numbers or names}, by default each class in turn; {"prompt": one
+                    text or num texts} for students that are conditioned on text
+        guidance    the scale, where it is an input
+        gamma       in [0, 1], the noise added between steps
+        progress    a function, called with the number of new samples
+        latents     return latents, not their pictures
+        refine      a function of the pictures and their prompts (None without text) that returns refined pictures
+                    (teachers/refiner.py)
+        solver      the solver of the velocity F(x, t, t) that replaces the student's own sampler
         """
-        if not 1 <= num <= MAX_IMAGES:
-            raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps: {steps} must lie in 1..{MAX_STEPS}")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
-        if self.config.edits:
-            raise ValueError(
-                f"num: this student carries sentences of {self.config.edits[0]} to {self.config.edits[1]}; use edit(texts)"
-            )
-        if refine is not None and (latents or isinstance(self.config.samples, TextLatents)):
-            raise ValueError("latents: a refiner looks at pictures; ask for one or the other")
+        self._check_call(num, steps, seed, refines=refine is not None, latents=latents)
         generator = torch.Generator().manual_seed(seed)
         rows = self.conditions(num, cond, guidance)
         noise = of_samples(generator, torch.arange(num))
@@ -111,6 +108,20 @@ class Student(Sentences):
             return found
         assert isinstance(found, Tensor)  # pictures: sentences were refused
         return refine(found, prompts_of(num, cond)).clamp(-1, 1)
+
+    def _check_call(self, num: int, steps: int, seed: int, *, refines: bool, latents: bool) -> None:
+        """Raise ValueError for arguments of `sample` outside their ranges, or that exclude one another."""
+        if not 1 <= num <= MAX_IMAGES:
+            raise ValueError(f"num: {num} must lie in 1..{MAX_IMAGES}")
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps: {steps} must lie in 1..{MAX_STEPS}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: {seed} must lie in -2^63..2^63-1")
+        if self.config.edits:
+            source, target = self.config.edits
+            raise ValueError(f"num: this student carries sentences of {source} to {target}; use edit(texts)")
+        if refines and (latents or isinstance(self.config.samples, TextLatents)):
+            raise ValueError("latents: a refiner needs pictures; choose one of the two")
 
     @torch.no_grad()
     def carry(
@@ -126,13 +137,13 @@ class Student(Sentences):
         progress=None,
         latents: bool = False,
     ) -> Tensor | list[str]:
-        """Samples from the given start (N, *shape), be it noise, a learned prior's or latents, as `sample` gives them.
+        """Samples from the given start (N, *shape), which is noise, a draw of a learned prior, or latents.
 
-        conditions: as `conditions` makes them of the user's. generator: what sample i draws on its way is a function of its state and of i.
-        The rest as `sample` has it.
+        conditions: the tensors of `conditions`. generator: the draws for sample i are a function of its state and of i.
+        The other arguments are those of `sample`.
         """
         if gamma is not None and self.config.prior is not None:
-            raise ValueError("gamma: puts back N(0, I), and this student starts at a learned prior")
+            raise ValueError("gamma: adds noise from N(0, I), and this student starts from a learned prior")
         sampler = asked_for(self.config.sampler, gamma=gamma, solver=solver)
         noise, out = of_samples(generator, torch.arange(len(start.x1))), []
         for i in range(0, len(start.x1), batch_size):
@@ -148,13 +159,15 @@ class Student(Sentences):
         return self.sentences(x0) if isinstance(self.config.samples, TextLatents) else self.pictures(x0, batch_size)
 
     def start(self, num: int, generator: torch.Generator, z: Tensor | None = None) -> Start:
-        """Where `num` samples start, on the CPU: a function of the generator's seed, and of the codes z (num, Z) where they are given."""
+        """The starts of `num` samples, on the CPU: a function of the generator's seed, and of the codes z (num, Z) if
+        given.
+        """
         prior = None if self.prior is None else self.prior.to(self.device)
         return starts(prior, tuple(self.config.shape), num, generator, z=z)
 
     @cached_property
     def prior(self) -> LearnedPrior | None:
-        """The learned prior, loaded when first asked for; None where samples start at N(0, I)."""
+        """The learned prior, loaded on first use; None where samples start from N(0, I)."""
         conditioning = self.config.prior
         if conditioning is None:
             return None
@@ -168,7 +181,9 @@ class Student(Sentences):
 
     @torch.no_grad()
     def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
-        """What samples x0 (B, *shape) look like: decoded where they are latents, pictures cut to [-1, 1], anything else as it is."""
+        """Samples x0 (B, *shape) as pictures: decoded where they are latents, clamped to [-1, 1]; other values
+        unchanged.
+        """
         if isinstance(self.config.samples, ImageLatents):
             assert self.autoencoder is not None
             decode = self.autoencoder.to(x0.device).decode
@@ -177,7 +192,7 @@ class Student(Sentences):
 
     @cached_property
     def autoencoder(self) -> FrozenAutoencoder | None:
-        """The frozen autoencoder that makes pictures of latents, loaded when first asked for; None where samples are no latents."""
+        """The frozen autoencoder that decodes latents to pictures, loaded on first use; None without one."""
         spec = in_student_folder(self.config.autoencoder, self.folder)
         if isinstance(spec, DiffusersAutoencoder):
             spec.check_channels(self.config.shape[0])
@@ -185,13 +200,15 @@ class Student(Sentences):
 
     @cached_property
     def text(self):
-        """The frozen text encoder, loaded when first asked for: list[str] -> conditions; None for a student without text."""
+        """The frozen text encoder, list[str] -> conditions, loaded on first use; None for a student without text."""
         return None if self.config.text is None else self.config.text.load()
 
     def conditions(
         self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None
     ) -> dict[str, Tensor]:
-        """The user's conditions as tensors of `num` rows, checked; classes in turn and the default scale where nothing is said."""
+        """The user's conditions as tensors of `num` rows, checked. By default each class in turn, and the default
+        scale.
+        """
         cond = dict(cond or {})
         self._check_conditions(cond, guidance)
         rows = {} if self.config.text is None else self._text(num, cond)
@@ -227,7 +244,7 @@ class Student(Sentences):
         if not bool(((scales >= 0) & scales.isfinite()).all()):
             raise ValueError(f"guidance: {scale} must be 0 or more (trained on {low:g}..{high:g})")
         if not bool(((scales >= low - 1e-6) & (scales <= high + 1e-6)).all()):
-            what = f"guidance: {scale} lies outside {low:g}..{high:g}, the scales that this student was trained on"
+            what = f"guidance: {scale} is outside {low:g}..{high:g}, the scales that this student was trained on"
             warnings.warn(what, stacklevel=4)
         return scales
 
@@ -241,11 +258,11 @@ class Student(Sentences):
         return self.conditions(num, {key: value for key, value in cond.items() if key in known}, guidance)
 
     def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the network reads of prompts: encoded here, or already by the caller."""
+        """The text conditions: prompts are encoded here, unless the caller has encoded them."""
         encoded = {key: cond[key].to(self.device) for key in ENCODED if key in cond}
         if encoded:
             if "prompt" in cond or any(len(value) != num for value in encoded.values()):
-                raise ValueError(f"cond: {', '.join(encoded)} must have {num} rows, and stand without prompt")
+                raise ValueError(f"cond: {', '.join(encoded)} must have {num} rows, and come without prompt")
             return encoded
         prompt = cond.get("prompt")
         if prompt is None:

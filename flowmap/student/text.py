@@ -1,4 +1,4 @@
-"""What a student of sentences adds to one of pictures: attributes and contexts as conditions, and editing."""
+"""What a student of sentences can do: attributes and contexts as conditions, and editing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flowmap.student.config import StudentConfig, in_student_folder
 
 
 class Sentences:
-    """What a Student can do whose samples are latents of sentences."""
+    """The methods of a Student with samples that are latents of sentences."""
 
     config: StudentConfig
     flow_map: FlowMapNet
@@ -34,46 +34,48 @@ class Sentences:
 
     @abstractmethod
     def conditions(self, num: int, cond: Mapping[str, Any] | None, guidance: float | None = None) -> dict[str, Tensor]:
-        """What a user gives, as rows of the network's inputs."""
+        """The user's conditions as tensors of `num` rows."""
 
     @abstractmethod
     def carry(self, start: Start, conditions: Cond, steps: int, generator: Generator) -> Tensor | list[str]:
         """Samples from the given start."""
 
     def sentences(self, x0: Tensor) -> list[str]:
-        """What latents x0 (B, *shape) say."""
+        """The sentences that latents x0 (B, *shape) decode to."""
         return self.words.to(x0.device).decode(x0)
 
     def edit(
         self, texts: Sequence[str], steps: int = 1, cond: Mapping[str, Any] | None = None, *, reverse: bool = False
     ) -> list[str]:
-        """The sentences, carried from the style that this student starts from to the other; reverse: the other way, by a velocity alone.
+        """The sentences carried from the student's source style to its target; with `reverse` back, by a velocity only.
 
-        Sentences that are too long are cut, and a warning counts them. ValueError where the student starts from noise, texts is no list of
-        sentences, one is empty, or reverse is asked of a flow map.
+        Sentences that are too long are cut, and a warning counts them. Raises ValueError where the student starts from
+        noise, texts is no list of sentences, one is empty, or a flow map is reversed.
         """
         return edit(self, texts, steps, cond, reverse)
 
     @cached_property
     def words(self):
-        """The frozen text autoencoder, loaded when first asked for; None where samples are no sentences."""
+        """The frozen text autoencoder, loaded on first use; None where samples are no sentences."""
         spec = in_student_folder(self.config.text_autoencoder, self.folder)
         coder = None if spec is None else spec.load()
         if coder is not None and tuple(coder.shape) != tuple(self.config.shape):
-            raise ValueError(
-                f"text_autoencoder: its latents have shape {tuple(coder.shape)}, the student's samples {tuple(self.config.shape)}"
-            )
+            shapes = f"{tuple(coder.shape)}, the student's samples {tuple(self.config.shape)}"
+            raise ValueError(f"text_autoencoder: its latents have shape {shapes}")
         return coder
 
 
 def described_by(student: Sentences, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Attributes (a value by name, or num of them; -1 and absent: none) and contexts (texts, or latents) as rows on the student's device."""
+    """Attributes and contexts as rows on the student's device.
+
+    An attribute is one value by name, or num of them; -1 is none, also by default. A context is texts, or latents.
+    """
     rows = {}
     for attribute in student.config.sentences.attributes:
         value = cond.get(attribute.name, -1)
         if isinstance(value, Tensor):
-            odd = value.is_floating_point() or value.shape != (num,)
-            if odd or int(value.min()) < -1 or int(value.max()) >= len(attribute.values):
+            misfits = value.is_floating_point() or value.shape != (num,)
+            if misfits or int(value.min()) < -1 or int(value.max()) >= len(attribute.values):
                 raise ValueError(f"{attribute.name}: wants {num} whole numbers in -1..{len(attribute.values) - 1}")
             rows[attribute.name] = value.to(student.device)
             continue
@@ -97,11 +99,11 @@ def _context(student: Sentences, num: int, name: str, given: Any) -> Tensor:
     texts = texts_of(given, num, name)
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     z, cut = student.words.to(student.device).encode(list(place), count_cut=True)
-    _tell_cut(student, name, cut, len(place), stacklevel=7)  # the caller of Student.sample, which torch wraps
+    _warn_cut(student, name, cut, len(place), stacklevel=7)  # the caller of Student.sample, which torch wraps
     return z[torch.tensor([place[text] for text in texts])].to(student.device)
 
 
-def _tell_cut(student: Sentences, key: str, cut: int, num: int, stacklevel: int) -> None:
+def _warn_cut(student: Sentences, key: str, cut: int, num: int, stacklevel: int) -> None:
     if cut:
         most = student.words.tokens.longest
         warnings.warn(
@@ -111,12 +113,13 @@ def _tell_cut(student: Sentences, key: str, cut: int, num: int, stacklevel: int)
 
 @torch.no_grad()
 def edit(student: Sentences, texts: Sequence[str], steps: int, cond, reverse: bool, prefix: str = "") -> list[str]:
-    """The sentences, their latents carried from t = 1 to 0 (reverse: from 0 to 1 by Euler), decoded. mark: what stands before the names of
-    arguments in errors and warnings."""
+    """Encode the sentences, carry their latents from t = 1 to 0 (`reverse`: from 0 to 1 by Euler), and decode them.
+
+    prefix: precedes the names of arguments in errors and warnings.
+    """
     if not student.config.edits:
-        raise ValueError(
-            f"{prefix}texts: this student starts from noise, not from sentences; {'leave it out' if prefix else 'use sample(num)'}"
-        )
+        instead = "leave it out" if prefix else "use sample(num)"
+        raise ValueError(f"{prefix}texts: this student starts from noise, not from sentences; {instead}")
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ValueError(f"{prefix}texts: {texts!r} is no list of sentences; for one, give a list of one")
     texts = list(texts)
@@ -130,7 +133,7 @@ def edit(student: Sentences, texts: Sequence[str], steps: int, cond, reverse: bo
     rows = student.conditions(len(texts), cond)
     x, cut = student.words.to(student.device).encode(texts, count_cut=True)
     x = x.to(student.device)
-    _tell_cut(student, f"{prefix}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
+    _warn_cut(student, f"{prefix}texts", cut, len(texts), stacklevel=5)  # the caller of Sentences.edit
     if not reverse:
         carried = student.carry(Start(x), rows, steps, torch.Generator().manual_seed(0))
         assert isinstance(carried, list)

@@ -1,4 +1,4 @@
-"""Frozen autoencoders: pictures in [-1, 1] become normalised latents, and latents pictures again. Any of diffusers' AutoencoderKL and kin."""
+"""Frozen diffusers autoencoders: encode images in [-1, 1] to normalised latents, and decode latents to images."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PARTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "vae/*")
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by one of our recipes (`recipe`).
+    """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by a recipe (`recipe`).
 
-    Latents are (z - shift) * scale, one number or one for each channel; left out, they are the model's own: shift_factor and
-    scaling_factor, or latents_mean and scaling_factor / latents_std. unit: it is given pictures on [0, 1], not [-1, 1], as EDM2 used
-    Stable Diffusion's.
+    Latents are (z - shift) * scale, with one number or one per channel. By default these are the model's:
+    shift_factor and scaling_factor, or latents_mean and scaling_factor / latents_std. unit: the autoencoder works on
+    images in [0, 1] instead of [-1, 1], as EDM2 used that of Stable Diffusion.
     """
 
     source: str | None = None
@@ -39,66 +39,56 @@ class Autoencoder:
     def __post_init__(self):
         check_ranges(self)
         if (self.source is None) == (self.recipe is None):
-            raise ValueError(
-                "source: an autoencoder wants exactly one of source (a folder or hub id) and recipe (one of ours that trains it)"
-            )
+            kinds = "source (a folder or hub id) and recipe (one of ours that trains it)"
+            raise ValueError(f"source: an autoencoder wants exactly one of {kinds}")
 
     def load(self) -> FrozenAutoencoder:
-        """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""
+        """The autoencoder on the CPU, from safetensors only. Raises a one-line ValueError if it cannot be loaded."""
         import diffusers
 
         folder, config = self._place()
         try:
             cls = getattr(diffusers, config["_class_name"])
             model = cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True)
-        except Exception as error:  # a foreign folder makes the library raise anything at all
+        except Exception as error:  # diffusers raises various types for invalid folders
             raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
         check_finite(model.state_dict(), f"autoencoder.source: {self.source!r}")
         return FrozenAutoencoder(model, *self._normalisation(config), self.unit, self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """What makes its latents unlike those of another: class, weights, normalisation; plain values, found without loading it."""
+        """Plain values that identify its latents (class, weights, normalisation), without loading it."""
         folder, config = self._place()
         shift, scale = self._normalisation(config)
-        identity_ = {
-            "class": config["_class_name"],
-            "weights": digest_of(folder),
-            "shift": list(shift),
-            "scale": list(scale),
-        }
-        return identity_ | ({"unit": True} if self.unit else {})
+        weights = {"class": config["_class_name"], "weights": digest_of(folder)}
+        return weights | {"shift": list(shift), "scale": list(scale)} | ({"unit": True} if self.unit else {})
 
     def check_channels(self, channels: int) -> None:
-        """ValueError where its latents are known to have another number of channels; found without loading it."""
+        """Raise a ValueError if its config has another number of latent channels. It is not loaded."""
         _, config = self._place()
         if config.get("latent_channels") not in (None, channels):
-            made = config["latent_channels"]
-            raise ValueError(
-                f"autoencoder.source: {self.source!r}: its latents have {made} channels, those wanted {channels}"
-            )
+            what = f"its latents have {config['latent_channels']} channels, those wanted {channels}"
+            raise ValueError(f"autoencoder.source: {self.source!r}: {what}")
 
     def outline(self) -> tuple[int, int] | None:
-        """(channels of its latents, pixels a side that one of them covers), found without loading it; None where its config does not say."""
+        """(latent channels, downsampling factor) from its config; None if the config does not define them."""
         _, config = self._place()
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
         channels = config.get("latent_channels")
         return (channels, 2 ** (len(levels) - 1)) if isinstance(levels, list) and isinstance(channels, int) else None
 
     def _place(self) -> tuple[Path, dict[str, Any]]:
-        """Its folder on this machine, and what its config.json says."""
+        """Its local folder and the content of its config.json."""
         if self.source is None:
-            raise ValueError(
-                f"autoencoder.recipe: {self.recipe!r} is trained first: `flowmap fit` of a recipe that uses it does"
-            )
+            how = "`flowmap fit` of a recipe that uses it does"
+            raise ValueError(f"autoencoder.recipe: {self.recipe!r} is trained first: {how}")
         root = local_folder(self.source, self.revision, "autoencoder.source", PARTS)
-        for folder in (root, root / "vae"):  # itself, or a part of a pipeline
+        for folder in (root, root / "vae"):  # an autoencoder, or part of a pipeline
             if (folder / "config.json").is_file():
                 config = _read(folder / "config.json")
                 if str(config.get("_class_name")).startswith("Autoencoder"):
                     return folder, config
-        raise ValueError(
-            f"autoencoder.source: {self.source!r} is no diffusers autoencoder: no config.json there names an Autoencoder class"
-        )
+        what = "is no diffusers autoencoder: no config.json there names an Autoencoder class"
+        raise ValueError(f"autoencoder.source: {self.source!r} {what}")
 
     def _normalisation(self, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         shift, scale = self.shift, self.scale
@@ -109,27 +99,24 @@ class Autoencoder:
             scale = tuple(factor / value for value in std) if std else (factor,)
         for name, values in (("shift", shift), ("scale", scale)):
             if len(values) not in (1, config.get("latent_channels")):
-                raise ValueError(
-                    f"autoencoder.{name}: {len(values)} numbers; allowed: 1 or {config.get('latent_channels')}, the channels"
-                )
+                allowed = f"1 or {config.get('latent_channels')}, the channels"
+                raise ValueError(f"autoencoder.{name}: {len(values)} numbers; allowed: {allowed}")
         return tuple(map(float, shift)), tuple(map(float, scale))
 
 
 class FrozenAutoencoder:
-    """encode: pictures (B, C, H, W) in [-1, 1] -> latents (B, c, h, w); decode: back. Deterministic: the posterior's mean."""
+    """A loaded autoencoder: encode maps images (B, C, H, W) in [-1, 1] to latents (B, c, h, w), decode maps them back.
 
-    model: Any  # an autoencoder of diffusers
+    Encoding is deterministic: it returns the posterior's mode.
+    """
+
+    model: Any  # a diffusers autoencoder
 
     def __init__(
         self, model: nn.Module, shift: tuple[float, ...], scale: tuple[float, ...], unit: bool, identity: dict[str, Any]
     ):
-        self.model, self.shift, self.scale, self.unit, self._identity = (
-            model.eval().requires_grad_(False),
-            shift,
-            scale,
-            unit,
-            identity,
-        )
+        self.model = model.eval().requires_grad_(False)
+        self.shift, self.scale, self.unit, self._identity = shift, scale, unit, identity
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -138,13 +125,8 @@ class FrozenAutoencoder:
     def encode(self, x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)
         out = self.model.encode((x + 1) / 2 if self.unit else x)
-        z = (
-            out.latent_dist.mode()
-            if hasattr(out, "latent_dist")
-            else out.latent
-            if hasattr(out, "latent")
-            else out.latents
-        )
+        (z,) = out.to_tuple()  # a distribution, or latents under a name that depends on the autoencoder
+        z = z if isinstance(z, Tensor) else z.mode()
         return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
 
     @torch.no_grad()
@@ -152,7 +134,7 @@ class FrozenAutoencoder:
         return self.decode_with_grad(z)
 
     def decode_with_grad(self, z: Tensor) -> Tensor:
-        """The same pictures, carrying grad to z."""
+        """decode, with gradients for z."""
         z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
         x = self.model.decode(z.to(self.dtype)).sample.float()
         return 2 * x - 1 if self.unit else x
@@ -174,7 +156,10 @@ class FrozenAutoencoder:
 
 
 def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, ...]) -> Path:
-    """The folder of that name, or of that hub id and revision: of it `parts` are fetched where they are not in the cache. ValueError names `key`."""
+    """The local folder of that name, or the cached files `parts` of a hub id, which are downloaded if missing.
+
+    ValueErrors name `key`.
+    """
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -183,9 +168,8 @@ def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, 
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(parts)))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors
         at = f" at revision {revision}" if revision else ""
-        raise ValueError(
-            f"{key}: {source!r} is no folder, and as a hub id{at}: {str(error).splitlines()[0]}"
-        ) from error
+        line = str(error).splitlines()[0]
+        raise ValueError(f"{key}: {source!r} is no folder, and as a hub id{at}: {line}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -197,15 +181,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of another library says, its first line; its kind where it says nothing."""
+    """The first line of an exception's message, or its class name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def before_loading() -> None:
-    """What must come before the libraries load weights: their progress bars are for a terminal alone, and torch must know its devices.
+    """Prepare for loading weights with diffusers or transformers: no progress bars unless stderr is a terminal.
 
-    torch remembers at their first use which functions a device context moves; transformers (5.23) exchanges torch.linspace while it loads, and
-    if that came first, no context of this process would move the true one any more.
+    This also enters a device context. torch collects the functions that a device context affects at its first use;
+    transformers (5.23) replaces torch.linspace while it loads, and if that happened first, no device context of this
+    process would affect the original function any more.
     """
     with torch.device("meta"):
         torch.zeros(())
@@ -218,13 +203,12 @@ def before_loading() -> None:
 
 
 def digest_of(folder: Path) -> str:
-    """Sixteen hexadecimal digits of the safetensors files below: their names, sizes, first and last megabytes."""
+    """A hash of the safetensors files in the folder: 16 digits, from names, sizes, first and last megabytes."""
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise ValueError(
-            f"{folder}: holds no *.safetensors" + (f"; {pickles[0]} is a pickle and is not read" if pickles else "")
-        )
+        found = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
+        raise ValueError(f"{folder}: holds no *.safetensors{found}")
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size

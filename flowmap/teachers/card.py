@@ -1,4 +1,4 @@
-"""A card says what a frozen teacher is: where its weights come from, what it predicts, on which schedule, and under which licence."""
+"""Teacher cards: the source of a frozen teacher's weights, its prediction, its schedule and its licence."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ KINDS = ("recipe", "exact", "converted", "diffusers", "autoencoder")
 
 @dataclass
 class Card:
-    """One file in teachers/. kind: "recipe" (trained by one of ours), "exact" (the data's own velocity), "diffusers", "converted" (published
-    pickles, by `flowmap import`); "autoencoder" is no teacher, and says what its latents are: shape is that of a picture of `pixels` a side.
+    """A file in teachers/.
 
-    network: what it is built of, so that its size is known where its weights are not; fetch: how to get them.
+    kind: "recipe" (trained by one of our recipes), "exact" (the data's closed-form velocity), "diffusers",
+    "converted" (published pickles, by `flowmap import`), or "autoencoder", which is not a teacher and describes
+    latents: shape is that of the latents of an image with `pixels` per side. network: the network's settings, so that
+    its size is known without weights. fetch: how to get the weights.
     """
 
     kind: str
@@ -41,13 +43,13 @@ class Card:
 
     @property
     def trained_by(self) -> str:
-        """The recipe that trains it, of kind "recipe"."""
+        """The recipe that trains it, for kind "recipe"."""
         assert self.recipe is not None  # read_card has checked
         return self.recipe
 
     @property
     def pipeline(self) -> str:
-        """The folder or hub id, of kind "diffusers"."""
+        """The folder or hub id, for kind "diffusers"."""
         assert self.source is not None  # read_card has checked
         return self.source
 
@@ -57,7 +59,7 @@ class Card:
 
 
 def read_card(path: Path) -> Card:
-    """The card in that file; ValueError names the file, the key and what is allowed."""
+    """The card in a file. ValueErrors name the file, the key and the allowed values."""
     plain = read_settings(path, [one.name for one in fields(Card)], "card")
     try:
         card = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Card), plain, {"name": path.stem}))
@@ -69,13 +71,11 @@ def read_card(path: Path) -> Card:
     if card.kind == "diffusers" and not card.source:
         raise ValueError(f"{path.name}: source: a card of kind diffusers names a pipeline's folder or hub id")
     if card.kind == "diffusers" and not (card.shape and all(size > 0 for size in card.shape)):
-        raise ValueError(
-            f"{path.name}: shape: {card.shape} is not the shape of what the model denoises, such as [4, 32, 32]"
-        )
+        what = "is not the shape of what the model denoises, such as [4, 32, 32]"
+        raise ValueError(f"{path.name}: shape: {card.shape} {what}")
     if card.kind == "autoencoder" and not (card.source and card.pixels and len(card.shape) == 3):
-        raise ValueError(
-            f"{path.name}: pixels: a card of kind autoencoder names source, pixels and the shape of their latents, such as [4, 32, 32]"
-        )
+        needs = "names source, pixels and the shape of their latents, such as [4, 32, 32]"
+        raise ValueError(f"{path.name}: pixels: a card of kind autoencoder {needs}")
     if card.kind == "recipe" and not card.recipe:
         raise ValueError(f"{path.name}: recipe: a card of kind recipe names the recipe that trains it")
     return card

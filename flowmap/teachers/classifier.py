@@ -1,7 +1,8 @@
-"""Classifier guidance: a velocity whose samples a classifier is made to agree with.
+"""Classifier guidance: change a velocity so that a classifier agrees with the samples.
 
-Source: Dhariwal, Nichol 2021, arXiv:2105.05233, on our clock. The score is -(x + (1 - t) v) / t, so adding w grad log p(y | x_t) to it takes
-t / (1 - t) w grad log p from the velocity; this grows without bound towards t = 1, where a true classifier of noise knows nothing.
+Source: Dhariwal, Nichol 2021, arXiv:2105.05233, on our clock. The score is -(x + (1 - t) v) / t, so adding
+w grad log p(y | x_t) to it subtracts t / (1 - t) w grad log p from the velocity. The factor is unbounded towards t = 1,
+where the gradient of an exact classifier vanishes.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ LogProb = Callable[[Tensor, Tensor, Cond | None], Tensor]
 
 @dataclass(frozen=True)
 class ClassifierGuided:
-    """v - scale t / (1 - t) grad_x log p(y | x, t): log_prob(x, t, cond) is (B,), of noisy points x, or with `denoised` of predicted data.
+    """v - scale t / (1 - t) grad_x log p(y | x, t), with log_prob(x, t, cond) of shape (B,).
 
-    denoised: log_prob sees x0 = x - t v (v taken as constant) and t = 0, so that a classifier of clean samples will do. The factor
-    t / (1 - t) is cut at `most`. cond reaches both teacher and classifier.
+    log_prob gets noisy points x. With `denoised` it gets the predicted x0 = x - t v (v is constant in the gradient) and
+    t = 0, so that a classifier of clean samples can be used. The factor t / (1 - t) is clamped to `most`. Both teacher
+    and classifier get cond.
     """
 
     teacher: Teacher
@@ -34,7 +36,7 @@ class ClassifierGuided:
 
     @property
     def network_calls(self) -> int:
-        """Calls of the teacher's network; the classifier's are not counted."""
+        """The number of calls of the teacher's network; those of the classifier do not count."""
         return network_calls(self.teacher)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:

@@ -1,6 +1,7 @@
-"""Teachers whose velocity is known in closed form: a Gaussian and a mixture of Gaussians, on the linear path.
+"""Teachers with a closed-form velocity on the linear path: a Gaussian and a mixture of Gaussians.
 
-With data N(m, c^2 I) the marginal at t is N((1-t) m, S(t)^2 I), S(t)^2 = (1-t)^2 c^2 + t^2. Velocities are finite on all of [0, 1].
+With data N(m, c^2 I) the marginal at t is N((1-t) m, S(t)^2 I), S(t)^2 = (1-t)^2 c^2 + t^2. Velocities are finite on
+all of [0, 1].
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from flowmap.flow.types import Cond, broadcast_time
 
 @dataclass(frozen=True)
 class GaussianTeacher:
-    """Data N(mean, std^2 I): velocity and flow map in closed form, for x of any shape (B, ...).
+    """Data N(mean, std^2 I), with velocity and flow map in closed form, for x of any shape (B, ...).
 
-    mean has one number for every element, or as many as x's last dimension; shape is one sample's, read by `sample` alone. cond is ignored.
+    mean has one number, or one per entry of x's last dimension. shape is that of a sample and used by `sample` only.
+    cond is ignored.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -28,9 +30,8 @@ class GaussianTeacher:
     def __post_init__(self):
         _check_std("std", self.std)
         if self.shape is not None and len(self.mean) not in (1, self.shape[-1]):
-            raise ValueError(
-                f"mean has {len(self.mean)} numbers; allowed for shape {self.shape!r}: 1 or {self.shape[-1]}"
-            )
+            allowed = f"allowed for shape {self.shape!r}: 1 or {self.shape[-1]}"
+            raise ValueError(f"mean has {len(self.mean)} numbers; {allowed}")
 
     def spread(self, t: Tensor) -> Tensor:
         """S(t), the std of every element of xt."""
@@ -41,21 +42,22 @@ class GaussianTeacher:
         return self.mean_velocity(x, t, t, cond)
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """F with f(x, t, s) = x + (s - t) F, without the 0/0 at s = t: (S(s) - S(t)) / (s - t) is (s + t - c^2 (2-s-t)) / (S(s) + S(t))."""
+        """F with f(x, t, s) = x + (s - t) F.
+
+        To avoid 0 / 0 at s = t it uses (S(s) - S(t)) / (s - t) = (s + t - c^2 (2-s-t)) / (S(s) + S(t)).
+        """
         m = self._mean(x)
         slope = (s + t - self.std**2 * (2 - s - t)) / (self.spread(s) + self.spread(t))
         return (-m + broadcast_time(slope / self.spread(t), x) * (x - broadcast_time(1 - t, x) * m)).to(x.dtype)
 
     def flow_map(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """Where the flow takes x from t to s, either way: (1-s) m + S(s) / S(t) (x - (1-t) m)."""
+        """The flow map from t to s, in either direction: (1-s) m + S(s) / S(t) (x - (1-t) m)."""
         m = self._mean(x)
-        return (
-            broadcast_time(1 - s, x) * m
-            + broadcast_time(self.spread(s) / self.spread(t), x) * (x - broadcast_time(1 - t, x) * m)
-        ).to(x.dtype)
+        ratio = broadcast_time(self.spread(s) / self.spread(t), x)
+        return (broadcast_time(1 - s, x) * m + ratio * (x - broadcast_time(1 - t, x) * m)).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws of data, (n, *shape) float32; (n, len(mean)) where shape is not set."""
+        """n samples of the data, (n, *shape) float32; (n, len(mean)) if shape is not set."""
         shape = self.shape if self.shape is not None else (len(self.mean),)
         noise = torch.randn(n, *shape, generator=generator, device=_device(generator))
         return self._mean(noise) + self.std * noise
@@ -66,11 +68,12 @@ class GaussianTeacher:
 
 @dataclass(frozen=True)
 class MixtureTeacher:
-    """Data a mixture of K isotropic Gaussians in D dimensions; x is (B, D). The velocity is exact, the map a fine integration of it.
+    """Data from a mixture of K isotropic Gaussians in D dimensions; x is (B, D). The velocity is exact.
 
-    means is K tuples of D numbers, std one number for all or one each, weights one each (equal without). cond["class"] (B,) picks a
-    component, -1 means all of them. flow_map runs `flow_steps` steps of RK4 in float64 for each sample's own (t, s): its error falls as
-    flow_steps^-4, and for 8 components of std 0.1 on the unit circle, 256 steps from 1 to 0, is below 1e-6.
+    means: K tuples of D numbers. std: one number, or one per component. weights: one per component, by default equal.
+    cond["class"] (B,) selects a component; -1 is the whole mixture. flow_map integrates the velocity by `flow_steps`
+    steps of RK4 in float64, with a separate (t, s) per sample. Its error is of order flow_steps^-4; for 8 components
+    of std 0.1 on the unit circle and 256 steps from 1 to 0 it is below 1e-6.
     """
 
     means: tuple[tuple[float, ...], ...]
@@ -92,7 +95,7 @@ class MixtureTeacher:
             raise ValueError(f"flow_steps is {self.flow_steps!r}; allowed: a whole number from 1")
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """sum_k r_k(x, t) v_k(x, t), with r_k the posterior weight of component k at time t and v_k its Gaussian velocity."""
+        """sum_k r_k(x, t) v_k(x, t), with r_k the posterior weight of component k and v_k its velocity."""
         dtype = torch.promote_types(x.dtype, torch.promote_types(t.dtype, torch.float32))
         wide, time = x.to(dtype), broadcast_time(t.to(dtype), x)
         means, stds, log_weights = self._tensors(wide)
@@ -105,7 +108,7 @@ class MixtureTeacher:
         return (posterior[..., None] * each).sum(1).to(x.dtype)
 
     def flow_map(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        """Where the flow takes each x (B, D) from its t to its s, either way, both (B,)."""
+        """The flow map from t to s, both (B,), in either direction, for x (B, D)."""
         t, s = t.double(), s.double()
 
         def per_unit(state: Tensor, u: float) -> Tensor:
@@ -117,12 +120,12 @@ class MixtureTeacher:
         return state.to(x.dtype)
 
     def draw_classes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n components drawn by their weights, (n,) int64."""
+        """n components, (n,) int64, drawn by their weights."""
         weights = torch.tensor(self.weights or (1.0,) * len(self.means), dtype=torch.float32, device=_device(generator))
         return torch.multinomial(weights, n, replacement=True, generator=generator)
 
     def sample(self, n: int, generator: torch.Generator | None = None, cond: Cond | None = None) -> Tensor:
-        """n draws of data, (n, D) float32; from the components in cond["class"] where given (-1: any)."""
+        """n samples of the data, (n, D) float32; with cond["class"] from those components (-1: any)."""
         classes = self.draw_classes(n, generator)
         if cond is not None and "class" in cond:
             asked = cond["class"].to(classes.device)
@@ -132,13 +135,13 @@ class MixtureTeacher:
         return means[classes] + stds[classes, None] * noise
 
     def _tensors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """means (K, D), stds (K,), log weights (K,), in x's dtype and place."""
+        """means (K, D), stds (K,) and log weights (K,), with x's dtype and device."""
         means = x.new_tensor(self.means)
         weights = x.new_tensor(self.weights or (1.0,) * len(self.means))
         return means, x.new_tensor(self.std).expand(len(self.means)), (weights / weights.sum()).log()
 
     def _of_class(self, logits: Tensor, cond: Cond | None) -> Tensor:
-        """logits (B, K) with the components that a sample's class rules out at -inf."""
+        """logits (B, K), with -inf for components other than the sample's class."""
         if cond is None or "class" not in cond:
             return logits
         asked = cond["class"].to(logits.device)

@@ -1,14 +1,16 @@
-"""Guidance: a teacher made of two predictions, v = w v_strong + (1 - w) v_weak; w = 1 is the strong one, w > 1 moves away from the weak.
+"""Guidance: a teacher from two predictions, v = w v_strong + (1 - w) v_weak.
 
-Sources: classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598), autoguidance (Karras et al. 2024, arXiv:2406.02507).
-w is cond["guidance"] (B,), one for each sample; where cond has none it is the field `default`. The key "guidance" never reaches an inner
-teacher. Where w is 1 for the whole batch the weak prediction is not made.
+w = 1 is the strong prediction, w > 1 extrapolates away from the weak one. Sources: classifier-free guidance (Ho,
+Salimans 2022, arXiv:2207.12598), autoguidance (Karras et al. 2024, arXiv:2406.02507). w is cond["guidance"] (B,), by
+default the field `default`. The key "guidance" is not passed to the inner teachers. If w is 1 for the whole batch,
+the weak prediction is not computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ from flowmap.flow.types import Cond, Teacher, broadcast_time
 
 @dataclass(frozen=True)
 class ClassifierFree:
-    """v = w v(x, t, cond) + (1 - w) v(x, t, no condition): one teacher, asked with its condition and without.
+    """v = w v(x, t, cond) + (1 - w) v(x, t, no condition): one teacher, called with its conditions and without.
 
-    Without a condition "class" is -1 and every other key is dropped. Where cond holds nothing but guidance both are the same and one call
-    is made.
+    The unconditional call has class -1 and no other key. If cond has no key except guidance, both calls would be the
+    same and only one is made.
     """
 
     teacher: Teacher
@@ -29,7 +31,7 @@ class ClassifierFree:
 
     @property
     def network_calls(self) -> int:
-        """Calls of a network for one guided velocity, at most."""
+        """The maximum number of network calls per guided velocity."""
         return 2 * network_calls(self.teacher)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -45,7 +47,7 @@ class ClassifierFree:
 class Autoguidance:
     """v = w v_strong(x, t, cond) + (1 - w) v_weak(x, t, cond).
 
-    Weak is a smaller or less trained version of strong, with the same condition.
+    Weak is a smaller or less trained version of strong, with the same conditions.
     """
 
     strong: Teacher
@@ -54,7 +56,7 @@ class Autoguidance:
 
     @property
     def network_calls(self) -> int:
-        """Calls of a network for one guided velocity, at most."""
+        """The maximum number of network calls per guided velocity."""
         return network_calls(self.strong) + network_calls(self.weak)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -64,13 +66,21 @@ class Autoguidance:
         return _extrapolate(strong, lambda: self.weak.velocity(x, t, inner), scale)
 
 
-def network_calls(teacher: Teacher) -> int:
-    """How many calls of a network one velocity of this teacher costs, at most: 1 unless it says otherwise."""
-    return getattr(teacher, "network_calls", 1)
+@runtime_checkable
+class CountsCalls(Protocol):
+    """A teacher that states how many network calls one velocity costs."""
+
+    @property
+    def network_calls(self) -> int: ...
+
+
+def network_calls(teacher: object) -> int:
+    """The maximum number of network calls per velocity of the teacher; 1 unless it states another number."""
+    return teacher.network_calls if isinstance(teacher, CountsCalls) else 1
 
 
 def _split(cond: Cond | None, default: float) -> tuple[Tensor | float, Cond | None]:
-    """The guidance scale, and cond without it (None where nothing is left)."""
+    """The guidance scale, and cond without it (None if no other key is left)."""
     if cond is None:
         return default, None
     inner = {key: value for key, value in cond.items() if key != "guidance"}
@@ -78,12 +88,12 @@ def _split(cond: Cond | None, default: float) -> tuple[Tensor | float, Cond | No
 
 
 def _without_condition(cond: Cond) -> Cond | None:
-    """cond with class -1 and no other key; None where there is no class."""
+    """cond with class -1 and no other key; None if it has no class."""
     return {"class": torch.full_like(cond["class"], -1)} if "class" in cond else None
 
 
 def _extrapolate(strong: Tensor, weak: Callable[[], Tensor], scale: Tensor | float) -> Tensor:
-    """w strong + (1 - w) weak in float32 or better, in strong's dtype; weak is not asked where every w is 1."""
+    """w strong + (1 - w) weak, computed in float32 or better; weak is not called if every w is 1."""
     if bool(torch.as_tensor(scale == 1).all()):
         return strong
     dtype = torch.promote_types(strong.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A teacher whose predicted data is limited, as the sampler of its own files limits it: clipped or thresholded, after guidance."""
+"""A teacher with clipped or thresholded predicted data, after guidance, as its pipeline's sampler does it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from flowmap.teachers.guidance import network_calls
 
 @dataclass(frozen=True)
 class Limited:
-    """The velocity towards limit(x0), where x0 = x - t v is what the (guided) teacher predicts; first and last: see flow.limit.limited."""
+    """The velocity towards limit(x0), with x0 = x - t v the (guided) teacher's prediction.
+
+    first and last: see flow.limit.limited.
+    """
 
     teacher: Teacher
     limit: Limit

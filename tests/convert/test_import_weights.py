@@ -1,4 +1,4 @@
-"""Published EDM and EDM2 pickles are read without being executed: a file of that kind comes out whole, and a hostile one is refused."""
+"""EDM and EDM2 pickles are read without execution: valid files are complete, and malicious ones are refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Persistent:
 
 
 def packed(module, names=None):
-    """A container is torch's own and pickles as it is; everything else is persistent, of its class's name unless `names` has another."""
+    """Containers pickle as torch modules; everything else is persistent, with its class name or that in `names`."""
     if module is None:
         return None
     if isinstance(module, torch.nn.ModuleDict):
@@ -123,7 +123,7 @@ EDM = {
 
 
 def written_by_edm(path, easy_dict, family, *, outer="EDMPrecond", inner=None, num_classes=5):
-    """A pickle as EDM's training writes it: settings as numpy's numbers beside the weights, a loss, and weights for augmentation labels."""
+    """A pickle as EDM's training writes it: NumPy settings, a loss, and weights for augmentation labels."""
     torch.manual_seed(0)
     net = EDM[family].build((3, 8, 8), num_classes=num_classes, arrival=False)
     for parameter in net.parameters():
@@ -185,7 +185,9 @@ def test_another_network_is_one_line(changed, says, theirs, command, tmp_path):
 
 RECIPE = """
 data: {{kind: pictures, root: {root}/pictures, num_classes: 5, batch_size: 8}}
-teacher: {{card: {root}/strong.yaml, guidance: {{kind: autoguidance, weak: {root}/weak.yaml, scale: [1.0, 2.0], default: 1.5}}}}
+teacher:
+  card: {root}/strong.yaml
+  guidance: {{kind: autoguidance, weak: {root}/weak.yaml, scale: [1.0, 2.0], default: 1.5}}
 student: {{kind: from_teacher}}
 objective: {{kind: ayf_emd, warmup_steps: 2}}
 trainer: {{steps: 3, accelerator: cpu, checkpoint_every_steps: 3}}
@@ -234,7 +236,7 @@ def storage_bytes(count):
 
 
 def module_with(modules) -> bytes:
-    """A file whose network is a torch module (an inert record to the reader) with that for its _modules; None: itself, without end."""
+    """A file with a torch module (a record) as network, with these _modules; None: the module itself, recursively."""
     net = torch.nn.Identity()
     net.__dict__["_modules"] = {"again": net} if modules is None else modules
     return pickle.dumps({"ema": net})

@@ -25,7 +25,7 @@ def test_shards_are_one_set(tmp_path):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    with pytest.raises(ValueError, match="data.root: .*holds no"):
+    with pytest.raises(ValueError, match="data.root: .*has no"):
         Latents(root=str(tmp_path)).build()
     shards(tmp_path, classes=False)
     assert Latents(root=str(tmp_path)).build().labels is None

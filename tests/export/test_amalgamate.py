@@ -1,4 +1,4 @@
-"""One file out of many: what is reached and nothing else, in an order that runs; what cannot stand in one file is refused by name."""
+"""One file from many: only what is needed, in dependency order; what cannot be in one file is refused by name."""
 
 from __future__ import annotations
 

@@ -58,9 +58,13 @@ def test_the_licence_is_the_teachers(tmp_path, licence, expected):
 def test_a_student_of_a_hubs_model_names_it(tmp_path):
     said = front(tmp_path, "kind: diffusers\nsource: owner/model\nlicence: CC BY-NC 4.0\nshape: [4, 8, 8]\n")
     assert said == {
-        "library_name": "diffusers", "license": "cc-by-nc-4.0", "base_model": "owner/model", "base_model_relation": "finetune",
-        "pipeline_tag": "unconditional-image-generation", "tags": ["flowmap", "few-step"],
-    }  # fmt: skip
+        "library_name": "diffusers",
+        "license": "cc-by-nc-4.0",
+        "base_model": "owner/model",
+        "base_model_relation": "finetune",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["flowmap", "few-step"],
+    }
 
 
 def test_a_folder_of_this_machine_is_no_base_model(tmp_path):

@@ -1,4 +1,4 @@
-"""A student that diffusers has no pipeline for leaves with its own code, and gives the same samples in a Python without flowmap."""
+"""A student without a stock pipeline is exported with custom code and gives the same samples without flowmap."""
 
 from __future__ import annotations
 
@@ -134,10 +134,12 @@ def test_custom_is_possible_where_a_stock_pipeline_exists(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "call, words",
     [
-        ({"class_labels": 10}, "0..9"), ({"output_type": "jpg"}, "pil, np, pt, latent"), ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
+        ({"class_labels": 10}, "0..9"),
+        ({"output_type": "jpg"}, "pil, np, pt, latent"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, "latents"),
         ({"num_inference_steps": -1}, "steps"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(call, words):
     from flowmap.export.custom_model import FlowMapModel
     from flowmap.export.custom_pipeline import FlowMapPipeline

@@ -1,4 +1,4 @@
-"""An exported pipeline in half precision decodes, whatever its network and autoencoder, and draws nearly what it draws in float32."""
+"""Exported pipelines in half precision give nearly the samples of float32, for all networks and autoencoders."""
 
 from __future__ import annotations
 
@@ -18,16 +18,32 @@ diffusers = pytest.importorskip("diffusers")
 KIN = {"samples": ImageLatents(Autoencoder(source="nowhere"))}
 #       the student, its autoencoder, and the shift and scale of its latents
 STUDENTS = {
-    "dit, kl": (lambda: shaken(StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (4, 8, 8), num_classes=3, **KIN)), "kl", (0.2,), (0.6,)),
+    "dit, kl": (
+        lambda: shaken(StudentConfig(DiT(preset="nano", depth=1), Deterministic(), (4, 8, 8), num_classes=3, **KIN)),
+        "kl",
+        (0.2,),
+        (0.6,),
+    ),
     "edm2, dc": (
-        lambda: shaken(StudentConfig(EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), Deterministic(), (4, 8, 8), **KIN)),
-        "dc", (0.0,), (0.5,),
+        lambda: shaken(
+            StudentConfig(
+                EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,)),
+                Deterministic(),
+                (4, 8, 8),
+                **KIN,
+            )
+        ),
+        "dc",
+        (0.0,),
+        (0.5,),
     ),
     "foreign dit, kl by channel": (
         lambda: foreign(tiny_nets.dit(), diffusers.DDIMScheduler(clip_sample=False), (4, 8, 8), num_classes=10, **KIN),
-        "kl", (0.1, -0.2, 0.3, 0.0), (0.5, 0.7, 1.3, 0.9),
+        "kl",
+        (0.1, -0.2, 0.3, 0.0),
+        (0.5, 0.7, 1.3, 0.9),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

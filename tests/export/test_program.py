@@ -1,4 +1,4 @@
-"""A student's sampler leaves as one torch program, and gives the same samples in a Python without flowmap, for any batch."""
+"""A student's sampler, exported as a torch program, gives the same samples without flowmap, for any batch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Whole pipelines leave with their text encoders and autoencoders, as adapters of their base or merged: what the card's own lines draw from a
-prompt, in a Python without flowmap, are the student's pictures."""
+"""Exports with text encoders and autoencoders, merged or as adapters: the card's code gives the student's images.
+
+It runs in a Python without flowmap.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,18 @@ class Case:
 
 CASES = {
     **{f"sd3-lora-{steps}": Case("sd3", "lora", steps) for steps in (1, 2, 4)},
-    "flux-lora": Case("flux", "lora"), "sana-lora": Case("sana", "lora", 4),
-    "sd3-merged": Case("sd3"), "flux-merged": Case("flux"), "sana-merged": Case("sana"), "sd3-custom": Case("sd3", custom=True),
-    "sd-merged": Case("sd"), "sentence": Case("sentence", steps=4), "sentence-custom": Case("sentence", custom=True),
-    "sentence-lora": Case("sentence-lora", "lora"), "without-t5-custom": Case("sd3-without-t5", custom=True),
-}  # fmt: skip
+    "flux-lora": Case("flux", "lora"),
+    "sana-lora": Case("sana", "lora", 4),
+    "sd3-merged": Case("sd3"),
+    "flux-merged": Case("flux"),
+    "sana-merged": Case("sana"),
+    "sd3-custom": Case("sd3", custom=True),
+    "sd-merged": Case("sd"),
+    "sentence": Case("sentence", steps=4),
+    "sentence-custom": Case("sentence", custom=True),
+    "sentence-lora": Case("sentence-lora", "lora"),
+    "without-t5-custom": Case("sd3-without-t5", custom=True),
+}
 SCRIPT = """
 import json, warnings
 given = torch.load("given.pt")
@@ -65,7 +74,8 @@ for job in json.load(open("jobs.json")):
         exec(job["code"].replace("num_inference_steps", 'latents=noise, output_type="pt", num_inference_steps'))
     torch.save(images, job["out"])
     if job["out"].endswith("sd3-lora-2.pt"):
-        call = dict(latents=noise, output_type="pt", num_inference_steps=2, guidance_scale=1.0, height=16, width=16, max_sequence_length=16)
+        call = dict(latents=noise, output_type="pt", num_inference_steps=2, guidance_scale=1.0)
+        call |= dict(height=16, width=16, max_sequence_length=16)
         pipe.fuse_lora()
         torch.save(pipe(prompt="a blue cat", **call).images, "fused.pt")
         pipe.unfuse_lora()
@@ -115,7 +125,7 @@ def drawn(config: StudentConfig) -> Student:
 
 
 def sentence_student(root) -> Student:
-    """No LoRA, prompts through a small BERT, an autoencoder on [0, 1] with a shift and scale of its own for each channel."""
+    """No LoRA, prompts through a small BERT, an autoencoder on [0, 1] with a shift and scale per channel."""
     import transformers
 
     torch.manual_seed(2)
@@ -142,7 +152,7 @@ def sentence_student(root) -> Student:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(the students, the folder of all exports and of the pictures that another Python drew from their cards' lines)."""
+    """(students, folder of all exports, with the images that another Python sampled by the cards' code)."""
     at = tmp_path_factory.mktemp("prompts")
     students = {family: drawn(whole(family, at)) for family in LORAS} | {"sentence": sentence_student(at)}
     students["sentence-lora"] = drawn(whole("sd3", at, text=students["sentence"].config.text))

@@ -1,4 +1,4 @@
-"""A flow network of diffusers leaves as a stock pipeline that gives the student's own samples, in a Python without flowmap."""
+"""A diffusers flow network, exported as a stock pipeline, gives the student's samples without flowmap."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ class Case:
 
 
 CASES = {
-    "sd3": Case(sd3, (1, 2, 4)), "sana": Case(sana, (1, 4)), "flux": Case(flux, (1, 4), packed=True),
-    "flux_dev": Case(lambda: flux(guidance_embeds=True), (2,), packed=True), "qwen": Case(qwen, (4,), packed=True),
-}  # fmt: skip
+    "sd3": Case(sd3, (1, 2, 4)),
+    "sana": Case(sana, (1, 4)),
+    "flux": Case(flux, (1, 4), packed=True),
+    "flux_dev": Case(lambda: flux(guidance_embeds=True), (2,), packed=True),
+    "qwen": Case(qwen, (4,), packed=True),
+}
 ROWS = [(name, steps) for name, case in CASES.items() for steps in case.steps]
 SCRIPT = """
 import json, pathlib
@@ -49,7 +52,7 @@ for job in json.load(open("jobs.json")):
 
 
 def exported(at):
-    """The folder `at` with exports of every case, the samples that another Python drew from them, and what they were given."""
+    """The folder `at` with exports of every case, their inputs, and the samples of another Python."""
     noise, generator = (
         torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
         torch.Generator().manual_seed(2),
@@ -143,8 +146,13 @@ def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
     object.__setattr__(student.config, "samples", ImageLatents("kl"))
     student.autoencoder = frozen
     z, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 24)
-    wanted = vae.decode(student.config.sampler(student.flow_map, z, {"text": text, "pooled": pooled, "guidance": torch.full((2,), 2.0)}, steps=2)
-                        / 1.5 + 0.25)[0]  # fmt: skip
+    wanted = vae.decode(
+        student.config.sampler(
+            student.flow_map, z, {"text": text, "pooled": pooled, "guidance": torch.full((2,), 2.0)}, steps=2
+        )
+        / 1.5
+        + 0.25
+    )[0]
     for custom, call in ((False, {"height": 16, "width": 16, "guidance_scale": 1.0}), (True, {})):
         out = export(student, tmp_path / f"out{custom}", steps=2, custom=custom)
         missing = {} if custom else dict.fromkeys(FAMILIES["SD3Transformer2DModel"].empty)

@@ -1,4 +1,4 @@
-"""An autoencoder leaves so that a pipeline decodes with it as the student does: closed forms of what is folded into its weights."""
+"""An exported autoencoder decodes in a pipeline as the student does: closed forms of the folded weights."""
 
 from __future__ import annotations
 

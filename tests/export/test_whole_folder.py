@@ -1,4 +1,4 @@
-"""An exported folder is whole or not there, says what it is, and never replaces what is no export; the command does what the function does."""
+"""Exports are written completely or not at all, have a stamp, and never replace other folders; also by command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flowmap.export import export, hub
-from flowmap.export.folder import MARK, whole_folder
+from flowmap.export.folder import STAMP, whole_folder
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
 from flowmap.student.config import Pixels, StudentConfig
@@ -39,8 +39,8 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path):
     with pytest.raises(ValueError, match="'first'; --overwrite"):
         export(student(recipe="second"), out)
     export(student(recipe="second"), out, to="torch", steps=1, overwrite=True)
-    assert json.loads((out / MARK).read_text())["recipe"] == "second" and not (out / "model_index.json").exists()
-    (out / MARK).unlink()
+    assert json.loads((out / STAMP).read_text())["recipe"] == "second" and not (out / "model_index.json").exists()
+    (out / STAMP).unlink()
     with pytest.raises(ValueError, match="no export"):
         export(student(), out, overwrite=True)
     (tmp_path / "file").write_text("x")

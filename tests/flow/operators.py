@@ -1,10 +1,10 @@
-"""Every operator that torch tests itself by (OpInfo), dual in every form: what comes is right, or constant, or refused by name.
+"""Every operator of torch's own tests (OpInfo) in the dual forward: right, constant, or refused by name.
 
-A form is a way of calling (as sampled, as a method, by keywords, in place, into out=), what rides (each tensor alone, all, the first rows
-of all), the dtype (real, complex), and the values (as sampled; every second one 0, 1, inf, -inf).
-Right is: equal to a central difference in float64. Where two differences disagree with each other (a kink, a jump, infinite values) it is:
-equal to torch's own forward derivative of the whole call, wherever that is finite and a difference is not.
-Slow; tests and benchmarks/operators.py use it.
+A form is a way of calling (as sampled, as a method, by keywords, in place, into out=), the dual tensors (each alone,
+all, the first rows of all), the dtype (real, complex), and the values (as sampled; every second one 0, 1, inf, -inf).
+Right is: equal to a central difference in float64. Where two differences disagree with each other (a kink, a jump,
+infinite values) it is: equal to torch's own forward derivative of the whole call, wherever that is finite and a
+difference is not. Slow; tests and benchmarks/operators.py use it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,19 @@ from flowmap.flow.tangent.dual import DualTensor, dual_forward
 VALUES = (None, 0.0, 1.0, float("inf"), -float("inf"))
 OUTCOMES = ("right", "constant", "refused", "wrong", "failed")
 SKIPPED = {
-    "empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted", "resize_", "resize_as_",  # what lies in memory
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "empty_strided",
+    "empty_permuted",
+    "resize_",
+    "resize_as_",  # uninitialised
+}
 
-LAPACK = "linalg cholesky svd qr lu pinverse geqrf ormqr logdet matrix_exp triangular_solve norm lowrank corrcoef cov".split()
+LAPACK = (
+    "linalg cholesky svd qr lu pinverse geqrf ormqr logdet matrix_exp triangular_solve norm lowrank corrcoef cov"
+).split()
 """Parts of the names of what hands its matrices to LAPACK, which may crash on infinite ones."""
 
 
@@ -203,7 +212,7 @@ def moved(call: Call, tangents: list, h: float) -> Tensor:
 
 
 def continuous(call: Call, tangents: list, h: float = 1e-6) -> bool:
-    """Whether the value lies between those on either side: it does not where a jump to the same on both sides is met exactly."""
+    """Whether the value is between those on either side; false exactly at a jump with equal sides."""
     return close((moved(call, tangents, h) + moved(call, tangents, -h)) / 2, call(*call.primals))
 
 

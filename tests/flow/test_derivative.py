@@ -1,4 +1,4 @@
-"""Derivatives of networks: every mode gives the same numbers, the dual forward equals the ordinary one, no tangent is dropped."""
+"""Derivatives of networks: all modes agree, the dual forward equals the ordinary one, no tangent is dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws of samples: Philox's published numbers, the laws of the distributions, and rows that do not know their batch."""
+"""Draws per sample: Philox's published numbers, the distributions, and rows independent of the batch."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_one_draw_for_all_rows_is_a_function_of_name_and_step_alone():
 
 
 def test_the_laws():
-    """100,000 numbers: the standard error of a mean is 0.003, of a normal's second, third and fourth moment 0.0045, 0.012 and 0.031."""
+    """100,000 numbers: standard errors of a normal's first four moments are 0.003, 0.0045, 0.012 and 0.031."""
     generator = RowGenerator("laws", torch.arange(20_000))
     for z in (generator.normal((5,)).double(), torch.stack([generator.single_normal() for _ in range(5)], 1).double()):
         moments = [float((z**k).mean()) for k in (1, 2, 3, 4)]

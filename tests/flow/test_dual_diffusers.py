@@ -1,6 +1,7 @@
 """The dual forward through unmodified diffusers networks with default attention: tiny random ones, float64.
 
-Twin: torch.func.jvp with attention in elementary operations, where that runs; where it does not (torch's group norm), central differences.
+Twin: torch.func.jvp with attention in elementary operations, where that runs; where it does not (torch's group norm),
+central differences.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def test_the_dual_forward_is_the_central_difference_where_forward_mode_fails(mak
     _, call, x, t, v = made(make)
     ones = torch.ones_like(t)
     with torch.no_grad():
-        # along x the network is float64 throughout; along t diffusers embeds time in float32, so that difference is good to eps / h = 1e-4
+        # diffusers embeds time in float32, so the difference in t is accurate to eps / h = 1e-4; that in x is float64
         in_x, h = value_and_rate(call, (x, t), (v, None))[1], 1e-5
         difference = (call(x + h * v, t) - call(x - h * v, t)) / (2 * h)
         assert (in_x - difference).norm() < 1e-7 * difference.norm()

@@ -1,4 +1,4 @@
-"""The dual forward through DDP and FSDP2, two gloo processes: rates and gradients are those of the full batch on one process."""
+"""The dual forward through DDP and FSDP2 on two gloo processes equals that of the full batch on one process."""
 
 from __future__ import annotations
 

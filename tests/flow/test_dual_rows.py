@@ -1,4 +1,4 @@
-"""A tangent of the first rows of a batch: exact in those rows, zero in the rest, and nothing is filled up on the way through our networks."""
+"""Tangents of the first rows of a batch: exact in those rows, zero in the rest, never padded inside our networks."""
 
 import pytest
 import torch

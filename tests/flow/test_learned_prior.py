@@ -1,4 +1,4 @@
-"""Learned priors: starts are functions of seeds, N(0, I) is one of them bit for bit, and the exact flow from one arrives where it should."""
+"""Learned priors: start points are functions of seeds, N(0, I) is a special case, and the exact flow is correct."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_mixture_has_the_shares_means_and_covariances_of_its_parts():
 
 
 def exact_velocity(x, t, z):
-    """v of data N(2 z_1, 0.3^2) and a prior N(z_1 - z_2, 0.5^2), given z: both Gaussian, so that the velocity is linear in x."""
+    """The velocity of data N(2 z_1, 0.3^2) and a prior N(z_1 - z_2, 0.5^2), given z: linear in x."""
     m, mu, c, s = 2 * z[:, :1], z[:, :1] - z[:, 1:], 0.3, 0.5
     t = t.unsqueeze(1)
     spread = (1 - t) ** 2 * c**2 + t**2 * s**2

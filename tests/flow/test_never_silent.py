@@ -1,6 +1,7 @@
 """A tangent is never dropped silently: every operation on a dual tensor has an exact tangent or raises with its name.
 
-Each case is a function of a (5, 3) tensor x in float64, the dual tensor, and s, one of its numbers as a 0-dim dual tensor.
+Each case is a function of a (5, 3) tensor x in float64, the dual tensor, and s, one of its numbers as a 0-dim dual
+tensor.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ FOLLOWED = {
     "the same tensor twice": lambda x, s: torch.addcmul(x, x, x),
     "y.grad =": lambda x, s: written(lambda: W.clone(), lambda y: setattr(y, "grad", x)).grad,
     "constants": lambda x, s: x * x.floor() + x.argmax(1, keepdim=True) * (x > 0) + torch.ones_like(x) + len(x),
-}  # fmt: skip
+}
 REFUSED = {
     "vmap": lambda x, s: torch.func.vmap(torch.sin)(x),
     "vmap over another, closing over x": lambda x, s: torch.func.vmap(lambda a: a * x)(torch.ones(2, 1, 1)),
@@ -96,7 +97,9 @@ REFUSED = {
     "vjp": lambda x, s: torch.func.vjp(torch.sin, x)[1](W)[0],
     "jvp": lambda x, s: torch.func.jvp(torch.sin, (x,), (W,))[1],
     "jacrev": lambda x, s: torch.func.jacrev(torch.sin)(x),
-    "forward_ad": lambda x, s: within(torch.autograd.forward_ad.dual_level(), lambda: torch.autograd.forward_ad.make_dual(x, W)),
+    "forward_ad": lambda x, s: within(
+        torch.autograd.forward_ad.dual_level(), lambda: torch.autograd.forward_ad.make_dual(x, W)
+    ),
     "autograd.backward": lambda x, s: (torch.autograd.backward((x * W.clone().requires_grad_()).sum()), x)[1],
     "autograd.functional": lambda x, s: torch.autograd.functional.vjp(torch.sin, x, W)[1],
     "autograd.functional, as its direction": lambda x, s: torch.autograd.functional.jvp(torch.sin, W, x)[1],
@@ -164,7 +167,7 @@ REFUSED = {
     "cond": lambda x, s: torch.ops.higher_order.cond(torch.tensor(True), torch.sin, torch.cos, (x,))[0],
     "unique": lambda x, s: x.unique(),
     "bincount": lambda x, s: torch.bincount(torch.tensor([0, 1, 1, 2, 0]), x[:, 0]),
-}  # fmt: skip
+}
 
 
 def given():
@@ -235,7 +238,8 @@ def test_running_statistics_are_kept_once():
         torch.nn.InstanceNorm1d(3, track_running_stats=True, dtype=torch.float64),
     ):
         plain = copy.deepcopy(layer)
-        dual_forward(lambda x: F.softplus(layer(x.T[None] if "Instance" in repr(layer) else x)), (x,), (v,))  # noqa: B023
+        transposed = "Instance" in repr(layer)
+        dual_forward(lambda x: F.softplus(layer(x.T[None] if transposed else x)), (x,), (v,))  # noqa: B023
         plain(x.T[None] if "Instance" in repr(layer) else x)
         assert torch.equal(layer.running_mean, plain.running_mean) and torch.equal(layer.running_var, plain.running_var)
 
@@ -291,13 +295,13 @@ INFINITE = {
     "amin": lambda x: torch.stack([x, torch.full_like(x, 3.0)]).amin(0),
     "fmin": lambda x: torch.fmin(x, torch.tensor(3.0).double()),
     "fmax": lambda x: -torch.fmax(torch.tensor(-3.0).double(), -x),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rows", [2, 1])
 @pytest.mark.parametrize("name", INFINITE)
 def test_where_an_infinite_value_is_cut_off_the_tangent_is_zero(name, rows):
-    """The log of a ratio of noise to data has an infinite value and slope at t = 1 (zero terminal SNR), and is clamped there."""
+    """The log of a ratio of noise to data is infinite, with its slope, at t = 1 (zero terminal SNR), and clamped."""
     t = torch.tensor([[0.5, 1.0, 0.5], [1.0, 0.6, 0.7]], dtype=torch.float64)
     _, rate = dual_forward(lambda t: INFINITE[name](torch.logit(t)), (t,), (torch.ones_like(t)[:rows],))
     assert rate.isfinite().all() and rate[0, 1] == 0 and rate[1, 0] == 0
@@ -332,7 +336,9 @@ BY_ROWS = {
     "unbind": lambda x: x.unbind(dim=1)[1] + torch.unbind(x, axis=1)[0],
     "select": lambda x: x.select(dim=1, index=0),
     "conv1d": lambda x: F.conv1d(x, weight=torch.ones(2, 3, 2).double()),
-    "conv1d, all by keywords": lambda x: F.conv1d(input=x, weight=torch.ones(2, 3, 2).double(), bias=torch.ones(2).double()),
+    "conv1d, all by keywords": lambda x: F.conv1d(
+        input=x, weight=torch.ones(2, 3, 2).double(), bias=torch.ones(2).double()
+    ),
     "layer_norm": lambda x: F.layer_norm(x, normalized_shape=(4,)) + F.rms_norm(input=x, normalized_shape=(4,)),
     "softmax": lambda x: x.softmax(dim=-1) + torch.softmax(input=x, dim=1) + x.softmax(axis=2),
     "transpose": lambda x: x.transpose(dim0=1, dim1=2) + x.swapaxes(axis0=0, axis1=1).permute(dims=(1, 2, 0)),
@@ -348,7 +354,7 @@ BY_ROWS = {
     "an index and a number": lambda x: x[:, torch.tensor([0, 2]), 1],
     "a mask": lambda x: x[:, torch.ones(3, 4).bool()],
     "attention": lambda x: F.scaled_dot_product_attention(query=x, key=x, value=x),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BY_ROWS)

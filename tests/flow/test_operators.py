@@ -1,4 +1,4 @@
-"""A tangent is right or refused through every operator: quickly those with a rule, slowly every operator by which torch tests itself."""
+"""Every operator's tangent is right or refused: fast for those with a rule, slow for all of torch's own tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_complex(x: torch.Tensor) -> torch.Tensor:
 
 
 def calls(function):
-    """The samples of test_rules.py that the function takes, with other values and in complex numbers as well; no draws at other values."""
+    """The samples of test_rules.py for the function, also with other values (no random functions) and complex ones."""
     generator = torch.Generator().manual_seed(0)
     for sample in SAMPLES[short(function)]:
         for value in (0.0, float("inf")):

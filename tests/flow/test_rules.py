@@ -1,4 +1,4 @@
-"""Every row of the table of tangent rules against central differences in float64, and operations that are in no row against the same.
+"""Every tangent rule, and operations without a rule, against central differences in float64.
 
 Each sample is a call of its operation; all its floating-point tensors are dual, first together, then one at a time.
 """
@@ -54,12 +54,32 @@ CONV = {
     for d in (1, 2, 3)
 }
 SAMPLES = spread(
-    ("add sub subtract", lambda: call(r(5, 3), r(3)), lambda: call(r(5, 3), r(5, 3), alpha=0.7), lambda: call(r(3), 2.0)),
-    ("__add__ __radd__ __sub__ __rsub__ mul multiply __mul__ __rmul__", lambda: call(r(5, 3), r(3)), lambda: call(r(3), 2.0)),
-    ("div divide true_divide __truediv__ __div__", lambda: call(r(5, 3), positive(3)), lambda: call(r(3), 2.0), lambda: call(r(3), other=2.0)),
+    (
+        "add sub subtract",
+        lambda: call(r(5, 3), r(3)),
+        lambda: call(r(5, 3), r(5, 3), alpha=0.7),
+        lambda: call(r(3), 2.0),
+    ),
+    (
+        "__add__ __radd__ __sub__ __rsub__ mul multiply __mul__ __rmul__",
+        lambda: call(r(5, 3), r(3)),
+        lambda: call(r(3), 2.0),
+    ),
+    (
+        "div divide true_divide __truediv__ __div__",
+        lambda: call(r(5, 3), positive(3)),
+        lambda: call(r(3), 2.0),
+        lambda: call(r(3), other=2.0),
+    ),
     ("__rtruediv__ __rdiv__", lambda: call(positive(5, 3), r(3)), lambda: call(positive(3), 2.0)),
     ("addcmul", lambda: call(r(5, 3), r(3), r(5, 1), value=0.3)),
-    ("pow __pow__", lambda: call(positive(3), 2), lambda: call(positive(3), 2.5), lambda: call(positive(3), 0), lambda: call(positive(3), r(3))),
+    (
+        "pow __pow__",
+        lambda: call(positive(3), 2),
+        lambda: call(positive(3), 2.5),
+        lambda: call(positive(3), 0),
+        lambda: call(positive(3), r(3)),
+    ),
     ("neg negative __neg__ positive __pos__ abs absolute __abs__ square exp expm1 sin cos erf", lambda: call(r(5, 3))),
     ("sigmoid expit tanh silu relu gelu leaky_relu elu softplus hardswish mish logsigmoid", lambda: call(r(5, 3))),
     ("gelu", lambda: call(r(5, 3)), lambda: call(r(5, 3), approximate="tanh")),
@@ -69,7 +89,12 @@ SAMPLES = spread(
     ("logit", lambda: call(positive(5, 3) / 2), lambda: call(positive(5, 3) / 2, 0.3)),
     ("hypot", lambda: call(r(5, 3), r(3))),
     ("sqrt rsqrt log log1p reciprocal", lambda: call(positive(5, 3))),
-    ("clamp clip", lambda: call(r(5, 3), -0.4, 0.6), lambda: call(r(5, 3), min=0.1), lambda: call(r(5, 3), max=positive(3))),
+    (
+        "clamp clip",
+        lambda: call(r(5, 3), -0.4, 0.6),
+        lambda: call(r(5, 3), min=0.1),
+        lambda: call(r(5, 3), max=positive(3)),
+    ),
     ("clamp_min clamp_max", lambda: call(r(5, 3), 0.1), lambda: call(r(5, 3), r(3))),
     ("maximum minimum fmax fmin", lambda: call(r(5, 3), r(5, 3)), lambda: call(r(5, 3), r(3))),
     ("nan_to_num sgn", lambda: call(r(5, 3))),
@@ -86,11 +111,23 @@ SAMPLES = spread(
     ("expand_as", lambda: call(r(5, 1), r(5, 3))),
     ("flatten", lambda: call(r(5, 4, 3), 1)),
     ("unflatten", lambda: call(r(5, 12), 1, (4, 3))),
-    ("ravel contiguous clone adjoint fliplr flipud tril triu diagonal diag_embed __iter__ unbind", lambda: call(r(5, 3))),
+    (
+        "ravel contiguous clone adjoint fliplr flipud tril triu diagonal diag_embed __iter__ unbind",
+        lambda: call(r(5, 3)),
+    ),
     ("t trace", lambda: call(r(5, 3))),
-    ("unsqueeze chunk unsafe_chunk tensor_split cumsum softmax log_softmax logsumexp max min", lambda: call(r(5, 3), 1)),
+    (
+        "unsqueeze chunk unsafe_chunk tensor_split cumsum softmax log_softmax logsumexp max min",
+        lambda: call(r(5, 3), 1),
+    ),
     ("sum mean", lambda: call(r(5, 3)), lambda: call(r(5, 3), dim=(0, 1), keepdim=True)),
-    ("max min", lambda: call(r(5, 3)), lambda: call(r(5, 3), 1), lambda: call(r(5, 3), dim=0, keepdim=True), lambda: call(r(5, 3), r(5, 3))),
+    (
+        "max min",
+        lambda: call(r(5, 3)),
+        lambda: call(r(5, 3), 1),
+        lambda: call(r(5, 3), dim=0, keepdim=True),
+        lambda: call(r(5, 3), r(5, 3)),
+    ),
     ("squeeze", lambda: call(r(5, 1, 3), 1)),
     ("permute", lambda: call(r(5, 4, 3), (2, 0, 1))),
     ("transpose swapaxes swapdims movedim moveaxis", lambda: call(r(5, 4, 3), 0, 2)),
@@ -103,7 +140,12 @@ SAMPLES = spread(
     ("split split_with_sizes", lambda: call(r(5, 3), (2, 3))),
     ("narrow", lambda: call(r(5, 3), 0, 1, 2)),
     ("select", lambda: call(r(5, 3), 0, 1)),
-    ("__getitem__", lambda: call(r(5, 3), (slice(1, 4), None)), lambda: call(r(5, 3), whole(5, 7)), lambda: call(r(4), whole(2, 4) > 0)),
+    (
+        "__getitem__",
+        lambda: call(r(5, 3), (slice(1, 4), None)),
+        lambda: call(r(5, 3), whole(5, 7)),
+        lambda: call(r(4), whole(2, 4) > 0),
+    ),
     ("gather", lambda: call(r(5, 3), 0, whole(5, 4, 3))),
     ("take_along_dim", lambda: call(r(5, 3), whole(5, 4, 3), 0)),
     ("index_select", lambda: call(r(5, 3), 0, whole(5, 4))),
@@ -118,22 +160,43 @@ SAMPLES = spread(
     ("cat concat concatenate stack hstack vstack dstack", lambda: call([r(5, 3), r(5, 3)])),
     ("cat concat", lambda: call([r(5, 3), r(5, 2)], dim=1), lambda: call(tensors=(r(5, 3), r(5, 2)), dim=-1)),
     ("broadcast_tensors", lambda: call(r(5, 1), r(3))),
-    ("pad", lambda: call(r(5, 3), (1, 2), value=1.5), lambda: call(r(2, 5, 3), (1, 2), "reflect"), lambda: call(r(2, 5), (1, 0), "constant", 2.0)),
-    ("scatter", lambda: call(r(5, 3), 0, torch.tensor([[4, 1, 2]]), r(1, 3)), lambda: call(r(5, 3), 0, whole(5, 2, 3), value=1.0)),
+    (
+        "pad",
+        lambda: call(r(5, 3), (1, 2), value=1.5),
+        lambda: call(r(2, 5, 3), (1, 2), "reflect"),
+        lambda: call(r(2, 5), (1, 0), "constant", 2.0),
+    ),
+    (
+        "scatter",
+        lambda: call(r(5, 3), 0, torch.tensor([[4, 1, 2]]), r(1, 3)),
+        lambda: call(r(5, 3), 0, whole(5, 2, 3), value=1.0),
+    ),
     ("scatter_add", lambda: call(r(5, 3), 0, whole(5, 4, 3), r(4, 3))),
     ("pixel_shuffle channel_shuffle", lambda: call(r(2, 4, 3, 5), 2)),
     ("pixel_unshuffle", lambda: call(r(2, 3, 4, 6), 2)),
-    ("interpolate upsample", lambda: call(r(2, 3, 4, 6), scale_factor=2), lambda: call(r(2, 3, 4, 6), size=(5, 3), mode="bilinear")),
+    (
+        "interpolate upsample",
+        lambda: call(r(2, 3, 4, 6), scale_factor=2),
+        lambda: call(r(2, 3, 4, 6), size=(5, 3), mode="bilinear"),
+    ),
     ("unfold", lambda: call(r(2, 3, 4, 6), 2, 1)),
     ("fold", lambda: call(r(2, 12, 15), (4, 6), 2)),
     ("avg_pool1d adaptive_avg_pool1d", lambda: call(r(2, 3, 6), 2)),
     ("avg_pool2d adaptive_avg_pool2d", lambda: call(r(2, 3, 4, 6), 2)),
     ("avg_pool3d adaptive_avg_pool3d", lambda: call(r(2, 3, 4, 6, 2), 2)),
     ("linear", lambda: call(r(5, 3), r(4, 3), r(4)), lambda: call(r(2, 5, 3), weight=r(4, 3))),
-    *[(f"conv{d}d", lambda d=d: call(CONV[d]["x"], CONV[d]["w"], CONV[d]["b"], padding=1, groups=2)) for d in (1, 2, 3)],
+    *[
+        (f"conv{d}d", lambda d=d: call(CONV[d]["x"], CONV[d]["w"], CONV[d]["b"], padding=1, groups=2))
+        for d in (1, 2, 3)
+    ],
     *[(f"conv_transpose{d}d", lambda d=d: call(CONV[d]["x"], CONV[d]["wt"], r(3), stride=2)) for d in (1, 2, 3)],
     ("einsum", lambda: call("bi,ij,bj->b", r(5, 3), r(3, 4), r(5, 4)), lambda: call("bi,bj->ij", [r(5, 3), r(5, 4)])),
-    ("matmul __matmul__", lambda: call(r(2, 5, 3), r(3, 4)), lambda: call(r(5, 3), r(3)), lambda: call(r(5, 3), other=r(3, 4))),
+    (
+        "matmul __matmul__",
+        lambda: call(r(2, 5, 3), r(3, 4)),
+        lambda: call(r(5, 3), r(3)),
+        lambda: call(r(5, 3), other=r(3, 4)),
+    ),
     ("__rmatmul__", lambda: call(r(3, 4), r(5, 3))),
     ("mm", lambda: call(r(5, 3), r(3, 4))),
     ("bmm", lambda: call(r(2, 5, 3), r(2, 3, 4))),
@@ -143,27 +206,63 @@ SAMPLES = spread(
     ("baddbmm", lambda: call(r(2, 5, 4), r(2, 5, 3), r(2, 3, 4), beta=0.5, alpha=2)),
     ("softmax log_softmax", lambda: call(r(5, 3), dim=0), lambda: call(r(5, 3), -1)),
     ("logsumexp", lambda: call(r(5, 3), 1), lambda: call(r(5, 3), (0, 1), keepdim=True)),
-    ("vector_norm norm",
-        lambda: call(r(5, 3)), lambda: call(r(5, 4, 3), 2, (0, 2), keepdim=True), lambda: call(cplx(5, 3), dim=1), lambda: call(r(5, 3), 1, 0)),
+    (
+        "vector_norm norm",
+        lambda: call(r(5, 3)),
+        lambda: call(r(5, 4, 3), 2, (0, 2), keepdim=True),
+        lambda: call(cplx(5, 3), dim=1),
+        lambda: call(r(5, 3), 1, 0),
+    ),
     ("norm", lambda: call(r(5, 3), "fro"), lambda: call(r(5, 3), None, 1), lambda: call(r(5, 4, 3), "nuc", (1, 2))),
-    ("normalize", lambda: call(r(5, 3)), lambda: call(r(5, 4, 3), dim=-1, eps=1.5), lambda: call(r(5, 3), 1.0), lambda: call(cplx(5, 3))),
+    (
+        "normalize",
+        lambda: call(r(5, 3)),
+        lambda: call(r(5, 4, 3), dim=-1, eps=1.5),
+        lambda: call(r(5, 3), 1.0),
+        lambda: call(cplx(5, 3)),
+    ),
     ("layer_norm", lambda: call(r(5, 4, 3), (3,)), lambda: call(r(5, 4, 3), [4, 3], r(4, 3), r(4, 3), 1e-3)),
     ("rms_norm", lambda: call(r(5, 4, 3), (3,)), lambda: call(r(5, 4, 3), [4, 3], r(4, 3), 1e-3)),
-    ("group_norm", lambda: call(r(5, 4, 3, 2), 2), lambda: call(r(5, 4, 3, 2).transpose(2, 3), 2, r(4), r(4), eps=1e-3)),
-    ("batch_norm",
+    (
+        "group_norm",
+        lambda: call(r(5, 4, 3, 2), 2),
+        lambda: call(r(5, 4, 3, 2).transpose(2, 3), 2, r(4), r(4), eps=1e-3),
+    ),
+    (
+        "batch_norm",
         lambda: call(r(5, 4, 3), resting(r(4)), resting(positive(4)), r(4), r(4)),
-        lambda: call(r(5, 4, 3, 2), None, None, None, None, True)),
+        lambda: call(r(5, 4, 3, 2), None, None, None, None, True),
+    ),
     ("dropout", lambda: call(r(5, 3), 0.4), lambda: call(r(5, 3), training=False), lambda: call(r(5, 3), 0.0)),
-    ("scaled_dot_product_attention",
+    (
+        "scaled_dot_product_attention",
         lambda: call(r(2, 2, 5, 4), r(2, 2, 7, 4), r(2, 2, 7, 3)),
         lambda: call(r(2, 2, 5, 4), r(2, 2, 5, 4), r(2, 2, 5, 3), is_causal=True, scale=0.3),
         lambda: call(query=r(2, 2, 5, 4), key=r(2, 2, 7, 4), value=r(2, 2, 7, 3), attn_mask=r(5, 7)),
         lambda: call(r(2, 2, 5, 4), r(2, 2, 7, 4), r(2, 2, 7, 3), attn_mask=torch.arange(35).view(5, 7) % 3 > 0),
         lambda: call(r(2, 4, 5, 4), r(2, 2, 7, 4), r(2, 2, 7, 3), attn_mask=r(2, 1, 1, 7), enable_gqa=True),
-        lambda: call(r(5, 4), r(7, 4), r(7, 3))),
-    ("multi_head_attention_forward",
-        lambda: call(r(5, 2, 4), r(7, 2, 4), r(7, 2, 4), 4, 2, r(12, 4), r(12), None, None, False, 0.0, r(4, 4), r(4), need_weights=False)),
-)  # fmt: skip
+        lambda: call(r(5, 4), r(7, 4), r(7, 3)),
+    ),
+    (
+        "multi_head_attention_forward",
+        lambda: call(
+            r(5, 2, 4),
+            r(7, 2, 4),
+            r(7, 2, 4),
+            4,
+            2,
+            r(12, 4),
+            r(12),
+            None,
+            None,
+            False,
+            0.0,
+            r(4, 4),
+            r(4),
+            need_weights=False,
+        ),
+    ),
+)
 STEPPED = spread(
     (
         "floor ceil round trunc sign zeros_like ones_like isnan isinf isfinite isposinf isneginf argmax argmin",
@@ -284,7 +383,7 @@ def check(function, sample):
 
 
 def check_some_rows(of, primals, tangents):
-    """A tangent of the first places of any one dimension, in each argument and in all, is the tangent that is zero in the others."""
+    """Tangents of the first entries of a dimension, in each argument and in all, equal those padded with zeros."""
     for dim in range(max(p.ndim for p in primals)):
         long = [i for i, p in enumerate(primals) if p.ndim > dim and p.shape[dim] > 1]
         for chosen in ([[i] for i in long] + [long]) if len(long) > 1 else [long]:

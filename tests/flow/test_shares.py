@@ -1,4 +1,4 @@
-"""Shares by a rule: to within one sample from the start to anywhere, exact where they are whole, and one share's part of another's."""
+"""Shares: within one sample of the exact number up to any step, exact where that is whole, and independent."""
 
 from fractions import Fraction
 

@@ -32,7 +32,7 @@ def exact(x, start, end):
 
 
 def bent(x, t):
-    """dx/dt = 2 cos(2t) (1 + x^2), so arctan x - sin 2t stays; nonlinear, so no solver meets it with more than its order."""
+    """dx/dt = 2 cos(2t) (1 + x^2) conserves arctan x - sin 2t; nonlinear, so no solver exceeds its order."""
     return 2 * torch.cos(2 * broadcast_time(t, x)) * (1 + x * x)
 
 
@@ -83,7 +83,7 @@ def test_edm_grid():
 
 
 def test_euler_on_edms_grid_is_edms_euler():
-    """x_sigma <- x_sigma + (sigma' - sigma) (x_sigma - D) / sigma from sigma_max eps; here D = (c^2 x + sigma^2 m) / (c^2 + sigma^2)."""
+    """x <- x + (sigma' - sigma) (x - D) / sigma from sigma_max eps; here D = (c^2 x + sigma^2 m) / (c^2 + sigma^2)."""
     m, c, eps = 0.7, 0.4, draw()
     times = rho_times(10)
     sigmas = [t / (1 - t) for t in times]

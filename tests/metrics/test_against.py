@@ -1,7 +1,4 @@
-"""Generated samples against held-out and training ones: keys, sizes, features computed once.
-
-The real-vs-real baselines equal the scores of fresh samples.
-"""
+"""Generated samples against held-out and training ones: keys, sizes, one pass through the features, and baselines."""
 
 import math
 from types import SimpleNamespace
@@ -79,10 +76,10 @@ def test_precision_and_recall_compare_as_many_samples_as_the_reference_has():
 
 @pytest.mark.parametrize(("n", "held", "m"), [(600, 400, 300), (600, 120, 1500)])
 def test_floors_are_what_fresh_samples_score(n, held, m):
-    """Truth: fresh draws at the sizes of use, 40 times.
+    """Truth: independent draws at the sizes of use, 40 times.
 
-    Where there are too few real samples, the bias law replaces more of them, to leading order.  The tolerance of 15 %
-    covers the next term and the spread of both means.
+    With too few real samples the bias law takes the place of more of them, to leading order: 15 % covers its next term
+    and the spread of both means.
     """
     spec, mean = Frechet(images=m), lambda values: sum(values) / len(values)
     truth = {}
@@ -108,10 +105,7 @@ def test_the_floor_by_halves_is_what_fresh_samples_score():
 
 
 def test_the_spread_of_the_floor_is_that_of_its_draws():
-    """20,000 training samples: draws of 300 hardly overlap.
-
-    The spread is therefore that of fresh draws against the same held-out samples.
-    """
+    """20,000 training samples: draws of 300 hardly overlap, so that the spread is that of independent draws."""
     data, spec = two(gaussian(0, 20_000), gaussian(1, 400)), Frechet(images=300)
     found = baseline(Against(spec, data), data, draws=40)
     fresh = torch.tensor([scored(spec, data.held_out, gaussian(50 + s, 300))["frechet_pixels"] for s in range(40)])

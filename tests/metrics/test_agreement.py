@@ -1,7 +1,4 @@
-"""A classifier agrees with the classes of real samples and not with shuffled ones.
-
-Captions are recognised if pictures depict them, otherwise at chance level.
-"""
+"""A classifier agrees with classes of real samples and not with shuffled ones; captions are found in pictures."""
 
 from types import SimpleNamespace
 
@@ -21,7 +18,7 @@ def digits():
 
 
 def captioned(seed, n, noise=0.05, tells=True):
-    """Pictures (n, 1, 4, 6) that are a linear function of the caption's embedding, or unrelated to it; 150 captions."""
+    """Pictures (n, 1, 4, 6) that are a linear function of one of 150 captions' embedding, or independent of it."""
     captions = F.normalize(draw(150, 16, seed=90))
     which = torch.randint(150, (n,), generator=seeded(seed))
     pictures = captions[which] @ draw(16, 24, seed=91) + noise * draw(n, 24, seed=seed)
@@ -80,7 +77,7 @@ def test_captions_that_pictures_do_not_tell_are_found_by_chance():
 
 
 def test_one_prediction_for_all_is_no_better_than_chance():
-    """Identical pictures, at the mean of the real ones: all captions are equally near, which counts against them."""
+    """Equal pictures, at the mean of the real ones: all captions are equally near, which counts against them."""
     real, cond = captioned(0, 600)
     _, given = captioned(1, 300)
     found = scored(Retrieval("pixels"), real, cond, real.mean(0, keepdim=True).expand(300, -1, -1, -1), given)

@@ -89,7 +89,7 @@ def test_efficientnet_gives_its_pooled_features():
 
 @needs_package
 def test_efficientnet_knows_a_daisy():
-    """scikit-learn ships a photograph of a flower: with the network's training normalisation it is class 985, daisy."""
+    """scikit-learn ships a photograph of a flower: with the network's own scaling it is class 985, daisy."""
     from sklearn.datasets import load_sample_image
 
     flower = torch.tensor(load_sample_image("flower.jpg")[:, 106:533]).permute(2, 0, 1)[None] / 127.5 - 1

@@ -1,7 +1,4 @@
-"""Inversion of a straight flow is exact with any number of steps, and its noise has the right norm.
-
-The loss by time adds up.
-"""
+"""Inversion of a straight flow is exact with any number of steps; the norm of its noise; the loss by time adds up."""
 
 import pytest
 

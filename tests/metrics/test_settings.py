@@ -1,7 +1,4 @@
-"""Settings of metrics that could only fail after training are refused when the recipe is read.
-
-Those that depend on the data are refused before training.
-"""
+"""Settings of metrics that could only fail after training are refused with the recipe, or when the data is known."""
 
 from dataclasses import fields
 

@@ -22,11 +22,11 @@ def phrase(tags: str) -> str | None:
 @pytest.mark.parametrize(
     ("tags", "kind"),
     [
-        ("DT JJ NN", "noun"), ("NN", "noun"), ("JJ CC JJ NN IN DT NN", "noun"), ("RB JJ NN", "noun"), ("CD NNS",
-        "noun"),
+        ("DT JJ NN", "noun"), ("NN", "noun"), ("JJ CC JJ NN IN DT NN", "noun"),
+        ("RB JJ NN", "noun"), ("CD NNS", "noun"),
         ("VB DT NN", "verb"), ("TO VB", "verb"), ("NN DT NN", "verb"), ("RB VB IN NN", "verb"), ("( NN ) VB", "verb"),
-        ("of CC VBG TO NN", "adjective"), ("VBG DT NN", "adjective"), ("JJ TO VB", "adjective"), ("VBN IN NN",
-        "adjective"),
+        ("of CC VBG TO NN", "adjective"), ("VBG DT NN", "adjective"),
+        ("JJ TO VB", "adjective"), ("VBN IN NN", "adjective"),
         ("IN DT JJ NN", "adverb"), ("RB", "adverb"), ("RB CC IN DT JJ NN", "adverb"), ("( NN )", None), ("", None),
     ],
 )  # fmt: skip
@@ -41,8 +41,8 @@ def test_a_bracket_that_does_not_close_hides_the_rest_and_one_that_does_not_open
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("the act of making something", "noun"), ("make a hole into a surface", "verb"), ("of or relating to fishes",
-        "adjective"),
+        ("the act of making something", "noun"), ("make a hole into a surface", "verb"),
+        ("of or relating to fishes", "adjective"),
         ("having a red color", "adjective"), ("in a slow manner", "adverb"), ("slowly and carefully", "adverb"),
     ],
 )  # fmt: skip

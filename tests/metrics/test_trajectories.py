@@ -1,7 +1,4 @@
-"""Straightness is 0 on straight paths and the variance of velocity on others.
-
-The end-point error is a root mean square.
-"""
+"""Straightness is 0 on straight paths and the variance of velocity on others; the end-point error is an RMS."""
 
 import math
 

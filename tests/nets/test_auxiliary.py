@@ -70,7 +70,7 @@ def test_a_shape_that_does_not_fit_is_named(spec):
 def test_a_network_that_is_told_a_code_depends_on_it_and_rides(spec):
     torch.manual_seed(0)
     shape = (3, 4, 4)
-    net = spec.build(shape, arrival=True, further=TOLD).double()
+    net = spec.build(shape, arrival=True, extra_conditions=TOLD).double()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -87,7 +87,9 @@ def test_a_network_that_is_told_a_code_depends_on_it_and_rides(spec):
 
 def test_a_map_starts_from_a_velocity_that_is_told_a_code():
     spec = DiT(width=24, depth=1, heads=2)
-    velocity, flow_map = (FlowMapNet(spec.build((1, 4, 4), arrival=arrival, further=TOLD)) for arrival in (False, True))
+    velocity, flow_map = (
+        FlowMapNet(spec.build((1, 4, 4), arrival=arrival, extra_conditions=TOLD)) for arrival in (False, True)
+    )
     start_from(flow_map, velocity)
     x, cond, t = torch.randn(5, 1, 4, 4), {"z": torch.randn(5, 7)}, torch.rand(5)
     torch.testing.assert_close(flow_map.mean_velocity(x, t, t / 2, cond), velocity.mean_velocity(x, t, t, cond))

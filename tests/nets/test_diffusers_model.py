@@ -1,5 +1,4 @@
-"""diffusers networks as ours: Euler on the scheduler's own grid with our velocity is the scheduler's own sample, guidance on; a student
-starts as its teacher; the tangent rides through.
+"""The diffusers adapter: Euler on a scheduler's grid gives the scheduler's sample, and students start as their teacher.
 
 Real architectures with small random weights; nothing is downloaded.
 """
@@ -67,7 +66,7 @@ def scheduler_of(kind):
 
 
 def theirs(net, cond, state, time):
-    """The network as its pipeline calls it, with the pipeline's guidance: two calls, extrapolated; the first channels of a learned variance."""
+    """The network as its pipeline calls it, with guidance, without the channels of a learned variance."""
     call, time = CALLS[type(net).__name__], torch.full((B,), float(time))
     without = {key: EMPTY[key].expand(B, *EMPTY[key].shape[1:]) for key in cond if key in EMPTY}
     without |= {"class": torch.tensor([-1, -1])} if "class" in cond else {}
@@ -168,7 +167,7 @@ def test_a_student_listens_to_both_branches(family):
 
 
 def from_the_reference_tangent(family, kind):
-    """The riding tangents along t and s, float64, beside torch.func.jvp; beside differences for UNet2D, whose group norm that fails on.
+    """The dual tangents along t and s in float64 against torch.func.jvp, or differences for UNet2D with its group norm.
 
     diffusers embeds time in float32, at high frequencies of a clock of 1000: a difference along t is rough.
     """
@@ -215,7 +214,7 @@ def test_layers_can_be_skipped_for_autoguidance():
     torch.testing.assert_close(guided, 2 * strong.velocity(x, t, cond) - weak.velocity(x, t, cond))
     with pytest.raises(ValueError, match=r"skip_blocks: \(3,\) must lie in 0..2"):
         net.without_blocks((3,))
-    with pytest.raises(ValueError, match="no row of transformer blocks"):
+    with pytest.raises(ValueError, match="has no transformer blocks"):
         teacher_of(made(unet), scheduler_of("epsilon")).flow_map.net.without_blocks((0,))
 
 

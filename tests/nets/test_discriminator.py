@@ -1,4 +1,4 @@
-"""Discriminators: one score a row, rows that do not know one another, classes by projection, frozen networks that are no part of them."""
+"""Discriminators: one score per row, independent rows, classes by projection, frozen networks not in the state."""
 
 from __future__ import annotations
 

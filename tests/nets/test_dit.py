@@ -34,8 +34,9 @@ def count(module):
 def test_presets_are_as_large_as_the_published_ones(preset, published):
     """DiT-*/2 for 4x32x32 and 1000 classes (arXiv:2212.09748, table 4), to 0.5 %.
 
-    A block has the published weights: SwiGLU of 8/3 w costs what a perceptron of 4 w does. What differs: biases of SwiGLU (16/3 w for 4 w),
-    64 instead of 256 time frequencies, no learned variance (half the last layer). Arrival and guidance branches add under 1.1 %.
+    A block has the published weights: SwiGLU of 8/3 w costs what a perceptron of 4 w does. What differs: biases of
+    SwiGLU (16/3 w for 4 w), 64 instead of 256 time frequencies, no learned variance (half the last layer). Arrival
+    and guidance branches add under 1.1 %.
     """
     with torch.device("meta"):
         plain = DiT(preset).build((4, 32, 32), num_classes=1000, arrival=False)

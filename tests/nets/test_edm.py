@@ -1,4 +1,4 @@
-"""EDM's networks: their sizes are the published ones, their outputs the original implementation's, and the tangent rides through them."""
+"""EDM's networks: sizes as published, outputs as in the original implementation, and the dual forward works."""
 
 import zlib
 from dataclasses import replace
@@ -36,7 +36,7 @@ families = pytest.mark.parametrize("family", ["ddpmpp", pytest.param("ncsnpp", m
     ],
 )
 def test_parameter_counts_are_the_published_ones(spec, side, classes, published):
-    """As the original implementation counts them; all but ADM had nine augmentation labels, whose weights are left out here."""
+    """As in the original implementation; all but ADM had nine augmentation labels, without weights here."""
     with torch.device("meta"):
         net = spec.build((3, side, side), num_classes=classes, arrival=False)
     augmentation = 0 if isinstance(spec, ADM) else 9 * net.model.map_layer0.in_features
@@ -64,7 +64,7 @@ def filled(family: str, **more) -> torch.nn.Module:
     return net.double().eval()
 
 
-# (x - D) / t at places 0, 100, ..., 700: D is the original's EDMPrecond in float64 with augmentation labels as an input that was not given,
+# (x - D) / t at indices 0, 100, ..., 700: D is the original EDMPrecond in float64 without augmentation labels,
 # computed once with weights `drawn` and these inputs
 ORIGINAL = {
     "ddpmpp": [
@@ -218,7 +218,7 @@ def test_checkpointing_and_bfloat16_change_nothing_but_rounding(family):
 
 @families
 def test_a_new_network_says_little(family):
-    """Where residual ways end there is nothing yet: U is near zero, and v is that of Gaussian data of std sigma_data."""
+    """Residual branches end in zeros: U is near zero, and v is that of Gaussian data with std sigma_data."""
     torch.manual_seed(0)
     net = SMALL[family].build(SHAPE, num_classes=10)
     x, t, label = inputs()

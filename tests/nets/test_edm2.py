@@ -1,4 +1,4 @@
-"""The EDM2 U-Net: its sizes are the published ones, its output the original implementation's, and the tangent rides through it."""
+"""The EDM2 U-Net: sizes as published, output as in the original implementation, and the dual forward works."""
 
 import pytest
 import torch
@@ -33,7 +33,8 @@ def filled(net):
     return net.eval()
 
 
-# (x - D) / t at places 0, 100, ..., 700, D the original's denoiser (float32 inside), computed once with `filled` weights and these inputs
+# (x - D) / t at indices 0, 100, ..., 700: D is the original denoiser (float32 inside), computed once with `filled`
+# weights and these inputs
 ORIGINAL = [
     [0.01587, -0.35998, 0.09184, 1.38787, 1.09841, 0.85207, -2.35661, -1.50037],
     [0.09700, -0.50531, 0.35813, 1.69674, 0.75226, 0.79443, 2.10676, 1.20029],
@@ -60,7 +61,7 @@ def test_the_output_is_the_original_implementations():
 
 
 def from_its_teacher(std=0.0):
-    """The student at step 0, its arrival branch filled with weights of that std, against its teacher: see parity.at_start."""
+    """The student at step 0 against its teacher, with random weights in its arrival branch: see parity.at_start."""
     teacher = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=False)))
     student = FlowMapNet(SMALL.build(SHAPE, num_classes=10, arrival=True, guidance=True)).eval()
     start_from(student, teacher)

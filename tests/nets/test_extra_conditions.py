@@ -19,7 +19,7 @@ SHAPE = (3, 1, 2)
 @pytest.fixture(params=[DiT(patch=1, width=16, depth=2, heads=2), MLP(width=16, depth=2)], ids=["dit", "mlp"])
 def net(request):
     torch.manual_seed(0)
-    net = request.param.build(SHAPE, further=EXTRA_EMBEDDINGS)
+    net = request.param.build(SHAPE, extra_conditions=EXTRA_EMBEDDINGS)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return FlowMapNet(net.double())
@@ -70,7 +70,7 @@ def test_the_tangent_rides_through_them(net):
 def test_any_network_reads_numbers_and_a_code_side_by_side(spec):
     torch.manual_seed(0)
     net = FlowMapNet(
-        spec.build((3, 4, 4), further=(ExtraCondition("kind", 4, "number"), ExtraCondition("z", 7, "code")))
+        spec.build((3, 4, 4), extra_conditions=(ExtraCondition("kind", 4, "number"), ExtraCondition("z", 7, "code")))
     )
     with torch.no_grad():
         for parameter in net.parameters():
@@ -80,5 +80,5 @@ def test_any_network_reads_numbers_and_a_code_side_by_side(spec):
     torch.testing.assert_close(none, net(x, t, t / 2, {"z": z, "kind": torch.full((5,), -1)}))
     for changed in ({"z": z + 1}, {"z": z, "kind": torch.full((5,), 2)}):
         assert not torch.allclose(none, net(x, t, t / 2, changed))
-    with pytest.raises(ValueError, match="z: this network is told the code"):
+    with pytest.raises(ValueError, match="z: this network is conditioned on the code"):
         net(x, t, t / 2, {})

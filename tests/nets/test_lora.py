@@ -1,5 +1,7 @@
-"""LoRA on diffusers networks: silent at the start, alone in what is trained and kept, ridden by the tangent, merged away to rounding, and
-written by diffusers as its own.  Real architectures with small random weights."""
+"""LoRA on diffusers networks: initially the identity, trained and saved alone, dual forward, merging, file format.
+
+Real architectures with small random weights.
+"""
 
 from __future__ import annotations
 

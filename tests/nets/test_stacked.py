@@ -1,4 +1,4 @@
-"""Two networks in series: f(x, t, t) = x, the composition of two flow maps, a teacher's two Euler steps at step 0, saved and loaded."""
+"""Two networks in series: f(x, t, t) = x, composed flow maps, a teacher's two Euler steps, saving and loading."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
 
 
 def test_what_cannot_be_stacked():
-    with pytest.raises(ValueError, match="net: a stack is of two networks"):
+    with pytest.raises(ValueError, match="net: a stack has two networks"):
         Stacked(Stacked(MLP()))
-    with pytest.raises(ValueError, match="net.lora: a stack has weights of its own"):
+    with pytest.raises(ValueError, match="net.lora: a stack trains all of its weights"):
         Stacked(FromTeacher(LoRA()))
     with pytest.raises(RecipeError, match="student.net.kind: no 'stacked'"):
         read_recipe("digits", ["student={kind: stacked, net: {kind: stacked, net: {kind: mlp}}}"])

@@ -1,4 +1,4 @@
-"""Every setting of a diffusers scheduler, network or pipeline is honoured, known to be irrelevant, or refused by name."""
+"""Every setting of a diffusers scheduler, network or pipeline is honoured, irrelevant, or refused by name."""
 
 from __future__ import annotations
 
@@ -164,8 +164,11 @@ def test_every_tiny_network_of_every_family_passes():
         check_network_settings(type(net).__name__, json.dumps(dict(net.config), default=str), (4, 8, 8))
 
 
-PIPELINES = ("DDPMPipeline DDIMPipeline DiTPipeline StableDiffusionPipeline StableDiffusionXLPipeline StableDiffusion3Pipeline FluxPipeline "
-             "SanaPipeline PixArtAlphaPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusionXLImg2ImgPipeline").split()  # fmt: skip
+PIPELINES = (
+    "DDPMPipeline DDIMPipeline DiTPipeline StableDiffusionPipeline StableDiffusionXLPipeline "
+    "StableDiffusion3Pipeline FluxPipeline "
+    "SanaPipeline PixArtAlphaPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusionXLImg2ImgPipeline"
+).split()
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -260,6 +263,14 @@ def test_weight_files_that_cannot_be_read_are_named_without_reading_them(tmp_pat
 
 def test_the_page_has_a_row_for_every_setting():
     text = DOCS.read_text(encoding="utf-8")
-    tables = (settings.HONOURED, settings.IRRELEVANT, settings.REFUSED, settings.PIPELINE_HONOURED, settings.PIPELINE_REFUSED,
-              *settings.REFUSED_OF_NETWORKS.values(), settings.REFUSED_SCHEDULERS, settings.PIPELINE_IRRELEVANT)  # fmt: skip
+    tables = (
+        settings.HONOURED,
+        settings.IRRELEVANT,
+        settings.REFUSED,
+        settings.PIPELINE_HONOURED,
+        settings.PIPELINE_REFUSED,
+        *settings.REFUSED_OF_NETWORKS.values(),
+        settings.REFUSED_SCHEDULERS,
+        settings.PIPELINE_IRRELEVANT,
+    )
     assert not [key for table in tables for key in table if f"`{key}`" not in text]

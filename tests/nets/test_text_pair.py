@@ -101,8 +101,8 @@ def pair_recipe(folder, models, max_tokens=12, **tokenizer):
     tokens = {"kind": "pair", **pair, **words, "max_tokens": max_tokens}
     (folder / "pair.yaml").write_text(f"""
 name: pair
-data: {{kind: text, sentences: {{kind: wordnet, root: {folder / "wordnet"}}}, tokenizer: {json.dumps(tokens)}, held_out: 0.2,
-  batch_size: 8, conditional: false}}
+data: {{kind: text, sentences: {{kind: wordnet, root: {folder / "wordnet"}}}, tokenizer: {json.dumps(tokens)},
+  held_out: 0.2, batch_size: 8, conditional: false}}
 student: {json.dumps({"kind": "text_pair", **pair, "dims": 4})}
 objective: {{kind: text_elbo, word_dropout: 0.2}}
 trainer: {{steps: 3, accelerator: cpu}}

@@ -65,7 +65,7 @@ def test_what_pads_and_how_far_changes_no_latent(net):
 
 
 def test_direct_paths_start_by_copying():
-    """Before any training nearly half the tokens are said again, by chance one of fifty; each entry of the latent is of one place."""
+    """Without training nearly half of the tokens are copied (2 % by chance); a latent entry belongs to one position."""
     torch.manual_seed(0)
     net = TextVAE(slots=4, dims=28, direct=True, width=64, depth=1, heads=2, vocab=50, special=SPECIAL).build((7,))
     rows = torch.randint(4, 50, (200, 7))

@@ -51,7 +51,7 @@ def overrides_of_teacher(*settings):
             "(3, 32, 32), those of the teacher teacher (3, 16, 16)",
         ),
         (["data=" + PICTURES, overrides_of_teacher("data=" + PICTURES)], 3, "data.root: gone"),
-        (["data={kind: latents, root: gone, num_classes: 8}"], 3, "data.root: gone: holds no *.safetensors shards"),
+        (["data={kind: latents, root: gone, num_classes: 8}"], 3, "data.root: gone: has no *.safetensors shards"),
         (["data.points=9"], 2, "data.points: 9 must be 10 or more"),
         (["metrics=[{kind: frechet, features: clip}]"], 2, "metrics: features 'clip' look at pictures"),
         (["metrics=[{kind: agreement}]", "data.conditional=false"], 2, "metrics: agreement needs data with classes"),

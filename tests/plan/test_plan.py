@@ -8,7 +8,7 @@ from PIL import Image
 from flowmap.base.schema import RecipeError
 from flowmap.estimate import dry_run
 from flowmap.plan.data_folders import data_of
-from flowmap.plan.plan import Encoding, plan
+from flowmap.plan.plan import Encoding, plan, resolve
 from flowmap.recipe import read_recipe
 from flowmap.recipe import recipe as reading
 
@@ -55,7 +55,7 @@ def recipes(tmp_path, monkeypatch):
 def test_autoencoder_then_latents_then_teacher_each_once(recipes):
     stages = plan(read_recipe(recipes / "student.yaml"), recipes / "run")
     assert [(type(stage).__name__, stage.recipe.name.split("-")[-1]) for stage in stages] == [
-        ("Stage", "ae"), ("Encoding", "student"), ("Stage", "teacher"), ("Stage", "student"),
+        ("ResolvedRun", "ae"), ("Encoding", "student"), ("ResolvedRun", "teacher"), ("ResolvedRun", "student"),
     ]  # fmt: skip
     of_teacher = plan(read_recipe(recipes / "teacher.yaml"), recipes / "run")
     assert (
@@ -146,6 +146,16 @@ def test_each_distinct_recipe_is_read_once(name, monkeypatch, tmp_path):
     monkeypatch.setattr(
         dry_run, "look", lambda *args, look=dry_run.look, **kwargs: look(*args, **kwargs | {"whole": False})
     )
-    plan(recipe, tmp_path / "run")
+    assert resolve(recipe, tmp_path / "run").stages
     dry_run.dry_run(recipe, None)
     assert read and len(read) == len(set(read)), [one for one in read if read.count(one) > 1]
+
+
+def test_a_run_determines_each_member_once_and_is_its_own_last_stage(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    run = resolve(read_recipe("lediflow/digits-ayf"))
+    assert run.folder == tmp_path / "lediflow-digits-ayf" and run.stages[-1] is run and run.stages is run.stages
+    assert [card.kind for card in run.cards] == ["recipe"] and run.cards is run.cards
+    assert [one.name for one in run.teachers] == ["lediflow-digits"] and run.starts == run.pairs_cards == []
+    assert run.prior.recipe == run.priors[0].name == "lediflow-digits-prior" and run.prior is run.prior
+    assert run.net is not None and run.teacher_nets == [run.net] and not run.complete

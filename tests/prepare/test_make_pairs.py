@@ -235,7 +235,7 @@ def test_a_torn_shard_is_named_and_made_anew(recipe, tmp_path):
     with pytest.raises(RecipeError, match="shard-00002.arrow: is torn"):
         opened(recipe())
     path.unlink()
-    with pytest.raises(RecipeError, match="shard-00002.arrow: is missing; `flowmap pairs` makes it anew"):
+    with pytest.raises(RecipeError, match="shard-00002.arrow: is missing; `flowmap pairs` makes it again"):
         opened(recipe())
     make_pairs(recipe())
     assert path.read_bytes() == good

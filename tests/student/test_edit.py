@@ -170,7 +170,7 @@ def test_the_prior_of_another_student_is_refused(folder, command):
     other = ConvPrior(size=6, channels=(8,), groups=4)
     save_prior(folder / "student" / PRIOR, PriorConfig(other, SHAPE), other.build(SHAPE).state_dict(), {})
     code, out, err = command("sample", "--student", folder, "--num", 2, "--out", folder / "out")
-    assert code == 2 and "the student beside it was trained on codes of" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "its student was trained on codes of" in err and len(err.strip().splitlines()) == 1
 
 
 def test_a_student_from_the_gaussian_prior_is_refused(finished, folder, command):

@@ -1,4 +1,4 @@
-"""Frozen autoencoders of diffusers, tiny and random: what is normalised comes back, and what does not fit is one line."""
+"""Frozen diffusers autoencoders, tiny and random: normalisation is inverted, and errors are one line."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ MEAN, STD, SLOPE = 0.7, 0.4, torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
 
 
 def log_prob(x, t, cond):
-    """log E[exp(slope . x0) | xt = x] up to a constant: the classifier log p(y | x0) = slope . x0, seen through noise."""
+    """log E[exp(slope . x0) | xt = x] up to a constant: the noisy version of log p(y | x0) = slope . x0."""
     spread = ((1 - t) * STD) ** 2 + t**2
     return (broadcast_time(STD**2 * (1 - t) / spread, x) * x * SLOPE).sum(-1)
 

@@ -1,6 +1,7 @@
-"""A diffusers teacher means what its scheduler's clip_sample and thresholding say: our Euler steps are diffusers' own clipped samples.
+"""A diffusers teacher honours clip_sample and thresholding: our Euler steps equal diffusers' clipped samples.
 
-Twins: diffusers' DDIMScheduler (with the noise that belongs to the clipped data, `use_clipped_model_output`) and DDPMScheduler's means.
+Twins: diffusers' DDIMScheduler (with the noise that belongs to the clipped data, `use_clipped_model_output`) and
+DDPMScheduler's means.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def test_a_ddpm_step_with_clip_sample_has_our_clipped_data_for_its_mean(tmp_path
 
 
 def test_guidance_comes_before_the_limit_and_the_students_start_has_none(tmp_path):
-    """As in the pipelines, which guide the prediction and hand it to the scheduler; the network that a student starts from is not clipped."""
+    """As in the pipelines: guidance before the scheduler; the network that a student starts from is not clipped."""
     from flowmap.teachers.limited import Limited
 
     _, path = folder_of(tmp_path, diffusers.DDIMScheduler(**COSINE))

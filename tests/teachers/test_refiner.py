@@ -1,4 +1,4 @@
-"""A refiner: any img2img pipeline from a folder, between strength and noise what diffusers itself gives; students and the command line use it."""
+"""Refiners from folders of img2img pipelines give the result of diffusers, for students and the command line."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_student_hands_its_pictures_over(folder):
     plain = one.sample(5, steps=2, seed=3)
     assert torch.equal(one.sample(5, steps=2, seed=3, refine=refine), (3 * plain).clamp(-1, 1))
     assert torch.equal(seen[0][0], plain) and seen[0][1] is None
-    with pytest.raises(ValueError, match="latents: a refiner looks at pictures"):
+    with pytest.raises(ValueError, match="latents: a refiner needs pictures"):
         one.sample(5, latents=True, refine=refine)
     assert one.sample(2, refine=Refiner(str(folder), strength=0.5, steps=2).load()).shape == (2, 3, 16, 16)
 

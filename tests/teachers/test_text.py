@@ -44,7 +44,7 @@ def edited(folder, **values):
 
 
 def test_sdxl_gives_zeros_for_no_text_where_its_pipeline_does(tmp_path):
-    """diffusers' own unconditional embedding: zeros with force_zeros_for_empty_prompt (its default), else the encoding of ""."""
+    """diffusers' unconditional embedding: zeros with force_zeros_for_empty_prompt (default), else that of ""."""
     folder = save("sdxl", tmp_path)
     encoded = {}
     for forced in (True, False):
@@ -64,7 +64,7 @@ def test_sdxl_gives_zeros_for_no_text_where_its_pipeline_does(tmp_path):
 
 
 def test_sd3_does_without_its_t5_as_diffusers_does(tmp_path):
-    """Zeros in place of the T5's tokens, of the width that the network reads; the pipeline with its network is the twin."""
+    """Zeros instead of T5 tokens, with the network's width, as in the pipeline with its network."""
     import diffusers
 
     folder = edited(save("sd3", tmp_path), text_encoder_3=[None, None], tokenizer_3=[None, None])

@@ -1,6 +1,5 @@
-"""One training step of a recipe's module without a trainer.
-
-The result is the gradient of each network, however the step's batch is split.
+"""One training step of a recipe's module without a trainer: the gradients of each network, however the step's batch is
+split.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ STEP = 3
 def gradients_of_a_step(
     monkeypatch, recipe: Recipe, *, batch: int, accumulate: int = 1, world: int = 1, state: int = 0
 ) -> dict[str, list[torch.Tensor]]:
-    """The gradient of step 3, by network name, for each time that the network steps in it.
+    """The gradient of step 3 for each time that a network steps in it, by the network's name.
+
+    They are means over micro-batches and processes, which run in turn here.
 
     It is the mean over micro-batches and processes, which run in turn here.
     state: that of torch's own generator before every micro-batch.

@@ -1,7 +1,4 @@
-"""Adversarial runs: generator steps are counted, a resumed run equals an uninterrupted one.
-
-Micro-batches and processes add up, and bad recipes are refused.
-"""
+"""Adversarial runs: the counted steps are the student's; killed and resumed runs; micro-batches, mistakes."""
 
 from __future__ import annotations
 
@@ -105,10 +102,7 @@ def test_steps_are_the_students_and_what_ships_is_the_student_alone(run, monkeyp
 
 
 def test_where_the_discriminator_never_steers_the_run_is_the_bases_own(run):
-    """The base objective alone is the control of the stage (benchmarks/adversarial.py).
-
-    It has the same draws, schedule and averages.
-    """
+    """So that the base alone is the control (benchmarks/adversarial.py): the same draws, schedule and averages."""
     common = ["trainer.steps=4", "log.samples_every_steps=0", "metrics=[]"]
     never, base = run("objective.start=4", *common), run("objective={kind: ayf_emd, warmup_steps: 0}", *common)
     one, other = (read_tensors(folder / "student" / "model.safetensors") for folder in (never, base))
@@ -137,10 +131,7 @@ def module_of(path, *overrides):
 
 
 def test_micro_batches_add_up(path, tmp_path):
-    """Two micro-batches of six rows step as one of twelve, for both networks.
-
-    The factors are fixed, since micro-batches compute their own.
-    """
+    """Two micro-batches of six rows step as one of twelve, both networks; with fixed factors, which else differ."""
     folders = []
     for overrides in (["trainer.accumulate=2"], ["trainer.accumulate=1", "data.batch_size=12"]):
         fixed = ["objective.balance=none", "objective.start=0", "trainer.steps=3"]

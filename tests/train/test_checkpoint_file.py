@@ -1,7 +1,4 @@
-"""A checkpoint equals what was written, byte for byte, or it is refused in one line.
-
-Those of flowmap 0.1, which have no checksum, are still resumed.
-"""
+"""A checkpoint is read byte for byte or refused in one line; those of flowmap 0.1, without a checksum, still resume."""
 
 from __future__ import annotations
 

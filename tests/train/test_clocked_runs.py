@@ -1,7 +1,4 @@
-"""A run with a time limit ends after the step in which its seconds are spent.
-
-The time between steps does not count.
-"""
+"""A run on a clock ends after the step in which its seconds are spent; what happens between steps does not count."""
 
 from __future__ import annotations
 

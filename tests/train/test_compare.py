@@ -1,6 +1,5 @@
-"""Recipes on equal terms: equal seconds by a clock of our own, or equal evaluations.
-
-Finished runs are kept, and a divergence is a row.
+"""Recipes on equal terms: equal seconds by a clock of our own, equal evaluations; finished runs are kept; a divergence
+is a row.
 """
 
 from __future__ import annotations
@@ -238,10 +237,8 @@ def test_what_a_recipe_needs_for_itself_is_paid_for_by_it(three, tmp_path, monke
 @pytest.mark.slow
 def test_pairs_and_a_run_to_start_from_are_priced_in_evaluations(three, tmp_path):
     base = f"base: {tmp_path / 'tiny.yaml'}\n"
-    made = (
-        "coupling: {kind: pairs, teacher: {card: exact}, num: 64, solver: {kind: heun, steps: 4}}\n"
-        "objective: {kind: rectified}\n"
-    )
+    made = "coupling: {kind: pairs, teacher: {card: exact}, num: 64, solver: {kind: heun, steps: 4}}\n"
+    made += "objective: {kind: rectified}\n"
     (tmp_path / "paired.yaml").write_text(f"{base}name: paired\n{made}")
     (tmp_path / "later.yaml").write_text(
         f"base: {three[1]}\nname: later\nstudent: {{kind: from_recipe, recipe: {three[0]}}}\n"
@@ -331,8 +328,8 @@ def test_other_teachers_or_guidance_are_refused_and_no_teacher_is_not(tmp_path):
             read_entrants(["digits", str(other)])
         assert says in str(caught.value)
     other.write_text(
-        "name: other\nbase: digits\nteacher: null\nstudent: {kind: dit, preset: tiny, patch: 2}\n"
-        "objective: {kind: meanflow}\n"
+        "name: other\nbase: digits\nteacher: null\n"
+        "student: {kind: dit, preset: tiny, patch: 2}\nobjective: {kind: meanflow}\n"
     )
     assert len(read_entrants(["digits", str(other), "rfpp/digits", "digits-scm"])) == 4
     other.write_text("name: other\nbase: digits\nteacher: {card: null, recipe: digits-teacher}\n")

@@ -1,7 +1,4 @@
-"""A diffusers pipeline on disk as the teacher: from its folder to a student that is sampled.
-
-Pipelines that do not fit are refused.
-"""
+"""A diffusers pipeline on disk as the teacher: from its folder to a student that samples; pipelines that do not fit."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ log: {{every_steps: 2, wandb: false}}
 
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
-    """A class-conditional DiT with random weights, as DiTPipeline saves it, without the autoencoder; and its card."""
+    """A class-conditional DiT with random weights, as DiTPipeline saves it without autoencoder, and a card for it."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     torch.manual_seed(0)
     folder = tmp_path / "pipe"

@@ -1,7 +1,4 @@
-"""The files that a run writes, and how it ends when it cannot continue.
-
-Cases: NaN, Ctrl-C, a full disk, a folder with other files.
-"""
+"""The files of a run, and how it ends when it cannot go on: NaN, Ctrl-C, a full disk, a foreign folder."""
 
 from __future__ import annotations
 
@@ -183,10 +180,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(tiny, tmp_path, monkeypatch):
-    """The loss of given rows is the mean of the losses of its halves.
-
-    Draws differ by micro-batch, so the law is checked without draws.
-    """
+    """The loss of given rows is the mean of its halves' losses; checked without draws, which differ by micro-batch."""
     module = module_of(recipe_of(tiny))
     rows = module.data.train[:16].double()
     x1 = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,7 +1,4 @@
-"""Runs that build on other runs: a student that starts from another recipe's student.
-
-A teacher is named by the recipe that trains it.
-"""
+"""Runs that start from other runs: a student from another recipe's, a teacher named by the recipe that trains it."""
 
 from __future__ import annotations
 

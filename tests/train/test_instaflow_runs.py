@@ -1,6 +1,5 @@
-"""InstaFlow end to end: its full-scale recipes at tiny size, and the chain of recipes.
-
-The chain names its parts by recipe alone.
+"""InstaFlow end to end at tiny size: from captioned pictures to a one-step student, and the chain of recipes that names
+its parts by recipe alone.
 """
 
 from __future__ import annotations
@@ -95,10 +94,10 @@ def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
 
 TINY = """
 data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, text: {{source: {pipe}}}, held_out: 4,
-        reference_images: 8,
+  reference_images: 8,
         batch_size: 4}}
 trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu,
-        checkpoint_every_steps: 2}}
+  checkpoint_every_steps: 2}}
 metrics: [{{kind: frechet, features: pixels, images: 8}}]
 evaluation: {{teacher_steps: 2, batch_size: 8}}
 log: {{wandb: false, every_steps: 1, samples_every_steps: 0, grid_images: 4}}

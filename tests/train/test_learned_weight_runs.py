@@ -1,4 +1,4 @@
-"""The learned weight in a run: trained, averaged, checkpointed and resumed with the student, and never exported."""
+"""The learned weight in a run: trained, averaged, checkpointed and resumed with the student; it does not ship."""
 
 from __future__ import annotations
 

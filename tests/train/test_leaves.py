@@ -1,7 +1,4 @@
-"""The artifacts of runs: every name that an objective or a network declares has its entry.
-
-A recipe that does not train the named artifact is refused.
-"""
+"""The artifacts of runs: every name that an objective or a network declares has its entry, and no other trains it."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""The recipes of LeDiFlow at full scale, unchanged but for a +tiny file, with the real classes.
+"""The full-scale recipes of LeDiFlow, changed by a +tiny file alone, on the real classes.
 
-Pictures on disk -> latents -> auxiliary model -> flow of codes -> flow; evaluated, sampled and edited.
+Pictures on disk -> latents -> auxiliary model -> flow of codes -> flow, measured, drawn, edited.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ metrics: [{{kind: mmd, features: pixels, images: 8}}]
 
 
 def tiny(folder):
-    autoencoder = save("dit", folder / "pipe") / "vae"
-    images = f"images: {{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}, "
-    images += f"autoencoder: {{source: {autoencoder}}}, "
+    root, coder = pictures(folder / "pictures"), save("dit", folder / "pipe") / "vae"
+    images = f"images: {{root: {root}, size: {PIXELS}}}, autoencoder: {{source: {coder}}}, "
     (folder / "auxiliary.yaml").write_text(COMMON.format(more=images) + AUXILIARY)
     codes = COMMON.format(more=f"overrides: ['+{folder}/auxiliary.yaml'], ").replace("held_out: 4", "held_out: 0.5")
     (folder / "codes.yaml").write_text(codes + CODES)

@@ -1,7 +1,4 @@
-"""Runs that start at a learned prior: first the auxiliary model, then the flow, its distillation and its pairs.
-
-All of them start from the same draws of the prior.
-"""
+"""Runs that start at a learned prior: auxiliary model, flow, distillation and pairs have the same starts."""
 
 from __future__ import annotations
 
@@ -64,8 +61,8 @@ sampler: {kind: deterministic, steps: [1, 2]}
 REFLOW = """\
 base: small-flow
 name: small-reflow
-coupling: {kind: pairs, teacher: {recipe: FOLDER/small-flow.yaml}, num: 40, shard_items: 16,
-  solver: {kind: heun, steps: 2}}
+coupling: {kind: pairs, teacher: {recipe: FOLDER/small-flow.yaml}, num: 40, shard_items: 16, solver: {kind: heun,
+  steps: 2}}
 student: {kind: from_recipe, recipe: FOLDER/small-flow.yaml}
 objective: {kind: rectified}
 sampler: {kind: anchored, steps: [1, 2]}

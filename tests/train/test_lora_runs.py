@@ -1,7 +1,4 @@
-"""LoRA students of a diffusers pipeline: a run trains and saves only adapters and branches.
-
-It resumes bit-equal, and is loaded with its base.
-"""
+"""LoRA students of a diffusers pipeline: a run saves adapters and branches alone and resumes bit-equal."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ log: {{every_steps: 1, wandb: false, grid_images: 4}}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A class-conditional DiT with random weights as a pipeline's folder, its card, two recipes, one with dropout."""
+    """A class-conditional DiT with random weights as a pipeline's folder, a card for it, and two recipes."""
     place = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
     with_random_weights(dit(channels=1), scale=0.15).save_pretrained(place / "pipe" / "transformer")
@@ -205,10 +202,7 @@ def test_dry_run_and_doctor_count_what_is_trained(place, run, command):
 
 
 def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
-    """Also with guidance by its own earlier snapshot, which uses the same base.
-
-    A student that starts from it starts from the merged weights.
-    """
+    """Also guided by its own earlier snapshot on the same base; a student of its own starts from the merged weights."""
     from flowmap.build.data import build_data
     from flowmap.build.student import build_student, student_config
     from flowmap.student.snapshots import nearest_snapshot

@@ -1,7 +1,4 @@
-"""A run is trained once its last checkpoint and its student are in the folder.
-
-Evaluation and sampling are not part of training and can be repeated.
-"""
+"""A run is trained when its last checkpoint and its student exist; its measurement and drawing can be repeated."""
 
 from __future__ import annotations
 

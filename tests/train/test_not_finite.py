@@ -1,7 +1,4 @@
-"""Weights that are not finite are not saved, averaged, exported or used.
-
-One line names them, and the last good checkpoint stays.
-"""
+"""Weights that are not finite are neither kept, averaged, shipped nor used; the last good checkpoint stays."""
 
 from __future__ import annotations
 
@@ -25,10 +22,8 @@ def quiet(message):
 @pytest.mark.parametrize(("which", "value"), [(0, float("nan")), (1, float("inf"))])
 def test_an_average_that_is_not_finite_ships_nothing(tiny, tmp_path, monkeypatch, which, value):
     spoil_average(monkeypatch, which, 8, value)
-    last = (
-        r"the average of width 0\.\d+ is not finite after step \d+: averages\.\d\.net\.enter\.weight; "
-        r"the last good checkpoint is .*step 6"
-    )
+    name = r"averages\.\d\.net\.enter\.weight"
+    last = rf"the average of width 0\.\d+ is not finite after step \d+: {name}; the last good checkpoint is .*step 6"
     with pytest.raises(FitError, match=last):
         fit(flowmap.read_recipe(tiny), tmp_path / "run", log=quiet)
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6
@@ -60,7 +55,7 @@ def test_a_student_that_is_not_finite_is_refused(command, finished, tmp_path, ve
         verb, *student, *(["--to", "torch"] if verb == "export" else []), "--out", tmp_path / "out"
     )
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert "model.safetensors: net.enter.weight: holds values that are not finite" in err
+    assert "model.safetensors: net.enter.weight: has values that are not finite" in err
     assert bytes_of(finished) == before and not (tmp_path / "out").exists()
 
 
@@ -69,11 +64,11 @@ def test_in_any_type_the_first_bad_tensor_is_named_and_nothing_is_written(tmp_pa
     good = {"a": torch.ones(3).to(dtype), "whole": torch.ones(2, dtype=torch.int64), "none": torch.zeros(0).to(dtype)}
     write_tensors(tmp_path / "x.safetensors", good)
     bad = {**good, "b": torch.tensor([1.0, float("inf")]).to(dtype)}
-    with pytest.raises(ValueError, match="x.safetensors: b: holds values that are not finite"):
+    with pytest.raises(ValueError, match="x.safetensors: b: has values that are not finite"):
         write_tensors(tmp_path / "x.safetensors", bad)
     assert set(read_tensors(tmp_path / "x.safetensors")) == set(good)
     save_file(bad, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="x.safetensors: b: holds"):
+    with pytest.raises(ValueError, match="x.safetensors: b: has"):
         read_tensors(tmp_path / "x.safetensors")
 
 
@@ -86,6 +81,6 @@ def test_an_autoencoder_that_is_not_finite_is_refused(tmp_path):
         model.decoder.conv_out.weight[0, 0, 0, 0] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="autoencoder.source: .* decoder.conv_out.weight: holds values that are not finite"
+        ValueError, match="autoencoder.source: .* decoder.conv_out.weight: has values that are not finite"
     ):
         Autoencoder(source=str(tmp_path)).load()

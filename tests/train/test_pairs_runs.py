@@ -1,7 +1,4 @@
-"""Runs on pairs: the model that makes them is trained first, and batches consist of pairs.
-
-An interrupted run resumes bit-equal.
-"""
+"""Runs on pairs: what makes them is trained first, batches are the pairs' own, and a resumed run is bit-equal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Two processes through the real command (DDP and FSDP2 on gloo), and by hand.
-
-Gradients equal those of the full batch on one process.
-"""
+"""Two processes through the real command (DDP and FSDP2 on gloo): gradients are those of one process."""
 
 from __future__ import annotations
 
@@ -97,7 +94,7 @@ def test_ddp_and_fsdp_are_one_run(digits, tmp_path, command):
             and err.count("evaluating: student 1 step") == 1
             and "Warning" not in err
         )
-    # Adam divides by the root of tiny second moments: rounding in the gradients' sums changes the weights by about 1e-5
+    # Adam divides by the root of tiny second moments: rounding in the gradients' sums changes weights by about 1e-5
     assert_close(tmp_path / "ddp", tmp_path / "fsdp", rtol=1e-4, atol=3e-5)
     one, two = (json.loads((tmp_path / s / "metrics.json").read_text())["student"]["1"] for s in ("ddp", "fsdp"))
     assert one == pytest.approx(two, rel=1e-3)
@@ -152,10 +149,7 @@ def test_two_processes_take_the_steps_of_one_with_the_doubled_batch(tmp_path):
     ids=["psd", "ayf_emd", "ayf_mixed"],
 )
 def test_processes_whose_rows_are_of_different_kinds_call_sharded_weights_alike(tmp_path, text, objective):
-    """With one row a process, in some steps a process has no rows of a share that the other has.
-
-    Both must take part in every collective call.
-    """
+    """One row a process: in some steps only one has rows of a share, and both must take part in every call."""
     path = tmp_path / "one.yaml"
     path.write_text(text)
     settings = [

@@ -1,4 +1,4 @@
-"""Every recipe for a pretrained teacher, unchanged but for a +tiny file, with the real classes at tiny size.
+"""Every recipe for a pretrained teacher, changed by a +tiny file alone, on the real classes at tiny size.
 
 Pictures on disk -> latents -> student -> exported folder -> samples.
 """
@@ -66,8 +66,8 @@ def edm2_weights(folder, shape):
     for size, name in (("s", 0), ("xs", 1)):
         torch.manual_seed(name)
         config = StudentConfig(
-            net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)), sampler=Deterministic(),
-            shape=shape, num_classes=3,
+            net=EDM2(channels=8, multipliers=(1, 2), num_blocks=1, attention_at=(4,)),
+            sampler=Deterministic(), shape=shape, num_classes=3,
             arrival=False, samples=Pixels(clamp=shape[0] == 3),
         )  # fmt: skip
         side = 512 if shape[0] == 4 else 64
@@ -178,7 +178,7 @@ def test_what_a_prompt_may_be(tmp_path, monkeypatch, command):
         ({}, "prompt: is required"),
         ({"prompt": ["a"]}, "prompt: 1 given; allowed: one text, or 2 texts"),
         ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": "a", **encoded}, "stand without prompt"),
+        ({"prompt": "a", **encoded}, "come without prompt"),
         ({"class": 1}, "'class' is no condition of this student; allowed: guidance, prompt"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -1,7 +1,4 @@
-"""A run killed with SIGKILL anywhere and resumed ends bit-equal to an uninterrupted one.
-
-Compared are weights, averages, optimiser and loss trace.
-"""
+"""A run that is killed with SIGKILL anywhere and resumed is bit-equal: weights, averages, optimizer, losses."""
 
 from __future__ import annotations
 
@@ -45,10 +42,7 @@ def train(recipe: str, out: str, die: dict | None) -> None:
 
 
 def _arrange_death(kind: str, count: int) -> None:
-    """Kill the process before the count-th training step, inside the count-th write of a file, or before a rename.
-
-    A write is killed when half of the file is written.
-    """
+    """Before the count-th training step, inside the count-th write of a file (half written), or before a rename."""
     from flowmap.train.module import DistillModule
 
     left = [count]

@@ -1,7 +1,4 @@
-"""A run folder belongs to the user: a run removes only files that a run wrote.
-
-It removes an old run only when the new one has its first checkpoint.
-"""
+"""A run removes only what a run wrote from its folder, and an old run only once a new one has a checkpoint."""
 
 from __future__ import annotations
 
@@ -165,10 +162,7 @@ def failing_at(monkeypatch, step: int) -> None:
 
 
 def killed_while_overwriting(recipe: str, out: str, owner: str, name: str, count: int) -> None:
-    """Train the recipe with another seed into `out`, which has a run already.
-
-    The process is killed before the count-th call of that function.
-    """
+    """Train that recipe with another seed over `out`; kill its process before the count-th call of that function."""
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")
     place = {"path": Path, "module": DistillModule, "folder": run_folder}[owner]

@@ -1,6 +1,5 @@
-"""Score distillation in a run: two time scales, saved and exported parts, resuming, micro-batches.
-
-Also with a discriminator, and with mistakes in the recipe.
+"""Score distillation as a run: two time scales, what is kept and what ships, resuming, micro-batches, a discriminator,
+mistakes.
 """
 
 from __future__ import annotations
@@ -163,10 +162,8 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     )
     path = tmp_path / "three.yaml"
     path.write_text(text + f"teacher: {{recipe: {flow}, guidance: {{kind: classifier_free}}}}\n")
-    judged = (
-        "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, "
-        "discriminator: {kind: conv, width: 4}, balance: none}"
-    )
+    judged = "objective={kind: adversarial, base: {kind: score_distillation, fake_steps: 2}, "
+    judged += "discriminator: {kind: conv, width: 4}, balance: none}"
     assert "fake score: 0." in "\n".join(dry_run(read_recipe(path), None))
     folder = flowmap.fit(read_recipe(path, [judged]), tmp_path / "judged", log=quiet).folder
     state = checkpoint(folder)
@@ -186,10 +183,7 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
 
 
 def test_every_networks_calls_are_counted(path):
-    """The calls of a step: (1 + 3/2 + 5/2)/3 jumps for each of the fake's three steps and for the student's.
-
-    To these come the fake's own four passes and one of the teacher's.
-    """
+    """A step: (1 + 3/2 + 5/2)/3 jumps for each step of fake and student, the fake's four passes, the teacher's one."""
     calls = calls_of(read_recipe(path), conditional=False)
     assert calls.forward == pytest.approx(4 * 5 / 3 + 4) and (calls.backward, calls.strong, calls.weak) == (4, 1, 0)
     whole = ["objective={kind: score_distillation, fake_steps: 2, steps: [1, 3], through: all}"]

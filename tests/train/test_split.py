@@ -1,7 +1,4 @@
-"""A step is the same however its batch is split over micro-batches and processes.
-
-Every random draw is a function of (seed, step).
-"""
+"""A step is the same however its batch is split over micro-batches and processes, and draws by (seed, step) alone."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ def recipe_of(tmp_path, text, *changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_same_however_its_batch_is_split(kind, tmp_path, monkeypatch):
-    """Eight samples at once, in four micro-batches, and in two on each of two processes give the same gradients."""
+    """Eight samples at once, in four micro-batches, and in two on each of two processes: the same gradients."""
     recipe = recipe_of(tmp_path, *KINDS[kind])
     whole = gradients_of_a_step(monkeypatch, recipe, batch=8)
     for split in (dict(batch=2, accumulate=4), dict(batch=2, accumulate=2, world=2)):
@@ -100,7 +97,7 @@ NETS = {  # with dropout
 
 @pytest.mark.parametrize("name", [*KINDS, *BY_BATCH, *NETS])
 def test_a_step_does_not_see_torchs_own_generator(name, tmp_path, monkeypatch):
-    """Two states of the module give one gradient: a resumed run continues as an uninterrupted one does."""
+    """Two states of it, one gradient: a resumed run, with another state, is as an uninterrupted one."""
     recipe = recipe_of(tmp_path, *{**KINDS, **BY_BATCH, **NETS}[name])
     one, other = (gradients_of_a_step(monkeypatch, recipe, batch=2, accumulate=2, state=state) for state in (1, 2))
     assert one.keys() == other.keys() and all(
@@ -117,10 +114,7 @@ SHIPPED = [
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_trains_every_share_of_its_own(name):
-    """Before the number of samples that makes two of the share.
-
-    flux-dev-lora and sd35-medium, with batches of 4 and 8, never trained a pair (1, 0).
-    """
+    """Before as many samples as make two of the share: with small batches some recipes never trained a pair (1, 0)."""
     recipe = read_recipe(name)
     batch = recipe.data.batch_size
     shares = {key: getattr(recipe.times, key, 0.0) for key in ("one_step", "diagonal")}

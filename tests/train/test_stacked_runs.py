@@ -1,7 +1,4 @@
-"""Runs with a stacked student: of a teacher's network, or of another recipe's.
-
-They are run from nothing to samples and an exported folder.
-"""
+"""A run of a stacked student, of a teacher's network or another recipe's, from nothing to an exported folder."""
 
 from __future__ import annotations
 

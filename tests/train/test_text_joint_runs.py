@@ -1,7 +1,4 @@
-"""Autoencoder and flow trained together at tiny size.
-
-The artifact is an ordinary student of sentences, and other recipes may build on it.
-"""
+"""Autoencoder and flow trained together at tiny size: a student of sentences, which others may build on."""
 
 from __future__ import annotations
 
@@ -61,8 +58,8 @@ def test_a_distillation_builds_on_it(folder, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(folder / "runs"))
     both = folder / "both.yaml"
     plain = (
-        f"{{kind: text, sentences: {{kind: wordnet, root: {folder / 'wordnet'}}}, autoencoder: {{recipe: {both}}}, "
-        "held_out: 0.2, batch_size: 16,"
+        f"{{kind: text, sentences: {{kind: wordnet, root: {folder / 'wordnet'}}}, "
+        f"autoencoder: {{recipe: {both}}}, held_out: 0.2, batch_size: 16,"
         " attributes: [part_of_speech, length]}"
     )
     changes = [

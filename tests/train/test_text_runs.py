@@ -1,7 +1,4 @@
-"""Sentences end to end at tiny size: an autoencoder from a recipe, a flow in its latents, reflow, AYF, editing.
-
-Each ends with sentences.
-"""
+"""Sentences at tiny size: an autoencoder from a recipe, a flow in its latents, reflow, AYF, editing."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ trainer: {steps: 150, accelerator: cpu}
 log: {wandb: false, grid_images: 5}
 """
 FLOW = """
-data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, autoencoder: {recipe: AUTOENCODER},
-  held_out: 0.2, batch_size: 16,
+data: {kind: text, sentences: {kind: wordnet, root: WORDNET}, autoencoder: {recipe: AUTOENCODER}, held_out: 0.2,
+  batch_size: 16,
   attributes: [part_of_speech, length], drop_condition: 0.1, drop_attribute: 0.3}
 student: {kind: dit, patch: 1, width: 16, depth: 1, heads: 2}
 times: {kind: uniform}
@@ -209,7 +206,7 @@ def test_editing_starts_from_sentences_both_ways(runs, editor):
 
 @pytest.fixture
 def edit_lines(editor, tmp_path, command):
-    """edit_lines(content, *options) -> (exit code, lines of steps-1.txt if it exists, stderr) of `sample --texts`."""
+    """edit_lines(content, *options) -> (exit code, lines of steps-1.txt if there are any, stderr) of `sample`."""
 
     def call(content, *options, student=None):
         (tmp_path / "in.txt").write_bytes(content)
@@ -312,7 +309,7 @@ def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
 def test_an_autoencoder_is_no_student_and_one_that_is_not_there_is_named(runs, tmp_path, command):
     code, out, err = command("sample", "--student", runs / "words", "--num", 4, "--out", tmp_path / "drawn")
     assert code == 2 and "is an autoencoder's, not a student's" in err
-    with pytest.raises(ValueError, match="holds no text autoencoder yet; `flowmap fit`"):
+    with pytest.raises(ValueError, match="has no text autoencoder yet; `flowmap fit`"):
         TextAutoencoder(source=str(tmp_path / "nowhere")).load()
     for plain in ({}, {"source": "a", "recipe": "b"}):
         with pytest.raises(ValueError, match="exactly one of source"):

@@ -1,7 +1,4 @@
-"""Two runs that need the same untrained run, or the same data on disk.
-
-The second waits, then uses what the first made.
-"""
+"""Two runs that need the same untrained run, or the same data on disk: the second waits for the first."""
 
 from __future__ import annotations
 
@@ -44,17 +41,15 @@ def taught(tiny, tmp_path):
     )
     (tmp_path / "taught.yaml").write_text(student)
     teacher = f"{{recipe: {tmp_path / 'flow.yaml'}}}"
-    pairs = f"objective: {{kind: rectified}}\ncoupling: {{kind: pairs, teacher: {teacher}, num: 40, shard_items: 20}}\n"
+    pairs = "objective: {kind: rectified}\n"
+    pairs += f"coupling: {{kind: pairs, teacher: {teacher}, num: 40, shard_items: 20}}\n"
     (tmp_path / "paired.yaml").write_text(flow.replace("name: flow", "name: paired") + pairs)
     return tmp_path
 
 
 @pytest.fixture
 def while_waiting(monkeypatch):
-    """while_waiting(folder, *looks): another process has the folder's lock.
-
-    Its n-th check calls looks[n]; after the last one the lock is released.
-    """
+    """while_waiting(folder, *looks): another process has the folder's lock; it calls looks[n] at the n-th attempt."""
 
     def holding(folder: Path, *looks) -> None:
         holder, left = only_process(folder), list(looks)
@@ -107,8 +102,8 @@ def test_the_folder_of_the_run_itself_is_not_waited_for_unless_it_is_shared(taug
     with only_process(tmp_path / "run"):
         code, _, err = command("fit", "--recipe", taught / "flow.yaml", "--out", tmp_path / "run")
         assert code == 2 and err.splitlines() == [
-            f"flowmap: {tmp_path / 'run'}: "
-            "another flowmap process is filling this folder; wait for it or choose another"
+            f"flowmap: {tmp_path / 'run'}: another flowmap process is filling this folder; "
+            "wait for it or choose another"
         ]
     while_waiting(tmp_path / "run", lambda: None)
     fit(recipe_of(taught / "flow.yaml"), tmp_path / "run", log=quiet, shared=True)  # as compare trains a teacher

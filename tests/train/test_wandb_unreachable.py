@@ -1,7 +1,4 @@
-"""W&B that cannot be reached, or refuses the login, costs one line and a few seconds.
-
-The run is trained and recorded offline.
-"""
+"""W&B that cannot be reached or refuses the user costs one line and a few seconds: the run is logged offline."""
 
 from __future__ import annotations
 
@@ -60,10 +57,7 @@ def answering(code):
 
 
 def trained(tmp_path, port, key="a" * 40, **more):
-    """The stderr lines of a run that logs online, without progress lines.
-
-    The run must succeed and write an offline record.
-    """
+    """The lines on stderr of a run that goes online, without its progress; it must end well, with an offline record."""
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(TINY.replace("wandb: false", "wandb: true").replace("steps: 20", "steps: 2"))
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {

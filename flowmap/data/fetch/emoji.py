@@ -1,7 +1,8 @@
-"""Brings two sets of emoji to this machine as a folder of pictures with captions: `python -m flowmap.data.fetch emoji`.
+"""Download two sets of emoji as a folder of pictures with captions: `python -m flowmap.data.fetch emoji`.
 
-Sources, from the npm registry: emoji-datasource-google (Apache-2.0) and emoji-datasource-twitter (CC-BY 4.0), 16.0.0, 64x64 RGBA. Flags and
-skin tones are left out: 1,636 names in each set. Left in out/emoji: <category>/<set>-<code>.png on white and metadata.jsonl with captions.
+Sources, from the npm registry: emoji-datasource-google (Apache-2.0) and emoji-datasource-twitter (CC-BY 4.0), 16.0.0,
+64x64 RGBA. Flags and skin tones are left out: 1,636 names in each set. It writes out/emoji: <category>/<set>-<code>.png
+on white and metadata.jsonl with captions.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _pack(name: str, scratch: Path) -> Path:
 
 
 def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
-    """What a file of the archive holds."""
+    """The contents of a file in the archive."""
     file = tar.extractfile(member)
     assert file is not None  # a regular file
     return file.read()

@@ -32,7 +32,7 @@ FASHION_CLASSES = (
 class Digits(Source):
     """The 1,797 digits of 8x8 pixels that scikit-learn ships, grey levels 0 .. 16 scaled to [-1, 1]; 10 classes.
 
-    `held_out` of them, drawn by `seed` (the file is not in random order: its tail is no fair sample), are never trained on.
+    `held_out` of them, drawn by `seed`, are never trained on; the file is not in random order.
     """
 
     held_out: CountFromZero = 297
@@ -56,10 +56,11 @@ class Digits(Source):
 
 @dataclass(frozen=True)
 class Fashion(Source):
-    """Fashion-MNIST: 60,000 training and 10,000 held-out images of clothes, 28x28 grey levels scaled to [-1, 1]; 10 classes.
+    """Fashion-MNIST: 60,000 training and 10,000 held-out images of clothes, 28x28 grey levels scaled to [-1, 1]; 10
+    classes.
 
-    size 14 is the mean over 2x2 pixels. The four IDX files are looked for in `root`, then where Debian's package puts them.
-    Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747 (MIT).
+    size 14 is the mean over 2x2 pixels. The four IDX files are read from `root`, or from where Debian's package
+    installs them. Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747 (MIT).
     """
 
     root: str = ".data/fashion"

@@ -1,6 +1,8 @@
-"""The captions of a folder of pictures: metadata.jsonl or metadata.csv in it or any subfolder, or a .txt next to a picture.
+"""The captions of a folder of pictures: metadata.jsonl or metadata.csv in any of its folders, or a .txt next to a
+picture.
 
-Columns as in Hugging Face's image folders: file_name, relative to the folder of the metadata file, and text; other common names work too.
+Columns are those of Hugging Face's image folders: file_name, relative to the folder of the metadata file, and text.
+Other common names are read too.
 """
 
 from __future__ import annotations
@@ -48,17 +50,17 @@ class FolderCaptions:
             raise ValueError(f"its caption cannot be read: it {error}") from error
 
     def __contains__(self, name: str) -> bool:
-        """Whether that picture has a caption; a .txt is one whatever it holds."""
+        """Whether that picture has a caption. A .txt counts, whatever its contents."""
         return normalized_name(name) in self.metadata or _stem(name) in self.texts
 
     def digest(self) -> str:
-        """Changes with any caption in metadata, and with the names of the texts beside pictures."""
+        """A hash of all captions in metadata, and of the names of the texts next to pictures."""
         contents = json.dumps([self.metadata, self.texts], sort_keys=True)
         return text_digest(contents)
 
 
 def read_captions(root: str, listing: Listing) -> FolderCaptions:
-    """The captions of the pictures in that listing of `root`; ValueError names file and line of metadata that cannot be read."""
+    """The captions of the pictures in that listing of `root`. ValueError names file and line of unreadable metadata."""
     captions, pictures = FolderCaptions(root), {normalized_name(name) for name in listing.pictures}
     for path in listing.metadata:
         for number, row in _rows(root, path):

@@ -1,8 +1,8 @@
-"""EDM2's data sets: a zip of PNGs, or of the mean and spread of the SD autoencoder's latents, with classes in dataset.json.
+"""EDM2's data sets: a zip of PNGs, or of mean and spread of the SD autoencoder's latents, with classes in dataset.json.
 
-Format, as read from github.com/NVlabs/edm2 (dataset_tool.py, training/dataset.py, training/encoders.py): pictures `00000/img00000000.png`,
-latents `00000/img-mean-std-00000000.npy` of shape (2 C, H, W), mean before spread; dataset.json {"labels": [[name, class], ...] or null};
-samples stand in the order of their names.
+Format, from github.com/NVlabs/edm2 (dataset_tool.py, training/dataset.py, training/encoders.py): pictures
+`00000/img00000000.png`; latents `00000/img-mean-std-00000000.npy` of shape (2 C, H, W), mean before spread;
+dataset.json {"labels": [[name, class], ...] or null}. Samples are in the order of their names.
 """
 
 from __future__ import annotations
@@ -79,10 +79,12 @@ class EDM2Images(SquareImages):
 
 @dataclass(frozen=True)
 class EDM2Latents(Source):
-    """The latents of an EDM2 zip `path`, drawn as mean + spread * noise and brought by fixed channel figures to mean 0 and spread 0.5.
+    """The latents of an EDM2 zip `path`: mean + spread * noise, normalised by fixed figures per channel to mean 0,
+    spread 0.5.
 
-    The noise is a function of (seed, position): a sample is the same in every epoch. Nothing is held in memory but the reference, the
-    first `reference_images` samples. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
+    The noise is a function of (seed, position): a sample is the same in every epoch. Only the reference, the first
+    `reference_images` samples, is in memory. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are
+    never trained on.
     """
 
     path: str = "???"
@@ -104,7 +106,7 @@ class EDM2Latents(Source):
 
 
 class ZipLatents(WithoutSentences):
-    """A data set (see data/dataset.py) that reads its samples from the zip when they are asked for."""
+    """A data set (see data/dataset.py) that reads each sample from the zip on access."""
 
     empty: dict[str, Tensor] = {}
     class_names: tuple[str, ...] | None = None  # dataset.json has numbers alone
@@ -122,11 +124,8 @@ class ZipLatents(WithoutSentences):
             name for name in names if self.archive.infos[name].file_size == bytes_of_one and not escapes(name)
         ]
         if len(self.names) < len(names):
-            odd = min(set(names) - set(self.names))
-            print(
-                f"{spec.path}: {len(names) - len(self.names)} of {len(names)} latents left out: {odd!r} is unlike the first",
-                file=sys.stderr,
-            )
+            first, count = min(set(names) - set(self.names)), f"{len(names) - len(self.names)} of {len(names)}"
+            print(f"{spec.path}: {count} latents left out: {first!r} differs from the first", file=sys.stderr)
         unlabelled = sum(name not in self.archive.labels for name in self.names)
         if self.archive.labels and unlabelled:
             print(f"{spec.path}: {unlabelled} of {len(self.names)} latents have no class", file=sys.stderr)
@@ -231,10 +230,11 @@ class ZipLatents(WithoutSentences):
 
 
 class Archive:
-    """A zip read as data: nothing is extracted, no name is followed, and an entry larger than it should be is refused.
+    """A zip read as data: nothing is extracted, no name is followed, and an entry larger than expected is refused.
 
-    names: those with one of the suffixes, in order, hidden ones apart. labels: name -> class, from dataset.json, {} where there are none.
-    skipped: hidden entries and labels without an entry. ValueError where dataset.json has labels and none matches an entry.
+    names: those with one of the suffixes, in order, without hidden ones. labels: name -> class, from dataset.json, {}
+    without labels. skipped: hidden entries, and labels without an entry. Raises ValueError where dataset.json has
+    labels and none matches an entry.
     """
 
     def __init__(self, path: str, suffixes: tuple[str, ...]):
@@ -262,7 +262,7 @@ class Archive:
         self.num_classes = max(self.labels.values()) + 1 if self.labels else None
 
     def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
-        """The content of that entry; ValueError says why it is refused or cannot be read."""
+        """The content of that entry. ValueError gives the reason for refusal."""
         if escapes(name):
             raise ValueError("has a name that points out of the archive")
         if self.infos[name].file_size > limit:
@@ -312,7 +312,9 @@ class Archive:
 
 
 def read_array(content: bytes) -> numpy.ndarray:
-    """The array of a .npy file; ValueError for a pickled one, one that is not of floats, or whose header promises more than there is."""
+    """The array of a .npy file. Raises ValueError for a pickled one, one without floats, or a header that promises too
+    much.
+    """
     stream: Any = io.BytesIO(content)
     try:
         version = numpy.lib.format.read_magic(stream)

@@ -28,11 +28,13 @@ from flowmap.data.sources import MAX_PIXELS, Item, SquareImages, check_channels
 
 @dataclass(frozen=True)
 class FolderImages(SquareImages):
-    """Every picture below `root`, in the order of their paths; with several subfolders each of them is a class, unless `classes` is false.
+    """Every picture below `root`, in the order of paths. With several subfolders each is a class, unless `classes` is
+    false.
 
-    Classes are in the order of their names, or of their numbers where all are numbers; one without a usable picture keeps its number.
-    Captions, where wanted, stand in metadata.jsonl or metadata.csv (file_name, text) of any folder, or in a .txt beside the picture. Hidden
-    files and folders are skipped, links to folders are followed. The folder is listed once in the life of this object.
+    Classes are in the order of their names, or of their numbers where all are numbers; one without a usable picture
+    keeps its number. Captions are read from metadata.jsonl or metadata.csv (file_name, text) of any folder, or from a
+    .txt next to the picture. Hidden files and folders are skipped, links to folders are followed. The folder is listed
+    once in the life of this object.
     """
 
     root: str = "???"
@@ -77,12 +79,13 @@ class FolderImages(SquareImages):
         return sum(name in self._captions for name in self._listing.pictures) if self.captions else 0
 
     @property
-    def captions_hint(self) -> str:  # type: ignore[override]  # a constant of the other sources; none is asked for it as a class
+    def captions_hint(self) -> str:  # type: ignore[override]  # a constant of the other sources
         if not self.captions:
             return "data.images.captions is false"
         keys = [*map(printable, self._captions.keys)][:10]
         seen = f"; the metadata has the keys {', '.join(keys)}" if keys else ""
-        return f"captions are read from metadata.jsonl or metadata.csv (file_name, text) or a .txt next to each picture{seen}"
+        files = "metadata.jsonl or metadata.csv (file_name, text) or a .txt next to each picture"
+        return f"captions are read from {files}{seen}"
 
     @cached_property
     def _listing(self) -> Listing:
@@ -99,12 +102,13 @@ class FolderImages(SquareImages):
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """Every picture below `root`, turned upright, cut to the largest centred square and scaled to size x size in [-1, 1]; all held in memory.
+    """Every picture below `root`, upright, cropped to the largest centred square, scaled to size x size in [-1, 1], in
+    memory.
 
-    With several subfolders each of them is a class, in the order of their names (of their numbers where all are numbers). channels 3 is RGB,
-    1 grey levels; transparency lies on white. Files that cannot be read, or have more than 64 million pixels, are left out; they, hidden
-    files, unsupported files and grey pictures among coloured ones are counted on stderr. held_out images (null: a tenth, at
-    most 1,000), drawn by `seed`, are never trained on.
+    With several subfolders each is a class, in the order of their names (of their numbers where all are numbers).
+    channels 3 is RGB, 1 grey levels; transparency becomes white. Files that cannot be read, or have more than 64
+    million pixels, are left out; they, hidden files, unsupported files and grey pictures among coloured ones are
+    counted on stderr. held_out images (null: a tenth, at most 1,000), drawn by `seed`, are never trained on.
     """
 
     root: str = "???"

@@ -1,4 +1,6 @@
-"""Pictures of a Hugging Face data set: on disk, in the hub's cache, or streamed from the hub. No code of a data set is ever run."""
+"""Pictures of a Hugging Face data set: on disk, in the hub's cache, or streamed from the hub. Code of a data set never
+runs.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from flowmap.data.sources import Item, SquareImages, as_label, class_names_of, o
 
 @dataclass(frozen=True)
 class HuggingFaceImages(SquareImages):
-    """The pictures in column `image` of a data set: a hub id, a folder that save_to_disk wrote, or one that load_dataset reads.
+    """The pictures in column `image` of a data set: a hub id, a folder of save_to_disk, or one that load_dataset reads.
 
-    label names a column of classes (ClassLabel, or whole numbers from 0), caption one of texts (the first of several); none: not read.
-    streaming: read from the hub as it comes, in the order there; its length is not known before the end.
+    label: a column of classes (ClassLabel, or whole numbers from 0). caption: a column of texts, of several in a cell
+    the first. Without them neither is read. streaming: read from the hub in its order; the length is not known before
+    the end.
     """
 
     path: str = "???"
@@ -109,7 +112,9 @@ class HuggingFaceImages(SquareImages):
 
 
 class _Stream:
-    """The rows of a stream from any position on: forward it goes on where it stood, without decoding what it passes; back it starts anew."""
+    """The rows of a stream from any position on. Forward it continues without decoding skipped rows; backward it
+    restarts.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset, self.iterator, self.place = dataset, iter(dataset), 0
@@ -128,7 +133,7 @@ class _Stream:
 
 
 def _file_of(cell: Any) -> Any:
-    """What PIL can open of a cell {"bytes", "path"}; a path must be a file here: no address that a data set names is fetched."""
+    """A file for PIL from a cell {"bytes", "path"}. A path must be a local file; no address is fetched."""
     if isinstance(cell, Mapping) and cell.get("bytes") is not None:
         return io.BytesIO(cell["bytes"])
     if isinstance(cell, Mapping) and cell.get("path") and os.path.isfile(cell["path"]):

@@ -1,6 +1,7 @@
-"""Fashion-MNIST's four gzipped IDX files: where they may lie, what they must hold, and how they are read.
+"""Fashion-MNIST's four gzipped IDX files: their places, their contents, and how to read them.
 
-An IDX file: four bytes (0, 0, 8 = unsigned byte, number of dimensions), each dimension as a big-endian int32, then the bytes.
+An IDX file: four bytes (0, 0, 8 = unsigned byte, number of dimensions), each dimension as a big-endian int32, then the
+bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ FASHION_FILES = {
 
 
 def parse(content: bytes, shape: tuple[int, ...], path: str | Path) -> Tensor:
-    """The uint8 tensor of this shape in an uncompressed IDX file. Raises ValueError naming `path` if header or length differ."""
+    """The uint8 tensor of this shape in an uncompressed IDX file.
+
+    Raises ValueError that names `path` if header or length differ.
+    """
     header = struct.pack(f">BBBB{len(shape)}i", 0, 0, 8, len(shape), *shape)
     size = len(header) + torch.Size(shape).numel()
     if content[: len(header)] != header or len(content) != size:
@@ -32,7 +36,10 @@ def parse(content: bytes, shape: tuple[int, ...], path: str | Path) -> Tensor:
 
 
 def read(folder: Path, name: str) -> Tensor:
-    """One of FASHION_FILES as a uint8 tensor, its checksum, header and length checked. Raises ValueError for a broken file."""
+    """One of FASHION_FILES as a uint8 tensor, with its checksum, header and length checked.
+
+    Raises ValueError for a broken file.
+    """
     path = folder / name
     try:
         content = gzip.decompress(path.read_bytes())
@@ -42,7 +49,7 @@ def read(folder: Path, name: str) -> Tensor:
 
 
 def complete(folder: Path) -> bool:
-    """Whether the folder holds all four files, each whole."""
+    """Whether the folder has all four files, each whole."""
     try:
         return all(read(folder, name) is not None for name in FASHION_FILES)
     except ValueError:

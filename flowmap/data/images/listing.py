@@ -1,6 +1,7 @@
-"""What a folder of pictures holds: pictures, class folders and captions; everything else is skipped and counted by reason.
+"""The contents of a folder of pictures: pictures, class folders and captions. All else is skipped and counted by
+reason.
 
-Hidden files and folders, and those that operating systems leave behind, are skipped. Links to folders are followed, loops are not.
+Hidden files and folders, and those of operating systems, are skipped. Links to folders are followed, loops are not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from flowmap.data.sources import SUFFIXES
 METADATA = ("metadata.csv", "metadata.jsonl")
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 UNREAD_SUFFIXES = tuple(
-    ".heic .heif .hif .jxl .jp2 .psd .svg .eps .ppm .pgm .pnm .tga .ico .exr .hdr .dng .nef .cr2 .cr3 .arw .raw .orf".split()
+    (
+        ".heic .heif .hif .jxl .jp2 .psd .svg .eps .ppm .pgm .pnm .tga .ico .exr .hdr "
+        ".dng .nef .cr2 .cr3 .arw .raw .orf"
+    ).split()
 )
 NOT_REGULAR = "not regular files"
 LOOP, UNREADABLE = "links to a parent folder", "unreadable folders"
@@ -40,9 +44,11 @@ class Tally(dict):
 
 @dataclass
 class Listing:
-    """All names are from the root, with "/". classes: class folders in the order of their labels, [] where there are none.
+    """All names are relative to the root, with "/". classes: class folders in the order of their labels, [] without
+    classes.
 
-    texts: name of a .txt without its suffix, as `normalized_name` gives it, -> the .txt. skipped: what is neither picture, caption nor metadata.
+    texts: the name of a .txt without its suffix, as `normalized_name` returns it, -> the .txt. skipped: what is neither
+    picture, caption nor metadata.
     """
 
     pictures: list[str] = field(default_factory=list)
@@ -53,9 +59,10 @@ class Listing:
 
 
 def listing(root: str) -> Listing:
-    """What the folder holds, pictures sorted by the parts of their names. ValueError where there is no such folder.
+    """The contents of the folder, pictures sorted by the parts of their names. Raises ValueError without such a folder.
 
-    With pictures in two subfolders or more, every subfolder is a class but those that hold only other files; an empty one keeps its label.
+    With pictures in two subfolders or more, every subfolder is a class but those that have only other files; an empty
+    one keeps its label.
     """
     found, pictorial, other, empty = Listing(), set(), set(), []
     for name, kind in walk(root, found.skipped):
@@ -89,7 +96,9 @@ def listing(root: str) -> Listing:
 
 
 def walk(root: str, skipped: Tally) -> Iterator[tuple[str, str]]:
-    """(name from the root, "file" | "folder" | NOT_REGULAR | LOOP | UNREADABLE) of everything but hidden entries, which `skipped` counts."""
+    """(name from the root, "file" | "folder" | NOT_REGULAR | LOOP | UNREADABLE) of every entry; hidden ones go to
+    `skipped`.
+    """
     if not os.path.isdir(root):
         raise ValueError(f"data.root: {root}: there is no such folder")
     ahead: list[tuple[str, tuple[tuple[int, int], ...]]] = [
@@ -130,7 +139,7 @@ def is_hidden(name: str) -> bool:
 
 
 def normalized_name(name: str) -> str:
-    """The name in one spelling for all systems: composed (NFC), with `/`, without `.` and `..` where they can be resolved."""
+    """The name in one spelling on all systems: composed (NFC), with `/`, and `.` and `..` resolved where possible."""
     return os.path.normpath(unicodedata.normalize("NFC", name).replace("\\", "/"))
 
 

@@ -1,4 +1,4 @@
-"""What a user should know about a source's pictures before training: how many there are, and what is left out and why."""
+"""A summary of a source's pictures before training: how many there are, and how many are left out for which reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ MAX_CLASSES = 10**6  # a label of 2**31 - 1 does not make 2**31 classes to searc
 
 
 def check_captions(images: ImageSource, wants_text: bool) -> None:
-    """ValueError where the recipe reads text and the source knows, without decoding pictures, that none has a caption."""
+    """Raise ValueError where the recipe reads text and the source knows, without decoding pictures, that it has no
+    captions.
+    """
     if wants_text and images.num_captions() == 0 and images.length() != 0:
         raise ValueError(f"data.text: the recipe reads captions and no picture has one: {images.captions_hint}")
 

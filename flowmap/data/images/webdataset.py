@@ -1,6 +1,6 @@
-"""Pictures in WebDataset shards: plain .tar files in which the files of one sample stand together and share the name before the first dot.
+"""Pictures in WebDataset shards: plain .tar files with the files of a sample together, named alike up to the first dot.
 
-The shards are read as data, by position: nothing is extracted, no command is run, and no name that an entry carries is followed.
+The shards are read as data, by position: nothing is extracted, no command runs, and no name in an entry is followed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ Members = list[tuple[str, tarfile.TarInfo]]
 
 @dataclass(frozen=True, kw_only=True)
 class WebDatasetImages(SquareImages):
-    """The pictures (jpg, png, webp) of local .tar shards, each a path or a pattern with *; class in .cls, caption in .txt or .json.
+    """The pictures (jpg, png, webp) of local .tar shards, each a path or a pattern with *; class in .cls, caption in
+    .txt or .json.
 
-    A .json is {"caption": "..."} or {"text": "..."}. Several tars joined into one file are read one after the other. Each shard's headers are
-    read once to count its samples.
+    A .json is {"caption": "..."} or {"text": "..."}. Several tars joined into one file are read one after the other.
+    Each shard's headers are read once to count its samples.
     """
 
     shards: tuple[str, ...]
@@ -103,7 +104,9 @@ class WebDatasetImages(SquareImages):
 
 
 class _Headers(NamedTuple):
-    """Of one shard: where its samples begin, in bytes; how many have a text; pictures that are not read because a sample has another."""
+    """Of one shard: the first byte of each sample, the number of texts, and further pictures of a sample, which are not
+    read.
+    """
 
     offsets: array
     texts: int
@@ -125,7 +128,9 @@ def _look(path: str) -> _Headers:
 
 
 def _samples(file: BinaryIO, start: int | None = 0) -> Iterator[tuple[tarfile.TarFile, str, Members]]:
-    """(tar, key, [(suffix, member)]) of each sample from that byte on, of one tar after the other; ValueError where one of them is torn."""
+    """(tar, key, [(suffix, member)]) of each sample from that byte on, through all joined tars. ValueError for a torn
+    tar.
+    """
     while start is not None:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -135,10 +140,10 @@ def _samples(file: BinaryIO, start: int | None = 0) -> Iterator[tuple[tarfile.Ta
 
 
 def _together(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
-    """Files that stand together; folders and files without a suffix belong to no sample."""
+    """Groups consecutive files of a sample. Folders and files without a suffix belong to none."""
     last, members = "", Members()
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # typeshed leaves it out; TarFile remembers every member otherwise
+        tar.members = []  # type: ignore[attr-defined]  # otherwise TarFile remembers every member
         folder, _, base = member.name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         if member.isdir() or not stem or not dot:
@@ -154,9 +159,9 @@ def _together(tar: tarfile.TarFile) -> Iterator[tuple[str, Members]]:
 
 
 def _next_tar(file: BinaryIO, end: int) -> int | None:
-    """Where the next tar begins after one whose files end at that byte, None at the end of the file; tarfile itself stops there in silence.
+    """The start of the next joined tar after one with files up to that byte, None at the end of the file.
 
-    ValueError unless what ends a tar is there, a block of zeros.
+    tarfile itself stops there silently. Raises ValueError unless the tar ends as it must, with a block of zeros.
     """
     file.seek(end)
     block = file.read(BLOCK)
@@ -170,7 +175,9 @@ def _next_tar(file: BinaryIO, end: int) -> int | None:
 
 
 def _parts(members: list[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
-    """The members that matter, by suffix; ValueError for one that is not a regular file, leaves the archive or comes twice."""
+    """The members of a sample by suffix. Raises ValueError for one that is no regular file, escapes the archive or is
+    repeated.
+    """
     parts: dict[str, tarfile.TarInfo] = {}
     for suffix, member in members:
         if f".{suffix}" not in SUFFIXES and suffix not in TEXTS:

@@ -1,6 +1,7 @@
 """A frozen text autoencoder with its tokenizer: sentences become normalised latents, and latents sentences again.
 
-Its folder, which a run of objective `text_elbo` leaves: config.json, model.safetensors, tokenizer.json and tokenizer_settings.json.
+A run of objective `text_elbo` writes its folder: config.json, model.safetensors, tokenizer.json,
+tokenizer_settings.json.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {TextNet: TEXT_NETS}
 
 @dataclass(frozen=True)
 class _Config:
-    """What config.json says: latents are (z - shift) * scale, shift one number for each entry."""
+    """The contents of config.json: latents are (z - shift) * scale, with one number of shift for each entry."""
 
     net: TextNet
     max_tokens: int
@@ -53,7 +54,10 @@ class _Config:
 
 @dataclass(frozen=True)
 class TextAutoencoder:
-    """A text autoencoder from a folder (`source`), or trained by one of our recipes (`recipe`, with key=value `overrides`)."""
+    """A text autoencoder from a folder (`source`), or the one that a recipe trains.
+
+    overrides: key=value for the recipe.
+    """
 
     source: str | None = None
     recipe: str | None = None
@@ -61,12 +65,11 @@ class TextAutoencoder:
 
     def __post_init__(self):
         if (self.source is None) == (self.recipe is None):
-            raise ValueError(
-                "source: a text autoencoder wants exactly one of source (a folder) and recipe (one of ours that trains it)"
-            )
+            which = "source (a folder) and recipe (one of ours that trains it)"
+            raise ValueError(f"source: a text autoencoder wants exactly one of {which}")
 
     def load(self) -> FrozenTextAutoencoder:
-        """The autoencoder on the CPU, weights from safetensors alone. ValueError, in one line, where it cannot be had."""
+        """The autoencoder on the CPU, from safetensors. Raises ValueError, in one line, where that fails."""
         folder = self._folder()
         config, tokens, state = self._config(), load_tokens(folder), read_tensors(folder / "model.safetensors")
         if tokens.digest() != config.tokenizer or config.net.vocab is None or tokens.vocab > config.net.vocab:
@@ -85,7 +88,7 @@ class TextAutoencoder:
         return FrozenTextAutoencoder(net, tokens, torch.tensor(config.shift), config.scale)
 
     def identity(self) -> dict[str, Any]:
-        """What makes its latents unlike those of another; plain values, found without loading it."""
+        """Plain values that identify its latents, found without loading it."""
         config = self._config()
         weights = weights_hash(self._folder() / "model.safetensors")
         return {
@@ -106,9 +109,8 @@ class TextAutoencoder:
     def _config(self) -> _Config:
         path = self._folder() / "config.json"
         if not path.is_file():
-            raise ValueError(
-                f"autoencoder: {self._folder()} holds no text autoencoder yet; `flowmap fit` of a recipe that uses it trains it first"
-            )
+            what = f"{self._folder()} has no text autoencoder yet"
+            raise ValueError(f"autoencoder: {what}; `flowmap fit` of a recipe that uses it trains it first")
         plain = read_json(path)
         if plain.pop("format", None) != FORMAT:
             raise ValueError(f"{path}: is not the config of a text autoencoder")
@@ -116,7 +118,7 @@ class TextAutoencoder:
 
 
 class FrozenTextAutoencoder:
-    """encode: list[str] -> latents (N, *shape); decode: back, the likeliest token at every place. Deterministic: the posterior's mean."""
+    """encode: list[str] -> latents (N, *shape), the posterior's mean. decode: the likeliest token at every place."""
 
     net: Any  # a TextVAENet, or another with its moments, generate and spec
 
@@ -152,7 +154,7 @@ class FrozenTextAutoencoder:
 def save_text_autoencoder(
     folder: Path, net: Any, state: Mapping[str, Tensor], tokens: Tokens, rows: Tensor, *, recipe: str, card: str
 ) -> None:
-    """Writes the folder, each file beside and renamed; shift and scale make the latents of the token rows (N, L) mean 0 and spread 1."""
+    """Write the folder. shift and scale normalise the latents of the token rows (N, L) to mean 0 and spread 1."""
     with torch.no_grad():
         device = next(net.parameters()).device
         z = torch.cat([net.moments(part.to(device))[0].float().cpu() for part in rows.split(256)])

@@ -1,7 +1,7 @@
-"""Sentences as samples: token rows for a text autoencoder, or the latents that a frozen one makes of them for a flow.
+"""Sentences as samples: token rows for a text autoencoder, or the latents of a frozen one for a flow.
 
-The held-out part shares no entry (see Sentence.keys) and no text with the training part. Attributes are conditions of their own: one int64
-number a sentence, -1 where it has none. Source of the setting: Language Rectified Flow, arXiv:2403.16995.
+The held-out part shares no entry (see Sentence.keys) and no text with the training part. Attributes are conditions: one
+int64 number per sentence, -1 where it has none. Source of the setting: Language Rectified Flow, arXiv:2403.16995.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MAX_LENGTH = 24  # words; longer sentences are of the last class of the attribut
 
 @dataclass(frozen=True)
 class Attribute:
-    """A condition of sentences: its name and the values that its numbers 0, 1, ... stand for.
+    """A condition of sentences: its name, and the values of its numbers 0, 1, ...
 
-    seen: how many of them, from the first, training has seen; None: all. Networks have a row for every value, so that lengths of any data
-    fit the weights of any other.
+    seen: how many of them, from the first, training has seen; None: all. Networks have a row for every value, so that
+    lengths of any data fit the weights of any other.
     """
 
     name: str
@@ -42,11 +42,12 @@ class Attribute:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The values that may be asked for."""
+        """The values that a user may request."""
         return self.values[: self.seen]
 
     def number(self, value: Any) -> int:
-        """The number of a value, given by name (5 is "5" where values are called so) or as that number (-1: none; never of a length).
+        """The number of a value, given by name (5 is "5" where a value has that name) or as the number (-1: none; never
+        a length).
 
         ValueError names what is allowed.
         """
@@ -62,13 +63,17 @@ class Attribute:
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Source):
-    """Sentences of a source. Without `autoencoder` a sample is its row of tokens, with it the latents that it makes of the sentence.
+    """Sentences of a source. A sample is a row of tokens, or with `autoencoder` the latents of the sentence.
 
-    attributes: which become conditions; "length" (in words) every source has. Each is dropped with drop_attribute, all with drop_condition.
-    only: "attribute=value" that every sentence must have. held_out: the share of entries. infill: a sample is the middle third of a
-    sentence, the latents of its left and right parts are the conditions "left" and "right". max_words, common_words: sentences of more
-    words, or with one that is not among so many most frequent ones of the source, are left out and counted ("long", "rare"). root: where
-    latents are kept.
+    attributes       those that become conditions; every source has "length" (in words). Each is dropped with
+                     probability drop_attribute, all with drop_condition
+    only             "attribute=value" that every sentence must have
+    held_out         the share of entries
+    infill           a sample is the middle third of a sentence; the latents of its left and right parts are the
+                     conditions "left" and "right"
+    max_words        sentences of more words are left out and counted ("long")
+    common_words     sentences with a word that is not among so many most frequent ones are left out ("rare")
+    root             the folder of the latents
     """
 
     sentences: TextSource = WordNet()
@@ -97,8 +102,10 @@ class Text(Source):
             raise ValueError(f"only: {list(self.only)} must be a list of attribute=value")
 
     def read(self) -> tuple[list[Sentence], list[Sentence], tuple[Attribute, ...], Counter]:
-        """(training sentences, held-out ones, attributes, counts of those left out); ValueError where sentences cannot be read, an attribute
-        is unknown, or nothing is left."""
+        """(training sentences, held-out ones, attributes, counts of those left out).
+
+        Raises ValueError where sentences cannot be read, an attribute is unknown, or no sentence is left.
+        """
         found, counts = self.sentences.read()
         kept = self._chosen(self._plain(found, counts))
         train, held_out = split(kept, self.held_out, self.seed, counts)
@@ -119,12 +126,12 @@ class Text(Source):
             conditions = code.contexts if self.infill else None
         parts = [_Part(code, conditions, part, attributes) for part in (train, held_out)]
         return TextDataset(
-            "text", parts[0].samples, parts[1].samples, texts=parts[0].texts, held_out_texts=parts[1].texts, attributes=attributes,
-            codes=parts[0].codes, held_out_codes=parts[1].codes, counts=counts, tokens=tokens,
+            "text", parts[0].samples, parts[1].samples, texts=parts[0].texts, held_out_texts=parts[1].texts,
+            attributes=attributes, codes=parts[0].codes, held_out_codes=parts[1].codes, counts=counts, tokens=tokens,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """What latents on disk depend on, beside the sentences themselves."""
+        """The settings that latents on disk depend on, other than the sentences themselves."""
         assert self.autoencoder is not None
         return {"autoencoder": self.autoencoder.identity(), "infill": self.infill}
 
@@ -166,8 +173,9 @@ class Text(Source):
 class TextDataset(Dataset):
     """A data set (see data/dataset.py) of sentences; samples are float32: token numbers (N, L), or latents.
 
-    texts are the training sentences as read. codes: the conditions, attributes by number and, for infilling, contexts. counts: sentences
-    that were "empty", "cut", or left out as they share an entry with the held-out ones ("shared"). tokens: where samples are token rows.
+    texts: the training sentences as read. codes: the conditions, attributes by number and, for infilling, contexts.
+    counts: sentences that were "empty", "cut", or left out as they share an entry with the held-out ones ("shared").
+    tokens: the tokenizer where samples are token rows.
     """
 
     texts: Sequence[str] = ()
@@ -195,7 +203,7 @@ class TextDataset(Dataset):
         return {key: rows[places] for key, rows in self.held_out_codes.items()}
 
     def wanted(self, num: int) -> list[str] | None:
-        """What infilling should give at the first `num` places of an evaluation, the middle parts; None where nothing is infilled."""
+        """The true middle parts at the first `num` places of an evaluation of infilling; None without infilling."""
         if not any(column.is_floating_point() for column in self.codes.values()):
             return None
         texts = self.held_out_texts or self.texts
@@ -212,7 +220,9 @@ class TextDataset(Dataset):
         return self.train[index], {key: rows[index] for key, rows in self.codes.items()}
 
     def of(self, rules: Mapping[str, str], *, held_out: bool = False) -> Tensor:
-        """The places of the training (or held-out) sentences with those attributes. ValueError for values that were never seen."""
+        """The places of the training (or held-out) sentences with those attributes. Raises ValueError for values never
+        seen.
+        """
         by_name, codes = {one.name: one for one in self.attributes}, self.held_out_codes if held_out else self.codes
         kept = torch.ones(len(self.held_out if held_out else self.train), dtype=torch.bool)
         for name, value in rules.items():

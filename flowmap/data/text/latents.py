@@ -1,4 +1,4 @@
-"""Latents of sentences, made once by a frozen text autoencoder and kept in a folder under a hash of all that they depend on."""
+"""Latents of sentences, made once by a frozen text autoencoder and stored under a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 class TextCoder(Protocol):
-    """Names a frozen text autoencoder. load() gives encode(list[str]) -> normalised latents (N, *shape), decode(z) -> list[str]."""
+    """The settings of a frozen text autoencoder.
+
+    load() returns encode(list[str]) -> normalised latents (N, *shape), and decode(z) -> list[str].
+    """
 
     @property
     def source(self) -> str | None: ...
@@ -25,7 +28,9 @@ class TextCoder(Protocol):
 
 
 class Latent:
-    """latent(texts): (N, *shape) float32, read from the folder where they lie already and whole, else made and written there."""
+    """latent(texts): (N, *shape) float32, read from the folder if it has them whole, otherwise computed and written
+    there.
+    """
 
     def __init__(self, autoencoder: TextCoder, counts: Counter, *, root: str, infill: bool):
         self.autoencoder, self.counts, self.root, self.infill = autoencoder, counts, root, infill

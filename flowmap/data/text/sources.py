@@ -1,7 +1,8 @@
-"""Where sentences come from: WordNet's definitions, files of text or JSONL, data sets of Hugging Face. Text is data, never code.
+"""Sources of sentences: WordNet's definitions, files of text or JSONL, and data sets of Hugging Face. Text is never
+code.
 
-A source gives every sentence with its attributes (text values by name) and its keys: what it may not share with a held-out sentence.
-What cannot be used is counted (empty) or refused with file and line (not UTF-8, not JSON).
+A source returns every sentence with its attributes (text values by name) and its keys, which it may not share with a
+held-out sentence. An empty sentence is counted; a line that is not UTF-8 or not JSON is refused with file and line.
 """
 
 from __future__ import annotations
@@ -41,19 +42,23 @@ ENDINGS = (".txt", ".jsonl")
 WORDNET_FILES = {"data.noun": "noun", "data.verb": "verb", "data.adj": "adjective", "data.adv": "adverb"}
 # WordNet's lexicographer files, in the order of their numbers (lexnames(5WN))
 CATEGORIES = (
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication noun.event "
-    "noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
-    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change verb.cognition verb.communication "
-    "verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
-    "verb.stative verb.weather adj.ppl"
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
+    "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
+    "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
+    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
+    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation "
+    "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather "
+    "adj.ppl"
 ).split()
 
 
 @dataclass(frozen=True)
 class WordNet:
-    """The definitions of WordNet 3.0 in `root` (`python -m flowmap.data.fetch wordnet`), with part_of_speech (4) and category (45).
+    """The definitions of WordNet 3.0 in `root` (`python -m flowmap.data.fetch wordnet`), with part_of_speech and
+    category.
 
-    examples: the example sentences as well. The keys are the lemmas: definitions of one word belong together.
+    part_of_speech has 4 values, category 45. examples: the example sentences as well. The keys are the lemmas:
+    definitions of one word belong together.
     """
 
     root: str = ".data/wordnet"
@@ -96,11 +101,11 @@ class WordNet:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """A file, or every file below a folder that is not hidden: of .txt each line is a sentence, of .jsonl each line a mapping with `text`
-    and attributes.
+    """A file, or every file below a folder that is not hidden: lines of .txt, or mappings with `text` and attributes in
+    .jsonl.
 
-    Lines of .txt have the attribute "file", the file's name without its ending (yelp/positive.txt: "positive"). key: the column of a
-    .jsonl that names the entry a sentence belongs to, so that entries are not split.
+    Lines of .txt have the attribute "file", the file's name without its suffix (yelp/positive.txt: "positive"). key:
+    the column of a .jsonl that names the entry of a sentence, so that entries are not split.
     """
 
     root: str = "???"
@@ -124,7 +129,9 @@ class TextFiles:
         return found, counts
 
     def _paths(self, root: Path) -> list[Path]:
-        """The file itself, or those below the folder that are not hidden; a device or a pipe among them is refused when it is read."""
+        """The file itself, or the files below the folder that are not hidden. A device or a pipe is refused when it is
+        read.
+        """
         if not root.is_dir():
             return [root] if root.is_file() else []
         found = (root / name for name, kind in walk(str(root), Tally()) if kind in ("file", NOT_REGULAR))
@@ -145,9 +152,10 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class HuggingFaceText:
-    """Column `text` of a data set: a hub id, a folder that save_to_disk wrote, or one that load_dataset reads; `columns` are attributes.
+    """Column `text` of a data set: a hub id, a folder of save_to_disk, or one that load_dataset reads.
 
-    key: the column that names the entry a row belongs to. Whole numbers of a ClassLabel are given their names. No code of a data set is run.
+    columns: those that are attributes. key: the column that names the entry of a row. Numbers of a ClassLabel become
+    their names. Code of a data set never runs.
     """
 
     path: str = "???"
@@ -210,7 +218,9 @@ def one_line(text: str) -> str:
 
 
 def as_sentence(row: Any, text: str, key: str | None, columns: tuple[str, ...] | None, where: str) -> Sentence:
-    """A row as a sentence: attributes are `columns`, or all texts and whole numbers that it has. ValueError says what it lacks."""
+    """A row as a sentence, with attributes from `columns`, or all its texts and whole numbers. ValueError names what is
+    missing.
+    """
     if not isinstance(row, Mapping) or not isinstance(row.get(text), str):
         raise ValueError(f"{where}: has no text {text!r}")
     wanted = (

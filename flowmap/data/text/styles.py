@@ -1,7 +1,7 @@
-"""The coupling of two empirical sets: latents of sentences in one style are carried to latents of sentences in another, unpaired.
+"""The coupling of two unpaired sets: latents of sentences in one style are carried to latents of sentences in another.
 
-Source: Language Rectified Flow, arXiv:2403.16995, editing; minibatch optimal transport: Pooladian et al. 2023, arXiv:2304.14772.
-Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
+Source: Language Rectified Flow, arXiv:2403.16995, editing; minibatch optimal transport: Pooladian et al. 2023,
+arXiv:2304.14772. Clock: x0 (t = 0) is the target, x1 (t = 1) the source.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from flowmap.flow.types import RecipeView
 
 @dataclass(frozen=True)
 class Styles(BaseCoupling):
-    """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; every x1 is drawn anew from all of its set.
+    """x0 has the attributes of `target`, x1 those of `source`, each a list of attribute=value; x1 is drawn from its
+    whole set.
 
-    match "independent" joins each x0 to any x1; "optimal" joins those of a batch so that the sum of |x1 - x0|^2 is least: paths are short, and
-    more of a sentence is kept. A batch is there a micro-batch of one process: larger ones find shorter paths.
+    match: "independent" joins each x0 to any x1; "optimal" joins those of a micro-batch of one process so that the sum
+    of |x1 - x0|^2 is least. Then paths are short, and more of a sentence is kept; larger batches find shorter paths.
     """
 
     source: tuple[str, ...] = ()
@@ -57,8 +58,10 @@ class StyledDataset(TextDataset):
     match: str = "independent"
 
     @classmethod
-    def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:  # type: ignore[override]  # hides a query that is asked before
-        """The styles' part of the data. ValueError where the data is no text, or an attribute or value was never seen."""
+    def of(cls, data: TextDataset, styles: Styles) -> StyledDataset:  # type: ignore[override]
+        """The part of the data in those styles. Raises ValueError where the data is no text, or an attribute or value
+        was never seen.
+        """
         if not isinstance(data, TextDataset) or data.tokens is not None:
             raise ValueError("coupling: styles joins latents of sentences: data of kind text with an autoencoder")
         places = {}
@@ -88,7 +91,9 @@ class StyledDataset(TextDataset):
         return x1[nearest_together(x0, x1)] if self.match == "optimal" else x1
 
     def starts(self, num: int) -> tuple[Tensor, list[str]]:
-        """x1 and its sentences for a look at `num` samples: the held-out ones of the source, again and again where there are fewer."""
+        """x1 and its sentences for `num` samples of an evaluation: the held-out ones of the source, repeated if there
+        are fewer.
+        """
         places = looked_at(torch.arange(num), len(self.held_out_sources))
         return self.held_out_sources[places], _at(self.held_out_source_texts, places)
 

@@ -1,6 +1,8 @@
-"""Tokenizers: sentences become rows of token numbers and sentences again. Byte-level BPE trained here, or the tokenizer of a transformers model.
+"""Tokenizers of sentences to rows of token numbers and back: byte-level BPE trained here, or a transformers model's
+own.
 
-A row is the sentence's tokens, then the end token, then padding; a sentence that is too long is cut before the end token, and counted.
+A row is the sentence's tokens, then the end token, then padding. A sentence that is too long is cut before the end
+token, and counted.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class BPE:
-    """Byte-level byte-pair encoding of `vocab` tokens at most, trained on the training sentences: every text comes back as it was."""
+    """Byte-level byte-pair encoding with `vocab` tokens at most, trained on the training sentences. It decodes any text
+    exactly.
+    """
 
     vocab: Annotated[int, Range(256 + len(SPECIAL), 1_000_000)] = 4096
     max_tokens: MaxTokens = 32
@@ -135,7 +139,9 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pretrained tokenizers for a text autoencoder of two models: a row is max_tokens of the encoder's, then max_tokens of the decoder's."""
+    """Two pretrained tokenizers for a text autoencoder of two models: max_tokens of the encoder's, then of the
+    decoder's.
+    """
 
     encoder: str
     decoder: str
@@ -217,7 +223,7 @@ class Tokens:
         return self.fast.decode_batch(kept, skip_special_tokens=True)
 
     def conditioning(self) -> dict[str, Any]:
-        """What a network is told of it."""
+        """The settings of the network that depend on the tokenizer."""
         return {"special": self.special}
 
     @property
@@ -233,7 +239,7 @@ class Tokens:
 
 
 class PairTokens(Tokens):
-    """The tokenizers of an encoder and a decoder: rows (N, 2 max_tokens), whose second half is decoded."""
+    """The tokenizers of an encoder and a decoder: rows (N, 2 max_tokens), of which the second half is decoded."""
 
     pair = True
 

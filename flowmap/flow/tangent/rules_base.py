@@ -21,6 +21,7 @@ from torch import Tensor
 
 Rule = Callable[..., Any]
 PLACES = (torch, F, torch.special, torch.linalg)
+NAMES: dict[Any, set[str]] = {place: set(dir(place)) for place in (Tensor, *PLACES)}  # they differ by torch version
 
 
 TANGENTS: dict[int, Tensor] = {}
@@ -77,14 +78,13 @@ def every(rule: Rule, *names: str) -> dict[Callable, Rule]:
     """A table from every torch function with one of these names (torch.x, Tensor.x, F.x, ...) to the rule."""
     of_tensor = [(Tensor, name) for name in names]
     elsewhere = [(place, name) for place in PLACES for name in names if not name.startswith("__")]
-    found = [getattr(place, name, None) for place, name in of_tensor + elsewhere]  # names differ between torch versions
+    found = [getattr(place, name) for place, name in of_tensor + elsewhere if name in NAMES[place]]
     return {function: rule for function in found if callable(function)}
 
 
 def getters(rule: Rule, *names: str) -> dict[Callable, Rule]:
     """A table from the getters of these tensor attributes to the rule."""
-    known = dir(Tensor)  # attributes differ between torch versions
-    return {getattr(Tensor, name).__get__: rule for name in names if name in known}
+    return {getattr(Tensor, name).__get__: rule for name in names if name in NAMES[Tensor]}
 
 
 def add_up(*terms: Tensor | None) -> Tensor | None:

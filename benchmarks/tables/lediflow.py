@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from _report import spread
+from lib.report import spread
 
 # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ...,
 # "codes": ...}

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from _peers_jobs import Job, Row, ours
-from _report import spread
+from lib.peers_jobs import Job, Row, ours
+from lib.report import spread
 
 from flowmap.flow.times import Mixture
 from flowmap.objectives import FlowMatching

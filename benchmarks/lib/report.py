@@ -19,7 +19,7 @@ import torch
 
 from flowmap.base.files import write_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "numpy", "scikit-learn")
 
 

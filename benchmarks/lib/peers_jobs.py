@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _peers import FastGen, Loss, PyMeanFlow
 
 from flowmap.build.data import build_data
 from flowmap.build.student import build_student, student_config
@@ -16,6 +15,7 @@ from flowmap.data import StepBatches
 from flowmap.flow.types import PathSample
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.train.draw import draw_sample, generator_for
+from lib.peers import FastGen, Loss, PyMeanFlow
 
 BASE = "base: {kind: logit_normal, mean: -0.4, std: 1.0, pairs: sorted}"
 LAW = (f"times={{kind: mixture, {BASE}, one_step: 0.0, diagonal: 0.75, diagonal_at: departure}}",)  # MeanFlow's own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from _report import spread
+from lib.report import spread
 
 # of one seed: {"student": {arm: {steps: {metric: value}}}, "floor": {metric: value}, "cost": {arm: ...},
 # "seconds a step": {arm: s}}

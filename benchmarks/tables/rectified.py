@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from _report import spread
+from lib.report import spread
 
 # of one seed: arm -> {"student": {steps: {metric: value}}, "euler": ..., "cpu_seconds": {"pairs": s, "fit": s}}
 Found = dict

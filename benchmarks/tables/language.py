@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _report import spread
+from lib.report import spread
 
 Rows = dict  # of one seed: part -> {row: {figure: value, "first": the first ten sentences, seed 0 alone}}
 FEW = {

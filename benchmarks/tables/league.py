@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from _report import spread
+from lib.report import spread
 
 
 def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:

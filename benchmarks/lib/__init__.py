@@ -1,0 +1,1 @@
+"""What several benchmarks share: reports, networks of their own, adapters of other code."""

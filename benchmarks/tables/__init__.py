@@ -1,0 +1,1 @@
+"""Tables of benchmarks, made from the results of their runs."""
