@@ -28,7 +28,6 @@ def gradients_of_a_step(
 
     They are means over micro-batches and processes, which run in turn here.
 
-    It is the mean over micro-batches and processes, which run in turn here.
     state: that of torch's own generator before every micro-batch.
     """
     recipe = replace(
