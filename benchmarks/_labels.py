@@ -1,6 +1,7 @@
-"""A feature space that no loss has seen: what a small network knows that was taught, on the real pictures alone, to tell their classes.
+"""A feature space that no loss uses: a small network trained only on the real pictures, to classify them.
 
-As Inception's features are of ImageNet.  Named as `features: _labels:labels` in a metric, after `fit`; the same on every run.
+It is to these data what Inception is to ImageNet.  Use it as `features: _labels:labels` in a metric, after `fit`. It is
+the same on every run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""What does the adversarial stage buy beyond training on?  The student before it, after it, and after as many steps without a discriminator.
+"""What does the adversarial stage buy beyond training on?  A student before it, after it, and without a discriminator.
 
-The control is the stage's recipe with its base objective alone: the same start, draws, learning rate, steps and averages.  All three are looked
-at with 1, 2 and 4 steps from the same noise: in the recipe's first feature space, which is made of the pixels that the discriminator sees, and in
-one that no loss has seen (_labels.py: a network that was taught to tell the classes of real pictures; --features adds others).
-Students and teachers are those that main_job.py keeps; arms are kept under runs/bench/adversarial, what is done is not done again.  Costs are
-CPU seconds of whole processes; seconds a step are the difference of a longer and a shorter run, of the first seed.
-`python benchmarks/adversarial.py [--set digits|fashion14] [--seeds 5] [--students FOLDER] [--features efficientnet_lite0] [--look-again] [--smoke]`
+The control, without a discriminator, is trained for as many steps: the stage's recipe with its base objective alone,
+with the same start, draws, learning rate, steps and averages.  All three are evaluated with 1, 2 and 4 steps from the
+same noise: in the recipe's first feature space, which is made of the pixels that the discriminator sees, and in one
+that no loss uses (_labels.py: a network trained to classify the real pictures; --features adds others). Students and
+teachers are those that main_job.py keeps; arms are kept in runs/bench/adversarial, and finished ones are not run again.
+Costs are CPU seconds of whole processes; seconds a step are the difference of a longer and a shorter run, of the first
+seed.
+`python benchmarks/adversarial.py [--set digits|fashion14] [--seeds 5] [--students FOLDER]
+    [--features efficientnet_lite0] [--look-again] [--smoke]`
 """
 
 import argparse
@@ -56,7 +59,7 @@ class Seed:
         self.start = self._start(Path((options.students or self.case.students).format(seed=seed)))
 
     def _start(self, source: Path) -> Path:
-        """The kept run that the stage goes on from; it and its teacher appear beside the arms, where `flowmap` looks for them."""
+        """The kept run that the stage starts from; it and its teacher are linked where `flowmap` looks for them."""
         from flowmap.plan.dependencies import teacher_recipes
         from flowmap.plan.run_folders import matches
         from flowmap.recipe.recipe import read_recipe, read_resolved
@@ -65,7 +68,8 @@ class Seed:
         run = source / name
         if not (run / "metrics.json").is_file():
             raise SystemExit(
-                f"{run} is not there: `python benchmarks/main_job.py` makes digits, `flowmap fit --recipe {name}` any other"
+                f"{run} is not there: `python benchmarks/main_job.py` makes digits, "
+                f"`flowmap fit --recipe {name}` any other"
             )
         needed = [run]
         for teacher in teacher_recipes(read_resolved(run / "recipe.yaml")):
@@ -177,7 +181,7 @@ class Seed:
 
 
 def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
-    """{"student": {arm: {steps: figures}}, "floor": figures}: all by the stage's own recipe, with its sampler and noise."""
+    """{"student": {arm: {steps: figures}}, "floor": figures}, with the stage's recipe, its sampler and noise."""
     import _labels
 
     from flowmap.base.trust import allow_import
@@ -204,7 +208,7 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
 
 
 def metrics_for(shipped, spaces: list[str], smoke: bool) -> list:
-    """The recipe's own Frechet distance and the precision and recall beside it, and the same in every one of the spaces."""
+    """The recipe's own Frechet distance with its precision and recall, and the same in every one of the spaces."""
     from flowmap.metrics import Frechet, PrecisionRecall
 
     first = next(metric for metric in shipped if isinstance(metric, Frechet))

@@ -1,8 +1,9 @@
 """How good is the emoji student at 1, 2 and 4 steps, and does stock diffusers draw what it draws?
 
-`flowmap fit --recipe emoji32` first (`make data` before it). Then `python benchmarks/emoji.py [--run runs/emoji32]`: exports the student for 1, 2
-and 4 steps, has a process in which flowmap cannot be imported draw the captions of training samples with StableDiffusion3Pipeline, compares with
-student.sample from the same noise, and writes docs/images/emoji.png: rows of real pictures, the teacher, and diffusers at 4, 2 and 1 steps.
+Run `make data` and `flowmap fit --recipe emoji32` first, then `python benchmarks/emoji.py [--run runs/emoji32]`. It
+exports the student for 1, 2 and 4 steps.  A process in which flowmap cannot be imported samples the captions of
+training samples with StableDiffusion3Pipeline, and the result is compared with student.sample from the same noise.
+docs/images/emoji.png has rows of real pictures, the teacher, and diffusers at 4, 2 and 1 steps.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ DRAW = """
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 given = load_file("given.safetensors")
-not_here = dict.fromkeys(["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"])
+names = ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]
+not_here = dict.fromkeys(names)
 pipe = DiffusionPipeline.from_pretrained("steps-{steps}", **not_here)
-images = pipe(prompt_embeds=given["text"], pooled_prompt_embeds=given["pooled"], latents=given["noise"], num_inference_steps={steps},
+images = pipe(prompt_embeds=given["text"], pooled_prompt_embeds=given["pooled"], latents=given["noise"],
+              num_inference_steps={steps},
               guidance_scale=1.0, height={side}, width={side}, output_type="pt").images
 save_file(dict(images=images.contiguous()), "drawn-{steps}.safetensors")
 """

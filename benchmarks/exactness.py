@@ -1,8 +1,9 @@
-"""Does a student trained with ayf_emd, ayf_lmd or ayf_mixed reach the exact flow map?  RMSE at 1, 2 and 4 steps from the same noise.
+"""Does a student trained with ayf_emd, ayf_lmd or ayf_mixed reach the exact flow map?  RMSE at 1, 2 and 4 steps.
 
-Teachers: a ring of 8 Gaussians on the unit circle, sharp (std 0.1) and soft (std 0.3), exact velocity; truth: the flow map by a fine float64
-integration.  The same MLP, budget and draws for all objectives, r_max = 1 (below it the fixed point is not the exact map); beside them the
-exact velocity by Euler.  RMSE is over points and coordinates, given also over the data's std.
+RMSE is between points from the same noise, over points and coordinates, and given also over the data's std. Teachers: a
+ring of 8 Gaussians on the unit circle, sharp (std 0.1) and soft (std 0.3), with exact velocity.
+Truth: the flow map by a fine float64 integration.  All objectives have the same MLP, budget and draws, and r_max = 1
+(below it the fixed point is not the exact map).  The table also has the exact velocity by Euler.
 `python benchmarks/exactness.py [--seeds 5] [--steps 4800]`
 """
 
@@ -40,7 +41,7 @@ BATCH, RATE, POINTS = 256, 3e-3, 4096
 
 
 def train(objective, teacher, seed: int, steps: int) -> FlowMapNet:
-    """The exponential average (rate 1 / 100) of a student's weights after so many steps of Adam, its rate falling by a cosine to zero."""
+    """The exponential average (rate 1 / 100) of a student's weights after `steps` steps of Adam, with cosine decay."""
     torch.manual_seed(seed)
     student = FlowMapNet(NET.build((2,)))
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.99))

@@ -1,6 +1,7 @@
-"""Puts the figures of benchmarks/results/*.json into the pages: between <!-- figures:NAME --> and <!-- /figures -->, nowhere else.
+"""Write the figures of benchmarks/results/*.json into the pages.
 
-`python benchmarks/fill_docs.py`.  A block whose results are not there stays as it is.  No figure in a page is typed by hand.
+They go between <!-- figures:NAME --> and <!-- /figures -->; nothing else is changed.
+`python benchmarks/fill_docs.py`.  A block without results stays as it is.  No figure in a page is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,15 +17,21 @@ FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "operators": "operators.json", "house": "house.json",
-    "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json", "own_teacher": "own_teacher.json",
+    "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
+    "own_teacher": "own_teacher.json",
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
-    **{f"language_{one}": "language.json" for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14") for one in ("quality", "train", "best", "recall")},
+    **{f"language_{one}": "language.json"
+       for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
+    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14")
+       for one in ("quality", "train", "best", "recall")},
     **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14") for one in ("few", "train", "ratios", "cost")},
-    **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json" for name, share in (("digits", ""), ("fashion14", "_share"), ("emoji", "_share"))
-       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},  # the last two with --share 0.35 and 0.15
+    **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14")
+       for one in ("few", "train", "ratios", "cost")},
+    # fashion14 with --share 0.35, emoji with --share 0.15
+    **{f"lediflow_{name}_{one}": f"lediflow_{name}{share}.json"
+       for name, share in (("digits", ""), ("fashion14", "_share"), ("emoji", "_share"))
+       for one in ("curve", "savings", "students", "ablation", "codes", "copies")},
 }  # fmt: skip
 SHORT = {
     "main_job_short": ("student 1", "student 2", "student 4", "teacher 64", "floor")
@@ -72,7 +79,10 @@ def short(rows: list[list], columns: list[str], wanted: tuple[str, ...]) -> tupl
 
 
 def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
-    """Rows [data, model, steps, median, least, most] as one row a model, the medians side by side; the floor (steps 0) in every column."""
+    """Rows [data, model, steps, median, least, most] as one row a model, with a column of medians for each step count.
+
+    The floor (steps 0) is in every column.
+    """
     steps = sorted({row[2] for row in rows if row[2]})
     median = {(data, model, k): value for data, model, k, value, *_ in rows}
     lines = []
@@ -89,7 +99,8 @@ def origin(name: str, result: dict) -> str:
         walls = sorted(run["wall_seconds"] for run in runs)
         peak = max(run["peak_gib"] for run in runs)
         parts.append(
-            f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; peak memory {peak:.2f} GiB"
+            f"{len(runs)} seeds; wall time {walls[0]:.0f} to {walls[-1]:.0f} s each, teacher included; "
+            f"peak memory {peak:.2f} GiB"
         )
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
@@ -100,7 +111,8 @@ def origin(name: str, result: dict) -> str:
     if here := result.get("environment"):
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
         parts.append(
-            f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; commit {(here['commit'] or '?')[:10]}"
+            f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; "
+            f"commit {(here['commit'] or '?')[:10]}"
         )
     return ". ".join(parts) + "."
 

@@ -1,9 +1,10 @@
 """How hard is the code to read and to change?  Counts, of any checkout, so that two commits can be compared.
 
-`python benchmarks/house.py [--at NAME=CHECKOUT ...] [--no-types] [--write]`, by default of the checkout that this script is in.
-Another commit: `git worktree add --detach /tmp/before COMMIT`, then `--at before=/tmp/before --at now=.`.  `--write` writes
-benchmarks/results/house.json.  Most rows are counted on the syntax trees; two run the code: the reads of `plan`, and the
-way from the command line to the first loss (`flowmap fit --recipe toy/mixture`, traced in a process of its own).
+`python benchmarks/house.py [--at NAME=CHECKOUT ...] [--no-types] [--write]`, by default of this script's checkout.
+Another commit: `git worktree add --detach /tmp/before COMMIT`, then `--at before=/tmp/before --at now=.`.
+`--write` writes benchmarks/results/house.json.  Most rows are counted on the syntax trees; two run the code: the reads
+of `plan`, and the way from the command line to the first loss (`flowmap fit --recipe toy/mixture`, traced in a process
+of its own).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ ORDER = (
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
 BEFORE_ROOMS = {  # the room of today to which a loose module or a folder of earlier commits corresponds
-    "config": "base", "files": "base", "pictures": "base", "processes": "base", "torchvision_shim": "base", "trust": "base",
+    "config": "base", "files": "base", "pictures": "base", "processes": "base", "torchvision_shim": "base",
+    "trust": "base",
     "kinds": "recipe", "settings": "recipe", "optimizer": "recipe", "papers": "recipe", "composing": "recipe",
     "planning": "plan", "frozen_parts": "plan", "planning.dry_run": "estimate", "planning.costs": "estimate",
     "planning.calls": "estimate", "planning.outlines": "estimate", "teacher_check": "estimate",
@@ -49,12 +51,14 @@ def within(code):
 def local(frame, event, arg):
     if event == "line":
         lines.add((frame.f_code.co_filename, frame.f_lineno))
-    if event == "return" and frame.f_code.co_name == "__call__" and frame.f_code.co_filename.startswith(root + "objectives"):
+    objectives = root + "objectives"
+    if event == "return" and frame.f_code.co_name == "__call__" and frame.f_code.co_filename.startswith(objectives):
         stack, up = [], frame
         while up is not None:
             stack, up = stack + [up.f_code.co_filename] * within(up.f_code), up.f_back
         rooms = {name[len(root):].split(os.sep)[0] for name in stack}
-        if not rooms & {"planning", "estimate"}:  # the dry run, which calls an objective before training, is not counted
+        # the dry run, which calls an objective before training, is not counted
+        if not rooms & {"planning", "estimate"}:
             with open(out, "w") as file:
                 json.dump({"files": len({name for name, _ in lines}), "lines": len(lines), "depth": len(stack)}, file)
             os._exit(0)
@@ -204,7 +208,10 @@ def words(tree: ast.Module) -> Iterator[str]:
 
 
 def run(checkout: Path, code: str, *arguments: str) -> dict:
-    """The JSON that the code writes to its first argument that is a path, run with the checkout's flowmap; {} where it fails."""
+    """The JSON that the code writes to its first argument that is a path; {} if the code fails.
+
+    The code runs with the checkout's flowmap.
+    """
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "out.json"
         given = [str(out) if word == "OUT" else word for word in arguments]

@@ -1,12 +1,15 @@
-"""How good are sentences of a latent flow in 1 to 20 network calls, beside its reflow, its distilled student, a diffusion in the same latents at
-20 to 1,000 calls and the VAE's prior?  And editing, control and infilling.
+"""How good are sentences of a latent flow in 1 to 20 network calls?  And its editing, control and infilling?
 
-Everything is trained by shipped recipes (language/wordnet*), kept under runs/bench/language and not made again, every row is kept as it comes, and
-parts are left unfinished after `--minutes`: a benchmark that was cut goes on.
-One autoencoder serves all seeds: figures compare flows, not decoders, and its own reconstruction stands first.  Perplexity is under a GPT-2 of
-transformers that this script trains on the training sentences and no loss uses.  Conditions are those of held-out sentences, without guidance
-where the row does not say otherwise.  Seconds are of the network's calls alone; decoding is given once.  phrase_hit asks a tagger what part of
-speech a sentence is a phrase of: real definitions, the row "held-out sentences", are its ceiling.
+They are compared with its reflow, its distilled student, a diffusion in the same latents at 20 to 1,000 calls, and the
+VAE's prior.
+
+Everything is trained by shipped recipes (language/wordnet*) and kept in runs/bench/language; finished runs are not made
+again.  Every row is kept as soon as it is finished, and parts are left unfinished after `--minutes`; the same command
+continues them. One autoencoder serves all seeds: figures compare flows, not decoders.  Its reconstruction is the first
+row. Perplexity is under a GPT-2 of transformers that this script trains on the training sentences and no loss uses.
+Conditions are those of held-out sentences, without guidance unless the row names it.  Seconds are of the network's
+calls alone; decoding is given once.  phrase_hit uses a tagger to find what part of speech a sentence is a phrase of:
+real definitions, the row "held-out sentences", are its ceiling.
 `python benchmarks/language.py [--seeds 3] [--parts few diffusion edit control infill] [--minutes M] [--smoke]`
 """
 
@@ -112,7 +115,10 @@ class Bench:
         return load_student(self.folder(name))
 
     def keep(self, part: str, key: str, make) -> dict:
-        """The figures under that key: made by `make()` where they are not there yet, or were taken to training sentences alone."""
+        """The figures under that key.
+
+        `make()` makes them if they are missing, or if they were computed against training sentences alone.
+        """
         rows = self.figures.setdefault(part, {})
         if key not in rows or "divergence_words" in rows[key] and "divergence_words_train" not in rows[key]:
             self.must_have_time()
@@ -123,7 +129,10 @@ class Bench:
 
 
 class Look:
-    """The metrics of sentences, fitted once for all seeds: look(texts, cond) are the figures of a row, brief(texts, cond) those of control."""
+    """The metrics of sentences, fitted once for all seeds.
+
+    look(texts, cond) returns the figures of a row, brief(texts, cond) those of control.
+    """
 
     def __init__(self, bench: Bench):
         from flowmap.build.data import build_data
@@ -135,7 +144,8 @@ class Look:
         lm = language_model(bench.root / "lm", self.data.texts, steps=10 if bench.smoke else LM_STEPS)
         num = bench.num
         self.specs = [
-            Perplexity(num, source=str(lm)), Distinct(num), Control(num), Phrase(num), TextDivergence(num), TextDivergence(num, features="minilm"),
+            Perplexity(num, source=str(lm)), Distinct(num), Control(num), Phrase(num), TextDivergence(num),
+            TextDivergence(num, features="minilm"),
             SelfBLEU(looked_at=50), Memorised(num),
         ]  # fmt: skip
         self.built = [spec.build(self.data) for spec in self.specs]
@@ -213,15 +223,21 @@ def diffused(bench: Bench, look: Look, steps: int) -> dict:
     student = bench.student("diffusion")
     cond, started = asked(student, look.data, bench.num), time.perf_counter()
     latents = torch.cat([
-        ancestral(student, steps, {key: value[i : i + 250] for key, value in cond.items()}, len(range(i, min(i + 250, bench.num))), bench.seed + i)
+        ancestral(
+            student, steps, {key: value[i : i + 250] for key, value in cond.items()},
+            len(range(i, min(i + 250, bench.num))), bench.seed + i,
+        )
         for i in range(0, bench.num, 250)
     ])  # fmt: skip
     return read(bench, look, student, latents, cond, {"calls": steps, "seconds": time.perf_counter() - started})
 
 
 def edit(bench: Bench, look: Look) -> None:
-    """From one category to another, and from nouns to verbs: of the flow between sets that minibatch optimal transport joins, its reflow, the flow
-    between sets joined independently, and the difference of mean latents added to the source."""
+    """Edit from one category to another, and from nouns to verbs.
+
+    Compared are the flow between sets joined by minibatch optimal transport, its reflow, the flow between sets joined
+    independently, and the difference of mean latents added to the source.
+    """
     edited(bench, "category", ("edit", "edit-reflow", "edit-independent"))
     edited(bench, "part of speech", ("edit-verb",))
 
@@ -272,7 +288,7 @@ def edited(bench: Bench, what: str, names) -> None:
 
 
 def control(bench: Bench, look: Look) -> None:
-    """One attribute asked for, the rest free: by classifier-free guidance of the distilled student, and by a classifier of latents."""
+    """One attribute given, the rest free: by classifier-free guidance of the student, and by a latent classifier."""
     for name in ("length", "part_of_speech", "category"):
         for scale in (1.0, 3.0):
             bench.keep(
@@ -311,7 +327,10 @@ def by_classifier(bench: Bench, look: Look, scale: float) -> dict:
 
 
 def infill(bench: Bench, look: Look) -> None:
-    """Middle thirds of all held-out sentences from their sides; beside what stood there, through the autoencoder, and what stood in another."""
+    """Middle thirds of all held-out sentences from their sides.
+
+    Compared with the original middle through the autoencoder, and with the middle of another sentence.
+    """
     from flowmap.build.data import build_data
     from flowmap.data.dataset import looked_at
     from flowmap.data.text.dataset import outer_thirds

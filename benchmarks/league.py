@@ -1,10 +1,12 @@
-"""Which objective is best at 1, 2 and 4 steps for the same work?  digits, five seeds, one teacher a seed, every objective at 1, 2, 4, 8 steps.
+"""Which objective is best at 1, 2 and 4 steps for the same work?  digits, every objective at 1, 2, 4, 8 steps.
 
-By `flowmap compare`: equal seconds of training, or with --calls equal network evaluations; quality, cost, memory, runs that diverged.  Machines
-are shared, so the seconds are the process's CPU seconds (--wall: those of the clock on the wall).  Teachers that other benchmarks have trained are
-taken over.  What is finished is kept in runs/league-SET: the same command goes on where it was cut off.
+Five seeds; all objectives of a seed share one teacher. By `flowmap compare`: equal seconds of training, or with --calls
+equal network evaluations.  Quality, cost, memory and diverged runs are reported.  Machines are shared, so the seconds
+are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other benchmarks have trained are reused.
+Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
 `--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
-`python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall] [--recipes digits digits-scm] [--out DIR]`
+`python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall]
+    [--recipes digits digits-scm] [--out DIR]`
 """
 
 from __future__ import annotations
@@ -88,7 +90,10 @@ def _unit(a: argparse.Namespace) -> str:
 
 
 def over(name: str, recipe: str, folder: Path) -> str:
-    """The recipe digits-X as NAME-X, of that data instead of digits: a file in the folder; digits itself and X/digits as they are shipped."""
+    """Write the recipe digits-X as NAME-X, with that data instead of digits, into the folder.
+
+    digits itself and X/digits are used as shipped.
+    """
     if name == DEFAULT:
         return recipe
     if recipe == DEFAULT or recipe.endswith(f"/{DEFAULT}"):

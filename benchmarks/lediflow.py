@@ -1,12 +1,14 @@
-"""What does a learned prior save?  The same network and budget from N(0, I) and from a learned prior (LeDiFlow), quality against total cost.
+"""What does a learned prior save?  The same network and budget from N(0, I) and from a learned prior (LeDiFlow).
 
-Cost is that of a sample in network FLOPs (the flow's calls, the auxiliary model's decoder and the z-sampler) and in seconds, measured, starts
-included.  Beside the curves: the smallest cost at which the learned prior reaches the Gaussian's Frechet distance at 50 Euler steps; an ablation
-of z-sampler, what the network is told, weight and scale; the decoder alone; transport cost and straightness; students of 1, 2 and 4 steps.
-An arm of a seed that is done is kept in runs/bench/lediflow-SET/seed-N/result.json and not run again, unless --anew.
-`python benchmarks/lediflow.py [--set digits|fashion14|emoji] [--seeds 5] [--arms ARM ...] [--share 1.0] [--images N] [--anew] [key=value ...]`
---share multiplies the steps of every training (0.02: a look at whether it runs), --images the samples of a distance; key=value overrides
-every flow (trainer.accelerator=gpu).
+Quality is compared with total cost: of a sample in network FLOPs (the flow's calls, the auxiliary model's decoder and
+the z-sampler) and in measured seconds, starts included.  Besides the curves it reports: the smallest cost at which the
+learned prior reaches the Gaussian's Frechet distance at 50 Euler steps; an ablation of z-sampler, conditioning of the
+network, weight and scale; the decoder alone; transport cost and straightness; students of 1, 2 and 4 steps. An arm of a
+seed that is done is kept in runs/bench/lediflow-SET/seed-N/result.json and not run again, unless --anew.
+`python benchmarks/lediflow.py [--set digits|fashion14|emoji] [--seeds 5] [--arms ARM ...] [--share 1.0] [--images N]
+    [--anew] [key=value ...]`
+--share multiplies the steps of every training (0.02: a quick test that it runs), --images the samples of a distance;
+key=value overrides every flow (trainer.accelerator=gpu).
 """
 
 import argparse
@@ -131,7 +133,10 @@ class Look:
         }
 
     def row(self, solver: str, steps: int) -> dict:
-        """One point of the curve: solver ("own": the student's sampler), steps, calls, FLOPs and seconds a sample, Frechet distance."""
+        """One point of the curve: solver ("own": the student's sampler), steps, calls, Frechet distance.
+
+        Also FLOPs and seconds a sample.
+        """
         from flowmap.samplers import asked_for
 
         way = None if solver == "own" else solver
@@ -170,7 +175,10 @@ class Look:
         return self.data.__getitems__(places)[0].to(self.student.device)
 
     def nearest(self, num: int = 500) -> dict[str, float]:
-        """Is it copies?  Of samples at 50 Euler steps: the median distance to the nearest training sample, that of held-out samples, the ratio."""
+        """Are the samples copies?  The median distance to the nearest training sample, at 50 Euler steps.
+
+        Also that of held-out samples, and the ratio.
+        """
         from flowmap.metrics import NearestNeighbour
 
         metric = NearestNeighbour(self.spec.features, num, 20_000).compare(self.data)
@@ -197,7 +205,10 @@ class Look:
         ]
 
     def codes(self) -> dict:
-        """The decoder alone, and the flow from other z-samplers: nothing is trained anew, as training's codes are the encoder's."""
+        """The decoder alone, and the flow from other z-samplers.
+
+        Nothing is retrained, since training's codes are the encoder's.
+        """
         import torch
 
         from flowmap.build.prior import fitted_mixture
@@ -240,7 +251,8 @@ def one_seed(options: argparse.Namespace, seed: int) -> None:
             found[arm] = one_arm(arm, options, seed)
             keep(path, found)
             print(
-                f"seed {seed}, {arm}: {[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}",
+                f"seed {seed}, {arm}: "
+                f"{[(p['solver'], p['steps'], round(p['frechet'], 3)) for p in found[arm]['curve']]}",
                 flush=True,
             )
         if arm in PAIR and "nearest" not in found[arm]:

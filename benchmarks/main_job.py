@@ -1,10 +1,12 @@
-"""Does the default recipe do what it is for?  digits from nothing, five seeds: wall time, memory, Frechet distance of student and teacher.
+"""Does the default recipe do what it is for?  digits from nothing, five seeds: time, memory, Frechet distances.
 
-Every seed trains its own teacher and student in a fresh process.  Distances are on pixels scaled to unit std; the same noise for every row.
-They are to held-out digits, which nobody trained on, and in the last column to training ones; at the recipe's sizes and for 2,000 samples.  A
-seed that is done is kept in runs/bench and not run again, unless --anew; its figures are taken again where those kept are to training digits alone.
---look-again measures finished seeds once more, by the sampler that the recipe names now (all else in it must be as it was).
---against NAME: and beside another recipe whose runs are kept, seed by seed; each seed's teacher is trained alike for both.
+Time is wall time; distances are of student and teacher. Every seed trains its own teacher and student in a fresh
+process.  Distances are on pixels scaled to unit std, from the same noise for every row.  They are to held-out digits,
+which no network was trained on, and in the last column to training ones; at the recipe's sizes and for 2,000 samples.
+A finished seed is kept in runs/bench and not run again, unless --anew; its figures are computed again if the kept ones
+are to training digits alone.
+--look-again evaluates finished seeds again with the sampler of today's recipe (all else in it must be unchanged).
+--against NAME: also compare with another recipe with kept runs, seed by seed; both have the same teacher in a seed.
 `python benchmarks/main_job.py [--seeds 5] [--recipe digits] [--anew] [--look-again] [--against digits-ayf-emd]`
 """
 
@@ -142,17 +144,19 @@ def report(recipe: str, runs: list[dict]) -> None:
     print(table(rows, columns))
     walls, peaks = [r["wall_seconds"] for r in runs], [r["peak_gib"] for r in runs]
     print(
-        f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; peak memory {max(peaks):.2f} GiB; {len(runs)} seeds"
+        f"wall seconds: median {statistics.median(walls):.0f}, most {max(walls):.0f}; "
+        f"peak memory {max(peaks):.2f} GiB; {len(runs)} seeds"
     )
     payload = {"environment": environment(), "seeds": len(runs), "columns": columns, "rows": rows, "runs": runs}
     write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
 
 
 def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
-    """A row for each sizes and number of steps: both medians, the ratio within a seed, and in how many seeds the first is ahead."""
+    """A row for each sizes and number of steps: both medians, the ratio within a seed, and the seeds the first wins."""
     rows = []
+    frechets = (("frechet", "the recipe's"), ("frechet_large", f"{LARGE} samples"))
     looks = [(f"{key}{suffix}", f"{sizes}{suffix.replace('_train', ', training digits')}")
-             for suffix in SUFFIXES for key, sizes in (("frechet", "the recipe's"), ("frechet_large", f"{LARGE} samples"))]  # fmt: skip
+             for suffix in SUFFIXES for key, sizes in frechets]  # fmt: skip
     for key, sizes in looks:
         for name in (name for name in runs[0][key] if name.removeprefix("student ").isdigit() or name == "teacher 64"):
             mine, other = [[run[key][name] for run in found] for found in (runs, others)]

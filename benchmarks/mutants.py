@@ -1,8 +1,9 @@
-"""Would the tests of an objective notice that it is wrong?  One textual mutation at a time, the objective tests against each.
+"""Would the tests of an objective notice that it is wrong?  One textual mutation at a time.
 
-`python benchmarks/mutants.py [NAME ...] [--jobs N]`; exit 1 if a mutant survives.  A mutation whose text is not found exactly once is an error:
-it moves with the code.  Each mutant is a copy of the package in a scratch folder, tested there by `pytest -x tests/objectives` in a process
-of its own.
+The objective tests run against each mutant.
+`python benchmarks/mutants.py [NAME ...] [--jobs N]`; exit 1 if a mutant survives.
+A mutation whose text is not found exactly once is an error: it must be updated with the code.  Each mutant is a copy of
+the package in a scratch folder, tested there by `pytest -x tests/objectives` in a process of its own.
 """
 
 from __future__ import annotations
@@ -924,7 +925,7 @@ MUTANTS = [
 
 
 def first_failure(mutant: Mutant | None) -> tuple[str | None, float]:
-    """Which test failed first (None: all passed), and the CPU seconds it took; without a mutant, of the package as it is.
+    """The first test to fail (None: all passed), and the CPU seconds it took; None as mutant: the package as it is.
 
     Runs in a process of its own, forked from one that has imported torch and pytest and nothing of ours.
     """
@@ -1029,7 +1030,8 @@ def main() -> int:
     print(table(rows, ["objective", "mutation", "result", "first test to fail"]))
     seconds, cpu = time.perf_counter() - start, failed[1] + sum(spent for _, spent in results)
     print(
-        f"{len(rows) - len(survivors)} of {len(rows)} killed in {seconds:.0f} s ({cpu:.0f} CPU seconds; the unmutated tests {failed[1]:.0f})"
+        f"{len(rows) - len(survivors)} of {len(rows)} killed in {seconds:.0f} s "
+        f"({cpu:.0f} CPU seconds; the unmutated tests {failed[1]:.0f})"
     )
     if not arguments.objectives:
         write(

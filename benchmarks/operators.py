@@ -1,6 +1,7 @@
-"""Is a tangent right, or refused by name, through every operator of torch?  Each in every form of call, of riders and of values, in float64.
+"""Is a tangent right, or refused by name, through every operator of torch?
 
-tests/flow/operators.py says what a form is, and what counts as right.  Prints every form whose tangent is wrong.
+Each operator is tried in every form of call, of dual inputs and of values, in float64.
+tests/flow/operators.py defines a form, and when a tangent is right.  Forms whose tangent is wrong are printed.
 `python benchmarks/operators.py [--samples 1] [--jobs 2]`, three minutes on two free cores.
 """
 

@@ -1,8 +1,9 @@
-"""Does a teacher that was trained by diffusers' unconditional example, and nothing of ours, become a student that works?
+"""Does a teacher trained by diffusers' unconditional example, and nothing of ours, become a student that works?
 
-`python benchmarks/own_teacher.py train` trains a small UNet2DModel on 32x32 pictures with diffusers' own classes, as diffusers'
-examples/unconditional_image_generation does with `--prediction_type sample`, and saves a DDPMPipeline; docs/guide/own_teacher.md goes on from there
-with flowmap's commands. Then `python benchmarks/own_teacher.py report` writes the figures of that run for the page. Needs `make data`.
+`python benchmarks/own_teacher.py train` trains a small UNet2DModel on 32x32 pictures with diffusers' own classes, as
+diffusers' examples/unconditional_image_generation does with `--prediction_type sample`, and saves a DDPMPipeline.
+docs/guide/own_teacher.md continues from there with flowmap's commands.
+Then `python benchmarks/own_teacher.py report` writes the figures of that run for the page. Needs `make data`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ SIZE, BATCH, STEPS, RATE = 32, 16, 1200, 2e-3
 
 
 def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
-    """The loop of diffusers' example: predicted data weighted by the signal-to-noise ratio, an average of the weights, a DDPMPipeline."""
+    """The loop of diffusers' example: predicted data weighted by the signal-to-noise ratio, averaged weights.
+
+    It saves a DDPMPipeline.
+    """
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
@@ -33,8 +37,10 @@ def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     data = Folder(root=str(pictures), size=SIZE).build().train
     net = UNet2DModel(
-        sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32, 64), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type="sample")  # clip_sample: true is its default
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, betas=(0.95, 0.999), weight_decay=1e-6)
@@ -56,7 +62,8 @@ def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
         losses.append(float(loss.detach()))
         if (step + 1) % 100 == 0:
             print(
-                f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}, {time.process_time() - started:.0f} CPU-seconds",
+                f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}, "
+                f"{time.process_time() - started:.0f} CPU-seconds",
                 flush=True,
             )
     average.copy_to(net.parameters())
@@ -68,7 +75,10 @@ def train(pictures: Path, out: Path, steps: int, seed: int = 0) -> dict:
 
 @torch.no_grad()
 def report(run: Path, teacher: Path, num: int = 32, many: int = 25) -> None:
-    """How far from the teacher's many-step end points few steps arrive, from the same noise; benchmarks/results/own_teacher.json."""
+    """The distance of few-step samples from the teacher's many-step end points, from the same noise.
+
+    Written to benchmarks/results/own_teacher.json.
+    """
     recipe, training = read_resolved(run / "recipe.yaml"), json.loads((teacher / "training.json").read_text())
     student, taught = load_student(run), build_teacher(recipe)
     x1 = torch.randn(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))

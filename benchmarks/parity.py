@@ -1,7 +1,7 @@
-"""How far is a student at step 0 from its teacher, our clock from theirs, the riding tangent from torch.func.jvp, an export from its student?
+"""How far is a student at step 0 from its teacher, our clock from theirs, the dual tangent from torch.func.jvp?
 
-The functions that the tests assert on, called and printed: real architectures of small size with random weights, guidance on
-(tests/nets, tests/export; what the figures are, tests/parity.py says).
+And an export from its student?  The functions that the tests assert on are called and printed: real architectures of
+small size, random weights, guidance on (tests/nets, tests/export; tests/parity.py defines the figures).
 `python benchmarks/parity.py`, about a minute.
 """
 
@@ -24,7 +24,8 @@ TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its s
 EXPORTS = ["export", "network", "steps", "largest difference"]
 EDM = {"ddpmpp": "EDM DDPM++", "ncsnpp": "EDM NCSN++", "adm": "EDM ADM"}
 NAMES = {
-    "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage", "dit": "our DiT", "edm2": "EDM2",
+    "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage",
+    "dit": "our DiT", "edm2": "EDM2",
     "mlp": "our MLP", "table_dit": "DiT of diffusers", "table_unet": "UNet2D",
 }  # fmt: skip
 
@@ -52,7 +53,10 @@ def teachers() -> Iterator[list]:
 
 
 def exports(at: Path) -> Iterator[list]:
-    """A row for each export and number of steps, the exports made in folders below `at` and sampled by a Python without flowmap."""
+    """A row for each export and number of steps; the exports are in folders below `at`.
+
+    A Python without flowmap samples them.
+    """
     places = [at / kind for kind in ("stock", "custom", "torch")]
     for place in places:
         place.mkdir()

@@ -1,11 +1,14 @@
-"""The same objectives in the nearest public code, on our network: do the losses agree, what does a step cost, what is trained in equal seconds?
+"""Do our objectives agree with the nearest public code, what does a step cost, what is trained in equal seconds?
 
-Peers: NVlabs/FastGen (Apache-2.0), MeanFlow and sCM; Gsunshine/py-meanflow (CC BY-NC-SA 4.0), MeanFlow.  They are imported from checkouts beside
-the project (git clone), and nothing of theirs is kept here; a peer that is not there is a row that says so.
-Digits: same network, start, data, batches, noise, times, teacher, optimiser and average for all; only the loss is theirs.  In rows "as published"
-its weights, and py-meanflow's times, are too.  Seconds are of CPU time, of loss, backward pass, optimiser and average; rows take turns.
-What is finished is kept in runs/peers: the same command goes on where it was cut off.
-`python benchmarks/peers.py --fastgen FOLDER --meanflow FOLDER [--seeds 3] [--seconds 120] [--rounds 40] [--rows WORD ...] [--anew]`
+All rows use our network. Peers: NVlabs/FastGen (Apache-2.0), MeanFlow and sCM; Gsunshine/py-meanflow (CC BY-NC-SA 4.0),
+MeanFlow. They are imported from checkouts next to the project (git clone), and none of their code is kept here; the row
+of a missing peer is marked as missing.
+Digits: same network, start, data, batches, noise, times, teacher, optimiser and average for all; only the loss differs.
+In rows "as published" its weights, and py-meanflow's times, differ too.  Seconds are CPU time of loss, backward pass,
+optimiser and average; rows take turns. Finished rows are kept in runs/peers, and the same command continues an
+interrupted benchmark.
+`python benchmarks/peers.py --fastgen FOLDER --meanflow FOLDER [--seeds 3] [--seconds 120] [--rounds 40]
+    [--rows WORD ...] [--anew]`
 """
 
 from __future__ import annotations

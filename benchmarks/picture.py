@@ -1,8 +1,8 @@
 """What do samples look like?  Draws the teacher at 64 steps above its student at 4, 2 and 1, from the same noise.
 
-`python benchmarks/picture.py RUN [RUN ...] [--columns 6] [--out docs/images/teacher_and_student.png]`, RUN being the folder of a
-finished run.  The runs of the teachers are looked up below $FLOWMAP_RUNS, or runs/.  Several runs are drawn next to each
-other.  Classes come in turn; nothing is selected.  Pictures are enlarged by bicubic interpolation.
+`python benchmarks/picture.py RUN [RUN ...] [--columns 6] [--out docs/images/teacher_and_student.png]`, with RUN the
+folder of a finished run.  The runs of the teachers are searched in $FLOWMAP_RUNS, or runs/.  Several runs are drawn
+next to each other.  Classes come in turn; nothing is selected.  Pictures are enlarged by bicubic interpolation.
 """
 
 from __future__ import annotations

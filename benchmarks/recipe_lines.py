@@ -1,4 +1,4 @@
-"""How much do the shipped recipes repeat?  Files, lines of settings, distinct ones, and those that stand in two files or more.
+"""How much do the shipped recipes repeat?  Files, lines of settings, distinct ones, and those in two files or more.
 
 `python benchmarks/recipe_lines.py [FOLDER ...]`, each a folder of recipes, or COMMIT:FOLDER of this repository
 """
@@ -25,7 +25,7 @@ def texts(folder: str) -> list[str]:
 
 
 def counts(files: list[str]) -> list[int]:
-    """Files, lines of settings (neither blank nor a comment), distinct ones, those that stand in two files or more, lines of comment."""
+    """Files, lines of settings (not blank, not a comment), distinct ones, those in two files or more, comment lines."""
     lines = [[line.strip() for line in text.splitlines() if line.strip()] for text in files]
     settings = [[line for line in one if not line.startswith("#")] for one in lines]
     held = Counter(line for one in settings for line in set(one))

@@ -1,8 +1,9 @@
-"""Do the recipes of tests/recorded still train to the same bits?  A shortened digits, and small LeDiFlow, InstaFlow and language recipes.
+"""Do the recipes of tests/recorded still train to the same bits?  Short digits, LeDiFlow, InstaFlow, language runs.
 
-Every run is made in --out by `flowmap fit`, one thread, seed 0, its pairs and priors too, as the code beside this script has it, and what it left
-is summed up in digests.json: weights, checkpoint, log.csv and metrics.json, times and memory apart.  --against compares with a folder that
-another commit filled on the same machine (other processors round differently).
+Every run is made in --out by `flowmap fit` with the code of this checkout, one thread, seed 0, with its pairs and
+priors.  Its files (weights, checkpoint, log.csv and metrics.json, without times and memory) are hashed into
+digests.json.  --against compares with a folder that another commit filled on the same machine (other processors round
+differently).
 `python benchmarks/recorded.py --out FOLDER [--against FOLDER]`
 """
 

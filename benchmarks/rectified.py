@@ -1,8 +1,9 @@
-"""What does reflow buy, which of 2-rectified flow++'s steps hold at this scale, and how does it stand beside AYF-EMD at equal cost?
+"""What does reflow buy, which steps of 2-rectified flow++ help at this scale, and how does it compare with AYF-EMD?
 
-Every seed has its own teacher, pairs and students, each made by `flowmap` in a process of its own and kept under runs/bench/rectified: what is
-done is not done again, so a benchmark that was cut goes on. The machine is shared, so costs are CPU seconds of whole processes, imports
-included. Frechet distances are in the recipe's first feature space; the losses' perceptual net is another.
+AYF-EMD is compared at equal cost. Every seed has its own teacher, pairs and students, each made by `flowmap` in a
+process of its own and kept in runs/bench/rectified.  Finished runs are not made again, so an interrupted benchmark
+continues. The machine is shared, so costs are CPU seconds of whole processes, imports included. Frechet distances are
+in the recipe's first feature space; the losses' perceptual net is another.
 `python benchmarks/rectified.py [--set digits|fashion14] [--seeds 5] [--parts reflow ablation ayf instaflow speed]`
 """
 
@@ -28,7 +29,7 @@ KEPT = Path("runs/bench/rectified")
 class Arm:
     """One run: a shipped recipe with changes, in which @NAME is the recipe file of another arm; looked at with `steps`.
 
-    kept: where another benchmark keeps the finished runs of that very recipe, {seed} for the seed; they are not made again.
+    kept: where another benchmark keeps finished runs of the same recipe, {seed} for the seed; they are not made again.
     """
 
     recipe: str
@@ -39,8 +40,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Case:
-    """A data set: its teacher's recipe, its arms by part, how many samples a Frechet distance takes and in which features, and how many steps
-    count as many."""
+    """A data set: its teacher's recipe, its arms by part, and the settings of its evaluation.
+
+    images and features: of a Frechet distance; many: the number of steps that counts as many.
+    """
 
     teacher: str
     parts: dict[str, dict[str, Arm]]
@@ -56,7 +59,11 @@ EMD = "objective={kind: ayf_emd, warmup_steps: 400, r_max: 1.0}"  # the paper's,
 
 
 def case(teacher: str, rfpp: str, ayf: str, *, features: str, images: int, steps: int, few: int, kept: str) -> Case:
-    """steps: of the first reflow, with its pairs about the cost of the AYF-EMD recipe (digits-ayf-emd); few: of each row of the ablation."""
+    """The case of that teacher and those recipes.
+
+    steps: of the first reflow, which with its pairs costs about as much as the AYF-EMD recipe (digits-ayf-emd).
+    few: the steps of each row of the ablation.
+    """
     long = (1, 2, 4, 50)
     on_pairs = (*_taught("teacher"), *_paired("teacher"))
     of_reflow = (*_taught("reflow"), *_paired("reflow"), "coupling.teacher.guidance=null", "coupling.guidance=null")
@@ -89,7 +96,10 @@ def _paired(by: str) -> tuple[str, ...]:
 def instaflow(
     recipe: str, *, pairs: int, solver: str, reflow: int, distil: int, long: tuple[int, ...]
 ) -> dict[str, Arm]:
-    """Reflow and then distillation, or distillation alone on the same pairs for as many steps; each by squares, or seen at its end."""
+    """Reflow and then distillation, or distillation alone on the same pairs for as many steps.
+
+    Each with the squared distance, or with a perceptual one at its end.
+    """
     pairing, both = (f"coupling.num={pairs}", f"coupling.solver={solver}"), reflow + distil
     guided = (
         "coupling.guidance=2.0",
@@ -185,12 +195,16 @@ class Seed:
         print(f"seed {self.seed}, {name}: {cost}, {distances}", flush=True)
 
     def _take(self, name: str, arm: Arm) -> None:
-        """Looks at a run that is kept elsewhere; what it cost in CPU seconds is taken from two short runs of the first seed."""
+        """Evaluate a run that is kept elsewhere.
+
+        Its cost in CPU seconds is extrapolated from two short runs of the first seed.
+        """
         run = Path(arm.kept.format(seed=self.seed))
         if not (run / "metrics.json").is_file():
             other = f'`flowmap fit --recipe {arm.recipe} "{EMD}" --out {run}`'
             raise SystemExit(
-                f"{run} is not there: `python benchmarks/main_job.py --recipe digits-ayf-emd` makes digits, {other} any other"
+                f"{run} is not there: `python benchmarks/main_job.py --recipe digits-ayf-emd` makes digits, "
+                f"{other} any other"
             )
         found = self._look(run / "recipe.yaml", arm, student=run)
         if self.seed == 0 and name in self.found:
@@ -209,7 +223,10 @@ class Seed:
         return read_resolved(run / "recipe.yaml").trainer.steps
 
     def teachers(self) -> None:
-        """The guided teacher's rows, from the recipe of the arm that distils it, and the teacher's network as a first flow of its own."""
+        """The guided teacher's rows, from the recipe of the arm that distils it.
+
+        The teacher's network is also a row, as a first flow of its own.
+        """
         rows = {"teacher": "reflow", "first": "reflow", "insta teacher": "insta reflow"}
         arms = self.case.arms(self.case.parts)
         for key, name in rows.items():
@@ -320,7 +337,10 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
 
 
 def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
-    """Pairs a second against the bare network's forward passes, as many as the solver asks for: medians of rounds that take turns."""
+    """Pairs a second, relative to the forward passes of the bare network that the solver needs.
+
+    Medians of rounds that take turns.
+    """
     import torch
 
     from flowmap.prepare.make_pairs import Maker

@@ -1,7 +1,8 @@
-"""What does a training step of AYF-EMD cost, in plain flow-matching steps?  One DiT of 4 M parameters, forward and backward, one run.
+"""What does a training step of AYF-EMD cost, in plain flow-matching steps?  One DiT of 4 M parameters, one run.
 
-The teacher's own forward passes are left out (the velocity is the conditional one): what is measured is the derivative.  Ways are timed in
-turn, round after round, and compared as ratios within a round, since machines are shared.  Saved activations are what autograd keeps.
+A step is forward and backward.  The teacher's own forward passes are left out (the velocity is the conditional one):
+the measured part is the derivative.  Variants are timed in turn, round after round, and compared as ratios within a
+round, since machines are shared.  Saved activations are the tensors that autograd keeps.
 `python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu]`
 """
 

@@ -1,10 +1,11 @@
 """Does a flow map keep its quality with more steps where a consistency model loses it?  Error against steps 1..32.
 
-The law of Align Your Flow (arXiv:2506.14603).  Same net, same budget, same teacher; the flow map is trained on pairs (t, s) and sampled
-deterministically, the consistency model on (t, 0) and sampled by going to data and back (gamma = 1).  On a Gaussian and a ring of Gaussians
-(exact teachers, the settings of exactness.py; error: sliced Wasserstein distance to fresh data, in units of the data's std) and on digits
-(Frechet distance on pixels to held-out digits, and to those of training; the runs that `main_job.py --recipe digits-ayf-emd` left, and the same
-recipe with s = 0).
+The law of Align Your Flow (arXiv:2506.14603).  Same net, same budget, same teacher.  The flow map is trained on pairs
+(t, s) and sampled deterministically; the consistency model is trained on (t, 0) and sampled by going to data and back
+(gamma = 1).  The data are a Gaussian and a ring of Gaussians (exact teachers, the settings of exactness.py; error:
+sliced Wasserstein distance to fresh data, in units of the data's std), and digits (Frechet distance on pixels to
+held-out digits, and to those of training; the runs that `main_job.py --recipe digits-ayf-emd` made, and the same recipe
+with s = 0).
 `python benchmarks/steps_law.py [--seeds 5] [--digits-seeds 3] [--keep-toys] [--plot docs/images/steps_law.png]`
 """
 

@@ -1,4 +1,4 @@
-"""What many tests need: a tiny recipe and a tiny flow as text, one tiny finished run, and the command called inside this process."""
+"""Shared fixtures: a tiny recipe and a tiny flow as text, a tiny finished run, the command in this process."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ def command(capsys):
 
 
 def no_runs(folder: Path) -> set[str]:
-    """The files in that run folder which are not in the list of what a run writes, and so would stay when it is overwritten."""
+    """The files in that run folder that are not in the list of files that a run writes.
+
+    Overwriting the run would not remove them.
+    """
     from flowmap.train.run_folder import written
 
     return set(bytes_of(folder)) - {str(path.relative_to(folder)) for path in written(folder)}

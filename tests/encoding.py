@@ -1,4 +1,7 @@
-"""Stand-ins for the encoding tests: pictures made of numbers, an autoencoder that averages, a text encoder that counts letters."""
+"""Stand-ins for the encoding tests.
+
+Pictures made of numbers, an autoencoder that averages, a text encoder that counts letters.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from flowmap.data.sources import Item, SquareImages
 
 @dataclass(frozen=True)
 class Numbers(SquareImages):
-    """`count` pictures drawn from their own positions; every 7th is broken, every 5th has no caption, every 6th is grey."""
+    """`count` pictures computed from their index; every 7th is broken, every 5th has no caption, every 6th is grey."""
 
     size: int = 8
     count: int = 23

@@ -1,4 +1,4 @@
-"""What tests compare with: exact teachers, an exact student, draws in which no two dimensions are equal, slopes of errors."""
+"""References for tests: exact teachers, an exact student, draws without two equal dimensions, slopes of errors."""
 
 from __future__ import annotations
 

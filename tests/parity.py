@@ -29,9 +29,10 @@ def of_rates(ridden: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 def of_steps(
     scheduler, grid: Sequence[float], sizes: Sequence[float], state: Tensor, *, predict: Callable, velocity: Callable
 ) -> float:
-    """The largest relative difference, over the steps, between the scheduler's own states and Euler's points with our velocity.
+    """The largest relative difference between the scheduler's states and Euler's points with our velocity.
 
-    grid: the scheduler's times on our clock, the last one included; sizes: by what a point of ours is multiplied to be its state there.
+    grid: the scheduler's times on our clock, the last one included.
+    sizes: the factors that turn a point of ours into its state there.
     predict(state, time): the network's output as the scheduler wants it; velocity(x, t): ours.
     """
     x, worst = state / sizes[0], 0.0
@@ -44,7 +45,10 @@ def of_steps(
 
 @torch.no_grad()
 def of_edm_steps(net, unet, x: Tensor, label: Tensor, guidance: float, num_steps: int = 6) -> float:
-    """of_steps for a network of EDM's (float32) beside diffusers' EDMEulerScheduler, which is given U and EDM's own sigma, guidance on."""
+    """of_steps for an EDM network (float32) against diffusers' EDMEulerScheduler, with guidance.
+
+    The scheduler is given U and EDM's own sigma.
+    """
     import diffusers
 
     from flowmap.nets.flow_map import FlowMapNet

@@ -22,7 +22,10 @@ HANDS = Hands()
 
 @dataclass(frozen=True)
 class Slow(FlowMatching):
-    """Flow matching in which every step takes `cost` seconds of the hands; from `breaks_at` on its loss is not finite (never: -1)."""
+    """Flow matching in which every step takes `cost` seconds of the clock.
+
+    From step `breaks_at` on, its loss is not finite (-1: never).
+    """
 
     cost: float = 1.0
     breaks_at: int = -1

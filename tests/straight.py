@@ -1,4 +1,7 @@
-"""Pairs of the exact flow of Gaussian data, and the velocity of their straight lines: x0 = m + c x1, a 2-rectified flow in closed form."""
+"""Pairs of the exact flow of Gaussian data, and the velocity of their straight lines.
+
+x0 = m + c x1, a 2-rectified flow in closed form.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What users give pretrained teachers that cannot work, each tried on the command line: one line and exit 2, nothing begun, no foreign code run."""
+"""Pretrained teachers that cannot work are refused on the command line.
+
+Each gives one line and exit code 2.  Nothing is started and no foreign code runs.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def pipe(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, pipe, monkeypatch) -> Path:
-    """A folder with a text pipeline, pictures with captions, a card and a recipe, all of which would do; in it code that tells if it is run."""
+    """A folder with a text pipeline, captioned pictures, a card and a recipe, all of them valid.
+
+    Code in the pipeline's folder records whether it was run.
+    """
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("FLOWMAP_WEIGHTS", str(tmp_path / "weights"))
     shutil.copytree(pipe, tmp_path / "pipe")
@@ -275,7 +281,9 @@ def test_weight_files_that_are_not_all_there_are_named_before_anything_is_encode
     stem = STEMS[part]
     FILES[kind](part, stem)(place)
     says = {
-        "of another variant": f"{stem}.fp16.safetensors is of the variant 'fp16', which is not read: save it as {stem}.safetensors too",
+        "of another variant": (
+            f"{stem}.fp16.safetensors is of the variant 'fp16', which is not read: save it as {stem}.safetensors too"
+        ),
         "without a shard": f"{stem}-00002-of-00002.safetensors is missing",
         "torn": f"{stem}.safetensors: is not a whole safetensors file",
     }[kind]
@@ -290,7 +298,8 @@ def test_weight_files_that_are_not_all_there_are_named_before_anything_is_encode
 def text_encoder(width: int):
     def change(place: Path) -> None:
         config = transformers.CLIPTextConfig(
-            vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+            vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16,
             eos_token_id=2, bos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         shutil.rmtree(place / "pipe" / "text_encoder")

@@ -1,4 +1,4 @@
-"""Names of classes go all the way: from a folder's names to encoding, student, command line, cards and the exported pipeline."""
+"""Class names go from a folder's names to the encoding, student, command line, cards and the exported pipeline."""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""The floors of the house: imports only go down, folders of floor 1 do not know one another, lightning stays in train/, files stay small."""
+"""The floors of the package: imports only go down, folders of floor 1 do not import one another.
+
+lightning is imported in train/ only, and files stay small.
+"""
 
 import ast
 from pathlib import Path

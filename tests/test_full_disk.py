@@ -1,4 +1,7 @@
-"""On a full disk every command that writes ends with one line and exit 1, at whatever byte the disk is full, and leaves what was there."""
+"""On a full disk every command that writes ends with one line and exit code 1.
+
+This is so at every byte at which the disk is full, and the files that were there are unchanged.
+"""
 
 from __future__ import annotations
 

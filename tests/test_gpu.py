@@ -1,4 +1,7 @@
-"""What only a CUDA device shows: fused attention in the dual forward, bf16, compile, a whole fit. Skipped where there is none."""
+"""What only a CUDA device shows: fused attention in the dual forward, bf16, compile, a whole fit.
+
+Skipped without one.
+"""
 
 import pytest
 import torch

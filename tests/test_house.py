@@ -9,7 +9,8 @@ import pytest
 FILES = {
     "flowmap/__init__.py": "",
     "flowmap/base/__init__.py": "",
-    "flowmap/base/a.py": "def first():\n    from flowmap.base import b\n    return hasattr(b, 'x'), getattr(b, 'x', None)\n",
+    "flowmap/base/a.py": "def first():\n    from flowmap.base import b\n"
+    "    return hasattr(b, 'x'), getattr(b, 'x', None)\n",
     "flowmap/base/b.py": "from flowmap.base.a import first\nfrom flowmap.train import fit\n",
     "flowmap/train/__init__.py": "",
     "flowmap/train/fit.py": "import flowmap.nets.mlp\nif isinstance(1, int):\n    kind = 'ayf_emd'\n",

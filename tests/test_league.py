@@ -1,4 +1,7 @@
-"""benchmarks/league.py puts digits-X over fashion14 by another base; benchmarks/recipe_lines.py counts what recipes repeat."""
+"""benchmarks/league.py puts digits-X on fashion14 with another base.
+
+benchmarks/recipe_lines.py counts repeated lines of recipes.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Every setting of every shipped recipe, given a slip of the pen: a dry run says so in one line, and what it accepts trains.
+"""Every setting of every shipped recipe, with a typing error: a dry run reports it in one line, or the recipe trains.
 
-`pytest tests/test_mutations.py -m slow -s` tries each distinct setting once, by (kind, key, value), and prints the counts; the default
-suite takes a sample of them.
+`pytest tests/test_mutations.py -m slow -s` tries each distinct setting once, by (kind, key, value), and prints the
+counts; the default suite takes a sample of them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ def tried(plain: dict, folder: Path) -> tuple[int, str, float]:
 
 
 def check(all_slips: list[Slip], folder: Path) -> tuple[Counter, list[Slip], tuple[float, str]]:
-    """Tries them all: counts of exit codes, what was accepted, and the slowest. AssertionError lists what did not hold."""
+    """Try all slips; return the counts of exit codes, the accepted slips, and the slowest.
+
+    AssertionError lists those that failed.
+    """
     codes, accepted, wrong, slowest = Counter(), [], [], (0.0, "")
     for slip in all_slips:
         name, where, what, plain = slip
@@ -174,6 +177,7 @@ def test_every_slip_is_told_in_one_line_and_what_is_accepted_trains(tmp_path):
     toys = [slip for slip in accepted if slip[0] in TOY]
     wrong = [told for slip in toys if (told := train(slip, tmp_path))]
     print(
-        f"\n{len(everything)} slips; exit codes {dict(codes)}; slowest {slowest[0]:.2f} s ({slowest[1]}); {len(toys)} of the toy's trained"
+        f"\n{len(everything)} slips; exit codes {dict(codes)}; slowest {slowest[0]:.2f} s ({slowest[1]}); "
+        f"{len(toys)} of the toy's trained"
     )
     assert not wrong, "\n".join([f"{len(wrong)} of {len(toys)}:", *wrong])

@@ -1,4 +1,7 @@
-"""No verb writes over a file that flowmap did not write: the folder or file that --out names is then refused in one line, as it was."""
+"""No command overwrites a file that flowmap did not write.
+
+If --out names such a file or folder, it is refused in one line and left unchanged.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,8 @@ def test_data_on_disk_is_made_only_where_it_was_begun(tmp_path, command, name):
     for i in range(4):
         Image.new("RGB", (8, 8), (25 * i, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
     recipe = tmp_path / "recipe.yaml"
-    data = f"{{kind: encoded, images: {{kind: folder, root: {tmp_path / 'pictures'}, size: 8}}, held_out: 1, batch_size: 2}}"
+    images = f"{{kind: folder, root: {tmp_path / 'pictures'}, size: 8}}"
+    data = f"{{kind: encoded, images: {images}, held_out: 1, batch_size: 2}}"
     recipe.write_text(f"data: {data}\nstudent: {{kind: dit, preset: nano}}\nobjective: {{kind: flow_matching}}\n")
     folder = mine(tmp_path / "mine", name)
     assert_refused(

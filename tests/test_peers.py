@@ -1,4 +1,7 @@
-"""benchmarks/lib/peers.py, by a peer made up here: it sees our times, our noise and our network, and nothing stands in for what is installed."""
+"""benchmarks/lib/peers.py, tested with a peer written here.
+
+It gets our times, our noise and our network, and installed packages are never replaced by a stub.
+"""
 
 from __future__ import annotations
 

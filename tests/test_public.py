@@ -21,7 +21,10 @@ def test_public_names_survive_the_import_of_the_modules_of_the_same_name():
 
 
 def test_import_flowmap_is_light(tmp_path):
-    text = "import sys, flowmap; print([n for n in ('torch', 'lightning', 'wandb', 'omegaconf', 'torchvision') if n in sys.modules])"
+    text = (
+        "import sys, flowmap; "
+        "print([n for n in ('torch', 'lightning', 'wandb', 'omegaconf', 'torchvision') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

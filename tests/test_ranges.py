@@ -75,7 +75,10 @@ def test_every_number_has_a_range(name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_number_leaves_its_range(name):
-    """Out of the range at either end, infinite, or not a number: refused, by the field's own name, wherever the settings are made."""
+    """Values outside the range at either end, infinite ones and NaN are refused by the field's own name.
+
+    This is so wherever the settings are made.
+    """
     cls = SETTINGS[name]
     ranged = {field: hint for field, hint in typing.get_type_hints(cls, include_extras=True).items() if ranges_in(hint)}
     needed = next((given for key, given in NEEDED.items() if name.endswith(f".{key}")), {})

@@ -1,4 +1,4 @@
-"""What the pages say is so: their Python runs, their commands parse, their tables are those of the code and of the benchmarks."""
+"""The pages are true: their Python runs, their commands parse, their tables match the code and the benchmarks."""
 
 from __future__ import annotations
 
@@ -342,6 +342,9 @@ def test_every_mutation_still_finds_its_text(monkeypatch):
     made = module_of(ROOT / "benchmarks/mutants.py", monkeypatch)
     changed = [made.mutated(mutant, (ROOT / "flowmap" / mutant.file).read_text()) for mutant in made.MUTANTS]
     assert len(changed) > 100 and all(changed)
-    ours = "import sys; sys.path.insert(0, 'benchmarks'); import mutants; print([name for name in sys.modules if name.startswith('flowmap')])"
+    ours = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import mutants; "
+        "print([name for name in sys.modules if name.startswith('flowmap')])"
+    )
     told = subprocess.run([sys.executable, "-c", ours], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert told.strip() == "[]", "its processes would test the package as it is, not the mutated copy"

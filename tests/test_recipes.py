@@ -1,4 +1,4 @@
-"""Every shipped recipe is read, written out and read back as the same recipe; mistakes are named with their full key."""
+"""Every shipped recipe is read, written and read back as the same recipe; mistakes are named with their full key."""
 
 import pytest
 
@@ -61,7 +61,8 @@ def test_recipes_in_a_loop_are_refused(tmp_path):
     path = tmp_path / "looped.yaml"
     card.write_text(f"kind: recipe\nrecipe: {path}\n")
     path.write_text(
-        f"data: {{kind: digits}}\nstudent: {{kind: from_teacher}}\nobjective: {{kind: ayf_emd}}\nteacher: {{card: {card}}}\n"
+        "data: {kind: digits}\nstudent: {kind: from_teacher}\nobjective: {kind: ayf_emd}\n"
+        f"teacher: {{card: {card}}}\n"
     )
     with pytest.raises(RecipeError, match="loop"):
         plan(read_recipe(path), tmp_path / "run")

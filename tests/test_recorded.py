@@ -1,4 +1,7 @@
-"""Runs and students that flowmap 0.1 left (tests/recorded/kept, made by benchmarks/recorded.py at commit 2a1eda1) are still known and load."""
+"""Runs and students written by flowmap 0.1 are still recognised and load.
+
+They are in tests/recorded/kept, made by benchmarks/recorded.py at commit 2a1eda1.
+"""
 
 from __future__ import annotations
 

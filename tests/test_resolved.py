@@ -1,4 +1,4 @@
-"""Every shipped name resolves to the settings that tests/resolved.yaml holds, letter by letter, and so to the same hash.
+"""Every shipped name resolves to the settings in tests/resolved.yaml, letter by letter, and so to the same hash.
 
 After a change of settings that is meant: `python tests/test_resolved.py --write`, and read the difference.
 """

@@ -1,4 +1,7 @@
-"""The look at a teacher before training: closed forms of its statistics, what it warns of, what it refuses, and that it draws nothing else."""
+"""The check of a teacher before training: closed forms of its statistics, its warnings and its refusals.
+
+It draws no other random numbers.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +149,8 @@ def folder_teacher(tmp_path, **scheduler):
     torch.manual_seed(0)
     net = with_random_weights(
         diffusers.UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
+            norm_num_groups=4,
             down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
         ), scale=0.1,
     )  # fmt: skip

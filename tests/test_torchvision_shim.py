@@ -1,4 +1,7 @@
-"""flowmap works where torchvision is absent, sound, broken in the known way, and broken in another; each in a process of its own."""
+"""flowmap works where torchvision is absent, sound, broken in the known way, or broken in another.
+
+Each case runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,8 @@ def test_the_stub_is_broken_as_the_real_one_is(tmp_path):
 
 
 def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path):
-    text = "import flowmap\nfor _ in range(3):\n    try:\n        import torchvision\n    except ImportError as error:\n        print(error)\n"
+    text = "import flowmap\nfor _ in range(3):\n    try:\n        import torchvision\n"
+    text += "    except ImportError as error:\n        print(error)\n"
     said = run(text, tmp_path, stub(tmp_path, OTHER)).splitlines()
     assert said == ["torchvision is installed but broken: broken in a way that nobody knows"] * 3
 
@@ -121,7 +125,12 @@ def test_where_it_is_broken_every_python_of_the_environment_mends_it(tmp_path, t
 
 COMMANDS = """\
 from flowmap.cli import main
-for line in ("fit --recipe tiny.yaml --out run", "sample --student run --num 2 --out drawn", "evaluate --student run", "list"):
+for line in (
+    "fit --recipe tiny.yaml --out run",
+    "sample --student run --num 2 --out drawn",
+    "evaluate --student run",
+    "list",
+):
     assert main(line.split()) == 0, line
 """
 

@@ -23,13 +23,17 @@ def sh(*command, cwd):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """(bin folder, an empty folder to work in) of an environment that has the wheel, and this one's packages but not this repository."""
+    """(bin folder, an empty folder to work in) of an environment that has the wheel.
+
+    It has the packages of this environment, but not this repository.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ROOT, cwd=folder)
     wheel = next((folder / "dist").glob("*.whl"))
     sh(sys.executable, "-m", "venv", folder / "env", cwd=folder)
     site = next((folder / "env").glob("lib/python*/site-packages"))
-    # a folder named in a .pth file is searched, but its own .pth files (the editable install of this repository) are not read
+    # Python searches a folder named in a .pth file, but does not read that folder's own .pth files (one of them is the
+    # editable install of this repository)
     (site / "packages.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     sh(
         folder / "env" / "bin" / "python",

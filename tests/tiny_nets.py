@@ -1,6 +1,7 @@
 """diffusers' networks at tiny size: one function a family, real architectures; nothing is downloaded.
 
-Text is 32 wide and a pooled text 24, unless said; samples are (4, 8, 8), a UNet2DModel's (3, 16, 16).  A test without diffusers is skipped.
+Text is 32 wide and a pooled text 24, unless given; samples are (4, 8, 8), a UNet2DModel's (3, 16, 16).
+A test is skipped without diffusers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ ENDS = {
 
 @torch.no_grad()
 def with_random_weights(net, scale: float = 0.05):
-    """The same network, every weight N(0, scale^2) from torch's generator: zero-initialised gates would hide what lies behind them."""
+    """The same network with every weight drawn from N(0, scale^2) by torch's generator.
+
+    Zero-initialised gates would hide the layers behind them.
+    """
     for parameter in net.parameters():
         parameter.copy_(scale * torch.randn(parameter.shape))
     return net
@@ -44,14 +48,16 @@ def dit(channels: int = 4, num_layers: int = 2):
 
 def unet(sample_size: int = 16):
     return diffusers.UNet2DModel(
-        sample_size=sample_size, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        sample_size=sample_size, in_channels=3, out_channels=3, block_out_channels=(16, 32), layers_per_block=1,
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
 def sd(text: int = TEXT, **more):
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+        norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=text, attention_head_dim=8, **more,
     )  # fmt: skip
@@ -68,28 +74,32 @@ def sdxl(text: int = TEXT, pooled: int = POOLED):
 
 def sd3(text: int = TEXT, pooled: int = POOLED):
     return diffusers.SD3Transformer2DModel(
-        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=text, caption_projection_dim=32,
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=text,
+        caption_projection_dim=32,
         pooled_projection_dim=pooled, out_channels=4,
     )  # fmt: skip
 
 
 def flux(pooled: int = POOLED, guidance_embeds: bool = False):
     return diffusers.FluxTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT, pooled_projection_dim=pooled,
+        **HEADS, patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=TEXT,
+        pooled_projection_dim=pooled,
         axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
     )  # fmt: skip
 
 
 def sana():
     return diffusers.SanaTransformer2DModel(
-        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=16,
+        **HEADS, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
         cross_attention_dim=32, caption_channels=TEXT, sample_size=8,
     )  # fmt: skip
 
 
 def pixart():
     return diffusers.PixArtTransformer2DModel(
-        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=TEXT,
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, cross_attention_dim=32,
+        caption_channels=TEXT,
         use_additional_conditions=False,
     )  # fmt: skip
 
@@ -119,7 +129,9 @@ def kl(latent_channels: int = 4, scaling_factor: float = 0.6, **more):
 
 def dc():
     return diffusers.AutoencoderDC(
-        latent_channels=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock", encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()),
+        latent_channels=4, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()), scaling_factor=0.41,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Real pipelines at tiny size with random weights, saved as their hubs' folders are: what recipes for pretrained teachers are tried on."""
+"""Real pipelines of tiny size with random weights, saved like the folders of their hubs.
+
+Tests run the recipes for pretrained teachers on them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def tokenizer(length: int = 16):
 
 def clip(projection: bool = False):
     config = transformers.CLIPTextConfig(
-        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16,
         projection_dim=TEXT_WIDTH, eos_token_id=2, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
@@ -79,7 +83,8 @@ def dit():
 def sd():
     net = tiny_nets.sd()
     return diffusers.StableDiffusionPipeline(
-        vae=kl(), text_encoder=clip(), tokenizer=tokenizer(), unet=net, scheduler=ddim(), safety_checker=None, feature_extractor=None,
+        vae=kl(), text_encoder=clip(), tokenizer=tokenizer(), unet=net, scheduler=ddim(), safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
 
@@ -100,7 +105,8 @@ def sdxl():
 def sd3():
     net = tiny_nets.sd3(text=2 * TEXT_WIDTH, pooled=2 * TEXT_WIDTH)
     return diffusers.StableDiffusion3Pipeline(
-        transformer=net, scheduler=flow(shift=3.0), vae=kl(), text_encoder=clip(True), tokenizer=tokenizer(), text_encoder_2=clip(True),
+        transformer=net, scheduler=flow(shift=3.0), vae=kl(), text_encoder=clip(True), tokenizer=tokenizer(),
+        text_encoder_2=clip(True),
         tokenizer_2=tokenizer(), text_encoder_3=t5(2 * TEXT_WIDTH), tokenizer_3=tokenizer(),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What benchmarks/language.py trains and draws beside the recipes: a language model, a classifier of latents, a diffusion's sampler."""
+"""Models that only benchmarks/language.py uses: a language model, a classifier of latents, a diffusion's sampler."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def language_model(folder: Path, texts, *, steps: int, batch: int = 32) -> Path:
 
 @torch.no_grad()
 def ancestral(student, steps: int, cond, num: int, seed: int):
-    """DDPM's sampler on the diffusion's own path: x_s = a_s x0 + sqrt(b_s^2 - h^2) eps + h noise, h^2 = b_s^2 / b_t^2 (1 - a_t^2 / a_s^2)."""
+    """DDPM's sampler on the diffusion's own path.
+
+    x_s = a_s x0 + sqrt(b_s^2 - h^2) eps + h noise, h^2 = b_s^2 / b_t^2 (1 - a_t^2 / a_s^2).
+    """
     from flowmap.flow.path import Trig
 
     path, generator = Trig(), torch.Generator().manual_seed(seed)

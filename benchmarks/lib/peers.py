@@ -1,7 +1,9 @@
-"""The peers' losses, imported at run time from checkouts beside the project and asked about our networks; none of their code is kept here.
+"""The peers' losses, imported at run time from checkouts next to the project and evaluated on our networks.
 
-NVlabs/FastGen (Apache-2.0): MeanFlow and sCM.  Gsunshine/py-meanflow (CC BY-NC-SA 4.0): MeanFlow.  Their clock is ours: t = 1 is noise, r is our s.
-A peer draws noise inside its loss, as the first draw there: it is ours where torch's seed is the one that drew ours.  Times are given.
+None of their code is copied here.
+NVlabs/FastGen (Apache-2.0): MeanFlow and sCM.  Gsunshine/py-meanflow (CC BY-NC-SA 4.0): MeanFlow.
+Their clock is ours: t = 1 is noise, r is our s.
+A peer's loss draws noise first, so torch's seed that drew our noise gives the same noise there.  Times are passed in.
 """
 
 from __future__ import annotations
@@ -125,7 +127,10 @@ class FastGen:
         self.checkout = Checkout.of(folder, [*stubbed, "fastgen.methods/__init__"])
 
     def mean_flow(self, student: FlowMapNet, teacher: Teacher | None, **settings) -> Loss:
-        """settings: of its LossConfig; power and offset say its weight in our words, guidance (omega, kappa) that in the target."""
+        """settings: of its LossConfig.
+
+        power and offset give its weight in our terms, guidance (omega, kappa) that in the target.
+        """
         power, offset, (omega, kappa) = (
             settings.pop("power", 1.0),
             settings.pop("offset", 0.1),
@@ -158,7 +163,10 @@ class FastGen:
         return loss
 
     def scm(self, student: FlowMapNet, teacher: Teacher, *, sigma_data: float, warmup_steps: int, **settings) -> Loss:
-        """settings: of its LossConfig, by default its own. Its learned log-variance, a layer of its networks, is 0: ours have none."""
+        """settings: of its LossConfig, by default its own.
+
+        Its learned log-variance, a layer of its networks, is 0: our networks have none.
+        """
         given = dict(
             tangent_warmup_const=0.1,
             prior_weighting_enabled=True,
@@ -214,7 +222,10 @@ class FastGen:
         return self._network(lambda x, t, r, cond: teacher.velocity(x, t, cond))
 
     def _network(self, velocity) -> nn.Module:
-        """A network as its methods call one: rectified flow, predicting the flow or x0 (the sample at r, or at 0 without one)."""
+        """A network with the interface that its methods call: rectified flow, predicting the flow or x0.
+
+        x0 is the sample at r, or at 0 without r.
+        """
 
         class Net(self.Network):
             def forward(self, x_t, t, condition=None, r=None, return_logvar=False, fwd_pred_type=None, **unused):
@@ -230,7 +241,10 @@ class FastGen:
 
 
 def _attention_for(x: Tensor):
-    """Where x carries a tangent, attention by plain products, as FastGen asks for on a GPU: torch's fused one on CPU has no forward derivative."""
+    """Attention by plain products if x has a tangent, as FastGen requires on a GPU.
+
+    torch's fused attention has no forward derivative on CPU.
+    """
     return sdpa_kernel(SDPBackend.MATH) if forward_ad.unpack_dual(x).tangent is not None else nullcontext()
 
 
@@ -247,7 +261,10 @@ class _Nothing:
 
 
 class _standing_in(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Inside, those packages, where they are not installed, are modules of nothing; gives the list of those that were asked for."""
+    """A context in which missing packages of these names are replaced by empty modules.
+
+    It returns the list of the modules that were imported so.
+    """
 
     def __init__(self, names: tuple[str, ...]):
         self.names, self.asked = names, []

@@ -41,7 +41,7 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Row:
-    """Whose loss, of which job, made how: make(recipe, student, guided teacher) -> Loss; None where the peer is not there."""
+    """A loss of one job and its owner: make(recipe, student, guided teacher) -> Loss; None without the peer."""
 
     job: str
     whose: str
@@ -54,7 +54,10 @@ class Row:
 
 
 def all_rows(fastgen: FastGen | None, meanflow: PyMeanFlow | None, *, to_train: bool) -> list[Row]:
-    """Job by job, ours first; to train, or only to ask on our draws. FastGen's weight on CIFAR-10 is py-meanflow's: one row is for both."""
+    """The jobs in order, ours first; to train, or only to evaluate on our draws.
+
+    FastGen's weight on CIFAR-10 is py-meanflow's: one row is for both.
+    """
     weight = lambda recipe: dict(power=recipe.objective.distance.power, offset=recipe.objective.distance.offset)
     ours_as = lambda recipe: dict(sigma_data=recipe.objective.sigma_data, warmup_steps=recipe.objective.warmup_steps)
     plain = dict(prior_weighting_enabled=False, g_norm_spatial_invariance=False)

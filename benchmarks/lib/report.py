@@ -1,4 +1,7 @@
-"""What every benchmark says beside its figures: versions, machine, commit; a table for the eye, JSON in benchmarks/results for the rest."""
+"""What every benchmark reports with its figures: versions, machine, commit.
+
+It prints a table and writes JSON into benchmarks/results.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PACKAGES = ("torch", "lightning", "diffusers", "transformers", "torchmetrics", "
 
 
 def environment() -> dict:
-    """Versions, platform, device, threads and git commit, as plain JSON; a commit whose tree has changes ends in "+"."""
+    """Versions, platform, device, threads and git commit, as plain JSON; "+" after the commit: the tree has changes."""
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -55,7 +58,7 @@ def keep(path: Path, found: Mapping) -> None:
 
 
 def spread(values: Iterable[float], bare: bool = False) -> str:
-    """The median, with least and most where they differ and not only the bare median is asked for; nothing where there is no value."""
+    """The median, with least and most if they differ and `bare` is false; an empty string without values."""
     if not (values := list(values)):
         return ""
     middle, least, most = (f"{value:.3g}" for value in (statistics.median(values), min(values), max(values)))
@@ -63,7 +66,7 @@ def spread(values: Iterable[float], bare: bool = False) -> str:
 
 
 def table(rows: Iterable[Sequence], columns: Sequence[str]) -> str:
-    """Rows under column names, numbers to four digits and to the right; Markdown, so that it can be pasted into docs."""
+    """A Markdown table of rows under column names; numbers have four digits and are right-aligned."""
     rows = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in (columns, *rows)) for i in range(len(columns))]
     left = [any(not _is_number(row[i]) for row in rows) for i in range(len(columns))]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from lib.report import spread
 
-Found = dict  # of one seed: {"student": {arm: {steps: {metric: value}}}, "floor": {metric: value}, "cost": {arm: ...}, "seconds a step": {arm: s}}
+# of one seed: {"student": {arm: {steps: {metric: value}}}, "floor": {metric: value}, "cost": {arm: ...},
+# "seconds a step": {arm: s}}
+Found = dict
 NAMES = {
     "before": "before",
     "control": "trained on, without a discriminator",
@@ -43,7 +45,10 @@ def few(runs: Sequence[Found], trained: bool = False) -> dict:
 
 
 def ratios(runs: Sequence[Found]) -> dict:
-    """Within one seed: distances as ratios, shares (precision and recall) as differences; and in how many seeds the first is the better."""
+    """Comparisons within one seed: distances as ratios, shares (precision and recall) as differences.
+
+    Also the number of seeds in which the first is better.
+    """
     rows = []
     for k, row in runs[0]["student"]["before"].items():
         for metric in [metric for metric in row if not metric.endswith("_train")]:

@@ -8,21 +8,26 @@ from lib.report import spread
 
 Rows = dict  # of one seed: part -> {row: {figure: value, "first": the first ten sentences, seed 0 alone}}
 FEW = {
-    "calls": "calls", "seconds": "seconds", "perplexity": "perplexity", "divergence_words": "divergence, words", "divergence_minilm": "MiniLM",
+    "calls": "calls", "seconds": "seconds", "perplexity": "perplexity", "divergence_words": "divergence, words",
+    "divergence_minilm": "MiniLM",
     "divergence_words_train": "to training: words", "divergence_minilm_train": "to training: MiniLM",
-    "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase", "category_hit": "category",
+    "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase",
+    "category_hit": "category",
     "distinct_2": "distinct-2", "self_bleu": "self-BLEU", "copied": "copied", "nearest": "nearest",
 }  # fmt: skip
 EDIT = {
-    "calls": "calls", "style_hit": "target hit", "phrase_hit": "phrase", "kept_bleu": "BLEU kept", "kept_rouge_l": "ROUGE-L kept",
+    "calls": "calls", "style_hit": "target hit", "phrase_hit": "phrase", "kept_bleu": "BLEU kept",
+    "kept_rouge_l": "ROUGE-L kept",
     "kept_minilm": "MiniLM kept", "unchanged": "unchanged", "distinct_2": "distinct-2",
 }  # fmt: skip
 CONTROL = {
-    "calls": "calls", "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase", "category_hit": "category",
+    "calls": "calls", "length_within": "length", "part_of_speech_hit": "part of speech", "phrase_hit": "phrase",
+    "category_hit": "category",
     "perplexity": "perplexity", "distinct_2": "distinct-2",
 }  # fmt: skip
 INFILL = {
-    "calls": "calls", "infilled_bleu": "BLEU", "infilled_rouge_l": "ROUGE-L", "infilled_exactly": "exactly", "perplexity": "perplexity of the whole",
+    "calls": "calls", "infilled_bleu": "BLEU", "infilled_rouge_l": "ROUGE-L", "infilled_exactly": "exactly",
+    "perplexity": "perplexity of the whole",
     "distinct_2": "distinct-2",
 }  # fmt: skip
 COLUMNS = {"few": FEW, "edit": EDIT, "control": CONTROL, "infill": INFILL}
@@ -37,10 +42,15 @@ SHOWN = (
 
 
 def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
-    """Every table that there are figures for: name -> {"columns": [...], "rows": [[...], ...]}; the diffusion stands among the few-step rows."""
+    """Every table with figures: name -> {"columns": [...], "rows": [[...], ...]}.
+
+    The diffusion is among the few-step rows.
+    """
     parts = {"few": ("few", "diffusion"), "edit": ("edit",), "control": ("control",), "infill": ("infill",)}
-    made = {name: part([{key: row for one in of for key, row in seed.get(one, {}).items()} for seed in seeds], COLUMNS[name])
-            for name, of in parts.items()}  # fmt: skip
+    made = {}
+    for name, of in parts.items():
+        rows = [{key: row for one in of for key, row in seed.get(one, {}).items()} for seed in seeds]
+        made[name] = part(rows, COLUMNS[name])
     made["samples"] = side_by_side({**seeds[0].get("few", {}), **seeds[0].get("diffusion", {})}, SHOWN)
     made["edited"] = edited(seeds[0].get("edit", {}))
     made["infilled"] = side_by_side(seeds[0].get("infill", {}), ("what stood there", "flow 4", "flow 20"))

@@ -10,8 +10,10 @@ from lib.report import spread
 
 
 def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:
-    """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric that was looked at, to held-out samples and (`train`) to those of
-    training; `recall` where it was among them."""
+    """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric, to held-out samples.
+
+    `train` is the same to training samples; `recall` is there if it is among the metrics.
+    """
     metrics = found["metrics"]
     made = {"quality": quality(found, metrics[0]), "best": best(found, metrics[0], default)}
     recall = next((metric for metric in metrics if metric.startswith("recall")), None)
@@ -40,8 +42,11 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
 
 
 def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
-    """At each number of steps: the recipe of the least median, of those that finished in every seed, and how far the default is behind it, seed by
-    seed; within noise where that is not the same sign in all. Then whoever is ahead of the default in every seed, the best or not."""
+    """At each number of steps: the recipe with the least median, of those that finished in every seed.
+
+    With it, how far the default is behind, seed by seed: "within noise" if the sign differs between seeds.  Then
+    every recipe that is ahead of the default in every seed, the best or not.
+    """
     rows, seeds = [], found["terms"]["seeds"]
     for k in map(str, found["terms"]["steps"]):
         known = {name: values for name in found["recipes"] if None not in (values := _by_seed(found, name, k, metric))}

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from lib.report import spread
 
-Run = dict  # of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ..., "codes": ...}
+# of one seed: arm -> {"curve": [{"solver", "steps", "calls", "flops", "seconds", "frechet"}], "transport": ...,
+# "codes": ...}
+Run = dict
 MANY = 50  # Euler steps of the Gaussian whose distance is to be reached
 PAIR = ("gaussian", "learned")
 DISTANCES = ("frechet", "frechet_train")  # to held-out samples and to those of training
@@ -69,7 +71,10 @@ def students(runs: Sequence[Run]) -> dict:
 
 
 def ablation(runs: Sequence[Run]) -> dict:
-    """Every flow, of the seeds that have it: its distances by Euler's steps, transport cost, straightness, and what its training took."""
+    """Every flow, over the seeds that have it.
+
+    Its distances by Euler's steps, transport cost, straightness, training cost.
+    """
     columns = [
         "flow",
         "seeds",
@@ -122,7 +127,10 @@ def copies(runs: Sequence[Run]) -> dict:
 
 
 def saved(runs: Sequence[Run]) -> dict:
-    """What the learned prior's cheapest sample costs that is as good as the Gaussian's of 50 Euler steps, as a share of what the Gaussian's costs."""
+    """The cost of the learned prior's cheapest sample that is as good as the Gaussian's of 50 Euler steps.
+
+    It is given as a share of the Gaussian's cost.
+    """
     each = [savings(run) for run in runs]
     rows = [[f"{cost}, beside {beside}", _shares([one[f"{cost} / {beside}"] for one in each])]
             for cost in ("flops", "seconds") for beside in ("50 steps", "cheapest")]  # fmt: skip
@@ -137,8 +145,10 @@ def _shares(values: Sequence[float | None]) -> str:
 
 
 def savings(run: Run) -> dict:
-    """How much cheaper the learned prior reaches the Gaussian's 50-step distance: than those 50 steps, and than the cheapest Gaussian sample
-    that comes within 5 % of it; None where it never does."""
+    """How much cheaper the learned prior reaches the Gaussian's 50-step distance; None if it never does.
+
+    Relative to those 50 steps, and to the cheapest Gaussian sample that comes within 5 % of it.
+    """
     there = at(run["gaussian"], "euler", MANY)
     reached = [p for p in run["learned"]["curve"] if p["frechet"] <= there["frechet"]]
     near = [p for p in run["gaussian"]["curve"] if p["frechet"] <= 1.05 * there["frechet"]]

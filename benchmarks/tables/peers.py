@@ -21,7 +21,10 @@ WARM = 3  # rounds that are not timed
 
 
 def agreement(rows: list[Row]) -> Iterator[list]:
-    """Each peer's loss and gradient beside ours on one draw and one network with random weights, in float64 and in float32."""
+    """Each peer's loss and gradient next to ours on one draw and one network with random weights.
+
+    In float64 and in float32.
+    """
     for job_name in dict.fromkeys(row.job for row in rows):
         job = Job(job_name, 0)
         mine, *peers = [row for row in rows if row.job == job_name]
@@ -65,7 +68,10 @@ def apart_by(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def value_and_gradient(row: Row, job: Job, dtype: torch.dtype) -> tuple[float, torch.Tensor] | None:
-    """The loss at half of its warm-up and its gradient, flat in float64, of a network whose branches have all been shaken awake."""
+    """The loss at half of its warm-up and its gradient, flat in float64.
+
+    The network's zero-initialised branches are perturbed, so that all of them contribute.
+    """
     if row.make is None:
         return None
     for module in job.teacher.modules if job.teacher else ():
@@ -81,7 +87,10 @@ def value_and_gradient(row: Row, job: Job, dtype: torch.dtype) -> tuple[float, t
 
 
 def timing(rows: list[Row], rounds: int) -> Iterator[list]:
-    """Loss and backward pass, row after row within a round on the same draw; as the recipes draw times, and without samples at s = t."""
+    """Loss and backward pass, row after row within a round on the same draw.
+
+    Times are drawn as the recipes do, and without samples at s = t.
+    """
     for job_name in dict.fromkeys(row.job for row in rows):
         job = Job(job_name, 0)
         ready = [row for row in rows if row.job == job_name and row.make is not None and not row.published]
@@ -132,7 +141,10 @@ def time_in_turns(job: Job, recipe: Recipe, losses: dict, rounds: int) -> dict[s
 
 
 def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
-    """A row for each that trained: steps, time of a step, Frechet distance at each number of steps, the median over seeds and its range."""
+    """A row for each that trained: steps, time of a step, and the Frechet distance at each number of steps.
+
+    Distances are medians over seeds with their range.
+    """
     results = [result for seed in trained.values() for result in seed]
     for row in rows:
         found = [result for result in results if (result.get("job"), result.get("whose")) == (row.job, row.whose)]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from lib.report import spread
 
-Found = dict  # of one seed: arm -> {"student": {steps: {metric: value}}, "euler": ..., "cpu_seconds": {"pairs": s, "fit": s}}
+# of one seed: arm -> {"student": {steps: {metric: value}}, "euler": ..., "cpu_seconds": {"pairs": s, "fit": s}}
+Found = dict
 PAPER = {"a": 12.21, "b": 7.14, "c": 5.17, "d": 5.24, "e": 3.42, "f": 3.38, "g": 3.07}
 NAMES = {
     "teacher": "teacher, guided",

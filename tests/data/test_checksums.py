@@ -1,4 +1,7 @@
-"""A byte that flips in any file of an encoding or of pairs is noticed, on opening and by --verify; what has not changed is read once."""
+"""A flipped byte in any file of an encoding or of pairs is detected, on opening and by --verify.
+
+An unchanged file is read once.
+"""
 
 import json
 import os

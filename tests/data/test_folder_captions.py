@@ -1,4 +1,4 @@
-"""Captions of a folder of pictures: every usual way to write them down, and what becomes of those that are of no picture."""
+"""Captions of a folder of pictures: every usual format, and captions that belong to no picture."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The digits are all there and split fairly; Fashion-MNIST's files are read as IDX says, and missing or broken ones are told apart."""
+"""The digits are complete and split evenly.
+
+Fashion-MNIST's files are read in the IDX format; missing and broken ones are distinguished.
+"""
 
 import gzip
 import struct

@@ -52,7 +52,8 @@ def test_pictures_are_kept_in_bytes_and_latents_in_half_precision(tmp_path, monk
     data = f"data={{kind: {kind}, root: {tmp_path / 'data'}}}"
     recipe = read_recipe(
         "digits", [data, "objective={kind: rectified}", "teacher.guidance=null", "student={kind: mlp}", "metrics=[]",
-                   f"coupling={{kind: pairs, recipe: digits, num: 12, inverted: 0.5, root: {tmp_path / 'p'}, solver: {{kind: heun, steps: 4}}}}"]
+                   f"coupling={{kind: pairs, recipe: digits, num: 12, inverted: 0.5, root: {tmp_path / 'p'}, "
+                   "solver: {kind: heun, steps: 4}}"]
     )  # fmt: skip
     monkeypatch.setattr(module, "build_pairs_teacher", lambda recipe, data: BuiltTeacher(Halves(), None))
     index = module.make_pairs(recipe)

@@ -1,4 +1,4 @@
-"""Where pictures come from: positions, labels and captions of each kind of source, and what hostile or broken files come to."""
+"""Sources of pictures: positions, labels and captions of each kind, and hostile or broken files."""
 
 import io
 import json
@@ -79,7 +79,8 @@ def check_positions(source):
 def test_folder_sorts_labels_and_captions(pictures):
     source = FolderImages(root=str(pictures), size=4)
     assert told(source.items()) == [
-        ("a/1.png", 0, "one", 10), ("a/2.png", 0, None, 20), ("a/4.png", 0, None, 40), ("b/0.png", 1, "nought", 0), ("b/3.png", 1, None, 30)
+        ("a/1.png", 0, "one", 10), ("a/2.png", 0, None, 20), ("a/4.png", 0, None, 40), ("b/0.png", 1, "nought", 0),
+        ("b/3.png", 1, None, 30)
     ]  # fmt: skip
     assert (source.num_classes(), source.class_names()) == (2, ["a", "b"])
     assert next(source.items()).image.shape == (3, 4, 4) and next(source.items()).image.dtype == torch.uint8
@@ -290,7 +291,8 @@ def test_edm2_latents_are_normalised_and_drawn_once_for_all(tmp_path):
     every = torch.cat([data.labels, data.held_out_samples()[1]["class"]])[torch.cat([data._kept, data._out]).argsort()]
     assert every.tolist() == data._labels.tolist() and torch.equal(data.held_out_samples()[0], data.held_out)
     assert torch.equal(data.reference_conditions["class"], data.labels)
-    # the published figures, against the formula in float64: raw = mean + std * noise, final = (raw - raw_mean) / raw_std * 0.5
+    # the published figures, compared with the formula in float64:
+    # raw = mean + std * noise, final = (raw - raw_mean) / raw_std * 0.5
     place = int(data._kept[2])
     raw = (
         torch.from_numpy(arrays[place][:4]).double()

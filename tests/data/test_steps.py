@@ -1,4 +1,7 @@
-"""The laws of batch order: epochs are permutations, resuming needs no replay, and a split over ranks changes nothing of a step."""
+"""The laws of batch order: epochs are permutations, and resuming needs no replay.
+
+A split over ranks does not change a step.
+"""
 
 from itertools import chain, islice
 

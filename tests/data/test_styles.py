@@ -15,8 +15,10 @@ def data(num=40):
     code = torch.arange(num)
     latents = code.float()[:, None].repeat(1, 2)
     return TextDataset(
-        "text", latents, -latents, texts=[f"train {i}" for i in range(num)], held_out_texts=[f"out {i}" for i in range(num)],
-        attributes=(Attribute("style", ("plain", "odd")),), codes={"style": code % 2}, held_out_codes={"style": code % 2},
+        "text", latents, -latents, texts=[f"train {i}" for i in range(num)],
+        held_out_texts=[f"out {i}" for i in range(num)],
+        attributes=(Attribute("style", ("plain", "odd")),), codes={"style": code % 2},
+        held_out_codes={"style": code % 2},
     )  # fmt: skip
 
 
@@ -39,7 +41,7 @@ def test_each_set_is_its_style():
 
 
 def test_no_sample_is_paired_by_its_index():
-    """Every target meets every source: over many draws each is as frequent as any other, and two steps draw differently."""
+    """Every target is paired with every source: over many draws all are equally frequent, and two steps differ."""
     found = StyledDataset.of(data(), STYLES)
     draws = torch.stack([found.partners(found.train[:20], torch.Generator().manual_seed(i))[:, 0] for i in range(2000)])
     counts = torch.stack([torch.bincount((column / 2).long(), minlength=20) for column in draws.T])

@@ -1,6 +1,7 @@
-"""What the tests of objectives share: a student a little off the exact map, one on which nothing is silent, draws and gradients.
+"""Shared by the tests of objectives: a student near the exact map, one with no zero term, draws and gradients.
 
-`Nearly` is the exact map with a few numbers that train; `bent()` is a small network on which every term of a formula is different from zero.
+`Nearly` is the exact map with a few trained numbers; `bent()` is a small network on which every term of a formula
+differs from zero.
 """
 
 from __future__ import annotations

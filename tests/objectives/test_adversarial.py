@@ -1,4 +1,7 @@
-"""Adversarial finetuning on closed forms: losses and penalties by hand, their gradients by differences, factors that balance, two Gaussians."""
+"""Adversarial finetuning in closed form: losses and penalties by hand, their gradients by finite differences.
+
+Also balanced factors, and two Gaussians.
+"""
 
 from __future__ import annotations
 
@@ -213,7 +216,10 @@ def test_a_discriminator_learns_to_tell_two_gaussians_apart():
 
 @pytest.mark.parametrize("balance", ["none", "base"])
 def test_a_student_in_the_plane_comes_nearer_to_the_data(balance):
-    """The student x1 -> scale x1 + place is nailed by its base to a wrong law, and leaves it for the data's when the adversarial loss joins."""
+    """The base objective keeps the student x1 -> scale x1 + place at a wrong distribution.
+
+    With the adversarial loss, the student moves to the data's distribution.
+    """
     torch.manual_seed(0)
     data = lambda n: 0.5 * torch.randn(n, 2) + torch.tensor([2.0, -1.0])
     student, net = nn.Linear(2, 2), Points()

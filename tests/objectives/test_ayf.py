@@ -1,4 +1,4 @@
-"""Align Your Flow's objectives: still at the exact map, towards it from both sides, and equal to their formulas taken by hand.
+"""Align Your Flow's objectives: stationary at the exact map, descend to it from both sides, equal their formulas.
 
 `Nearly` is the exact map with two numbers that train; `bent()` is a small network: see nearly.py.
 """
@@ -24,7 +24,7 @@ norms = pytest.mark.parametrize("norm", ["none", "l2", "rms"])
 
 
 class Counted(nn.Module):
-    """A student that remembers how many rows it was asked for, for how many of them a tangent rode, and the guidance scales."""
+    """A student that records the number of rows, the number of rows with a tangent, and the guidance scales."""
 
     def __init__(self, student):
         super().__init__()

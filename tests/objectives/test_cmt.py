@@ -1,4 +1,7 @@
-"""CMT: still at the exact map, towards it from both sides, equal to its formula by hand, one trajectory for several rows."""
+"""CMT: stationary at the exact map, descends to it from both sides, equals its formula by hand.
+
+Several rows share one trajectory.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Discrete consistency: its grid, its error at the exact map, towards it from both sides, and equal to its formula by hand."""
+"""Discrete consistency: its grid, its error at the exact map, descends to it from both sides, equals its formula."""
 
 import pytest
 import torch
@@ -78,7 +78,10 @@ def test_without_a_teacher_the_neighbour_has_the_same_data_and_noise():
 
 
 def test_with_many_steps_its_gradient_is_continuous_time_consistency():
-    """(1 / h) of its gradient tends to 2 <f, df/dt>: sCM's with the weights taken off, at t = 1/2 and sigma_data 1 (A / d)(1 - t) A = 1/4."""
+    """(1 / h) times its gradient tends to 2 <f, df/dt>.
+
+    This is sCM's gradient without the weights, at t = 1/2 and sigma_data 1 (A / d)(1 - t) A = 1/4.
+    """
     half = torch.full((5,), 0.5).double()
     sample, student, n = drawn(t=half, s=0 * half), bent(), 4000
     discrete = [g * n for g in gradients(Consistency(steps=n, grid="uniform"), student, WEAK, sample)]

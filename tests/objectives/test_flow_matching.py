@@ -76,7 +76,10 @@ def test_value_is_the_mean_square_to_the_teacher_or_else_to_the_conditional_velo
 
 
 def test_without_a_teacher_the_truth_is_the_mean_of_the_conditional_velocity():
-    """Over many draws the gradient at the exact velocity vanishes, within five standard errors; off it, it does not, and points back."""
+    """Over many draws the gradient at the exact velocity vanishes, within five standard errors.
+
+    Off the exact velocity it does not vanish, and points back.
+    """
     n = 40_000
     ones = torch.ones(n, dtype=torch.float64)
     teacher = GaussianTeacher(mean=(0.7,), std=0.4)

@@ -1,4 +1,7 @@
-"""One-step distillation: zero at the exact map of the pairs, towards it from both sides, equal to its formula by hand, a net that learns it."""
+"""One-step distillation: zero at the exact map of the pairs, descends to it from both sides, equals its formula.
+
+A network learns it.
+"""
 
 import pytest
 import torch

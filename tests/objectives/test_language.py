@@ -46,7 +46,7 @@ def test_the_divergence_is_that_of_two_gaussians():
 
 
 def test_free_bits_are_free():
-    """An entry whose mean divergence is below the bound gives no gradient, one above does, and the bound is what is counted."""
+    """An entry with a mean divergence below the bound gives no gradient; one above does.  The bound is counted."""
     mean = torch.tensor([[0.1, 2.0], [-0.1, -2.0]], requires_grad=True)
     kl, bounded = divergence(mean, torch.zeros(2, 2), 0.5)
     bounded.backward()

@@ -1,4 +1,7 @@
-"""LeDiFlow's losses: the likelihood's closed-form optimum, the KL's closed form, the evidence at the exact posterior, exact weights."""
+"""LeDiFlow's losses: the likelihood's optimum and the KL in closed form, exact weights.
+
+Also the evidence at the exact posterior.
+"""
 
 import math
 from dataclasses import replace
@@ -55,7 +58,10 @@ def test_kl_is_that_of_the_two_normals():
 
 
 class LinearGaussian(nn.Module):
-    """x = a z + s eps, z ~ N(0, 1): the decoder, and the exact posterior with its mean and log-variance shifted by `off`."""
+    """x = a z + s eps, z ~ N(0, 1): the decoder and the exact posterior.
+
+    Its mean and log-variance are shifted by `off`.
+    """
 
     def __init__(self, a=0.8, s=0.5, off=(0.0, 0.0)):
         super().__init__()

@@ -1,4 +1,7 @@
-"""MeanFlow: still at the exact map, towards it from both sides, equal to its formula by hand, and guided to the guided flow."""
+"""MeanFlow: stationary at the exact map, descends to it from both sides, equals its formula by hand.
+
+With guidance, it learns the guided flow.
+"""
 
 import pytest
 import torch
@@ -111,7 +114,10 @@ def test_the_teacher_is_asked_at_the_departure_with_the_condition():
 
 
 class Guided(nn.Module):
-    """On the diagonal, the guided velocity of MIXTURE's classes with a class and the plain one without; times a factor that trains."""
+    """On the diagonal: the guided velocity of MIXTURE's classes with a class, the plain one without.
+
+    Both are multiplied by a trained factor.
+    """
 
     def __init__(self, scale, factor=1.0):
         super().__init__()
@@ -127,7 +133,10 @@ class Guided(nn.Module):
 
 @pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.6), (2.5, 0.0), (0.5, 0.8)])
 def test_guidance_in_the_target_leads_to_the_guided_flow(omega, kappa):
-    """Its scale is omega / (1 - kappa); samples without a class stay with the plain velocity; outside the interval nothing is guided."""
+    """The scale is omega / (1 - kappa).
+
+    Samples without a class keep the plain velocity, and there is no guidance outside the interval.
+    """
     t, _ = draw_times()
     sample = drawn((5, 2), t=t, s=t, **{"class": CLASSES})
     objective, right = MeanFlow(distance=SUM, omega=omega, kappa=kappa), omega / (1 - kappa)

@@ -1,4 +1,7 @@
-"""Rectified flow on pairs: zero at the exact velocity of straight pairs, towards it from both sides, equal to its formulas by hand."""
+"""Rectified flow on pairs: zero at the exact velocity of straight pairs, descends to it from both sides.
+
+It equals its formulas by hand.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""sCM: still at the exact map, towards it from both sides, and equal to algorithm 1 of the paper taken on TrigFlow's own clock."""
+"""sCM: stationary at the exact map, descends to it from both sides.
+
+It equals algorithm 1 of the paper on TrigFlow's own clock.
+"""
 
 import math
 
@@ -29,7 +32,10 @@ def test_still_at_the_exact_map_and_towards_it_from_both_sides(teacher, shape, n
 
 
 def by_the_paper(student, v, sample, d, r, c, norm):
-    """Algorithm 1 as printed: angle, state and network of TrigFlow, whose derivative is a central difference along dx/da."""
+    """Algorithm 1 as printed: TrigFlow's angle, state and network.
+
+    The derivative is a central difference along dx/da.
+    """
     trig, x, t, cond, h = Trig(d), sample.xt, sample.t, sample.cond, 1e-5
     unit = math.pi / 2  # Trig counts its angle in quarter turns
     place, quarter = trig.from_linear(x, t)

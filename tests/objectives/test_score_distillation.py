@@ -1,4 +1,7 @@
-"""Score distillation on Gaussians: nothing to do where both laws are one, towards the teacher's law from every side, and the formula by hand."""
+"""Score distillation on Gaussians: no gradient where both distributions agree, and the formula by hand.
+
+It descends to the teacher's distribution from every side.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ def test_still_where_the_fake_says_what_the_teacher_says(teacher, normalised):
 
 @pytest.mark.parametrize("normalised", [True, False])
 def test_value_and_gradient_are_those_of_the_formula_by_hand(normalised):
-    """DMD's own terms: the two guesses at the data, their difference over the mean distance of the sample from the teacher's."""
+    """DMD's own terms: the two predictions of the data.
+
+    Their difference is divided by the mean distance of the sample from the teacher's.
+    """
     x0, t = draw().requires_grad_(), draw_times()[0]
     sample = looked_at(x0)
     loss = ScoreDistillation(normalised=normalised)(Fake(OTHER), GAUSSIAN, sample, 0)
@@ -72,7 +78,10 @@ def test_value_and_gradient_are_those_of_the_formula_by_hand(normalised):
 
 
 def test_the_guesses_are_the_exact_means_of_the_data():
-    """E[x0 | xt] of a Gaussian: the difference of the guesses is that of the posterior means, not merely something of the same sign."""
+    """E[x0 | xt] of a Gaussian: the difference of the predictions equals that of the posterior means.
+
+    A test of the sign alone would be weaker.
+    """
     x0, t = draw().requires_grad_(), draw_times()[0]
     sample = looked_at(x0)
     (g,) = torch.autograd.grad(ScoreDistillation(normalised=False)(Fake(OTHER), GAUSSIAN, sample, 0).value, x0)
@@ -174,7 +183,10 @@ def counted(student):
 
 
 def test_a_run_is_stopped_at_a_jump_to_the_data_with_that_jumps_graph():
-    """The second of four jumps of sampler gamma 1, by hand: to the data, back to t = 3/4 with the generator's noise, and to the data."""
+    """The second of four jumps of sampler gamma 1, by hand.
+
+    A jump to the data, back to t = 3/4 with the generator's noise, and to the data.
+    """
     exact = ExactStudent(GAUSSIAN, scale=0.9)
     student, calls = counted(exact)
     stopped = Stopped(student, 2)

@@ -1,6 +1,7 @@
-"""Self-distilled maps and shortcuts: still at the exact map, towards it from both sides, equal to their formulas by hand.
+"""Self-distilled maps and shortcuts: stationary at the exact map, descend to it from both sides, equal their formulas.
 
-The student is its own teacher off the diagonal, so what leads back to the exact map is tested with `Leaning`, which is exact on it.
+Off the diagonal the student is its own teacher, so the descent to the exact map is tested with `Leaning`, which is
+exact on the diagonal.
 """
 
 import pytest
@@ -80,7 +81,10 @@ def test_descent_from_either_side_returns_to_the_exact_map(objective):
 
 @objectives
 def test_the_diagonal_rows_are_flow_matching_and_the_others_know_no_teacher(objective):
-    """In a mixed batch the two kinds of row add up, each with its own target; off the diagonal the teacher plays no part."""
+    """In a mixed batch the two kinds of row add up, each with its own target.
+
+    Off the diagonal the teacher has no effect.
+    """
     sample, student = mixed(guidance=GUIDANCE), bent(guidance=True)
     teacher = Watched(WEAK)
     loss = objective(student, teacher, sample, 0)
@@ -110,7 +114,10 @@ def test_with_a_share_on_the_diagonal_a_factor_is_led_back_as_well(teacher):
 
 
 def graded(student, sample, of):
-    """F and its rates in time, in space along the student's own velocity, and in arrival time, by central differences, with graph."""
+    """F and its derivatives by central differences, with graph.
+
+    In time, in space along the student's own velocity, and in arrival time.
+    """
     x, t, s, cond, h = sample.xt, sample.t, sample.s, sample.cond, 1e-5
     ask = lambda x, t, s: student.mean_velocity(x, t, s, cond)
     own = ask(x, t, t).detach()
@@ -228,7 +235,10 @@ def test_a_shortcut_is_two_halves_and_the_shortest_are_steps_of_the_velocity(fin
 
 
 def test_the_shortest_shortcut_errs_as_euler_does():
-    """At the exact map the residual of the shortest rung falls as the square of its length, Euler's step of order one being off by length^2 / 2."""
+    """At the exact map the residual of the shortest rung falls as the square of its length.
+
+    The error of Euler's step, of order one, is length^2 / 2.
+    """
     errors = []
     for finest in (32, 64):
         t = torch.full((5,), 0.5).double()
@@ -246,7 +256,10 @@ def test_float32_stays_float32_and_finite_at_the_ends_of_time(objective):
 
 
 def test_under_autocast_every_weight_still_has_its_gradient():
-    """The student is asked without graph before it is asked with one: its weights' casts must not be kept without graph."""
+    """The student is called first without graph, then with graph.
+
+    The cast weights of the first call must not be cached.
+    """
     student, sample = bent().float(), mixed()
     single = Linear().sample(*(value.float() for value in (sample.x0, sample.x1, sample.t, sample.s)), sample.cond)
     for objective in (*ALL.values(), OBJECTIVES["meanflow"](tangent="student")):

@@ -1,4 +1,7 @@
-"""The learned weight: least where u is the logarithm of the error, the map's gradient merely scaled, the exact map still its rest."""
+"""The learned weight: minimal where u is the logarithm of the error; it only scales the gradient of the map.
+
+The exact map stays stationary.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,10 @@ def split(student):
 
 @every
 def test_the_maps_gradient_keeps_its_direction_at_each_pair_of_times(kind):
-    """Row by row: that of the error, over exp(u) at the row's own times, and u descends towards the error's logarithm."""
+    """Row by row: the gradient of the error over exp(u) at the row's own times.
+
+    u descends to the logarithm of the error.
+    """
     student, sample = unsure(), drawn()
     net, branch = split(student)
     for row in range(5):

@@ -1,4 +1,7 @@
-"""What is told before anything is trained: metrics whose networks are not here, priors and codes that do not fit, frozen parts to be fetched."""
+"""Problems reported before training: missing networks of metrics, priors and codes that do not fit.
+
+Frozen parts that must be fetched are reported too.
+"""
 
 import pytest
 

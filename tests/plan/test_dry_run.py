@@ -46,7 +46,9 @@ LARGE_CARDS = ("flux-dev", "sd35-medium")
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE_CARDS else []) for name in list_cards() if find_card(name).network
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE_CARDS else [])
+    for name in list_cards()
+    if find_card(name).network
 ])  # fmt: skip
 def test_a_cards_network_has_the_published_number_of_parameters(name):
     card = find_card(name)
@@ -120,7 +122,10 @@ def test_a_folder_that_holds_another_run_is_seen(tmp_path):
 
 
 def test_a_step_asks_what_its_objective_asks():
-    """AYF-EMD: a forward pass, a tangent, a backward pass, and the guided teacher's two networks; samples on the diagonal have no tangent."""
+    """AYF-EMD: a forward pass, a tangent, a backward pass, and the guided teacher's two networks.
+
+    Samples on the diagonal have no tangent.
+    """
     times = "times={kind: interval, mean: -0.6, std: 1.6}"
     calls = lambda *overrides: calls_of(read_recipe("digits-ayf-emd", overrides), conditional=True)
     assert calls(times) == Calls(2, 1, 1, 1)
@@ -192,7 +197,10 @@ def test_what_is_kept_is_what_autograd_keeps():
 
 
 def test_averages_are_counted_once():
-    """Of digits-teacher's widths the one that ships is a snapshot's too: weights, gradients, two moments and two averages."""
+    """At digits-teacher's widths the exported average is also a snapshot's.
+
+    In memory: weights, gradients, two moments and two averages.
+    """
     lines = dry_run(read_recipe("digits-teacher", ["student={kind: mlp, width: 512, depth: 8}"]), None)
     count = float(lines[1].split()[1]) * 1e6
     said = float(lines[2].split("estimated: ")[1].split()[0])

@@ -1,4 +1,7 @@
-"""A dry run's exit code is a promise: 0 that `fit` can start, 2 a mistake in the recipe, 3 something named that is not on this machine."""
+"""The exit code of a dry run: 0 if `fit` can start, 2 for a mistake in the recipe.
+
+3 is for something named that is not on this machine.
+"""
 
 import pytest
 import torch

@@ -7,7 +7,8 @@ from flowmap.plan.plan import Encoding, plan
 from flowmap.recipe import read_recipe
 
 RECIPE = """
-data: {{kind: encoded, images: {{kind: folder, root: {root}/pictures, size: 8}}, held_out: 1, reference_images: 2, batch_size: 2}}
+data: {{kind: encoded, images: {{kind: folder, root: {root}/pictures, size: 8}}, held_out: 1, reference_images: 2,
+  batch_size: 2}}
 student: {{kind: dit, preset: nano, patch: 2}}
 objective: {{kind: flow_matching}}
 trainer: {{steps: 1, accelerator: cpu}}

@@ -1,4 +1,4 @@
-"""What a recipe needs, in order: the autoencoder that a recipe trains, the latents that it makes, the teacher on those latents."""
+"""The dependencies of a recipe, in order: its trained autoencoder, the latents, the teacher on those latents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ trainer: {{steps: 2, accelerator: cpu}}
 log: {{wandb: false}}
 """
 TEACHER = """
-data: {{kind: encoded, images: {{kind: folder, root: {pictures}, size: 8}}, autoencoder: {{recipe: {folder}/ae.yaml}}, batch_size: 4, held_out: 3}}
+data: {{kind: encoded, images: {{kind: folder, root: {pictures}, size: 8}}, autoencoder: {{recipe: {folder}/ae.yaml}},
+  batch_size: 4, held_out: 3}}
 student: {{kind: dit, preset: nano, patch: 2}}
 objective: {{kind: flow_matching}}
 trainer: {{steps: 2, accelerator: cpu}}

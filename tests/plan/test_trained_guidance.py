@@ -1,4 +1,4 @@
-"""Guidance that would do nothing, or would extrapolate from a velocity that no network learned, is one line before anything is trained."""
+"""Guidance without effect, or from a velocity that no network learned, is refused in one line before training."""
 
 from __future__ import annotations
 

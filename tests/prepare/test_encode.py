@@ -1,4 +1,7 @@
-"""Encoding to disk: every usable picture once and none other, whoever makes the shards and however often they are killed."""
+"""Encoding to disk: every usable picture exactly once.
+
+This is so whichever process makes the shards and however often it is killed.
+"""
 
 import json
 import os

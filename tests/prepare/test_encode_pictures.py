@@ -1,4 +1,7 @@
-"""Encoding pictures as people have them: what is not among the samples is said before, and captions that none has are refused."""
+"""Encoding real-world folders of pictures: files that are left out are reported first.
+
+Captions that no picture has are refused.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ pytest.importorskip("pyarrow")
 
 @pytest.fixture
 def root(tmp_path):
-    """Class folders 1, 2 and 10, the last without a usable picture; a caption for one of four pictures; what no one meant to be there."""
+    """Class folders 1, 2 and 10, the last without a usable picture; a caption for one of four pictures; stray files."""
     root = tmp_path / "pictures"
     for i, name in enumerate(("1/a.png", "1/b.png", "2/c.png", "10/d.png", ".ipynb_checkpoints/a.png")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,8 @@ def test_reasons_of_one_kind_are_counted_together():
         "missing_captions": 0,
     }
     assert survey.describe_index(index) == [
-        "left out: 5 has N x N pixels: 0.png, 1.png, 2.png, ...", "2 of 3 samples have no class", "classes without a usable picture: 0"
+        "left out: 5 has N x N pixels: 0.png, 1.png, 2.png, ...", "2 of 3 samples have no class",
+        "classes without a usable picture: 0",
     ]  # fmt: skip
     assert survey.without_pictures(None, 2**31, []) == []
 

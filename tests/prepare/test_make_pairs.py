@@ -1,4 +1,7 @@
-"""Pairs on disk: those of the exact flow, the same whoever makes them and however often they are killed, refused where they are others'."""
+"""Pairs on disk equal those of the exact flow, whichever process makes them and however often it is killed.
+
+Pairs of another recipe are refused.
+"""
 
 import json
 import os
@@ -292,7 +295,7 @@ def test_inverted_noise_is_held_against_chi_square(recipe, tmp_path):
 
 
 class Tells:
-    """A teacher that remembers the conditions that it was asked with, and answers with what makes x0 of x1 = x1 - pooled."""
+    """A teacher that records its conditions and returns the velocity that maps x1 to x0 = x1 - pooled."""
 
     def __init__(self):
         self.asked = []

@@ -86,7 +86,7 @@ def test_every_step_has_the_marginal_of_the_path(gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.9, 1.0])
 def test_the_marginal_in_closed_form(gamma):
-    """The exact map is linear: the variance of a step is that of its slope, found by a pair of inputs, plus the noise."""
+    """The exact map is linear: the variance of a step is that of its slope, from a pair of inputs, plus the noise."""
     c, m, s = 0.4, 0.7, 0.35
     student = Recorder(ExactStudent())
     inputs = torch.tensor([[0.0], [1.0]], dtype=torch.float64)

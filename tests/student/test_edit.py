@@ -1,4 +1,7 @@
-"""Editing through the code of a learned prior: what is known stays, what is between lies between, and what does not fit is one line."""
+"""Editing through the code of a learned prior: known parts are unchanged, interpolation stays between its ends.
+
+Inputs that do not fit are refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def test_the_code_of_a_part_does_not_depend_on_what_the_mask_hides(folder):
 
 
 def test_known_pixels_stay_on_their_own_path():
-    """With F = x1 - x0 of the known picture everywhere, the whole picture comes out whatever is masked, from any number of steps."""
+    """With F = x1 - x0 of the known picture everywhere, the whole picture is restored under any mask and step count."""
     x0 = torch.randn(1, *SHAPE)
 
     class Exact(torch.nn.Module):

@@ -1,4 +1,7 @@
-"""Weights added onto a student: W + alpha (custom - base) and W + scale (alpha / rank) B A to the bit, reports of what does not fit, refusals."""
+"""Weights merged into a student: W + alpha (custom - base) and W + scale (alpha / rank) B A, bit-equal.
+
+Tensors that do not fit are reported or refused.
+"""
 
 from __future__ import annotations
 
@@ -254,7 +257,7 @@ def test_alpha_stands_in_the_metadata_or_in_the_file_beside(three, tmp_path):
 
 
 def test_an_exported_adapter_of_diffusers_is_what_peft_merges(tmp_path):
-    """A UNet with a peft adapter, saved by diffusers itself: merged into a student of the same UNet it is peft's own merge."""
+    """A UNet with a peft adapter, saved by diffusers: merging it into a student of that UNet equals peft's merge."""
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     from flowmap.nets.diffusers_model import DiffusersModel
     from flowmap.nets.pretrained import _json

@@ -170,7 +170,8 @@ def test_what_a_distilled_student_cannot_honour_is_refused_with_its_reason():
     student = built()
     with pytest.raises(
         ValueError,
-        match="negative_prompt: 'blurred' was given, but a distilled student makes one prediction a step.*sample the teacher",
+        match="negative_prompt: 'blurred' was given, but a distilled student makes one prediction a step"
+        ".*sample the teacher",
     ):
         student.sample(2, cond={"negative_prompt": "blurred"})
     plain = Student(replace(student.config, guidance=None), student.flow_map)
