@@ -36,7 +36,7 @@ types: .venv/ready  ## mypy
 	$(BIN)/mypy
 
 check: lint types   ## what every commit keeps green: lint, types, floors, recipes
-	$(BIN)/python -m pytest tests/test_floors.py tests/test_recipes.py
+	$(BIN)/python -m pytest tests/test_floors.py tests/recipe/test_recipes.py
 
 bench: .venv/ready  ## the benchmarks, about two hours on two cores; results in benchmarks/results, figures in the docs
 	for name in parity.py step_cost.py exactness.py main_job.py "main_job.py --recipe digits-ayf-emd" steps_law.py fill_docs.py; do \

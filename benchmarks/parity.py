@@ -1,7 +1,7 @@
 """How far is a student at step 0 from its teacher, our clock from theirs, the dual tangent from torch.func.jvp?
 
 And an export from its student?  The functions that the tests assert on are called and printed: real architectures of
-small size, random weights, guidance on (tests/nets, tests/export; tests/parity.py defines the figures).
+small size, random weights, guidance on (tests/nets, tests/export; tests/support/parity.py defines the figures).
 `python benchmarks/parity.py`, about a minute.
 """
 

@@ -28,7 +28,7 @@ VARY = ("seconds", "memory", "per_second", "gib", "second")  # words in the name
 def record(out: Path) -> dict[str, str]:
     """Trains all of them in that folder; {file in the folder: digest}."""
     sys.path.insert(0, str(ROOT))
-    from tests.tiny_text import wordnet_files
+    from tests.support.tiny_text import wordnet_files
 
     shutil.copytree(RECIPES, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs"))
     wordnet_files(out / "wordnet")

@@ -1,4 +1,4 @@
-"""Writes docs/reference/ from the code: recipes.md from the dataclasses of recipes, api.md from signatures and docstrings.
+"""Write docs/reference/ from the code: recipes.md from dataclasses, api.md from signatures and docstrings.
 
 `python docs/reference.py` prints both, `python docs/reference.py --write` puts each between the markers of its page.
 A test compares pages and code.
@@ -155,7 +155,8 @@ API = {  # title -> import path -> public names; of a class, the methods after t
     },
     "Write a part": {
         "flowmap.flow.types": [
-            "Teacher", "FlowMap", "Objective", "Path", "Prior", "TimeSampler", "Sampler", "PathSample", "Loss", "broadcast_time",
+            "Teacher", "FlowMap", "Objective", "Path", "Prior", "TimeSampler", "Sampler", "PathSample", "Loss",
+            "broadcast_time",
         ],
         "flowmap.flow.derivative": ["eulerian_derivative", "lagrangian_derivative", "value_and_rate"],
         "flowmap.flow.solver": ["rk4_step"],

@@ -2,8 +2,8 @@
 
     python examples/folder_to_student.py my_pictures --size 32 --out runs/mine
 
-Subfolders are classes.  The first run trains a teacher on the pictures (flow matching), the second distils it.  The default
-numbers of steps suit a few thousand small pictures and a GPU; --teacher-steps and --student-steps change them.
+Subfolders are classes.  The first run trains a teacher on the pictures (flow matching), the second distils it.  The
+default numbers of steps suit a few thousand small pictures and a GPU; --teacher-steps and --student-steps change them.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/own_lightning.py [--steps 2000] [--out digits.png]
 
-Lightning trains, logs and saves as it does for any module.  flowmap gives the path, the times, the objective, the network
-and the sampler.  The clock is t = 0 for data and t = 1 for noise.
+Lightning trains, logs and saves as it does for any module.  flowmap gives the path, the times, the objective, the
+network and the sampler.  The clock is t = 0 for data and t = 1 for noise.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/own_module.py [STEPS]
 
-The data are eight blobs on a circle.  The clock is t = 0 for data and t = 1 for noise.  The network gives the mean velocity
-F(x, t, s) from time t to time s; with s = t that is a velocity, so one class serves as teacher and student.
+The data are eight blobs on a circle.  The clock is t = 0 for data and t = 1 for noise.  The network gives the mean
+velocity F(x, t, s) from time t to time s; with s = t that is a velocity, so one class serves as teacher and student.
 """
 
 import sys

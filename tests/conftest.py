@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-flowmap.allow_import("tests.straight")  # networks that tests name in settings
+flowmap.allow_import("tests.support.straight")  # networks that tests name in settings
 
 TINY = """\
 name: tiny

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 PIL = pytest.importorskip("PIL.Image")
 
-from tests import tiny_nets, tiny_pipelines  # noqa: E402
+from tests.support import tiny_nets, tiny_pipelines  # noqa: E402
 
 RECIPE = """
 name: words

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from encoding import spec
 from PIL import Image
 
 from flowmap.base.files import write_tensors
@@ -22,6 +21,7 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, read_config, save_student
 from flowmap.train.card import model_card
 from tests.export.alone import shaken
+from tests.support.encoding import spec
 
 NAMES = ("circle", "square", "triangle")
 

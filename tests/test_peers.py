@@ -15,7 +15,7 @@ from flowmap.flow.path import Linear
 from flowmap.nets.dit import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import MeanFlow
-from tests.tiny_nets import with_random_weights
+from tests.support.tiny_nets import with_random_weights
 
 MADE_UP = """
 import torch

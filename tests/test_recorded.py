@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import flowmap
 from flowmap.recipe import read_recipe
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 
 RECORDED = Path(__file__).parent / "recorded"
 PICTURES = ("short-digits", "lediflow", "instaflow")

@@ -291,7 +291,7 @@ def pipeline_of_pickles(folder):
     """A tiny pipeline whose network and autoencoder are .bin files, as older repositories have them."""
     from safetensors.torch import load_file
 
-    from tests.tiny_pipelines import save
+    from tests.support.tiny_pipelines import save
 
     save("dit", folder)
     for part in ("transformer", "vae"):
@@ -305,7 +305,7 @@ def test_a_pipeline_of_pickles_becomes_one_of_safetensors(tmp_path, command, mon
     from flowmap.nets.pretrained import load_pretrained
     from flowmap.plan.cards import find_card
     from flowmap.teachers.autoencoder import Autoencoder
-    from tests.tiny_pipelines import save
+    from tests.support.tiny_pipelines import save
 
     source, out = pipeline_of_pickles(tmp_path / "pickles"), tmp_path / "weights" / "dit-xl-2-256"
     code, said, err = command("import", "--from", source, "--out", out)

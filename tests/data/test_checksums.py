@@ -7,7 +7,6 @@ import json
 import os
 
 import pytest
-from encoding import spec
 
 from flowmap.base.files import file_digest
 from flowmap.data import checksums
@@ -15,6 +14,7 @@ from flowmap.data.checksums import CHECKED, check
 from flowmap.data.encoded import MADE, read_index
 from flowmap.data.shards import check_sums
 from flowmap.prepare.encode import encode
+from tests.support.encoding import spec
 
 pytest.importorskip("datasets")
 FILES = [*(f"shard-0000{i}.arrow" for i in range(5)), "empty.safetensors", "reference.safetensors"]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from encoding import Averages, Letters, Numbers, spec
 from torch.nn import functional as F
 
 from flowmap.data import Dataset, StepBatches, as_it_is
 from flowmap.prepare.encode import encode
+from tests.support.encoding import Averages, Letters, Numbers, spec
 
 pytest.importorskip("datasets")
 

@@ -10,7 +10,7 @@ from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
 from flowmap.flow.solver import SOLVERS, Heun
 from flowmap.prepare.make_pairs import Maker, verify
 from flowmap.recipe import read_recipe
-from tests.oracle import draw
+from tests.support.oracle import draw
 
 
 def test_grey_levels_come_back_exactly_and_everything_else_to_half_a_level():

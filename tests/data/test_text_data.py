@@ -12,7 +12,7 @@ import torch
 from flowmap.data.text.dataset import Attribute, Text, outer_thirds, split
 from flowmap.data.text.sources import HuggingFaceText, Sentence, TextFiles, WordNet
 from flowmap.data.text.tokens import BPE, Pretrained, Tokens, load_tokens
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 
 
 @pytest.fixture

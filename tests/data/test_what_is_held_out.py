@@ -7,7 +7,6 @@ import zipfile
 import numpy
 import pytest
 import torch
-from encoding import Numbers, spec
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,6 +16,7 @@ from flowmap.data.dataset import looked_at
 from flowmap.data.images.edm2_zip import EDM2Latents
 from flowmap.data.text.sources import TextFiles
 from flowmap.prepare.encode import encode
+from tests.support.encoding import Numbers, spec
 
 
 def folder(at):

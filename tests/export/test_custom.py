@@ -12,8 +12,8 @@ from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import Pixels, StudentConfig
-from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, own_modules, shaken, snippet
+from tests.support import parity, tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
 SCALES = (1.0, 3.0, 1.5)

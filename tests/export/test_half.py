@@ -11,8 +11,8 @@ from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
 from flowmap.student.config import ImageLatents, StudentConfig
 from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
-from tests import tiny_nets
 from tests.export.alone import foreign, own_modules, shaken
+from tests.support import tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
 KIN = {"samples": ImageLatents(Autoencoder(source="nowhere"))}

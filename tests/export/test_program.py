@@ -14,8 +14,8 @@ from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import Pixels, StudentConfig
-from tests import parity, tiny_nets
 from tests.export.alone import alone, foreign, shaken, snippet
+from tests.support import parity, tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
 STUDENTS = {
@@ -130,7 +130,7 @@ def with_sentences(family, folder, tokens):
     """A student of that network whose prompts go through a small BERT, padded to `tokens`."""
     transformers = pytest.importorskip("transformers")
     from flowmap.teachers.text import Sentence
-    from tests import tiny_pipelines
+    from tests.support import tiny_pipelines
 
     pooled = {"sd3": {"pooled": 32}}.get(family, {})
     torch.manual_seed(2)

@@ -26,7 +26,7 @@ from tests.export.alone import alone, own_modules, snippet
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from tests import tiny_pipelines  # noqa: E402
+from tests.support import tiny_pipelines  # noqa: E402
 
 PROMPT, SCALE = "a blue cat", 2.5
 EVERY = ("to_q", "to_k", "to_v", "to_out.0")

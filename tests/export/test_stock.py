@@ -14,9 +14,9 @@ from flowmap.export.stock import FAMILIES, check_grid
 from flowmap.nets.diffusers_model import pack, unpack
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
-from tests import parity
 from tests.export.alone import alone, foreign, own_modules, snippet
-from tests.tiny_nets import flux, kl, qwen, sana, sd3
+from tests.support import parity
+from tests.support.tiny_nets import flux, kl, qwen, sana, sd3
 
 diffusers = pytest.importorskip("diffusers")
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -14,7 +14,7 @@ from flowmap.teachers.autoencoder import Autoencoder, FrozenAutoencoder
 
 diffusers = pytest.importorskip("diffusers")
 from flowmap.nets import MLP  # noqa: E402
-from tests.tiny_nets import dc, kl  # noqa: E402
+from tests.support.tiny_nets import dc, kl  # noqa: E402
 
 SHIFT, SCALE = (0.1, -0.2, 0.3, 0.0), (0.5, 0.7, 1.3, 0.9)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flowmap.flow.averaging import LARGEST_STD, exponent_from_std, posthoc_coefficients, power_beta, std_from_exponent
-from tests.oracle import seeded
+from tests.support.oracle import seeded
 
 
 def test_known_exponents_and_the_way_back():

@@ -10,7 +10,7 @@ from flowmap.flow.distance import (
     gradient_as_target,
     normalise,
 )
-from tests.oracle import SHAPE, draw
+from tests.support.oracle import SHAPE, draw
 
 D = SHAPE[1] * SHAPE[2] * SHAPE[3]
 

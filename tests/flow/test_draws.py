@@ -5,7 +5,7 @@ import torch
 
 from flowmap.flow.draws import RowGenerator, for_codes, normal_like, normal_rows, normals, of_samples, uniforms
 from flowmap.flow.philox import WORD, philox
-from tests.oracle import seeded
+from tests.support.oracle import seeded
 
 ROWS = torch.tensor([7, 0, 3, 2**40 + 1, 12])
 

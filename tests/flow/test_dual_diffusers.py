@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import value_and_rate
-from tests import tiny_nets
+from tests.support import tiny_nets
 
 B = 2
 TEXT = torch.linspace(-1, 1, B * 5 * 32).view(B, 5, 32).double() * 0.3

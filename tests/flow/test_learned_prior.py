@@ -18,7 +18,7 @@ from flowmap.nets.mlp import MLP
 from flowmap.objectives import FlowMatching
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
-from tests.oracle import draw, seeded
+from tests.support.oracle import draw, seeded
 
 SHAPE = (3, 4, 6)
 

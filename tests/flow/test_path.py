@@ -6,7 +6,7 @@ from torch.autograd.functional import jvp
 
 from flowmap.flow.path import PATHS, PREDICTIONS, Coefficients, Linear, Trig, VariancePreserving, convert
 from flowmap.flow.types import broadcast_time
-from tests.oracle import SHAPE, draw, draw_times
+from tests.support.oracle import SHAPE, draw, draw_times
 
 ALL = [Linear(), Trig(), Trig(sigma_data=0.5), VariancePreserving()]
 each_path = pytest.mark.parametrize("path", ALL, ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowmap.flow.prior import PRIORS, Gaussian, chi_square, normal_like
-from tests.oracle import draw, seeded
+from tests.support.oracle import draw, seeded
 
 
 def test_noise_is_a_function_of_the_generator_alone():

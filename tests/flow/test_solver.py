@@ -17,7 +17,7 @@ from flowmap.flow.solver import (
     uniform_times,
 )
 from flowmap.flow.types import broadcast_time
-from tests.oracle import GAUSSIAN, SHAPE, draw, seeded, slope
+from tests.support.oracle import GAUSSIAN, SHAPE, draw, seeded, slope
 
 ORDERS = {"euler": (Euler, 1, 1), "midpoint": (Midpoint, 2, 2), "heun": (Heun, 2, 2), "rk4": (RK4, 4, 4)}
 

@@ -3,7 +3,7 @@ import torch
 
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.times import TIMES, Consistency, Dyadic, Interval, LogitNormal, Mixture, Uniform, UShaped
-from tests.oracle import seeded
+from tests.support.oracle import seeded
 
 LAWS = [
     *(Uniform(pairs) for pairs in ("diagonal", "sorted", "consistency")),

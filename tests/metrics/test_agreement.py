@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from flowmap.data import Digits
 from flowmap.metrics import Agreement, Retrieval, baselines
 from flowmap.metrics.agreement import Ridge, below, sentences
-from tests.oracle import draw, seeded
+from tests.support.oracle import draw, seeded
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from flowmap.flow.prior import chi_square
 from flowmap.flow.solver import Euler, Heun, NoiseAnchored, invert
 from flowmap.metrics import Inversion, LossByTime
 from flowmap.samplers import Deterministic
-from tests.oracle import GAUSSIAN, ExactStudent, draw
-from tests.straight import MEAN, STD, StraightStudent
+from tests.support.oracle import GAUSSIAN, ExactStudent, draw
+from tests.support.straight import MEAN, STD, StraightStudent
 
 
 def inverted(student, x0, *, solver, steps):

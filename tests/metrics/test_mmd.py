@@ -8,7 +8,7 @@ from flowmap.data import Dataset
 from flowmap.metrics import METRICS, MMD, Against, baseline
 from flowmap.metrics.features import build_features
 from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
-from tests.oracle import draw
+from tests.support.oracle import draw
 
 
 def flat(x):

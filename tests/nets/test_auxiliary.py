@@ -10,7 +10,7 @@ from flowmap.nets.edm2 import EDM2
 from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.mlp import MLP
-from tests.oracle import draw
+from tests.support.oracle import draw
 
 SHAPE = (3, 4, 6)
 TOLD = (ExtraCondition("z", 7, "code"),)

@@ -20,8 +20,8 @@ from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree
 from flowmap.teachers.network import NetworkTeacher
-from tests import parity
-from tests.tiny_nets import dit, flux, pixart, qwen, sana, sd, sd3, sdxl, unet, with_random_weights
+from tests.support import parity
+from tests.support.tiny_nets import dit, flux, pixart, qwen, sana, sd, sd3, sdxl, unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 B, W = 2, 2.5

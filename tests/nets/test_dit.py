@@ -12,7 +12,7 @@ from flowmap.flow.path import Linear
 from flowmap.nets.dit import PRESETS, DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD, AYFLMD
-from tests.oracle import GAUSSIAN, SHAPE, draw, draw_times
+from tests.support.oracle import GAUSSIAN, SHAPE, draw, draw_times
 
 SMALL = DiT(width=24, depth=3, heads=2)
 

@@ -12,7 +12,7 @@ from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm_unet import Block, resized, square_filter
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import SIGMA_MAX, SIGMA_MIN
-from tests import parity
+from tests.support import parity
 
 SONG = {"channels": 32, "multipliers": (1, 2, 2), "num_blocks": 2, "attention_at": (8,)}
 SMALL = {

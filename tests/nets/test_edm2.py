@@ -7,7 +7,7 @@ from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.nets.edm2 import EDM2, blend, joined, silu, unit
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import SIGMA_MAX
-from tests import parity
+from tests.support import parity
 
 SMALL = EDM2(channels=32, multipliers=(1, 2, 4), num_blocks=2, attention_at=(8, 4))
 SHAPE = (3, 16, 16)

@@ -13,7 +13,7 @@ from flowmap.flow.path import Linear
 from flowmap.nets import MLP, DiT
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.objectives import AYFEMD
-from tests.oracle import GAUSSIAN, SHAPE, draw, draw_times
+from tests.support.oracle import GAUSSIAN, SHAPE, draw, draw_times
 
 SPECS = {"dit": DiT(width=24, depth=2, heads=2), "mlp": MLP(width=24, depth=2)}
 nets = pytest.mark.parametrize("kind", sorted(SPECS))

@@ -18,7 +18,7 @@ from flowmap.flow.derivative import eulerian_derivative, value_and_rate
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, fingerprint, load_base, merged
-from tests.tiny_nets import dit, sd, sd3, with_random_weights
+from tests.support.tiny_nets import dit, sd, sd3, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")

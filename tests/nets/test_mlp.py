@@ -7,7 +7,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
 from flowmap.objectives import FlowMatching
 from flowmap.teachers.exact import GaussianTeacher
-from tests.oracle import draw, draw_times
+from tests.support.oracle import draw, draw_times
 
 
 def test_any_shape_is_taken_and_given_back_flattened():

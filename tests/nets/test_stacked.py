@@ -17,7 +17,7 @@ from flowmap.recipe.settings import FromTeacher
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
-from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
+from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
 
 pytest.importorskip("datasets")
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_stacked():
 def test_the_conditions_of_an_empty_text_reach_both_and_plain_networks_have_none():
     diffusers = pytest.importorskip("diffusers")
     from flowmap.nets.diffusers_model import DiffusersNet, clock_of
-    from tests import tiny_nets
+    from tests.support import tiny_nets
 
     parts = [
         DiffusersNet(tiny_nets.sd(), *clock_of(diffusers.DDIMScheduler()), arrival=True, guidance=False)

@@ -24,8 +24,8 @@ from flowmap.nets.teacher_settings import (
     limit_of,
 )
 from flowmap.nets.weight_files import check_weight_files
-from tests import tiny_nets
-from tests.tiny_nets import unet, with_random_weights
+from tests.support import tiny_nets
+from tests.support.tiny_nets import unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 DOCS = Path(__file__).parents[2] / "docs" / "guide" / "teachers.md"

@@ -13,7 +13,7 @@ from flowmap.data.text.tokens import Pair
 from flowmap.estimate.dry_run import dry_run
 from flowmap.nets.text_pair import TextPair, _positions
 from flowmap.recipe import read_recipe
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from flowmap.objectives.adversarial import (
     squared_gradient,
 )
 from flowmap.samplers import Deterministic, Gamma
-from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
+from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
 
 LINEAR = draw(*SHAPE[1:], seed=9)
 

@@ -16,7 +16,7 @@ from flowmap.flow.types import broadcast_time
 from flowmap.objectives import AYFEMD, AYFLMD, OBJECTIVES, FlowMatching
 from flowmap.teachers.guidance import Autoguidance
 from tests.objectives.nearly import MIXTURE, WEAK, Nearly, Watched, bent, chosen, drawn, gradients, pull, same, teachers
-from tests.oracle import GAUSSIAN, ExactStudent, draw_times
+from tests.support.oracle import GAUSSIAN, ExactStudent, draw_times
 
 BOTH = [AYFEMD, AYFLMD]
 objectives = pytest.mark.parametrize("kind", BOTH)

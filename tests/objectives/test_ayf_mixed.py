@@ -21,7 +21,7 @@ from tests.objectives.nearly import (
     slopes,
     still_and_towards,
 )
-from tests.oracle import GAUSSIAN, SHAPE, draw_times
+from tests.support.oracle import GAUSSIAN, SHAPE, draw_times
 
 SETTINGS = {"warmup_steps": 10, "r_max": 0.9, "norm": "rms", "c": 0.3}
 

@@ -24,7 +24,7 @@ from tests.objectives.nearly import (
     still_and_towards,
     teachers,
 )
-from tests.oracle import GAUSSIAN, draw, draw_times, slope
+from tests.support.oracle import GAUSSIAN, draw, draw_times, slope
 
 GUIDANCE = torch.linspace(1, 3, 5).double()
 

@@ -9,7 +9,7 @@ from flowmap.flow.types import broadcast_time
 from flowmap.objectives import OBJECTIVES, SCM, Consistency
 from flowmap.teachers.guidance import Autoguidance
 from tests.objectives.nearly import WEAK, Nearly, Watched, bent, drawn, gradients, same, teachers
-from tests.oracle import GAUSSIAN, draw_times, slope
+from tests.support.oracle import GAUSSIAN, draw_times, slope
 
 GUIDANCE = torch.linspace(1, 3, 5).double()
 solvers = pytest.mark.parametrize("solver", ["heun", "euler"])

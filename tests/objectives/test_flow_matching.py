@@ -9,7 +9,7 @@ from flowmap.flow.path import Linear
 from flowmap.objectives import OBJECTIVES, FlowMatching
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.teachers.guidance import Autoguidance
-from tests.oracle import GAUSSIAN, RING, ExactStudent, draw, draw_times
+from tests.support.oracle import GAUSSIAN, RING, ExactStudent, draw, draw_times
 
 
 class Nearly(nn.Module):

@@ -15,8 +15,8 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import OBJECTIVES, Endpoint
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, Network, Pictures
 from flowmap.objectives.rectified import LPIPSHuber, Rectified
-from tests.oracle import GAUSSIAN, ExactStudent, draw, draw_times
-from tests.straight import NET, Refuses, drawn, loose, one_sided
+from tests.support.oracle import GAUSSIAN, ExactStudent, draw, draw_times
+from tests.support.straight import NET, Refuses, drawn, loose, one_sided
 
 SEES = {"network": Network(NET), "pictures": Pictures()}
 OBJECTS = {

@@ -23,7 +23,7 @@ from flowmap.objectives.lediflow import (
     negative_log_likelihood,
 )
 from tests.objectives.test_flow_matching import Nearly
-from tests.oracle import GAUSSIAN, draw, draw_times
+from tests.support.oracle import GAUSSIAN, draw, draw_times
 
 
 def parameter(value):

@@ -27,7 +27,7 @@ from tests.objectives.nearly import (
     still_and_towards,
     teachers,
 )
-from tests.oracle import draw, draw_times
+from tests.support.oracle import draw, draw_times
 
 SUM = Squared(mean=False)
 tangents = pytest.mark.parametrize("tangent", ["target", "student"])

@@ -13,8 +13,8 @@ from flowmap.flow.path import Linear
 from flowmap.objectives import OBJECTIVES
 from flowmap.objectives.perceptual import EfficientNetLite0, RandomConv, check_name, distance_by
 from flowmap.objectives.rectified import LPIPSHuber, Rectified
-from tests.oracle import GAUSSIAN, draw
-from tests.straight import NET, Refuses, StraightStudent, drawn, loose, one_sided, pair
+from tests.support.oracle import GAUSSIAN, draw
+from tests.support.straight import NET, Refuses, StraightStudent, drawn, loose, one_sided, pair
 
 PLAIN = [Squared(), PseudoHuber(), PseudoHuber(0.02)]
 LPIPS = [LPIPSHuber(net=NET), LPIPSHuber(net=NET, weight="inverse_time", scale=0.01)]
@@ -134,7 +134,7 @@ def test_mistakes_are_named(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="weight: 't'"):
         LPIPSHuber(weight="t")
     with pytest.raises(ValueError, match="cannot be imported"):
-        distance_by("tests.straight:nothing", draw(), draw())
+        distance_by("tests.support.straight:nothing", draw(), draw())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match="vgg16-397923af.pth; none are downloaded"):
         distance_by("lpips", draw(), draw())

@@ -13,7 +13,7 @@ from flowmap.flow.path import Linear, Trig
 from flowmap.flow.types import broadcast_time
 from flowmap.objectives import OBJECTIVES, SCM
 from tests.objectives.nearly import MIXTURE, WEAK, Watched, bent, drawn, gradients, same, still_and_towards, teachers
-from tests.oracle import draw_times
+from tests.support.oracle import draw_times
 
 D = 72
 GUIDANCE = torch.linspace(1, 3, 5).double()

@@ -19,7 +19,7 @@ from flowmap.objectives.score_distillation import Stopped
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.teachers.exact import GaussianTeacher
 from tests.objectives.nearly import MIXTURE, Watched, bent, drawn, same
-from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
+from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
 
 OTHER = GaussianTeacher(mean=(-0.3,), std=1.1)
 

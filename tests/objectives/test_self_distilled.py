@@ -32,7 +32,7 @@ from tests.objectives.nearly import (
     squares,
     teachers,
 )
-from tests.oracle import GAUSSIAN, draw_times
+from tests.support.oracle import GAUSSIAN, draw_times
 
 SUM = Squared(mean=False)
 ALL = {

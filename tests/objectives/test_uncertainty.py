@@ -16,7 +16,7 @@ from flowmap.nets.uncertainty import Uncertainty, with_uncertainty
 from flowmap.objectives import AYFEMD, ESD, LSD, PSD, SCM, FlowMatching, Shortcut
 from flowmap.objectives.uncertainty import EvenWeight, LearnedWeight
 from tests.objectives.nearly import MIXTURE, WEAK, Nearly, bent, drawn, still_and_towards, teachers
-from tests.oracle import draw, draw_times
+from tests.support.oracle import draw, draw_times
 
 LEARNED = LearnedWeight()
 SELF = {"esd": ESD, "lsd": LSD, "psd": PSD, "shortcut": Shortcut}

@@ -120,7 +120,7 @@ def test_where_it_cannot_be_known_it_is_a_warning():
 
 def test_a_network_without_a_label_for_none_and_one_that_reads_the_scale_itself(tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    from tests import tiny_nets, tiny_pipelines
+    from tests.support import tiny_nets, tiny_pipelines
 
     torch.manual_seed(0)
     net = diffusers.UNet2DModel.from_config(tiny_nets.unet().config, num_class_embeds=10)

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from encoding import Averages, Letters, Numbers, files, spec
 
 from flowmap.base.files import WriteError, only_process
 from flowmap.cli import main
 from flowmap.data import DATA, IMAGE_SOURCES
 from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
+from tests.support.encoding import Averages, Letters, Numbers, files, spec
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -130,7 +130,7 @@ def test_a_full_disk_names_the_shard_and_loses_nothing(tmp_path):
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
-from encoding import Numbers, spec
+from tests.support.encoding import Numbers, spec
 from flowmap.prepare.encode import encode
 
 def child(folder, shard):

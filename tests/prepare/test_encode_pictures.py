@@ -8,12 +8,12 @@ import os
 from dataclasses import replace
 
 import pytest
-from encoding import Letters, spec
 from PIL import Image
 
 from flowmap.data.images import survey
 from flowmap.data.images.folder import FolderImages
 from flowmap.prepare.encode import encode
+from tests.support.encoding import Letters, spec
 
 pytest.importorskip("pyarrow")
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoding import files, spec
 
 from flowmap.base.files import WriteError
 from flowmap.base.schema import RecipeError
@@ -26,6 +25,7 @@ from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
 from flowmap.prepare.write import whole
 from flowmap.recipe import read_recipe
+from tests.support.encoding import files, spec
 
 pytest.importorskip("datasets")
 

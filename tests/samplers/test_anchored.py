@@ -5,8 +5,8 @@ import torch
 
 from flowmap.flow.solver import Euler, Heun, NoiseAnchored, invert
 from flowmap.samplers import SAMPLERS, Anchored
-from tests.oracle import GAUSSIAN, ExactStudent, draw
-from tests.straight import StraightStudent, pair
+from tests.support.oracle import GAUSSIAN, ExactStudent, draw
+from tests.support.straight import StraightStudent, pair
 
 
 def velocity_of(student):

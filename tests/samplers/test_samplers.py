@@ -6,7 +6,7 @@ import torch
 from flowmap.samplers import SAMPLERS
 from flowmap.samplers.deterministic import Deterministic
 from flowmap.samplers.gamma import Gamma
-from tests.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, seeded
+from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, seeded
 
 
 class Recorder:

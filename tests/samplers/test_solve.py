@@ -5,7 +5,7 @@ import torch
 
 from flowmap.flow.solver import RK4
 from flowmap.samplers import Anchored, Deterministic, Solve, asked_for
-from tests.oracle import GAUSSIAN, ExactStudent, draw, slope
+from tests.support.oracle import GAUSSIAN, ExactStudent, draw, slope
 
 
 class Counting:

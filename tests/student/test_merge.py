@@ -22,7 +22,7 @@ from flowmap.student.folder import load_student, save_student
 from flowmap.student.prior import PRIOR, PriorConfig, Shipped, save_prior
 from flowmap.student.student import Student
 from tests.conftest import bytes_of
-from tests.oracle import draw
+from tests.support.oracle import draw
 
 
 def saved(folder, spec=MLP(width=16, depth=1), *, seed=0, arrival=True, shape=(2,), prior=None):  # noqa: B008
@@ -261,8 +261,8 @@ def test_an_exported_adapter_of_diffusers_is_what_peft_merges(tmp_path):
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     from flowmap.nets.diffusers_model import DiffusersModel
     from flowmap.nets.pretrained import _json
-    from tests.tiny_nets import sd, with_random_weights
-    from tests.tiny_pipelines import ddim
+    from tests.support.tiny_nets import sd, with_random_weights
+    from tests.support.tiny_pipelines import ddim
 
     torch.manual_seed(0)
     unet = with_random_weights(sd())

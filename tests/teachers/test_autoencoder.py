@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowmap.teachers.autoencoder import Autoencoder
-from tests import tiny_nets
+from tests.support import tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
 

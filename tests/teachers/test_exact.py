@@ -6,7 +6,7 @@ from torch.autograd.functional import jvp
 
 from flowmap.flow.types import broadcast_time
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
-from tests.oracle import GAUSSIAN, RING, ExactStudent, draw, draw_times, seeded, slope
+from tests.support.oracle import GAUSSIAN, RING, ExactStudent, draw, draw_times, seeded, slope
 
 WIDE = GaussianTeacher(mean=(1.0, -2.0, 0.5), std=1.7)
 

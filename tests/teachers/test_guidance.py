@@ -3,7 +3,7 @@ import torch
 
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree, network_calls
-from tests.oracle import RING, SHAPE, draw, draw_times
+from tests.support.oracle import RING, SHAPE, draw, draw_times
 
 STRONG, WEAK = GaussianTeacher(mean=(0.7,), std=0.4), GaussianTeacher(mean=(0.2,), std=0.9)
 

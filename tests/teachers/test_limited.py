@@ -16,8 +16,8 @@ import torch
 import flowmap
 from flowmap.build.teacher import build_teacher
 from flowmap.flow.limit import Clip, Threshold, limited
-from tests import parity
-from tests.tiny_nets import unet, with_random_weights
+from tests.support import parity
+from tests.support.tiny_nets import unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 B, STEPS = 3, 8

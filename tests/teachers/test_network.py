@@ -7,7 +7,7 @@ from flowmap.nets import MLP
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.teachers.guidance import ClassifierFree, network_calls
 from flowmap.teachers.network import NetworkTeacher
-from tests.oracle import SHAPE, draw, draw_times
+from tests.support.oracle import SHAPE, draw, draw_times
 
 
 def built():

@@ -13,11 +13,11 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.student import Student
 from flowmap.teachers.refiner import Refiner
-from tests.oracle import draw
+from tests.support.oracle import draw
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
-from tests.tiny_pipelines import save  # noqa: E402
+from tests.support.tiny_pipelines import save  # noqa: E402
 
 
 @pytest.fixture(scope="module")

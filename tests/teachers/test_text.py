@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowmap.teachers.text import PipelineText, Sentence
-from tests.tiny_pipelines import save
+from tests.support.tiny_pipelines import save
 
 PROMPTS = ["a red cat", "the dog with blue eyes and a grinning face", ""]
 #                 text's length and width; other keys

@@ -12,7 +12,7 @@ from flowmap.train import callbacks
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, fit
 from flowmap.train.strategy import read_checkpoint
-from tests.slow_clock import HANDS, Slow
+from tests.support.slow_clock import HANDS, Slow
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 import flowmap
 from flowmap.build.teacher import build_teacher
-from tests.tiny_nets import dit, with_random_weights
+from tests.support.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 

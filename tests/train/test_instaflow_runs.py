@@ -116,7 +116,7 @@ STAGES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("stacked", [False, True], ids=["one net", "stacked"])
 def test_the_full_scale_recipes_from_pictures_on_disk_to_one_step(stacked, tmp_path, monkeypatch, command):
-    from tests.tiny_pipelines import save
+    from tests.support.tiny_pipelines import save
     from tests.train.test_recipes_at_tiny_size import card, pictures
 
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))

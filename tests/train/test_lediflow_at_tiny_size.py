@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import flowmap
-from tests.tiny_pipelines import save
+from tests.support.tiny_pipelines import save
 from tests.train.test_recipes_at_tiny_size import PIXELS, pictures
 
 pytest.importorskip("datasets")

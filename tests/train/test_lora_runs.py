@@ -19,7 +19,7 @@ from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
 from flowmap.train.strategy import read_checkpoint
-from tests.tiny_nets import dit, with_random_weights
+from tests.support.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")

@@ -21,7 +21,7 @@ from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import save_student
-from tests.tiny_pipelines import WORDS, save
+from tests.support.tiny_pipelines import WORDS, save
 
 TINY = """
 data: {{images: {images}{parts}, held_out: 4, reference_images: 8, batch_size: 4}}

@@ -9,7 +9,7 @@ from flowmap.recipe.kinds import TABLES, Objective
 from flowmap.recipe.recipe import list_recipes, read_recipe
 from flowmap.train.draw import generator_for
 from tests.conftest import TINY
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 from tests.train.one_step import gradients_of_a_step
 from tests.train.test_autoencoder_runs import RECIPE as AUTOENCODER
 from tests.train.test_lediflow_runs import PRIOR

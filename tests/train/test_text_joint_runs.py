@@ -9,7 +9,7 @@ import pytest
 import flowmap
 from flowmap.recipe import read_recipe
 from tests.conftest import no_runs
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 
 JOINT = """
 name: both

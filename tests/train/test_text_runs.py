@@ -12,7 +12,7 @@ import flowmap
 from flowmap.data.text.autoencoder import TextAutoencoder
 from flowmap.recipe import read_recipe
 from tests.conftest import no_runs
-from tests.tiny_text import wordnet_files
+from tests.support.tiny_text import wordnet_files
 
 VAE = """
 name: words

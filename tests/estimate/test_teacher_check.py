@@ -144,7 +144,7 @@ def test_a_resumed_run_is_not_checked_anew(finished, tiny):
 def folder_teacher(tmp_path, **scheduler):
     """A recipe whose teacher is a small random UNet with that scheduler, on 8 x 8 grey digits."""
     diffusers = pytest.importorskip("diffusers")
-    from tests.tiny_nets import with_random_weights
+    from tests.support.tiny_nets import with_random_weights
 
     torch.manual_seed(0)
     net = with_random_weights(

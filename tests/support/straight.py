@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowmap.flow.path import Linear
 from flowmap.flow.types import broadcast_time
-from tests.oracle import GAUSSIAN, draw, draw_times
+from tests.support.oracle import GAUSSIAN, draw, draw_times
 
 NET = f"{__name__}:one_sided"
 MEAN, STD = GAUSSIAN.mean[0], GAUSSIAN.std

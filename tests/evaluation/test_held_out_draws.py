@@ -23,7 +23,7 @@ from flowmap.recipe import read_recipe
 from flowmap.student.config import TextLatents
 from flowmap.student.student import Student
 from flowmap.teachers.exact import GaussianTeacher
-from tests.oracle import ExactStudent
+from tests.support.oracle import ExactStudent
 
 STD = 0.4
 GAUSS = f"""\

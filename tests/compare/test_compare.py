@@ -19,7 +19,7 @@ from flowmap.compare.terms import evaluations_of
 from flowmap.estimate.calls import calls_of
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
-from tests.slow_clock import HANDS, Slow
+from tests.support.slow_clock import HANDS, Slow
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Every shipped name resolves to the settings in tests/resolved.yaml, letter by letter, and so to the same hash.
+"""Every shipped name resolves to the settings in tests/recipe/resolved.yaml, letter by letter, and so to the same hash.
 
-After a change of settings that is meant: `python tests/test_resolved.py --write`, and read the difference.
+After a change of settings that is meant: `python tests/recipe/test_resolved.py --write`, and read the difference.
 """
 
 import difflib

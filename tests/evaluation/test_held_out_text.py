@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from encoding import Numbers, spec
 
 from flowmap.evaluation.measure import measure
 from flowmap.flow.seeds import seeded
@@ -15,6 +14,7 @@ from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.student import Student
+from tests.support.encoding import Numbers, spec
 
 pytest.importorskip("datasets")
 

@@ -1,7 +1,7 @@
 """Every setting of every shipped recipe, with a typing error: a dry run reports it in one line, or the recipe trains.
 
-`pytest tests/test_mutations.py -m slow -s` tries each distinct setting once, by (kind, key, value), and prints the
-counts; the default suite takes a sample of them.
+`pytest tests/recipe/test_mutations.py -m slow -s` tries each distinct setting once, by (kind, key, value), and prints
+the counts; the default suite takes a sample of them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tests import tiny_nets
-from tests.tiny_nets import dc, kl
+from tests.support import tiny_nets
+from tests.support.tiny_nets import dc, kl
 
 WORDS = "a the of face cat dog red blue green with smiling eyes grinning 0 1 2 3 4 5 6 7 8 9".split()
 TEXT_WIDTH = tiny_nets.TEXT
