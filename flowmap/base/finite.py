@@ -14,4 +14,4 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
         if tensor.is_floating_point() or tensor.is_complex():
             values = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for 8-bit floats
             if not bool(torch.isfinite(values).all()):
-                raise ValueError(f"{where}: {name}: holds values that are not finite (NaN or infinite)")
+                raise ValueError(f"{where}: {name}: has values that are not finite (NaN or infinite)")

@@ -454,7 +454,7 @@ def absent(path, trap):
         (wrong_shape, "net.enter.weight: has shape (16, 3), config.json says (16, 2)"),
         (missing_tensor, "net.enter.weight: is missing"),
         (extra_tensor, "more: is not part of the network"),
-        (whole_numbers, "holds int32"),
+        (whole_numbers, "has int32"),
         (absent, "model.bin is a pickle and is not read"),
     ],
     ids=lambda f: getattr(f, "__name__", ""),

@@ -54,7 +54,7 @@ def writes_in_place(function: Callable, args: tuple, kwargs: dict) -> bool:
     trailing = short in IN_PLACE or short == "__set__" or (short.endswith("_") and not short.endswith("__"))
     return (
         trailing
-        or getattr(schema, "is_mutable", False)
+        or (schema is not None and schema.is_mutable)
         or kwargs.get("out") is not None
         or in_place_flag(function, args, kwargs)
     )
