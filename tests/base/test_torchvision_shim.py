@@ -112,7 +112,11 @@ def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path
     assert said == ["torchvision is installed but broken: broken in a way that nobody knows"] * 3
 
 
-@pytest.mark.parametrize(("text", "says"), [(KNOWN, "True True"), (SOUND, "False False")], ids=["known", "sound"])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [pytest.param(KNOWN, "True True", marks=pytest.mark.slow), (SOUND, "False False")],
+    ids=["known", "sound"],
+)
 def test_where_it_is_broken_every_python_of_the_environment_mends_it(tmp_path, text, says):
     """As `make setup` does; the line that it writes mends torchvision where flowmap has not been imported."""
     write = f"from pathlib import Path; import flowmap; at = Path({str(tmp_path)!r})\n"

@@ -80,6 +80,7 @@ def test_a_step_that_becomes_dearer_than_the_trial_is_cut_by_the_clock(three, tm
     assert found["recipes"]["one"]["share_done"]["least"] == 25 / 40
 
 
+@pytest.mark.slow
 def test_equal_evaluations_are_equal_whatever_the_time(three, tmp_path):
     recipes = [three[0], str(tmp_path / "tiny.yaml")]
     found, _ = run(recipes, tmp_path / "out", budget=None, calls=2400.0, seeds=1)
@@ -136,6 +137,7 @@ def test_training_and_measuring_log_their_progress_under_the_recipes_name(three,
     assert "seed 0, one: evaluating: student 2 steps" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row(three, tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(path.read_text().replace("cost: 2.0", "cost: 2.0, breaks_at: 13"))

@@ -99,6 +99,7 @@ def check(name, folder):
     assert f"# batch size: {sizes}\n" in (folder / name / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_program_gives_the_students_samples(tmp_path):
     folder = exported(["dit", "mlp"], tmp_path)
     check("dit", folder)

@@ -21,7 +21,9 @@ SMALL = {
     "adm": ADM(channels=64, multipliers=(1, 2), num_blocks=1, attention_at=(16, 8)),
 }
 SHAPE = (3, 16, 16)
-families = pytest.mark.parametrize("family", ["ddpmpp", pytest.param("ncsnpp", marks=pytest.mark.slow), "adm"])
+families = pytest.mark.parametrize(
+    "family", ["ddpmpp", pytest.param("ncsnpp", marks=pytest.mark.slow), pytest.param("adm", marks=pytest.mark.slow)]
+)
 
 
 @pytest.mark.parametrize(

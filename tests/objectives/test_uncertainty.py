@@ -21,7 +21,10 @@ from tests.support.oracle import draw, draw_times
 LEARNED = LearnedWeight()
 SELF = {"esd": ESD, "lsd": LSD, "psd": PSD, "shortcut": Shortcut}
 ALL = {"scm": lambda **settings: SCM(warmup_steps=0, **settings), **SELF}
-every = pytest.mark.parametrize("kind", ALL.values(), ids=ALL)
+SLOW = ("esd", "lsd")
+every = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, kind in ALL.items()]
+)
 
 
 class Table(nn.Module):

@@ -134,7 +134,15 @@ def test_a_run_is_found_by_what_it_holds_though_its_name_has_an_older_hash(tiny,
     assert dependency_folder(other) == runs / f"tiny-{other.training_hash()}"
 
 
-@pytest.mark.parametrize("name", ["digits", "lediflow/emoji-ayf", "instaflow/digits", "language/wordnet-edit-reflow"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits",
+        "lediflow/emoji-ayf",
+        "instaflow/digits",
+        pytest.param("language/wordnet-edit-reflow", marks=pytest.mark.slow),
+    ],
+)
 def test_each_distinct_recipe_is_read_once(name, monkeypatch, tmp_path):
     """By the plan, the checks and the dry run together."""
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))

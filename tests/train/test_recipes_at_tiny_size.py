@@ -107,10 +107,8 @@ def tiny_file(recipe, folder):
     return folder / "tiny.yaml"
 
 
-QUICK = (
-    "sd35-medium",
-    "imagenet64",
-)  # text and latents by an adapter of diffusers; classes and pixels by a network of our own
+# text and latents with an adapter of diffusers; classes and pixels with a network of our own
+QUICK = ("sd35-medium", "imagenet64")
 
 
 @pytest.mark.parametrize(

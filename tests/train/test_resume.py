@@ -157,6 +157,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(recipe,
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.slow
 def test_dropouts_masks_are_those_of_the_run_that_was_left_alone(tmp_path):
     """Torch's own generator, which EDM2's dropout draws from, stands elsewhere in a resumed run."""
     path = tmp_path / "dropped.yaml"

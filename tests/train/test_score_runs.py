@@ -60,6 +60,7 @@ def test_the_fake_steps_thrice_as_often_and_does_not_ship(path, tmp_path):
     assert flowmap.load_student(folder).sample(2, steps=2).shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path):
     """The fake and both optimisers among it, bit by bit; killed inside a step's second micro-batch."""
     assert in_process(path, tmp_path / "whole") == 0
@@ -126,6 +127,7 @@ def test_the_students_step_leaves_no_gradient_in_the_fake(path, monkeypatch):
     assert any(float(p.grad.abs().max()) > 0 for p in module.student.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 def test_it_comes_nearer_to_the_teachers_law(path, tmp_path):
     """Frechet distance at one step (measured: .33 to .05; the teacher's four Euler steps .07, the floor .03)."""
     settings = [
