@@ -7,12 +7,8 @@ images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   
 
 from importlib import import_module
 
-from flowmap.base import torchvision_shim
-
 __version__ = "0.1.0"
 __all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import", "__version__"]
-
-torchvision_shim.install()
 
 _HOME = {
     "load_student": "flowmap.student.folder",

@@ -4,6 +4,7 @@ DATA maps a kind to a frozen dataclass; its `build()` returns a data set. Heavy 
 so that recipes are read quickly.
 """
 
+from flowmap.base import torchvision_shim
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Dataset, as_it_is
 from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
@@ -22,6 +23,8 @@ from flowmap.data.text.sources import TEXT_SOURCES, TextSource
 from flowmap.data.text.styles import StyledDataset, Styles
 from flowmap.data.text.tokens import TOKENIZERS, Tokenizer
 from flowmap.data.toy import Toy
+
+torchvision_shim.install()  # libraries that this room imports import torchvision
 
 DATA = {
     "digits": Digits,

@@ -3,6 +3,7 @@
 Importing this room is quick: torchmetrics is imported when a metric is built.
 """
 
+from flowmap.base import torchvision_shim
 from flowmap.metrics.against import TRAIN, Against
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline, baselines
@@ -13,6 +14,8 @@ from flowmap.metrics.spec import Drawn, Spec
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
 from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
+
+torchvision_shim.install()  # libraries that this room imports import torchvision
 
 METRICS |= {
     "distinct": Distinct,

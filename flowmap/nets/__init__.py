@@ -1,5 +1,6 @@
 """Networks and their settings, one file per architecture."""
 
+from flowmap.base import torchvision_shim
 from flowmap.nets.autoencoder_kl import AutoencoderKL
 from flowmap.nets.auxiliary import ConvPrior, TransformerPrior
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -13,6 +14,8 @@ from flowmap.nets.stacked import Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.nets.text_pair import TextPair
 from flowmap.nets.text_vae import TextVAE
+
+torchvision_shim.install()  # libraries that this room imports import torchvision
 
 NETS = {
     "dit": DiT,

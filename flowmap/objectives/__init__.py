@@ -2,6 +2,7 @@
 OBJECTIVES.
 """
 
+from flowmap.base import torchvision_shim
 from flowmap.objectives.adversarial import Adversarial
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
 from flowmap.objectives.cmt import CMT
@@ -18,6 +19,8 @@ from flowmap.objectives.scm import SCM
 from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
 from flowmap.objectives.shortcut import Shortcut
+
+torchvision_shim.install()  # libraries that this room imports import torchvision
 
 OBJECTIVES = {
     "flow_matching": FlowMatching,

@@ -53,7 +53,7 @@ except RuntimeError:
         library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 """
 LOOK = """\
-import flowmap
+import flowmap.nets
 try:
     import torchvision
     import torch
@@ -90,6 +90,11 @@ def test_a_torchvision_of_each_kind(tmp_path, text, says):
     assert run(LOOK, tmp_path, stub(tmp_path, text)).strip() == says
 
 
+def test_importing_flowmap_alone_changes_no_import(tmp_path):
+    text = "import sys; before = list(sys.meta_path); import flowmap; assert sys.meta_path == before"
+    run(text + "; import flowmap.flow.path; assert sys.meta_path == before", tmp_path)
+
+
 def test_an_absent_torchvision(tmp_path):
     assert run(BLOCK + LOOK, tmp_path).strip() == "absent ModuleNotFoundError"
 
@@ -106,7 +111,7 @@ def test_the_stub_is_broken_as_the_real_one_is(tmp_path):
 
 
 def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path):
-    text = "import flowmap\nfor _ in range(3):\n    try:\n        import torchvision\n"
+    text = "import flowmap.nets\nfor _ in range(3):\n    try:\n        import torchvision\n"
     text += "    except ImportError as error:\n        print(error)\n"
     said = run(text, tmp_path, stub(tmp_path, OTHER)).splitlines()
     assert said == ["torchvision is installed but broken: broken in a way that nobody knows"] * 3
@@ -119,7 +124,7 @@ def test_a_torchvision_that_cannot_be_mended_is_refused_again_and_again(tmp_path
 )
 def test_where_it_is_broken_every_python_of_the_environment_mends_it(tmp_path, text, says):
     """As `make setup` does; the line that it writes mends torchvision where flowmap has not been imported."""
-    write = f"from pathlib import Path; import flowmap; at = Path({str(tmp_path)!r})\n"
+    write = f"from pathlib import Path; import flowmap.base.torchvision_shim; at = Path({str(tmp_path)!r})\n"
     write += "print(flowmap.base.torchvision_shim.install_at_start(at), (at / '_flowmap_torchvision.pth').exists())"
     assert run(write, tmp_path, stub(tmp_path, text)).strip() == says
     if text is KNOWN:
