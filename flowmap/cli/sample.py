@@ -6,82 +6,66 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flowmap.cli.arguments import device_of, guided_arguments
 from flowmap.cli.terminal import log
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowmap.student.student import Student
+    from flowmap.teachers.refiner import FrozenRefiner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     guided_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
-    parser.add_argument(
-        "--class",
-        dest="label",
-        metavar="NAME|K",
-        help="one class, by its name or its number (default: all in turn)",
-    )
-    parser.add_argument("--prompt", help="text, for students that are conditioned on it")
-    parser.add_argument(
-        "--attribute",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="conditions of a student of sentences",
-    )
-    parser.add_argument(
-        "--texts",
-        metavar="FILE",
-        help="sentences to edit, one a line, for students that start from sentences",
-    )
-    parser.add_argument(
-        "--reverse",
-        action="store_true",
-        help="edit them the other way, from the target style to the source",
-    )
-    parser.add_argument(
-        "--negative-prompt",
-        metavar="TEXT",
-        help="refused by distilled students, which cannot honour it",
-    )
-    parser.add_argument(
-        "--refiner",
-        metavar="DIR|HUB-ID",
-        help="a diffusers image-to-image pipeline that refines the pictures",
-    )
-    parser.add_argument(
-        "--refiner-strength",
-        type=float,
-        default=0.3,
-        metavar="S",
-        help="how much of the picture it changes, above 0 up to 1",
-    )
+    _condition_arguments(parser)
+    _refiner_arguments(parser)
     parser.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
-    parser.add_argument(
-        "--solver",
-        choices=["euler", "midpoint", "heun", "rk4"],
-        help="solve the student's velocity, in the place of its sampler",
-    )
-    parser.add_argument(
-        "--inpaint",
-        metavar="IMAGE",
-        help="redraw part of this picture, through the code of a learned prior (with --mask)",
-    )
-    parser.add_argument("--mask", metavar="IMAGE", help="its light parts are redrawn")
-    parser.add_argument(
-        "--interpolate",
-        nargs=2,
-        metavar="IMAGE",
-        help="samples between two pictures, through the code of a learned prior",
-    )
+    solvers, what = ["euler", "midpoint", "heun", "rk4"], "solve the student's velocity, in the place of its sampler"
+    parser.add_argument("--solver", choices=solvers, help=what)
+    _picture_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
 
+def _condition_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the conditions of the samples, and the sentences to edit."""
+    what = "one class, by its name or its number (default: all in turn)"
+    parser.add_argument("--class", dest="label", metavar="NAME|K", help=what)
+    parser.add_argument("--prompt", help="text, for students that are conditioned on it")
+    what = "conditions of a student of sentences"
+    parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help=what)
+    what = "sentences to edit, one a line, for students that start from sentences"
+    parser.add_argument("--texts", metavar="FILE", help=what)
+    what = "edit them the other way, from the target style to the source"
+    parser.add_argument("--reverse", action="store_true", help=what)
+    what = "refused by distilled students, which cannot honour it"
+    parser.add_argument("--negative-prompt", metavar="TEXT", help=what)
+
+
+def _refiner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the pipeline that refines the drawn pictures, and its strength."""
+    what = "a diffusers image-to-image pipeline that refines the pictures"
+    parser.add_argument("--refiner", metavar="DIR|HUB-ID", help=what)
+    what = "how much of the picture it changes, above 0 up to 1"
+    parser.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help=what)
+
+
+def _picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the pictures that the code of a learned prior edits."""
+    what = "redraw part of this picture, through the code of a learned prior (with --mask)"
+    parser.add_argument("--inpaint", metavar="IMAGE", help=what)
+    parser.add_argument("--mask", metavar="IMAGE", help="its light parts are redrawn")
+    what = "samples between two pictures, through the code of a learned prior"
+    parser.add_argument("--interpolate", nargs=2, metavar="IMAGE", help=what)
+
+
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.base.progress import Progress
-    from flowmap.evaluation.samples import attribute_of, edit_file, sample
     from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
@@ -90,44 +74,55 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
         raise ValueError("--inpaint and --mask: go together: a picture, and the mask of what is redrawn")
-    edits = {"inpaint": a.inpaint and (a.inpaint, a.mask), "interpolate": a.interpolate}
-    prompt = a.prompt if student.config.text is not None else None
-    given = (
-        ("class", class_of(a.label, student.config.class_names)),
-        ("prompt", prompt),
-        ("negative_prompt", a.negative_prompt),
-    )
-    cond = {key: value for key, value in given if value is not None}
-    cond |= dict(map(attribute_of, a.attribute))
-    if a.texts is not None:
-        _alone(a)
-        print("\n".join(map(str, edit_file(student, Path(a.texts), Path(a.out), a.steps, cond, a.reverse))))
-        return 0
+    cond = _conditions(a, student)
+    for path in _draw(a, student, cond) if a.texts is None else _edit(a, student, cond):
+        print(path)
+    return 0
+
+
+def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
+    """The conditions that the arguments give. With a refiner, --prompt may be for the refiner alone."""
+    from flowmap.evaluation.samples import attribute_of
+
+    given = {
+        "class": class_of(a.label, student.config.class_names),
+        "prompt": a.prompt if student.config.text is not None else None,
+        "negative_prompt": a.negative_prompt,
+    }
+    return {key: value for key, value in given.items() if value is not None} | dict(map(attribute_of, a.attribute))
+
+
+def _edit(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list[Path]:
+    """Edit the sentences of --texts; returns the paths of the results."""
+    from flowmap.evaluation.samples import edit_file
+
+    _alone(a)
+    return edit_file(student, Path(a.texts), Path(a.out), a.steps, cond, a.reverse)
+
+
+def _draw(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list[Path]:
+    """Draw samples, or edit pictures; returns the paths of the grids."""
+    from flowmap.base.progress import Progress
+    from flowmap.evaluation.samples import sample
+
     if a.reverse:
         raise ValueError("--reverse: goes with --texts, for students that edit sentences")
     if student.config.edits:
         raise ValueError(f"--texts: is required: this student carries sentences of {' to '.join(student.config.edits)}")
-    num, seed, refine = 64 if a.num is None else a.num, a.seed or 0, None
-    if a.refiner is not None:
-        from flowmap.teachers.refiner import Refiner
-
-        refiner = Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed)
-        refine = refiner.load().to(student.device)
+    num, seed = 64 if a.num is None else a.num, a.seed or 0
+    options = {name: getattr(a, name) for name in ("steps", "guidance", "gamma", "solver", "interpolate")}
+    options |= {"inpaint": a.inpaint and (a.inpaint, a.mask), "refine": _refiner(a, seed, student.device)}
     with Progress(num * len(a.steps), "drawing", log) as progress:
-        options = dict(
-            steps=a.steps,
-            num=num,
-            cond=cond,
-            guidance=a.guidance,
-            gamma=a.gamma,
-            seed=seed,
-            refine=refine,
-            solver=a.solver,
-        )
-        grids = sample(student, a.out, **options, **edits, progress=progress)
-    for grid in grids:
-        print(grid)
-    return 0
+        return sample(student, a.out, num=num, cond=cond, seed=seed, progress=progress, **options)
+
+
+def _refiner(a: argparse.Namespace, seed: int, device: torch.device) -> FrozenRefiner | None:
+    """The pipeline of --refiner on the student's device."""
+    if a.refiner is None:
+        return None
+    from flowmap.teachers.refiner import Refiner
+
+    return Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(device)
 
 
 def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:

@@ -83,39 +83,46 @@ def measure(
     All processes call it and each draws its share. known: the contents of an earlier metrics.json, from which the
     teacher's rows and the floor are taken where their stamps are the same.
     """
-    started = time.perf_counter()
-    log = progress or (lambda message: None)
-    specs, known = recipe.metrics if metrics is None else metrics, known or {}
+    started, log = time.perf_counter(), progress or (lambda message: None)
+    specs, known, chosen = recipe.metrics if metrics is None else metrics, known or {}, steps or recipe.sampler.steps
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
     rows = Rows(recipe, student, teacher, data, specs, guidance, progress)
     stamp = stamps(recipe, student, teacher, data, specs, rows.starts.first)
     same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
-    result: dict[str, Any] = {"student": {}, "stamp": stamp}
-    seconds: dict[str, float] = {}
-    chosen = steps or recipe.sampler.steps
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}
-    for k in chosen:
-        rows.starts.begin(f"student {_counted(k)}")
-        near = to_teacher(known, k) if "student" in same else None
-        result["student"][str(k)], seconds[f"student_{k}"] = rows.student(k, near)
-    if "teacher" in same:
-        log("teacher: as in metrics.json, from which nothing has changed")
-        result |= {key: known[key] for key in ("teacher", "teacher_few") if key in known}
-        nfe["teacher"], seconds["teacher"] = known["teacher"]["nfe"], known["seconds"]["teacher"]
-    elif teacher is not None:
-        found, seconds["teacher"] = _teacher_rows(recipe, teacher, rows)
-        result, nfe["teacher"] = result | found, found["teacher"]["nfe"]
-    if not data.num_held_out:
-        log(ONLY_TRAINING)
-    if "floor" not in same:
-        log("evaluating: real against real")
-    result["floor"] = known["floor"] if "floor" in same else rows.baseline(data)
+    of_student, seconds = _student_rows(rows, chosen, known if "student" in same else {})
+    result: dict[str, Any] = {"student": of_student, "stamp": stamp}
+    if teacher is not None:
+        of_teacher = _known_teacher(known, log) if "teacher" in same else _teacher_rows(recipe, teacher, rows)
+        result, seconds["teacher"] = result | of_teacher[0], of_teacher[1]
+        nfe["teacher"] = result["teacher"]["nfe"]
+    result["floor"] = _floor(data, rows, known["floor"] if "floor" in same else None, log)
     if rows.decode_seconds > 0:
         seconds["decode"] = rows.decode_seconds
     seconds["evaluate"] = time.perf_counter() - started
     result |= {"seconds": {key: round(value, 4) for key, value in seconds.items()}, "nfe": nfe}
     sentences = data.sentence_counts()
     return result if sentences is None else result | {"sentences": sentences}
+
+
+def _student_rows(
+    rows: Rows, steps: Sequence[int], known: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """("student" of metrics.json, the seconds of drawing each row).
+
+    known: an earlier metrics.json, from which the distances to the teacher are taken.
+    """
+    found, seconds = {}, {}
+    for k in steps:
+        rows.starts.begin(f"student {_counted(k)}")
+        found[str(k)], seconds[f"student_{k}"] = rows.student(k, to_teacher(known, k))
+    return found, seconds
+
+
+def _known_teacher(known: Mapping[str, Any], log: LogFunction) -> tuple[dict[str, Any], float]:
+    """The same as `_teacher_rows`, from an earlier metrics.json."""
+    log("teacher: as in metrics.json, from which nothing has changed")
+    return {key: known[key] for key in ("teacher", "teacher_few") if key in known}, known["seconds"]["teacher"]
 
 
 def _teacher_rows(recipe: Recipe, teacher: BuiltTeacher, rows: Rows) -> tuple[dict[str, Any], float]:
@@ -128,6 +135,16 @@ def _teacher_rows(recipe: Recipe, teacher: BuiltTeacher, rows: Rows) -> tuple[di
         rows.starts.begin("teacher at few steps")
         found["teacher_few"] = {str(k): rows.teacher(k)[0] for k in few}
     return found, seconds
+
+
+def _floor(data: Dataset, rows: Rows, known: Mapping[str, float] | None, log: LogFunction) -> Mapping[str, float]:
+    """The distances of real samples to real samples: the known ones, or measured now."""
+    if not data.num_held_out:
+        log(ONLY_TRAINING)
+    if known is not None:
+        return known
+    log("evaluating: real against real")
+    return rows.baseline(data)
 
 
 def _counted(steps: int) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, steps_label, to_grid, to_picture
@@ -57,44 +58,35 @@ def sample(
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
-    if num < 1 and (inpaint is not None or interpolate is not None):
-        raise ValueError(f"num: {num} must be 1 or more")
-    draw = partial(
-        student.sample,
-        num,
-        cond=cond,
-        guidance=guidance,
-        gamma=gamma,
-        seed=seed,
-        progress=progress,
-        refine=refine,
-        solver=solver,
-    )
-    if inpaint is not None or interpolate is not None:
+    if inpaint is None and interpolate is None:
+        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress)
+        draw = partial(student.sample, num, **options, seed=seed, solver=solver)
+    else:
+        if num < 1:
+            raise ValueError(f"num: {num} must be 1 or more")
         if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):
             raise ValueError(
                 "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner"
             )
         draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
-    grids = []
-    for k in steps:
-        x0 = draw(steps=k)
-        if student.config.text_autoencoder is not None:
-            grids.append(Path(out) / f"steps-{k}.txt")
-            write_text(grids[-1], "\n".join(" ".join(text.splitlines()) for text in x0) + "\n")
-            continue
-        assert isinstance(x0, torch.Tensor)
-        grids.append(Path(out) / f"steps-{k}.png")
-        save_picture(grids[-1], stack([to_grid(x0)], [steps_label("student", k)]))
-        if x0.ndim == 4:
-            for i, one in enumerate(x0):
-                save_picture(Path(out) / f"steps-{k}" / f"{i:05d}.png", to_picture(one))
-        else:
-            write_text(
-                Path(out) / f"steps-{k}.csv",
-                "\n".join(",".join(f"{v:.6g}" for v in row) for row in x0.flatten(1).tolist()) + "\n",
-            )
-    return grids
+    return [_write(Path(out), k, draw(steps=k)) for k in steps]
+
+
+def _write(out: Path, steps: int, samples: Tensor | list[str]) -> Path:
+    """Write the samples of one number of steps; returns the path of the grid, or of the sentences."""
+    if not isinstance(samples, Tensor):
+        path = out / f"steps-{steps}.txt"
+        write_text(path, "\n".join(" ".join(text.splitlines()) for text in samples) + "\n")
+        return path
+    grid = out / f"steps-{steps}.png"
+    save_picture(grid, stack([to_grid(samples)], [steps_label("student", steps)]))
+    if samples.ndim == 4:
+        for i, one in enumerate(samples):
+            save_picture(out / f"steps-{steps}" / f"{i:05d}.png", to_picture(one))
+    else:
+        rows = (",".join(f"{value:.6g}" for value in row) for row in samples.flatten(1).tolist())
+        write_text(out / f"steps-{steps}.csv", "\n".join(rows) + "\n")
+    return grid
 
 
 def sentences_of(student: Student, data, recipe) -> str:

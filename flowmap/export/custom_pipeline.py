@@ -85,31 +85,20 @@ class FlowMapPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: {output_type!r} is not one of pil, np, pt, latent")
-        device, shape = self._execution_device, tuple(self.flow_map.config.shape)
-        rows = {
-            "text": prompt_embeds,
-            "pooled": pooled_prompt_embeds,
-            "text_mask": prompt_attention_mask,
-            "size": time_ids,
-        }
+        device = self._execution_device
+        rows = dict(text=prompt_embeds, pooled=pooled_prompt_embeds, text_mask=prompt_attention_mask, size=time_ids)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels)).reshape(-1)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         lengths = [len(value) for value in (latents, *rows.values(), labels, prompts) if value is not None]
         num = max(lengths, default=1) if num_images is None else num_images
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        for name, value in (("num_images", num), ("num_inference_steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r} must be a whole number from 1")
+        _check_counts(num_images=num, num_inference_steps=steps)
         if prompts is not None:
             rows |= self._encode(prompts * num if len(prompts) == 1 else prompts, num, device)
         cond = {key: value.to(device) for key, value in rows.items() if value is not None}
         cond |= self._classes(labels, num, device) | self._guidance(guidance_scale, num, device)
         noise = of_samples(generator, torch.arange(num)) if isinstance(generator, torch.Generator) else generator
-        if latents is None:
-            latents = _noise((num, *shape), generator, device)
-        if tuple(latents.shape) != (num, *shape):
-            raise ValueError(f"latents: has shape {tuple(latents.shape)}, wants {(num, *shape)}")
-        x = self._sample(latents.to(device, torch.float32), cond, steps, gamma, noise)
+        x = self._sample(self._start(latents, num, generator, device), cond, steps, gamma, noise)
         images = x if output_type == "latent" else self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -182,6 +171,15 @@ class FlowMapPipeline(DiffusionPipeline):
         scale = self.config.guidance_scale if scale is None else scale
         return {} if scale is None else {"guidance": torch.full((num,), float(scale), device=device)}
 
+    def _start(self, latents: Tensor | None, num: int, generator, device) -> Tensor:
+        """The initial noise of `num` samples: the given one, or drawn from the generator."""
+        shape = (num, *self.flow_map.config.shape)
+        if latents is None:
+            latents = _noise(shape, generator, device)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents: has shape {tuple(latents.shape)}, wants {shape}")
+        return latents.to(device, torch.float32)
+
     def _sample(self, x1: Tensor, cond: dict[str, Tensor], steps: int, gamma: float | None, noise) -> Tensor:
         """x0 after `steps` network calls. With gamma > 0 each step goes further than s, then adds new noise (CTM)."""
         settings: dict[str, Any] = {key: value for key, value in self.config.sampler.items() if key != "gamma"}
@@ -226,6 +224,13 @@ class FlowMapPipeline(DiffusionPipeline):
         finally:
             if upcast:
                 self.vae.to(dtype=kind)
+
+
+def _check_counts(**counts: Any) -> None:
+    """Raise a ValueError for a count that is not a whole number from 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: {value!r} must be a whole number from 1")
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device) -> Tensor:

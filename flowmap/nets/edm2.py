@@ -112,44 +112,16 @@ class UNet(nn.Module):
         super().__init__()
         channels, size, _ = shape
         widths = [spec.width * m for m in spec.multipliers]
-        sizes = [size >> level for level in range(len(widths))]
+        levels = [(size >> level, width) for level, width in enumerate(widths)]
         emb = max(widths)
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = Fourier(widths[0])
         self.emb_noise = Conv(widths[0], emb, ())
         self.emb_label = Conv(num_labels, emb, ()) if num_labels else None
         self.activation_checkpointing = False
-
-        block = partial(Block, dropout=spec.dropout)
-        self.enc = nn.ModuleDict()
-        skips, now = [], channels + 1  # a channel of ones is the only bias
-        for level, (side, width) in enumerate(zip(sizes, widths, strict=True)):
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv(now, width, (3, 3))
-                now = width
-            else:
-                self.enc[f"{side}x{side}_down"] = block(now, now, emb, decoder=False, resample="down")
-            skips.append(now)
-            for i in range(spec.num_blocks):
-                self.enc[f"{side}x{side}_block{i}"] = block(
-                    now, width, emb, decoder=False, attention=side in spec.attention_at
-                )
-                now = width
-                skips.append(now)
-
-        self.dec = nn.ModuleDict()
-        for level, (side, width) in reversed(list(enumerate(zip(sizes, widths, strict=True)))):
-            if level == len(widths) - 1:
-                self.dec[f"{side}x{side}_in0"] = block(now, now, emb, decoder=True, attention=True)
-                self.dec[f"{side}x{side}_in1"] = block(now, now, emb, decoder=True)
-            else:
-                self.dec[f"{side}x{side}_up"] = block(now, now, emb, decoder=True, resample="up")
-            for i in range(spec.num_blocks + 1):
-                self.dec[f"{side}x{side}_block{i}"] = block(
-                    now + skips.pop(), width, emb, decoder=True, attention=side in spec.attention_at
-                )
-                now = width
-        self.out_conv = Conv(now, channels, (3, 3))
+        self.enc, skips = _encoder(spec, levels, channels, emb)
+        self.dec = _decoder(spec, levels, skips, emb)
+        self.out_conv = Conv(widths[0], channels, (3, 3))
 
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(noise).to(x.dtype))
@@ -172,6 +144,44 @@ class UNet(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, emb, use_reentrant=False)
         return block(x, emb)
+
+
+def _encoder(spec: EDM2, levels: list[tuple[int, int]], channels: int, emb: int) -> tuple[nn.ModuleDict, list[int]]:
+    """The encoder's layers, and the channels of each of their outputs.
+
+    levels: (resolution, channels) of each level, from the finest. emb: the width of the embedding.
+    """
+    block = partial(Block, decoder=False, dropout=spec.dropout)
+    enc, skips = nn.ModuleDict(), []
+    now = channels + 1  # a channel of ones is the only bias
+    for level, (side, width) in enumerate(levels):
+        if level == 0:
+            enc[f"{side}x{side}_conv"] = Conv(now, width, (3, 3))
+            now = width
+        else:
+            enc[f"{side}x{side}_down"] = block(now, now, emb, resample="down")
+        skips.append(now)
+        for i in range(spec.num_blocks):
+            enc[f"{side}x{side}_block{i}"] = block(now, width, emb, attention=side in spec.attention_at)
+            now = width
+            skips.append(now)
+    return enc, skips
+
+
+def _decoder(spec: EDM2, levels: list[tuple[int, int]], skips: list[int], emb: int) -> nn.ModuleDict:
+    """The decoder's layers, from the coarsest level; skips: the channels of the encoder's outputs."""
+    block = partial(Block, decoder=True, dropout=spec.dropout)
+    dec, left, now = nn.ModuleDict(), list(skips), skips[-1]
+    for level, (side, width) in reversed(list(enumerate(levels))):
+        if level == len(levels) - 1:
+            dec[f"{side}x{side}_in0"] = block(now, now, emb, attention=True)
+            dec[f"{side}x{side}_in1"] = block(now, now, emb)
+        else:
+            dec[f"{side}x{side}_up"] = block(now, now, emb, resample="up")
+        for i in range(spec.num_blocks + 1):
+            dec[f"{side}x{side}_block{i}"] = block(now + left.pop(), width, emb, attention=side in spec.attention_at)
+            now = width
+    return dec
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,40 +63,13 @@ class UNet(nn.Module):
         residual: bool = False,
     ):
         super().__init__()
-        (now, side), emb = size, 4 * channels
-        levels = [(side >> level, channels * m) for level, m in enumerate(multipliers)]
-        block = lambda inside, out, **more: Block(inside, out, emb, family, **more)
+        levels = [(size[1] >> level, channels * m) for level, m in enumerate(multipliers)]
+        block = partial(Block, emb=4 * channels, family=family)
         self.activation_checkpointing = False
-
-        self.enc = nn.ModuleDict()
-        skips, past = [], now
-        for level, (side, width) in enumerate(levels):
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv(now, first, 3)
-                now = first
-            else:
-                self.enc[f"{side}x{side}_down"] = block(now, now, way="down")
-                if residual:
-                    self.enc[f"{side}x{side}_aux_residual"] = ThenDown(past, now, family.taps)
-                    past = now
-            skips.append(now)
-            for i in range(num_blocks):
-                self.enc[f"{side}x{side}_block{i}"] = block(now, width, attention=side in attention_at)
-                now = width
-                skips.append(now)
-
-        self.dec = nn.ModuleDict()
-        for level, (side, width) in reversed(list(enumerate(levels))):
-            if level == len(levels) - 1:
-                self.dec[f"{side}x{side}_in0"] = block(now, now, attention=True)
-                self.dec[f"{side}x{side}_in1"] = block(now, now)
-            else:
-                self.dec[f"{side}x{side}_up"] = block(now, now, way="up")
-            for i in range(num_blocks + 1):
-                attention = side in attention_at and (family.head is not None or i == num_blocks)
-                self.dec[f"{side}x{side}_block{i}"] = block(now + skips.pop(), width, attention=attention)
-                now = width
-        self.out_channels = now
+        taps = family.taps if residual else None
+        self.enc, skips = _encoder(levels, size[0], first, block, num_blocks, attention_at, taps)
+        self.dec = _decoder(levels, skips, block, num_blocks, attention_at, every=family.head is not None)
+        self.out_channels = levels[0][1]
 
     def embedding(self, noise: Tensor, labels: Tensor | None, extra: Tensor | None, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -125,6 +99,49 @@ class UNet(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, emb, use_reentrant=False)
         return block(x, emb)
+
+
+def _encoder(levels, inside: int, first: int, block, num_blocks: int, attention_at, taps):
+    """The encoder's layers, and the channels of each skip connection.
+
+    levels: (resolution, channels) of each level, from the finest. inside: the sample's channels. first: those of the
+    first convolution. taps: of the filter on the residual path parallel to the blocks, None without that path.
+    """
+    enc, skips, past, now = nn.ModuleDict(), [], inside, first
+    for level, (side, width) in enumerate(levels):
+        if level == 0:
+            enc[f"{side}x{side}_conv"] = Conv(inside, first, 3)
+        else:
+            enc[f"{side}x{side}_down"] = block(now, now, way="down")
+            if taps is not None:
+                enc[f"{side}x{side}_aux_residual"] = ThenDown(past, now, taps)
+                past = now
+        skips.append(now)
+        for i in range(num_blocks):
+            enc[f"{side}x{side}_block{i}"] = block(now, width, attention=side in attention_at)
+            now = width
+            skips.append(now)
+    return enc, skips
+
+
+def _decoder(levels, skips: list[int], block, num_blocks: int, attention_at, *, every: bool) -> nn.ModuleDict:
+    """The decoder's layers, from the coarsest level.
+
+    skips: the channels of the skip connections. every: whether all blocks at the resolutions of attention_at have
+    attention, or only the last of each level.
+    """
+    dec, left, now = nn.ModuleDict(), list(skips), skips[-1]
+    for level, (side, width) in reversed(list(enumerate(levels))):
+        if level == len(levels) - 1:
+            dec[f"{side}x{side}_in0"] = block(now, now, attention=True)
+            dec[f"{side}x{side}_in1"] = block(now, now)
+        else:
+            dec[f"{side}x{side}_up"] = block(now, now, way="up")
+        for i in range(num_blocks + 1):
+            attention = side in attention_at and (every or i == num_blocks)
+            dec[f"{side}x{side}_block{i}"] = block(now + left.pop(), width, attention=attention)
+            now = width
+    return dec
 
 
 class SongUNet(UNet):

@@ -40,10 +40,7 @@ def finish(
     The checkpoint of the last step and student/ exist already. again: the run was measured before; its old figures stay
     until the new ones are known. Raises FitError if measuring or drawing fails.
     """
-    try:
-        check_weights(module, trainer.global_step)
-    except NotFinite as error:
-        raise FitError(f"{stage.recipe.name}: {error}") from error
+    _check_weights(stage, module, trainer)
     state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
     artifact = ARTIFACTS[stage.recipe.artifact]
     module.to(trainer.strategy.root_device)
@@ -53,10 +50,7 @@ def finish(
     if not whole and not again and trainer.is_global_zero:  # ended by the clock, after a step that saves nothing
         artifact.write(stage, student, module, state, done, None)
     not_drawn = _drawn(trainer, module, done) if whole else None
-    try:
-        metrics = artifact.measure(stage, student, module, log if trainer.is_global_zero else None)
-    except Exception as error:
-        raise _unfinished(stage, done, "measuring", reason(error)) from error
+    metrics = _measured(stage, student, module, done, log if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
         return
     metrics["seconds"]["train"] = round(seconds, 2)
@@ -67,12 +61,18 @@ def finish(
     if not_drawn is not None:
         metrics[NOT_DRAWN] = not_drawn
     artifact.write(stage, student, module, state, done, metrics)
-    for logger in trainer.loggers:
-        logger.log_metrics(metric_logs(metrics), done - 1)
-        logger.finalize("success")
+    _log(trainer, metrics, done)
     write_json(stage.folder / METRICS, metrics)
     if not_drawn is not None:
         raise _unfinished(stage, done, "drawing its samples", not_drawn)
+
+
+def _check_weights(stage: Stage, module: DistillModule, trainer: L.Trainer) -> None:
+    """Raise FitError if a weight is not finite."""
+    try:
+        check_weights(module, trainer.global_step)
+    except NotFinite as error:
+        raise FitError(f"{stage.recipe.name}: {error}") from error
 
 
 def _drawn(trainer: L.Trainer, module: DistillModule, done: int) -> str | None:
@@ -84,6 +84,23 @@ def _drawn(trainer: L.Trainer, module: DistillModule, done: int) -> str | None:
     except Exception as error:
         return reason(error)
     return None
+
+
+def _measured(
+    stage: Stage, student: Student, module: DistillModule, done: int, log: LogFunction | None
+) -> dict[str, Any]:
+    """The figures of the trained student. Raises FitError if they cannot be measured."""
+    try:
+        return ARTIFACTS[stage.recipe.artifact].measure(stage, student, module, log)
+    except Exception as error:
+        raise _unfinished(stage, done, "measuring", reason(error)) from error
+
+
+def _log(trainer: L.Trainer, metrics: dict[str, Any], done: int) -> None:
+    """Pass the figures to the loggers at the last step, and close the loggers."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metric_logs(metrics), done - 1)
+        logger.finalize("success")
 
 
 def _replace_figures(stage: Stage, metrics: dict[str, Any]) -> None:

@@ -118,31 +118,20 @@ def measure_prior(module: DistillModule, log: Callable[[str], None] | None = Non
     of the decoder's mean, the KL in nats, the share of active dimensions of z, and the Frechet distance of codes from
     N(0, I).
     """
-    from flowmap.metrics.frechet import gaussian_frechet
-
     started, net = time.perf_counter(), module.averaged.net
     x = looked_at(module, MOST_MEASURED).to(next(net.parameters()).device)
-    moments = [net.encode(part) for part in x.split(256)]
-    mean, logvar = (torch.cat([one[i] for one in moments]) for i in range(2))
+    mean, logvar = _by_parts(net.encode, x)
     noise = RowGenerator(f"codes/{module.recipe.evaluation.seed}", torch.arange(len(mean)))
     z = mean + (logvar / 2).exp() * normal_like(mean, noise)
-    decoded = [net.decode(part) for part in z.split(256)]
-    guess, spread = (torch.cat([one[i] for one in decoded]) for i in range(2))
+    guess, spread = _by_parts(net.decode, z)
     units = kl_of(mean, logvar).mean(0).double().cpu()
     active = int((units > ACTIVE).sum())
-    codes = z.double().cpu()
-    off = gaussian_frechet(
-        codes.mean(0),
-        codes.T.cov().reshape(net.size, net.size),
-        torch.zeros(net.size).double(),
-        torch.eye(net.size).double(),
-    )
     row = {
         "nll": float(negative_log_likelihood(x, guess, spread).mean()),
         "rmse": float((guess - x).square().mean().sqrt()),
         "kl_nats": float(units.sum()),
         "active_share": active / net.size,
-        "codes_to_normal": float(off),
+        "codes_to_normal": _to_normal(z.double().cpu()),
     }
     if log is not None:
         log(
@@ -150,8 +139,23 @@ def measure_prior(module: DistillModule, log: Callable[[str], None] | None = Non
             f"{row['kl_nats']:.3g} nats in all; the decoder's mean leaves {row['rmse']:.3g} (root mean square)"
         )
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
-    units_told = {"kl": [round(float(value), 6) for value in units], "active": active}
-    return {"student": {"1": row}, "floor": {}, "units": units_told, "seconds": seconds, "nfe": {"student": {"1": 1}}}
+    of_units = {"kl": [round(float(value), 6) for value in units], "active": active}
+    return {"student": {"1": row}, "floor": {}, "units": of_units, "seconds": seconds, "nfe": {"student": {"1": 1}}}
+
+
+def _by_parts(function: Callable[[Tensor], tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """function(rows), in parts of 256 rows."""
+    first, second = zip(*(function(part) for part in rows.split(256)), strict=True)
+    return torch.cat(first), torch.cat(second)
+
+
+def _to_normal(codes: Tensor) -> float:
+    """The Frechet distance of codes (N, size) from N(0, I)."""
+    from flowmap.metrics.frechet import gaussian_frechet
+
+    size = codes.shape[1]
+    zero, one = torch.zeros(size).double(), torch.eye(size).double()
+    return float(gaussian_frechet(codes.mean(0), codes.T.cov().reshape(size, size), zero, one))
 
 
 def _state(active: int, size: int) -> str:
