@@ -66,12 +66,10 @@ def _log_of(path: Path) -> dict[str, Points]:
         raise ValueError(f"{path}: is not there, and has what would be drawn")
     found: dict[str, Points] = {}
     try:
-        for row in read_log(path):
-            for key in LOGGED:
-                if key in row:
-                    steps, values = found.setdefault(key, ([], []))
-                    steps.append(int(row["step"]) + 1)  # log.csv counts from 0
-                    values.append(float(row[key]))
+        for row, key in ((row, key) for row in read_log(path) for key in LOGGED if key in row):
+            steps, values = found.setdefault(key, ([], []))
+            steps.append(int(row["step"]) + 1)  # log.csv counts from 0
+            values.append(float(row[key]))
     except ValueError as error:
         raise ValueError(f"{path}: is not the log of a run: {error}") from error
     return found

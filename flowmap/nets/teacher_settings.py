@@ -106,18 +106,22 @@ def check_scheduler_settings(cls: type, config: Mapping[str, Any]) -> None:
         raise ValueError(f"scheduler {name}: cannot be a teacher's: {REFUSED_SCHEDULERS[name]}")
     read = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # only for its signature
     for key, value in config.items():
-        if key not in read or key in HONOURED or key in IRRELEVANT:
-            continue
-        if key in REFUSED:
-            known, why = REFUSED[key]
-            if value not in known:
-                what = f"cannot be a teacher's: {why}; known: {_listed(known)}"
-                raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
-        elif value != read[key].default:
-            what = "is not known, nor whether it changes what the network predicts"
-            raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
+        if key in read and key not in HONOURED and key not in IRRELEVANT:
+            _check_setting(name, key, value, read[key].default)
     zero_end = "rescale_betas_zero_snr" in read and bool(config.get("rescale_betas_zero_snr"))
     _check_prediction(name, config, zero_end=zero_end)
+
+
+def _check_setting(name: str, key: str, value: Any, default: Any) -> None:
+    """Raise a ValueError for a setting that we refuse, and for an unknown one that is not at its default."""
+    if key in REFUSED:
+        known, why = REFUSED[key]
+        if value not in known:
+            what = f"cannot be a teacher's: {why}; known: {_listed(known)}"
+            raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
+    elif value != default:
+        what = "is not known, nor whether it changes what the network predicts"
+        raise ValueError(f"scheduler {name}: {key}: {value!r} {what}")
 
 
 def _check_prediction(name: str, config: Mapping[str, Any], *, zero_end: bool) -> None:

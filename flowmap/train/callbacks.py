@@ -166,13 +166,17 @@ class Keep(AtSteps):
         recipe = self.stage.recipe
         snapshots = recipe.ema.snapshot_every_steps
         if snapshots and done % snapshots == 0:
-            self.check(module, done)
-            for width, average in zip(module.widths, module.averages, strict=True):
-                state = full_state(average)
-                if trainer.is_global_zero:
-                    save_snapshot(self.stage.folder, done, width, state)
+            self._snapshot(trainer, module, done)
         if done % recipe.trainer.checkpoint_every_steps == 0 or done == recipe.trainer.steps:
             self.keep(trainer, module, done)
+
+    def _snapshot(self, trainer, module: DistillModule, done: int) -> None:
+        """Save every average of the weights."""
+        self.check(module, done)
+        for width, average in zip(module.widths, module.averages, strict=True):
+            state = full_state(average)
+            if trainer.is_global_zero:
+                save_snapshot(self.stage.folder, done, width, state)
 
     def check(self, module: DistillModule, done: int) -> None:
         check_weights(module, done)

@@ -94,12 +94,17 @@ def _make_needed(stages: list[Needed], log: LogFunction) -> None:
             log(f"{label}: {_made(stage)} {stage.folder}")
             make(stage, log, waiting)
         else:
-            log(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
-            with nullcontext() if is_child() else only_process(stage.folder, waiting):
-                if stage.complete:
-                    log(f"{label}: complete in {stage.folder}, made by another process")
-                    continue
-                run_stage(stage, resume=True, overwrite=False, again=False, log=log, clock=None)
+            _train_needed(stage, label, waiting, log)
+
+
+def _train_needed(stage: Stage, label: str, waiting: Callable[[], None], log: LogFunction) -> None:
+    """Train a stage, unless another process completes it while this one waits."""
+    log(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
+    with nullcontext() if is_child() else only_process(stage.folder, waiting):
+        if stage.complete:
+            log(f"{label}: complete in {stage.folder}, made by another process")
+        else:
+            run_stage(stage, resume=True, overwrite=False, again=False, log=log, clock=None)
 
 
 def _make_last(

@@ -191,16 +191,23 @@ class DistillModule(L.LightningModule):
         for key, value in loss.logs.items():
             logs[f"train/{key}"] = float(value.mean())
             if value.ndim == 1 and len(value) == len(t):
-                for i in range(BINS):
-                    inside = (t >= i / BINS) & (t < (i + 1) / BINS + (i == BINS - 1))
-                    if bool(inside.any()):
-                        logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
+                logs |= _by_time(key, value, t)
         return logs
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes: all, or those of adapters and branches on a frozen base."""
     return [p for p in net.parameters() if p.requires_grad]
+
+
+def _by_time(key: str, value: Tensor, t: Tensor) -> dict[str, float]:
+    """The means of a per-sample log in bins of t, without the empty bins."""
+    logs = {}
+    for i in range(BINS):
+        inside = (t >= i / BINS) & (t < (i + 1) / BINS + (i == BINS - 1))
+        if bool(inside.any()):
+            logs[f"by_time/{key}_t{i / BINS:.2f}-{(i + 1) / BINS:.2f}"] = float(value[inside].mean())
+    return logs
 
 
 def _copy(student: FlowMapNet) -> FlowMapNet:
