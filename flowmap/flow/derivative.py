@@ -57,8 +57,7 @@ def value_and_rate(
     """
     mode = OLD_NAMES.get(mode, mode)
     if mode not in MODES:
-        known = ", ".join(name for name in MODES if name not in OLD_NAMES)
-        raise ValueError(f"derivative mode must be one of {known}, got {mode!r}")
+        raise ValueError(f"derivative mode must be one of {', '.join(MODES)}, got {mode!r}")
     if len(primals) != len(tangents):
         raise ValueError(f"{len(primals)} primals need as many tangents, got {len(tangents)}")
     if step is not None and mode != "difference":

@@ -24,7 +24,18 @@ from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 Figures = dict[str, Any]
 
 
-class Leaves(Protocol):
+@dataclass(frozen=True)
+class Ended:
+    """A run from which its artifact is written: `state` has the averaged weights after `done` steps."""
+
+    stage: Stage
+    student: Student
+    module: DistillModule
+    state: dict[str, Tensor]
+    done: int
+
+
+class Artifact(Protocol):
     def shows(self, stage: Stage, student: Student, log: LogFunction) -> list[L.Callback]:
         """Callbacks that draw, measure and save the averaged weights.
 
@@ -36,15 +47,7 @@ class Leaves(Protocol):
         """The contents of metrics.json."""
         ...
 
-    def write(
-        self,
-        stage: Stage,
-        student: Student,
-        module: DistillModule,
-        state: dict[str, Tensor],
-        done: int,
-        metrics: Figures | None,
-    ) -> None: ...
+    def write(self, run: Ended, metrics: Figures | None) -> None: ...
 
 
 class StudentArtifact:
@@ -55,16 +58,8 @@ class StudentArtifact:
         known = read_known(stage.folder / "student")  # there if the run is measured again
         return measure(stage.recipe, student, module.teacher, module.data, progress=log, known=known)
 
-    def write(
-        self,
-        stage: Stage,
-        student: Student,
-        module: DistillModule,
-        state: dict[str, Tensor],
-        done: int,
-        metrics: Figures | None,
-    ) -> None:
-        keep_student(stage, student.config, state, done, metrics)
+    def write(self, run: Ended, metrics: Figures | None) -> None:
+        keep_student(run.stage, run.student.config, run.state, run.done, metrics)
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,8 @@ class AutoencoderArtifact:
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         return self.kind.measure_autoencoder(module)
 
-    def write(
-        self,
-        stage: Stage,
-        student: Student,
-        module: DistillModule,
-        state: dict[str, Tensor],
-        done: int,
-        metrics: Figures | None,
-    ) -> None:
-        self.kind.save_autoencoder(stage, module, state, done, metrics)
+    def write(self, run: Ended, metrics: Figures | None) -> None:
+        self.kind.save_autoencoder(run.stage, run.module, run.state, run.done, metrics)
 
 
 class PriorArtifact:
@@ -98,16 +85,8 @@ class PriorArtifact:
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         return measure_prior(module, log)
 
-    def write(
-        self,
-        stage: Stage,
-        student: Student,
-        module: DistillModule,
-        state: dict[str, Tensor],
-        done: int,
-        metrics: Figures | None,
-    ) -> None:
-        keep_prior(stage, student.config, module, state, done, metrics)
+    def write(self, run: Ended, metrics: Figures | None) -> None:
+        keep_prior(run.stage, run.student.config, run.module, run.state, run.done, metrics)
 
 
 class JointTextArtifact:
@@ -119,19 +98,11 @@ class JointTextArtifact:
     def measure(self, stage: Stage, student: Student, module: DistillModule, log: LogFunction | None) -> dict[str, Any]:
         return text_joint.measure_joint(stage, module, log)
 
-    def write(
-        self,
-        stage: Stage,
-        student: Student,
-        module: DistillModule,
-        state: dict[str, Tensor],
-        done: int,
-        metrics: Figures | None,
-    ) -> None:
-        text_joint.save_joint(stage, student.config, module, state, done, metrics)
+    def write(self, run: Ended, metrics: Figures | None) -> None:
+        text_joint.save_joint(run.stage, run.student.config, run.module, run.state, run.done, metrics)
 
 
-ARTIFACTS: dict[str, Leaves] = {
+ARTIFACTS: dict[str, Artifact] = {
     "student": StudentArtifact(),
     "autoencoder": AutoencoderArtifact(autoencoder),
     "text_autoencoder": AutoencoderArtifact(text_autoencoder),

@@ -11,7 +11,7 @@ from flowmap.base.progress import LogFunction
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.student.student import Student
-from flowmap.train.artifacts import ARTIFACTS
+from flowmap.train.artifacts import ARTIFACTS, Ended
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, metric_logs, peak_gib
 from flowmap.train.clock import Clock
 from flowmap.train.module import DistillModule, NotFinite
@@ -42,13 +42,13 @@ def finish(
     """
     _check_weights(stage, module, trainer)
     state, done, peak = full_state(module.averaged), trainer.global_step, peak_gib(module.device)
-    artifact = ARTIFACTS[stage.recipe.artifact]
+    artifact, run = ARTIFACTS[stage.recipe.artifact], Ended(stage, student, module, state, done)
     module.to(trainer.strategy.root_device)
     if module.teacher is not None:
         module.teacher.to(trainer.strategy.root_device)
     whole = done >= stage.recipe.trainer.steps
     if not whole and not again and trainer.is_global_zero:  # ended by the clock, after a step that saves nothing
-        artifact.write(stage, student, module, state, done, None)
+        artifact.write(run, None)
     not_drawn = _drawn(trainer, module, done) if whole else None
     metrics = _measured(stage, student, module, done, log if trainer.is_global_zero else None)
     if not trainer.is_global_zero:
@@ -60,7 +60,7 @@ def finish(
         _replace_figures(stage, metrics)
     if not_drawn is not None:
         metrics[NOT_DRAWN] = not_drawn
-    artifact.write(stage, student, module, state, done, metrics)
+    artifact.write(run, metrics)
     _log(trainer, metrics, done)
     write_json(stage.folder / METRICS, metrics)
     if not_drawn is not None:
