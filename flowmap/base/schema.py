@@ -53,7 +53,16 @@ def renamed(old: str) -> Mapping[str, str]:
     return {_OLD_NAME: old}
 
 
+def added(default: Any) -> Any:
+    """A dataclass field that a later version added; at its default it is in no hash and in no identity.
+
+    So existing run folders, encoded data and pairs remain those of their recipes.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
 _OLD_NAME = "old name"
+_ADDED = "added"
 
 
 def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping[str, Any]:
@@ -65,14 +74,21 @@ def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping
     return {new.get(name, name): value for name, value in node.items()}
 
 
-def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]]) -> Any:
-    """The mapping from which `construct` rebuilds `value`, with every default written out."""
+def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]], *, hashed: bool = False) -> Any:
+    """The mapping from which `construct` rebuilds `value`, with every default written out.
+
+    hashed: leave out `added` fields at their defaults, as hashes and identities want it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        plain = {f.name: to_plain(getattr(value, f.name), tables) for f in dataclasses.fields(value)}
+        plain = {
+            f.name: to_plain(getattr(value, f.name), tables, hashed=hashed)
+            for f in dataclasses.fields(value)
+            if not (hashed and f.metadata.get(_ADDED) and getattr(value, f.name) == f.default)
+        }
         kind = kind_of(value, tables)
         return plain if kind is None else {"kind": kind, **plain}
     if isinstance(value, tuple):
-        return [to_plain(v, tables) for v in value]
+        return [to_plain(v, tables, hashed=hashed) for v in value]
     return value
 
 

@@ -70,7 +70,9 @@ class EvalSpec:
 
     @cached_property
     def hash(self) -> str:
-        return short_hash([to_plain(self.metrics, TABLES), to_plain(self.recipe.evaluation, TABLES)])
+        return short_hash(
+            [to_plain(self.metrics, TABLES, hashed=True), to_plain(self.recipe.evaluation, TABLES, hashed=True)]
+        )
 
 
 @dataclass(frozen=True)

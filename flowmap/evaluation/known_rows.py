@@ -56,19 +56,25 @@ def stamps(
     }
     shared = [
         flowmap.__version__,
-        to_plain(tuple(specs), TABLES),
-        to_plain(recipe.data, TABLES),
-        to_plain(recipe.evaluation, TABLES),
+        to_plain(tuple(specs), TABLES, hashed=True),
+        to_plain(recipe.data, TABLES, hashed=True),
+        to_plain(recipe.evaluation, TABLES, hashed=True),
     ]
     shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(settings), world_size()]
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found
     x1, cond = look
-    shared += [to_plain(recipe.teacher, TABLES), _values({"start": x1, **cond}), repr(student.config.autoencoder)]
+    shared += [
+        to_plain(recipe.teacher, TABLES, hashed=True),
+        _values({"start": x1, **cond}),
+        repr(student.config.autoencoder),
+    ]
     shared += [fingerprint(module) for module in teacher.modules]
     found["teacher"] = short_hash(shared)
-    found["student"] = short_hash([*shared, to_plain(recipe.sampler, TABLES), fingerprint(student.flow_map)])
+    found["student"] = short_hash(
+        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map)]
+    )
     return found
 
 

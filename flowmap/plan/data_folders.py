@@ -43,7 +43,7 @@ def data_of(recipe: Recipe) -> Any:
         return data
     plain = {
         key: value
-        for key, value in to_plain(recipe.data, TABLES).items()
+        for key, value in to_plain(recipe.data, TABLES, hashed=True).items()
         if key not in (f.name for f in fields(Source))
     }
     return replace(
@@ -56,13 +56,13 @@ def pairs_of(recipe: Recipe) -> Pairs:
     spec = pairs_spec(recipe)
     if spec.root:
         return spec
-    plain = {key: value for key, value in to_plain(spec, TABLES).items() if key != "shard_items"}
-    data = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    plain = {key: value for key, value in to_plain(spec, TABLES, hashed=True).items() if key != "shard_items"}
+    data = {key: value for key, value in to_plain(recipe.data, TABLES, hashed=True).items() if key not in WHERE}
     needed = [*pairs_recipes(recipe), *autoencoder_recipes(recipe)]
 
     def parts(hash_of: Callable[[Recipe], str]) -> tuple:
         prior = (
-            (in_old_words(to_plain(recipe.prior, TABLES)), [hash_of(one) for one in prior_recipes(recipe)])
+            (in_old_words(to_plain(recipe.prior, TABLES, hashed=True)), [hash_of(one) for one in prior_recipes(recipe)])
             if isinstance(recipe.prior, Learned)
             else ()
         )

@@ -60,7 +60,7 @@ def pairs_identity(recipe: Recipe) -> dict[str, Any]:
         "clock": CLOCK,
         "teacher": made_by,
         "guidance": scale_of(recipe),
-        "solver": to_plain(spec.solver, TABLES),
+        "solver": to_plain(spec.solver, TABLES, hashed=True),
         "num": spec.num,
         "inverted": spec.inverted,
         "seed": spec.seed,
@@ -78,7 +78,7 @@ def _of_prior(recipe: Recipe, prior: Learned) -> dict[str, Any]:
     found = {**_of_recipe(auxiliary), "scale": prior.scale}
     if isinstance(prior.z, FlowCodes):
         return {**found, "z": None, "flow": _of_recipe(flow[0]), "steps": prior.z.steps}
-    return {**found, "z": to_plain(prior.z, TABLES)}
+    return {**found, "z": to_plain(prior.z, TABLES, hashed=True)}
 
 
 def _of_recipe(trained: Recipe) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _of_teacher(recipe: Recipe, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
     found = _of_card(recipe, teacher, card_of(teacher))
     if guidance is not None:
-        plain = to_plain(guidance, TABLES)
+        plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
         found["weak"] = _of_card(recipe, teacher, find_card(guidance.weak))
@@ -111,5 +111,5 @@ def _of_data(recipe: Recipe) -> dict[str, Any]:
     data = data_of(recipe)
     if isinstance(data, Encoded):
         return {"kind": "encoded", "conditional": data.conditional, **data.identity(), **data.chosen()}
-    found = {key: value for key, value in to_plain(recipe.data, TABLES).items() if key not in WHERE}
+    found = {key: value for key, value in to_plain(recipe.data, TABLES, hashed=True).items() if key not in WHERE}
     return found | ({"reader": READER} if isinstance(data, Folder) else {})

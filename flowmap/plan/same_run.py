@@ -32,7 +32,7 @@ def same_measurement(folder: Path, recipe: Recipe, *keys: str) -> bool:
 
 def measurement(recipe: Recipe, *keys: str) -> dict[str, Any]:
     """Return the settings with which a trained run is measured, as plain values."""
-    return {key: to_plain(getattr(recipe, key), TABLES) for key in (*MEASURED, *keys)}
+    return {key: to_plain(getattr(recipe, key), TABLES, hashed=True) for key in (*MEASURED, *keys)}
 
 
 def first_difference(old: Any, new: Any) -> str | None:

@@ -132,21 +132,23 @@ class Recipe:
 
     def hash(self) -> str:
         """Eight hexadecimal digits of all that changes the result, which the settings of `log` do not."""
-        return short_hash(in_old_words({key: value for key, value in to_plain(self, TABLES).items() if key != "log"}))
+        plain = to_plain(self, TABLES, hashed=True)
+        return short_hash(in_old_words({key: value for key, value in plain.items() if key != "log"}))
 
     def training(self) -> dict[str, Any]:
-        """The settings that the trained weights depend on, as plain values.
+        """The settings that the trained weights depend on, as plain values; later settings only where they are set.
 
         Log, sampler, metrics and evaluation are not among them, except that an objective that draws samples depends on
         the sampler, without the steps that are reported.
         """
         plain = {
             key: value
-            for key, value in to_plain(self, TABLES).items()
+            for key, value in to_plain(self, TABLES, hashed=True).items()
             if key not in ("sampler", "metrics", "evaluation", "log")
         }
         if self.objective.draws_samples or self.distillation.draws_samples:
-            plain["sampler"] = {key: value for key, value in to_plain(self.sampler, TABLES).items() if key != "steps"}
+            sampler = to_plain(self.sampler, TABLES, hashed=True)
+            plain["sampler"] = {key: value for key, value in sampler.items() if key != "steps"}
         return plain
 
     def training_hash(self) -> str:
