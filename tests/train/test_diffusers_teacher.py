@@ -12,6 +12,7 @@ import torch
 
 import flowmap
 from flowmap.build.teacher import build_teacher
+from flowmap.plan.plan import resolve
 from tests.support.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -66,7 +67,7 @@ def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
     student = flowmap.load_student(pipeline / "run")
     images = student.sample(4, steps=2, cond={"class": 3}, guidance=2.0)
     assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
-    teacher = build_teacher(flowmap.read_recipe(path))
+    teacher = build_teacher(resolve(flowmap.read_recipe(path)))
     assert set(teacher.network.flow_map.state_dict()) < set(student.flow_map.state_dict())
     code, out, err = command(
         "sample", "--student", pipeline / "run", "--steps", 1, "--num", 4, "--out", pipeline / "drawn"
