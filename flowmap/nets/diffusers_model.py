@@ -28,6 +28,10 @@ from flowmap.nets.teacher_settings import check_network_settings, check_schedule
 
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
 BLOCKS = "transformer_blocks"
+# diffusers' names of the lists of blocks, in transformers and in the levels of U-Nets
+BLOCK_LISTS = (BLOCKS, "single_transformer_blocks", "resnets", "attentions", "downsamplers", "upsamplers")
+# parts of blocks that the model also calls outside their blocks
+CALLED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
 LARGEST_SETTING = 1 << 20
 LARGEST_DEPTH = 512
 
@@ -156,6 +160,12 @@ class DiffusersNet(nn.Module):
         return weak
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The model's outermost repeated blocks in order, after parts of them that it also calls by themselves."""
+        alone = [self.model.get_submodule(name) for name in CALLED_ALONE.get(type(self.model).__name__, ())]
+        return [*alone, *_listed_blocks(self.model)]
+
+    @property
     def activation_checkpointing(self) -> bool:
         return bool(self.model.is_gradient_checkpointing)
 
@@ -163,6 +173,15 @@ class DiffusersNet(nn.Module):
     def activation_checkpointing(self, on: bool) -> None:
         if on:
             self.model.enable_gradient_checkpointing()
+
+
+def _listed_blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules in lists with one of the names in BLOCK_LISTS, without those inside another."""
+    found: list[nn.Module] = []
+    for name, child in module.named_children():
+        listed = isinstance(child, nn.ModuleList) and name in BLOCK_LISTS
+        found += child.children() if listed else _listed_blocks(child)
+    return found
 
 
 class _Extra:
