@@ -121,11 +121,18 @@ class DiffusersNet(nn.Module):
         given = _Conditions(type(self.model).__name__, {**missing, **cond})
 
         def predict(state: Tensor, time: Tensor) -> Tensor:
-            out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
+            out = self.call(self.model, state.to(self._state_dtype(state)), time, given)
             learned_variance = out.shape[1] == 2 * x.shape[1]
             return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def _state_dtype(self, state: Tensor) -> torch.dtype:
+        """The model's, or under autocast, which casts what layers take, that of the state."""
+        kind = state.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return state.dtype
+        return next(self.model.parameters()).dtype
 
     def train(self, mode: bool = True) -> DiffusersNet:
         """Keep the model in evaluation mode, except for the adapters' dropout.

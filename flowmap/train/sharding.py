@@ -6,6 +6,7 @@ embeds times and conditions, is gathered as it is stored, and no input is cast: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 
+# the root too: its gathered weights would otherwise be those of before the last step of the optimizer
+RESHARD: dict[str, Any] = {"reshard_after_forward": True}
 METHODS = ("mean_velocity", "velocity", "log_error")  # of FlowMapNet, each of which is a forward pass
 
 
@@ -28,13 +31,38 @@ def shard(net: FlowMapNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
     """
     _lift_scalars(net)
     policy = partial(MixedPrecisionPolicy, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
-    # the root too: its gathered weights would otherwise be those of before the last step of the optimizer
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     for block in blocks_of(net.net):
-        fully_shard(block, mp_policy=policy(param_dtype=dtype), **options)
-    fully_shard(net, mp_policy=policy(), **options)
+        fully_shard(block, mesh=mesh, mp_policy=policy(param_dtype=dtype), **RESHARD)
+    fully_shard(net, mesh=mesh, mp_policy=policy(), **RESHARD)
     for method in METHODS:
         register_fsdp_forward_method(net, method)
+
+
+def shard_frozen(nets: Sequence[FlowMapNet], mesh: DeviceMesh) -> None:
+    """Shard networks that are not trained, in place, as they are stored; they may share modules.
+
+    They have one root unit, as a module can be in one only. Their mean velocity may be called, not their networks.
+    """
+    group = _Group(nets)
+    _lift_scalars(group)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    blocks = dict.fromkeys(block for net in nets for block in blocks_of(net.net))
+    for block in sorted(blocks, key=lambda block: len(list(block.modules()))):  # blocks in blocks first
+        fully_shard(block, mesh=mesh, mp_policy=policy, **RESHARD)
+    fully_shard(group, mesh=mesh, mp_policy=policy, **RESHARD)
+    for i, net in enumerate(nets):
+        name = f"mean_velocity_{i}"
+        setattr(group, name, net.mean_velocity)
+        register_fsdp_forward_method(group, name)
+        net.__dict__["mean_velocity"] = getattr(group, name)  # what its other methods call
+
+
+class _Group(nn.Module):
+    """Networks with one root unit."""
+
+    def __init__(self, nets: Sequence[FlowMapNet]):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
 
 
 def units(net: nn.Module) -> dict[str, FSDPModule]:

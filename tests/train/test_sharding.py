@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from flowmap.flow.derivative import eulerian_derivative
-from flowmap.train.sharding import shard, units
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.precision import hold
+from flowmap.train.sharding import shard, shard_frozen, units
 from tests.support.fake_group import fake_group, lone_group
 from tests.support.families import FAMILIES, SHAPE
 
@@ -64,6 +66,59 @@ def test_in_bf16_blocks_are_gathered_in_bfloat16_and_times_stay_float32(name):
 def gathered(block):
     """The weights that are whole at this moment: not those of a unit within the block."""
     return [p for p in block.parameters() if not isinstance(p, DTensor)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_frozen_network_in_bfloat16_is_half_as_large_and_what_autocast_makes_of_it(name):
+    family = FAMILIES[name]
+    x, t, s, _, cond = (as_float(one) for one in batch(family, ROWS))
+    net = family.student().requires_grad_(False).eval()
+    size = bytes_of(net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want = net.mean_velocity(x, t, s, cond)
+    hold(net, torch.bfloat16)
+    with torch.no_grad():
+        got = net.mean_velocity(x, t, s, cond)
+    assert bytes_of(net) < 0.7 * size, "norms and embeddings of times are a large share at this size only"
+    assert got.dtype == torch.float32
+    if name == "edm2":  # weights that are normalised after they are rounded
+        assert float((got - want).norm() / want.norm()) < 0.01
+    else:
+        assert torch.equal(got, want)
+    assert family.student().held is None and {p.dtype for p in family.student().parameters()} == {torch.float32}
+
+
+def bytes_of(net):
+    return sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["dit", "edm2", "sd35", "sana", "dit_xl"])
+def test_frozen_networks_are_sharded_as_they_are_stored(name):
+    """The teacher and a weak model that shares its blocks, as with skip_blocks."""
+    family, world = FAMILIES[name], 4
+    x, t, s, _, cond = (as_float(one) for one in batch(family, ROWS))
+    with torch.no_grad():
+        nets, reference = frozen(family), frozen(family)
+        want = [net.mean_velocity(x, t, s, cond) for net in reference]
+        with lone_group():
+            shard_frozen(nets, init_device_mesh("cpu", (1,)))
+            assert all(torch.equal(net.mean_velocity(x, t, s, cond), one) for net, one in zip(nets, want, strict=True))
+        nets = frozen(family)
+        whole = bytes_of(torch.nn.ModuleList(nets))
+        with fake_group(world):
+            shard_frozen(nets, init_device_mesh("cpu", (world,)))
+            parts = {id(p): p.to_local() for p in torch.nn.ModuleList(nets).parameters()}
+    assert sum(p.numel() * p.element_size() for p in parts.values()) == pytest.approx(whole / world, rel=0.05), (
+        "rows are padded"
+    )
+
+
+def frozen(family):
+    net = family.student().requires_grad_(False).eval()
+    nets = [net] if family.blocks in (1, 10) else [net, FlowMapNet(net.net.without_blocks((0,)))]
+    for one in nets:
+        hold(one, torch.bfloat16)
+    return nets
 
 
 def as_float(value):
