@@ -93,10 +93,14 @@ class DistillModule(L.LightningModule):
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
-            from flowmap.train.strategy import shard
+            from flowmap.train.sharding import shard, shard_frozen
 
+            mesh = self.device_mesh["data_parallel"]
+            dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, self.device_mesh)
+                shard(net, mesh, dtype=dtype)
+            if self.teacher is not None and self.teacher.modules:
+                shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
