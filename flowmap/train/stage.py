@@ -31,6 +31,7 @@ from flowmap.plan.data_folders import data_of
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
+from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS
@@ -102,6 +103,8 @@ def run_stage(
     """
     recipe, folder = stage.recipe, stage.folder
     built = Built.of(recipe)
+    if recipe.batches.split and not again:
+        log(f"batch: {recipe.batches}")
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
     checked: dict[str, float] = {}
     if not start and not is_child():
@@ -137,6 +140,9 @@ def _resumed_step(folder: Path, module: DistillModule, *, again: bool, log: LogF
         check_step(folder, start)
     elif start:
         log(f"resuming at step {start}{'' if has_checksum(checkpoint) else WITHOUT_CHECKSUM}")
+        was = read_resolved(folder / "recipe.yaml").batches
+        if was != module.recipe.batches:
+            log(f"its steps before were split otherwise, which changes rounding alone: {was}")
     return start
 
 
@@ -221,7 +227,7 @@ def _trainer(
             precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
             max_steps=steps,
             # a module that steps its optimizers itself also accumulates and clips itself
-            accumulate_grad_batches=trainer.accumulate if automatic else 1,
+            accumulate_grad_batches=recipe.batches.accumulate if automatic else 1,
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=_callbacks(stage, student, clock, log),
             logger=False,
