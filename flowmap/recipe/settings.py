@@ -17,6 +17,7 @@ from flowmap.base.ranges import (
     Seed,
     check_ranges,
 )
+from flowmap.base.schema import added
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
@@ -179,7 +180,13 @@ class ConstantEMA:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device."""
+    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
+
+    accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
+    and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
+    saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
+    channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
+    """
 
     steps: Count = 10_000
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
@@ -191,6 +198,9 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     checkpoint_every_steps: Count = 500
+    check_finite_every_steps: Count = added(1)
+    tf32: bool = added(True)
+    channels_last: bool | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -206,7 +216,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only."""
+    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only.
+
+    metrics_images: the most images of a metric while training, in W&B and log.csv as metrics_of_<images>; null for as
+    many as at the end. metrics_steps: the step counts that are measured while training; empty for all of the sampler's.
+    """
 
     wandb: bool = True
     project: str = "flowmap"
@@ -214,6 +228,8 @@ class Log:
     samples_every_steps: CountFromZero = 0
     metrics_every_steps: CountFromZero = 0
     grid_images: Annotated[int, Range(1, 10_000)] = 64
+    metrics_images: Count | None = added(None)
+    metrics_steps: tuple[Calls, ...] = added(())
 
     def __post_init__(self):
         check_ranges(self)

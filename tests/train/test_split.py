@@ -81,6 +81,19 @@ def test_a_step_is_the_same_however_its_batch_is_split(kind, tmp_path, monkeypat
                 )
 
 
+@pytest.mark.parametrize("balance", ["base", "adversarial"])
+def test_a_balance_of_two_losses_is_that_of_the_whole_step(balance, tmp_path, monkeypatch):
+    objective = KINDS["adversarial"][1].replace("balance: none", f"balance: {balance}")
+    recipe = recipe_of(tmp_path, DIGITS, objective)
+    whole, split = (
+        gradients_of_a_step(monkeypatch, recipe, **how) for how in (dict(batch=8), dict(batch=2, accumulate=4))
+    )
+    for name, grads in whole.items():
+        scale = max(float(g.abs().max()) for g in grads)
+        for a, b in zip(grads, split[name], strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_every_kind_of_objective_is_among_them():
     assert KINDS.keys() | BY_BATCH.keys() == TABLES[Objective].keys()
 
