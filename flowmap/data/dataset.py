@@ -109,6 +109,11 @@ class Dataset(WithoutSentences):
         return self.train
 
     @property
+    def reference_labels(self) -> Tensor | None:
+        """(N,) int64, row by row as in `reference`; None where there are none."""
+        return self.labels
+
+    @property
     def empty(self) -> Mapping[str, Tensor]:
         """One row of each condition as an empty text gives it; {} where there is no text."""
         return {}
@@ -117,14 +122,16 @@ class Dataset(WithoutSentences):
         """The conditions of those training samples."""
         return {} if self.labels is None else {"class": self.labels[places]}
 
-    @property
-    def reference_conditions(self) -> Cond:
-        """The conditions of the reference, row by row; {} where there are none."""
-        return {} if self.labels is None else {"class": self.labels}
+    def reference_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those samples of the reference; {} where there are none."""
+        return {} if self.labels is None else {"class": self.labels[places]}
 
-    def held_out_samples(self) -> tuple[Tensor, Cond]:
-        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
-        return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
+    def held_out_samples(self, num: int | None = None) -> tuple[Tensor, Cond]:
+        """(x0, cond) of the first `num` held-out samples (None: all), as training would see them.
+
+        Row by row as in `held_out`.
+        """
+        return self.held_out[:num], {} if self.held_out_labels is None else {"class": self.held_out_labels[:num]}
 
     @property
     def num_reference(self) -> int:

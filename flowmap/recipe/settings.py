@@ -64,6 +64,9 @@ class FromTeacher(BaseStudent):
         if recipe.trainer.strategy == "fsdp":
             what = "a LoRA student, as its averages share its frozen base"
             raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
+        if recipe.trainer.frozen_precision != recipe.trainer.precision == "32":
+            what = f"{recipe.trainer.teacher_precision!r} wants trainer.precision: bf16"
+            raise ValueError(f"trainer.teacher_precision: {what} with a LoRA student, which has the teacher's weights")
         derivative = recipe.distillation.derivative
         if self.lora.dropout and derivative not in (None, "dual"):
             what = f"{self.lora.dropout} wants objective.derivative: dual; {derivative!r} would see another mask"
@@ -186,6 +189,8 @@ class Trainer:
     and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
+    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
+    that of `precision`.
     """
 
     steps: Count = 10_000
@@ -201,6 +206,7 @@ class Trainer:
     check_finite_every_steps: Count = added(1)
     tf32: bool = added(True)
     channels_last: bool | None = added(None)
+    teacher_precision: str = added("auto")
 
     def __post_init__(self):
         check_ranges(self)
@@ -209,9 +215,15 @@ class Trainer:
             ("accelerator", accelerators),
             ("strategy", ("auto", "ddp", "fsdp")),
             ("precision", ("32", "bf16")),
+            ("teacher_precision", ("auto", "32", "bf16")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    @property
+    def frozen_precision(self) -> str:
+        """The precision of frozen weights: "32" or "bf16"."""
+        return self.precision if self.teacher_precision == "auto" else self.teacher_precision
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from flowmap.flow.types import Cond, Loss, PathSample, Teacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.recipe import Recipe
+from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 from flowmap.train.finite import FiniteChecks, NotFinite
-from flowmap.train.strategy import channels_last, shard
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -98,8 +98,14 @@ class DistillModule(L.LightningModule):
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
+            from flowmap.train.sharding import shard, shard_frozen
+
+            mesh = self.device_mesh["data_parallel"]
+            dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, self.device_mesh)
+                shard(net, mesh, dtype=dtype)
+            if self.teacher is not None and self.teacher.modules:
+                shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
 
     def _to_channels_last(self, *nets: nn.Module) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -25,7 +25,8 @@ from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
-from flowmap.nets.flow_map import mismatch
+from flowmap.nets.flow_map import FlowMapNet, mismatch
+from flowmap.nets.precision import hold
 from flowmap.plan.data_folders import data_of
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
@@ -38,13 +39,14 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.device import fast_matmul
 from flowmap.train.finish import FitError, finish
 from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
 from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
-from flowmap.train.strategy import AtomicCheckpointIO, fast_matmul, strategy_for
+from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
 from flowmap.train.wandb_log import close_wandb
 
 WITHOUT_CHECKSUM = ", from a checkpoint without a checksum (flowmap 0.1 wrote none)"
@@ -69,11 +71,23 @@ class Built:
         student = build_student(recipe, config, teacher)
         module = module_of(recipe, config, student, teacher, data, build_samples(recipe, data))
         module.prior = prior
+        _hold_frozen(recipe, teacher, module)
         if recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
             nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
             for net in nets:
                 net.net.compile()
         return Built(data, teacher, config, prior, module)
+
+
+def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillModule) -> None:
+    """Round frozen weights to bfloat16 where the recipe asks for it; all that starts from them has been built."""
+    if teacher is None or recipe.trainer.frozen_precision != "bf16":
+        return
+    for net in teacher.modules:
+        hold(cast(FlowMapNet, net), torch.bfloat16)
+    if recipe.lora is not None:  # the base is the teacher's; adapters and their averages are not rounded
+        for net in (module.student, *module.averages):
+            net.held = torch.bfloat16
 
 
 def device_of(recipe: Recipe) -> str:

@@ -20,9 +20,9 @@ from flowmap.nets.edm2 import EDM2, Conv
 from flowmap.recipe.optimizer import AdamW
 from flowmap.train.checkpoint_file import read_checkpoint
 from flowmap.train.csv_log import read_log
+from flowmap.train.device import channels_last, fast_matmul
 from flowmap.train.finish import FitError
 from flowmap.train.module import DistillModule
-from flowmap.train.strategy import channels_last, fast_matmul
 
 
 def test_the_optimizer_is_fused_on_cuda_and_gradients_can_still_be_clipped():
