@@ -159,7 +159,8 @@ def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, nee
     if not bool(still[:rows].any()):
         return derive(*given, sample.cond, rows)
     on_host = torch.argsort(still, stable=True)
-    order, place = (on_device(index, sample.t.device) for index in (on_host, torch.argsort(on_host)))
+    back = torch.argsort(on_host)
+    order, place = (on_device(index, sample.t.device) for index in (on_host, back))
     cond = None if sample.cond is None else {key: value[order] for key, value in sample.cond.items()}
     mean_velocity, rate = derive(*(value[order] for value in given), cond, rows)
     return mean_velocity[place], rate[place]

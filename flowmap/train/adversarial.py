@@ -14,7 +14,7 @@ from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT, FlowMapNet
 from flowmap.objectives import Adversarial
 from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe.optimizer import adamw
 from flowmap.train.auxiliary import Auxiliary, AuxiliaryModule
 from flowmap.train.module import trained
@@ -40,7 +40,7 @@ class AdversarialModule(AuxiliaryModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: ResolvedRun,
         student: FlowMapNet,
         teacher: BuiltTeacher | None,
         data: Dataset,
@@ -48,9 +48,9 @@ class AdversarialModule(AuxiliaryModule):
         discriminator: nn.Module,
         fake: FlowMapNet | None = None,
     ):
-        super().__init__(recipe, student, teacher, data, samples, fake=fake)
-        assert isinstance(recipe.objective, Adversarial)
-        self.objective = recipe.objective
+        super().__init__(run, student, teacher, data, samples, fake=fake)
+        assert isinstance(self.recipe.objective, Adversarial)
+        self.objective = self.recipe.objective
         self.discriminator = discriminator.train()
         self.auxiliaries += (discriminator_of(self.objective, self.discriminator),)
         # in a tuple, so that this parameter of the student is not registered once more
@@ -106,7 +106,7 @@ class AdversarialModule(AuxiliaryModule):
         self._of_base = []
         last = next(i for i, p in enumerate(parameters) if p is self._last_layer[0])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        norms = [self._mean(grads[last].float()).norm() for grads in (of_base, gradients)]
+        norms = [self._norm_of_mean(grads[last]) for grads in (of_base, gradients)]
         base, adversarial = self.objective.factors(norms[0], norms[1], self.global_step)
         for parameter, one, other in zip(parameters, of_base, gradients, strict=True):
             parameter.grad = base * one + adversarial * other
@@ -141,7 +141,11 @@ class AdversarialModule(AuxiliaryModule):
     def _norm_at_last_layer(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of the mean over processes."""
         (gradient,) = torch.autograd.grad(loss, self._last_layer, retain_graph=True)
-        return self._mean(gradient.float()).norm()
+        return self._norm_of_mean(gradient)
+
+    def _norm_of_mean(self, gradient: Tensor) -> Tensor:
+        """The norm of the mean over processes, in float32 or better."""
+        return self._mean(gradient.to(torch.promote_types(gradient.dtype, torch.float32))).norm()
 
 
 def last_layer(student: nn.Module) -> nn.Parameter:

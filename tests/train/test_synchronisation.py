@@ -15,6 +15,7 @@ from flowmap.data import Pairs, StepBatches
 from flowmap.data.steps import first_place
 from flowmap.flow.times import diagonal_rows
 from flowmap.objectives import Adversarial
+from flowmap.plan.plan import resolve
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree, with_drawn_scales
 from flowmap.train.draw import draw_sample, generator_for
 from flowmap.train.module import DistillModule
@@ -47,11 +48,12 @@ def autocast_of_meta(monkeypatch):
 
 def of(recipe, monkeypatch):
     """The recipe's module on the meta device, and a batch for it."""
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    config = student_config(recipe, data, teacher)
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
     samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
-    module = module_of(recipe, config, build_student(recipe, config, teacher), teacher, data, samples)
+    module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
     module.teacher = None if teacher is None else BuiltTeacher(Half(), None)
     optimizers = module.configure_optimizers()
     optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
