@@ -186,7 +186,8 @@ class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
-    that of `precision`.
+    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
+    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
     """
 
     steps: Count = 10_000
@@ -200,6 +201,7 @@ class Trainer:
     compile: bool = False
     checkpoint_every_steps: Count = 500
     teacher_precision: str = added("auto")
+    shard_size: Count | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -212,6 +214,17 @@ class Trainer:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+        devices = self.devices * self.num_nodes
+        if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):
+            what = f"must divide the number of devices, {devices}, of a run with strategy fsdp"
+            raise ValueError(f"shard_size: {self.shard_size} {what}")
+
+    @property
+    def shards(self) -> int:
+        """The number of devices that weights are split over with fsdp."""
+        automatic = self.devices if self.devices > 1 else self.num_nodes
+        return automatic if self.shard_size is None else self.shard_size
 
     @property
     def frozen_precision(self) -> str:
