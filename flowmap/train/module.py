@@ -20,6 +20,7 @@ from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample, Teacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
+from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 
@@ -45,7 +46,7 @@ class DistillModule(L.LightningModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: ResolvedRun,
         student: FlowMapNet,
         teacher: BuiltTeacher | None,
         data: Dataset,
@@ -57,6 +58,7 @@ class DistillModule(L.LightningModule):
         prior: the recipe's learned prior, if it has one; not a submodule either.
         """
         super().__init__()
+        recipe = run.recipe
         self.recipe, self.teacher, self.data, self.prior = recipe, teacher, data, prior
         self.samples = data if samples is None else samples
         self.student = as_trained(student, recipe).train()
@@ -64,7 +66,7 @@ class DistillModule(L.LightningModule):
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
-        self._decoder = build_decoder(recipe)  # no submodule, as the teacher
+        self._decoder = build_decoder(run)  # no submodule, as the teacher
         self._micro, self.begun, self._sharded = 0, False, False
         self._restored: int | None = None
 
