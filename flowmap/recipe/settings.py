@@ -190,7 +190,8 @@ class Trainer:
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
-    that of `precision`.
+    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
+    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
     """
 
     steps: Count = 10_000
@@ -207,6 +208,7 @@ class Trainer:
     tf32: bool = added(True)
     channels_last: bool | None = added(None)
     teacher_precision: str = added("auto")
+    shard_size: Count | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -219,6 +221,17 @@ class Trainer:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+        devices = self.devices * self.num_nodes
+        if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):
+            what = f"must divide the number of devices, {devices}, of a run with strategy fsdp"
+            raise ValueError(f"shard_size: {self.shard_size} {what}")
+
+    @property
+    def shards(self) -> int:
+        """The number of devices that weights are split over with fsdp."""
+        automatic = self.devices if self.devices > 1 else self.num_nodes
+        return automatic if self.shard_size is None else self.shard_size
 
     @property
     def frozen_precision(self) -> str:
