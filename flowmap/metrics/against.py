@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,22 +27,30 @@ class HasReferences(Protocol):
 
     def held_out_samples(self) -> tuple[Tensor, Cond]: ...
 
+    @property
+    def reference_shape(self) -> tuple[int, ...]: ...
+
+
+class Side(NamedTuple):
+    """A metric with one reference already counted, and the number of samples in that reference."""
+
+    metric: Any
+    size: int
+
 
 class Against:
     """A metric of samples (`spec`) with each reference of a data set: held-out samples, if any, and training ones.
 
-    One feature space, fitted to the training samples, serves both, and samples pass through it once. `reset` and
-    `update` are as in torchmetrics; each process is given its share of `spec.images` samples.
+    sizes: the number of samples in each reference. One feature space, fitted to the training samples, serves both, and
+    samples pass through it once. `reset` and `update` are as in torchmetrics; each process is given its share of
+    `spec.images` samples.
     """
 
     def __init__(self, spec: Any, dataset: HasReferences):
-        held_out, trained = dataset.held_out, spec.build(dataset.reference)
-        sizes = {TRAIN: len(dataset.reference)}
-        self.spec, self.metrics = spec, {TRAIN: trained}
-        if len(held_out):
-            self.metrics = {"": spec.build(held_out, like=trained), TRAIN: trained}
-            sizes[""] = len(held_out)
-        self.wanted = {suffix: spec.compared(sizes[suffix]) for suffix in self.metrics}
+        sides: dict[str, Side] = spec.sides(dataset)
+        self.spec, self.metrics = spec, {suffix: side.metric for suffix, side in sides.items()}
+        self.sizes = {suffix: side.size for suffix, side in sides.items()}
+        self.wanted = {suffix: spec.compared(size) for suffix, size in self.sizes.items()}
 
     def reset(self) -> None:
         for metric in self.metrics.values():

@@ -39,15 +39,15 @@ def baseline(
     found: dict[str, float] = {}
     for suffix, wanted in against.wanted.items():
         if suffix != TRAIN:
-            pool, reference = (dataset.reference, dataset.reference_conditions if classes else {}), dataset.held_out
+            pool = (dataset.reference, dataset.reference_conditions if classes else {})
         elif len(dataset.held_out):
-            pool, reference = (dataset.held_out, dataset.held_out_samples()[1] if classes else {}), dataset.reference
+            pool = (dataset.held_out, dataset.held_out_samples()[1] if classes else {})
         else:
-            return _halves(against, dataset.reference, draws)
+            return found | _halves(against, dataset.reference, draws)
         labels = pool[1].get("class")
         size = min(wanted, max(1, len(pool[0]) * 4 // 5))
         rows = [_drawn(len(pool[0]), labels, classes, size, seed) for seed in range(draws)]
-        found |= _spread([_scored(against, suffix, pool[0][chosen], len(reference)) for chosen in rows])
+        found |= _spread([_scored(against, suffix, pool[0][chosen]) for chosen in rows])
     return found
 
 
@@ -62,10 +62,10 @@ def _drawn(count: int, labels: Tensor | None, classes: Classes | None, num: int,
     return found if len(found) >= num // 2 else order[:num]  # the pool has hardly any of those classes
 
 
-def _scored(against: Against, suffix: str, samples: Tensor, reference: int) -> dict[str, float]:
+def _scored(against: Against, suffix: str, samples: Tensor) -> dict[str, float]:
     against.reset()
     against.metrics[suffix].update(share(samples), real=False)
-    spec = against.spec
+    spec, reference = against.spec, against.sizes[suffix]
     factor = spec.bias(reference, spec.images) / spec.bias(reference, len(samples))
     return {key: value * factor for key, value in against.report(only=suffix).items()}
 
@@ -74,7 +74,7 @@ def _halves(against: Against, real: Tensor, draws: int) -> dict[str, float]:
     """The figures of halves against each other, brought to the sizes of use."""
     spec, half, rows = against.spec, len(real) // 2, []
     trained = against.metrics[TRAIN]
-    factor = spec.bias(len(real), spec.images) / spec.bias(half, half)
+    factor = spec.bias(against.sizes[TRAIN], spec.images) / spec.bias(half, half)
     for seed in range(draws):
         mixed = some(real, None, seed=seed)
         metric = spec.build(mixed[:half], like=trained)

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from flowmap.metrics.statistics import Statistics
+
 
 class FrechetDistance(Metric):
     """Running float64 means and covariances of the features of real and generated samples, and their distance.
 
     `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those), so that a reference
-    passes through the features once. Sums over processes are taken in `compute`.
+    passes through the features once. Sums over processes are taken in `compute`. given: mean and covariance of the
+    real samples, which then need not be counted; every process has them.
     """
 
     is_differentiable = False
@@ -27,9 +30,14 @@ class FrechetDistance(Metric):
     full_state_update = True
     chunk = 256  # samples through the features at once
 
-    def __init__(self, features: Callable[[Tensor], Tensor], dims: int):
+    given_mean: Tensor | None
+    given_covariance: Tensor | None
+
+    def __init__(self, features: Callable[[Tensor], Tensor], dims: int, given: Statistics | None = None):
         super().__init__()
         self.features, self.dims = features, dims
+        self.register_buffer("given_mean", None if given is None else given.mean)
+        self.register_buffer("given_covariance", None if given is None else given.covariance)
         for kind in ("real", "fake"):
             self.add_state(f"{kind}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{kind}_sum", torch.zeros(dims, dtype=torch.float64), dist_reduce_fx="sum")
@@ -63,6 +71,8 @@ class FrechetDistance(Metric):
         self._computed = None  # torchmetrics' cache of the last result
 
     def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
+        if kind == "real" and self.given_mean is not None and self.given_covariance is not None:
+            return self.given_mean, self.given_covariance
         n = getattr(self, f"{kind}_count")
         if n < 2:
             raise ValueError(f"a Frechet distance needs 2 or more {kind} samples, got {int(n)}")

@@ -21,9 +21,17 @@ from flowmap.metrics.spec import some
 class Neighbours:
     """The metric of kind nearest_neighbour on a data set; `reset`, `update` and `report` are as those of Against."""
 
-    def __init__(self, data: HasReferences, *, features: str, images: int, reference_images: int | None):
+    def __init__(
+        self,
+        data: HasReferences,
+        *,
+        features: str,
+        images: int,
+        reference_images: int | None,
+        weights: str | None = None,
+    ):
         reference = data.reference
-        network = build_features(features, reference)
+        network = build_features(features, reference, weights)
         self.features, self.images = features, images
         self.metric = NearestScore(network, some(reference, reference_images)).to(reference.device)
         self.held_out = float(self.metric.distances_of(some(data.held_out, images)).median())

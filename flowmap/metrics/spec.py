@@ -14,7 +14,7 @@ from torch import Tensor
 from flowmap.base.distributed import rank, world_size
 from flowmap.flow.solver import Solver
 from flowmap.flow.types import Cond
-from flowmap.metrics.features import check_features, needs_pictures
+from flowmap.metrics.features import check_features, check_weights, needs_pictures
 
 MAX_SAMPLES, MAX_STEPS = 1_000_000, 100_000
 SAMPLES, STEPS = (1, MAX_SAMPLES), (1, MAX_STEPS)
@@ -193,13 +193,18 @@ class Spec:
 
 
 class InFeatures(Spec):
-    """A metric of samples in the space `features`."""
+    """A metric of samples in the space `features`.
+
+    weights: the file, folder or hub id of the network's weights; None: the default place (metrics/picture_nets.py).
+    """
 
     features: str
+    weights: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         well_formed(self.features)
+        check_weights(self.features, self.weights)
 
     @property
     def feature_space(self) -> str | None:
@@ -215,7 +220,7 @@ class InFeatures(Spec):
             )
 
     def check(self) -> None:
-        check_features(self.features)
+        check_features(self.features, self.weights)
 
 
 def some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:

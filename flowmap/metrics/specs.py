@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.metrics.against import Against, HasReferences
+from flowmap.base.schema import added
+from flowmap.metrics.against import TRAIN, Against, HasReferences, Side
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.reference import AUTO, HELD_OUT, UNKNOWN, check_reference, statistics_for
 from flowmap.metrics.spec import (
     MAX_SAMPLES,
     SAMPLES,
@@ -30,6 +32,7 @@ from flowmap.metrics.spec import (
     some,
     within,
 )
+from flowmap.metrics.statistics import Statistics
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
@@ -60,6 +63,15 @@ class Samples(Spec):
     def report(self, metric: Any) -> dict[str, float]:
         """The figures of what the metric has counted, under their names."""
         raise NotImplementedError
+
+    def sides(self, data: HasReferences) -> dict[str, Side]:
+        """The metric with each reference already counted, by the suffix of its keys: "" held-out samples, if there are
+        any, and `TRAIN` training samples.
+        """
+        trained, held_out = Side(self.build(data.reference), len(data.reference)), data.held_out
+        if not len(held_out):
+            return {TRAIN: trained}
+        return {"": Side(self.build(held_out, like=trained.metric), len(held_out)), TRAIN: trained}
 
     def compare(self, data: HasReferences) -> Against:
         """The metric with each reference of the data already counted."""
@@ -104,13 +116,54 @@ class _InSpace(InFeatures, Samples):
 class Frechet(_InSpace):
     """Frechet distance of `images` generated samples to the reference.
 
-    `reference_images` of it are used, drawn with a fixed seed (None: all).
+    `reference_images` of it are used, drawn with a fixed seed (None: all). reference: a file with the mean and the
+    covariance of a whole reference set, an .npz with mu and sigma; "auto": those of all training pictures, which `fit`
+    computes once and keeps. reference_of: the set that the file is of, "train" or "held_out"; the distance to it has
+    the key of that set, and takes the place of the distance to the data's own samples of the kind. weights: the file,
+    folder or hub id of the network's weights.
     """
 
     features: str = "pixels"
     images: int = 2000
     reference_images: int | None = None
+    reference: str | None = added(None)
+    reference_of: str = added("train")
+    weights: str | None = added(None)
     kind: ClassVar[str] = "frechet"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_reference(self.reference, self.reference_of, self.features, self.reference_images)
+
+    def check(self) -> None:
+        super().check()
+        if self.reference not in (None, AUTO):
+            self._statistics()
+
+    def sides(self, data: HasReferences) -> dict[str, Side]:
+        if self.reference is None:
+            return super().sides(data)
+        given = self._given(data)
+        if self.reference_of == HELD_OUT:
+            own = Side(self.build(data.reference, like=given.metric), len(data.reference))
+            return {"": given, TRAIN: own}
+        held_out = data.held_out
+        if not len(held_out):
+            return {TRAIN: given}
+        return {"": Side(self.build(held_out, like=given.metric), len(held_out)), TRAIN: given}
+
+    def _statistics(self) -> Statistics:
+        return statistics_for(str(self.reference), self.features, self.weights)
+
+    def _given(self, data: HasReferences) -> Side:
+        """The metric with the reference of the file."""
+        from flowmap.metrics.frechet import FrechetDistance
+
+        statistics, features = self._statistics(), build_features(self.features, torch.empty(0), self.weights)
+        if (dims := _dims(features, torch.zeros(2, *data.reference_shape))) != statistics.width:
+            what = f"is of {statistics.width} features, and {self.features!r} has {dims}"
+            raise ValueError(f"metrics: reference: {self.reference}: {what}")
+        return Side(FrechetDistance(features, dims, given=statistics), statistics.count or UNKNOWN)
 
     def build(self, reference: Tensor, like: FrechetDistance | None = None) -> FrechetDistance:
         """The metric with the reference (N, ...) already counted, each process a share of it.
@@ -119,7 +172,7 @@ class Frechet(_InSpace):
         """
         from flowmap.metrics.frechet import FrechetDistance
 
-        features = build_features(self.features, reference) if like is None else like.features
+        features = build_features(self.features, reference, self.weights) if like is None else like.features
         metric = FrechetDistance(features, dims=_dims(features, reference)).to(reference.device)
         metric.update(share(some(reference, self.reference_images)), real=True)
         return metric
@@ -142,6 +195,7 @@ class PrecisionRecall(_InSpace):
     features: str = "pixels"
     images: int = 2000
     k: int = 3
+    weights: str | None = added(None)
     kind: ClassVar[str] = "precision_recall"
 
     def __post_init__(self):
@@ -171,7 +225,7 @@ class PrecisionRecall(_InSpace):
         """The metric with the reference (N, ...) already counted, each process a share of it; like: as in Frechet."""
         from flowmap.metrics.precision_recall import PrecisionRecallScore
 
-        features = build_features(self.features, reference) if like is None else like.features
+        features = build_features(self.features, reference, self.weights) if like is None else like.features
         metric = PrecisionRecallScore(features, self.k).to(reference.device)
         metric.update(share(some(reference, self.images)), real=True)
         return metric
@@ -194,6 +248,7 @@ class MMD(_InSpace):
     reference_images: int | None = None
     sigma: float | None = None
     unit: bool = False
+    weights: str | None = added(None)
     kind: ClassVar[str] = "mmd"
 
     def __post_init__(self):
@@ -208,7 +263,7 @@ class MMD(_InSpace):
         """
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
 
-        features = build_features(self.features, reference) if like is None else like.features
+        features = build_features(self.features, reference, self.weights) if like is None else like.features
         metric = MaximumMeanDiscrepancy(features, sigma=self.sigma or 1.0, unit=self.unit).to(reference.device)
         if like is not None:
             metric.sigma = like.sigma
@@ -234,6 +289,7 @@ class NearestNeighbour(InFeatures):
     features: str = "pixels"
     images: int = 1000
     reference_images: int | None = None
+    weights: str | None = added(None)
     on_samples: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -249,7 +305,13 @@ class NearestNeighbour(InFeatures):
         """The metric with the training samples already in the feature space."""
         from flowmap.metrics.nearest import Neighbours
 
-        return Neighbours(data, features=self.features, images=self.images, reference_images=self.reference_images)
+        return Neighbours(
+            data,
+            features=self.features,
+            images=self.images,
+            reference_images=self.reference_images,
+            weights=self.weights,
+        )
 
     def build_on(self, data: HasReferences) -> Neighbours:
         return self.compare(data)
