@@ -179,6 +179,11 @@ class Spec:
     def check(self) -> None:
         """Raise ValueError if something that the metric needs is not on this machine; no network is loaded."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose contents the figures depend on."""
+        return ()
+
     def build_on(self, data: Any) -> Any:
         """The metric, with what it takes from the data set already counted or fitted."""
         raise NotImplementedError

@@ -140,6 +140,10 @@ class Frechet(_InSpace):
         if self.reference not in (None, AUTO):
             self._statistics()
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.reference in (None, AUTO) else (str(self.reference),)
+
     def sides(self, data: HasReferences) -> dict[str, Side]:
         if self.reference is None:
             return super().sides(data)

@@ -69,11 +69,12 @@ class Moments:
         self.sum += x.sum(0)
         self.outer += x.T @ x
 
-    def __iadd__(self, other: Moments) -> Moments:
-        self.count += other.count
-        self.sum += other.sum
-        self.outer += other.outer
-        return self
+    def plus(self, other: Moments) -> Moments:
+        """The moments of both sets of samples."""
+        found = Moments(len(self.sum), self.sum.device)
+        found.count, found.sum = self.count + other.count, self.sum + other.sum
+        found.outer = self.outer + other.outer
+        return found
 
     def statistics(self, **more: Any) -> Statistics:
         """Mean and covariance. Raises ValueError for fewer than two samples, or for features that are not finite."""

@@ -26,6 +26,7 @@ from flowmap.plan.dependencies import (
 )
 from flowmap.plan.named_networks import net_of, spec_of
 from flowmap.plan.provenance import pairs_identity
+from flowmap.plan.references import ReferenceStatistics, references_of
 from flowmap.plan.requirements import shipped_prior
 from flowmap.plan.run_folders import dependency_folder, is_complete, runs_root
 from flowmap.recipe.kinds import StudentSpec
@@ -159,7 +160,7 @@ class Pairing:
             return False
 
 
-Needed = Stage | Encoding | Pairing
+Needed = Stage | Encoding | Pairing | ReferenceStatistics
 
 
 def resolve(recipe: Recipe, folder: Path | None = None) -> ResolvedRun:
@@ -188,7 +189,7 @@ def _needs(recipe: Recipe, chain: tuple[str, ...]) -> list[Needed]:
         for needed in [] if pairing.complete else pairs_recipes(recipe):
             found += _with_needs(recipe, needed, chain)
         found.append(pairing)
-    return found
+    return [*found, *references_of(recipe)]
 
 
 def _with_needs(recipe: Recipe, needed: Recipe, chain: tuple[str, ...]) -> list[Needed]:

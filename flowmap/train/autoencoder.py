@@ -13,6 +13,7 @@ from flowmap.base.files import write_json, write_tensors, write_text
 from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import baselines
 from flowmap.plan.plan import Stage
+from flowmap.plan.references import located
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.card import short_card
 from flowmap.train.logging import log_pictures
@@ -50,7 +51,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     The row "1" of "student" has the signal-to-noise ratio of reconstructions and every metric of samples on them.
     """
     recipe, data, started = module.recipe, module.data, time.perf_counter()
-    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.on_samples]
+    net, specs = module.averaged.net, [spec for spec in located(recipe, recipe.metrics) if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
     x = torch.cat([_unseen(module), data.reference])[:num]
     size = recipe.evaluation.batch_size

@@ -107,8 +107,7 @@ def test_moments_add_up_and_are_those_of_numpy():
     for moments, rows in zip(parts, (x[:120], x[120:]), strict=True):
         for part in rows.split(50):
             moments.add(part)
-    parts[0] += parts[1]
-    found = parts[0].statistics()
+    found = parts[0].plus(parts[1]).statistics()
     assert found.count == 300
     np.testing.assert_allclose(found.mean.numpy(), x.numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.covariance.numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
