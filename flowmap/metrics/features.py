@@ -6,16 +6,15 @@ it; only "inception" gives the FID of papers. Never measure with the network tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowmap.base.trust import allowed_attribute
 from flowmap.metrics.picture_nets import CLIP, DINOv2, EfficientNetLite0, Inception, PictureNet
+from flowmap.metrics.real import Device, Features, FrozenNetwork, Real, Rows, spread
 
 
 class Pixels(nn.Module):
@@ -23,9 +22,9 @@ class Pixels(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, reference: Tensor):
+    def __init__(self, reference: Rows, device: Device = "cpu"):
         super().__init__()
-        self.register_buffer("scale", reference.double().std().clamp(min=1e-12))
+        self.register_buffer("scale", spread(reference, device).clamp(min=1e-12).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).double() / self.scale
@@ -34,48 +33,33 @@ class Pixels(nn.Module):
 class PCA(nn.Module):
     """Pixels projected on the `dims` leading principal directions of the reference set (not whitened)."""
 
-    def __init__(self, reference: Tensor, dims: int = 32):
+    def __init__(self, reference: Rows, device: Device = "cpu", dims: int = 32):
         super().__init__()
-        self.pixels = Pixels(reference)
-        pixels = self.pixels(reference)
-        self.register_buffer("mean", pixels.mean(0))
-        directions = torch.linalg.eigh(pixels.T.cov().reshape(pixels.shape[1], -1)).eigenvectors
+        self.pixels = Pixels(reference, device)
+        mean, covariance = self._moments(reference, device)
+        self.register_buffer("mean", mean)
+        directions = torch.linalg.eigh(covariance).eigenvectors
         # eigh sorts upwards; there may be fewer than dims
         self.register_buffer("directions", directions[:, -dims:].flip(1))
+
+    def _moments(self, reference: Rows, device: Device) -> tuple[Tensor, Tensor]:
+        """The mean (D,) and the covariance (D, D) of the pixels; of samples on disk chunk by chunk."""
+        if isinstance(reference, Tensor):
+            pixels = self.pixels(reference.to(device))
+            return pixels.mean(0), pixels.T.cov().reshape(pixels.shape[1], -1)
+        real, count = Real(reference, device), len(reference)
+        mean = torch.stack([self.pixels(part).sum(0) for part in real.values()]).sum(0) / count
+        outer = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+        for part in real.values():
+            centred = self.pixels(part) - mean
+            outer += centred.T @ centred
+        return mean, outer / max(count - 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.pixels(x) - self.mean) @ self.directions
 
 
-class Remembered(nn.Module):
-    """A network's features, with a cache of the last `capacity` distinct samples.
-
-    Real pictures pass through the network once, however many metrics and baselines use them.
-    """
-
-    capacity = 20_000
-
-    def __init__(self, net: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.net = net
-        self._known: dict[bytes, Tensor] = {}
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        keys = [
-            hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            for row in x.detach().float().cpu().contiguous().numpy()
-        ]
-        new = [i for i, key in enumerate(keys) if key not in self._known]
-        if new:
-            self._known.update(zip([keys[i] for i in new], self.net(x[new]).cpu(), strict=True))
-        found = torch.stack([self._known[key] for key in keys]).to(x.device)
-        for key in list(self._known)[: max(0, len(self._known) - self.capacity)]:
-            del self._known[key]
-        return found
-
-
-FEATURES: dict[str, Callable[[Any], nn.Module]] = {  # made of the reference, or of the place of their weights
+FEATURES: dict[str, Callable[..., nn.Module]] = {  # made of the reference, or of the place of their weights
     "pixels": Pixels,
     "pca": PCA,
     "efficientnet_lite0": EfficientNetLite0,
@@ -85,17 +69,17 @@ FEATURES: dict[str, Callable[[Any], nn.Module]] = {  # made of the reference, or
 }
 
 
-def build_features(name: str, reference: Tensor, weights: str | None = None) -> Callable[[Tensor], Tensor]:
+def build_features(name: str, reference: Rows, device: Device = "cpu", *, weights: str | None = None) -> Features:
     """The feature space of this name, fitted to the reference samples if it fits anything; frozen, in evaluation mode.
 
-    A name with a colon, "package.mod:attr", is an attribute of a module that the user allows (base/trust.py): a module
-    or function x -> (B, D), or a class that is made without arguments. weights: where those of a pretrained network
-    are, if not in the default place. Raises ValueError for an unknown name, and for one with a missing package or
-    missing weights.
+    It is on that device. A name with a colon, "package.mod:attr", is an attribute of a module that the user allows
+    (base/trust.py): a module or function x -> (B, D), or a class that is made without arguments. weights: where those
+    of a pretrained network are, if not in the default place. Raises ValueError for an unknown name, and for one with a
+    missing package or missing weights.
     """
     check_features(name, weights)
-    found = _network(name, weights) if is_fixed(name) else FEATURES[name](reference)
-    return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
+    found = _network(name, weights) if is_fixed(name) else FEATURES[name](reference, device)
+    return found.eval().requires_grad_(False).to(device)
 
 
 def check_features(name: str, weights: str | None = None) -> None:
@@ -115,11 +99,6 @@ def check_weights(name: str, weights: str | None) -> None:
         raise ValueError(f"weights: features {name!r} read none; allowed with inception, clip and dinov2")
 
 
-def needs_pictures(name: str) -> bool:
-    """Whether the space is of pictures alone; nothing is known of an imported one."""
-    return _picture_net(name) is not None
-
-
 def is_fixed(name: str) -> bool:
     """Whether the space is not fitted to the reference, so that statistics of other runs can be used in it."""
     return ":" in name or needs_pictures(name)
@@ -129,6 +108,11 @@ def width_of(name: str, weights: str | None = None) -> int | None:
     """The number of features, where it is known without loading a network."""
     net = _picture_net(name)
     return None if net is None else net.width(weights)
+
+
+def needs_pictures(name: str) -> bool:
+    """Whether the space is of pictures alone; nothing is known of an imported one."""
+    return _picture_net(name) is not None
 
 
 def _picture_net(name: str) -> type[PictureNet] | None:
@@ -144,9 +128,9 @@ def short_name(name: str) -> str:
 @lru_cache(maxsize=4)
 def _network(name: str, weights: str | None) -> nn.Module:
     """A network that is not fitted to the reference, one for each process."""
-    return Remembered(_imported(name) if ":" in name else FEATURES[name](weights))
+    return FrozenNetwork(_imported(name) if ":" in name else FEATURES[name](weights))
 
 
-def _imported(name: str) -> Callable[[Tensor], Tensor]:
+def _imported(name: str) -> Features:
     found = allowed_attribute(name, "features")
     return found() if isinstance(found, type) else found

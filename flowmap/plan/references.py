@@ -44,6 +44,10 @@ class ReferenceStatistics:
         return runs_root() / f"reference-{short_hash((self._pictures, self.features, self.weights))}"
 
     @property
+    def makes(self) -> str:
+        return f"statistics of {short_name(self.features)}"
+
+    @property
     def file(self) -> Path:
         return self.folder / FILE
 

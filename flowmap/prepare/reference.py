@@ -26,8 +26,9 @@ from flowmap.build.data import build_data
 from flowmap.data import Dataset
 from flowmap.data.shards import shard_name
 from flowmap.data.sources import ImageSource
-from flowmap.metrics.features import Remembered, build_features, short_name
+from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.statistics import Moments, Statistics, read_statistics
+from flowmap.plan.plan import resolve
 from flowmap.plan.references import ReferenceStatistics
 from flowmap.prepare.write import check_plan, making, once, whole, write_shard
 
@@ -66,7 +67,7 @@ def make_reference(
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")
     with making(stage.folder, shard, waiting):
-        features = _features(stage, device)
+        features = build_features(stage.features, torch.empty(0), device, weights=stage.weights)
         pictures = pictures_of(stage)
         items = _items(pictures.length())
         plan = {"identity": stage.identity(), "items": items, "length": pictures.length()}
@@ -126,12 +127,6 @@ class _Filling:
         return write_shard(self.folder, number, lambda path: write_tensors(path, tensors), summary, SUFFIX)
 
 
-def _features(stage: ReferenceStatistics, device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """The feature space without its memory of pictures: each of these is seen once."""
-    found = build_features(stage.features, torch.empty(0, device=device), stage.weights)
-    return found.net if isinstance(found, Remembered) else found
-
-
 def _items(length: int | None) -> int:
     return STREAM_ITEMS if length is None else max(MIN_ITEMS, math.ceil(length / PARTS))
 
@@ -189,7 +184,7 @@ def _unpacked(tensors: dict[str, Tensor], pictures: int) -> Moments:
 def pictures_of(stage: ReferenceStatistics) -> Pictures:
     """The pictures of data.images, or the training samples of data in pixels."""
     source = stage.recipe.data.images
-    return InSource(source) if source is not None else InMemory(build_data(stage.recipe))
+    return InSource(source) if source is not None else InMemory(build_data(resolve(stage.recipe)))
 
 
 class InSource:

@@ -39,7 +39,7 @@ def tiny_dinov2(folder, image_size=84):
 def test_dinov2_is_the_class_token_of_normalised_bytes_at_224(tmp_path):
     """As EDM2's detector: bytes, bicubic with antialiasing, ImageNet's mean and std, CLS after the last norm."""
     net, x = tiny_dinov2(tmp_path / "dinov2", image_size=224), pictures(0, 3)
-    found = build_features("dinov2", x, str(tmp_path / "dinov2"))(x)
+    found = build_features("dinov2", x, weights=str(tmp_path / "dinov2"))(x)
     pixels = ((x + 1) * 127.5).round().clamp(0, 255)
     pixels = F.interpolate(pixels, size=(224, 224), mode="bicubic", antialias=True) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -47,7 +47,8 @@ def test_dinov2_is_the_class_token_of_normalised_bytes_at_224(tmp_path):
         wanted = net(pixel_values=(pixels - mean) / std).last_hidden_state[:, 0]
     torch.testing.assert_close(found, wanted)
     grey = x[:, :1]
-    torch.testing.assert_close(*(build_features("dinov2", x, str(tmp_path / "dinov2"))(y) for y in (grey, grey + 0)))
+    features = build_features("dinov2", x, weights=str(tmp_path / "dinov2"))
+    torch.testing.assert_close(features(grey), features(grey.expand(-1, 3, -1, -1)))
 
 
 def test_positions_are_resized_as_the_published_network_does(tmp_path):
@@ -61,7 +62,7 @@ def test_positions_are_resized_as_the_published_network_does(tmp_path):
     assert found[:, 1:].equal(published.permute(0, 2, 3, 1).reshape(1, 256, 8))
     assert resized_positions(positions, 37, 0.1) is positions
     tiny_dinov2(tmp_path / "dinov2", image_size=84)  # 6 x 6 positions, as the published ones are 37 x 37
-    assert build_features("dinov2", positions, str(tmp_path / "dinov2"))(pictures(0, 2)).shape == (2, 16)
+    assert build_features("dinov2", positions, weights=str(tmp_path / "dinov2"))(pictures(0, 2)).shape == (2, 16)
 
 
 def test_fd_dinov2_is_reported_under_its_name_and_checked_beforehand(tmp_path):
@@ -83,7 +84,7 @@ def test_a_folder_of_another_network_is_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("dinov2", "clip"):
         with pytest.raises(ValueError, match=f"features '{name}': .*empty has no") as error:
-            build_features(name, pictures(0, 2), str(tmp_path / "empty"))
+            build_features(name, pictures(0, 2), weights=str(tmp_path / "empty"))
         assert "\n" not in str(error.value)
 
 
@@ -91,5 +92,5 @@ def test_clip_by_path(tmp_path):
     sizes = dict(hidden_size=16, intermediate_size=16, projection_dim=8, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "mine")
-    assert build_features("clip", pictures(0, 2), str(tmp_path / "mine"))(pictures(0, 2)).shape == (2, 8)
+    assert build_features("clip", pictures(0, 2), weights=str(tmp_path / "mine"))(pictures(0, 2)).shape == (2, 8)
     assert width_of("clip", str(tmp_path / "mine")) == 8

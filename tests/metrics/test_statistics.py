@@ -255,4 +255,4 @@ def test_inceptions_file_is_never_unpickled(tmp_path):
         ("none.pth", "none.pth; none are downloaded"),
     ):
         with pytest.raises(ValueError, match=says):
-            build_features("inception", pictures(0, 2), str(tmp_path / name))
+            build_features("inception", pictures(0, 2), weights=str(tmp_path / name))

@@ -122,7 +122,7 @@ def test_fit_makes_the_statistics_first_and_keeps_them(tiny, tmp_path):
     assert located(recipe, recipe.metrics)[0].reference == str(made.file)
     log = []
     found = fit(recipe, tmp_path / "one", log=log.append).metrics
-    assert any(line.startswith("[1/2] tiny: its pictures -> their statistics, features") for line in log)
+    assert any(line.startswith("[1/2] tiny: its pictures -> statistics of five") for line in log)
     plain = read_recipe(tiny, [AUTO.replace(", reference: auto", "")])
     direct = fit(plain, tmp_path / "two", log=lambda line: None).metrics
     for row in ("1", "2"):
@@ -137,7 +137,7 @@ def test_the_command(tiny, tmp_path, command):
     settings = ("--recipe", tiny, AUTO, "--import", "tests.prepare.test_reference")
     settings = (*settings[:2], AUTO.replace("features_of_references", "tests.prepare.test_reference"), *settings[3:])
     code, out, err = command("fit", *settings, "--dry-run")
-    assert code == 0 and "[1/2] tiny: its pictures -> their statistics, features" in out, err
+    assert code == 0 and "[1/2] tiny: its pictures -> statistics of five" in out, err
     code, out, err = command("reference", *settings, "--out", tmp_path / "mine.npz", "--shard", "0/1")
     assert code == 0 and out == f"{tmp_path / 'mine.npz'}: 500 pictures, 5 features of five\n", err
     assert read_statistics(tmp_path / "mine.npz").count == 500
