@@ -25,6 +25,7 @@ from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.requirements import check_parts, missing_parts
 from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
@@ -130,8 +131,8 @@ def missing_devices(recipe: Recipe) -> list[str]:
     return [f"trainer.devices: {devices}: this machine has {there}"] if devices > there else []
 
 
-def _state(stage: Stage | Encoding | Pairing) -> str:
-    if isinstance(stage, Encoding):
+def _state(stage: Needed) -> str:
+    if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
         return f"{pairs_spec(stage.recipe).num} pairs"
