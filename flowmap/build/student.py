@@ -21,7 +21,7 @@ from flowmap.nets.stacked import Stacked, net_within
 from flowmap.plan.cards import lora_card
 from flowmap.plan.dependencies import start_recipes
 from flowmap.plan.guidance import check_conditions
-from flowmap.plan.named_networks import stacked
+from flowmap.plan.named_networks import stacked, with_time_embedding
 from flowmap.plan.provenance import baked_scale
 from flowmap.plan.requirements import shipped_prior
 from flowmap.plan.run_folders import trained_run
@@ -115,7 +115,8 @@ def _net(recipe: Recipe, data: DataOutline, start: StudentConfig | None) -> Stud
     """Return the settings of the student's network, checked against the data, the objective and its start."""
     net = recipe.student
     if start is not None:
-        net = stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
+        net = with_time_embedding(recipe, start.net) or start.net
+        net = stacked(net) if isinstance(recipe.student, Stacked) else net
         _check_start(recipe, data, start)
     _check_dropout(recipe, net)
     if data.sentences is not None:

@@ -14,19 +14,21 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowmap.flow.clock import FlowClock, TableClock, velocity_of
+from flowmap.base.ranges import Positive, check_ranges
+from flowmap.base.schema import added
+from flowmap.flow.clock import SMALL_UNIT, FlowClock, TableClock, velocity_of
 from flowmap.flow.limit import Limit
 from flowmap.flow.types import Cond
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
+from flowmap.nets.time_embedding import TIME_EMBEDDINGS, refit
 
-TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
 BLOCKS = "transformer_blocks"
 LARGEST_SETTING = 1 << 20
 LARGEST_DEPTH = 512
@@ -36,17 +38,20 @@ LARGEST_DEPTH = 512
 class DiffusersModel:
     """A diffusers network by its class name, with its settings and those of its scheduler as JSON.
 
-    `load_pretrained` reads them from a pipeline.
+    `load_pretrained` reads them from a pipeline. time_unit: the network embeds time_unit x t instead of its scheduler's
+    time (nets/time_embedding.py).
     """
 
     network: str
     settings: str
     scheduler: str
     scheduler_settings: str
+    time_unit: Positive | None = added(None)
     # buffers such as position tables, which no weights file contains: build it on a real device, not on "meta"
     holds_constants: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.network not in CALLS:
             raise ValueError(f"network: no call is known for {self.network!r}; known: {', '.join(CALLS)}")
         for name, text in (("settings", self.settings), ("scheduler_settings", self.scheduler_settings)):
@@ -66,7 +71,16 @@ class DiffusersModel:
     def clock(self) -> tuple[FlowClock | TableClock, str]:
         check_scheduler(self.scheduler)
         with torch.device("cpu"):  # even if the network is built on the meta device
-            return clock_of(made(self.scheduler, self.scheduler_settings))
+            clock, prediction = clock_of(made(self.scheduler, self.scheduler_settings))
+        return clock if self.time_unit is None else clock.with_unit(self.time_unit), prediction
+
+    @property
+    def embeds_t(self) -> bool:
+        return self.clock()[0].embeds_t
+
+    def embedding_t(self) -> DiffusersModel:
+        """The settings of the same network with an embedding of t."""
+        return replace(self, time_unit=SMALL_UNIT)
 
     def limit(self) -> Limit | None:
         """The clipping or thresholding of predicted data in the scheduler's step, if any."""
@@ -140,6 +154,18 @@ class DiffusersNet(nn.Module):
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         net = DiffusersNet(model, self.clock, self.prediction, arrival=arrival, guidance=guidance)
         net.empty = dict(self.empty)
+        return net
+
+    @property
+    def embeds_t(self) -> bool:
+        return self.clock.embeds_t
+
+    def with_embedding_of_t(self) -> DiffusersNet:
+        """The same network with time embeddings of t fitted to those of its schedule's time; the others are shared."""
+        clock = self.clock.with_unit(SMALL_UNIT)
+        net, model = copy.copy(self), copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        refit(model, lambda t: self.clock.at(t)[1], lambda t: clock.at(t)[1])
+        net._modules, net.clock = {**self._modules, "model": model}, clock
         return net
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:

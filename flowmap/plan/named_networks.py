@@ -6,10 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowmap.base.schema import RecipeError, construct
+from flowmap.base.schema import RecipeError, construct, kind_of
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
+from flowmap.nets.time_embedding import EmbedsTimeSpec
 from flowmap.plan.cards import card_of, teacher_cards, weights_folder
 from flowmap.plan.data_folders import data_of
 from flowmap.plan.dependencies import start_recipes
@@ -28,7 +29,22 @@ def net_of(recipe: Recipe) -> StudentSpec | None:
         net = _shipped(net_of(start_recipes(recipe)[0]))
     elif isinstance(net, FromTeacher):
         net = spec_of(card_of(recipe.teacher), recipe) if recipe.teacher is not None else None
+    net = with_time_embedding(recipe, net)
     return stacked(net) if isinstance(recipe.student, Stacked) and net is not None else net
+
+
+def with_time_embedding(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:
+    """Return the settings of the network that the student starts from, with the recipe's `time_embedding`.
+
+    Raises RecipeError if that network's time embedding cannot be replaced.
+    """
+    start = recipe.start
+    if not isinstance(start, (FromTeacher, FromRecipe)) or start.time_embedding is None or net is None:
+        return net
+    if isinstance(net, EmbedsTimeSpec):
+        return net if net.embeds_t else net.embedding_t()
+    what = f"a network of kind {kind_of(net, TABLES)} has no embedding of log-sigma or of 1,000 t; leave it out"
+    raise RecipeError(f"{recipe.name}: student.time_embedding: {what}")
 
 
 def stacked(net: StudentSpec) -> Stacked:
