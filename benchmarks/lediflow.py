@@ -33,7 +33,7 @@ TIMED = 128  # samples of a draw that is timed
 ARMS = {  # arm -> (recipe's suffix, what is changed in it)
     "gaussian": ("-gaussian", ()),
     "learned": ("", ()),
-    "not told z": ("", ("prior.told=false",)),
+    "z not given": ("", ("prior.conditioning=false",)),
     "weight inverse_variance": ("", ("objective.weight.kind=inverse_variance",)),
     "weight variance": ("", ("objective.weight.kind=variance",)),
     "scale 0.7": ("", ("prior.scale=0.7",)),
@@ -72,7 +72,7 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 
 
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
-    """Trains the arm, and what it needs, and looks at it."""
+    """Trains the arm, and what it needs, and measures it."""
     from flowmap.plan.run_folders import dependency_folder
     from flowmap.train.fit import fit
 
@@ -105,21 +105,24 @@ class Look:
         from dataclasses import replace
 
         from flowmap.estimate.costs import cost_of, start_flops
+        from flowmap.plan.plan import resolve
 
         self.recipe, self.student, self.data, self.options = recipe, student.to(options.device), data, options
         spec = recipe.metrics[0]
         self.spec = replace(spec, images=options.images or spec.images)
         self.metric = self.spec.compare(data)
-        self.call, self.start = cost_of(student.config, graded=False).flops, start_flops(recipe, student.config.shape)
+        self.call = cost_of(student.config, graded=False).flops
+        self.start = start_flops(resolve(recipe), student.config.shape)
 
     @classmethod
     def at(cls, recipe, options: argparse.Namespace) -> "Look":
         """Of what the recipe has trained."""
         from flowmap.build.data import build_data
+        from flowmap.plan.plan import resolve
         from flowmap.plan.run_folders import dependency_folder
         from flowmap.student.folder import load_student
 
-        return cls(recipe, load_student(dependency_folder(recipe)), build_data(recipe), options)
+        return cls(recipe, load_student(dependency_folder(recipe)), build_data(resolve(recipe)), options)
 
     def floor(self) -> dict[str, float]:
         """Real samples against real ones: against held-out ones, and under `floor_train` against those of training."""

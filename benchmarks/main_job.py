@@ -72,6 +72,7 @@ def look(out: Path) -> dict:
     from flowmap.build.teacher import build_teacher
     from flowmap.evaluation.measure import measure
     from flowmap.metrics import Frechet
+    from flowmap.plan.plan import resolve
     from flowmap.recipe.recipe import read_recipe, read_resolved
     from flowmap.student.folder import load_student
 
@@ -80,7 +81,8 @@ def look(out: Path) -> dict:
     now = read_recipe(recipe.name, [f"seed={recipe.seed}", f"teacher.overrides=[seed={recipe.seed}]"])
     if replace(recipe, sampler=now.sampler).hash() != now.hash():
         raise SystemExit(f"{out}: the recipe has changed in more than its sampler; --anew trains it again")
-    data, teacher, train_seconds = build_data(recipe), build_teacher(recipe), figures["seconds"]["train"]
+    data, teacher = build_data(resolve(recipe)), build_teacher(resolve(recipe))
+    train_seconds = figures["seconds"]["train"]
     only = [spec for spec in recipe.metrics if spec.on_samples][:1]
     if recipe.sampler != now.sampler:  # --look-again
         recipe = replace(recipe, sampler=now.sampler)
@@ -135,7 +137,7 @@ def main() -> None:
         if not all(others):
             makes = f"`python benchmarks/main_job.py --recipe {arguments.against}`"
             raise SystemExit(f"--against: runs of {arguments.against} are missing: {makes} makes them")
-        beside(arguments.recipe, runs, arguments.against, others)
+        compare(arguments.recipe, runs, arguments.against, others)
 
 
 def report(recipe: str, runs: list[dict]) -> None:
@@ -151,7 +153,7 @@ def report(recipe: str, runs: list[dict]) -> None:
     write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
 
 
-def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
+def compare(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
     """A row for each sizes and number of steps: both medians, the ratio within a seed, and the seeds the first wins."""
     rows = []
     frechets = (("frechet", "the recipe's"), ("frechet_large", f"{LARGE} samples"))
@@ -171,7 +173,7 @@ def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> N
         "columns": columns,
         "rows": rows,
     }
-    write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload})
+    write("main_job_against", {"question": "The default recipe and another, at full length.", **payload})
 
 
 def over_seeds(runs: list[dict], key: str, sizes: str) -> list[list]:

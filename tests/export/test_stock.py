@@ -12,7 +12,7 @@ from flowmap.export import export
 from flowmap.export.plan import make_plan
 from flowmap.export.stock import FAMILIES, check_grid
 from flowmap.flow.clock import SMALL_UNIT
-from flowmap.nets.diffusers_model import pack, unpack
+from flowmap.nets.diffusers_calls import pack, unpack
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
 from tests.export.alone import alone, foreign, own_modules, snippet

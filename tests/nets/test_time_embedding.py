@@ -17,7 +17,7 @@ from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import noise_level
 from flowmap.nets.teacher_settings import clock_of
-from flowmap.plan.named_networks import net_of
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
@@ -137,10 +137,10 @@ def test_a_diffusers_student_starts_with_the_fitted_embedding(tmp_path):
 def test_a_recipe_asks_for_it_and_mistakes_are_named():
     start = ["teacher.card=digits", "student.kind=from_teacher", "student.time_embedding=t"]
     edm2 = "student={kind: edm2, channels: 32, multipliers: [1, 2], num_blocks: 1, attention_at: []}"
-    assert net_of(read_recipe("digits", [*start, f"teacher.overrides=['{edm2}']"])).embeds_t
-    assert not net_of(read_recipe("digits", [*start[:2], f"teacher.overrides=['{edm2}']"])).embeds_t
+    assert resolve(read_recipe("digits", [*start, f"teacher.overrides=['{edm2}']"])).net.embeds_t
+    assert not resolve(read_recipe("digits", [*start[:2], f"teacher.overrides=['{edm2}']"])).net.embeds_t
     with pytest.raises(RecipeError, match="student.time_embedding: a network of kind dit has no embedding of log"):
-        net_of(read_recipe("digits", start))
+        _ = resolve(read_recipe("digits", start)).net
     with pytest.raises(RecipeError, match="student.time_embedding: 'sigma' is not one of t, null"):
         read_recipe("digits", ["student.time_embedding=sigma"])
     with pytest.raises(ValueError, match="time_embedding: a LoRA student"):
