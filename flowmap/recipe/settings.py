@@ -49,18 +49,24 @@ class FromTeacher(BaseStudent):
 
     lora: train adapters and branches, and freeze the weights (a teacher of kind diffusers only); `{}` is all defaults.
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
-    teacher's.
+    teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
+    (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's.
     """
 
     lora: LoRA | None = None
     dropout: BelowOne | None = None
+    time_embedding: str | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
+        _check_time_embedding(self.time_embedding)
 
     def check(self, recipe: RecipeView) -> None:
         if self.lora is None:
             return
+        if self.time_embedding is not None:
+            what = "a LoRA student keeps its teacher's frozen time embedding; leave it out"
+            raise ValueError(f"student.time_embedding: {what}")
         if recipe.trainer.strategy == "fsdp":
             what = "a LoRA student, as its averages share its frozen base"
             raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
@@ -77,10 +83,16 @@ class FromTeacher(BaseStudent):
 class FromRecipe(BaseStudent):
     """The student starts from the averaged weights of the student that another recipe trains; new branches start at
     zero.
+
+    time_embedding: as of from_teacher; null keeps that of the other student.
     """
 
     recipe: str
     overrides: tuple[str, ...] = ()
+    time_embedding: str | None = added(None)
+
+    def __post_init__(self):
+        _check_time_embedding(self.time_embedding)
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,11 @@ class Evaluation:
         check_ranges(self)
         if self.classes not in ("data", "uniform"):
             raise ValueError(f"classes: {self.classes!r} is not one of data, uniform")
+
+
+def _check_time_embedding(value: str | None) -> None:
+    if value not in (None, "t"):
+        raise ValueError(f"time_embedding: {value!r} is not one of t, null")
 
 
 def _check_scale(scale: tuple[float, float]) -> None:
