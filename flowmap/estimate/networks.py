@@ -19,6 +19,7 @@ from flowmap.recipe.kinds import StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
+from flowmap.teachers.card import Card
 from flowmap.teachers.network import NetworkTeacher
 
 
@@ -39,6 +40,22 @@ class Networks:
             student = build_student(run, config, teacher, start=start)
             fake = build_fake(run, config, teacher, start=start) if distils else None
         return Networks(student, fake, _discriminator(run, config, teacher))
+
+
+def outline_of_network(config: StudentConfig) -> FlowMapNet:
+    """Return a student's network on the meta device."""
+    with torch.device("meta"):
+        return config.build().to("meta")  # some libraries make tables with numpy
+
+
+def teacher_configs(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, StudentConfig]]:
+    """Return each card of the guided velocity with the configuration of its network, if something states that."""
+    found = []
+    for card, spec in zip(run.cards, run.teacher_nets, strict=True):
+        if spec is not None:
+            num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
+            found.append((card, replace(of_teacher(config, spec), num_classes=num_classes)))
+    return found
 
 
 def of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:
