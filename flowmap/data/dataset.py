@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.base.ranges import Batch, Share, check_ranges
+from flowmap.base.ranges import Batch, Count, Share, check_ranges
+from flowmap.base.schema import added
 from flowmap.flow.draws import Generator
 from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
@@ -32,13 +33,16 @@ class BaseData(Part):
 class Source(BaseData):
     """The settings that every source of data has.
 
-    batch_size is for one process and one micro-batch. conditional: labels, if there are any, are given to the network,
-    and dropped with probability drop_condition so that it also learns the velocity without a class.
+    batch_size is for one process and one micro-batch. global_batch_size: the samples of an optimizer step over all
+    micro-batches, devices and nodes; null for as many as they add up to. conditional: labels, if there are any, are
+    given to the network, and dropped with probability drop_condition so that it also learns the velocity without a
+    class.
     """
 
     batch_size: Batch = 128
     conditional: bool = True
     drop_condition: Share = 0.0
+    global_batch_size: Count | None = added(None)
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 

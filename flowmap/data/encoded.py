@@ -221,9 +221,7 @@ class EncodedDataset(WithoutSentences):
         return self._conditions_of(self._rows_of("held_out")[places])
 
     def _conditions_of(self, rows: Tensor) -> Cond:
-        return self._conditions(
-            self._rows(rows, ["label", *(name for name in self._columns if name.startswith("cond_"))])
-        )
+        return self._conditions(self._rows(rows))
 
     def _rows_of(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
@@ -241,8 +239,8 @@ class EncodedDataset(WithoutSentences):
         kept[self._rows_of("held_out")] = False
         return kept.nonzero().flatten()
 
-    def _rows(self, rows: Tensor, names: list[str] | None = None) -> Any:
-        return self._table.with_format("arrow", columns=names)[rows.tolist()]
+    def _rows(self, rows: Tensor) -> Any:
+        return self._table[rows.tolist()]
 
     def _conditions(self, table: Any) -> dict[str, Tensor]:
         names = [name for name in self._columns if name.startswith("cond_")]

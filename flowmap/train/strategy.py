@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
 
 from flowmap.recipe import Recipe
 from flowmap.train.checkpoint_file import read_checkpoint, write_checkpoint
@@ -38,18 +37,6 @@ def strategy_for(recipe: Recipe) -> str | Strategy:
 def on_gpus(recipe: Recipe) -> bool:
     """Whether the trainer's devices are GPUs on this machine."""
     return recipe.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-
-
-def shard(net: nn.Module, mesh) -> None:
-    """Apply FSDP2 to every block (the network's `blocks`) and to the whole network."""
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh["data_parallel"] if mesh is not None and mesh.ndim > 1 else mesh
-    for block in getattr(net.net, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    for method in ("mean_velocity", "velocity", "log_error"):
-        torch.distributed.fsdp.register_fsdp_forward_method(net, method)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -112,6 +112,19 @@ def test_it_feeds_a_loader(made):
         assert x0.shape == (4, 3, 4, 4) and cond["text"].shape == (4, 5, 2)
 
 
+def test_reading_a_batch_copies_no_table_of_shards(made, monkeypatch):
+    import copy
+
+    data = spec(made).build()
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("a copy of the table takes 100 ms with 1,300 shards")
+
+    monkeypatch.setattr(copy, "deepcopy", refuse)
+    x0, cond = data.__getitems__([4, 0])
+    assert torch.equal(data.conditions_at(torch.tensor([4, 0]))["text"], cond["text"]) and len(x0) == 2
+
+
 def test_pictures_themselves_without_an_autoencoder(tmp_path):
     settings = dict(autoencoder=None, text=None)
     encode(spec(**settings), tmp_path)
