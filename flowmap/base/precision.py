@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ def in_precision(call: Callable[..., Any], precision: str, device: torch.device)
     if precision != "bf16" or device.type == "cpu":
         return call
     return torch.autocast(device.type, torch.bfloat16)(call)
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Within it, float32 matrix products and convolutions on a GPU are of float32, not of TensorFloat-32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def wait_for(device: torch.device) -> None:

@@ -64,8 +64,8 @@ def paced(log: LogFunction, pace: Pace | None = None) -> LogFunction:
 class Progress:
     """Progress of one task: `with Progress(898, "evaluating: 2 steps", log) as count:`, then count(n) per n samples.
 
-    On a terminal it draws a bar. Otherwise it passes lines such as `evaluating: 2 steps, 512/898` to `log`;
-    short tasks, which end before the first line is due, print nothing. With `log` None it shows nothing.
+    On a terminal it draws a bar. Otherwise it passes lines such as `evaluating: 2 steps, 512/898, 43/s, 0:09 left` to
+    `log`; short tasks, which end before the first line is due, print nothing. With `log` None it shows nothing.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Progress:
     ):
         self.total, self.label, self.log, self.unit = total, label, log, unit
         self.pace, self.done = pace or Pace(), 0
+        self.began = self.pace.now()
         self.bar: Any = None
 
     def __enter__(self) -> Callable[[int], None]:
@@ -87,7 +88,9 @@ class Progress:
         if self.bar is not None:
             self.bar.update(n)
         elif self.log is not None and self.pace.due():
-            self.log(f"{self.label}, {self.done}/{self.total}")
+            rate = self.done / max(self.pace.now() - self.began, 1e-9)
+            left = duration((self.total - self.done) / rate)
+            self.log(f"{self.label}, {self.done}/{self.total}, {rate:.3g}/s, {left} left")
 
     def __exit__(
         self,

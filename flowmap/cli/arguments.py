@@ -58,13 +58,15 @@ def guided_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of verbs that draw from a student."""
     student_argument(parser, base=True)
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: a GPU, if there is one, otherwise cpu")
 
 
-def device_of(name: str) -> torch.device:
-    """The device; raises ValueError if torch cannot use it on this machine."""
+def device_of(name: str | None) -> torch.device:
+    """The device, by default a GPU if there is one; raises ValueError if torch cannot use it on this machine."""
     import torch
 
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # not a device, or none of that kind on this machine

@@ -110,7 +110,7 @@ def start_flops(run: ResolvedRun, shape: tuple[int, ...]) -> float:
     with torch.device("meta"):
         net: Any = spec.build(shape)
         z = torch.zeros(1, size)
-        with torch.no_grad(), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with torch.no_grad(), fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             net.decode(z)
     flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
     for one in flow:  # Heun takes two calls a step.
@@ -164,7 +164,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
     with torch.device("meta"):
         x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
     there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
-    with torch.device("meta"), _fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with torch.device("meta"), fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         with _Kept(there) as kept:
             out = net(x, t, t, cond)
         forward, bytes_kept = counter.get_total_flops(), sum(kept.sizes.values())
@@ -195,7 +195,7 @@ class _Kept(TorchDispatchMode):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Make attention a fused kernel, which keeps queries, keys, values and the result, also when recomputed."""
     original = F.scaled_dot_product_attention
 

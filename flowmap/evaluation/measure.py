@@ -57,6 +57,7 @@ def evaluate(
     data, built = build_data(run), None
     try:
         built = build_teacher(run, data) if teacher else None
+        built = built and built.to(student.device)
     except RecipeError as error:
         if progress is not None:
             progress(f"no teacher's row: {error}")

@@ -105,7 +105,7 @@ class DrawnRow:
         """The next chunk of samples, on the student's device; None after the last."""
         started = time.perf_counter()
         chunk = next(chunks, None)
-        found = None if chunk is None else self._pictures(chunk["x0"])
+        found = None if chunk is None else self._pictures(chunk["x0"], self.starts.decoded)
         wait_for(self.starts.device)
         self.seconds += time.perf_counter() - started
         return found.float() if found is not None and found.dtype == torch.bfloat16 else found

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, steps_label, to_grid, to_picture
+from flowmap.base.precision import in_precision
 from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.flow.prior import Start
+from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.student.text import edit
+
+BATCH = 256  # samples that are drawn at once, at most
 
 
 def _edited(student: Student, inpaint, interpolate, **options):
@@ -52,15 +56,19 @@ def sample(
     """Write out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K; returns the paths of the grids.
 
     Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver: as in
-    Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py).
+    Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py). Samples
+    are drawn as they are measured: in the precision of the student's training and, where evaluation.batch_size is
+    below 256, in batches of that size.
     """
     student = student if isinstance(student, Student) else load_student(student)
+    trained = _recipe_of(student)
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
     if inpaint is None and interpolate is None:
         options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress)
-        draw = partial(student.sample, num, **options, seed=seed, solver=solver)
+        size = BATCH if trained is None else min(BATCH, trained.evaluation.batch_size)
+        draw = partial(student.sample, num, **options, seed=seed, solver=solver, batch_size=size)
     else:
         if num < 1:
             raise ValueError(f"num: {num} must be 1 or more")
@@ -69,7 +77,19 @@ def sample(
                 "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner"
             )
         draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
-    return [_write(Path(out), k, draw(steps=k)) for k in steps]
+    drawn = in_precision(draw, "32" if trained is None else trained.trainer.precision, student.device)
+    return [_write(Path(out), k, drawn(steps=k)) for k in steps]
+
+
+def _recipe_of(student: Student) -> Recipe | None:
+    """The recipe in the student's folder; None if there is none that this version can read."""
+    path = None if student.folder is None else student.folder / "recipe.yaml"
+    if path is None or not path.is_file():
+        return None
+    try:
+        return read_resolved(path)
+    except ValueError:
+        return None
 
 
 def _write(out: Path, steps: int, samples: Tensor | list[str]) -> Path:
@@ -78,7 +98,7 @@ def _write(out: Path, steps: int, samples: Tensor | list[str]) -> Path:
         path = out / f"steps-{steps}.txt"
         write_text(path, "\n".join(" ".join(text.splitlines()) for text in samples) + "\n")
         return path
-    grid = out / f"steps-{steps}.png"
+    samples, grid = samples.float(), out / f"steps-{steps}.png"
     save_picture(grid, stack([to_grid(samples)], [steps_label("student", steps)]))
     if samples.ndim == 4:
         for i, one in enumerate(samples):

@@ -20,7 +20,7 @@ from flowmap.flow.types import Cond
 from flowmap.metrics import Spec
 from flowmap.metrics.real import chunk_of
 from flowmap.recipe.recipe import Recipe
-from flowmap.student.student import Student
+from flowmap.student.student import DECODED, Student
 
 Batch = tuple[Tensor, Cond, RowGenerator]  # noise, conditions, and what samplers with noise draw from
 
@@ -46,7 +46,8 @@ class Starts:
         self.num_texts = max((spec.num_texts for spec in specs), default=0) // self.world
         self.device = student.device
         self._unused = torch.Generator().manual_seed(recipe.evaluation.seed)
-        self.chunk = chunk_of(data.reference_shape)  # samples that are decoded and measured at once
+        self.chunk = chunk_of(data.reference_shape)  # samples that are measured at once
+        self.decoded = min(DECODED, self.chunk, recipe.evaluation.batch_size)  # that are decoded at once
         self._blocks = lambda: student.start_blocks(self.num, torch.Generator().manual_seed(recipe.evaluation.seed))
         self._given, self.sources = data.starts(self.num), data.wanted(self.num)
         if self._given is not None:

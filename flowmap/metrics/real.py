@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flowmap.base.distributed import rank, world_size
+from flowmap.base.precision import whole_float32
 
 CHUNK = 256  # samples that pass through the features at once
 CHUNK_BYTES = 2**28  # fewer of large pictures: a chunk in float32 is at most that large
@@ -38,7 +39,8 @@ class FrozenNetwork(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        with whole_float32():
+            return self.net(x)
 
 
 def metric_device(device: torch.device) -> torch.device:

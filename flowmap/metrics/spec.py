@@ -178,6 +178,13 @@ class Spec:
         """The number of samples that are decoded to sentences."""
         return 0
 
+    def held_bytes(self, width: int, training: int, held_out: int) -> float:
+        """The most bytes that the metric holds on the device, in a space of `width` features.
+
+        training, held_out: the numbers of real samples of each kind. By default a few numbers.
+        """
+        return 0.0
+
     def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
         """Raise ValueError if the data set is too small for the settings, or not of the kind that is measured.
 

@@ -18,7 +18,7 @@ from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
-from flowmap.metrics.real import Device, Features, Real, some
+from flowmap.metrics.real import CHUNK, Device, Features, Real, some
 from flowmap.metrics.reference import AUTO, HELD_OUT, UNKNOWN, check_reference, statistics_for
 from flowmap.metrics.spec import (
     MAX_SAMPLES,
@@ -202,6 +202,11 @@ class Frechet(_InSpace):
             raise ValueError(f"metrics: reference: {self.reference}: {what}")
         return Side(FrechetDistance(features, dims, given=statistics).to(real.device), statistics.count or UNKNOWN)
 
+    def held_bytes(self, width: int, training: int, held_out: int) -> float:
+        """Sums of outer products of real and generated samples, with their defaults, and the matrices of the root."""
+        sides = 2 if held_out else 1
+        return 8.0 * width**2 * (4 * sides + 8)
+
     def metric(self, features: Features, real: Real, like: FrechetDistance | None) -> FrechetDistance:
         from flowmap.metrics.frechet import FrechetDistance
 
@@ -251,6 +256,9 @@ class PrecisionRecall(_InSpace):
     def compared(self, reference: int) -> int:
         return min(self.images, reference)
 
+    def held_bytes(self, width: int, training: int, held_out: int) -> float:
+        return _kept_bytes(self, width, (training, held_out))
+
     def metric(self, features: Features, real: Real, like: PrecisionRecallScore | None) -> PrecisionRecallScore:
         from flowmap.metrics.precision_recall import PrecisionRecallScore
 
@@ -281,6 +289,9 @@ class MMD(_InSpace):
         super().__post_init__()
         if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"sigma: {self.sigma} must be above 0")
+
+    def held_bytes(self, width: int, training: int, held_out: int) -> float:
+        return _kept_bytes(self, width, (training, held_out))
 
     def metric(self, features: Features, real: Real, like: MaximumMeanDiscrepancy | None) -> MaximumMeanDiscrepancy:
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
@@ -321,6 +332,10 @@ class NearestNeighbour(InFeatures):
         super().fits(data, conditional=conditional, paired=paired)
         if not data.num_held_out:
             raise ValueError("metrics: nearest_neighbour compares with held-out samples, and data.held_out is 0")
+
+    def held_bytes(self, width: int, training: int, held_out: int) -> float:
+        real = min(training, self.reference_images or training)
+        return 8.0 * (width * (real + CHUNK + min(held_out, self.images)) + real * CHUNK)
 
     def compare(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
         """The metric with the training samples already in the feature space."""
@@ -363,6 +378,16 @@ METRICS: dict[str, type[Spec]] = {
     "agreement": Agreement,
     "retrieval": Retrieval,
 }
+
+
+def _kept_bytes(spec: _InSpace, width: int, real: tuple[int, ...]) -> float:
+    """The bytes of all features of both references and of generated samples, and of those of one side at the end.
+
+    They are gathered over processes and joined; two chunks of rows of a matrix of all pairs come to that.
+    """
+    sides = [(min(count, spec.reference_images or count), spec.compared(count)) for count in real if count]
+    most = max(sides, key=sum)
+    return 8.0 * (width * (sum(map(sum, sides)) + 2 * sum(most)) + 2 * CHUNK * max(most))
 
 
 def _dims(features: Features, real: Real) -> int:

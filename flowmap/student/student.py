@@ -29,6 +29,7 @@ from flowmap.teachers.autoencoder import FrozenAutoencoder
 ENCODED = ("text", "text_mask", "pooled", "size")  # what text encoders give
 Refine = Callable[[Tensor, Sequence[str] | None], Tensor]
 MAX_IMAGES = 1_000_000
+DECODED = 32  # latents that are decoded at once: a picture takes far more memory there than when it is drawn
 
 
 class Student(Sentences):
@@ -156,7 +157,11 @@ class Student(Sentences):
         x0 = torch.cat(out)
         if latents:
             return x0
-        return self.sentences(x0) if isinstance(self.config.samples, TextLatents) else self.pictures(x0, batch_size)
+        return (
+            self.sentences(x0)
+            if isinstance(self.config.samples, TextLatents)
+            else self.pictures(x0, min(batch_size, DECODED))
+        )
 
     def start(self, num: int, generator: torch.Generator, z: Tensor | None = None) -> Start:
         """The starts of `num` samples, on the CPU: a function of the generator's seed, and of the codes z (num, Z) if
@@ -185,7 +190,7 @@ class Student(Sentences):
         )
 
     @torch.no_grad()
-    def pictures(self, x0: Tensor, batch_size: int = 32) -> Tensor:
+    def pictures(self, x0: Tensor, batch_size: int = DECODED) -> Tensor:
         """Samples x0 (B, *shape) as pictures: decoded where they are latents, clamped to [-1, 1]; other values
         unchanged.
         """

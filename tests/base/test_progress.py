@@ -57,7 +57,10 @@ def test_lines_count_towards_the_total_and_short_work_prints_none():
         for n in (256, 256, 256, 130):
             hands.at += 6.0
             count(n)
-    assert said == ["evaluating: student 2 steps, 512/898", "evaluating: student 2 steps, 898/898"]
+    assert said == [
+        "evaluating: student 2 steps, 512/898, 42.7/s, 0:09 left",
+        "evaluating: student 2 steps, 898/898, 37.4/s, 0:00 left",
+    ]
     with Progress(10, "short", said.append) as count:
         count(10)
     assert len(said) == 2

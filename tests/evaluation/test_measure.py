@@ -146,11 +146,11 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
         data, teacher = build_data(run), build_teacher(run)
         config = student_config(run, data, teacher)
         student = Student(config, build_student(run, config, teacher).eval())
-        student.pictures = lambda x0, kept=samples: kept.append(x0) or x0
+        student.pictures = lambda x0, size, kept=samples: kept.append(x0) or x0
         found.append(measure(recipe, student, None, data, steps=[4])["student"]["4"]["frechet_pixels"])
     assert found[1] == pytest.approx(found[0], abs=1e-5)
     torch.testing.assert_close(samples[1], samples[0])
-    student.pictures, parts = lambda x0: parts.append(x0) or x0, []
+    student.pictures, parts = lambda x0, size: parts.append(x0) or x0, []
     monkeypatch.setattr("flowmap.evaluation.starts.world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr("flowmap.evaluation.starts.rank", lambda mine=rank: mine)

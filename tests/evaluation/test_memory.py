@@ -5,6 +5,7 @@ import torch
 
 from flowmap.data import Dataset
 from flowmap.data.stored import StoredSamples
+from flowmap.estimate.live import LiveBytes
 from flowmap.evaluation.measure import measure
 from flowmap.metrics import Frechet, PrecisionRecall
 from flowmap.metrics import real as real_module
@@ -12,7 +13,6 @@ from flowmap.recipe import read_recipe
 from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
 from tests.evaluation.test_shared import Bent
-from tests.support.live_bytes import LiveBytes
 
 SIDE, BATCH = 32, 16
 PICTURE = 3 * SIDE * SIDE * 4  # bytes
@@ -46,7 +46,7 @@ def peak(num, monkeypatch, *specs):
 def pooled(monkeypatch):
     """A space of 12 features, so that features weigh little beside pictures."""
     pool = torch.nn.Sequential(torch.nn.AvgPool2d(SIDE // 2), torch.nn.Flatten())
-    monkeypatch.setattr("flowmap.metrics.features._network", lambda name: real_module.FrozenNetwork(pool))
+    monkeypatch.setattr("flowmap.metrics.features._network", lambda name, weights: real_module.FrozenNetwork(pool))
     monkeypatch.setattr("flowmap.metrics.features.needs_pictures", lambda name: True)
 
 

@@ -1,4 +1,4 @@
-"""The bytes of tensors that are alive at once while a function runs."""
+"""The bytes of tensors that are alive at once while a function runs, also on the meta device."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class LiveBytes(TorchDispatchMode):
         for one in tree_leaves(out):
             key = one.untyped_storage()._cdata if isinstance(one, Tensor) else None
             if key is not None and key not in self.sizes and key not in given:
-                self.sizes[key] = one.untyped_storage().nbytes()
+                storage = one.untyped_storage()
+                self.sizes[key] = storage.nbytes()
                 self.now += self.sizes[key]
-                weakref.finalize(one.untyped_storage(), self._freed, key)
+                weakref.finalize(storage, self._freed, key)
         self.peak = max(self.peak, self.now)
         return out
 

@@ -1,0 +1,144 @@
+"""Memory of an evaluation in one process: what the metrics of a recipe hold, and what a batch of samples takes.
+
+Networks of samples run on the meta device; what an autoencoder and a feature network take for a picture was measured
+there once, on networks of the published sizes. Weights of student and teacher are not counted: they are in memory.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from flowmap.data import EDM2Latents, Encoded
+from flowmap.estimate.costs import fused_attention
+from flowmap.estimate.live import LiveBytes
+from flowmap.estimate.networks import outline_of_network, teacher_configs
+from flowmap.metrics import Spec
+from flowmap.metrics.real import chunk_of
+from flowmap.plan.plan import ResolvedRun
+from flowmap.student.config import ImageLatents, StudentConfig
+from flowmap.student.examples import conditions_of
+from flowmap.student.student import DECODED
+
+REAL = 1000  # real samples of each kind where the settings do not tell how many there are
+LATENT = 8  # pixels of a latent's side, where no size of pictures is set
+DECODER = 335_000_000  # bytes of the weights of an autoencoder of diffusers (Stable Diffusion's)
+DECODING = 3072  # bytes of activations for a pixel that it decodes, in float32
+NETWORKS: Mapping[str, tuple[int, int, int]] = {  # features, bytes of weights, bytes of activations for a picture
+    "inception": (2048, 109_000_000, 17_000_000),
+    "efficientnet_lite0": (1280, 19_000_000, 13_000_000),
+    "clip": (768, 1_218_000_000, 62_000_000),
+    "dinov2": (1024, 1_218_000_000, 17_000_000),
+}
+PCA_WIDTH = 32
+
+
+@dataclass(frozen=True)
+class EvaluationMemory:
+    """Bytes of an evaluation in one process.
+
+    weights: of the autoencoder and of feature networks. drawing: a batch of starts and samples, and the activations of
+    one call of a network. decoding: a chunk of pictures, and the activations of the decoder. features: the activations
+    of a feature network for a chunk. states: what the metrics hold, at the largest, when they compute. host: features
+    of real samples and end points, on the CPU. Drawing, decoding and features follow one another.
+    """
+
+    weights: float
+    drawing: float
+    decoding: float
+    features: float
+    states: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        """The bytes on the device."""
+        return self.weights + self.states + max(self.drawing, self.decoding, self.features)
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def evaluation_bytes(run: ResolvedRun, config: StudentConfig) -> EvaluationMemory:
+    """Return the memory of the evaluation of the run's student, in each of its processes."""
+    recipe, picture = run.recipe, picture_shape(run, config)
+    half = 0.5 if recipe.trainer.precision == "bf16" else 1.0
+    chunk, pixels = chunk_of(picture), math.prod(picture)
+    spaces = {spec.feature_space for spec in recipe.metrics if spec.feature_space is not None}
+    networks = [NETWORKS[name] for name in spaces if name in NETWORKS]
+    decodes = isinstance(config.samples, ImageLatents)
+    at_once = min(DECODED, chunk, recipe.evaluation.batch_size)
+    decoder = half * DECODING * at_once * math.prod(picture[1:]) if decodes else 0.0
+    return EvaluationMemory(
+        weights=(DECODER if decodes else 0) + sum(weights for _, weights, _ in networks),
+        drawing=_drawing(run, config, half),
+        decoding=3 * 4 * chunk * pixels + decoder,
+        features=2 * 4 * chunk * pixels + chunk * max((each for _, _, each in networks), default=2 * pixels * 8),
+        states=sum(_states(spec, run, picture) for spec in recipe.metrics),
+        host=_host(run, config, spaces),
+    )
+
+
+def picture_shape(run: ResolvedRun, config: StudentConfig) -> tuple[int, ...]:
+    """The shape of what metrics compare: a sample, decoded where it is a latent of a picture."""
+    if not isinstance(config.samples, ImageLatents):
+        return tuple(config.shape)
+    data = run.recipe.data
+    if isinstance(data, Encoded):
+        return (3, data.images.size, data.images.size)
+    return (3, *(LATENT * side for side in config.shape[1:]))
+
+
+def width_of(space: str | None, picture: tuple[int, ...]) -> int:
+    """The number of features of that space; of an unknown one, that of Inception."""
+    if space == "pixels":
+        return math.prod(picture)
+    if space == "pca":
+        return min(PCA_WIDTH, math.prod(picture))
+    return NETWORKS[space or "inception"][0] if space in NETWORKS else NETWORKS["inception"][0]
+
+
+def real_samples(run: ResolvedRun) -> tuple[int, int]:
+    """The numbers of training samples and of held-out ones that metrics compare with."""
+    data = run.recipe.data
+    if not isinstance(data, (Encoded, EDM2Latents)):
+        return REAL, REAL
+    return data.reference_images, REAL if data.held_out is None else data.held_out
+
+
+def _states(spec: Spec, run: ResolvedRun, picture: tuple[int, ...]) -> float:
+    return spec.held_bytes(width_of(spec.feature_space, picture), *real_samples(run))
+
+
+def _host(run: ResolvedRun, config: StudentConfig, spaces: set[str]) -> float:
+    """The features of real samples by each network, in float32, and the samples that end points are kept of."""
+    each = sum(NETWORKS[name][0] for name in spaces if name in NETWORKS)
+    kept = sum(spec.images for spec in run.recipe.metrics if spec.of_endpoints)
+    return 4.0 * each * sum(real_samples(run)) + 4.0 * kept * math.prod(config.shape)
+
+
+def _drawing(run: ResolvedRun, config: StudentConfig, half: float) -> float:
+    """The bytes of a batch: start, state, velocity and sample in float32, conditions, and the largest call's own."""
+    batch, samples = run.recipe.evaluation.batch_size, math.prod(config.shape)
+    with torch.device("meta"):
+        given = sum(one.numel() * one.element_size() for one in conditions_of(config, 1).values())
+    calls = [_call(one, batch) for one in (config, *(one for _, one in teacher_configs(run, config)))]
+    return batch * (4 * 4 * samples + given) + half * max(calls)
+
+
+def _call(config: StudentConfig, batch: int) -> float:
+    """The bytes alive at once in a call of the network without a graph, beyond its arguments, in float32."""
+    net = outline_of_network(config).net
+    with torch.device("meta"), torch.no_grad(), fused_attention():
+        peaks = []
+        for rows in (1, 2):
+            x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
+            with LiveBytes() as live:
+                net(x, t, t, cond)
+            peaks.append(live.peak)
+    one, two = peaks
+    return max(0, 2 * one - two) + batch * (two - one)
