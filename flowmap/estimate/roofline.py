@@ -1,0 +1,234 @@
+"""What the kernels of a training step cost on a device, counted on the meta device by running the real step.
+
+Each kernel takes the largest of FLOPs over the device's rate, bytes over its bandwidth, and the time of an empty
+kernel. Networks of the library diffusers are counted in the recipe's precision; networks of flowmap in float32, with
+half the bytes for bf16. Time on the host, communication and what a compiler fuses are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from flowmap.build.teacher import ReadsText
+from flowmap.estimate.calls import WARM
+from flowmap.estimate.costs import ATTENTION, FORMULAS
+from flowmap.flow.tangent import rows, rules
+from flowmap.flow.types import Cond, Teacher
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.stacked import net_within
+from flowmap.recipe import Recipe
+from flowmap.recipe.settings import Autoguidance, ClassifierFree
+from flowmap.student.config import StudentConfig
+from flowmap.student.examples import conditions_of
+from flowmap.teachers.guidance import Autoguidance as Autoguided
+from flowmap.teachers.guidance import ClassifierFree as Guided
+from flowmap.teachers.network import NetworkTeacher
+
+VIEWS = frozenset(
+    "view _unsafe_view permute transpose t expand select slice unsqueeze squeeze split chunk unbind detach alias "
+    "as_strided split_with_sizes narrow lift_fresh diagonal _reshape_alias empty empty_like new_empty empty_strided "
+    "new_empty_strided is_same_size sym_size".split()
+)  # operations that move no bytes
+ATTENTION_OF_TORCH = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device's rates. The defaults are those of an H100 that reaches about half of its dense bf16 peak."""
+
+    flops: float = 450e12  # FLOP/s of bf16 matrix products
+    float32_share: float = 0.1  # the rate of float32 products, as a share of `flops`
+    convolution_share: float = 0.75
+    bandwidth: float = 2.7e12  # bytes/s
+    kernel_seconds: float = 2e-6  # an empty kernel
+
+
+@dataclass
+class Traffic:
+    """Kernels with their FLOPs, the bytes that they read and write, and their seconds at the device's limits."""
+
+    kernels: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.kernels + other.kernels,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass
+class Counter(TorchDispatchMode):
+    """Adds each kernel that runs under it to `found`. half: the networks' float32 stands for bf16."""
+
+    device: Device
+    half: bool = False
+    found: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = function._overloadpacket
+        name = packet.__name__
+        if name == "_local_scalar_dense":  # a number read from the device: any will do
+            return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point and 0.5 or 1
+        out = function(*args, **kwargs)
+        if name not in VIEWS:
+            self._count(packet, args, kwargs, out)
+        return out
+
+    def _count(self, packet, args, kwargs, out) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        size = sum(_bytes_of(x) for x in tensors) * (0.5 if self.half else 1)
+        flops = _flops_of(packet, args, kwargs, out)
+        rate = self.device.flops
+        if not self.half and tensors and tensors[0].dtype not in (torch.bfloat16, torch.float16):
+            rate *= self.device.float32_share
+        if "convolution" in packet.__name__:
+            rate *= self.device.convolution_share
+        seconds = max(flops / rate, size / self.device.bandwidth, self.device.kernel_seconds)
+        self.found = self.found + Traffic(1, flops, size, seconds)
+
+
+def _bytes_of(x: Tensor) -> int:
+    """The bytes of the tensor's memory that an operation on it touches; an expanded dimension is read once."""
+    count = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _flops_of(packet, args, kwargs, out) -> float:
+    formula = FORMULAS.get(packet)
+    if formula is not None:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
+        named = {key: tuple(x.shape) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+        return formula(*shapes, **named)
+    if packet is torch.ops.aten.bmm:  # with a dtype of its result, which torch's formula does not take
+        args = args[:2]
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """F.scaled_dot_product_attention as one fused kernel that has shapes on the meta device."""
+    if has_torch_function((query, key, value, attn_mask)):
+        found = (query, key, value, attn_mask)
+        return handle_torch_function(
+            attention, found, *found, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    mask = attn_mask if attn_mask is None or attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
+    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Make attention a fused kernel, also in a dual forward, whose tangent takes flowmap's own rule."""
+    tables: list[dict[Callable, Callable]] = [rules.RULES, rows.KINDS]
+    for one in tables:
+        one[attention] = one[ATTENTION_OF_TORCH]
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ATTENTION_OF_TORCH
+        for one in tables:
+            del one[attention]
+
+
+class Timed:
+    """A teacher whose calls are counted apart from those of the student."""
+
+    def __init__(self, teacher: Teacher, counter: Counter):
+        self.teacher, self.counter, self.found = teacher, counter, Traffic()
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        before, self.counter.found = self.counter.found, Traffic()
+        out = self.teacher.velocity(x, t, cond)
+        self.found, self.counter.found = self.found + self.counter.found, before
+        return out
+
+
+def step_traffic(
+    recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], device: Device | None = None
+) -> dict[str, Traffic]:
+    """Return the traffic of one micro-batch after warm-up: teacher, student, backward, optimizer, averages.
+
+    config: the student's. teachers: those of the teacher and of its weak model. Only the distillation of an
+    adversarial objective is counted. Raises NotImplementedError for an operation that the meta device lacks.
+    """
+    device, batch = device or Device(), recipe.data.batch_size
+    counter, half = Counter(device), recipe.trainer.precision == "bf16"
+    with torch.device("meta"), fused_attention():
+        student, *frozen = (_network(one, half) for one in (config, *teachers))
+        student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
+        if config.lora is None:
+            student.requires_grad_(True)
+        wide = torch.bfloat16 if half and _takes_half(config) else torch.float32
+        counter.half = half and wide == torch.float32
+        cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
+        for net in frozen:
+            _give_empty(net, cond)
+        x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
+        t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
+        sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
+        teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
+        with counter:
+            loss = recipe.distillation(student, teacher, sample, WARM).value
+        forward, counter.found = counter.found, Traffic()
+        with counter:
+            loss.backward()
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    moments = 7 * 4 * trained  # read weight, gradient and two moments; write weight and moments
+    averages = len(recipe.ema.widths) * 3 * 4 * trained
+    found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
+    found |= {"backward": counter.found}
+    return found | {
+        name: Traffic(1, 0, size, size / device.bandwidth)
+        for name, size in (("optimizer", moments), ("averages", averages))
+    }
+
+
+def _network(config: StudentConfig, half: bool) -> FlowMapNet:
+    net = replace(config, recipe="", recipe_hash="").build().to("meta")
+    return net.to(torch.bfloat16) if half and _takes_half(config) else net
+
+
+def _takes_half(config: StudentConfig) -> bool:
+    """Whether the network's weights may be bf16: those of diffusers, which convert nothing themselves."""
+    return isinstance(net_within(config.net), DiffusersModel)
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.to("meta")
+    return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+
+
+def _give_empty(net: FlowMapNet, cond: Cond) -> None:
+    """Give a network of text the conditions of an empty one."""
+    if isinstance(net.net, ReadsText):
+        net.net.empty = {key: value[:1] for key, value in cond.items() if key not in ("class", "guidance")}
+
+
+def _guided(recipe: Recipe, frozen: Sequence[FlowMapNet]) -> Teacher:
+    strong, weak = (NetworkTeacher(net) for net in (frozen[0], frozen[-1]))
+    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
+    if isinstance(guidance, ClassifierFree):
+        return Guided(strong, default=guidance.default)
+    return Autoguided(strong, weak, default=guidance.default) if isinstance(guidance, Autoguidance) else strong
