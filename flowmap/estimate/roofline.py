@@ -40,6 +40,7 @@ VIEWS = frozenset(
     "as_strided split_with_sizes narrow lift_fresh diagonal _reshape_alias empty empty_like new_empty empty_strided "
     "new_empty_strided is_same_size sym_size".split()
 )  # operations that move no bytes
+FLOAT32_SHARE, CONVOLUTION_SHARE = 0.1, 0.75  # the rates of float32 products and of convolutions
 ATTENTION_OF_TORCH = F.scaled_dot_product_attention
 
 
@@ -48,20 +49,31 @@ class Device:
     """A device's rates. The defaults are those of an H100 that reaches about half of its dense bf16 peak."""
 
     flops: float = 450e12  # FLOP/s of bf16 matrix products
-    float32_share: float = 0.1  # the rate of float32 products, as a share of `flops`
-    convolution_share: float = 0.75
     bandwidth: float = 2.7e12  # bytes/s
     kernel_seconds: float = 2e-6  # an empty kernel
+
+    def seconds(self, flops: float, size: float, share: float) -> float:
+        """The seconds of a kernel whose products run at that share of the bf16 rate."""
+        return max(flops / (self.flops * share), size / self.bandwidth, self.kernel_seconds)
+
+
+def sustained(throughput: float) -> Device:
+    """A device at that many TFLOP/s, half the bandwidth, and 12 microseconds of the host for each kernel."""
+    return Device(throughput * 1e12, bandwidth=Device.bandwidth / 2, kernel_seconds=12e-6)
 
 
 @dataclass
 class Traffic:
-    """Kernels with their FLOPs, the bytes that they read and write, and their seconds at the device's limits."""
+    """Kernels with their FLOPs and the bytes that they read and write.
+
+    seconds: at a device's limits. slow_seconds: on a sustained device.
+    """
 
     kernels: int = 0
     flops: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0
+    slow_seconds: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(
@@ -69,14 +81,20 @@ class Traffic:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.seconds + other.seconds,
+            self.slow_seconds + other.slow_seconds,
         )
+
+    def times(self, count: float) -> Traffic:
+        """The traffic of so many of these."""
+        sizes = (self.flops, self.bytes, self.seconds, self.slow_seconds)
+        return Traffic(round(self.kernels * count), *(size * count for size in sizes))
 
 
 @dataclass
 class Counter(TorchDispatchMode):
-    """Adds each kernel that runs under it to `found`. half: the networks' float32 stands for bf16."""
+    """Adds each kernel that runs under it to `found`. half: float32 stands for bf16."""
 
-    device: Device
+    devices: tuple[Device, Device]
     half: bool = False
     found: Traffic = field(default_factory=Traffic)
 
@@ -98,13 +116,12 @@ class Counter(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         size = sum(_bytes_of(x) for x in tensors) * (0.5 if self.half else 1)
         flops = _flops_of(packet, args, kwargs, out)
-        rate = self.device.flops
+        share = 1.0
         if not self.half and tensors and tensors[0].dtype not in (torch.bfloat16, torch.float16):
-            rate *= self.device.float32_share
+            share *= FLOAT32_SHARE
         if "convolution" in packet.__name__:
-            rate *= self.device.convolution_share
-        seconds = max(flops / rate, size / self.device.bandwidth, self.device.kernel_seconds)
-        self.found = self.found + Traffic(1, flops, size, seconds)
+            share *= CONVOLUTION_SHARE
+        self.found = self.found + Traffic(1, flops, size, *(one.seconds(flops, size, share) for one in self.devices))
 
 
 def _bytes_of(x: Tensor) -> int:
@@ -116,7 +133,7 @@ def _bytes_of(x: Tensor) -> int:
 
 
 def _flops_of(packet, args, kwargs, out) -> float:
-    formula = FORMULAS.get(packet)
+    formula: Callable[..., float] | None = FORMULAS.get(packet)
     if formula is not None:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
         named = {key: tuple(x.shape) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
@@ -166,21 +183,24 @@ class Timed:
 
 
 def step_traffic(
-    recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], device: Device | None = None
+    recipe: Recipe,
+    config: StudentConfig,
+    teachers: Sequence[StudentConfig],
+    devices: tuple[Device, Device] = (Device(), sustained(200)),
 ) -> dict[str, Traffic]:
     """Return the traffic of one micro-batch after warm-up: teacher, student, backward, optimizer, averages.
 
     config: the student's. teachers: those of the teacher and of its weak model. Only the distillation of an
     adversarial objective is counted. Raises NotImplementedError for an operation that the meta device lacks.
     """
-    device, batch = device or Device(), recipe.data.batch_size
-    counter, half = Counter(device), recipe.trainer.precision == "bf16"
+    batch, half = recipe.data.batch_size, recipe.trainer.precision == "bf16"
+    counter = Counter(devices)
     with torch.device("meta"), fused_attention():
         student, *frozen = (_network(one, half) for one in (config, *teachers))
         student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
         if config.lora is None:
             student.requires_grad_(True)
-        wide = torch.bfloat16 if half and _takes_half(config) else torch.float32
+        wide = _dtype(config, half)
         counter.half = half and wide == torch.float32
         cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
         for net in frozen:
@@ -200,19 +220,33 @@ def step_traffic(
     found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
     found |= {"backward": counter.found}
     return found | {
-        name: Traffic(1, 0, size, size / device.bandwidth)
+        name: Traffic(1, 0, size, *(size / one.bandwidth for one in devices))
         for name, size in (("optimizer", moments), ("averages", averages))
     }
 
 
+def forward_traffic(
+    config: StudentConfig, rows: int, half: bool, devices: tuple[Device, Device] = (Device(), sustained(200))
+) -> Traffic:
+    """Return the traffic of one forward pass without a graph, of a batch of so many rows."""
+    with torch.device("meta"), fused_attention(), torch.no_grad():
+        net, wide = _network(config, half), _dtype(config, half)
+        cond = {key: _as(value, wide) for key, value in conditions_of(config, rows).items()}
+        counter = Counter(devices, half and wide == torch.float32)
+        x, t = torch.zeros(rows, *config.shape, dtype=wide), torch.zeros(rows)
+        with counter:
+            net.net(x, t, t, cond)
+    return counter.found
+
+
 def _network(config: StudentConfig, half: bool) -> FlowMapNet:
     net = replace(config, recipe="", recipe_hash="").build().to("meta")
-    return net.to(torch.bfloat16) if half and _takes_half(config) else net
+    return net.to(_dtype(config, half))
 
 
-def _takes_half(config: StudentConfig) -> bool:
-    """Whether the network's weights may be bf16: those of diffusers, which convert nothing themselves."""
-    return isinstance(net_within(config.net), DiffusersModel)
+def _dtype(config: StudentConfig, half: bool) -> torch.dtype:
+    """bf16 for networks of diffusers in bf16, float32 for all others: ours convert themselves what they need."""
+    return torch.bfloat16 if half and isinstance(net_within(config.net), DiffusersModel) else torch.float32
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
