@@ -21,6 +21,7 @@ from flowmap.recipe import Recipe
 from flowmap.recipe.settings import ClassifierFree
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import tokens_of
+from flowmap.teachers.autoencoder import stable_diffusion_autoencoder
 
 ROWS = 64  # samples of a batch that is priced
 # Parameters of the text encoders of each network, and whether they are priced as 2 FLOPs a parameter and token.
@@ -31,11 +32,6 @@ ENCODERS = {
     "SanaTransformer2DModel": 2.6e9,
     "PixArtTransformer2DModel": 4.8e9,
 }
-KL_F8 = {
-    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 2,
-    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,10 +105,8 @@ class Prices:
 
     def _autoencoder(self, side: int, decodes: bool) -> Traffic:
         """Encoding or decoding of one picture, as by the autoencoder of Stable Diffusion."""
-        import diffusers
-
         with torch.device("meta"), torch.no_grad():
-            net = diffusers.AutoencoderKL(**KL_F8)
+            net = stable_diffusion_autoencoder()
             counter = Counter(self.devices, half=True)
             x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
             with counter:
