@@ -1,15 +1,34 @@
-"""Autocast on any device. The meta device, on which costs are counted, has none and takes the CPU's."""
+"""The precision in which networks are called, and autocast on any device."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
+def in_precision(call: Callable[..., Any], precision: str, device: torch.device) -> Callable[..., Any]:
+    """The function, called under the autocast that training has at trainer.precision: bfloat16 for "bf16".
+
+    On a CPU it is called as it is, in float32.
+    """
+    if precision != "bf16" or device.type == "cpu":
+        return call
+    return torch.autocast(device.type, torch.bfloat16)(call)
+
+
 def autocast_type(device: torch.device) -> str:
-    """The device's type for torch's autocast functions."""
+    """The device's type for autocast. The meta device, on which costs are counted, has none and takes the CPU's."""
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """A context that disables autocast on that device."""
     return torch.autocast(autocast_type(device), enabled=False)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has finished what it was given, so that a clock measures that."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)

@@ -10,9 +10,7 @@ from pathlib import Path
 from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
-from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
-from flowmap.plan.run_folders import dependency_folder
+from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan, resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -61,18 +59,17 @@ def evaluations_of(recipe: Recipe) -> float:
 
 
 def samples_of(recipe: Recipe) -> int:
-    return recipe.data.batch_size * recipe.trainer.accumulate
+    return recipe.batches.samples
 
 
 def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
     """The folders of the recipes' teachers and autoencoders, and of what those need: they are not counted."""
     found: set[Path] = set()
     for entrant in entrants:
-        by_teacher = (
-            pairs_recipes(entrant) if isinstance(entrant.coupling, Pairs) and entrant.coupling.recipe is None else []
-        )
-        for needed in (*autoencoder_recipes(entrant), *teacher_recipes(entrant), *by_teacher):
-            found |= {stage.folder for stage in plan(needed, dependency_folder(needed))}
+        run, coupling = resolve(entrant), entrant.coupling
+        by_teacher = run.pairs_teachers if isinstance(coupling, Pairs) and coupling.recipe is None else []
+        for needed in (*run.autoencoders, *run.teachers, *by_teacher):
+            found |= {stage.folder for stage in needed.stages}
     return found
 
 
@@ -103,7 +100,7 @@ def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> 
             return stage.recipe.trainer.steps * evaluations_of(stage.recipe)
         metrics = read_json(stage.folder / "metrics.json")
         return float(metrics["training"]["seconds"] if "training" in metrics else metrics["seconds"]["train"])
-    maker = Maker.of(stage.recipe, device_of(stage.recipe))
+    maker = Maker.of(stage.run, device_of(stage.recipe))
     batch = maker.ranges()[0][:PAIRS]
     _, calls = maker.columns(batch[:1])
     if terms.evaluations is not None:

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
-from flowmap.build.discriminator import discriminator_on
 from flowmap.build.fake_score import fake_config
 from flowmap.build.student import student_config
 from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.outlines import check_outlines, known_outline
+from flowmap.estimate.networks import Networks, of_teacher
+from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.flow.prior import Learned
-from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.dependencies import pairs_spec
@@ -29,10 +28,9 @@ from flowmap.plan.requirements import check_parts, missing_parts
 from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import TABLES, StudentSpec
+from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import PowerEMA
 from flowmap.student.config import StudentConfig
-from flowmap.student.examples import conditions_of
 from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
@@ -45,7 +43,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
     run = resolve(recipe, Path(out) if out else None)
-    stages = run.stages
+    stages, outlines = run.stages, Outlines()
     lines, missing = [], []
     for i, stage in enumerate(stages):
         state = _state(stage)
@@ -53,11 +51,11 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {'complete' if stage.complete else state} -> {stage.folder}"
         )
         if isinstance(stage, Pairing) and not stage.complete:
-            missing += _weights_missing(resolve(stage.recipe).pairs_cards)
+            missing += _weights_missing(stage.run.pairs_cards)
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage, throughput)
+            found, lacks = look(stage, outlines, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
@@ -74,18 +72,21 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
     It is all that a dry run reports, except what `fit` fetches. again: the last stage runs even if it is complete.
     """
+    outlines = Outlines()
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
             # The message about a missing teacher is more precise than that of the dry run.
-            check_parts(stage.recipe)
-            blocking = [line for line in look(stage, whole=False)[1] if "fit fetches it" not in line]
+            check_parts(stage)
+            blocking = [line for line in look(stage, outlines, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
         elif isinstance(stage, Encoding):
             check_pictures(stage)
 
 
-def look(run: ResolvedRun, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
+def look(
+    run: ResolvedRun, outlines: Outlines, throughput: float = THROUGHPUT, *, whole: bool = True
+) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
     The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
@@ -95,14 +96,14 @@ def look(run: ResolvedRun, throughput: float = THROUGHPUT, *, whole: bool = True
     missing = [f"{key} (a value)" for key in recipe.missing()]
     missing += _weights_missing(run.cards)
     if not missing:
-        check_parts(recipe)
-    missing += [*missing_parts(recipe), *missing_devices(recipe)]
-    data, lacks = known_outline(recipe, whole=whole)
+        check_parts(run)
+    missing += [*missing_parts(run), *missing_devices(recipe)]
+    data, lacks = outlines.of(run, whole=whole)
     missing += lacks
     config = _config(run, data)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
-    check_outlines(run, config)
+    check_outlines(run, config, outlines)
     try:
         return _lines(run, config, throughput), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -145,7 +146,7 @@ def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
     recipe = run.recipe
     if run.net is None or data is None:
         return None
-    config = student_config(recipe.changed(student=run.net), data, None)
+    config = student_config(run.changed(student=run.net), data, None)
     if recipe.lora is None:
         return config
     card = run.cards[0]
@@ -163,12 +164,15 @@ class _Costs:
 
 
 def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
-    recipe = run.recipe
+    objective, networks = run.recipe.objective, Networks.of(run, config)
+    judge, fake = networks.discriminator, networks.fake
     return _Costs(
-        cost_of(config, checkpointing=recipe.trainer.activation_checkpointing),
+        cost_of(config, checkpointing=run.recipe.trainer.activation_checkpointing, built=networks.student),
         _teachers(run, config),
-        _discriminator(run, config) if isinstance(recipe.objective, Adversarial) else None,
-        cost_of(fake_config(recipe, config)) if isinstance(recipe.distillation, ScoreDistillation) else None,
+        discriminator_cost(judge, config, objective)
+        if judge is not None and isinstance(objective, Adversarial)
+        else None,
+        cost_of(fake_config(run, config), built=fake) if fake is not None else None,
     )
 
 
@@ -187,7 +191,8 @@ def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[s
         assert isinstance(distillation, ScoreDistillation)
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
-    return [*lines, _memory(run.recipe, costs), *_step(run.recipe, config, costs, throughput)]
+    split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
+    return [*lines, _memory(run.recipe, costs), *split, *_step(run.recipe, config, costs, throughput)]
 
 
 def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: float) -> list[str]:
@@ -196,7 +201,7 @@ def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: floa
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
-    samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
+    samples = recipe.batches.samples
     hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
@@ -209,9 +214,9 @@ def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: floa
 
 def _prior(run: ResolvedRun, config: StudentConfig) -> str:
     assert isinstance(run.recipe.prior, Learned)
-    trained = run.priors[0]
+    trained = run.priors[0].recipe
     auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
-    start = start_flops(run.recipe, config.shape)
+    start = start_flops(run, config.shape)
     codes = f"codes by {kind_of(run.recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
     return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
 
@@ -222,31 +227,9 @@ def _teachers(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, Cost]
     for card, spec in zip(run.cards, run.teacher_nets, strict=True):
         if spec is not None:
             num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
-            plain = replace(_of_teacher(config, spec), num_classes=num_classes)
+            plain = replace(of_teacher(config, spec), num_classes=num_classes)
             found.append((card, cost_of(plain, graded=False)))
     return found
-
-
-def _of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:
-    """Return the configuration of a teacher with that network, for the student's samples."""
-    return replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
-
-
-def _discriminator(run: ResolvedRun, config: StudentConfig) -> Cost | None:
-    """Return the discriminator's cost without weights of its teacher; None if nothing states that network."""
-    objective = run.recipe.objective
-    assert isinstance(objective, Adversarial)
-    network: nn.Module | None = None
-    example: Cond = {}
-    if objective.discriminator.trunk == "teacher":
-        spec = run.teacher_nets[0]
-        if spec is None:
-            return None
-        plain = _of_teacher(config, spec)
-        with torch.device("meta"):
-            network, example = plain.build().to("meta").net, conditions_of(plain, 1)
-    net = discriminator_on(run.recipe, config, network, example).to("meta")
-    return discriminator_cost(net, config, objective)
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:

@@ -17,6 +17,7 @@ from flowmap.data import Dataset, Pairs
 from flowmap.evaluation.known_rows import read_known, stamps, to_teacher
 from flowmap.evaluation.rows import Rows
 from flowmap.metrics import Spec, check_metrics
+from flowmap.plan.plan import resolve
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -46,14 +47,15 @@ def evaluate(
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
         raise ValueError("student: evaluate needs the recipe.yaml in the folder of the weights")
-    recipe = flow_alone(read_resolved(student.folder / "recipe.yaml"), student.folder)
+    run = flow_alone(resolve(read_resolved(student.folder / "recipe.yaml")), student.folder)
+    recipe = run.recipe
     chosen = _chosen(recipe, metrics)
     for k in steps or ():
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
-    data, built = build_data(recipe), None
+    data, built = build_data(run), None
     try:
-        built = build_teacher(recipe, data) if teacher else None
+        built = build_teacher(run, data) if teacher else None
     except RecipeError as error:
         if progress is not None:
             progress(f"no teacher's row: {error}")

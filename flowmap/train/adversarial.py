@@ -14,7 +14,7 @@ from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT, FlowMapNet
 from flowmap.objectives import Adversarial
 from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.train.auxiliary import Auxiliary, AuxiliaryModule
 
 
@@ -38,7 +38,7 @@ class AdversarialModule(AuxiliaryModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: ResolvedRun,
         student: FlowMapNet,
         teacher: BuiltTeacher | None,
         data: Dataset,
@@ -46,9 +46,9 @@ class AdversarialModule(AuxiliaryModule):
         discriminator: nn.Module,
         fake: FlowMapNet | None = None,
     ):
-        super().__init__(recipe, student, teacher, data, samples, fake=fake)
-        assert isinstance(recipe.objective, Adversarial)
-        self.objective = recipe.objective
+        super().__init__(run, student, teacher, data, samples, fake=fake)
+        assert isinstance(self.recipe.objective, Adversarial)
+        self.objective = self.recipe.objective
         self.discriminator = discriminator.train()
         self.auxiliaries += (discriminator_of(self.objective, self.discriminator),)
         # in a tuple, so that this parameter of the student is not registered once more

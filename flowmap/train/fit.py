@@ -15,7 +15,6 @@ from flowmap.base.files import POLL, check_writable, only_process, read_json, re
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.estimate.dry_run import check_stages
-from flowmap.plan.data_folders import pairs_of
 from flowmap.plan.pictures import describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, resolve
 from flowmap.plan.run_folders import runs_root
@@ -128,9 +127,7 @@ def _log_complete(label: str, stage: Needed, log: LogFunction) -> None:
 
 def _made(stage: Encoding | Pairing) -> str:
     """What the stage makes, in words."""
-    return (
-        f"{pairs_of(stage.recipe).num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
-    )
+    return f"{stage.run.pairs.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
 
 
 def silent(message: str) -> None: ...
@@ -147,7 +144,7 @@ def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None
 
     def made() -> bool:
         if isinstance(stage, Pairing):
-            return make_pairs(stage.recipe, stage.folder, device=device, log=log, waiting=waiting) is not None
+            return make_pairs(stage.run, stage.folder, device=device, log=log, waiting=waiting) is not None
         return encode(stage.spec, stage.folder, device=device, log=log, waiting=waiting) is not None
 
     try:

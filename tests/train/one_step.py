@@ -14,6 +14,7 @@ from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
 from flowmap.data import Pairs, StepBatches
 from flowmap.data.pairs import noises
+from flowmap.plan.plan import resolve
 from flowmap.recipe import Recipe
 from flowmap.train.module import DistillModule, trained
 from flowmap.train.modules import module_of
@@ -54,11 +55,12 @@ class Paired:
 
 
 def _of_a_process(monkeypatch, recipe: Recipe, rank: int, world: int, state: int) -> dict[str, list[torch.Tensor]]:
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    config = student_config(recipe, data, teacher)
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
     samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
-    module = module_of(recipe, config, build_student(recipe, config, teacher), teacher, data, samples)
+    module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
     found: dict[str, list[torch.Tensor]] = {}
 
     def stepped(self, optimizer, parameters, name=None):
