@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowmap.estimate.dry_run import _config, _of_teacher
-from flowmap.estimate.outlines import known_outline
+from flowmap.estimate.networks import config_without_weights, teacher_configs
+from flowmap.estimate.outlines import Outlines
 from flowmap.flow.types import Cond, PathSample, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.edm2 import EDM2
@@ -79,14 +79,10 @@ class FullScale:
         if toy:
             recipe = recipe.changed(data=replace(recipe.data, batch_size=2))
         run = resolve(recipe)
-        config = _config(run, known_outline(recipe, whole=False)[0])
+        config = config_without_weights(run, Outlines().of(run, whole=False)[0])
         if config is None:
             raise ValueError(f"{name}: nothing states its network")
-        teachers = [
-            replace(_of_teacher(config, spec), num_classes=card.num_classes)
-            for card, spec in zip(run.cards, run.teacher_nets, strict=True)
-            if spec is not None
-        ]
+        teachers = [one for _, one in teacher_configs(run, config)]
         if toy:
             config, *teachers = (shrunk(one) for one in (config, *teachers))
         return FullScale(run, config, teachers)

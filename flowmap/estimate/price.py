@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from flowmap.data import Encoded, Pairs
+from flowmap.estimate.networks import pairs_config, teacher_configs
 from flowmap.estimate.roofline import Counter, Device, Traffic, forward_traffic, step_traffic, sustained
 from flowmap.metrics import Spec
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
+from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import ClassifierFree
 from flowmap.student.config import StudentConfig
@@ -59,8 +61,8 @@ class Prices:
         parts = step_traffic(recipe, config, teachers, self.devices)
         ends = parts["optimizer"] + parts["averages"]
         micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
-        step = micro.times(trainer.accumulate) + ends
-        return step.times(trainer.steps * trainer.devices * trainer.num_nodes)
+        step = micro.times(recipe.batches.accumulate) + ends
+        return step.times(trainer.steps * recipe.batches.processes)
 
     def pairs(self, recipe: Recipe, teacher: StudentConfig) -> Traffic:
         """The traffic of all pairs that the teacher makes."""
@@ -122,6 +124,33 @@ class Prices:
         return Traffic(1, flops, 0, *(flops / one.flops for one in self.devices))
 
 
+def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: Prices) -> list[str]:
+    """Return lines on the GPU-hours of training, pairs, encoding and evaluation, and on disk.
+
+    trained: the number of parameters that are trained.
+    """
+    recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
+    lines = [f"{recipe.trainer.steps} steps: {hours(prices.training(recipe, config, teachers))}"]
+    if isinstance(recipe.coupling, Pairs) and (maker := pairs_config(run, config)) is not None:
+        size = gib(pairs_bytes(recipe, config.shape))
+        lines.append(f"{run.pairs.num} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
+    if (encoding := prices.encoding(recipe, config)) is not None:
+        size = gib(1e6 * sample_bytes(recipe, config))
+        lines.append(f"encoding, each million pictures: {hours(encoding.times(1e6))}, {size} on disk")
+    lines.append(f"the last evaluation: {hours(prices.evaluation(recipe, config, teachers, recipe.metrics))}")
+    disk = run_bytes(recipe, trained)
+    lines.append("disk: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
+    return lines
+
+
+def gib(size: float) -> str:
+    return f"{_counted(size / 2**30)} GiB"
+
+
+def _counted(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def solver_calls(spec: Pairs) -> int:
     """The velocity calls of the solver for one pair."""
     return spec.solver(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1)).calls
@@ -129,8 +158,7 @@ def solver_calls(spec: Pairs) -> int:
 
 def hours(found: Traffic) -> str:
     """The range of GPU-hours."""
-    low, high = found.seconds / 3600, found.slow_seconds / 3600
-    return f"{low:.3g} to {high:.3g} GPU-hours"
+    return f"{_counted(found.seconds / 3600)} to {_counted(found.slow_seconds / 3600)} GPU-hours"
 
 
 def pairs_bytes(recipe: Recipe, shape: tuple[int, ...]) -> float:

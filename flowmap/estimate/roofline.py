@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from flowmap.build.teacher import ReadsText
-from flowmap.estimate.calls import WARM
+from flowmap.estimate.calls import WARM, without_networks
 from flowmap.estimate.costs import ATTENTION, FORMULAS
 from flowmap.flow.tangent import rows, rules
 from flowmap.flow.types import Cond, Teacher
@@ -191,7 +191,8 @@ def step_traffic(
     """Return the traffic of one micro-batch after warm-up: teacher, student, backward, optimizer, averages.
 
     config: the student's. teachers: those of the teacher and of its weak model. Only the distillation of an
-    adversarial objective is counted. Raises NotImplementedError for an operation that the meta device lacks.
+    adversarial objective is counted, and no network of a perceptual distance. Raises NotImplementedError for an
+    operation that the meta device lacks.
     """
     batch, half = recipe.data.batch_size, recipe.trainer.precision == "bf16"
     counter = Counter(devices)
@@ -210,7 +211,7 @@ def step_traffic(
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
         teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
         with counter:
-            loss = recipe.distillation(student, teacher, sample, WARM).value
+            loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
         forward, counter.found = counter.found, Traffic()
         with counter:
             loss.backward()
