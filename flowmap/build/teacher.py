@@ -34,7 +34,7 @@ from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
-from flowmap.teachers.guidance import network_calls
+from flowmap.teachers.guidance import network_calls, with_drawn_scales
 from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
 
@@ -92,6 +92,12 @@ class BuiltTeacher:
     def solve(self, x1: Tensor, cond: Cond | None, steps: int) -> Tensor:
         """Return the samples that Euler steps along the guided velocity make from x1."""
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
+
+    def on_drawn_scales(self, scale: tuple[float, float]) -> Teacher:
+        """Return the guided velocity for training, with guidance scales drawn from that range."""
+        if isinstance(self.guided, LimitedTeacher):
+            return replace(self.guided, teacher=with_drawn_scales(self.guided.teacher, scale))
+        return with_drawn_scales(self.guided, scale)
 
     @property
     def calls_per_step(self) -> int:

@@ -13,7 +13,8 @@ from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.networks import Networks, config_without_weights, teacher_configs
+from flowmap.estimate.memory import Memory, memory_of
+from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.estimate.price import Prices, price_lines
 from flowmap.flow.prior import Learned
@@ -22,12 +23,13 @@ from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.requirements import check_parts, missing_parts
 from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
-from flowmap.recipe.settings import PowerEMA
+from flowmap.recipe.settings import Autoguidance, Trainer
 from flowmap.student.config import StudentConfig
 from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
@@ -131,8 +133,8 @@ def missing_devices(recipe: Recipe) -> list[str]:
     return [f"trainer.devices: {devices}: this machine has {there}"] if devices > there else []
 
 
-def _state(stage: Stage | Encoding | Pairing) -> str:
-    if isinstance(stage, Encoding):
+def _state(stage: Needed) -> str:
+    if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
         return f"{pairs_spec(stage.recipe).num} pairs"
@@ -144,7 +146,7 @@ def _weights_missing(cards: list[Card]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class NetworkCosts:
     """The costs of the networks that take part in a training step."""
 
     student: Cost
@@ -153,10 +155,10 @@ class _Costs:
     fake: Cost | None
 
 
-def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
+def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     objective, networks = run.recipe.objective, Networks.of(run, config)
     judge, fake = networks.discriminator, networks.fake
-    return _Costs(
+    return NetworkCosts(
         cost_of(config, checkpointing=run.recipe.trainer.activation_checkpointing, built=networks.student),
         [(card, cost_of(one, graded=False)) for card, one in teacher_configs(run, config)],
         discriminator_cost(judge, config, objective)
@@ -182,10 +184,10 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> li
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
-    return [*lines, _memory(run.recipe, costs), *split, *_step(run, config, costs, prices)]
+    return [*lines, _memory(run, config, costs), *split, *_step(run, config, costs, prices)]
 
 
-def _step(run: ResolvedRun, config: StudentConfig, costs: _Costs, prices: Prices | None) -> list[str]:
+def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: Prices | None) -> list[str]:
     """Return a line on the FLOPs of a step and, for a run on accelerators, lines on hours and disk."""
     recipe, judge = run.recipe, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
@@ -226,32 +228,39 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     )
 
 
-def _memory(recipe: Recipe, costs: _Costs) -> str:
-    trainer = recipe.trainer
-    state = _state_bytes(recipe, costs)
-    # A LoRA student shares its base with the teacher.
-    shared = costs.teachers[0][1].parameters if recipe.lora else 0
-    frozen = 4 * (sum(cost.parameters for _, cost in costs.teachers) - shared)
-    activations = _activation_bytes(recipe, costs) * (0.5 if trainer.precision == "bf16" else 1)
+def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> Memory:
+    """Return the memory of one device while the run trains."""
+    recipe = run.recipe
+    configs = [one for _, one in teacher_configs(run, config)]
+    student, *teachers = (outline_of_network(one) for one in (config, *configs))
+    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
+    if isinstance(guidance, Autoguidance) and guidance.snapshot is not None:  # the weak model is a copy
+        teachers.append(outline_of_network(configs[0]))
+    kept = _activation_bytes(recipe, costs) * (0.5 if recipe.trainer.precision == "bf16" else 1)
+    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
+    for net in teachers:
+        net.requires_grad_(False)
+    return memory_of(recipe, student, teachers, activations=kept, others=others)
+
+
+def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> str:
+    trainer, memory = run.recipe.trainer, networks_memory(run, config, costs)
     how = [trainer.precision] if trainer.precision != "32" else []
     how += ["checkpointed"] if trainer.activation_checkpointing else []
-    parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
-    parts += [f"{_gib(frozen)} teacher"] if frozen else []
-    kept = f"{_gib(activations)} activations at batch {recipe.data.batch_size}"
+    kept = f"{_gib(memory.activations)} activations at batch {run.recipe.data.batch_size}"
+    parts = [f"{_gib(memory.state)} weights, gradients, optimiser and averages"]
+    parts += [f"{_gib(memory.frozen)} teacher"] if memory.frozen else []
+    parts += [f"{_gib(memory.working)} {_copies(trainer)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
-    return "memory for each device, estimated: " + " + ".join(parts)
+    split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
+    return f"memory for each device{split}, estimated: {' + '.join(parts)} = {_gib(memory.total)}"
 
 
-def _state_bytes(recipe: Recipe, costs: _Costs) -> float:
-    """Return the bytes of weights, gradients, moments and averages of all networks that are trained."""
-    trainer, ema, student = recipe.trainer, recipe.ema, costs.student
-    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
-    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
-    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
-    return 4 * (student.trained * (4 + averages) / shares + student.frozen) + 16 * others
+def _copies(trainer: Trainer) -> str:
+    return "gathered blocks" if trainer.strategy == "fsdp" else "weights in bf16"
 
 
-def _activation_bytes(recipe: Recipe, costs: _Costs) -> float:
+def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     """Return the bytes that a step keeps for its backward passes, in float32."""
     batch, objective, distillation = recipe.data.batch_size, recipe.objective, recipe.distillation
     student = costs.student

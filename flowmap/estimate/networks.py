@@ -56,8 +56,14 @@ def config_without_weights(run: ResolvedRun, data: DataOutline | None) -> Studen
     return replace(config, lora=recipe.lora, base=Base(card.pipeline, card.revision))
 
 
+def outline_of_network(config: StudentConfig) -> FlowMapNet:
+    """Return a student's network on the meta device."""
+    with torch.device("meta"):
+        return config.build().to("meta")  # some libraries make tables with numpy
+
+
 def teacher_configs(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, StudentConfig]]:
-    """Return the card and the configuration of each network that the guided velocity calls."""
+    """Return each card of the guided velocity with the configuration of its network, if something states that."""
     found = []
     for card, spec in zip(run.cards, run.teacher_nets, strict=True):
         if spec is not None:

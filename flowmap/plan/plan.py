@@ -1,6 +1,6 @@
 """Resolve a recipe once: the run, what its recipe names, and what it needs before, in order.
 
-The stages of a run are runs of other recipes, encoded data and pairs.
+The stages of a run are runs of other recipes, encoded data, pairs and statistics of pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flowmap.data.shards import difference
 from flowmap.plan.cards import lora_card
 from flowmap.plan.outlines import stated_outline
 from flowmap.plan.provenance import pairs_identity
+from flowmap.plan.references import ReferenceStatistics, references_of
 from flowmap.plan.resolved import Resolved
 from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
@@ -55,7 +56,7 @@ class ResolvedRun(Resolved):
             for needed in [] if pairing.complete else self.pairs_teachers:
                 found += self._with_needs(needed, chain)
             found.append(pairing)
-        return found
+        return [*found, *references_of(self.recipe)]
 
     def _with_needs(self, needed: ResolvedRun, chain: tuple[str, ...]) -> list[Needed]:
         name = needed.recipe.name
@@ -122,7 +123,7 @@ class Pairing:
             return False
 
 
-Needed = Stage | Encoding | Pairing
+Needed = Stage | Encoding | Pairing | ReferenceStatistics
 
 
 def resolve(recipe: Recipe, folder: Path | None = None) -> ResolvedRun:

@@ -23,7 +23,7 @@ from flowmap.plan.dependencies import (
     styles_of,
     teacher_recipes,
 )
-from flowmap.plan.named_networks import shipped_net, spec_of, stacked
+from flowmap.plan.named_networks import shipped_net, spec_of, stacked, with_time_embedding
 from flowmap.plan.run_folders import built_on, dependency_folder, is_complete
 from flowmap.plan.same_run import BUILT_ON
 from flowmap.recipe import Recipe
@@ -154,6 +154,7 @@ class Resolved:
             net = shipped_net(self.starts[0].net)
         elif isinstance(net, FromTeacher):
             net = self.spec_of(card_of(self.recipe.teacher)) if self.recipe.teacher is not None else None
+        net = with_time_embedding(self.recipe, net)
         return stacked(net) if isinstance(self.recipe.student, Stacked) and net is not None else net
 
     @cached_property

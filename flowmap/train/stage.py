@@ -37,9 +37,11 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.device import fast_matmul
 from flowmap.train.finish import FitError, finish
+from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
@@ -186,7 +188,7 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with restoring(checkpoint, lambda: module.begun):
+        with restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
