@@ -105,7 +105,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = function._overloadpacket
         name = packet.__name__
-        if name == "_local_scalar_dense":  # a number read from the device: any will do
+        if name == "_local_scalar_dense" and args[0].is_meta:  # a number read from the device: any will do
             return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point and 0.5 or 1
         out = function(*args, **kwargs)
         if name not in VIEWS:
@@ -114,6 +114,8 @@ class Counter(TorchDispatchMode):
 
     def _count(self, packet, args, kwargs, out) -> None:
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if not any(x.is_meta for x in tensors):
+            return  # on the host
         size = sum(_bytes_of(x) for x in tensors) * (0.5 if self.half else 1)
         flops = _flops_of(packet, args, kwargs, out)
         share = 1.0
@@ -209,7 +211,9 @@ def step_traffic(
         x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
-        teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
+    sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
+    teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
+    with fused_attention():
         with counter:
             loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
         forward, counter.found = counter.found, Traffic()

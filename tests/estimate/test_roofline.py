@@ -11,6 +11,7 @@ from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
 from flowmap.estimate.price import Prices, pairs_bytes, price_lines, solver_calls
 from flowmap.estimate.roofline import Counter, Device, Traffic, fused_attention, step_traffic, sustained
+from flowmap.flow.solver import Heun
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
@@ -103,7 +104,8 @@ def test_prices_of_a_run_grow_with_its_steps_and_batches(digits):
 def test_pairs_are_priced_by_the_calls_of_their_solver(tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
     run = resolve(read_recipe("rfpp/digits"))
-    assert solver_calls(run.pairs) == 35  # Heun at 18 steps, the last by Euler
+    assert solver_calls(run.pairs) == 32
+    assert solver_calls(replace(run.pairs, solver=Heun(18, "rho", euler_last=True))) == 35
     config = config_without_weights(run, Outlines().of(run)[0])
     assert pairs_bytes(run.recipe, config.shape) == pytest.approx(
         run.pairs.num * (math.prod(config.shape) + 24) + run.pairs.num_inverted * 2 * math.prod(config.shape)
