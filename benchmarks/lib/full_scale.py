@@ -14,6 +14,7 @@ from flowmap.flow.types import Cond, PathSample, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.precision import hold
 from flowmap.plan.plan import ResolvedRun, resolve
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.recipe import list_recipes
@@ -111,9 +112,10 @@ class Built:
     @staticmethod
     def of(scale: FullScale, device: torch.device, half: bool) -> Built:
         """half: the frozen networks are in bf16."""
-        frozen_dtype = torch.bfloat16 if half else torch.float32
         with torch.device(device):
-            frozen = [one.build().to(device, frozen_dtype).eval().requires_grad_(False) for one in scale.teachers]
+            frozen = [one.build().to(device).eval().requires_grad_(False) for one in scale.teachers]
+            for net in frozen:
+                hold(net, torch.bfloat16 if half else torch.float32)
             if scale.config.lora is None:
                 student = scale.config.build().to(device).train()
             else:  # the adapters' base is the teacher's network
