@@ -100,9 +100,9 @@ class DistillModule(L.LightningModule):
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
-            from flowmap.train.sharding import shard, shard_frozen
+            from flowmap.train.sharding import mesh_of, shard, shard_frozen
 
-            mesh = self.device_mesh["data_parallel"]
+            mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
             dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
                 shard(net, mesh, dtype=dtype)
