@@ -198,7 +198,7 @@ class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
     accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
-    and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
+    and gradients are checked on the device in every step, and the host reads the result so often; before anything is
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
