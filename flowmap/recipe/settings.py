@@ -67,9 +67,6 @@ class FromTeacher(BaseStudent):
         if self.time_embedding is not None:
             what = "a LoRA student keeps its teacher's frozen time embedding; leave it out"
             raise ValueError(f"student.time_embedding: {what}")
-        if recipe.trainer.strategy == "fsdp":
-            what = "a LoRA student, as its averages share its frozen base"
-            raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
         if recipe.trainer.frozen_precision != recipe.trainer.precision == "32":
             what = f"{recipe.trainer.teacher_precision!r} wants trainer.precision: bf16"
             raise ValueError(f"trainer.teacher_precision: {what} with a LoRA student, which has the teacher's weights")
