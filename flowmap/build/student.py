@@ -20,7 +20,7 @@ from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.plan.cards import lora_card
 from flowmap.plan.guidance import check_conditions
-from flowmap.plan.named_networks import stacked
+from flowmap.plan.named_networks import stacked, with_time_embedding
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import baked_scale
 from flowmap.recipe.kinds import TABLES, StudentSpec
@@ -116,7 +116,8 @@ def _net(run: ResolvedRun, data: DataOutline, start: StudentConfig | None) -> St
     """Return the settings of the student's network, checked against the data, the objective and its start."""
     recipe, net = run.recipe, run.recipe.student
     if start is not None:
-        net = stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
+        net = with_time_embedding(recipe, start.net) or start.net
+        net = stacked(net) if isinstance(recipe.student, Stacked) else net
         _check_start(run, data, start)
     _check_dropout(run, net)
     if data.sentences is not None:

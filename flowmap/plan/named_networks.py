@@ -6,14 +6,31 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowmap.base.schema import construct
+from flowmap.base.schema import RecipeError, construct, kind_of
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
+from flowmap.nets.time_embedding import EmbedsTimeSpec
 from flowmap.plan.cards import weights_folder
+from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
+from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.folder import read_config
 from flowmap.teachers.card import Card
+
+
+def with_time_embedding(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:
+    """Return the settings of the network that the student starts from, with the recipe's `time_embedding`.
+
+    Raises RecipeError if that network's time embedding cannot be replaced.
+    """
+    start = recipe.start
+    if not isinstance(start, (FromTeacher, FromRecipe)) or start.time_embedding is None or net is None:
+        return net
+    if isinstance(net, EmbedsTimeSpec):
+        return net if net.embeds_t else net.embedding_t()
+    what = f"a network of kind {kind_of(net, TABLES)} has no embedding of log-sigma or of 1,000 t; leave it out"
+    raise RecipeError(f"{recipe.name}: student.time_embedding: {what}")
 
 
 def stacked(net: StudentSpec) -> Stacked:
