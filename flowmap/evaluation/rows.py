@@ -97,8 +97,9 @@ class DrawnRow:
         chunks, first = iter(rebatched(drawn, self.starts.chunk)), 0
         while (samples := self._decoded(chunks)) is not None:
             self._write(samples[: max(0, self.starts.num_texts - first)])
-            at = partial(self.starts.conditions_at, first, len(samples))
-            yield DrawnBatch(samples.to(self.device), first, self.world, at)
+            conditions = partial(self.starts.conditions_at, first, len(samples))
+            captions = partial(self.starts.captions_at, first, len(samples))
+            yield DrawnBatch(samples.to(self.device), first, self.world, conditions, captions)
             first += len(samples)
 
     def _decoded(self, chunks: Iterator[Mapping[str, Tensor]]) -> Tensor | None:

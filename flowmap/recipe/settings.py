@@ -275,7 +275,9 @@ class Evaluation:
     Euler steps.
 
     classes: of generated samples, "data" for the frequencies of the held-out samples (of the training samples if there
-    are none), "uniform" for equal ones.
+    are none), "uniform" for equal ones. captions: a file with the captions of generated samples, one a line or COCO's
+    captions_*.json, of which each picture's first is used; they are taken in a fixed random order. Without it they are
+    those of the held-out samples.
     """
 
     teacher_steps: Calls = 64
@@ -283,6 +285,7 @@ class Evaluation:
     batch_size: Batch = 512
     seed: Seed = 1234
     classes: str = "data"
+    captions: str | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
