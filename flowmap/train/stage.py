@@ -45,7 +45,7 @@ from flowmap.train.logging import loggers_of, quiet_lightning
 from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
-from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
+from flowmap.train.strategy import AtomicCheckpointIO, on_gpus, strategy_for
 from flowmap.train.wandb_log import close_wandb
 
 WITHOUT_CHECKSUM = ", from a checkpoint without a checksum (flowmap 0.1 wrote none)"
@@ -91,7 +91,7 @@ def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillMo
 
 def device_of(recipe: Recipe) -> str:
     """The device of the recipe's networks outside a Lightning trainer."""
-    return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    return "cuda" if on_gpus(recipe) else "cpu"
 
 
 def run_stage(
