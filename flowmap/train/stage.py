@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.base.distributed import is_child
 from flowmap.base.files import copy_folder
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
+from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
@@ -37,6 +37,7 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.environment import Started
 from flowmap.train.finish import FitError, finish
 from flowmap.train.logging import loggers_of, quiet_lightning
 from flowmap.train.module import DistillModule, NotFinite
@@ -76,7 +77,7 @@ class Built:
 
 def device_of(recipe: Recipe) -> str:
     """The device of the recipe's networks outside a Lightning trainer."""
-    return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    return the_team().launch.device(recipe.trainer.accelerator)
 
 
 def run_stage(
@@ -212,7 +213,7 @@ def _trainer(
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=_callbacks(stage, student, clock, log),
             logger=False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), Started(the_team().launch, trainer.devices * trainer.num_nodes)],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
