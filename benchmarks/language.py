@@ -175,7 +175,7 @@ def asked(student, data, num: int) -> dict:
 
 
 def drawn(bench: Bench, look: Look, name: str, steps: int, guidance: float | None = None) -> dict:
-    """Figures of sentences of a student at so many steps; the first ten of seed 0 stand beside them."""
+    """Figures of sentences of a student at so many steps; with the first ten of seed 0."""
     student = bench.student(name)
     cond = {key: value for key, value in asked(student, look.data, bench.num).items() if key != "guidance"}
     if guidance is None and student.config.guidance is not None:

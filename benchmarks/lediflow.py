@@ -33,7 +33,7 @@ TIMED = 128  # samples of a draw that is timed
 ARMS = {  # arm -> (recipe's suffix, what is changed in it)
     "gaussian": ("-gaussian", ()),
     "learned": ("", ()),
-    "not told z": ("", ("prior.told=false",)),
+    "z not given": ("", ("prior.conditioning=false",)),
     "weight inverse_variance": ("", ("objective.weight.kind=inverse_variance",)),
     "weight variance": ("", ("objective.weight.kind=variance",)),
     "scale 0.7": ("", ("prior.scale=0.7",)),
@@ -72,7 +72,7 @@ def recipe_of(arm: str, options: argparse.Namespace, seed: int):
 
 
 def one_arm(arm: str, options: argparse.Namespace, seed: int) -> dict:
-    """Trains the arm, and what it needs, and looks at it."""
+    """Trains the arm, and what it needs, and measures it."""
     from flowmap.plan.run_folders import dependency_folder
     from flowmap.train.fit import fit
 

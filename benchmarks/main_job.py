@@ -135,7 +135,7 @@ def main() -> None:
         if not all(others):
             makes = f"`python benchmarks/main_job.py --recipe {arguments.against}`"
             raise SystemExit(f"--against: runs of {arguments.against} are missing: {makes} makes them")
-        beside(arguments.recipe, runs, arguments.against, others)
+        compare(arguments.recipe, runs, arguments.against, others)
 
 
 def report(recipe: str, runs: list[dict]) -> None:
@@ -151,7 +151,7 @@ def report(recipe: str, runs: list[dict]) -> None:
     write(f"main_job_{recipe}", {"question": __doc__.splitlines()[0], **payload})
 
 
-def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
+def compare(recipe: str, runs: list[dict], against: str, others: list[dict]) -> None:
     """A row for each sizes and number of steps: both medians, the ratio within a seed, and the seeds the first wins."""
     rows = []
     frechets = (("frechet", "the recipe's"), ("frechet_large", f"{LARGE} samples"))
@@ -171,7 +171,7 @@ def beside(recipe: str, runs: list[dict], against: str, others: list[dict]) -> N
         "columns": columns,
         "rows": rows,
     }
-    write("main_job_against", {"question": "The default recipe beside another, at full length.", **payload})
+    write("main_job_against", {"question": "The default recipe and another, at full length.", **payload})
 
 
 def over_seeds(runs: list[dict], key: str, sizes: str) -> list[list]:

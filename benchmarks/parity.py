@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ 
 from tests.export import test_custom, test_program, test_stock  # noqa: E402
 from tests.nets import test_diffusers_model, test_edm, test_edm2  # noqa: E402
 
-TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its scheduler's grid", "riding tangent"]
+TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its scheduler's grid", "dual tangent"]
 EXPORTS = ["export", "network", "steps", "largest difference"]
 EDM = {"ddpmpp": "EDM DDPM++", "ncsnpp": "EDM NCSN++", "adm": "EDM ADM"}
 NAMES = {

@@ -111,10 +111,10 @@ def train_all(rows: list[Row], seed: int, seconds: float) -> list[dict]:
         for training in running:
             training.step()
     look = read_recipe("digits").metrics[:1]
-    return [training.result(look) for training in trainings] + [beside(seed, look)]
+    return [training.result(look) for training in trainings] + [ours(seed, look)]
 
 
-def beside(seed: int, look: tuple) -> dict:
+def ours(seed: int, look: tuple) -> dict:
     """The teacher at its own number of steps, and real digits against real digits."""
     job = Job(TAUGHT, seed)
     recipe = replace(job.recipe, metrics=look, evaluation=replace(job.recipe.evaluation, teacher_extra_steps=()))
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training, each row at each seed")
     parser.add_argument("--rounds", type=int, default=40, help="rounds in which the losses are timed")
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours beside them"
+        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours"
     )
     parser.add_argument("--name", default="peers")
     parser.add_argument("--anew", action="store_true")

@@ -39,8 +39,8 @@ def ways() -> dict:
     emd = {mode: objective(AYFEMD(warmup_steps=0, derivative=mode)) for mode in ("dual", "forward", "difference")}
     return {
         "flow matching (plain)": (objective(FlowMatching()), Uniform()),
-        "ayf_emd, riding": (emd["dual"], Interval()),
-        "ayf_emd, riding, 25 % diagonal": (emd["dual"], Mixture(diagonal=0.25)),
+        "ayf_emd, dual forward": (emd["dual"], Interval()),
+        "ayf_emd, dual forward, 25 % diagonal": (emd["dual"], Mixture(diagonal=0.25)),
         "ayf_emd, one-sided difference": (emd["difference"], Interval()),
         "ayf_emd, torch.func.jvp, two passes": (emd["forward"], Interval()),
         "ayf_emd, torch.func.jvp, joint": (joint, Interval()),

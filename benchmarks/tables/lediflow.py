@@ -52,7 +52,7 @@ def _cells(runs: Sequence[Run], arm: str, i: int) -> list:
 
 
 def students(runs: Sequence[Run]) -> dict:
-    """The few-step students beside each other, and beside their own teachers at as many Euler steps."""
+    """The few-step students, and their own teachers at as many Euler steps."""
     rows = []
     for arm in STUDENTS:
         if done := [run for run in runs if arm in run]:
@@ -132,8 +132,8 @@ def saved(runs: Sequence[Run]) -> dict:
     It is given as a share of the Gaussian's cost.
     """
     each = [savings(run) for run in runs]
-    rows = [[f"{cost}, beside {beside}", _shares([one[f"{cost} / {beside}"] for one in each])]
-            for cost in ("flops", "seconds") for beside in ("50 steps", "cheapest")]  # fmt: skip
+    rows = [[f"{cost}, share of {whole}", _shares([one[f"{cost} / {whole}"] for one in each])]
+            for cost in ("flops", "seconds") for whole in ("50 steps", "cheapest")]  # fmt: skip
     rows.append(["the distance to reach", spread(one["target"] for one in each)])
     return {"columns": ["", "learned / Gaussian"], "rows": rows}
 

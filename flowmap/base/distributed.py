@@ -1,6 +1,7 @@
 """The rank of this process and the world size, before and after torch.distributed is set up."""
 
 import os
+from typing import Any
 
 from torch import distributed
 
@@ -25,3 +26,11 @@ def world_size() -> int:
 def rank() -> int:
     """The rank of this process in the group; 0 without a group."""
     return distributed.get_rank() if ready() else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in the order of ranks; values are small and can be pickled."""
+    found = [value] * world_size()
+    if ready():
+        distributed.all_gather_object(found, value)
+    return found

@@ -61,7 +61,7 @@ def evaluations_of(recipe: Recipe) -> float:
 
 
 def samples_of(recipe: Recipe) -> int:
-    return recipe.data.batch_size * recipe.trainer.accumulate
+    return recipe.batches.samples
 
 
 def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:

@@ -274,12 +274,12 @@ class PairedDataset:
 
     def _read_generated(self, pairs: Tensor) -> tuple[Tensor, ...]:
         assert self._generated is not None
-        table = self._generated.with_format("arrow")[pairs.tolist()]
+        table = self._generated[pairs.tolist()]
         return *self._common(table), starts_of(None, self._seed, pairs.tolist(), self._shape, sources_of(self.data)).x1
 
     def _read_inverted(self, pairs: Tensor) -> tuple[Tensor, ...]:
         assert self._inverted is not None
-        table = self._inverted.with_format("arrow")[(pairs - self.num_generated).tolist()]
+        table = self._inverted[(pairs - self.num_generated).tolist()]
         return *self._common(table), from_column(table, "x1", self._shape).float()
 
     def _common(self, table: Any) -> tuple[Tensor, ...]:

@@ -187,7 +187,8 @@ def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[s
         assert isinstance(distillation, ScoreDistillation)
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
-    return [*lines, _memory(run.recipe, costs), *_step(run.recipe, config, costs, throughput)]
+    split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
+    return [*lines, _memory(run.recipe, costs), *split, *_step(run.recipe, config, costs, throughput)]
 
 
 def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: float) -> list[str]:
@@ -196,7 +197,7 @@ def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: floa
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
-    samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
+    samples = recipe.batches.samples
     hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []

@@ -44,10 +44,9 @@ def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, 
     All processes call it, and each has its share. Raises ValueError if nothing is held out, or if the student needs
     classes and the data has none.
     """
-    x0, cond = data.held_out_samples()
+    x0, cond = data.held_out_samples(num)
     if not len(x0):
         raise ValueError(NOTHING_HELD_OUT)
-    x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
     prior = student.prior and student.prior.to(student.device)
     x0 = x0.to(student.device) if prior else x0
     start = start_of(

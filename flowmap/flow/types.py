@@ -249,6 +249,15 @@ class TrainerView(Protocol):
     @property
     def strategy(self) -> str: ...
 
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def teacher_precision(self) -> str: ...
+
+    @property
+    def frozen_precision(self) -> str: ...
+
 
 class RecipeView(Protocol):
     """What a part reads of the recipe that it belongs to, in `check`.

@@ -6,7 +6,6 @@ it; only "inception" gives the FID of papers. Never measure with the network tha
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from flowmap.base.images import to_bytes
 from flowmap.base.trust import allowed_attribute
+from flowmap.metrics.real import Device, Features, FrozenNetwork, Real, Rows, spread
 
 
 class PictureNet(nn.Module):
@@ -36,9 +36,9 @@ class Pixels(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, reference: Tensor):
+    def __init__(self, reference: Rows, device: Device = "cpu"):
         super().__init__()
-        self.register_buffer("scale", reference.double().std().clamp(min=1e-12))
+        self.register_buffer("scale", spread(reference, device).clamp(min=1e-12).to(device))
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).double() / self.scale
@@ -47,14 +47,27 @@ class Pixels(nn.Module):
 class PCA(nn.Module):
     """Pixels projected on the `dims` leading principal directions of the reference set (not whitened)."""
 
-    def __init__(self, reference: Tensor, dims: int = 32):
+    def __init__(self, reference: Rows, device: Device = "cpu", dims: int = 32):
         super().__init__()
-        self.pixels = Pixels(reference)
-        pixels = self.pixels(reference)
-        self.register_buffer("mean", pixels.mean(0))
-        directions = torch.linalg.eigh(pixels.T.cov().reshape(pixels.shape[1], -1)).eigenvectors
+        self.pixels = Pixels(reference, device)
+        mean, covariance = self._moments(reference, device)
+        self.register_buffer("mean", mean)
+        directions = torch.linalg.eigh(covariance).eigenvectors
         # eigh sorts upwards; there may be fewer than dims
         self.register_buffer("directions", directions[:, -dims:].flip(1))
+
+    def _moments(self, reference: Rows, device: Device) -> tuple[Tensor, Tensor]:
+        """The mean (D,) and the covariance (D, D) of the pixels; of samples on disk chunk by chunk."""
+        if isinstance(reference, Tensor):
+            pixels = self.pixels(reference.to(device))
+            return pixels.mean(0), pixels.T.cov().reshape(pixels.shape[1], -1)
+        real, count = Real(reference, device), len(reference)
+        mean = torch.stack([self.pixels(part).sum(0) for part in real.values()]).sum(0) / count
+        outer = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+        for part in real.values():
+            centred = self.pixels(part) - mean
+            outer += centred.T @ centred
+        return mean, outer / max(count - 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.pixels(x) - self.mean) @ self.directions
@@ -166,35 +179,7 @@ class CLIP(PictureNet):
         return self.net(pixel_values=((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std).image_embeds
 
 
-class Remembered(nn.Module):
-    """A network's features, with a cache of the last `capacity` distinct samples.
-
-    Real pictures pass through the network once, however many metrics and baselines use them.
-    """
-
-    capacity = 20_000
-
-    def __init__(self, net: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.net = net
-        self._known: dict[bytes, Tensor] = {}
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        keys = [
-            hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-            for row in x.detach().float().cpu().contiguous().numpy()
-        ]
-        new = [i for i, key in enumerate(keys) if key not in self._known]
-        if new:
-            self._known.update(zip([keys[i] for i in new], self.net(x[new]).cpu(), strict=True))
-        found = torch.stack([self._known[key] for key in keys]).to(x.device)
-        for key in list(self._known)[: max(0, len(self._known) - self.capacity)]:
-            del self._known[key]
-        return found
-
-
-FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
+FEATURES: dict[str, Callable[..., nn.Module]] = {
     "pixels": Pixels,
     "pca": PCA,
     "efficientnet_lite0": EfficientNetLite0,
@@ -203,17 +188,17 @@ FEATURES: dict[str, Callable[[Tensor], nn.Module]] = {
 }
 
 
-def build_features(name: str, reference: Tensor) -> Callable[[Tensor], Tensor]:
+def build_features(name: str, reference: Rows, device: Device = "cpu") -> Features:
     """The feature space of this name, fitted to the reference samples if it fits anything; frozen, in evaluation mode.
 
-    A name with a colon, "package.mod:attr", is an attribute of a module that the user allows (base/trust.py): a module
-    or function x -> (B, D), or a class that is made without arguments. Raises ValueError for an unknown name, and for
-    one with a missing package or missing weights.
+    It is on that device. A name with a colon, "package.mod:attr", is an attribute of a module that the user allows
+    (base/trust.py): a module or function x -> (B, D), or a class that is made without arguments. Raises ValueError for
+    an unknown name, and for one with a missing package or missing weights.
     """
     check_features(name)
     alone = ":" in name or needs_pictures(name)  # it is not fitted to the reference
-    found = _network(name) if alone else FEATURES[name](reference)
-    return found.eval().requires_grad_(False).to(reference.device) if isinstance(found, nn.Module) else found
+    found = _network(name) if alone else FEATURES[name](reference, device)
+    return found.eval().requires_grad_(False).to(device)
 
 
 def check_features(name: str) -> None:
@@ -251,9 +236,9 @@ def in_colour(x: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def _network(name: str) -> nn.Module:
     """A network that is not fitted to the reference, one for each process."""
-    return Remembered(_imported(name) if ":" in name else FEATURES[name](torch.empty(0)))
+    return FrozenNetwork(_imported(name) if ":" in name else FEATURES[name](torch.empty(0)))
 
 
-def _imported(name: str) -> Callable[[Tensor], Tensor]:
+def _imported(name: str) -> Features:
     found = allowed_attribute(name, "features")
     return found() if isinstance(found, type) else found

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.metrics.against import Against, HasReferences
+from flowmap.metrics.against import Against, HasReferences, count_real
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.real import Device, Features, Real, some
 from flowmap.metrics.spec import (
     MAX_SAMPLES,
     SAMPLES,
     Classes,
     Drawn,
+    DrawnBatch,
     InFeatures,
     Sizes,
     Spec,
     enough,
-    share,
-    some,
     within,
 )
 
@@ -55,22 +55,34 @@ class Samples(Spec):
 
     def build(self, reference: Tensor, like: Any = None) -> Any:
         """The metric with the reference (N, ...) already counted, in the feature space of `like`, if given."""
-        raise NotImplementedError
+        return self.build_from(Real(reference, reference.device), like)
+
+    def build_from(self, real: Real, like: Any = None, places: Tensor | None = None) -> Any:
+        """The metric on the device of `real`, with the samples at those places (default: all) already counted.
+
+        By default they are all read at once and given to `build`.
+        """
+        rows = torch.arange(len(real)) if places is None else places
+        return self.build(real.rows[rows].to(real.device), like).to(real.device)
 
     def report(self, metric: Any) -> dict[str, float]:
         """The figures of what the metric has counted, under their names."""
         raise NotImplementedError
 
-    def compare(self, data: HasReferences) -> Against:
+    def compare(self, data: HasReferences, device: Device = "cpu") -> Against:
         """The metric with each reference of the data already counted."""
-        return Against(self, data)
+        return Against(self, data, device)
 
-    def build_on(self, data: HasReferences) -> Against:
-        return self.compare(data)
+    def build_on(self, data: HasReferences, device: Device = "cpu") -> Against:
+        return self.compare(data, device)
+
+    def begin(self, metric: Against) -> None:
+        metric.reset()
+
+    def update(self, metric: Against, batch: DrawnBatch) -> None:
+        metric.update(batch.samples, world=batch.world)
 
     def measure(self, metric: Against, drawn: Drawn) -> dict[str, float]:
-        metric.reset()
-        metric.update(drawn.samples(self.images), world=drawn.world)
         return metric.report()
 
     def baseline(self, metric: Against, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
@@ -90,11 +102,28 @@ class Samples(Spec):
 
 
 class _InSpace(InFeatures, Samples):
-    """A metric of samples in a feature space that is fitted to the training samples."""
+    """A metric of samples in a feature space that is fitted to the training samples.
+
+    `reference_images` of the reference are counted, drawn with a fixed seed (None: all), a chunk at a time and each in
+    one process.
+    """
+
+    reference_images: int | None
 
     def __post_init__(self):
         super().__post_init__()
         within(self, reference_images=(self.least, MAX_SAMPLES))
+
+    def metric(self, features: Features, real: Real, like: Any) -> Any:
+        """The metric in that feature space, with nothing counted; like: as in `build`."""
+        raise NotImplementedError
+
+    def build_from(self, real: Real, like: Any = None, places: Tensor | None = None) -> Any:
+        features = build_features(self.features, real.rows, real.device) if like is None else like.features
+        metric = self.metric(features, real, like).to(real.device)
+        rows = torch.arange(len(real)) if places is None else places
+        count_real(self, metric, real, rows[some(len(rows), self.reference_images)], real=True)
+        return metric
 
     def features_of(self, metric: Any) -> Callable[[Tensor], Tensor]:
         return metric.features
@@ -112,17 +141,10 @@ class Frechet(_InSpace):
     reference_images: int | None = None
     kind: ClassVar[str] = "frechet"
 
-    def build(self, reference: Tensor, like: FrechetDistance | None = None) -> FrechetDistance:
-        """The metric with the reference (N, ...) already counted, each process a share of it.
-
-        like: a metric of which the feature space is used; without it the space is fitted to the reference.
-        """
+    def metric(self, features: Features, real: Real, like: FrechetDistance | None) -> FrechetDistance:
         from flowmap.metrics.frechet import FrechetDistance
 
-        features = build_features(self.features, reference) if like is None else like.features
-        metric = FrechetDistance(features, dims=_dims(features, reference)).to(reference.device)
-        metric.update(share(some(reference, self.reference_images)), real=True)
-        return metric
+        return FrechetDistance(features, dims=_dims(features, real))
 
     def bias(self, reference: int, generated: int) -> float:
         """Proportional to 1/n + 1/m for n samples of the reference and m generated ones."""
@@ -161,20 +183,16 @@ class PrecisionRecall(_InSpace):
         super().fits(data, conditional=conditional, paired=paired)
 
     @property
-    def reference_images(self) -> int:
+    def reference_images(self) -> int:  # type: ignore[override]  # a setting of the other metrics
         return self.images
 
     def compared(self, reference: int) -> int:
         return min(self.images, reference)
 
-    def build(self, reference: Tensor, like: PrecisionRecallScore | None = None) -> PrecisionRecallScore:
-        """The metric with the reference (N, ...) already counted, each process a share of it; like: as in Frechet."""
+    def metric(self, features: Features, real: Real, like: PrecisionRecallScore | None) -> PrecisionRecallScore:
         from flowmap.metrics.precision_recall import PrecisionRecallScore
 
-        features = build_features(self.features, reference) if like is None else like.features
-        metric = PrecisionRecallScore(features, self.k).to(reference.device)
-        metric.update(share(some(reference, self.images)), real=True)
-        return metric
+        return PrecisionRecallScore(features, self.k)
 
     def report(self, metric: PrecisionRecallScore) -> dict[str, float]:
         return {f"{name}_{short_name(self.features)}": float(value) for name, value in metric.compute().items()}
@@ -201,20 +219,15 @@ class MMD(_InSpace):
         if self.sigma is not None and not self.sigma > 0:
             raise ValueError(f"sigma: {self.sigma} must be above 0")
 
-    def build(self, reference: Tensor, like: MaximumMeanDiscrepancy | None = None) -> MaximumMeanDiscrepancy:
-        """The metric with the reference (N, ...) already counted, each process a share of it.
-
-        like: as in Frechet, and its sigma is used too.
-        """
+    def metric(self, features: Features, real: Real, like: MaximumMeanDiscrepancy | None) -> MaximumMeanDiscrepancy:
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
 
-        features = build_features(self.features, reference) if like is None else like.features
-        metric = MaximumMeanDiscrepancy(features, sigma=self.sigma or 1.0, unit=self.unit).to(reference.device)
+        metric = MaximumMeanDiscrepancy(features, sigma=self.sigma or 1.0, unit=self.unit)
         if like is not None:
             metric.sigma = like.sigma
         elif self.sigma is None:
-            metric.sigma = median_distance(metric.seen(some(reference, 1000)))
-        metric.update(share(some(reference, self.reference_images)), real=True)
+            few = real.all_features(features, some(len(real), 1000))
+            metric.sigma = median_distance(metric.scaled(few))
         return metric
 
     def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
@@ -245,18 +258,23 @@ class NearestNeighbour(InFeatures):
         if not data.num_held_out:
             raise ValueError("metrics: nearest_neighbour compares with held-out samples, and data.held_out is 0")
 
-    def compare(self, data: HasReferences) -> Neighbours:
+    def compare(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
         """The metric with the training samples already in the feature space."""
         from flowmap.metrics.nearest import Neighbours
 
-        return Neighbours(data, features=self.features, images=self.images, reference_images=self.reference_images)
+        count = self.reference_images
+        return Neighbours(data, features=self.features, images=self.images, reference_images=count, device=device)
 
-    def build_on(self, data: HasReferences) -> Neighbours:
-        return self.compare(data)
+    def build_on(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
+        return self.compare(data, device)
+
+    def begin(self, metric: Neighbours) -> None:
+        metric.reset()
+
+    def update(self, metric: Neighbours, batch: DrawnBatch) -> None:
+        metric.update(batch.samples, world=batch.world)
 
     def measure(self, metric: Neighbours, drawn: Drawn) -> dict[str, float]:
-        metric.reset()
-        metric.update(drawn.samples(self.images), world=drawn.world)
         return metric.report()
 
     def baseline(self, metric: Neighbours, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
@@ -277,9 +295,9 @@ METRICS: dict[str, type[Spec]] = {
 }
 
 
-def _dims(features, reference: Tensor) -> int:
+def _dims(features: Features, real: Real) -> int:
     with torch.no_grad():
-        found = features(reference[:2])
+        found = features(real.rows[:2].to(real.device))
     if found.ndim != 2 or len(found) != 2:
         raise ValueError(f"features must map (B, ...) to (B, D); for B = 2 they gave {tuple(found.shape)}")
     return found.shape[1]

@@ -28,6 +28,10 @@ from flowmap.nets.teacher_settings import check_network_settings, check_schedule
 
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
 BLOCKS = "transformer_blocks"
+# diffusers' names of the lists of blocks, in transformers and in the levels of U-Nets
+BLOCK_LISTS = (BLOCKS, "single_transformer_blocks", "resnets", "attentions", "downsamplers", "upsamplers")
+# parts of blocks that the model also calls outside their blocks
+CALLED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
 LARGEST_SETTING = 1 << 20
 LARGEST_DEPTH = 512
 
@@ -117,11 +121,18 @@ class DiffusersNet(nn.Module):
         given = _Conditions(type(self.model).__name__, {**missing, **cond})
 
         def predict(state: Tensor, time: Tensor) -> Tensor:
-            out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
+            out = self.call(self.model, state.to(self._state_dtype(state)), time, given)
             learned_variance = out.shape[1] == 2 * x.shape[1]
             return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def _state_dtype(self, state: Tensor) -> torch.dtype:
+        """The model's, or under autocast, which casts what layers take, that of the state."""
+        kind = state.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return state.dtype
+        return next(self.model.parameters()).dtype
 
     def train(self, mode: bool = True) -> DiffusersNet:
         """Keep the model in evaluation mode, except for the adapters' dropout.
@@ -156,6 +167,12 @@ class DiffusersNet(nn.Module):
         return weak
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The model's outermost repeated blocks in order, after parts of them that it also calls by themselves."""
+        alone = [self.model.get_submodule(name) for name in CALLED_ALONE.get(type(self.model).__name__, ())]
+        return [*alone, *_listed_blocks(self.model)]
+
+    @property
     def activation_checkpointing(self) -> bool:
         return bool(self.model.is_gradient_checkpointing)
 
@@ -163,6 +180,15 @@ class DiffusersNet(nn.Module):
     def activation_checkpointing(self, on: bool) -> None:
         if on:
             self.model.enable_gradient_checkpointing()
+
+
+def _listed_blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules in lists with one of the names in BLOCK_LISTS, without those inside another."""
+    found: list[nn.Module] = []
+    for name, child in module.named_children():
+        listed = isinstance(child, nn.ModuleList) and name in BLOCK_LISTS
+        found += child.children() if listed else _listed_blocks(child)
+    return found
 
 
 class _Extra:

@@ -97,6 +97,11 @@ class EDM2Net(nn.Module):
         return velocity_of(lambda scaled, noise: self.unet(scaled, noise, labels, extra), x, t, self.sigma_data)
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the encoder and the decoder in order."""
+        return [layer for layer in (*self.unet.enc.values(), *self.unet.dec.values()) if isinstance(layer, Block)]
+
+    @property
     def activation_checkpointing(self) -> bool:
         return self.unet.activation_checkpointing
 

@@ -7,8 +7,10 @@ Source: Align Your Flow, arXiv:2506.14603.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, broadcast_time
@@ -20,11 +22,12 @@ class FlowMapNet(nn.Module):
 
     decode: a differentiable function from latents to images, for objectives on images; train/ sets it during training.
     It is not a submodule: no state_dict contains it. uncertainty: the branch for learned loss weights (uncertainty.py),
-    in training only.
+    in training only. held: the precision of weights that precision.py has rounded, in which the network is computed.
     """
 
     net: Any  # one of nets/, or a module of another library
     decode: Callable[[Tensor], Tensor] | None = None
+    held: torch.dtype | None = None
     uncertainty: nn.Module | None
 
     def __init__(self, net: nn.Module):
@@ -34,7 +37,13 @@ class FlowMapNet(nn.Module):
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """F(x, t, s), shaped and typed like x. x (B, ...), t and s (B,)."""
-        return self.net(x, t, s, cond).to(x.dtype)
+        with self._precision(x.device.type):
+            return self.net(x, t, s, cond).to(x.dtype)
+
+    def _precision(self, device: str) -> AbstractContextManager:
+        if self.held is None or not torch.amp.is_autocast_available(device):  # the meta device has no autocast
+            return nullcontext()
+        return torch.autocast(device, self.held)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """The arrival point f(x, t, s); exactly x if s = t."""

@@ -17,6 +17,7 @@ from flowmap.base.ranges import (
     Seed,
     check_ranges,
 )
+from flowmap.base.schema import added
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
@@ -63,6 +64,9 @@ class FromTeacher(BaseStudent):
         if recipe.trainer.strategy == "fsdp":
             what = "a LoRA student, as its averages share its frozen base"
             raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
+        if recipe.trainer.frozen_precision != recipe.trainer.precision == "32":
+            what = f"{recipe.trainer.teacher_precision!r} wants trainer.precision: bf16"
+            raise ValueError(f"trainer.teacher_precision: {what} with a LoRA student, which has the teacher's weights")
         derivative = recipe.distillation.derivative
         if self.lora.dropout and derivative not in (None, "dual"):
             what = f"{self.lora.dropout} wants objective.derivative: dual; {derivative!r} would see another mask"
@@ -179,7 +183,11 @@ class ConstantEMA:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device."""
+    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
+
+    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
+    that of `precision`.
+    """
 
     steps: Count = 10_000
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
@@ -191,6 +199,7 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     checkpoint_every_steps: Count = 500
+    teacher_precision: str = added("auto")
 
     def __post_init__(self):
         check_ranges(self)
@@ -199,9 +208,15 @@ class Trainer:
             ("accelerator", accelerators),
             ("strategy", ("auto", "ddp", "fsdp")),
             ("precision", ("32", "bf16")),
+            ("teacher_precision", ("auto", "32", "bf16")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    @property
+    def frozen_precision(self) -> str:
+        """The precision of frozen weights: "32" or "bf16"."""
+        return self.precision if self.teacher_precision == "auto" else self.teacher_precision
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Figures(AtSteps):
         logs = module.loss_logs()
         (before, then), now = self._last, time.perf_counter()
         self._last = (done, now)
-        batch = module.recipe.data.batch_size * module.recipe.trainer.accumulate * trainer.world_size
+        batch = module.recipe.data.batch_size * module.recipe.batches.accumulate * trainer.world_size
         logs["speed/images_per_second"] = (done - before) * batch / (now - then)
         logs["speed/step_seconds"] = (now - then) / (done - before)
         logs["speed/memory_gib"] = peak_gib(module.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
@@ -93,10 +94,14 @@ class DistillModule(L.LightningModule):
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
-            from flowmap.train.strategy import shard
+            from flowmap.train.sharding import shard, shard_frozen
 
+            mesh = self.device_mesh["data_parallel"]
+            dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, self.device_mesh)
+                shard(net, mesh, dtype=dtype)
+            if self.teacher is not None and self.teacher.modules:
+                shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
@@ -110,12 +115,15 @@ class DistillModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = len(checkpoint["optimizer_states"])
+        if self.automatic_optimization:
+            _count_batches(checkpoint, self.recipe.batches.accumulate)
 
     def on_train_start(self) -> None:
         if self._restored not in (None, len(self.trainer.optimizers)):  # Lightning would go on with a fresh one
             raise ValueError(
                 f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}"
             )
+        self._check_processes()
         self._micro, self.begun = 0, True
         if self.teacher is not None:
             self.teacher.to(self.device)
@@ -124,12 +132,19 @@ class DistillModule(L.LightningModule):
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
 
+    def _check_processes(self) -> None:
+        """Raise RecipeError if a global batch was split for another number of processes than there are."""
+        batches, world = self.recipe.batches, self.trainer.world_size
+        if self.recipe.data.global_batch_size is not None and batches.processes != world:
+            settings = f"trainer.devices: {batches.devices} x trainer.num_nodes: {batches.nodes}"
+            raise RecipeError(f"{self.recipe.name}: {settings} does not agree with the {world} processes that run")
+
     @property
     def _split(self) -> dict[str, int]:
         """How the samples of a step are split over micro-batches and processes."""
         recipe = self.recipe
         ours = {"rank": self.global_rank, "world": self.trainer.world_size}
-        return {"batch_size": recipe.data.batch_size, "accumulate": recipe.trainer.accumulate, **ours}
+        return {"batch_size": recipe.data.batch_size, "accumulate": recipe.batches.accumulate, **ours}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """What `learn` draws from torch's own generator is a function of (seed, step, micro-batch, process)."""
@@ -146,7 +161,7 @@ class DistillModule(L.LightningModule):
         """The micro-batch's sample and the generator that drew it; sets the student's learning rate of the step."""
         x0, cond, *paired = batch
         step, micro = self.global_step, self._micro
-        self._micro = (micro + 1) % self.recipe.trainer.accumulate
+        self._micro = (micro + 1) % self.recipe.batches.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, first_place(step, micro, **self._split), len(x0), x0.device)
         x1 = paired[0] if paired else self.data.partners(x0, generator)
@@ -193,6 +208,17 @@ class DistillModule(L.LightningModule):
             if value.ndim == 1 and len(value) == len(t):
                 logs |= _by_time(key, value, t)
         return logs
+
+
+def _count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Make the counters of micro-batches in a checkpoint those of a run with `accumulate` of them a step.
+
+    Lightning steps the optimizer when that number divides its counter, and the run may have had another one before.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    shift = checkpoint["global_step"] * accumulate - progress["current"]["ready"]
+    for counters in (progress["total"], progress["current"]):
+        counters.update({key: count + shift for key, count in counters.items()})
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,11 +25,13 @@ from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
-from flowmap.nets.flow_map import mismatch
+from flowmap.nets.flow_map import FlowMapNet, mismatch
+from flowmap.nets.precision import hold
 from flowmap.plan.data_folders import data_of
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
+from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS
@@ -68,11 +70,23 @@ class Built:
         student = build_student(recipe, config, teacher)
         module = module_of(recipe, config, student, teacher, data, build_samples(recipe, data))
         module.prior = prior
+        _hold_frozen(recipe, teacher, module)
         if recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
             nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
             for net in nets:
                 net.net.compile()
         return Built(data, teacher, config, prior, module)
+
+
+def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillModule) -> None:
+    """Round frozen weights to bfloat16 where the recipe asks for it; all that starts from them has been built."""
+    if teacher is None or recipe.trainer.frozen_precision != "bf16":
+        return
+    for net in teacher.modules:
+        hold(cast(FlowMapNet, net), torch.bfloat16)
+    if recipe.lora is not None:  # the base is the teacher's; adapters and their averages are not rounded
+        for net in (module.student, *module.averages):
+            net.held = torch.bfloat16
 
 
 def device_of(recipe: Recipe) -> str:
@@ -90,6 +104,8 @@ def run_stage(
     """
     recipe, folder = stage.recipe, stage.folder
     built = Built.of(recipe)
+    if recipe.batches.split and not again:
+        log(f"batch: {recipe.batches}")
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
     checked: dict[str, float] = {}
     if not start and not is_child():
@@ -125,6 +141,9 @@ def _resumed_step(folder: Path, module: DistillModule, *, again: bool, log: LogF
         check_step(folder, start)
     elif start:
         log(f"resuming at step {start}{'' if has_checksum(checkpoint) else WITHOUT_CHECKSUM}")
+        was = read_resolved(folder / "recipe.yaml").batches
+        if was != module.recipe.batches:
+            log(f"its steps before were split otherwise, which changes rounding alone: {was}")
     return start
 
 
@@ -209,7 +228,7 @@ def _trainer(
             precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
             max_steps=steps,
             # a module that steps its optimizers itself also accumulates and clips itself
-            accumulate_grad_batches=trainer.accumulate if automatic else 1,
+            accumulate_grad_batches=recipe.batches.accumulate if automatic else 1,
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=_callbacks(stage, student, clock, log),
             logger=False,

@@ -187,7 +187,7 @@ def rates(family, mode):
 
 
 def from_the_reference_tangent(family):
-    """The riding tangents beside torch.func.jvp, float64: see parity.of_rates."""
+    """The dual tangents against torch.func.jvp, float64: see parity.of_rates."""
     return parity.of_rates(rates(family, "dual"), rates(family, "forward"))
 
 

@@ -99,7 +99,7 @@ def test_it_is_finite_and_steady_at_both_ends():
 
 
 def from_the_reference_tangent():
-    """The riding tangents beside torch.func.jvp, float64: see parity.of_rates."""
+    """The dual tangents against torch.func.jvp, float64: see parity.of_rates."""
     net = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=True, guidance=True))).double()
     x, t, label = inputs()
     x, t, v = (

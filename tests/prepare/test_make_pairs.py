@@ -3,6 +3,7 @@
 Pairs of another recipe are refused.
 """
 
+import copy
 import json
 import os
 import resource
@@ -87,6 +88,17 @@ def test_noise_is_a_function_of_seed_and_pair_and_batches_of_pairs(recipe):
     assert not torch.equal(noise_of(0, 1, (2,)), noise_of(1, 0, (2,))) and noise_of(3, 7, (4, 5)).shape == (4, 5)
 
 
+def test_reading_a_batch_copies_no_table_of_shards(recipe, monkeypatch):
+    make_pairs(recipe())
+    pairs = opened(recipe())
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("a copy of the table takes 100 ms with 1,300 shards")
+
+    monkeypatch.setattr(copy, "deepcopy", refuse)
+    assert len(pairs.__getitems__([0, 5, 62])[0]) == 3
+
+
 def test_processes_make_what_one_makes_and_a_second_call_changes_nothing(recipe, tmp_path):
     one = make_pairs(recipe(), tmp_path / "one", batch_size=4)
     for rank in (2, 0, 1):
@@ -152,9 +164,8 @@ def test_killed_at_any_moment_or_made_by_two_at_once_they_are_the_same(recipe, t
     given = recipe("coupling.solver.steps=4", f"coupling.root={tmp_path / 'killed'}")
     make_pairs(given, batch_size=4)
     assert files(tmp_path / "killed") == files(tmp_path / "two") == files(tmp_path / "whole")
-    assert [row["pair"] for table in (opened(given)._generated, opened(given)._inverted) for row in table] == list(
-        range(63)
-    )
+    tables = (opened(given)._generated, opened(given)._inverted)
+    assert [pair for table in tables for pair in table.data["pair"].to_pylist()] == list(range(63))
 
 
 def test_a_full_disk_names_the_shard_and_loses_nothing(recipe, tmp_path):
@@ -327,9 +338,9 @@ def test_text_is_kept_as_a_row_of_the_data_and_given_back(tmp_path):
         x1 - x0, cond["pooled"][:, :1, None, None].expand_as(x0), rtol=0, atol=2e-2
     )  # half precision of 10
     assert all(one["guidance"].tolist() == [2.0] * len(one["guidance"]) for one in teacher.asked)
-    place = torch.tensor(pairs._inverted["place"])
+    place = torch.tensor(pairs._inverted.data["place"].to_pylist())
     assert len(set(place.tolist())) == 10 and torch.equal(x0[40:], data.__getitems__(place.tolist())[0])
-    order = torch.tensor(pairs._generated["place"])
+    order = torch.tensor(pairs._generated.data["place"].to_pylist())
     assert sorted(order[: len(data)].tolist()) == list(range(len(data)))  # every text once before any comes again
 
 

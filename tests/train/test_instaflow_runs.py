@@ -95,7 +95,7 @@ def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
 TINY = """
 data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, text: {{source: {pipe}}}, held_out: 4,
   reference_images: 8,
-        batch_size: 4}}
+        batch_size: 4, global_batch_size: 4}}
 trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu,
   checkpoint_every_steps: 2}}
 metrics: [{{kind: frechet, features: pixels, images: 8}}]

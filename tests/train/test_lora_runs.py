@@ -18,6 +18,7 @@ from flowmap.nets.lora import fingerprint
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
+from flowmap.train.stage import Built
 from flowmap.train.strategy import read_checkpoint
 from tests.support.tiny_nets import dit, with_random_weights
 
@@ -85,6 +86,23 @@ def test_a_run_keeps_adapters_and_branches_alone(place, run):
     assert all(set(read_tensors(path)) == set(shipped) for path in (run / "ema").iterdir())
     adapters = [(tensor, name) for name, tensor in shipped.items() if ".lora_B." in name]
     assert adapters and all(bool(tensor.any()) for tensor, _ in adapters), "they are trained"
+
+
+def test_in_bf16_the_base_is_held_in_bfloat16_and_the_adapters_are_not(place, tmp_path):
+    recipe = flowmap.read_recipe(place / "plain.yaml", ["trainer.precision=bf16"])
+    built = Built.of(recipe)
+    student, average = built.module.student.net, built.module.averaged.net
+    for name, p in student.named_parameters():
+        assert p.dtype == (torch.bfloat16 if ".base_layer.weight" in name else p.dtype), name
+        assert not trained(name) or p.dtype == torch.float32, name
+    assert all(p.dtype == torch.float32 for name, p in average.named_parameters() if trained(name))
+    base = next(p for name, p in student.named_parameters() if ".base_layer.weight" in name)
+    assert any(p is base for p in average.parameters())
+    assert any(p is base for p in built.teacher.network.flow_map.parameters())
+    whole = fit(recipe, tmp_path / "run", log=quiet).folder
+    state = read_tensors(whole / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert load_student(whole).sample(2, steps=1, cond={"class": 1}).isfinite().all()
 
 
 def test_the_base_is_shared_and_unchanged(place, run):
