@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 STATUS = os.EX_TEMPFAIL  # 75: try again later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,11 +50,21 @@ def handle(number: int, frame: FrameType | None = None) -> None:
         check()
 
 
-def check(what: str = "--resume auto goes on") -> None:
+def check() -> None:
     """Raise Preempted if a signal asks this process to end and it has not been raised yet."""
     if requested() and not _Request.raised:
-        _Request.raised = True
-        raise Preempted(f"ended by {_Request.name}; {what}")
+        end("what is finished is kept")
+
+
+def end(what: str) -> NoReturn:
+    """Raise Preempted; later signals change nothing."""
+    _Request.raised = True
+    raise Preempted(f"ended by {_Request.name or 'a signal to another process'}; {what}")
+
+
+def postpone() -> None:
+    """The Preempted that was raised has been caught: the caller ends later, by `end`."""
+    _Request.raised = False
 
 
 def pass_on() -> None:

@@ -225,8 +225,9 @@ class Team:
                 failed_at = failed_at or (time.monotonic() if failed else 0.0)
                 if failed and time.monotonic() - failed_at > GRACE:  # it hangs in a collective
                     os._exit(failed[0])
-        except distributed.DistError:
-            pass
+        except distributed.DistError:  # the first process, which has the store, has ended
+            if not self._ending.wait(GRACE):
+                os._exit(1)
 
     def _child_ended(self, status: int) -> None:
         """A process that this one started has failed, and this one does not end by itself."""

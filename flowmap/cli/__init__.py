@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from flowmap.base.distributed import is_child
-from flowmap.base.preempt import STATUS, Preempted
+from flowmap.base.preempt import STATUS, Preempted, preemptible
 from flowmap.base.trust import allow_import
 from flowmap.cli.parser import parse
 from flowmap.cli.terminal import plain_warnings
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in arguments.imports or ():
             allow_import(name)
-        with plain_warnings():
+        with plain_warnings(), preemptible():
             return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
         return _say_error(error, 2)

@@ -187,6 +187,9 @@ class Trainer:
 
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
     that of `precision`.
+
+    checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
+    that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
     """
 
     steps: Count = 10_000
@@ -200,6 +203,9 @@ class Trainer:
     compile: bool = False
     checkpoint_every_steps: Count = 500
     teacher_precision: str = added("auto")
+    checkpoint_every_minutes: Annotated[float, Range(0, 1_000_000, above=True)] | None = added(None)
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = added(1)
+    milestone_every_steps: CountFromZero = added(0)
 
     def __post_init__(self):
         check_ranges(self)

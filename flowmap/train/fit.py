@@ -29,7 +29,9 @@ from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.train.checkpoints import repair
 from flowmap.train.clock import Clock
+from flowmap.train.extend import extend as extend_run
 from flowmap.train.finish import FitError
 from flowmap.train.make import make, waiting_for
 from flowmap.train.processes import check_processes, processes_of
@@ -59,14 +61,16 @@ class Wanted:
     overwrite: bool
     shared: bool
     clock: Clock | None
+    extend: bool = False
 
 
 def fit(
     recipe: Recipe,
     out: str | Path | None = None,
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     overwrite: bool = False,
+    extend: bool = False,
     log: LogFunction | None = None,
     clock: Clock | None = None,
     shared: bool = False,
@@ -74,9 +78,12 @@ def fit(
     """Train the recipe, and first whatever it needs; stages that are complete and unchanged are skipped.
 
     out: the run folder, default runs/<recipe name>. A folder that has another run, or an unfinished one, is touched
-    only with resume or overwrite. clock: counts the seconds of the recipe's own training, and may end it before its
-    last step. shared: if another process fills the folder, wait for it, as for whatever the recipe needs. Raises
-    RecipeError for a user's mistake, FitError if training had to stop, Preempted if a signal asked for it.
+    only with resume or overwrite. resume: "auto" also waits for another process that still ends in the folder, so that
+    one command starts, resumes or finds the run finished. extend: go on with the folder's run although the recipe has
+    another trainer.steps, optimizer.lr or optimizer.schedule. clock: counts the seconds of the recipe's own training,
+    and may end it before its last step. shared: if another process fills the folder, wait for it, as for whatever the
+    recipe needs. Raises RecipeError for a user's mistake, FitError if training had to stop, Preempted if a signal asked
+    for it.
     """
     log = silent if is_child() else log or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
@@ -84,9 +91,14 @@ def fit(
         raise RecipeError(
             f"{recipe.name}: {', '.join(recipe.missing())}: must be given, as key=value or in a recipe of your own"
         )
+    if resume not in (False, True, "auto"):
+        raise ValueError(f"resume: {resume!r} is not one of False, True, 'auto'")
+    if overwrite and (resume == "auto" or extend):
+        raise ValueError("--overwrite: starts a new run; --resume auto and --extend go on with the one that is there")
     run, team = resolve(recipe, folder), the_team()
+    wanted = Wanted(bool(resume) or extend, overwrite, shared or resume == "auto", clock, extend)
     with preemptible(), team.failing(_status):
-        _fit(run, team, Wanted(resume, overwrite, shared, clock), log)
+        _fit(run, team, wanted, log)
     return Run(folder, read_json(folder / "metrics.json") if team.first else {})
 
 
@@ -108,6 +120,8 @@ def _fit(run: Stage, team: Team, wanted: Wanted, log: LogFunction) -> None:
         again = False
         if team.first:
             recover(run.folder, log)
+            if wanted.extend:
+                extend_run(run, log)
             guard(run, resume=wanted.resume, overwrite=wanted.overwrite)
             check_stages(stages, again=wanted.overwrite)  # before pictures are encoded for hours
             again = not wanted.overwrite and measures_again(run, resume=wanted.resume, log=wanted.clock is None)
@@ -168,6 +182,8 @@ def _train(stage: Stage, team: Team, wanted: Wanted, again: bool, label: str, lo
     devices, nodes = processes_of(stage.recipe)
     if devices * nodes < team.launch.world:
         log(f"{label}: on {devices * nodes} of {team.launch.world} processes; the others wait")
+    if wanted.resume and not wanted.overwrite:
+        team.decide(lambda: repair(stage.folder, log))
     with team.group(devices * nodes, device_of(stage.recipe)) as member:
         if member:
             run_stage(stage, resume=wanted.resume, overwrite=wanted.overwrite, again=again, log=log, clock=wanted.clock)

@@ -14,8 +14,10 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from flowmap.base import preempt
 from flowmap.base.distributed import is_child
 from flowmap.base.files import copy_folder
+from flowmap.base.preempt import STATUS, Preempted
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
@@ -35,10 +37,11 @@ from flowmap.recipe import Recipe
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.student import Student
+from flowmap.train.agree import Agree, agreement
 from flowmap.train.artifacts import ARTIFACTS
 from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
-from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
+from flowmap.train.checkpoint_file import checkpoint_step, has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.environment import Started
 from flowmap.train.finish import FitError, finish
@@ -127,8 +130,8 @@ def run_stage(
         _train(trainer, built.module, folder / LAST if start else None, clock)
         finish(stage, student, built.module, trainer, time.perf_counter() - started, log, clock, again=again)
         close_wandb(0)
-    except BaseException:
-        close_wandb(1)
+    except BaseException as error:
+        close_wandb(STATUS if isinstance(error, Preempted) else 1, preempted=isinstance(error, Preempted))
         if not is_child() and put_back(folder):
             log(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
         raise
@@ -190,16 +193,20 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with restoring(checkpoint, lambda: module.begun):
+        with preempt.held(), restoring(checkpoint, lambda: module.begun):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
-    except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(
-            f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}"
-        ) from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored, or to SIGTERM
+        if not isinstance(error, Preempted) and not preempt.requested():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt(
+                f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}"
+            ) from error
+    if agreement(trainer).ended or preempt.requested():
+        where = "the checkpoint of that step" if agreement(trainer).ended else "the last checkpoint"
+        preempt.end(f"at step {trainer.global_step}; --resume goes on from {where}")
     if trainer.global_step < trainer.max_steps and not (clock and clock.spent):
         raise FitError(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}; "
@@ -211,7 +218,7 @@ def _last_checkpoint(trainer: L.Trainer) -> str:
     last = Path(trainer.default_root_dir) / LAST
     if not last.exists():
         return "no checkpoint was kept yet"
-    return f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})"
+    return f"the last good checkpoint is {last} (step {checkpoint_step(last)})"
 
 
 def _trainer(
@@ -248,4 +255,5 @@ def _callbacks(stage: Stage, student: Student, clock: Clock | None, log: LogFunc
     """The averages come first, so that all others see them; the clock encloses the rest."""
     every = stage.recipe.log.every_steps
     rest: list[Any] = [Bar(every, log), Figures(every), *ARTIFACTS[stage.recipe.artifact].shows(stage, student, log)]
-    return [Average(), *rest] if clock is None else [Average(), clock, *rest, clock.restart]
+    first = [Average(), Agree(stage.recipe.trainer.checkpoint_every_minutes)]
+    return [*first, *rest] if clock is None else [*first, clock, *rest, clock.restart]
