@@ -17,6 +17,7 @@ from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
 from flowmap.metrics.flow_specs import NOTHING_HELD_OUT
+from flowmap.plan.plan import resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.student.student import Student
@@ -69,7 +70,7 @@ def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gui
         return held_out_samples(recipe, student, data, num, guidance)
     settings = recipe.coupling
     fresh = replace(settings, seed=settings.seed + 1 + abs(recipe.evaluation.seed), num=num, inverted=0.0)
-    maker = Maker.of(recipe.changed(coupling=fresh), student.device)
+    maker = Maker.of(resolve(recipe.changed(coupling=fresh)), student.device)
     num_inverted = round(num * settings.inverted)
     parts = [_generated(maker, student, _mine(num - num_inverted).tolist(), recipe.evaluation.batch_size, guidance)]
     if num_inverted:
@@ -89,7 +90,7 @@ def loss_by_time(
 ) -> dict[float, float]:
     """The mean squared error per value of the student's velocity at each time, over draws of its own coupling."""
     spec = LossByTime(images, tuple(times))
-    draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
+    draws = coupled_draws(recipe, student, build_data(resolve(recipe)) if data is None else data, images, guidance)
     metric = spec.build()
     for place, predicted, vt in velocities(recipe, student.flow_map.velocity, draws, spec.times):
         metric.update(place, predicted, vt)

@@ -14,7 +14,8 @@ from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS, Ended
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, metric_logs, peak_gib
 from flowmap.train.clock import Clock
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.finite import NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.run_folder import NOT_DRAWN
 
 METRICS = "metrics.json"

@@ -22,9 +22,9 @@ from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import Team, the_team
 from flowmap.estimate.dry_run import check_stages
-from flowmap.plan.data_folders import pairs_of
 from flowmap.plan.pictures import describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student
@@ -196,11 +196,11 @@ def _log_complete(label: str, stage: Needed, log: LogFunction) -> None:
         log(line)
 
 
-def _made(stage: Encoding | Pairing) -> str:
+def _made(stage: Encoding | Pairing | ReferenceStatistics) -> str:
     """What the stage makes, in words."""
-    return (
-        f"{pairs_of(stage.recipe).num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
-    )
+    if isinstance(stage, Pairing):
+        return f"{stage.run.pairs.num} pairs ->"
+    return f"its pictures -> {stage.makes} in"
 
 
 def silent(message: str) -> None: ...

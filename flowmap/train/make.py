@@ -1,4 +1,4 @@
-"""Data that a stage needs on disk: latents or pairs, made by all processes of the command, each its own shards."""
+"""What a stage needs on disk, latents, pairs or reference statistics, is made by all processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
 from flowmap.plan.plan import Encoding, Pairing
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import make_pairs
+from flowmap.prepare.reference import make_reference
 from flowmap.prepare.write import making
 from flowmap.train.stage import device_of
 
@@ -23,8 +25,11 @@ def waiting_for(label: str, folder: Path, log: LogFunction) -> Callable[[], None
     return lambda: log(f"{label}: another flowmap process is filling {folder}; waiting for it")
 
 
-def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None] | None = None) -> None:
-    """Make the encoded data set or the pairs of the stage, or the missing part. RecipeError names the recipe."""
+OnDisk = Encoding | Pairing | ReferenceStatistics
+
+
+def make(stage: OnDisk, log: LogFunction, waiting: Callable[[], None] | None = None) -> None:
+    """Make what the stage puts on disk, or the missing part. RecipeError names the recipe."""
     try:
         _make(stage, log, waiting)
     except RecipeError:
@@ -33,20 +38,20 @@ def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None
         raise RecipeError(f"{stage.recipe.name}: {error}") from error
 
 
-def _make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None] | None) -> None:
+def _make(stage: OnDisk, log: LogFunction, waiting: Callable[[], None] | None) -> None:
     team, device = the_team(), device_of(stage.recipe)
     rank, world = team.launch.rank, team.launch.world
 
     def made(rank: int) -> bool:
         part = (rank, world)
+        if isinstance(stage, ReferenceStatistics):
+            return make_reference(stage, shard=part, device=device, log=log, waiting=waiting) is not None
         if isinstance(stage, Pairing):
-            index = make_pairs(stage.recipe, stage.folder, shard=part, device=device, log=log, waiting=waiting)
-        else:
-            index = encode(stage.spec, stage.folder, shard=part, device=device, log=log, waiting=waiting)
-        return index is not None
+            return make_pairs(stage.run, stage.folder, shard=part, device=device, log=log, waiting=waiting) is not None
+        return encode(stage.spec, stage.folder, shard=part, device=device, log=log, waiting=waiting) is not None
 
     def busy(missing: int) -> None:
-        done = len(list(stage.folder.glob("shard-*.arrow")))
+        done = len(list(stage.folder.glob("shard-*.json")))
         log(f"{stage.recipe.name}: {missing} of {world} processes still make shards of {stage.folder}; {done} are made")
 
     # the lock that a command with one process has, so that two commands do not make the same shards twice

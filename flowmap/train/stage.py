@@ -30,7 +30,6 @@ from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.nets.precision import hold
-from flowmap.plan.data_folders import data_of
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
@@ -43,10 +42,12 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import checkpoint_step, has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.device import fast_matmul
 from flowmap.train.environment import Started
 from flowmap.train.finish import FitError, finish
+from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
@@ -66,16 +67,16 @@ class Built:
     module: DistillModule
 
     @staticmethod
-    def of(recipe: Recipe) -> Built:
-        data = build_data(recipe)
-        teacher = build_teacher(recipe, data)
-        config = student_config(recipe, data, teacher)
-        prior = build_prior(recipe)
-        student = build_student(recipe, config, teacher)
-        module = module_of(recipe, config, student, teacher, data, build_samples(recipe, data))
+    def of(stage: Stage) -> Built:
+        data = build_data(stage)
+        teacher = build_teacher(stage, data)
+        config = student_config(stage, data, teacher)
+        prior = build_prior(stage)
+        student = build_student(stage, config, teacher)
+        module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
-        _hold_frozen(recipe, teacher, module)
-        if recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
+        _hold_frozen(stage.recipe, teacher, module)
+        if stage.recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
             nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
             for net in nets:
                 net.net.compile()
@@ -107,7 +108,7 @@ def run_stage(
     finished run again, without training. The caller has the lock on the folder.
     """
     recipe, folder = stage.recipe, stage.folder
-    built = Built.of(recipe)
+    built = Built.of(stage)
     if recipe.batches.split and not again:
         log(f"batch: {recipe.batches}")
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
@@ -183,17 +184,17 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
     stamp(folder, stage.recipe)
     coders = (built.config.autoencoder, built.config.text_autoencoder)
     if any(coder is not None and coder.source == SHIPPED_AUTOENCODER for coder in coders):
-        source = Path(data_of(stage.recipe).autoencoder.source)
+        source = Path(stage.data.autoencoder.source)
         ours = lambda path: path.parent == source and path.name in STUDENT
         copy_folder(source, folder / "student" / SHIPPED_AUTOENCODER, ours)
     if built.prior is not None:
-        write_prior(stage.recipe, built.prior, folder / "student")
+        write_prior(stage, built.prior, folder / "student")
 
 
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with preempt.held(), restoring(checkpoint, lambda: module.begun):
+        with preempt.held(), restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error

@@ -11,7 +11,7 @@ from conftest import FLOW
 import flowmap
 from flowmap.nets import Stacked
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.plan.plan import Pairing, Stage, plan
+from flowmap.plan.plan import Pairing, Stage, plan, resolve
 from flowmap.plan.provenance import baked_scale
 from flowmap.recipe import read_recipe
 
@@ -88,8 +88,8 @@ def test_one_fit_builds_all_that_leads_to_one_step(chain, tmp_path, command):
     ],
 )
 def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
-    assert baked_scale(read_recipe(f"instaflow/{name}")) == scale
-    assert baked_scale(read_recipe("digits")) is None
+    assert baked_scale(resolve(read_recipe(f"instaflow/{name}"))) == scale
+    assert baked_scale(resolve(read_recipe("digits"))) is None
 
 
 TINY = """
