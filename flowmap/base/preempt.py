@@ -69,7 +69,8 @@ def postpone() -> None:
 
 def pass_on() -> None:
     """Ask this process to end, from another thread: another process of the command was asked."""
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    if signal.SIGUSR1 in _Request.ours:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
 
 @contextmanager

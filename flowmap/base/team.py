@@ -127,6 +127,8 @@ class Team:
             if self.store is None or isinstance(error, ProcessFailed):
                 raise
             first = self._publish(code(error), " ".join(str(error).split()) or type(error).__name__)
+            if isinstance(error, preempt.Preempted):
+                self._let_first_end()
             if first is not None and (type(error) is RuntimeError or isinstance(error, distributed.DistError)):
                 raise ProcessFailed(first) from error
             raise
@@ -201,6 +203,18 @@ class Team:
         except distributed.DistError:
             return "the first process has ended"
 
+    def _let_first_end(self) -> None:
+        """End after the first process, which closes the logs: srun kills the others when one has ended."""
+        assert self.store is not None
+        try:
+            if self.first:
+                self.store.set("ended", "")
+            until = time.monotonic() + 4 * GRACE
+            while not self.first and not self.store.check(["ended"]) and time.monotonic() < until:
+                time.sleep(POLL)
+        except distributed.DistError:
+            pass
+
     def _failure(self) -> tuple[int, str] | None:
         """Exit status and message of the first process that has failed."""
         assert self.store is not None
@@ -223,17 +237,24 @@ class Team:
                     preempt.pass_on()
                 failed = self._failure()
                 failed_at = failed_at or (time.monotonic() if failed else 0.0)
-                if failed and time.monotonic() - failed_at > GRACE:  # it hangs in a collective
-                    os._exit(failed[0])
+                if failed and time.monotonic() - failed_at > self._grace(failed[0]):  # it hangs in a collective
+                    self._give_up(*failed)
         except distributed.DistError:  # the first process, which has the store, has ended
             if not self._ending.wait(GRACE):
                 os._exit(1)
 
+    def _grace(self, code: int) -> float:
+        return 4 * GRACE if code == preempt.STATUS else GRACE
+
     def _child_ended(self, status: int) -> None:
         """A process that this one started has failed, and this one does not end by itself."""
         failed = self._failure() if self.store is not None else None
-        print(f"flowmap: {failed[1] if failed else f'a process ended with status {status}'}", file=sys.stderr)
-        os._exit(failed[0] if failed else 1)
+        self._give_up(*(failed or (1, f"a process ended with status {status}")))
+
+    def _give_up(self, code: int, line: str) -> None:
+        if self.first:
+            print(f"flowmap: {line}", file=sys.stderr, flush=True)
+        os._exit(code)
 
 
 @functools.cache

@@ -23,11 +23,17 @@ GO_ON, SAVE, END = 0, 1, 2
 class Agree(L.Callback):
     """Has `due` set while the callbacks of a step run after which a checkpoint is saved; `ended` if the run ends there.
 
-    minutes: save a checkpoint whenever the last one is older; None for never.
+    minutes: save a checkpoint whenever the last one is older; None for never. at_once: the steps after which samples
+    are drawn or measured, before which the processes wait for each other's answer: a run that ends there draws none.
     """
 
-    def __init__(self, minutes: float | None = None, now: Callable[[], float] = time.monotonic):
-        self.minutes, self.now = minutes, now
+    def __init__(
+        self,
+        minutes: float | None = None,
+        at_once: Callable[[int], bool] = lambda done: False,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self.minutes, self.at_once, self.now = minutes, at_once, now
         self.due, self.ended, self._saved, self._seen = False, False, 0.0, -1
         self._wishes: torch.Tensor | None = None
         self._work: distributed.Work | None = None
@@ -58,23 +64,25 @@ class Agree(L.Callback):
         self._saved = self.now()
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        self._answer()
 
     def _agreed(self, wish: int, trainer: L.Trainer) -> int:
         """The largest wish of all processes; with several, of the step before."""
         if trainer.world_size == 1:
-            return wish if trainer.is_global_zero else GO_ON
-        agreed = GO_ON
-        if self._work is not None and self._wishes is not None:
-            self._work.wait()
-            agreed = int(self._wishes)
-        if wish == SAVE and not trainer.is_global_zero:  # one clock, the first process's
-            wish = GO_ON
+            return wish
+        wish = GO_ON if wish == SAVE and not trainer.is_global_zero else wish  # one clock, the first process's
+        agreed = self._answer()
         self._wishes = torch.tensor(wish)
         self._work = distributed.all_reduce(self._wishes, distributed.ReduceOp.MAX, async_op=True)
-        return agreed
+        return max(agreed, self._answer()) if self.at_once(self._seen) else agreed
+
+    def _answer(self) -> int:
+        """The result of the reduction that has been started, if one has."""
+        if self._work is None or self._wishes is None:
+            return GO_ON
+        self._work.wait()
+        self._work = None
+        return int(self._wishes)
 
 
 def agreement(trainer: L.Trainer) -> Agree:

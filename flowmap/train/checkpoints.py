@@ -66,6 +66,8 @@ def repair(folder: Path, log: LogFunction) -> None:
     if last.exists():
         remove(folder / DAMAGED)
         last.rename(folder / DAMAGED)
+    for path in others[: others.index(good)]:  # they are damaged too
+        remove(path)
     _give(good, last)
 
 

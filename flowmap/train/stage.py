@@ -256,5 +256,7 @@ def _callbacks(stage: Stage, student: Student, clock: Clock | None, log: LogFunc
     """The averages come first, so that all others see them; the clock encloses the rest."""
     every = stage.recipe.log.every_steps
     rest: list[Any] = [Bar(every, log), Figures(every), *ARTIFACTS[stage.recipe.artifact].shows(stage, student, log)]
-    first = [Average(), Agree(stage.recipe.trainer.checkpoint_every_minutes)]
+    looks = [often for often in (stage.recipe.log.samples_every_steps, stage.recipe.log.metrics_every_steps) if often]
+    looking = lambda done: any(done % often == 0 for often in looks)
+    first = [Average(), Agree(stage.recipe.trainer.checkpoint_every_minutes, looking)]
     return [*first, *rest] if clock is None else [*first, clock, *rest, clock.restart]

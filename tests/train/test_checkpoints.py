@@ -27,7 +27,8 @@ def quiet(message):
 
 def steps_of(folder):
     """The checkpoints by name, each with the step that is in it."""
-    return {path.name: checkpoint_step(path) for path in sorted((folder / "checkpoints").iterdir())}
+    names = sorted((folder / "checkpoints").iterdir())
+    return {path.name: checkpoint_step(path) for path in names if path.name != "damaged.ckpt"}
 
 
 KEEP = ("trainer.checkpoint_every_steps=3", "metrics=[]", "ema={kind: constant}")
@@ -58,7 +59,9 @@ def test_how_many_are_kept_makes_no_other_run(tiny):
 
 def test_checkpoints_by_the_clock(tiny, tmp_path, monkeypatch):
     """A step takes a minute here; a checkpoint by steps also counts."""
-    monkeypatch.setattr("flowmap.train.stage.Agree", lambda minutes: Agree(minutes, now=lambda: 60.0 * next(clock)))
+    monkeypatch.setattr(
+        "flowmap.train.stage.Agree", lambda minutes, at_once: Agree(minutes, at_once, now=lambda: 60.0 * next(clock))
+    )
     clock = iter(range(10_000))
     saved = []
     monkeypatch.setattr("flowmap.train.callbacks.drop_retired", lambda folder, _: saved.append(step(folder)))
@@ -93,9 +96,10 @@ def test_the_checkpoint_before_is_used_if_the_last_one_is_damaged(tiny, tmp_path
         last.unlink()
     said = []
     fit(recipe_of(tiny, *settings), tmp_path / "run", resume=True, log=said.append)
-    what = "is damaged: its checksum is torn off" if how == "torn" else "is missing"
+    what = "is damaged: is torn: File is not a zip file" if how == "torn" else "is missing"
     assert f"{last}: {what}; going on from step-00000006.ckpt instead" in said and "resuming at step 6" in said
     assert ("damaged.ckpt" in [path.name for path in last.parent.iterdir()]) == (how == "torn")
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "whole")
     student = "student/model.safetensors"
     assert (tmp_path / "whole" / student).read_bytes() == (tmp_path / "run" / student).read_bytes()
 

@@ -159,3 +159,39 @@ def test_two_processes_end_after_the_same_step_and_go_on_to_the_same_weights(tmp
     assert code == 0 and "resuming at step" in err, err
     weights = "student/model.safetensors"
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
+
+
+@pytest.fixture
+def signals():
+    """The handlers are the default ones again afterwards: a command that was asked to end leaves them ignored."""
+    yield
+    for number in preempt.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_encoding_that_a_signal_ends_keeps_its_shards(tmp_path, monkeypatch, command, signals):
+    from PIL import Image
+    from test_launchers import TEACHER
+
+    from flowmap.prepare import encode
+
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (25 * i, 0, 255 - 25 * i)).save(tmp_path / "pictures" / f"{i}.png")
+    recipe = TEACHER.replace(", autoencoder: {recipe: FOLDER/ae.yaml}", "").replace("FOLDER", str(tmp_path))
+    (tmp_path / "pixels.yaml").write_text(recipe)
+    write, left = encode.write_shard, [2]
+
+    def interrupted(*args):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        left[0] -= 1
+        return write(*args)
+
+    monkeypatch.setattr(encode, "write_shard", interrupted)
+    arguments = ("encode", "--recipe", tmp_path / "pixels.yaml", "--out", tmp_path / "encoded")
+    code, _, err = command(*arguments)
+    assert code == STATUS and err.splitlines()[-1] == "flowmap: ended by SIGUSR1; what is finished is kept"
+    assert len(list((tmp_path / "encoded").glob("shard-*.arrow"))) == 2
+    code, out, _ = command(*arguments)
+    assert code == 0 and "6 samples" in out
