@@ -201,6 +201,9 @@ class Trainer:
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
     that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
     with a copy of all; null for the devices of a node, or all devices if nodes have one each.
+
+    checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
+    that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
     """
 
     steps: Count = 10_000
@@ -217,6 +220,9 @@ class Trainer:
     tf32: bool = added(True)
     channels_last: bool | None = added(None)
     teacher_precision: str = added("auto")
+    checkpoint_every_minutes: Annotated[float, Range(0, 1_000_000, above=True)] | None = added(None)
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = added(1)
+    milestone_every_steps: CountFromZero = added(0)
     shard_size: Count | None = added(None)
 
     def __post_init__(self):
