@@ -51,7 +51,12 @@ class Source(BaseData):
 
 
 class WithoutSentences:
-    """What a data set that has no sentences answers when it is asked for them (data/text/ has those that do)."""
+    """What a data set that has no sentences answers when it is asked for them (data/text/ has those that do).
+
+    reads_disk: whether each batch is read from files; otherwise samples are in memory.
+    """
+
+    reads_disk: ClassVar[bool] = False
 
     def wanted(self, num: int) -> list[str] | None:
         """The true middle parts at the first `num` places of an evaluation; None where nothing is infilled."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +115,8 @@ class EncodedDataset(WithoutSentences):
     held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; each access reads them
     again.
     """
+
+    reads_disk: ClassVar[bool] = True
 
     def __init__(self, spec: Encoded, folder: Path):
         self.folder, self.name = folder, folder.name

@@ -230,6 +230,8 @@ def _filled(here: Any, there: Any) -> Any:
 class PairedDataset:
     """The pairs that training reads instead of the data: batches (x0, cond, x1). `data` has everything else."""
 
+    reads_disk: ClassVar[bool] = True
+
     def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any], prior: LearnedPrior | None = None):
         """Open the pairs. Raises ValueError that names the first key that differs, or a torn shard.
 

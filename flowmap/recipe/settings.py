@@ -17,6 +17,7 @@ from flowmap.base.ranges import (
     Seed,
     check_ranges,
 )
+from flowmap.base.schema import added
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
@@ -179,7 +180,11 @@ class ConstantEMA:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device."""
+    """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
+
+    workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
+    otherwise none. Any number gives the same batches.
+    """
 
     steps: Count = 10_000
     accumulate: Annotated[int, Range(1, 1_000_000)] = 1
@@ -191,6 +196,7 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     checkpoint_every_steps: Count = 500
+    workers: Annotated[int, Range(0, 256)] | None = added(None, hashed=False)
 
     def __post_init__(self):
         check_ranges(self)

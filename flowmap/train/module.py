@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
+from flowmap.data import Dataset, PairedDataset, StepBatches, first_place
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Loss, PathSample, Teacher
@@ -21,6 +21,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
+from flowmap.train.loading import loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -105,8 +106,7 @@ class DistillModule(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
-        # a data set here gives whole batches, by __getitems__
-        return DataLoader(cast(Any, self.samples), batch_sampler=batches, collate_fn=as_it_is)
+        return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = len(checkpoint["optimizer_states"])
