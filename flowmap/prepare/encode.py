@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from flowmap.base.images import from_bytes
 from flowmap.data.dataset import held_out_count
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.images import survey
+from flowmap.data.live_text import on_device
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.plan.frozen_parts import check_frozen_parts
@@ -77,13 +78,6 @@ def _log_each(log: Callable[[str], None], lines: list[str]) -> None:
         log(line)
 
 
-@runtime_checkable
-class Movable(Protocol):
-    """A network that can be moved to a device."""
-
-    def to(self, device: torch.device | str) -> Any: ...
-
-
 class Encoder:
     """Encode pictures and captions into the columns of a shard; networks are loaded when they are first needed."""
 
@@ -99,6 +93,8 @@ class Encoder:
         columns = {"x0": self._latents(images)}
         if self.spec.flip:
             columns["mirrored"] = self._latents(images.flip(-1))
+        if self.spec.stored_text == "captions":  # every shard has them
+            return columns
         return columns | {f"cond_{name}": value for name, value in self.text(captions).items()}
 
     def load(self) -> None:
@@ -106,15 +102,20 @@ class Encoder:
         if self.spec.autoencoder is not None:
             self._autoencoder  # noqa: B018
         if self.spec.text is not None:
-            self._text  # noqa: B018
+            self.text([""])
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> dict[str, Tensor]:
-        return (
-            {name: _compact(value) for name, value in self._text(captions).items()}
-            if self.spec.text is not None
-            else {}
-        )
+        """The text conditions of the captions, as they will be read again."""
+        if self.spec.text is None:
+            return {}
+        found = {name: _compact(value) for name, value in self._text(captions).items()}
+        if self.spec.stored_text == "trimmed":
+            if not {"text", "text_mask"} <= set(found):
+                has = ", ".join(found)
+                raise ValueError(f"data.stored_text: 'trimmed' wants an encoder with a text_mask, this one has {has}")
+            found["text"] = found["text"] * found["text_mask"].unsqueeze(-1)
+        return found
 
     def _latents(self, images: Tensor) -> Tensor:
         if self.spec.autoencoder is None:
@@ -124,20 +125,16 @@ class Encoder:
     @cached_property
     def _autoencoder(self) -> Any:
         assert self.spec.autoencoder is not None
-        return _on(self.spec.autoencoder.load(), self.device)
+        return on_device(self.spec.autoencoder.load(), self.device)
 
     @cached_property
     def _text(self) -> Any:
         assert self.spec.text is not None
-        return _on(self.spec.text.load(), self.device)
+        return on_device(self.spec.text.load(), self.device)
 
 
 def _compact(value: Tensor) -> Tensor:
     return value.half().cpu() if value.is_floating_point() else value.bool().cpu()
-
-
-def _on(network: Any, device: torch.device | str) -> Any:
-    return network.to(device) if isinstance(network, Movable) else network
 
 
 def _plan(spec: Encoded) -> dict[str, Any]:
@@ -170,7 +167,8 @@ def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, 
 def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size: int) -> dict[str, Any]:
     """Encode one shard in memory, then write its summary (.json) and the shard."""
     start = number * spec.shard_items
-    shard = Shard(encoder, start, spec.images.num_classes(), wants_text=spec.text is not None)
+    settings = {"wants_text": spec.text is not None, "trimmed": spec.stored_text == "trimmed"}
+    shard = Shard(encoder, start, spec.images.num_classes(), **settings)
     items = spec.images.items(start, start + spec.shard_items)
     for batch in _one_ahead(iter(lambda: list(islice(items, batch_size)), [])):
         shard.add(batch)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,13 +35,26 @@ def loader_of(
     options: dict[str, Any] = {"prefetch_factor": AHEAD, "worker_init_fn": _prepare_worker} if workers else {}
     # A data set here gives whole batches, by __getitems__. persistent_workers has no effect: the batches never end.
     return DataLoader(
-        cast(Any, samples),
+        cast(Any, _Stored(samples)),
         batch_sampler=batches,
         collate_fn=as_it_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         **options,
     )
+
+
+class _Stored:
+    """Batches as a worker reads them; `complete` (data/dataset.py) finishes them in the training process."""
+
+    def __init__(self, samples: Dataset | PairedDataset):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return self._samples.stored_batch(indices)
 
 
 def workers_of(recipe: Recipe, samples: Dataset | PairedDataset, device: torch.device) -> int:
@@ -55,7 +68,7 @@ def workers_of(recipe: Recipe, samples: Dataset | PairedDataset, device: torch.d
     workers = automatic if trainer.workers is None else trainer.workers
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return workers
-    batch = recipe.data.batch_size * _bytes(samples.__getitems__([0]))
+    batch = recipe.data.batch_size * _bytes(samples.stored_batch([0]))
     needed, free = devices * workers * AHEAD * batch, shutil.disk_usage(SHARED_MEMORY).free
     if needed <= free:
         return workers

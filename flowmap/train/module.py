@@ -117,12 +117,18 @@ class DistillModule(L.LightningModule):
                 f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}"
             )
         self._micro, self.begun = 0, True
+        self.data.to_device(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)
         if self.prior is not None:
             self.prior.to(self.device)
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Text that is stored as captions is encoded here, on the device."""
+        x0, cond, *paired = batch
+        return (x0, self.data.complete(cond), *paired)
 
     @property
     def _split(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowmap.base.files import text_digest
 from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
-from flowmap.data.dataset import Source, WithoutSentences, held_out_count
+from flowmap.data.dataset import BaseDataset, Source, held_out_count
 from flowmap.data.images.listing import Tally, is_hidden, normalized_name
 from flowmap.data.safe_files import Positioned, open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, escapes
@@ -105,7 +105,7 @@ class EDM2Latents(Source):
         return ZipLatents(self)
 
 
-class ZipLatents(WithoutSentences):
+class ZipLatents(BaseDataset):
     """A data set (see data/dataset.py) that reads each sample from the zip on access."""
 
     reads_disk: ClassVar[bool] = True
