@@ -187,11 +187,12 @@ def look(path: Path, start: Path, spaces: list[str], smoke: bool) -> dict:
     from flowmap.base.trust import allow_import
     from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
+    from flowmap.plan.plan import resolve
     from flowmap.recipe import read_recipe
     from flowmap.student.folder import load_student
 
     recipe = read_recipe(path)
-    data = build_data(recipe)
+    data = build_data(resolve(recipe))
     known = _labels.fit(data)
     for space in (UNSEEN, *(space for space in spaces if ":" in space)):
         allow_import(space.partition(":")[0])

@@ -23,6 +23,7 @@ from flowmap.build.data import build_data
 from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.export import export
+from flowmap.plan.plan import resolve
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
@@ -64,8 +65,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/emoji32"))
     run = parser.parse_args().run
     recipe, metrics = read_resolved(run / "recipe.yaml"), json.loads((run / "metrics.json").read_text())
-    data, student = build_data(recipe), load_student(run)
-    teacher = build_teacher(recipe, data)
+    data, student = build_data(resolve(recipe)), load_student(run)
+    teacher = build_teacher(resolve(recipe), data)
     cond = conditions_for(student, data, NUM)(torch.arange(NUM))
     noise = torch.randn(NUM, *data.shape, generator=torch.Generator().manual_seed(SEED))
     theirs = drawn(student, cond, noise, data.reference.shape[-1])

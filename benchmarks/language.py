@@ -138,9 +138,10 @@ class Look:
         from flowmap.build.data import build_data
         from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
         from flowmap.metrics.text_conditioned import Control, Phrase
+        from flowmap.plan.plan import resolve
         from flowmap.recipe import read_recipe
 
-        self.data = build_data(read_recipe(RECIPE["flow"], bench.overrides("flow")))
+        self.data = build_data(resolve(read_recipe(RECIPE["flow"], bench.overrides("flow"))))
         lm = language_model(bench.root / "lm", self.data.texts, steps=10 if bench.smoke else LM_STEPS)
         num = bench.num
         self.specs = [
@@ -247,9 +248,10 @@ def edited(bench: Bench, what: str, names) -> None:
     from flowmap.flow.prior import Start
     from flowmap.metrics.text import Distinct
     from flowmap.metrics.text_conditioned import ContentKept, Phrase, StyleHit
+    from flowmap.plan.plan import resolve
     from flowmap.recipe.recipe import read_resolved
 
-    data = build_data(read_resolved(bench.folder(names[0]) / "recipe.yaml"))
+    data = build_data(resolve(read_resolved(bench.folder(names[0]) / "recipe.yaml")))
     x1, sources = data.starts(min(bench.num, len(data.held_out_sources)))
     specs, asked_for = (
         [StyleHit(), ContentKept(embedding=True), Distinct(), *([Phrase()] if what == "part of speech" else [])],
@@ -336,9 +338,10 @@ def infill(bench: Bench, look: Look) -> None:
     from flowmap.data.text.dataset import outer_thirds
     from flowmap.metrics.text import Distinct
     from flowmap.metrics.text_conditioned import Infilled
+    from flowmap.plan.plan import resolve
     from flowmap.recipe.recipe import read_resolved
 
-    data, student = build_data(read_resolved(bench.folder("infill") / "recipe.yaml")), bench.student("infill")
+    data, student = build_data(resolve(read_resolved(bench.folder("infill") / "recipe.yaml"))), bench.student("infill")
     num, order = len(data.held_out), looked_at(torch.arange(len(data.held_out)), len(data.held_out))
     sides, wanted, cond = (
         [outer_thirds(data.held_out_texts[i]) for i in order.tolist()],

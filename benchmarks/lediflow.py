@@ -105,21 +105,24 @@ class Look:
         from dataclasses import replace
 
         from flowmap.estimate.costs import cost_of, start_flops
+        from flowmap.plan.plan import resolve
 
         self.recipe, self.student, self.data, self.options = recipe, student.to(options.device), data, options
         spec = recipe.metrics[0]
         self.spec = replace(spec, images=options.images or spec.images)
         self.metric = self.spec.compare(data)
-        self.call, self.start = cost_of(student.config, graded=False).flops, start_flops(recipe, student.config.shape)
+        self.call = cost_of(student.config, graded=False).flops
+        self.start = start_flops(resolve(recipe), student.config.shape)
 
     @classmethod
     def at(cls, recipe, options: argparse.Namespace) -> "Look":
         """Of what the recipe has trained."""
         from flowmap.build.data import build_data
+        from flowmap.plan.plan import resolve
         from flowmap.plan.run_folders import dependency_folder
         from flowmap.student.folder import load_student
 
-        return cls(recipe, load_student(dependency_folder(recipe)), build_data(recipe), options)
+        return cls(recipe, load_student(dependency_folder(recipe)), build_data(resolve(recipe)), options)
 
     def floor(self) -> dict[str, float]:
         """Real samples against real ones: against held-out ones, and under `floor_train` against those of training."""

@@ -72,6 +72,7 @@ def look(out: Path) -> dict:
     from flowmap.build.teacher import build_teacher
     from flowmap.evaluation.measure import measure
     from flowmap.metrics import Frechet
+    from flowmap.plan.plan import resolve
     from flowmap.recipe.recipe import read_recipe, read_resolved
     from flowmap.student.folder import load_student
 
@@ -80,7 +81,8 @@ def look(out: Path) -> dict:
     now = read_recipe(recipe.name, [f"seed={recipe.seed}", f"teacher.overrides=[seed={recipe.seed}]"])
     if replace(recipe, sampler=now.sampler).hash() != now.hash():
         raise SystemExit(f"{out}: the recipe has changed in more than its sampler; --anew trains it again")
-    data, teacher, train_seconds = build_data(recipe), build_teacher(recipe), figures["seconds"]["train"]
+    data, teacher = build_data(resolve(recipe)), build_teacher(resolve(recipe))
+    train_seconds = figures["seconds"]["train"]
     only = [spec for spec in recipe.metrics if spec.on_samples][:1]
     if recipe.sampler != now.sampler:  # --look-again
         recipe = replace(recipe, sampler=now.sampler)

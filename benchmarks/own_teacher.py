@@ -19,6 +19,7 @@ from lib.report import environment, table, write
 import flowmap.base.torchvision_shim  # noqa: F401  (before diffusers, on machines whose torchvision does not fit)
 from flowmap.build.teacher import build_teacher
 from flowmap.data import Folder
+from flowmap.plan.plan import resolve
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
@@ -80,7 +81,7 @@ def report(run: Path, teacher: Path, num: int = 32, many: int = 25) -> None:
     Written to benchmarks/results/own_teacher.json.
     """
     recipe, training = read_resolved(run / "recipe.yaml"), json.loads((teacher / "training.json").read_text())
-    student, taught = load_student(run), build_teacher(recipe)
+    student, taught = load_student(run), build_teacher(resolve(recipe))
     x1 = torch.randn(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     ends = taught.solve(x1, None, many)
     error = lambda x: float((x - ends).square().mean().sqrt() / ends.std())

@@ -18,6 +18,7 @@ from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.build.data import build_data
 from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.conditions import conditions_for
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_resolved
 from flowmap.student.folder import load_student
 
@@ -28,8 +29,8 @@ STEPS, SEED, SIDE = (4, 2, 1), 3, 64
 def rows(run: Path, columns: int) -> dict[str, Tensor]:
     """Pictures (columns, C, H, W) by the label of their row."""
     recipe = read_resolved(run / "recipe.yaml")
-    data, student = build_data(recipe), load_student(run / "student")
-    teacher = build_teacher(recipe, data)
+    data, student = build_data(resolve(recipe)), load_student(run / "student")
+    teacher = build_teacher(resolve(recipe), data)
     cond = conditions_for(student, data, columns)(torch.arange(columns))
     x1 = student.start(columns, torch.Generator().manual_seed(SEED)).x1
 

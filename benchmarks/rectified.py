@@ -298,13 +298,14 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
     from flowmap.flow.solver import Heun
     from flowmap.metrics import Agreement, EndpointError, Frechet, Inversion, LossByTime, Retrieval, Straightness
     from flowmap.objectives import FlowMatching
+    from flowmap.plan.plan import resolve
     from flowmap.plan.run_folders import dependency_folder
     from flowmap.recipe import read_recipe
     from flowmap.samplers import Anchored, Deterministic
     from flowmap.student.folder import load_student
 
     case, recipe = CASES[name], read_recipe(path)
-    many, data = case.many, build_data(recipe)
+    many, data = case.many, build_data(resolve(recipe))
     evaluation = replace(
         recipe.evaluation, teacher_steps=many, teacher_extra_steps=tuple(k for k in steps if k != many)
     )
@@ -318,7 +319,7 @@ def look(path: Path, steps: list[int], name: str, whose: str, run: Path | None) 
             recipe, evaluation=evaluation, teacher=slot, coupling=Independent(), objective=FlowMatching()
         )
         student = load_student(dependency_folder(read_recipe(path.parent / "teacher.yaml")))
-        found = measure(teaching, student, build_teacher(teaching, data), data, steps=[1], metrics=metrics)
+        found = measure(teaching, student, build_teacher(resolve(teaching), data), data, steps=[1], metrics=metrics)
         return {"student": found["teacher_few"] | {str(many): found["teacher"]}, "floor": found["floor"]}
     if whose == "first":  # the teacher's network without guidance, on noise and data that nothing has joined
         recipe, steps, metrics = read_recipe(path.parent / "teacher.yaml"), [many], []
@@ -343,11 +344,12 @@ def speed(seed: Seed, rounds: int = 5, num: int = 512) -> dict:
     """
     import torch
 
+    from flowmap.plan.plan import resolve
     from flowmap.prepare.make_pairs import Maker
     from flowmap.recipe import read_recipe
 
     os.environ["FLOWMAP_RUNS"] = str(seed.root)
-    maker = Maker.of(read_recipe(seed._arm("reflow", seed.case.parts["reflow"]["reflow"])), "cpu")
+    maker = Maker.of(resolve(read_recipe(seed._arm("reflow", seed.case.parts["reflow"]["reflow"]))), "cpu")
     network, x, t = maker.teacher.network.flow_map, torch.randn(num, *maker.data.shape), torch.rand(num)
     cond = {"class": torch.arange(num) % maker.data.num_classes}
     calls, ratios, rates = maker.columns(range(num))[1], [], []

@@ -102,6 +102,7 @@ def digits(seeds: int) -> list[list]:
     import flowmap
     from flowmap.build.data import build_data
     from flowmap.evaluation.measure import measure
+    from flowmap.plan.plan import resolve
 
     if not seeds:
         return []
@@ -126,7 +127,7 @@ def digits(seeds: int) -> list[list]:
                 flowmap.fit(recipe, root / "consistency", resume=True)
             student = flowmap.load_student(root / ("consistency" if overrides else DIGITS))
             only = [spec for spec in recipe.metrics if spec.on_samples][:1]
-            figures = measure(recipe, student, None, build_data(recipe), steps=STEPS, metrics=only)
+            figures = measure(recipe, student, None, build_data(resolve(recipe)), steps=STEPS, metrics=only)
             found[model].append(figures["student"])
             floor.append(figures["floor"])
     rows = []

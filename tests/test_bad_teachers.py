@@ -425,13 +425,15 @@ def student_in(place: Path) -> Path:
     from flowmap.build.data import build_data
     from flowmap.build.student import build_student, student_config
     from flowmap.build.teacher import build_teacher
+    from flowmap.plan.plan import resolve
     from flowmap.student.folder import save_student
 
     recipe = flowmap.read_recipe(place / "recipe.yaml")
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    config = student_config(recipe, data, teacher)
-    weights = build_student(recipe, config, teacher).state_dict()
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
+    weights = build_student(run, config, teacher).state_dict()
     save_student(place / "student", config, weights, recipe=recipe.to_yaml(), card="")
     return place / "student"
 

@@ -59,9 +59,11 @@ def test_an_encoding_keeps_them(tmp_path):
 def test_a_run_of_the_digits_has_them(tmp_path, monkeypatch):
     from flowmap.build.data import build_data
     from flowmap.build.student import student_config
+    from flowmap.plan.plan import resolve
 
     recipe = read_recipe("digits-teacher")
-    assert student_config(recipe, build_data(recipe), None).class_names == tuple("0123456789")
+    run = resolve(recipe)
+    assert student_config(run, build_data(run), None).class_names == tuple("0123456789")
 
 
 def test_the_config_has_id2label_and_comes_back(folder):

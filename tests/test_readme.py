@@ -79,6 +79,7 @@ def digits_run(desk, monkeypatch):
     """runs/digits as a finished run would leave it, with a small untrained student; fit finds it and trains nothing."""
     from flowmap.build.data import build_data
     from flowmap.nets import DiT
+    from flowmap.plan.plan import resolve
     from flowmap.samplers import Deterministic
     from flowmap.student.config import StudentConfig
     from flowmap.student.folder import save_student
@@ -88,7 +89,7 @@ def digits_run(desk, monkeypatch):
     config = StudentConfig(
         net=DiT(preset="nano"),
         sampler=Deterministic(),
-        shape=build_data(recipe).shape,
+        shape=build_data(resolve(recipe)).shape,
         num_classes=10,
         guidance=(1.0, 3.0, 1.5),
     )

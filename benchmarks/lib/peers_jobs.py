@@ -13,6 +13,7 @@ from flowmap.build.teacher import build_teacher
 from flowmap.compare.entrants import at_seed
 from flowmap.data import StepBatches
 from flowmap.flow.types import PathSample
+from flowmap.plan.plan import resolve
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.train.draw import draw_sample, generator_for
 from lib.peers import FastGen, Loss, PyMeanFlow
@@ -99,8 +100,9 @@ class Job:
 
     def __init__(self, name: str, seed: int):
         self.recipe = self.recipe_of(name, seed)
-        self.data, self.teacher = build_data(self.recipe), build_teacher(self.recipe)
-        self.config = student_config(self.recipe, self.data, self.teacher)
+        self.run = resolve(self.recipe)
+        self.data, self.teacher = build_data(self.run), build_teacher(self.run)
+        self.config = student_config(self.run, self.data, self.teacher)
         self.batches = StepBatches(len(self.data), self.recipe.data.batch_size, seed=seed)
 
     @staticmethod
@@ -113,7 +115,7 @@ class Job:
         return self.teacher and self.teacher.guided
 
     def student(self):
-        return build_student(self.recipe, self.config, self.teacher).train()
+        return build_student(self.run, self.config, self.teacher).train()
 
     def draw(self, step: int, recipe: Recipe | None = None, dtype=torch.float32) -> tuple[PathSample, int]:
         """(sample, the seed that torch's own generator drew its noise from)."""

@@ -1,7 +1,9 @@
 """The rank of this process and the world size, before and after torch.distributed is set up."""
 
 import os
+from typing import Any
 
+import torch
 from torch import distributed
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
@@ -22,6 +24,27 @@ def world_size() -> int:
     return distributed.get_world_size() if ready() else 1
 
 
+def any_process(found: bool) -> bool:
+    """Whether it is true on any process of the group; all of them call it.
+
+    They agree on the CPU where the group has a backend for it, so that no device is waited for.
+    """
+    if world_size() == 1:
+        return found
+    on_cpu = "cpu:" in distributed.distributed_c10d.get_backend_config()
+    flag = torch.tensor(float(found), device="cpu" if on_cpu else "cuda")
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
 def rank() -> int:
     """The rank of this process in the group; 0 without a group."""
     return distributed.get_rank() if ready() else 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in the order of ranks; values are small and can be pickled."""
+    found = [value] * world_size()
+    if ready():
+        distributed.all_gather_object(found, value)
+    return found

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flowmap.base.schema import RecipeError
 from flowmap.build.prior import build_prior
 from flowmap.data import Dataset, PairedDataset, Pairs, StyledDataset
-from flowmap.plan.data_folders import data_of, pairs_of
-from flowmap.plan.dependencies import styles_of
+from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import pairs_identity
 from flowmap.plan.requirements import check_sizes
-from flowmap.recipe import Recipe
 from flowmap.teachers.autoencoder import FrozenAutoencoder
 
 
-def build_data(recipe: Recipe) -> Dataset:
-    """Return the recipe's data. Raise RecipeError if it cannot be read or lacks what a metric of the recipe needs."""
+def build_data(run: ResolvedRun, read: Callable[[Any], Any] | None = None) -> Dataset:
+    """Return the run's data. Raise RecipeError if it cannot be read or lacks what a metric of the recipe needs.
+
+    read: reads the data with those settings, in place of their `build`.
+    """
     try:
-        data = data_of(recipe).build()
-        styles = styles_of(recipe)
-        data = StyledDataset.of(data, styles) if styles is not None else data
+        data = run.data.build() if read is None else read(run.data)
+        data = StyledDataset.of(data, run.styles) if run.styles is not None else data
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: {error}") from error
-    check_sizes(recipe, data)
+        raise RecipeError(f"{run.name}: {error}") from error
+    check_sizes(run, data)
     return data
 
 
-def build_samples(recipe: Recipe, data: Dataset) -> Dataset | PairedDataset:
+def build_samples(run: ResolvedRun, data: Dataset) -> Dataset | PairedDataset:
     """Return what training reads: the data itself, or the pairs made from it if their provenance matches the recipe."""
-    if not isinstance(recipe.coupling, Pairs):
+    if not isinstance(run.recipe.coupling, Pairs):
         return data
     try:
-        return PairedDataset(Path(pairs_of(recipe).root), data, pairs_identity(recipe), build_prior(recipe))
+        return PairedDataset(Path(run.pairs.root), data, pairs_identity(run), build_prior(run))
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: {error}") from error
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
-def build_decoder(recipe: Recipe) -> FrozenAutoencoder | None:
+def build_decoder(run: ResolvedRun) -> FrozenAutoencoder | None:
     """Return the autoencoder that decodes latents for an objective that compares pictures; None if none is needed."""
-    if recipe.data.in_pixels or not recipe.distillation.sees_pictures:
+    if run.recipe.data.in_pixels or not run.recipe.distillation.sees_pictures:
         return None
     try:
-        return data_of(recipe).autoencoder.load()
+        return run.data.autoencoder.load()
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: data.{error}") from error
+        raise RecipeError(f"{run.name}: data.{error}") from error

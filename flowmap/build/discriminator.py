@@ -10,49 +10,41 @@ from torch import nn
 
 from flowmap.base.schema import RecipeError
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.flow.types import Cond
 from flowmap.objectives.adversarial import Adversarial, DiscriminatorSpec, FeaturesSpec
 from flowmap.objectives.perceptual import perceptual
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of
 
 
-def build_discriminator(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:
+def build_discriminator(run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module:
     """Return D(x, cond, noise) -> (B,) for the student's samples, its weights drawn with the recipe's seed.
 
     Raises RecipeError if it cannot read such samples.
     """
-    spec = _spec(recipe)
-    if spec.trunk != "teacher":
-        return discriminator_on(recipe, config, None, {})
-    if teacher is None or teacher.network is None:
-        raise RecipeError(f"{recipe.name}: objective.discriminator.kind: 'teacher' needs a teacher that is a network")
-    network = teacher.network
-    return discriminator_on(recipe, config, network.flow_map.net, conditions_of(network.config, 1))
-
-
-def discriminator_on(recipe: Recipe, config: StudentConfig, network: nn.Module | None, example: Cond) -> nn.Module:
-    """Return the discriminator as build_discriminator does, given the teacher's network and one row of its
-    conditions.
-    """
-    spec = _spec(recipe)
-    where = "objective.discriminator"
+    assert isinstance(run.recipe.objective, Adversarial)
+    spec = run.recipe.objective.discriminator
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(run.recipe.seed)
         try:
-            more = {"teacher": {"network": network, "example": example}}.get(spec.trunk, {})
-            if spec.trunk == "features":
-                assert isinstance(spec, FeaturesSpec)
-                more = {"call": _call(spec.net)}
-            return spec.build(config.shape, num_classes=config.num_classes, **more)
+            trunk = _trunk(run, spec, teacher)
+            return spec.build(config.shape, num_classes=config.num_classes, **trunk)
         except ValueError as error:
-            raise RecipeError(f"{recipe.name}: {where}.{error}") from error
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{run.name}: objective.discriminator.{error}") from error
 
 
-def _spec(recipe: Recipe) -> DiscriminatorSpec:
-    assert isinstance(recipe.objective, Adversarial)
-    return recipe.objective.discriminator
+def _trunk(run: ResolvedRun, spec: DiscriminatorSpec, teacher: BuiltTeacher | None) -> dict[str, Any]:
+    """Return the frozen network whose features the discriminator reads, as its specification takes it."""
+    if isinstance(spec, FeaturesSpec):
+        return {"call": _call(spec.net)}
+    if spec.trunk != "teacher":
+        return {}
+    if teacher is None or teacher.network is None:
+        raise RecipeError(f"{run.name}: objective.discriminator.kind: 'teacher' needs a teacher that is a network")
+    network = teacher.network
+    return {"network": network.flow_map.net, "example": conditions_of(network.config, 1)}
 
 
 def _call(name: str):

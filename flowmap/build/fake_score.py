@@ -8,32 +8,35 @@ from flowmap.build.student import build_student
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.config import StudentConfig
 
 
-def fake_config(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
+def fake_config(run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
     """Return the configuration of the fake: the student's network (one of a stack), with the student's conditions.
 
     It takes no arrival time unless the teacher's network has one.
     """
     network = None if teacher is None else teacher.network
-    arrival = network is not None and network.config.arrival and _starts_as_teacher(recipe, teacher)
+    arrival = network is not None and network.config.arrival and _starts_as_teacher(run, teacher)
     return replace(config, net=net_within(config.net), arrival=arrival)
 
 
-def build_fake(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
+def build_fake(
+    run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None, *, start: FlowMapNet | None = None
+) -> FlowMapNet:
     """Return the fake at step 0.
 
     Its weights are the teacher's if the student starts from the teacher or from another recipe, else drawn with the
-    recipe's seed. Raises RecipeError if the student's network is not the teacher's.
+    recipe's seed. start: as for build_student. Raises RecipeError if the student's network is not the teacher's.
     """
-    start = (
-        recipe.changed(student=FromTeacher()) if _starts_as_teacher(recipe, teacher) and recipe.lora is None else recipe
+    as_teacher = _starts_as_teacher(run, teacher) and run.recipe.lora is None
+    of = run.changed(student=FromTeacher()) if as_teacher else run
+    return build_student(of, fake_config(run, config, teacher), teacher, start=start)
+
+
+def _starts_as_teacher(run: ResolvedRun, teacher: BuiltTeacher | None) -> bool:
+    return (
+        teacher is not None and teacher.network is not None and isinstance(run.recipe.start, (FromTeacher, FromRecipe))
     )
-    return build_student(start, fake_config(recipe, config, teacher), teacher)
-
-
-def _starts_as_teacher(recipe: Recipe, teacher: BuiltTeacher | None) -> bool:
-    return teacher is not None and teacher.network is not None and isinstance(recipe.start, (FromTeacher, FromRecipe))

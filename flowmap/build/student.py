@@ -19,13 +19,10 @@ from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.plan.cards import lora_card
-from flowmap.plan.dependencies import start_recipes
 from flowmap.plan.guidance import check_conditions
-from flowmap.plan.named_networks import stacked
+from flowmap.plan.named_networks import stacked, with_time_embedding
+from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import baked_scale
-from flowmap.plan.requirements import shipped_prior
-from flowmap.plan.run_folders import trained_run
-from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
@@ -43,16 +40,16 @@ class HasDropout(Protocol):
     def dropout(self) -> float: ...
 
 
-def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTeacher | None) -> StudentConfig:
+def student_config(run: ResolvedRun, data: Dataset | DataOutline, teacher: BuiltTeacher | None) -> StudentConfig:
     """Return the student's configuration: its network, sample shape, conditions and sampler.
 
     data: the samples, or their outline alone. Raises RecipeError if the network does not match the data, the objective
     or what it starts from.
     """
-    outline = data if isinstance(data, DataOutline) else outline_of(data)
+    recipe, outline = run.recipe, data if isinstance(data, DataOutline) else outline_of(data)
     check_conditions(recipe, outline)
-    start = _start(recipe, teacher)
-    net = _net(recipe, outline, start)
+    start = _start(run, teacher)
+    net = _net(run, outline, start)
     conditional = recipe.data.conditional
     guidance = recipe.teacher.guidance if recipe.teacher else None
     return StudentConfig(
@@ -63,24 +60,28 @@ def student_config(recipe: Recipe, data: Dataset | DataOutline, teacher: BuiltTe
         class_names=_class_names(outline, start) if conditional else None,
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
-        baked_guidance=baked_scale(recipe),
-        samples=_samples(recipe, outline),
+        baked_guidance=baked_scale(run),
+        samples=_samples(run, outline),
         text=recipe.data.text,
         lora=recipe.lora,
-        base=_base(recipe, teacher) if recipe.lora else None,
-        prior=shipped_prior(recipe),
+        base=_base(run, teacher) if recipe.lora else None,
+        prior=run.prior,
         recipe=recipe.name,
         recipe_hash=recipe.hash(),
     )
 
 
-def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher | None) -> FlowMapNet:
+def build_student(
+    run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None, *, start: FlowMapNet | None = None
+) -> FlowMapNet:
     """Return the student at step 0.
 
     Its weights are those that the recipe starts from, else random ones drawn with the recipe's seed. Frozen weights
     under adapters are the teacher's own parameters; all others are trained.
+
+    start: the network of the run that the student starts from, in place of the weights that this run has written.
     """
-    network = None if teacher is None else teacher.network
+    recipe, network = run.recipe, None if teacher is None else teacher.network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         try:
@@ -92,34 +93,35 @@ def build_student(recipe: Recipe, config: StudentConfig, teacher: BuiltTeacher |
                 assert network is not None
                 start_from(flow_map, network.merged().flow_map)
             elif isinstance(recipe.start, FromRecipe):
-                start_from(flow_map, load_student(started_folder(recipe)).merged().flow_map)
+                start_from(flow_map, load_student(started_folder(run)).merged().flow_map if start is None else start)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)
 
 
-def started_folder(recipe: Recipe) -> Path:
+def started_folder(run: ResolvedRun) -> Path:
     """Return the student folder that a student of kind from_recipe starts from."""
-    return trained_run(start_recipes(recipe)[0], recipe, "student.recipe") / "student"
+    return run.finished(run.starts[0], "student.recipe") / "student"
 
 
-def shipped_autoencoder(recipe: Recipe) -> Autoencoder | None:
+def shipped_autoencoder(run: ResolvedRun) -> Autoencoder | None:
     """Return the autoencoder as the student names it: one that a recipe trained is copied into the student's folder."""
-    autoencoder = recipe.data.autoencoder
+    autoencoder = run.recipe.data.autoencoder
     if autoencoder is None or autoencoder.recipe is None:
         return autoencoder
     return replace(autoencoder, source=SHIPPED_AUTOENCODER, recipe=None)
 
 
-def _net(recipe: Recipe, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
+def _net(run: ResolvedRun, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
     """Return the settings of the student's network, checked against the data, the objective and its start."""
-    net = recipe.student
+    recipe, net = run.recipe, run.recipe.student
     if start is not None:
-        net = stacked(start.net) if isinstance(recipe.student, Stacked) else start.net
-        _check_start(recipe, data, start)
-    _check_dropout(recipe, net)
+        net = with_time_embedding(recipe, start.net) or start.net
+        net = stacked(net) if isinstance(recipe.student, Stacked) else net
+        _check_start(run, data, start)
+    _check_dropout(run, net)
     if data.sentences is not None:
-        net = fitted(recipe, net, data.sentences)
+        net = fitted(run, net, data.sentences)
     if isinstance(net_within(net), DiffusersModel):
         try:
             check_text(net_within(net), data.conditions)
@@ -128,7 +130,8 @@ def _net(recipe: Recipe, data: DataOutline, start: StudentConfig | None) -> Stud
     return net
 
 
-def _check_start(recipe: Recipe, data: DataOutline, start: StudentConfig) -> None:
+def _check_start(run: ResolvedRun, data: DataOutline, start: StudentConfig) -> None:
+    recipe = run.recipe
     if start.shape != data.shape:
         teacher_name = recipe.teacher.name if recipe.teacher else ""
         origin = recipe.start.recipe if isinstance(recipe.start, FromRecipe) else f"the teacher {teacher_name}"
@@ -139,23 +142,23 @@ def _check_start(recipe: Recipe, data: DataOutline, start: StudentConfig) -> Non
         )
 
 
-def _check_dropout(recipe: Recipe, net: StudentSpec) -> None:
-    within, way = net_within(net), recipe.distillation.derivative
+def _check_dropout(run: ResolvedRun, net: StudentSpec) -> None:
+    within, way = net_within(net), run.recipe.distillation.derivative
     if isinstance(within, HasDropout) and within.dropout and way not in (None, "dual"):
         raise RecipeError(
-            f"{recipe.name}: student.dropout: {within.dropout} wants objective.derivative: dual; "
+            f"{run.name}: student.dropout: {within.dropout} wants objective.derivative: dual; "
             f"{way!r} would see another mask"
         )
 
 
-def _samples(recipe: Recipe, data: DataOutline) -> Pixels | ImageLatents | TextLatents:
+def _samples(run: ResolvedRun, data: DataOutline) -> Pixels | ImageLatents | TextLatents:
     """Return what the student's samples are, and what decodes them."""
-    autoencoder = shipped_autoencoder(recipe)
+    autoencoder = shipped_autoencoder(run)
     if data.sentences is not None:
-        return text_latents(recipe, data.sentences, autoencoder)
+        return text_latents(run, data.sentences, autoencoder)
     if autoencoder is not None:
         return ImageLatents(autoencoder)
-    return Pixels(clamp=len(data.shape) == 3 and recipe.data.in_pixels)
+    return Pixels(clamp=len(data.shape) == 3 and run.recipe.data.in_pixels)
 
 
 def _class_names(data: DataOutline, start: StudentConfig | None) -> tuple[str, ...] | None:
@@ -164,20 +167,22 @@ def _class_names(data: DataOutline, start: StudentConfig | None) -> tuple[str, .
     return data.class_names or known
 
 
-def _start(recipe: Recipe, teacher: BuiltTeacher | None) -> StudentConfig | None:
+def _start(run: ResolvedRun, teacher: BuiltTeacher | None) -> StudentConfig | None:
     """Return the configuration of what the student starts from, its teacher or another student; None without one."""
+    recipe = run.recipe
     if isinstance(recipe.start, FromRecipe):
-        return read_config(started_folder(recipe) / "config.json")
+        return read_config(started_folder(run) / "config.json")
     if not isinstance(recipe.start, FromTeacher):
         return None
     if teacher is None or teacher.network is None:
         raise RecipeError(f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network")
     config = teacher.network.config
-    return config if recipe.start.dropout is None else replace(config, net=_with_dropout(config.net, recipe))
+    return config if recipe.start.dropout is None else replace(config, net=_with_dropout(config.net, run))
 
 
-def _with_dropout(net: StudentSpec, recipe: Recipe) -> StudentSpec:
+def _with_dropout(net: StudentSpec, run: ResolvedRun) -> StudentSpec:
     """Return the network's settings with the recipe's dropout."""
+    recipe = run.recipe
     if not isinstance(net, HasDropout):
         raise RecipeError(f"{recipe.name}: student.dropout: a network of kind {kind_of(net, TABLES)} has none")
     assert isinstance(recipe.start, FromTeacher)
@@ -187,8 +192,8 @@ def _with_dropout(net: StudentSpec, recipe: Recipe) -> StudentSpec:
         raise RecipeError(f"{recipe.name}: student.dropout: {error}") from error
 
 
-def _base(recipe: Recipe, teacher: BuiltTeacher | None) -> Base:
+def _base(run: ResolvedRun, teacher: BuiltTeacher | None) -> Base:
     """Return the source of a LoRA student's frozen weights: the teacher's card."""
-    card = lora_card(recipe)
+    card = lora_card(run.recipe)
     assert teacher is not None and teacher.network is not None  # of kind diffusers
     return Base(card.pipeline, card.revision, fingerprint(teacher.network.flow_map.net.model))

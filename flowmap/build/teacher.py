@@ -21,12 +21,10 @@ from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import StackedNet
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import card_of, find_card, pairs_teacher, weights_folder
-from flowmap.plan.dependencies import pairs_recipes
 from flowmap.plan.guidance import check_conditions
 from flowmap.plan.named_networks import missing_weights
-from flowmap.plan.requirements import check_start, shipped_prior
-from flowmap.plan.run_folders import trained_run
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
+from flowmap.plan.requirements import check_start
 from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student
@@ -36,7 +34,7 @@ from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
-from flowmap.teachers.guidance import network_calls
+from flowmap.teachers.guidance import network_calls, with_drawn_scales
 from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
 
@@ -95,33 +93,40 @@ class BuiltTeacher:
         """Return the samples that Euler steps along the guided velocity make from x1."""
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
+    def on_drawn_scales(self, scale: tuple[float, float]) -> Teacher:
+        """Return the guided velocity for training, with guidance scales drawn from that range."""
+        if isinstance(self.guided, LimitedTeacher):
+            return replace(self.guided, teacher=with_drawn_scales(self.guided.teacher, scale))
+        return with_drawn_scales(self.guided, scale)
+
     @property
     def calls_per_step(self) -> int:
         return network_calls(self.guided)
 
 
-def build_teacher(recipe: Recipe, data: Dataset | None = None) -> BuiltTeacher | None:
+def build_teacher(run: ResolvedRun, data: Dataset | None = None) -> BuiltTeacher | None:
     """Return the recipe's teacher with its guidance, its weights read from the runs that trained it; None without one.
 
     data: supplies the conditions of an empty text, which guidance without a condition needs.
     """
-    if recipe.teacher is None:
+    if run.recipe.teacher is None:
         return None
-    teacher = _same_start(recipe, _guided(recipe, recipe.teacher))
+    teacher = _same_start(run, _guided(run, run.recipe.teacher))
     return teacher.with_null_conditions({} if data is None else data.empty)
 
 
-def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
+def build_pairs_teacher(run: ResolvedRun, data: Dataset) -> BuiltTeacher:
     """Return the teacher that makes the recipe's pairs; its guided velocity reads the scale as cond["guidance"].
 
     Raises RecipeError if its samples have another shape than the data.
     """
+    recipe = run.recipe
     check_conditions(recipe, outline_of(data))
-    alone = recipe.changed(teacher=pairs_teacher(recipe), coupling=Independent(), objective=FlowMatching())
+    alone = run.changed(teacher=pairs_teacher(recipe), coupling=Independent(), objective=FlowMatching())
     built = build_teacher(alone, data)
     if built is None:
-        student = load_student(trained_run(pairs_recipes(recipe)[0], recipe, "coupling.recipe"))
-        built = _same_start(recipe, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
+        student = load_student(run.finished(run.pairs_teachers[0], "coupling.recipe"))
+        built = _same_start(run, BuiltTeacher(NetworkTeacher(student.flow_map), student, (student.flow_map,)))
     if built.network is not None and tuple(built.network.config.shape) != tuple(data.shape):
         theirs = built.network.config.shape
         raise RecipeError(
@@ -130,18 +135,18 @@ def build_pairs_teacher(recipe: Recipe, data: Dataset) -> BuiltTeacher:
     return built
 
 
-def _same_start(recipe: Recipe, teacher: BuiltTeacher) -> BuiltTeacher:
+def _same_start(run: ResolvedRun, teacher: BuiltTeacher) -> BuiltTeacher:
     """Return the teacher; raise RecipeError unless its paths start at the recipe's prior.
 
     The paths of a teacher that is not a network of flowmap start at N(0, I).
     """
     theirs = None if teacher.network is None else teacher.network.config.prior
-    check_start(recipe, theirs, shipped_prior(recipe))
+    check_start(run, theirs)
     return teacher
 
 
-def _guided(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
-    built = _before_limits(recipe, slot)
+def _guided(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
+    built = _before_limits(run, slot)
     if built.network is None or card_of(slot).kind != "diffusers":
         return built
     spec = built.network.config.net
@@ -154,49 +159,49 @@ def _guided(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
     return replace(built, guided=LimitedTeacher(built.guided, limit, **ends))
 
 
-def _before_limits(recipe: Recipe, slot: TeacherSlot) -> BuiltTeacher:
+def _before_limits(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
     card = card_of(slot)
-    strong, network, modules = _load(card, recipe)
+    strong, network, modules = _load(card, run)
     guidance = slot.guidance
     if isinstance(guidance, ClassifierFree):
         return BuiltTeacher(ClassifierFreeTeacher(strong, default=guidance.default), network, modules)
     if isinstance(guidance, Autoguidance):
-        weak, weak_modules = _weak(card, guidance, recipe, network)
+        weak, weak_modules = _weak(card, guidance, run, network)
         return BuiltTeacher(AutoguidedTeacher(strong, weak, default=guidance.default), network, modules + weak_modules)
     return BuiltTeacher(strong, network, modules)
 
 
-def _load(card: Card, recipe: Recipe) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
+def _load(card: Card, run: ResolvedRun) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
     if card.kind == "exact":
-        return _exact(card, recipe), None, ()
+        return _exact(card, run), None, ()
     if card.kind == "diffusers":
-        return _pretrained(card, recipe)
+        return _pretrained(card, run)
     if card.kind == "converted" and (line := missing_weights(card)):
-        raise RecipeError(f"{recipe.name}: teacher.card: {line}")
-    student = load_student(_trained_folder(card, recipe) if card.kind == "recipe" else weights_folder(card))
+        raise RecipeError(f"{run.name}: teacher.card: {line}")
+    student = load_student(_trained_folder(card, run) if card.kind == "recipe" else weights_folder(card))
     return NetworkTeacher(student.flow_map), student, (student.flow_map,)
 
 
-def _exact(card: Card, recipe: Recipe) -> MixtureTeacher:
-    data = recipe.data
+def _exact(card: Card, run: ResolvedRun) -> MixtureTeacher:
+    data = run.recipe.data
     if not isinstance(data, KnownDensity):
         raise RecipeError(
-            f"{recipe.name}: teacher.card: {card.name!r} is exact, which needs data of a known density (kind: toy)"
+            f"{run.name}: teacher.card: {card.name!r} is exact, which needs data of a known density (kind: toy)"
         )
     means = tuple(tuple(row) for row in data.means.tolist())
     return MixtureTeacher(means=means, std=(data.std,), weights=tuple(data.weights.tolist()))
 
 
-def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
+def _pretrained(card: Card, run: ResolvedRun) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
         spec, net = load_pretrained(card.pipeline, card.revision)
         spec.check_teacher(tuple(card.shape))
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: teacher.card: {card.name!r}: {error}") from error
+        raise RecipeError(f"{run.name}: teacher.card: {card.name!r}: {error}") from error
     flow_map = FlowMapNet(net)
     config = StudentConfig(
         net=spec,
-        sampler=recipe.sampler,
+        sampler=run.recipe.sampler,
         shape=tuple(card.shape),
         num_classes=card.num_classes,
         arrival=False,
@@ -205,37 +210,36 @@ def _pretrained(card: Card, recipe: Recipe) -> tuple[Teacher, Student, tuple[nn.
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
 
 
-def _trained_folder(card: Card, recipe: Recipe) -> Path:
-    assert recipe.teacher is not None
-    return trained_run(recipe.named(card.trained_by, recipe.teacher.overrides), recipe, "teacher")
+def _trained_folder(card: Card, run: ResolvedRun) -> Path:
+    return run.finished(run.trainer_of(card), "teacher")
 
 
 def _weak(
-    card: Card, guidance: Autoguidance, recipe: Recipe, network: Student | None
+    card: Card, guidance: Autoguidance, run: ResolvedRun, network: Student | None
 ) -> tuple[Teacher, tuple[nn.Module, ...]]:
     """Return the weak teacher of an autoguidance and its networks."""
     if guidance.weak is not None:
-        weak, _, modules = _load(find_card(guidance.weak), recipe)
+        weak, _, modules = _load(find_card(guidance.weak), run)
         return weak, modules
     if network is None:
         raise RecipeError(
-            f"{recipe.name}: teacher.guidance: snapshot and skip_blocks need a teacher that is a network of ours"
+            f"{run.name}: teacher.guidance: snapshot and skip_blocks need a teacher that is a network of ours"
         )
     if guidance.skip_blocks:
-        flow_map = _without_blocks(network, guidance.skip_blocks, recipe)
+        flow_map = _without_blocks(network, guidance.skip_blocks, run)
     else:
         assert guidance.snapshot is not None  # Autoguidance has checked this.
         # Copied, not built: the state of a LoRA student does not include its base.
         flow_map = copy.deepcopy(network.flow_map)
-        flow_map.load_state_dict(nearest_snapshot(_trained_folder(card, recipe), share=guidance.snapshot))
+        flow_map.load_state_dict(nearest_snapshot(_trained_folder(card, run), share=guidance.snapshot))
     return NetworkTeacher(flow_map), (flow_map,)
 
 
-def _without_blocks(network: Student, skip: tuple[int, ...], recipe: Recipe) -> FlowMapNet:
+def _without_blocks(network: Student, skip: tuple[int, ...], run: ResolvedRun) -> FlowMapNet:
     net = network.flow_map.net
     if not isinstance(net, HasBlocks):
-        raise RecipeError(f"{recipe.name}: teacher.guidance.skip_blocks: this teacher's network has no blocks to skip")
+        raise RecipeError(f"{run.name}: teacher.guidance.skip_blocks: this teacher's network has no blocks to skip")
     try:
         return FlowMapNet(net.without_blocks(skip))
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: teacher.guidance.{error}") from error
+        raise RecipeError(f"{run.name}: teacher.guidance.{error}") from error

@@ -25,18 +25,17 @@ def run(a: argparse.Namespace) -> int:
     from flowmap.data import Encoded
     from flowmap.data.encoded import MADE, read_index
     from flowmap.data.shards import check_sums
-    from flowmap.plan.data_folders import data_of
-    from flowmap.plan.dependencies import autoencoder_recipes
-    from flowmap.plan.run_folders import trained_run
+    from flowmap.plan.plan import resolve
     from flowmap.prepare.encode import encode
     from flowmap.recipe import read_recipe
 
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.data, Encoded):
         raise ValueError(f"--recipe: {a.recipe}: its data is not of kind encoded: there is nothing to encode")
-    for trained in autoencoder_recipes(recipe):
-        trained_run(trained, recipe, "data.autoencoder.recipe")
-    spec = data_of(recipe)
+    asked = resolve(recipe)
+    for trained in asked.autoencoders:
+        asked.finished(trained, "data.autoencoder.recipe")
+    spec = asked.data
     folder = Path(a.out or spec.root)
     if a.verify:
         found = check_sums(folder, read_index(folder), MADE, again=True)

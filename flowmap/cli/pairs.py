@@ -24,20 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.data import Pairs
-    from flowmap.plan.data_folders import pairs_of
+    from flowmap.plan.plan import resolve
     from flowmap.prepare.make_pairs import make_pairs, verify
     from flowmap.recipe import read_recipe
 
     recipe = read_recipe(a.recipe, a.overrides)
     if not isinstance(recipe.coupling, Pairs):
         raise ValueError(f"--recipe: {a.recipe}: its coupling is not of kind pairs: there are none to make")
-    folder = Path(a.out or pairs_of(recipe).root)
+    asked = resolve(recipe)
+    folder = Path(a.out or asked.pairs.root)
     if a.verify is not None:
-        gap, pair = verify(recipe, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
+        gap, pair = verify(asked, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
         print(f"{folder}: {a.verify} pairs made again differ by at most {gap:.3g} (pair {pair})")
         return 0
     check_writable(folder, "--out")
-    index = make_pairs(recipe, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, log=log)
+    index = make_pairs(asked, folder, shard=part_of(a.shard), device=device_of(a.device), batch_size=a.batch, log=log)
     if index is None:
         print(f"{folder}: this part is done; the pairs are complete when all parts are")
         return 0

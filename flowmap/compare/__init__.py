@@ -23,6 +23,7 @@ from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
 from flowmap.compare.terms import Terms, evaluations_of, make, needs_of, own_stages, shared_folders
 from flowmap.estimate.dry_run import dry_run
+from flowmap.plan.plan import resolve
 from flowmap.plan.requirements import check_beforehand
 from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
@@ -55,7 +56,7 @@ def compare(
     entrants, folder = _checked(recipes, overrides, seeds, out)
     look = EvalSpec.of(entrants[0])
     for entrant in entrants:  # refuse what can be refused before the folder is made
-        check_beforehand(entrant.changed(metrics=look.metrics))
+        check_beforehand(resolve(entrant.changed(metrics=look.metrics)))
     with only_process(folder):
         by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]
         for entry in (entry for entries in by_seed for entry in entries):

@@ -11,6 +11,7 @@ from flowmap.data import Pairs, TeacherSlot
 from flowmap.plan.cards import card_of
 from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_recipes, teacher_recipes
+from flowmap.plan.plan import resolve
 from flowmap.plan.provenance import scale_of
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
@@ -74,7 +75,7 @@ def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
     """
     slot, scale = recipe.teacher, None
     if isinstance(recipe.coupling, Pairs):
-        slot, scale = recipe.coupling.teacher or slot, scale_of(recipe)
+        slot, scale = recipe.coupling.teacher or slot, scale_of(resolve(recipe))
     elif slot is not None and slot.guidance is not None:
         scale = slot.guidance.default
     if slot is None:

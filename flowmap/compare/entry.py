@@ -32,15 +32,15 @@ from flowmap.compare.terms import (
     samples_of,
 )
 from flowmap.evaluation.measure import measure
-from flowmap.plan.plan import Pairing, Stage
+from flowmap.plan.plan import Pairing, Stage, resolve
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
+from flowmap.train.finite import NotFinite
 from flowmap.train.fit import FitError, device_of, fit, silent
-from flowmap.train.module import NotFinite
 
 TRIAL = 0.05  # the share of the budget, in addition to it, for measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most
@@ -226,7 +226,8 @@ class Entry:
             return {}
         recipe = self.look.at(self.recipe)
         student = load_student(self.folder / "student").to(device_of(recipe))
-        found = measure(recipe, student, None, build_data(recipe), steps=steps, progress=self._paced(log))["student"]
+        data = build_data(resolve(recipe))
+        found = measure(recipe, student, None, data, steps=steps, progress=self._paced(log))["student"]
         if any(not math.isfinite(value) for row in found.values() for value in row.values()):
             raise NotFinite("its samples are not finite")
         return found
@@ -236,10 +237,11 @@ def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any
     """The teacher's rows and the baseline, by the entry's teacher and metrics, under the keys of metrics.json."""
     recipe, terms = entry.look.at(entry.recipe), entry.terms
     recipe = recipe.changed(evaluation=replace(recipe.evaluation, teacher_extra_steps=terms.steps))
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    config = student_config(recipe, data, teacher)
-    student = Student(config, build_student(recipe, config, teacher).eval()).to(device_of(recipe))
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
+    student = Student(config, build_student(run, config, teacher).eval()).to(device_of(recipe))
     if teacher is not None:
         teacher.to(device_of(recipe))
     found = measure(recipe, student, teacher, data, steps=[1], progress=log)

@@ -10,9 +10,7 @@ from pathlib import Path
 from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
-from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, teacher_recipes
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan
-from flowmap.plan.run_folders import dependency_folder
+from flowmap.plan.plan import Needed, Pairing, Stage, plan, resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -61,24 +59,23 @@ def evaluations_of(recipe: Recipe) -> float:
 
 
 def samples_of(recipe: Recipe) -> int:
-    return recipe.data.batch_size * recipe.trainer.accumulate
+    return recipe.batches.samples
 
 
 def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
     """The folders of the recipes' teachers and autoencoders, and of what those need: they are not counted."""
     found: set[Path] = set()
     for entrant in entrants:
-        by_teacher = (
-            pairs_recipes(entrant) if isinstance(entrant.coupling, Pairs) and entrant.coupling.recipe is None else []
-        )
-        for needed in (*autoencoder_recipes(entrant), *teacher_recipes(entrant), *by_teacher):
-            found |= {stage.folder for stage in plan(needed, dependency_folder(needed))}
+        run, coupling = resolve(entrant), entrant.coupling
+        by_teacher = run.pairs_teachers if isinstance(coupling, Pairs) and coupling.recipe is None else []
+        for needed in (*run.autoencoders, *run.teachers, *by_teacher):
+            found |= {stage.folder for stage in needed.stages}
     return found
 
 
 def own_stages(recipe: Recipe, shared: Set[Path]) -> list[Stage | Pairing]:
     """What this recipe alone needs, in order: pairs, runs that it starts from. They count for its budget."""
-    return [stage for stage in needs_of(recipe) if not isinstance(stage, Encoding) and stage.folder not in shared]
+    return [stage for stage in needs_of(recipe) if isinstance(stage, (Stage, Pairing)) and stage.folder not in shared]
 
 
 def needs_of(recipe: Recipe) -> list[Needed]:
@@ -103,7 +100,7 @@ def price_of(stage: Stage | Pairing, terms: Terms, now: Callable[[], float]) -> 
             return stage.recipe.trainer.steps * evaluations_of(stage.recipe)
         metrics = read_json(stage.folder / "metrics.json")
         return float(metrics["training"]["seconds"] if "training" in metrics else metrics["seconds"]["train"])
-    maker = Maker.of(stage.recipe, device_of(stage.recipe))
+    maker = Maker.of(stage.run, device_of(stage.recipe))
     batch = maker.ranges()[0][:PAIRS]
     _, calls = maker.columns(batch[:1])
     if terms.evaluations is not None:

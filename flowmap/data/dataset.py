@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.base.ranges import Batch, Share, check_ranges
+from flowmap.base.ranges import Batch, Count, Share, check_ranges
+from flowmap.base.schema import added
 from flowmap.flow.draws import Generator
 from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
@@ -34,13 +35,16 @@ class BaseData(Part):
 class Source(BaseData):
     """The settings that every source of data has.
 
-    batch_size is for one process and one micro-batch. conditional: labels, if there are any, are given to the network,
-    and dropped with probability drop_condition so that it also learns the velocity without a class.
+    batch_size is for one process and one micro-batch. global_batch_size: the samples of an optimizer step over all
+    micro-batches, devices and nodes; null for as many as they add up to. conditional: labels, if there are any, are
+    given to the network, and dropped with probability drop_condition so that it also learns the velocity without a
+    class.
     """
 
     batch_size: Batch = 128
     conditional: bool = True
     drop_condition: Share = 0.0
+    global_batch_size: Count | None = added(None)
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
@@ -141,6 +145,11 @@ class Dataset(BaseDataset):
         return self.train
 
     @property
+    def reference_labels(self) -> Tensor | None:
+        """(N,) int64, row by row as in `reference`; None where there are none."""
+        return self.labels
+
+    @property
     def empty(self) -> Mapping[str, Tensor]:
         """One row of each condition as an empty text gives it; {} where there is no text."""
         return {}
@@ -149,14 +158,16 @@ class Dataset(BaseDataset):
         """The conditions of those training samples."""
         return {} if self.labels is None else {"class": self.labels[places]}
 
-    @property
-    def reference_conditions(self) -> Cond:
-        """The conditions of the reference, row by row; {} where there are none."""
-        return {} if self.labels is None else {"class": self.labels}
+    def reference_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those samples of the reference; {} where there are none."""
+        return {} if self.labels is None else {"class": self.labels[places]}
 
-    def held_out_samples(self) -> tuple[Tensor, Cond]:
-        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
-        return self.held_out, {} if self.held_out_labels is None else {"class": self.held_out_labels}
+    def held_out_samples(self, num: int | None = None) -> tuple[Tensor, Cond]:
+        """(x0, cond) of the first `num` held-out samples (None: all), as training would see them.
+
+        Row by row as in `held_out`.
+        """
+        return self.held_out[:num], {} if self.held_out_labels is None else {"class": self.held_out_labels[:num]}
 
     @property
     def num_reference(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,6 +24,7 @@ from flowmap.data.dataset import BaseDataset, Source, StoredCond
 from flowmap.data.live_text import LiveText
 from flowmap.data.shards import Made, check_sums, difference, from_column, from_trimmed_column, open_shards
 from flowmap.data.sources import ImageSource
+from flowmap.data.stored import StoredSamples
 from flowmap.flow.types import Cond
 
 FORMAT = 2  # 1: without counts of what was skipped and samples of each class; pictures were read without EXIF
@@ -125,8 +126,8 @@ class Encoded(Source):
 class EncodedDataset(BaseDataset):
     """A data set (see data/dataset.py) of samples on disk.
 
-    held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; each access reads them
-    again.
+    held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; they are read from the
+    disk when they are indexed.
     """
 
     reads_disk: ClassVar[bool] = True
@@ -206,22 +207,29 @@ class EncodedDataset(BaseDataset):
         with _safetensors(self.folder / EMPTY) as file:
             return {name: _as_cond(file.get_tensor(name)) for name in file.keys()}
 
-    @property
-    def held_out(self) -> Tensor:
-        return self._pictures("held_out")
+    @cached_property
+    def held_out(self) -> StoredSamples:
+        return _pictures(self.folder / REFERENCE, "held_out")
+
+    @cached_property
+    def reference(self) -> StoredSamples:
+        return _pictures(self.folder / REFERENCE, "reference")
 
     @property
-    def reference(self) -> Tensor:
-        return self._pictures("reference")
+    def reference_labels(self) -> Tensor | None:
+        """(N,) int64, row by row as in `reference`; None where there are none."""
+        return self._labels_of("reference")
 
-    @property
-    def reference_conditions(self) -> Cond:
-        """The conditions of the reference, row by row."""
-        return self._completed(self._conditions(self._rows(self._rows_of("reference"))))
+    def reference_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those samples of the reference."""
+        return self._conditions_of(self._rows_of("reference")[places])
 
-    def held_out_samples(self) -> tuple[Tensor, Cond]:
-        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
-        rows = self._rows_of("held_out")
+    def held_out_samples(self, num: int | None = None) -> tuple[Tensor, Cond]:
+        """(x0, cond) of the first `num` held-out samples (None: all), as training would see them.
+
+        Row by row as in `held_out`.
+        """
+        rows = self._rows_of("held_out")[:num]
         if not len(rows):
             return torch.zeros(0, *self.shape), {}
         table = self._rows(rows)
@@ -234,8 +242,7 @@ class EncodedDataset(BaseDataset):
     @property
     def reference_shape(self) -> tuple[int, ...]:
         """Of one picture of the reference."""
-        with _safetensors(self.folder / REFERENCE) as file:
-            return tuple(file.get_slice("reference").get_shape()[1:])
+        return tuple(self.reference.shape[1:])
 
     @property
     def num_held_out(self) -> int:
@@ -244,13 +251,14 @@ class EncodedDataset(BaseDataset):
     @property
     def held_out_labels(self) -> Tensor | None:
         """(N,) int64, -1 where a held-out sample has no class; None where there are none."""
-        if self.num_classes is None:
-            return None
-        return torch.from_numpy(self._table.data.column("label").to_numpy().copy())[self._rows_of("held_out")]
+        return self._labels_of("held_out")
 
     def held_out_conditions_at(self, places: Tensor) -> Cond:
         """The conditions of those held-out samples."""
-        return self._completed(self._conditions(self._rows(self._rows_of("held_out")[places])))
+        return self._conditions_of(self._rows_of("held_out")[places])
+
+    def _conditions_of(self, rows: Tensor) -> Cond:
+        return self._completed(self._conditions(self._rows(rows)))
 
     def _completed(self, cond: StoredCond) -> Cond:
         """`complete` on the CPU."""
@@ -260,9 +268,10 @@ class EncodedDataset(BaseDataset):
         with _safetensors(self.folder / REFERENCE) as file:
             return file.get_tensor(f"{name}_rows")
 
-    def _pictures(self, name: str) -> Tensor:
-        with _safetensors(self.folder / REFERENCE) as file:
-            return from_bytes(file.get_tensor(name))
+    def _labels_of(self, name: str) -> Tensor | None:
+        if self.num_classes is None:
+            return None
+        return torch.from_numpy(self._table.data.column("label").to_numpy().copy())[self._rows_of(name)]
 
     @cached_property
     def _kept(self) -> Tensor:
@@ -307,6 +316,19 @@ def _safetensors(path: Path) -> Any:
         raise ValueError(
             f"{path}: is missing or not a whole safetensors file: {error}; `flowmap encode` makes it again"
         ) from error
+
+
+def _pictures(path: Path, name: str) -> StoredSamples:
+    """The pictures of that name in the file."""
+    with _safetensors(path) as file:
+        count, *shape = file.get_slice(name).get_shape()
+    return StoredSamples(count, tuple(shape), partial(_read_pictures, path, name))
+
+
+def _read_pictures(path: Path, name: str, places: Tensor) -> Tensor:
+    """The pictures at those places; the file is mapped into memory, not read as a whole."""
+    with _safetensors(path) as file:
+        return from_bytes(file.get_tensor(name)[places])
 
 
 def _as_cond(tensor: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
+from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.text_joint import TextJoint
 from flowmap.objectives.adversarial import Adversarial, discriminator_loss, generator_loss
-from flowmap.plan.dependencies import prior_recipes
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of
 from flowmap.student.prior import auxiliary
@@ -56,10 +55,13 @@ class Cost:
         return self.trained + self.frozen
 
 
-def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool = False) -> Cost:
+def cost_of(
+    config: StudentConfig, *, graded: bool = True, checkpointing: bool = False, built: FlowMapNet | None = None
+) -> Cost:
     """Return the cost of a student's network, counted on the meta device.
 
-    graded: count the backward pass too. Raises ValueError if the network cannot be built.
+    graded: count the backward pass too. built: the network, if its builder has made it. Raises ValueError if the
+    network cannot be built.
     """
     if isinstance(joint := config.net, TextJoint):
         coder = replace(joint.autoencoder, vocab=joint.vocab, special=joint.special)
@@ -69,13 +71,18 @@ def cost_of(config: StudentConfig, *, graded: bool = True, checkpointing: bool =
         )
         parts = [astuple(cost_of(one, graded=graded, checkpointing=checkpointing)) for one in each]
         return Cost(*map(sum, zip(*parts, strict=True)))
-    return _counted(replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
+    key = (replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
+    if key not in _COUNTED:
+        with torch.device("meta"):
+            flow_map = config.build() if built is None else built
+        _COUNTED[key] = _counted(flow_map, *key)
+    return _COUNTED[key]
 
 
-@cache
-def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
-    with torch.device("meta"):
-        flow_map = config.build()
+_COUNTED: dict[tuple[StudentConfig, bool, bool], Cost] = {}  # what was counted in this process
+
+
+def _counted(flow_map: FlowMapNet, config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in flow_map.parameters()) - trained
     net = flow_map.to("meta").train().net  # This also moves tables that a library makes with numpy.
@@ -89,15 +96,16 @@ def _counted(config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
     return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
 
 
-def start_flops(recipe: Recipe, shape: tuple[int, ...]) -> float:
+def start_flops(run: ResolvedRun, shape: tuple[int, ...]) -> float:
     """Return the FLOPs of one starting point of sampling: decoder of the auxiliary model and sampler of codes.
 
     It is 0 for the Gaussian prior.
     """
-    if not isinstance(recipe.prior, Learned):
+    prior = run.recipe.prior
+    if not isinstance(prior, Learned):
         return 0.0
-    trained, *flow = prior_recipes(recipe)
-    spec, codes = auxiliary(trained.student), recipe.prior.z
+    trained, *flow = (one.recipe for one in run.priors)
+    spec, codes = auxiliary(trained.student), prior.z
     size = spec.size
     with torch.device("meta"):
         net: Any = spec.build(shape)

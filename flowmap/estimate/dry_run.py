@@ -10,29 +10,29 @@ import torch
 from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
-from flowmap.build.discriminator import discriminator_on
 from flowmap.build.fake_score import fake_config
 from flowmap.build.student import student_config
 from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.outlines import check_outlines, known_outline
+from flowmap.estimate.memory import Memory, memory_of
+from flowmap.estimate.networks import Networks, outline_of_network, teacher_configs
+from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.flow.prior import Learned
-from flowmap.flow.types import Cond
 from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.requirements import check_parts, missing_parts
 from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
-from flowmap.recipe.kinds import TABLES, StudentSpec
-from flowmap.recipe.settings import PowerEMA
+from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.settings import Autoguidance, Trainer
 from flowmap.student.config import StudentConfig
-from flowmap.student.examples import conditions_of
 from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
@@ -45,7 +45,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
     run = resolve(recipe, Path(out) if out else None)
-    stages = run.stages
+    stages, outlines = run.stages, Outlines()
     lines, missing = [], []
     for i, stage in enumerate(stages):
         state = _state(stage)
@@ -53,11 +53,11 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
             f"[{i + 1}/{len(stages)}] {stage.recipe.name}: {'complete' if stage.complete else state} -> {stage.folder}"
         )
         if isinstance(stage, Pairing) and not stage.complete:
-            missing += _weights_missing(resolve(stage.recipe).pairs_cards)
+            missing += _weights_missing(stage.run.pairs_cards)
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage, throughput)
+            found, lacks = look(stage, outlines, throughput)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
@@ -74,18 +74,21 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
     It is all that a dry run reports, except what `fit` fetches. again: the last stage runs even if it is complete.
     """
+    outlines = Outlines()
     for stage in stages:
         if isinstance(stage, Stage) and not (stage.complete and not (again and stage is stages[-1])):
             # The message about a missing teacher is more precise than that of the dry run.
-            check_parts(stage.recipe)
-            blocking = [line for line in look(stage, whole=False)[1] if "fit fetches it" not in line]
+            check_parts(stage)
+            blocking = [line for line in look(stage, outlines, whole=False)[1] if "fit fetches it" not in line]
             if blocking:
                 raise RecipeError(f"{stage.recipe.name}: {blocking[0]}")
         elif isinstance(stage, Encoding):
             check_pictures(stage)
 
 
-def look(run: ResolvedRun, throughput: float = THROUGHPUT, *, whole: bool = True) -> tuple[list[str], list[str]]:
+def look(
+    run: ResolvedRun, outlines: Outlines, throughput: float = THROUGHPUT, *, whole: bool = True
+) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
     The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
@@ -95,14 +98,14 @@ def look(run: ResolvedRun, throughput: float = THROUGHPUT, *, whole: bool = True
     missing = [f"{key} (a value)" for key in recipe.missing()]
     missing += _weights_missing(run.cards)
     if not missing:
-        check_parts(recipe)
-    missing += [*missing_parts(recipe), *missing_devices(recipe)]
-    data, lacks = known_outline(recipe, whole=whole)
+        check_parts(run)
+    missing += [*missing_parts(run), *missing_devices(recipe)]
+    data, lacks = outlines.of(run, whole=whole)
     missing += lacks
     config = _config(run, data)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
-    check_outlines(run, config)
+    check_outlines(run, config, outlines)
     try:
         return _lines(run, config, throughput), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
@@ -128,8 +131,8 @@ def missing_devices(recipe: Recipe) -> list[str]:
     return [f"trainer.devices: {devices}: this machine has {there}"] if devices > there else []
 
 
-def _state(stage: Stage | Encoding | Pairing) -> str:
-    if isinstance(stage, Encoding):
+def _state(stage: Needed) -> str:
+    if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
         return f"{pairs_spec(stage.recipe).num} pairs"
@@ -145,7 +148,7 @@ def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
     recipe = run.recipe
     if run.net is None or data is None:
         return None
-    config = student_config(recipe.changed(student=run.net), data, None)
+    config = student_config(run.changed(student=run.net), data, None)
     if recipe.lora is None:
         return config
     card = run.cards[0]
@@ -153,7 +156,7 @@ def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
 
 
 @dataclass(frozen=True)
-class _Costs:
+class NetworkCosts:
     """The costs of the networks that take part in a training step."""
 
     student: Cost
@@ -162,13 +165,16 @@ class _Costs:
     fake: Cost | None
 
 
-def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
-    recipe = run.recipe
-    return _Costs(
-        cost_of(config, checkpointing=recipe.trainer.activation_checkpointing),
+def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
+    objective, networks = run.recipe.objective, Networks.of(run, config)
+    judge, fake = networks.discriminator, networks.fake
+    return NetworkCosts(
+        cost_of(config, checkpointing=run.recipe.trainer.activation_checkpointing, built=networks.student),
         _teachers(run, config),
-        _discriminator(run, config) if isinstance(recipe.objective, Adversarial) else None,
-        cost_of(fake_config(recipe, config)) if isinstance(recipe.distillation, ScoreDistillation) else None,
+        discriminator_cost(judge, config, objective)
+        if judge is not None and isinstance(objective, Adversarial)
+        else None,
+        cost_of(fake_config(run, config), built=fake) if fake is not None else None,
     )
 
 
@@ -187,16 +193,17 @@ def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[s
         assert isinstance(distillation, ScoreDistillation)
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
-    return [*lines, _memory(run.recipe, costs), *_step(run.recipe, config, costs, throughput)]
+    split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
+    return [*lines, _memory(run, config, costs), *split, *_step(run.recipe, config, costs, throughput)]
 
 
-def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: float) -> list[str]:
+def _step(recipe: Recipe, config: StudentConfig, costs: NetworkCosts, throughput: float) -> list[str]:
     """Return a line on the FLOPs of a step and, for a run on accelerators, one on the hours of all steps."""
     trainer, judge = recipe.trainer, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
-    samples = recipe.data.batch_size * trainer.accumulate * trainer.devices * trainer.num_nodes
+    samples = recipe.batches.samples
     hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
@@ -209,44 +216,16 @@ def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: floa
 
 def _prior(run: ResolvedRun, config: StudentConfig) -> str:
     assert isinstance(run.recipe.prior, Learned)
-    trained = run.priors[0]
+    trained = run.priors[0].recipe
     auxiliary = cost_of(replace(config, net=trained.student, prior=None, num_classes=None, guidance=None), graded=False)
-    start = start_flops(run.recipe, config.shape)
+    start = start_flops(run, config.shape)
     codes = f"codes by {kind_of(run.recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
     return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
 
 
 def _teachers(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, Cost]]:
     """Return each network that the guided velocity calls, with its cost."""
-    found = []
-    for card, spec in zip(run.cards, run.teacher_nets, strict=True):
-        if spec is not None:
-            num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
-            plain = replace(_of_teacher(config, spec), num_classes=num_classes)
-            found.append((card, cost_of(plain, graded=False)))
-    return found
-
-
-def _of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:
-    """Return the configuration of a teacher with that network, for the student's samples."""
-    return replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
-
-
-def _discriminator(run: ResolvedRun, config: StudentConfig) -> Cost | None:
-    """Return the discriminator's cost without weights of its teacher; None if nothing states that network."""
-    objective = run.recipe.objective
-    assert isinstance(objective, Adversarial)
-    network: nn.Module | None = None
-    example: Cond = {}
-    if objective.discriminator.trunk == "teacher":
-        spec = run.teacher_nets[0]
-        if spec is None:
-            return None
-        plain = _of_teacher(config, spec)
-        with torch.device("meta"):
-            network, example = plain.build().to("meta").net, conditions_of(plain, 1)
-    net = discriminator_on(run.recipe, config, network, example).to("meta")
-    return discriminator_cost(net, config, objective)
+    return [(card, cost_of(plain, graded=False)) for card, plain in teacher_configs(run, config)]
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
@@ -264,32 +243,39 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     )
 
 
-def _memory(recipe: Recipe, costs: _Costs) -> str:
-    trainer = recipe.trainer
-    state = _state_bytes(recipe, costs)
-    # A LoRA student shares its base with the teacher.
-    shared = costs.teachers[0][1].parameters if recipe.lora else 0
-    frozen = 4 * (sum(cost.parameters for _, cost in costs.teachers) - shared)
-    activations = _activation_bytes(recipe, costs) * (0.5 if trainer.precision == "bf16" else 1)
+def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> Memory:
+    """Return the memory of one device while the run trains."""
+    recipe = run.recipe
+    configs = [one for _, one in teacher_configs(run, config)]
+    student, *teachers = (outline_of_network(one) for one in (config, *configs))
+    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
+    if isinstance(guidance, Autoguidance) and guidance.snapshot is not None:  # the weak model is a copy
+        teachers.append(outline_of_network(configs[0]))
+    kept = _activation_bytes(recipe, costs) * (0.5 if recipe.trainer.precision == "bf16" else 1)
+    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
+    for net in teachers:
+        net.requires_grad_(False)
+    return memory_of(recipe, student, teachers, activations=kept, others=others)
+
+
+def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> str:
+    trainer, memory = run.recipe.trainer, networks_memory(run, config, costs)
     how = [trainer.precision] if trainer.precision != "32" else []
     how += ["checkpointed"] if trainer.activation_checkpointing else []
-    parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
-    parts += [f"{_gib(frozen)} teacher"] if frozen else []
-    kept = f"{_gib(activations)} activations at batch {recipe.data.batch_size}"
+    kept = f"{_gib(memory.activations)} activations at batch {run.recipe.data.batch_size}"
+    parts = [f"{_gib(memory.state)} weights, gradients, optimiser and averages"]
+    parts += [f"{_gib(memory.frozen)} teacher"] if memory.frozen else []
+    parts += [f"{_gib(memory.working)} {_copies(trainer)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
-    return "memory for each device, estimated: " + " + ".join(parts)
+    split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
+    return f"memory for each device{split}, estimated: {' + '.join(parts)} = {_gib(memory.total)}"
 
 
-def _state_bytes(recipe: Recipe, costs: _Costs) -> float:
-    """Return the bytes of weights, gradients, moments and averages of all networks that are trained."""
-    trainer, ema, student = recipe.trainer, recipe.ema, costs.student
-    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
-    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
-    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
-    return 4 * (student.trained * (4 + averages) / shares + student.frozen) + 16 * others
+def _copies(trainer: Trainer) -> str:
+    return "gathered blocks" if trainer.strategy == "fsdp" else "weights in bf16"
 
 
-def _activation_bytes(recipe: Recipe, costs: _Costs) -> float:
+def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     """Return the bytes that a step keeps for its backward passes, in float32."""
     batch, objective, distillation = recipe.data.batch_size, recipe.objective, recipe.distillation
     student = costs.student

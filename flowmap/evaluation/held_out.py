@@ -17,6 +17,7 @@ from flowmap.flow.solver import invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import LossByTime
 from flowmap.metrics.flow_specs import NOTHING_HELD_OUT
+from flowmap.plan.plan import resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.student.student import Student
@@ -44,10 +45,9 @@ def held_out_samples(recipe: Recipe, student: Student, data: Dataset, num: int, 
     All processes call it, and each has its share. Raises ValueError if nothing is held out, or if the student needs
     classes and the data has none.
     """
-    x0, cond = data.held_out_samples()
+    x0, cond = data.held_out_samples(num)
     if not len(x0):
         raise ValueError(NOTHING_HELD_OUT)
-    x0, cond = x0[:num], {key: value[:num] for key, value in cond.items()}
     prior = student.prior and student.prior.to(student.device)
     x0 = x0.to(student.device) if prior else x0
     start = start_of(
@@ -70,7 +70,7 @@ def coupled_draws(recipe: Recipe, student: Student, data: Dataset, num: int, gui
         return held_out_samples(recipe, student, data, num, guidance)
     settings = recipe.coupling
     fresh = replace(settings, seed=settings.seed + 1 + abs(recipe.evaluation.seed), num=num, inverted=0.0)
-    maker = Maker.of(recipe.changed(coupling=fresh), student.device)
+    maker = Maker.of(resolve(recipe.changed(coupling=fresh)), student.device)
     num_inverted = round(num * settings.inverted)
     parts = [_generated(maker, student, _mine(num - num_inverted).tolist(), recipe.evaluation.batch_size, guidance)]
     if num_inverted:
@@ -90,7 +90,7 @@ def loss_by_time(
 ) -> dict[float, float]:
     """The mean squared error per value of the student's velocity at each time, over draws of its own coupling."""
     spec = LossByTime(images, tuple(times))
-    draws = coupled_draws(recipe, student, build_data(recipe) if data is None else data, images, guidance)
+    draws = coupled_draws(recipe, student, build_data(resolve(recipe)) if data is None else data, images, guidance)
     metric = spec.build()
     for place, predicted, vt in velocities(recipe, student.flow_map.velocity, draws, spec.times):
         metric.update(place, predicted, vt)

@@ -17,6 +17,8 @@ from flowmap.data import Dataset, Pairs
 from flowmap.evaluation.known_rows import read_known, stamps, to_teacher
 from flowmap.evaluation.rows import Rows
 from flowmap.metrics import Spec, check_metrics
+from flowmap.plan.plan import resolve
+from flowmap.plan.references import located
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -46,14 +48,15 @@ def evaluate(
     student = student if isinstance(student, Student) else load_student(student)
     if student.folder is None or not (student.folder / "recipe.yaml").is_file():
         raise ValueError("student: evaluate needs the recipe.yaml in the folder of the weights")
-    recipe = flow_alone(read_resolved(student.folder / "recipe.yaml"), student.folder)
+    run = flow_alone(resolve(read_resolved(student.folder / "recipe.yaml")), student.folder)
+    recipe = run.recipe
     chosen = _chosen(recipe, metrics)
     for k in steps or ():
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
-    data, built = build_data(recipe), None
+    data, built = build_data(run), None
     try:
-        built = build_teacher(recipe, data) if teacher else None
+        built = build_teacher(run, data) if teacher else None
     except RecipeError as error:
         if progress is not None:
             progress(f"no teacher's row: {error}")
@@ -86,7 +89,7 @@ def measure(
     started, log = time.perf_counter(), progress or (lambda message: None)
     specs, known, chosen = recipe.metrics if metrics is None else metrics, known or {}, steps or recipe.sampler.steps
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
-    rows = Rows(recipe, student, teacher, data, specs, guidance, progress)
+    rows = Rows(recipe, student, teacher, data, located(recipe, specs), guidance, progress)
     stamp = stamps(recipe, student, teacher, data, specs, rows.starts.first)
     same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowmap.base.batches import rebatched
+from flowmap.base.distributed import gathered
+from flowmap.base.precision import in_precision, wait_for
 from flowmap.base.progress import LogFunction
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
@@ -20,7 +23,8 @@ from flowmap.evaluation.starts import Starts
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.solver import Euler, Solver, invert
 from flowmap.flow.types import Cond
-from flowmap.metrics import Spec, baselines
+from flowmap.metrics import DrawnBatch, Spec, baselines
+from flowmap.metrics.real import metric_device
 from flowmap.recipe.recipe import Recipe
 from flowmap.student.student import Student
 
@@ -53,45 +57,69 @@ class Flow:
         def by_euler(x1: Tensor, cond: Cond, noise: RowGenerator, steps: int) -> Tensor:
             return Euler(steps=steps)(lambda x, t: flow_map.velocity(x, t, cond), x1).x
 
-        return Flow(
-            lambda x, t, cond: flow_map.velocity(x, t, cond), by_sampler if student.config.arrival else by_euler
-        )
+        def velocity(x: Tensor, t: Tensor, cond: Cond | None) -> Tensor:
+            return flow_map.velocity(x, t, cond)
+
+        return Flow(velocity, by_sampler if student.config.arrival else by_euler).at(recipe, student.device)
 
     @staticmethod
-    def of_teacher(teacher: BuiltTeacher) -> Flow:
-        return Flow(teacher.guided.velocity, lambda x1, cond, noise, steps: teacher.solve(x1, cond, steps))
+    def of_teacher(recipe: Recipe, teacher: BuiltTeacher, device: torch.device) -> Flow:
+        def solve(x1: Tensor, cond: Cond, noise: RowGenerator, steps: int) -> Tensor:
+            return teacher.solve(x1, cond, steps)
+
+        return Flow(teacher.guided.velocity, solve).at(recipe, device)
+
+    def at(self, recipe: Recipe, device: torch.device) -> Flow:
+        """The same flow in the precision of the recipe's training."""
+        velocity, solve = (in_precision(call, recipe.trainer.precision, device) for call in (self.velocity, self.solve))
+        return replace(self, velocity=velocity, solve=solve)
 
 
 class DrawnRow:
-    """The samples that `draw` makes of the starts, and the flow behind them, in the form of `metrics.Drawn`."""
+    """The samples that `draw` makes of the starts, and the flow behind them, in the form of `metrics.Drawn`.
 
-    def __init__(self, starts: Starts, student: Student, draw: Draw, flow: Flow, coupled: dict[int, Draws]):
-        self.starts, self.student, self.draw, self.flow = starts, student, draw, flow
+    What metrics count is float32, on `device`. Of the samples a chunk is held at a time.
+    """
+
+    def __init__(
+        self, starts: Starts, student: Student, draw: Draw, flow: Flow, coupled: dict[int, Draws], device: torch.device
+    ):
+        self.starts, self.student, self.draw, self.flow, self.device = starts, student, draw, flow, device
         self.world, self.sources = starts.world, starts.sources
-        self.decode_seconds = 0.0
+        self.seconds = self.decode_seconds = 0.0
         self._coupled = coupled
+        self._texts: list[str] = []
+        self._pictures = in_precision(student.pictures, starts.recipe.trainer.precision, starts.device)
 
-    @cached_property
-    def pictures(self) -> Tensor:
-        """All samples of this process, decoded, on the student's device."""
-        if not self.starts.num:
-            return self.starts.x1
-        batches = self.starts.batches(self.starts.num)
-        return self.student.pictures(torch.cat([self.draw(*batch) for batch in batches]))
+    def batches(self) -> Iterator[DrawnBatch]:
+        """The samples of this process, drawn, decoded and passed on chunk by chunk; `seconds` are added up."""
+        drawn = ({"x0": self.draw(*batch)} for batch in self.starts.batches(self.starts.num))
+        chunks, first = iter(rebatched(drawn, self.starts.chunk)), 0
+        while (samples := self._decoded(chunks)) is not None:
+            self._write(samples[: max(0, self.starts.num_texts - first)])
+            at = partial(self.starts.conditions_at, first, len(samples))
+            yield DrawnBatch(samples.to(self.device), first, self.world, at)
+            first += len(samples)
 
-    @cached_property
-    def sentences(self) -> list[str]:
-        """As many sentences as the metrics need, decoded when one of them asks."""
+    def _decoded(self, chunks: Iterator[Mapping[str, Tensor]]) -> Tensor | None:
+        """The next chunk of samples, on the student's device; None after the last."""
         started = time.perf_counter()
-        found = self.student.sentences(self.pictures[: self.starts.num_texts])
-        self.decode_seconds = time.perf_counter() - started
-        return found
+        chunk = next(chunks, None)
+        found = None if chunk is None else self._pictures(chunk["x0"])
+        wait_for(self.starts.device)
+        self.seconds += time.perf_counter() - started
+        return found.float() if found is not None and found.dtype == torch.bfloat16 else found
 
-    def samples(self, num: int) -> Tensor:
-        return self.pictures[: num // self.world].cpu()
+    def _write(self, samples: Tensor) -> None:
+        """Decode samples to sentences."""
+        if len(samples):
+            started = time.perf_counter()
+            self._texts += self.student.sentences(samples)
+            self.decode_seconds += time.perf_counter() - started
 
     def texts(self, num: int) -> list[str]:
-        return self.sentences[: num // self.world]
+        parts = gathered(self._texts[: num // self.world])
+        return [text for texts in zip(*parts, strict=True) for text in texts]
 
     def conditions(self, num: int) -> Cond:
         return self.starts.conditions(num)
@@ -101,7 +129,7 @@ class DrawnRow:
         for x1, cond, _ in self.starts.batches(num, " along the path"):
             path = solver(self.flow.given(cond), x1, keep=True).trajectory
             assert path is not None
-            yield path.cpu(), torch.tensor(solver.times())
+            yield path.to(self.device), torch.tensor(solver.times(), device=self.device)
 
     def endpoints(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         known = self.flow.endpoints
@@ -109,7 +137,7 @@ class DrawnRow:
             batches = self.starts.batches(num, f" at {steps} steps")
             known[num, steps] = [self.flow.solve(*batch, steps).cpu() for batch in batches]
         for batch, many in zip(self.starts.batches(num), known[num, steps], strict=True):
-            yield self.draw(*batch).cpu(), many
+            yield self.draw(*batch).to(self.device), many.to(self.device)
 
     def inversions(self, num: int, solver: Solver) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         if (num, solver) not in self.flow.inverted:
@@ -117,7 +145,7 @@ class DrawnRow:
         done = 0
         for part in self.flow.inverted[num, solver]:
             back = self.draw(part.x1, part.cond, self.starts.noise(done, len(part.x0)))
-            yield part.x0.cpu(), part.x1.cpu(), back.cpu()
+            yield part.x0.to(self.device), part.x1.to(self.device), back.to(self.device)
             done += len(part.x0)
 
     def _inverted(self, num: int, solver: Solver) -> Iterator[Draws]:
@@ -131,7 +159,8 @@ class DrawnRow:
     def velocities(self, num: int, times: Sequence[float]) -> Iterator[tuple[int, Tensor, Tensor]]:
         if num not in self._coupled:
             self._coupled[num] = self.starts.coupled(num)
-        return velocities(self.starts.recipe, self.flow.velocity, self._coupled[num], times)
+        found = velocities(self.starts.recipe, self.flow.velocity, self._coupled[num], times)
+        return ((place, mine.to(self.device), true.to(self.device)) for place, mine, true in found)
 
 
 class Rows:
@@ -147,12 +176,13 @@ class Rows:
         guidance: float | None,
         log: LogFunction | None,
     ):
-        self.recipe, self._student, self._teacher = recipe, student, teacher
+        self.recipe, self._student = recipe, student
         self.starts = Starts(recipe, student, data, specs, guidance, log)
-        self.built = [(spec, spec.build_on(data)) for spec in specs]
+        self.device = metric_device(student.device)
+        self.built = [(spec, spec.build_on(data, self.device)) for spec in specs]
         self.decode_seconds = 0.0
         self._flow = Flow.of_student(recipe, student)
-        self._teacher_flow = None if teacher is None else Flow.of_teacher(teacher)
+        self._teacher_flow = None if teacher is None else Flow.of_teacher(recipe, teacher, student.device)
         self._coupled: dict[int, Draws] = {}
 
     def baseline(self, data: Dataset) -> dict[str, float]:
@@ -161,9 +191,10 @@ class Rows:
     def student(self, k: int, to_teacher: Row | None = None) -> tuple[dict[str, float], float]:
         """The row at k steps and the seconds of drawing it. to_teacher: its distances to the teacher, if known."""
 
-        def draw(x1: Tensor, cond: Cond, noise: RowGenerator) -> Tensor:
+        def sampled(x1: Tensor, cond: Cond, noise: RowGenerator) -> Tensor:
             return self.recipe.sampler(self._student.flow_map, x1, cond, steps=k, generator=noise)
 
+        draw = in_precision(sampled, self.recipe.trainer.precision, self.starts.device)
         row, seconds = self._row(draw, self._flow)
         if self._teacher_flow is not None:
             row |= to_teacher or self._to_teacher(draw, self._teacher_flow)
@@ -171,21 +202,26 @@ class Rows:
 
     def teacher(self, n: int) -> tuple[dict[str, float], float]:
         """The teacher's row at n steps and the seconds of drawing it."""
-        assert self._teacher is not None and self._teacher_flow is not None, "this recipe has no teacher"
-        teacher = self._teacher
-        return self._row(lambda x1, cond, noise: teacher.solve(x1, cond, n), self._teacher_flow)
+        flow = self._teacher_flow
+        assert flow is not None, "this recipe has no teacher"
+        return self._row(lambda x1, cond, noise: flow.solve(x1, cond, noise, n), flow)
+
+    def _drawn(self, draw: Draw, flow: Flow) -> DrawnRow:
+        return DrawnRow(self.starts, self._student, draw, flow, self._coupled, self.device)
 
     @torch.no_grad()
     def _row(self, draw: Draw, flow: Flow) -> tuple[dict[str, float], float]:
         row: dict[str, float] = {}
-        drawn = DrawnRow(self.starts, self._student, draw, flow, self._coupled)
-        started = time.perf_counter()
-        _ = drawn.pictures  # drawn here, so that the time is that of sampling
-        seconds = time.perf_counter() - started
+        drawn = self._drawn(draw, flow)
+        for spec, metric in self.built:
+            spec.begin(metric)
+        for batch in drawn.batches():
+            for spec, metric in self.built:
+                spec.update(metric, batch)
         for spec, metric in sorted(self.built, key=_last):
             row |= self._figures(spec, metric, drawn)
         self.decode_seconds = drawn.decode_seconds
-        return row, seconds
+        return row, drawn.seconds
 
     def _figures(self, spec: Spec, metric: Any, drawn: DrawnRow) -> dict[str, float]:
         known = drawn.flow.figures
@@ -198,7 +234,7 @@ class Rows:
     @torch.no_grad()
     def _to_teacher(self, draw: Draw, teacher: Flow) -> dict[str, float]:
         """The distances of the samples to the teacher's end points from the same noise."""
-        drawn = DrawnRow(self.starts, self._student, draw, teacher, self._coupled)
+        drawn = self._drawn(draw, teacher)
         row: dict[str, float] = {}
         for spec, metric in self.built:
             row |= spec.measure(metric, drawn) if spec.of_endpoints else {}

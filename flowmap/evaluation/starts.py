@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flowmap.base.batches import rebatched
 from flowmap.base.distributed import rank, world_size
 from flowmap.base.progress import LogFunction, Progress
 from flowmap.data import Dataset
@@ -14,9 +15,10 @@ from flowmap.evaluation.conditions import classes_by_law, conditions_for
 from flowmap.evaluation.held_out import Draws, coupled_draws, held_out_samples
 from flowmap.evaluation.known_rows import LOOK
 from flowmap.flow.draws import RowGenerator, of_samples
-from flowmap.flow.prior import Start, conditioning_rows
+from flowmap.flow.prior import Start
 from flowmap.flow.types import Cond
 from flowmap.metrics import Spec
+from flowmap.metrics.real import chunk_of
 from flowmap.recipe.recipe import Recipe
 from flowmap.student.student import Student
 
@@ -24,7 +26,7 @@ Batch = tuple[Tensor, Cond, RowGenerator]  # noise, conditions, and what sampler
 
 
 class Starts:
-    """This process's share of the noise and the conditions, drawn batch by batch with progress.
+    """This process's share of the noise and the conditions, drawn again for each row, batch by batch with progress.
 
     With W processes the process of rank r has the samples r, r + W, r + 2 W, ... of the whole set.
     """
@@ -43,12 +45,12 @@ class Starts:
         self.num = max((spec.num_starts for spec in specs), default=0) // self.world * self.world
         self.num_texts = max((spec.num_texts for spec in specs), default=0) // self.world
         self.device = student.device
-        generator, self._unused = (torch.Generator().manual_seed(recipe.evaluation.seed) for _ in range(2))
-        self.start, sources = student.start(self.num, generator), data.wanted(self.num)
-        if (given := data.starts(self.num)) is not None:
-            self.start, sources = Start(given[0]), given[1]
-        self.x1 = self.start.x1[self.rank :: self.world]
-        self.sources = sources and sources[self.rank :: self.world]
+        self._unused = torch.Generator().manual_seed(recipe.evaluation.seed)
+        self.chunk = chunk_of(data.reference_shape)  # samples that are decoded and measured at once
+        self._blocks = lambda: student.start_blocks(self.num, torch.Generator().manual_seed(recipe.evaluation.seed))
+        self._given, self.sources = data.starts(self.num), data.wanted(self.num)
+        if self._given is not None:
+            self.sources = self._given[1]
         self.places = torch.arange(self.num)[self.rank :: self.world]
         self.classes = classes_by_law(data, recipe.evaluation.classes) if student.config.num_classes else None
         self._conditions: Callable[[Tensor], Cond] = lambda places: {}
@@ -60,7 +62,8 @@ class Starts:
     @property
     def first(self) -> tuple[Tensor, Cond]:
         """The start of the first samples of every row, and their conditions."""
-        return self.start.x1[:LOOK], self._conditions(torch.arange(min(LOOK, self.num)))
+        points = next(iter(self._points()), Start(torch.zeros(0)))
+        return points.x1[:LOOK], self._conditions(torch.arange(min(LOOK, self.num)))
 
     def begin(self, row: str) -> None:
         """Name the row that is measured from here on, and log the name."""
@@ -69,8 +72,12 @@ class Starts:
             self.log(self.label)
 
     def conditions(self, num: int) -> Cond:
-        """The conditions of this process's share of the first `num` samples."""
-        return self._conditions(self.places[: num // self.world])
+        """The conditions of the first `num` samples of all processes."""
+        return self._conditions(torch.arange(num // self.world * self.world))
+
+    def conditions_at(self, first: int, count: int) -> Cond:
+        """The conditions of `count` of this process's samples, from `first` on."""
+        return self._conditions(self.places[first : first + count])
 
     def noise(self, first: int, count: int) -> RowGenerator:
         """What `count` of this process's samples, from `first` on, draw in a sampler that adds noise."""
@@ -78,14 +85,29 @@ class Starts:
 
     def batches(self, num: int, label: str = "") -> Iterator[Batch]:
         """Yield this process's share of the first `num` starts; a batch is counted when the next is requested."""
-        size, num = self.recipe.evaluation.batch_size, num // self.world
-        with self.counting(num, label) as count:
-            for i in range(0, num, size):
-                rows = slice(i, min(i + size, num))
-                places = self.places[rows]
-                cond = {**self._conditions(places), **conditioning_rows(self.start, places, self.device)}
-                yield self.x1[rows].to(self.device), cond, self.noise(i, rows.stop - i)
-                count((rows.stop - i) * self.world)
+        first = 0
+        with self.counting(num // self.world, label) as count:
+            for start in rebatched(self._own(num // self.world), self.recipe.evaluation.batch_size):
+                x1, size = start["x1"].to(self.device), len(start["x1"])
+                codes = {key: value.to(self.device) for key, value in start.items() if key != "x1"}
+                yield x1, {**self.conditions_at(first, size), **codes}, self.noise(first, size)
+                first += size
+                count(size * self.world)
+
+    def _own(self, num: int) -> Iterator[dict[str, Tensor]]:
+        """The first `num` start points of this process, and what the network is conditioned on, block by block."""
+        left = num * self.world  # of all processes
+        done = 0
+        for block in self._points():
+            own = slice((self.rank - done) % self.world, max(left, 0), self.world)
+            yield {"x1": block.x1[own], **{key: value[own] for key, value in block.conditioning.items()}}
+            done, left = done + len(block.x1), left - len(block.x1)
+            if left <= 0:
+                return
+
+    def _points(self) -> Iterator[Start]:
+        """The start points of all processes, block by block."""
+        return self._blocks() if self._given is None else iter([Start(self._given[0])])
 
     def counting(self, num: int, label: str) -> Progress:
         """The progress of `num` samples in each process."""

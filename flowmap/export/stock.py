@@ -22,8 +22,9 @@ from flowmap.export.plan import Export, Written
 from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.flow.clock import FlowClock
-from flowmap.nets.diffusers_model import TIME_EMBEDDINGS, DiffusersNet
+from flowmap.nets.diffusers_model import DiffusersNet
 from flowmap.nets.embed import branches
+from flowmap.nets.time_embedding import TIME_EMBEDDINGS
 
 
 @dataclass(frozen=True)

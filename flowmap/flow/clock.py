@@ -6,7 +6,8 @@ t = b / (a + b). `at(t)` returns the coefficients of the model's state and the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from flowmap.flow.path import Coefficients, convert, wide
 from flowmap.flow.types import broadcast_time
 
+SMALL_UNIT = 25.0  # a network whose fastest sinusoid has 4 periods in t
 LARGEST_LOGIT = 20.0  # of t, for schedules that end at a = 0 (zero terminal SNR): t = 1 - 2e-9
 
 
@@ -27,14 +29,25 @@ class FlowClock:
         t = wide(t)
         return Coefficients(1 - t, t), self.unit * t
 
+    @property
+    def embeds_t(self) -> bool:
+        """Whether the network embeds t at low frequencies."""
+        return self.unit <= SMALL_UNIT
+
+    def with_unit(self, unit: float) -> FlowClock:
+        """The same clock for a network that embeds unit x t."""
+        return replace(self, unit=unit)
+
 
 class TableClock:
     """A discrete variance-preserving schedule (such as DDPM), given as its products alpha_bar (N,), from data to noise.
 
     The network's time is interpolated between two entries in log-SNR, that is in the logit of t, and clamped to 0 and
     N - 1 beyond the table. Times above the table's last are replaced by the last: the model was not trained there, and
-    "epsilon" does not determine x0.
+    "epsilon" does not determine x0. With `unit` the network embeds unit x t instead of a place in the table.
     """
+
+    unit: float | None = None
 
     def __init__(self, alphas_cumprod: Tensor):
         table = alphas_cumprod.double().cpu()
@@ -56,7 +69,19 @@ class TableClock:
         right = torch.searchsorted(logits, logit).clamp(1, len(logits) - 1)
         share = (logit - logits[right - 1]) / (logits[right] - logits[right - 1])
         size = torch.hypot(1 - t, t)
-        return Coefficients((1 - t) / size, t / size), right - 1 + share.clamp(0, 1)
+        time = right - 1 + share.clamp(0, 1) if self.unit is None else self.unit * t
+        return Coefficients((1 - t) / size, t / size), time
+
+    @property
+    def embeds_t(self) -> bool:
+        """Whether the network embeds t at low frequencies."""
+        return self.unit is not None and self.unit <= SMALL_UNIT
+
+    def with_unit(self, unit: float) -> TableClock:
+        """The same clock for a network that embeds unit x t."""
+        clock = copy.copy(self)
+        clock.unit = unit
+        return clock
 
 
 def velocity_of(predict, clock: FlowClock | TableClock, x: Tensor, t: Tensor, prediction: str) -> Tensor:

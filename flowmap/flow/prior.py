@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
@@ -20,6 +21,8 @@ from flowmap.base.schema import renamed
 from flowmap.flow.draws import Generator, for_codes, normal_like, normal_rows
 from flowmap.flow.parts import BasePrior
 from flowmap.flow.types import Cond, Prior, RecipeView
+
+BLOCK = 256  # samples whose start points are drawn at once; a multiple of 16, in which torch draws normal numbers
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,6 @@ def start_of(prior: Prior, x0: Tensor, cond: Cond | None, generator: Generator |
     return Start(prior.sample(x0, cond, generator))
 
 
-@torch.no_grad()
 def starts(
     prior: LearnedPrior | None,
     shape: tuple[int, ...],
@@ -206,18 +208,39 @@ def starts(
     generator: torch.Generator,
     *,
     z: Tensor | None = None,
-    batch_size: int = 256,
 ) -> Start:
     """Start points of `num` samples, float32 on the CPU. That of sample i depends on the seed, not on `num`.
 
     A prior of None is the Gaussian one. eps are the draws that the Gaussian prior would make; codes come from a second
     generator, unless z (num, Z) is given.
     """
-    noise = normal_rows((num, *shape), generator)
-    if prior is None:
-        return Start(noise)
-    coarse = normal_rows((num, prior.size + 1), for_codes(generator))
-    return placed(prior, noise, coarse, z=z, batch_size=batch_size)
+    parts = list(start_blocks(prior, shape, num, generator, z=z))
+    if not parts:
+        return Start(torch.zeros(0, *shape))
+    conditioning = {key: torch.cat([part.conditioning[key] for part in parts]) for key in parts[0].conditioning}
+    variances = [part.variance for part in parts if part.variance is not None]
+    return Start(torch.cat([part.x1 for part in parts]), conditioning, torch.cat(variances) if variances else None)
+
+
+@torch.no_grad()
+def start_blocks(
+    prior: LearnedPrior | None,
+    shape: tuple[int, ...],
+    num: int,
+    generator: torch.Generator,
+    *,
+    z: Tensor | None = None,
+) -> Iterator[Start]:
+    """The same start points, BLOCK after BLOCK of samples, so that no more than these are held at once."""
+    codes = for_codes(generator)
+    for i in range(0, num, BLOCK):
+        count = min(BLOCK, num - i)
+        noise = normal_rows((count, *shape), generator)
+        if prior is None:
+            yield Start(noise)
+        else:
+            coarse = normal_rows((count, prior.size + 1), codes)
+            yield placed(prior, noise, coarse, z=None if z is None else z[i : i + count])
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from flowmap.metrics.baseline import baseline, baselines
 from flowmap.metrics.checks import check_metrics, lacking
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
-from flowmap.metrics.spec import Drawn, Spec
+from flowmap.metrics.spec import Drawn, DrawnBatch, Spec
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
 from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
@@ -46,6 +46,7 @@ __all__ = [
     "Retrieval",
     "Samples",
     "Drawn",
+    "DrawnBatch",
     "Spec",
     "Straightness",
     "check_metrics",

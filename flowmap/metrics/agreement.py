@@ -6,14 +6,13 @@ into the mean of their condition: read them with a distance, never alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
 from flowmap.flow.types import Cond
+from flowmap.metrics.real import Features, features_in
 
 # cosine from which two encodings are those of one caption; half precision and batch sizes change it by 1e-7
 SAME = 1 - 1e-5
@@ -23,34 +22,36 @@ RIDGES = torch.logspace(-4, 3, 15, dtype=torch.float64)  # in units of the mean 
 class ClassAgreement(Metric):
     """The share of samples in which a support vector machine (radial kernel, C = 10) finds the class asked for.
 
-    features maps (B, ...) to (B, dims). The classifier is fitted to `real` (N, ...) with `labels` (N,); labels below 0
-    are no class and do not count. Raises ValueError for fewer than two classes.
+    features maps (B, ...) to (B, dims). The classifier is fitted to real samples by their features `real` (N, dims) and
+    `labels` (N,), on the CPU; labels below 0 are no class and do not count. ValueError for less than two classes.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
 
-    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, labels: Tensor):
+    def __init__(self, features: Features, real: Tensor, labels: Tensor):
         super().__init__()
         from sklearn.svm import SVC
 
-        known = labels >= 0
+        known = labels.cpu() >= 0
         if len(labels[known].unique()) < 2:
             raise ValueError("metrics: agreement needs real samples of two classes or more")
         self.features = features
-        self.classifier = SVC(C=10.0).fit(_rows(features, real[known]).cpu().numpy(), labels[known].cpu().numpy())
+        self.classifier = SVC(C=10.0).fit(real.double().cpu()[known].numpy(), labels.cpu()[known].numpy())
         for name in ("right", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, x: Tensor, cond: Cond) -> None:
-        """Count x (B, ...) with cond["class"] (B,)."""
-        known = cond["class"] >= 0
+    def update(self, x: Tensor | None, cond: Cond, found: Tensor | None = None) -> None:
+        """Count x (B, ...) with cond["class"] (B,); found (B, dims): its features, if they are known."""
+        labels = cond["class"].cpu()
+        known = labels >= 0
         if not bool(known.any()):
             return
-        seen = torch.as_tensor(self.classifier.predict(_rows(self.features, x[known]).cpu().numpy()))
-        self.right += (seen == cond["class"][known].cpu()).sum()
+        rows = torch.cat(list(features_in(self.features, x, found)))
+        seen = torch.as_tensor(self.classifier.predict(rows.double().cpu()[known].numpy()))
+        self.right += float((seen == labels[known]).sum())
         self.count += len(seen)
 
     def compute(self) -> Tensor:
@@ -63,10 +64,11 @@ class ClassAgreement(Metric):
 class CaptionRetrieval(Metric):
     """How often the caption of a sample is among the k nearest, for each k of `top`, of `among` captions.
 
-    A ridge regression from features (dims) to sentence embeddings is fitted to `real` (N, ...) with their conditions;
-    nearest is by cosine to the prediction, both less the mean embedding. The other captions are among - 1 different
-    ones of the real samples. The figure is the mean over all ways to draw them (the hypergeometric law), so that
-    nothing is random. Captions as near as the true one count against it. Chance is k / among.
+    A ridge regression from features to sentence embeddings is fitted to real samples by their features `real` (N, dims)
+    and the embeddings of their `captions` (N, P), as `sentences` gives them, which are kept: 8 N P bytes. Nearest is by
+    cosine to the prediction, both less the mean embedding. The other captions are among - 1 different ones of the real
+    samples. The figure is the mean over all ways to draw them (the hypergeometric law), so that nothing is random.
+    Captions as near as the true one count against it. Chance is k / among.
     """
 
     is_differentiable = False
@@ -75,17 +77,16 @@ class CaptionRetrieval(Metric):
 
     def __init__(
         self,
-        features: Callable[[Tensor], Tensor],
+        features: Features,
         real: Tensor,
-        cond: Cond,
+        captions: Tensor,
         *,
         top: tuple[int, ...] = (1, 5),
         among: int = 100,
     ):
         super().__init__()
         self.features, self.top, self.among = features, top, among
-        captions = sentences(cond)
-        self.regression = Ridge(_rows(features, real), captions)
+        self.regression = Ridge(real.double(), captions)
         self.pool = _different(captions)
         if len(self.pool) < among + 1:  # one of them may be that of the sample
             raise ValueError(
@@ -96,17 +97,21 @@ class CaptionRetrieval(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, x: Tensor, cond: Cond) -> None:
-        """Count x (B, ...) with its text conditions: "pooled" (B, P), or "text" (B, L, P) and its mask."""
-        own, mean = sentences(cond), self.regression.mean
-        predicted = F.normalize(self.regression(_rows(self.features, x)) - mean)
+    def update(self, x: Tensor | None, cond: Cond, found: Tensor | None = None) -> None:
+        """Count x (B, ...) with its text conditions: "pooled" (B, P), or "text" (B, L, P) and its mask.
+
+        found (B, dims): its features, if they are known, in which case x may be None.
+        """
+        own, mean = sentences(cond).to(self.pool.device), self.regression.mean
+        rows = torch.cat(list(features_in(self.features, x, found)))
+        predicted = F.normalize(self.regression(rows.double()) - mean)
         near = predicted @ F.normalize(self.pool - mean).T
         true = (predicted * F.normalize(own - mean)).sum(1, keepdim=True)
         others = own @ self.pool.T < SAME
         nearer = ((near >= true) & others).sum(1).double()
         chances = below(nearer, others.sum(1).double(), draws=self.among - 1, most=max(self.top))
-        self.found += torch.stack([chances[:, :k].sum(1).sum() for k in self.top]).cpu()
-        self.count += len(x)
+        self.found += torch.stack([chances[:, :k].sum(1).sum() for k in self.top])
+        self.count += len(own)
 
     def compute(self) -> Tensor:
         """(len(top),) float64 in [0, 1]. Raises ValueError if no sample was given."""
@@ -178,8 +183,3 @@ def _different(captions: Tensor) -> Tensor:
     # argmax gives the first row that is the same
     repeats = torch.cat([((part @ captions.T) >= SAME).double().argmax(1) for part in captions.split(1024)])
     return captions[repeats == torch.arange(len(captions), device=captions.device)]
-
-
-@torch.no_grad()
-def _rows(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.cat([features(part).double() for part in x.split(256)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,30 +12,52 @@ from torch import Tensor
 from flowmap.flow.types import Cond
 from flowmap.metrics.against import HasReferences
 from flowmap.metrics.features import build_features, short_name
-from flowmap.metrics.spec import MAX_SAMPLES, Classes, Drawn, InFeatures, Sizes, share, some, within
+from flowmap.metrics.real import CHUNK, Device, Features, Real, Rows, mine, some
+from flowmap.metrics.spec import MAX_SAMPLES, Classes, Drawn, DrawnBatch, InFeatures, Sizes, within
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.agreement import CaptionRetrieval, ClassAgreement
 
 
-class OfConditions(InFeatures):
-    """A metric of samples with their conditions, fitted to the training samples and theirs."""
+Conditions = Callable[[Tensor], Cond]  # places -> the conditions of the samples there
 
-    def build(self, reference: Tensor, conditions: Cond) -> Any:
-        """The metric, fitted to the reference (N, ...) with its conditions (N, ...)."""
+
+class OfConditions(InFeatures):
+    """A metric of samples with their conditions, fitted to `reference_images` training samples and theirs."""
+
+    reference_images: int | None
+
+    def build(self, reference: Rows, conditions: Conditions, device: Device = "cpu") -> Any:
+        """The metric on that device, fitted to samples of the reference (N, ...) with their conditions."""
+        real = Real(reference, device)
+        features = build_features(self.features, reference, device)
+        places = some(len(real), self.reference_images)
+        asked = torch.cat([self.asked(conditions(part)).to(device) for part in places.split(CHUNK)])
+        return self.metric(features, real.all_features(features, places), asked).to(device)
+
+    def asked(self, cond: Cond) -> Tensor:
+        """What the metric takes of the conditions, row by row."""
+        raise NotImplementedError
+
+    def metric(self, features: Features, real: Tensor, asked: Tensor) -> Any:
+        """The metric, fitted to real samples by their features (N, D) and what was asked for."""
         raise NotImplementedError
 
     def report(self, metric: Any) -> dict[str, float]:
         """The figures of what the metric has counted, under their names."""
         raise NotImplementedError
 
-    def build_on(self, data: HasReferences) -> Any:
-        return self.build(data.reference, data.reference_conditions)
+    def build_on(self, data: HasReferences, device: Device = "cpu") -> Any:
+        return self.build(data.reference, data.reference_conditions_at, device)
+
+    def begin(self, metric: Any) -> None:
+        metric.reset()
+
+    def update(self, metric: Any, batch: DrawnBatch) -> None:
+        if rows := batch.of_first(self.images):
+            metric.update(batch.samples[:rows], {key: value[:rows] for key, value in batch.conditions().items()})
 
     def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
-        metric.reset()
-        conditions = {key: value.cpu() for key, value in drawn.conditions(self.images).items()}
-        metric.update(drawn.samples(self.images), conditions)
         return self.report(metric)
 
     def baseline(self, metric: Any, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
@@ -43,15 +66,18 @@ class OfConditions(InFeatures):
         The first is the ceiling, the second is chance. At most `images` samples; {} where no held-out sample has a
         condition.
         """
-        held_out, cond = some(data.held_out, self.images), data.held_out_samples()[1]
-        cond = {key: some(value, self.images) for key, value in cond.items()}
-        if not len(held_out) or not cond:
+        real = Real(data.held_out, metric.device)
+        if not len(real) or not data.held_out_conditions_at(torch.zeros(1, dtype=torch.int64)):
             return {}
         found: dict[str, float] = {}
-        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))
-        for suffix, rows in (("", torch.arange(len(held_out))), ("_shuffled", order)):
+        places = some(len(real), self.images)
+        order = torch.randperm(len(places), generator=torch.Generator().manual_seed(1))
+        for suffix, asked in (("", places), ("_shuffled", places[order])):
             metric.reset()
-            metric.update(share(held_out), {key: share(value[rows]) for key, value in cond.items()})
+            own = torch.isin(places, mine(places))
+            parts = zip(real.features(metric.features, places[own]), asked[own].split(real.chunk), strict=True)
+            for features, theirs in parts:
+                metric.update(None, data.held_out_conditions_at(theirs), found=features)
             found |= {f"{key}{suffix}": value for key, value in self.report(metric).items()}
         return found
 
@@ -81,12 +107,13 @@ class Agreement(OfConditions):
             )
         super().fits(data, conditional=conditional, paired=paired)
 
-    def build(self, reference: Tensor, conditions: Cond) -> ClassAgreement:
-        """The metric, fitted to the reference (N, ...) with its "class" (N,)."""
+    def asked(self, cond: Cond) -> Tensor:
+        return cond["class"]
+
+    def metric(self, features: Features, real: Tensor, asked: Tensor) -> ClassAgreement:
         from flowmap.metrics.agreement import ClassAgreement
 
-        real, labels = some(reference, self.reference_images), some(conditions["class"], self.reference_images)
-        return ClassAgreement(build_features(self.features, reference), real, labels)
+        return ClassAgreement(features, real, asked)
 
     def report(self, metric: ClassAgreement) -> dict[str, float]:
         return {f"agreement_{short_name(self.features)}": float(metric.compute())}
@@ -126,15 +153,15 @@ class Retrieval(OfConditions):
         if (count := min(data.num_reference, self.reference_images or MAX_SAMPLES)) <= self.among:
             raise ValueError(f"metrics.among: {self.among} wants more captions of real samples; there are {count}")
 
-    def build(self, reference: Tensor, conditions: Cond) -> CaptionRetrieval:
-        """The metric, fitted to the reference (N, ...) with its conditions of text (N, ...)."""
+    def asked(self, cond: Cond) -> Tensor:
+        from flowmap.metrics.agreement import sentences
+
+        return sentences(cond)
+
+    def metric(self, features: Features, real: Tensor, asked: Tensor) -> CaptionRetrieval:
         from flowmap.metrics.agreement import CaptionRetrieval
 
-        chosen = {key: some(value, self.reference_images) for key, value in conditions.items()}
-        features = build_features(self.features, reference)
-        return CaptionRetrieval(
-            features, some(reference, self.reference_images), chosen, top=self.top, among=self.among
-        )
+        return CaptionRetrieval(features, real, asked, top=self.top, among=self.among)
 
     def report(self, metric: CaptionRetrieval) -> dict[str, float]:
         found = metric.compute().reshape(-1).tolist()  # torchmetrics turns one entry into a number

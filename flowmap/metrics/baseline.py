@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.metrics.against import TRAIN, Against, HasReferences
-from flowmap.metrics.spec import Classes, Spec, share, some
+from flowmap.metrics.against import TRAIN, Against, HasReferences, count_real
+from flowmap.metrics.real import Real, some
+from flowmap.metrics.spec import Classes, Spec
 
 DRAWS = 5
 
@@ -36,18 +37,19 @@ def baseline(
     Precision and recall have no such law and stay as measured; the MMD has no bias. A sampler that repeats the training
     samples scores below the baseline against those.
     """
+    real = against.real
     found: dict[str, float] = {}
     for suffix, wanted in against.wanted.items():
-        if suffix != TRAIN:
-            pool, reference = (dataset.reference, dataset.reference_conditions if classes else {}), dataset.held_out
-        elif len(dataset.held_out):
-            pool, reference = (dataset.held_out, dataset.held_out_samples()[1] if classes else {}), dataset.reference
-        else:
-            return _halves(against, dataset.reference, draws)
-        labels = pool[1].get("class")
-        size = min(wanted, max(1, len(pool[0]) * 4 // 5))
-        rows = [_drawn(len(pool[0]), labels, classes, size, seed) for seed in range(draws)]
-        found |= _spread([_scored(against, suffix, pool[0][chosen], len(reference)) for chosen in rows])
+        if suffix == TRAIN and "" not in real:
+            found |= _halves(against, real[TRAIN], draws)
+            continue
+        pool = real[""] if suffix == TRAIN else real[TRAIN]
+        labels = None
+        if classes is not None:
+            labels = dataset.held_out_labels if suffix == TRAIN else dataset.reference_labels
+        size = min(wanted, max(1, len(pool) * 4 // 5))
+        rows = [_drawn(len(pool), labels, classes, size, seed) for seed in range(draws)]
+        found |= _spread([_scored(against, suffix, pool, chosen) for chosen in rows])
     return found
 
 
@@ -62,23 +64,22 @@ def _drawn(count: int, labels: Tensor | None, classes: Classes | None, num: int,
     return found if len(found) >= num // 2 else order[:num]  # the pool has hardly any of those classes
 
 
-def _scored(against: Against, suffix: str, samples: Tensor, reference: int) -> dict[str, float]:
+def _scored(against: Against, suffix: str, pool: Real, chosen: Tensor) -> dict[str, float]:
     against.reset()
-    against.metrics[suffix].update(share(samples), real=False)
-    spec = against.spec
-    factor = spec.bias(reference, spec.images) / spec.bias(reference, len(samples))
+    spec, reference = against.spec, against.sizes[suffix]
+    count_real(spec, against.metrics[suffix], pool, chosen, real=False)
+    factor = spec.bias(reference, spec.images) / spec.bias(reference, len(chosen))
     return {key: value * factor for key, value in against.report(only=suffix).items()}
 
 
-def _halves(against: Against, real: Tensor, draws: int) -> dict[str, float]:
+def _halves(against: Against, real: Real, draws: int) -> dict[str, float]:
     """The figures of halves against each other, brought to the sizes of use."""
     spec, half, rows = against.spec, len(real) // 2, []
-    trained = against.metrics[TRAIN]
-    factor = spec.bias(len(real), spec.images) / spec.bias(half, half)
+    factor = spec.bias(against.sizes[TRAIN], spec.images) / spec.bias(half, half)
     for seed in range(draws):
-        mixed = some(real, None, seed=seed)
-        metric = spec.build(mixed[:half], like=trained)
-        metric.update(share(mixed[half : 2 * half]), real=False)
+        mixed = some(len(real), None, seed=seed)
+        metric = spec.build_from(real, like=against.metrics[TRAIN], places=mixed[:half])
+        count_real(spec, metric, real, mixed[half : 2 * half], real=False)
         rows.append({f"{key}{TRAIN}": value * factor for key, value in spec.report(metric).items()})
     return _spread(rows)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
+from flowmap.metrics.real import Device
 from flowmap.metrics.spec import SAMPLES, STEPS, Drawn, Spec, within
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
@@ -31,8 +32,8 @@ class Straightness(Spec):
 
         return StraightnessScore()
 
-    def build_on(self, data: Any) -> StraightnessScore:
-        return self.build()
+    def build_on(self, data: Any, device: Device = "cpu") -> StraightnessScore:
+        return self.build().to(device)
 
     def measure(self, metric: StraightnessScore, drawn: Drawn) -> dict[str, float]:
         metric.reset()
@@ -60,8 +61,8 @@ class EndpointError(Spec):
 
         return EndpointScore()
 
-    def build_on(self, data: Any) -> EndpointScore:
-        return self.build()
+    def build_on(self, data: Any, device: Device = "cpu") -> EndpointScore:
+        return self.build().to(device)
 
     def measure(self, metric: EndpointScore, drawn: Drawn) -> dict[str, float]:
         metric.reset()
@@ -105,8 +106,8 @@ class Inversion(Spec):
 
         return InversionScore()
 
-    def build_on(self, data: Any) -> InversionScore:
-        return self.build()
+    def build_on(self, data: Any, device: Device = "cpu") -> InversionScore:
+        return self.build().to(device)
 
     def measure(self, metric: InversionScore, drawn: Drawn) -> dict[str, float]:
         metric.reset()
@@ -149,8 +150,8 @@ class LossByTime(Spec):
 
         return LossByTimeScore(self.times)
 
-    def build_on(self, data: Any) -> LossByTimeScore:
-        return self.build()
+    def build_on(self, data: Any, device: Device = "cpu") -> LossByTimeScore:
+        return self.build().to(device)
 
     def measure(self, metric: LossByTimeScore, drawn: Drawn) -> dict[str, float]:
         metric.reset()

@@ -8,38 +8,45 @@ of equal sizes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from flowmap.metrics.real import Features, features_in
+from flowmap.metrics.statistics import Statistics
 
 
 class FrechetDistance(Metric):
     """Running float64 means and covariances of the features of real and generated samples, and their distance.
 
     `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those), so that a reference
-    passes through the features once. Sums over processes are taken in `compute`.
+    passes through the features once. Holds moments, no features: 32 (D^2 + D) bytes. Sums over processes are taken in
+    `compute`. given: mean and covariance of the real samples, which then need not be counted; every process has them.
     """
 
     is_differentiable = False
     higher_is_better = False
     full_state_update = True
-    chunk = 256  # samples through the features at once
+    given_mean: Tensor | None
+    given_covariance: Tensor | None
 
-    def __init__(self, features: Callable[[Tensor], Tensor], dims: int):
-        super().__init__()
+    def __init__(self, features: Features, dims: int, given: Statistics | None = None):
+        super().__init__(dist_sync_fn=summed)
         self.features, self.dims = features, dims
+        self.register_buffer("given_mean", None if given is None else given.mean)
+        self.register_buffer("given_covariance", None if given is None else given.covariance)
         for kind in ("real", "fake"):
             self.add_state(f"{kind}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{kind}_sum", torch.zeros(dims, dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{kind}_outer", torch.zeros(dims, dims, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """Count x; found (B, dims): its features, if they are known."""
+    def update(self, x: Tensor | None, real: bool, found: Tensor | None = None) -> None:
+        """Count x; found (B, dims): its features, if they are known, in which case x may be None."""
         kind = "real" if real else "fake"
-        for part in map(self.features, x.split(self.chunk)) if found is None else (found,):
+        for part in features_in(self.features, x, found):
             part = part.double()
             for name, value in {"count": len(part), "sum": part.sum(0), "outer": part.T @ part}.items():
                 setattr(self, f"{kind}_{name}", getattr(self, f"{kind}_{name}") + value)
@@ -63,6 +70,8 @@ class FrechetDistance(Metric):
         self._computed = None  # torchmetrics' cache of the last result
 
     def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
+        if kind == "real" and self.given_mean is not None and self.given_covariance is not None:
+            return self.given_mean, self.given_covariance
         n = getattr(self, f"{kind}_count")
         if n < 2:
             raise ValueError(f"a Frechet distance needs 2 or more {kind} samples, got {int(n)}")
@@ -72,6 +81,16 @@ class FrechetDistance(Metric):
             )
         mean = getattr(self, f"{kind}_sum") / n
         return mean, (getattr(self, f"{kind}_outer") - n * mean.outer(mean)) / (n - 1)
+
+
+def summed(value: Tensor, group: Any = None) -> list[Tensor]:
+    """The sum of a state over all processes, as the one entry of what torchmetrics adds up.
+
+    Its default gathers the states of all processes before it adds them, which takes as many times the memory.
+    """
+    total = value.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return [total]
 
 
 def gaussian_frechet(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class LossByTimeScore(MeanScore):
     @torch.no_grad()
     def update(self, place: int, velocity: Tensor, vt: Tensor) -> None:
         """Count the flow's velocity and the conditional one, two (B, ...), at times[place]."""
-        self.total[place] += (velocity.double() - vt.double()).square().sum().cpu()
+        self.total[place] += (velocity.double() - vt.double()).square().sum().to(self.total.device)
         self.count[place] += vt.numel()
 
     def losses(self) -> list[float]:

@@ -6,20 +6,21 @@ arXiv:2401.09603.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from flowmap.metrics.real import Features, features_in
+
 
 class MaximumMeanDiscrepancy(Metric):
     """1000 times mean k(x, x') + mean k(y, y') - 2 mean k(x, y), k = exp(-d^2 / (2 sigma^2)).
 
     Pairs of a sample with itself are left out of the first two means. The expectation is 0 if both are of one law, so
-    that a figure may be below 0. `reset` forgets the generated samples and keeps the real ones. Keeps all features.
+    that a figure may be below 0. `reset` forgets the generated samples and keeps the real ones. Keeps all features, in
+    float64: 8 (N + M) D bytes for N real and M generated samples, and 2048 max(N, M) for rows of the kernel matrix.
     """
 
     is_differentiable = False
@@ -27,25 +28,23 @@ class MaximumMeanDiscrepancy(Metric):
     full_state_update = True
     real: list[Tensor]
     fake: list[Tensor]
-    chunk = 256  # samples through the features, and rows of the kernel matrix, at once
+    chunk = 256  # rows of the kernel matrix at once
 
-    def __init__(self, features: Callable[[Tensor], Tensor], sigma: float, unit: bool = False):
+    def __init__(self, features: Features, sigma: float, unit: bool = False):
         super().__init__()
         self.features, self.sigma, self.unit = features, sigma, unit
         self.add_state("real", [], dist_reduce_fx="cat")
         self.add_state("fake", [], dist_reduce_fx="cat")
 
-    @torch.no_grad()
-    def seen(self, x: Tensor) -> Tensor:
-        """The features (B, D) of x, float64."""
-        return self._scaled(torch.cat([self.features(part) for part in x.split(self.chunk)]))
-
-    def _scaled(self, found: Tensor) -> Tensor:
+    def scaled(self, found: Tensor) -> Tensor:
+        """Features as the kernel compares them, float64."""
         return F.normalize(found.double(), dim=1) if self.unit else found.double()
 
-    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """Count x; found (B, D): its features, if they are known."""
-        (self.real if real else self.fake).append(self.seen(x) if found is None else self._scaled(found))
+    @torch.no_grad()
+    def update(self, x: Tensor | None, real: bool, found: Tensor | None = None) -> None:
+        """Count x; found (B, D): its features, if they are known, in which case x may be None."""
+        kept = self.real if real else self.fake
+        kept.extend(self.scaled(part) for part in features_in(self.features, x, found))
 
     def compute(self) -> Tensor:
         """A float64 scalar. Raises ValueError for fewer than two samples of a kind."""

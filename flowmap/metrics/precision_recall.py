@@ -5,38 +5,38 @@ Source: Kynkaanniemi et al. 2019, arXiv:1904.06991, "improved precision and reca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from flowmap.metrics.real import Features, features_in
+
 
 class PrecisionRecallScore(Metric):
     """The two shares, by balls around each sample that reach its k-th nearest neighbour of its own kind.
 
-    `reset` forgets the generated samples and keeps the real ones. Keeps all features: meant for thousands of samples,
-    not for 50,000.
+    `reset` forgets the generated samples and keeps the real ones. Keeps all features, in float64: 8 (N + M) D bytes for
+    N real and M generated samples, and 4096 max(N, M) for rows of the distance matrix. Its time grows with N M.
     """
 
     is_differentiable = False
     full_state_update = True
     real: list[Tensor]
     fake: list[Tensor]
-    chunk = 256  # samples through the features, and rows of the distance matrix, at once
+    chunk = 256  # rows of the distance matrix at once
 
-    def __init__(self, features: Callable[[Tensor], Tensor], k: int = 3):
+    def __init__(self, features: Features, k: int = 3):
         super().__init__()
         self.features, self.k = features, k
         self.add_state("real", [], dist_reduce_fx="cat")
         self.add_state("fake", [], dist_reduce_fx="cat")
 
     @torch.no_grad()
-    def update(self, x: Tensor, real: bool, found: Tensor | None = None) -> None:
-        """Count x; found (B, D): its features, if they are known."""
+    def update(self, x: Tensor | None, real: bool, found: Tensor | None = None) -> None:
+        """Count x; found (B, D): its features, if they are known, in which case x may be None."""
         kept = self.real if real else self.fake
-        kept.extend(part.double() for part in (map(self.features, x.split(self.chunk)) if found is None else (found,)))
+        kept.extend(part.double() for part in features_in(self.features, x, found))
 
     def compute(self) -> dict[str, Tensor]:
         """{"precision", "recall"}: float64 scalars in [0, 1]. Raises ValueError for k or fewer samples of a kind."""

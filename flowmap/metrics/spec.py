@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from flowmap.base.distributed import rank, world_size
 from flowmap.flow.solver import Solver
 from flowmap.flow.types import Cond
-from flowmap.metrics.features import check_features, needs_pictures
+from flowmap.metrics.features import check_features, check_weights, needs_pictures
+from flowmap.metrics.real import Device
 
 MAX_SAMPLES, MAX_STEPS = 1_000_000, 100_000
 SAMPLES, STEPS = (1, MAX_SAMPLES), (1, MAX_STEPS)
@@ -23,32 +23,41 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 Classes = Callable[[int], Tensor]  # number of samples -> their classes (num,), in the proportions of generated samples
 
 
+@dataclass(frozen=True)
+class DrawnBatch:
+    """A batch of this process's generated samples: decoded, float32, on the device of the metrics.
+
+    first: how many of this process's samples came before. conditions: a function that returns those of the batch.
+    """
+
+    samples: Tensor
+    first: int
+    world: int
+    conditions: Callable[[], Cond]
+
+    def of_first(self, num: int) -> int:
+        """How many of the batch are among the first `num` samples of all processes."""
+        return min(max(num // self.world - self.first, 0), len(self.samples))
+
+
 class Drawn(Protocol):
     """What one row of metrics.json is measured on: the samples of one sampler, and the velocity field behind it.
 
-    Every process has its own share, `num // world` of the first `num` samples. A batch is drawn when it is asked for.
+    Samples are drawn once, and every metric counts each batch of them (`Spec.update`). Of all other batches every
+    process has its own share; a batch is drawn when it is requested.
     """
-
-    @property
-    def world(self) -> int:
-        """The number of processes."""
-        ...
 
     @property
     def sources(self) -> Sequence[str] | None:
         """The sentences that an editing student starts from, or the true parts of an infilling one; otherwise None."""
         ...
 
-    def samples(self, num: int) -> Tensor:
-        """The first generated samples, decoded, on the CPU."""
-        ...
-
     def texts(self, num: int) -> list[str]:
-        """The first generated sentences."""
+        """The first generated sentences of all processes."""
         ...
 
     def conditions(self, num: int) -> Cond:
-        """The conditions of the first generated samples."""
+        """The conditions of the first generated samples of all processes."""
         ...
 
     def paths(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,12 +188,23 @@ class Spec:
     def check(self) -> None:
         """Raise ValueError if something that the metric needs is not on this machine; no network is loaded."""
 
-    def build_on(self, data: Any) -> Any:
-        """The metric, with what it takes from the data set already counted or fitted."""
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose contents the figures depend on."""
+        return ()
+
+    def build_on(self, data: Any, device: Device = "cpu") -> Any:
+        """The metric on that device, with what it takes from the data set already counted or fitted."""
         raise NotImplementedError
 
+    def begin(self, metric: Any) -> None:
+        """Forget what was counted for the previous row. metric: as `build_on` returned it."""
+
+    def update(self, metric: Any, batch: DrawnBatch) -> None:
+        """Count a batch of generated samples; by default nothing is counted."""
+
     def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
-        """The figures of one row under their names in metrics.json. metric: as `build_on` returned it."""
+        """The figures of one row under their names in metrics.json, after all its batches were counted."""
         raise NotImplementedError
 
     def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
@@ -193,13 +213,18 @@ class Spec:
 
 
 class InFeatures(Spec):
-    """A metric of samples in the space `features`."""
+    """A metric of samples in the space `features`.
+
+    weights: the file, folder or hub id of the network's weights; None: the default place (metrics/picture_nets.py).
+    """
 
     features: str
+    weights: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         well_formed(self.features)
+        check_weights(self.features, self.weights)
 
     @property
     def feature_space(self) -> str | None:
@@ -215,15 +240,4 @@ class InFeatures(Spec):
             )
 
     def check(self) -> None:
-        check_features(self.features)
-
-
-def some(x: Tensor, count: int | None, *, seed: int = 0) -> Tensor:
-    """`count` rows of x (None or too many: all), in an order that depends on the seed alone."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
-    return x[order.to(x.device)]
-
-
-def share(x: Tensor) -> Tensor:
-    """This process's rows of a tensor that every process has: metrics add up over processes."""
-    return x[rank() :: world_size()]
+        check_features(self.features, self.weights)

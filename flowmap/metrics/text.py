@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from flowmap.metrics.against import TRAIN
+from flowmap.metrics.real import Device
 from flowmap.metrics.spec import MAX_SAMPLES, SAMPLES, Classes, Drawn, Spec, WithTexts, well_formed, within
 from flowmap.metrics.text_features import FEATURES, check_features, features_of
 from flowmap.metrics.text_scores import distinct, divergence, lcs_share, ngrams
@@ -44,7 +45,7 @@ class TextMetric(Spec):
         """What `report` needs of the data set; by default the data set itself."""
         return data
 
-    def build_on(self, data: Any) -> Any:
+    def build_on(self, data: Any, device: Device = "cpu") -> Any:
         return self.build(data)
 
     def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:

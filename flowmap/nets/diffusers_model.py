@@ -13,21 +13,27 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowmap.flow.clock import FlowClock, TableClock, velocity_of
+from flowmap.base.ranges import Positive, check_ranges
+from flowmap.base.schema import added
+from flowmap.flow.clock import SMALL_UNIT, FlowClock, TableClock, velocity_of
 from flowmap.flow.limit import Limit
 from flowmap.flow.types import Cond
+from flowmap.nets.diffusers_calls import CALLS
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
+from flowmap.nets.time_embedding import TIME_EMBEDDINGS, refit
 
-TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")
 BLOCKS = "transformer_blocks"
+# diffusers' names of the lists of blocks, in transformers and in the levels of U-Nets
+BLOCK_LISTS = (BLOCKS, "single_transformer_blocks", "resnets", "attentions", "downsamplers", "upsamplers")
+# parts of blocks that the model also calls outside their blocks
+CALLED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
 LARGEST_SETTING = 1 << 20
 LARGEST_DEPTH = 512
 
@@ -36,17 +42,20 @@ LARGEST_DEPTH = 512
 class DiffusersModel:
     """A diffusers network by its class name, with its settings and those of its scheduler as JSON.
 
-    `load_pretrained` reads them from a pipeline.
+    `load_pretrained` reads them from a pipeline. time_unit: the network embeds time_unit x t instead of its scheduler's
+    time (nets/time_embedding.py).
     """
 
     network: str
     settings: str
     scheduler: str
     scheduler_settings: str
+    time_unit: Positive | None = added(None)
     # buffers such as position tables, which no weights file contains: build it on a real device, not on "meta"
     holds_constants: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_ranges(self)
         if self.network not in CALLS:
             raise ValueError(f"network: no call is known for {self.network!r}; known: {', '.join(CALLS)}")
         for name, text in (("settings", self.settings), ("scheduler_settings", self.scheduler_settings)):
@@ -66,7 +75,16 @@ class DiffusersModel:
     def clock(self) -> tuple[FlowClock | TableClock, str]:
         check_scheduler(self.scheduler)
         with torch.device("cpu"):  # even if the network is built on the meta device
-            return clock_of(made(self.scheduler, self.scheduler_settings))
+            clock, prediction = clock_of(made(self.scheduler, self.scheduler_settings))
+        return clock if self.time_unit is None else clock.with_unit(self.time_unit), prediction
+
+    @property
+    def embeds_t(self) -> bool:
+        return self.clock()[0].embeds_t
+
+    def embedding_t(self) -> DiffusersModel:
+        """The settings of the same network with an embedding of t."""
+        return replace(self, time_unit=SMALL_UNIT)
 
     def limit(self) -> Limit | None:
         """The clipping or thresholding of predicted data in the scheduler's step, if any."""
@@ -117,11 +135,18 @@ class DiffusersNet(nn.Module):
         given = _Conditions(type(self.model).__name__, {**missing, **cond})
 
         def predict(state: Tensor, time: Tensor) -> Tensor:
-            out = self.call(self.model, state.to(next(self.model.parameters()).dtype), time, given)
+            out = self.call(self.model, state.to(self._state_dtype(state)), time, given)
             learned_variance = out.shape[1] == 2 * x.shape[1]
             return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def _state_dtype(self, state: Tensor) -> torch.dtype:
+        """The model's, or under autocast, which casts what layers take, that of the state."""
+        kind = state.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return state.dtype
+        return next(self.model.parameters()).dtype
 
     def train(self, mode: bool = True) -> DiffusersNet:
         """Keep the model in evaluation mode, except for the adapters' dropout.
@@ -142,6 +167,18 @@ class DiffusersNet(nn.Module):
         net.empty = dict(self.empty)
         return net
 
+    @property
+    def embeds_t(self) -> bool:
+        return self.clock.embeds_t
+
+    def with_embedding_of_t(self) -> DiffusersNet:
+        """The same network with time embeddings of t fitted to those of its schedule's time; the others are shared."""
+        clock = self.clock.with_unit(SMALL_UNIT)
+        net, model = copy.copy(self), copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        refit(model, lambda t: self.clock.at(t)[1], lambda t: clock.at(t)[1])
+        net._modules, net.clock = {**self._modules, "model": model}, clock
+        return net
+
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
         """The same network without some transformer blocks, with shared weights: a weak model for autoguidance."""
         blocks = self.model._modules.get(BLOCKS)
@@ -156,6 +193,12 @@ class DiffusersNet(nn.Module):
         return weak
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The model's outermost repeated blocks in order, after parts of them that it also calls by themselves."""
+        alone = [self.model.get_submodule(name) for name in CALLED_ALONE.get(type(self.model).__name__, ())]
+        return [*alone, *_listed_blocks(self.model)]
+
+    @property
     def activation_checkpointing(self) -> bool:
         return bool(self.model.is_gradient_checkpointing)
 
@@ -163,6 +206,15 @@ class DiffusersNet(nn.Module):
     def activation_checkpointing(self, on: bool) -> None:
         if on:
             self.model.enable_gradient_checkpointing()
+
+
+def _listed_blocks(module: nn.Module) -> list[nn.Module]:
+    """The modules in lists with one of the names in BLOCK_LISTS, without those inside another."""
+    found: list[nn.Module] = []
+    for name, child in module.named_children():
+        listed = isinstance(child, nn.ModuleList) and name in BLOCK_LISTS
+        found += child.children() if listed else _listed_blocks(child)
+    return found
 
 
 class _Extra:
@@ -256,95 +308,3 @@ def _check_sizes(value: Any, key: str = "") -> None:
         most = LARGEST_DEPTH if "layers" in key else LARGEST_SETTING
         if abs(value) > most:
             raise ValueError(f"{key}: {value} is more than {most}")
-
-
-def _dit(net, x, time, cond):
-    label, nothing = cond["class"], net.config.num_embeds_ada_norm
-    return net(x, timestep=time, class_labels=torch.where(label < 0, nothing, label)).sample
-
-
-def _unet(net, x, time, cond):
-    labelled = net.config.num_class_embeds is not None or net.config.class_embed_type is not None
-    return net(x, time, class_labels=cond["class"] if labelled else None).sample
-
-
-def _unet_condition(net, x, time, cond):
-    added = (
-        {"text_embeds": cond["pooled"], "time_ids": cond["size"]}
-        if net.config.addition_embed_type == "text_time"
-        else None
-    )
-    return net(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
-
-
-def _sd3(net, x, time, cond):
-    return net(
-        hidden_states=x, timestep=time, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"]
-    ).sample
-
-
-def _sana(net, x, time, cond):
-    scale = net.config.timestep_scale
-    return net(
-        x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond.get("text_mask"), timestep=time * scale
-    ).sample
-
-
-def _pixart(net, x, time, cond):
-    added = {"resolution": None, "aspect_ratio": None}
-    mask = cond.get("text_mask")
-    return net(
-        x, encoder_hidden_states=cond["text"], encoder_attention_mask=mask, timestep=time, added_cond_kwargs=added
-    ).sample
-
-
-def _flux(net, x, time, cond):
-    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
-    words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
-    out = net(
-        hidden_states=pack(x),
-        timestep=time / 1000,
-        guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
-        pooled_projections=cond["pooled"],
-        encoder_hidden_states=cond["text"],
-        txt_ids=words,
-        img_ids=places,
-    ).sample
-    return unpack(out, rows, columns)
-
-
-def _qwen(net, x, time, cond):
-    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    out = net(
-        hidden_states=pack(x),
-        timestep=time / 1000,
-        encoder_hidden_states=cond["text"],
-        encoder_hidden_states_mask=cond.get("text_mask"),
-        img_shapes=[[(1, rows, columns)]],  # one entry for all samples keeps the batch dimension dynamic in tracing
-    ).sample
-    return unpack(out, rows, columns)
-
-
-def pack(x: Tensor) -> Tensor:
-    """(B, C, 2 rows, 2 columns) -> (B, rows columns, 4 C): the tokens of FLUX and QwenImage."""
-    x = x.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # B, C, rows, 2, columns, 2
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of pack."""
-    x = tokens.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # B, rows, columns, C, 2, 2
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-CALLS: dict[str, Callable] = {
-    "DiTTransformer2DModel": _dit,
-    "UNet2DModel": _unet,
-    "UNet2DConditionModel": _unet_condition,
-    "SD3Transformer2DModel": _sd3,
-    "SanaTransformer2DModel": _sana,
-    "PixArtTransformer2DModel": _pixart,
-    "FluxTransformer2DModel": _flux,
-    "QwenImageTransformer2DModel": _qwen,
-}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Width, check_ranges
-from flowmap.nets.edm_unet import DhariwalUNet, SongUNet, UNet
+from flowmap.nets.edm_unet import Block, DhariwalUNet, SongUNet, UNet
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.preconditioning import one_hot, velocity_of
 
@@ -99,6 +99,11 @@ class EDMNet(nn.Module):
         cond = cond or {}
         labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
         return velocity_of(lambda scaled, noise: self.model(scaled, noise, labels, extra), x, t, self.sigma_data)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the encoder and the decoder in order."""
+        return [layer for layer in (*self.model.enc.values(), *self.model.dec.values()) if isinstance(layer, Block)]
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -7,9 +7,10 @@ and guidance branches, which start at zero, are added to the embedding.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -19,9 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Width, check_ranges
+from flowmap.base.schema import added
 from flowmap.nets.embed import ExtraCondition, ExtraEmbeddings, ScalarEmbedding, branches
-from flowmap.nets.preconditioning import one_hot, velocity_of
+from flowmap.nets.preconditioning import noise_level, one_hot, velocity_of
+from flowmap.nets.time_embedding import fitted
 
+TIMES = ("log_sigma", "t")
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
 
 
@@ -30,7 +34,7 @@ class EDM2:
     """Settings of an EDM2 U-Net; the preset defines the channels unless they are given.
 
     sigma_data: the data's std, 0.5 in the published models. dropout: in training only; EDM2 used 0.1 for its larger
-    networks.
+    networks. time_embedding: what the network embeds, "log_sigma" as published or "t" (nets/time_embedding.py).
     """
 
     preset: str = "S"
@@ -40,6 +44,7 @@ class EDM2:
     attention_at: tuple[Side, ...] = (16, 8)
     sigma_data: Positive = 0.5
     dropout: BelowOne = 0.0
+    time_embedding: str = added("log_sigma")
     takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -48,6 +53,16 @@ class EDM2:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         if not self.multipliers:
             raise ValueError("multipliers: () must have at least one entry")
+        if self.time_embedding not in TIMES:
+            raise ValueError(f"time_embedding: {self.time_embedding!r} is not one of {', '.join(TIMES)}")
+
+    @property
+    def embeds_t(self) -> bool:
+        return self.time_embedding == "t"
+
+    def embedding_t(self) -> EDM2:
+        """The settings of the same network with an embedding of t."""
+        return replace(self, time_embedding="t")
 
     @property
     def width(self) -> int:
@@ -84,7 +99,7 @@ class EDM2Net(nn.Module):
         super().__init__()
         self.sigma_data, self.num_classes = spec.sigma_data, num_classes
         self.unet = UNet(spec, shape, num_classes or 0)
-        width = self.unet.emb_noise.out_channels
+        width = self.unet.emb_width
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
         self.further = ExtraEmbeddings(extra_conditions, width) if extra_conditions else None
@@ -94,7 +109,23 @@ class EDM2Net(nn.Module):
         labels, extra = one_hot(x, cond, self.num_classes), branches(self.arrival, self.guidance, t, s, cond)
         if self.further is not None:
             extra = self.further(cond) + (0 if extra is None else extra)
-        return velocity_of(lambda scaled, noise: self.unet(scaled, noise, labels, extra), x, t, self.sigma_data)
+        unet = lambda scaled, noise: self.unet(scaled, t if self.embeds_t else noise, labels, extra)
+        return velocity_of(unet, x, t, self.sigma_data)
+
+    @property
+    def embeds_t(self) -> bool:
+        return self.unet.emb_time is not None
+
+    def with_embedding_of_t(self) -> EDM2Net:
+        """The same network with an embedding of t fitted to that of log-sigma; the other modules are shared."""
+        net = copy.copy(self)
+        net._modules = {**self._modules, "unet": self.unet.with_embedding_of_t()}
+        return net
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the encoder and the decoder in order."""
+        return [layer for layer in (*self.unet.enc.values(), *self.unet.dec.values()) if isinstance(layer, Block)]
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -106,25 +137,33 @@ class EDM2Net(nn.Module):
 
 
 class UNet(nn.Module):
-    """U(x, noise, labels, extra): encoder and decoder with skips; `extra` (B, width) is added to the embedding."""
+    """U(x, time, labels, extra): encoder and decoder with skips; `extra` (B, width) is added to the embedding.
+
+    time (B,) is log(sigma) / 4, as in the published networks, or t itself.
+    """
+
+    emb_time: ScalarEmbedding | None
+    emb_fourier: Fourier | None
+    emb_noise: Conv | None
 
     def __init__(self, spec: EDM2, shape: tuple[int, int, int], num_labels: int):
         super().__init__()
         channels, size, _ = shape
         widths = [spec.width * m for m in spec.multipliers]
         levels = [(size >> level, width) for level, width in enumerate(widths)]
-        emb = max(widths)
+        self.emb_width = emb = max(widths)
         self.out_gain = nn.Parameter(torch.zeros([]))
-        self.emb_fourier = Fourier(widths[0])
-        self.emb_noise = Conv(widths[0], emb, ())
+        self.register_module("emb_time", ScalarEmbedding(emb) if spec.embeds_t else None)
+        self.register_module("emb_fourier", None if spec.embeds_t else Fourier(widths[0]))
+        self.register_module("emb_noise", None if spec.embeds_t else Conv(widths[0], emb, ()))
         self.emb_label = Conv(num_labels, emb, ()) if num_labels else None
         self.activation_checkpointing = False
         self.enc, skips = _encoder(spec, levels, channels, emb)
         self.dec = _decoder(spec, levels, skips, emb)
         self.out_conv = Conv(widths[0], channels, (3, 3))
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
-        emb = self.emb_noise(self.emb_fourier(noise).to(x.dtype))
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None, extra: Tensor | None) -> Tensor:
+        emb = self._embedding(time, x.dtype)
         if self.emb_label is not None:
             assert labels is not None
             emb = blend(emb, self.emb_label(labels * math.sqrt(labels.shape[1])), 0.5)
@@ -139,6 +178,18 @@ class UNet(nn.Module):
                 x = joined(x, skips.pop())
             x = self._run(block, x, emb)
         return self.out_conv(x, self.out_gain)
+
+    def _embedding(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.emb_time is not None:
+            return self.emb_time(time).to(dtype)
+        assert self.emb_fourier is not None and self.emb_noise is not None
+        return self.emb_noise(self.emb_fourier(time).to(dtype))
+
+    def with_embedding_of_t(self) -> UNet:
+        unet = copy.copy(self)
+        new = fitted(lambda t: self._embedding(noise_level(t), t.dtype), self.emb_width)
+        unet._modules = {**self._modules, "emb_time": new, "emb_fourier": None, "emb_noise": None}
+        return unet
 
     def _run(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -7,12 +7,15 @@ Source: Align Your Flow, arXiv:2506.14603.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, broadcast_time
 from flowmap.nets.stacked import StackedNet
+from flowmap.nets.time_embedding import EmbedsTime
 
 
 class FlowMapNet(nn.Module):
@@ -20,11 +23,12 @@ class FlowMapNet(nn.Module):
 
     decode: a differentiable function from latents to images, for objectives on images; train/ sets it during training.
     It is not a submodule: no state_dict contains it. uncertainty: the branch for learned loss weights (uncertainty.py),
-    in training only.
+    in training only. held: the precision of weights that precision.py has rounded, in which the network is computed.
     """
 
     net: Any  # one of nets/, or a module of another library
     decode: Callable[[Tensor], Tensor] | None = None
+    held: torch.dtype | None = None
     uncertainty: nn.Module | None
 
     def __init__(self, net: nn.Module):
@@ -34,7 +38,13 @@ class FlowMapNet(nn.Module):
 
     def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """F(x, t, s), shaped and typed like x. x (B, ...), t and s (B,)."""
-        return self.net(x, t, s, cond).to(x.dtype)
+        with self._precision(x.device.type):
+            return self.net(x, t, s, cond).to(x.dtype)
+
+    def _precision(self, device: str) -> AbstractContextManager:
+        if self.held is None or not torch.amp.is_autocast_available(device):  # the meta device has no autocast
+            return nullcontext()
+        return torch.autocast(device, self.held)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         """The arrival point f(x, t, s); exactly x if s = t."""
@@ -76,14 +86,17 @@ BESIDE_NET = "uncertainty."  # the prefix of state dict keys that do not belong 
 def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     """Copy the teacher's weights to the student, so that F(x, t, s) = v(x, t).
 
-    Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A stack copies
-    the weights of a single network to both of its networks. Raises a ValueError, and changes nothing, if the networks
-    differ in anything except those branches.
+    Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A student that
+    embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to the error of the fit
+    (time_embedding.py). A stack copies the weights of a single network to both of its networks. Raises a ValueError,
+    and changes nothing, if the networks differ in anything except those.
     """
     if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:
             start_from(FlowMapNet(part), teacher)
         return
+    if _embeds_other_time(teacher.net) and not _embeds_other_time(student.net):
+        teacher = FlowMapNet(teacher.net.with_embedding_of_t())
     wanted, given = student.state_dict(), teacher.state_dict()
     differ = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
     differ += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
@@ -91,3 +104,8 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
         names = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
         raise ValueError(f"student: its network is not the teacher's: {names}")
     student.load_state_dict(given, strict=False)
+
+
+def _embeds_other_time(net: nn.Module) -> bool:
+    """Whether it embeds another time than t, and its embedding can be replaced."""
+    return isinstance(net, EmbedsTime) and not net.embeds_t

@@ -24,12 +24,16 @@ def velocity_of(unet: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, 
     x is (B, ...), t is (B,) in [0, 1]. sigma is clamped to [0.002, 80], the noise levels of the published models, so
     that the network's input is finite at both ends of the clock.
     """
-    clamped = t.clamp(SIGMA_MIN / (1 + SIGMA_MIN), SIGMA_MAX / (1 + SIGMA_MAX))
-    noise = torch.logit(clamped) / 4  # log(sigma) / 4
+    noise = noise_level(t)
     square = t**2 + ((1 - t) * sigma_data) ** 2
     size = square.sqrt()
     out = unet((x / broadcast_time(size, x)).to(x.dtype), noise)
     return broadcast_time((t - sigma_data**2 * (1 - t)) / square, x) * x - broadcast_time(sigma_data / size, x) * out
+
+
+def noise_level(t: Tensor) -> Tensor:
+    """log(sigma) / 4 of the times t, with sigma clamped to [0.002, 80]."""
+    return torch.logit(t.clamp(SIGMA_MIN / (1 + SIGMA_MIN), SIGMA_MAX / (1 + SIGMA_MAX))) / 4
 
 
 def one_hot(x: Tensor, cond, num_classes: int | None) -> Tensor | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, check_scheduler, first_line, made
+from flowmap.nets.diffusers_calls import CALLS
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, check_scheduler, first_line, made
 from flowmap.nets.teacher_settings import check_pipeline_settings
 from flowmap.nets.weight_files import check_weight_files
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, broadcast_time
+from flowmap.nets.blocks import blocks_of
 
 
 @runtime_checkable
@@ -119,9 +120,8 @@ class StackedNet(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks of both networks, the units of sharding and compilation; empty if they have none."""
-        rows = (dict(net.named_children()).get("blocks") for net in self.parts)
-        return [block for row in rows if isinstance(row, nn.ModuleList) for block in row]
+        """The blocks of both networks, the units of sharding; empty if they have none."""
+        return [block for part in self.parts for block in blocks_of(part)]
 
     @property
     def empty(self) -> Cond:

@@ -15,19 +15,9 @@ from flowmap.recipe.settings import Autoguidance
 from flowmap.teachers.card import Card, read_card
 
 
-def teacher_cards(recipe: Recipe) -> list[Card]:
-    """Return the cards of the recipe's teacher and of its weak model, if it has them."""
-    return cards_of(recipe.teacher)
-
-
 def pairs_teacher(recipe: Recipe) -> TeacherSlot | None:
     """Return the teacher that makes the recipe's pairs, or None if another recipe's student makes them."""
     return recipe.coupling.teacher if isinstance(recipe.coupling, Pairs) else None
-
-
-def pairs_cards(recipe: Recipe) -> list[Card]:
-    """Return the cards of the teacher that makes the recipe's pairs, and of its weak model."""
-    return cards_of(pairs_teacher(recipe))
 
 
 def cards_of(slot: TeacherSlot | None) -> list[Card]:

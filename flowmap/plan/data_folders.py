@@ -14,7 +14,7 @@ from flowmap.data.dataset import Source
 from flowmap.data.sources import READER
 from flowmap.flow.prior import Learned
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, pairs_spec, prior_recipes
-from flowmap.plan.run_folders import dependency_folder, runs_root
+from flowmap.plan.run_folders import runs_root
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import Recipe, in_old_words
 from flowmap.student.config import SHIPPED_AUTOENCODER
@@ -23,18 +23,20 @@ from flowmap.student.config import SHIPPED_AUTOENCODER
 WHERE = ("root", *(field.name for field in fields(Source) if field.name != "conditional"))
 
 
-def data_of(recipe: Recipe) -> Any:
+def data_of(recipe: Recipe, folder_of: Callable[[Recipe], Path]) -> Any:
     """Return the recipe's data with folders in place of names: of its latents, and of the run that trains its
     encoder.
+
+    folder_of: returns the run folder of a needed recipe.
     """
     data: Any = recipe.data
     if isinstance(data, Codes) and data.recipe:
-        return replace(data, root=str(dependency_folder(code_recipes(recipe)[0]) / "student"))
+        return replace(data, root=str(folder_of(code_recipes(recipe)[0]) / "student"))
     if not isinstance(data, Encoded) and data.autoencoder is None:
         return data
     trained = autoencoder_recipes(recipe)
     if trained:
-        folder = dependency_folder(trained[0]) / "student"
+        folder = folder_of(trained[0]) / "student"
         source = str(folder / SHIPPED_AUTOENCODER if trained[0].artifact == "text_joint" else folder)
         data = replace(data, autoencoder=replace(data.autoencoder, source=source, recipe=None))
     if isinstance(data, Text):

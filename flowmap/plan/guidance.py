@@ -13,17 +13,18 @@ from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.plan.cards import card_of, pairs_teacher
-from flowmap.plan.dependencies import start_recipes
 from flowmap.plan.named_networks import spec_of
+from flowmap.plan.resolved import Resolved
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import ClassifierFree, Embedded, FromRecipe, FromTeacher
 from flowmap.teachers.card import Card
 
 
-def check_guidance(recipe: Recipe) -> None:
+def check_guidance(run: Resolved) -> None:
     """Raise RecipeError if a guidance has no effect, or needs a velocity without a condition that was never learned."""
+    recipe = run.recipe
     for key, slot in _slots(recipe):
-        _check_slot(recipe, key, slot)
+        _check_slot(run, key, slot)
     if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
             f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it "
@@ -72,8 +73,8 @@ def _slots(recipe: Recipe) -> Iterator[tuple[str, TeacherSlot]]:
     return ((key, slot) for key, slot in slots if slot is not None)
 
 
-def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
-    card, free = card_of(slot), isinstance(slot.guidance, ClassifierFree)
+def _check_slot(run: Resolved, key: str, slot: TeacherSlot) -> None:
+    recipe, card, free = run.recipe, card_of(slot), isinstance(slot.guidance, ClassifierFree)
     if free and not recipe.data.conditional:
         raise RecipeError(
             f"{recipe.name}: {key}.guidance: classifier_free has no effect: data.conditional is false; "
@@ -85,8 +86,9 @@ def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
     if not free and _drops(recipe):
         asks = "data.drop_condition: above 0 asks"
     if asks and card.kind == "recipe":
-        trained = recipe.named(card.trained_by, slot.overrides)
-        if trained.data.conditional and recipe.data.conditional and not _learns_unconditional(trained):
+        taught = run.of(recipe.named(card.trained_by, slot.overrides))
+        trained = taught.recipe
+        if trained.data.conditional and recipe.data.conditional and not _learns_unconditional(taught):
             raise RecipeError(
                 f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: "
                 "its data.drop_condition is 0; train it with 0.1, for example"
@@ -96,7 +98,7 @@ def _check_slot(recipe: Recipe, key: str, slot: TeacherSlot) -> None:
 
 
 def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, asks: str | None) -> None:
-    spec = spec_of(card, recipe)
+    spec = spec_of(card)
     if not isinstance(spec, DiffusersModel):
         return
     settings, embedded = json.loads(spec.settings), isinstance(slot.guidance, Embedded)
@@ -115,13 +117,14 @@ def _drops(recipe: Recipe) -> bool:
     return recipe.data.conditional and (recipe.data.drop_condition > 0 or recipe.data.drop_attribute > 0)
 
 
-def _learns_unconditional(trained: Recipe) -> bool:
-    """Return whether that recipe's student, or what it starts from, learned the velocity without a condition."""
+def _learns_unconditional(run: Resolved) -> bool:
+    """Return whether that run's student, or what it starts from, learned the velocity without a condition."""
+    trained = run.recipe
     if _drops(trained):
         return True
     if isinstance(trained.start, FromRecipe):
-        return _learns_unconditional(start_recipes(trained)[0])
+        return _learns_unconditional(run.starts[0])
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
         card = card_of(trained.teacher)
-        return card.kind != "recipe" or _learns_unconditional(trained.named(card.trained_by, trained.teacher.overrides))
+        return card.kind != "recipe" or _learns_unconditional(run.trainer_of(card))
     return False

@@ -13,19 +13,19 @@ from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.plan.cards import card_of, find_card
-from flowmap.plan.data_folders import WHERE, data_of
-from flowmap.plan.dependencies import pairs_recipes, pairs_spec, prior_recipes, trained_by
-from flowmap.plan.run_folders import weights_of
-from flowmap.recipe import Recipe
+from flowmap.plan.data_folders import WHERE
+from flowmap.plan.dependencies import pairs_spec, trained_by
+from flowmap.plan.named_networks import weights_of
+from flowmap.plan.resolved import Resolved
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import Autoguidance
 from flowmap.teachers.card import Card
 
 
-def scale_of(recipe: Recipe) -> float | None:
+def scale_of(run: Resolved) -> float | None:
     """Return the guidance scale that the recipe's pairs are made with, or None if their teacher has no guidance."""
-    spec = pairs_spec(recipe)
-    teacher = spec.teacher if spec.recipe is None else pairs_recipes(recipe)[0].teacher
+    recipe, spec = run.recipe, pairs_spec(run.recipe)
+    teacher = spec.teacher if spec.recipe is None else run.pairs_teachers[0].recipe.teacher
     guidance = None if teacher is None else teacher.guidance
     if guidance is None and spec.recipe is not None and spec.guidance is not None:
         raise RecipeError(
@@ -36,80 +36,85 @@ def scale_of(recipe: Recipe) -> float | None:
     return guidance.default if spec.guidance is None else spec.guidance
 
 
-def baked_scale(recipe: Recipe) -> float | None:
+def baked_scale(run: Resolved) -> float | None:
     """Return the guidance scale that the recipe's pairs contain, or None.
 
     It is the scale of their teacher or, if that has no guidance, of the pairs that the teacher was trained on.
     """
-    if not isinstance(recipe.coupling, Pairs):
+    if not isinstance(run.recipe.coupling, Pairs):
         return None
-    scale = scale_of(recipe)
-    made_by = pairs_recipes(recipe) if scale is None else []
+    scale = scale_of(run)
+    made_by = run.pairs_teachers if scale is None else []
     return baked_scale(made_by[0]) if made_by else scale
 
 
-def pairs_identity(recipe: Recipe) -> dict[str, Any]:
+def pairs_identity(run: Resolved) -> dict[str, Any]:
     """Return everything that the recipe's pairs depend on, as JSON would read it back.
 
     Weights are None where they are not on this machine.
     """
-    spec = pairs_spec(recipe)
-    made_by = _of_teacher(recipe, spec.teacher) if spec.teacher is not None else _of_recipe(pairs_recipes(recipe)[0])
+    spec, prior = pairs_spec(run.recipe), run.recipe.prior
+    made_by = _of_teacher(run, spec.teacher) if spec.teacher is not None else _of_run(run.pairs_teachers[0])
     found = {
         "format": FORMAT,
         "clock": CLOCK,
         "teacher": made_by,
-        "guidance": scale_of(recipe),
+        "guidance": scale_of(run),
         "solver": to_plain(spec.solver, TABLES, hashed=True),
         "num": spec.num,
         "inverted": spec.inverted,
         "seed": spec.seed,
         "dtype": spec.dtype,
-        "data": _of_data(recipe),
+        "data": _of_data(run),
     }
-    if isinstance(recipe.prior, Learned):
-        found["prior"] = _of_prior(recipe, recipe.prior)
+    if isinstance(prior, Learned):
+        found["prior"] = _of_prior(run, prior)
     return json.loads(json.dumps(found))
 
 
-def _of_prior(recipe: Recipe, prior: Learned) -> dict[str, Any]:
+def _of_prior(run: Resolved, prior: Learned) -> dict[str, Any]:
     """Return what decides where pairs start; whether a network reads the code is not part of it."""
-    auxiliary, *flow = prior_recipes(recipe)
-    found = {**_of_recipe(auxiliary), "scale": prior.scale}
+    auxiliary, *flow = run.priors
+    found = {**_of_run(auxiliary), "scale": prior.scale}
     if isinstance(prior.z, FlowCodes):
-        return {**found, "z": None, "flow": _of_recipe(flow[0]), "steps": prior.z.steps}
+        return {**found, "z": None, "flow": _of_run(flow[0]), "steps": prior.z.steps}
     return {**found, "z": to_plain(prior.z, TABLES, hashed=True)}
 
 
-def _of_recipe(trained: Recipe) -> dict[str, Any]:
-    return {"recipe": trained.name, "hash": trained.hash(), "weights": weights_hash(weights_of(trained))}
+def _of_run(trained: Resolved) -> dict[str, Any]:
+    recipe = trained.recipe
+    return {"recipe": recipe.name, "hash": recipe.hash(), "weights": weights_hash(_weights(trained))}
 
 
-def _of_teacher(recipe: Recipe, teacher: TeacherSlot) -> dict[str, Any]:
+def _weights(trained: Resolved) -> Path:
+    return trained.folder / "student" / "model.safetensors"
+
+
+def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
-    found = _of_card(recipe, teacher, card_of(teacher))
+    found = _of_card(run, teacher, card_of(teacher))
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
-        found["weak"] = _of_card(recipe, teacher, find_card(guidance.weak))
+        found["weak"] = _of_card(run, teacher, find_card(guidance.weak))
     return found
 
 
-def _of_card(recipe: Recipe, teacher: TeacherSlot, card: Card) -> dict[str, Any]:
+def _of_card(run: Resolved, teacher: TeacherSlot, card: Card) -> dict[str, Any]:
     # A source that is a folder of this machine is identified by its weights, not by its path.
     is_folder = card.source is not None and Path(card.source).is_dir()
     source = None if is_folder else card.source
     found = {"card": card.name, "kind": card.kind, "source": source, "revision": card.revision}
-    trained = trained_by(recipe, teacher, card)
+    trained = trained_by(run.recipe, teacher, card)
     found |= {"recipe": None if trained is None else trained.name, "hash": None if trained is None else trained.hash()}
-    folder = weights_of(trained or card)
+    folder = weights_of(card) if trained is None else _weights(run.of(trained))
     return {key: value for key, value in found.items() if value is not None} | {"weights": weights_hash(folder)}
 
 
-def _of_data(recipe: Recipe) -> dict[str, Any]:
-    data = data_of(recipe)
+def _of_data(run: Resolved) -> dict[str, Any]:
+    data = run.data
     if isinstance(data, Encoded):
         return {"kind": "encoded", "conditional": data.conditional, **data.identity(), **data.chosen()}
-    found = {key: value for key, value in to_plain(recipe.data, TABLES, hashed=True).items() if key not in WHERE}
+    found = {key: value for key, value in to_plain(run.recipe.data, TABLES, hashed=True).items() if key not in WHERE}
     return found | ({"reader": READER} if isinstance(data, Folder) else {})

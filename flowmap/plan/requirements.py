@@ -9,16 +9,15 @@ from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Pairs
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
-from flowmap.nets.pretrained import in_hub_cache, is_hub_id
-from flowmap.plan.cards import teacher_cards
-from flowmap.plan.data_folders import data_of
-from flowmap.plan.dependencies import code_recipes, pairs_recipes, prior_recipes, teacher_recipes
+from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
-from flowmap.plan.named_networks import check_teachers
-from flowmap.recipe import Recipe
+from flowmap.plan.named_networks import missing_weights
+from flowmap.plan.resolved import Resolved
 from flowmap.recipe.settings import FromTeacher
-from flowmap.student.prior import Shipped, auxiliary
+from flowmap.student.prior import Shipped
+from flowmap.teachers.autoencoder import Autoencoder
+from flowmap.teachers.card import Card
 from flowmap.teachers.text import MINILM_SOURCE
 
 
@@ -38,21 +37,23 @@ class HasRevision(Protocol):
     def revision(self) -> str | None: ...
 
 
-def check_beforehand(recipe: Recipe) -> None:
+def check_beforehand(run: Resolved) -> None:
     """Raise RecipeError if teacher, prior or metrics are not available here or do not match. Reads no weights."""
-    check_parts(recipe)
+    recipe = run.recipe
+    check_parts(run)
     if lacks := lacking(recipe.metrics):
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
     if recipe.data.quick:
         try:
-            data = data_of(recipe).build()
+            data = run.data.build()
         except ValueError:
             return  # A stage makes the data, or building it raises the error.
-        check_sizes(recipe, data)
+        check_sizes(run, data)
 
 
-def check_sizes(recipe: Recipe, data: Dataset) -> None:
+def check_sizes(run: Resolved, data: Dataset) -> None:
     """Raise RecipeError if the data does not suffice for a metric: too few samples, no classes, nothing held out."""
+    recipe = run.recipe
     seen = {
         "student": recipe.metrics,
         "text_joint": recipe.metrics,
@@ -69,24 +70,26 @@ def check_sizes(recipe: Recipe, data: Dataset) -> None:
         raise RecipeError(f"{recipe.name}: {error}") from error
 
 
-def check_parts(recipe: Recipe) -> None:
+def check_parts(run: Resolved) -> None:
     """Raise RecipeError if student, teacher and prior do not match each other."""
+    recipe = run.recipe
     if isinstance(recipe.start, FromTeacher) and recipe.teacher is None:
         raise RecipeError(
             f"{recipe.name}: student.kind: from_teacher needs a teacher that is a network; without one name a network "
             "(dit, mlp, ...)"
         )
-    check_teachers(recipe)
-    check_guidance(recipe)
-    check_prior(recipe)
+    _check_teachers(run)
+    check_guidance(run)
+    check_prior(run)
     try:
         check_frozen_parts(recipe.data)
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: data.{error}") from error
 
 
-def missing_parts(recipe: Recipe) -> list[str]:
+def missing_parts(run: Resolved) -> list[str]:
     """Return what metrics and frozen networks of the data need that is not on this machine, a line each."""
+    recipe = run.recipe
     parts = (("data.autoencoder.source", recipe.data.autoencoder), ("data.text.source", recipe.data.text))
     return [*lacking(recipe.metrics), *(line for key, part in parts if (line := _missing_source(key, part)))]
 
@@ -102,49 +105,58 @@ def _missing_source(key: str, part: Any) -> str | None:
     return None if here else f"{key}: {source!r}: not on this machine; fit fetches it"
 
 
-def shipped_prior(recipe: Recipe) -> Shipped | None:
-    """Return how the student records its learned prior, known before that is trained; None for the Gaussian prior."""
-    if not isinstance(recipe.prior, Learned):
-        return None
-    trained = prior_recipes(recipe)[0]
-    if trained.artifact != "prior":
-        raise RecipeError(
-            f"{recipe.name}: prior.recipe: {trained.name!r} trains no auxiliary model: "
-            "its objective is not variance_guided"
-        )
-    return Shipped(
-        auxiliary(trained.student).size, recipe.prior.scale, recipe.prior.conditioning, trained.name, trained.hash()
-    )
+def _check_teachers(run: Resolved) -> None:
+    """Raise RecipeError if a pretrained teacher is missing, not supported, or has other latents. Reads no weights."""
+    for card in run.cards:
+        if card.kind == "converted" and (line := missing_weights(card)):
+            raise RecipeError(f"{run.name}: teacher.card: {line}")
+        try:
+            if card.kind == "diffusers":
+                read_spec(card.pipeline, card.revision).check_teacher(tuple(card.shape))
+        except ValueError as error:
+            raise RecipeError(f"{run.name}: teacher.card: {card.name!r}: {error}") from error
+        if card.kind == "diffusers":
+            _check_latents(run, card)
 
 
-def check_prior(recipe: Recipe) -> None:
+def _check_latents(run: Resolved, card: Card) -> None:
+    autoencoder = run.data.autoencoder
+    if isinstance(autoencoder, Autoencoder) and autoencoder.source is not None and Path(autoencoder.source).is_dir():
+        try:
+            autoencoder.check_channels(card.shape[0])
+        except ValueError as error:
+            raise RecipeError(f"{run.name}: data.{error}, the first of the shape of {card.name!r}") from error
+
+
+def check_prior(run: Resolved) -> None:
     """Raise RecipeError if the flow of codes belongs to another encoder, or the teacher's paths start at another
     prior.
     """
-    ours = shipped_prior(recipe)
-    if isinstance(recipe.prior, Learned) and isinstance(recipe.prior.z, FlowCodes):
-        _check_codes(recipe)
-    trained = [*teacher_recipes(recipe), *(pairs_recipes(recipe) if isinstance(recipe.coupling, Pairs) else [])]
+    prior, ours = run.recipe.prior, run.prior
+    if isinstance(prior, Learned) and isinstance(prior.z, FlowCodes):
+        _check_codes(run)
+    trained = [*run.teachers, *run.pairs_teachers]
     for teacher in trained:
-        check_start(recipe, shipped_prior(teacher), ours)
-    if ours is not None and not trained and teacher_cards(recipe):
-        check_start(recipe, None, ours)
+        check_start(run, teacher.prior)
+    if ours is not None and not trained and run.cards:
+        check_start(run, None)
 
 
-def _check_codes(recipe: Recipe) -> None:
-    trained, flow = prior_recipes(recipe)
-    of = code_recipes(flow)
+def _check_codes(run: Resolved) -> None:
+    trained, flow = (one.recipe for one in run.priors)
+    of = [one.recipe for one in run.priors[1].coders]
     if not of or of[0].hash() != trained.hash():
         what = f"the codes of {of[0].name!r} ({of[0].hash()})" if of else "no codes (data of kind codes)"
         raise RecipeError(
-            f"{recipe.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
+            f"{run.name}: prior.z.recipe: {flow.name!r} does not match the encoder: it is trained on {what}, "
             f"not on those of {trained.name!r} ({trained.hash()}); what prior.overrides changes, "
             'prior.z.overrides must change too, as ["data.overrides=[...]"]'
         )
 
 
-def check_start(recipe: Recipe, theirs: Shipped | None, ours: Shipped | None) -> None:
+def check_start(run: Resolved, theirs: Shipped | None) -> None:
     """Raise RecipeError unless the teacher's paths start where the recipe's do."""
+    ours = run.prior
     if (ours is None) != (theirs is None) or (ours is not None and not ours.same_start(theirs)):
         starts = f"the teacher's paths start at {theirs or 'N(0, I)'}, the recipe's at {ours or 'N(0, I)'}"
-        raise RecipeError(f"{recipe.name}: prior: {starts}")
+        raise RecipeError(f"{run.name}: prior: {starts}")

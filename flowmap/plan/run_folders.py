@@ -6,14 +6,12 @@ import glob
 import os
 from pathlib import Path
 
-from flowmap.base.files import read_json, write_json, write_text
-from flowmap.base.schema import RecipeError, short_hash
+from flowmap.base.files import read_json
+from flowmap.base.schema import short_hash
 from flowmap.data import Pairs
-from flowmap.plan.cards import weights_folder
 from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, weights_recipes
 from flowmap.plan.same_run import BUILT_ON, name_in_0_1, same_training
 from flowmap.recipe.recipe import Recipe
-from flowmap.teachers.card import Card
 
 
 def runs_root() -> Path:
@@ -53,15 +51,6 @@ def _name_of(recipe: Recipe) -> str:
     return f"{recipe.name}-{short_hash((recipe.training_hash(), on)) if on else recipe.training_hash()}"
 
 
-def trained_run(trained: Recipe, recipe: Recipe, slot: str) -> Path:
-    """Return the folder of the finished run of a recipe that `slot` of another names. Raise RecipeError without one."""
-    folder = dependency_folder(trained)
-    if not (folder / "metrics.json").is_file():
-        how = f"`flowmap fit --recipe {recipe.name}` trains it first"
-        raise RecipeError(f"{recipe.name}: {slot}: {trained.name!r} is not trained yet; {how}")
-    return folder
-
-
 def is_complete(folder: Path, recipe: Recipe) -> bool:
     """Return whether the folder contains a finished run of this recipe; metrics.json is written last."""
     return (folder / "metrics.json").is_file() and (folder / "student").is_dir() and matches(folder, recipe)
@@ -82,20 +71,3 @@ def _same_built_on(path: Path, recipe: Recipe) -> bool:
         return True
     there = read_json(path)["recipes"]
     return there == built_on(recipe) or set(there) == {name_in_0_1(dependency_folder(one)) for one in _built_on(recipe)}
-
-
-def stamp(folder: Path, recipe: Recipe) -> None:
-    """Write the files that `matches` reads."""
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    if on := built_on(recipe):
-        write_json(folder / BUILT_ON, {"recipes": on})
-
-
-def weights_of(named: Card | Recipe) -> Path | None:
-    """Return the file or folder of the weights of a card or recipe; None if there are none on this machine."""
-    if isinstance(named, Recipe):
-        return dependency_folder(named) / "student" / "model.safetensors"
-    if named.kind == "diffusers":
-        parts = (Path(named.pipeline) / name for name in ("transformer", "unet"))
-        return next((part for part in parts if part.is_dir()), None)
-    return weights_folder(named) if named.kind == "converted" else None

@@ -32,17 +32,16 @@ from flowmap.flow.solver import Velocity, invert
 from flowmap.flow.types import Cond
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import pairs_teacher
-from flowmap.plan.data_folders import pairs_of
+from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import pairs_identity, scale_of
 from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
-from flowmap.recipe import Recipe
 
 KEPT = ("rows", "bytes", "sha256", "inverted")  # The keys of a shard's summary that index.json repeats.
 OFF = 4.0  # The number of standard errors from which inverted noise raises a warning.
 
 
 def make_pairs(
-    recipe: Recipe,
+    run: ResolvedRun,
     folder: Path | None = None,
     *,
     shard: tuple[int, int] = (0, 1),
@@ -62,12 +61,12 @@ def make_pairs(
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")
     optional("pyarrow")
-    maker = Maker.of(recipe, device)
-    folder = folder or Path(pairs_of(recipe).root)
+    maker = Maker.of(run, device)
+    folder = folder or Path(run.pairs.root)
     with making(folder, shard, waiting):
-        slot = pairs_teacher(recipe)
+        slot = pairs_teacher(run.recipe)
         if slot is not None and not (folder / PLAN).is_file():  # before hours of evaluating it
-            alone = recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
+            alone = run.recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
             check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, log=log)
         check_plan(folder, maker.plan(), "set of pairs")
         _fill(maker, folder, shard, batch_size)
@@ -98,8 +97,8 @@ class Maker:
     prior: LearnedPrior | None = None
 
     @staticmethod
-    def of(recipe: Recipe, device: torch.device | str) -> Maker:
-        spec, data = pairs_of(recipe), build_data(recipe)
+    def of(run: ResolvedRun, device: torch.device | str) -> Maker:
+        recipe, spec, data = run.recipe, run.pairs, build_data(run)
         if spec.num_inverted and sources_of(data) is not None:
             raise ValueError(
                 "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; "
@@ -111,11 +110,11 @@ class Maker:
         dtype = spec.dtype if spec.dtype != "auto" else "uint8" if pictures else "float16"
         if dtype == "uint8" and not pictures:
             raise ValueError("coupling.dtype: uint8 is for pictures in [-1, 1]; allowed here: float16, float32")
-        teacher = build_pairs_teacher(recipe, data).to(device)
-        prior = build_prior(recipe)
+        teacher = build_pairs_teacher(run, data).to(device)
+        prior = build_prior(run)
         prior = prior and prior.exact()
         return Maker(
-            spec, data, teacher, scale_of(recipe), pairs_identity(recipe), device, recipe.data.conditional, dtype, prior
+            spec, data, teacher, scale_of(run), pairs_identity(run), device, recipe.data.conditional, dtype, prior
         )
 
     def plan(self) -> dict[str, Any]:
@@ -266,7 +265,7 @@ def described(found: Mapping[str, float]) -> str:
 
 
 def verify(
-    recipe: Recipe, folder: Path | None = None, *, num: int, device: torch.device | str = "cpu", batch_size: int = 256
+    run: ResolvedRun, folder: Path | None = None, *, num: int, device: torch.device | str = "cpu", batch_size: int = 256
 ) -> tuple[float, int]:
     """Return the largest difference between pairs on disk and the same pairs made again, and the pair that has it.
 
@@ -275,8 +274,8 @@ def verify(
     """
     if num < 1 or batch_size < 1:
         raise ValueError(f"--verify: {num} and --batch: {batch_size} must be 1 or more")
-    maker = Maker.of(recipe, device)
-    folder = folder or Path(pairs_of(recipe).root)
+    maker = Maker.of(run, device)
+    folder = folder or Path(run.pairs.root)
     check_sums(folder, read_index(folder), MADE, again=True)
     kept = PairedDataset(folder, maker.data, maker.identity, maker.prior)
     wanted = torch.linspace(0, len(kept) - 1, min(num, len(kept))).long().tolist()

@@ -66,6 +66,9 @@ class Data(Protocol):
     def batch_size(self) -> int: ...
 
     @property
+    def global_batch_size(self) -> int | None: ...
+
+    @property
     def conditional(self) -> bool: ...
 
     @property

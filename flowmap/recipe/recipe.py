@@ -26,6 +26,7 @@ from flowmap.flow.times import Interval
 from flowmap.flow.types import Objective, Path, Prior, Sampler, TimeSampler
 from flowmap.nets.lora import LoRA
 from flowmap.nets.stacked import net_within
+from flowmap.recipe.batches import Batches, batches_of, without_split
 from flowmap.recipe.composing import composed, find_recipe, is_part, load, merge
 from flowmap.recipe.composing import list_recipes as list_recipes  # others take these from here
 from flowmap.recipe.composing import shipped as shipped
@@ -61,6 +62,7 @@ class Recipe:
         check_ranges(self)
         check_name(self.name, "name")
         parts = parts_of(self)
+        batches_of(self.data, self.trainer)  # raises ValueError for a global batch that cannot be split so
         self._check_artifact()
         for part in parts:
             part.check(self)
@@ -107,6 +109,11 @@ class Recipe:
         return net_within(self.student)
 
     @property
+    def batches(self) -> Batches:
+        """How the samples of an optimizer step are split."""
+        return batches_of(self.data, self.trainer)
+
+    @property
     def lora(self) -> LoRA | None:
         """The adapters that are trained instead of the student's weights, None without any."""
         return student_part(self.student).lora
@@ -131,19 +138,21 @@ class Recipe:
         return OmegaConf.to_yaml(OmegaConf.create(to_plain(self, TABLES)))
 
     def hash(self) -> str:
-        """Eight hexadecimal digits of all that changes the result, which the settings of `log` do not."""
-        plain = to_plain(self, TABLES, hashed=True)
+        """Eight hexadecimal digits of all that changes the result, which the settings of `log` do not, nor the devices
+        that share a global batch.
+        """
+        plain = without_split(to_plain(self, TABLES, hashed=True))
         return short_hash(in_old_words({key: value for key, value in plain.items() if key != "log"}))
 
     def training(self) -> dict[str, Any]:
         """The settings that the trained weights depend on, as plain values; later settings only where they are set.
 
         Log, sampler, metrics and evaluation are not among them, except that an objective that draws samples depends on
-        the sampler, without the steps that are reported.
+        the sampler, without the steps that are reported. The devices that share a global batch are not among them.
         """
         plain = {
             key: value
-            for key, value in to_plain(self, TABLES, hashed=True).items()
+            for key, value in without_split(to_plain(self, TABLES, hashed=True)).items()
             if key not in ("sampler", "metrics", "evaluation", "log")
         }
         if self.objective.draws_samples or self.distillation.draws_samples:

@@ -49,21 +49,30 @@ class FromTeacher(BaseStudent):
 
     lora: train adapters and branches, and freeze the weights (a teacher of kind diffusers only); `{}` is all defaults.
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
-    teacher's.
+    teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
+    (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's.
     """
 
     lora: LoRA | None = None
     dropout: BelowOne | None = None
+    time_embedding: str | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
+        _check_time_embedding(self.time_embedding)
 
     def check(self, recipe: RecipeView) -> None:
         if self.lora is None:
             return
+        if self.time_embedding is not None:
+            what = "a LoRA student keeps its teacher's frozen time embedding; leave it out"
+            raise ValueError(f"student.time_embedding: {what}")
         if recipe.trainer.strategy == "fsdp":
             what = "a LoRA student, as its averages share its frozen base"
             raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
+        if recipe.trainer.frozen_precision != recipe.trainer.precision == "32":
+            what = f"{recipe.trainer.teacher_precision!r} wants trainer.precision: bf16"
+            raise ValueError(f"trainer.teacher_precision: {what} with a LoRA student, which has the teacher's weights")
         derivative = recipe.distillation.derivative
         if self.lora.dropout and derivative not in (None, "dual"):
             what = f"{self.lora.dropout} wants objective.derivative: dual; {derivative!r} would see another mask"
@@ -74,10 +83,16 @@ class FromTeacher(BaseStudent):
 class FromRecipe(BaseStudent):
     """The student starts from the averaged weights of the student that another recipe trains; new branches start at
     zero.
+
+    time_embedding: as of from_teacher; null keeps that of the other student.
     """
 
     recipe: str
     overrides: tuple[str, ...] = ()
+    time_embedding: str | None = added(None)
+
+    def __post_init__(self):
+        _check_time_embedding(self.time_embedding)
 
 
 @dataclass(frozen=True)
@@ -182,6 +197,13 @@ class ConstantEMA:
 class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
+    accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
+    and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
+    saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
+    channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
+    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
+    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
+    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
     workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
     otherwise none. Any number gives the same batches.
     """
@@ -196,6 +218,11 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     checkpoint_every_steps: Count = 500
+    check_finite_every_steps: Count = added(1)
+    tf32: bool = added(True)
+    channels_last: bool | None = added(None)
+    teacher_precision: str = added("auto")
+    shard_size: Count | None = added(None)
     workers: Annotated[int, Range(0, 256)] | None = added(None, hashed=False)
 
     def __post_init__(self):
@@ -205,14 +232,35 @@ class Trainer:
             ("accelerator", accelerators),
             ("strategy", ("auto", "ddp", "fsdp")),
             ("precision", ("32", "bf16")),
+            ("teacher_precision", ("auto", "32", "bf16")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
+        devices = self.devices * self.num_nodes
+        if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):
+            what = f"must divide the number of devices, {devices}, of a run with strategy fsdp"
+            raise ValueError(f"shard_size: {self.shard_size} {what}")
+
+    @property
+    def shards(self) -> int:
+        """The number of devices that weights are split over with fsdp."""
+        automatic = self.devices if self.devices > 1 else self.num_nodes
+        return automatic if self.shard_size is None else self.shard_size
+
+    @property
+    def frozen_precision(self) -> str:
+        """The precision of frozen weights: "32" or "bf16"."""
+        return self.precision if self.teacher_precision == "auto" else self.teacher_precision
+
 
 @dataclass(frozen=True)
 class Log:
-    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only."""
+    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only.
+
+    metrics_images: the most images of a metric while training, in W&B and log.csv as metrics_of_<images>; null for as
+    many as at the end. metrics_steps: the step counts that are measured while training; empty for all of the sampler's.
+    """
 
     wandb: bool = True
     project: str = "flowmap"
@@ -220,6 +268,8 @@ class Log:
     samples_every_steps: CountFromZero = 0
     metrics_every_steps: CountFromZero = 0
     grid_images: Annotated[int, Range(1, 10_000)] = 64
+    metrics_images: Count | None = added(None)
+    metrics_steps: tuple[Calls, ...] = added(())
 
     def __post_init__(self):
         check_ranges(self)
@@ -244,6 +294,11 @@ class Evaluation:
         check_ranges(self)
         if self.classes not in ("data", "uniform"):
             raise ValueError(f"classes: {self.classes!r} is not one of data, uniform")
+
+
+def _check_time_embedding(value: str | None) -> None:
+    if value not in (None, "t"):
+        raise ValueError(f"time_embedding: {value!r} is not one of t, null")
 
 
 def _check_scale(scale: tuple[float, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import MAX_STEPS
 from flowmap.flow.draws import Generator, of_samples
-from flowmap.flow.prior import LearnedPrior, Start, conditioning_rows, starts
+from flowmap.flow.prior import LearnedPrior, Start, conditioning_rows, start_blocks, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
@@ -164,6 +164,11 @@ class Student(Sentences):
         """
         prior = None if self.prior is None else self.prior.to(self.device)
         return starts(prior, tuple(self.config.shape), num, generator, z=z)
+
+    def start_blocks(self, num: int, generator: torch.Generator) -> Iterator[Start]:
+        """The same starts, block by block."""
+        prior = None if self.prior is None else self.prior.to(self.device)
+        return start_blocks(prior, tuple(self.config.shape), num, generator)
 
     @cached_property
     def prior(self) -> LearnedPrior | None:

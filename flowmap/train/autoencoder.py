@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flowmap.base.batches import rebatched
+from flowmap.base.distributed import gathered, rank, world_size
 from flowmap.base.files import write_json, write_tensors, write_text
 from flowmap.base.images import save_picture, stack, to_grid
-from flowmap.metrics import baselines
+from flowmap.metrics import DrawnBatch, baselines
+from flowmap.metrics.real import chunk_of, metric_device
 from flowmap.plan.plan import Stage
+from flowmap.plan.references import located
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.card import short_card
 from flowmap.train.logging import log_pictures
@@ -49,21 +54,40 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
 
     The row "1" of "student" has the signal-to-noise ratio of reconstructions and every metric of samples on them.
     """
-    recipe, data, started = module.recipe, module.data, time.perf_counter()
-    net, specs = module.averaged.net, [spec for spec in module.recipe.metrics if spec.on_samples]
+    data, started = module.data, time.perf_counter()
+    specs = [spec for spec in located(module.recipe, module.recipe.metrics) if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
-    x = torch.cat([_unseen(module), data.reference])[:num]
-    size = recipe.evaluation.batch_size
-    rebuilt = torch.cat([net(part.to(module.device)).clamp(-1, 1).cpu() for part in x.split(size)])
-    error = (rebuilt - x).square().flatten(1).mean(1)
+    built = [(spec, spec.build_on(data, metric_device(module.device))) for spec in specs]
+    for spec, metric in built:
+        spec.begin(metric)
+    errors, first = [], 0
+    for batch in _reconstructed(module, num):
+        rebuilt = batch["rebuilt"]
+        errors.append((rebuilt - batch["real"]).square().flatten(1).mean(1).cpu())
+        for spec, metric in built:
+            spec.update(metric, DrawnBatch(rebuilt, first, world_size(), dict))
+        first += len(rebuilt)
+    error = torch.cat(gathered(torch.cat(errors)))
     row = {"psnr": float((10 * torch.log10(4 / error.clamp_min(1e-12))).mean())}
-    built = [(spec, spec.build_on(data)) for spec in specs]
     for _, metric in built:
-        metric.update(rebuilt)
         row |= metric.report()
     lowest = baselines(built, data)
     seconds = {"evaluate": round(time.perf_counter() - started, 4)}
     return {"student": {"1": row}, "floor": lowest, "seconds": seconds, "nfe": {"student": {"1": 1}}}
+
+
+def _reconstructed(module: DistillModule, num: int) -> Iterator[Mapping[str, Tensor]]:
+    """ "real" and "rebuilt" pictures in chunks: this process's share of `num` held-out ones, then training ones."""
+    unseen, reference, net = _unseen(module), module.data.reference, module.averaged.net
+    world, count = world_size(), min(num, len(unseen) + len(reference))
+    places = torch.arange(count // world * world)[rank() :: world]
+
+    def batch(at: Tensor) -> dict[str, Tensor]:
+        real = torch.cat([unseen[at[at < len(unseen)]], reference[at[at >= len(unseen)] - len(unseen)]])
+        real = real.to(module.device)
+        return {"real": real, "rebuilt": net(real).clamp(-1, 1)}
+
+    return rebatched(map(batch, places.split(module.recipe.evaluation.batch_size)), chunk_of(unseen.shape[1:]))
 
 
 def save_autoencoder(

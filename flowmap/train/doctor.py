@@ -28,6 +28,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.objectives import FlowMatching
+from flowmap.plan.plan import ResolvedRun, resolve
 from flowmap.recipe import Recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import as_trained
@@ -42,18 +43,19 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
     """
     if batch < 1:
         raise ValueError(f"--batch: {batch} must be 1 or more")
-    teacher = build_teacher(recipe)
-    data = _noise(recipe, teacher, batch)
-    config = student_config(recipe, data, teacher)
-    student = as_trained(build_student(recipe, config, teacher), recipe).to(device).train()
+    run = resolve(recipe)
+    teacher = build_teacher(run)
+    data = _noise(run, teacher, batch)
+    config = student_config(run, data, teacher)
+    student = as_trained(build_student(run, config, teacher), recipe).to(device).train()
     if teacher is not None:
         teacher.with_null_conditions({key: value[:1].to(device) for key, value in data.text.items()}).to(device)
-    sample = _sample(recipe, data, device)
+    sample = _sample(run, data, device)
     lines = [
         f"{type(student.net).__name__}: {counted(student)}, samples of shape {tuple(config.shape)}, "
         f"batch {batch}, {device}"
     ]
-    _teacher_lines(recipe, teacher, data, device, lines)
+    _teacher_lines(run, teacher, data, device, lines)
     plain = _measured(FlowMatching(), student, None, replace(sample, s=sample.t))
     lines.append(f"plain flow-matching step: {plain[0]:.3g} s, {_mib(plain[1])} of activations")
     if recipe.distillation.derivative is None:
@@ -74,31 +76,31 @@ def examine(recipe: Recipe, *, batch: int, device: torch.device) -> list[str]:
 
 
 def _teacher_lines(
-    recipe: Recipe, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]
+    run: ResolvedRun, teacher: BuiltTeacher | None, noise: Dataset, device: torch.device, lines: list[str]
 ) -> None:
     """Add a description of the teacher's samples, compared with the recipe's data if that is on this machine."""
     try:
-        data, compare = (build_data(recipe), True) if teacher is not None else (noise, False)
+        data, compare = (build_data(run), True) if teacher is not None else (noise, False)
     except (RecipeError, OSError):
         data, compare = noise, False
-    prior = build_prior(recipe)
+    prior = build_prior(run)
     if teacher is not None and compare:
         teacher.with_null_conditions({key: value.to(device) for key, value in data.empty.items()})
-    check_teacher(recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
+    check_teacher(run.recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
 
 
-def _noise(recipe: Recipe, teacher: BuiltTeacher | None, batch: int) -> _Noise:
+def _noise(run: ResolvedRun, teacher: BuiltTeacher | None, batch: int) -> _Noise:
     """A data set of noise, in the teacher's shape or, without a teacher's network, in that of the recipe's data."""
     if teacher is not None and teacher.network is not None:
         shape, num_classes = teacher.network.config.shape, teacher.network.config.num_classes
     else:
-        data = build_data(recipe)
+        data = build_data(run)
         shape, num_classes = data.shape, data.num_classes
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(batch, *shape, generator=generator).clamp(-1, 1)
     labels = torch.randint(num_classes, (batch,), generator=generator) if num_classes else None
     net = net_within(
-        teacher.network.config.net if teacher is not None and teacher.network is not None else recipe.student
+        teacher.network.config.net if teacher is not None and teacher.network is not None else run.recipe.student
     )
     text = example_conditions(net, batch) if isinstance(net, DiffusersModel) else {}
     return _Noise(
@@ -116,11 +118,11 @@ class _Noise(Dataset):
         return {**super().conditions_at(places), **{key: value[places] for key, value in self.text.items()}}
 
 
-def _sample(recipe: Recipe, data: Dataset, device: torch.device) -> PathSample:
+def _sample(run: ResolvedRun, data: Dataset, device: torch.device) -> PathSample:
     cond = {key: value.to(device) for key, value in data.conditions_at(torch.arange(len(data))).items()}
-    prior = build_prior(recipe)
+    prior = build_prior(run)
     prior = prior and prior.to(device)
-    return draw_sample(recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0), prior=prior)
+    return draw_sample(run.recipe, data.train.to(device), cond, torch.Generator(device).manual_seed(0), prior=prior)
 
 
 def _measured(objective, student: nn.Module, teacher: BuiltTeacher | None, sample: PathSample) -> tuple[float, int]:

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, first_place
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
-from flowmap.flow.types import Loss, PathSample, Teacher
+from flowmap.flow.types import Cond, Loss, PathSample, Teacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
+from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe import Recipe
+from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
+from flowmap.train.finite import FiniteChecks, NotFinite
 from flowmap.train.loading import loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
-
-
-class NotFinite(RuntimeError):
-    """The loss or a weight became NaN or infinite: the run stops here."""
 
 
 def as_trained(student: FlowMapNet, recipe: Recipe) -> FlowMapNet:
@@ -45,7 +45,7 @@ class DistillModule(L.LightningModule):
 
     def __init__(
         self,
-        recipe: Recipe,
+        run: ResolvedRun,
         student: FlowMapNet,
         teacher: BuiltTeacher | None,
         data: Dataset,
@@ -57,6 +57,7 @@ class DistillModule(L.LightningModule):
         prior: the recipe's learned prior, if it has one; not a submodule either.
         """
         super().__init__()
+        recipe = run.recipe
         self.recipe, self.teacher, self.data, self.prior = recipe, teacher, data, prior
         self.samples = data if samples is None else samples
         self.student = as_trained(student, recipe).train()
@@ -64,9 +65,11 @@ class DistillModule(L.LightningModule):
         self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
-        self._decoder = build_decoder(recipe)  # no submodule, as the teacher
+        self._decoder = build_decoder(run)  # no submodule, as the teacher
         self._micro, self.begun, self._sharded = 0, False, False
         self._restored: int | None = None
+        self._null: dict[str, Tensor] = {}
+        self._finite = FiniteChecks(recipe.trainer.check_finite_every_steps)
 
     @property
     def averaged(self) -> FlowMapNet:
@@ -76,7 +79,10 @@ class DistillModule(L.LightningModule):
     @property
     def guided(self) -> Teacher | None:
         """The teacher's velocity as the objective sees it, with guidance."""
-        return None if self.teacher is None else self.teacher.guided
+        if self.teacher is None:
+            return None
+        guidance = None if self.recipe.teacher is None else self.recipe.teacher.guidance
+        return self.teacher.guided if guidance is None else self.teacher.on_drawn_scales(guidance.scale)
 
     @property
     def networks(self) -> list[FlowMapNet]:
@@ -91,14 +97,25 @@ class DistillModule(L.LightningModule):
 
     def configure_model(self) -> None:
         copies = [self.student, *(cast(FlowMapNet, net) for net in self.averages)]
+        self._to_channels_last(*copies)
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
-            from flowmap.train.strategy import shard
+            from flowmap.train.sharding import mesh_of, shard, shard_frozen
 
+            mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
+            dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, self.device_mesh)
+                shard(net, mesh, dtype=dtype)
+            if self.teacher is not None and self.teacher.modules:
+                shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
+
+    def _to_channels_last(self, *nets: nn.Module) -> None:
+        """Convert networks of convolutions as trainer.channels_last says; not under FSDP2, which refuses it."""
+        trainer = self.recipe.trainer
+        for net in nets if trainer.strategy != "fsdp" else ():
+            channels_last(net, trainer.channels_last, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         return self.recipe.optimizer(trained(self.student))
@@ -110,16 +127,20 @@ class DistillModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = len(checkpoint["optimizer_states"])
+        if self.automatic_optimization:
+            _count_batches(checkpoint, self.recipe.batches.accumulate)
 
     def on_train_start(self) -> None:
         if self._restored not in (None, len(self.trainer.optimizers)):  # Lightning would go on with a fresh one
             raise ValueError(
                 f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}"
             )
+        self._check_processes()
         self._micro, self.begun = 0, True
         self.data.to_device(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)
+            self._to_channels_last(*self.teacher.modules)
         if self.prior is not None:
             self.prior.to(self.device)
         if self._decoder is not None:
@@ -130,12 +151,19 @@ class DistillModule(L.LightningModule):
         x0, cond, *paired = batch
         return (x0, self.data.complete(cond), *paired)
 
+    def _check_processes(self) -> None:
+        """Raise RecipeError if a global batch was split for another number of processes than there are."""
+        batches, world = self.recipe.batches, self.trainer.world_size
+        if self.recipe.data.global_batch_size is not None and batches.processes != world:
+            settings = f"trainer.devices: {batches.devices} x trainer.num_nodes: {batches.nodes}"
+            raise RecipeError(f"{self.recipe.name}: {settings} does not agree with the {world} processes that run")
+
     @property
     def _split(self) -> dict[str, int]:
         """How the samples of a step are split over micro-batches and processes."""
         recipe = self.recipe
         ours = {"rank": self.global_rank, "world": self.trainer.world_size}
-        return {"batch_size": recipe.data.batch_size, "accumulate": recipe.trainer.accumulate, **ours}
+        return {"batch_size": recipe.data.batch_size, "accumulate": recipe.batches.accumulate, **ours}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """What `learn` draws from torch's own generator is a function of (seed, step, micro-batch, process)."""
@@ -152,11 +180,17 @@ class DistillModule(L.LightningModule):
         """The micro-batch's sample and the generator that drew it; sets the student's learning rate of the step."""
         x0, cond, *paired = batch
         step, micro = self.global_step, self._micro
-        self._micro = (micro + 1) % self.recipe.trainer.accumulate
+        self._micro = (micro + 1) % self.recipe.batches.accumulate
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, first_place(step, micro, **self._split), len(x0), x0.device)
         x1 = paired[0] if paired else self.data.partners(x0, generator)
-        return draw_sample(self.recipe, x0, cond, generator, self.data.empty, x1, self.prior), generator
+        return draw_sample(self.recipe, x0, cond, generator, self._empty(x0.device), x1, self.prior), generator
+
+    def _empty(self, device: torch.device) -> Cond:
+        """The conditions of an empty text on that device, where they stay."""
+        if any(row.device != device for row in self._null.values()) or not self._null:
+            self._null = {key: row.to(device) for key, row in self.data.empty.items()}
+        return self._null
 
     def keep(self, sample: PathSample, loss: Loss) -> None:
         """Keep the last sample and loss for the logs; raises NotFinite unless the loss is finite."""
@@ -168,7 +202,13 @@ class DistillModule(L.LightningModule):
         self._must_be_finite("gradient's norm", norm_of(gradients))
 
     def _must_be_finite(self, what: str, value: Tensor) -> None:
-        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits."""
+        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits.
+
+        With trainer.check_finite_every_steps above 1 it is noted on the device, and `check_finite` raises.
+        """
+        if self._finite.every > 1:
+            self._finite.note(what, value, self.global_step)
+            return
         bad = (~torch.isfinite(value)).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
@@ -179,6 +219,15 @@ class DistillModule(L.LightningModule):
                 f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", t), ("s", s))
             )
             raise NotFinite(f"the {what} is {value.item()} at step {self.global_step} ({times})")
+
+    def check_finite(self, done: int | None = None) -> None:
+        """Raise NotFinite if a value was not finite on any process since the last call; all processes call it.
+
+        done: the number of finished steps, after which it is only due every so often; None: now. The host waits for the
+        device.
+        """
+        if self._finite.due(done) and (bad := self._finite.found(self.trainer.world_size)) is not None:
+            raise NotFinite(f"the {bad[0]} is NaN or infinite at step {bad[1]}")
 
     @torch.no_grad()
     def average(self) -> None:
@@ -199,6 +248,17 @@ class DistillModule(L.LightningModule):
             if value.ndim == 1 and len(value) == len(t):
                 logs |= _by_time(key, value, t)
         return logs
+
+
+def _count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Make the counters of micro-batches in a checkpoint those of a run with `accumulate` of them a step.
+
+    Lightning steps the optimizer when that number divides its counter, and the run may have had another one before.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    shift = checkpoint["global_step"] * accumulate - progress["current"]["ready"]
+    for counters in (progress["total"], progress["current"]):
+        counters.update({key: count + shift for key, count in counters.items()})
 
 
 def trained(net: nn.Module) -> list[nn.Parameter]:

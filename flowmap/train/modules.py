@@ -8,7 +8,7 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.recipe import Recipe
+from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.auxiliary import AuxiliaryModule
@@ -16,7 +16,7 @@ from flowmap.train.module import DistillModule
 
 
 def module_of(
-    recipe: Recipe,
+    run: ResolvedRun,
     config: StudentConfig,
     student: FlowMapNet,
     teacher: BuiltTeacher | None,
@@ -24,8 +24,8 @@ def module_of(
     samples: Dataset | PairedDataset,
 ) -> DistillModule:
     """The module, with its auxiliary networks built. Raises RecipeError if one cannot be built."""
-    parts = (recipe, student, teacher, data, samples)
-    fake = build_fake(recipe, config, teacher) if isinstance(recipe.distillation, ScoreDistillation) else None
+    recipe, parts = run.recipe, (run, student, teacher, data, samples)
+    fake = build_fake(run, config, teacher) if isinstance(recipe.distillation, ScoreDistillation) else None
     if isinstance(recipe.objective, Adversarial):
-        return AdversarialModule(*parts, build_discriminator(recipe, config, teacher), fake)
+        return AdversarialModule(*parts, build_discriminator(run, config, teacher), fake)
     return DistillModule(*parts) if fake is None else AuxiliaryModule(*parts, fake=fake)

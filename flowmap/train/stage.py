@@ -8,7 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -25,11 +25,11 @@ from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
-from flowmap.nets.flow_map import mismatch
-from flowmap.plan.data_folders import data_of
+from flowmap.nets.flow_map import FlowMapNet, mismatch
+from flowmap.nets.precision import hold
 from flowmap.plan.plan import Stage
-from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
+from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS
@@ -37,9 +37,11 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.device import fast_matmul
 from flowmap.train.finish import FitError, finish
+from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
@@ -59,19 +61,31 @@ class Built:
     module: DistillModule
 
     @staticmethod
-    def of(recipe: Recipe) -> Built:
-        data = build_data(recipe)
-        teacher = build_teacher(recipe, data)
-        config = student_config(recipe, data, teacher)
-        prior = build_prior(recipe)
-        student = build_student(recipe, config, teacher)
-        module = module_of(recipe, config, student, teacher, data, build_samples(recipe, data))
+    def of(stage: Stage) -> Built:
+        data = build_data(stage)
+        teacher = build_teacher(stage, data)
+        config = student_config(stage, data, teacher)
+        prior = build_prior(stage)
+        student = build_student(stage, config, teacher)
+        module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
-        if recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
+        _hold_frozen(stage.recipe, teacher, module)
+        if stage.recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
             nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
             for net in nets:
                 net.net.compile()
         return Built(data, teacher, config, prior, module)
+
+
+def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillModule) -> None:
+    """Round frozen weights to bfloat16 where the recipe asks for it; all that starts from them has been built."""
+    if teacher is None or recipe.trainer.frozen_precision != "bf16":
+        return
+    for net in teacher.modules:
+        hold(cast(FlowMapNet, net), torch.bfloat16)
+    if recipe.lora is not None:  # the base is the teacher's; adapters and their averages are not rounded
+        for net in (module.student, *module.averages):
+            net.held = torch.bfloat16
 
 
 def device_of(recipe: Recipe) -> str:
@@ -88,7 +102,9 @@ def run_stage(
     finished run again, without training. The caller has the lock on the folder.
     """
     recipe, folder = stage.recipe, stage.folder
-    built = Built.of(recipe)
+    built = Built.of(stage)
+    if recipe.batches.split and not again:
+        log(f"batch: {recipe.batches}")
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
     checked: dict[str, float] = {}
     if not start and not is_child():
@@ -124,6 +140,9 @@ def _resumed_step(folder: Path, module: DistillModule, *, again: bool, log: LogF
         check_step(folder, start)
     elif start:
         log(f"resuming at step {start}{'' if has_checksum(checkpoint) else WITHOUT_CHECKSUM}")
+        was = read_resolved(folder / "recipe.yaml").batches
+        if was != module.recipe.batches:
+            log(f"its steps before were split otherwise, which changes rounding alone: {was}")
     return start
 
 
@@ -156,20 +175,20 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
     if overwrite:
         move_aside(folder)
     sweep(folder)
-    stamp(folder, stage.recipe)
+    stage.stamp()
     coders = (built.config.autoencoder, built.config.text_autoencoder)
     if any(coder is not None and coder.source == SHIPPED_AUTOENCODER for coder in coders):
-        source = Path(data_of(stage.recipe).autoencoder.source)
+        source = Path(stage.data.autoencoder.source)
         ours = lambda path: path.parent == source and path.name in STUDENT
         copy_folder(source, folder / "student" / SHIPPED_AUTOENCODER, ours)
     if built.prior is not None:
-        write_prior(stage.recipe, built.prior, folder / "student")
+        write_prior(stage, built.prior, folder / "student")
 
 
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with restoring(checkpoint, lambda: module.begun):
+        with restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
@@ -208,7 +227,7 @@ def _trainer(
             precision={"32": "32-true", "bf16": "bf16-mixed"}[trainer.precision],
             max_steps=steps,
             # a module that steps its optimizers itself also accumulates and clips itself
-            accumulate_grad_batches=trainer.accumulate if automatic else 1,
+            accumulate_grad_batches=recipe.batches.accumulate if automatic else 1,
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=_callbacks(stage, student, clock, log),
             logger=False,

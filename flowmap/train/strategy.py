@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
 
 from flowmap.recipe import Recipe
 from flowmap.train.checkpoint_file import read_checkpoint, write_checkpoint
@@ -24,18 +22,6 @@ def strategy_for(recipe: Recipe) -> str | Strategy:
     if trainer.strategy == "ddp":
         return DDPStrategy(gradient_as_bucket_view=True)
     return "auto"
-
-
-def shard(net: nn.Module, mesh) -> None:
-    """Apply FSDP2 to every block (the network's `blocks`) and to the whole network."""
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh["data_parallel"] if mesh is not None and mesh.ndim > 1 else mesh
-    for block in getattr(net.net, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
-    for method in ("mean_velocity", "velocity", "log_error"):
-        torch.distributed.fsdp.register_fsdp_forward_method(net, method)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

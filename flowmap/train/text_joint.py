@@ -29,8 +29,8 @@ class KeepJoint(Keep):
 def measure_joint(stage: Stage, module: DistillModule, log=None) -> dict[str, Any]:
     """The contents of metrics.json: those of a flow, measured on the saved student, and the "autoencoder"'s figures."""
     folder = stage.folder / "student"
-    alone = flow_alone(stage.recipe, folder)
-    figures = measure(alone, load_student(folder).to(module.device), None, build_data(alone), progress=log)
+    alone = flow_alone(stage, folder)
+    figures = measure(alone.recipe, load_student(folder).to(module.device), None, build_data(alone), progress=log)
     return {**figures, "autoencoder": measure_autoencoder(module)["student"]["1"]}
 
 

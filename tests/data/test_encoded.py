@@ -1,6 +1,7 @@
 """A finished encoding as data: what its samples and conditions are, and what is refused."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_held_out_and_reference_are_pictures_and_disjoint(made):
     data = spec(made).build()
     assert data.held_out.shape == (2, 3, 8, 8) and data.reference.shape == (6, 3, 8, 8)
     out = sorted(set(Numbers().usable) - set(positions_of(data)))
-    assert torch.equal(data.held_out, torch.stack([pixels(i) for i in out]))
+    assert torch.equal(data.held_out[:], torch.stack([pixels(i) for i in out]))
     trained = [pixels(i) for i in positions_of(data)]
     assert all(any(torch.equal(one, other) for other in trained) for one in data.reference)
 
@@ -63,9 +64,23 @@ def test_held_out_samples_and_the_reference_have_their_conditions(made):
     assert cond["class"].tolist() == [i % 3 for i in out] and cond.keys() == {"class", "text", "text_mask", "pooled"}
     place = {tuple(pixels(i).flatten().tolist()): i for i in Numbers().usable}
     seen = [place[tuple(one.flatten().tolist())] for one in data.reference]
-    assert data.reference_conditions["class"].tolist() == [i % 3 for i in seen]
+    assert data.reference_labels.tolist() == [i % 3 for i in seen]
+    conditions = data.reference_conditions_at(torch.tensor([4, 1]))
+    assert conditions["class"].tolist() == [seen[4] % 3, seen[1] % 3]
     lengths = [[len("" if i % 5 == 0 else f"picture {i}")] for i in seen]
-    assert data.reference_conditions["pooled"].tolist() == lengths
+    assert conditions["pooled"].tolist() == [lengths[4], lengths[1]]
+    assert torch.equal(data.held_out_samples(1)[0], x0[:1]) and len(data.held_out_samples(1)[1]["class"]) == 1
+
+
+def test_stored_pictures_are_read_where_they_are_indexed(made):
+    """As a tensor would be: by a number, a slice, places, one after the other; also from another process."""
+    reference = pickle.loads(pickle.dumps(spec(made).build().reference))
+    whole = torch.stack(list(reference))
+    assert len(reference) == len(whole) == 6 and reference.shape == whole.shape
+    assert torch.equal(reference[-1], whole[5]) and torch.equal(reference[1:3], whole[1:3])
+    assert torch.equal(reference[torch.tensor([4, 0, 4])], whole[[4, 0, 4]]) and len(reference[torch.arange(0)]) == 0
+    with pytest.raises(IndexError, match="6 is not one of 6"):
+        reference[6]
 
 
 def test_empty_and_the_conditions_alone(made):
@@ -82,8 +97,10 @@ def test_a_dataset_in_memory_has_harmless_ones():
     data = Dataset("x", torch.zeros(4, 2), torch.zeros(0, 2), torch.arange(4), torch.zeros(0), num_classes=4)
     assert data.empty == {} and data.conditions_at(torch.tensor([2, 0]))["class"].tolist() == [2, 0]
     bare = Dataset("x", torch.zeros(4, 2), torch.zeros(3, 2))
-    assert bare.conditions_at(torch.arange(2)) == bare.reference_conditions == bare.held_out_samples()[1] == {}
-    assert torch.equal(data.reference_conditions["class"], torch.arange(4)) and set(data.held_out_samples()[1]) == {
+    two = torch.arange(2)
+    assert bare.conditions_at(two) == bare.reference_conditions_at(two) == bare.held_out_samples()[1] == {}
+    assert bare.reference_labels is None and torch.equal(data.reference_labels, torch.arange(4))
+    assert data.reference_conditions_at(two)["class"].tolist() == [0, 1] and set(data.held_out_samples()[1]) == {
         "class"
     }
 

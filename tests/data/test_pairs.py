@@ -8,6 +8,7 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Latents, Pairs, Pictures
 from flowmap.data.pairs import COUPLINGS, noises, pack, unpack
 from flowmap.flow.solver import SOLVERS, Heun
+from flowmap.plan.plan import resolve
 from flowmap.prepare.make_pairs import Maker, verify
 from flowmap.recipe import read_recipe
 from tests.support.oracle import draw
@@ -55,13 +56,14 @@ def test_pictures_are_kept_in_bytes_and_latents_in_half_precision(tmp_path, monk
                    f"coupling={{kind: pairs, recipe: digits, num: 12, inverted: 0.5, root: {tmp_path / 'p'}, "
                    "solver: {kind: heun, steps: 4}}"]
     )  # fmt: skip
-    monkeypatch.setattr(module, "build_pairs_teacher", lambda recipe, data: BuiltTeacher(Halves(), None))
-    index = module.make_pairs(recipe)
-    maker = Maker.of(recipe, "cpu")
+    monkeypatch.setattr(module, "build_pairs_teacher", lambda run, data: BuiltTeacher(Halves(), None))
+    run = resolve(recipe)
+    index = module.make_pairs(run)
+    maker = Maker.of(run, "cpu")
     assert (
         index["dtype"] == maker.dtype == dtype and type(recipe.data) is cls and index["contents"]["shape"] == [3, 4, 6]
     )
-    assert verify(recipe, num=12)[0] == 0
+    assert verify(run, num=12)[0] == 0
     x0, cond, x1 = module.PairedDataset(tmp_path / "p", maker.data, maker.identity).__getitems__(range(12))
     assert cond == {}
     exact = Heun(steps=4)(lambda x, t: x / 2, x0[6:], start=0.0, end=1.0).x  # from the picture as it is kept

@@ -289,8 +289,8 @@ def test_edm2_latents_are_normalised_and_drawn_once_for_all(tmp_path):
         data.conditions_at(torch.tensor([0, 2]))["class"], data.labels[[0, 2]]
     )
     every = torch.cat([data.labels, data.held_out_samples()[1]["class"]])[torch.cat([data._kept, data._out]).argsort()]
-    assert every.tolist() == data._labels.tolist() and torch.equal(data.held_out_samples()[0], data.held_out)
-    assert torch.equal(data.reference_conditions["class"], data.labels)
+    assert every.tolist() == data._labels.tolist() and torch.equal(data.held_out_samples()[0], data.held_out[:])
+    assert torch.equal(data.reference_labels, data.labels)
     # the published figures, compared with the formula in float64:
     # raw = mean + std * noise, final = (raw - raw_mean) / raw_std * 0.5
     place = int(data._kept[2])

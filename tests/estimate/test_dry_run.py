@@ -52,7 +52,7 @@ LARGE_CARDS = ("flux-dev", "sd35-medium")
 ])  # fmt: skip
 def test_a_cards_network_has_the_published_number_of_parameters(name):
     card = find_card(name)
-    spec = spec_of(card, read_recipe("digits"))
+    spec = spec_of(card)
     cost = cost_of(config(spec, tuple(card.shape), num_classes=card.num_classes, arrival=False), graded=False)
     assert cost.parameters == pytest.approx(card.parameters, rel=0.005)
 

@@ -20,6 +20,7 @@ from flowmap.build.data import build_data
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.teacher_check import Statistics, check_teacher, look
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.train.csv_log import read_log
@@ -58,7 +59,7 @@ class Broken:
 
 def said(recipe, teacher, **more):
     lines = []
-    logs = check_teacher(recipe, BuiltTeacher(teacher, None), build_data(recipe), log=lines.append, **more)
+    logs = check_teacher(recipe, BuiltTeacher(teacher, None), build_data(resolve(recipe)), log=lines.append, **more)
     return lines, logs
 
 
@@ -109,7 +110,7 @@ def test_it_draws_from_generators_of_its_own_and_says_nothing_without_a_teacher(
     before = torch.get_rng_state()
     said(latents, Scaled((0, 0, 0), (1, 1, 1)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert check_teacher(latents, None, build_data(latents), log=lambda line: pytest.fail(line)) == {}
+    assert check_teacher(latents, None, build_data(resolve(latents)), log=lambda line: pytest.fail(line)) == {}
 
 
 def test_a_run_is_the_same_with_it_and_without_it(tiny, tmp_path, monkeypatch):
@@ -167,13 +168,13 @@ def folder_teacher(tmp_path, **scheduler):
 def test_an_unclipped_ddpm_teacher_is_told_by_its_spread(tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path / "runs"))
     recipe = folder_teacher(tmp_path, clip_sample=False)
-    data = build_data(recipe)
-    found = look(recipe, build_teacher(recipe, data), data, device="cpu")
+    data = build_data(resolve(recipe))
+    found = look(recipe, build_teacher(resolve(recipe), data), data, device="cpu")
     assert float(found.teacher.std.max()) > 10 and any(
         "its samples' std is" in line and "prediction_type" in line for line in found.warnings
     )
     clipped = replace(folder_teacher(tmp_path, clip_sample=True))
-    found = look(clipped, build_teacher(clipped, data), data, device="cpu")
+    found = look(clipped, build_teacher(resolve(clipped), data), data, device="cpu")
     assert float(found.teacher.std.max()) < 1.1 and found.teacher.saturated is not None
 
 

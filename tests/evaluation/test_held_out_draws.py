@@ -19,6 +19,7 @@ from flowmap.evaluation.held_out import coupled_draws, held_out_samples, loss_by
 from flowmap.evaluation.measure import evaluate, measure
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.student.config import TextLatents
 from flowmap.student.student import Student
@@ -71,8 +72,9 @@ class Net(FlowMapNet):
 def made(text, tmp_path, flow, *overrides):
     (tmp_path / "gauss.yaml").write_text(text)
     recipe = read_recipe(tmp_path / "gauss.yaml", overrides)
-    data = build_data(recipe)
-    return recipe, Student(student_config(recipe, data, None), Net(flow)), data
+    run = resolve(recipe)
+    data = build_data(run)
+    return recipe, Student(student_config(run, data, None), Net(flow)), data
 
 
 EXACT = ExactStudent(GaussianTeacher(mean=(0.0,), std=STD, shape=(2,)))
@@ -193,11 +195,12 @@ def test_evaluate_takes_them_by_name(finished):
 def test_agreement_of_digits_by_noise_and_by_real_ones():
     """What a student draws is looked at with the classes that it was asked for: noise agrees by chance."""
     recipe = read_recipe("digits-teacher", ["metrics=[{kind: agreement, images: 600, reference_images: 600}]"])
-    data = build_data(recipe)
-    found = measure(recipe, Student(student_config(recipe, data, None), Net(Kept())), None, data, steps=[1])
+    run = resolve(recipe)
+    data = build_data(run)
+    found = measure(recipe, Student(student_config(run, data, None), Net(Kept())), None, data, steps=[1])
     assert found["student"]["1"]["agreement_pixels"] < 0.25
     assert found["floor"]["agreement_pixels"] > 0.95 and found["floor"]["agreement_pixels_shuffled"] < 0.2
-    taught = measure(recipe, Student(student_config(recipe, data, None), Net(Kept(data))), None, data, steps=[1])
+    taught = measure(recipe, Student(student_config(run, data, None), Net(Kept(data))), None, data, steps=[1])
     assert taught["student"]["1"]["agreement_pixels"] == 1
 
 
@@ -209,4 +212,4 @@ def test_a_recipe_whose_data_lacks_what_a_metric_needs_is_refused_before_trainin
     for metric in ("inversion", "loss_by_time"):
         overrides = ["data.kind=pictures", f"data.root={tmp_path / 'samples'}", f"metrics=[{{kind: {metric}}}]"]
         with pytest.raises(RecipeError, match="data.held_out is 0"):
-            build_data(read_recipe(tmp_path / "gauss.yaml", overrides))
+            build_data(resolve(read_recipe(tmp_path / "gauss.yaml", overrides)))

@@ -12,6 +12,7 @@ from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.cli import main
 from flowmap.evaluation.known_rows import stamps
 from flowmap.evaluation.measure import evaluate, measure
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
 from flowmap.student.student import Student
@@ -24,9 +25,10 @@ SETTINGS = ["evaluation.teacher_steps=16", "data.points=2000", "sampler.steps=[1
 def run(tmp_path):
     """A run folder with a student and its metrics.json."""
     recipe = read_recipe("toy/mixture", SETTINGS)
-    data, teacher = build_data(recipe), build_teacher(recipe)
-    config = student_config(recipe, data, teacher)
-    flow_map = build_student(recipe, config, teacher)
+    run = resolve(recipe)
+    data, teacher = build_data(run), build_teacher(run)
+    config = student_config(run, data, teacher)
+    flow_map = build_student(run, config, teacher)
     save_student(tmp_path / "student", config, flow_map.state_dict(), recipe=recipe.to_yaml(), card="")
     write_json(tmp_path / "metrics.json", measure(recipe, Student(config, flow_map), teacher, data))
     return tmp_path
@@ -98,10 +100,13 @@ def test_what_a_row_depends_on_makes_it_measured_again(run, solves, changed, tea
 
 def test_a_stamp_changes_with_the_weights_and_with_the_data():
     recipe = read_recipe("toy/mixture", SETTINGS)
-    data, exact = build_data(recipe), build_teacher(recipe)
-    config = student_config(recipe, data, exact)
-    student, other = (Student(config, build_student(replace(recipe, seed=seed), config, exact)) for seed in (0, 1))
-    teacher = BuiltTeacher(exact.guided, None, (build_student(recipe, config, exact),))
+    run = resolve(recipe)
+    data, exact = build_data(run), build_teacher(run)
+    config = student_config(run, data, exact)
+    student, other = (
+        Student(config, build_student(resolve(replace(recipe, seed=seed)), config, exact)) for seed in (0, 1)
+    )
+    teacher = BuiltTeacher(exact.guided, None, (build_student(run, config, exact),))
     look = (torch.zeros(3, 2), {"class": torch.arange(3)})
     first = stamps(recipe, student, teacher, data, recipe.metrics, look)
     assert stamps(recipe, student, teacher, data, list(recipe.metrics), look) == first and set(first) == {

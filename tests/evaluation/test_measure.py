@@ -16,6 +16,7 @@ from flowmap.estimate.dry_run import dry_run
 from flowmap.evaluation.conditions import classes_by_law
 from flowmap.evaluation.measure import evaluate, measure
 from flowmap.metrics import Frechet
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.student.folder import save_student
 from flowmap.student.student import Student
@@ -45,8 +46,9 @@ class Exact(torch.nn.Module):
 @pytest.fixture(scope="module")
 def parts():
     recipe = read_recipe("toy/mixture", FEW)
-    data, teacher = build_data(recipe), build_teacher(recipe)
-    return recipe, data, teacher, student_config(recipe, data, teacher)
+    run = resolve(recipe)
+    data, teacher = build_data(run), build_teacher(run)
+    return recipe, data, teacher, student_config(run, data, teacher)
 
 
 def test_the_exact_student_meets_the_floor_and_the_teacher_does_not_at_two_steps(parts):
@@ -140,9 +142,10 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
     found, samples = [], []
     for batch_size in (100, 7):
         recipe = read_recipe("toy/mixture", [*NOISY, f"evaluation.batch_size={batch_size}"])
-        data, teacher = build_data(recipe), build_teacher(recipe)
-        config = student_config(recipe, data, teacher)
-        student = Student(config, build_student(recipe, config, teacher).eval())
+        run = resolve(recipe)
+        data, teacher = build_data(run), build_teacher(run)
+        config = student_config(run, data, teacher)
+        student = Student(config, build_student(run, config, teacher).eval())
         student.pictures = lambda x0, kept=samples: kept.append(x0) or x0
         found.append(measure(recipe, student, None, data, steps=[4])["student"]["4"]["frechet_pixels"])
     assert found[1] == pytest.approx(found[0], abs=1e-5)
@@ -161,7 +164,7 @@ def test_a_sampler_with_noise_measures_alike_in_one_batch_in_many_and_in_two_pro
 
 def test_evaluate_reads_the_recipe_beside_the_weights(parts, tmp_path):
     recipe, data, teacher, config = parts
-    flow_map = build_student(recipe, config, teacher)
+    flow_map = build_student(resolve(recipe), config, teacher)
     save_student(tmp_path / "student", config, flow_map.state_dict(), recipe=recipe.to_yaml(), card="")
     found = evaluate(tmp_path / "student", [1], metrics=["frechet"], out=tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text()) == found
@@ -179,9 +182,9 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
     from flowmap.plan.plan import plan
 
     stage = plan(recipe, tmp_path / "digits")[0]
-    data = build_data(stage.recipe)
-    config = student_config(stage.recipe, data, None)
-    trained = build_student(stage.recipe, config, None)
+    data = build_data(stage)
+    config = student_config(stage, data, None)
+    trained = build_student(stage, config, None)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.normal_(std=0.2)
@@ -190,9 +193,10 @@ def test_a_student_from_a_teacher_is_the_teacher_at_step_zero(tmp_path, monkeypa
     from flowmap.student.snapshots import save_snapshot
 
     save_snapshot(stage.folder, 100, 0.05, trained.state_dict())
-    teacher = build_teacher(recipe)
-    config = student_config(recipe, data, teacher)
-    student = build_student(recipe, config, teacher)
+    run = resolve(recipe)
+    teacher = build_teacher(run)
+    config = student_config(run, data, teacher)
+    student = build_student(run, config, teacher)
     x, t = torch.randn(5, 1, 8, 8), torch.rand(5)
     cond = {"class": torch.tensor([0, 3, 9, 1, -1]), "guidance": torch.tensor([1.0, 1.5, 2.0, 3.0, 1.2])}
     v = teacher.network.flow_map.mean_velocity(x, t, t, {"class": cond["class"]})

@@ -66,10 +66,11 @@ def shaken(config: StudentConfig, std: float = 0.1) -> Student:
     return Student(config, flow_map)
 
 
-def foreign(model, scheduler, shape, sampler=None, **more) -> Student:
-    """A student whose network is that diffusers model on that scheduler's clock."""
+def foreign(model, scheduler, shape, sampler=None, time_unit=None, **more) -> Student:
+    """A student whose network is that diffusers model on that scheduler's clock; time_unit: it embeds that times t."""
     plain = lambda config: json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}, sort_keys=True)
-    net = DiffusersModel(type(model).__name__, plain(model.config), type(scheduler).__name__, plain(scheduler.config))
+    names = (type(model).__name__, plain(model.config), type(scheduler).__name__, plain(scheduler.config))
+    net = DiffusersModel(*names, time_unit=time_unit)
     return shaken(
         StudentConfig(
             net,

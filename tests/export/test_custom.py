@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flowmap.export import export
+from flowmap.flow.clock import SMALL_UNIT
 from flowmap.nets import MLP, DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
@@ -30,11 +31,22 @@ STUDENTS = {
             num_classes=5,
         )
     ),
+    "edm2_of_t": lambda: shaken(
+        StudentConfig(
+            EDM2(channels=16, multipliers=(1, 2), num_blocks=1, attention_at=(4,), time_embedding="t"),
+            Deterministic(),
+            (3, 8, 8),
+            num_classes=5,
+        )
+    ),
     "mlp": lambda: shaken(
         StudentConfig(MLP(width=16, depth=1), Deterministic(grid="rho", t_max=0.95), (2,), samples=Pixels(clamp=False))
     ),
     "table_dit": lambda: foreign(
         tiny_nets.dit(channels=3), DDIM, (3, 8, 8), Gamma(gamma=0.4), num_classes=10, samples=Pixels()
+    ),
+    "table_unet_of_t": lambda: foreign(
+        tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(), samples=Pixels(), time_unit=SMALL_UNIT
     ),
     "table_unet": lambda: foreign(
         tiny_nets.unet(), DDIM, (3, 16, 16), Deterministic(grid="shifted", shift=2.0), samples=Pixels()

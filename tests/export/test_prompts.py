@@ -14,7 +14,7 @@ import torch
 from flowmap.base.files import read_tensors
 from flowmap.export import export
 from flowmap.export.lora import WEIGHTS
-from flowmap.nets.diffusers_model import pack
+from flowmap.nets.diffusers_calls import pack
 from flowmap.nets.lora import Base, LoRA, fingerprint
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.samplers import Deterministic

@@ -11,7 +11,8 @@ import torch
 from flowmap.export import export
 from flowmap.export.plan import make_plan
 from flowmap.export.stock import FAMILIES, check_grid
-from flowmap.nets.diffusers_model import pack, unpack
+from flowmap.flow.clock import SMALL_UNIT
+from flowmap.nets.diffusers_calls import pack, unpack
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
 from tests.export.alone import alone, foreign, own_modules, snippet
@@ -27,10 +28,12 @@ class Case:
     model: object
     steps: tuple[int, ...]
     packed: bool = False
+    time_unit: float | None = None
 
 
 CASES = {
     "sd3": Case(sd3, (1, 2, 4)),
+    "sd3_of_t": Case(sd3, (2,), time_unit=SMALL_UNIT),
     "sana": Case(sana, (1, 4)),
     "flux": Case(flux, (1, 4), packed=True),
     "flux_dev": Case(lambda: flux(guidance_embeds=True), (2,), packed=True),
@@ -74,7 +77,7 @@ def folder(tmp_path_factory):
 
 
 def student_of(name, **more):
-    return foreign(CASES[name].model(), FLOW, (4, 8, 8), **more)
+    return foreign(CASES[name].model(), FLOW, (4, 8, 8), time_unit=CASES[name].time_unit, **more)
 
 
 def samples_of(folder, name, steps, guidance=2.5):

@@ -26,15 +26,20 @@ def captioned(seed, n, noise=0.05, tells=True):
     return x.reshape(n, 1, 4, 6).float(), {"pooled": 3 * captions[which].float()}
 
 
+def at(cond):
+    """The conditions at some places, as data sets give them."""
+    return lambda places: {key: value[places] for key, value in cond.items()}
+
+
 def scored(spec, real, cond, x, given):
-    metric = spec.build(real, cond)
+    metric = spec.build(real, at(cond))
     metric.update(x[:7], {key: value[:7] for key, value in given.items()})
     metric.update(x[7:], {key: value[7:] for key, value in given.items()})
     return spec.report(metric)
 
 
 def built(spec, data):
-    return [(spec, spec.build(data.reference, data.reference_conditions))]
+    return [(spec, spec.build_on(data))]
 
 
 def test_classes_of_held_out_digits_and_of_shuffled_ones(digits):
@@ -44,7 +49,7 @@ def test_classes_of_held_out_digits_and_of_shuffled_ones(digits):
 
 
 def test_no_class_does_not_count(digits):
-    metric = Agreement(reference_images=500).build(digits.reference, digits.reference_conditions)
+    metric = Agreement(reference_images=500).build_on(digits)
     x, labels = digits.held_out[:20], digits.held_out_labels[:20].clone()
     labels[:8] = -1
     metric.update(x, {"class": labels})
@@ -57,7 +62,7 @@ def test_no_class_does_not_count(digits):
 
 def test_classes_are_needed(digits):
     with pytest.raises(ValueError, match="two classes or more"):
-        Agreement().build(digits.reference, {"class": torch.zeros(1500, dtype=torch.int64)})
+        Agreement().build(digits.reference, at({"class": torch.zeros(1500, dtype=torch.int64)}))
 
 
 def test_captions_that_pictures_tell_are_found():
@@ -87,15 +92,12 @@ def test_one_prediction_for_all_is_no_better_than_chance():
 def test_the_floor_of_retrieval():
     real, cond = captioned(0, 600)
     held_out, own = captioned(3, 300)
-    data = SimpleNamespace(
-        reference=real, reference_conditions=cond, held_out=held_out, held_out_samples=lambda: (held_out, own)
-    )
+    references = dict(reference=real, reference_conditions_at=at(cond))
+    data = SimpleNamespace(**references, held_out=held_out, held_out_conditions_at=at(own))
     found = baselines(built(Retrieval("pixels"), data), data)
     assert found["retrieval_top1_pixels"] > 0.95 and found["retrieval_top1_pixels_shuffled"] < 0.04
     assert found["retrieval_top5_pixels_shuffled"] == pytest.approx(0.05, abs=0.04)
-    none = SimpleNamespace(
-        reference=real, reference_conditions=cond, held_out=held_out[:0], held_out_samples=lambda: (held_out[:0], {})
-    )
+    none = SimpleNamespace(**references, held_out=held_out[:0], held_out_conditions_at=at({}))
     assert baselines(built(Retrieval("pixels"), none), none) == {}
 
 
@@ -114,9 +116,9 @@ def test_the_law_of_drawn_captions_is_that_of_drawing_them():
 def test_few_different_captions_are_refused_and_so_are_none():
     real, cond = captioned(0, 80)
     with pytest.raises(ValueError, match="metrics.among: 100 wants more than 100 different captions"):
-        Retrieval("pixels").build(real, cond)
+        Retrieval("pixels").build(real, at(cond))
     with pytest.raises(ValueError, match="needs conditions of text .pooled or text.; these are class"):
-        Retrieval("pixels").build(real, {"class": torch.zeros(80)})
+        Retrieval("pixels").build(real, at({"class": torch.zeros(80)}))
     with pytest.raises(ValueError, match=r"top: \(1, 100\) must lie in 1..99"):
         Retrieval(top=(1, 100))
 

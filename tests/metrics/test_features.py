@@ -95,20 +95,3 @@ def test_efficientnet_knows_a_daisy():
     flower = torch.tensor(load_sample_image("flower.jpg")[:, 106:533]).permute(2, 0, 1)[None] / 127.5 - 1
     net = build_features("efficientnet_lite0", flower).net
     assert net.net._fc(net(flower)).argmax().item() == 985
-
-
-def test_a_picture_passes_through_the_network_once_and_few_are_kept():
-    from flowmap.metrics.features import Remembered
-
-    seen = []
-
-    def net(x):
-        seen.append(len(x))
-        return x.flatten(1).cumsum(1)
-
-    features, x = Remembered(net), torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(features(x), x.flatten(1).cumsum(1))
-    assert torch.equal(features(x[[4, 0]]), x[[4, 0]].flatten(1).cumsum(1)) and seen == [5]
-    features.capacity = 3
-    assert torch.equal(features(x + 1), (x + 1).flatten(1).cumsum(1)) and seen == [5, 5] and len(features._known) == 3
-    assert torch.equal(features((x + 1)[[0, 0, 4]])[1], (x + 1)[0].flatten().cumsum(0)) and sum(seen[2:]) <= 2

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
-from flowmap.nets.diffusers_model import CALLS, DiffusersModel, DiffusersNet, clock_of, pack, unpack
+from flowmap.nets.diffusers_calls import CALLS, pack, unpack
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree

@@ -7,7 +7,6 @@ from PIL import Image
 
 from flowmap.base.schema import RecipeError
 from flowmap.estimate import dry_run
-from flowmap.plan.data_folders import data_of
 from flowmap.plan.plan import Encoding, plan, resolve
 from flowmap.recipe import read_recipe
 from flowmap.recipe import recipe as reading
@@ -61,7 +60,7 @@ def test_autoencoder_then_latents_then_teacher_each_once(recipes):
     assert (
         next(s for s in of_teacher if isinstance(s, Encoding)).folder == stages[1].folder
     )  # other batch sizes, the same latents
-    other = data_of(read_recipe(recipes / "student.yaml", ["data.images.size=16"]))
+    other = resolve(read_recipe(recipes / "student.yaml", ["data.images.size=16"])).data
     assert other.root != str(stages[1].folder)
 
 

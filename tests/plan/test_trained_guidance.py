@@ -13,6 +13,7 @@ import flowmap
 from flowmap.base.files import write_tensors
 from flowmap.base.schema import RecipeError
 from flowmap.plan.guidance import check_guidance, guidance_warnings
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 
 FREE = "{kind: classifier_free, scale: [1.0, 2.0], default: 1.5}"
@@ -58,14 +59,14 @@ def test_a_teacher_that_never_dropped_its_condition_is_not_asked_without_it(plac
     assert not (tmp_path / "runs").exists(), "found before the teacher is trained"
     code, out, err = command("fit", "--recipe", path, "--dry-run")
     assert code == 2 and NEVER in err and len(err.strip().splitlines()) == 1
-    check_guidance(read_recipe(place(drop=0.1)))
+    check_guidance(resolve(read_recipe(place(drop=0.1))))
 
 
 def test_a_student_that_drops_conditions_needs_a_teacher_that_did(place):
     path = place(drop=0.0, guidance="null")
-    check_guidance(read_recipe(path))
+    check_guidance(resolve(read_recipe(path)))
     with pytest.raises(RecipeError, match=f"data.drop_condition: above 0 {NEVER}"):
-        check_guidance(read_recipe(path, ["data.drop_condition=0.2"]))
+        check_guidance(resolve(read_recipe(path, ["data.drop_condition=0.2"])))
 
 
 def test_what_a_teacher_starts_from_counts(place, tmp_path):
@@ -75,7 +76,7 @@ def test_what_a_teacher_starts_from_counts(place, tmp_path):
         "{kind: mlp, width: 16, depth: 1}", f"{{kind: from_recipe, recipe: {tmp_path / 'taught.yaml'}}}"
     )  # fmt: skip
     (tmp_path / "tuned.yaml").write_text(tuned)
-    check_guidance(read_recipe(path, [f"teacher.recipe={tmp_path / 'tuned.yaml'}"]))
+    check_guidance(resolve(read_recipe(path, [f"teacher.recipe={tmp_path / 'tuned.yaml'}"])))
 
 
 def pictures(folder):
@@ -107,9 +108,9 @@ def test_guidance_on_data_without_conditions_is_refused(dry, tmp_path, monkeypat
 def test_guidance_in_the_target_needs_a_student_that_learns_both(place):
     overrides = ["objective={kind: meanflow, omega: 2.0}", "teacher=null", "student={kind: mlp, width: 16, depth: 1}"]
     with pytest.raises(RecipeError, match="objective.omega: .* data.drop_condition is 0"):
-        check_guidance(read_recipe(place(), overrides))
+        check_guidance(resolve(read_recipe(place(), overrides)))
     for more in (["data.drop_condition=0.1"], ["objective.omega=0.5", "objective.kappa=0.5"]):
-        check_guidance(read_recipe(place(), [*overrides, *more]))
+        check_guidance(resolve(read_recipe(place(), [*overrides, *more])))
 
 
 def test_where_it_cannot_be_known_it_is_a_warning():
@@ -135,10 +136,10 @@ def test_a_network_without_a_label_for_none_and_one_that_reads_the_scale_itself(
     )
     for guidance, more in ((FREE, ()), ("null", ("data.drop_condition=0.1",))):
         with pytest.raises(RecipeError, match="a UNet2DModel has no label for none"):
-            check_guidance(recipe("unet", guidance, *more))
-    check_guidance(recipe("unet", "null"))
+            check_guidance(resolve(recipe("unet", guidance, *more)))
+    check_guidance(resolve(recipe("unet", "null")))
     with pytest.raises(
         RecipeError, match=r"reads a guidance scale \(guidance_embeds\): give teacher.guidance {kind: embedded}"
     ):
-        check_guidance(recipe("flux", FREE))
-    check_guidance(recipe("flux", "{kind: embedded}"))
+        check_guidance(resolve(recipe("flux", FREE)))
+    check_guidance(resolve(recipe("flux", "{kind: embedded}")))

@@ -22,6 +22,7 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import PairedDataset, Pairs
 from flowmap.data.pairs import contents, first_difference, noise_of
 from flowmap.flow.solver import Heun
+from flowmap.plan.plan import resolve
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import Maker, _fill, _finish, _make, make_pairs, verify
 from flowmap.prepare.write import whole
@@ -55,11 +56,12 @@ def recipe(tmp_path):
 
 
 def opened(recipe) -> PairedDataset:
-    return build_samples(recipe, build_data(recipe))
+    run = resolve(recipe)
+    return build_samples(run, build_data(run))
 
 
 def test_they_are_those_of_the_exact_flow(recipe):
-    index = make_pairs(recipe())
+    index = make_pairs(resolve(recipe()))
     pairs = opened(recipe())
     x0, cond, x1 = pairs.__getitems__(range(63))
     assert (
@@ -71,13 +73,13 @@ def test_they_are_those_of_the_exact_flow(recipe):
     assert cond["class"].tolist() == [0] * 63
     torch.testing.assert_close(x0[:38], 0.4 * x1[:38], rtol=0, atol=1e-3)  # Heun's error at 40 steps
     torch.testing.assert_close(0.4 * x1[38:], x0[38:], rtol=0, atol=2e-3)  # and half precision of up to 3
-    real = build_data(recipe()).train
+    real = build_data(resolve(recipe())).train
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:25]
     assert torch.equal(x0[38:], real[order])
 
 
 def test_noise_is_a_function_of_seed_and_pair_and_batches_of_pairs(recipe):
-    make_pairs(recipe())
+    make_pairs(resolve(recipe()))
     pairs = opened(recipe())
     wanted = [5, 62, 0, 40, 5, 37, 38]
     x0, cond, x1 = pairs.__getitems__(wanted)
@@ -89,7 +91,7 @@ def test_noise_is_a_function_of_seed_and_pair_and_batches_of_pairs(recipe):
 
 
 def test_reading_a_batch_copies_no_table_of_shards(recipe, monkeypatch):
-    make_pairs(recipe())
+    make_pairs(resolve(recipe()))
     pairs = opened(recipe())
 
     def refuse(*arguments, **settings):
@@ -100,24 +102,28 @@ def test_reading_a_batch_copies_no_table_of_shards(recipe, monkeypatch):
 
 
 def test_processes_make_what_one_makes_and_a_second_call_changes_nothing(recipe, tmp_path):
-    one = make_pairs(recipe(), tmp_path / "one", batch_size=4)
+    one = make_pairs(resolve(recipe()), tmp_path / "one", batch_size=4)
     for rank in (2, 0, 1):
-        index = make_pairs(recipe(), tmp_path / "three", shard=(rank, 3), batch_size=4)
+        index = make_pairs(resolve(recipe()), tmp_path / "three", shard=(rank, 3), batch_size=4)
         assert (index is None) == (rank != 1)
     assert index == one and files(tmp_path / "one") == files(tmp_path / "three")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
-    assert make_pairs(recipe(), tmp_path / "one") == one and {path: path.stat().st_mtime_ns for path in times} == times
+    assert (
+        make_pairs(resolve(recipe()), tmp_path / "one") == one
+        and {path: path.stat().st_mtime_ns for path in times} == times
+    )
 
 
 SCRIPT = """
 import gc, os, random, signal, sys, time
 from pathlib import Path
+from flowmap.plan.plan import resolve
 from flowmap.prepare.make_pairs import make_pairs
 from flowmap.recipe import read_recipe
 from flowmap.teachers.exact import MixtureTeacher
 
 root, recipe = Path(sys.argv[1]), read_recipe(sys.argv[1] + "/gauss.yaml", ["coupling.solver.steps=4"])
-make_pairs(recipe, root / "whole", batch_size=4)
+make_pairs(resolve(recipe), root / "whole", batch_size=4)
 quick = MixtureTeacher.velocity
 MixtureTeacher.velocity = lambda *a: (time.sleep(0.001), quick(*a))[1]
 
@@ -128,7 +134,7 @@ def child(folder, shard):
     if pid == 0:
         code = 1
         try:
-            make_pairs(recipe, folder, shard=shard, batch_size=4)
+            make_pairs(resolve(recipe), folder, shard=shard, batch_size=4)
             code = 0
         finally:
             os._exit(code)
@@ -162,26 +168,26 @@ def test_killed_at_any_moment_or_made_by_two_at_once_they_are_the_same(recipe, t
     for path in (tmp_path / "killed").glob("shard-00006.*"):
         path.unlink()
     given = recipe("coupling.solver.steps=4", f"coupling.root={tmp_path / 'killed'}")
-    make_pairs(given, batch_size=4)
+    make_pairs(resolve(given), batch_size=4)
     assert files(tmp_path / "killed") == files(tmp_path / "two") == files(tmp_path / "whole")
     tables = (opened(given)._generated, opened(given)._inverted)
     assert [pair for table in tables for pair in table.data["pair"].to_pylist()] == list(range(63))
 
 
 def test_a_full_disk_names_the_shard_and_loses_nothing(recipe, tmp_path):
-    make_pairs(recipe(), shard=(0, 4))
+    make_pairs(resolve(recipe()), shard=(0, 4))
     first = files(tmp_path / "pairs")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
     try:
         with pytest.raises(WriteError, match="shard-00001.arrow"):
-            make_pairs(recipe())
+            make_pairs(resolve(recipe()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files(tmp_path / "pairs") == first
     with pytest.raises(RecipeError, match=r"is not complete \(2 shards are there\)"):
         opened(recipe())
-    assert make_pairs(recipe())["rows"] == 63
+    assert make_pairs(resolve(recipe()))["rows"] == 63
 
 
 @pytest.mark.parametrize(
@@ -199,9 +205,9 @@ def test_a_full_disk_names_the_shard_and_loses_nothing(recipe, tmp_path):
     ],
 )
 def test_other_pairs_are_refused_by_the_first_key_that_differs(recipe, override, key):
-    make_pairs(recipe("coupling.num=63"))
+    make_pairs(resolve(recipe("coupling.num=63")))
     other = recipe(override, *(["coupling.guidance=2.0"] if "guidance" in key else []))
-    for refused in (lambda: opened(other), lambda: make_pairs(other)):
+    for refused in (lambda: opened(other), lambda: make_pairs(resolve(other))):
         with pytest.raises(ValueError, match="holds (other|another set of) pairs") as caught:
             refused()
         assert key in str(caught.value) and "\n" not in str(caught.value)
@@ -210,7 +216,7 @@ def test_other_pairs_are_refused_by_the_first_key_that_differs(recipe, override,
 
 def test_another_guidance_clock_shape_or_generator_is_refused(recipe, tmp_path):
     guided = "coupling.teacher={card: exact, guidance: {kind: classifier_free, default: 1.5}}"
-    assert make_pairs(recipe(guided, "data.conditional=true"))["identity"]["guidance"] == 1.5
+    assert make_pairs(resolve(recipe(guided, "data.conditional=true")))["identity"]["guidance"] == 1.5
     with pytest.raises(RecipeError, match="guidance: 1.5 there, 2.0 here"):
         opened(recipe(guided, "data.conditional=true", "coupling.guidance=2.0"))
     same = recipe(guided, "data.conditional=true")
@@ -236,7 +242,7 @@ def test_weights_that_are_not_here_are_not_compared():
 
 
 def test_a_torn_shard_is_named_and_made_anew(recipe, tmp_path):
-    make_pairs(recipe())
+    make_pairs(resolve(recipe()))
     path = tmp_path / "pairs" / "shard-00002.arrow"
     good = path.read_bytes()
     path.write_bytes(good[:-100])
@@ -248,33 +254,33 @@ def test_a_torn_shard_is_named_and_made_anew(recipe, tmp_path):
     path.unlink()
     with pytest.raises(RecipeError, match="shard-00002.arrow: is missing; `flowmap pairs` makes it again"):
         opened(recipe())
-    make_pairs(recipe())
+    make_pairs(resolve(recipe()))
     assert path.read_bytes() == good
 
 
 def test_verify_finds_nothing_or_the_pair_that_differs(recipe, tmp_path):
-    make_pairs(recipe())
-    gap, _ = verify(recipe(), num=63)
+    make_pairs(resolve(recipe()))
+    gap, _ = verify(resolve(recipe()), num=63)
     assert gap < 1e-6  # other batches
-    assert verify(recipe(), num=1000, batch_size=7)[0] < 1e-6
-    worse = Maker.of(recipe("coupling.solver.steps=3"), "cpu")
+    assert verify(resolve(recipe()), num=1000, batch_size=7)[0] < 1e-6
+    worse = Maker.of(resolve(recipe("coupling.solver.steps=3")), "cpu")
     for number in (1, 5):
         _make(worse, tmp_path / "pairs", number, worse.ranges()[number], 64)
         with pytest.raises(ValueError, match=f"shard-0000{number}.arrow.*damaged"):  # not the file of index.json
-            verify(recipe(), num=63)
-        make_pairs(recipe())  # completes index.json: the shard is whole
-        gap, pair = verify(recipe(), num=63)
+            verify(resolve(recipe()), num=63)
+        make_pairs(resolve(recipe()))  # completes index.json: the shard is whole
+        gap, pair = verify(resolve(recipe()), num=63)
         assert gap > 1e-3 and pair in worse.ranges()[number]
-        _make(Maker.of(recipe(), "cpu"), tmp_path / "pairs", number, worse.ranges()[number], 64)
-        make_pairs(recipe())
+        _make(Maker.of(resolve(recipe()), "cpu"), tmp_path / "pairs", number, worse.ranges()[number], 64)
+        make_pairs(resolve(recipe()))
     with pytest.raises(ValueError, match="--verify: 0"):
-        verify(recipe(), num=0)
+        verify(resolve(recipe()), num=0)
 
 
 @pytest.mark.parametrize("number", [0, 5])
 def test_a_pair_that_was_changed_is_not_trained_on(recipe, tmp_path, number):
-    make_pairs(recipe())
-    maker, shard = Maker.of(recipe(), "cpu"), tmp_path / "pairs" / f"shard-0000{number}.arrow"
+    make_pairs(resolve(recipe()))
+    maker, shard = Maker.of(resolve(recipe()), "cpu"), tmp_path / "pairs" / f"shard-0000{number}.arrow"
     PairedDataset(tmp_path / "pairs", maker.data, maker.identity)
     content = bytearray(shard.read_bytes())
     content[-200] ^= 4
@@ -282,14 +288,14 @@ def test_a_pair_that_was_changed_is_not_trained_on(recipe, tmp_path, number):
     with pytest.raises(ValueError, match=f"{shard.name}: is torn or damaged: its SHA-256.*flowmap pairs"):
         PairedDataset(tmp_path / "pairs", maker.data, maker.identity)
     with pytest.raises(ValueError, match=f"{shard.name}: is torn or damaged"):
-        verify(recipe(), num=2)
+        verify(resolve(recipe()), num=2)
 
 
 def test_inverted_noise_is_held_against_chi_square(recipe, tmp_path):
     whole_set = ["coupling.num=300", "coupling.inverted=1.0", "coupling.shard_items=100"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = make_pairs(recipe(*whole_set), tmp_path / "good")["inverted_noise"]
+        found = make_pairs(resolve(recipe(*whole_set)), tmp_path / "good")["inverted_noise"]
     assert (
         abs(found["z"]) < 4
         and found["p"] > 1e-4
@@ -298,11 +304,13 @@ def test_inverted_noise_is_held_against_chi_square(recipe, tmp_path):
         and found["expected_std"] == 2
     )
     with pytest.warns(UserWarning, match="does not carry these data to N"):
-        found = make_pairs(recipe(*whole_set, "coupling.solver.steps=1"), tmp_path / "coarse")["inverted_noise"]
+        found = make_pairs(resolve(recipe(*whole_set, "coupling.solver.steps=1")), tmp_path / "coarse")[
+            "inverted_noise"
+        ]
     assert (
         abs(found["z"]) > 4 and json.loads((tmp_path / "coarse" / "index.json").read_text())["inverted_noise"] == found
     )
-    assert make_pairs(recipe("coupling.inverted=0"), tmp_path / "none")["inverted_noise"] is None
+    assert make_pairs(resolve(recipe("coupling.inverted=0")), tmp_path / "none")["inverted_noise"] is None
 
 
 class Tells:
@@ -346,7 +354,7 @@ def test_text_is_kept_as_a_row_of_the_data_and_given_back(tmp_path):
 
 def test_classes_come_in_turn_and_reach_the_teacher(recipe):
     eight = recipe("data.num_modes=8", "data.radius=1.0", "data.std=0.1", "data.conditional=true")
-    make_pairs(eight)
+    make_pairs(resolve(eight))
     x0, cond, _ = opened(eight).__getitems__(range(38))
     assert cond["class"].tolist() == [i % 8 for i in range(38)]
     assert (x0 - eight.data.means[cond["class"]]).norm(dim=1).max() < 0.5  # five standard deviations
@@ -354,16 +362,16 @@ def test_classes_come_in_turn_and_reach_the_teacher(recipe):
 
 def test_mistakes_are_named(recipe, tmp_path):
     with pytest.raises(ValueError, match="coupling.inverted: wants 301 real samples, the data has 300"):
-        make_pairs(recipe("coupling.num=301", "coupling.inverted=1.0"))
+        make_pairs(resolve(recipe("coupling.num=301", "coupling.inverted=1.0")))
     with pytest.raises(ValueError, match="uint8 is for pictures"):
-        make_pairs(recipe("coupling.dtype=uint8"))
+        make_pairs(resolve(recipe("coupling.dtype=uint8")))
     with pytest.raises(ValueError, match="shard: 3/3"):
-        make_pairs(recipe(), shard=(3, 3))
+        make_pairs(resolve(recipe()), shard=(3, 3))
     with pytest.raises(ValueError, match="batch: 0"):
-        make_pairs(recipe(), batch_size=0)
+        make_pairs(resolve(recipe()), batch_size=0)
     with pytest.raises(RecipeError, match="holds no pairs; run `flowmap pairs`"):
         opened(recipe(f"coupling.root={tmp_path / 'nothing'}"))
-    stuck = Maker.of(recipe(), "cpu")
+    stuck = Maker.of(resolve(recipe()), "cpu")
     object.__setattr__(
         stuck, "teacher", BuiltTeacher(type("Blows", (), {"velocity": lambda self, x, t, cond: x / 0})(), None)
     )
@@ -372,8 +380,8 @@ def test_mistakes_are_named(recipe, tmp_path):
 
 
 def test_contents_change_with_the_data(recipe):
-    one, other = build_data(recipe()), build_data(recipe("data.seed=1"))
-    assert contents(one, 0) == contents(build_data(recipe()), 0) != contents(other, 0)
+    one, other = build_data(resolve(recipe())), build_data(resolve(recipe("data.seed=1")))
+    assert contents(one, 0) == contents(build_data(resolve(recipe())), 0) != contents(other, 0)
 
 
 def test_the_verb(recipe, tmp_path, command):

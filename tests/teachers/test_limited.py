@@ -16,6 +16,7 @@ import torch
 import flowmap
 from flowmap.build.teacher import build_teacher
 from flowmap.flow.limit import Clip, Threshold, limited
+from flowmap.plan.plan import resolve
 from tests.support import parity
 from tests.support.tiny_nets import unet, with_random_weights
 
@@ -65,7 +66,7 @@ def test_euler_on_the_schedulers_grid_is_the_limited_scheduler(limit, kind, tmp_
         **{"clip_sample": False, **COSINE, **limit}, prediction_type=kind, timestep_spacing="trailing"
     )
     net, path = folder_of(tmp_path, scheduler)
-    velocity = build_teacher(flowmap.read_recipe(path)).guided.velocity
+    velocity = build_teacher(resolve(flowmap.read_recipe(path))).guided.velocity
     scheduler.set_timesteps(STEPS)
     grid, sizes = grid_of(scheduler)
     state = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -81,7 +82,7 @@ def test_euler_on_the_schedulers_grid_is_the_limited_scheduler(limit, kind, tmp_
 def test_a_ddpm_step_with_clip_sample_has_our_clipped_data_for_its_mean(tmp_path):
     scheduler = diffusers.DDPMScheduler(**COSINE)  # clip_sample is its default
     net, path = folder_of(tmp_path, scheduler)
-    velocity = build_teacher(flowmap.read_recipe(path)).guided.velocity
+    velocity = build_teacher(resolve(flowmap.read_recipe(path))).guided.velocity
     scheduler.set_timesteps(1000)
     state = torch.randn(B, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for k in (999, 700, 300, 20):
@@ -102,7 +103,11 @@ def test_guidance_comes_before_the_limit_and_the_students_start_has_none(tmp_pat
 
     _, path = folder_of(tmp_path, diffusers.DDIMScheduler(**COSINE))
     teacher = build_teacher(
-        flowmap.read_recipe(path, ["teacher.guidance={kind: autoguidance, weak: " + str(tmp_path / "card.yaml") + "}"])
+        resolve(
+            flowmap.read_recipe(
+                path, ["teacher.guidance={kind: autoguidance, weak: " + str(tmp_path / "card.yaml") + "}"]
+            )
+        )
     )
     assert isinstance(teacher.guided, Limited) and not isinstance(teacher.guided.teacher, Limited)
     assert teacher.calls_per_step == 2

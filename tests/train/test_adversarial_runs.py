@@ -22,6 +22,7 @@ from flowmap.nets import DiT
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.mlp import MLP
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.train.adversarial import AdversarialModule, last_layer
 from flowmap.train.strategy import read_checkpoint
@@ -123,10 +124,11 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, t
 
 def module_of(path, *overrides):
     recipe = read_recipe(path, overrides)
-    data = build_data(recipe)
-    config = student_config(recipe, data, None)
+    run = resolve(recipe)
+    data = build_data(run)
+    config = student_config(run, data, None)
     return AdversarialModule(
-        recipe, build_student(recipe, config, None), None, data, None, build_discriminator(recipe, config, None)
+        run, build_student(run, config, None), None, data, None, build_discriminator(run, config, None)
     )
 
 

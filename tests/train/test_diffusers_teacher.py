@@ -12,6 +12,8 @@ import torch
 
 import flowmap
 from flowmap.build.teacher import build_teacher
+from flowmap.plan.plan import resolve
+from flowmap.train.stage import Built
 from tests.support.tiny_nets import dit, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -54,9 +56,10 @@ def recipe_in(folder, guidance="{kind: classifier_free, scale: [1.0, 2.0], defau
 
 
 KINDS = ("classifier_free", "autoguidance, skip_blocks: [1]")
+KINDS_WITH_SCALES = [f"{{kind: {kind}, scale: [1.0, 2.0], default: 1.5}}" for kind in KINDS]
 
 
-@pytest.mark.parametrize("guidance", [f"{{kind: {kind}, scale: [1.0, 2.0], default: 1.5}}" for kind in KINDS])
+@pytest.mark.parametrize("guidance", KINDS_WITH_SCALES)
 def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
     path = recipe_in(pipeline, guidance)
     code, out, err = command("fit", "--recipe", path, "--dry-run")
@@ -66,12 +69,27 @@ def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
     student = flowmap.load_student(pipeline / "run")
     images = student.sample(4, steps=2, cond={"class": 3}, guidance=2.0)
     assert images.shape == (4, 1, 8, 8) and images.isfinite().all()
-    teacher = build_teacher(flowmap.read_recipe(path))
+    teacher = build_teacher(resolve(flowmap.read_recipe(path)))
     assert set(teacher.network.flow_map.state_dict()) < set(student.flow_map.state_dict())
     code, out, err = command(
         "sample", "--student", pipeline / "run", "--steps", 1, "--num", 4, "--out", pipeline / "drawn"
     )
     assert code == 0, err
+
+
+def test_in_bf16_the_teacher_is_held_in_bfloat16_and_the_student_starts_from_all_its_digits(pipeline):
+    path = recipe_in(pipeline, KINDS_WITH_SCALES[1])
+    plain, half = (
+        Built.of(resolve(flowmap.read_recipe(path, [f"trainer.precision={name}"]))) for name in ("32", "bf16")
+    )
+    mine = half.module.student.state_dict()
+    assert all(torch.equal(mine[name], value) for name, value in plain.module.student.state_dict().items())
+    (strong, weak), (other, _) = half.teacher.modules, plain.teacher.modules
+    assert strong.held == weak.held == torch.bfloat16 and other.held is None
+    assert {p.dtype for p in other.parameters()} == {torch.float32}
+    assert strong.net.model.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
+    kept = Built.of(resolve(flowmap.read_recipe(path, ["trainer.precision=bf16", "trainer.teacher_precision=32"])))
+    assert {p.dtype for net in kept.teacher.modules for p in net.parameters()} == {torch.float32}
 
 
 def test_what_does_not_fit_is_one_line(pipeline, command):

@@ -220,9 +220,11 @@ def module_of(recipe) -> DistillModule:
     from flowmap.build.data import build_data
     from flowmap.build.student import build_student, student_config
     from flowmap.build.teacher import build_teacher
+    from flowmap.plan.plan import resolve
 
-    data, teacher = build_data(recipe), build_teacher(recipe)
-    return DistillModule(recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data)
+    run = resolve(recipe)
+    data, teacher = build_data(run), build_teacher(run)
+    return DistillModule(run, build_student(run, student_config(run, data, teacher), teacher), teacher, data)
 
 
 def test_bf16_runs_and_keeps_float32_weights(tiny, tmp_path):

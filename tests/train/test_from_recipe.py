@@ -13,7 +13,7 @@ from flowmap.build.student import _with_dropout, build_student, student_config
 from flowmap.build.teacher import build_teacher
 from flowmap.nets.dit import DiT
 from flowmap.nets.edm import DDPMpp
-from flowmap.plan.plan import plan
+from flowmap.plan.plan import plan, resolve
 from flowmap.plan.run_folders import dependency_folder
 from flowmap.recipe import read_recipe
 
@@ -83,9 +83,10 @@ def test_step_0_is_the_averaged_student_of_the_other_run(recipes, tmp_path):
     flowmap.fit(recipes("map"), tmp_path / "runs" / "map", log=quiet)
     for name, start in (("map", dependency_folder(recipes("flow"))), ("further", tmp_path / "runs" / "map")):
         recipe, other = recipes(name), flowmap.load_student(start)
-        data = build_data(recipe)
-        teacher = build_teacher(recipe, data)
-        student = build_student(recipe, student_config(recipe, data, teacher), teacher)
+        run = resolve(recipe)
+        data = build_data(run)
+        teacher = build_teacher(run, data)
+        student = build_student(run, student_config(run, data, teacher), teacher)
         x, t, s, scale = torch.randn(5, 2), torch.rand(5), torch.zeros(5), {"guidance": torch.ones(5)}
         cond = {"class": torch.zeros(5, dtype=torch.int64)}
         assert torch.equal(student(x, t, s, cond | scale), other(x, t, s, cond if name == "map" else cond | scale))
@@ -97,13 +98,13 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
         RecipeError,
         match="map: student.recipe: '.*flow' is not trained yet; `flowmap fit --recipe .*map` trains it first$",
     ):
-        student_config(recipe, build_data(recipe), None)
+        student_config(resolve(recipe), build_data(resolve(recipe)), None)
     with pytest.raises(RecipeError, match="teacher.*exactly one of card and recipe"):
         recipes("map", "teacher.card=digits")
     flowmap.fit(recipe, tmp_path / "runs" / "map", log=quiet)
     plain = recipes("further", "teacher=null", "objective={kind: flow_matching}")
     with pytest.raises(RecipeError, match="starts from a flow map, and this objective trains only the diagonal"):
-        student_config(plain, build_data(plain), None)
+        student_config(resolve(plain), build_data(resolve(plain)), None)
     with pytest.raises(RecipeError, match="need each other in a loop"):
         plan(recipes("map", f"teacher.recipe={tmp_path / 'map.yaml'}"), tmp_path / "run")
 
@@ -111,7 +112,7 @@ def test_before_it_is_there_and_what_it_cannot_start_from(recipes, tmp_path):
 def test_dropout_is_refused_of_a_network_without_any():
     recipe = read_recipe("digits", ["student={kind: from_teacher, dropout: 0.1}"])
     with pytest.raises(RecipeError, match="student.dropout: a network of kind dit has none"):
-        _with_dropout(DiT(), recipe)
+        _with_dropout(DiT(), resolve(recipe))
     with pytest.raises(RecipeError, match=r"student.dropout: 2.0 must lie in \[0, 1\)"):
-        _with_dropout(DDPMpp(), read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"]))
-    assert _with_dropout(DDPMpp(), recipe).dropout == 0.1
+        _with_dropout(DDPMpp(), resolve(read_recipe("digits", ["student={kind: from_teacher, dropout: 2.0}"])))
+    assert _with_dropout(DDPMpp(), resolve(recipe)).dropout == 0.1

@@ -11,7 +11,7 @@ from conftest import FLOW
 import flowmap
 from flowmap.nets import Stacked
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.plan.plan import Pairing, Stage, plan
+from flowmap.plan.plan import Pairing, Stage, plan, resolve
 from flowmap.plan.provenance import baked_scale
 from flowmap.recipe import read_recipe
 
@@ -88,14 +88,14 @@ def test_one_fit_builds_all_that_leads_to_one_step(chain, tmp_path, command):
     ],
 )
 def test_the_scale_in_the_pairs_is_known_down_the_chain(name, scale):
-    assert baked_scale(read_recipe(f"instaflow/{name}")) == scale
-    assert baked_scale(read_recipe("digits")) is None
+    assert baked_scale(resolve(read_recipe(f"instaflow/{name}"))) == scale
+    assert baked_scale(resolve(read_recipe("digits"))) is None
 
 
 TINY = """
 data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, text: {{source: {pipe}}}, held_out: 4,
   reference_images: 8,
-        batch_size: 4}}
+        batch_size: 4, global_batch_size: 4}}
 trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu,
   checkpoint_every_steps: 2}}
 metrics: [{{kind: frechet, features: pixels, images: 8}}]

@@ -16,7 +16,7 @@ from tests.train.test_recipes_at_tiny_size import PIXELS, pictures
 pytest.importorskip("datasets")
 
 COMMON = """\
-data: {{{more}held_out: 4, batch_size: 4}}
+data: {{{more}held_out: 4, batch_size: 4, global_batch_size: 4}}
 trainer: {{steps: 2, devices: 1, strategy: auto, precision: "32", accelerator: cpu, checkpoint_every_steps: 2}}
 evaluation: {{teacher_steps: 2, batch_size: 8}}
 log: {{wandb: false, samples_every_steps: 0, grid_images: 4}}

@@ -17,7 +17,7 @@ from flowmap.build.teacher import build_teacher
 from flowmap.data.pairs import starts_of
 from flowmap.flow.prior import for_codes, starts
 from flowmap.flow.solver import Heun
-from flowmap.plan.plan import plan
+from flowmap.plan.plan import plan, resolve
 from flowmap.plan.run_folders import dependency_folder
 from flowmap.prepare.make_pairs import verify
 from flowmap.recipe import read_recipe
@@ -125,7 +125,7 @@ def test_the_auxiliary_models_run_says_what_became_of_its_posterior(recipes):
 def test_the_students_prior_ships_with_it_and_gives_the_same_starts(recipes, trained, tmp_path):
     assert no_runs(trained / "runs" / "small-map") == no_runs(dependency_folder(recipes("flow"))) == set()
     recipe = recipes("map")
-    student, built = flowmap.load_student(trained / "runs" / "small-map"), build_prior(recipe)
+    student, built = flowmap.load_student(trained / "runs" / "small-map"), build_prior(resolve(recipe))
     assert student.config.prior.conditioning and student.config.prior.scale == 0.8
     ours = student.start(5, torch.Generator().manual_seed(3))
     again = starts(built, (1, 8, 8), 5, torch.Generator().manual_seed(3))
@@ -142,10 +142,11 @@ def test_the_students_prior_ships_with_it_and_gives_the_same_starts(recipes, tra
 
 def test_the_prior_is_held_and_not_trained_and_figures_come_out_again(recipes, trained, command):
     recipe = recipes("map")
-    data = build_data(recipe)
-    teacher, prior = build_teacher(recipe, data), build_prior(recipe)
+    asked = resolve(recipe)
+    data = build_data(asked)
+    teacher, prior = build_teacher(asked, data), build_prior(asked)
     module = DistillModule(
-        recipe, build_student(recipe, student_config(recipe, data, teacher), teacher), teacher, data, prior=prior
+        asked, build_student(asked, student_config(asked, data, teacher), teacher), teacher, data, prior=prior
     )
     assert not any("prior" in name or "encoder" in name for name in module.state_dict())
     assert not any(p.requires_grad for p in prior.model.parameters())
@@ -186,11 +187,11 @@ def test_pairs_start_at_the_learned_prior_bit_for_bit(recipes, tmp_path):
     recipe = recipes("reflow")
     run = flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     assert set(run.metrics["student"]) == {"1", "2"}
-    pairs = build_samples(recipe, build_data(recipe))
+    pairs = build_samples(resolve(recipe), build_data(resolve(recipe)))
     places = list(range(40))
     x0, cond, x1 = pairs.__getitems__(places)
-    assert verify(recipe, num=12)[0] == 0
-    exact = build_prior(recipe).exact()
+    assert verify(resolve(recipe), num=12)[0] == 0
+    exact = build_prior(resolve(recipe)).exact()
     for part in ([7], [39, 3], places[10:25]):  # however many at once
         start = starts_of(exact, recipe.coupling.seed, part, (1, 8, 8))
         assert torch.equal(start.x1, x1[part]) and torch.equal(start.conditioning["z"], cond["z"][part])
@@ -267,10 +268,11 @@ def test_what_does_not_fit_is_one_line(recipes, name, change, says):
 def test_what_cannot_be_built_is_one_line(recipes, name, changes, says):
     recipe = recipes(name, *changes)
     with pytest.raises(ValueError) as caught:
-        data = build_data(recipe)
-        teacher = build_teacher(recipe, data)
-        student_config(recipe, data, teacher)
-        build_prior(recipe)
+        run = resolve(recipe)
+        data = build_data(run)
+        teacher = build_teacher(run, data)
+        student_config(run, data, teacher)
+        build_prior(run)
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -292,4 +294,4 @@ def test_codes_of_another_encoder_are_refused(recipes, trained, tmp_path):
         "flow", f"prior.z={{kind: flow, recipe: {trained}/small-codes.yaml, overrides: ['data.overrides=[seed=5]']}}"
     )
     with pytest.raises(RecipeError, match="does not match the encoder: it is trained on the codes of 'small-prior'"):
-        build_prior(recipe)
+        build_prior(resolve(recipe))

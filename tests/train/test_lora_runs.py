@@ -15,9 +15,11 @@ import flowmap
 from flowmap.base.files import read_tensors
 from flowmap.build.teacher import build_teacher
 from flowmap.nets.lora import fingerprint
+from flowmap.plan.plan import resolve
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.module import DistillModule
+from flowmap.train.stage import Built
 from flowmap.train.strategy import read_checkpoint
 from tests.support.tiny_nets import dit, with_random_weights
 
@@ -87,17 +89,34 @@ def test_a_run_keeps_adapters_and_branches_alone(place, run):
     assert adapters and all(bool(tensor.any()) for tensor, _ in adapters), "they are trained"
 
 
+def test_in_bf16_the_base_is_held_in_bfloat16_and_the_adapters_are_not(place, tmp_path):
+    recipe = flowmap.read_recipe(place / "plain.yaml", ["trainer.precision=bf16"])
+    built = Built.of(resolve(recipe))
+    student, average = built.module.student.net, built.module.averaged.net
+    for name, p in student.named_parameters():
+        assert p.dtype == (torch.bfloat16 if ".base_layer.weight" in name else p.dtype), name
+        assert not trained(name) or p.dtype == torch.float32, name
+    assert all(p.dtype == torch.float32 for name, p in average.named_parameters() if trained(name))
+    base = next(p for name, p in student.named_parameters() if ".base_layer.weight" in name)
+    assert any(p is base for p in average.parameters())
+    assert any(p is base for p in built.teacher.network.flow_map.parameters())
+    whole = fit(recipe, tmp_path / "run", log=quiet).folder
+    state = read_tensors(whole / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert load_student(whole).sample(2, steps=1, cond={"class": 1}).isfinite().all()
+
+
 def test_the_base_is_shared_and_unchanged(place, run):
     from flowmap.build.data import build_data
     from flowmap.build.student import build_student, student_config
 
     recipe = flowmap.read_recipe(place / "plain.yaml")
-    teacher, data = build_teacher(recipe), build_data(recipe)
+    teacher, data = build_teacher(resolve(recipe)), build_data(resolve(recipe))
     model = teacher.network.flow_map.net.model
-    config = student_config(recipe, data, teacher)
+    config = student_config(resolve(recipe), data, teacher)
     student = load_student(run)
     assert student.config.base == config.base and config.base.sha256 == fingerprint(model)
-    module = DistillModule(recipe, build_student(recipe, config, teacher), teacher, data)
+    module = DistillModule(resolve(recipe), build_student(resolve(recipe), config, teacher), teacher, data)
     base = {id(p) for p in model.parameters()}
     for net in (module.student, *module.averages):
         assert base < {id(p) for p in net.parameters()}
@@ -213,7 +232,7 @@ def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
     recipe = flowmap.read_recipe(
         place / "plain.yaml", ["student={kind: from_teacher}", f"teacher.card={tmp_path / 'card.yaml'}", guidance]
     )
-    teacher = build_teacher(recipe)
+    teacher = build_teacher(resolve(recipe))
     earlier = load_student(run)
     earlier.flow_map.load_state_dict(nearest_snapshot(run, share=0.5))
     x, t, cond = (
@@ -225,8 +244,8 @@ def test_a_lora_run_is_a_teacher_in_its_turn(place, run, tmp_path, monkeypatch):
     assert not torch.equal(strong, weak)
     both = [network.velocity(x, t, cond) for network in (teacher.guided.strong, teacher.guided.weak)]
     assert torch.equal(both[0], strong) and torch.equal(both[1], weak)
-    config = student_config(recipe, build_data(recipe), teacher)
-    student = build_student(recipe, config, teacher).eval()
+    config = student_config(resolve(recipe), build_data(resolve(recipe)), teacher)
+    student = build_student(resolve(recipe), config, teacher).eval()
     assert config.lora is None and all(p.requires_grad for p in student.parameters())
     assert (student.velocity(x, t, cond) - strong).abs().max() < 1e-6 * max(1, float(strong.abs().max()))
 

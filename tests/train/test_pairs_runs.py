@@ -15,8 +15,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_data, build_samples
 from flowmap.data import StepBatches
 from flowmap.data.pairs import noise_of
-from flowmap.plan.data_folders import pairs_of
-from flowmap.plan.plan import Pairing, Stage, plan
+from flowmap.plan.plan import Pairing, Stage, plan, resolve
 from flowmap.recipe import read_recipe
 from flowmap.train.draw import draw_sample
 from flowmap.train.module import DistillModule
@@ -90,7 +89,7 @@ def ready(small, tmp_path):
     from flowmap.prepare.make_pairs import make_pairs
 
     flowmap.fit(read_recipe(tmp_path / "teacher.yaml"), tmp_path / "runs" / "small-teacher", log=quiet)
-    make_pairs(small())
+    make_pairs(resolve(small()))
     return small
 
 
@@ -105,7 +104,7 @@ def test_a_step_sees_the_pairs_of_its_batch(ready, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillModule, "training_step", look)
     flowmap.fit(ready("trainer.steps=3", "data.drop_condition=0"), tmp_path / "run", log=quiet)
-    pairs = build_samples(ready(), build_data(ready()))
+    pairs = build_samples(resolve(ready()), build_data(resolve(ready())))
     for sample, rows in zip(seen, StepBatches(90, 16, seed=0, num_steps=3), strict=True):
         x0, cond, x1 = pairs.__getitems__(rows)
         assert (
@@ -142,7 +141,7 @@ def test_other_objectives_take_pairs_too(ready, tmp_path):
         "sampler.kind=deterministic",
         "trainer.steps=2",
     )
-    assert pairs_of(ayf).root == pairs_of(ready()).root
+    assert resolve(ayf).pairs.root == resolve(ready()).pairs.root
     flowmap.fit(ayf, tmp_path / "ayf", log=quiet)
     assert flowmap.load_student(tmp_path / "ayf").config.arrival
 
@@ -159,30 +158,31 @@ def test_pairs_of_a_recipe_are_those_of_its_student(ready, tmp_path):
         [type(stage) for stage in stages] == [Stage, Pairing, Stage] and stages[0].complete and not stages[1].complete
     )
     flowmap.fit(reflow, tmp_path / "run", log=quiet)
-    x0, cond, x1 = build_samples(reflow, build_data(reflow)).__getitems__(range(8))
+    run = resolve(reflow)
+    x0, cond, x1 = build_samples(run, build_data(run)).__getitems__(range(8))
     student = flowmap.load_student(tmp_path / "runs" / "small-teacher")
     x = reflow.coupling.solver(lambda x, t: student.flow_map.mean_velocity(x, t, t, cond), x1).x
     torch.testing.assert_close(x0, x.half().float())
     with pytest.raises(RecipeError, match="takes no guidance"):
-        build_samples(replace(reflow, coupling=replace(reflow.coupling, guidance=2.0)), build_data(reflow))
+        build_samples(resolve(replace(reflow, coupling=replace(reflow.coupling, guidance=2.0))), build_data(run))
 
 
 def test_another_teacher_or_a_new_training_of_it_is_refused(ready, tmp_path):
-    folder = pairs_of(ready()).root
+    folder = resolve(ready()).pairs.root
     run = tmp_path / "runs" / "small-teacher"
-    assert Pairing(ready()).complete
+    assert Pairing(resolve(ready())).complete
     with pytest.raises(RecipeError, match="holds other pairs: guidance: 2.0 there, 3.0 here"):
         other = ready("coupling.guidance=3.0", f"coupling.root={folder}")
-        build_samples(other, build_data(other))
+        build_samples(resolve(other), build_data(resolve(other)))
     tensors = read_tensors(run / "student" / "model.safetensors")
     flowmap.base.files.write_tensors(
         run / "student" / "model.safetensors", {name: value + 1e-3 for name, value in tensors.items()}
     )
-    assert not Pairing(ready()).complete
+    assert not Pairing(resolve(ready())).complete
     with pytest.raises(RecipeError, match="teacher.weights: '[0-9a-f]{16}' there, '[0-9a-f]{16}' here"):
         flowmap.fit(ready(), tmp_path / "run", log=quiet)
     shutil.rmtree(run)
-    assert Pairing(ready()).complete  # another machine, without the teacher: its weights are not compared
+    assert Pairing(resolve(ready())).complete  # another machine, without the teacher: its weights are not compared
 
 
 def test_with_a_pair_the_prior_is_not_asked_and_all_else_is_drawn_the_same_way():

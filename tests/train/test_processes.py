@@ -239,7 +239,7 @@ def _compare(rank: int, address: str, wrapping: str, checkpointed: bool) -> None
     if wrapping == "ddp":
         step = nn.parallel.DistributedDataParallel(step)
     else:
-        from flowmap.train.strategy import shard
+        from flowmap.train.sharding import shard
 
         shard(net, dist.device_mesh.init_device_mesh("cpu", (RANKS,)))
     for _ in range(2):  # the second time with the first one's state behind it

@@ -25,7 +25,7 @@ from flowmap.student.folder import save_student
 from tests.support.tiny_pipelines import WORDS, save
 
 TINY = """
-data: {{images: {images}{parts}, held_out: 4, reference_images: 8, batch_size: 4}}
+data: {{images: {images}{parts}, held_out: 4, reference_images: 8, batch_size: 4, global_batch_size: 4}}
 teacher: {{card: {card}}}
 objective: {{warmup_steps: 1}}
 trainer: {{steps: 2, devices: 1, strategy: auto, precision: "32", accelerator: cpu, checkpoint_every_steps: 2}}
@@ -161,7 +161,7 @@ def test_the_adversarial_stage_of_a_large_recipe(tmp_path, monkeypatch, command)
     tiny = tiny_file("imagenet512", tmp_path)
     over = tmp_path / "adversarial.yaml"
     over.write_text(tiny.read_text().replace("objective: {warmup_steps: 1}", "objective: {discriminator: {width: 8}}"))
-    settings = [f"+{over}", f"student.overrides=['+{tiny}']", "trainer.accumulate=2"]
+    settings = [f"+{over}", f"student.overrides=['+{tiny}']", "data.global_batch_size=8"]
     code, out, err = command("fit", "--recipe", "imagenet512-adversarial", *settings, "--out", tmp_path / "run")
     assert code == 0 and [line.split("]")[0] for line in err.splitlines() if line.startswith("[")] == [
         "[1/3",

@@ -18,6 +18,7 @@ from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.dry_run import dry_run
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.train.auxiliary import AuxiliaryModule
 from tests.conftest import TINY
@@ -73,11 +74,12 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, t
 def stepped(path, *overrides):
     """A module with a stand-in for the trainer that counts no steps."""
     recipe = read_recipe(path, overrides)
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    config = student_config(recipe, data, teacher)
-    parts = (recipe, build_student(recipe, config, teacher), teacher, data, data)
-    return AuxiliaryModule(*parts, fake=build_fake(recipe, config, teacher))
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
+    parts = (run, build_student(run, config, teacher), teacher, data, data)
+    return AuxiliaryModule(*parts, fake=build_fake(run, config, teacher))
 
 
 def test_each_step_is_of_all_micro_batches(path, monkeypatch):
@@ -173,8 +175,9 @@ def test_beside_a_discriminator_and_from_its_teacher(tmp_path, monkeypatch):
     counts = [{float(one["step"]) for one in optimizer["state"].values()} for optimizer in state["optimizer_states"]]
     assert counts == [{2.0}, {4.0}, {2.0}]
     recipe = read_recipe(path, [f"student={{kind: from_recipe, recipe: {path}}}"])
-    teacher = build_teacher(recipe, build_data(recipe))
-    fake = build_fake(recipe, flowmap.load_student(folder).config, teacher)
+    run = resolve(recipe)
+    teacher = build_teacher(run, build_data(run))
+    fake = build_fake(run, flowmap.load_student(folder).config, teacher)
     x, t, cond = (
         torch.randn(3, 1, 8, 8),
         torch.rand(3),

@@ -11,6 +11,7 @@ from flowmap.build.data import build_data
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
 from flowmap.nets import MLP, Stacked
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 
 STACK = """\
@@ -40,9 +41,9 @@ def test_from_nothing_to_an_exported_folder(recipe, tmp_path, command):
     run = flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
     student = run.student
     assert student.config.net == Stacked(MLP(width=16, depth=1)) and student.sample(5, steps=2).shape == (5, 2)
-    data = build_data(recipe)
-    teacher = build_teacher(recipe, data)
-    start = build_student(recipe, student_config(recipe, data, teacher), teacher)
+    data = build_data(resolve(recipe))
+    teacher = build_teacher(resolve(recipe), data)
+    start = build_student(resolve(recipe), student_config(resolve(recipe), data, teacher), teacher)
     x, t = torch.randn(5, 2), torch.rand(5)
     torch.testing.assert_close(start.mean_velocity(x, t, t), teacher.guided.velocity(x, t))
     pytest.importorskip("diffusers")

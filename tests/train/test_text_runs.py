@@ -142,15 +142,17 @@ def test_conditions_that_are_not_known(runs, cond, says):
 
 def test_latents_are_made_once_and_are_those_of_their_autoencoder(runs, monkeypatch):
     from flowmap.build.data import build_data
+    from flowmap.plan.plan import resolve
 
     recipe = read_recipe(runs.parent / "flow.yaml")
-    first, files = build_data(recipe), sorted((runs / "text-latents").iterdir())
+    run = resolve(recipe)
+    first, files = build_data(run), sorted((runs / "text-latents").iterdir())
     monkeypatch.setattr("flowmap.data.text.autoencoder.FrozenTextAutoencoder.encode", None)
-    assert torch.equal(build_data(recipe).train, first.train) and build_data(recipe).counts == first.counts
+    assert torch.equal(build_data(run).train, first.train) and build_data(run).counts == first.counts
     assert first.counts["shared"] > 0 and sorted((runs / "text-latents").iterdir()) == files
     monkeypatch.setattr("flowmap.data.text.autoencoder.TextAutoencoder.identity", lambda self: {"weights": "others"})
     with pytest.raises(TypeError):
-        build_data(recipe)  # another encoder: its latents are not these
+        build_data(run)  # another encoder: its latents are not these
 
 
 def test_reflow_and_ayf_are_ordinary_recipes(runs):
@@ -271,6 +273,7 @@ def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
     """x1 are latents of the source, x0 where the editing flow carries them, and the result edits as it does."""
     from flowmap.build.data import build_data, build_samples
     from flowmap.build.teacher import build_teacher
+    from flowmap.plan.plan import resolve
     from flowmap.prepare.make_pairs import verify
 
     styles = "coupling={kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb]}"
@@ -289,14 +292,16 @@ def test_an_editing_flow_is_reflowed_from_its_own_pairs(runs):
         run.student.config.edits == ("part_of_speech=noun", "part_of_speech=verb")
         and len(run.student.edit(["cat again as n"])) == 1
     )
-    assert verify(recipe, num=30) == (0, 0)
-    data = build_data(recipe)
-    x0, _, x1 = build_samples(recipe, data).__getitems__(range(30))
+    assert verify(resolve(recipe), num=30) == (0, 0)
+    data = build_data(resolve(recipe))
+    x0, _, x1 = build_samples(resolve(recipe), data).__getitems__(range(30))
     rows = {tuple(row.flatten().tolist()) for row in data.sources}
     assert {tuple(row.flatten().tolist()) for row in x1} <= rows and len(
         {tuple(row.flatten().tolist()) for row in x1}
     ) == min(30, len(rows))
-    taught = build_teacher(read_recipe(path, [f"teacher={{recipe: {path}}}", "student={kind: from_teacher}"]), data)
+    taught = build_teacher(
+        resolve(read_recipe(path, [f"teacher={{recipe: {path}}}", "student={kind: from_teacher}"])), data
+    )
     from flowmap.flow.solver import Heun
 
     torch.testing.assert_close(

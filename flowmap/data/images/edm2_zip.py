@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from flowmap.data.dataset import BaseDataset, Source, held_out_count
 from flowmap.data.images.listing import Tally, is_hidden, normalized_name
 from flowmap.data.safe_files import Positioned, open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, escapes
+from flowmap.data.stored import StoredSamples
 from flowmap.flow.seeds import seeded
 from flowmap.flow.types import Cond
 
@@ -82,8 +83,8 @@ class EDM2Latents(Source):
     """The latents of an EDM2 zip `path`: mean + spread * noise, normalised by fixed figures per channel to mean 0,
     spread 0.5.
 
-    The noise is a function of (seed, position): a sample is the same in every epoch. Only the reference, the first
-    `reference_images` samples, is in memory. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are
+    The noise is a function of (seed, position): a sample is the same in every epoch. The reference are the first
+    `reference_images` samples. held_out samples (null: a tenth, at most 1,000), drawn by `seed`, are
     never trained on.
     """
 
@@ -148,23 +149,30 @@ class ZipLatents(BaseDataset):
     def _labels(self) -> Tensor:
         return torch.tensor([-1 if (label := self.archive.labels.get(name)) is None else label for name in self.names])
 
-    @property
-    def held_out(self) -> Tensor:
-        return self._draw(self._out)
+    @cached_property
+    def held_out(self) -> StoredSamples:
+        return StoredSamples(len(self._out), self.shape, partial(self._draw_of, self._out))
+
+    @cached_property
+    def reference(self) -> StoredSamples:
+        return StoredSamples(self.num_reference, self.shape, partial(self._draw_of, self._kept))
 
     @property
-    def reference(self) -> Tensor:
-        return self._draw(self._kept[: self.spec.reference_images])
+    def reference_labels(self) -> Tensor | None:
+        """(N,) int64, row by row as in `reference`; None where there are none."""
+        return None if self.labels is None else self.labels[: self.spec.reference_images]
 
-    @property
-    def reference_conditions(self) -> Cond:
-        """The conditions of the reference, row by row; {} where there are none."""
-        return {} if self.labels is None else {"class": self.labels[: self.spec.reference_images]}
+    def reference_conditions_at(self, places: Tensor) -> Cond:
+        """The conditions of those samples of the reference; {} where there are none."""
+        return self._conditions(places)
 
-    def held_out_samples(self) -> tuple[Tensor, Cond]:
-        """(x0, cond) of what is held out, as training would see it and row by row as in `held_out`."""
+    def held_out_samples(self, num: int | None = None) -> tuple[Tensor, Cond]:
+        """(x0, cond) of the first `num` held-out samples (None: all), as training would see them.
+
+        Row by row as in `held_out`.
+        """
         labels = self.held_out_labels
-        return self.held_out, {} if labels is None else {"class": labels}
+        return self.held_out[:num], {} if labels is None else {"class": labels[:num]}
 
     @property
     def num_reference(self) -> int:
@@ -213,6 +221,9 @@ class ZipLatents(BaseDataset):
             return read_array(self.archive.read(name))
         except ValueError as error:
             raise ValueError(f"data.path: {self.spec.path}: {name!r} {error}") from error
+
+    def _draw_of(self, order: Tensor, places: Tensor) -> Tensor:
+        return self._draw(order[places])
 
     def _draw(self, places: Tensor) -> Tensor:
         """float32 (B, C, H, W): (mean + spread * noise - raw_mean) / raw_std * final_std."""

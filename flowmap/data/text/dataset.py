@@ -196,8 +196,8 @@ class TextDataset(Dataset):
     def conditions_at(self, places: Tensor) -> Cond:
         return {key: rows[places] for key, rows in self.codes.items()}
 
-    def held_out_samples(self) -> tuple[Tensor, Cond]:
-        return self.held_out, self.held_out_codes
+    def held_out_samples(self, num: int | None = None) -> tuple[Tensor, Cond]:
+        return self.held_out[:num], {key: rows[:num] for key, rows in self.held_out_codes.items()}
 
     def held_out_conditions_at(self, places: Tensor) -> Cond:
         return {key: rows[places] for key, rows in self.held_out_codes.items()}

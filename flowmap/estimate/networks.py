@@ -1,0 +1,93 @@
+"""The networks that a run trains, made by their builders on the meta device: shapes and parameters, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from flowmap.build.discriminator import build_discriminator
+from flowmap.build.fake_score import build_fake
+from flowmap.build.student import build_student
+from flowmap.build.teacher import BuiltTeacher
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.plan.named_networks import shipped_net
+from flowmap.plan.plan import ResolvedRun
+from flowmap.recipe.kinds import StudentSpec
+from flowmap.recipe.settings import FromRecipe, FromTeacher
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
+from flowmap.teachers.card import Card
+from flowmap.teachers.network import NetworkTeacher
+
+
+@dataclass(frozen=True)
+class Networks:
+    """discriminator: None also if it reads the features of a teacher whose network nothing states."""
+
+    student: FlowMapNet
+    fake: FlowMapNet | None
+    discriminator: nn.Module | None
+
+    @staticmethod
+    def of(run: ResolvedRun, config: StudentConfig) -> Networks:
+        """Build the networks. Nothing of the teacher, and of the run that the student starts from, need be here."""
+        distils = isinstance(run.recipe.distillation, ScoreDistillation)
+        with torch.device("meta"):
+            teacher, start = _teacher(run, config), _start(run, config)
+            student = build_student(run, config, teacher, start=start)
+            fake = build_fake(run, config, teacher, start=start) if distils else None
+        return Networks(student, fake, _discriminator(run, config, teacher))
+
+
+def outline_of_network(config: StudentConfig) -> FlowMapNet:
+    """Return a student's network on the meta device."""
+    with torch.device("meta"):
+        return config.build().to("meta")  # some libraries make tables with numpy
+
+
+def teacher_configs(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, StudentConfig]]:
+    """Return each card of the guided velocity with the configuration of its network, if something states that."""
+    found = []
+    for card, spec in zip(run.cards, run.teacher_nets, strict=True):
+        if spec is not None:
+            num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
+            found.append((card, replace(of_teacher(config, spec), num_classes=num_classes)))
+    return found
+
+
+def of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:
+    """Return the configuration of a teacher with that network, for the student's samples."""
+    return replace(config, net=spec, arrival=False, guidance=None, lora=None, base=None)
+
+
+def _teacher(run: ResolvedRun, config: StudentConfig) -> BuiltTeacher | None:
+    """Return the teacher without guidance, if a network is made of it or reads its features; None without one."""
+    spec = run.teacher_nets[0] if run.teacher_nets else None
+    if spec is None or not (isinstance(run.recipe.start, (FromTeacher, FromRecipe)) or _reads_teacher(run)):
+        return None
+    plain = of_teacher(config, spec)
+    flow_map = plain.build()
+    return BuiltTeacher(NetworkTeacher(flow_map), Student(plain, flow_map), (flow_map,))
+
+
+def _start(run: ResolvedRun, config: StudentConfig) -> FlowMapNet | None:
+    """Return a network as that of the run from which the student starts, if it starts from one."""
+    spec = shipped_net(run.starts[0].net) if isinstance(run.recipe.start, FromRecipe) else None
+    return None if spec is None else of_teacher(config, spec).build()
+
+
+def _reads_teacher(run: ResolvedRun) -> bool:
+    objective = run.recipe.objective
+    return isinstance(objective, Adversarial) and objective.discriminator.trunk == "teacher"
+
+
+def _discriminator(run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None) -> nn.Module | None:
+    if not isinstance(run.recipe.objective, Adversarial) or (_reads_teacher(run) and teacher is None):
+        return None
+    if teacher is None:
+        return build_discriminator(run, config, None).to("meta")
+    with torch.device("meta"):  # of the example that the heads are made for
+        return build_discriminator(run, config, teacher.to("meta")).to("meta")

@@ -1,0 +1,103 @@
+"""How the forward of each family of diffusers networks is called: CALLS, by class name.
+
+A call takes the network, the state x (B, C, H, W), the time (B,) on the network's schedule, and the conditions by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _dit(net, x, time, cond):
+    label, nothing = cond["class"], net.config.num_embeds_ada_norm
+    return net(x, timestep=time, class_labels=torch.where(label < 0, nothing, label)).sample
+
+
+def _unet(net, x, time, cond):
+    labelled = net.config.num_class_embeds is not None or net.config.class_embed_type is not None
+    return net(x, time, class_labels=cond["class"] if labelled else None).sample
+
+
+def _unet_condition(net, x, time, cond):
+    added = (
+        {"text_embeds": cond["pooled"], "time_ids": cond["size"]}
+        if net.config.addition_embed_type == "text_time"
+        else None
+    )
+    return net(x, time, encoder_hidden_states=cond["text"], added_cond_kwargs=added).sample
+
+
+def _sd3(net, x, time, cond):
+    return net(
+        hidden_states=x, timestep=time, encoder_hidden_states=cond["text"], pooled_projections=cond["pooled"]
+    ).sample
+
+
+def _sana(net, x, time, cond):
+    scale = net.config.timestep_scale
+    return net(
+        x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond.get("text_mask"), timestep=time * scale
+    ).sample
+
+
+def _pixart(net, x, time, cond):
+    added = {"resolution": None, "aspect_ratio": None}
+    mask = cond.get("text_mask")
+    return net(
+        x, encoder_hidden_states=cond["text"], encoder_attention_mask=mask, timestep=time, added_cond_kwargs=added
+    ).sample
+
+
+def _flux(net, x, time, cond):
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
+    words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
+    out = net(
+        hidden_states=pack(x),
+        timestep=time / 1000,
+        guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
+        pooled_projections=cond["pooled"],
+        encoder_hidden_states=cond["text"],
+        txt_ids=words,
+        img_ids=places,
+    ).sample
+    return unpack(out, rows, columns)
+
+
+def _qwen(net, x, time, cond):
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    out = net(
+        hidden_states=pack(x),
+        timestep=time / 1000,
+        encoder_hidden_states=cond["text"],
+        encoder_hidden_states_mask=cond.get("text_mask"),
+        img_shapes=[[(1, rows, columns)]],  # one entry for all samples keeps the batch dimension dynamic in tracing
+    ).sample
+    return unpack(out, rows, columns)
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, 2 rows, 2 columns) -> (B, rows columns, 4 C): the tokens of FLUX and QwenImage."""
+    x = x.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # B, C, rows, 2, columns, 2
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of pack."""
+    x = tokens.unflatten(1, (rows, columns)).unflatten(-1, (-1, 2, 2))  # B, rows, columns, C, 2, 2
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+CALLS: dict[str, Callable] = {
+    "DiTTransformer2DModel": _dit,
+    "UNet2DModel": _unet,
+    "UNet2DConditionModel": _unet_condition,
+    "SD3Transformer2DModel": _sd3,
+    "SanaTransformer2DModel": _sana,
+    "PixArtTransformer2DModel": _pixart,
+    "FluxTransformer2DModel": _flux,
+    "QwenImageTransformer2DModel": _qwen,
+}
