@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.prepare.encode_shard import Shard
+from flowmap.prepare.read_ahead import in_order, read_ahead
 from flowmap.prepare.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
 
 # Held-out and reference samples of a stream come from this many times their number of first samples.
@@ -169,8 +169,7 @@ def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size
     start = number * spec.shard_items
     settings = {"wants_text": spec.text is not None, "trimmed": spec.stored_text == "trimmed"}
     shard = Shard(encoder, start, spec.images.num_classes(), **settings)
-    items = spec.images.items(start, start + spec.shard_items)
-    for batch in _one_ahead(iter(lambda: list(islice(items, batch_size)), [])):
+    for batch in read_ahead(spec.images, start, start + spec.shard_items, batch_size):
         shard.add(batch)
     length = spec.images.length()
     if length is not None and shard.positions != min(spec.shard_items, length - start):
@@ -179,15 +178,6 @@ def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size
             f"{path}: the source gave {shard.positions} items from position {start}; it has changed while it was read"
         )
     return write_shard(folder, number, shard.write, shard.summary())
-
-
-def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """Yield the same batches, each read by another thread while the one before is encoded."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
 
 
 def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
@@ -323,7 +313,8 @@ def _reference(spec: Encoded, folder: Path, shards: list[dict[str, Any]]) -> dic
 
 def _at(spec: Encoded, positions: list[int]) -> Iterator[tuple[int, Item]]:
     if spec.images.length() is not None:
-        yield from ((position, next(spec.images.items(position, position + 1))) for position in positions)
+        read = lambda position: next(spec.images.items(position, position + 1))
+        yield from zip(positions, in_order(read, positions), strict=True)
         return
     wanted = set(positions)
     for position, item in enumerate(spec.images.items(0, positions[-1] + 1)):
