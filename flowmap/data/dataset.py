@@ -61,9 +61,9 @@ class BaseDataset:
 
     reads_disk: whether each batch is read from files; otherwise samples are in memory.
 
-    `__getitems__` and `conditions_at` return complete conditions. A worker of the loader instead reads what is stored
-    (`stored_batch`, `stored_conditions_at`), and the training process completes it on its device (`complete`). They
-    differ where text is stored as captions only.
+    `__getitems__` and `conditions_at` return complete conditions, float32. A worker of the loader instead reads what is
+    stored (`stored_batch`, `stored_conditions_at`); the training process computes what is missing (`complete`) and
+    converts float16, of which a worker can send twice as much, on its device (`full_precision`).
     """
 
     reads_disk: ClassVar[bool] = False
@@ -197,6 +197,11 @@ class Dataset(BaseDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
         """One sample and its cond, without a batch dimension."""
         return self.train[index], {} if self.labels is None else {"class": self.labels[index]}
+
+
+def full_precision(value: Any) -> Any:
+    """float16 as float32, exactly; anything else unchanged."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
 
 def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> None:

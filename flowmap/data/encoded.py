@@ -20,7 +20,7 @@ from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
 from flowmap.base.schema import added
 from flowmap.data import shards
-from flowmap.data.dataset import BaseDataset, Source, StoredCond
+from flowmap.data.dataset import BaseDataset, Source, StoredCond, full_precision
 from flowmap.data.live_text import LiveText
 from flowmap.data.shards import Made, check_sums, difference, from_column, from_trimmed_column, open_shards
 from flowmap.data.sources import ImageSource
@@ -159,7 +159,7 @@ class EncodedDataset(BaseDataset):
         like.
         """
         x0, cond = self.stored_batch(indices)
-        return x0, self._completed(cond)
+        return full_precision(x0), self._completed(cond)
 
     def stored_batch(self, indices: Sequence[int]) -> tuple[Tensor, StoredCond]:
         rows = torch.as_tensor(list(indices))
@@ -233,7 +233,7 @@ class EncodedDataset(BaseDataset):
         if not len(rows):
             return torch.zeros(0, *self.shape), {}
         table = self._rows(rows)
-        return self._column(table, "x0"), self._completed(self._conditions(table))
+        return full_precision(self._column(table, "x0")), self._completed(self._conditions(table))
 
     @property
     def num_reference(self) -> int:
@@ -261,8 +261,8 @@ class EncodedDataset(BaseDataset):
         return self._completed(self._conditions(self._rows(rows)))
 
     def _completed(self, cond: StoredCond) -> Cond:
-        """`complete` on the CPU."""
-        return {name: value.cpu() for name, value in self.complete(cond).items()}
+        """`complete` on the CPU, in full precision."""
+        return {name: full_precision(value.cpu()) for name, value in self.complete(cond).items()}
 
     def _rows_of(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
@@ -295,11 +295,11 @@ class EncodedDataset(BaseDataset):
     def _column(self, table: Any, name: str) -> Tensor:
         shape, dtype = self._columns[name]
         if name == TEXT and self._trimmed:
-            return from_trimmed_column(table, name, self._column(table, MASK), shape[-1]).float()
+            return from_trimmed_column(table, name, self._column(table, MASK), shape[-1])
         values = from_column(table, name, shape)
         if name in ("x0", "mirrored"):
-            return from_bytes(values) if dtype == "uint8" else values.float()
-        return values.bool() if dtype == "bool" else values.float()
+            return from_bytes(values) if dtype == "uint8" else values
+        return values.bool() if dtype == "bool" else values
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flowmap.base.images import from_bytes, to_bytes
 from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
-from flowmap.data.dataset import Dataset, StoredCond
+from flowmap.data.dataset import Dataset, StoredCond, full_precision
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.text.styles import StyledDataset
 from flowmap.flow.parts import BaseCoupling, Part
@@ -263,7 +263,7 @@ class PairedDataset:
         prior.
         """
         x0, cond, x1 = self.stored_batch(indices)
-        return x0, self.data.complete(cond), x1
+        return x0, {name: full_precision(value) for name, value in self.data.complete(cond).items()}, x1
 
     def stored_batch(self, indices: Sequence[int]) -> tuple[Tensor, StoredCond, Tensor]:
         """The same with the conditions as a worker of the loader reads them (data/dataset.py)."""

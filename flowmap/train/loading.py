@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flowmap.base.distributed import num_cores
 from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.recipe import Recipe
@@ -61,9 +62,9 @@ def workers_of(recipe: Recipe, samples: Dataset | PairedDataset, device: torch.d
     """The number of workers of one process: trainer.workers, or by default none unless samples are read from disk for a
     GPU.
     """
-    trainer, devices = recipe.trainer, recipe.trainer.devices
+    trainer, devices = recipe.trainer, recipe.batches.devices
     automatic = (
-        max(1, min(MAX_AUTOMATIC, _cores() // devices - 1)) if device.type == "cuda" and samples.reads_disk else 0
+        max(1, min(MAX_AUTOMATIC, num_cores() // devices - 1)) if device.type == "cuda" and samples.reads_disk else 0
     )
     workers = automatic if trainer.workers is None else trainer.workers
     if not workers or not os.path.isdir(SHARED_MEMORY):
@@ -96,11 +97,6 @@ def _end_with_the_main_process() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bytes(batch: Any) -> int:

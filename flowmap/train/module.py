@@ -15,6 +15,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, first_place
+from flowmap.data.dataset import full_precision
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Cond, Loss, PathSample, Teacher
@@ -150,6 +151,11 @@ class DistillModule(L.LightningModule):
         """Text that is stored as captions is encoded here, on the device."""
         x0, cond, *paired = batch
         return (x0, self.data.complete(cond), *paired)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Workers send latents and text in the half precision in which they are stored."""
+        x0, cond, *paired = batch
+        return (full_precision(x0), {name: full_precision(value) for name, value in cond.items()}, *paired)
 
     def _check_processes(self) -> None:
         """Raise RecipeError if a global batch was split for another number of processes than there are."""

@@ -77,7 +77,9 @@ def test_workers_read_captions_and_the_training_process_encodes_them(built):
         recipe = read_recipe("digits", [f"trainer.workers={workers}"])
         for step, (x0, cond) in enumerate(loader_of(recipe, captions, batches, torch.device("cpu"))):
             theirs, wanted = padded.__getitems__(batches.indices(step))
-            assert torch.equal(x0, theirs) and same(captions.complete(cond), wanted)
+            assert (
+                torch.equal(x0.float(), theirs) and x0.dtype == torch.float16 and same(captions.complete(cond), wanted)
+            )
 
 
 def test_an_encoding_is_of_one_way_to_store_text(built, tmp_path):

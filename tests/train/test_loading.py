@@ -19,6 +19,7 @@ import torch
 import flowmap
 from flowmap.base.schema import RecipeError
 from flowmap.data import StepBatches
+from flowmap.data.dataset import full_precision
 from flowmap.data.images.edm2_zip import EDM2Latents
 from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
@@ -56,7 +57,12 @@ def recipe_with(workers: int | None, *overrides: str):
 
 def batches_of(data, workers: int, start: int = 0, steps: int = 8) -> list:
     batches = StepBatches(len(data), 4, seed=5, start_step=start, num_steps=steps, accumulate=2)
-    return list(loader_of(recipe_with(workers), data, batches, CPU))
+    return [in_full(data, batch) for batch in loader_of(recipe_with(workers), data, batches, CPU)]
+
+
+def in_full(data, batch):
+    """As the training module completes it."""
+    return full_precision(batch[0]), {name: full_precision(value) for name, value in data.complete(batch[1]).items()}
 
 
 def assert_equal(a, b) -> None:
@@ -76,6 +82,8 @@ def assert_equal(a, b) -> None:
 def test_any_number_of_workers_gives_the_same_batches(kind, request):
     data = request.getfixturevalue(kind)
     alone = batches_of(data, 0)
+    plain = StepBatches(len(data), 4, seed=5, accumulate=2)
+    assert_equal(alone, [data.__getitems__(plain.indices(step, micro)) for step in range(8) for micro in range(2)])
     assert len(alone) == 16
     for workers in (1, 3):
         assert_equal(batches_of(data, workers), alone)
@@ -122,7 +130,7 @@ def test_workers_survive_the_signals_of_a_scheduler(encoded):
             subprocess.run(["kill", f"-{one.name}", str(worker.pid)], check=True)  # another process sends it
     alone = StepBatches(len(encoded), 4, seed=5)
     for step in range(2, 20):
-        assert_equal(next(endless), encoded.__getitems__(alone.indices(step)))
+        assert_equal(in_full(encoded, next(endless)), encoded.__getitems__(alone.indices(step)))
     workers = endless._workers
     del endless
     assert not any(worker.is_alive() for worker in workers)
@@ -150,7 +158,7 @@ def test_a_process_that_fails_does_not_wait_for_its_workers():
 
 
 def test_the_automatic_number(encoded, monkeypatch):
-    monkeypatch.setattr(loading, "_cores", lambda: 16)
+    monkeypatch.setattr(loading, "num_cores", lambda: 16)
     memory = flowmap.read_recipe("digits").data.build()
     assert workers_of(recipe_with(None), encoded, CPU) == 0 == workers_of(recipe_with(None), memory, CUDA)
     assert workers_of(recipe_with(None), encoded, CUDA) == 4
@@ -160,7 +168,7 @@ def test_the_automatic_number(encoded, monkeypatch):
 
 def test_too_little_shared_memory_is_refused_before_the_first_step(encoded, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(loading, "_cores", lambda: 16)
+    monkeypatch.setattr(loading, "num_cores", lambda: 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 100))
     with pytest.raises(RecipeError, match=r"trainer.workers: 2 workers .* want .* and /dev/shm has 0.00 GiB free"):
         workers_of(recipe_with(2), encoded, CPU)
