@@ -11,10 +11,9 @@ from pathlib import Path
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Encoded, Pairs, pairs
-from flowmap.data.encoded import read_index
 from flowmap.data.outline import DataOutline
-from flowmap.data.shards import difference
 from flowmap.plan.cards import lora_card
+from flowmap.plan.data_folders import finished_index
 from flowmap.plan.outlines import stated_outline
 from flowmap.plan.provenance import pairs_identity
 from flowmap.plan.references import ReferenceStatistics, references_of
@@ -29,7 +28,9 @@ class ResolvedRun(Resolved):
 
     @cached_property
     def outline(self) -> DataOutline | None:
-        """Shape and classes of the data as settings, cards and other recipes state them, without reading any."""
+        """Shape, classes and class names of the data as far as they are known without reading it; None if nothing
+        states the shape.
+        """
         return stated_outline(self)
 
     @cached_property
@@ -93,11 +94,7 @@ class Encoding:
 
     @property
     def complete(self) -> bool:
-        try:
-            index, spec = read_index(self.folder), self.spec
-            return difference(index["identity"] | index["chosen"], spec.identity() | spec.chosen()) is None
-        except ValueError:  # It is missing or damaged, or its autoencoder is not trained yet.
-            return False
+        return finished_index(self.spec) is not None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.nets.precision import hold
 from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
@@ -175,7 +176,7 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
     if overwrite:
         move_aside(folder)
     sweep(folder)
-    stage.stamp()
+    stamp(folder, stage.recipe)
     coders = (built.config.autoencoder, built.config.text_autoencoder)
     if any(coder is not None and coder.source == SHIPPED_AUTOENCODER for coder in coders):
         source = Path(stage.data.autoencoder.source)
