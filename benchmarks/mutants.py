@@ -66,7 +66,7 @@ LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * 
 ASK_STUDENT = "student.mean_velocity(sample.xt, sample.t, sample.t, sample.cond)"
 ASK_TEACHER = "teacher.velocity(sample.xt, sample.t, sample.cond)"
 ARRIVAL = "arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()"
-STILL = "still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)"
+STILL = "still = ~sample.moving if needed else torch.ones(len(sample.t), dtype=torch.bool)"
 BACK = "return mean_velocity[place], rate[place]"
 EMD_TEACHER = "v = sample.vt if teacher is None else teacher.velocity(x, t, cond)"
 WARM_UP = "return min(self.r_max, step / self.warmup_steps) if self.warmup_steps else self.r_max"
@@ -365,12 +365,12 @@ MUTANTS = [
     Mutant(
         "ayf, both", "no warm-up means no derivative", TANGENT, WARM_UP, WARM_UP.replace("else self.r_max", "else 0.0")
     ),
-    Mutant("ayf, both", "diagonal mask inverted", AYF, STILL, STILL.replace("<=", ">")),
-    Mutant("ayf, both", "diagonal rows pay", AYF, STILL, STILL.replace("<=", "<")),
-    Mutant("ayf, both", "weight zero pays", AYF, STILL, STILL.replace("ones_like", "zeros_like")),
+    Mutant("ayf, both", "diagonal mask inverted", AYF, STILL, STILL.replace("~sample", "sample")),
+    Mutant("ayf, both", "diagonal rows pay", AYF, STILL, STILL.replace("~sample.moving", "sample.t < sample.s")),
+    Mutant("ayf, both", "weight zero pays", AYF, STILL, STILL.replace("ones(", "zeros(")),
     Mutant("ayf, both", "mixed batch out of order", AYF, BACK, "return mean_velocity, rate"),
     Mutant("ayf, both", "rates out of order", AYF, BACK, "return mean_velocity[place], rate"),
-    Mutant("ayf, both", "put back the way it came", AYF, "place = torch.argsort(order)", "place = order"),
+    Mutant("ayf, both", "put back the way it came", AYF, "back = torch.argsort(on_host)", "back = on_host"),
     Mutant("ayf, both", "rows with others' conditions", AYF, "{key: value[order] for", "{key: value for"),
     Mutant("ayf, both", "others' rows derived", DERIVATIVE, "tangent[:rows] for", "tangent[-rows:] for"),
     Mutant("ayf, both", "sum over the batch", AYF, "Loss(loss.mean(),", "Loss(loss.sum(),"),
@@ -454,7 +454,7 @@ MUTANTS = [
     Mutant(
         "ayf_mixed", "no teacher, no refusal", AYF, 'raise ValueError(f"objective.{name}', 'print(f"objective.{name}'
     ),
-    Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][places[mine]] = ", "logs[key][: int(mine.sum())] = "),
+    Mutant("ayf_mixed", "logs out of order", AYF, "logs[key][called.places] = ", "logs[key][: len(called.places)] = "),
     Mutant("meanflow", "flipped sign of the derivative", MF, MF_TARGET, MF_TARGET.replace("v -", "v +")),
     Mutant("meanflow", "(t - s) missing", MF, MF_TARGET, MF_TARGET.replace("broadcast_time(t - s, x) * ", "")),
     Mutant("meanflow", "t in place of (t - s)", MF, MF_TARGET, MF_TARGET.replace("t - s", "t")),

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from torch import distributed
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
@@ -21,6 +22,19 @@ def ready() -> bool:
 def world_size() -> int:
     """The number of processes in the group; 1 without a group."""
     return distributed.get_world_size() if ready() else 1
+
+
+def any_process(found: bool) -> bool:
+    """Whether it is true on any process of the group; all of them call it.
+
+    They agree on the CPU where the group has a backend for it, so that no device is waited for.
+    """
+    if world_size() == 1:
+        return found
+    on_cpu = "cpu:" in distributed.distributed_c10d.get_backend_config()
+    flag = torch.tensor(float(found), device="cpu" if on_cpu else "cuda")
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def rank() -> int:

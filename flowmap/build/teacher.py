@@ -20,7 +20,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import StackedNet
 from flowmap.objectives import FlowMatching
-from flowmap.plan.cards import card_of, find_card, pairs_teacher, weights_folder
+from flowmap.plan.cards import pairs_teacher, weights_folder
 from flowmap.plan.guidance import check_conditions
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.plan import ResolvedRun
@@ -34,7 +34,7 @@ from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
-from flowmap.teachers.guidance import network_calls
+from flowmap.teachers.guidance import network_calls, with_drawn_scales
 from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
 
@@ -93,6 +93,12 @@ class BuiltTeacher:
         """Return the samples that Euler steps along the guided velocity make from x1."""
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
+    def on_drawn_scales(self, scale: tuple[float, float]) -> Teacher:
+        """Return the guided velocity for training, with guidance scales drawn from that range."""
+        if isinstance(self.guided, LimitedTeacher):
+            return replace(self.guided, teacher=with_drawn_scales(self.guided.teacher, scale))
+        return with_drawn_scales(self.guided, scale)
+
     @property
     def calls_per_step(self) -> int:
         return network_calls(self.guided)
@@ -141,7 +147,7 @@ def _same_start(run: ResolvedRun, teacher: BuiltTeacher) -> BuiltTeacher:
 
 def _guided(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
     built = _before_limits(run, slot)
-    if built.network is None or card_of(slot).kind != "diffusers":
+    if built.network is None or run.cards[0].kind != "diffusers":
         return built
     spec = built.network.config.net
     assert isinstance(spec, DiffusersModel)
@@ -154,7 +160,7 @@ def _guided(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
 
 
 def _before_limits(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
-    card = card_of(slot)
+    card = run.cards[0]
     strong, network, modules = _load(card, run)
     guidance = slot.guidance
     if isinstance(guidance, ClassifierFree):
@@ -213,7 +219,7 @@ def _weak(
 ) -> tuple[Teacher, tuple[nn.Module, ...]]:
     """Return the weak teacher of an autoguidance and its networks."""
     if guidance.weak is not None:
-        weak, _, modules = _load(find_card(guidance.weak), run)
+        weak, _, modules = _load(run.cards[1], run)
         return weak, modules
     if network is None:
         raise RecipeError(

@@ -25,7 +25,7 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     import_argument(parser)
 
 
-def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) -> None:
+def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str, what: str = "folder") -> None:
     parser.add_argument(
         "--shard",
         default="0/1",
@@ -34,7 +34,7 @@ def shard_arguments(parser: argparse.ArgumentParser, *, batch: int, out: str) ->
     )
     parser.add_argument("--batch", type=int, default=batch, help="samples that the networks see at once")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", help=f"folder (default: {out})")
+    parser.add_argument("--out", help=f"{what} (default: {out})")
 
 
 def import_argument(parser: argparse.ArgumentParser) -> None:

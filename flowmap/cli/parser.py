@@ -24,6 +24,7 @@ from flowmap.cli import (
     merge,
     pairs,
     plot,
+    reference,
     sample,
     show,
     tune,
@@ -42,6 +43,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "compare": (compare, "train recipes on equal terms, or tabulate finished runs"),
         "pairs": (pairs, "make pairs of noise and data by a teacher's ODE"),
         "encode": (encode, "encode a recipe's pictures into latents on disk"),
+        "reference": (reference, "compute the statistics of all training pictures"),
         "doctor": (doctor, "try one training step of a recipe on its real network"),
     },
     "use": {

@@ -39,8 +39,8 @@ from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.train.callbacks import peak_gib
 from flowmap.train.clock import SETTLING, Clock
+from flowmap.train.finite import NotFinite
 from flowmap.train.fit import FitError, device_of, fit, silent
-from flowmap.train.module import NotFinite
 
 TRIAL = 0.05  # the share of the budget, in addition to it, for measuring the time of a step
 TRIAL_SECONDS = 20.0  # at most

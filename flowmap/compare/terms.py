@@ -10,7 +10,7 @@ from pathlib import Path
 from flowmap.base.files import read_json
 from flowmap.data import Pairs
 from flowmap.estimate.calls import calls_of
-from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, plan, resolve
+from flowmap.plan.plan import Needed, Pairing, Stage, plan, resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -75,7 +75,7 @@ def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
 
 def own_stages(recipe: Recipe, shared: Set[Path]) -> list[Stage | Pairing]:
     """What this recipe alone needs, in order: pairs, runs that it starts from. They count for its budget."""
-    return [stage for stage in needs_of(recipe) if not isinstance(stage, Encoding) and stage.folder not in shared]
+    return [stage for stage in needs_of(recipe) if isinstance(stage, (Stage, Pairing)) and stage.folder not in shared]
 
 
 def needs_of(recipe: Recipe) -> list[Needed]:

@@ -37,8 +37,8 @@ class Made:
     format: int
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05d}.arrow"
+def shard_name(number: int, suffix: str = ".arrow") -> str:
+    return f"shard-{number:05d}{suffix}"
 
 
 def read_index(folder: Path, made: Made) -> dict[str, Any]:

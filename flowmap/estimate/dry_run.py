@@ -11,30 +11,31 @@ from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
-from flowmap.build.student import student_config
-from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
-from flowmap.estimate.networks import Networks, of_teacher
+from flowmap.estimate.memory import Memory, memory_of
+from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
+from flowmap.estimate.price import Prices, price_lines
 from flowmap.flow.prior import Learned
-from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.requirements import check_parts, missing_parts
 from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
-from flowmap.recipe.settings import PowerEMA
+from flowmap.recipe.settings import Autoguidance, Trainer
 from flowmap.student.config import StudentConfig
 from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
 MISSING = "missing on this machine: "
+WORTH_PRICING = 0.01  # GPU-hours; shorter runs are not priced
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of an H100's dense bf16 peak
 
 
@@ -42,7 +43,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
     """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is."""
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
-    run = resolve(recipe, Path(out) if out else None)
+    run, prices = resolve(recipe, Path(out) if out else None), Prices(throughput)
     stages, outlines = run.stages, Outlines()
     lines, missing = [], []
     for i, stage in enumerate(stages):
@@ -55,7 +56,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage, outlines, throughput)
+            found, lacks = look(stage, outlines, prices)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
@@ -64,6 +65,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         differs = "holds this run, measured by other settings"
         lines.append(f"      {run.folder} {differs}: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
+    if any("GPU-hours" in line for line in lines):
+        lines.append(prices.assumptions)
     return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
 
@@ -85,11 +88,12 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
 
 def look(
-    run: ResolvedRun, outlines: Outlines, throughput: float = THROUGHPUT, *, whole: bool = True
+    run: ResolvedRun, outlines: Outlines, prices: Prices | None = None, *, whole: bool = True
 ) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
-    The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
+    The networks are built on the meta device and run once. prices: also return the hours of a run on accelerators.
+    whole: read the data even if that takes long. Raises
     RecipeError if parts of the recipe do not match each other or the data.
     """
     recipe = run.recipe
@@ -100,12 +104,12 @@ def look(
     missing += [*missing_parts(run), *missing_devices(recipe)]
     data, lacks = outlines.of(run, whole=whole)
     missing += lacks
-    config = _config(run, data)
+    config = config_without_weights(run, data)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
     check_outlines(run, config, outlines)
     try:
-        return _lines(run, config, throughput), missing
+        return _lines(run, config, prices), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -129,8 +133,8 @@ def missing_devices(recipe: Recipe) -> list[str]:
     return [f"trainer.devices: {devices}: this machine has {there}"] if devices > there else []
 
 
-def _state(stage: Stage | Encoding | Pairing) -> str:
-    if isinstance(stage, Encoding):
+def _state(stage: Needed) -> str:
+    if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
         return f"{pairs_spec(stage.recipe).num} pairs"
@@ -141,20 +145,8 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
-    """Return the student's configuration without weights or samples; None if nothing states its network."""
-    recipe = run.recipe
-    if run.net is None or data is None:
-        return None
-    config = student_config(run.changed(student=run.net), data, None)
-    if recipe.lora is None:
-        return config
-    card = run.cards[0]
-    return replace(config, lora=recipe.lora, base=Base(card.pipeline, card.revision))
-
-
 @dataclass(frozen=True)
-class _Costs:
+class NetworkCosts:
     """The costs of the networks that take part in a training step."""
 
     student: Cost
@@ -163,12 +155,12 @@ class _Costs:
     fake: Cost | None
 
 
-def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
+def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     objective, networks = run.recipe.objective, Networks.of(run, config)
     judge, fake = networks.discriminator, networks.fake
-    return _Costs(
+    return NetworkCosts(
         cost_of(config, checkpointing=run.recipe.trainer.activation_checkpointing, built=networks.student),
-        _teachers(run, config),
+        [(card, cost_of(one, graded=False)) for card, one in teacher_configs(run, config)],
         discriminator_cost(judge, config, objective)
         if judge is not None and isinstance(objective, Adversarial)
         else None,
@@ -176,7 +168,7 @@ def _costs(run: ResolvedRun, config: StudentConfig) -> _Costs:
     )
 
 
-def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[str]:
+def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> list[str]:
     costs, distillation = _costs(run, config), run.recipe.distillation
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
@@ -192,23 +184,23 @@ def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[s
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
-    return [*lines, _memory(run.recipe, costs), *split, *_step(run.recipe, config, costs, throughput)]
+    return [*lines, _memory(run, config, costs), *split, *_step(run, config, costs, prices)]
 
 
-def _step(recipe: Recipe, config: StudentConfig, costs: _Costs, throughput: float) -> list[str]:
-    """Return a line on the FLOPs of a step and, for a run on accelerators, one on the hours of all steps."""
-    trainer, judge = recipe.trainer, costs.discriminator
+def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: Prices | None) -> list[str]:
+    """Return a line on the FLOPs of a step and, for a run on accelerators, lines on hours and disk."""
+    recipe, judge = run.recipe, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
     samples = recipe.batches.samples
-    hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
     passes = f"passes {', '.join(asked)}; {_flops(costs.student.flops)} a forward pass of one"
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
-    if trainer.accelerator != "cpu" and hours >= 0.01:
-        lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
+    if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
+        hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
+        lines += price_lines(run, config, costs.student.trained, prices) if hours >= WORTH_PRICING else []
     return lines
 
 
@@ -219,17 +211,6 @@ def _prior(run: ResolvedRun, config: StudentConfig) -> str:
     start = start_flops(run, config.shape)
     codes = f"codes by {kind_of(run.recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
     return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
-
-
-def _teachers(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, Cost]]:
-    """Return each network that the guided velocity calls, with its cost."""
-    found = []
-    for card, spec in zip(run.cards, run.teacher_nets, strict=True):
-        if spec is not None:
-            num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
-            plain = replace(of_teacher(config, spec), num_classes=num_classes)
-            found.append((card, cost_of(plain, graded=False)))
-    return found
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
@@ -247,32 +228,39 @@ def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:
     )
 
 
-def _memory(recipe: Recipe, costs: _Costs) -> str:
-    trainer = recipe.trainer
-    state = _state_bytes(recipe, costs)
-    # A LoRA student shares its base with the teacher.
-    shared = costs.teachers[0][1].parameters if recipe.lora else 0
-    frozen = 4 * (sum(cost.parameters for _, cost in costs.teachers) - shared)
-    activations = _activation_bytes(recipe, costs) * (0.5 if trainer.precision == "bf16" else 1)
+def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> Memory:
+    """Return the memory of one device while the run trains."""
+    recipe = run.recipe
+    configs = [one for _, one in teacher_configs(run, config)]
+    student, *teachers = (outline_of_network(one) for one in (config, *configs))
+    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
+    if isinstance(guidance, Autoguidance) and guidance.snapshot is not None:  # the weak model is a copy
+        teachers.append(outline_of_network(configs[0]))
+    kept = _activation_bytes(recipe, costs) * (0.5 if recipe.trainer.precision == "bf16" else 1)
+    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
+    for net in teachers:
+        net.requires_grad_(False)
+    return memory_of(recipe, student, teachers, activations=kept, others=others)
+
+
+def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> str:
+    trainer, memory = run.recipe.trainer, networks_memory(run, config, costs)
     how = [trainer.precision] if trainer.precision != "32" else []
     how += ["checkpointed"] if trainer.activation_checkpointing else []
-    parts = [f"{_gib(state)} weights, gradients, optimiser and averages"]
-    parts += [f"{_gib(frozen)} teacher"] if frozen else []
-    kept = f"{_gib(activations)} activations at batch {recipe.data.batch_size}"
+    kept = f"{_gib(memory.activations)} activations at batch {run.recipe.data.batch_size}"
+    parts = [f"{_gib(memory.state)} weights, gradients, optimiser and averages"]
+    parts += [f"{_gib(memory.frozen)} teacher"] if memory.frozen else []
+    parts += [f"{_gib(memory.working)} {_copies(trainer)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
-    return "memory for each device, estimated: " + " + ".join(parts)
+    split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
+    return f"memory for each device{split}, estimated: {' + '.join(parts)} = {_gib(memory.total)}"
 
 
-def _state_bytes(recipe: Recipe, costs: _Costs) -> float:
-    """Return the bytes of weights, gradients, moments and averages of all networks that are trained."""
-    trainer, ema, student = recipe.trainer, recipe.ema, costs.student
-    averages = len({ema.std, *ema.snapshot_stds}) if isinstance(ema, PowerEMA) and ema.snapshot_every_steps else 1
-    shares = trainer.devices * trainer.num_nodes if trainer.strategy == "fsdp" else 1
-    others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
-    return 4 * (student.trained * (4 + averages) / shares + student.frozen) + 16 * others
+def _copies(trainer: Trainer) -> str:
+    return "gathered blocks" if trainer.strategy == "fsdp" else "weights in bf16"
 
 
-def _activation_bytes(recipe: Recipe, costs: _Costs) -> float:
+def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     """Return the bytes that a step keeps for its backward passes, in float32."""
     batch, objective, distillation = recipe.data.batch_size, recipe.objective, recipe.distillation
     student = costs.student

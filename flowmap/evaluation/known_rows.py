@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flowmap
 from flowmap.base.distributed import world_size
-from flowmap.base.files import read_json
+from flowmap.base.files import file_digest, read_json
 from flowmap.base.schema import short_hash, to_plain
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
@@ -61,6 +61,8 @@ def stamps(
         to_plain(recipe.evaluation, TABLES, hashed=True),
     ]
     shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(settings), world_size()]
+    if files := [file_digest(path) for spec in specs for path in spec.files]:
+        shared.append(files)
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found

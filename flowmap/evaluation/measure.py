@@ -19,6 +19,7 @@ from flowmap.evaluation.known_rows import read_known, stamps, to_teacher
 from flowmap.evaluation.rows import Rows
 from flowmap.metrics import Spec, check_metrics
 from flowmap.plan.plan import resolve
+from flowmap.plan.references import located
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -90,7 +91,7 @@ def measure(
     started, log = time.perf_counter(), progress or (lambda message: None)
     specs, known, chosen = recipe.metrics if metrics is None else metrics, known or {}, steps or recipe.sampler.steps
     check_metrics(specs, data, conditional=recipe.data.conditional, paired=isinstance(recipe.coupling, Pairs))
-    rows = Rows(recipe, student, teacher, data, specs, guidance, progress)
+    rows = Rows(recipe, student, teacher, data, located(recipe, specs), guidance, progress)
     stamp = stamps(recipe, student, teacher, data, specs, rows.starts.first)
     same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}

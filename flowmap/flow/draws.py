@@ -25,11 +25,13 @@ class RowGenerator:
     """Random numbers for samples `rows`, (N,) int64. Each call of a method makes a new draw with N rows.
 
     Row i's k-th draw is a function of (name, rows[i], k) only. Integers and uniform numbers are bit-equal on every
-    device, normal ones equal to rounding. `step` is the training step of all rows, for `together`.
+    device, normal ones equal to rounding. `step` is the training step of all rows, for `together`. host: the same rows
+    on the CPU, where they are known.
     """
 
-    def __init__(self, name: str, rows: Tensor, step: int = 0):
+    def __init__(self, name: str, rows: Tensor, step: int = 0, host: Tensor | None = None):
         self.name, self.rows, self.step, self.device = name, rows, step, rows.device
+        self._host = host
         digest = hashlib.sha256(name.encode()).digest()
         self._key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
         self._wide = self._single = self._together = 0
@@ -38,16 +40,22 @@ class RowGenerator:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def host_rows(self) -> Tensor:
+        """The rows on the CPU."""
+        return self.rows.cpu() if self._host is None else self._host
+
     def at(self, rows: slice | Tensor) -> RowGenerator:
         """A generator in the same state for some of the rows."""
         part = copy.copy(self)
+        part._host = None
         part.rows = self.rows[rows]
         part._words = None if self._words is None else self._words[:, rows]
         return part
 
     def for_codes(self, name: str) -> RowGenerator:
         """A second, independent generator for the same rows; this one's state does not change."""
-        return RowGenerator(f"{name}/{self.name}", self.rows, self.step)
+        return RowGenerator(f"{name}/{self.name}", self.rows, self.step, self._host)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal draws (N, *shape), float32.
@@ -94,7 +102,7 @@ class RowGenerator:
         """The next word (N,) of each row's sequence of single draws, which are made four at a time."""
         place = self._single % 4
         if place == 0:
-            self._words = self._philox(torch.tensor([self._single // 4], device=self.device), SINGLE).squeeze(-1)
+            self._words = self._philox(torch.full((1,), self._single // 4, device=self.device), SINGLE).squeeze(-1)
         self._single += 1
         assert self._words is not None
         return self._words[place]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowmap.flow.host import on_device
+
 ROUNDS = 10
 FACTORS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -24,9 +26,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     a, b, c, d = counter
     even, odd = torch.stack([c, a]), torch.stack([b, d])
     shape = (2, *[1] * a.ndim)
-    factors = torch.tensor(FACTORS[::-1], device=a.device).view(shape)
+    factors = on_device(torch.tensor(FACTORS[::-1]), a.device).view(shape)
     keys = [tuple((word + i * step) & WORD for word, step in zip(key, WEYL, strict=True)) for i in range(ROUNDS)]
-    for round_key in torch.tensor(keys, device=a.device):
+    for round_key in on_device(torch.tensor(keys), a.device):
         product = even * factors
         high = (product >> 32).bitwise_and_(WORD)
         even = high.bitwise_xor_(odd).bitwise_xor_(round_key.view(shape)).flip(0)

@@ -12,6 +12,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from flowmap.base.distributed import any_process
+from flowmap.flow.host import Rows, chosen_rows, on_device
+
 FINEST = 10**6  # the largest denominator: other shares are rounded to the nearest such fraction
 
 
@@ -50,24 +53,25 @@ def hashed(x: Tensor, salt: int) -> Tensor:
     return (x ^ (x >> 33 & 0x7FFFFFFF)) & 0x7FFFFFFFFFFFFFFF
 
 
-def called_on(rows: Tensor, student) -> Tensor | None:
-    """The indices (n,) of the masked rows for which to call the network; None if it is not to be called.
+def called_on(mask: Tensor, student, device: torch.device) -> Rows | None:
+    """The masked rows for which to call the network; None if it is not to be called.
 
     If weights are sharded over processes, all of them must call the network equally often. A process without masked
     rows then gets row 0 if another process has some; the caller must give that row no weight.
     """
-    if not anywhere(rows, student):
+    mask = mask.cpu()
+    if not anywhere(mask, student):
         return None
-    places = rows.nonzero().squeeze(1)
-    return places if len(places) else torch.zeros(1, dtype=torch.int64, device=rows.device)
+    if bool(mask.any()):
+        return chosen_rows(mask, device)
+    host = torch.zeros(1, dtype=torch.int64)
+    return Rows(host, on_device(host, device), real=False)
 
 
-def anywhere(rows: Tensor, student) -> bool:
-    """Whether the mask has a row, on any process if weights are sharded."""
-    found = rows.any().float()
-    if sharded(student):
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+def anywhere(mask: Tensor, student) -> bool:
+    """Whether the mask, on the CPU, has a row, on any process if weights are sharded."""
+    found = bool(mask.any())
+    return any_process(found) if sharded(student) else found
 
 
 def sharded(student) -> bool:

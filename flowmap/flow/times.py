@@ -38,6 +38,19 @@ class WithDensities(WithDensity, Protocol):
     def arrival_density(self, s: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class KnowsDiagonal(Protocol):
+    """Time samplers that know, from a sample's index in the run, whether its s is t."""
+
+    def diagonal_rows(self, place: Tensor) -> Tensor | None:
+        """A mask (N,) of the samples with indices `place`, (N,) int64; None if it is not known."""
+        ...
+
+
+def diagonal_rows(times: TimeSampler, place: Tensor) -> Tensor | None:
+    return times.diagonal_rows(place) if isinstance(times, KnowsDiagonal) else None
+
+
 class _OneLaw:
     """Pairs from one distribution of times; a subclass defines draw, density_of_one and distribution (its CDF)."""
 
@@ -67,6 +80,9 @@ class _OneLaw:
             return t, torch.zeros_like(t)
         other = self.draw(n, device, generator)
         return torch.maximum(t, other), torch.minimum(t, other)
+
+    def diagonal_rows(self, place: Tensor) -> Tensor:
+        return torch.full_like(place, self.pairs == "diagonal", dtype=torch.bool)
 
     def density(self, t: Tensor) -> Tensor:
         """The density of t; for sorted pairs that of the larger of two draws, 2 p P."""
@@ -176,6 +192,9 @@ class Interval:
         s = uniforms(n, device, generator) * (1 - d)
         return (s + d).clamp(max=1), s
 
+    def diagonal_rows(self, place: Tensor) -> Tensor:
+        return torch.zeros_like(place, dtype=torch.bool)
+
     def density(self, t: Tensor) -> Tensor:
         """p(t) = int_0^t p(d) / (1 - d) dd = Phi(z) + e^(mean + std^2 / 2) Phi(z - std), z = (logit t - mean) / std.
 
@@ -220,6 +239,9 @@ class Consistency:
         """n pairs (t, 0), each (n,) float32 on `device`; drawn on the generator's device."""
         return self._times(n, device=device, generator=generator)
 
+    def diagonal_rows(self, place: Tensor) -> Tensor:
+        return torch.zeros_like(place, dtype=torch.bool)
+
     def density(self, t: Tensor) -> Tensor:
         return self._times.density(t)
 
@@ -245,12 +267,15 @@ class Dyadic:
     ) -> tuple[Tensor, Tensor]:
         """n pairs (t, s), each (n,) float32 on `device`; t - s is 2^-k or 0, and t and s are exact multiples of it."""
         which, where = uniforms(n, device, generator), uniforms(n, device, generator)
-        still = evenly(places_of(n, which.device, generator), self.diagonal)
+        still = self.diagonal_rows(places_of(n, which.device, generator))
         jumps = torch.exp2(torch.floor(which * self.finest.bit_length()))
         count = torch.where(still, torch.full_like(jumps, self.finest), jumps)
         start = torch.floor(where * count)
         t = (start + 1) / count
         return t, torch.where(still, t, start / count)
+
+    def diagonal_rows(self, place: Tensor) -> Tensor:
+        return evenly(place, self.diagonal)
 
 
 @dataclass(frozen=True)
@@ -296,6 +321,11 @@ class Mixture:
         t = torch.where(jumps, torch.ones_like(t), t)
         s = torch.where(jumps, torch.zeros_like(s), s)
         return (torch.where(still, s, t), s) if self.diagonal_at == "arrival" else (t, torch.where(still, t, s))
+
+    def diagonal_rows(self, place: Tensor) -> Tensor | None:
+        jumps, still = self.members(place)
+        of_base = diagonal_rows(self.base, place)
+        return None if of_base is None else still | (of_base & ~jumps)
 
     def density(self, t: Tensor) -> Tensor:
         """The density of t without the atom of mass one_step at t = 1: it integrates to 1 - one_step."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.draws import Generator
+from flowmap.flow.host import Rows
 
 Cond = Mapping[str, Tensor]
 """Conditions by name, one row per sample: "class" (B,) int64 with -1 for no class, "guidance" (B,) float, "text" ..."""
@@ -25,7 +26,8 @@ class PathSample:
 
     x0, x1, xt, vt are (B, ...); t and s are (B,) with 0 <= s <= t <= 1, in float32 or better. variance: that of the
     entries of x1 given the code of a learned prior, (B, ...); None means 1. place: the index of each sample in the run,
-    (B,) int64; None outside a run.
+    (B,) int64 on the CPU; None outside a run. still: on the CPU, the samples whose times were drawn with s = t; None
+    if that is not known. What is on the CPU decides which rows a network is called on, without waiting for the device.
     """
 
     x0: Tensor
@@ -37,21 +39,30 @@ class PathSample:
     cond: Cond | None = None
     variance: Tensor | None = None
     place: Tensor | None = None
+    still: Tensor | None = None
 
     def places(self, step: int) -> Tensor:
-        """`place`; without one, the indices in a run with one batch of this size per step."""
+        """`place`; without one, the indices in a run with one batch of this size per step. On the CPU."""
         if self.place is not None:
             return self.place
-        return step * len(self.t) + torch.arange(len(self.t), device=self.t.device)
+        return step * len(self.t) + torch.arange(len(self.t))
+
+    @property
+    def moving(self) -> Tensor:
+        """The samples with t > s, a mask (B,) on the CPU; the device is asked only if the draw does not know them."""
+        if self.still is None or self.t.device.type == "cpu":
+            return (self.t > self.s).cpu()
+        return ~self.still
 
 
-def rows_of(sample: PathSample, rows: Tensor) -> PathSample:
-    """The sample restricted to `rows`, an index or a mask."""
-    cond = None if sample.cond is None else {key: value[rows] for key, value in sample.cond.items()}
-    parts = {name: getattr(sample, name)[rows] for name in ("x0", "x1", "t", "s", "xt", "vt")}
-    more: dict[str, Any] = {
-        name: None if (value := getattr(sample, name)) is None else value[rows] for name in ("variance", "place")
-    }
+def rows_of(sample: PathSample, rows: Rows | Tensor) -> PathSample:
+    """The sample restricted to those rows; a tensor is an index of the CPU."""
+    host, places = (rows.host, rows.places) if isinstance(rows, Rows) else (rows, rows)
+    cond = None if sample.cond is None else {key: value[places] for key, value in sample.cond.items()}
+    parts = {name: getattr(sample, name)[places] for name in ("x0", "x1", "t", "s", "xt", "vt")}
+    more: dict[str, Any] = {"variance": None if sample.variance is None else sample.variance[places]}
+    for name in ("place", "still"):
+        more[name] = None if (value := getattr(sample, name)) is None else value[host]
     return PathSample(**parts, cond=cond, **more)
 
 
@@ -305,7 +316,8 @@ def broadcast_time(t: Tensor | float, x: Tensor) -> Tensor:
     The dtype of t does not change, so times stay in float32 or better. Raises a ValueError unless t is a scalar or
     (B,).
     """
-    t = torch.as_tensor(t, device=x.device)
+    # not as_tensor of a number, which copies it to the device and waits
+    t = torch.as_tensor(t, device=x.device) if isinstance(t, Tensor) else torch.full((), t, device=x.device)
     if t.ndim == 0:
         return t
     if t.ndim != 1 or t.shape[0] != x.shape[0]:

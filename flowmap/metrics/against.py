@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,23 +33,29 @@ class HasReferences(Protocol):
     def held_out_conditions_at(self, places: Tensor) -> Cond: ...
 
 
+class Side(NamedTuple):
+    """A metric with one reference already counted, and the number of samples in that reference."""
+
+    metric: Any
+    size: int
+
+
 class Against:
     """A metric of samples (`spec`) with each reference of a data set: held-out samples, if any, and training ones.
 
     One feature space, fitted to the training samples, serves both, and samples pass through it once. `reset` and
     `update` are as in torchmetrics; each process is given its share of `spec.images` samples. Networks and states are
-    on `device`.
+    on `device`. sizes: the number of samples in each reference.
     """
 
     def __init__(self, spec: Any, dataset: HasReferences, device: Device = "cpu"):
         self.spec, self.device, self.counted = spec, device, 0
         references = {TRAIN: dataset.reference} | ({"": dataset.held_out} if len(dataset.held_out) else {})
         self.real = {suffix: Real(rows, device) for suffix, rows in references.items()}
-        trained = spec.build_from(self.real[TRAIN])
-        self.metrics = {TRAIN: trained}
-        if "" in self.real:
-            self.metrics = {"": spec.build_from(self.real[""], like=trained), TRAIN: trained}
-        self.wanted = {suffix: spec.compared(len(self.real[suffix])) for suffix in self.metrics}
+        sides: dict[str, Side] = spec.sides(self.real)
+        self.metrics = {suffix: side.metric for suffix, side in sides.items()}
+        self.sizes = {suffix: side.size for suffix, side in sides.items()}
+        self.wanted = {suffix: spec.compared(size) for suffix, size in self.sizes.items()}
 
     def reset(self) -> None:
         self.counted = 0

@@ -38,10 +38,11 @@ def baseline(
     samples scores below the baseline against those.
     """
     real = against.real
-    if len(real) == 1:
-        return _halves(against, real[TRAIN], draws)
     found: dict[str, float] = {}
     for suffix, wanted in against.wanted.items():
+        if suffix == TRAIN and "" not in real:
+            found |= _halves(against, real[TRAIN], draws)
+            continue
         pool = real[""] if suffix == TRAIN else real[TRAIN]
         labels = None
         if classes is not None:
@@ -65,7 +66,7 @@ def _drawn(count: int, labels: Tensor | None, classes: Classes | None, num: int,
 
 def _scored(against: Against, suffix: str, pool: Real, chosen: Tensor) -> dict[str, float]:
     against.reset()
-    spec, reference = against.spec, len(against.real[suffix])
+    spec, reference = against.spec, against.sizes[suffix]
     count_real(spec, against.metrics[suffix], pool, chosen, real=False)
     factor = spec.bias(reference, spec.images) / spec.bias(reference, len(chosen))
     return {key: value * factor for key, value in against.report(only=suffix).items()}
@@ -74,7 +75,7 @@ def _scored(against: Against, suffix: str, pool: Real, chosen: Tensor) -> dict[s
 def _halves(against: Against, real: Real, draws: int) -> dict[str, float]:
     """The figures of halves against each other, brought to the sizes of use."""
     spec, half, rows = against.spec, len(real) // 2, []
-    factor = spec.bias(len(real), spec.images) / spec.bias(half, half)
+    factor = spec.bias(against.sizes[TRAIN], spec.images) / spec.bias(half, half)
     for seed in range(draws):
         mixed = some(len(real), None, seed=seed)
         metric = spec.build_from(real, like=against.metrics[TRAIN], places=mixed[:half])

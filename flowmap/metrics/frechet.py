@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from flowmap.metrics.real import Features, features_in
+from flowmap.metrics.statistics import Statistics
 
 
 class FrechetDistance(Metric):
@@ -22,16 +23,20 @@ class FrechetDistance(Metric):
 
     `reset` forgets the generated samples and keeps the real ones (`reset_real` forgets those), so that a reference
     passes through the features once. Holds moments, no features: 32 (D^2 + D) bytes. Sums over processes are taken in
-    `compute`.
+    `compute`. given: mean and covariance of the real samples, which then need not be counted; every process has them.
     """
 
     is_differentiable = False
     higher_is_better = False
     full_state_update = True
+    given_mean: Tensor | None
+    given_covariance: Tensor | None
 
-    def __init__(self, features: Features, dims: int):
+    def __init__(self, features: Features, dims: int, given: Statistics | None = None):
         super().__init__(dist_sync_fn=summed)
         self.features, self.dims = features, dims
+        self.register_buffer("given_mean", None if given is None else given.mean)
+        self.register_buffer("given_covariance", None if given is None else given.covariance)
         for kind in ("real", "fake"):
             self.add_state(f"{kind}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{kind}_sum", torch.zeros(dims, dtype=torch.float64), dist_reduce_fx="sum")
@@ -65,6 +70,8 @@ class FrechetDistance(Metric):
         self._computed = None  # torchmetrics' cache of the last result
 
     def _moments(self, kind: str) -> tuple[Tensor, Tensor]:
+        if kind == "real" and self.given_mean is not None and self.given_covariance is not None:
+            return self.given_mean, self.given_covariance
         n = getattr(self, f"{kind}_count")
         if n < 2:
             raise ValueError(f"a Frechet distance needs 2 or more {kind} samples, got {int(n)}")

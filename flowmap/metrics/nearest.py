@@ -20,10 +20,17 @@ class Neighbours:
     """The metric of kind nearest_neighbour on a data set; `reset`, `update` and `report` are as those of Against."""
 
     def __init__(
-        self, data: HasReferences, *, features: str, images: int, reference_images: int | None, device: Device = "cpu"
+        self,
+        data: HasReferences,
+        *,
+        features: str,
+        images: int,
+        reference_images: int | None,
+        weights: str | None = None,
+        device: Device = "cpu",
     ):
         reference, held_out = Real(data.reference, device), Real(data.held_out, device)
-        network = build_features(features, data.reference, device)
+        network = build_features(features, data.reference, device, weights=weights)
         self.features, self.images, self.device, self._counted = features, images, device, 0
         real = reference.all_features(network, some(len(reference), reference_images))
         self.metric = NearestScore(network, real).to(device)

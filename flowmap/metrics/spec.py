@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowmap.flow.solver import Solver
 from flowmap.flow.types import Cond
-from flowmap.metrics.features import check_features, needs_pictures
+from flowmap.metrics.features import check_features, check_weights, needs_pictures
 from flowmap.metrics.real import Device
 
 MAX_SAMPLES, MAX_STEPS = 1_000_000, 100_000
@@ -188,6 +188,11 @@ class Spec:
     def check(self) -> None:
         """Raise ValueError if something that the metric needs is not on this machine; no network is loaded."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files whose contents the figures depend on."""
+        return ()
+
     def build_on(self, data: Any, device: Device = "cpu") -> Any:
         """The metric on that device, with what it takes from the data set already counted or fitted."""
         raise NotImplementedError
@@ -208,13 +213,18 @@ class Spec:
 
 
 class InFeatures(Spec):
-    """A metric of samples in the space `features`."""
+    """A metric of samples in the space `features`.
+
+    weights: the file, folder or hub id of the network's weights; None: the default place (metrics/picture_nets.py).
+    """
 
     features: str
+    weights: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         well_formed(self.features)
+        check_weights(self.features, self.weights)
 
     @property
     def feature_space(self) -> str | None:
@@ -230,4 +240,4 @@ class InFeatures(Spec):
             )
 
     def check(self) -> None:
-        check_features(self.features)
+        check_features(self.features, self.weights)

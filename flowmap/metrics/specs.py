@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flowmap.metrics.against import Against, HasReferences, count_real
+from flowmap.base.schema import added
+from flowmap.metrics.against import TRAIN, Against, HasReferences, Side, count_real
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
 from flowmap.metrics.real import Device, Features, Real, some
+from flowmap.metrics.reference import AUTO, HELD_OUT, UNKNOWN, check_reference, statistics_for
 from flowmap.metrics.spec import (
     MAX_SAMPLES,
     SAMPLES,
@@ -30,6 +32,7 @@ from flowmap.metrics.spec import (
     enough,
     within,
 )
+from flowmap.metrics.statistics import Statistics
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
@@ -68,6 +71,20 @@ class Samples(Spec):
     def report(self, metric: Any) -> dict[str, float]:
         """The figures of what the metric has counted, under their names."""
         raise NotImplementedError
+
+    def sides(self, real: Mapping[str, Real]) -> dict[str, Side]:
+        """The metric with each reference already counted, by the suffix of its keys.
+
+        real: training samples under `TRAIN` and, if any are held out, those under "".
+        """
+        trained = Side(self.build_from(real[TRAIN]), len(real[TRAIN]))
+        return self._own(real, "", trained.metric) | {TRAIN: trained}
+
+    def _own(self, real: Mapping[str, Real], suffix: str, like: Any) -> dict[str, Side]:
+        """The metric with the data's own samples of one kind, in the feature space of `like`; {} if there are none."""
+        if suffix not in real:
+            return {}
+        return {suffix: Side(self.build_from(real[suffix], like=like), len(real[suffix]))}
 
     def compare(self, data: HasReferences, device: Device = "cpu") -> Against:
         """The metric with each reference of the data already counted."""
@@ -119,11 +136,14 @@ class _InSpace(InFeatures, Samples):
         raise NotImplementedError
 
     def build_from(self, real: Real, like: Any = None, places: Tensor | None = None) -> Any:
-        features = build_features(self.features, real.rows, real.device) if like is None else like.features
+        features = self._features(real) if like is None else like.features
         metric = self.metric(features, real, like).to(real.device)
         rows = torch.arange(len(real)) if places is None else places
         count_real(self, metric, real, rows[some(len(rows), self.reference_images)], real=True)
         return metric
+
+    def _features(self, real: Real) -> Features:
+        return build_features(self.features, real.rows, real.device, weights=self.weights)
 
     def features_of(self, metric: Any) -> Callable[[Tensor], Tensor]:
         return metric.features
@@ -133,13 +153,54 @@ class _InSpace(InFeatures, Samples):
 class Frechet(_InSpace):
     """Frechet distance of `images` generated samples to the reference.
 
-    `reference_images` of it are used, drawn with a fixed seed (None: all).
+    `reference_images` of it are used, drawn with a fixed seed (None: all). reference: a file with the mean and the
+    covariance of a whole reference set, an .npz with mu and sigma; "auto": those of all training pictures, which `fit`
+    computes once and keeps. reference_of: the set that the file is of, "train" or "held_out"; the distance to it has
+    the key of that set, and takes the place of the distance to the data's own samples of the kind. weights: the file,
+    folder or hub id of the network's weights.
     """
 
     features: str = "pixels"
     images: int = 2000
     reference_images: int | None = None
+    reference: str | None = added(None)
+    reference_of: str = added("train")
+    weights: str | None = added(None)
     kind: ClassVar[str] = "frechet"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_reference(self.reference, self.reference_of, self.features, self.reference_images)
+
+    def check(self) -> None:
+        super().check()
+        if self.reference not in (None, AUTO):
+            self._statistics()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return () if self.reference in (None, AUTO) else (str(self.reference),)
+
+    def sides(self, real: Mapping[str, Real]) -> dict[str, Side]:
+        if self.reference is None:
+            return super().sides(real)
+        given = self._given(real[TRAIN])
+        if self.reference_of == HELD_OUT:
+            return {"": given} | self._own(real, TRAIN, given.metric)
+        return self._own(real, "", given.metric) | {TRAIN: given}
+
+    def _statistics(self) -> Statistics:
+        return statistics_for(str(self.reference), self.features, self.weights)
+
+    def _given(self, real: Real) -> Side:
+        """The metric with the reference of the file."""
+        from flowmap.metrics.frechet import FrechetDistance
+
+        statistics, features = self._statistics(), self._features(real)
+        if (dims := _dims(features, real)) != statistics.width:
+            what = f"is of {statistics.width} features, and {self.features!r} has {dims}"
+            raise ValueError(f"metrics: reference: {self.reference}: {what}")
+        return Side(FrechetDistance(features, dims, given=statistics).to(real.device), statistics.count or UNKNOWN)
 
     def metric(self, features: Features, real: Real, like: FrechetDistance | None) -> FrechetDistance:
         from flowmap.metrics.frechet import FrechetDistance
@@ -169,6 +230,7 @@ class PrecisionRecall(_InSpace):
     features: str = "pixels"
     images: int = 2000
     k: int = 3
+    weights: str | None = added(None)
     kind: ClassVar[str] = "precision_recall"
 
     def __post_init__(self):
@@ -217,6 +279,7 @@ class MMD(_InSpace):
     reference_images: int | None = None
     sigma: float | None = None
     unit: bool = False
+    weights: str | None = added(None)
     kind: ClassVar[str] = "mmd"
 
     def __post_init__(self):
@@ -257,6 +320,7 @@ class NearestNeighbour(InFeatures):
     features: str = "pixels"
     images: int = 1000
     reference_images: int | None = None
+    weights: str | None = added(None)
     on_samples: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -272,8 +336,14 @@ class NearestNeighbour(InFeatures):
         """The metric with the training samples already in the feature space."""
         from flowmap.metrics.nearest import Neighbours
 
-        count = self.reference_images
-        return Neighbours(data, features=self.features, images=self.images, reference_images=count, device=device)
+        return Neighbours(
+            data,
+            features=self.features,
+            images=self.images,
+            reference_images=self.reference_images,
+            weights=self.weights,
+            device=device,
+        )
 
     def build_on(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
         return self.compare(data, device)

@@ -19,17 +19,21 @@ KEPT = (ScalarEmbedding, ExtraEmbeddings)
 
 
 def hold(flow_map: FlowMapNet, dtype: torch.dtype) -> None:
-    """Round a frozen network's layers to `dtype`, in place, and compute with it from now on, as autocast does.
+    """Round the frozen weights of layers to `dtype`, in place, and compute with it from now on, as autocast does.
 
     Parameters that other networks share are rounded there too: set their `held` as well. EDM2's layers, which
     normalise their weights, then round twice.
     """
     flow_map.held = dtype
-    for module in _outside(flow_map.net, KEPT):
-        if isinstance(module, LAYERS):
-            for parameter in module.parameters(recurse=False):
-                assert not parameter.requires_grad, "trained weights are not rounded"
-                parameter.data = parameter.data.to(dtype)
+    for parameter in rounded_parameters(flow_map.net):
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def rounded_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The parameters that autocast rounds in every call."""
+    layers = [module for module in _outside(net, KEPT) if isinstance(module, LAYERS)]
+    return [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
 
 
 def _outside(module: nn.Module, kept: tuple[type[nn.Module], ...]) -> list[nn.Module]:

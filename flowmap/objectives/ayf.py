@@ -17,6 +17,7 @@ from torch import Tensor
 from flowmap.base.ranges import Share
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
+from flowmap.flow.host import on_device
 from flowmap.flow.shares import anywhere, called_on, evenly, taken
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.tangent import Tangent
@@ -96,8 +97,8 @@ class AYFMixed(_AYF):
         losses: list[Tensor] = []
         logs: dict[str, Tensor] = {}
         for rows, kind in ((~chosen, AYFEMD), (chosen, AYFLMD)):
-            if (places := called_on(rows, student)) is not None:
-                loss, mine = kind(**settings)(student, teacher, rows_of(sample, places), step), rows[places]
+            if (called := called_on(rows, student, sample.t.device)) is not None:
+                loss = kind(**settings)(student, teacher, rows_of(sample, called), step)
                 losses.append(loss.value * (int(rows.sum()) / len(rows)))
                 logs = {
                     **loss.logs,
@@ -105,7 +106,8 @@ class AYFMixed(_AYF):
                 }
                 for key in ("residual_norm", "tangent_norm"):
                     logs[key] = logs[key].to(loss.logs[key].dtype)
-                    logs[key][places[mine]] = loss.logs[key][mine]
+                    if called.real:
+                        logs[key][called.places] = loss.logs[key]
         total = sum(losses)
         assert isinstance(total, Tensor)  # a batch has rows
         return Loss(total, logs)
@@ -122,7 +124,7 @@ class AYFMixed(_AYF):
 
     def rows(self, place: Tensor) -> tuple[Tensor, Tensor]:
         """Return two masks (n,) of the samples at those places of the run: Lagrangian rows, and rows at the student's
-        own states.
+        own states; on the device of `place`.
         """
         chosen, lagrangian = evenly(place, self.lagrangian, turned=1), taken(place, self.lagrangian, turned=1)
         own, own_eulerian = (
@@ -137,14 +139,12 @@ def at_own_states(student: FlowMap, sample: PathSample, rows: Tensor) -> PathSam
 
     At t = 1 that is the noise itself.
     """
-    if (places := called_on(rows, student)) is None:
+    if (called := called_on(rows, student, sample.t.device)) is None:
         return sample
-    part = rows_of(sample, places)
+    part = rows_of(sample, called)
     jump = without_graph(student, part.x1, torch.ones_like(part.t), part.t, part.cond)
     moved = (part.x1 + broadcast_time(part.t - 1, part.x1) * jump).to(sample.xt.dtype)
-    return replace(
-        sample, xt=sample.xt.index_copy(0, places, torch.where(broadcast_time(rows[places], moved), moved, part.xt))
-    )
+    return replace(sample, xt=sample.xt.index_copy(0, called.places, moved)) if called.real else sample
 
 
 def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, needed: bool) -> tuple[Tensor, Tensor]:
@@ -153,13 +153,14 @@ def off_diagonal(derive, student: FlowMap, sample: PathSample, v: Tensor, *, nee
 
     There is one forward pass whatever the times: rows on the diagonal are moved to the end of the batch, and back.
     """
-    still = sample.t <= sample.s if needed else torch.ones_like(sample.t, dtype=torch.bool)
+    still = ~sample.moving if needed else torch.ones(len(sample.t), dtype=torch.bool)
     rows = max(int((~still).sum()), int(needed and anywhere(~still, student)))
     given = (sample.xt, sample.t, sample.s, v)
     if not bool(still[:rows].any()):
         return derive(*given, sample.cond, rows)
-    order = torch.argsort(still, stable=True)
-    place = torch.argsort(order)
+    on_host = torch.argsort(still, stable=True)
+    back = torch.argsort(on_host)
+    order, place = (on_device(index, sample.t.device) for index in (on_host, back))
     cond = None if sample.cond is None else {key: value[order] for key, value in sample.cond.items()}
     mean_velocity, rate = derive(*(value[order] for value in given), cond, rows)
     return mean_velocity[place], rate[place]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Count, check_ranges
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.host import on_device
 from flowmap.flow.parts import BaseObjective
 from flowmap.flow.solver import Heun, NoiseAnchored, Solver
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
@@ -44,8 +45,8 @@ class CMT(BaseObjective):
         if teacher is None:
             raise ValueError("objective.kind: cmt follows the teacher's own trajectories; add a teacher")
         leader = torch.arange(len(sample.t), device=sample.t.device) // self.points
-        trajectory, cond = self._trajectories(teacher, sample, int(leader[-1]) + 1)
-        times = torch.tensor(self.solver.times(), dtype=sample.t.dtype, device=sample.t.device)
+        trajectory, cond = self._trajectories(teacher, sample, -(-len(sample.t) // self.points))
+        times = on_device(torch.tensor(self.solver.times(), dtype=sample.t.dtype), sample.t.device)
         i, j = places(times, sample.t, sample.s)
         cond = None if cond is None else {key: value[leader] for key, value in cond.items()}
         x, y, t, s = trajectory[i, leader], trajectory[j, leader], times[i], times[j]

@@ -26,6 +26,7 @@ from flowmap.flow.derivative import (
     without_graph,
 )
 from flowmap.flow.distance import Distance, Squared
+from flowmap.flow.host import chosen_rows, on_device
 from flowmap.flow.parts import BaseObjective
 from flowmap.flow.shares import called_on
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
@@ -50,13 +51,13 @@ class SelfDistilled(BaseObjective):
         return self.weight.learned
 
     def __call__(self, student: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
-        moving = sample.t > sample.s
+        moving = sample.moving
         error = sample.t.new_zeros(len(moving))
         sides = lambda part: self._sides(student, part, step)
         for rows, of_rows in ((~moving, lambda part: _velocities(student, teacher, part)), (moving, sides)):
-            if (places := called_on(rows, student)) is not None:
-                found = self.distance(*of_rows(rows_of(sample, places))).to(error.dtype)
-                error = error.index_add(0, places, found * rows[places])
+            if (called := called_on(rows, student, sample.t.device)) is not None:
+                found = self.distance(*of_rows(rows_of(sample, called))).to(error.dtype)
+                error = error.index_add(0, called.places, found * float(called.real))
         logs = {"error": error, "diagonal_error": _mean(error, ~moving), "self_error": _mean(error, moving)}
         return Loss(
             self.weight(error, student, sample.t, sample.s).mean(), {key: value.detach() for key, value in logs.items()}
@@ -74,7 +75,8 @@ def _velocities(student: FlowMap, teacher: Teacher | None, sample: PathSample) -
 
 
 def _mean(error: Tensor, rows: Tensor) -> Tensor:
-    return error[rows].mean() if bool(rows.any()) else error.new_zeros(())
+    chosen = chosen_rows(rows, error.device)
+    return error[chosen.places].mean() if len(chosen.host) else error.new_zeros(())
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,9 @@ class PSD(SelfDistilled):
 
 
 def spread(place: Tensor, like: Tensor) -> Tensor:
-    """A number in [0, 1) for each place, (n,) int64, in the dtype of `like`: multiples of the golden ratio.
+    """A number in [0, 1) for each place, (n,) int64, in the dtype of `like`, on its device: multiples of the golden
+    ratio.
 
     Any stretch of consecutive places has its numbers evenly spread.
     """
-    return ((place.double() * 0.6180339887498949 + 0.5) % 1).to(like.dtype)
+    return on_device(((place.double() * 0.6180339887498949 + 0.5) % 1).to(like.dtype), like.device)

@@ -11,6 +11,8 @@ from flowmap.base.schema import short_hash, to_plain
 from flowmap.data import Encoded, Folder, Pairs, Text
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Source
+from flowmap.data.encoded import read_index
+from flowmap.data.shards import difference
 from flowmap.data.sources import READER
 from flowmap.flow.prior import Learned
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, pairs_spec, prior_recipes
@@ -72,6 +74,16 @@ def pairs_of(recipe: Recipe) -> Pairs:
         return (plain, data, [hash_of(one) for one in needed], *reader, *prior)
 
     return replace(spec, root=str(_by_hash("pairs", parts)))
+
+
+def finished_index(spec: Encoded) -> dict[str, Any] | None:
+    """Return the index in the folder of the encoding, or None unless it is finished and has these settings."""
+    try:
+        index = read_index(Path(spec.root))
+        differs = difference(index["identity"] | index["chosen"], spec.identity() | spec.chosen())
+    except ValueError:  # It is missing or damaged, or its autoencoder is not trained yet.
+        return None
+    return index if differs is None else None
 
 
 def _by_hash(what: str, parts: Callable[[Callable[[Recipe], str]], Any]) -> Path:

@@ -23,8 +23,10 @@ from flowmap.teachers.card import Card
 def check_guidance(run: Resolved) -> None:
     """Raise RecipeError if a guidance has no effect, or needs a velocity without a condition that was never learned."""
     recipe = run.recipe
-    for key, slot in _slots(recipe):
-        _check_slot(run, key, slot)
+    slots = (("teacher", recipe.teacher, run.cards), ("coupling.teacher", pairs_teacher(recipe), run.pairs_cards))
+    for key, slot, cards in slots:
+        if slot is not None:
+            _check_slot(run, key, slot, cards[0])
     if abs(recipe.distillation.null_weight) > 1e-9 and not _drops(recipe):
         raise RecipeError(
             f"{recipe.name}: objective.omega: guidance in the target asks the student without a condition, which it "
@@ -73,8 +75,8 @@ def _slots(recipe: Recipe) -> Iterator[tuple[str, TeacherSlot]]:
     return ((key, slot) for key, slot in slots if slot is not None)
 
 
-def _check_slot(run: Resolved, key: str, slot: TeacherSlot) -> None:
-    recipe, card, free = run.recipe, card_of(slot), isinstance(slot.guidance, ClassifierFree)
+def _check_slot(run: Resolved, key: str, slot: TeacherSlot, card: Card) -> None:
+    recipe, free = run.recipe, isinstance(slot.guidance, ClassifierFree)
     if free and not recipe.data.conditional:
         raise RecipeError(
             f"{recipe.name}: {key}.guidance: classifier_free has no effect: data.conditional is false; "
@@ -125,6 +127,6 @@ def _learns_unconditional(run: Resolved) -> bool:
     if isinstance(trained.start, FromRecipe):
         return _learns_unconditional(run.starts[0])
     if isinstance(trained.start, FromTeacher) and trained.teacher is not None:
-        card = card_of(trained.teacher)
+        card = run.cards[0]
         return card.kind != "recipe" or _learns_unconditional(run.trainer_of(card))
     return False

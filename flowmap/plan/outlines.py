@@ -1,4 +1,4 @@
-"""Outlines of data that is not on this machine: shape and classes as settings, cards and other recipes state them."""
+"""Outlines of data that is not read: as an index, settings, cards and other recipes state shape and classes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import Text
+from flowmap.data import Encoded, Text
 from flowmap.data.outline import DataOutline
 from flowmap.data.text.tokens import BPE
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
 from flowmap.plan.cards import find_card, list_cards
+from flowmap.plan.data_folders import finished_index
 from flowmap.plan.requirements import HasSource
 from flowmap.plan.resolved import Resolved
 from flowmap.student.prior import auxiliary
@@ -35,15 +36,25 @@ class OnTokens(Protocol):
 
 
 def stated_outline(run: Resolved) -> DataOutline | None:
-    """Return the outline of the run's data without reading any; None if nothing states its shape or the network."""
-    shape, num_classes = run.recipe.data.outline() or (_codes(run) or latents_shape(run) or sentences_shape(run), None)
-    carded = _carded(run) or (None, None)
-    shape, num_classes = shape or carded[0], num_classes or carded[1]
+    """Return the outline of the run's data without reading any; None if nothing states its shape or the network.
+
+    The index of a finished encoding is read; class names are known from it alone.
+    """
+    index = finished_index(run.data) if isinstance(run.recipe.data, Encoded) else None
+    names = None if index is None else index.get("class_names")
+    shape, num_classes = _stated(run) if index is None else (tuple(index["shape"]), index["num_classes"])
     if not shape or run.net is None:
         return None
     net = net_within(run.net)
     conditions = example_conditions(net, 1) if isinstance(net, DiffusersModel) else {}
-    return DataOutline(shape, num_classes, conditions=conditions)
+    return DataOutline(shape, num_classes, tuple(names) if names else None, conditions)
+
+
+def _stated(run: Resolved) -> tuple[Shape | None, int | None]:
+    """Return shape and classes as settings, cards and other recipes state them, each None if they do not."""
+    known = run.recipe.data.outline() or (_codes(run) or latents_shape(run) or sentences_shape(run), None)
+    carded = _carded(run) or (None, None)
+    return known[0] or carded[0], known[1] or carded[1]
 
 
 def sentences_shape(run: Resolved) -> Shape | None:

@@ -1,6 +1,6 @@
 """Resolve a recipe once: the run, what its recipe names, and what it needs before, in order.
 
-The stages of a run are runs of other recipes, encoded data and pairs.
+The stages of a run are runs of other recipes, encoded data, pairs and statistics of pictures.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Encoded, Pairs, pairs
-from flowmap.data.encoded import read_index
 from flowmap.data.outline import DataOutline
-from flowmap.data.shards import difference
 from flowmap.plan.cards import lora_card
+from flowmap.plan.data_folders import finished_index
 from flowmap.plan.outlines import stated_outline
 from flowmap.plan.provenance import pairs_identity
+from flowmap.plan.references import ReferenceStatistics, references_of
 from flowmap.plan.resolved import Resolved
 from flowmap.plan.run_folders import runs_root
 from flowmap.recipe import Recipe
@@ -28,7 +28,9 @@ class ResolvedRun(Resolved):
 
     @cached_property
     def outline(self) -> DataOutline | None:
-        """Shape and classes of the data as settings, cards and other recipes state them, without reading any."""
+        """Shape, classes and class names of the data as far as they are known without reading it; None if nothing
+        states the shape.
+        """
         return stated_outline(self)
 
     @cached_property
@@ -55,7 +57,7 @@ class ResolvedRun(Resolved):
             for needed in [] if pairing.complete else self.pairs_teachers:
                 found += self._with_needs(needed, chain)
             found.append(pairing)
-        return found
+        return [*found, *references_of(self.recipe)]
 
     def _with_needs(self, needed: ResolvedRun, chain: tuple[str, ...]) -> list[Needed]:
         name = needed.recipe.name
@@ -92,11 +94,7 @@ class Encoding:
 
     @property
     def complete(self) -> bool:
-        try:
-            index, spec = read_index(self.folder), self.spec
-            return difference(index["identity"] | index["chosen"], spec.identity() | spec.chosen()) is None
-        except ValueError:  # It is missing or damaged, or its autoencoder is not trained yet.
-            return False
+        return finished_index(self.spec) is not None
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class Pairing:
             return False
 
 
-Needed = Stage | Encoding | Pairing
+Needed = Stage | Encoding | Pairing | ReferenceStatistics
 
 
 def resolve(recipe: Recipe, folder: Path | None = None) -> ResolvedRun:

@@ -12,7 +12,6 @@ from flowmap.data import Encoded, Folder, Pairs, TeacherSlot
 from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
-from flowmap.plan.cards import card_of, find_card
 from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_spec, trained_by
 from flowmap.plan.named_networks import weights_of
@@ -92,12 +91,12 @@ def _weights(trained: Resolved) -> Path:
 
 def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
-    found = _of_card(run, teacher, card_of(teacher))
+    found = _of_card(run, teacher, run.pairs_cards[0])
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
-        found["weak"] = _of_card(run, teacher, find_card(guidance.weak))
+        found["weak"] = _of_card(run, teacher, run.pairs_cards[1])
     return found
 
 

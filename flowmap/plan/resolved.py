@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from flowmap.base.files import write_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data import Pairs, Styles
 from flowmap.flow.prior import Learned
@@ -24,8 +23,7 @@ from flowmap.plan.dependencies import (
     teacher_recipes,
 )
 from flowmap.plan.named_networks import shipped_net, spec_of, stacked, with_time_embedding
-from flowmap.plan.run_folders import built_on, dependency_folder, is_complete
-from flowmap.plan.same_run import BUILT_ON
+from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
@@ -69,12 +67,6 @@ class Resolved:
     @property
     def complete(self) -> bool:
         return is_complete(self.folder, self.recipe)
-
-    def stamp(self) -> None:
-        """Write the files that tell of which recipe the folder's run is."""
-        write_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
-        if on := built_on(self.recipe):
-            write_json(self.folder / BUILT_ON, {"recipes": on})
 
     def finished(self, needed: Self, slot: str) -> Path:
         """Return the folder of a run that `slot` of this recipe names. Raise RecipeError unless it is finished."""

@@ -6,7 +6,7 @@ import glob
 import os
 from pathlib import Path
 
-from flowmap.base.files import read_json
+from flowmap.base.files import read_json, write_json, write_text
 from flowmap.base.schema import short_hash
 from flowmap.data import Pairs
 from flowmap.plan.dependencies import autoencoder_recipes, pairs_recipes, weights_recipes
@@ -71,3 +71,10 @@ def _same_built_on(path: Path, recipe: Recipe) -> bool:
         return True
     there = read_json(path)["recipes"]
     return there == built_on(recipe) or set(there) == {name_in_0_1(dependency_folder(one)) for one in _built_on(recipe)}
+
+
+def stamp(folder: Path, recipe: Recipe) -> None:
+    """Write the files that `matches` reads."""
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    if on := built_on(recipe):
+        write_json(folder / BUILT_ON, {"recipes": on})

@@ -61,9 +61,9 @@ def check_plan(folder: Path, plan: Mapping[str, Any], thing: str, changes: tuple
         raise ValueError(f"{folder}: {what}: {found}; choose another folder, or delete this one")
 
 
-def whole(folder: Path, number: int) -> dict[str, Any] | None:
+def whole(folder: Path, number: int, suffix: str = ".arrow") -> dict[str, Any] | None:
     """Return the summary of a shard from its .json; None if the shard is missing or truncated."""
-    path = folder / shard_name(number)
+    path = folder / shard_name(number, suffix)
     try:
         summary = read_json(path.with_suffix(".json"))
         return summary if path.stat().st_size == summary["bytes"] else None
@@ -71,9 +71,11 @@ def whole(folder: Path, number: int) -> dict[str, Any] | None:
         return None
 
 
-def write_shard(folder: Path, number: int, write: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
+def write_shard(
+    folder: Path, number: int, write: Callable[[Path], None], summary: Mapping[str, Any], suffix: str = ".arrow"
+) -> dict[str, Any]:
     """Write the summary (.json) of a shard, then the shard; return the summary with its bytes and SHA-256."""
-    path = folder / shard_name(number)
+    path = folder / shard_name(number, suffix)
     for stale in folder.glob(f".{path.stem}.*.tmp"):  # An interrupted process wrote it.
         stale.unlink(missing_ok=True)
 

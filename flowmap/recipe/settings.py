@@ -197,8 +197,13 @@ class ConstantEMA:
 class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
+    accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
+    and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
+    saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
+    channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
-    that of `precision`.
+    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
+    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
     """
 
     steps: Count = 10_000
@@ -211,7 +216,11 @@ class Trainer:
     activation_checkpointing: bool = False
     compile: bool = False
     checkpoint_every_steps: Count = 500
+    check_finite_every_steps: Count = added(1)
+    tf32: bool = added(True)
+    channels_last: bool | None = added(None)
     teacher_precision: str = added("auto")
+    shard_size: Count | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -225,6 +234,17 @@ class Trainer:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
+        devices = self.devices * self.num_nodes
+        if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):
+            what = f"must divide the number of devices, {devices}, of a run with strategy fsdp"
+            raise ValueError(f"shard_size: {self.shard_size} {what}")
+
+    @property
+    def shards(self) -> int:
+        """The number of devices that weights are split over with fsdp."""
+        automatic = self.devices if self.devices > 1 else self.num_nodes
+        return automatic if self.shard_size is None else self.shard_size
+
     @property
     def frozen_precision(self) -> str:
         """The precision of frozen weights: "32" or "bf16"."""
@@ -233,7 +253,11 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only."""
+    """What a run logs, and how often in optimizer steps; 0 for samples and metrics at the end only.
+
+    metrics_images: the most images of a metric while training, in W&B and log.csv as metrics_of_<images>; null for as
+    many as at the end. metrics_steps: the step counts that are measured while training; empty for all of the sampler's.
+    """
 
     wandb: bool = True
     project: str = "flowmap"
@@ -241,6 +265,8 @@ class Log:
     samples_every_steps: CountFromZero = 0
     metrics_every_steps: CountFromZero = 0
     grid_images: Annotated[int, Range(1, 10_000)] = 64
+    metrics_images: Count | None = added(None)
+    metrics_steps: tuple[Calls, ...] = added(())
 
     def __post_init__(self):
         check_ranges(self)

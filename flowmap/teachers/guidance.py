@@ -3,13 +3,13 @@
 w = 1 is the strong prediction, w > 1 extrapolates away from the weak one. Sources: classifier-free guidance (Ho,
 Salimans 2022, arXiv:2207.12598), autoguidance (Karras et al. 2024, arXiv:2406.02507). w is cond["guidance"] (B,), by
 default the field `default`. The key "guidance" is not passed to the inner teachers. If w is 1 for the whole batch,
-the weak prediction is not computed.
+the weak prediction is not computed; `scales_differ` says that it is not, so that no device is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,6 +28,7 @@ class ClassifierFree:
 
     teacher: Teacher
     default: float = 1.0
+    scales_differ: bool = False
 
     @property
     def network_calls(self) -> int:
@@ -40,7 +41,9 @@ class ClassifierFree:
         strong = self.teacher.velocity(x, t, inner)
         if not inner:
             return strong
-        return _extrapolate(strong, lambda: self.teacher.velocity(x, t, _without_condition(inner)), scale)
+        return _extrapolate(
+            strong, lambda: self.teacher.velocity(x, t, _without_condition(inner)), scale, self.scales_differ
+        )
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Autoguidance:
     strong: Teacher
     weak: Teacher
     default: float = 1.0
+    scales_differ: bool = False
 
     @property
     def network_calls(self) -> int:
@@ -63,7 +67,7 @@ class Autoguidance:
         """The guided velocity, shaped like x."""
         scale, inner = _split(cond, self.default)
         strong = self.strong.velocity(x, t, inner)
-        return _extrapolate(strong, lambda: self.weak.velocity(x, t, inner), scale)
+        return _extrapolate(strong, lambda: self.weak.velocity(x, t, inner), scale, self.scales_differ)
 
 
 @runtime_checkable
@@ -92,10 +96,19 @@ def _without_condition(cond: Cond) -> Cond | None:
     return {"class": torch.full_like(cond["class"], -1)} if "class" in cond else None
 
 
-def _extrapolate(strong: Tensor, weak: Callable[[], Tensor], scale: Tensor | float) -> Tensor:
+def _extrapolate(strong: Tensor, weak: Callable[[], Tensor], scale: Tensor | float, scales_differ: bool) -> Tensor:
     """w strong + (1 - w) weak, computed in float32 or better; weak is not called if every w is 1."""
-    if bool(torch.as_tensor(scale == 1).all()):
+    if not scales_differ and (bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1):
         return strong
     dtype = torch.promote_types(strong.dtype, torch.float32)
-    w = broadcast_time(torch.as_tensor(scale, dtype=dtype), strong)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=dtype, device=strong.device)
+    w = broadcast_time(scale.to(dtype), strong)
     return (w * strong.to(dtype) + (1 - w) * weak().to(dtype)).to(strong.dtype)
+
+
+def with_drawn_scales(teacher: Teacher, scale: tuple[float, float]) -> Teacher:
+    """The teacher for a batch with guidance scales drawn from that range: it does not ask whether all are 1."""
+    if isinstance(teacher, (ClassifierFree, Autoguidance)) and scale != (1.0, 1.0):
+        return replace(teacher, scales_differ=True)
+    return teacher

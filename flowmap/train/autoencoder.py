@@ -17,6 +17,7 @@ from flowmap.base.images import save_picture, stack, to_grid
 from flowmap.metrics import DrawnBatch, baselines
 from flowmap.metrics.real import chunk_of, metric_device
 from flowmap.plan.plan import Stage
+from flowmap.plan.references import located
 from flowmap.train.callbacks import AtPictures, Keep
 from flowmap.train.card import short_card
 from flowmap.train.logging import log_pictures
@@ -54,7 +55,7 @@ def measure_autoencoder(module: DistillModule) -> dict[str, Any]:
     The row "1" of "student" has the signal-to-noise ratio of reconstructions and every metric of samples on them.
     """
     data, started = module.data, time.perf_counter()
-    specs = [spec for spec in module.recipe.metrics if spec.on_samples]
+    specs = [spec for spec in located(module.recipe, module.recipe.metrics) if spec.on_samples]
     num = max([256, *(spec.images for spec in specs)])
     built = [(spec, spec.build_on(data, metric_device(module.device))) for spec in specs]
     for spec, metric in built:

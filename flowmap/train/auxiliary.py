@@ -88,6 +88,7 @@ class AuxiliaryModule(DistillModule):
         super().configure_model()
         if self.fake is not None:
             self.fake.checkpoint_activations(self.recipe.trainer.activation_checkpointing)
+            self._to_channels_last(self.fake)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -6,7 +6,7 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
 from flowmap.train.card import model_card
+from flowmap.train.finite import NotFinite
 from flowmap.train.logging import log_pictures
-from flowmap.train.module import DistillModule, NotFinite, norm_of, trained
+from flowmap.train.module import DistillModule, norm_of, trained
 from flowmap.train.run_folder import drop_old
 
 
@@ -91,6 +92,7 @@ class Average(AtSteps):
     """
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
+        module.check_finite(done)
         module.average()
 
 
@@ -193,14 +195,22 @@ class Keep(AtSteps):
         keep_student(self.stage, self.config, state, done)
 
 
-def metric_logs(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The student's figures of metrics.json under the names that loggers use: metrics/NAME/STEPS."""
+def metric_logs(metrics: Mapping[str, Any], group: str = "metrics") -> dict[str, float]:
+    """The student's figures of metrics.json under the names that loggers use: GROUP/NAME/STEPS."""
     rows = metrics["student"]
-    return {f"metrics/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
+    return {f"{group}/{name}/{k}": value for k, row in rows.items() for name, value in row.items()}
+
+
+def with_at_most(spec: Any, images: int | None) -> Any:
+    """A metric's settings with at most so many images; unchanged if it has no such setting."""
+    if images is None or not any(field.name == "images" for field in fields(spec)):
+        return spec
+    return replace(spec, images=min(spec.images, images))
 
 
 def check_weights(module: DistillModule, done: int) -> None:
     """Raise NotFinite with the name of a weight, or of an average of it, that is not finite; all processes call it."""
+    module.check_finite()
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
     kept |= {
@@ -308,10 +318,11 @@ class Measure(AtSteps):
         going_on("measuring", lambda: self.look(trainer, module, done))
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
-        recipe = self.stage.recipe
-        metrics = [spec for spec in recipe.metrics if spec.on_samples]
+        recipe, most = self.stage.recipe, self.stage.recipe.log.metrics_images
+        metrics = [with_at_most(spec, most) for spec in recipe.metrics if spec.on_samples]
+        chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": metrics}
         log = paced(self.write) if trainer.is_global_zero else None
-        self.known = measure(recipe, self.student, None, module.data, metrics=metrics, known=self.known, progress=log)
-        logs = metric_logs(self.known)
+        self.known = measure(recipe, self.student, None, module.data, **chosen, known=self.known, progress=log)
+        logs = metric_logs(self.known, "metrics" if most is None else f"metrics_of_{most}")
         for logger in trainer.loggers:
             logger.log_metrics(logs, done - 1)

@@ -14,16 +14,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowmap.flow.draws import Generator, RowGenerator, places_of, uniforms
+from flowmap.flow.draws import Generator, RowGenerator, uniforms
 from flowmap.flow.prior import LearnedPrior, Start, start_of
+from flowmap.flow.times import diagonal_rows
 from flowmap.flow.types import Cond, PathSample, broadcast_time
 from flowmap.recipe import Recipe
 
 
 def generator_for(seed: int, step: int, first: int, count: int, device: torch.device) -> RowGenerator:
     """The generator of the step's samples that come after `first`, first + 1, ... others in the run."""
-    where = device if device.type in ("cpu", "cuda") else "cpu"  # other devices may have no float64
-    return RowGenerator(f"train/{seed}", torch.arange(first, first + count, device=where), step)
+    where = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    rows = lambda device: torch.arange(first, first + count, device=device)
+    return RowGenerator(f"train/{seed}", rows(where), step, rows("cpu"))
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def draw_sample(
     t, s = recipe.times(n, device=device, generator=generator)
     if cond and recipe.data.drop_condition > 0:
         dropped = uniforms(n, device, generator) < recipe.data.drop_condition
-        nothing = {"class": torch.tensor([-1], device=device)} | {
+        nothing = {"class": torch.full((1,), -1, device=device)} | {
             key: row.to(device) for key, row in (empty or {}).items()
         }
         for key in cond.keys() & nothing.keys():
@@ -68,9 +70,10 @@ def draw_sample(
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = low + (high - low) * uniforms(n, device, generator)
-    place = places_of(n, device, generator) if isinstance(generator, RowGenerator) else None
+    place = generator.host_rows if isinstance(generator, RowGenerator) else None
     return replace(
         recipe.path.sample(x0, start.x1, t, s, {**cond, **start.conditioning} or None),
         variance=start.variance,
         place=place,
+        still=None if place is None else diagonal_rows(recipe.times, place),
     )

@@ -9,11 +9,13 @@ import lightning as L
 from flowmap.base.files import read_json, write_json
 from flowmap.base.progress import LogFunction
 from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import stamp
 from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS, Ended
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, metric_logs, peak_gib
 from flowmap.train.clock import Clock
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.finite import NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.run_folder import NOT_DRAWN
 
 METRICS = "metrics.json"
@@ -113,7 +115,7 @@ def _replace_figures(stage: Stage, metrics: dict[str, Any]) -> None:
     if "training" in old:
         metrics["training"] = old["training"]
     (stage.folder / METRICS).unlink()
-    stage.stamp()
+    stamp(stage.folder, stage.recipe)
 
 
 def _unfinished(stage: Stage, done: int, what: str, why: str) -> FitError:

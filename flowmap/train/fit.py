@@ -17,9 +17,11 @@ from flowmap.base.schema import RecipeError
 from flowmap.estimate.dry_run import check_stages
 from flowmap.plan.pictures import describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, resolve
+from flowmap.plan.references import ReferenceStatistics
 from flowmap.plan.run_folders import runs_root
 from flowmap.prepare.encode import encode
 from flowmap.prepare.make_pairs import make_pairs
+from flowmap.prepare.reference import make_reference
 from flowmap.recipe import Recipe
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -125,9 +127,11 @@ def _log_complete(label: str, stage: Needed, log: LogFunction) -> None:
         log(line)
 
 
-def _made(stage: Encoding | Pairing) -> str:
+def _made(stage: Encoding | Pairing | ReferenceStatistics) -> str:
     """What the stage makes, in words."""
-    return f"{stage.run.pairs.num} pairs ->" if isinstance(stage, Pairing) else f"its pictures -> {stage.makes} in"
+    if isinstance(stage, Pairing):
+        return f"{stage.run.pairs.num} pairs ->"
+    return f"its pictures -> {stage.makes} in"
 
 
 def silent(message: str) -> None: ...
@@ -138,11 +142,15 @@ def waiting_for(label: str, folder: Path, log: LogFunction) -> Callable[[], None
     return lambda: log(f"{label}: another flowmap process is filling {folder}; waiting for it")
 
 
-def make(stage: Encoding | Pairing, log: LogFunction, waiting: Callable[[], None] | None = None) -> None:
-    """Make the encoded data set or the pairs of the stage, or the missing part. RecipeError names the recipe."""
+def make(
+    stage: Encoding | Pairing | ReferenceStatistics, log: LogFunction, waiting: Callable[[], None] | None = None
+) -> None:
+    """Make what the stage puts on disk, or the missing part. RecipeError names the recipe."""
     device = device_of(stage.recipe)
 
     def made() -> bool:
+        if isinstance(stage, ReferenceStatistics):
+            return make_reference(stage, device=device, log=log, waiting=waiting) is not None
         if isinstance(stage, Pairing):
             return make_pairs(stage.run, stage.folder, device=device, log=log, waiting=waiting) is not None
         return encode(stage.spec, stage.folder, device=device, log=log, waiting=waiting) is not None

@@ -17,18 +17,16 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
-from flowmap.flow.types import Loss, PathSample, Teacher
+from flowmap.flow.types import Cond, Loss, PathSample, Teacher
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe import Recipe
+from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
+from flowmap.train.finite import FiniteChecks, NotFinite
 
 BINS = 4  # of t, by which per-sample logs are also shown
-
-
-class NotFinite(RuntimeError):
-    """The loss or a weight became NaN or infinite: the run stops here."""
 
 
 def as_trained(student: FlowMapNet, recipe: Recipe) -> FlowMapNet:
@@ -69,6 +67,8 @@ class DistillModule(L.LightningModule):
         self._decoder = build_decoder(run)  # no submodule, as the teacher
         self._micro, self.begun, self._sharded = 0, False, False
         self._restored: int | None = None
+        self._null: dict[str, Tensor] = {}
+        self._finite = FiniteChecks(recipe.trainer.check_finite_every_steps)
 
     @property
     def averaged(self) -> FlowMapNet:
@@ -78,7 +78,10 @@ class DistillModule(L.LightningModule):
     @property
     def guided(self) -> Teacher | None:
         """The teacher's velocity as the objective sees it, with guidance."""
-        return None if self.teacher is None else self.teacher.guided
+        if self.teacher is None:
+            return None
+        guidance = None if self.recipe.teacher is None else self.recipe.teacher.guidance
+        return self.teacher.guided if guidance is None else self.teacher.on_drawn_scales(guidance.scale)
 
     @property
     def networks(self) -> list[FlowMapNet]:
@@ -93,18 +96,25 @@ class DistillModule(L.LightningModule):
 
     def configure_model(self) -> None:
         copies = [self.student, *(cast(FlowMapNet, net) for net in self.averages)]
+        self._to_channels_last(*copies)
         for net in copies:
             net.checkpoint_activations(self.recipe.trainer.activation_checkpointing and net is self.student)
         if self.recipe.trainer.strategy == "fsdp" and not self._sharded:
-            from flowmap.train.sharding import shard, shard_frozen
+            from flowmap.train.sharding import mesh_of, shard, shard_frozen
 
-            mesh = self.device_mesh["data_parallel"]
+            mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
             dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
                 shard(net, mesh, dtype=dtype)
             if self.teacher is not None and self.teacher.modules:
                 shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
+
+    def _to_channels_last(self, *nets: nn.Module) -> None:
+        """Convert networks of convolutions as trainer.channels_last says; not under FSDP2, which refuses it."""
+        trainer = self.recipe.trainer
+        for net in nets if trainer.strategy != "fsdp" else ():
+            channels_last(net, trainer.channels_last, self.trainer.strategy.root_device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         return self.recipe.optimizer(trained(self.student))
@@ -129,6 +139,7 @@ class DistillModule(L.LightningModule):
         self._micro, self.begun = 0, True
         if self.teacher is not None:
             self.teacher.to(self.device)
+            self._to_channels_last(*self.teacher.modules)
         if self.prior is not None:
             self.prior.to(self.device)
         if self._decoder is not None:
@@ -167,7 +178,13 @@ class DistillModule(L.LightningModule):
         self.trainer.optimizers[0].param_groups[0]["lr"] = self.recipe.optimizer.lr_at(step, self.recipe.trainer.steps)
         generator = generator_for(self.recipe.seed, step, first_place(step, micro, **self._split), len(x0), x0.device)
         x1 = paired[0] if paired else self.data.partners(x0, generator)
-        return draw_sample(self.recipe, x0, cond, generator, self.data.empty, x1, self.prior), generator
+        return draw_sample(self.recipe, x0, cond, generator, self._empty(x0.device), x1, self.prior), generator
+
+    def _empty(self, device: torch.device) -> Cond:
+        """The conditions of an empty text on that device, where they stay."""
+        if any(row.device != device for row in self._null.values()) or not self._null:
+            self._null = {key: row.to(device) for key, row in self.data.empty.items()}
+        return self._null
 
     def keep(self, sample: PathSample, loss: Loss) -> None:
         """Keep the last sample and loss for the logs; raises NotFinite unless the loss is finite."""
@@ -179,7 +196,13 @@ class DistillModule(L.LightningModule):
         self._must_be_finite("gradient's norm", norm_of(gradients))
 
     def _must_be_finite(self, what: str, value: Tensor) -> None:
-        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits."""
+        """Raise NotFinite on every process if the value is NaN or infinite on any, so that none waits.
+
+        With trainer.check_finite_every_steps above 1 it is noted on the device, and `check_finite` raises.
+        """
+        if self._finite.every > 1:
+            self._finite.note(what, value, self.global_step)
+            return
         bad = (~torch.isfinite(value)).float()
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
@@ -190,6 +213,15 @@ class DistillModule(L.LightningModule):
                 f"{name} in [{float(v.min()):.4g}, {float(v.max()):.4g}]" for name, v in (("t", t), ("s", s))
             )
             raise NotFinite(f"the {what} is {value.item()} at step {self.global_step} ({times})")
+
+    def check_finite(self, done: int | None = None) -> None:
+        """Raise NotFinite if a value was not finite on any process since the last call; all processes call it.
+
+        done: the number of finished steps, after which it is only due every so often; None: now. The host waits for the
+        device.
+        """
+        if self._finite.due(done) and (bad := self._finite.found(self.trainer.world_size)) is not None:
+            raise NotFinite(f"the {bad[0]} is NaN or infinite at step {bad[1]}")
 
     @torch.no_grad()
     def average(self) -> None:

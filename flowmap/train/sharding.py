@@ -12,16 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.recipe.settings import Trainer
 
 # the root too: its gathered weights would otherwise be those of before the last step of the optimizer
 RESHARD: dict[str, Any] = {"reshard_after_forward": True}
 METHODS = ("mean_velocity", "velocity", "log_error")  # of FlowMapNet, each of which is a forward pass
+
+
+def mesh_of(trainer: Trainer, device: str) -> DeviceMesh:
+    """The devices in groups of trainer.shards, in order: one dimension, or (replicas, shards) for several groups."""
+    replicas = trainer.devices * trainer.num_nodes // trainer.shards
+    if replicas == 1:
+        return init_device_mesh(device, (trainer.shards,), mesh_dim_names=("shards",))
+    return init_device_mesh(device, (replicas, trainer.shards), mesh_dim_names=("replicas", "shards"))
 
 
 def shard(net: FlowMapNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:

@@ -28,6 +28,7 @@ from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.nets.precision import hold
 from flowmap.plan.plan import Stage
+from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
@@ -37,9 +38,11 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.device import fast_matmul
 from flowmap.train.finish import FitError, finish
+from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
-from flowmap.train.module import DistillModule, NotFinite
+from flowmap.train.module import DistillModule
 from flowmap.train.modules import module_of
 from flowmap.train.run_folder import LAST, STUDENT, check_step, move_aside, put_back, sweep
 from flowmap.train.strategy import AtomicCheckpointIO, strategy_for
@@ -173,7 +176,7 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
     if overwrite:
         move_aside(folder)
     sweep(folder)
-    stage.stamp()
+    stamp(folder, stage.recipe)
     coders = (built.config.autoencoder, built.config.text_autoencoder)
     if any(coder is not None and coder.source == SHIPPED_AUTOENCODER for coder in coders):
         source = Path(stage.data.autoencoder.source)
@@ -186,7 +189,7 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with restoring(checkpoint, lambda: module.begun):
+        with restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error

@@ -47,4 +47,5 @@ def test_a_share_that_is_turned_has_its_part_of_another(share, other):
 
 def test_the_network_is_called_on_the_rows_that_there_are():
     rows = torch.tensor([False, True, False, True])
-    assert called_on(rows, None).tolist() == [1, 3] and called_on(rows & False, None) is None
+    cpu = torch.device("cpu")
+    assert called_on(rows, None, cpu).places.tolist() == [1, 3] and called_on(rows & False, None, cpu) is None

@@ -54,7 +54,7 @@ def test_a_real_sample_passes_through_a_network_once_for_as_long_as_the_samples_
 def test_a_network_sees_each_real_and_each_generated_picture_once_in_a_whole_evaluation(monkeypatch):
     net = Counting()
     network = FrozenNetwork(net)
-    monkeypatch.setattr("flowmap.metrics.features._network", lambda name: network)
+    monkeypatch.setattr("flowmap.metrics.features._network", lambda name, weights: network)
     monkeypatch.setattr("flowmap.metrics.features.needs_pictures", lambda name: True)
     data = Dataset("noise", pictures(0, 300), pictures(1, 120))
     specs = [kind(images=100) for kind in (Frechet, PrecisionRecall, MMD, NearestNeighbour)]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from flowmap.base.schema import RecipeError
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import build_teacher
+from flowmap.data import Digits
+from flowmap.data.outline import outline_of
 from flowmap.estimate import dry_run
+from flowmap.plan import resolved
 from flowmap.plan.plan import Encoding, plan, resolve
+from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
 from flowmap.recipe import recipe as reading
 
@@ -156,6 +165,77 @@ def test_each_distinct_recipe_is_read_once(name, monkeypatch, tmp_path):
     assert resolve(recipe, tmp_path / "run").stages
     dry_run.dry_run(recipe, None)
     assert read and len(read) == len(set(read)), [one for one in read if read.count(one) > 1]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The recipes that are read by name, and the recipes for which a folder is looked up, with repetitions."""
+    read, looked_up, original, found = [], [], reading.read_recipe, resolved.dependency_folder
+    monkeypatch.setattr(
+        reading, "read_recipe", lambda name, overrides=(): read.append((name, overrides)) or original(name, overrides)
+    )
+    monkeypatch.setattr(resolved, "dependency_folder", lambda one: looked_up.append(one.name) or found(one))
+    return read, looked_up
+
+
+def test_fit_reads_each_recipe_once_and_looks_up_each_folder_once(recipes, counted):
+    """From the plan through the checks, encoding and building to the figures; the stages are built from one tree."""
+    import flowmap
+
+    read, looked_up = counted
+    recipe = read_recipe(recipes / "student.yaml")
+    flowmap.fit(recipe, recipes / "run", log=lambda message: None)
+    assert sorted(name.rsplit("/")[-1] for name, _ in read) == ["ae.yaml", "teacher.yaml"]
+    assert sorted(one.rsplit("-")[-1] for one in looked_up) == ["ae", "teacher"]
+
+
+def test_building_reads_each_recipe_once(recipes, counted):
+    import flowmap
+
+    flowmap.fit(read_recipe(recipes / "student.yaml"), recipes / "run", log=lambda message: None)
+    read, looked_up = counted
+    read.clear(), looked_up.clear()
+    run = resolve(read_recipe(recipes / "student.yaml"), recipes / "run")
+    assert all(stage.complete for stage in run.stages)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    build_student(run, student_config(run, data, teacher), teacher)
+    assert len(read) == len(looked_up) == 2
+
+
+@pytest.mark.parametrize("name", ["instaflow/digits", "lediflow/digits-ayf"])
+def test_the_dry_run_reads_each_data_set_once(name, monkeypatch, tmp_path):
+    """Its stages differ in the settings of training alone, and some are named by several others."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    built, original = [], Digits.build
+    monkeypatch.setattr(Digits, "build", lambda self: built.append(self) or original(self))
+    recipe = read_recipe(name)
+    stages = [stage for stage in resolve(recipe).stages if isinstance(stage.recipe.data, Digits)]
+    assert len(stages) >= 3
+    dry_run.dry_run(recipe, None)
+    assert len(built) == 1
+
+
+def test_the_outline_of_a_finished_encoding_is_that_of_its_index(recipes):
+    recipe = read_recipe(recipes / "teacher.yaml", ["data.autoencoder=null", "metrics=[]"])
+    for i in range(10):
+        (recipes / "pictures" / f"kind-{i % 2}").mkdir(exist_ok=True)
+        (recipes / "pictures" / f"{i}.png").rename(recipes / "pictures" / f"kind-{i % 2}" / f"{i}.png")
+    before = resolve(recipe)
+    assert before.outline is None
+    encode(before.data, Path(before.data.root))
+    found, read = resolve(recipe).outline, outline_of(build_data(resolve(recipe)))
+    assert (found.shape, found.num_classes, found.class_names) == ((3, 8, 8), 2, ("kind-0", "kind-1"))
+    assert (read.shape, read.num_classes, read.class_names) == (found.shape, found.num_classes, found.class_names)
+
+
+def test_a_needed_run_is_one_object_also_for_a_run_with_changed_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    run = resolve(read_recipe("lediflow/digits-ayf"), tmp_path / "out")
+    other = run.changed(seed=5)
+    assert other.recipe.seed == 5 and run.recipe.seed == 0 and other.folder == run.folder == tmp_path / "out"
+    assert other.teachers[0] is run.teachers[0] is run.stages[-2]
+    assert run.teachers[0].priors[0] is run.priors[0] is run.of(run.priors[0].recipe)
 
 
 def test_a_run_determines_each_member_once_and_is_its_own_last_stage(monkeypatch, tmp_path):

@@ -23,18 +23,25 @@ STEP = 3
 
 
 def gradients_of_a_step(
-    monkeypatch, recipe: Recipe, *, batch: int, accumulate: int = 1, world: int = 1, state: int = 0
+    monkeypatch,
+    recipe: Recipe,
+    *,
+    batch: int,
+    accumulate: int = 1,
+    world: int = 1,
+    state: int = 0,
+    double: bool = False,
 ) -> dict[str, list[torch.Tensor]]:
     """The gradient of step 3 for each time that a network steps in it, by the network's name.
 
     They are means over micro-batches and processes, which run in turn here.
 
-    state: that of torch's own generator before every micro-batch.
+    state: that of torch's own generator before every micro-batch. double: networks and samples are float64.
     """
     recipe = replace(
         recipe, data=replace(recipe.data, batch_size=batch), trainer=replace(recipe.trainer, accumulate=accumulate)
     )
-    parts = [_of_a_process(monkeypatch, recipe, rank, world, state) for rank in range(world)]
+    parts = [_of_a_process(monkeypatch, recipe, rank, world, state, double) for rank in range(world)]
     return {
         name: [sum(grads) / world for grads in zip(*(part[name] for part in parts), strict=True)] for name in parts[0]
     }
@@ -54,13 +61,24 @@ class Paired:
         return x0, cond, noises(0, places, x0.shape[1:])
 
 
-def _of_a_process(monkeypatch, recipe: Recipe, rank: int, world: int, state: int) -> dict[str, list[torch.Tensor]]:
+def as_double(batch: tuple) -> tuple:
+    """The batch with samples and noise in float64."""
+    x0, cond, *paired = batch
+    return (x0.double() if x0.is_floating_point() else x0, cond, *(noise.double() for noise in paired))
+
+
+def _of_a_process(
+    monkeypatch, recipe: Recipe, rank: int, world: int, state: int, double: bool
+) -> dict[str, list[torch.Tensor]]:
     run = resolve(recipe)
     data = build_data(run)
     teacher = build_teacher(run, data)
     config = student_config(run, data, teacher)
     samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
     module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+    if double:
+        for part in (module, *(() if teacher is None else teacher.modules)):
+            part.double()
     found: dict[str, list[torch.Tensor]] = {}
 
     def stepped(self, optimizer, parameters, name=None):
@@ -88,7 +106,8 @@ def _of_a_process(monkeypatch, recipe: Recipe, rank: int, world: int, state: int
     for micro in range(recipe.trainer.accumulate):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        loss = module.training_step(module.samples.__getitems__(batches.indices(STEP, micro)), micro)
+        given = module.samples.__getitems__(batches.indices(STEP, micro))
+        loss = module.training_step(as_double(given) if double else given, micro)
         assert torch.equal(torch.get_rng_state(), before), "torch's own generator goes on as if nothing had been drawn"
         if loss is not None:
             (loss / recipe.trainer.accumulate).backward()

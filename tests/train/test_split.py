@@ -66,19 +66,36 @@ def recipe_of(tmp_path, text, *changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_same_however_its_batch_is_split(kind, tmp_path, monkeypatch):
-    """Eight samples at once, in four micro-batches, and in two on each of two processes: the same gradients."""
+    """Eight samples at once, in four micro-batches, in two on each of two processes, and on four: the same gradients.
+
+    In float64, so that nothing but the order of sums differs.
+    """
     recipe = recipe_of(tmp_path, *KINDS[kind])
-    whole = gradients_of_a_step(monkeypatch, recipe, batch=8)
-    for split in (dict(batch=2, accumulate=4), dict(batch=2, accumulate=2, world=2)):
-        found = gradients_of_a_step(monkeypatch, recipe, **split)
+    whole = gradients_of_a_step(monkeypatch, recipe, batch=8, double=True)
+    for split in (dict(batch=2, accumulate=4), dict(batch=2, accumulate=2, world=2), dict(batch=2, world=4)):
+        found = gradients_of_a_step(monkeypatch, recipe, **split, double=True)
         assert found.keys() == whole.keys()
         for name, grads in whole.items():
             scale = max(float(g.abs().max()) for g in grads)
             assert scale > 0
-            for a, b in zip(grads, found[name], strict=True):  # float32 sums in another order
+            for a, b in zip(grads, found[name], strict=True):
                 torch.testing.assert_close(
-                    b, a, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, name=name, split=split: f"{name}, {split}: {m}"
+                    b, a, rtol=0, atol=1e-12 * scale, msg=lambda m, name=name, split=split: f"{name}, {split}: {m}"
                 )
+
+
+@pytest.mark.parametrize("balance", ["base", "adversarial"])
+def test_a_balance_of_two_losses_is_that_of_the_whole_step(balance, tmp_path, monkeypatch):
+    objective = KINDS["adversarial"][1].replace("balance: none", f"balance: {balance}")
+    recipe = recipe_of(tmp_path, DIGITS, objective)
+    whole, split = (
+        gradients_of_a_step(monkeypatch, recipe, **how, double=True)
+        for how in (dict(batch=8), dict(batch=2, accumulate=4))
+    )
+    for name, grads in whole.items():
+        scale = max(float(g.abs().max()) for g in grads)
+        for a, b in zip(grads, split[name], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-12 * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_every_kind_of_objective_is_among_them():

@@ -1,0 +1,129 @@
+"""Memory of one device in a run, from the shapes of its networks' weights and how these are split over devices.
+
+Weights are exact: the parts that FSDP2 keeps of every parameter, rows padded as it pads them. Activations are those of
+costs.py. Not counted are the allocator's fragmentation, CUDA's context and libraries (about 2 GiB), and evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from flowmap.nets.blocks import blocks_of
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.precision import hold, rounded_parameters
+from flowmap.recipe import Recipe
+
+FULL, HALF = 4, 2  # bytes of a number in float32 and bfloat16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    weights, gradients, optimizer: of the student and of what trains with it. averages: of its weights. frozen: the
+    networks of the teacher, and the base of adapters. working: copies of weights for a pass, which are the gathered
+    units under FSDP2, and otherwise autocast's. activations: kept for the backward pass.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    averages: float
+    frozen: float
+    working: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def state(self) -> float:
+        """Bytes that stay between steps, except the teacher's."""
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+
+def memory_of(
+    recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet], *, activations: float, others: int = 0
+) -> Memory:
+    """Return the memory of a device.
+
+    student, teachers: on the meta device; the teachers' weights are rounded here as the run rounds them. A LoRA
+    student's base is counted among the frozen weights, once where it is the teacher's own. activations: bytes. others:
+    parameters of networks that train with the student, whole on each device.
+    """
+    trainer, sharded = recipe.trainer, recipe.trainer.strategy == "fsdp"
+    shards = trainer.shards if sharded else 1
+    base = [p for p in student.parameters() if not p.requires_grad]
+    if trainer.frozen_precision == "bf16":
+        for net in (*teachers, *([student] if base else [])):
+            hold(net, torch.bfloat16)
+    trained = _bytes([p for p in student.parameters() if p.requires_grad], shards)
+    frozen = sum(_bytes(list(net.parameters()), shards) + _buffers(net) for net in teachers)
+    if base:
+        frozen += _bytes(base, shards) if sharded or not teachers else 0
+    copies = len(recipe.ema.widths)
+    return Memory(
+        weights=trained + _buffers(student) + FULL * others,
+        gradients=trained + FULL * others,
+        optimizer=2 * (trained + FULL * others),
+        averages=copies * (trained + (0 if base and sharded else _buffers(student))),
+        frozen=frozen,
+        working=_gathered(recipe, student, teachers) if sharded else _casts(recipe, student),
+        activations=activations,
+    )
+
+
+def _bytes(parameters: Sequence[nn.Parameter], shards: int) -> float:
+    """The bytes of one part of parameters whose first dimension is split, and padded to equal parts."""
+    total = 0
+    for p in parameters:
+        rows = p.shape[0] if p.ndim else 1
+        total += math.ceil(rows / shards) * (p.numel() // max(rows, 1)) * p.element_size()
+    return total
+
+
+def _buffers(net: nn.Module) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in net.buffers())
+
+
+def _gathered(recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet]) -> float:
+    """The bytes of whole units in a pass: the root's, a block's and the next one's, or in the backward pass a block's
+    gradients, and these in float32 as they are reduced.
+    """
+    half = recipe.trainer.precision == "bf16"
+    *blocks, root = _units(student)
+    stored = [(sum(p.numel() for p in unit if p.requires_grad), _size(unit, half)) for unit in blocks]
+    backward = max((size + (HALF if half else FULL) * count + FULL * count for count, size in stored), default=0)
+    forward = 2 * max((size for _, size in stored), default=0)
+    found = [_size(root, False) + max(forward, backward)]
+    for net in teachers:
+        *blocks, root = _units(net)
+        found.append(_size(root, False) + 2 * max((_size(unit, False) for unit in blocks), default=0))
+    return max(found)
+
+
+def _size(unit: list[nn.Parameter], half: bool) -> int:
+    return sum(p.numel() * (HALF if half else p.element_size()) for p in unit)
+
+
+def _units(net: FlowMapNet) -> list[list[nn.Parameter]]:
+    """The parameters of each block, inner blocks first, and those of the rest."""
+    blocks, seen = sorted(blocks_of(net.net), key=lambda block: len(list(block.modules()))), set[nn.Parameter]()
+    found = []
+    for module in (*blocks, net):
+        found.append([p for p in module.parameters() if p not in seen])
+        seen.update(found[-1])
+    return found
+
+
+def _casts(recipe: Recipe, student: FlowMapNet) -> float:
+    """The bytes of the copies of trained weights in bfloat16 that autocast keeps during a step."""
+    if recipe.trainer.precision != "bf16":
+        return 0
+    return HALF * sum(p.numel() for p in rounded_parameters(student.net) if p.requires_grad)

@@ -1,0 +1,55 @@
+"""The networks of a dry run are those that the builders make, without the weights that they start from."""
+
+import pytest
+
+from flowmap.base.schema import RecipeError
+from flowmap.build.student import student_config
+from flowmap.data.outline import outline_of
+from flowmap.estimate import dry_run
+from flowmap.estimate.networks import Networks
+from flowmap.plan.plan import resolve
+from flowmap.recipe import read_recipe
+
+
+@pytest.fixture
+def networks(tmp_path, monkeypatch):
+    """Runs the dry run of a recipe and returns the networks of each stage."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    found = []
+
+    class Kept(Networks):
+        @staticmethod
+        def of(run, config):
+            found.append((run, config, Networks.of(run, config)))
+            return found[-1][2]
+
+    monkeypatch.setattr(dry_run, "Networks", Kept)
+
+    def run(*recipe):
+        dry_run.dry_run(read_recipe(*recipe), None)
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-adversarial", "digits-dmd", "instaflow/digits"])
+def test_they_are_on_the_meta_device_and_as_large_as_those_that_are_trained(name, networks):
+    for _, config, made in networks(name):
+        for net in (made.student, made.fake, made.discriminator):
+            assert net is None or all(p.is_meta for p in net.parameters())
+        real = config.build().state_dict()
+        assert {key: value.shape for key, value in made.student.state_dict().items()} == {
+            key: value.shape for key, value in real.items()
+        }
+
+
+def test_a_start_that_is_another_network_is_refused_before_it_is_trained(tmp_path, monkeypatch):
+    """By the builder, as when the run begins."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    run = resolve(read_recipe("digits"))
+    data = outline_of(run.data.build())
+    config = student_config(run.changed(student=run.net), data, None)
+    other = resolve(read_recipe("digits", ["teacher.overrides=[student.preset=mini]"]))
+    assert Networks.of(run, config).student is not None
+    with pytest.raises(RecipeError, match="digits: student: .*its network is not the teacher's"):
+        Networks.of(other, config)

@@ -1,0 +1,132 @@
+"""No objective, guidance or draw makes the host wait for the device: a step of each kind on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flowmap.build.data import build_data
+from flowmap.build.student import build_student, student_config
+from flowmap.build.teacher import BuiltTeacher, build_teacher
+from flowmap.data import Pairs, StepBatches
+from flowmap.data.steps import first_place
+from flowmap.flow.times import diagonal_rows
+from flowmap.objectives import Adversarial
+from flowmap.plan.plan import resolve
+from flowmap.teachers.guidance import Autoguidance, ClassifierFree, with_drawn_scales
+from flowmap.train.draw import draw_sample, generator_for
+from flowmap.train.module import DistillModule
+from flowmap.train.modules import module_of
+from tests.support.synchronisation import Synchronisations
+from tests.train.one_step import STEP, Paired
+from tests.train.test_split import BY_BATCH, KINDS, recipe_of
+
+META = torch.device("meta")
+BATCH = 8
+
+
+class Half:
+    """A teacher of one line, on any device."""
+
+    network_calls = 1
+
+    def velocity(self, x, t, cond=None):
+        return x / 2
+
+
+@pytest.fixture(autouse=True)
+def autocast_of_meta(monkeypatch):
+    """torch has no autocast for the meta device; that of the CPU is never on here."""
+    for name in ("autocast", "get_autocast_dtype", "is_autocast_enabled"):
+        real = getattr(torch, name)
+        known = lambda device, *args, real=real, **more: real("cpu" if device == "meta" else device, *args, **more)
+        monkeypatch.setattr(torch, name, known)
+
+
+def of(recipe, monkeypatch):
+    """The recipe's module on the meta device, and a batch for it."""
+    run = resolve(recipe)
+    data = build_data(run)
+    teacher = build_teacher(run, data)
+    config = student_config(run, data, teacher)
+    samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
+    module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+    module.teacher = None if teacher is None else BuiltTeacher(Half(), None)
+    optimizers = module.configure_optimizers()
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+    trainer = SimpleNamespace(world_size=1, optimizers=optimizers)
+    for name, value in {"global_step": STEP, "global_rank": 0, "trainer": trainer}.items():
+        monkeypatch.setattr(DistillModule, name, value)
+    wrapped = [SimpleNamespace(optimizer=one) for one in optimizers]
+    for name, value in {"_step": lambda *a, **k: None, "optimizers": lambda self: wrapped}.items():
+        monkeypatch.setattr(type(module), name, value, raising=False)
+    batches = StepBatches(len(module.samples), BATCH, seed=recipe.seed)
+    x0, cond, *paired = module.samples.__getitems__(batches.indices(STEP))
+    batch = (x0.to(META), {key: value.to(META) for key, value in cond.items()}, *(x.to(META) for x in paired))
+    return module.to(META), batch
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *BY_BATCH])
+def test_a_step_waits_for_nothing(kind, tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path, *{**KINDS, **BY_BATCH}[kind])
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, batch_size=BATCH),
+        trainer=replace(recipe.trainer, check_finite_every_steps=50),
+    )
+    module, batch = of(recipe, monkeypatch)
+    module._empty(META)  # copied once in a run
+    with Synchronisations() as found:
+        loss = module.training_step(batch, 0)
+        if loss is not None:
+            loss.backward()
+    assert not found, "\n".join(found)
+    assert isinstance(recipe.objective, Adversarial) or module.last_loss is not None
+
+
+@pytest.mark.parametrize("guided", [ClassifierFree(Half()), Autoguidance(Half(), Half())])
+def test_guidance_waits_for_nothing(guided):
+    x, t = torch.randn(5, 3, device=META), torch.rand(5, device=META)
+    cond = {"class": torch.arange(5, device=META), "guidance": torch.ones(5, device=META)}
+    with Synchronisations() as found:
+        with_drawn_scales(guided, (1.0, 3.0)).velocity(x, t, cond)
+        with_drawn_scales(guided, (1.0, 3.0)).velocity(x, t, {"class": cond["class"]})
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_the_draw_knows_the_samples_with_s_equal_to_t(kind, tmp_path):
+    recipe = recipe_of(tmp_path, *KINDS[kind])
+    first, device = first_place(STEP, 0, batch_size=64), torch.device("cpu")
+    t, s = recipe.times(64, generator=generator_for(recipe.seed, STEP, first, 64, device))
+    assert torch.equal(diagonal_rows(recipe.times, torch.arange(first, first + 64)), t == s)
+    sample = draw_sample(recipe, torch.zeros(64, 2), {}, generator_for(recipe.seed, STEP, first, 64, device))
+    assert torch.equal(sample.places(STEP), torch.arange(first, first + 64)) and sample.still is not None
+
+
+def test_the_search_finds_what_waits():
+    x = torch.zeros(3, device=META)
+    for wait in (
+        lambda: torch.tensor(1.0, device=META),
+        lambda: torch.as_tensor([1.0], device=META),
+        lambda: x.new_tensor([1.0]),
+        lambda: torch.ones(2).to(META),
+        lambda: x[torch.tensor([0, 1])],
+        lambda: x.index_put((torch.tensor([0]),), x[:1]),
+    ):
+        with Synchronisations() as found:
+            wait()
+        assert len(found) == 1, found
+    for wait in (lambda: bool(x.any()), lambda: x.nonzero(), lambda: x[x > 0], lambda: x.tolist()):
+        with Synchronisations(), pytest.raises((RuntimeError, NotImplementedError)):
+            wait()
+    with Synchronisations() as found:
+        (
+            torch.ones(2).to(META, non_blocking=True),
+            x[torch.zeros(2, dtype=torch.int64, device=META)],
+            x + torch.tensor(1),
+        )
+    assert not found
