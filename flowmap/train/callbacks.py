@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction, paced
+from flowmap.base.schema import RecipeError
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
@@ -220,7 +221,10 @@ def with_at_most(spec: Any, images: int | None) -> Any:
     """A metric's settings with at most so many images; unchanged if it has no such setting."""
     if images is None or not any(field.name == "images" for field in fields(spec)):
         return spec
-    return replace(spec, images=min(spec.images, images))
+    try:
+        return replace(spec, images=min(spec.images, images))
+    except ValueError as error:
+        raise RecipeError(f"log.metrics_images: {images}: metrics.{error}") from error
 
 
 def check_weights(module: DistillModule, done: int) -> None:
@@ -325,6 +329,8 @@ class Measure(AtSteps):
         super().__init__()
         self.stage, self.student, self.write = stage, student, log
         self.known: dict[str, Any] = {}
+        most, metrics = stage.recipe.log.metrics_images, stage.recipe.metrics
+        self.metrics = [with_at_most(spec, most) for spec in metrics if spec.on_samples]
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
@@ -335,8 +341,7 @@ class Measure(AtSteps):
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
         recipe, most = self.stage.recipe, self.stage.recipe.log.metrics_images
-        metrics = [with_at_most(spec, most) for spec in recipe.metrics if spec.on_samples]
-        chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": metrics}
+        chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": self.metrics}
         log = paced(self.write) if trainer.is_global_zero else None
         self.known = measure(recipe, self.student, None, module.data, **chosen, known=self.known, progress=log)
         logs = metric_logs(self.known, "metrics" if most is None else f"metrics_of_{most}")
