@@ -211,8 +211,13 @@ class Frechet(_InSpace):
         """Proportional to 1/n + 1/m for n samples of the reference and m generated ones."""
         return 1 / min(reference, self.reference_images or reference) + 1 / generated
 
+    @property
+    def key(self) -> str:
+        """Its name in metrics.json."""
+        return f"frechet_{short_name(self.features)}"
+
     def report(self, metric: FrechetDistance) -> dict[str, float]:
-        return {f"frechet_{short_name(self.features)}": float(metric.compute())}
+        return {self.key: float(metric.compute())}
 
 
 @dataclass(frozen=True)
@@ -293,9 +298,14 @@ class MMD(_InSpace):
             metric.sigma = median_distance(metric.scaled(few))
         return metric
 
-    def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
+    @property
+    def key(self) -> str:
+        """Its name in metrics.json."""
         clip = (self.features, self.unit, self.sigma) == ("clip", True, 10.0)
-        return {"cmmd" if clip else f"mmd_{short_name(self.features)}": float(metric.compute())}
+        return "cmmd" if clip else f"mmd_{short_name(self.features)}"
+
+    def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
+        return {self.key: float(metric.compute())}
 
 
 @dataclass(frozen=True)
