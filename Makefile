@@ -3,7 +3,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check lint types bench mutants data docs clean
+.PHONY: help setup demo test test-slow check lint types bench gpu mutants data docs clean
 
 help:            ## what each target does
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +41,9 @@ check: lint types   ## what every commit keeps green: lint, types, floors, recip
 bench: .venv/ready  ## the benchmarks, about two hours on two cores; results in benchmarks/results, figures in the docs
 	for name in parity.py step_cost.py exactness.py main_job.py "main_job.py --recipe digits-ayf-emd" steps_law.py fill_docs.py; do \
 		$(BIN)/python benchmarks/$$name || exit 1; done
+
+gpu: .venv/ready    ## what only a GPU shows, under 25 minutes; interrupted, it goes on where it was: benchmarks/results/gpu.json
+	$(BIN)/python benchmarks/gpu.py
 
 mutants: .venv/ready  ## every mutation of an objective must fail a test
 	$(BIN)/python benchmarks/mutants.py

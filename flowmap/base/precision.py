@@ -1,4 +1,4 @@
-"""The precision in which networks are called outside of training."""
+"""The precision in which networks are called, and autocast on any device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def in_precision(call: Callable[..., Any], precision: str, device: torch.device)
     if precision != "bf16" or device.type == "cpu":
         return call
     return torch.autocast(device.type, torch.bfloat16)(call)
+
+
+def autocast_type(device: torch.device) -> str:
+    """The device's type for autocast. The meta device, on which costs are counted, has none and takes the CPU's."""
+    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context that disables autocast on that device."""
+    return torch.autocast(autocast_type(device), enabled=False)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         x0.requires_grad_()  # It stands for the student's samples.
     sample = recipe.path.sample(x0, x1, t, s, cond or None)
     with FlopCounterMode(display=False) as counter:
-        loss = _without_networks(recipe.distillation)(student, teacher, sample, WARM).value
+        loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
         forward = counter.get_total_flops()
         loss.backward()
     backward = counter.get_total_flops() - forward
@@ -95,7 +95,8 @@ def _sampling(recipe: Recipe) -> tuple[float, float]:
     return forward, backward
 
 
-def _without_networks(objective):
+def without_networks(objective):
+    """Return the objective with a plain distance in place of a perceptual one, which needs a network's weights."""
     if isinstance(objective, Endpoint):
         return Endpoint()
     if isinstance(objective, Rectified) and isinstance(objective.distance, LPIPSHuber):

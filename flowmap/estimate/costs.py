@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any
@@ -225,7 +225,7 @@ def _convolution_backward_flops(
     return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
 
 
-FORMULAS = {
+FORMULAS: dict[Any, Callable[..., float]] = {
     ATTENTION: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,

@@ -11,15 +11,13 @@ from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
-from flowmap.build.student import student_config
-from flowmap.data.outline import DataOutline
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.memory import Memory, memory_of
-from flowmap.estimate.networks import Networks, outline_of_network, teacher_configs
+from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
+from flowmap.estimate.price import Prices, price_lines
 from flowmap.flow.prior import Learned
-from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
@@ -37,6 +35,7 @@ from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
 
 MISSING = "missing on this machine: "
+WORTH_PRICING = 0.01  # GPU-hours; shorter runs are not priced
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of an H100's dense bf16 peak
 
 
@@ -44,7 +43,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
     """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is."""
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
-    run = resolve(recipe, Path(out) if out else None)
+    run, prices = resolve(recipe, Path(out) if out else None), Prices(throughput)
     stages, outlines = run.stages, Outlines()
     lines, missing = [], []
     for i, stage in enumerate(stages):
@@ -57,7 +56,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage, outlines, throughput)
+            found, lacks = look(stage, outlines, prices)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
@@ -66,6 +65,8 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         differs = "holds this run, measured by other settings"
         lines.append(f"      {run.folder} {differs}: fit wants --resume, which measures it again")
     missing = list(dict.fromkeys(missing))
+    if any("GPU-hours" in line for line in lines):
+        lines.append(prices.assumptions)
     return [*lines, MISSING + "; ".join(missing) if missing else "nothing is missing on this machine"]
 
 
@@ -87,11 +88,12 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
 
 def look(
-    run: ResolvedRun, outlines: Outlines, throughput: float = THROUGHPUT, *, whole: bool = True
+    run: ResolvedRun, outlines: Outlines, prices: Prices | None = None, *, whole: bool = True
 ) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
-    The networks are built on the meta device and run once. whole: read the data even if that takes long. Raises
+    The networks are built on the meta device and run once. prices: also return the hours of a run on accelerators.
+    whole: read the data even if that takes long. Raises
     RecipeError if parts of the recipe do not match each other or the data.
     """
     recipe = run.recipe
@@ -102,12 +104,12 @@ def look(
     missing += [*missing_parts(run), *missing_devices(recipe)]
     data, lacks = outlines.of(run, whole=whole)
     missing += lacks
-    config = _config(run, data)
+    config = config_without_weights(run, data)
     if config is None:
         return ["parameters: ? (nothing here says what the network is)"], missing
     check_outlines(run, config, outlines)
     try:
-        return _lines(run, config, throughput), missing
+        return _lines(run, config, prices), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -143,18 +145,6 @@ def _weights_missing(cards: list[Card]) -> list[str]:
     return [line for card in cards if card.kind not in ("recipe", "exact") and (line := missing_weights(card))]
 
 
-def _config(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
-    """Return the student's configuration without weights or samples; None if nothing states its network."""
-    recipe = run.recipe
-    if run.net is None or data is None:
-        return None
-    config = student_config(run.changed(student=run.net), data, None)
-    if recipe.lora is None:
-        return config
-    card = run.cards[0]
-    return replace(config, lora=recipe.lora, base=Base(card.pipeline, card.revision))
-
-
 @dataclass(frozen=True)
 class NetworkCosts:
     """The costs of the networks that take part in a training step."""
@@ -165,12 +155,12 @@ class NetworkCosts:
     fake: Cost | None
 
 
-def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
+def networks_costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     objective, networks = run.recipe.objective, Networks.of(run, config)
     judge, fake = networks.discriminator, networks.fake
     return NetworkCosts(
         cost_of(config, checkpointing=run.recipe.trainer.activation_checkpointing, built=networks.student),
-        _teachers(run, config),
+        [(card, cost_of(one, graded=False)) for card, one in teacher_configs(run, config)],
         discriminator_cost(judge, config, objective)
         if judge is not None and isinstance(objective, Adversarial)
         else None,
@@ -178,8 +168,8 @@ def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     )
 
 
-def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[str]:
-    costs, distillation = _costs(run, config), run.recipe.distillation
+def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> list[str]:
+    costs, distillation = networks_costs(run, config), run.recipe.distillation
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
         nets = (f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in costs.teachers)
@@ -194,23 +184,23 @@ def _lines(run: ResolvedRun, config: StudentConfig, throughput: float) -> list[s
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
-    return [*lines, _memory(run, config, costs), *split, *_step(run.recipe, config, costs, throughput)]
+    return [*lines, _memory(run, config, costs), *split, *_step(run, config, costs, prices)]
 
 
-def _step(recipe: Recipe, config: StudentConfig, costs: NetworkCosts, throughput: float) -> list[str]:
-    """Return a line on the FLOPs of a step and, for a run on accelerators, one on the hours of all steps."""
-    trainer, judge = recipe.trainer, costs.discriminator
+def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: Prices | None) -> list[str]:
+    """Return a line on the FLOPs of a step and, for a run on accelerators, lines on hours and disk."""
+    recipe, judge = run.recipe, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
     samples = recipe.batches.samples
-    hours = each * samples * trainer.steps / (throughput * 1e12) / 3600
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
     passes = f"passes {', '.join(asked)}; {_flops(costs.student.flops)} a forward pass of one"
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
-    if trainer.accelerator != "cpu" and hours >= 0.01:
-        lines.append(f"{trainer.steps} steps: {hours:.3g} GPU-hours at {throughput:g} TFLOP/s a device")
+    if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
+        hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
+        lines += price_lines(run, config, costs.student.trained, prices) if hours >= WORTH_PRICING else []
     return lines
 
 
@@ -221,11 +211,6 @@ def _prior(run: ResolvedRun, config: StudentConfig) -> str:
     start = start_flops(run, config.shape)
     codes = f"codes by {kind_of(run.recipe.prior.z, TABLES)}; {_flops(start)} a start at sampling"
     return f"learned prior: {counted(auxiliary)} ({trained.name}), {codes}"
-
-
-def _teachers(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, Cost]]:
-    """Return each network that the guided velocity calls, with its cost."""
-    return [(card, cost_of(plain, graded=False)) for card, plain in teacher_configs(run, config)]
 
 
 def _step_flops(calls: Calls, student: Cost, teachers: list[Cost]) -> float:

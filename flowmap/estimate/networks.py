@@ -9,11 +9,13 @@ from torch import nn
 
 from flowmap.build.discriminator import build_discriminator
 from flowmap.build.fake_score import build_fake
-from flowmap.build.student import build_student
+from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher
+from flowmap.data.outline import DataOutline
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.lora import Base
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.plan.named_networks import shipped_net
+from flowmap.plan.named_networks import shipped_net, spec_of
 from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe.kinds import StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
@@ -42,6 +44,18 @@ class Networks:
         return Networks(student, fake, _discriminator(run, config, teacher))
 
 
+def config_without_weights(run: ResolvedRun, data: DataOutline | None) -> StudentConfig | None:
+    """Return the student's configuration without weights or samples; None if nothing states its network."""
+    recipe = run.recipe
+    if run.net is None or data is None:
+        return None
+    config = student_config(run.changed(student=run.net), data, None)
+    if recipe.lora is None:
+        return config
+    card = run.cards[0]
+    return replace(config, lora=recipe.lora, base=Base(card.pipeline, card.revision))
+
+
 def outline_of_network(config: StudentConfig) -> FlowMapNet:
     """Return a student's network on the meta device."""
     with torch.device("meta"):
@@ -56,6 +70,13 @@ def teacher_configs(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card,
             num_classes = config.num_classes if card.kind == "recipe" else card.num_classes
             found.append((card, replace(of_teacher(config, spec), num_classes=num_classes)))
     return found
+
+
+def pairs_config(run: ResolvedRun, config: StudentConfig) -> StudentConfig | None:
+    """Return the configuration of the network that makes the run's pairs; None if nothing states it."""
+    cards, trained = run.pairs_cards, run.pairs_teachers
+    spec = shipped_net(trained[0].net) if trained else spec_of(cards[0]) if cards else None
+    return None if spec is None else of_teacher(config, spec)
 
 
 def of_teacher(config: StudentConfig, spec: StudentSpec) -> StudentConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from flowmap.base.precision import autocast_type
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.flow.tangent.torch_functions import random_state, replayed
 from flowmap.flow.types import Cond, FlowMap, broadcast_time
@@ -143,7 +144,7 @@ def without_graph(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond 
 
     Autocast's weight cache is off: weights cast under no_grad would stay in it without a graph.
     """
-    device = x.device.type
+    device = autocast_type(x.device)
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
         return student.mean_velocity(x, at_least_float32(t), at_least_float32(s), cond)
@@ -169,7 +170,7 @@ def at_least_float32(t: Tensor) -> Tensor:
 
 def calibrated_step(x: Tensor) -> float:
     """The step for the dtype in which a network computes on x, under autocast or not."""
-    device = x.device.type
+    device = autocast_type(x.device)
     return STEPS[torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype]
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flowmap.base.precision import without_autocast
 from flowmap.base.ranges import Calls, Positive, Range, check_ranges
 from flowmap.base.schema import renamed
 from flowmap.flow.draws import Generator, for_codes, normal_like, normal_rows
@@ -151,14 +152,14 @@ class LearnedPrior(BasePrior):
     @torch.no_grad()
     def encode(self, x0: Tensor, generator: Generator | None = None) -> Tensor:
         """The codes of x0 (B, ...): drawn from the posterior, or its mean without a generator."""
-        with _without_autocast(x0):
+        with without_autocast(x0.device):
             mean, logvar = self.model.encode(x0)
         return mean if generator is None else mean + (logvar / 2).exp() * normal_like(mean, generator)
 
     @torch.no_grad()
     def place(self, z: Tensor, noise: Tensor) -> Start:
         """The start points for codes z (B, Z) and noise eps (B, ...)."""
-        with _without_autocast(z):
+        with without_autocast(z.device):
             mean, logvar = self.model.decode(z)
         std = self.scale * (logvar / 2).exp()
         return Start(mean + std * noise, {"z": z} if self.conditioning else {}, std.square())
@@ -180,11 +181,6 @@ class LearnedPrior(BasePrior):
         """A float64 copy on the CPU. Its start points, rounded to float32, do not depend on the batch size."""
         model, codes = (copy.deepcopy(part).to("cpu").double() for part in (self.model, self.codes))
         return LearnedPrior(model, codes, self.size, scale=self.scale, conditioning=self.conditioning)
-
-
-def _without_autocast(x: Tensor) -> torch.autocast:
-    """A context that disables autocast, so that start points are computed in the precision of x."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 @runtime_checkable

@@ -8,10 +8,12 @@ from flowmap.metrics.against import TRAIN, Against
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline, baselines
 from flowmap.metrics.checks import check_metrics, lacking
+from flowmap.metrics.clip_score import CLIPScore
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.sample_specs import Samples
 from flowmap.metrics.spec import Drawn, DrawnBatch, Spec
-from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall, Samples
+from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
 from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
 
@@ -28,6 +30,7 @@ METRICS |= {
     "style_hit": StyleHit,
     "infilled": Infilled,
     "perplexity": Perplexity,
+    "clip_score": CLIPScore,
 }
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "Against",
     "METRICS",
     "MMD",
+    "CLIPScore",
     "NearestNeighbour",
     "Agreement",
     "EndpointError",

@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from flowmap.base.schema import added
-from flowmap.metrics.against import TRAIN, Against, HasReferences, Side, count_real
+from flowmap.metrics.against import TRAIN, HasReferences, Side
 from flowmap.metrics.asked_specs import Agreement, Retrieval
-from flowmap.metrics.baseline import baseline
-from flowmap.metrics.features import build_features, short_name
+from flowmap.metrics.features import short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
 from flowmap.metrics.real import CHUNK, Device, Features, Real, some
 from flowmap.metrics.reference import AUTO, HELD_OUT, UNKNOWN, check_reference, statistics_for
+from flowmap.metrics.sample_specs import InSpace, dims_of, kept_bytes
 from flowmap.metrics.spec import (
     MAX_SAMPLES,
     SAMPLES,
@@ -29,7 +26,6 @@ from flowmap.metrics.spec import (
     InFeatures,
     Sizes,
     Spec,
-    enough,
     within,
 )
 from flowmap.metrics.statistics import Statistics
@@ -41,116 +37,8 @@ if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.precision_recall import PrecisionRecallScore
 
 
-class Samples(Spec):
-    """A metric of two sets of samples; `build(reference, like)` makes one that has counted the reference."""
-
-    on_samples: ClassVar[bool] = True
-    least: ClassVar[int] = 2  # samples of each
-    kind: ClassVar[str] = "a metric of samples"  # its name in METRICS
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, images=(self.least, MAX_SAMPLES))
-
-    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
-        super().fits(data, conditional=conditional, paired=paired)
-        enough(self.kind, self.least, data)
-
-    def build(self, reference: Tensor, like: Any = None) -> Any:
-        """The metric with the reference (N, ...) already counted, in the feature space of `like`, if given."""
-        return self.build_from(Real(reference, reference.device), like)
-
-    def build_from(self, real: Real, like: Any = None, places: Tensor | None = None) -> Any:
-        """The metric on the device of `real`, with the samples at those places (default: all) already counted.
-
-        By default they are all read at once and given to `build`.
-        """
-        rows = torch.arange(len(real)) if places is None else places
-        return self.build(real.rows[rows].to(real.device), like).to(real.device)
-
-    def report(self, metric: Any) -> dict[str, float]:
-        """The figures of what the metric has counted, under their names."""
-        raise NotImplementedError
-
-    def sides(self, real: Mapping[str, Real]) -> dict[str, Side]:
-        """The metric with each reference already counted, by the suffix of its keys.
-
-        real: training samples under `TRAIN` and, if any are held out, those under "".
-        """
-        trained = Side(self.build_from(real[TRAIN]), len(real[TRAIN]))
-        return self._own(real, "", trained.metric) | {TRAIN: trained}
-
-    def _own(self, real: Mapping[str, Real], suffix: str, like: Any) -> dict[str, Side]:
-        """The metric with the data's own samples of one kind, in the feature space of `like`; {} if there are none."""
-        if suffix not in real:
-            return {}
-        return {suffix: Side(self.build_from(real[suffix], like=like), len(real[suffix]))}
-
-    def compare(self, data: HasReferences, device: Device = "cpu") -> Against:
-        """The metric with each reference of the data already counted."""
-        return Against(self, data, device)
-
-    def build_on(self, data: HasReferences, device: Device = "cpu") -> Against:
-        return self.compare(data, device)
-
-    def begin(self, metric: Against) -> None:
-        metric.reset()
-
-    def update(self, metric: Against, batch: DrawnBatch) -> None:
-        metric.update(batch.samples, world=batch.world)
-
-    def measure(self, metric: Against, drawn: Drawn) -> dict[str, float]:
-        return metric.report()
-
-    def baseline(self, metric: Against, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
-        return baseline(metric, data, classes)
-
-    def bias(self, reference: int, generated: int) -> float:
-        """Proportional to the bias of the figure for so many reference and generated samples; 1 if no law is known."""
-        return 1.0
-
-    def compared(self, reference: int) -> int:
-        """The number of generated samples that are compared with `reference` real ones."""
-        return self.images
-
-    def features_of(self, metric: Any) -> Callable[[Tensor], Tensor] | None:
-        """The function that gives the features of x for `update(x, real, found)`, if the metric has one."""
-        return None
-
-
-class _InSpace(InFeatures, Samples):
-    """A metric of samples in a feature space that is fitted to the training samples.
-
-    `reference_images` of the reference are counted, drawn with a fixed seed (None: all), a chunk at a time and each in
-    one process.
-    """
-
-    reference_images: int | None
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, reference_images=(self.least, MAX_SAMPLES))
-
-    def metric(self, features: Features, real: Real, like: Any) -> Any:
-        """The metric in that feature space, with nothing counted; like: as in `build`."""
-        raise NotImplementedError
-
-    def build_from(self, real: Real, like: Any = None, places: Tensor | None = None) -> Any:
-        features = self._features(real) if like is None else like.features
-        metric = self.metric(features, real, like).to(real.device)
-        rows = torch.arange(len(real)) if places is None else places
-        count_real(self, metric, real, rows[some(len(rows), self.reference_images)], real=True)
-        return metric
-
-    def _features(self, real: Real) -> Features:
-        return build_features(self.features, real.rows, real.device, weights=self.weights)
-
-    def features_of(self, metric: Any) -> Callable[[Tensor], Tensor]:
-        return metric.features
-
-
 @dataclass(frozen=True)
-class Frechet(_InSpace):
+class Frechet(InSpace):
     """Frechet distance of `images` generated samples to the reference.
 
     `reference_images` of it are used, drawn with a fixed seed (None: all). reference: a file with the mean and the
@@ -197,7 +85,7 @@ class Frechet(_InSpace):
         from flowmap.metrics.frechet import FrechetDistance
 
         statistics, features = self._statistics(), self._features(real)
-        if (dims := _dims(features, real)) != statistics.width:
+        if (dims := dims_of(features, real)) != statistics.width:
             what = f"is of {statistics.width} features, and {self.features!r} has {dims}"
             raise ValueError(f"metrics: reference: {self.reference}: {what}")
         return Side(FrechetDistance(features, dims, given=statistics).to(real.device), statistics.count or UNKNOWN)
@@ -210,18 +98,23 @@ class Frechet(_InSpace):
     def metric(self, features: Features, real: Real, like: FrechetDistance | None) -> FrechetDistance:
         from flowmap.metrics.frechet import FrechetDistance
 
-        return FrechetDistance(features, dims=_dims(features, real))
+        return FrechetDistance(features, dims=dims_of(features, real))
 
     def bias(self, reference: int, generated: int) -> float:
         """Proportional to 1/n + 1/m for n samples of the reference and m generated ones."""
         return 1 / min(reference, self.reference_images or reference) + 1 / generated
 
+    @property
+    def key(self) -> str:
+        """Its name in metrics.json."""
+        return f"frechet_{short_name(self.features)}"
+
     def report(self, metric: FrechetDistance) -> dict[str, float]:
-        return {f"frechet_{short_name(self.features)}": float(metric.compute())}
+        return {self.key: float(metric.compute())}
 
 
 @dataclass(frozen=True)
-class PrecisionRecall(_InSpace):
+class PrecisionRecall(InSpace):
     """Precision and recall of `images` generated samples against as many of the reference, by k-th nearest neighbours.
 
     If fewer are held out, as many generated samples are compared with them.
@@ -257,7 +150,7 @@ class PrecisionRecall(_InSpace):
         return min(self.images, reference)
 
     def held_bytes(self, width: int, training: int, held_out: int) -> float:
-        return _kept_bytes(self, width, (training, held_out))
+        return kept_bytes(self, width, (training, held_out))
 
     def metric(self, features: Features, real: Real, like: PrecisionRecallScore | None) -> PrecisionRecallScore:
         from flowmap.metrics.precision_recall import PrecisionRecallScore
@@ -269,7 +162,7 @@ class PrecisionRecall(_InSpace):
 
 
 @dataclass(frozen=True)
-class MMD(_InSpace):
+class MMD(InSpace):
     """Maximum mean discrepancy of `images` generated samples to the reference, by a Gaussian kernel.
 
     It is squared, unbiased, and multiplied by 1000. sigma: the kernel's width; None: the median distance between
@@ -291,7 +184,7 @@ class MMD(_InSpace):
             raise ValueError(f"sigma: {self.sigma} must be above 0")
 
     def held_bytes(self, width: int, training: int, held_out: int) -> float:
-        return _kept_bytes(self, width, (training, held_out))
+        return kept_bytes(self, width, (training, held_out))
 
     def metric(self, features: Features, real: Real, like: MaximumMeanDiscrepancy | None) -> MaximumMeanDiscrepancy:
         from flowmap.metrics.mmd import MaximumMeanDiscrepancy, median_distance
@@ -304,9 +197,14 @@ class MMD(_InSpace):
             metric.sigma = median_distance(metric.scaled(few))
         return metric
 
-    def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
+    @property
+    def key(self) -> str:
+        """Its name in metrics.json."""
         clip = (self.features, self.unit, self.sigma) == ("clip", True, 10.0)
-        return {"cmmd" if clip else f"mmd_{short_name(self.features)}": float(metric.compute())}
+        return "cmmd" if clip else f"mmd_{short_name(self.features)}"
+
+    def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
+        return {self.key: float(metric.compute())}
 
 
 @dataclass(frozen=True)
@@ -378,21 +276,3 @@ METRICS: dict[str, type[Spec]] = {
     "agreement": Agreement,
     "retrieval": Retrieval,
 }
-
-
-def _kept_bytes(spec: _InSpace, width: int, real: tuple[int, ...]) -> float:
-    """The bytes of all features of both references and of generated samples, and of those of one side at the end.
-
-    They are gathered over processes and joined; two chunks of rows of a matrix of all pairs come to that.
-    """
-    sides = [(min(count, spec.reference_images or count), spec.compared(count)) for count in real if count]
-    most = max(sides, key=sum)
-    return 8.0 * (width * (sum(map(sum, sides)) + 2 * sum(most)) + 2 * CHUNK * max(most))
-
-
-def _dims(features: Features, real: Real) -> int:
-    with torch.no_grad():
-        found = features(real.rows[:2].to(real.device))
-    if found.ndim != 2 or len(found) != 2:
-        raise ValueError(f"features must map (B, ...) to (B, D); for B = 2 they gave {tuple(found.shape)}")
-    return found.shape[1]

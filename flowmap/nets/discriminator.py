@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.precision import without_autocast
 from flowmap.base.ranges import Range, Width, check_ranges
 from flowmap.flow.types import Cond
 
@@ -59,7 +60,7 @@ class ConvNet(nn.Module):
         keep_variance(self)
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
-        with in_float32(x.device):
+        with without_autocast(x.device):
             h = self.enter(x.to(self.mix.weight.dtype))
             for i, block in enumerate(self.blocks):
                 h = block(F.avg_pool2d(h, 2) if i else h)
@@ -141,9 +142,3 @@ def check_shape(shape: tuple[int, ...], kind: str) -> None:
     if len(shape) != 3:
         needs = "wants pictures or latents (channels, height, width)"
         raise ValueError(f"kind: {kind!r} {needs}, and the data's samples are {tuple(shape)}")
-
-
-def in_float32(device: torch.device) -> torch.autocast:
-    """A context that disables autocast."""
-    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # the meta device has no autocast
-    return torch.autocast(kind, enabled=False)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowmap.base.precision import without_autocast
 from flowmap.base.ranges import BelowOne, Range, Width, check_ranges
 from flowmap.flow.types import Cond, broadcast_time
-from flowmap.nets.discriminator import Head, channels_of, check_shape, in_float32
+from flowmap.nets.discriminator import Head, channels_of, check_shape
 
 MOST_BLOCKS = 4
 ROWS_OF_BLOCKS = ("blocks", "unet.enc", "model.enc", "model.transformer_blocks", "model.down_blocks")
@@ -69,7 +70,7 @@ class OnTeacherNet(nn.Module):
         self.heads = nn.ModuleList(Head(channels_of(one), spec.width, num_classes) for one in features)
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
-        with in_float32(x.device):
+        with without_autocast(x.device):
             scores = [head(one, cond) for head, one in zip(self.heads, self.features(x, cond, noise), strict=True)]
             return sum(scores) / len(scores)
 
@@ -145,7 +146,7 @@ class OnFeaturesNet(nn.Module):
         self.heads = nn.ModuleList(Head(channels_of(one), spec.width, num_classes) for one in features)
 
     def forward(self, x: Tensor, cond: Cond | None = None, noise: Tensor | None = None) -> Tensor:
-        with in_float32(x.device):
+        with without_autocast(x.device):
             scores = [head(one, cond) for head, one in zip(self.heads, self.features(x), strict=True)]
             return sum(scores) / len(scores)
 

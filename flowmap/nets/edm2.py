@@ -332,8 +332,8 @@ def silu(x: Tensor) -> Tensor:
 
 
 def blend(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """(1 - share) a + share b, scaled to keep the magnitude."""
-    return torch.lerp(a, b, share) / math.hypot(1 - share, share)
+    """(1 - share) a + share b in the dtype of a, scaled to keep the magnitude."""
+    return torch.lerp(a, b.to(a.dtype), share) / math.hypot(1 - share, share)
 
 
 def joined(a: Tensor, b: Tensor, share: float = 0.5) -> Tensor:

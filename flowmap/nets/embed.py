@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowmap.base.precision import without_autocast
 from flowmap.flow.types import Cond
 
 
@@ -55,9 +56,7 @@ class ScalarEmbedding(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, value: Tensor) -> Tensor:
-        device = value.device.type
-        kind = device if torch.amp.is_autocast_available(device) else "cpu"  # the meta device has no autocast
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(value.device):
             wide = torch.promote_types(self.hidden.weight.dtype, torch.float32)
             octaves = torch.linspace(-3, math.log2(self.cycles), self.num_frequencies, dtype=wide, device=value.device)
             angle = value.to(wide).unsqueeze(-1) * (2 * math.pi * torch.exp2(octaves))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowmap.nets.discriminator import in_float32
+from flowmap.base.precision import without_autocast
 from flowmap.nets.embed import ScalarEmbedding
 from flowmap.nets.flow_map import FlowMapNet
 
@@ -25,7 +25,7 @@ class Uncertainty(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
-        with in_float32(t.device):
+        with without_autocast(t.device):
             hidden = nn.functional.silu(self.departure(t) + self.interval(t - s))
             return self.leave(hidden.to(self.leave.weight.dtype)).squeeze(-1)
 

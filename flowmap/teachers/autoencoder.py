@@ -221,3 +221,14 @@ def digest_of(folder: Path) -> str:
 
 
 AUTOENCODERS = {"diffusers": Autoencoder}
+
+
+def stable_diffusion_autoencoder(channels: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, groups: int = 32):
+    """A network of the architecture of Stable Diffusion's autoencoder, with random weights, for estimates of cost."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, layers_per_block=layers, norm_num_groups=groups,
+        block_out_channels=channels, down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+    )  # fmt: skip

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from flowmap.estimate.dry_run import Outlines, _config
 from flowmap.estimate.evaluation import NETWORKS, evaluation_bytes, picture_shape
 from flowmap.estimate.live import LiveBytes
+from flowmap.estimate.networks import config_without_weights
+from flowmap.estimate.outlines import Outlines
 from flowmap.metrics import MMD, Frechet, PrecisionRecall
 from flowmap.metrics.features import PictureNet, width_of
 from flowmap.plan.plan import resolve
@@ -34,7 +35,7 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("imagenet64", "
 @pytest.mark.parametrize("name", ["imagenet512", *LARGE])
 def test_a_full_scale_recipe_is_measured_on_a_gpu_of_80_gb(name):
     run = resolve(read_recipe(name))
-    config = _config(run, Outlines().of(run, whole=False)[0])
+    config = config_without_weights(run, Outlines().of(run, whole=False)[0])
     found = evaluation_bytes(run, config)
     assert 0 < found.device < 60 * GIB and 0 <= found.host < 4 * GIB
     assert found.total >= found.device
@@ -43,7 +44,7 @@ def test_a_full_scale_recipe_is_measured_on_a_gpu_of_80_gb(name):
 def test_it_depends_on_the_batch_and_on_the_numbers_of_samples_hardly():
     def of(*settings):
         run = resolve(read_recipe("imagenet512", list(settings)))
-        return run, _config(run, Outlines().of(run, whole=False)[0])
+        return run, config_without_weights(run, Outlines().of(run, whole=False)[0])
 
     frechet = "metrics=[{{kind: frechet, features: inception, images: {}}}]"
     few, many = (evaluation_bytes(*of(frechet.format(num))) for num in (500, 50_000))

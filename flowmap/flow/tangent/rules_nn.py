@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowmap.base.precision import without_autocast
 from flowmap.flow.tangent.rules_base import Rule, T, add_up, every, multilinear
 
 aten = torch.ops.aten
@@ -167,7 +168,7 @@ def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale a @ b, accumulated and returned in float32 or better."""
     if a.dtype not in (torch.float16, torch.bfloat16):
         return (a if scale == 1 else a * scale) @ b
-    if not a.is_cuda or torch.__version__ < "2.8":
+    if a.device.type not in ("cuda", "meta") or torch.__version__ < "2.8":
         return (a.float() * scale) @ b.float()
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
@@ -195,7 +196,7 @@ def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_caus
         repeats = q.shape[-3] // k.shape[-3]
         k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
         tk, tv = (None if x is None else x.repeat_interleave(repeats, -3) for x in (tk, tv))
-    with torch.autocast(out.device.type, enabled=False):
+    with without_autocast(out.device):
         q, k, v = (x.to(out.dtype) for x in (q, k, v))
         tq, tk, tv = (None if x is None else x.to(out.dtype) for x in (tq, tk, tv))
         rows = max(1, min(q.shape[-2], MAX_BLOCK_NUMBERS // max(1, math.prod(q.shape[:-2]) * k.shape[-2])))

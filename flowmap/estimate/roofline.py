@@ -1,0 +1,273 @@
+"""What the kernels of a training step cost on a device, counted on the meta device by running the real step.
+
+Each kernel takes the largest of FLOPs over the device's rate, bytes over its bandwidth, and the time of an empty
+kernel. Networks of the library diffusers are counted in the recipe's precision; networks of flowmap in float32, with
+half the bytes for bf16. Time on the host, communication and what a compiler fuses are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from flowmap.build.teacher import ReadsText
+from flowmap.estimate.calls import WARM, without_networks
+from flowmap.estimate.costs import ATTENTION, FORMULAS
+from flowmap.flow.tangent import rows, rules
+from flowmap.flow.types import Cond, Teacher
+from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.stacked import net_within
+from flowmap.recipe import Recipe
+from flowmap.recipe.settings import Autoguidance, ClassifierFree
+from flowmap.student.config import StudentConfig
+from flowmap.student.examples import conditions_of
+from flowmap.teachers.guidance import Autoguidance as Autoguided
+from flowmap.teachers.guidance import ClassifierFree as Guided
+from flowmap.teachers.network import NetworkTeacher
+
+VIEWS = frozenset(
+    "view _unsafe_view permute transpose t expand select slice unsqueeze squeeze split chunk unbind detach alias "
+    "as_strided split_with_sizes narrow lift_fresh diagonal _reshape_alias empty empty_like new_empty empty_strided "
+    "new_empty_strided is_same_size sym_size".split()
+)  # operations that move no bytes
+FLOAT32_SHARE, CONVOLUTION_SHARE = 0.1, 0.75  # the rates of float32 products and of convolutions
+ATTENTION_OF_TORCH = F.scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device's rates. The defaults are those of an H100 that reaches about half of its dense bf16 peak."""
+
+    flops: float = 450e12  # FLOP/s of bf16 matrix products
+    bandwidth: float = 2.7e12  # bytes/s
+    kernel_seconds: float = 2e-6  # an empty kernel
+
+    def seconds(self, flops: float, size: float, share: float) -> float:
+        """The seconds of a kernel whose products run at that share of the bf16 rate."""
+        return max(flops / (self.flops * share), size / self.bandwidth, self.kernel_seconds)
+
+
+def sustained(throughput: float) -> Device:
+    """A device at that many TFLOP/s, half the bandwidth, and 12 microseconds of the host for each kernel."""
+    return Device(throughput * 1e12, bandwidth=Device.bandwidth / 2, kernel_seconds=12e-6)
+
+
+@dataclass
+class Traffic:
+    """Kernels with their FLOPs and the bytes that they read and write.
+
+    seconds: at a device's limits. slow_seconds: on a sustained device.
+    """
+
+    kernels: int = 0
+    flops: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+    slow_seconds: float = 0.0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.kernels + other.kernels,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.slow_seconds + other.slow_seconds,
+        )
+
+    def times(self, count: float) -> Traffic:
+        """The traffic of so many of these."""
+        sizes = (self.flops, self.bytes, self.seconds, self.slow_seconds)
+        return Traffic(round(self.kernels * count), *(size * count for size in sizes))
+
+
+@dataclass
+class Counter(TorchDispatchMode):
+    """Adds each kernel that runs under it to `found`. half: float32 stands for bf16."""
+
+    devices: tuple[Device, Device]
+    half: bool = False
+    found: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self):
+        super().__init__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = function._overloadpacket
+        name = packet.__name__
+        if name == "_local_scalar_dense" and args[0].is_meta:  # a number read from the device: any will do
+            return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point and 0.5 or 1
+        out = function(*args, **kwargs)
+        if name not in VIEWS:
+            self._count(packet, args, kwargs, out)
+        return out
+
+    def _count(self, packet, args, kwargs, out) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if not any(x.is_meta for x in tensors):
+            return  # on the host
+        size = sum(_bytes_of(x) for x in tensors) * (0.5 if self.half else 1)
+        flops = _flops_of(packet, args, kwargs, out)
+        share = 1.0
+        if not self.half and tensors and tensors[0].dtype not in (torch.bfloat16, torch.float16):
+            share *= FLOAT32_SHARE
+        if "convolution" in packet.__name__:
+            share *= CONVOLUTION_SHARE
+        self.found = self.found + Traffic(1, flops, size, *(one.seconds(flops, size, share) for one in self.devices))
+
+
+def _bytes_of(x: Tensor) -> int:
+    """The bytes of the tensor's memory that an operation on it touches; an expanded dimension is read once."""
+    count = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        count *= size if stride else 1
+    return count
+
+
+def _flops_of(packet, args, kwargs, out) -> float:
+    formula: Callable[..., float] | None = FORMULAS.get(packet)
+    if formula is not None:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
+        named = {key: tuple(x.shape) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
+        return formula(*shapes, **named)
+    if packet is torch.ops.aten.bmm:  # with a dtype of its result, which torch's formula does not take
+        args = args[:2]
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """F.scaled_dot_product_attention as one fused kernel that has shapes on the meta device."""
+    if has_torch_function((query, key, value, attn_mask)):
+        found = (query, key, value, attn_mask)
+        return handle_torch_function(
+            attention, found, *found, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    mask = attn_mask if attn_mask is None or attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
+    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Make attention a fused kernel, also in a dual forward, whose tangent takes flowmap's own rule."""
+    tables: list[dict[Callable, Callable]] = [rules.RULES, rows.KINDS]
+    for one in tables:
+        one[attention] = one[ATTENTION_OF_TORCH]
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = ATTENTION_OF_TORCH
+        for one in tables:
+            del one[attention]
+
+
+class Timed:
+    """A teacher whose calls are counted apart from those of the student."""
+
+    def __init__(self, teacher: Teacher, counter: Counter):
+        self.teacher, self.counter, self.found = teacher, counter, Traffic()
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        before, self.counter.found = self.counter.found, Traffic()
+        out = self.teacher.velocity(x, t, cond)
+        self.found, self.counter.found = self.found + self.counter.found, before
+        return out
+
+
+def step_traffic(
+    recipe: Recipe,
+    config: StudentConfig,
+    teachers: Sequence[StudentConfig],
+    devices: tuple[Device, Device] = (Device(), sustained(200)),
+) -> dict[str, Traffic]:
+    """Return the traffic of one micro-batch after warm-up: teacher, student, backward, optimizer, averages.
+
+    config: the student's. teachers: those of the teacher and of its weak model. Only the distillation of an
+    adversarial objective is counted, and no network of a perceptual distance. Raises NotImplementedError for an
+    operation that the meta device lacks.
+    """
+    batch, half = recipe.data.batch_size, recipe.trainer.precision == "bf16"
+    counter = Counter(devices)
+    with torch.device("meta"), fused_attention():
+        student, *frozen = (_network(one, half) for one in (config, *teachers))
+        student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
+        if config.lora is None:
+            student.requires_grad_(True)
+        wide = _dtype(config, half)
+        counter.half = half and wide == torch.float32
+        cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
+        for net in frozen:
+            _give_empty(net, cond)
+        x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
+        t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
+        sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
+    sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
+    teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
+    with fused_attention():
+        with counter:
+            loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
+        forward, counter.found = counter.found, Traffic()
+        with counter:
+            loss.backward()
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    moments = 7 * 4 * trained  # read weight, gradient and two moments; write weight and moments
+    averages = len(recipe.ema.widths) * 3 * 4 * trained
+    found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
+    found |= {"backward": counter.found}
+    return found | {
+        name: Traffic(1, 0, size, *(size / one.bandwidth for one in devices))
+        for name, size in (("optimizer", moments), ("averages", averages))
+    }
+
+
+def forward_traffic(
+    config: StudentConfig, rows: int, half: bool, devices: tuple[Device, Device] = (Device(), sustained(200))
+) -> Traffic:
+    """Return the traffic of one forward pass without a graph, of a batch of so many rows."""
+    with torch.device("meta"), fused_attention(), torch.no_grad():
+        net, wide = _network(config, half), _dtype(config, half)
+        cond = {key: _as(value, wide) for key, value in conditions_of(config, rows).items()}
+        counter = Counter(devices, half and wide == torch.float32)
+        x, t = torch.zeros(rows, *config.shape, dtype=wide), torch.zeros(rows)
+        with counter:
+            net.net(x, t, t, cond)
+    return counter.found
+
+
+def _network(config: StudentConfig, half: bool) -> FlowMapNet:
+    net = replace(config, recipe="", recipe_hash="").build().to("meta")
+    return net.to(_dtype(config, half))
+
+
+def _dtype(config: StudentConfig, half: bool) -> torch.dtype:
+    """bf16 for networks of diffusers in bf16, float32 for all others: ours convert themselves what they need."""
+    return torch.bfloat16 if half and isinstance(net_within(config.net), DiffusersModel) else torch.float32
+
+
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.to("meta")
+    return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+
+
+def _give_empty(net: FlowMapNet, cond: Cond) -> None:
+    """Give a network of text the conditions of an empty one."""
+    if isinstance(net.net, ReadsText):
+        net.net.empty = {key: value[:1] for key, value in cond.items() if key not in ("class", "guidance")}
+
+
+def _guided(recipe: Recipe, frozen: Sequence[FlowMapNet]) -> Teacher:
+    strong, weak = (NetworkTeacher(net) for net in (frozen[0], frozen[-1]))
+    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
+    if isinstance(guidance, ClassifierFree):
+        return Guided(strong, default=guidance.default)
+    return Autoguided(strong, weak, default=guidance.default) if isinstance(guidance, Autoguidance) else strong

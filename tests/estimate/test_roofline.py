@@ -1,0 +1,113 @@
+"""Kernels of a step counted on the meta device, against counts by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flowmap.estimate.networks import config_without_weights, teacher_configs
+from flowmap.estimate.outlines import Outlines
+from flowmap.estimate.price import Prices, pairs_bytes, price_lines, solver_calls
+from flowmap.estimate.roofline import Counter, Device, Traffic, fused_attention, step_traffic, sustained
+from flowmap.flow.solver import Heun
+from flowmap.flow.tangent.dual import dual_forward
+from flowmap.plan.plan import resolve
+from flowmap.recipe import read_recipe
+
+BOTH = (Device(), sustained(200))
+
+
+def counted(call, half: bool = False) -> Traffic:
+    counter = Counter(BOTH, half)
+    with torch.device("meta"), fused_attention():
+        arguments = call(None)
+        with counter:
+            call(arguments)
+    return counter.found
+
+
+def test_a_product_is_one_kernel_with_its_flops_bytes_and_seconds():
+    n = 512
+
+    def product(given):
+        return torch.zeros(2, n, n).unbind() if given is None else given[0] @ given[1]
+
+    found = counted(product, half=True)
+    assert (found.kernels, found.flops, found.bytes) == (1, 2 * n**3, 3 * n * n * 2)
+    assert found.seconds == max(2 * n**3 / 450e12, 6 * n * n / 2.7e12, 2e-6)
+    assert found.slow_seconds == max(2 * n**3 / 200e12, 6 * n * n / 1.35e12, 12e-6)
+
+
+def test_an_expanded_dimension_is_read_once():
+    def add(given):
+        return (torch.zeros(64, 32), torch.zeros(32)) if given is None else given[0] + given[1].expand(64, 32)
+
+    assert counted(add).bytes == 4 * (64 * 32 + 32 + 64 * 32)
+
+
+def test_attention_is_one_kernel_and_its_tangent_takes_our_rule():
+    shape = (2, 4, 64, 16)
+
+    def attention(given):
+        return [torch.zeros(3, *shape)] if given is None else F.scaled_dot_product_attention(*given[0])
+
+    def dual(given):
+        if given is None:
+            return [torch.zeros(3, *shape), torch.zeros(3, *shape)]
+        return dual_forward(F.scaled_dot_product_attention, given[0].unbind(), given[1].unbind())
+
+    plain, carried = counted(attention, half=True), counted(dual, half=True)
+    assert (plain.kernels, plain.flops) == (1, 4 * 2 * 4 * 64 * 64 * 16)
+    scores = 2 * 4 * 64 * 64
+    assert carried.flops == plain.flops + 5 * 2 * scores * 16  # q k', dq k', q dk', ds v, w dv
+    assert carried.bytes > plain.bytes + 10 * 2 * scores
+    assert F.scaled_dot_product_attention.__module__ != "flowmap.estimate.roofline"
+
+
+def test_a_number_that_is_read_stops_nothing():
+    def read(given):
+        return torch.zeros(()) if given is None else (float(given), bool(given > 0), int(given.long()))
+
+    assert counted(read).kernels >= 0
+
+
+@pytest.fixture(scope="module")
+def digits():
+    run = resolve(read_recipe("digits", ["trainer.accelerator=auto"]))
+    config = config_without_weights(run, Outlines().of(run)[0])
+    return run, config, [one for _, one in teacher_configs(run, config)]
+
+
+def test_the_parts_of_a_step(digits):
+    run, config, teachers = digits
+    found = step_traffic(run.recipe, config, teachers)
+    assert set(found) == {"teacher", "student", "backward", "optimizer", "averages"}
+    plain = step_traffic(run.recipe.changed(objective=read_recipe("digits-teacher").objective), config, ())
+    assert found["student"].flops > 1.9 * plain["student"].flops  # value and tangent
+    assert plain["teacher"] == Traffic() and found["teacher"].flops > 0
+    trained = sum(p.numel() for p in config.build().parameters())
+    assert found["optimizer"].bytes == 28 * trained
+
+
+def test_prices_of_a_run_grow_with_its_steps_and_batches(digits):
+    run, config, teachers = digits
+    one = Prices().training(run.recipe, config, teachers)
+    trainer = replace(run.recipe.trainer, steps=2 * run.recipe.trainer.steps)
+    twice = Prices().training(run.recipe.changed(trainer=trainer), config, teachers)
+    assert twice.seconds == pytest.approx(2 * one.seconds) and one.slow_seconds > one.seconds
+    text = "\n".join(price_lines(run, config, 1000, Prices()))
+    assert "GPU-hours" in text and "the last evaluation" in text and "disk" in text
+
+
+def test_pairs_are_priced_by_the_calls_of_their_solver(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    run = resolve(read_recipe("rfpp/digits"))
+    assert solver_calls(run.pairs) == 32
+    assert solver_calls(replace(run.pairs, solver=Heun(18, "rho", euler_last=True))) == 35
+    config = config_without_weights(run, Outlines().of(run)[0])
+    assert pairs_bytes(run.recipe, config.shape) == pytest.approx(
+        run.pairs.num * (math.prod(config.shape) + 24) + run.pairs.num_inverted * 2 * math.prod(config.shape)
+    )
+    assert any(line.startswith(f"{run.pairs.num} pairs:") for line in price_lines(run, config, 1, Prices()))

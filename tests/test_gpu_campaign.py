@@ -1,0 +1,42 @@
+"""`make gpu` from beginning to end on the CPU, at toy size; a second call measures nothing again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def campaign(out: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--toy", "--out", str(out), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_campaign_runs_to_its_end_and_is_resumed(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = campaign(out)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(out.read_text())["jobs"]
+    assert found["tests"]["tests"] > 0 and found["tests"]["failures"] == found["tests"]["errors"] == 0
+    for name in ("dit256", "imagenet512", "sd15", "sd35-medium", "flux-dev-lora"):
+        job = found[f"step {name}"]
+        assert job["step_ms"] > 0 and job["tangent_error"] > 0 and job["sample_1_in_4_steps_ms"] > 0
+    assert found["encoding"]["pictures_per_second"] > 0 and found["evaluation"]["pictures_per_second"] > 0
+    assert {"student", "teacher", "floor"} <= found["fashion"]["metrics"].keys()
+    again = campaign(out, "--jobs", "step dit256", "encoding")
+    assert again.returncode == 0 and again.stdout.count("measured before") == 2
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "gpu.json")]
+    hidden = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 3 and "no CUDA device" in done.stderr and not (tmp_path / "gpu.json").exists()
+
+
+def test_a_job_that_may_last_longer_than_what_is_left_is_not_begun(tmp_path):
+    done = campaign(tmp_path / "gpu.json", "--minutes", "0.5", "--jobs", "fashion")
+    assert done.returncode == 1 and "not begun" in done.stdout
