@@ -130,7 +130,7 @@ class DrawnRow:
         for x1, cond, _ in self.starts.batches(num, " along the path"):
             path = solver(self.flow.given(cond), x1, keep=True).trajectory
             assert path is not None
-            yield path.to(self.device), torch.tensor(solver.times(), device=self.device)
+            yield path.to(self.device), torch.tensor(solver.times())
 
     def endpoints(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         known = self.flow.endpoints

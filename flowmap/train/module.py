@@ -18,6 +18,7 @@ from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_pl
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Cond, Loss, PathSample, Teacher
+from flowmap.nets.adapters import AdapterAverage
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.plan.plan import ResolvedRun
@@ -61,7 +62,10 @@ class DistillModule(L.LightningModule):
         self.samples = data if samples is None else samples
         self.student = as_trained(student, recipe).train()
         self.widths = recipe.ema.widths
-        self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
+        average = _copy
+        if recipe.trainer.strategy == "fsdp":
+            average = AdapterAverage if recipe.lora else _view
+        self.averages = nn.ModuleList(average(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
         self._decoder = build_decoder(run)  # no submodule, as the teacher
@@ -105,7 +109,7 @@ class DistillModule(L.LightningModule):
             mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
             dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, mesh, dtype=dtype)
+                net.follow() if isinstance(net, AdapterAverage) else shard(net, mesh, dtype=dtype)
             if self.teacher is not None and self.teacher.modules:
                 shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
@@ -227,9 +231,8 @@ class DistillModule(L.LightningModule):
     def average(self) -> None:
         """Add the weights of the step that has just been made to every average."""
         for width, average in zip(self.widths, self.averages, strict=True):
-            pairs = [
-                (a, w) for a, w in zip(average.parameters(), self.student.parameters(), strict=True) if w.requires_grad
-            ]
+            mine = dict(average.named_parameters())  # a LoRA student's may have what is trained alone
+            pairs = [(mine[name], w) for name, w in self.student.named_parameters() if w.requires_grad]
             kept = self.recipe.ema.kept(width, self.global_step)
             torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - kept)
 
@@ -273,6 +276,12 @@ def _by_time(key: str, value: Tensor, t: Tensor) -> dict[str, float]:
 def _copy(student: FlowMapNet) -> FlowMapNet:
     """A copy that shares the frozen parameters."""
     return copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad})
+
+
+def _view(student: FlowMapNet) -> FlowMapNet:
+    """A copy with parameters of its own in the student's memory, and the student's buffers; sharding copies them."""
+    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in student.parameters()}
+    return copy.deepcopy(student, own | {id(buffer): buffer for buffer in student.buffers()})
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:
