@@ -28,6 +28,7 @@ from flowmap.cli import (
     reference,
     sample,
     show,
+    tune,
 )
 
 
@@ -50,6 +51,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "sample": (sample, "draw samples as pictures or sentences"),
         "evaluate": (evaluate, "measure a student by its recipe's metrics"),
         "export": (export, "write a student for diffusers or for plain torch"),
+        "tune": (tune, "search a student's settings for each number of steps"),
         "average": (average, "combine a run's snapshots into an average of another width"),
         "merge": (merge, "add a finetune or a LoRA to a student, without training"),
         "import": (import_weights, "convert published pickles to safetensors, running no code"),

@@ -76,7 +76,7 @@ def stamps(
     shared += [fingerprint(module) for module in teacher.modules]
     found["teacher"] = short_hash(shared)
     found["student"] = short_hash(
-        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map)]
+        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map), *student.config.tuned]
     )
     return found
 

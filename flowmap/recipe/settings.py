@@ -204,6 +204,8 @@ class Trainer:
 
     checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
     that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
+    workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
+    otherwise none. Any number gives the same batches.
     """
 
     steps: Count = 10_000
@@ -224,6 +226,7 @@ class Trainer:
     keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = added(1)
     milestone_every_steps: CountFromZero = added(0)
     shard_size: Count | None = added(None)
+    workers: Annotated[int, Range(0, 256)] | None = added(None, hashed=False)
 
     def __post_init__(self):
         check_ranges(self)
