@@ -13,6 +13,7 @@ from flowmap.build.teacher import build_teacher
 from flowmap.evaluation.measure import measure
 from flowmap.metrics import Frechet, Straightness
 from flowmap.metrics.real import metric_device
+from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
 from flowmap.train.strategy import BOTH, strategy_for
@@ -47,9 +48,10 @@ def synced(kind):
 
 def parts(*settings):
     recipe = read_recipe("toy/mixture", [*SMALL, *settings])
-    data, teacher = build_data(recipe), build_teacher(recipe)
-    config = student_config(recipe, data, teacher)
-    return recipe, Student(config, build_student(recipe, config, teacher).eval()), data
+    run = resolve(recipe)
+    data, teacher = build_data(run), build_teacher(run)
+    config = student_config(run, data, teacher)
+    return recipe, Student(config, build_student(run, config, teacher).eval()), data
 
 
 def test_a_group_that_reduces_on_the_device_alone_measures_a_student_there(device_alone):

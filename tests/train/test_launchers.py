@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from conftest import FLOW, bytes_of
 from PIL import Image
 
 from flowmap.base.launch import Launch, first_node, launch_of
@@ -107,6 +109,32 @@ def test_four_processes_make_everything_that_a_student_needs(recipes, by):
     assert len(list(encoded.parent.glob("shard-*.arrow"))) == 8 and not list(encoded.parent.glob(".process*"))
     code, out, err = ended(by(4, "fit", "--recipe", recipes / "taught.yaml", "--out", recipes / "run"))
     assert code == 0 and err.count("complete in") == 4, err
+
+
+PAIRED = """
+name: paired
+data: {kind: toy, points: 200, batch_size: 8}
+student: {kind: mlp, width: 16, depth: 1}
+objective: {kind: rectified}
+coupling: {kind: pairs, teacher: {recipe: FOLDER/flow.yaml}, num: 40, shard_items: 8}
+trainer: {steps: 2, accelerator: cpu, devices: 2}
+log: {wandb: false, grid_images: 4}
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_that_one_makes(recipes):
+    (recipes / "flow.yaml").write_text(FLOW)
+    (recipes / "paired.yaml").write_text(PAIRED.replace("FOLDER", str(recipes)))
+    code, _, err = ended(flowmap("fit", "--recipe", recipes / "paired.yaml", "--out", recipes / "run"))
+    assert code == 0 and "[2/3] paired: 40 pairs ->" in err, err
+    (folder,) = (path.parent for path in recipes.glob("runs/**/index.json"))
+    made = bytes_of(folder)
+    made.pop("checked.json")  # written when the data is first read
+    assert len(list(folder.glob("shard-*.arrow"))) == 5
+    shutil.rmtree(folder)
+    code, _, err = ended(flowmap("pairs", "--recipe", recipes / "paired.yaml"))
+    assert code == 0 and bytes_of(folder) == made, err
 
 
 @pytest.mark.slow

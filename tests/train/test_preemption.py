@@ -195,3 +195,18 @@ def test_encoding_that_a_signal_ends_keeps_its_shards(tmp_path, monkeypatch, com
     assert len(list((tmp_path / "encoded").glob("shard-*.arrow"))) == 2
     code, out, _ = command(*arguments)
     assert code == 0 and "6 samples" in out
+
+
+def test_wandb_shows_a_preempted_run_as_one(monkeypatch):
+    from types import SimpleNamespace
+
+    from flowmap.train.wandb_log import close_wandb
+
+    heard = []
+    run = SimpleNamespace(mark_preempting=lambda: heard.append("preempting"))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(run=run, finish=lambda exit_code: heard.append(exit_code))
+    )
+    close_wandb(STATUS, preempted=True)
+    close_wandb(1)
+    assert heard == ["preempting", STATUS, 1]
