@@ -80,15 +80,11 @@ def run_folder(network: str, seed: int, embedding: str) -> Path:
 
 def teacher_folder(network: str, seed: int) -> Path:
     """The folder of that teacher, trained now if it is not there."""
-    from flowmap.plan.dependencies import teacher_recipes
-    from flowmap.plan.run_folders import dependency_folder, is_complete
-
     os.environ["FLOWMAP_RUNS"] = str(ROOT / f"seed-{seed}")
-    recipe = teacher_recipes(recipe_of(network, seed, "teacher's"))[0]
-    folder = dependency_folder(recipe)
-    if not is_complete(folder, recipe):
-        flowmap.fit(recipe, folder, resume=True)
-    return folder
+    run = resolve(recipe_of(network, seed, "teacher's")).teachers[0]
+    if not run.complete:
+        flowmap.fit(run.recipe, run.folder, resume=True)
+    return run.folder
 
 
 def trained(network: str, seed: int, embedding: str) -> dict:

@@ -343,6 +343,8 @@ class Measure(AtSteps):
         recipe, most = self.stage.recipe, self.stage.recipe.log.metrics_images
         chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": self.metrics}
         log = paced(self.write) if trainer.is_global_zero else None
+        # by held-out captions, which are encoded already: a text encoder would stay on the device
+        recipe = recipe.changed(evaluation=replace(recipe.evaluation, captions=None))
         self.known = measure(recipe, self.student, None, module.data, **chosen, known=self.known, progress=log)
         logs = metric_logs(self.known, "metrics" if most is None else f"metrics_of_{most}")
         for logger in trainer.loggers:

@@ -2,29 +2,18 @@
 
 import pytest
 import torch
-import transformers
 
 from flowmap.metrics import CLIPScore
 from flowmap.metrics.clip_model import CLIPMean
 from flowmap.metrics.spec import DrawnBatch
-from tests.support.tiny_pipelines import TEXT_WIDTH, tokenizer
+from tests.support.tiny_pipelines import two_towers
 
 CAPTIONS = ["a red cat", "the face of a green dog", "blue", "grinning face with eyes 1 2 3", ""]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clip")
-    sizes = dict(hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    text = dict(vocab_size=64, max_position_embeddings=16, eos_token_id=2, bos_token_id=1, pad_token_id=0)
-    config = transformers.CLIPConfig(
-        text_config=sizes | text, vision_config=sizes | dict(image_size=32, patch_size=8), projection_dim=8
-    )
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.CLIPProcessor(images, tokenizer()).save_pretrained(folder)
-    return folder
+    return two_towers(tmp_path_factory.mktemp("clip"))
 
 
 def pictures(n, channels=3):
