@@ -35,6 +35,7 @@ from flowmap.train.finite import NotFinite
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, norm_of, trained
 from flowmap.train.run_folder import drop_old
+from flowmap.train.strategy import ShardedStrategy
 
 
 class AtSteps(L.Callback):
@@ -185,6 +186,8 @@ class Keep(AtSteps):
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
         self.check(module, done)
+        if isinstance(trainer.strategy, ShardedStrategy):  # the last one may be in writing
+            trainer.strategy.finish_writing()
         trainer.save_checkpoint(self.stage.folder / "checkpoints" / "last.ckpt")
         state = full_state(module.averaged)
         if trainer.is_global_zero:
