@@ -24,6 +24,7 @@ import flowmap
 from flowmap.build.data import build_data
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.plan.plan import resolve
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
@@ -79,15 +80,11 @@ def run_folder(network: str, seed: int, embedding: str) -> Path:
 
 def teacher_folder(network: str, seed: int) -> Path:
     """The folder of that teacher, trained now if it is not there."""
-    from flowmap.plan.dependencies import teacher_recipes
-    from flowmap.plan.run_folders import dependency_folder, is_complete
-
     os.environ["FLOWMAP_RUNS"] = str(ROOT / f"seed-{seed}")
-    recipe = teacher_recipes(recipe_of(network, seed, "teacher's"))[0]
-    folder = dependency_folder(recipe)
-    if not is_complete(folder, recipe):
-        flowmap.fit(recipe, folder, resume=True)
-    return folder
+    run = resolve(recipe_of(network, seed, "teacher's")).teachers[0]
+    if not run.complete:
+        flowmap.fit(run.recipe, run.folder, resume=True)
+    return run.folder
 
 
 def trained(network: str, seed: int, embedding: str) -> dict:
@@ -109,7 +106,7 @@ def trained(network: str, seed: int, embedding: str) -> dict:
 def at_start(network: str, seed: int) -> list[dict]:
     """For both embeddings and each time: the output's relative error and the norm of dF/dt, at held-out points."""
     teacher = load_student(teacher_folder(network, seed))
-    data = build_data(read_resolved(teacher.folder / "recipe.yaml"))
+    data = build_data(resolve(read_resolved(teacher.folder / "recipe.yaml")))
     x0, cond = data.held_out_samples()
     x0, cond = x0[:POINTS], {key: value[:POINTS] for key, value in cond.items()}
     x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))

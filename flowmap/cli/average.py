@@ -44,7 +44,7 @@ def run(a: argparse.Namespace) -> int:
     check_place(out, "--out")
     recipe, config = read_resolved(folder / "recipe.yaml"), load_student(folder).config
     weights = combine(folder, std=a.std, step=a.step)
-    config = replace(config, step=config.step if a.step is None else a.step)
+    config = replace(config, step=config.step if a.step is None else a.step, tuned=())  # tuned for other weights
     copy_models(folder / "student", out)
     save_student(out, config, weights, recipe=recipe.to_yaml(), card=model_card(recipe, config, None))
     print(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn, Protocol
 
 from flowmap import __version__
@@ -27,6 +28,7 @@ from flowmap.cli import (
     reference,
     sample,
     show,
+    tune,
 )
 
 
@@ -49,6 +51,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "sample": (sample, "draw samples as pictures or sentences"),
         "evaluate": (evaluate, "measure a student by its recipe's metrics"),
         "export": (export, "write a student for diffusers or for plain torch"),
+        "tune": (tune, "search a student's settings for each number of steps"),
         "average": (average, "combine a run's snapshots into an average of another width"),
         "merge": (merge, "add a finetune or a LoRA to a student, without training"),
         "import": (import_weights, "convert published pickles to safetensors, running no code"),
@@ -77,10 +80,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _settings_behind(words: Sequence[str]) -> Sequence[int]:
-    """The places of compare's settings, which its --recipes and --steps would take.
+    """The places of compare's settings, which its --recipes and --steps would take, and of one that --resume would.
 
     None beside --runs: a run folder may have an = in its name.
     """
+    if words[:1] == ["fit"]:
+        after = words.index("--resume") + 1 if "--resume" in words else len(words)
+        return [after + i for i, _ in enumerate(takewhile(_is_setting, words[after:]))]
     if words[:1] != ["compare"] or "--runs" in words:
         return ()
     return [i for i, word in enumerate(words) if _is_setting(word) and words[i - 1] not in ("--out", "--import")]

@@ -61,8 +61,9 @@ def stamps(
         to_plain(recipe.evaluation, TABLES, hashed=True),
     ]
     shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(settings), world_size()]
-    if files := [file_digest(path) for spec in specs for path in spec.files]:
-        shared.append(files)
+    files = [path for spec in specs for path in spec.files]
+    files += [recipe.evaluation.captions] if recipe.evaluation.captions else []
+    shared += [[file_digest(path) for path in files]] if files else []
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found
@@ -75,7 +76,7 @@ def stamps(
     shared += [fingerprint(module) for module in teacher.modules]
     found["teacher"] = short_hash(shared)
     found["student"] = short_hash(
-        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map)]
+        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map), *student.config.tuned]
     )
     return found
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from flowmap.plan.references import located
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.student.tuned import Tuned, tuned_json
 
 ONLY_TRAINING = (
     "nothing is held out (data.held_out): distances are to the training samples alone, under keys that end in _train"
@@ -93,8 +95,12 @@ def measure(
     stamp = stamps(recipe, student, teacher, data, specs, rows.starts.first)
     same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}
-    of_student, seconds = _student_rows(rows, chosen, known if "student" in same else {})
+    of_student, seconds = _student_rows(rows, chosen, student.config.tuned_at, known if "student" in same else {})
     result: dict[str, Any] = {"student": of_student, "stamp": stamp}
+    if used := [one for one in student.config.tuned if one.steps in chosen]:
+        result["tuned"] = tuned_json(
+            tuple(one if guidance is None else replace(one, guidance=guidance) for one in used)
+        )
     if teacher is not None:
         of_teacher = _known_teacher(known, log) if "teacher" in same else _teacher_rows(recipe, teacher, rows)
         result, seconds["teacher"] = result | of_teacher[0], of_teacher[1]
@@ -109,16 +115,18 @@ def measure(
 
 
 def _student_rows(
-    rows: Rows, steps: Sequence[int], known: Mapping[str, Any]
+    rows: Rows, steps: Sequence[int], tuned: Callable[[int], Tuned | None], known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """("student" of metrics.json, the seconds of drawing each row).
 
-    known: an earlier metrics.json, from which the distances to the teacher are taken.
+    tuned: the settings of a number of steps. known: an earlier metrics.json, from which the distances to the teacher
+    are taken.
     """
     found, seconds = {}, {}
     for k in steps:
-        rows.starts.begin(f"student {_counted(k)}")
-        found[str(k)], seconds[f"student_{k}"] = rows.student(k, to_teacher(known, k))
+        mine = rows.tuned(tuned(k))
+        mine.starts.begin(f"student {_counted(k)}")
+        found[str(k)], seconds[f"student_{k}"] = mine.student(k, to_teacher(known, k))
     return found, seconds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,11 @@ from flowmap.flow.draws import RowGenerator
 from flowmap.flow.solver import Euler, Solver, invert
 from flowmap.flow.types import Cond
 from flowmap.metrics import DrawnBatch, Spec, baselines
+from flowmap.metrics.against import HasReferences
 from flowmap.metrics.real import metric_device
 from flowmap.recipe.recipe import Recipe
 from flowmap.student.student import Student
+from flowmap.student.tuned import Tuned
 
 Draw = Callable[[Tensor, Cond, RowGenerator], Tensor]
 Solve = Callable[[Tensor, Cond, RowGenerator, int], Tensor]
@@ -97,8 +100,9 @@ class DrawnRow:
         chunks, first = iter(rebatched(drawn, self.starts.chunk)), 0
         while (samples := self._decoded(chunks)) is not None:
             self._write(samples[: max(0, self.starts.num_texts - first)])
-            at = partial(self.starts.conditions_at, first, len(samples))
-            yield DrawnBatch(samples.to(self.device), first, self.world, at)
+            conditions = partial(self.starts.conditions_at, first, len(samples))
+            captions = partial(self.starts.captions_at, first, len(samples))
+            yield DrawnBatch(samples.to(self.device), first, self.world, conditions, captions)
             first += len(samples)
 
     def _decoded(self, chunks: Iterator[Mapping[str, Tensor]]) -> Tensor | None:
@@ -129,7 +133,7 @@ class DrawnRow:
         for x1, cond, _ in self.starts.batches(num, " along the path"):
             path = solver(self.flow.given(cond), x1, keep=True).trajectory
             assert path is not None
-            yield path.to(self.device), torch.tensor(solver.times(), device=self.device)
+            yield path.to(self.device), torch.tensor(solver.times())
 
     def endpoints(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         known = self.flow.endpoints
@@ -164,7 +168,10 @@ class DrawnRow:
 
 
 class Rows:
-    """Measures rows of metrics.json by all metrics, each row from the same starts."""
+    """Measures rows of metrics.json by all metrics, each row from the same starts.
+
+    references: the real samples that metrics compare with, by default those of the data.
+    """
 
     def __init__(
         self,
@@ -175,15 +182,30 @@ class Rows:
         specs: Sequence[Spec],
         guidance: float | None,
         log: LogFunction | None,
+        references: HasReferences | None = None,
     ):
         self.recipe, self._student = recipe, student
-        self.starts = Starts(recipe, student, data, specs, guidance, log)
+        self.guidance, self._starts = guidance, lambda scale: Starts(recipe, student, data, specs, scale, log)
+        self.starts = self._starts(guidance)
         self.device = metric_device(student.device)
-        self.built = [(spec, spec.build_on(data, self.device)) for spec in specs]
+        self.built = [(spec, spec.build_on(references or data, self.device)) for spec in specs]
         self.decode_seconds = 0.0
         self._flow = Flow.of_student(recipe, student)
         self._teacher_flow = None if teacher is None else Flow.of_teacher(recipe, teacher, student.device)
         self._coupled: dict[int, Draws] = {}
+
+    def tuned(self, settings: Tuned | None) -> Rows:
+        """The same rows by other settings of the sampler: their scale is taken unless one was given."""
+        if settings is None:
+            return self
+        rows, student = copy.copy(self), self._student
+        rows.recipe = replace(self.recipe, sampler=settings.sampler(self.recipe.sampler))
+        if settings.guidance is not None and self.guidance is None:
+            rows.starts, rows._coupled = self._starts(settings.guidance), {}
+            rows._flow = Flow.of_student(self.recipe, student)
+            if self._teacher_flow is not None:
+                rows._teacher_flow = replace(self._teacher_flow, endpoints={}, inverted={}, figures={})
+        return rows
 
     def baseline(self, data: Dataset) -> dict[str, float]:
         return baselines(self.built, data, self.starts.classes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -101,7 +101,7 @@ def merge(
         if found:
             names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
             raise ValueError(f"--strict: {report.what}: {len(found)} weights do not fit: {names}")
-    return Merged(student.config, weights, tuple(reports))
+    return Merged(replace(student.config, tuned=()), weights, tuple(reports))
 
 
 def write_merged(merged: Merged, student: Student, out: str | Path, *, overwrite: bool = False) -> Path:

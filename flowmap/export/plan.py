@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flowmap.samplers import Deterministic, Gamma
@@ -71,7 +71,8 @@ def make_plan(
 ) -> Export:
     """The plan, with defaults for steps (the sampler's largest) and guidance. ValueErrors name the setting.
 
-    merge: merge a LoRA student's adapters into its weights.
+    The grid, gamma and scale are those that were tuned for these steps, if any. merge: merge a LoRA student's adapters
+    into its weights.
     """
     if student.config.prior is not None:
         raise ValueError("student: starts at a learned prior; only students that start at N(0, I) can be exported")
@@ -81,7 +82,19 @@ def make_plan(
         raise ValueError(f"sampler: {type(sampler).__name__} cannot be exported; what can: deterministic, gamma")
     steps = max(sampler.steps) if steps is None else steps
     sampler.times(steps)
-    return Export(student, steps, _scale(student, guidance), text)
+    scale = _scale(student, student.config.scale_at(steps) if guidance is None else guidance)
+    return Export(_tuned_for(student, steps), steps, scale, text)
+
+
+def _tuned_for(student: Student, steps: int) -> Student:
+    """The student with the settings that were tuned for these steps as its own; a warning if others were tuned."""
+    config = student.config
+    if others := [str(one.steps) for one in config.tuned if one.steps != steps]:
+        what = f"an export has one grid, gamma and scale: those tuned for {', '.join(others)} steps are left out"
+        warnings.warn(f"--steps: {what}", stacklevel=3)
+    if not config.tuned:
+        return student
+    return Student(replace(config, sampler=config.sampler_at(steps), tuned=()), student.flow_map, student.folder)
 
 
 def _scale(student: Student, guidance: float | None) -> float | None:

@@ -23,7 +23,7 @@ from flowmap.base.ranges import BelowOne, Depth, Multiplier, Positive, Side, Wid
 from flowmap.base.schema import added
 from flowmap.nets.embed import ExtraCondition, ExtraEmbeddings, ScalarEmbedding, branches
 from flowmap.nets.preconditioning import noise_level, one_hot, velocity_of
-from flowmap.nets.time_embedding import fitted
+from flowmap.nets.time_embedding import CosineEmbedding, fitted
 
 TIMES = ("log_sigma", "t")
 PRESETS = {"XXS": 64, "XS": 128, "S": 192, "M": 256, "L": 320, "XL": 384, "XXL": 448}
@@ -142,7 +142,7 @@ class UNet(nn.Module):
     time (B,) is log(sigma) / 4, as in the published networks, or t itself.
     """
 
-    emb_time: ScalarEmbedding | None
+    emb_time: CosineEmbedding | None
     emb_fourier: Fourier | None
     emb_noise: Conv | None
 
@@ -153,7 +153,7 @@ class UNet(nn.Module):
         levels = [(size >> level, width) for level, width in enumerate(widths)]
         self.emb_width = emb = max(widths)
         self.out_gain = nn.Parameter(torch.zeros([]))
-        self.register_module("emb_time", ScalarEmbedding(emb) if spec.embeds_t else None)
+        self.register_module("emb_time", CosineEmbedding(emb) if spec.embeds_t else None)
         self.register_module("emb_fourier", None if spec.embeds_t else Fourier(widths[0]))
         self.register_module("emb_noise", None if spec.embeds_t else Conv(widths[0], emb, ()))
         self.emb_label = Conv(num_labels, emb, ()) if num_labels else None

@@ -16,10 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from flowmap.nets.embed import ScalarEmbedding
-
 NUM_TIMES = 4096  # of the fit, even in t
-RIDGE, RIDGE_OF_SINUSOIDS = 1e-3, 1e-2  # relative to the mean square of the features
+HARMONICS = 12  # half periods of the fastest cosine
+RIDGE = 1e-2  # of a diffusers network's fit, relative to the mean square of the features
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")  # names in diffusers
 TIME_SCALES: dict[str, Callable[[Any], float]] = {
     "QwenImageTransformer2DModel": lambda config: 1e-3,
@@ -50,17 +49,31 @@ class EmbedsTimeSpec(Protocol):
     def embedding_t(self) -> Any: ...
 
 
-@torch.no_grad()
-def fitted(old: OfTime, width: int) -> ScalarEmbedding:
-    """An embedding of t with the output (B, width) of `old`, by least squares over t in [0, 1].
+class CosineEmbedding(nn.Linear):
+    """A linear map of cos(pi k t), k = 0 .. 12, in float32 or better, also under autocast: t (B,) -> (B, width).
 
-    Its hidden layer is random (torch's generator); the last layer is fitted in closed form.
+    The cosines are orthogonal on [0, 1], so that a fit has weights no larger than its target. With the random hidden
+    layer of a perceptron, whose features are nearly dependent, it has large weights that cancel, until training moves
+    them: dF/dt then explodes.
     """
-    new = ScalarEmbedding(width).double()
-    t = _times()
-    new.out.weight.copy_(torch.eye(width))
-    new.out.bias.zero_()
-    _fit(new.out, new(t), old(t.float()), RIDGE)
+
+    def __init__(self, width: int):
+        super().__init__(HARMONICS + 1, width, bias=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        kind = t.device.type if torch.amp.is_autocast_available(t.device.type) else "cpu"  # the meta device has none
+        with torch.autocast(kind, enabled=False):
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            k = torch.arange(self.in_features, dtype=wide, device=t.device)
+            return super().forward(torch.cos(t.to(wide)[:, None] * (torch.pi * k)).to(self.weight.dtype))
+
+
+@torch.no_grad()
+def fitted(old: OfTime, width: int) -> CosineEmbedding:
+    """An embedding of t with the output (B, width) of `old`, by least squares over t in [0, 1]."""
+    new, t = CosineEmbedding(width).double(), _times()
+    cosines = torch.cos(t[:, None] * (torch.pi * torch.arange(new.in_features)))
+    new.weight.copy_(torch.linalg.lstsq(cosines, old(t.float()).double()).solution.T)
     return new.float()
 
 
@@ -90,9 +103,9 @@ def refit(model: Any, old: OfTime, new: OfTime) -> None:
 def _refit_one(embedding: Any, before: Tensor, after: Tensor) -> Any:
     """A copy of the embedding that gives for the features `after` what it gave for `before`."""
     kept, fit = (copy.deepcopy(embedding).double() for _ in range(2))
-    _fit(fit.linear_1, after, kept.linear_1(before), RIDGE_OF_SINUSOIDS)
+    _fit(fit.linear_1, after, kept.linear_1(before), RIDGE)
     hidden = kept.act(kept.linear_1(before))
-    _fit(fit.linear_2, fit.act(fit.linear_1(after)), kept.linear_2(hidden), RIDGE_OF_SINUSOIDS)
+    _fit(fit.linear_2, fit.act(fit.linear_1(after)), kept.linear_2(hidden), RIDGE)
     return fit.to(next(embedding.parameters()).dtype)
 
 

@@ -18,6 +18,7 @@ from flowmap.nets.lora import Base, LoRA, add_lora
 from flowmap.nets.stacked import NetSpec
 from flowmap.recipe.kinds import TABLES, StudentSpec, student_part
 from flowmap.student.prior import Shipped
+from flowmap.student.tuned import Tuned
 
 SHIPPED_AUTOENCODER = "autoencoder"  # the folder, next to a student's weights, of the autoencoder that a recipe trained
 
@@ -70,6 +71,7 @@ class StudentConfig:
     text                the text encoder of its prompts
     lora, base          its weights are adapters and branches on top of the frozen `base`
     prior               the learned prior in the folder prior/, where samples do not start from N(0, I)
+    tuned               the settings for some numbers of steps, where `flowmap tune` found better ones
     """
 
     net: StudentSpec
@@ -85,6 +87,7 @@ class StudentConfig:
     lora: LoRA | None = None
     base: Base | None = None
     prior: Shipped | None = None
+    tuned: tuple[Tuned, ...] = ()
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
@@ -99,6 +102,24 @@ class StudentConfig:
             raise ValueError("lora: adapters are for a network of kind diffusers with a named base")
         if not student_part(self.net).takes_extra_conditions:
             self._check_no_extra_conditions()
+        for one in self.tuned:
+            self.sampler_at(one.steps)
+
+    def tuned_at(self, steps: int) -> Tuned | None:
+        """The tuned settings for that number of steps; None if there are none."""
+        return next((one for one in self.tuned if one.steps == steps), None)
+
+    def sampler_at(self, steps: int) -> Sampler:
+        """The sampler of a call of that many steps."""
+        tuned = self.tuned_at(steps)
+        return self.sampler if tuned is None else tuned.sampler(self.sampler)
+
+    def scale_at(self, steps: int) -> float | None:
+        """The guidance scale of a call of that many steps; None where the scale is no input."""
+        if self.guidance is None:
+            return None
+        tuned = self.tuned_at(steps)
+        return self.guidance[2] if tuned is None or tuned.guidance is None else tuned.guidance
 
     def _check_classes(self) -> None:
         if self.num_classes is not None and self.num_classes < 1:

@@ -16,6 +16,7 @@ from flowmap.nets.lora import Base, LoRA
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.student.config import ImageLatents, Pixels, StudentConfig, TextLatents
 from flowmap.student.prior import PRIOR, Shipped
+from flowmap.student.tuned import Tuned, tuned_json, tuned_rows
 
 FORMAT = 1
 
@@ -42,6 +43,7 @@ class _Flat:
     lora: LoRA | None = None
     base: Base | None = None
     prior: Shipped | None = None
+    tuned: tuple[Tuned, ...] = ()
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
@@ -67,6 +69,8 @@ def config_json(config: StudentConfig) -> dict[str, Any]:
     if flat["prior"] is not None:  # the file keeps the key of version 0.1
         flat["prior"] = {"told" if key == "conditioning" else key: value for key, value in flat["prior"].items()}
     names = flat.pop("class_names")
+    if flat.pop("tuned"):
+        flat["tuned"] = tuned_json(config.tuned)
     return flat if names is None else flat | {"id2label": {str(i): name for i, name in enumerate(names)}}
 
 
@@ -82,6 +86,8 @@ def read_config(path: Path) -> StudentConfig:
     if plain.get("format") != FORMAT:
         raise ValueError(f"{path}: format: {plain.get('format')!r} is not {FORMAT}, the one that this version reads")
     try:
+        if "tuned" in plain:
+            plain = {**plain, "tuned": tuned_rows(plain["tuned"])}
         return construct(_Flat, _with_class_names(plain, path), TABLES, file=str(path)).typed()
     except RecipeError:
         raise

@@ -90,7 +90,8 @@ class Student(Sentences):
         cond        {"class": one label or num labels, numbers or names}, by default each class in turn; {"prompt": one
                     text or num texts} for students that are conditioned on text
         guidance    the scale, where it is an input
-        gamma       in [0, 1], the noise added between steps
+        gamma       in [0, 1], the noise added between steps; where `flowmap tune` found settings for that number of
+                    steps, these are the defaults of guidance, gamma and the grid
         progress    a function, called with the number of new samples
         latents     return latents, not their pictures
         refine      a function of the pictures and their prompts (None without text) that returns refined pictures
@@ -99,6 +100,8 @@ class Student(Sentences):
         """
         self._check_call(num, steps, seed, refines=refine is not None, latents=latents)
         generator = torch.Generator().manual_seed(seed)
+        if guidance is None and solver is None and "guidance" not in (cond or {}):
+            guidance = self.config.scale_at(steps)
         rows = self.conditions(num, cond, guidance)
         noise = of_samples(generator, torch.arange(num))
         start = self.start(num, generator, rows.pop("z", None))
@@ -144,7 +147,8 @@ class Student(Sentences):
         """
         if gamma is not None and self.config.prior is not None:
             raise ValueError("gamma: adds noise from N(0, I), and this student starts from a learned prior")
-        sampler = asked_for(self.config.sampler, gamma=gamma, solver=solver)
+        own = self.config.sampler_at(steps) if solver is None else self.config.sampler
+        sampler = asked_for(own, gamma=gamma, solver=solver)
         noise, out = of_samples(generator, torch.arange(len(start.x1))), []
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
+from flowmap.data import Dataset, PairedDataset, StepBatches, first_place
+from flowmap.data.dataset import full_precision
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Cond, Loss, PathSample, Teacher
@@ -26,6 +27,7 @@ from flowmap.recipe import Recipe
 from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 from flowmap.train.finite import FiniteChecks, NotFinite
+from flowmap.train.loading import loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -126,8 +128,7 @@ class DistillModule(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
-        # a data set here gives whole batches, by __getitems__
-        return DataLoader(cast(Any, self.samples), batch_sampler=batches, collate_fn=as_it_is)
+        return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = len(checkpoint["optimizer_states"])
@@ -141,6 +142,7 @@ class DistillModule(L.LightningModule):
             )
         self._check_processes()
         self._micro, self.begun = 0, True
+        self.data.to_device(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)
             self._to_channels_last(*self.teacher.modules)
@@ -148,6 +150,16 @@ class DistillModule(L.LightningModule):
             self.prior.to(self.device)
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Text that is stored as captions is encoded here, on the device."""
+        x0, cond, *paired = batch
+        return (x0, self.data.complete(cond), *paired)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Workers send latents and text in the half precision in which they are stored."""
+        x0, cond, *paired = batch
+        return (full_precision(x0), {name: full_precision(value) for name, value in cond.items()}, *paired)
 
     def _check_processes(self) -> None:
         """Raise RecipeError if a global batch was split for another number of processes than there are."""

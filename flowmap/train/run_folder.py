@@ -31,6 +31,7 @@ from flowmap.train.sharded_checkpoint import put_back as put_checkpoint_back
 
 LogFunction = Callable[[str], None]
 
+EXTENDED = "extended.json"  # train/extend.py
 STEP = "step-" + "[0-9]" * 8
 STUDENT = (*FILES, "diffusion_pytorch_model.safetensors", FILE, SETTINGS, ENCODINGS)
 WRITTEN = (
@@ -38,8 +39,11 @@ WRITTEN = (
     BUILT_ON,
     "log.csv",
     "metrics.json",
-    "checkpoints/last.ckpt",  # a file, or the folder of a sharded run
+    EXTENDED,
+    "checkpoints/last.ckpt",  # a file, or the folder of a sharded run, as all of these
     "checkpoints/last.ckpt.before",
+    "checkpoints/damaged.ckpt",
+    f"checkpoints/{STEP}.ckpt",
     f"ema/{STEP}-std-[0-9].[0-9][0-9][0-9].safetensors",
     f"samples/{STEP}.png",
     f"samples/{STEP}.txt",
@@ -52,7 +56,7 @@ WRITTEN = (
     "wandb/debug*.log",
 )
 HEADS = tuple(dict.fromkeys(name.rpartition("/")[0] for name in WRITTEN))
-LAST = "checkpoints/last.ckpt"
+LAST, DAMAGED = "checkpoints/last.ckpt", "checkpoints/damaged.ckpt"
 NOT_DRAWN = "not_drawn"  # in metrics.json: why the samples of the last step could not be drawn
 ASIDE, REPLACING = ".replaced.", ".replacing"
 NOTE = (

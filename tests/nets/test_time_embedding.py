@@ -78,18 +78,30 @@ def test_the_rate_of_the_embedding_is_bounded_at_both_ends():
     """Of log(sigma) / 4 the derivative is 1 / (4 t (1 - t)): 100 at t = .0025."""
     old, new = (flow_map.requires_grad_(False).double().net.unet for flow_map in (teacher(), student()))
     before, after = rates_of(lambda t: old._embedding(noise_level(t), t.dtype)), rates_of(new.emb_time)
-    assert before.max() > 500 and after.max() < 60
-    assert after[500] == pytest.approx(float(before[500]), rel=0.1)
-    assert tangent_norm(student(), 0.005) < 0.6 * tangent_norm(teacher(), 0.005)
+    assert before.max() > 500 and after.max() < 30
+    assert after[500] == pytest.approx(float(before[500]), rel=0.2)
+    assert tangent_norm(student(), 0.005) < 0.2 * tangent_norm(teacher(), 0.005)
 
 
-def test_all_other_weights_are_the_teachers_and_the_fit_is_a_function_of_the_seed():
+def test_the_fit_has_no_large_weights_that_cancel():
+    """Of orthogonal functions the squares of the weights add up to at most the square of the target (Bessel).
+
+    Those of a random hidden layer were up to 8 for a target of 1, and AYF-EMD diverged when training moved them.
+    """
+    old, new = teacher().net.unet, student().net.unet
+    t = (torch.arange(4096) + 0.5) / 4096
+    with torch.no_grad():
+        target = old._embedding(noise_level(t), t.dtype).square().mean(0)
+        found = new.emb_time.weight.square() / torch.tensor([1.0] + [2.0] * (new.emb_time.in_features - 1))
+    assert (found.sum(1) <= 1.001 * target).all() and (found.sum(1) > 0.5 * target).all()
+
+
+def test_all_other_weights_are_the_teachers():
     old, new = teacher().state_dict(), student().state_dict()
     assert not [name for name in new if "emb_fourier" in name or "emb_noise" in name]
     assert all(torch.equal(new[name], old[name]) for name in new if name in old)
-    again, other = student().state_dict(), student(seed=1).state_dict()
-    assert all(torch.equal(new[name], again[name]) for name in new)
-    assert not torch.equal(new["net.unet.emb_time.out.weight"], other["net.unet.emb_time.out.weight"])
+    again = student(seed=1).state_dict()
+    assert torch.equal(new["net.unet.emb_time.weight"], again["net.unet.emb_time.weight"])  # the fit draws nothing
 
 
 def test_a_saved_student_keeps_its_embedding(tmp_path):
