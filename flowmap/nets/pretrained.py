@@ -25,9 +25,9 @@ def load_pretrained(
 ) -> tuple[DiffusersModel, DiffusersNet]:
     """The settings and the network, without our branches, of a pipeline's folder or hub id at that revision.
 
-    Only the network and the scheduler are read, and no code in the folder is run. Weights that the files have in
-    `dtype` stay in the memory-mapped files until they are used (with accelerate). Raises a one-line ValueError if the source
-    does not exist, has no network or scheduler, or has an unknown schedule.
+    Only the network and the scheduler are read, and no code in the folder is run. With accelerate, weights that the
+    files have in `dtype` stay in the memory-mapped files until they are used. Raises a one-line ValueError if the
+    source does not exist, has no network or scheduler, or has an unknown schedule.
     """
     import diffusers
 

@@ -38,6 +38,7 @@ from flowmap.train.finite import NotFinite
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, norm_of, trained
 from flowmap.train.run_folder import LAST, drop_old
+from flowmap.train.strategy import ShardedStrategy
 
 
 class AtSteps(L.Callback):
@@ -196,6 +197,8 @@ class Keep(AtSteps):
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
         self.check(module, done)
+        if isinstance(trainer.strategy, ShardedStrategy):  # the last one may be in writing
+            trainer.strategy.finish_writing()
         folder, settings = self.stage.folder, self.stage.recipe.trainer
         if trainer.is_global_zero and self._saved:
             retire(folder, self._saved, settings)

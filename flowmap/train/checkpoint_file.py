@@ -20,6 +20,7 @@ import torch
 
 from flowmap.base.files import write_beside
 from flowmap.base.schema import RecipeError
+from flowmap.train.sharded_checkpoint import REST, check_shards, is_sharded, shapes_in
 
 MARK = b"flowmap sha256 "
 NO_COMMENT = b"\0\0"  # the end of an archive without a comment
@@ -48,8 +49,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in that file, which is read without unpickling anything but tensors and plain containers.
 
+    Of a sharded checkpoint, a folder, it has the shapes of the weights, on the meta device, and no optimizer's state.
     Raises ValueError, with the file's name, if it is torn, changed, hostile or not a checkpoint.
     """
+    if is_sharded(path):
+        return read_checkpoint(path / REST) | {"state_dict": shapes_in(path)}
     try:
         check_file(path)
         with warnings.catch_warnings():
@@ -84,6 +88,7 @@ def restoring(path: Path | None, begun: Callable[[], bool]) -> Iterator[None]:
 
 
 def has_checksum(path: Path) -> bool:
+    path = path / REST if is_sharded(path) else path
     with open(path, "rb") as handle:
         return _sealed_with(handle, os.path.getsize(path)) is not None
 
@@ -102,7 +107,13 @@ def _seal(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise ValueError unless it is a regular file with a matching checksum and an archive that unpacks to its size."""
+    """Raise ValueError unless it is a regular file with a matching checksum and an archive that unpacks to its size.
+
+    Of a sharded checkpoint, a folder, all files are checked.
+    """
+    if is_sharded(path):
+        check_shards(path)
+        path = path / REST
     there = os.stat(path)
     if not stat.S_ISREG(there.st_mode):
         raise ValueError("is not a regular file")

@@ -27,6 +27,7 @@ from flowmap.plan.run_folders import built_on, matches
 from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import FILES, FOLDERS
+from flowmap.train.sharded_checkpoint import put_back as put_checkpoint_back
 
 LogFunction = Callable[[str], None]
 
@@ -39,7 +40,8 @@ WRITTEN = (
     "log.csv",
     "metrics.json",
     EXTENDED,
-    "checkpoints/last.ckpt",
+    "checkpoints/last.ckpt",  # a file, or the folder of a sharded run, as all of these
+    "checkpoints/last.ckpt.before",
     "checkpoints/damaged.ckpt",
     f"checkpoints/{STEP}.ckpt",
     f"ema/{STEP}-std-[0-9].[0-9][0-9][0-9].safetensors",
@@ -107,6 +109,7 @@ def put_back(folder: Path) -> bool:
 
 def recover(folder: Path, log: LogFunction) -> None:
     """Finish what a killed process has begun: remove the old run if the new one has a checkpoint, else put it back."""
+    put_checkpoint_back(folder / LAST)
     if (folder / REPLACING).is_file() and (folder / LAST).exists():
         drop_old(folder)
     elif put_back(folder):

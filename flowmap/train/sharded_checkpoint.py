@@ -34,6 +34,11 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether there is a sharded checkpoint."""
+    return (path / INDEX).is_file()
+
+
 def place_of(module: nn.Module) -> tuple[int, int, int]:
     """(replica, shard, number of shards) of this process, by the module's first sharded parameter."""
     mesh = next(p for p in module.parameters() if isinstance(p, DTensor)).device_mesh
@@ -78,6 +83,13 @@ def complete(folder: Path, target: Path, shapes: dict[str, list[int]], shards: i
     shutil.rmtree(before) if before.is_dir() else before.unlink(missing_ok=True)
 
 
+def put_back(target: Path) -> None:
+    """Undo the replacement of a checkpoint that was interrupted between its two renames."""
+    before = target.with_name(target.name + KEPT_ASIDE)
+    if before.exists() and not target.exists():
+        before.rename(target)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The index, checked. Raises ValueError with the file's name."""
     index = read_json(folder / INDEX)
@@ -89,10 +101,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_shards(folder: Path) -> None:
-    """Raise ValueError unless the content of every file has the hash in the index."""
+def check_shards(folder: Path, which: slice = slice(None)) -> None:
+    """Raise ValueError unless the content of these files has the hash in the index."""
     index = read_index(folder)
-    for shard in range(index["shards"]):
+    for shard in range(index["shards"])[which]:
         path = shard_file(folder, shard)
         if file_digest(path) != index["sha256"].get(path.name):
             raise ValueError(f"{path}: its content is not what was written (SHA-256)")
@@ -125,7 +137,7 @@ def restore(folder: Path, module: nn.Module, optimizers: list[torch.optim.Optimi
 
 def _entries(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
     yield from _weights(module)
-    names = {p: name for name, p in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     for i, optimizer in enumerate(optimizers):
         for p, state in optimizer.state.items():
             for key, value in state.items():
@@ -161,9 +173,14 @@ def _like(files: list[Any], name: str, parameter: Tensor) -> Tensor:
     value = _part(files, name, parameter)
     if not isinstance(parameter, DTensor):
         return value
-    whole = {"shape": parameter.shape, "stride": parameter.stride()}
-    value = value.to(parameter.device)
-    return DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+    return DTensor.from_local(
+        value.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _part(files: list[Any], name: str, target: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -12,13 +13,14 @@ import torch
 from flowmap.base.files import read_tensors
 from tests.train.test_lora_runs import RECIPE as LORA
 from tests.train.test_lora_runs import pipeline_in
-from tests.train.test_processes import assert_close, fit
+from tests.train.test_processes import assert_close
+from tests.train.test_processes import fit as fit_alone
 
 pytestmark = pytest.mark.slow
 EDM2 = """\
 name: tiny-edm2
 data: {kind: digits, batch_size: 4}
-student: {kind: edm2, channels: 16, multipliers: [1, 2], num_blocks: 1, attention_at: []}
+student: {kind: edm2, channels: 16, multipliers: [1, 4], num_blocks: 1, attention_at: []}
 objective: {kind: ayf_emd, warmup_steps: 4}
 optimizer: {lr: 1.0e-3, clip_norm: 1.0}
 sampler: {kind: deterministic, steps: [1]}
@@ -26,6 +28,7 @@ trainer: {steps: 8, checkpoint_every_steps: 4, accelerator: cpu, devices: 2}
 ema: {kind: constant, decay: 0.9}
 log: {wandb: false, every_steps: 1, grid_images: 8}
 """
+fit = partial(fit_alone, timeout=600)  # of a busy machine
 TWO = ["trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4", "log.grid_images=4"]
 
 
