@@ -52,9 +52,9 @@ def full_scale() -> list[str]:
     return [name for name in list_recipes() if read_recipe(name).trainer.devices > 1]
 
 
-def with_data(name: str) -> Recipe:
+def with_data(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe with a value for every setting that a user must give."""
-    return read_recipe(name, [f"{key}=given" for key in read_recipe(name).missing()])
+    return read_recipe(name, [*(f"{key}=given" for key in read_recipe(name).missing()), *overrides])
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class FullScale:
         return self.recipe.data.batch_size
 
     @staticmethod
-    def of(name: str, toy: bool = False) -> FullScale:
-        recipe = with_data(name)
+    def of(name: str, toy: bool = False, overrides: Sequence[str] = ()) -> FullScale:
+        recipe = with_data(name, overrides)
         if toy:
-            recipe = recipe.changed(data=replace(recipe.data, batch_size=2))
+            recipe = recipe.changed(data=replace(recipe.data, batch_size=2, global_batch_size=None))
         run = resolve(recipe)
         config = config_without_weights(run, Outlines().of(run, whole=False)[0])
         if config is None:

@@ -1,6 +1,7 @@
 """The rank of this process and the world size, before and after torch.distributed is set up."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -48,3 +49,8 @@ def gathered(value: Any) -> list[Any]:
     if ready():
         distributed.all_gather_object(found, value)
     return found
+
+
+def num_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

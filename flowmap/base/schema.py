@@ -53,16 +53,18 @@ def renamed(old: str) -> Mapping[str, str]:
     return {_OLD_NAME: old}
 
 
-def added(default: Any) -> Any:
+def added(default: Any, *, hashed: bool = True) -> Any:
     """A dataclass field that a later version added; at its default it is in no hash and in no identity.
 
-    So existing run folders, encoded data and pairs remain those of their recipes.
+    So existing run folders, encoded data and pairs remain those of their recipes. hashed=False: also with other values,
+    for a setting that changes no result.
     """
-    return dataclasses.field(default=default, metadata={_ADDED: True})
+    return dataclasses.field(default=default, metadata={_ADDED: True, _HASHED: hashed})
 
 
 _OLD_NAME = "old name"
 _ADDED = "added"
+_HASHED = "hashed"
 
 
 def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping[str, Any]:
@@ -77,19 +79,24 @@ def _renamed(cls: type, node: Mapping[str, Any], file: str, key: str) -> Mapping
 def to_plain(value: Any, tables: Mapping[type, Mapping[str, type]], *, hashed: bool = False) -> Any:
     """The mapping from which `construct` rebuilds `value`, with every default written out.
 
-    hashed: leave out `added` fields at their defaults, as hashes and identities want it.
+    hashed: leave out `added` fields at their defaults, and those that change no result, as hashes and identities want.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {
             f.name: to_plain(getattr(value, f.name), tables, hashed=hashed)
             for f in dataclasses.fields(value)
-            if not (hashed and f.metadata.get(_ADDED) and getattr(value, f.name) == f.default)
+            if not (hashed and _left_out(f, getattr(value, f.name)))
         }
         kind = kind_of(value, tables)
         return plain if kind is None else {"kind": kind, **plain}
     if isinstance(value, tuple):
         return [to_plain(v, tables, hashed=hashed) for v in value]
     return value
+
+
+def _left_out(field: dataclasses.Field, value: Any) -> bool:
+    """Whether hashes leave out the field with that value."""
+    return bool(field.metadata.get(_ADDED)) and (value == field.default or not field.metadata[_HASHED])
 
 
 def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None:

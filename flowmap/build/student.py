@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from flowmap.base.distributed import is_child
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.build.text import fitted, text_latents
@@ -193,7 +194,11 @@ def _with_dropout(net: StudentSpec, run: ResolvedRun) -> StudentSpec:
 
 
 def _base(run: ResolvedRun, teacher: BuiltTeacher | None) -> Base:
-    """Return the source of a LoRA student's frozen weights: the teacher's card."""
+    """Return the source of a LoRA student's frozen weights: the teacher's card.
+
+    The first process, which writes the student's folder, reads them all for their hash; the others leave it empty.
+    """
     card = lora_card(run.recipe)
     assert teacher is not None and teacher.network is not None  # of kind diffusers
-    return Base(card.pipeline, card.revision, fingerprint(teacher.network.flow_map.net.model))
+    digest = "" if is_child() else fingerprint(teacher.network.flow_map.net.model)
+    return Base(card.pipeline, card.revision, digest)

@@ -1,8 +1,8 @@
 """The command line, a module for each verb.
 
 Exit 0 on success, 2 with one line on a user's mistake, 3 when a dry run finds that something named is missing on this
-machine, 1 on a failure.  Each verb's module has `add_arguments(parser)` and `run(arguments) -> exit code`, and imports
-what is heavy inside `run`.
+machine, 75 when a signal asked it to end (preemption), 1 on a failure.  Each verb's module has `add_arguments(parser)`
+and `run(arguments) -> exit code`, and imports what is heavy inside `run`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from flowmap.base.distributed import is_child
+from flowmap.base.preempt import STATUS, Preempted, preemptible
 from flowmap.base.trust import allow_import
 from flowmap.cli.parser import parse
 from flowmap.cli.terminal import plain_warnings
@@ -36,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in arguments.imports or ():
             allow_import(name)
-        with plain_warnings():
+        with plain_warnings(), preemptible():
             return arguments.run(arguments)
     except ValueError as error:  # RecipeError among them: a user's mistake
         return _say_error(error, 2)
+    except Preempted as error:
+        return _say_error(error, STATUS)
     except KeyboardInterrupt as error:
         return _say_error(str(error) or "interrupted", 1)
     except BrokenPipeError:  # the reader of our output (`| head`) has left

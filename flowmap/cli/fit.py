@@ -12,7 +12,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
     parser.add_argument("--out", help="run folder (default: runs/<recipe name>)")
     what = "; a trained run is measured again with other metrics, sampler, evaluation or log"
-    parser.add_argument("--resume", action="store_true", help=f"go on from the folder's last checkpoint{what}")
+    auto = "; auto: also start, or find it finished, and wait for a process that still ends: for a requeued job"
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["auto"],
+        help=f"go on from the folder's last checkpoint{what}{auto}",
+    )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a finished run with another trainer.steps, optimizer.lr or optimizer.schedule",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -44,7 +57,7 @@ def run(a: argparse.Namespace) -> int:
         return 3 if lines[-1].startswith(MISSING) else 0
     from flowmap.train.fit import fit
 
-    made = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite)
+    made = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite, extend=a.extend)
     if made.metrics:
         print(summary(made.metrics))
         print(f"student: {made.folder / 'student'}")

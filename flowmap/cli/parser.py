@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn, Protocol
 
 from flowmap import __version__
@@ -79,10 +80,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _settings_behind(words: Sequence[str]) -> Sequence[int]:
-    """The places of compare's settings, which its --recipes and --steps would take.
+    """The places of compare's settings, which its --recipes and --steps would take, and of one that --resume would.
 
     None beside --runs: a run folder may have an = in its name.
     """
+    if words[:1] == ["fit"]:
+        after = words.index("--resume") + 1 if "--resume" in words else len(words)
+        return [after + i for i, _ in enumerate(takewhile(_is_setting, words[after:]))]
     if words[:1] != ["compare"] or "--runs" in words:
         return ()
     return [i for i, word in enumerate(words) if _is_setting(word) and words[i - 1] not in ("--out", "--import")]

@@ -18,6 +18,7 @@ from typing import Any
 
 from flowmap.base.files import check_writable, only_process, read_json, write_json
 from flowmap.base.progress import LogFunction
+from flowmap.base.schema import RecipeError
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.compare.entry import Entry, EvalSpec, baseline_rows
 from flowmap.compare.report import report, write_report
@@ -56,6 +57,8 @@ def compare(
     entrants, folder = _checked(recipes, overrides, seeds, out)
     look = EvalSpec.of(entrants[0])
     for entrant in entrants:  # refuse what can be refused before the folder is made
+        if entrant.batches.processes > 1:
+            raise RecipeError(f"{entrant.name}: trainer.devices: compare trains on one process; set it to 1")
         check_beforehand(resolve(entrant.changed(metrics=look.metrics)))
     with only_process(folder):
         by_seed = [_entries(entrants, seed, folder, terms, look, now) for seed in range(seeds)]

@@ -15,6 +15,8 @@ from flowmap.flow.draws import Generator
 from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
 
+StoredCond = Mapping[str, Any]  # tensors, and lists of captions
+
 
 class BaseData(Part):
     """The optional settings of data, with their defaults.
@@ -54,8 +56,42 @@ class Source(BaseData):
         check_ranges(self)
 
 
-class WithoutSentences:
-    """What a data set that has no sentences answers when it is asked for them (data/text/ has those that do)."""
+class BaseDataset:
+    """The optional members of a data set, with their defaults.
+
+    reads_disk: whether each batch is read from files; otherwise samples are in memory.
+
+    `__getitems__` and `conditions_at` return complete conditions, float32. A worker of the loader instead reads what is
+    stored (`stored_batch`, `stored_conditions_at`); the training process computes what is missing (`complete`) and
+    converts float16, of which a worker can send twice as much, on its device (`full_precision`).
+    """
+
+    reads_disk: ClassVar[bool] = False
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
+        raise NotImplementedError
+
+    def conditions_at(self, places: Tensor) -> Cond:
+        raise NotImplementedError
+
+    def stored_batch(self, indices: Sequence[int]) -> tuple[Tensor, StoredCond]:
+        """The batch (x0, conditions) as a worker of the loader reads it."""
+        return self.__getitems__(indices)
+
+    def stored_conditions_at(self, places: Tensor) -> StoredCond:
+        """The conditions of those training samples as a worker of the loader reads them."""
+        return self.conditions_at(places)
+
+    def complete(self, cond: StoredCond) -> Cond:
+        """The conditions, of those that are stored, on any device."""
+        return cond
+
+    def to_device(self, device: torch.device) -> None:
+        """Complete conditions on that device from now on."""
+
+    def example_conditions(self) -> Cond:
+        """One row of each condition, for its name and shape."""
+        return self.conditions_at(torch.zeros(1, dtype=torch.int64))
 
     def wanted(self, num: int) -> list[str] | None:
         """The true middle parts at the first `num` places of an evaluation; None where nothing is infilled."""
@@ -75,7 +111,7 @@ class WithoutSentences:
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset(WithoutSentences):
+class Dataset(BaseDataset):
     """Samples in memory, read a batch at a time.
 
     train, held_out and reference are float32, (N, *shape); images are scaled to [-1, 1]. Labels are (N,) int64 in 0 ..
@@ -161,6 +197,11 @@ class Dataset(WithoutSentences):
     def __getitem__(self, index: int) -> tuple[Tensor, Cond]:
         """One sample and its cond, without a batch dimension."""
         return self.train[index], {} if self.labels is None else {"class": self.labels[index]}
+
+
+def full_precision(value: Any) -> Any:
+    """float16 as float32, exactly; anything else unchanged."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float16 else value
 
 
 def check_labels(labels: Tensor | None, num_classes: int | None, what: str) -> None:

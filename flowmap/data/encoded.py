@@ -11,22 +11,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from flowmap.base.images import from_bytes
 from flowmap.base.ranges import Count, CountFromZero, Seed
+from flowmap.base.schema import added
 from flowmap.data import shards
-from flowmap.data.dataset import Source, WithoutSentences
-from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
+from flowmap.data.dataset import BaseDataset, Source, StoredCond, full_precision
+from flowmap.data.live_text import LiveText
+from flowmap.data.shards import Made, check_sums, difference, from_column, from_trimmed_column, open_shards
 from flowmap.data.sources import ImageSource
 from flowmap.data.stored import StoredSamples
 from flowmap.flow.types import Cond
 
 FORMAT = 2  # 1: without counts of what was skipped and samples of each class; pictures were read without EXIF
 EMPTY, REFERENCE = "empty.safetensors", "reference.safetensors"
+STORED_TEXT = ("padded", "trimmed", "captions")
+CAPTIONS = "captions"  # the stored condition that becomes text embeddings
+TEXT, MASK = "cond_text", "cond_text_mask"
 MADE = Made("data.root", "encoding", "flowmap encode", FORMAT)
 
 
@@ -68,6 +73,8 @@ class Encoded(Source):
 
     autoencoder         none: the pictures themselves are stored, uint8
     text                none: classes only; a missing caption counts as ""
+    stored_text         "padded": embeddings of all positions; "trimmed": those of real tokens, for encoders with a
+                        mask (others are 0 when they are read); "captions": none, they are computed in training
     flip                each picture is also encoded mirrored, as a sample of its own
     held_out            samples for metrics, not trained on, drawn by `seed` (null: a tenth, at most 1,000)
     reference_images    training samples for metrics, drawn by `seed`
@@ -85,9 +92,14 @@ class Encoded(Source):
     shard_items: Count = 1000
     flip: bool = False
     seed: Seed = 0
+    stored_text: str = added("padded")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stored_text not in STORED_TEXT:
+            raise ValueError(f"stored_text: {self.stored_text!r} is not one of {', '.join(STORED_TEXT)}")
+        if self.stored_text != "padded" and self.text is None:
+            raise ValueError(f"stored_text: {self.stored_text!r} wants text, the encoder of the captions")
 
     @property
     def in_pixels(self) -> bool:  # type: ignore[override]  # a constant of the other kinds
@@ -97,7 +109,8 @@ class Encoded(Source):
         """Everything that the stored samples depend on, as JSON would give it back."""
         parts = {"source": self.images, "autoencoder": self.autoencoder, "text": self.text}
         identities = {key: None if part is None else part.identity() for key, part in parts.items()}
-        return json.loads(json.dumps({"format": FORMAT, **identities, "flip": self.flip}))
+        stored = {} if self.stored_text == "padded" else {"stored_text": self.stored_text}
+        return json.loads(json.dumps({"format": FORMAT, **identities, "flip": self.flip, **stored}))
 
     def chosen(self) -> dict[str, int | None]:
         """Everything that the choice of held-out and reference samples depends on."""
@@ -110,12 +123,14 @@ class Encoded(Source):
         return EncodedDataset(self, Path(self.root))
 
 
-class EncodedDataset(WithoutSentences):
+class EncodedDataset(BaseDataset):
     """A data set (see data/dataset.py) of samples on disk.
 
     held_out and reference are pictures (N, C, size, size) in [-1, 1], whatever the samples are; they are read from the
     disk when they are indexed.
     """
+
+    reads_disk: ClassVar[bool] = True
 
     def __init__(self, spec: Encoded, folder: Path):
         self.folder, self.name = folder, folder.name
@@ -133,7 +148,8 @@ class EncodedDataset(WithoutSentences):
         }
         check_sums(folder, self.index, MADE)
         self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)
-        self._flip = spec.flip
+        self._flip, self._trimmed = spec.flip, spec.stored_text == "trimmed"
+        self._live = LiveText(spec.text) if spec.stored_text == "captions" and spec.text is not None else None
 
     def __len__(self) -> int:
         return len(self._kept) * (2 if self._flip else 1)
@@ -142,6 +158,10 @@ class EncodedDataset(WithoutSentences):
         """The batch (x0, cond) of these training samples: x0 float32 (B, *shape), cond with "class", "text" and the
         like.
         """
+        x0, cond = self.stored_batch(indices)
+        return full_precision(x0), self._completed(cond)
+
+    def stored_batch(self, indices: Sequence[int]) -> tuple[Tensor, StoredCond]:
         rows = torch.as_tensor(list(indices))
         mirrored, rows = rows >= len(self._kept), self._kept[rows % len(self._kept)]
         table = self._rows(rows)
@@ -152,7 +172,24 @@ class EncodedDataset(WithoutSentences):
 
     def conditions_at(self, places: Tensor) -> Cond:
         """The conditions of those training samples."""
-        return self._conditions_of(self._kept[places % len(self._kept)])
+        return self._completed(self.stored_conditions_at(places))
+
+    def stored_conditions_at(self, places: Tensor) -> StoredCond:
+        return self._conditions(self._rows(self._kept[places % len(self._kept)]))
+
+    def complete(self, cond: StoredCond) -> Cond:
+        if self._live is None:
+            return cond
+        return {name: value for name, value in cond.items() if name != CAPTIONS} | self._live(cond[CAPTIONS])
+
+    def to_device(self, device: torch.device) -> None:
+        if self._live is not None:
+            self._live.to(device)
+
+    def example_conditions(self) -> Cond:
+        """One row of each condition, for its name and shape; no text encoder is loaded."""
+        cond = self.stored_conditions_at(torch.zeros(1, dtype=torch.int64))
+        return {name: value for name, value in cond.items() if name != CAPTIONS} | dict(self.empty)
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -196,7 +233,7 @@ class EncodedDataset(WithoutSentences):
         if not len(rows):
             return torch.zeros(0, *self.shape), {}
         table = self._rows(rows)
-        return self._column(table, "x0"), self._conditions(table)
+        return full_precision(self._column(table, "x0")), self._completed(self._conditions(table))
 
     @property
     def num_reference(self) -> int:
@@ -221,7 +258,11 @@ class EncodedDataset(WithoutSentences):
         return self._conditions_of(self._rows_of("held_out")[places])
 
     def _conditions_of(self, rows: Tensor) -> Cond:
-        return self._conditions(self._rows(rows))
+        return self._completed(self._conditions(self._rows(rows)))
+
+    def _completed(self, cond: StoredCond) -> Cond:
+        """`complete` on the CPU, in full precision."""
+        return {name: full_precision(value.cpu()) for name, value in self.complete(cond).items()}
 
     def _rows_of(self, name: str) -> Tensor:
         with _safetensors(self.folder / REFERENCE) as file:
@@ -242,19 +283,23 @@ class EncodedDataset(WithoutSentences):
     def _rows(self, rows: Tensor) -> Any:
         return self._table[rows.tolist()]
 
-    def _conditions(self, table: Any) -> dict[str, Tensor]:
+    def _conditions(self, table: Any) -> dict[str, Any]:
         names = [name for name in self._columns if name.startswith("cond_")]
-        cond = {name.removeprefix("cond_"): self._column(table, name) for name in names}
+        cond: dict[str, Any] = {name.removeprefix("cond_"): self._column(table, name) for name in names}
+        if self._live is not None:
+            cond[CAPTIONS] = [caption or "" for caption in table["caption"].to_pylist()]
         if self.num_classes is not None:
             cond["class"] = torch.from_numpy(table["label"].to_numpy().copy())
         return cond
 
     def _column(self, table: Any, name: str) -> Tensor:
         shape, dtype = self._columns[name]
+        if name == TEXT and self._trimmed:
+            return from_trimmed_column(table, name, self._column(table, MASK), shape[-1])
         values = from_column(table, name, shape)
         if name in ("x0", "mirrored"):
-            return from_bytes(values) if dtype == "uint8" else values.float()
-        return values.bool() if dtype == "bool" else values.float()
+            return from_bytes(values) if dtype == "uint8" else values
+        return values.bool() if dtype == "bool" else values
 
 
 def read_index(folder: Path) -> dict[str, Any]:

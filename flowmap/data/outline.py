@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flowmap.data.text.dataset import Attribute, TextDataset
@@ -39,7 +38,7 @@ class DataOutline:
 
 def outline_of(data: Any) -> DataOutline:
     """Return the outline of a data set (data/dataset.py), reading the conditions of its first sample."""
-    conditions = data.conditions_at(torch.zeros(1, dtype=torch.int64))
+    conditions = data.example_conditions()
     sentences = None
     if isinstance(data, TextDataset):
         contexts = tuple(key for key, rows in data.codes.items() if rows.is_floating_point())

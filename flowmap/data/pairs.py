@@ -20,7 +20,7 @@ from torch import Tensor
 from flowmap.base.images import from_bytes, to_bytes
 from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
 from flowmap.data import shards
-from flowmap.data.dataset import Dataset
+from flowmap.data.dataset import Dataset, StoredCond, full_precision
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
 from flowmap.data.text.styles import StyledDataset
 from flowmap.flow.parts import BaseCoupling, Part
@@ -202,7 +202,7 @@ def sources_of(data: Dataset) -> Tensor | None:
 
 def has_text(data: Dataset) -> bool:
     """Whether conditions are more than classes, so that pairs keep the row of the data that they come from."""
-    return bool(set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) - {"class"})
+    return bool(set(data.example_conditions()) - {"class"})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -229,6 +229,8 @@ def _filled(here: Any, there: Any) -> Any:
 
 class PairedDataset:
     """The pairs that training reads instead of the data: batches (x0, cond, x1). `data` has everything else."""
+
+    reads_disk: ClassVar[bool] = True
 
     def __init__(self, folder: Path, data: Dataset, identity: Mapping[str, Any], prior: LearnedPrior | None = None):
         """Open the pairs. Raises ValueError that names the first key that differs, or a torn shard.
@@ -260,6 +262,11 @@ class PairedDataset:
         """The pairs of those numbers: x0 and x1 float32 (B, *shape), and cond as the data has it, with the code z of a
         prior.
         """
+        x0, cond, x1 = self.stored_batch(indices)
+        return x0, {name: full_precision(value) for name, value in self.data.complete(cond).items()}, x1
+
+    def stored_batch(self, indices: Sequence[int]) -> tuple[Tensor, StoredCond, Tensor]:
+        """The same with the conditions as a worker of the loader reads them (data/dataset.py)."""
         pairs = torch.as_tensor(list(indices))
         real = pairs >= self.num_generated
         x0, x1 = (torch.empty(len(pairs), *self._shape) for _ in range(2))
@@ -286,7 +293,7 @@ class PairedDataset:
         labels, places = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("label", "place"))
         return unpack(from_column(table, "x0", self._shape)), labels, places
 
-    def _conditions(self, label: Tensor, place: Tensor) -> Cond:
+    def _conditions(self, label: Tensor, place: Tensor) -> StoredCond:
         if self._has_text:
-            return self.data.conditions_at(place)
+            return self.data.stored_conditions_at(place)
         return {} if self.data.num_classes is None else {"class": label}

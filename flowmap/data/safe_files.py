@@ -5,11 +5,13 @@ A link to a device, a named pipe or an endless line would otherwise block the pr
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAX_TEXT_BYTES = 2**20  # of one caption, one label, or one line of a file of texts
 UNPRINTABLE = re.compile(
@@ -31,6 +33,36 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         os.close(number)
         raise ValueError("is not a regular file")
     return os.fdopen(number, "rb")
+
+
+class Positioned(io.RawIOBase):
+    """The same bytes with a position of its own, in place of the one that the processes of a fork share."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._at, self._size = file, 0, os.fstat(file.fileno()).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        found = os.pread(self._file.fileno(), len(buffer), self._at)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_text(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> str:

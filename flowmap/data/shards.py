@@ -127,6 +127,22 @@ def from_column(table: Any, name: str, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts)).view(-1, *shape)  # one copy: the chunks are views of the files
 
 
+def to_trimmed_column(values: Tensor, mask: Tensor) -> Any:
+    """(B, L, D) as one Arrow column of lists, without the positions where the mask (B, L) is False."""
+    pyarrow = optional("pyarrow")
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]) * values.shape[2]
+    flat = pyarrow.array(values[mask].flatten().numpy())
+    return pyarrow.LargeListArray.from_arrays(pyarrow.array(ends.numpy()), flat)
+
+
+def from_trimmed_column(table: Any, name: str, mask: Tensor, width: int) -> Tensor:
+    """The inverse: (B, L, width), 0 where the mask (B, L) is False."""
+    found = from_column(table, name, (width,))
+    whole = torch.zeros(*mask.shape, width, dtype=found.dtype)
+    whole[mask] = found
+    return whole
+
+
 def write_stream(path: Path, batches: Sequence[Any]) -> None:
     """An Arrow stream file of those record batches."""
     pyarrow = optional("pyarrow")

@@ -70,7 +70,10 @@ class ImageSource(Protocol):
     captions_hint: str  # where such a source looks for captions, for error messages
 
     def items(self, start: int = 0, stop: int | None = None) -> Iterator[Item]:
-        """The items at positions start, start + 1, ... before stop; fewer where the source ends."""
+        """The items at positions start, start + 1, ... before stop; fewer where the source ends.
+
+        Several threads may read from a source of known length at once.
+        """
         ...
 
     def length(self) -> int | None:

@@ -155,7 +155,7 @@ class NetworkCosts:
     fake: Cost | None
 
 
-def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
+def networks_costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     objective, networks = run.recipe.objective, Networks.of(run, config)
     judge, fake = networks.discriminator, networks.fake
     return NetworkCosts(
@@ -169,7 +169,7 @@ def _costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
 
 
 def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> list[str]:
-    costs, distillation = _costs(run, config), run.recipe.distillation
+    costs, distillation = networks_costs(run, config), run.recipe.distillation
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
         nets = (f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in costs.teachers)

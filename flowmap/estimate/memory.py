@@ -72,7 +72,7 @@ def memory_of(
         weights=trained + _buffers(student) + FULL * others,
         gradients=trained + FULL * others,
         optimizer=2 * (trained + FULL * others),
-        averages=copies * (trained + (0 if base and sharded else _buffers(student))),
+        averages=copies * (trained + (0 if sharded else _buffers(student))),  # sharded averages share the buffers
         frozen=frozen,
         working=_gathered(recipe, student, teachers) if sharded else _casts(recipe, student),
         activations=activations,

@@ -100,12 +100,20 @@ class Outlines:
         return DataOutline(shape, conditions={**contexts, **numbers}, sentences=sentences), missing
 
     def _once(self, settings: BaseData, read: Any) -> Any:
-        """Return what `read` returns for these settings of data, called once for all that differ in training only."""
+        """Return what `read` returns, or raise what it raised, for these settings of data.
+
+        It is called once for all settings that differ in training only.
+        """
         plain = {key: value for key, value in to_plain(settings, TABLES).items() if key not in OF_TRAINING}
         key = json.dumps(plain, sort_keys=True)
         if key not in self._read:
-            self._read[key] = read()
-        return self._read[key]
+            try:
+                self._read[key] = read()
+            except ValueError as error:
+                self._read[key] = error
+        if isinstance(found := self._read[key], ValueError):
+            raise found
+        return found
 
 
 def _lacks(run: ResolvedRun, error: RecipeError) -> list[str]:

@@ -9,9 +9,20 @@ from torch import Tensor
 
 from flowmap.data import Dataset
 from flowmap.data.dataset import looked_at
+from flowmap.data.prompts import read_prompts
 from flowmap.flow.apportion import apportioned
 from flowmap.flow.types import Cond
 from flowmap.student.student import Student
+
+Captions = Callable[[Tensor], list[str]]  # places of an evaluation -> their captions
+
+
+def captions_in(path: str | None) -> Captions | None:
+    """The captions of a file (data/prompts.py) at places of an evaluation, in an order drawn once; None without one."""
+    if path is None:
+        return None
+    texts = read_prompts(path)
+    return lambda places: [texts[i] for i in looked_at(places, len(texts)).tolist()]
 
 
 def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] | None:
@@ -35,12 +46,17 @@ def conditions_for(
     num: int,
     guidance: float | None = None,
     classes: Callable[[int], Tensor] | None = None,
+    captions: Captions | None = None,
 ) -> Callable[[Tensor], Cond]:
     """A function that returns the conditions at some places of a set of `num` samples.
 
-    For text they are those of held-out samples (of training ones if none are held out), in an order drawn once;
-    otherwise `classes`, by default all classes in turn. Raises ValueError at once if the guidance scale is not allowed.
+    For text they are the captions, or those of held-out samples (of training ones if none are held out), in an order
+    drawn once; otherwise `classes`, by default all classes in turn. Raises ValueError at once if the guidance scale is
+    not allowed.
     """
+    if captions is not None:
+        given = captions  # for the function below
+        return lambda places: student.conditions(len(places), {"prompt": given(places)}, guidance)
     if student.config.text is None and not student.config.descriptions:
         whole = student.conditions(num, None if classes is None else {"class": classes(num)}, guidance)
         return lambda places: {key: value[places.to(value.device)] for key, value in whole.items()}

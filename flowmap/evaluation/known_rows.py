@@ -61,8 +61,9 @@ def stamps(
         to_plain(recipe.evaluation, TABLES, hashed=True),
     ]
     shared += [contents(data, 0), data.num_reference, data.num_held_out, _values(settings), world_size()]
-    if files := [file_digest(path) for spec in specs for path in spec.files]:
-        shared.append(files)
+    files = [path for spec in specs for path in spec.files]
+    files += [recipe.evaluation.captions] if recipe.evaluation.captions else []
+    shared += [[file_digest(path) for path in files]] if files else []
     found = {"floor": short_hash(shared)}
     if teacher is None:
         return found

@@ -100,8 +100,9 @@ class DrawnRow:
         chunks, first = iter(rebatched(drawn, self.starts.chunk)), 0
         while (samples := self._decoded(chunks)) is not None:
             self._write(samples[: max(0, self.starts.num_texts - first)])
-            at = partial(self.starts.conditions_at, first, len(samples))
-            yield DrawnBatch(samples.to(self.device), first, self.world, at)
+            conditions = partial(self.starts.conditions_at, first, len(samples))
+            captions = partial(self.starts.captions_at, first, len(samples))
+            yield DrawnBatch(samples.to(self.device), first, self.world, conditions, captions)
             first += len(samples)
 
     def _decoded(self, chunks: Iterator[Mapping[str, Tensor]]) -> Tensor | None:
@@ -132,7 +133,7 @@ class DrawnRow:
         for x1, cond, _ in self.starts.batches(num, " along the path"):
             path = solver(self.flow.given(cond), x1, keep=True).trajectory
             assert path is not None
-            yield path.to(self.device), torch.tensor(solver.times(), device=self.device)
+            yield path.to(self.device), torch.tensor(solver.times())
 
     def endpoints(self, num: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         known = self.flow.endpoints

@@ -11,7 +11,7 @@ from flowmap.base.batches import rebatched
 from flowmap.base.distributed import rank, world_size
 from flowmap.base.progress import LogFunction, Progress
 from flowmap.data import Dataset
-from flowmap.evaluation.conditions import classes_by_law, conditions_for
+from flowmap.evaluation.conditions import captions_in, classes_by_law, conditions_for
 from flowmap.evaluation.held_out import Draws, coupled_draws, held_out_samples
 from flowmap.evaluation.known_rows import LOOK
 from flowmap.flow.draws import RowGenerator, of_samples
@@ -53,9 +53,10 @@ class Starts:
             self.sources = self._given[1]
         self.places = torch.arange(self.num)[self.rank :: self.world]
         self.classes = classes_by_law(data, recipe.evaluation.classes) if student.config.num_classes else None
+        self._captions = captions_in(recipe.evaluation.captions)
         self._conditions: Callable[[Tensor], Cond] = lambda places: {}
         if self.num:
-            self._conditions = conditions_for(student, data, self.num, guidance, self.classes)
+            self._conditions = conditions_for(student, data, self.num, guidance, self.classes, self._captions)
         self.held_out: Callable[[int], Draws] = lambda num: held_out_samples(recipe, student, data, num, guidance)
         self.coupled: Callable[[int], Draws] = lambda num: coupled_draws(recipe, student, data, num, guidance)
 
@@ -78,6 +79,10 @@ class Starts:
     def conditions_at(self, first: int, count: int) -> Cond:
         """The conditions of `count` of this process's samples, from `first` on."""
         return self._conditions(self.places[first : first + count])
+
+    def captions_at(self, first: int, count: int) -> list[str]:
+        """The captions of those samples; [] where evaluation.captions gives none."""
+        return [] if self._captions is None else self._captions(self.places[first : first + count])
 
     def noise(self, first: int, count: int) -> RowGenerator:
         """What `count` of this process's samples, from `first` on, draw in a sampler that adds noise."""

@@ -8,6 +8,7 @@ from flowmap.metrics.against import TRAIN, Against
 from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline, baselines
 from flowmap.metrics.checks import check_metrics, lacking
+from flowmap.metrics.clip_score import CLIPScore
 from flowmap.metrics.features import FEATURES
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
 from flowmap.metrics.spec import Drawn, DrawnBatch, Spec
@@ -28,6 +29,7 @@ METRICS |= {
     "style_hit": StyleHit,
     "infilled": Infilled,
     "perplexity": Perplexity,
+    "clip_score": CLIPScore,
 }
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Against",
     "METRICS",
     "MMD",
+    "CLIPScore",
     "NearestNeighbour",
     "Agreement",
     "EndpointError",

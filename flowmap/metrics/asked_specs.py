@@ -143,7 +143,7 @@ class Retrieval(OfConditions):
         within(self, reference_images=(self.among + 1, MAX_SAMPLES))
 
     def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
-        keys = set(data.conditions_at(torch.zeros(1, dtype=torch.int64))) if conditional else set()
+        keys = set(data.example_conditions()) if conditional else set()
         if not {"pooled", "text"} & keys:
             raise ValueError(
                 "metrics: retrieval needs data with captions that are given to the network; "

@@ -121,14 +121,14 @@ class CLIP(PictureNet):
     weights: a folder with safetensors, or a hub id, of transformers; by default clip-vit-large-patch14-336.
     """
 
-    name, owner = "clip-vit-large-patch14-336", "openai"
+    hub_id = "openai/clip-vit-large-patch14-336"
     mean: Tensor
     std: Tensor
 
     @classmethod
     def check(cls, weights: str | None = None) -> str:
         """The folder or the hub id that it is loaded from."""
-        return transformers_source("features 'clip'", weights, cls.owner, cls.name)
+        return transformers_source("features 'clip'", weights or cls.hub_id)
 
     @classmethod
     def width(cls, weights: str | None = None) -> int | None:
@@ -158,7 +158,7 @@ class DINOv2(PictureNet):
     hub id, of transformers; by default dinov2-large.
     """
 
-    name, owner = "dinov2-large", "facebook"
+    hub_id = "facebook/dinov2-large"
     side = 224
     offset = 0.1  # of the published network's interpolation of its positions
     mean: Tensor
@@ -167,7 +167,7 @@ class DINOv2(PictureNet):
     @classmethod
     def check(cls, weights: str | None = None) -> str:
         """The folder or the hub id that it is loaded from."""
-        return transformers_source("features 'dinov2'", weights, cls.owner, cls.name)
+        return transformers_source("features 'dinov2'", weights or cls.hub_id)
 
     @classmethod
     def width(cls, weights: str | None = None) -> int | None:
@@ -216,18 +216,16 @@ def in_colour(x: Tensor) -> Tensor:
     return x.expand(-1, 3, -1, -1)
 
 
-def transformers_source(what: str, weights: str | None, owner: str, name: str) -> str:
+def transformers_source(what: str, weights: str) -> str:
     """The folder or the hub id of a network of transformers; ValueError that begins with `what` if it is not here.
 
-    weights: a folder or a hub id; None: the folder `name` of $FLOWMAP_WEIGHTS if there is one, else owner/name.
+    weights: a folder, or a hub id owner/name; for the latter the folder `name` of $FLOWMAP_WEIGHTS comes first.
     """
-    hub_id, folder = weights or f"{owner}/{name}", Path(weights or _folder() / name)
-    if folder.is_dir():
-        return str(folder)
-    if not _in_hub_cache(hub_id):
-        where = "" if weights else f" in {folder} or"
-        raise ValueError(f"{what} needs {hub_id}, safetensors,{where} in the hub's cache; none are downloaded")
-    return hub_id
+    kept = _folder() / Path(weights).name
+    found = next((str(folder) for folder in (Path(weights), kept) if folder.is_dir()), None)
+    if found is None and not _in_hub_cache(weights):
+        raise ValueError(f"{what} needs {weights}, safetensors, in {kept} or in the hub's cache; none are downloaded")
+    return found or weights
 
 
 def load_network(cls: Any, source: str, what: str, family: str) -> Any:

@@ -63,7 +63,7 @@ class PrecisionRecallScore(Metric):
 
     def _covered(self, points: Tensor, centres: Tensor) -> Tensor:
         """The share of points that are in the ball of a centre."""
-        own = [torch.cdist(part, centres) for part in centres.split(self.chunk)]
-        radii = torch.cat([d.kthvalue(self.k + 1, dim=1).values for d in own])  # + 1: each centre is its own nearest
+        rows = (torch.cdist(part, centres) for part in centres.split(self.chunk))
+        radii = torch.cat([d.kthvalue(self.k + 1, dim=1).values for d in rows])  # + 1: each centre is its own nearest
         inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(self.chunk)]
         return torch.cat(inside).double().mean()

@@ -27,13 +27,15 @@ Classes = Callable[[int], Tensor]  # number of samples -> their classes (num,), 
 class DrawnBatch:
     """A batch of this process's generated samples: decoded, float32, on the device of the metrics.
 
-    first: how many of this process's samples came before. conditions: a function that returns those of the batch.
+    first: how many of this process's samples came before. conditions, captions: functions that return those of the
+    batch; captions only where evaluation.captions gives them.
     """
 
     samples: Tensor
     first: int
     world: int
     conditions: Callable[[], Cond]
+    captions: Callable[[], Sequence[str]] = tuple
 
     def of_first(self, num: int) -> int:
         """How many of the batch are among the first `num` samples of all processes."""
@@ -92,7 +94,7 @@ class Sizes(Protocol):
     @property
     def reference_shape(self) -> tuple[int, ...]: ...
 
-    def conditions_at(self, places: Any) -> Cond: ...
+    def example_conditions(self) -> Cond: ...
 
 
 @runtime_checkable
@@ -151,7 +153,8 @@ class Spec:
     on_samples: it compares generated samples with real ones and needs nothing else, so that it is also measured during
     training and by `flowmap compare`. of_velocity: its figures depend on the velocity alone, not on the sampler, and
     are computed once for all rows of a flow. of_endpoints: it is a distance to many-step end points; its figures come
-    last in a row and are also taken against the teacher's. normal_noise: it expects noise of N(0, I).
+    last in a row and are also taken against the teacher's. normal_noise: it expects noise of N(0, I). wants_captions:
+    it compares with the captions of evaluation.captions.
     """
 
     images: int
@@ -159,6 +162,7 @@ class Spec:
     of_velocity: ClassVar[bool] = False
     of_endpoints: ClassVar[bool] = False
     normal_noise: ClassVar[bool] = False
+    wants_captions: ClassVar[bool] = False
 
     def __post_init__(self):
         within(self, images=SAMPLES)

@@ -31,7 +31,7 @@ class StraightnessScore(MeanScore):
             raise ValueError(
                 f"times must be ({len(trajectory)},), 2 or more, strictly up or down; got {tuple(times.shape)}"
             )
-        x, length = trajectory.double(), times[-1].double() - times[0].double()
+        x, length, steps = trajectory.double(), times[-1].double() - times[0].double(), steps.to(trajectory.device)
         off = (x.diff(dim=0) / broadcast_time(steps, x[1:]) - (x[-1] - x[0]) / length).square().flatten(1).mean(1)
         self.total += (off * steps / length).sum() * x.shape[1]
         self.count += x.shape[1]

@@ -6,6 +6,7 @@ A call takes the network, the state x (B, C, H, W), the time (B,) on the network
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,12 @@ def _flux(net, x, time, cond):
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
     words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
+    guidance = cond["guidance"].to(time.dtype) if net.config.guidance_embeds else None
+    state_exactly(net.time_text_embed, *(value * 1000 for value in (time / 1000, guidance) if value is not None))
     out = net(
         hidden_states=pack(x),
         timestep=time / 1000,
-        guidance=cond["guidance"].to(x.dtype) if net.config.guidance_embeds else None,
+        guidance=guidance,
         pooled_projections=cond["pooled"],
         encoder_hidden_states=cond["text"],
         txt_ids=words,
@@ -69,6 +72,8 @@ def _flux(net, x, time, cond):
 
 def _qwen(net, x, time, cond):
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    if not net.zero_cond_t:  # such a network embeds a second time
+        state_exactly(net.time_text_embed, time / 1000)
     out = net(
         hidden_states=pack(x),
         timestep=time / 1000,
@@ -77,6 +82,28 @@ def _qwen(net, x, time, cond):
         img_shapes=[[(1, rows, columns)]],  # one entry for all samples keeps the batch dimension dynamic in tracing
     ).sample
     return unpack(out, rows, columns)
+
+
+class _Exact:
+    """The first arguments of the next call of a module, in place of those that it is given."""
+
+    values: tuple[Tensor, ...] = ()
+
+
+def state_exactly(embedding: Any, *values: Tensor) -> None:
+    """Give these first arguments to the embedding in its next call, whatever the model passes to it.
+
+    FLUX and QwenImage round time and guidance to the dtype of their tokens: in bf16, 1,000 t to a multiple of 4.
+    """
+    if "exact" not in embedding.__dict__:
+        embedding.exact = _Exact()
+        embedding.register_forward_pre_hook(_replaced)
+    embedding.exact.values = values
+
+
+def _replaced(embedding: Any, given: tuple) -> tuple:
+    values, embedding.exact.values = embedding.exact.values, ()
+    return (*values, *given[len(values) :])
 
 
 def pack(x: Tensor) -> Tensor:

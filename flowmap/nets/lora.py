@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.distributed import is_child
 from flowmap.base.ranges import BelowOne, Positive, Width, check_ranges
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import mismatch
@@ -99,7 +100,8 @@ def merged(net: DiffusersNet) -> DiffusersNet:
 def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
     """The frozen network without branches, on the clock of `spec`.
 
-    Raises a one-line ValueError if it cannot be loaded or is not the network that the student was trained on.
+    Raises a one-line ValueError if it cannot be loaded or is not the network that the student was trained on; of a
+    run's processes, the first compares the hash.
     """
     _, net = load_pretrained(base.source, base.revision)
     with torch.device("meta"):
@@ -108,7 +110,7 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
         name, wanted, was = found
         what = f"{name} is {was} there, {wanted} here"
         raise ValueError(f"{base}: is another network than this student was trained on: {what}")
-    digest = fingerprint(net.model)
+    digest = base.sha256 if is_child() else fingerprint(net.model)
     if digest != base.sha256:
         hashes = f"its weights have SHA-256 {digest[:12]}, those that this student was trained on {base.sha256[:12]}"
         raise ValueError(f"{base}: {hashes}: it is another revision or another model")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def load_pretrained(
 ) -> tuple[DiffusersModel, DiffusersNet]:
     """The settings and the network, without our branches, of a pipeline's folder or hub id at that revision.
 
-    Only the network and the scheduler are read, and no code in the folder is run. Raises a one-line ValueError if the
-    source does not exist, has no network or scheduler, or has an unknown schedule.
+    Only the network and the scheduler are read, and no code in the folder is run. Weights that the files have in
+    `dtype` stay in the memory-mapped files until they are used (with accelerate). Raises a one-line ValueError if the source
+    does not exist, has no network or scheduler, or has an unknown schedule.
     """
     import diffusers
 
@@ -33,7 +35,12 @@ def load_pretrained(
     where, _ = _component(source, revision, NETWORK)
     try:
         model = getattr(diffusers, spec.network).from_pretrained(
-            source, subfolder=where, revision=revision, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            source,
+            subfolder=where,
+            revision=revision,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
         )
     except Exception as error:  # diffusers raises various types for invalid folders
         raise ValueError(f"{_at(source, revision)}: {where} cannot be loaded: {first_line(error)}") from error

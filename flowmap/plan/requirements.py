@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from flowmap.base.schema import RecipeError
 from flowmap.data import Dataset, Pairs
+from flowmap.data.prompts import read_prompts
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
@@ -14,6 +15,7 @@ from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.resolved import Resolved
+from flowmap.recipe import Recipe
 from flowmap.recipe.settings import FromTeacher
 from flowmap.student.prior import Shipped
 from flowmap.teachers.autoencoder import Autoencoder
@@ -41,7 +43,7 @@ def check_beforehand(run: Resolved) -> None:
     """Raise RecipeError if teacher, prior or metrics are not available here or do not match. Reads no weights."""
     recipe = run.recipe
     check_parts(run)
-    if lacks := lacking(recipe.metrics):
+    if lacks := [*lacking(recipe.metrics), *_missing_captions(recipe)]:
         raise RecipeError(f"{recipe.name}: {lacks[0]}")
     if recipe.data.quick:
         try:
@@ -81,17 +83,37 @@ def check_parts(run: Resolved) -> None:
     _check_teachers(run)
     check_guidance(run)
     check_prior(run)
+    _check_captions(recipe)
     try:
         check_frozen_parts(recipe.data)
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: data.{error}") from error
 
 
+def _check_captions(recipe: Recipe) -> None:
+    """Raise RecipeError if a metric wants captions and no file gives them, or a file does and no network reads text."""
+    given = recipe.evaluation.captions is not None
+    if given and recipe.data.text is None:
+        raise RecipeError(f"{recipe.name}: evaluation.captions: the student reads no text; data.text encodes captions")
+    if not given and any(spec.wants_captions for spec in recipe.metrics):
+        raise RecipeError(f"{recipe.name}: metrics: clip_score wants evaluation.captions, a file of captions")
+
+
 def missing_parts(run: Resolved) -> list[str]:
     """Return what metrics and frozen networks of the data need that is not on this machine, a line each."""
     recipe = run.recipe
     parts = (("data.autoencoder.source", recipe.data.autoencoder), ("data.text.source", recipe.data.text))
-    return [*lacking(recipe.metrics), *(line for key, part in parts if (line := _missing_source(key, part)))]
+    lacks = [*lacking(recipe.metrics), *_missing_captions(recipe)]
+    return [*lacks, *(line for key, part in parts if (line := _missing_source(key, part)))]
+
+
+def _missing_captions(recipe: Recipe) -> list[str]:
+    try:
+        if recipe.evaluation.captions is not None:
+            read_prompts(recipe.evaluation.captions)
+        return []
+    except ValueError as error:
+        return [f"evaluation.captions: {error}"]
 
 
 def _missing_source(key: str, part: Any) -> str | None:

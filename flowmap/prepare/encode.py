@@ -10,11 +10,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +23,12 @@ from flowmap.base.images import from_bytes
 from flowmap.data.dataset import held_out_count
 from flowmap.data.encoded import EMPTY, REFERENCE, Encoded
 from flowmap.data.images import survey
+from flowmap.data.live_text import on_device
 from flowmap.data.shards import INDEX, PLAN, difference, shard_name
 from flowmap.data.sources import Item, optional
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.prepare.encode_shard import Shard
+from flowmap.prepare.read_ahead import in_order, read_ahead
 from flowmap.prepare.write import check_plan, making, measured, once, sweep_stale, whole, write_shard
 
 # Held-out and reference samples of a stream come from this many times their number of first samples.
@@ -77,13 +78,6 @@ def _log_each(log: Callable[[str], None], lines: list[str]) -> None:
         log(line)
 
 
-@runtime_checkable
-class Movable(Protocol):
-    """A network that can be moved to a device."""
-
-    def to(self, device: torch.device | str) -> Any: ...
-
-
 class Encoder:
     """Encode pictures and captions into the columns of a shard; networks are loaded when they are first needed."""
 
@@ -99,6 +93,8 @@ class Encoder:
         columns = {"x0": self._latents(images)}
         if self.spec.flip:
             columns["mirrored"] = self._latents(images.flip(-1))
+        if self.spec.stored_text == "captions":  # every shard has them
+            return columns
         return columns | {f"cond_{name}": value for name, value in self.text(captions).items()}
 
     def load(self) -> None:
@@ -106,15 +102,20 @@ class Encoder:
         if self.spec.autoencoder is not None:
             self._autoencoder  # noqa: B018
         if self.spec.text is not None:
-            self._text  # noqa: B018
+            self.text([""])
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> dict[str, Tensor]:
-        return (
-            {name: _compact(value) for name, value in self._text(captions).items()}
-            if self.spec.text is not None
-            else {}
-        )
+        """The text conditions of the captions, as they will be read again."""
+        if self.spec.text is None:
+            return {}
+        found = {name: _compact(value) for name, value in self._text(captions).items()}
+        if self.spec.stored_text == "trimmed":
+            if not {"text", "text_mask"} <= set(found):
+                has = ", ".join(found)
+                raise ValueError(f"data.stored_text: 'trimmed' wants an encoder with a text_mask, this one has {has}")
+            found["text"] = found["text"] * found["text_mask"].unsqueeze(-1)
+        return found
 
     def _latents(self, images: Tensor) -> Tensor:
         if self.spec.autoencoder is None:
@@ -124,20 +125,16 @@ class Encoder:
     @cached_property
     def _autoencoder(self) -> Any:
         assert self.spec.autoencoder is not None
-        return _on(self.spec.autoencoder.load(), self.device)
+        return on_device(self.spec.autoencoder.load(), self.device)
 
     @cached_property
     def _text(self) -> Any:
         assert self.spec.text is not None
-        return _on(self.spec.text.load(), self.device)
+        return on_device(self.spec.text.load(), self.device)
 
 
 def _compact(value: Tensor) -> Tensor:
     return value.half().cpu() if value.is_floating_point() else value.bool().cpu()
-
-
-def _on(network: Any, device: torch.device | str) -> Any:
-    return network.to(device) if isinstance(network, Movable) else network
 
 
 def _plan(spec: Encoded) -> dict[str, Any]:
@@ -170,9 +167,9 @@ def _fill(spec: Encoded, folder: Path, encoder: Encoder, rank: int, world: int, 
 def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size: int) -> dict[str, Any]:
     """Encode one shard in memory, then write its summary (.json) and the shard."""
     start = number * spec.shard_items
-    shard = Shard(encoder, start, spec.images.num_classes(), wants_text=spec.text is not None)
-    items = spec.images.items(start, start + spec.shard_items)
-    for batch in _one_ahead(iter(lambda: list(islice(items, batch_size)), [])):
+    settings = {"wants_text": spec.text is not None, "trimmed": spec.stored_text == "trimmed"}
+    shard = Shard(encoder, start, spec.images.num_classes(), **settings)
+    for batch in read_ahead(spec.images, start, start + spec.shard_items, batch_size):
         shard.add(batch)
     length = spec.images.length()
     if length is not None and shard.positions != min(spec.shard_items, length - start):
@@ -181,15 +178,6 @@ def _make(spec: Encoded, folder: Path, encoder: Encoder, number: int, batch_size
             f"{path}: the source gave {shard.positions} items from position {start}; it has changed while it was read"
         )
     return write_shard(folder, number, shard.write, shard.summary())
-
-
-def _one_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """Yield the same batches, each read by another thread while the one before is encoded."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
 
 
 def _all_shards(spec: Encoded, folder: Path) -> list[dict[str, Any]] | None:
@@ -325,7 +313,8 @@ def _reference(spec: Encoded, folder: Path, shards: list[dict[str, Any]]) -> dic
 
 def _at(spec: Encoded, positions: list[int]) -> Iterator[tuple[int, Item]]:
     if spec.images.length() is not None:
-        yield from ((position, next(spec.images.items(position, position + 1))) for position in positions)
+        read = lambda position: next(spec.images.items(position, position + 1))
+        yield from zip(positions, in_order(read, positions), strict=True)
         return
     wanted = set(positions)
     for position, item in enumerate(spec.images.items(0, positions[-1] + 1)):

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from flowmap.base.images import from_bytes
-from flowmap.data.shards import to_column, write_stream
+from flowmap.data.encoded import MASK, TEXT
+from flowmap.data.shards import to_column, to_trimmed_column, write_stream
 from flowmap.data.sources import Item
 
 
 class Shard:
     """Take items batch by batch, from position `start` on; unusable ones are skipped by name and keep their position.
 
-    encoder: (uint8 images (B, C, H, W), captions) -> columns (B, ...), "x0" among them.
+    encoder: (uint8 images (B, C, H, W), captions) -> columns (B, ...), "x0" among them. trimmed: store the text
+    embeddings without padding.
     """
 
     def __init__(
@@ -28,8 +30,10 @@ class Shard:
         num_classes: int | None,
         *,
         wants_text: bool,
+        trimmed: bool = False,
     ):
         self.encoder, self.start, self.num_classes, self.wants_text = encoder, start, num_classes, wants_text
+        self.trimmed = trimmed
         self.positions = self.rows = self.grey = self.missing_captions = self.unlabelled = self.values = 0
         self.max_label: int | None = None
         self.labels: Counter[int] = Counter()
@@ -83,7 +87,7 @@ class Shard:
 
     def write(self, path: Path) -> None:
         """Write an Arrow stream file; without any row, one of the plain columns alone."""
-        write_stream(path, self.batches or [_batch([], {})])
+        write_stream(path, self.batches or [_batch([], {}, trimmed=False)])
 
     def _problem(self, item: Item) -> str | None:
         if item.image is None:
@@ -112,7 +116,7 @@ class Shard:
         self.unlabelled += len(kept) - len(labels)
         self.max_label = max([*labels, *([] if self.max_label is None else [self.max_label])], default=None)
         self._count(columns["x0"])
-        self.batches.append(_batch(kept, columns))
+        self.batches.append(_batch(kept, columns, trimmed=self.trimmed))
 
     def _count(self, x0: Tensor) -> None:
         values = from_bytes(x0, torch.float64) if x0.dtype == torch.uint8 else x0.double()
@@ -124,7 +128,7 @@ class Shard:
         )
 
 
-def _batch(kept: list[tuple[int, Item]], columns: dict[str, Tensor]) -> Any:
+def _batch(kept: list[tuple[int, Item]], columns: dict[str, Tensor], *, trimmed: bool) -> Any:
     import pyarrow
 
     arrays = {
@@ -133,5 +137,7 @@ def _batch(kept: list[tuple[int, Item]], columns: dict[str, Tensor]) -> Any:
         "label": pyarrow.array([-1 if item.label is None else item.label for _, item in kept], pyarrow.int64()),
         "caption": pyarrow.array([item.caption for _, item in kept], pyarrow.string()),
     }
-    arrays |= {name: to_column(value) for name, value in columns.items()}
+    arrays |= {name: to_column(value) for name, value in columns.items() if not (trimmed and name == TEXT)}
+    if trimmed:
+        arrays[TEXT] = to_trimmed_column(columns[TEXT], columns[MASK])
     return pyarrow.record_batch(arrays)

@@ -61,11 +61,12 @@ def make_pairs(
     if batch_size < 1:
         raise ValueError(f"batch: {batch_size} must be 1 or more")
     optional("pyarrow")
-    maker = Maker.of(run, device)
     folder = folder or Path(run.pairs.root)
+    begins = shard[0] == 0 and not (folder / PLAN).is_file()  # before another process, which makes another part, begins
+    maker = Maker.of(run, device)
     with making(folder, shard, waiting):
         slot = pairs_teacher(run.recipe)
-        if slot is not None and not (folder / PLAN).is_file():  # before hours of evaluating it
+        if slot is not None and begins:  # before hours of evaluating it
             alone = run.recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
             check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, log=log)
         check_plan(folder, maker.plan(), "set of pairs")

@@ -141,7 +141,7 @@ class Recipe:
         """Eight hexadecimal digits of all that changes the result, which the settings of `log` do not, nor the devices
         that share a global batch.
         """
-        plain = without_split(to_plain(self, TABLES, hashed=True))
+        plain = without_retention(without_split(to_plain(self, TABLES, hashed=True)))
         return short_hash(in_old_words({key: value for key, value in plain.items() if key != "log"}))
 
     def training(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Recipe:
         """
         plain = {
             key: value
-            for key, value in without_split(to_plain(self, TABLES, hashed=True)).items()
+            for key, value in without_retention(without_split(to_plain(self, TABLES, hashed=True))).items()
             if key not in ("sampler", "metrics", "evaluation", "log")
         }
         if self.objective.draws_samples or self.distillation.draws_samples:
@@ -169,7 +169,13 @@ class Recipe:
         return _missing(to_plain(self, TABLES), "")
 
 
+RETENTION = ("checkpoint_every_minutes", "keep_checkpoints", "milestone_every_steps")
 KEYS = [f.name for f in fields(Recipe)]
+
+
+def without_retention(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that say which checkpoints are kept: they change no weight."""
+    return {**plain, "trainer": {key: value for key, value in plain["trainer"].items() if key not in RETENTION}}
 
 
 def in_old_words(plain: Any) -> Any:

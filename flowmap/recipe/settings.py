@@ -67,9 +67,6 @@ class FromTeacher(BaseStudent):
         if self.time_embedding is not None:
             what = "a LoRA student keeps its teacher's frozen time embedding; leave it out"
             raise ValueError(f"student.time_embedding: {what}")
-        if recipe.trainer.strategy == "fsdp":
-            what = "a LoRA student, as its averages share its frozen base"
-            raise ValueError(f"trainer.strategy: 'fsdp' cannot shard {what}; use ddp")
         if recipe.trainer.frozen_precision != recipe.trainer.precision == "32":
             what = f"{recipe.trainer.teacher_precision!r} wants trainer.precision: bf16"
             raise ValueError(f"trainer.teacher_precision: {what} with a LoRA student, which has the teacher's weights")
@@ -198,12 +195,17 @@ class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
     accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
-    and gradients are checked on the device in every step, and the host looks at the result so often; before anything is
+    and gradients are checked on the device in every step, and the host reads the result so often; before anything is
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
     that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
     with a copy of all; null for the devices of a node, or all devices if nodes have one each.
+
+    checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
+    that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
+    workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
+    otherwise none. Any number gives the same batches.
     """
 
     steps: Count = 10_000
@@ -220,7 +222,11 @@ class Trainer:
     tf32: bool = added(True)
     channels_last: bool | None = added(None)
     teacher_precision: str = added("auto")
+    checkpoint_every_minutes: Annotated[float, Range(0, 1_000_000, above=True)] | None = added(None)
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = added(1)
+    milestone_every_steps: CountFromZero = added(0)
     shard_size: Count | None = added(None)
+    workers: Annotated[int, Range(0, 256)] | None = added(None, hashed=False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -278,7 +284,9 @@ class Evaluation:
     Euler steps.
 
     classes: of generated samples, "data" for the frequencies of the held-out samples (of the training samples if there
-    are none), "uniform" for equal ones.
+    are none), "uniform" for equal ones. captions: a file with the captions of generated samples, one a line or COCO's
+    captions_*.json, of which each picture's first is used; they are taken in a fixed random order. Without it they are
+    those of the held-out samples.
     """
 
     teacher_steps: Calls = 64
@@ -286,6 +294,7 @@ class Evaluation:
     batch_size: Batch = 512
     seed: Seed = 1234
     classes: str = "data"
+    captions: str | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)

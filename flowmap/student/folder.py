@@ -15,6 +15,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
 from flowmap.nets.stacked import net_within
+from flowmap.nets.unfilled import without_weights
 from flowmap.recipe.kinds import student_part
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.config_file import config_json, read_config
@@ -83,7 +84,8 @@ def load_student(source: str | Path, *, base: str | Path | None = None) -> Stude
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
     elif student_part(config.net).holds_constants:
-        flow_map = config.build()
+        with without_weights():
+            flow_map = config.build()
     flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return Student(config, flow_map.eval().requires_grad_(False), folder)
 

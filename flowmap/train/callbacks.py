@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction, paced
+from flowmap.base.schema import RecipeError
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
@@ -30,11 +31,13 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.folder import save_student
 from flowmap.student.snapshots import save_snapshot
 from flowmap.student.student import Student
+from flowmap.train.agree import agreement, interruptible
 from flowmap.train.card import model_card
+from flowmap.train.checkpoints import drop_retired, is_milestone, retire
 from flowmap.train.finite import NotFinite
 from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, norm_of, trained
-from flowmap.train.run_folder import drop_old
+from flowmap.train.run_folder import LAST, drop_old
 
 
 class AtSteps(L.Callback):
@@ -77,8 +80,9 @@ class AtPictures(AtSteps):
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         every = self.stage.recipe.log.samples_every_steps
-        if every and done % every == 0 and done < self.stage.recipe.trainer.steps:
-            going_on("drawing samples", lambda: self.show(trainer, module, done))
+        if every and done % every == 0 and done < self.stage.recipe.trainer.steps and not trainer.should_stop:
+            look = lambda: going_on("drawing samples", lambda: self.show(trainer, module, done))
+            interruptible(trainer, look)
 
     def show(self, trainer, module: DistillModule, done: int) -> None:
         raise NotImplementedError
@@ -155,22 +159,29 @@ def tangent_error(module: DistillModule, rows: int = 16) -> float:
 
 
 class Keep(AtSteps):
-    """Saves checkpoints/last.ckpt and student/ every so many steps and at the end, and snapshots of the averages.
+    """Saves checkpoints/last.ckpt and student/ every so many steps, when Agree says so, and at the end.
 
-    Weights that are not finite are never saved.
+    It also saves snapshots of the averages. Weights that are not finite are never saved. Earlier checkpoints are kept
+    as train/checkpoints.py describes.
     """
 
     def __init__(self, stage: Stage, config: StudentConfig):
         super().__init__()
-        self.stage, self.config = stage, config
+        self.stage, self.config, self._saved = stage, config, 0
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        self._saved = trainer.global_step  # 0, or the step of the checkpoint from which the run goes on
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
-        recipe = self.stage.recipe
+        recipe, settings = self.stage.recipe, self.stage.recipe.trainer
         snapshots = recipe.ema.snapshot_every_steps
         if snapshots and done % snapshots == 0:
             self._snapshot(trainer, module, done)
-        if done % recipe.trainer.checkpoint_every_steps == 0 or done == recipe.trainer.steps:
+        due = done % settings.checkpoint_every_steps == 0 or done == settings.steps or is_milestone(settings, done)
+        if due or agreement(trainer).due:
             self.keep(trainer, module, done)
+            agreement(trainer).saved()
 
     def _snapshot(self, trainer, module: DistillModule, done: int) -> None:
         """Save every average of the weights."""
@@ -185,9 +196,14 @@ class Keep(AtSteps):
 
     def keep(self, trainer, module: DistillModule, done: int) -> None:
         self.check(module, done)
-        trainer.save_checkpoint(self.stage.folder / "checkpoints" / "last.ckpt")
+        folder, settings = self.stage.folder, self.stage.recipe.trainer
+        if trainer.is_global_zero and self._saved:
+            retire(folder, self._saved, settings)
+        trainer.save_checkpoint(folder / LAST)
+        self._saved = done
         state = full_state(module.averaged)
         if trainer.is_global_zero:
+            drop_retired(folder, settings)
             self.ship(module, state, done)
             drop_old(self.stage.folder)  # the run that this one replaces, if there is one
 
@@ -205,7 +221,10 @@ def with_at_most(spec: Any, images: int | None) -> Any:
     """A metric's settings with at most so many images; unchanged if it has no such setting."""
     if images is None or not any(field.name == "images" for field in fields(spec)):
         return spec
-    return replace(spec, images=min(spec.images, images))
+    try:
+        return replace(spec, images=min(spec.images, images))
+    except ValueError as error:
+        raise RecipeError(f"log.metrics_images: {images}: metrics.{error}") from error
 
 
 def check_weights(module: DistillModule, done: int) -> None:
@@ -310,18 +329,22 @@ class Measure(AtSteps):
         super().__init__()
         self.stage, self.student, self.write = stage, student, log
         self.known: dict[str, Any] = {}
+        most, metrics = stage.recipe.log.metrics_images, stage.recipe.metrics
+        self.metrics = [with_at_most(spec, most) for spec in metrics if spec.on_samples]
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe = self.stage.recipe
         if not recipe.log.metrics_every_steps or done % recipe.log.metrics_every_steps or done == recipe.trainer.steps:
             return
-        going_on("measuring", lambda: self.look(trainer, module, done))
+        if not trainer.should_stop:
+            interruptible(trainer, lambda: going_on("measuring", lambda: self.look(trainer, module, done)))
 
     def look(self, trainer, module: DistillModule, done: int) -> None:
         recipe, most = self.stage.recipe, self.stage.recipe.log.metrics_images
-        metrics = [with_at_most(spec, most) for spec in recipe.metrics if spec.on_samples]
-        chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": metrics}
+        chosen: dict[str, Any] = {"steps": recipe.log.metrics_steps or None, "metrics": self.metrics}
         log = paced(self.write) if trainer.is_global_zero else None
+        # by held-out captions, which are encoded already: a text encoder would stay on the device
+        recipe = recipe.changed(evaluation=replace(recipe.evaluation, captions=None))
         self.known = measure(recipe, self.student, None, module.data, **chosen, known=self.known, progress=log)
         logs = metric_logs(self.known, "metrics" if most is None else f"metrics_of_{most}")
         for logger in trainer.loggers:

@@ -51,7 +51,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises ValueError, with the file's name, if it is torn, changed, hostile or not a checkpoint.
     """
     try:
-        _check_file(path)
+        check_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a foreign pickle's protocol; the error below is clear enough
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -64,6 +64,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     _check_entries(path, state)
     return state
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step after which the checkpoint was taken. ValueError if it cannot be read."""
+    return int(read_checkpoint(path)["global_step"])
 
 
 @contextmanager
@@ -96,7 +101,7 @@ def _seal(path: Path) -> None:
         handle.write(MARK + digest)
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise ValueError unless it is a regular file with a matching checksum and an archive that unpacks to its size."""
     there = os.stat(path)
     if not stat.S_ISREG(there.st_mode):
@@ -104,7 +109,10 @@ def _check_file(path: Path) -> None:
     with open(path, "rb") as handle:
         if handle.read(2) != b"PK":
             raise ValueError("is no archive of torch's")
-        entries = zipfile.ZipFile(handle).infolist()
+        try:
+            entries = zipfile.ZipFile(handle).infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"is torn: {error}") from error
         if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > there.st_size:
             raise ValueError("unpacks to more than it is, which no checkpoint of ours does")
         said = _sealed_with(handle, there.st_size)

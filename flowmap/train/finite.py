@@ -1,7 +1,7 @@
-"""Whether losses and gradients stay finite, checked on the device and looked at every so many steps.
+"""Whether losses and gradients stay finite, checked on the device and read every so many steps.
 
-The host waits for the device only when it looks. Checkpoints, students and snapshots are written after a look and a
-check of the weights (callbacks.check_weights), so none of them has a NaN.
+The host waits for the device only when it reads the result. It does so, and checks the weights, before checkpoints,
+students and snapshots are written (callbacks.check_weights), so none of them has a NaN.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is, first_place
+from flowmap.data import Dataset, PairedDataset, StepBatches, first_place
+from flowmap.data.dataset import full_precision
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Cond, Loss, PathSample, Teacher
+from flowmap.nets.adapters import AdapterAverage
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.plan.plan import ResolvedRun
@@ -25,6 +27,7 @@ from flowmap.recipe import Recipe
 from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 from flowmap.train.finite import FiniteChecks, NotFinite
+from flowmap.train.loading import loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -61,7 +64,10 @@ class DistillModule(L.LightningModule):
         self.samples = data if samples is None else samples
         self.student = as_trained(student, recipe).train()
         self.widths = recipe.ema.widths
-        self.averages = nn.ModuleList(_copy(student).eval().requires_grad_(False) for _ in self.widths)
+        average = _copy
+        if recipe.trainer.strategy == "fsdp":
+            average = AdapterAverage if recipe.lora else _view
+        self.averages = nn.ModuleList(average(student).eval().requires_grad_(False) for _ in self.widths)
         self.last_sample: PathSample | None = None
         self.last_loss: Loss | None = None
         self._decoder = build_decoder(run)  # no submodule, as the teacher
@@ -105,7 +111,7 @@ class DistillModule(L.LightningModule):
             mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
             dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
-                shard(net, mesh, dtype=dtype)
+                net.follow() if isinstance(net, AdapterAverage) else shard(net, mesh, dtype=dtype)
             if self.teacher is not None and self.teacher.modules:
                 shard_frozen(cast(Any, self.teacher.modules), mesh)
             self._sharded = True
@@ -122,8 +128,7 @@ class DistillModule(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
-        # a data set here gives whole batches, by __getitems__
-        return DataLoader(cast(Any, self.samples), batch_sampler=batches, collate_fn=as_it_is)
+        return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = len(checkpoint["optimizer_states"])
@@ -137,6 +142,7 @@ class DistillModule(L.LightningModule):
             )
         self._check_processes()
         self._micro, self.begun = 0, True
+        self.data.to_device(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)
             self._to_channels_last(*self.teacher.modules)
@@ -144,6 +150,16 @@ class DistillModule(L.LightningModule):
             self.prior.to(self.device)
         if self._decoder is not None:
             self.student.decode = self._decoder.to(self.device).decode_with_grad
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Text that is stored as captions is encoded here, on the device."""
+        x0, cond, *paired = batch
+        return (x0, self.data.complete(cond), *paired)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Workers send latents and text in the half precision in which they are stored."""
+        x0, cond, *paired = batch
+        return (full_precision(x0), {name: full_precision(value) for name, value in cond.items()}, *paired)
 
     def _check_processes(self) -> None:
         """Raise RecipeError if a global batch was split for another number of processes than there are."""
@@ -227,9 +243,8 @@ class DistillModule(L.LightningModule):
     def average(self) -> None:
         """Add the weights of the step that has just been made to every average."""
         for width, average in zip(self.widths, self.averages, strict=True):
-            pairs = [
-                (a, w) for a, w in zip(average.parameters(), self.student.parameters(), strict=True) if w.requires_grad
-            ]
+            mine = dict(average.named_parameters())  # a LoRA student's may have what is trained alone
+            pairs = [(mine[name], w) for name, w in self.student.named_parameters() if w.requires_grad]
             kept = self.recipe.ema.kept(width, self.global_step)
             torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - kept)
 
@@ -273,6 +288,12 @@ def _by_time(key: str, value: Tensor, t: Tensor) -> dict[str, float]:
 def _copy(student: FlowMapNet) -> FlowMapNet:
     """A copy that shares the frozen parameters."""
     return copy.deepcopy(student, {id(p): p for p in student.parameters() if not p.requires_grad})
+
+
+def _view(student: FlowMapNet) -> FlowMapNet:
+    """A copy with parameters of its own in the student's memory, and the student's buffers; sharding copies them."""
+    own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in student.parameters()}
+    return copy.deepcopy(student, own | {id(buffer): buffer for buffer in student.buffers()})
 
 
 def norm_of(tensors: list[Tensor]) -> Tensor:

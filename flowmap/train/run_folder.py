@@ -30,6 +30,7 @@ from flowmap.student.folder import FILES, FOLDERS
 
 LogFunction = Callable[[str], None]
 
+EXTENDED = "extended.json"  # train/extend.py
 STEP = "step-" + "[0-9]" * 8
 STUDENT = (*FILES, "diffusion_pytorch_model.safetensors", FILE, SETTINGS, ENCODINGS)
 WRITTEN = (
@@ -37,7 +38,10 @@ WRITTEN = (
     BUILT_ON,
     "log.csv",
     "metrics.json",
+    EXTENDED,
     "checkpoints/last.ckpt",
+    "checkpoints/damaged.ckpt",
+    f"checkpoints/{STEP}.ckpt",
     f"ema/{STEP}-std-[0-9].[0-9][0-9][0-9].safetensors",
     f"samples/{STEP}.png",
     f"samples/{STEP}.txt",
@@ -50,7 +54,7 @@ WRITTEN = (
     "wandb/debug*.log",
 )
 HEADS = tuple(dict.fromkeys(name.rpartition("/")[0] for name in WRITTEN))
-LAST = "checkpoints/last.ckpt"
+LAST, DAMAGED = "checkpoints/last.ckpt", "checkpoints/damaged.ckpt"
 NOT_DRAWN = "not_drawn"  # in metrics.json: why the samples of the last step could not be drawn
 ASIDE, REPLACING = ".replaced.", ".replacing"
 NOTE = (

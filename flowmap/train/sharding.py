@@ -38,6 +38,7 @@ def shard(net: FlowMapNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
 
     mesh: of one dimension, or (replicas, shards). dtype: of the gathered blocks, by default that of the weights.
     """
+    _own_frozen(net)
     _lift_scalars(net)
     policy = partial(MixedPrecisionPolicy, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
     for block in blocks_of(net.net):
@@ -77,6 +78,18 @@ class _Group(nn.Module):
 def units(net: nn.Module) -> dict[str, FSDPModule]:
     """The units of a sharded network by their names; the root's is empty."""
     return {name: module for name, module in net.named_modules() if isinstance(module, FSDPModule)}
+
+
+def _own_frozen(net: nn.Module) -> None:
+    """Give frozen weights parameters of the network's own: those of the teacher keep their values until it is sharded.
+
+    The values are shared, so nothing is copied.
+    """
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for module in net.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not p.requires_grad:
+                module.register_parameter(name, own.setdefault(p, nn.Parameter(p.detach(), False)))
 
 
 def _lift_scalars(net: nn.Module) -> None:

@@ -14,10 +14,13 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from flowmap.base import preempt
 from flowmap.base.distributed import is_child
 from flowmap.base.files import copy_folder
+from flowmap.base.preempt import STATUS, Preempted
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
+from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
@@ -33,12 +36,14 @@ from flowmap.recipe import Recipe
 from flowmap.recipe.recipe import read_resolved
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.student import Student
+from flowmap.train.agree import Agree, agreement
 from flowmap.train.artifacts import ARTIFACTS
 from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
-from flowmap.train.checkpoint_file import has_checksum, read_checkpoint, restoring
+from flowmap.train.checkpoint_file import checkpoint_step, has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
 from flowmap.train.device import fast_matmul
+from flowmap.train.environment import Started
 from flowmap.train.finish import FitError, finish
 from flowmap.train.finite import NotFinite
 from flowmap.train.logging import loggers_of, quiet_lightning
@@ -91,7 +96,7 @@ def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillMo
 
 def device_of(recipe: Recipe) -> str:
     """The device of the recipe's networks outside a Lightning trainer."""
-    return "cuda" if torch.cuda.is_available() and recipe.trainer.accelerator in ("auto", "gpu", "cuda") else "cpu"
+    return the_team().launch.device(recipe.trainer.accelerator)
 
 
 def run_stage(
@@ -126,8 +131,8 @@ def run_stage(
         _train(trainer, built.module, folder / LAST if start else None, clock)
         finish(stage, student, built.module, trainer, time.perf_counter() - started, log, clock, again=again)
         close_wandb(0)
-    except BaseException:
-        close_wandb(1)
+    except BaseException as error:
+        close_wandb(STATUS if isinstance(error, Preempted) else 1, preempted=isinstance(error, Preempted))
         if not is_child() and put_back(folder):
             log(f"{folder}: the run that was there is back: the new one ended before its first checkpoint")
         raise
@@ -189,16 +194,20 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
 def _train(trainer: L.Trainer, module: DistillModule, checkpoint: Path | None, clock: Clock | None) -> None:
     safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     try:
-        with restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
+        with preempt.held(), restoring(checkpoint, lambda: module.begun), fast_matmul(module.recipe):
             trainer.fit(module, ckpt_path=checkpoint, **safe)
     except NotFinite as error:
         raise FitError(f"{error}; {_last_checkpoint(trainer)}") from error
-    except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        raise KeyboardInterrupt(
-            f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}"
-        ) from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C, after which it leaves SIGINT ignored, or to SIGTERM
+        if not isinstance(error, Preempted) and not preempt.requested():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt(
+                f"interrupted at step {trainer.global_step}; --resume goes on: {_last_checkpoint(trainer)}"
+            ) from error
+    if agreement(trainer).ended or preempt.requested():
+        where = "the checkpoint of that step" if agreement(trainer).ended else "the last checkpoint"
+        preempt.end(f"at step {trainer.global_step}; --resume goes on from {where}")
     if trainer.global_step < trainer.max_steps and not (clock and clock.spent):
         raise FitError(
             f"stopped at step {trainer.global_step} of {trainer.max_steps}; "
@@ -210,7 +219,7 @@ def _last_checkpoint(trainer: L.Trainer) -> str:
     last = Path(trainer.default_root_dir) / LAST
     if not last.exists():
         return "no checkpoint was kept yet"
-    return f"the last good checkpoint is {last} (step {read_checkpoint(last)['global_step']})"
+    return f"the last good checkpoint is {last} (step {checkpoint_step(last)})"
 
 
 def _trainer(
@@ -232,7 +241,7 @@ def _trainer(
             gradient_clip_val=recipe.optimizer.clip_norm or None if automatic else None,
             callbacks=_callbacks(stage, student, clock, log),
             logger=False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), Started(the_team().launch, trainer.devices * trainer.num_nodes)],
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
@@ -247,4 +256,7 @@ def _callbacks(stage: Stage, student: Student, clock: Clock | None, log: LogFunc
     """The averages come first, so that all others see them; the clock encloses the rest."""
     every = stage.recipe.log.every_steps
     rest: list[Any] = [Bar(every, log), Figures(every), *ARTIFACTS[stage.recipe.artifact].shows(stage, student, log)]
-    return [Average(), *rest] if clock is None else [Average(), clock, *rest, clock.restart]
+    looks = [often for often in (stage.recipe.log.samples_every_steps, stage.recipe.log.metrics_every_steps) if often]
+    looking = lambda done: any(done % often == 0 for often in looks)
+    first = [Average(), Agree(stage.recipe.trainer.checkpoint_every_minutes, looking)]
+    return [*first, *rest] if clock is None else [*first, clock, *rest, clock.restart]

@@ -47,11 +47,16 @@ def wandb_logger(stage: Stage, start: int, log: LogFunction) -> WandbLogger | No
         return None
 
 
-def close_wandb(code: int) -> None:
-    """Finish the run that is open in W&B, if any, so that the next run of this process is another."""
+def close_wandb(code: int, *, preempted: bool = False) -> None:
+    """Finish the run that is open in W&B, if any, so that the next run of this process is another.
+
+    preempted: W&B shows it as preempted, to be resumed, not as failed.
+    """
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         try:
+            if preempted:
+                wandb.run.mark_preempting()
             wandb.finish(exit_code=code)
         except Exception as error:  # the run itself is complete, whatever fails in W&B
             print(f"W&B: {first_line(error)}", file=sys.stderr, flush=True)

@@ -29,3 +29,14 @@ def test_set_it_is_in_the_hash():
 def test_files_may_name_it_or_not():
     assert construct(Now, {"size": 4}, {}, file="a") == Now(4)
     assert construct(Now, {"wide": True}, {}, file="a") == Now(wide=True)
+
+
+@dataclass(frozen=True)
+class WithoutEffect:
+    size: int = 3
+    wide: bool = added(False, hashed=False)
+
+
+def test_a_setting_that_changes_no_result_is_never_in_the_hash():
+    assert to_plain(WithoutEffect(wide=True), {}, hashed=True) == {"size": 3}
+    assert to_plain(WithoutEffect(wide=True), {}) == {"size": 3, "wide": True}

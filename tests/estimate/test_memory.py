@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowmap.estimate.dry_run import _costs, networks_memory
+from flowmap.estimate.dry_run import networks_costs, networks_memory
 from flowmap.estimate.memory import memory_of
 from flowmap.estimate.networks import config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines
@@ -75,7 +75,7 @@ def test_the_table_of_a_large_recipe_is_what_a_device_has(name, devices, nodes):
     recipe = recipe_on(name, devices, nodes, **FSDP)
     run = resolve(recipe)
     config = config_without_weights(run, Outlines().of(run)[0])
-    found = networks_memory(run, config, _costs(run, config))
+    found = networks_memory(run, config, networks_costs(run, config))
     student, *teachers = map(outline_of_network, (config, *(one for _, one in teacher_configs(run, config))))
     for net in teachers:
         hold(net.requires_grad_(False), torch.bfloat16)

@@ -32,9 +32,22 @@ def networks(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-adversarial", "digits-dmd", "instaflow/digits"])
-def test_they_are_on_the_meta_device_and_as_large_as_those_that_are_trained(name, networks):
-    for _, config, made in networks(name):
+EDM2 = "student={kind: edm2, channels: 32, multipliers: [1, 2], num_blocks: 1, attention_at: []}"
+NEW_EMBEDDING = ["teacher.guidance=null", "student.time_embedding=t", f"teacher.overrides=['{EDM2}']"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("digits", []),
+        ("digits", NEW_EMBEDDING),
+        ("digits-adversarial", []),
+        ("digits-dmd", []),
+        ("instaflow/digits", []),
+    ],
+)
+def test_they_are_on_the_meta_device_and_as_large_as_those_that_are_trained(name, overrides, networks):
+    for _, config, made in networks(name, overrides):
         for net in (made.student, made.fake, made.discriminator):
             assert net is None or all(p.is_meta for p in net.parameters())
         real = config.build().state_dict()

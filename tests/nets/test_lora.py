@@ -13,11 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from flowmap.flow.derivative import eulerian_derivative, value_and_rate
+from flowmap.nets.adapters import AdapterAverage
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, fingerprint, load_base, merged
+from flowmap.train.sharding import shard
 from tests.support.tiny_nets import dit, sd, sd3, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -239,3 +242,29 @@ def test_a_base_is_the_one_trained_on_or_refused(tmp_path):
         load_base(Base(write(sd3(), "three")), spec)
     with pytest.raises(ValueError, match="no diffusers pipeline is there"):
         load_base(Base(str(tmp_path / "four")), spec)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@families
+def test_an_average_of_adapters_is_the_students_network_with_other_adapters(family, sharded):
+    """Against a copy of the student, and the student is as before; a forward pass of it sees its own adapters."""
+    from tests.support.fake_group import lone_group
+
+    _, student = student_of(family, loud=True)
+    average, twin = AdapterAverage(student).requires_grad_(False), copy.deepcopy(student)
+    x, (t, s) = numbers(B, 4, 8, 8), times()
+    with torch.no_grad(), lone_group():
+        before = student.mean_velocity(x, t, s, COND)
+        if sharded:
+            shard(student, init_device_mesh("cpu", (1,)))
+            average.follow()
+        assert {name for name, _ in average.named_parameters()} == set(twin.state_dict())
+        assert set(average.state_dict()) == set(twin.state_dict()) and not list(average.buffers())
+        assert torch.equal(average.mean_velocity(x, t, s, COND), before)
+        for net in (average, twin):
+            for name, p in net.named_parameters():
+                if p.requires_grad or net is average:
+                    p.mul_(1.5) if "lora_B" in name else p.mul_(0.5)
+        assert torch.equal(average.velocity(x, t, COND), twin.velocity(x, t, COND))
+        assert not torch.equal(average.mean_velocity(x, t, s, COND), before)
+        assert torch.equal(student.mean_velocity(x, t, s, COND), before) and not student.training

@@ -11,7 +11,7 @@ from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_data
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
-from flowmap.data import Digits
+from flowmap.data import Digits, Encoded
 from flowmap.data.outline import outline_of
 from flowmap.estimate import dry_run
 from flowmap.plan import resolved
@@ -214,6 +214,13 @@ def test_the_dry_run_reads_each_data_set_once(name, monkeypatch, tmp_path):
     assert len(stages) >= 3
     dry_run.dry_run(recipe, None)
     assert len(built) == 1
+
+
+def test_the_dry_run_looks_once_for_an_encoding_that_is_not_there(recipes, monkeypatch):
+    opened, original = [], Encoded.build
+    monkeypatch.setattr(Encoded, "build", lambda self: opened.append(self.root) or original(self))
+    lines = dry_run.dry_run(read_recipe(recipes / "student.yaml"), None)
+    assert len(opened) == 1 and "nothing is missing" in lines[-1]
 
 
 def test_the_outline_of_a_finished_encoding_is_that_of_its_index(recipes):

@@ -75,3 +75,32 @@ def test_frozen_networks_of_the_data_that_are_to_be_fetched_are_told():
     assert "data.autoencoder.source: './gone': no such folder" in last_line(
         "lediflow/ffhq", "data.autoencoder.source=./gone"
     )
+
+
+def test_the_files_of_the_papers_protocol_are_asked_for_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = last_line("sd15")
+    assert line.startswith("missing on this machine: ")
+    for part in (
+        "metrics: features 'inception' needs",
+        "metrics: clip_score needs openai/clip-vit-large-patch14, safetensors, in",
+        "evaluation.captions: .data/coco/captions_val2014.json: there is no such file",
+    ):
+        assert part in line
+    spec = "metrics=[{kind: frechet, features: efficientnet_lite0, reference: a.npz}]"
+    assert "metrics: reference: a.npz: there is no such file; `flowmap reference` makes one" in last_line("sd15", spec)
+    lines = dry_run(read_recipe("imagenet64"), None)
+    assert any("its pictures -> statistics of inception -> " in line for line in lines)
+    assert lines[-1].count("metrics: features 'inception' needs") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["evaluation.captions=a.txt"], "digits: evaluation.captions: the student reads no text"),
+        (["metrics=[{kind: clip_score}]"], "digits: metrics: clip_score wants evaluation.captions, a file of captions"),
+    ],
+)
+def test_captions_are_for_students_that_read_text(overrides, says):
+    with pytest.raises(RecipeError, match=says):
+        dry_run(read_recipe("digits", overrides), None)

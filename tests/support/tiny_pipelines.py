@@ -47,6 +47,20 @@ def clip(projection: bool = False):
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
+def two_towers(folder):
+    """A whole CLIP with tokenizer and preprocessing, saved as its hub's folder is, for the CLIP score."""
+    sizes = dict(hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=64, max_position_embeddings=16, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    config = transformers.CLIPConfig(
+        text_config=sizes | text, vision_config=sizes | dict(image_size=32, patch_size=8), projection_dim=8
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(images, tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def t5(width: int = TEXT_WIDTH):
     config = transformers.T5Config(vocab_size=64, d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
     return transformers.T5EncoderModel(config)

@@ -99,7 +99,7 @@ data: {{images: {{root: {images}, size: 16}}, autoencoder: {{source: {pipe}}}, t
 trainer: {{steps: 2, accumulate: 1, devices: 1, strategy: auto, precision: "32", accelerator: cpu,
   checkpoint_every_steps: 2}}
 metrics: [{{kind: frechet, features: pixels, images: 8}}]
-evaluation: {{teacher_steps: 2, batch_size: 8}}
+evaluation: {{teacher_steps: 2, batch_size: 8, captions: null}}
 log: {{wandb: false, every_steps: 1, samples_every_steps: 0, grid_images: 4}}
 """
 PAIRS = "num: 12, shard_items: 8, solver: {kind: euler, steps: 2}"

@@ -43,10 +43,8 @@ log: {{every_steps: 1, wandb: false, grid_images: 4}}
 """
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A class-conditional DiT with random weights as a pipeline's folder, a card for it, and two recipes."""
-    place = tmp_path_factory.mktemp("lora")
+def pipeline_in(place):
+    """Save the pipeline and its card."""
     torch.manual_seed(0)
     with_random_weights(dit(channels=1), scale=0.15).save_pretrained(place / "pipe" / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(place / "pipe" / "scheduler")
@@ -57,6 +55,13 @@ def place(tmp_path_factory):
     }
     (place / "pipe" / "model_index.json").write_text(json.dumps(parts))
     (place / "card.yaml").write_text(f"kind: diffusers\nsource: {place / 'pipe'}\nshape: [1, 8, 8]\nnum_classes: 10\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A class-conditional DiT with random weights as a pipeline's folder, a card for it, and two recipes."""
+    place = tmp_path_factory.mktemp("lora")
+    pipeline_in(place)
     for name, dropout in (("plain", 0.0), ("dropout", 0.2)):
         (place / f"{name}.yaml").write_text(RECIPE.format(name=name, card=place / "card.yaml", dropout=dropout))
     return place
@@ -199,7 +204,7 @@ def test_a_base_that_is_gone_has_moved_or_is_another_is_one_line(place, run, tmp
 def test_what_cannot_be_a_lora_student_is_one_line(place, tmp_path, command):
     path = place / "plain.yaml"
     for override, says in (
-        ("trainer.strategy=fsdp", "trainer.strategy: 'fsdp' cannot shard a LoRA student"),
+        ("trainer.teacher_precision=bf16", "trainer.teacher_precision: 'bf16' wants trainer.precision: bf16"),
         ("student.lora.targets=[nothing]", "lora.targets: 'nothing' matches no layer of DiTTransformer2DModel"),
         ("student.lora.rank=0", "student.lora.rank: 0 must be 1 or more"),
         ("teacher.card=digits", "student.lora: wants a teacher of kind diffusers"),

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from flowmap.base.files import text_digest
 from flowmap.base.ranges import Count, CountFromZero, Number, Positive, Seed
-from flowmap.data.dataset import Source, WithoutSentences, held_out_count
+from flowmap.data.dataset import BaseDataset, Source, held_out_count
 from flowmap.data.images.listing import Tally, is_hidden, normalized_name
-from flowmap.data.safe_files import open_regular
+from flowmap.data.safe_files import Positioned, open_regular
 from flowmap.data.sources import MAX_FILE_BYTES, SUFFIXES, Item, SquareImages, as_label, escapes
 from flowmap.data.stored import StoredSamples
 from flowmap.flow.seeds import seeded
@@ -106,9 +106,10 @@ class EDM2Latents(Source):
         return ZipLatents(self)
 
 
-class ZipLatents(WithoutSentences):
+class ZipLatents(BaseDataset):
     """A data set (see data/dataset.py) that reads each sample from the zip on access."""
 
+    reads_disk: ClassVar[bool] = True
     empty: dict[str, Tensor] = {}
     class_names: tuple[str, ...] | None = None  # dataset.json has numbers alone
 
@@ -250,7 +251,7 @@ class Archive:
 
     def __init__(self, path: str, suffixes: tuple[str, ...]):
         try:
-            self._file = zipfile.ZipFile(open_regular(path))
+            self._file = zipfile.ZipFile(io.BufferedReader(Positioned(open_regular(path))))
         except FileNotFoundError:
             raise ValueError(f"path: {path}: there is no such file") from None
         except (
@@ -260,8 +261,9 @@ class Archive:
             ValueError,
         ) as error:  # ValueError: a name that is not what it says to be
             raise ValueError(f"path: {path}: is not a whole zip: {error}") from error
-        self.path, self.infos, self.skipped = (
+        self.path, self.suffixes, self.infos, self.skipped = (
             path,
+            suffixes,
             {info.filename: info for info in self._file.infolist() if not info.is_dir()},
             Tally(),
         )
@@ -271,6 +273,10 @@ class Archive:
             self.skipped.note("hidden", name)
         self.labels = self._matched(self._labels())
         self.num_classes = max(self.labels.values()) + 1 if self.labels else None
+
+    def __reduce__(self) -> tuple[type[Archive], tuple[str, tuple[str, ...]]]:
+        """Opened again in a process that is not a fork of this one."""
+        return Archive, (self.path, self.suffixes)
 
     def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
         """The content of that entry. ValueError gives the reason for refusal."""

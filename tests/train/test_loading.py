@@ -1,0 +1,175 @@
+"""The loader's workers: any number of them gives the same batches and the same run, also one that is resumed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import namedtuple
+from io import BytesIO
+
+import numpy
+import pytest
+import torch
+
+import flowmap
+from flowmap.base.schema import RecipeError
+from flowmap.data import StepBatches
+from flowmap.data.dataset import full_precision
+from flowmap.data.images.edm2_zip import EDM2Latents
+from flowmap.prepare.encode import encode
+from flowmap.recipe import read_recipe
+from flowmap.train import loading
+from flowmap.train.loading import loader_of, workers_of
+from tests.support.encoding import spec
+
+pytest.importorskip("datasets")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    encode(spec(), tmp_path / "encoded", batch_size=3)
+    return spec(tmp_path / "encoded").build()
+
+
+@pytest.fixture
+def zipped(tmp_path):
+    chance = numpy.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "latents.zip", "w") as archive:
+        for i in range(23):
+            content = BytesIO()
+            numpy.save(content, chance.standard_normal((8, 32, 32)).astype(numpy.float32))
+            archive.writestr(f"00000/img-mean-std-{i:08d}.npy", content.getvalue())
+        labels = [[f"00000/img-mean-std-{i:08d}.npy", i % 3] for i in range(23)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return EDM2Latents(path=str(tmp_path / "latents.zip"), held_out=3).build()
+
+
+def recipe_with(workers: int | None, *overrides: str):
+    given = [] if workers is None else [f"trainer.workers={workers}"]
+    return read_recipe("digits", ["data.batch_size=4", *given, *overrides])
+
+
+def batches_of(data, workers: int, start: int = 0, steps: int = 8) -> list:
+    batches = StepBatches(len(data), 4, seed=5, start_step=start, num_steps=steps, accumulate=2)
+    return [in_full(data, batch) for batch in loader_of(recipe_with(workers), data, batches, CPU)]
+
+
+def in_full(data, batch):
+    """As the training module completes it."""
+    return full_precision(batch[0]), {name: full_precision(value) for name, value in data.complete(batch[1]).items()}
+
+
+def assert_equal(a, b) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+        return
+    parts = zip(a.items(), b.items(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+    for one, other in parts:
+        if isinstance(one, str):
+            assert one == other
+        else:
+            assert_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["encoded", "zipped"])
+def test_any_number_of_workers_gives_the_same_batches(kind, request):
+    data = request.getfixturevalue(kind)
+    alone = batches_of(data, 0)
+    plain = StepBatches(len(data), 4, seed=5, accumulate=2)
+    assert_equal(alone, [data.__getitems__(plain.indices(step, micro)) for step in range(8) for micro in range(2)])
+    assert len(alone) == 16
+    for workers in (1, 3):
+        assert_equal(batches_of(data, workers), alone)
+    assert_equal(batches_of(data, 3, start=5), alone[10:])
+
+
+@pytest.mark.parametrize("kind", ["encoded", "zipped"])
+def test_a_copy_in_another_process_reads_the_same(kind, request):
+    """What a worker that is spawned, not forked, receives."""
+    data = request.getfixturevalue(kind)
+    assert_equal(pickle.loads(pickle.dumps(data)).__getitems__([7, 0, 7]), data.__getitems__([7, 0, 7]))
+
+
+def test_a_run_with_workers_resumed_with_another_number_is_the_same_run(tiny, tmp_path, monkeypatch):
+    from flowmap.train.module import DistillModule
+
+    accumulate = "trainer.accumulate=2"
+    flowmap.fit(read_recipe(tiny, [accumulate]), tmp_path / "whole")
+    step = DistillModule.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 9:
+            raise RuntimeError("stopped")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="stopped"):
+        patched.setattr(DistillModule, "training_step", stopped)
+        flowmap.fit(read_recipe(tiny, ["trainer.workers=2", accumulate]), tmp_path / "resumed")
+    flowmap.fit(read_recipe(tiny, ["trainer.workers=1", accumulate]), tmp_path / "resumed", resume=True)
+    whole, resumed = (tmp_path / name / "student" / "model.safetensors" for name in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_workers_are_in_no_hash():
+    assert recipe_with(3).hash() == recipe_with(None).hash() == recipe_with(0).hash()
+
+
+def test_workers_survive_the_signals_of_a_scheduler(encoded):
+    batches = StepBatches(len(encoded), 4, seed=5)
+    endless = iter(loader_of(recipe_with(2), encoded, batches, CPU))
+    next(endless), next(endless)  # both workers are ready
+    for worker in endless._workers:
+        for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            subprocess.run(["kill", f"-{one.name}", str(worker.pid)], check=True)  # another process sends it
+    alone = StepBatches(len(encoded), 4, seed=5)
+    for step in range(2, 20):
+        assert_equal(in_full(encoded, next(endless)), encoded.__getitems__(alone.indices(step)))
+    workers = endless._workers
+    del endless
+    assert not any(worker.is_alive() for worker in workers)
+
+
+SCRIPT = """
+import signal, time, torch
+from torch.utils.data import DataLoader
+from flowmap.train.loading import _prepare_worker
+class Stuck:
+    def __getitems__(self, rows):
+        time.sleep(3600 if rows[0] else 0)
+        return torch.tensor(rows)
+options = dict(collate_fn=list, num_workers=1, worker_init_fn=_prepare_worker)
+kept = iter(DataLoader(Stuck(), batch_sampler=[[0], [1]], **options))
+next(kept)
+raise SystemExit(3)
+"""
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers():
+    """A traceback may keep the loader's iterator to the end; then multiprocessing sends SIGTERM once and waits."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+
+
+def test_the_automatic_number(encoded, monkeypatch):
+    monkeypatch.setattr(loading, "num_cores", lambda: 16)
+    memory = flowmap.read_recipe("digits").data.build()
+    assert workers_of(recipe_with(None), encoded, CPU) == 0 == workers_of(recipe_with(None), memory, CUDA)
+    assert workers_of(recipe_with(None), encoded, CUDA) == 4
+    eight = recipe_with(None, "trainer.devices=8", "trainer.strategy=ddp")
+    assert workers_of(eight, encoded, CUDA) == 1 and workers_of(recipe_with(7), memory, CPU) == 7
+
+
+def test_too_little_shared_memory_is_refused_before_the_first_step(encoded, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(loading, "num_cores", lambda: 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 100))
+    with pytest.raises(RecipeError, match=r"trainer.workers: 2 workers .* want .* and /dev/shm has 0.00 GiB free"):
+        workers_of(recipe_with(2), encoded, CPU)
+    assert workers_of(recipe_with(None), encoded, CUDA) == 0 == workers_of(recipe_with(0), encoded, CUDA)

@@ -1,0 +1,61 @@
+"""Runs with sharded weights on two processes (FSDP2 on gloo): LoRA students, EDM2's scalars, resuming."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from flowmap.base.files import read_tensors
+from tests.train.test_lora_runs import RECIPE as LORA
+from tests.train.test_lora_runs import pipeline_in
+from tests.train.test_processes import assert_close, fit
+
+pytestmark = pytest.mark.slow
+EDM2 = """\
+name: tiny-edm2
+data: {kind: digits, batch_size: 4}
+student: {kind: edm2, channels: 16, multipliers: [1, 2], num_blocks: 1, attention_at: []}
+objective: {kind: ayf_emd, warmup_steps: 4}
+optimizer: {lr: 1.0e-3, clip_norm: 1.0}
+sampler: {kind: deterministic, steps: [1]}
+trainer: {steps: 8, checkpoint_every_steps: 4, accelerator: cpu, devices: 2}
+ema: {kind: constant, decay: 0.9}
+log: {wandb: false, every_steps: 1, grid_images: 8}
+"""
+TWO = ["trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4", "log.grid_images=4"]
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    pipeline_in(tmp_path)
+    (tmp_path / "lora.yaml").write_text(LORA.format(name="lora", card=tmp_path / "card.yaml", dropout=0.0))
+    (tmp_path / "edm2.yaml").write_text(EDM2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["lora", "edm2"])
+def test_a_sharded_run_is_that_of_ddp_and_resumes_to_the_bit(recipes, name):
+    path, settings = recipes / f"{name}.yaml", [*TWO, "trainer.steps=8", "trainer.checkpoint_every_steps=4"]
+    runs = {key: recipes / key for key in ("ddp", "whole", "killed")}
+    assert fit(path, runs["ddp"], *settings, "trainer.strategy=ddp")[0] == 0
+    code, _, err = fit(path, runs["whole"], *settings)
+    assert code == 0, err
+    assert_close(runs["ddp"], runs["whole"], rtol=1e-4, atol=1e-4)
+    assert fit(path, runs["killed"], *settings, spoil="kill")[0] != 0
+    code, _, err = fit(path, runs["killed"], *settings, "--resume")
+    assert code == 0 and "resuming at step 4" in err, err
+    assert_close(runs["whole"], runs["killed"], rtol=0, atol=0)
+    state = read_tensors(runs["whole"] / "student" / "model.safetensors")
+    assert name == "edm2" or all("lora_" in key or "arrival" in key or "guidance" in key for key in state)
+    assert name == "lora" or any(tensor.ndim == 0 for tensor in state.values()), "scalars keep their shape"
+
+
+def test_a_lora_run_in_bf16_holds_its_base_in_bfloat16_on_each_process(recipes):
+    code, _, err = fit(recipes / "lora.yaml", recipes / "run", *TWO, "trainer.precision=bf16")
+    assert code == 0 and "Traceback" not in err, err
+    state = read_tensors(recipes / "run" / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
