@@ -18,6 +18,7 @@ from flowmap.metrics.asked_specs import Agreement, Retrieval
 from flowmap.metrics.baseline import baseline
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.flow_specs import EndpointError, Inversion, LossByTime, Straightness
+from flowmap.metrics.nearest_spec import NearestNeighbour
 from flowmap.metrics.real import Device, Features, Real, some
 from flowmap.metrics.reference import AUTO, HELD_OUT, UNKNOWN, check_reference, statistics_for
 from flowmap.metrics.spec import (
@@ -37,7 +38,6 @@ from flowmap.metrics.statistics import Statistics
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.frechet import FrechetDistance
     from flowmap.metrics.mmd import MaximumMeanDiscrepancy
-    from flowmap.metrics.nearest import Neighbours
     from flowmap.metrics.precision_recall import PrecisionRecallScore
 
 
@@ -306,59 +306,6 @@ class MMD(_InSpace):
 
     def report(self, metric: MaximumMeanDiscrepancy) -> dict[str, float]:
         return {self.key: float(metric.compute())}
-
-
-@dataclass(frozen=True)
-class NearestNeighbour(InFeatures):
-    """Distances in `features` from `images` generated samples to the nearest of `reference_images` training samples.
-
-    None: all training samples. nearest_<features> is the median, nearest_<features>_held_out that of as many held-out
-    samples, nearest_<features>_ratio the first over the second: about 1 for new samples of the same law, below 1 for
-    copies.
-    """
-
-    features: str = "pixels"
-    images: int = 1000
-    reference_images: int | None = None
-    weights: str | None = added(None)
-    on_samples: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        within(self, reference_images=(1, MAX_SAMPLES))
-
-    def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
-        super().fits(data, conditional=conditional, paired=paired)
-        if not data.num_held_out:
-            raise ValueError("metrics: nearest_neighbour compares with held-out samples, and data.held_out is 0")
-
-    def compare(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
-        """The metric with the training samples already in the feature space."""
-        from flowmap.metrics.nearest import Neighbours
-
-        return Neighbours(
-            data,
-            features=self.features,
-            images=self.images,
-            reference_images=self.reference_images,
-            weights=self.weights,
-            device=device,
-        )
-
-    def build_on(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
-        return self.compare(data, device)
-
-    def begin(self, metric: Neighbours) -> None:
-        metric.reset()
-
-    def update(self, metric: Neighbours, batch: DrawnBatch) -> None:
-        metric.update(batch.samples, world=batch.world)
-
-    def measure(self, metric: Neighbours, drawn: Drawn) -> dict[str, float]:
-        return metric.report()
-
-    def baseline(self, metric: Neighbours, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
-        return metric.baseline()
 
 
 METRICS: dict[str, type[Spec]] = {

@@ -17,6 +17,7 @@ from flowmap.base.progress import LogFunction
 from flowmap.recipe.settings import Trainer
 from flowmap.train.checkpoint_file import check_file
 from flowmap.train.run_folder import DAMAGED, LAST, STEP
+from flowmap.train.sharded_checkpoint import REST, check_shards
 
 
 def is_milestone(settings: Trainer, step: int) -> bool:
@@ -83,7 +84,11 @@ def _damage(path: Path) -> str | None:
     if not path.exists():
         return "is missing"
     try:
-        check_file(path)
+        if path.is_dir():
+            check_shards(path)
+            check_file(path / REST)
+        else:
+            check_file(path)
     except (ValueError, OSError) as error:
         return f"is damaged: {error}"
     return None

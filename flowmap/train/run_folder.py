@@ -107,7 +107,7 @@ def put_back(folder: Path) -> bool:
 
 def recover(folder: Path, log: LogFunction) -> None:
     """Finish what a killed process has begun: remove the old run if the new one has a checkpoint, else put it back."""
-    if (folder / REPLACING).is_file() and (folder / LAST).is_file():
+    if (folder / REPLACING).is_file() and (folder / LAST).exists():
         drop_old(folder)
     elif put_back(folder):
         log(f"{folder}: the run that was to replace this one ended before its first checkpoint; this one is back")
@@ -154,7 +154,7 @@ def _guard_measured(stage: Stage, resume: bool) -> None:
     if key is not None and not resume:
         what = f"holds this run, measured otherwise (first difference: {key})"
         raise RecipeError(f"--out: {folder} {what}; --resume measures it again, --overwrite trains again")
-    if key is not None and not (folder / LAST).is_file():
+    if key is not None and not (folder / LAST).exists():
         what = f"{folder / LAST} is not there, and without it the run cannot be measured again"
         raise RecipeError(f"--resume: {what}; `flowmap evaluate --student {folder}` measures its student")
 
@@ -165,7 +165,7 @@ def measures_again(stage: Stage, *, resume: bool, log: bool) -> bool:
     log: also if settings of the log differ, or if its samples could not be drawn.
     """
     folder = stage.folder
-    if not (resume and stage.complete and (folder / LAST).is_file()):
+    if not (resume and stage.complete and (folder / LAST).exists()):
         return False
     return not same_measurement(folder, stage.recipe, *(["log"] if log else [])) or (
         log and NOT_DRAWN in read_json(folder / "metrics.json")

@@ -11,9 +11,10 @@ from conftest import bytes_of, spoil_average
 import flowmap
 from flowmap.base.files import read_json, read_tensors
 from flowmap.base.schema import RecipeError
+from flowmap.recipe.settings import Trainer
 from flowmap.train.agree import Agree
 from flowmap.train.checkpoint_file import checkpoint_step
-from flowmap.train.checkpoints import repair
+from flowmap.train.checkpoints import drop_retired, repair, retire
 from flowmap.train.fit import FitError, fit
 
 
@@ -112,6 +113,33 @@ def test_without_another_checkpoint_a_damaged_one_is_named(tiny, tmp_path):
     (tmp_path / "run/metrics.json").unlink()
     with pytest.raises(RecipeError, match="--resume: .*last.ckpt: is not a whole checkpoint"):
         fit(recipe_of(tiny, *KEEP), tmp_path / "run", resume="auto", log=quiet)
+
+
+def test_a_sharded_checkpoint_is_a_folder_that_is_kept_and_repaired_in_the_same_way(tmp_path):
+    from flowmap.base.files import file_digest, write_json
+    from flowmap.train.checkpoint_file import write_checkpoint
+
+    def save(path, step):
+        path.mkdir(parents=True)
+        (path / "shard-00000.safetensors").write_bytes(bytes([step]))
+        digest = {"shard-00000.safetensors": file_digest(path / "shard-00000.safetensors")}
+        write_json(path / "index.json", {"shards": 1, "shapes": {}, "sha256": digest})
+        write_checkpoint(path / "rest.ckpt", {"global_step": step})
+
+    settings, last = Trainer(keep_checkpoints=2, milestone_every_steps=4), tmp_path / "checkpoints/last.ckpt"
+    for step in (2, 4, 6, 8):
+        retire(tmp_path, step - 2, settings)
+        save(last, step)
+        drop_retired(tmp_path, settings)
+    names = sorted(path.name for path in last.parent.iterdir())
+    assert names == ["last.ckpt", "step-00000004.ckpt", "step-00000006.ckpt"]
+    (last / "shard-00000.safetensors").write_bytes(b"?")
+    said = []
+    repair(tmp_path, said.append)
+    assert "(SHA-256); going on from step-00000006.ckpt instead" in said[0]
+    assert (last / "shard-00000.safetensors").read_bytes() == bytes([6]) and (last.parent / "damaged.ckpt").is_dir()
+    drop_retired(tmp_path, settings)
+    assert (last.parent / "step-00000004.ckpt").is_dir()
 
 
 CONSTANT = ("optimizer.schedule=constant", *KEEP)
