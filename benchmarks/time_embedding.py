@@ -211,7 +211,7 @@ def main() -> None:
     settings = {"teachers of each kind": a.seeds, "draws of points": a.draws, "points": POINTS}
     question = __doc__.splitlines()[0]
     facts = {"question": question, "environment": environment(), "settings": settings, "tables": tables}
-    write("time_embedding", {**facts, "starts": starts, "runs": runs})
+    write("time_embedding", {**facts, "starts": starts, "trainings": runs})
 
 
 if __name__ == "__main__":
