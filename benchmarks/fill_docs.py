@@ -19,6 +19,7 @@ FILES = {
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "own_teacher": "own_teacher.json",
+    **{f"time_embedding_{one}": "time_embedding.json" for one in ("start", "trained")},
     **{f"loader_{one}": "loader.json" for one in ("shards", "node", "recipes", "pictures", "order")},
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},

@@ -104,6 +104,13 @@ def test_all_other_weights_are_the_teachers():
     assert torch.equal(new["net.unet.emb_time.weight"], again["net.unet.emb_time.weight"])  # the fit draws nothing
 
 
+def test_the_fit_is_a_no_op_on_the_meta_device():
+    """As in the check of a recipe before its run, which builds the student there."""
+    with torch.device("meta"):
+        net = SMALL.build(SHAPE, num_classes=10, arrival=False).with_embedding_of_t()
+        assert net.embeds_t and net.unet.emb_time.weight.is_meta
+
+
 def test_a_saved_student_keeps_its_embedding(tmp_path):
     config = StudentConfig(SMALL.embedding_t(), Deterministic(), SHAPE, num_classes=10, guidance=(1.0, 3.0, 2.0))
     save_student(tmp_path, config, student().state_dict(), recipe="", card="")
