@@ -21,6 +21,9 @@ NEEDED = {  # what has no default, for the kinds that cannot be made of defaults
     "Autoencoder": {"source": "there"},
     "Autoguidance": {"weak": "digits"},
     "Codes": {"recipe": "there"},
+    "DiffusersModel": {
+        "network": "DiTTransformer2DModel", "settings": "{}", "scheduler": "DDIMScheduler", "scheduler_settings": "{}",
+    },
     "Encoded": {"images": None},
     "FlowCodes": {"recipe": "there"},
     "Learned": {"recipe": "there"},
@@ -30,7 +33,7 @@ NEEDED = {  # what has no default, for the kinds that cannot be made of defaults
     "Pretrained": {"source": "there"},
     "text_joint.TextJoint": {"flow": MLP()},
     "WebDatasetImages": {"shards": ("there",)},
-}
+}  # fmt: skip
 
 
 def numbers_in(hint) -> int:

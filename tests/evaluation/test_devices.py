@@ -72,7 +72,7 @@ def test_metrics_run_where_the_samples_are_unless_there_is_no_float64():
 
 @pytest.mark.parametrize(
     ("strategy", "devices", "kind"),
-    [("auto", 8, "DDPStrategy"), ("ddp", 8, "DDPStrategy"), ("fsdp", 8, "ModelParallelStrategy"), ("auto", 1, "str")],
+    [("auto", 8, "DDPStrategy"), ("ddp", 8, "DDPStrategy"), ("fsdp", 8, "ShardedStrategy"), ("auto", 1, "str")],
 )
 def test_process_groups_on_gpus_have_a_backend_for_the_cpu_too(strategy, devices, kind, monkeypatch):
     recipe = read_recipe("fashion", [f"trainer.strategy={strategy}", f"trainer.devices={devices}"])
