@@ -18,7 +18,7 @@ FILES = {
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
-    "own_teacher": "own_teacher.json",
+    "own_teacher": "own_teacher.json", "node": "node.json",
     **{f"time_embedding_{one}": "time_embedding.json" for one in ("start", "trained")},
     **{f"loader_{one}": "loader.json" for one in ("shards", "node", "recipes", "pictures", "order")},
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")

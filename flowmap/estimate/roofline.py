@@ -219,15 +219,17 @@ def step_traffic(
         forward, counter.found = counter.found, Traffic()
         with counter:
             loss.backward()
+    found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
+    return found | {"backward": counter.found} | _updates(recipe, student, devices)
+
+
+def _updates(recipe: Recipe, student: FlowMapNet, devices: tuple[Device, Device]) -> dict[str, Traffic]:
+    """Return the traffic of the optimizer and of the averages, each one kernel that is bound by bandwidth."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     moments = 7 * 4 * trained  # read weight, gradient and two moments; write weight and moments
     averages = len(recipe.ema.widths) * 3 * 4 * trained
-    found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
-    found |= {"backward": counter.found}
-    return found | {
-        name: Traffic(1, 0, size, *(size / one.bandwidth for one in devices))
-        for name, size in (("optimizer", moments), ("averages", averages))
-    }
+    sizes = {"optimizer": moments, "averages": averages}
+    return {name: Traffic(1, 0, size, *(size / one.bandwidth for one in devices)) for name, size in sizes.items()}
 
 
 def forward_traffic(
