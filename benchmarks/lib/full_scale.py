@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from flowmap.build.teacher import teacher_of_networks
 from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
 from flowmap.flow.types import Cond, PathSample, Teacher
@@ -18,12 +19,9 @@ from flowmap.nets.precision import hold
 from flowmap.plan.plan import ResolvedRun, resolve
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.recipe import list_recipes
-from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.student.config import StudentConfig
-from flowmap.student.examples import conditions_of
-from flowmap.teachers.guidance import Autoguidance as Autoguided
-from flowmap.teachers.guidance import ClassifierFree as Guided
-from flowmap.teachers.network import NetworkTeacher
+from flowmap.student.examples import conditions_of, empty_of
+from flowmap.train.module import trained
 
 TOY = {  # settings of diffusers networks at toy size
     "DiTTransformer2DModel": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 4},
@@ -123,21 +121,12 @@ class Built:
             cond = {key: value.to(device) for key, value in conditions_of(scale.config, scale.rows).items()}
         for gain in (p for net in (student, *frozen) for p in net.parameters() if p.ndim == 0):
             gain.data.fill_(0.5)  # EDM2's gains, which are 0 in a network without training
-        for net in frozen:
-            net.net.empty = {key: value[:1] for key, value in cond.items() if key not in ("class", "guidance")}
-        return Built(student, guided(scale.recipe, frozen) if frozen else None, cond)
+        teacher = teacher_of_networks(scale.recipe, frozen, empty_of(cond)) if frozen else None
+        return Built(student, None if teacher is None else teacher.guided, cond)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.student.parameters() if p.requires_grad]
-
-
-def guided(recipe: Recipe, frozen: Sequence[FlowMapNet]) -> Teacher:
-    strong, weak = (NetworkTeacher(net) for net in (frozen[0], frozen[-1]))
-    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
-    if isinstance(guidance, ClassifierFree):
-        return Guided(strong, default=guidance.default)
-    return Autoguided(strong, weak, default=guidance.default) if isinstance(guidance, Autoguidance) else strong
+        return trained(self.student)
 
 
 def sample_of(scale: FullScale, built: Built, seed: int = 0) -> PathSample:

@@ -32,9 +32,16 @@ def without_autocast(device: torch.device) -> torch.autocast:
 @contextmanager
 def whole_float32() -> Iterator[None]:
     """Within it, float32 matrix products and convolutions on a GPU are of float32, not of TensorFloat-32."""
+    with tensor_float_32(False):
+        yield
+
+
+@contextmanager
+def tensor_float_32(on: bool) -> Iterator[None]:
+    """Within it, float32 matrix products and convolutions on a GPU are of TensorFloat-32, or are not."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -10,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import Dataset, Independent, TeacherSlot
+from flowmap.data import Dataset, Guidance, Independent, TeacherSlot
 from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler
@@ -25,6 +26,7 @@ from flowmap.plan.guidance import check_conditions
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.requirements import check_start
+from flowmap.recipe import Recipe
 from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student
@@ -162,13 +164,29 @@ def _guided(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
 def _before_limits(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
     card = run.cards[0]
     strong, network, modules = _load(card, run)
-    guidance = slot.guidance
+    weak, weak_modules = strong, tuple[nn.Module, ...]()
+    if isinstance(slot.guidance, Autoguidance):
+        weak, weak_modules = _weak(card, slot.guidance, run, network)
+    return BuiltTeacher(guided_by(slot.guidance, strong, weak), network, modules + weak_modules)
+
+
+def guided_by(guidance: Guidance | None, strong: Teacher, weak: Teacher) -> Teacher:
+    """Return the velocity that the settings of guidance make of these two; `weak` is for autoguidance alone."""
     if isinstance(guidance, ClassifierFree):
-        return BuiltTeacher(ClassifierFreeTeacher(strong, default=guidance.default), network, modules)
+        return ClassifierFreeTeacher(strong, default=guidance.default)
     if isinstance(guidance, Autoguidance):
-        weak, weak_modules = _weak(card, guidance, run, network)
-        return BuiltTeacher(AutoguidedTeacher(strong, weak, default=guidance.default), network, modules + weak_modules)
-    return BuiltTeacher(strong, network, modules)
+        return AutoguidedTeacher(strong, weak, default=guidance.default)
+    return strong
+
+
+def teacher_of_networks(recipe: Recipe, networks: Sequence[FlowMapNet], empty: Cond) -> BuiltTeacher:
+    """Return the recipe's teacher made of networks that are there already: its own, and that of its weak model.
+
+    empty: the conditions of an empty text, one row each.
+    """
+    strong, weak = (NetworkTeacher(net) for net in (networks[0], networks[-1]))
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
+    return BuiltTeacher(guided_by(guidance, strong, weak), None, tuple(networks)).with_null_conditions(empty)
 
 
 def _load(card: Card, run: ResolvedRun) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:

@@ -120,6 +120,10 @@ class Pairs(BaseCoupling):
                 "solver: the anchored rule runs from noise to data only; choose another for inverted pairs"
             )
 
+    def stored_dtype(self, pictures: bool) -> str:
+        """`dtype`, with "auto" resolved for samples that are pictures in [-1, 1], or are not."""
+        return self.dtype if self.dtype != "auto" else "uint8" if pictures else "float16"
+
     def check(self, recipe: RecipeView) -> None:
         if recipe.artifact != "student":
             raise ValueError("coupling: pairs are no use to an autoencoder or an auxiliary model; leave it independent")

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowmap.build.teacher import guided_by
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
-from flowmap.recipe.settings import Autoguidance, ClassifierFree
-from flowmap.teachers.guidance import Autoguidance as Autoguided
-from flowmap.teachers.guidance import ClassifierFree as Guided
 
 ROWS, WIDTH = 1000, 8
 UNIT = 2 * ROWS * WIDTH**2  # FLOPs of one call for every sample
@@ -58,10 +56,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = torch.linspace(low, high, ROWS)
-    if isinstance(guidance, ClassifierFree):
-        teacher = Guided(strong, default=guidance.default)
-    if isinstance(guidance, Autoguidance):
-        teacher = Autoguided(strong, weak, default=guidance.default)
+        teacher = guided_by(guidance, strong, weak)
     if isinstance(recipe.distillation, ScoreDistillation):
         x0.requires_grad_()  # It stands for the student's samples.
     sample = recipe.path.sample(x0, x1, t, s, cond or None)

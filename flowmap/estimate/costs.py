@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowmap.estimate.attention import ATTENTION, fused_attention
 from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.text_joint import TextJoint
@@ -29,9 +28,6 @@ from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of
 from flowmap.student.prior import auxiliary
-
-# This fused kernel has shapes on every device.
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -192,21 +188,6 @@ class _Kept(TorchDispatchMode):
                     self.sizes[key] = storage.nbytes()
                     weakref.finalize(storage, self.sizes.pop, key, None)
         return out
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Make attention a fused kernel, which keeps queries, keys, values and the result, also when recomputed."""
-    original = F.scaled_dot_product_attention
-
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
 
 
 def _attention_flops(query, key, value, *args, **kwargs) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from flowmap.data import EDM2Latents, Encoded
-from flowmap.estimate.costs import fused_attention
+from flowmap.estimate.attention import fused_attention
 from flowmap.estimate.live import LiveBytes
 from flowmap.estimate.networks import outline_of_network, teacher_configs
 from flowmap.metrics import Spec

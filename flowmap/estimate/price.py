@@ -26,7 +26,7 @@ from flowmap.student.examples import tokens_of
 from flowmap.teachers.autoencoder import stable_diffusion_autoencoder
 
 ROWS = 64  # samples of a batch that is priced
-# Parameters of the text encoders of each network, and whether they are priced as 2 FLOPs a parameter and token.
+# Parameters of the text encoders of each network; they are priced at 2 FLOPs a parameter and token.
 ENCODERS = {
     "UNet2DConditionModel": 0.12e9,
     "SD3Transformer2DModel": 5.6e9,
@@ -166,7 +166,7 @@ def pairs_bytes(recipe: Recipe, shape: tuple[int, ...]) -> float:
     assert isinstance(recipe.coupling, Pairs)
     spec = recipe.coupling
     pictures = recipe.data.in_pixels and len(shape) == 3
-    width = {"uint8": 1, "float16": 2, "float32": 4}.get(spec.dtype, 1 if pictures else 2)
+    width = getattr(torch, spec.stored_dtype(pictures)).itemsize
     numbers = float(torch.Size(shape).numel())
     return spec.num * (numbers * width + 24) + spec.num_inverted * 2 * numbers
 

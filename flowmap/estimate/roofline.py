@@ -7,33 +7,27 @@ half the bytes for bf16. Time on the host, communication and what a compiler fus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from flowmap.build.teacher import ReadsText
+from flowmap.build.teacher import teacher_of_networks
+from flowmap.estimate.attention import fused_attention
 from flowmap.estimate.calls import WARM, without_networks
-from flowmap.estimate.costs import ATTENTION, FORMULAS
-from flowmap.flow.tangent import rows, rules
+from flowmap.estimate.costs import FORMULAS
+from flowmap.estimate.networks import outline_of_network
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
 from flowmap.recipe import Recipe
-from flowmap.recipe.settings import Autoguidance, ClassifierFree
 from flowmap.student.config import StudentConfig
-from flowmap.student.examples import conditions_of
-from flowmap.teachers.guidance import Autoguidance as Autoguided
-from flowmap.teachers.guidance import ClassifierFree as Guided
-from flowmap.teachers.network import NetworkTeacher
+from flowmap.student.examples import conditions_of, empty_of
 
 VIEWS = frozenset(
     "view _unsafe_view permute transpose t expand select slice unsqueeze squeeze split chunk unbind detach alias "
@@ -41,7 +35,6 @@ VIEWS = frozenset(
     "new_empty_strided is_same_size sym_size".split()
 )  # operations that move no bytes
 FLOAT32_SHARE, CONVOLUTION_SHARE = 0.1, 0.75  # the rates of float32 products and of convolutions
-ATTENTION_OF_TORCH = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -145,32 +138,6 @@ def _flops_of(packet, args, kwargs, out) -> float:
     return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention as one fused kernel that has shapes on the meta device."""
-    if has_torch_function((query, key, value, attn_mask)):
-        found = (query, key, value, attn_mask)
-        return handle_torch_function(
-            attention, found, *found, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    mask = attn_mask if attn_mask is None or attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
-    return ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """Make attention a fused kernel, also in a dual forward, whose tangent takes flowmap's own rule."""
-    tables: list[dict[Callable, Callable]] = [rules.RULES, rows.KINDS]
-    for one in tables:
-        one[attention] = one[ATTENTION_OF_TORCH]
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = ATTENTION_OF_TORCH
-        for one in tables:
-            del one[attention]
-
-
 class Timed:
     """A teacher whose calls are counted apart from those of the student."""
 
@@ -206,13 +173,11 @@ def step_traffic(
         wide = _dtype(config, half)
         counter.half = half and wide == torch.float32
         cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
-        for net in frozen:
-            _give_empty(net, cond)
         x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
     sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
-    teacher = Timed(_guided(recipe, frozen), counter) if frozen else None
+    teacher = Timed(teacher_of_networks(recipe, frozen, empty_of(cond)).guided, counter) if frozen else None
     with fused_attention():
         with counter:
             loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
@@ -247,8 +212,7 @@ def forward_traffic(
 
 
 def _network(config: StudentConfig, half: bool) -> FlowMapNet:
-    net = replace(config, recipe="", recipe_hash="").build().to("meta")
-    return net.to(_dtype(config, half))
+    return outline_of_network(config).to(_dtype(config, half))
 
 
 def _dtype(config: StudentConfig, half: bool) -> torch.dtype:
@@ -259,17 +223,3 @@ def _dtype(config: StudentConfig, half: bool) -> torch.dtype:
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
     value = value.to("meta")
     return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
-
-
-def _give_empty(net: FlowMapNet, cond: Cond) -> None:
-    """Give a network of text the conditions of an empty one."""
-    if isinstance(net.net, ReadsText):
-        net.net.empty = {key: value[:1] for key, value in cond.items() if key not in ("class", "guidance")}
-
-
-def _guided(recipe: Recipe, frozen: Sequence[FlowMapNet]) -> Teacher:
-    strong, weak = (NetworkTeacher(net) for net in (frozen[0], frozen[-1]))
-    guidance = recipe.teacher.guidance if recipe.teacher is not None else None
-    if isinstance(guidance, ClassifierFree):
-        return Guided(strong, default=guidance.default)
-    return Autoguided(strong, weak, default=guidance.default) if isinstance(guidance, Autoguidance) else strong

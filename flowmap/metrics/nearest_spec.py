@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from flowmap.base.schema import added
 from flowmap.metrics.against import HasReferences
 from flowmap.metrics.real import CHUNK, Device
-from flowmap.metrics.spec import MAX_SAMPLES, Classes, Drawn, DrawnBatch, InFeatures, Sizes, within
+from flowmap.metrics.sample_specs import OnSamples
+from flowmap.metrics.spec import MAX_SAMPLES, Classes, InFeatures, Sizes, within
 
 if TYPE_CHECKING:  # torchmetrics takes seconds to import
     from flowmap.metrics.nearest import Neighbours
 
 
 @dataclass(frozen=True)
-class NearestNeighbour(InFeatures):
+class NearestNeighbour(InFeatures, OnSamples):
     """Distances in `features` from `images` generated samples to the nearest of `reference_images` training samples.
 
     None: all training samples. nearest_<features> is the median, nearest_<features>_held_out that of as many held-out
@@ -27,7 +28,6 @@ class NearestNeighbour(InFeatures):
     images: int = 1000
     reference_images: int | None = None
     weights: str | None = added(None)
-    on_samples: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,18 +54,6 @@ class NearestNeighbour(InFeatures):
             weights=self.weights,
             device=device,
         )
-
-    def build_on(self, data: HasReferences, device: Device = "cpu") -> Neighbours:
-        return self.compare(data, device)
-
-    def begin(self, metric: Neighbours) -> None:
-        metric.reset()
-
-    def update(self, metric: Neighbours, batch: DrawnBatch) -> None:
-        metric.update(batch.samples, world=batch.world)
-
-    def measure(self, metric: Neighbours, drawn: Drawn) -> dict[str, float]:
-        return metric.report()
 
     def baseline(self, metric: Neighbours, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
         return metric.baseline()

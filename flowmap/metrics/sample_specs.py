@@ -15,10 +15,31 @@ from flowmap.metrics.real import CHUNK, Device, Features, Real, some
 from flowmap.metrics.spec import MAX_SAMPLES, Classes, Drawn, DrawnBatch, InFeatures, Sizes, Spec, enough, within
 
 
-class Samples(Spec):
-    """A metric of two sets of samples; `build(reference, like)` makes one that has counted the reference."""
+class OnSamples(Spec):
+    """A metric of generated samples alone; what is built on the data has reset, update, report and a baseline."""
 
     on_samples: ClassVar[bool] = True
+
+    def compare(self, data: HasReferences, device: Device = "cpu") -> Any:
+        """The metric with each reference of the data already counted."""
+        raise NotImplementedError
+
+    def build_on(self, data: HasReferences, device: Device = "cpu") -> Any:
+        return self.compare(data, device)
+
+    def begin(self, metric: Any) -> None:
+        metric.reset()
+
+    def update(self, metric: Any, batch: DrawnBatch) -> None:
+        metric.update(batch.samples, world=batch.world)
+
+    def measure(self, metric: Any, drawn: Drawn) -> dict[str, float]:
+        return metric.report()
+
+
+class Samples(OnSamples):
+    """A metric of two sets of samples; `build(reference, like)` makes one that has counted the reference."""
+
     least: ClassVar[int] = 2  # samples of each
     kind: ClassVar[str] = "a metric of samples"  # its name in METRICS
 
@@ -63,18 +84,6 @@ class Samples(Spec):
     def compare(self, data: HasReferences, device: Device = "cpu") -> Against:
         """The metric with each reference of the data already counted."""
         return Against(self, data, device)
-
-    def build_on(self, data: HasReferences, device: Device = "cpu") -> Against:
-        return self.compare(data, device)
-
-    def begin(self, metric: Against) -> None:
-        metric.reset()
-
-    def update(self, metric: Against, batch: DrawnBatch) -> None:
-        metric.update(batch.samples, world=batch.world)
-
-    def measure(self, metric: Against, drawn: Drawn) -> dict[str, float]:
-        return metric.report()
 
     def baseline(self, metric: Against, data: HasReferences, classes: Classes | None = None) -> dict[str, float]:
         return baseline(metric, data, classes)

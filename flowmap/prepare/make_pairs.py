@@ -108,7 +108,7 @@ class Maker:
         if spec.num_inverted > len(data):
             raise ValueError(f"coupling.inverted: wants {spec.num_inverted} real samples, the data has {len(data)}")
         pictures = recipe.data.in_pixels and len(data.shape) == 3
-        dtype = spec.dtype if spec.dtype != "auto" else "uint8" if pictures else "float16"
+        dtype = spec.stored_dtype(pictures)
         if dtype == "uint8" and not pictures:
             raise ValueError("coupling.dtype: uint8 is for pictures in [-1, 1]; allowed here: float16, float32")
         teacher = build_pairs_teacher(run, data).to(device)

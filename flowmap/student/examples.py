@@ -25,6 +25,11 @@ def conditions_of(config: StudentConfig, rows: int) -> Cond:
     return cond | ({"guidance": torch.ones(rows)} if config.guidance else {})
 
 
+def empty_of(cond: Cond) -> Cond:
+    """One row of example conditions in the place of those of an empty text."""
+    return {key: value[:1] for key, value in cond.items() if key not in ("class", "guidance")}
+
+
 def tokens_of(network: str, text: TextEncoder | None) -> int:
     """The number of text tokens that a network reads: its encoder's max_tokens, by default its pipeline's limit.
 

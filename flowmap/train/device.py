@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from flowmap.base.precision import tensor_float_32
 from flowmap.recipe import Recipe
 
 
@@ -18,14 +19,8 @@ def fast_matmul(recipe: Recipe) -> Iterator[None]:
     if not (trainer.tf32 and torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")):
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    try:
+    with tensor_float_32(True):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def channels_last(net: nn.Module, asked: bool | None, device: torch.device) -> None:

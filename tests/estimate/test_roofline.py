@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from flowmap.estimate.attention import fused_attention
 from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
 from flowmap.estimate.price import Prices, pairs_bytes, price_lines, solver_calls
-from flowmap.estimate.roofline import Counter, Device, Traffic, fused_attention, step_traffic, sustained
+from flowmap.estimate.roofline import Counter, Device, Traffic, step_traffic, sustained
 from flowmap.flow.solver import Heun
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.plan.plan import resolve
@@ -63,7 +64,7 @@ def test_attention_is_one_kernel_and_its_tangent_takes_our_rule():
     scores = 2 * 4 * 64 * 64
     assert carried.flops == plain.flops + 5 * 2 * scores * 16  # q k', dq k', q dk', ds v, w dv
     assert carried.bytes > plain.bytes + 10 * 2 * scores
-    assert F.scaled_dot_product_attention.__module__ != "flowmap.estimate.roofline"
+    assert F.scaled_dot_product_attention.__module__ != "flowmap.estimate.attention"
 
 
 def test_a_number_that_is_read_stops_nothing():

@@ -67,15 +67,21 @@ def as_double(batch: tuple) -> tuple:
     return (x0.double() if x0.is_floating_point() else x0, cond, *(noise.double() for noise in paired))
 
 
-def _of_a_process(
-    monkeypatch, recipe: Recipe, rank: int, world: int, state: int, double: bool
-) -> dict[str, list[torch.Tensor]]:
+def built(recipe: Recipe) -> DistillModule:
+    """The recipe's module, outside a trainer; it reads pairs made from the data as they are asked for."""
     run = resolve(recipe)
     data = build_data(run)
     teacher = build_teacher(run, data)
     config = student_config(run, data, teacher)
     samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
-    module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+    return module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+
+
+def _of_a_process(
+    monkeypatch, recipe: Recipe, rank: int, world: int, state: int, double: bool
+) -> dict[str, list[torch.Tensor]]:
+    module = built(recipe)
+    teacher = module.teacher
     if double:
         for part in (module, *(() if teacher is None else teacher.modules)):
             part.double()

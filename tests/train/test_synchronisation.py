@@ -8,20 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flowmap.build.data import build_data
-from flowmap.build.student import build_student, student_config
-from flowmap.build.teacher import BuiltTeacher, build_teacher
-from flowmap.data import Pairs, StepBatches
+from flowmap.build.teacher import BuiltTeacher
+from flowmap.data import StepBatches
 from flowmap.data.steps import first_place
 from flowmap.flow.times import diagonal_rows
 from flowmap.objectives import Adversarial
-from flowmap.plan.plan import resolve
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree, with_drawn_scales
 from flowmap.train.draw import draw_sample, generator_for
 from flowmap.train.module import DistillModule
-from flowmap.train.modules import module_of
 from tests.support.synchronisation import Synchronisations
-from tests.train.one_step import STEP, Paired
+from tests.train.one_step import STEP, built
 from tests.train.test_split import BY_BATCH, KINDS, recipe_of
 
 META = torch.device("meta")
@@ -37,23 +33,10 @@ class Half:
         return x / 2
 
 
-@pytest.fixture(autouse=True)
-def autocast_of_meta(monkeypatch):
-    """torch has no autocast for the meta device; that of the CPU is never on here."""
-    for name in ("autocast", "get_autocast_dtype", "is_autocast_enabled"):
-        real = getattr(torch, name)
-        known = lambda device, *args, real=real, **more: real("cpu" if device == "meta" else device, *args, **more)
-        monkeypatch.setattr(torch, name, known)
-
-
 def of(recipe, monkeypatch):
     """The recipe's module on the meta device, and a batch for it."""
-    run = resolve(recipe)
-    data = build_data(run)
-    teacher = build_teacher(run, data)
-    config = student_config(run, data, teacher)
-    samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
-    module = module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+    module = built(recipe)
+    teacher = module.teacher
     module.teacher = None if teacher is None else BuiltTeacher(Half(), None)
     optimizers = module.configure_optimizers()
     optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
