@@ -115,24 +115,32 @@ class Inception(PictureNet):
         return self.net(to_bytes(in_colour(x))).flatten(1)
 
 
-class CLIP(PictureNet):
+class OfTransformers(PictureNet):
+    """A network of the library transformers. width_key: where its config states the number of features."""
+
+    name: str
+    hub_id: str
+    width_key: str
+
+    @classmethod
+    def check(cls, weights: str | None = None) -> str:
+        """The folder or the hub id that it is loaded from."""
+        return transformers_source(f"features '{cls.name}'", weights or cls.hub_id)
+
+    @classmethod
+    def width(cls, weights: str | None = None) -> int | None:
+        return _number(config_of(cls.check(weights)), cls.width_key)
+
+
+class CLIP(OfTransformers):
     """The image embeddings of CLIP ViT-L/14 at 336 pixels, as CMMD uses them, not normalised.
 
     weights: a folder with safetensors, or a hub id, of transformers; by default clip-vit-large-patch14-336.
     """
 
-    hub_id = "openai/clip-vit-large-patch14-336"
+    name, hub_id, width_key = "clip", "openai/clip-vit-large-patch14-336", "projection_dim"
     mean: Tensor
     std: Tensor
-
-    @classmethod
-    def check(cls, weights: str | None = None) -> str:
-        """The folder or the hub id that it is loaded from."""
-        return transformers_source("features 'clip'", weights or cls.hub_id)
-
-    @classmethod
-    def width(cls, weights: str | None = None) -> int | None:
-        return _number(config_of(cls.check(weights)), "projection_dim")
 
     def __init__(self, weights: str | None = None):
         super().__init__()
@@ -150,7 +158,7 @@ class CLIP(PictureNet):
         return self.net(pixel_values=((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std).image_embeds
 
 
-class DINOv2(PictureNet):
+class DINOv2(OfTransformers):
     """The 1,024 features of DINOv2 ViT-L/14, the CLS token at 224 pixels: the space of FD-DINOv2.
 
     Source: Stein et al. 2023, arXiv:2306.04675 (dgm-eval), in the form of EDM2's calculate_metrics.py: bytes, resized
@@ -158,20 +166,11 @@ class DINOv2(PictureNet):
     hub id, of transformers; by default dinov2-large.
     """
 
-    hub_id = "facebook/dinov2-large"
+    name, hub_id, width_key = "dinov2", "facebook/dinov2-large", "hidden_size"
     side = 224
     offset = 0.1  # of the published network's interpolation of its positions
     mean: Tensor
     std: Tensor
-
-    @classmethod
-    def check(cls, weights: str | None = None) -> str:
-        """The folder or the hub id that it is loaded from."""
-        return transformers_source("features 'dinov2'", weights or cls.hub_id)
-
-    @classmethod
-    def width(cls, weights: str | None = None) -> int | None:
-        return _number(config_of(cls.check(weights)), "hidden_size")
 
     def __init__(self, weights: str | None = None):
         super().__init__()

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,16 +22,16 @@ from flowmap.base.progress import LogFunction, Progress
 from flowmap.build.data import build_data
 from flowmap.data import Dataset
 from flowmap.data.shards import shard_name
-from flowmap.data.sources import ImageSource
+from flowmap.data.sources import ImageSource, Item
 from flowmap.metrics.features import build_features, short_name
 from flowmap.metrics.statistics import Moments, Statistics, read_statistics
 from flowmap.plan.plan import resolve
 from flowmap.plan.references import ReferenceStatistics
+from flowmap.prepare.read_ahead import read_ahead
 from flowmap.prepare.write import check_plan, making, once, whole, write_shard
 
 PARTS = 64  # at most; each takes up to 17 MB on disk for Inception's features
 MIN_ITEMS, STREAM_ITEMS = 1000, 20_000  # positions in a part: at least, and for a source of unknown length
-READERS = 8  # threads that decode pictures, at most
 SUFFIX = ".safetensors"
 
 Batch = tuple[Tensor, int, list[str]]  # pictures in [-1, 1], positions read, and what was left out
@@ -188,7 +185,7 @@ def pictures_of(stage: ReferenceStatistics) -> Pictures:
 
 
 class InSource:
-    """The pictures of an image source. Several threads decode batches ahead of the one that is used."""
+    """The pictures of an image source, decoded ahead of the batch that is used."""
 
     def __init__(self, source: ImageSource):
         self.source = source
@@ -201,28 +198,14 @@ class InSource:
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[Batch]:
         length = self.length()
-        if length is None:  # a stream has one reader
-            items = self.source.items(start, stop)
-            yield from iter(lambda: self._batch(islice(items, size)), (None, 0, []))
-            return
-        ranges = iter([(i, min(i + size, stop, length)) for i in range(start, min(stop, length), size)])
-        readers = min(READERS, os.cpu_count() or 1)
-        with ThreadPoolExecutor(readers) as pool:
-            read = lambda bounds: pool.submit(lambda: self._batch(self.source.items(*bounds)))
-            ahead: deque[Future[Any]] = deque(map(read, islice(ranges, readers + 1)))
-            while ahead:
-                yield ahead.popleft().result()
-                ahead.extend(map(read, islice(ranges, 1)))
+        yield from map(self._batch, read_ahead(self.source, start, stop if length is None else min(stop, length), size))
 
-    def _batch(self, items: Iterator[Any]) -> Any:
-        found = list(items)
-        if not found:
-            return None, 0, []
-        images = [item.image for item in found if item.image is not None]
+    def _batch(self, items: list[Item]) -> Batch:
+        images = [item.image for item in items if item.image is not None]
         shape = (self.source.channels, self.source.size, self.source.size)
         pictures = torch.stack(images) if images else torch.zeros(0, *shape, dtype=torch.uint8)
-        left_out = [f"{item.key} {item.problem}" for item in found if item.image is None]
-        return from_bytes(pictures), len(found), left_out
+        left_out = [f"{item.key} {item.problem}" for item in items if item.image is None]
+        return from_bytes(pictures), len(items), left_out
 
 
 class InMemory:

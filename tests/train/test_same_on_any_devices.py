@@ -57,13 +57,7 @@ class _Optimizer:
 
 
 def _module(kind: str, folder: Path, micro_batch: int, accumulate: int):
-    from flowmap.build.data import build_data
-    from flowmap.build.student import build_student, student_config
-    from flowmap.build.teacher import build_teacher
-    from flowmap.data import Pairs
-    from flowmap.plan.plan import resolve
-    from flowmap.train.modules import module_of
-    from tests.train.one_step import Paired
+    from tests.train.one_step import built
     from tests.train.test_split import KINDS as RECIPES
     from tests.train.test_split import recipe_of
 
@@ -77,12 +71,7 @@ def _module(kind: str, folder: Path, micro_batch: int, accumulate: int):
         trainer=replace(recipe.trainer, accumulate=accumulate),
         optimizer=replace(recipe.optimizer, eps=1e-3),  # Adam divides by the root of tiny second moments otherwise
     )
-    run = resolve(recipe)
-    data = build_data(run)
-    teacher = build_teacher(run, data)
-    config = student_config(run, data, teacher)
-    samples = Paired(data) if isinstance(recipe.coupling, Pairs) else data
-    return module_of(run, config, build_student(run, config, teacher), teacher, data, samples)
+    return built(recipe)
 
 
 def _three_steps(kind: str, dtype, folder: Path, rank: int, world: int, accumulate: int) -> dict[str, list]:
