@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import distributed
 
+BOTH = "cpu:gloo,cuda:nccl"  # the backends of a process group on GPUs: tensors of the CPU are reduced too
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def is_child() -> bool:
     """Whether Lightning, torchrun or SLURM started this process with a rank above 0; only rank 0 prints."""
     return any(int(os.environ.get(name, "0")) > 0 for name in RANKS)
+
+
+def on_gpus(accelerator: str) -> bool:
+    """Whether a recipe with that trainer.accelerator uses GPUs of CUDA on this machine."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def ready() -> bool:

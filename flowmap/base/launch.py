@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flowmap.base.distributed import on_gpus
+
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs whose commands are typed, not started by srun
 GRACE = 15.0  # seconds in which the processes of a command end after the first one has
 
@@ -45,7 +47,7 @@ class Launch:
 
     def device(self, accelerator: str) -> str:
         """The device of this process outside a Lightning trainer, for a recipe's trainer.accelerator."""
-        if not torch.cuda.is_available() or accelerator not in ("auto", "gpu", "cuda"):
+        if not on_gpus(accelerator):
             return "cpu"
         # srun --gpus-per-task=1 shows each process one device, under the number 0
         return "cuda" if self.world == 1 else f"cuda:{self.local_rank % torch.cuda.device_count()}"

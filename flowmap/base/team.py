@@ -23,6 +23,7 @@ import torch
 from torch import distributed
 
 from flowmap.base import preempt
+from flowmap.base.distributed import BOTH
 from flowmap.base.files import MINUTE
 from flowmap.base.launch import Launch, launch_of, start_others
 
@@ -150,7 +151,7 @@ class Team:
         if cuda is not None:
             torch.cuda.set_device(cuda)
         distributed.init_process_group(
-            "gloo" if cuda is None else "cpu:gloo,cuda:nccl",
+            "gloo" if cuda is None else BOTH,
             store=distributed.PrefixStore(f"group/{self._groups}", self.store),
             rank=self.launch.rank,
             world_size=size,

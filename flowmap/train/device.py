@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from flowmap.base.distributed import on_gpus
 from flowmap.base.precision import tensor_float_32
 from flowmap.recipe import Recipe
 
@@ -16,7 +17,7 @@ from flowmap.recipe import Recipe
 def fast_matmul(recipe: Recipe) -> Iterator[None]:
     """Within it, float32 matrix products and convolutions on a GPU are of TensorFloat-32, if the recipe allows."""
     trainer = recipe.trainer
-    if not (trainer.tf32 and torch.cuda.is_available() and trainer.accelerator in ("auto", "gpu", "cuda")):
+    if not (trainer.tf32 and on_gpus(trainer.accelerator)):
         yield
         return
     with tensor_float_32(True):

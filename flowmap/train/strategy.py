@@ -13,18 +13,17 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
+from flowmap.base.distributed import BOTH, on_gpus
 from flowmap.recipe import Recipe
 from flowmap.train.checkpoint_file import read_checkpoint, write_checkpoint
 from flowmap.train.sharded_checkpoint import REST, check_shards, complete, place_of, restore, snapshot, write_shard
-
-BOTH = "cpu:gloo,cuda:nccl"
 
 
 def strategy_for(recipe: Recipe) -> str | Strategy:
     """Lightning's strategy. On GPUs its process group also reduces tensors of the CPU; Lightning's default is NCCL."""
     trainer = recipe.trainer
     world = trainer.devices * trainer.num_nodes
-    backend = BOTH if on_gpus(recipe) else None
+    backend = BOTH if on_gpus(trainer.accelerator) else None
     if trainer.strategy == "fsdp":
         return ShardedStrategy(data_parallel_size=world, tensor_parallel_size=1, process_group_backend=backend)
     if trainer.strategy == "ddp":
@@ -104,11 +103,6 @@ class ShardedStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         self.finish_writing()
         super().teardown()
-
-
-def on_gpus(recipe: Recipe) -> bool:
-    """Whether the trainer's devices are GPUs on this machine."""
-    return recipe.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from flowmap.base.distributed import BOTH
 from flowmap.build.data import build_data
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
@@ -16,7 +17,7 @@ from flowmap.metrics.real import metric_device
 from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
-from flowmap.train.strategy import BOTH, strategy_for
+from flowmap.train.strategy import strategy_for
 
 SMALL = ["data.points=500", "evaluation.batch_size=16", "metrics=[]"]
 
