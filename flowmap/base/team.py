@@ -103,18 +103,29 @@ class Team:
         if self.store is None:
             return
         self._asked += 1
-        self._arrive(f"arrived/{self._asked}", waiting, go_on=False)
-        self._arrive(f"left/{self._asked}", waiting, go_on=not self.first)  # the store may end with the first process
+        arrived, left = f"arrived/{self._asked}", f"left/{self._asked}"
+        self._count(arrived)
+        self._until(lambda: not self._missing(arrived), lambda: self._missing(arrived), waiting)
+        self._count(left)
+        until = time.monotonic() + GRACE / 2
+        while self.first and self._missing(left):  # the store may end with the first process
+            if time.monotonic() > until:
+                self._until(lambda: not self._missing(left), lambda: self._missing(left), waiting)
+            time.sleep(POLL)  # one that has left and failed meanwhile is heard of at the next wait
 
-    def _arrive(self, key: str, waiting: Callable[[int], None], *, go_on: bool) -> None:
-        """Count this process; unless it may go on, return once all are counted."""
+    def _count(self, key: str) -> None:
+        """Let the others know that this process has come so far."""
+        assert self.store is not None
+        self.store.set(f"{key}/{self.launch.rank}", "")
+        self.store.add(key, 1)
+
+    def _missing(self, key: str) -> list[int]:
+        """The processes that have not counted themselves."""
         assert self.store is not None
         store, world = self.store, self.launch.world
-        store.set(f"{key}/{self.launch.rank}", "")
-        store.add(key, 1)
-        missing = lambda: [rank for rank in range(world) if not store.check([f"{key}/{rank}"])]
-        if not go_on:
-            self._until(lambda: store.add(key, 0) == world, missing, lambda: waiting(len(missing())))
+        if store.add(key, 0) == world:
+            return []
+        return [rank for rank in range(world) if not store.check([f"{key}/{rank}"])]
 
     @contextmanager
     def failing(self, code: Callable[[BaseException], int]) -> Iterator[None]:
@@ -164,7 +175,10 @@ class Team:
     # ------------------------------------------------------------- signs of life
 
     def _until(
-        self, ready: Callable[[], bool], missing: Callable[[], list[int]], waiting: Callable[[], None] = lambda: None
+        self,
+        ready: Callable[[], bool],
+        missing: Callable[[], list[int]],
+        waiting: Callable[[int], None] = lambda n: None,
     ) -> None:
         """Poll until ready(). Raises ProcessFailed if a process that is missing failed or shows no sign of life."""
         said = time.monotonic()
@@ -175,7 +189,7 @@ class Team:
                     raise ProcessFailed(failed[1])
                 if time.monotonic() - said > MINUTE:
                     said = time.monotonic()
-                    waiting()
+                    waiting(len(missing()))
                 self._check_alive(missing())
                 time.sleep(POLL)
         except distributed.DistError as error:  # the store ends with the first process, or with torchrun
