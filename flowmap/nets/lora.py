@@ -74,9 +74,15 @@ def add_lora(net: DiffusersNet, lora: LoRA) -> None:
     net.requires_grad_(True)
     for name, parameter in net.model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
-    net.frozen = frozenset(f"model.{name}" for name in net.model.state_dict() if not _is_adapter(name))
+    net.frozen = _frozen_names(net)
     net.register_state_dict_post_hook(_leave_out_base)
     net.register_load_state_dict_pre_hook(_put_in_base)
+
+
+def leave_out_base(net: nn.Module) -> None:
+    """Name the frozen weights of a LoRA network anew after its layers have changed, so that no state has them."""
+    if isinstance(net, DiffusersNet) and net.frozen:
+        net.frozen = _frozen_names(net)
 
 
 def merged(net: DiffusersNet) -> DiffusersNet:
@@ -130,6 +136,10 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _frozen_names(net: DiffusersNet) -> frozenset[str]:
+    return frozenset(f"model.{name}" for name in net.model.state_dict() if not _is_adapter(name))
 
 
 def _is_adapter(name: str) -> bool:

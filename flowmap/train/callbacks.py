@@ -236,7 +236,7 @@ def check_weights(module: DistillModule, done: int) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
     kept |= {
-        f"the average of width {width:g}": list(net.parameters())
+        f"the average of width {width:g}": [p for p in net.parameters() if p.is_floating_point()]
         for width, net in zip(module.widths, module.averages, strict=True)
     }
     for what, weights in kept.items():
