@@ -29,7 +29,7 @@ from flowmap.plan.run_folders import matches
 from flowmap.plan.same_run import same_measurement
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
-from flowmap.recipe.settings import Autoguidance, Trainer
+from flowmap.recipe.settings import Autoguidance
 from flowmap.student.config import StudentConfig
 from flowmap.teachers.autoencoder import first_line
 from flowmap.teachers.card import Card
@@ -244,20 +244,22 @@ def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts
 
 
 def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> str:
-    trainer, memory = run.recipe.trainer, networks_memory(run, config, costs)
+    trainer, form, memory = run.recipe.trainer, run.recipe.quantize.frozen, networks_memory(run, config, costs)
     how = [trainer.precision] if trainer.precision != "32" else []
     how += ["checkpointed"] if trainer.activation_checkpointing else []
     kept = f"{_gib(memory.activations)} activations at batch {run.recipe.data.batch_size}"
     parts = [f"{_gib(memory.state)} weights, gradients, optimiser and averages"]
-    parts += [f"{_gib(memory.frozen)} teacher"] if memory.frozen else []
-    parts += [f"{_gib(memory.working)} {_copies(trainer)}"] if memory.working else []
+    parts += [f"{_gib(memory.frozen)} teacher{f' ({form})' if form else ''}"] if memory.frozen else []
+    parts += [f"{_gib(memory.working)} {_copies(run.recipe)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
     split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
     return f"memory for each device{split}, estimated: {' + '.join(parts)} = {_gib(memory.total)}"
 
 
-def _copies(trainer: Trainer) -> str:
-    return "gathered blocks" if trainer.strategy == "fsdp" else "weights in bf16"
+def _copies(recipe: Recipe) -> str:
+    trainer = recipe.trainer
+    copies = ["gathered blocks"] if trainer.strategy == "fsdp" else ["weights in bf16"] * (trainer.precision == "bf16")
+    return " and ".join([*copies, *["a dequantised layer"] * (recipe.quantize.frozen is not None)])
 
 
 def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
