@@ -34,11 +34,11 @@ PCA_WIDTH = 32
 class EvaluationMemory:
     """Bytes of an evaluation in one process.
 
-    weights: of the autoencoder, of feature networks, and of the text encoders that stay on the device once a caption was
-    encoded. drawing: a batch of starts and samples, and the activations of
-    one call of a network. decoding: a chunk of pictures, and the activations of the decoder. features: the activations
-    of a feature network for a chunk. states: what the metrics hold, at the largest, when they compute. host: features
-    of real samples and end points, on the CPU. Drawing, decoding and features follow one another.
+    weights: of the autoencoder, of feature networks, and of the text encoders, which stay on the device once a caption
+    was encoded. drawing: a batch of starts and samples, and the activations of one call of a network. decoding: a chunk
+    of pictures, and the activations of the decoder. features: the activations of a feature network for a chunk. states:
+    what the metrics hold, at the largest, when they compute. host: features of real samples and end points, on the CPU.
+    Drawing, decoding and features follow one another.
     """
 
     weights: float
