@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flowmap.estimate.evaluation import NETWORKS, evaluation_bytes, picture_shape
+from flowmap.estimate.evaluation import evaluation_bytes, picture_shape
+from flowmap.estimate.frozen_networks import NETWORKS
 from flowmap.estimate.live import LiveBytes
 from flowmap.estimate.networks import config_without_weights
 from flowmap.estimate.outlines import Outlines
@@ -60,7 +61,7 @@ def test_the_table_of_networks_has_their_widths():
     nets = {name for name, kind in FEATURES.items() if isinstance(kind, type) and issubclass(kind, PictureNet)}
     assert nets == set(NETWORKS)
     for name in ("inception", "efficientnet_lite0"):
-        assert width_of(name) == NETWORKS[name][0]
+        assert width_of(name) == NETWORKS[name].features
 
 
 def test_live_bytes_count_what_is_alive_and_no_view():
