@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 NUM_TIMES = 4096  # of the fit, even in t
 HARMONICS = 12  # half periods of the fastest cosine
-AT_NOISE = 0.25  # weight of t = 1, where every sample starts, in the fit of the cosines; the even times together have 1
+AT_NOISE = 1.0  # weight of t = 1, where every sample starts, in the fit of the cosines; the even times together have 1
 RIDGE = 1e-2  # of a diffusers network's fit, relative to the mean square of the features
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")  # names in diffusers
 TIME_SCALES: dict[str, Callable[[Any], float]] = {
