@@ -34,7 +34,9 @@ def files() -> Path:
     """The card of the small teacher; it and the recipes that it names are written to ROOT."""
     ROOT.mkdir(parents=True, exist_ok=True)
     autoencoder, teacher, card = (ROOT / f"{name}.yaml" for name in ("autoencoder", "teacher", "card"))
-    autoencoder.write_text(f"base: emoji32-autoencoder\nmetrics: []\ntrainer: {{steps: {AUTOENCODER}, checkpoint_every_steps: 50}}\n")
+    autoencoder.write_text(
+        f"base: emoji32-autoencoder\nmetrics: []\ntrainer: {{steps: {AUTOENCODER}, checkpoint_every_steps: 50}}\n"
+    )
     teacher.write_text(
         f"base: emoji32-teacher\nmetrics: []\ndata: {{autoencoder: {{recipe: {autoencoder.absolute()}}}, "
         f"batch_size: {BATCH}}}\ntrainer: {{steps: {TEACHER}, checkpoint_every_steps: 50}}\nema: {{snapshot_every_steps: 50}}\n"
