@@ -17,6 +17,7 @@ from flowmap.data import (
     ImageSource,
     TextCoder,
     TextEncoder,
+    TeacherSlot,
     TextSource,
     Tokenizer,
 )  # fmt: skip
@@ -31,7 +32,8 @@ from flowmap.flow.times import TIMES
 from flowmap.flow.types import Objective, Path, Prior, RecipeView, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.metrics import Spec as Metric
-from flowmap.nets import DISCRIMINATORS, NETS
+from flowmap.nets import DISCRIMINATORS, MODULE_CLOCKS, NETS
+from flowmap.nets.module_clock import ModuleClock
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
 from flowmap.objectives import OBJECTIVES
@@ -42,6 +44,7 @@ from flowmap.objectives.lediflow import WEIGHTS, Weight
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
+from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.recipe.settings import (
     Autoguidance,
     BaseStudent,
@@ -163,6 +166,8 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Sampler: SAMPLERS,
     Metric: METRICS,
     Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
+    TeacherSlot: {"card": TeacherSlot, "module": ModuleTeacher},
+    ModuleClock: MODULE_CLOCKS,
     EMA: {"power": PowerEMA, "constant": ConstantEMA},
 }
 

@@ -1,0 +1,35 @@
+"""Adds a vector to what some functions of a foreign network return, such as its time embedding; weights keep their
+names.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Extra:
+    """The vector to add. Not a module, so that state_dict keeps the network's names."""
+
+    value: Tensor | None = None
+
+
+_LISTENING: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def listen(module: nn.Module, extra: Extra, method: str = "forward") -> None:
+    """Make that method of the module add `extra` to the tensor that it returns. Only the module's class changes."""
+    module.__class__ = _listening(type(module), method)
+    module.extra = extra  # type: ignore[assignment]  # not a tensor, so not a buffer either
+
+
+def _listening(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """A subclass whose method adds the extra vector to its output."""
+    if (cls, method) not in _LISTENING:
+
+        def with_extra(self, *args, **kwargs):
+            out = getattr(cls, method)(self, *args, **kwargs)
+            value = self.extra.value
+            return out if value is None else out + value.to(out.dtype).reshape(len(value), *out.shape[1:])
+
+        _LISTENING[cls, method] = type(f"Listening{cls.__name__}", (cls,), {method: with_extra})
+    return _LISTENING[cls, method]
