@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowmap.base.files import check_finite, file_digest, read_tensors
+from flowmap.base.files import file_digest, read_tensors
+from flowmap.base.finite import check_finite
 from flowmap.base.schema import RecipeError
 from flowmap.flow.derivative import value_and_rate
 from flowmap.nets.flow_map import FlowMapNet, mismatch
@@ -108,7 +109,7 @@ def check_derivative(run: ResolvedRun, flow_map: FlowMapNet, config: StudentConf
     cond = {"class": torch.zeros(2, dtype=torch.int64)} if config.num_classes else {}
     call = lambda x, t: flow_map.mean_velocity(x, t, t / 2, cond)
     try:
-        value_and_rate(call, (x, t), (torch.ones_like(x), torch.ones_like(t)), way=way)
+        value_and_rate(call, (x, t), (torch.ones_like(x), torch.ones_like(t)), mode=way)
     except (NotImplementedError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]
         raise RecipeError(

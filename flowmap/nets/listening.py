@@ -12,6 +12,10 @@ class Extra:
 
     value: Tensor | None = None
 
+    def __deepcopy__(self, memo: dict) -> Extra:
+        """Another one for the copied network, without the value of the last call, which may have a graph."""
+        return Extra()
+
 
 _LISTENING: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 

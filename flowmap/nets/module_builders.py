@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.base.trust import allowed_attribute, is_allowed
@@ -40,7 +41,7 @@ def module(name: str) -> Callable[[Made], Made]:
 def built(name: str, arguments: str) -> nn.Module:
     """The module that the builder of that name makes. ValueErrors start with the setting's name."""
     if name in _GIVEN:
-        return copy.deepcopy(_GIVEN[name])
+        return copy.deepcopy(_GIVEN[name]).to(torch.empty(0).device)  # of the context, which may be meta
     builder = _builder_of(name)
     try:
         made = builder(**json.loads(arguments))
@@ -76,12 +77,14 @@ def name_of(made: Any) -> str:
     return f"{home.removeprefix('flowmap_import_')}:{cls.__qualname__.rpartition('.')[2]}"
 
 
-def give(name: str, made: nn.Module, digest: str) -> None:
+def give(name: str, made: nn.Module, digest: str | None) -> None:
     """Let settings of this process name that module, and its weights by their fingerprint."""
     other = _GIVEN.get(name)
     if other is not None and _structure(other) != _structure(made):
         raise ValueError(f"module: two modules of other sizes are named {name!r}; wrap one with another name=")
-    _GIVEN[name], _WEIGHTS[digest] = made, dict(made.state_dict())
+    _GIVEN[name] = made
+    if digest is not None:
+        _WEIGHTS[digest] = {key: tensor.detach().clone() for key, tensor in made.state_dict().items()}
 
 
 def given_weights(digest: str) -> dict[str, Tensor] | None:

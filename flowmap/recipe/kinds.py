@@ -15,9 +15,9 @@ from flowmap.data import (
     Coupling,
     Guidance,
     ImageSource,
+    TeacherSlot,
     TextCoder,
     TextEncoder,
-    TeacherSlot,
     TextSource,
     Tokenizer,
 )  # fmt: skip

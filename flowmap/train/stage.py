@@ -22,6 +22,7 @@ from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
+from flowmap.build.module import check_derivative
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
@@ -73,6 +74,7 @@ class Built:
         config = student_config(stage, data, teacher)
         prior = build_prior(stage)
         student = build_student(stage, config, teacher)
+        check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
         _hold_frozen(stage.recipe, teacher, module)
