@@ -33,7 +33,9 @@ def _listening(cls: type[nn.Module], method: str) -> type[nn.Module]:
         def with_extra(self, *args, **kwargs):
             out = getattr(cls, method)(self, *args, **kwargs)
             value = self.extra.value
-            return out if value is None else out + value.to(out.dtype).reshape(len(value), *out.shape[1:])
+            if value is not None and out.ndim > 2:  # tokens
+                value = value.reshape(value.shape[0], *out.shape[1:])
+            return out if value is None else out + value.to(out.dtype)
 
         _LISTENING[cls, method] = type(f"Listening{cls.__name__}", (cls,), {method: with_extra})
     return _LISTENING[cls, method]

@@ -129,7 +129,7 @@ class ModuleNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         cond = cond or {}
         self.extra.value = branches(self.arrival, self.guidance, t, s, cond)
-        labels = self._labels(len(x), x.device, cond)
+        labels = self._labels(x.shape[0], x.device, cond)
         if self.takes_arrival:
             return self._checked(self.model(x, t, s, *labels), x)
         return velocity(self.spec, self.clock, lambda state, time: self._checked(self.model(state, time, *labels), x))(

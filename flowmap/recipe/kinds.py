@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -143,7 +144,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     TextSource: TEXT_SOURCES,
     Tokenizer: TOKENIZERS,
     TextCoder: {"text": TextAutoencoder},
-    StudentSpec: {**STARTS, **NETS},
+    StudentSpec: ChainMap(NETS, STARTS),  # live: a kind of a user's may be added to NETS
     NetSpec: {
         **STARTS,
         **{kind: net for kind, net in NETS.items() if net is not Stacked and student_part(net).artifact == "student"},

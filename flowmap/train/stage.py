@@ -27,6 +27,7 @@ from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
+from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
@@ -117,6 +118,7 @@ def run_stage(
     checked: dict[str, float] = {}
     if not start and not is_child():
         device = device_of(recipe)
+        check_prediction(recipe, built.teacher, built.data, device=device, log=log)
         checked = check_teacher(recipe, built.teacher, built.data, device=device, prior=built.prior, log=log)
     # one student for the run: it keeps what it loads to decode samples and to encode prompts
     student = Student(built.config, built.module.averaged, folder / "student")
