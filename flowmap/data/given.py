@@ -26,7 +26,7 @@ class Given(Source):
     """
 
     digest: str = "???"
-    shape: tuple[int, ...] = ()
+    shape: tuple[Classes, ...] = ()
     num_classes: Classes | None = None
     pictures: bool = True
     held_out: CountFromZero | None = None

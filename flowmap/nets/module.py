@@ -11,12 +11,12 @@ import copy
 import inspect
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from flowmap.base.ranges import Classes, CountFromZero, Positive, Share, check_ranges
+from flowmap.base.ranges import Classes, CountFromZero, Positive, Range, Share, check_ranges
 from flowmap.flow.clock import velocity_of
 from flowmap.flow.path import wide
 from flowmap.flow.types import Cond, broadcast_time
@@ -26,6 +26,7 @@ from flowmap.nets.listening import Extra, listen
 from flowmap.nets.module_builders import built
 from flowmap.nets.module_clock import Flow, ModuleClock, Sigma
 
+Bound = Annotated[float, Range(-1_000_000, 1_000_000)]
 PREDICTIONS = ("velocity", "x0", "epsilon", "v", "edm")
 LAST_EPSILON = 0.999  # of our clock: later, predicted noise says nothing of the data
 
@@ -53,7 +54,7 @@ class ModuleSettings:
     arguments: str = "{}"
     prediction: str = "velocity"
     clock: ModuleClock = Flow()
-    range: tuple[float, float] = (-1.0, 1.0)
+    range: tuple[Bound, Bound] = (-1.0, 1.0)
     first: Share = 0.001
     classes: Classes | None = None
     null_class: CountFromZero | None = None

@@ -7,12 +7,12 @@ a x0 + b noise and the time that the module is given.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from flowmap.base.ranges import InsideOne, Positive, check_ranges
+from flowmap.base.ranges import InsideOne, Positive, Range, Share, check_ranges
 from flowmap.flow.clock import TableClock
 from flowmap.flow.path import Coefficients, wide
 
@@ -98,18 +98,16 @@ class DDPM:
     (arXiv:2102.09672), which needs neither end. alphas_cumprod: the products of the table itself, in their place.
     """
 
-    steps: int = 1000
+    steps: Annotated[int, Range(2, 1_000_000)] = 1000
     betas: str = "linear"
     beta_start: InsideOne = 1e-4
     beta_end: InsideOne = 0.02
-    alphas_cumprod: tuple[float, ...] = ()
+    alphas_cumprod: tuple[Share, ...] = ()
     flows: ClassVar[bool] = False
     towards_data: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)
-        if not 2 <= self.steps <= 1_000_000:
-            raise ValueError(f"steps: {self.steps} must lie in 2..1000000")
         if self.betas not in ("linear", "scaled_linear", "cosine"):
             raise ValueError(f"betas: {self.betas!r} is not one of linear, scaled_linear, cosine")
         if self.alphas_cumprod:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flowmap.base.ranges import check_ranges
+from flowmap.base.ranges import Classes, check_ranges
 from flowmap.base.schema import MISSING
 from flowmap.data import TeacherSlot
 from flowmap.flow.types import RecipeView
@@ -20,7 +20,7 @@ class ModuleTeacher(ModuleSettings, TeacherSlot):
     Its weights are those of the file `weights`, or were given in Python (`digest`).
     """
 
-    shape: tuple[int, ...] = ()
+    shape: tuple[Classes, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()

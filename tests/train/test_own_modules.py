@@ -188,7 +188,7 @@ def write_points(place):
         (lambda place: torch.save({"gain": torch.ones(3)}, place / "exact.pth"), [], "weights: "),
         (None, ["teacher.classes=2", "teacher.null_class=2"], "has 3 classes"),
         (None, ["teacher.classes=30", "data.num_classes=30"], "may exceed its table"),
-        (None, ["teacher.prediction=epsilon"], "is named wrongly: from as much noise as signal its error is"),
+        (None, ["teacher.prediction=epsilon"], "is named wrongly: with 1/4, 1 and 4 times as much noise as signal its error is"),
         (None, ["teacher.clock={kind: flow}"], "with clock: reversed of unit 1 it is"),
         (None, ["teacher.module=exakt"], "no builder 'exakt' (registered: exact)"),
         (None, ["teacher.shape=[3]"], "samples are"),
