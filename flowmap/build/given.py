@@ -64,7 +64,9 @@ def wrap(
     if isinstance(clock, str):
         if clock not in MODULE_CLOCKS:
             raise ValueError(f"clock: {clock!r} is not one of {', '.join(MODULE_CLOCKS)}")
-        clock = MODULE_CLOCKS[clock]()
+        found_clock: ModuleClock = MODULE_CLOCKS[clock]()
+    else:
+        found_clock = clock
     made = module if isinstance(module, nn.Module) else _Function(module)
     digest = fingerprint(made) if made.state_dict() else None
     name = name_of(module) if name is None else name
@@ -72,7 +74,7 @@ def wrap(
         module=name,
         arguments=json.dumps(dict(arguments or {}), sort_keys=True),
         prediction=prediction,
-        clock=clock,
+        clock=found_clock,
         range=(float(range[0]), float(range[1])),
         classes=classes,
         null_class=null_class,

@@ -53,7 +53,7 @@ def start_module(run: ResolvedRun, flow_map: FlowMapNet) -> None:
     spec = net_within(run.recipe.student)
     if not isinstance(spec, Module):
         return
-    nets = flow_map.net.parts if isinstance(flow_map.net, StackedNet) else (flow_map.net,)
+    nets: tuple[Any, ...] = flow_map.net.parts if isinstance(flow_map.net, StackedNet) else (flow_map.net,)
     for net in nets:
         fill(net.model, spec)
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import nn
 
+from flowmap.build.frozen import hold_frozen
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.precision import hold, rounded_parameters
+from flowmap.nets.precision import rounded_parameters
+from flowmap.nets.quantized import quantized_layers
 from flowmap.recipe import Recipe
 
 FULL, HALF = 4, 2  # bytes of a number in float32 and bfloat16
@@ -27,7 +28,7 @@ class Memory:
 
     weights, gradients, optimizer: of the student and of what trains with it. averages: of its weights. frozen: the
     networks of the teacher, and the base of adapters. working: copies of weights for a pass, which are the gathered
-    units under FSDP2, and otherwise autocast's. activations: kept for the backward pass.
+    units under FSDP2, and otherwise autocast's, and a dequantised layer. activations: kept for the backward pass.
     """
 
     weights: float
@@ -59,10 +60,8 @@ def memory_of(
     """
     trainer, sharded = recipe.trainer, recipe.trainer.strategy == "fsdp"
     shards = trainer.shards if sharded else 1
+    hold_frozen(recipe, teachers, student)
     base = [p for p in student.parameters() if not p.requires_grad]
-    if trainer.frozen_precision == "bf16":
-        for net in (*teachers, *([student] if base else [])):
-            hold(net, torch.bfloat16)
     trained = _bytes([p for p in student.parameters() if p.requires_grad], shards)
     frozen = sum(_bytes(list(net.parameters()), shards) + _buffers(net) for net in teachers)
     if base:
@@ -74,7 +73,8 @@ def memory_of(
         optimizer=2 * (trained + FULL * others),
         averages=copies * (trained + (0 if sharded else _buffers(student))),  # sharded averages share the buffers
         frozen=frozen,
-        working=_gathered(recipe, student, teachers) if sharded else _casts(recipe, student),
+        working=(_gathered(recipe, student, teachers) if sharded else _casts(recipe, student))
+        + _dequantised(recipe, [student, *teachers]),
         activations=activations,
     )
 
@@ -108,8 +108,14 @@ def _gathered(recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet
     return max(found)
 
 
+def gathered_bytes(net: FlowMapNet, half: bool) -> float:
+    """Return the bytes of all units of a sharded network as they are gathered: blocks in bf16 with `half`."""
+    *blocks, root = _units(net)
+    return sum(_size(unit, half) for unit in blocks) + _size(root, False)
+
+
 def _size(unit: list[nn.Parameter], half: bool) -> int:
-    return sum(p.numel() * (HALF if half else p.element_size()) for p in unit)
+    return sum(p.numel() * (HALF if half and p.is_floating_point() else p.element_size()) for p in unit)
 
 
 def _units(net: FlowMapNet) -> list[list[nn.Parameter]]:
@@ -127,3 +133,12 @@ def _casts(recipe: Recipe, student: FlowMapNet) -> float:
     if recipe.trainer.precision != "bf16":
         return 0
     return HALF * sum(p.numel() for p in rounded_parameters(student.net) if p.requires_grad)
+
+
+def _dequantised(recipe: Recipe, nets: Sequence[FlowMapNet]) -> float:
+    """The bytes that the largest quantised layer takes while it is dequantised."""
+    largest = max(
+        (layer.in_features * layer.out_features for net in nets for layer in quantized_layers(net)), default=0
+    )
+    size = HALF if recipe.trainer.frozen_precision == "bf16" else FULL
+    return largest * (size + (2 * FULL if recipe.quantize.frozen == "int8" else 0))  # int8 by way of float32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
 from flowmap.flow.seeds import seeded
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.module import ModuleNet, ModuleSettings
+from flowmap.nets.module import PREDICTIONS, ModuleNet, ModuleSettings
 from flowmap.nets.module_clock import DDPM, Flow, Reversed, Sigma
 from flowmap.recipe import Recipe
 from flowmap.recipe.module_teacher import ModuleTeacher
@@ -97,17 +98,15 @@ def _is_better(errors: Errors, stated: Errors) -> bool:
 
 def _others(spec: ModuleSettings) -> Iterator[tuple[ModuleSettings, str]]:
     """Other settings, and what is other in them: prediction, direction of the clock, or range."""
-    kinds = [Flow(), Flow(1000.0), Reversed(), Reversed(1000.0), DDPM(), Sigma()]
-    clocks = [spec.clock, *(clock for clock in kinds if clock != spec.clock)]
-    for clock in clocks:
-        for prediction in ("velocity", "x0", "epsilon", "v", "edm"):
-            for low, high in dict.fromkeys((spec.range, (-1.0, 1.0), (0.0, 1.0))):
-                found = {"prediction": prediction, "clock": clock, "range": (low, high)}
-                words = {
-                    "prediction": prediction,
-                    "clock": f"{type(clock).__name__.lower()}" + (f" of unit {clock.unit:g}" if clock.flows else ""),
-                    "range": f"[{low:g}, {high:g}]",
-                }
-                differ = [f"{key}: {words[key]}" for key, value in found.items() if value != vars(spec)[key]]
-                if differ and (prediction != "velocity" or clock.flows) and (prediction != "edm" or clock == Sigma()):
-                    yield replace(spec, **found), ", ".join(differ)
+    kinds: list[Any] = [Flow(), Flow(1000.0), Reversed(), Reversed(1000.0), DDPM(), Sigma()]
+    clocks: list[Any] = [spec.clock, *(clock for clock in kinds if clock != spec.clock)]
+    ranges = list(dict.fromkeys((spec.range, (-1.0, 1.0), (0.0, 1.0))))
+    for clock, prediction, (low, high) in product(clocks, PREDICTIONS, ranges):
+        if (prediction == "velocity" and not clock.flows) or (prediction == "edm" and not isinstance(clock, Sigma)):
+            continue
+        words = [f"prediction: {prediction}"] if prediction != spec.prediction else []
+        if clock != spec.clock:
+            words.append(f"clock: {type(clock).__name__.lower()}" + (f" of unit {clock.unit:g}" if clock.flows else ""))
+        words += [f"range: [{low:g}, {high:g}]"] if (low, high) != spec.range else []
+        if words:
+            yield replace(spec, prediction=prediction, clock=clock, range=(low, high)), ", ".join(words)

@@ -111,7 +111,7 @@ class DiffusersNet(nn.Module):
     """
 
     model: Any  # a diffusers network
-    frozen: frozenset[str]
+    frozen: frozenset[str] = frozenset()
 
     def __init__(
         self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool

@@ -195,6 +195,7 @@ def parts_of(recipe: Any) -> list[Part]:
         (None if teacher is None else teacher.guidance, Part),
         (recipe.sampler, BaseSampler),
         (recipe.objective, BaseObjective),
+        (recipe.quantize, Part),
     )
     parts = [_completed(part, defaults) for part, defaults in slots if part is not None]
     kept = recipe.objective.distillation  # of an adversarial stage

@@ -8,7 +8,6 @@ from typing import Any
 from flowmap.base.ranges import Classes, check_ranges
 from flowmap.base.schema import MISSING
 from flowmap.data import TeacherSlot
-from flowmap.flow.types import RecipeView
 from flowmap.nets.module import Module, ModuleSettings
 from flowmap.recipe.settings import ClassifierFree
 
@@ -31,11 +30,6 @@ class ModuleTeacher(ModuleSettings, TeacherSlot):
             raise ValueError(f"shape: {list(self.shape)} is not the shape of a sample, such as [1, 28, 28]")
         if self.null_class is None and isinstance(self.guidance, ClassifierFree):
             raise ValueError("null_class: classifier-free guidance asks the module without a class; name its label")
-
-    def check(self, recipe: RecipeView) -> None:
-        super().check(recipe)
-        if self.null_class is None and self.classes and recipe.data.conditional and recipe.data.drop_condition > 0:
-            raise ValueError("teacher.null_class: data.drop_condition above 0 asks the module without a class")
 
     @property
     def name(self) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import flowmap
 from flowmap.base import trust
@@ -42,6 +44,7 @@ class Exact(nn.Module):
         x0 = MEAN + a * STD**2 / (a**2 * STD**2 + b**2 / x.shape[1]) * level
         return self.gain * x0 + self.leave(torch.tanh(self.time(t[:, None]))) + self.label(label)
 
+@flowmap.module("jump")
 class Jump(nn.Module):
     """net(x, t, s): a mean velocity."""
 
@@ -171,6 +174,19 @@ def test_from_a_recipe_with_import(place, command, nets):
     assert not [*place.glob("out/student/*.pth")]
 
 
+def test_a_student_and_pairs_from_a_recipe(place, nets):
+    torch.save(nets.Exact().state_dict(), place / "exact.pth")
+    write_points(place)
+    teacher = yaml.safe_load((place / "recipe.yaml").read_text())["teacher"]
+    own = ["student={kind: module, module: jump}", "data.conditional=false"]
+    made = f"coupling={{kind: pairs, num: 20, teacher: {json.dumps(teacher)}}}"
+    pairs = [made, "teacher=null", "objective={kind: rectified}", "student={kind: mlp, width: 8, depth: 1}"]
+    for name, overrides in (("own", own), ("pairs", pairs)):
+        recipe = flowmap.read_recipe(place / "recipe.yaml", overrides)
+        run = flowmap.fit(recipe, place / name, log=lambda line: None)
+        assert run.student.sample(3).shape == (3, 16)
+
+
 def write_points(place):
     from safetensors.torch import save_file
 
@@ -188,13 +204,21 @@ def write_points(place):
         (lambda place: torch.save({"gain": torch.ones(3)}, place / "exact.pth"), [], "weights: "),
         (None, ["teacher.classes=2", "teacher.null_class=2"], "has 3 classes"),
         (None, ["teacher.classes=30", "data.num_classes=30"], "may exceed its table"),
-        (None, ["teacher.prediction=epsilon"], "is named wrongly: with 1/4, 1 and 4 times as much noise as signal its error is"),
+        (
+            None,
+            ["teacher.prediction=epsilon"],
+            "is named wrongly: with 1/4, 1 and 4 times as much noise as signal its error is",
+        ),
         (None, ["teacher.clock={kind: flow}"], "with clock: reversed of unit 1 it is"),
-        (None, ["teacher.module=exakt"], "no builder 'exakt' (registered: exact)"),
+        (None, ["teacher.module=exakt"], "no builder 'exakt' (registered: exact, jump)"),
         (None, ["teacher.shape=[3]"], "samples are"),
         (None, ["teacher.kind=modul"], "no 'modul', did you mean 'module'?"),
         (None, ["teacher.time_embedding=null"], "submodules: time, label, leave"),
-        (None, ["teacher.null_class=null", "data.drop_condition=0.1"], "null_class: data.drop_condition above 0"),
+        (
+            None,
+            ["teacher.null_class=null", "data.drop_condition=0.1"],
+            "null_class: data.drop_condition: above 0 asks the module",
+        ),
     ],
 )
 def test_what_a_recipe_names_wrongly_is_one_line(place, command, nets, spoil, overrides, says):
