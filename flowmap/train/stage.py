@@ -23,10 +23,12 @@ from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
 from flowmap.build.frozen import hold_frozen
+from flowmap.build.module import check_derivative
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
+from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
@@ -73,6 +75,7 @@ class Built:
         config = student_config(stage, data, teacher)
         prior = build_prior(stage)
         student = build_student(stage, config, teacher)
+        check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
         if teacher is not None:
@@ -106,6 +109,7 @@ def run_stage(
     checked: dict[str, float] = {}
     if not start and not is_child():
         device = device_of(recipe)
+        check_prediction(recipe, built.teacher, built.data, device=device, log=log)
         checked = check_teacher(recipe, built.teacher, built.data, device=device, prior=built.prior, log=log)
     # one student for the run: it keeps what it loads to decode samples and to encode prompts
     student = Student(built.config, built.module.averaged, folder / "student")
