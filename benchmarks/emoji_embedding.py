@@ -39,7 +39,8 @@ def files() -> Path:
     )
     teacher.write_text(
         f"base: emoji32-teacher\nmetrics: []\ndata: {{autoencoder: {{recipe: {autoencoder.absolute()}}}, "
-        f"batch_size: {BATCH}}}\ntrainer: {{steps: {TEACHER}, checkpoint_every_steps: 50}}\nema: {{snapshot_every_steps: 50}}\n"
+        f"batch_size: {BATCH}}}\ntrainer: {{steps: {TEACHER}, checkpoint_every_steps: 50}}\n"
+        "ema: {snapshot_every_steps: 50}\n"
     )
     card.write_text(f"kind: recipe\nrecipe: {teacher.absolute()}\nshape: [8, 8, 8]\n")
     return card
