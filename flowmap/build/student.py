@@ -10,6 +10,7 @@ import torch
 
 from flowmap.base.distributed import is_child
 from flowmap.base.schema import RecipeError, kind_of
+from flowmap.build.module import start_module
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.build.text import fitted, text_latents
 from flowmap.data import Dataset
@@ -18,6 +19,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
+from flowmap.nets.module import without_source
 from flowmap.nets.precision import KEPT
 from flowmap.nets.stacked import Stacked, net_within
 from flowmap.nets.unfilled import weights_dropped
@@ -108,6 +110,7 @@ def build_student(
             flow_map = config.build()
             if start is not None:
                 start_from(flow_map, start)
+            start_module(run, flow_map)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)
@@ -151,7 +154,7 @@ def shipped_autoencoder(run: ResolvedRun) -> Autoencoder | None:
 
 def _net(run: ResolvedRun, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
     """Return the settings of the student's network, checked against the data, the objective and its start."""
-    recipe, net = run.recipe, run.recipe.student
+    recipe, net = run.recipe, without_source(run.recipe.student)
     if start is not None:
         net = with_time_embedding(recipe, start.net) or start.net
         net = stacked(net) if isinstance(recipe.student, Stacked) else net

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
+from flowmap.build.module import load_module
 from flowmap.data import Dataset, Guidance, Independent, TeacherSlot
 from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
@@ -196,6 +197,8 @@ def _load(card: Card, run: ResolvedRun) -> tuple[Teacher, Student | None, tuple[
         return _exact(card, run), None, ()
     if card.kind == "diffusers":
         return _pretrained(card, run)
+    if card.kind == "module":
+        return load_module(run)
     if card.kind == "converted" and (line := missing_weights(card)):
         raise RecipeError(f"{run.name}: teacher.card: {line}")
     student = load_student(_trained_folder(card, run) if card.kind == "recipe" else weights_folder(card))

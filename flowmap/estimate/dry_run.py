@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,9 @@ from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
+from flowmap.estimate.evaluation import evaluation_bytes
+from flowmap.estimate.fits import memory_lines
+from flowmap.estimate.frozen_networks import encoder_bytes, live_text
 from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
@@ -184,7 +186,7 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> li
         steps = distillation.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
-    return [*lines, _memory(run, config, costs), *split, *_step(run, config, costs, prices)]
+    return [*lines, *_memory(run, config, costs), *split, *_step(run, config, costs, prices)]
 
 
 def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: Prices | None) -> list[str]:
@@ -240,26 +242,15 @@ def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts
     others = sum(cost.trained for cost in (costs.discriminator, costs.fake) if cost is not None)
     for net in teachers:
         net.requires_grad_(False)
-    return memory_of(recipe, student, teachers, activations=kept, others=others)
+    found = memory_of(recipe, student, teachers, activations=kept, others=others)
+    return replace(found, frozen=found.frozen + encoder_bytes(config)) if live_text(recipe) else found
 
 
-def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> str:
-    trainer, form, memory = run.recipe.trainer, run.recipe.quantize.frozen, networks_memory(run, config, costs)
-    how = [trainer.precision] if trainer.precision != "32" else []
-    how += ["checkpointed"] if trainer.activation_checkpointing else []
-    kept = f"{_gib(memory.activations)} activations at batch {run.recipe.data.batch_size}"
-    parts = [f"{_gib(memory.state)} weights, gradients, optimiser and averages"]
-    parts += [f"{_gib(memory.frozen)} teacher{f' ({form})' if form else ''}"] if memory.frozen else []
-    parts += [f"{_gib(memory.working)} {_copies(run.recipe)}"] if memory.working else []
-    parts.append(f"{kept} ({', '.join(how)})" if how else kept)
-    split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
-    return f"memory for each device{split}, estimated: {' + '.join(parts)} = {_gib(memory.total)}"
-
-
-def _copies(recipe: Recipe) -> str:
-    trainer = recipe.trainer
-    copies = ["gathered blocks"] if trainer.strategy == "fsdp" else ["weights in bf16"] * (trainer.precision == "bf16")
-    return " and ".join([*copies, *["a dequantised layer"] * (recipe.quantize.frozen is not None)])
+def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> list[str]:
+    """Return lines on the memory of a device while it trains and while it measures, and warnings."""
+    training = networks_memory(run, config, costs)
+    evaluation = evaluation_bytes(run, config) if run.recipe.artifact == "student" else None
+    return memory_lines(run.recipe, training, evaluation)
 
 
 def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
@@ -295,7 +286,3 @@ def _flops(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {name}"
     return f"{count / 1e6:.3g} MFLOP"
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{math.ceil(count / 2**20)} MiB"

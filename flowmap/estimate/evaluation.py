@@ -1,19 +1,19 @@
 """Memory of an evaluation in one process: what the metrics of a recipe hold, and what a batch of samples takes.
 
-Networks of samples run on the meta device; what an autoencoder and a feature network take for a picture was measured
-there once, on networks of the published sizes. Weights of student and teacher are not counted: they are in memory.py.
+Networks of samples run on the meta device; what an autoencoder takes for a picture was measured there once, as were the
+networks in frozen_networks.py. Weights of student and teacher are not counted: they are in memory.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
 
 from flowmap.data import EDM2Latents, Encoded
 from flowmap.estimate.attention import fused_attention
+from flowmap.estimate.frozen_networks import NETWORKS, encoder_bytes, picture_networks
 from flowmap.estimate.live import LiveBytes
 from flowmap.estimate.networks import outline_of_network, teacher_configs
 from flowmap.metrics import Spec
@@ -27,12 +27,6 @@ REAL = 1000  # real samples of each kind where the settings do not tell how many
 LATENT = 8  # pixels of a latent's side, where no size of pictures is set
 DECODER = 335_000_000  # bytes of the weights of an autoencoder of diffusers (Stable Diffusion's)
 DECODING = 3072  # bytes of activations for a pixel that it decodes, in float32
-NETWORKS: Mapping[str, tuple[int, int, int]] = {  # features, bytes of weights, bytes of activations for a picture
-    "inception": (2048, 109_000_000, 17_000_000),
-    "efficientnet_lite0": (1280, 19_000_000, 13_000_000),
-    "clip": (768, 1_218_000_000, 62_000_000),
-    "dinov2": (1024, 1_218_000_000, 17_000_000),
-}
 PCA_WIDTH = 32
 
 
@@ -40,10 +34,11 @@ PCA_WIDTH = 32
 class EvaluationMemory:
     """Bytes of an evaluation in one process.
 
-    weights: of the autoencoder and of feature networks. drawing: a batch of starts and samples, and the activations of
-    one call of a network. decoding: a chunk of pictures, and the activations of the decoder. features: the activations
-    of a feature network for a chunk. states: what the metrics hold, at the largest, when they compute. host: features
-    of real samples and end points, on the CPU. Drawing, decoding and features follow one another.
+    weights: of the autoencoder, of feature networks, and of the text encoders, which stay on the device once a caption
+    was encoded. drawing: a batch of starts and samples, and the activations of one call of a network. decoding: a chunk
+    of pictures, and the activations of the decoder. features: the activations of a feature network for a chunk. states:
+    what the metrics hold, at the largest, when they compute. host: features of real samples and end points, on the CPU.
+    Drawing, decoding and features follow one another.
     """
 
     weights: float
@@ -68,18 +63,17 @@ def evaluation_bytes(run: ResolvedRun, config: StudentConfig) -> EvaluationMemor
     recipe, picture = run.recipe, picture_shape(run, config)
     half = 0.5 if recipe.trainer.precision == "bf16" else 1.0
     chunk, pixels = chunk_of(picture), math.prod(picture)
-    spaces = {spec.feature_space for spec in recipe.metrics if spec.feature_space is not None}
-    networks = [NETWORKS[name] for name in spaces if name in NETWORKS]
+    networks = [net for net, _ in picture_networks(recipe).values()]
     decodes = isinstance(config.samples, ImageLatents)
     at_once = min(DECODED, chunk, recipe.evaluation.batch_size)
     decoder = half * DECODING * at_once * math.prod(picture[1:]) if decodes else 0.0
     return EvaluationMemory(
-        weights=(DECODER if decodes else 0) + sum(weights for _, weights, _ in networks),
+        weights=(DECODER if decodes else 0) + sum(net.weights for net in networks) + _text(run, config),
         drawing=_drawing(run, config, half),
         decoding=3 * 4 * chunk * pixels + decoder,
-        features=2 * 4 * chunk * pixels + chunk * max((each for _, _, each in networks), default=2 * pixels * 8),
+        features=2 * 4 * chunk * pixels + chunk * max((net.activations for net in networks), default=2 * pixels * 8),
         states=sum(_states(spec, run, picture) for spec in recipe.metrics),
-        host=_host(run, config, spaces),
+        host=_host(run, config),
     )
 
 
@@ -99,7 +93,7 @@ def width_of(space: str | None, picture: tuple[int, ...]) -> int:
         return math.prod(picture)
     if space == "pca":
         return min(PCA_WIDTH, math.prod(picture))
-    return NETWORKS[space or "inception"][0] if space in NETWORKS else NETWORKS["inception"][0]
+    return NETWORKS.get(space or "", NETWORKS["inception"]).features
 
 
 def real_samples(run: ResolvedRun) -> tuple[int, int]:
@@ -114,9 +108,15 @@ def _states(spec: Spec, run: ResolvedRun, picture: tuple[int, ...]) -> float:
     return spec.held_bytes(width_of(spec.feature_space, picture), *real_samples(run))
 
 
-def _host(run: ResolvedRun, config: StudentConfig, spaces: set[str]) -> float:
+def _text(run: ResolvedRun, config: StudentConfig) -> float:
+    """The weights of the text encoders, where prompts of a file are encoded; held-out text is encoded already."""
+    return encoder_bytes(config) if run.recipe.evaluation.captions is not None else 0.0
+
+
+def _host(run: ResolvedRun, config: StudentConfig) -> float:
     """The features of real samples by each network, in float32, and the samples that end points are kept of."""
-    each = sum(NETWORKS[name][0] for name in spaces if name in NETWORKS)
+    spaces = {spec.feature_space for spec in run.recipe.metrics}
+    each = sum(net.features for name, net in NETWORKS.items() if name in spaces)
     kept = sum(spec.images for spec in run.recipe.metrics if spec.of_endpoints)
     return 4.0 * each * sum(real_samples(run)) + 4.0 * kept * math.prod(config.shape)
 

@@ -108,6 +108,12 @@ def _gathered(recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet
     return max(found)
 
 
+def gathered_bytes(net: FlowMapNet, half: bool) -> float:
+    """Return the bytes of all units of a sharded network as they are gathered: blocks in bf16 with `half`."""
+    *blocks, root = _units(net)
+    return sum(_size(unit, half) for unit in blocks) + _size(root, False)
+
+
 def _size(unit: list[nn.Parameter], half: bool) -> int:
     return sum(p.numel() * (HALF if half and p.is_floating_point() else p.element_size()) for p in unit)
 

@@ -1,20 +1,32 @@
 """GPU-hours and disk of a run: training, pairs, encoding and evaluation, each hour as a range with its assumptions.
 
 The lower end is what the counted kernels take at a device's limits, the upper end what they take at a sustained rate
-(roofline.py). Communication between devices and reading of data are in neither.
+(roofline.py). Devices communicate (communication.py) while they compute at the lower end, and not until they have
+computed, at half the rate, at the upper end. Reading of data is in neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from flowmap.data import Encoded, Pairs
+from flowmap.estimate.communication import Links, Sent, sent_in_a_step
+from flowmap.estimate.evaluation import real_samples
+from flowmap.estimate.frozen_networks import caption_flops, live_text, picture_networks
 from flowmap.estimate.networks import pairs_config, teacher_configs
-from flowmap.estimate.roofline import Counter, Device, Traffic, forward_traffic, step_traffic, sustained
-from flowmap.metrics import Spec
+from flowmap.estimate.roofline import (
+    FLOAT32_SHARE,
+    TF32_SHARE,
+    Counter,
+    Device,
+    Traffic,
+    forward_traffic,
+    step_of,
+    sustained,
+)
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.nets.stacked import net_within
@@ -26,14 +38,7 @@ from flowmap.student.examples import tokens_of
 from flowmap.teachers.autoencoder import stable_diffusion_autoencoder
 
 ROWS = 64  # samples of a batch that is priced
-# Parameters of the text encoders of each network; they are priced at 2 FLOPs a parameter and token.
-ENCODERS = {
-    "UNet2DConditionModel": 0.12e9,
-    "SD3Transformer2DModel": 5.6e9,
-    "FluxTransformer2DModel": 4.9e9,
-    "SanaTransformer2DModel": 2.6e9,
-    "PixArtTransformer2DModel": 4.8e9,
-}
+CAPTION, TRIMMED = 100, 30  # bytes and tokens of a caption
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,31 @@ class Prices:
 
     @property
     def assumptions(self) -> str:
-        fast, slow = self.devices
+        (fast, slow), links = self.devices, Links()
         return (
             f"GPU-hours are a range: from {fast.flops / 1e12:g} TFLOP/s in bf16, {fast.bandwidth / 1e12:g} TB/s and "
-            f"{fast.kernel_seconds * 1e6:g} us a kernel to {self.throughput:g} TFLOP/s, {slow.bandwidth / 1e12:g} TB/s "
-            f"and {slow.kernel_seconds * 1e6:g} us; without communication and reading"
+            f"{fast.kernel_seconds * 1e6:g} us a kernel (an H100's limits) to {self.throughput:g} TFLOP/s "
+            f"(--throughput), {slow.bandwidth / 1e12:g} TB/s and {slow.kernel_seconds * 1e6:g} us; float32 products at "
+            f"{FLOAT32_SHARE:g} of these rates. A device sends {links.within / 1e9:g} GB/s within its node (NVLink) "
+            f"and {links.between / 1e9:g} GB/s to others (InfiniBand) while it computes, up to half of that "
+            "afterwards. Reading from disk is not included"
         )
+
+    def step(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> StepPrice:
+        """The traffic of an optimizer step on one device."""
+        counted, accumulate = step_of(recipe, config, teachers, self.devices), recipe.batches.accumulate
+        parts = counted.parts
+        ends = parts["optimizer"] + parts["averages"]
+        micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
+        if live_text(recipe):
+            share = TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
+            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), share)
+        return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
     def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
         """The traffic of all steps on all devices."""
-        trainer = recipe.trainer
-        parts = step_traffic(recipe, config, teachers, self.devices)
-        ends = parts["optimizer"] + parts["averages"]
-        micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
-        step = micro.times(recipe.batches.accumulate) + ends
-        return step.times(trainer.steps * recipe.batches.processes)
+        step = self.step(recipe, config, teachers).whole
+        return step.times(recipe.trainer.steps * recipe.batches.processes)
 
     def pairs(self, recipe: Recipe, teacher: StudentConfig) -> Traffic:
         """The traffic of all pairs that the teacher makes."""
@@ -70,77 +85,142 @@ class Prices:
         spec = recipe.coupling
         guidance = None if spec.teacher is None else spec.teacher.guidance
         calls = solver_calls(spec) * (2 if guidance is not None and isinstance(guidance, ClassifierFree) else 1)
-        return self._forward(teacher, recipe).times(calls * spec.num / ROWS)
+        return self.forward(teacher, recipe).times(calls * spec.num)
 
-    def evaluation(
-        self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], metrics: Sequence[Spec]
-    ) -> Traffic:
-        """The traffic of drawing the samples of the last evaluation, and of decoding them."""
-        num = max((spec.num_starts for spec in metrics), default=0)
-        sampler, evaluation = recipe.sampler, recipe.evaluation
-        student = self._forward(config, recipe).times(num / ROWS)
-        found = student.times(sum(sampler.calls(k) for k in sampler.steps))
-        rows = len(sampler.steps)
-        if teachers:
-            steps = evaluation.teacher_steps + sum(evaluation.teacher_extra_steps)
-            twice = recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree)
-            for one in teachers:
-                found = found + self._forward(one, recipe).times((2 if twice else 1) * steps * num / ROWS)
-            rows += 1 + len(evaluation.teacher_extra_steps)
-        return found + self._decoding(recipe).times(num * rows)
-
-    def encoding(self, recipe: Recipe, config: StudentConfig) -> Traffic | None:
-        """The traffic of encoding a picture and its caption; None if pictures are stored as they are."""
+    def encoding(self, recipe: Recipe) -> Traffic:
+        """The traffic of encoding a picture, in float32; none if pictures are stored as they are."""
         data = recipe.data
-        if not isinstance(data, Encoded) or data.autoencoder is None and data.text is None:
-            return None
-        found = Traffic() if data.autoencoder is None else self._autoencoder(data.images.size, decodes=False)
-        return found.times(2 if data.flip else 1) + self._text(config)
+        if not isinstance(data, Encoded) or data.autoencoder is None:
+            return Traffic()
+        return self.autoencoder(data.images.size, decodes=False, half=False).times(2 if data.flip else 1)
 
-    def _forward(self, config: StudentConfig, recipe: Recipe) -> Traffic:
-        return forward_traffic(config, ROWS, recipe.trainer.precision == "bf16", self.devices)
+    def text(self, config: StudentConfig) -> Traffic:
+        """The traffic of encoding a caption, in float32, by the encoders of the network's pipeline."""
+        return self.of_flops(caption_flops(config), FLOAT32_SHARE)
 
-    def _decoding(self, recipe: Recipe) -> Traffic:
-        data = recipe.data
-        latents = isinstance(data, Encoded) and data.autoencoder is not None
-        return self._autoencoder(data.images.size, decodes=True) if latents else Traffic()
+    def of_flops(self, flops: float, share: float) -> Traffic:
+        return Traffic.of_flops(flops, share, self.devices)
 
-    def _autoencoder(self, side: int, decodes: bool) -> Traffic:
-        """Encoding or decoding of one picture, as by the autoencoder of Stable Diffusion."""
+    def forward(self, config: StudentConfig, recipe: Recipe) -> Traffic:
+        """The traffic of a forward pass of one sample, in batches."""
+        found = forward_traffic(config, ROWS, recipe.trainer.precision == "bf16", self.devices)
+        return found.times(1 / ROWS)
+
+    def autoencoder(self, side: int, *, decodes: bool, half: bool) -> Traffic:
+        """Encoding or decoding of one picture, as by the autoencoder of Stable Diffusion.
+
+        Without half: in float32, whose convolutions are of TensorFloat-32, as torch has it by default.
+        """
         with torch.device("meta"), torch.no_grad():
             net = stable_diffusion_autoencoder()
-            counter = Counter(self.devices, half=True)
+            counter = Counter(self.devices, half=half, float32=TF32_SHARE)
             x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
             with counter:
                 net.decode(x) if decodes else net.encode(x).latent_dist.mean
         return counter.found
 
-    def _text(self, config: StudentConfig) -> Traffic:
-        """The encoding of one caption, by the encoders of the network's pipeline."""
-        net = net_within(config.net)
-        if config.text is None or not isinstance(net, DiffusersModel):
-            return Traffic()
-        flops = 2 * ENCODERS.get(net.network, 0) * tokens_of(net.network, config.text)
-        return Traffic(1, flops, 0, *(flops / one.flops for one in self.devices))
+
+@dataclass(frozen=True)
+class StepPrice:
+    """An optimizer step on one device: what it computes and what it sends."""
+
+    computed: Traffic
+    sent: Sent
+
+    @property
+    def sending(self) -> tuple[float, float]:
+        """The seconds of sending, at full and at half the rate."""
+        return self.sent.seconds(Links()), self.sent.seconds(Links().halved)
+
+    @property
+    def whole(self) -> Traffic:
+        fast, slow = self.sending
+        found = self.computed
+        return replace(found, seconds=max(found.seconds, fast), slow_seconds=found.slow_seconds + slow)
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines on the time of a step and on communication."""
+        found = [f"a step takes {_milliseconds(self.whole.seconds, self.whole.slow_seconds)}"]
+        if self.sent.within or self.sent.between:
+            each = {"within its node": self.sent.within, "to other nodes": self.sent.between}
+            sizes = " and ".join(f"{_counted(size / 1e9)} GB {where}" for where, size in each.items() if size)
+            found.append(f"communication: each device sends {sizes} a step, {_milliseconds(*self.sending)}")
+        return found
 
 
 def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: Prices) -> list[str]:
-    """Return lines on the GPU-hours of training, pairs, encoding and evaluation, and on disk.
+    """Return lines on the GPU-hours of encoding, pairs, training and evaluation, and on disk.
 
     trained: the number of parameters that are trained.
     """
     recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
-    lines = [f"{recipe.trainer.steps} steps: {hours(prices.training(recipe, config, teachers))}"]
+    lines = _encoding(recipe, config, prices)
     if isinstance(recipe.coupling, Pairs) and (maker := pairs_config(run, config)) is not None:
         size = gib(pairs_bytes(recipe, config.shape))
-        lines.append(f"{run.pairs.num} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
-    if (encoding := prices.encoding(recipe, config)) is not None:
-        size = gib(1e6 * sample_bytes(recipe, config))
-        lines.append(f"encoding, each million pictures: {hours(encoding.times(1e6))}, {size} on disk")
-    lines.append(f"the last evaluation: {hours(prices.evaluation(recipe, config, teachers, recipe.metrics))}")
+        lines.append(f"{run.pairs.num:,} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
+    step = prices.step(recipe, config, teachers)
+    processes = recipe.batches.processes
+    whole = step.whole.times(recipe.trainer.steps * processes)
+    each = "" if processes == 1 else f", {_range(whole.times(1 / processes))} hours on {processes} GPUs"
+    lines += [*step.lines, f"{recipe.trainer.steps:,} steps: {hours(whole)}{each}"]
+    parts = evaluation_parts(prices, run, config, teachers)
+    lines.append(f"the last evaluation: {hours(sum((part for _, part in parts), Traffic()))}")
+    lines += [f"  {name}: {hours(part)}" for name, part in parts if part.slow_seconds]
     disk = run_bytes(recipe, trained)
-    lines.append("disk: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
+    lines.append("disk of the run: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
     return lines
+
+
+def _encoding(recipe: Recipe, config: StudentConfig, prices: Prices) -> list[str]:
+    data = recipe.data
+    if not isinstance(data, Encoded) or data.autoencoder is None and data.text is None:
+        return []
+    pictures, stored = prices.encoding(recipe).times(1e6), gib(1e6 * sample_bytes(recipe, config))
+    text = Traffic() if live_text(recipe) else prices.text(config).times(1e6)
+    lines = [f"encoding, each million pictures: {hours(pictures + text)}, {stored} on disk"]
+    if text.slow_seconds:
+        lines.append(f"  their captions: {hours(text)} (float32)")
+    return lines
+
+
+def evaluation_parts(
+    prices: Prices, run: ResolvedRun, config: StudentConfig, teachers: Sequence[StudentConfig]
+) -> list[tuple[str, Traffic]]:
+    """Return the parts of the last evaluation, each with its traffic: samples, decoding, metrics, prompts."""
+    recipe = run.recipe
+    num = max((spec.num_starts for spec in recipe.metrics), default=0)
+    steps, evaluation = recipe.sampler.steps, recipe.evaluation
+    calls = sum(recipe.sampler.calls(k) for k in steps)
+    found = [
+        (f"{num:,} samples of the student, at {_listed(steps)}", prices.forward(config, recipe).times(num * calls))
+    ]
+    solved = evaluation.teacher_steps, *evaluation.teacher_extra_steps
+    if teachers:
+        twice = recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree)
+        each = sum((prices.forward(one, recipe) for one in teachers), Traffic()).times(2 if twice else 1)
+        name = f"{num:,} samples of the teacher, at {_listed(solved)}{' with guidance' if twice else ''}"
+        found.append((name, each.times(num * sum(solved))))
+    rows = len(steps) + (len(solved) if teachers else 0)
+    data = recipe.data
+    if isinstance(data, Encoded) and data.autoencoder is not None:
+        one = prices.autoencoder(data.images.size, decodes=True, half=recipe.trainer.precision == "bf16")
+        found.append((f"decoding of {num * rows:,} samples", one.times(num * rows)))
+    real = sum(real_samples(run))
+    for name, (net, images) in picture_networks(recipe).items():
+        pictures = images * rows + (0 if name == "clip_score" else real)
+        found.append((f"{name} of {pictures:,} pictures", prices.of_flops(net.flops, FLOAT32_SHARE).times(pictures)))
+    if evaluation.captions is not None:
+        found.append((f"text encoders of {num * rows:,} prompts", prices.text(config).times(num * rows)))
+    return found
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return f"{', '.join(map(str, steps))} step{'s' * (tuple(steps) != (1,))}"
+
+
+def _milliseconds(fast: float, slow: float) -> str:
+    return f"{_counted(1e3 * fast)} to {_counted(1e3 * slow)} ms"
 
 
 def gib(size: float) -> str:
@@ -158,7 +238,11 @@ def solver_calls(spec: Pairs) -> int:
 
 def hours(found: Traffic) -> str:
     """The range of GPU-hours."""
-    return f"{_counted(found.seconds / 3600)} to {_counted(found.slow_seconds / 3600)} GPU-hours"
+    return f"{_range(found)} GPU-hours"
+
+
+def _range(found: Traffic) -> str:
+    return f"{_counted(found.seconds / 3600)} to {_counted(found.slow_seconds / 3600)}"
 
 
 def pairs_bytes(recipe: Recipe, shape: tuple[int, ...]) -> float:
@@ -180,7 +264,10 @@ def sample_bytes(recipe: Recipe, config: StudentConfig) -> float:
     net = net_within(config.net)
     if config.text is None or not isinstance(net, DiffusersModel):
         return latents
-    text = example_conditions(net, 1, tokens_of(net.network, config.text))
+    if data.stored_text == "captions":
+        return latents + CAPTION
+    tokens = tokens_of(net.network, config.text)
+    text = example_conditions(net, 1, tokens if data.stored_text == "padded" else min(tokens, TRIMMED))
     return latents + sum(value.numel() * (2 if value.is_floating_point() else 1) for value in text.values())
 
 

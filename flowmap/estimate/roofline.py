@@ -35,6 +35,7 @@ VIEWS = frozenset(
     "new_empty_strided is_same_size sym_size".split()
 )  # operations that move no bytes
 FLOAT32_SHARE, CONVOLUTION_SHARE = 0.1, 0.75  # the rates of float32 products and of convolutions
+TF32_SHARE = 0.5  # that of products in TensorFloat-32
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Traffic:
             self.slow_seconds + other.slow_seconds,
         )
 
+    @staticmethod
+    def of_flops(flops: float, share: float, devices: Sequence[Device]) -> Traffic:
+        """The traffic of so many FLOPs in large products at that share of the bf16 rate."""
+        return Traffic(0, flops, 0, *(flops / (one.flops * share) for one in devices))
+
     def times(self, count: float) -> Traffic:
         """The traffic of so many of these."""
         sizes = (self.flops, self.bytes, self.seconds, self.slow_seconds)
@@ -85,10 +91,13 @@ class Traffic:
 
 @dataclass
 class Counter(TorchDispatchMode):
-    """Adds each kernel that runs under it to `found`. half: float32 stands for bf16."""
+    """Adds each kernel that runs under it to `found`. half: float32 stands for bf16. float32: the share of the bf16
+    rate that products in float32 reach.
+    """
 
     devices: tuple[Device, Device]
     half: bool = False
+    float32: float = FLOAT32_SHARE
     found: Traffic = field(default_factory=Traffic)
 
     def __post_init__(self):
@@ -113,7 +122,7 @@ class Counter(TorchDispatchMode):
         flops = _flops_of(packet, args, kwargs, out)
         share = 1.0
         if not self.half and tensors and tensors[0].dtype not in (torch.bfloat16, torch.float16):
-            share *= FLOAT32_SHARE
+            share *= self.float32
         if "convolution" in packet.__name__:
             share *= CONVOLUTION_SHARE
         self.found = self.found + Traffic(1, flops, size, *(one.seconds(flops, size, share) for one in self.devices))
@@ -151,13 +160,37 @@ class Timed:
         return out
 
 
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch after warm-up, with an optimizer step.
+
+    parts: the traffic of teacher, student, backward, optimizer and averages. student, teachers: the networks.
+    student_calls, teacher_calls: how often the networks run, the latter of each teacher. student_graded: the calls of
+    the student that have a backward pass.
+    """
+
+    parts: dict[str, Traffic]
+    student: FlowMapNet
+    teachers: list[FlowMapNet]
+    student_calls: int
+    student_graded: int
+    teacher_calls: list[int]
+
+
 def step_traffic(
     recipe: Recipe,
     config: StudentConfig,
     teachers: Sequence[StudentConfig],
     devices: tuple[Device, Device] = (Device(), sustained(200)),
 ) -> dict[str, Traffic]:
-    """Return the traffic of one micro-batch after warm-up: teacher, student, backward, optimizer, averages.
+    """Return the traffic of the parts of `step_of`."""
+    return step_of(recipe, config, teachers, devices).parts
+
+
+def step_of(
+    recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], devices: tuple[Device, Device]
+) -> Step:
+    """Take one micro-batch after warm-up, and count its kernels and the calls of its networks.
 
     config: the student's. teachers: those of the teacher and of its weak model. Only the distillation of an
     adversarial objective is counted, and no network of a perceptual distance. Raises NotImplementedError for an
@@ -178,6 +211,7 @@ def step_traffic(
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
     sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
     teacher = Timed(teacher_of_networks(recipe, frozen, empty_of(cond)).guided, counter) if frozen else None
+    calls = [_Calls(net) for net in (student, *frozen)]
     with fused_attention():
         with counter:
             loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
@@ -185,7 +219,20 @@ def step_traffic(
         with counter:
             loss.backward()
     found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
-    return found | {"backward": counter.found} | _updates(recipe, student, devices)
+    parts = found | {"backward": counter.found} | _updates(recipe, student, devices)
+    return Step(parts, student, frozen, calls[0].count, calls[0].graded, [one.count for one in calls[1:]])
+
+
+class _Calls:
+    """Counts the calls of a network."""
+
+    def __init__(self, net: FlowMapNet):
+        self.count = self.graded = 0
+        net.net.register_forward_pre_hook(self._add)
+
+    def _add(self, *unused: object) -> None:
+        self.count += 1
+        self.graded += torch.is_grad_enabled()
 
 
 def _updates(recipe: Recipe, student: FlowMapNet, devices: tuple[Device, Device]) -> dict[str, Traffic]:

@@ -30,6 +30,10 @@ class CLIPScore(Spec):
     images: int = 30_000
     wants_captions: ClassVar[bool] = True
 
+    @property
+    def picture_network(self) -> str:
+        return "clip_score"
+
     def fits(self, data: Sizes, *, conditional: bool = True, paired: bool = False) -> None:
         shape = tuple(data.reference_shape)
         if len(shape) != 3 or shape[0] not in (1, 3):

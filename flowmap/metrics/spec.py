@@ -173,6 +173,11 @@ class Spec:
         return None
 
     @property
+    def picture_network(self) -> str | None:
+        """The name of the network that generated samples pass through, if it is a known one."""
+        return self.feature_space
+
+    @property
     def num_starts(self) -> int:
         """The number of samples that are drawn from noise."""
         return self.images

@@ -70,7 +70,7 @@ def quantize(nets: Sequence[FlowMapNet], form: str, *, copies: Sequence[FlowMapN
     Embeddings of times, norms, convolutions and layers with fewer than SMALLEST weights are not quantised. copies:
     networks in which only the weights that they share with `nets` are. Raises a ValueError if there is no such layer.
     """
-    made: dict[nn.Parameter, tuple[nn.Parameter, nn.Parameter]] = {}
+    made: dict[Tensor, tuple[nn.Parameter, nn.Parameter]] = {}
     for net in (*nets, *copies):
         for parent, name, layer in list(_large_layers(net)):
             if layer.weight not in made:
@@ -153,13 +153,13 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(codes, scales)
 
     @staticmethod
-    def backward(ctx: Any, gradient):  # type: ignore[override]
+    def backward(ctx: Any, gradient):
         codes, scales = ctx.saved_tensors
         with without_autocast(gradient.device):
             return gradient @ dequantized(codes, scales, ctx.form, ctx.shape, gradient.dtype), *[None] * 5
 
     @staticmethod
-    def jvp(ctx: Any, tangent, *unused):  # type: ignore[override]
+    def jvp(ctx: Any, tangent, *unused):
         codes, scales = ctx.saved_tensors
         with without_autocast(tangent.device):
             return F.linear(tangent, dequantized(codes, scales, ctx.form, ctx.shape, tangent.dtype))

@@ -147,6 +147,8 @@ def _missing_source(key: str, part: Any) -> str | None:
 def _check_teachers(run: Resolved) -> None:
     """Raise RecipeError if a pretrained teacher is missing, not supported, or has other latents. Reads no weights."""
     for card in run.cards:
+        if card.kind == "module" and (line := missing_weights(card)):
+            raise RecipeError(f"{run.name}: {line}")
         if card.kind == "converted" and (line := missing_weights(card)):
             raise RecipeError(f"{run.name}: teacher.card: {line}")
         try:

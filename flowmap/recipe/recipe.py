@@ -32,6 +32,7 @@ from flowmap.recipe.composing import list_recipes as list_recipes  # others take
 from flowmap.recipe.composing import shipped as shipped
 from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, parts_of, student_part
 from flowmap.recipe.optimizer import AdamW
+from flowmap.recipe.plugins import plugins
 from flowmap.recipe.settings import Evaluation, Log, PowerEMA, Quantize, Trainer
 from flowmap.samplers import Deterministic
 
@@ -222,6 +223,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
+    plugins()
     return construct(Recipe, plain, TABLES, file=file)
 
 

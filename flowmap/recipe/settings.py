@@ -205,7 +205,7 @@ class Trainer:
 
     checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
     that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
-    workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
+    workers: threads that read batches ahead, for each device; null: up to 2 if samples are read from disk for a GPU,
     otherwise none. Any number gives the same batches.
     """
 

@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
@@ -27,7 +26,7 @@ from flowmap.recipe import Recipe
 from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 from flowmap.train.finite import FiniteChecks, NotFinite
-from flowmap.train.loading import loader_of
+from flowmap.train.loading import Loader, loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -129,7 +128,7 @@ class DistillModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         return self.recipe.optimizer(trained(self.student))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
         return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)

@@ -23,10 +23,12 @@ from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
 from flowmap.build.frozen import hold_frozen
+from flowmap.build.module import check_derivative
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
+from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
@@ -74,6 +76,7 @@ class Built:
         prior = build_prior(stage)
         # sharding copies the weights: no process has the whole student in memory of its own
         student = build_student(stage, config, teacher, share=stage.recipe.trainer.strategy == "fsdp")
+        check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
         if teacher is not None:
@@ -107,6 +110,7 @@ def run_stage(
     checked: dict[str, float] = {}
     if not start and not is_child():
         device = device_of(recipe)
+        check_prediction(recipe, built.teacher, built.data, device=device, log=log)
         checked = check_teacher(recipe, built.teacher, built.data, device=device, prior=built.prior, log=log)
     # one student for the run: it keeps what it loads to decode samples and to encode prompts
     student = Student(built.config, built.module.averaged, folder / "student")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from flowmap.estimate.evaluation import NETWORKS, evaluation_bytes, picture_shape
+from flowmap.estimate.evaluation import evaluation_bytes, picture_shape
+from flowmap.estimate.frozen_networks import NETWORKS
 from flowmap.estimate.live import LiveBytes
 from flowmap.estimate.networks import config_without_weights
 from flowmap.estimate.outlines import Outlines
@@ -38,20 +39,20 @@ def test_a_full_scale_recipe_is_measured_on_a_gpu_of_80_gb(name):
     config = config_without_weights(run, Outlines().of(run, whole=False)[0])
     found = evaluation_bytes(run, config)
     assert 0 < found.device < 60 * GIB and 0 <= found.host < 4 * GIB
-    assert found.total >= found.device
+    assert found.total >= found.device and picture_shape(run, config)[0] == 3
 
 
 def test_it_depends_on_the_batch_and_on_the_numbers_of_samples_hardly():
     def of(*settings):
-        run = resolve(read_recipe("imagenet512", list(settings)))
+        run = resolve(read_recipe("digits", list(settings)))
         return run, config_without_weights(run, Outlines().of(run, whole=False)[0])
 
     frechet = "metrics=[{{kind: frechet, features: inception, images: {}}}]"
-    few, many = (evaluation_bytes(*of(frechet.format(num))) for num in (500, 50_000))
+    few, many = (evaluation_bytes(*of(frechet.format(num), "evaluation.batch_size=512")) for num in (500, 50_000))
     assert few == many
     halved = evaluation_bytes(*of(frechet.format(500), "evaluation.batch_size=256"))
     assert halved.drawing == pytest.approx(few.drawing / 2, rel=0.05) and halved.states == few.states
-    assert picture_shape(*of())[0] == 3
+    assert picture_shape(*of()) == (1, 8, 8)
 
 
 def test_the_table_of_networks_has_their_widths():
@@ -60,7 +61,7 @@ def test_the_table_of_networks_has_their_widths():
     nets = {name for name, kind in FEATURES.items() if isinstance(kind, type) and issubclass(kind, PictureNet)}
     assert nets == set(NETWORKS)
     for name in ("inception", "efficientnet_lite0"):
-        assert width_of(name) == NETWORKS[name][0]
+        assert width_of(name) == NETWORKS[name].features
 
 
 def test_live_bytes_count_what_is_alive_and_no_view():

@@ -8,10 +8,18 @@ import torch
 from torch.nn import functional as F
 
 from flowmap.estimate.attention import fused_attention
+from flowmap.estimate.frozen_networks import live_text
 from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
-from flowmap.estimate.price import Prices, pairs_bytes, price_lines, solver_calls
-from flowmap.estimate.roofline import Counter, Device, Traffic, step_traffic, sustained
+from flowmap.estimate.price import (
+    Prices,
+    evaluation_parts,
+    pairs_bytes,
+    price_lines,
+    sample_bytes,
+    solver_calls,
+)
+from flowmap.estimate.roofline import Counter, Device, Traffic, step_of, step_traffic, sustained
 from flowmap.flow.solver import Heun
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.plan.plan import resolve
@@ -111,4 +119,50 @@ def test_pairs_are_priced_by_the_calls_of_their_solver(tmp_path, monkeypatch):
     assert pairs_bytes(run.recipe, config.shape) == pytest.approx(
         run.pairs.num * (math.prod(config.shape) + 24) + run.pairs.num_inverted * 2 * math.prod(config.shape)
     )
-    assert any(line.startswith(f"{run.pairs.num} pairs:") for line in price_lines(run, config, 1, Prices()))
+    assert any(line.startswith(f"{run.pairs.num:,} pairs:") for line in price_lines(run, config, 1, Prices()))
+
+
+def test_a_step_counts_the_calls_of_its_networks(digits):
+    run, config, teachers = digits
+    found = step_of(run.recipe, config, teachers, Prices().devices)
+    assert found.student_graded >= 1 and found.student_calls >= found.student_graded
+    assert len(found.teacher_calls) == len(teachers) and all(found.teacher_calls)
+
+
+def test_the_evaluation_is_priced_in_parts():
+    run = resolve(read_recipe("imagenet512"))
+    config = config_without_weights(run, Outlines().of(run, whole=False)[0])
+    parts = dict(evaluation_parts(FewKernels(), run, config, [config]))
+    assert list(parts) == [
+        "50,000 samples of the student, at 1, 2, 4 steps",
+        "50,000 samples of the teacher, at 64 steps",
+        "decoding of 200,000 samples",
+        "inception of 211,000 pictures",
+    ]
+    student, teacher, decoding, features = parts.values()
+    assert teacher.seconds == pytest.approx(student.seconds * 64 / 7) and decoding.seconds == 200_000
+    assert features.flops == 211_000 * 11.4e9
+
+
+class FewKernels(Prices):
+    """Every call costs a second."""
+
+    def forward(self, config, recipe):
+        return Traffic(1, 1.0, 1.0, 1.0, 1.0)
+
+    def autoencoder(self, side, *, decodes, half):
+        return Traffic(1, 1.0, 1.0, 1.0, 1.0)
+
+
+def test_captions_cost_two_flops_for_each_parameter_and_token_in_float32():
+    run = resolve(read_recipe("sd15"))
+    config = config_without_weights(run, Outlines().of(run, whole=False)[0])
+    text = Prices().text(config)
+    assert text.flops == 2 * 0.12e9 * 77 and text.seconds == pytest.approx(text.flops / (Device().flops * 0.1))
+    padded, captions = (
+        sample_bytes(run.recipe.changed(data=replace(run.recipe.data, stored_text=stored)), config)
+        for stored in ("padded", "captions")
+    )
+    assert padded - captions == 2 * 77 * 768 - 100
+    assert not live_text(run.recipe)
+    assert live_text(run.recipe.changed(data=replace(run.recipe.data, stored_text="captions")))

@@ -86,9 +86,9 @@ def test_the_dry_run_counts_codes_instead_of_weights(place, command):
         words = ["--out", place / "none", "--dry-run", "trainer.precision=bf16", f"quantize.frozen={form}"]
         code, out, err = command("fit", "--recipe", place / "lora.yaml", *words)
         assert code == 0, err
-        (found[form],) = [line for line in out.splitlines() if "memory for each device" in line]
-    assert "teacher (" not in found["null"] and "dequantised" not in found["null"]
-    assert "teacher (int8)" in found["int8"] and "teacher (nf4)" in found["nf4"]
+        (found[form],) = [line for line in out.splitlines() if "memory for each device, estimated" in line]
+    assert "frozen networks (" not in found["null"] and "dequantised" not in found["null"]
+    assert "frozen networks (int8)" in found["int8"] and "frozen networks (nf4)" in found["nf4"]
     assert "weights in bf16 and a dequantised layer" in found["nf4"]
 
 
