@@ -55,7 +55,7 @@ def memory_of(
     """Return the memory of a device.
 
     student, teachers: on the meta device; the teachers' weights are rounded here as the run rounds them. A LoRA
-    student's base is counted among the frozen weights, once where it is the teacher's own. activations: bytes. others:
+    student's base is counted among the frozen weights, once, as it is the teacher's own. activations: bytes. others:
     parameters of networks that train with the student, whole on each device.
     """
     trainer, sharded = recipe.trainer, recipe.trainer.strategy == "fsdp"
@@ -65,7 +65,7 @@ def memory_of(
     trained = _bytes([p for p in student.parameters() if p.requires_grad], shards)
     frozen = sum(_bytes(list(net.parameters()), shards) + _buffers(net) for net in teachers)
     if base:
-        frozen += _bytes(base, shards) if sharded or not teachers else 0
+        frozen += 0 if teachers else _bytes(base, shards)
     copies = len(recipe.ema.widths)
     return Memory(
         weights=trained + _buffers(student) + FULL * others,
@@ -102,7 +102,7 @@ def _gathered(recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet
     backward = max((size + (HALF if half else FULL) * count + FULL * count for count, size in stored), default=0)
     forward = 2 * max((size for _, size in stored), default=0)
     found = [_size(root, False) + max(forward, backward)]
-    for net in teachers:
+    for net in teachers[1:] if recipe.lora is not None else teachers:  # the first has the student's own base
         *blocks, root = _units(net)
         found.append(_size(root, False) + 2 * max((_size(unit, False) for unit in blocks), default=0))
     return max(found)

@@ -74,7 +74,8 @@ class Built:
         teacher = build_teacher(stage, data)
         config = student_config(stage, data, teacher)
         prior = build_prior(stage)
-        student = build_student(stage, config, teacher)
+        # sharding copies the weights: no process has the whole student in memory of its own
+        student = build_student(stage, config, teacher, share=stage.recipe.trainer.strategy == "fsdp")
         check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
