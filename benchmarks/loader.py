@@ -2,29 +2,32 @@
 
 Folders of the real format with random contents are written to a temporary folder and read from the page cache: this is
 the cost of the host, not of a disk. Ratios are of one run, whose ways take turns.
-`python benchmarks/loader.py [--shards 1300] [--rounds 15]`
+`python benchmarks/loader.py [--shards 1300] [--rounds 15] [--only-workers]`
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pyarrow
 import torch
 from lib.report import RESULTS, environment, table, write
+from torch.utils.data import DataLoader
 
 from flowmap.base.files import write_json, write_tensors
-from flowmap.data import Dataset, PairedDataset, StepBatches
+from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.data.dataset import full_precision
 from flowmap.data.encoded import EMPTY, FORMAT, REFERENCE, EncodedDataset
 from flowmap.data.images.folder import FolderImages
@@ -37,6 +40,7 @@ from flowmap.train.loading import loader_of
 CAPTION = "a photograph of a red bicycle that leans against a white wall in the morning sun, with long shadows"  # 100
 TOKENS = 30  # of such a caption, of which longer ones have more
 CPU = torch.device("cpu")
+NODE = ["workers", "latents a CPU second", "latents a second (median)", "most"]
 PICTURES = ["way", "CPU ms a picture", "pictures a second (fastest round)", "plain loop's CPU time / its own"]
 # Per recipe: shape of a latent, text conditions, and what 8 H100 use in a second: 8 x micro-batch / the step's time by
 # the roofline count of the full-scale audit; None where it counted none.
@@ -153,23 +157,54 @@ def cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
+class Whole:
+    """Whole batches for the processes of torch's DataLoader, the way that threads are compared with."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, places: list[int]) -> Any:
+        return self.data.stored_batch(places)
+
+
 def node_rate(folder: Path, shards: int, rounds: int) -> list[list]:
-    """Rows [workers, latents a CPU second of all processes, a second: median and most] of 4 x 64 x 64, float32."""
+    """Rows [workers, latents a CPU second, a second: median and most] of 4 x 64 x 64, float32; the ways take turns."""
     data = encoding(folder / "node", (4, 64, 64), {}, shards=shards)
-    rows, count = [], 10 * rounds
-    for workers in (0, 1, 2):
+
+    def threads(workers: int) -> Any:
         recipe = read_recipe("digits", [f"trainer.workers={workers}", "data.batch_size=64"])
-        rates, costs = [], []
-        for _ in range(3):
-            spent, started = cpu_seconds(), time.perf_counter()
-            batches = iter(loader_of(recipe, data, StepBatches(len(data), 64, seed=0), CPU))
-            for _ in range(count):
-                full_precision(next(batches)[0])
-            rates.append(64 * count / (time.perf_counter() - started))
-            del batches  # waits for the workers
-            costs.append(64 * count / (cpu_seconds() - spent))
-        rows.append([workers, statistics.median(costs), statistics.median(rates), max(rates)])
-    return rows
+        return loader_of(recipe, data, StepBatches(len(data), 64, seed=0), CPU)
+
+    def processes(workers: int) -> Any:
+        batches: Any = StepBatches(len(data), 64, seed=0)
+        return DataLoader(cast(Any, Whole(data)), batch_sampler=batches, collate_fn=as_it_is, num_workers=workers)
+
+    ways = {"none": partial(threads, 0), "1 thread": partial(threads, 1), "2 threads": partial(threads, 2)}
+    ways |= {"1 process": partial(processes, 1), "2 processes": partial(processes, 2)}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(5):
+        for way, made in ways.items():
+            found[way].append(node_round(made(), 4 * rounds))
+    return [
+        [way, *(statistics.median(one) for one in zip(*times, strict=True)), max(rate for _, rate in times)]
+        for way, times in found.items()
+    ]
+
+
+def node_round(loader: Any, count: int) -> tuple[float, float]:
+    """Latents a CPU second of all processes, the start of the workers included, and a second without it."""
+    spent, batches = cpu_seconds(), iter(loader)
+    for _ in range(4):  # more than the workers have ready
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(count):
+        full_precision(next(batches)[0])
+    rate = 64 * count / (time.perf_counter() - started)
+    del batches  # waits for the workers
+    return 64 * (count + 4) / (cpu_seconds() - spent), rate
 
 
 def by_recipe(folder: Path, rounds: int) -> tuple[list[list], dict[str, dict[str, float | None]]]:
@@ -255,19 +290,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1300)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--name", default="loader")
+    parser.add_argument("--only-workers", action="store_true", help="the table of workers: loader_workers.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if a.only_workers:
+            rows = node_rate(folder, min(a.shards, 200), a.rounds)
+            return write_tables("loader_workers", {"node": (NODE, rows)}, a, {"load": os.getloadavg()[0]})
         recipes, rates = by_recipe(folder / "recipes", a.rounds)
         tables = {
             "shards": (
                 ["batches of 64", "shards", "ms, table copied", "ms, table kept", "ratio"],
                 many_shards(folder / "many", a.shards, a.rounds),
-            ),
-            "node": (
-                ["workers", "latents a CPU second", "latents a second (median)", "most"],
-                node_rate(folder, min(a.shards, 200), a.rounds),
             ),
             "recipes": (
                 ["recipe", "bytes of text, padded", "trimmed", "captions", "samples a second on one core",
@@ -277,14 +312,17 @@ def main() -> None:
             "pictures": (PICTURES, folder_rate(folder / "jpg", a.rounds)),
             "order": (["samples", "MiB", "seconds an epoch", "microseconds a batch"], order_cost()),
         }  # fmt: skip
+    write_tables(a.name, tables, a, {"caption_characters": len(CAPTION), "caption_tokens": TOKENS}, recipes=rates)
+
+
+def write_tables(name: str, tables: dict[str, Any], a: argparse.Namespace, setting: dict, **more: Any) -> None:
     for columns, rows in tables.values():
         print(table(rows, columns), "\n")
-    write(a.name, {
+    write(name, {
         "question": __doc__.splitlines()[0],
         "environment": environment(),
-        "setting": {"shards": a.shards, "rounds": a.rounds, "batch": 64, "caption_characters": len(CAPTION),
-                    "caption_tokens": TOKENS},
-        "recipes": rates,
+        "setting": {"shards": a.shards, "rounds": a.rounds, "batch": 64, **setting},
+        **more,
         "tables": {key: {"columns": columns, "rows": rows} for key, (columns, rows) in tables.items()},
     })  # fmt: skip
 

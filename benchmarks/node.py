@@ -5,7 +5,7 @@ step can be made, whether the weights split over fake process groups of 8 and of
 a device, kernels and bytes of a micro-batch, the samples that a node reads in a second, memory of the evaluation, and
 GPU-hours. Launching, preemption and resuming are tested by gloo processes at tiny size: the table says which of these
 tests passed. Nothing here was measured on a GPU.
-`python benchmarks/node.py [--recipes NAME ...] [--no-tests]`
+`python benchmarks/node.py [--recipes NAME "NAME SETTING ..."] [--no-tests]`
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from loader import loader_rates
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from flowmap.build.frozen import hold_frozen
 from flowmap.estimate.dry_run import networks_costs, networks_memory
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.networks import outline_of_network
 from flowmap.estimate.price import Prices, hours
 from flowmap.estimate.roofline import Traffic, step_traffic
-from flowmap.nets.precision import hold
 from flowmap.recipe import read_recipe
 from flowmap.train.sharding import mesh_of, shard, shard_frozen
 
@@ -42,6 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up: networks a
 ROOT = RESULTS.parents[1]
 TESTS = ("tests/train/test_launchers.py", "tests/train/test_preemption.py", "tests/train/test_processes.py")
 NODES = (1, 4)
+VARIANTS = ("flux-dev-lora trainer.strategy=fsdp", "flux-dev-lora trainer.strategy=fsdp quantize.frozen=nf4")
 COLUMNS = [
     *("recipe", "strategy", "starts", "GiB a GPU, 8 and 32", "kernels", "GB", "ms", "samples/s: need, one core reads"),
     *("evaluation, GiB: device + host", "GPU-hours"),
@@ -52,9 +53,9 @@ def weights_on_a_device(scale: FullScale) -> float:
     """The bytes of weights that fully_shard leaves on one device of a fake group of that many."""
     trainer = scale.recipe.trainer
     student, *teachers = map(outline_of_network, (scale.config, *scale.teachers))
-    half = torch.bfloat16 if trainer.frozen_precision == "bf16" else torch.float32
-    for net in (*(one.requires_grad_(False) for one in teachers), student):
-        hold(net, half)
+    hold_frozen(scale.recipe, [one.requires_grad_(False) for one in teachers], student)
+    if scale.recipe.lora is not None:  # the first teacher is the student's base
+        teachers = teachers[1:]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=scale.recipe.batches.processes)
     try:
         mesh = mesh_of(trainer, "cpu")
@@ -76,11 +77,12 @@ def on_nodes(name: str, nodes: int) -> list[str]:
     return [f"trainer.num_nodes={nodes}", f"data.batch_size={min(data.batch_size, share)}"]
 
 
-def examined(name: str) -> dict:
-    """The row of a recipe."""
-    found: dict = {"recipe": name, "memory": {}, "weights": {}}
+def examined(row: str) -> dict:
+    """The row of a recipe, by its name and settings of it."""
+    name, *settings = row.split()
+    found: dict = {"recipe": row, "memory": {}, "weights": {}}
     for nodes in NODES:
-        scale = FullScale.of(name, overrides=on_nodes(name, nodes))
+        scale = FullScale.of(name, overrides=[*on_nodes(name, nodes), *settings])
         world = scale.recipe.batches.processes
         costs = networks_costs(scale.run, scale.config)
         memory = networks_memory(scale.run, scale.config, costs)
@@ -88,7 +90,7 @@ def examined(name: str) -> dict:
         if scale.recipe.trainer.strategy == "fsdp":
             found["weights"][world] = [memory.weights + memory.frozen, weights_on_a_device(scale)]
         gc.collect()
-    scale = FullScale.of(name)
+    scale = FullScale.of(name, overrides=settings)
     recipe = scale.recipe
     parts = step_traffic(recipe, scale.config, scale.teachers)
     step = sum(parts.values(), Traffic())
@@ -137,7 +139,7 @@ def row_of(row: dict, rates: dict) -> list:
         return [row["recipe"], "", starts(row), *[""] * 7]
     gib = lambda size: size / 2**30
     memory = ", ".join(f"{gib(size):.1f}" for size in row["memory"].values())
-    measured = rates.get(row["recipe"], {}).get("measured")
+    measured = rates.get(row["recipe"].split()[0], {}).get("measured")
     reads = f"{row['need']:,.0f}, {f'{measured:,.0f}' if measured else '?'}"
     evaluation = f"{gib(row['evaluation']['device']):.1f} + {gib(row['evaluation']['host']):.1f}"
     sizes = [row["kernels"], round(row["bytes"] / 1e9), round(1e3 * row["seconds"])]
@@ -153,7 +155,7 @@ def main() -> None:
     before = kept(RESULTS / "node.json")
     rows = {row["recipe"]: row for row in before.get("recipes", [])}
     tests = before.get("tests", {})
-    for name in a.recipes or full_scale():
+    for name in a.recipes or (*full_scale(), *VARIANTS):
         started = time.perf_counter()
         try:
             rows[name] = examined(name)

@@ -29,7 +29,7 @@ from flowmap.recipe.recipe import read_resolved
 from flowmap.student.folder import load_student
 
 ROOT = Path("runs/bench/time_embedding")
-TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+TIMES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)
 POINTS = 256
 TEACHERS = {
     "edm2": """
@@ -165,18 +165,18 @@ def plot(rows: list[dict], runs: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    networks = list(dict.fromkeys(row["network"] for row in rows))
+    networks, times = list(dict.fromkeys(row["network"] for row in rows)), TIMES[:-1]  # no axis of logit(t) has 1
     figure, axes = plt.subplots(2, len(networks), figsize=(4.6 * len(networks), 6.4), squeeze=False)
     for column, network in enumerate(networks):
         for name, colour in zip(EMBEDDINGS, ("tab:red", "tab:blue"), strict=True):
             label = "the teacher's embedding" if name != "t" else "an embedding of t"
             norms = [
                 [row["tangent"] for row in rows if (row["network"], row["embedding"], row["t"]) == (network, name, t)]
-                for t in TIMES
+                for t in times
             ]
             axis = axes[0][column]
-            axis.plot(TIMES, [statistics.median(one) for one in norms], color=colour, marker=".", label=label)
-            axis.fill_between(TIMES, [min(one) for one in norms], [max(one) for one in norms], color=colour, alpha=0.2)
+            axis.plot(times, [statistics.median(one) for one in norms], color=colour, marker=".", label=label)
+            axis.fill_between(times, [min(one) for one in norms], [max(one) for one in norms], color=colour, alpha=0.2)
             for run in runs:
                 if (run["network"], run["embedding"]) == (network, name):
                     axes[1][column].plot(run["curves"]["step"], run["curves"]["tangent_norm"], color=colour, alpha=0.6)

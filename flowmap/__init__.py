@@ -8,12 +8,26 @@ images = student.sample(16, steps=2, cond={"class": 3}, guidance=2.0, seed=0)   
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import", "__version__"]
+__all__ = [
+    "load_student",
+    "read_recipe",
+    "fit",
+    "wrap",
+    "as_data",
+    "module",
+    "sample",
+    "evaluate",
+    "allow_import",
+    "__version__",
+]
 
 _HOME = {
     "load_student": "flowmap.student.folder",
     "read_recipe": "flowmap.recipe",
     "fit": "flowmap.train.fit",
+    "wrap": "flowmap.build.given",
+    "as_data": "flowmap.data.given",
+    "module": "flowmap.nets.module_builders",
     "sample": "flowmap.evaluation.samples",
     "evaluate": "flowmap.evaluation.measure",
     "allow_import": "flowmap.base.trust",

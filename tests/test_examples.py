@@ -13,6 +13,7 @@ from PIL import Image
 import flowmap
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PUBLISHED = Path(__file__).parents[2] / "shared" / "published"
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_every_example_has_a_test():
         "folder_to_student.py",
         "own_lightning.py",
         "own_module.py",
+        "own_teacher.py",
     }
 
 
@@ -46,9 +48,21 @@ def test_own_modules_in_plain_torch(run):
     assert names["distance"] < 0.1 * two_steps
 
 
-def test_the_example_in_plain_torch_is_short():
-    code = (EXAMPLES / "own_module.py").read_text().split('"""', 2)[2]
+@pytest.mark.parametrize("name", ["own_module.py", "own_teacher.py"])
+def test_the_examples_of_own_modules_are_short(name):
+    code = (EXAMPLES / name).read_text().split('"""', 2)[2]
     assert sum(bool(line.strip()) for line in code.splitlines()) < 40
+
+
+@pytest.mark.slow
+def test_a_published_teacher_and_its_pictures(run):
+    """A few steps of the way from published weights to a student, loaded again with the example's own class."""
+    if not (PUBLISHED / "mnist-flow-vit").is_dir():
+        pytest.skip(f"{PUBLISHED} has no published models")
+    few = ["trainer.steps=2", "data.batch_size=4", "metrics=[]", "evaluation.teacher_steps=2", "log.grid_images=4"]
+    student = run("own_teacher.py", PUBLISHED, *few)["run"].student
+    assert student.config.shape == (1, 28, 28) and student.config.num_classes == 10
+    assert student.config.net.module == "own_teacher:FlowViT"
 
 
 def test_an_objective_in_a_lightning_module(run, tmp_path):

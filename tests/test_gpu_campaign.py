@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -15,6 +17,17 @@ def campaign(out: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def test_a_job_is_measured_once(tmp_path):
+    out = tmp_path / "gpu.json"
+    done = campaign(out, "--jobs", "step dit256")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    job = json.loads(out.read_text())["jobs"]["step dit256"]
+    assert job["step_ms"] > 0 and job["tangent_error"] > 0 and job["sample_1_in_4_steps_ms"] > 0
+    again = campaign(out, "--jobs", "step dit256")
+    assert again.returncode == 0 and again.stdout.count("measured before") == 1
+
+
+@pytest.mark.slow
 def test_the_campaign_runs_to_its_end_and_is_resumed(tmp_path):
     out = tmp_path / "gpu.json"
     done = campaign(out)
@@ -37,6 +50,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert done.returncode == 3 and "no CUDA device" in done.stderr and not (tmp_path / "gpu.json").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_may_last_longer_than_what_is_left_is_not_begun(tmp_path):
     done = campaign(tmp_path / "gpu.json", "--minutes", "0.5", "--jobs", "fashion")
     assert done.returncode == 1 and "not begun" in done.stdout

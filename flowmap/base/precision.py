@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def in_precision(call: Callable[..., Any], precision: str, device: torch.device) -> Callable[..., Any]:
@@ -22,6 +23,13 @@ def in_precision(call: Callable[..., Any], precision: str, device: torch.device)
 def autocast_type(device: torch.device) -> str:
     """The device's type for autocast. The meta device, on which costs are counted, has none and takes the CPU's."""
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which autocast computes a matrix product of x; without autocast, and in float64, that of x."""
+    kind = autocast_type(x.device)
+    on = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

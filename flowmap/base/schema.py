@@ -1,7 +1,8 @@
 """Builds frozen dataclasses from plain mappings and back. Errors give the full key and a suggestion.
 
 A field whose type is one of `tables` (a protocol such as TimeSampler) is a slot: its mapping has a `kind`, which
-selects a class from that slot's table. OmegaConf (recipe/) reads, merges and overrides; it cannot select classes.
+selects a class from that slot's table. If the type is itself in the table, it is the kind of mappings without one.
+OmegaConf (recipe/) reads, merges and overrides; it cannot select classes.
 """
 
 from __future__ import annotations
@@ -100,11 +101,11 @@ def _left_out(field: dataclasses.Field, value: Any) -> bool:
 
 
 def kind_of(value: Any, tables: Mapping[type, Mapping[str, type]]) -> str | None:
-    """The kind of the value's class in its slot's table; None if it is in no table."""
-    for table in tables.values():
+    """The kind of the value's class in its slot's table; None if it is in no table, or is the slot's type itself."""
+    for slot, table in tables.items():
         for kind, cls in table.items():
             if type(value) is cls:
-                return kind
+                return None if cls is slot else kind
     return None
 
 
@@ -136,7 +137,7 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
             return None
         return _convert(value, next(a for a in args if a is not type(None)), tables, file, key)
     if hint in tables:
-        return _slot(value, tables[hint], tables, file, key)
+        return _slot(value, tables[hint], tables, file, key, hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return construct(hint, value, tables, file=file, key=key)
     if origin is tuple:
@@ -144,11 +145,12 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
     return _scalar(value, hint, file, key)
 
 
-def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str) -> Any:
+def _slot(value: Any, table: Mapping[str, type], tables, file: str, key: str, hint: type) -> Any:
     if not isinstance(value, Mapping):
         form = f"{{kind: {next(iter(table))}, ...}}"
         raise RecipeError(f"{file}: {key}: {value!r} is not a mapping; write {form}, kinds: {_listed(table)}")
-    kind = value.get("kind", next(iter(table)) if len(table) == 1 else None)
+    own = next((kind for kind, cls in table.items() if cls is hint or len(table) == 1), None)
+    kind = value.get("kind", own)
     if not isinstance(kind, str) or kind not in table:
         if kind is None:
             raise RecipeError(f"{file}: {key}.kind: is required; allowed: {_listed(table)}")

@@ -50,3 +50,8 @@ def allowed_attribute(name: str, key: str) -> Any:
     except AttributeError:
         what = f"module {module!r} has no attribute {attribute!r}"
         raise ValueError(f"{key}: {name!r} cannot be imported: {what}") from None
+
+
+def is_allowed(name: str) -> bool:
+    """Whether the module of that name has been allowed."""
+    return name in _ALLOWED

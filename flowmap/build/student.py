@@ -10,6 +10,7 @@ import torch
 
 from flowmap.base.distributed import is_child
 from flowmap.base.schema import RecipeError, kind_of
+from flowmap.build.module import start_module
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.build.text import fitted, text_latents
 from flowmap.data import Dataset
@@ -18,7 +19,10 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.lora import Base, fingerprint
+from flowmap.nets.module import without_source
+from flowmap.nets.precision import KEPT
 from flowmap.nets.stacked import Stacked, net_within
+from flowmap.nets.unfilled import weights_dropped
 from flowmap.plan.cards import lora_card
 from flowmap.plan.guidance import check_conditions
 from flowmap.plan.named_networks import stacked, with_time_embedding
@@ -28,6 +32,7 @@ from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
 from flowmap.student.folder import load_student, read_config
+from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder
 
 
@@ -73,7 +78,12 @@ def student_config(run: ResolvedRun, data: Dataset | DataOutline, teacher: Built
 
 
 def build_student(
-    run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None, *, start: FlowMapNet | None = None
+    run: ResolvedRun,
+    config: StudentConfig,
+    teacher: BuiltTeacher | None,
+    *,
+    start: FlowMapNet | None = None,
+    share: bool = False,
 ) -> FlowMapNet:
     """Return the student at step 0.
 
@@ -81,23 +91,52 @@ def build_student(
     under adapters are the teacher's own parameters; all others are trained.
 
     start: the network of the run that the student starts from, in place of the weights that this run has written.
+    share: let the student have the memory of what it starts from, in whose precision it is, until it is sharded.
     """
     recipe, network = run.recipe, None if teacher is None else teacher.network
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
         try:
             if config.lora is not None:
                 assert network is not None
-                return config.build(network.flow_map.net)
+                torch.manual_seed(recipe.seed)
+                flow_map = config.build(network.flow_map.net)
+                flow_map.held = network.flow_map.held
+                return flow_map
+            if start is None:
+                start = _started_from(run, network)
+            if share and (shared := _sharing(run, config, start)) is not None:
+                return shared.requires_grad_(True)
+            torch.manual_seed(recipe.seed)
             flow_map = config.build()
-            if isinstance(recipe.start, FromTeacher):
-                assert network is not None
-                start_from(flow_map, network.merged().flow_map)
-            elif isinstance(recipe.start, FromRecipe):
-                start_from(flow_map, load_student(started_folder(run)).merged().flow_map if start is None else start)
+            if start is not None:
+                start_from(flow_map, start)
+            start_module(run, flow_map)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)
+
+
+def _started_from(run: ResolvedRun, network: Student | None) -> FlowMapNet | None:
+    """Return the network whose weights the student starts from, if any."""
+    if isinstance(run.recipe.start, FromTeacher):
+        assert network is not None
+        return network.merged().flow_map
+    return load_student(started_folder(run)).merged().flow_map if isinstance(run.recipe.start, FromRecipe) else None
+
+
+def _sharing(run: ResolvedRun, config: StudentConfig, start: FlowMapNet | None) -> FlowMapNet | None:
+    """Return the student in the memory of the network that it starts from.
+
+    None unless it is a pipeline's network, which draws no weights after those of its layers, and has none but branches
+    that the other has not.
+    """
+    if start is None or not isinstance(net_within(config.net), DiffusersModel):
+        return None
+    torch.manual_seed(run.recipe.seed)
+    with weights_dropped(KEPT):
+        flow_map = config.build()
+    start_from(flow_map, start, share=True)
+    return None if any(p.is_meta for p in flow_map.parameters()) else flow_map
 
 
 def started_folder(run: ResolvedRun) -> Path:
@@ -115,7 +154,7 @@ def shipped_autoencoder(run: ResolvedRun) -> Autoencoder | None:
 
 def _net(run: ResolvedRun, data: DataOutline, start: StudentConfig | None) -> StudentSpec:
     """Return the settings of the student's network, checked against the data, the objective and its start."""
-    recipe, net = run.recipe, run.recipe.student
+    recipe, net = run.recipe, without_source(run.recipe.student)
     if start is not None:
         net = with_time_embedding(recipe, start.net) or start.net
         net = stacked(net) if isinstance(recipe.student, Stacked) else net

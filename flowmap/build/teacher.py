@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from flowmap.base.schema import RecipeError
+from flowmap.build.module import load_module
 from flowmap.data import Dataset, Guidance, Independent, TeacherSlot
 from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
@@ -18,6 +20,7 @@ from flowmap.flow.solver import Euler
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.precision import hold
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.stacked import StackedNet
 from flowmap.objectives import FlowMatching
@@ -27,7 +30,7 @@ from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.requirements import check_start
 from flowmap.recipe import Recipe
-from flowmap.recipe.settings import Autoguidance, ClassifierFree
+from flowmap.recipe.settings import Autoguidance, ClassifierFree, FromTeacher
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student
 from flowmap.student.snapshots import nearest_snapshot
@@ -194,6 +197,8 @@ def _load(card: Card, run: ResolvedRun) -> tuple[Teacher, Student | None, tuple[
         return _exact(card, run), None, ()
     if card.kind == "diffusers":
         return _pretrained(card, run)
+    if card.kind == "module":
+        return load_module(run)
     if card.kind == "converted" and (line := missing_weights(card)):
         raise RecipeError(f"{run.name}: teacher.card: {line}")
     student = load_student(_trained_folder(card, run) if card.kind == "recipe" else weights_folder(card))
@@ -212,11 +217,13 @@ def _exact(card: Card, run: ResolvedRun) -> MixtureTeacher:
 
 def _pretrained(card: Card, run: ResolvedRun) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
-        spec, net = load_pretrained(card.pipeline, card.revision)
+        spec, net = load_pretrained(card.pipeline, card.revision, as_stored=_as_stored(run.recipe))
         spec.check_teacher(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{run.name}: teacher.card: {card.name!r}: {error}") from error
     flow_map = FlowMapNet(net)
+    if any(p.dtype == torch.bfloat16 for p in net.parameters()):
+        hold(flow_map.requires_grad_(False), torch.bfloat16)
     config = StudentConfig(
         net=spec,
         sampler=run.recipe.sampler,
@@ -226,6 +233,13 @@ def _pretrained(card: Card, run: ResolvedRun) -> tuple[Teacher, Student, tuple[n
         samples=Pixels(clamp=False),
     )
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
+
+
+def _as_stored(recipe: Recipe) -> bool:
+    """Whether weights in bfloat16 are to stay so: the run rounds them to it, and no new embedding is fitted to them."""
+    start = recipe.start
+    fitted = isinstance(start, FromTeacher) and start.time_embedding is not None
+    return recipe.trainer.frozen_precision == "bf16" and not fitted
 
 
 def _trained_folder(card: Card, run: ResolvedRun) -> Path:

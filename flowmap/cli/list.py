@@ -18,6 +18,7 @@ class Found:
     parts: Sequence[str]
     teachers: Sequence[str]
     kinds: Mapping[str, Iterable[str]]
+    plugins: Sequence[str] = ()  # kinds of installed packages, a line each
 
     def words(self) -> set[str]:
         """All names, from which a mistyped word is corrected."""
@@ -40,7 +41,7 @@ class Found:
         of_slot = lambda title, those: [kind for kind in those if contains(_keys(title)) or contains(kind)]
         kinds = {title: found for title, those in self.kinds.items() if (found := of_slot(title, those))}
         parts, teachers = ([*filter(contains, names)] for names in (self.parts, self.teachers))
-        return Found(recipes, parts, teachers, kinds)
+        return Found(recipes, parts, teachers, kinds, [line for line in self.plugins if contains(line)])
 
     def lines(self) -> Iterator[str]:
         if self.recipes:
@@ -56,6 +57,9 @@ class Found:
         for title, kinds in self.kinds.items():
             yield f"{title} kinds"
             yield "  " + ", ".join(kinds)
+        if self.plugins:
+            yield "kinds of installed packages"
+            yield from (f"  {line}" for line in self.plugins)
 
 
 def _keys(title: str) -> str:
@@ -90,11 +94,13 @@ def everything() -> Found:
     from flowmap.plan.cards import list_cards
     from flowmap.recipe.composing import find_recipe, header, list_parts, list_recipes
     from flowmap.recipe.kinds import TABLES
+    from flowmap.recipe.plugins import plugins
 
+    foreign = [one.line() for one in plugins()]
     slots = keys_of_slots()
     twice = [key for keys in slots.values() for key in keys]
     named = lambda key, of: f"{key} ({', '.join(of)})" if twice.count(key) > 1 else key
     title = lambda keys: ", ".join(named(key, of) for key, of in keys.items())
     kinds = {title(keys): [*TABLES[slot]] for slot, keys in slots.items()}
     recipes = {name: header(find_recipe(name))[0] for name in list_recipes()}
-    return Found(recipes, list_parts(), list_cards(), kinds)
+    return Found(recipes, list_parts(), list_cards(), kinds, foreign)

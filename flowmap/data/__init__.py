@@ -8,6 +8,7 @@ from flowmap.base import torchvision_shim
 from flowmap.data.codes import Codes
 from flowmap.data.dataset import Dataset, as_it_is
 from flowmap.data.encoded import Autoencoder, Encoded, TextEncoder
+from flowmap.data.given import Given
 from flowmap.data.images.builtin import Digits, Fashion
 from flowmap.data.images.edm2_zip import EDM2Images, EDM2Latents
 from flowmap.data.images.folder import Folder, FolderImages
@@ -37,6 +38,7 @@ DATA = {
     "edm2_zip": EDM2Latents,
     "text": Text,
     "codes": Codes,
+    "given": Given,
 }
 COUPLINGS["styles"] = Styles
 IMAGE_SOURCES = {
@@ -59,6 +61,7 @@ __all__ = [
     "Encoded",
     "Fashion",
     "Folder",
+    "Given",
     "Guidance",
     "ImageSource",
     "Independent",

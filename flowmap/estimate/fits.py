@@ -11,7 +11,6 @@ from flowmap.base.distributed import on_gpus
 from flowmap.estimate.evaluation import EvaluationMemory
 from flowmap.estimate.memory import Memory
 from flowmap.recipe import Recipe
-from flowmap.recipe.settings import Trainer
 
 H100 = ("an H100", 79.1 * 2**30)  # a GPU of 80 GB, as torch reports it
 OWN = 2 * 2**30  # bytes of CUDA's context and libraries
@@ -42,13 +41,13 @@ def staying(training: Memory) -> float:
 
 
 def _training(recipe: Recipe, memory: Memory) -> str:
-    trainer = recipe.trainer
+    trainer, form = recipe.trainer, recipe.quantize.frozen
     how = [trainer.precision] if trainer.precision != "32" else []
     how += ["checkpointed"] if trainer.activation_checkpointing else []
     kept = f"{gib_of(memory.activations)} activations at batch {recipe.data.batch_size}"
     parts = [f"{gib_of(memory.state)} weights, gradients, optimiser and averages"]
-    parts += [f"{gib_of(memory.frozen)} frozen networks"] if memory.frozen else []
-    parts += [f"{gib_of(memory.working)} {_copies(trainer)}"] if memory.working else []
+    parts += [f"{gib_of(memory.frozen)} frozen networks{f' ({form})' if form else ''}"] if memory.frozen else []
+    parts += [f"{gib_of(memory.working)} {_copies(recipe)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
     split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""
     return f"memory for each device{split}, estimated: {' + '.join(parts)} = {gib_of(memory.total)}"
@@ -93,8 +92,10 @@ def _of_weights(recipe: Recipe) -> list[str]:
     return found
 
 
-def _copies(trainer: Trainer) -> str:
-    return "gathered blocks" if trainer.strategy == "fsdp" else "weights in bf16"
+def _copies(recipe: Recipe) -> str:
+    trainer = recipe.trainer
+    copies = ["gathered blocks"] if trainer.strategy == "fsdp" else ["weights in bf16"] * (trainer.precision == "bf16")
+    return " and ".join([*copies, *["a dequantised layer"] * (recipe.quantize.frozen is not None)])
 
 
 def gib_of(count: float) -> str:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-import torch
 from torch import nn
 
+from flowmap.build.frozen import hold_frozen
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.precision import hold, rounded_parameters
+from flowmap.nets.precision import rounded_parameters
+from flowmap.nets.quantized import quantized_layers
 from flowmap.recipe import Recipe
 
 FULL, HALF = 4, 2  # bytes of a number in float32 and bfloat16
@@ -27,7 +28,7 @@ class Memory:
 
     weights, gradients, optimizer: of the student and of what trains with it. averages: of its weights. frozen: the
     networks of the teacher, and the base of adapters. working: copies of weights for a pass, which are the gathered
-    units under FSDP2, and otherwise autocast's. activations: kept for the backward pass.
+    units under FSDP2, and otherwise autocast's, and a dequantised layer. activations: kept for the backward pass.
     """
 
     weights: float
@@ -54,19 +55,17 @@ def memory_of(
     """Return the memory of a device.
 
     student, teachers: on the meta device; the teachers' weights are rounded here as the run rounds them. A LoRA
-    student's base is counted among the frozen weights, once where it is the teacher's own. activations: bytes. others:
+    student's base is counted among the frozen weights, once, as it is the teacher's own. activations: bytes. others:
     parameters of networks that train with the student, whole on each device.
     """
     trainer, sharded = recipe.trainer, recipe.trainer.strategy == "fsdp"
     shards = trainer.shards if sharded else 1
+    hold_frozen(recipe, teachers, student)
     base = [p for p in student.parameters() if not p.requires_grad]
-    if trainer.frozen_precision == "bf16":
-        for net in (*teachers, *([student] if base else [])):
-            hold(net, torch.bfloat16)
     trained = _bytes([p for p in student.parameters() if p.requires_grad], shards)
     frozen = sum(_bytes(list(net.parameters()), shards) + _buffers(net) for net in teachers)
     if base:
-        frozen += _bytes(base, shards) if sharded or not teachers else 0
+        frozen += 0 if teachers else _bytes(base, shards)
     copies = len(recipe.ema.widths)
     return Memory(
         weights=trained + _buffers(student) + FULL * others,
@@ -74,7 +73,8 @@ def memory_of(
         optimizer=2 * (trained + FULL * others),
         averages=copies * (trained + (0 if sharded else _buffers(student))),  # sharded averages share the buffers
         frozen=frozen,
-        working=_gathered(recipe, student, teachers) if sharded else _casts(recipe, student),
+        working=(_gathered(recipe, student, teachers) if sharded else _casts(recipe, student))
+        + _dequantised(recipe, [student, *teachers]),
         activations=activations,
     )
 
@@ -102,7 +102,7 @@ def _gathered(recipe: Recipe, student: FlowMapNet, teachers: Sequence[FlowMapNet
     backward = max((size + (HALF if half else FULL) * count + FULL * count for count, size in stored), default=0)
     forward = 2 * max((size for _, size in stored), default=0)
     found = [_size(root, False) + max(forward, backward)]
-    for net in teachers:
+    for net in teachers[1:] if recipe.lora is not None else teachers:  # the first has the student's own base
         *blocks, root = _units(net)
         found.append(_size(root, False) + 2 * max((_size(unit, False) for unit in blocks), default=0))
     return max(found)
@@ -115,7 +115,7 @@ def gathered_bytes(net: FlowMapNet, half: bool) -> float:
 
 
 def _size(unit: list[nn.Parameter], half: bool) -> int:
-    return sum(p.numel() * (HALF if half else p.element_size()) for p in unit)
+    return sum(p.numel() * (HALF if half and p.is_floating_point() else p.element_size()) for p in unit)
 
 
 def _units(net: FlowMapNet) -> list[list[nn.Parameter]]:
@@ -133,3 +133,12 @@ def _casts(recipe: Recipe, student: FlowMapNet) -> float:
     if recipe.trainer.precision != "bf16":
         return 0
     return HALF * sum(p.numel() for p in rounded_parameters(student.net) if p.requires_grad)
+
+
+def _dequantised(recipe: Recipe, nets: Sequence[FlowMapNet]) -> float:
+    """The bytes that the largest quantised layer takes while it is dequantised."""
+    largest = max(
+        (layer.in_features * layer.out_features for net in nets for layer in quantized_layers(net)), default=0
+    )
+    size = HALF if recipe.trainer.frozen_precision == "bf16" else FULL
+    return largest * (size + (2 * FULL if recipe.quantize.frozen == "int8" else 0))  # int8 by way of float32

@@ -36,6 +36,7 @@ CAUSES = {
     "range of the data: pictures are on [-1, 1]",
     "recipe": "train it longer, and check that it is a teacher of this data",
     "converted": "check that it is a teacher of this data, and the autoencoder's scale",
+    "module": "check prediction, clock and range of the teacher",
     "exact": "check the settings of the data",
 }
 

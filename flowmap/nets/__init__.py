@@ -10,6 +10,8 @@ from flowmap.nets.dit import DiT
 from flowmap.nets.edm import ADM, DDPMpp
 from flowmap.nets.edm2 import EDM2
 from flowmap.nets.mlp import MLP
+from flowmap.nets.module import Module
+from flowmap.nets.module_clock import MODULE_CLOCKS
 from flowmap.nets.stacked import Stacked
 from flowmap.nets.text_joint import TextJoint
 from flowmap.nets.text_pair import TextPair
@@ -24,6 +26,7 @@ NETS = {
     "edm_ddpmpp": DDPMpp,
     "edm_adm": ADM,
     "diffusers": DiffusersModel,
+    "module": Module,
     "stacked": Stacked,
     "autoencoder_kl": AutoencoderKL,
     "text_vae": TextVAE,
@@ -32,4 +35,5 @@ NETS = {
     "conv_prior": ConvPrior,
     "transformer_prior": TransformerPrior,
 }
+__all__ = ["DISCRIMINATORS", "MODULE_CLOCKS", "NETS"]
 DISCRIMINATORS = {"conv": Conv, "teacher": OnTeacher, "features": OnFeatures}

@@ -1,8 +1,10 @@
-"""An average of the weights that a LoRA student trains, without a network of its own: the base is the student's."""
+"""Networks that are a LoRA student's in other respects, without a base of their own: its average, and its teacher."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,45 @@ class AdapterAverage(FlowMapNet):
             if p.requires_grad:
                 owner, _, last = name.rpartition(".")
                 self.get_submodule(owner).register_parameter(last, nn.Parameter(p.detach().clone(), False))
+
+
+def share_base(teacher: FlowMapNet, student: FlowMapNet) -> None:
+    """Make the teacher's mean velocity that of the student without adapters and branches, and drop its own network.
+
+    The value is the same, as the student's base is the teacher's network.
+    """
+
+    def mean_velocity(x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        with torch.no_grad(), _base_alone(student):
+            return student.mean_velocity(x, t, s, cond)
+
+    teacher.__dict__["mean_velocity"] = mean_velocity
+    teacher.net = nn.Identity()
+
+
+def shares_base(teacher: FlowMapNet, student: FlowMapNet) -> bool:
+    """Whether the teacher's weights are all of the student's frozen ones, the same objects."""
+    frozen = {id(p) for p in student.parameters() if not p.requires_grad}
+    return bool(frozen) and frozen == {id(p) for p in teacher.parameters()}
+
+
+@contextmanager
+def _base_alone(student: FlowMapNet) -> Iterator[None]:
+    """A context in which the student's network has no branches and its adapters have no effect."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    net = student.net
+    layers = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    kept = net.arrival, net.guidance
+    net.arrival = net.guidance = None
+    for layer in layers:  # not by peft's enable_adapters, which also says what requires gradients
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        net.arrival, net.guidance = kept
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _drop_untrained(net: nn.Module) -> None:

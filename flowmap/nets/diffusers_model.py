@@ -26,6 +26,7 @@ from flowmap.flow.limit import Limit
 from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_calls import CALLS
 from flowmap.nets.embed import ScalarEmbedding, branches
+from flowmap.nets.listening import Extra, listen
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
 from flowmap.nets.time_embedding import TIME_EMBEDDINGS, refit
 
@@ -110,7 +111,7 @@ class DiffusersNet(nn.Module):
     """
 
     model: Any  # a diffusers network
-    frozen: frozenset[str]
+    frozen: frozenset[str] = frozenset()
 
     def __init__(
         self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool
@@ -119,7 +120,7 @@ class DiffusersNet(nn.Module):
         self.model, self.clock, self.prediction = model, clock, prediction
         self.empty: dict[str, Tensor] = {}
         self.call = CALLS[type(model).__name__]
-        self.extra = _Extra()
+        self.extra = Extra()
         width = _listen(model, self.extra) if arrival or guidance else 0
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
@@ -217,13 +218,7 @@ def _listed_blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-class _Extra:
-    """The vector to add to the model's time embeddings. Not a module, so that state_dict keeps the model's names."""
-
-    value: Tensor | None = None
-
-
-def _listen(model: nn.Module, extra: _Extra) -> int:
+def _listen(model: nn.Module, extra: Extra) -> int:
     """Make the model's time embeddings add `extra`, and return their width.
 
     Only the class of each embedding changes: names and weights stay the same.
@@ -234,24 +229,8 @@ def _listen(model: nn.Module, extra: _Extra) -> int:
         what = f"found {len(found)} of {len(widths)} widths"
         raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; {what}")
     for module in found:
-        module.__class__ = _listening(type(module))
-        module.extra = extra
+        listen(module, extra)
     return widths.pop()
-
-
-_LISTENING: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _listening(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the embedding's class that adds the extra vector to its output."""
-    if cls not in _LISTENING:
-
-        def forward(self, *args, **kwargs):
-            out = cls.forward(self, *args, **kwargs)
-            return out if self.extra.value is None else out + self.extra.value.to(out.dtype)
-
-        _LISTENING[cls] = type(f"Listening{cls.__name__}", (cls,), {"forward": forward})
-    return _LISTENING[cls]
 
 
 def called(model: nn.Module, x: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -83,8 +83,10 @@ SILENT = ("arrival.", "guidance.")
 BESIDE_NET = "uncertainty."  # the prefix of state dict keys that do not belong to the flow map
 
 
-def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
+def start_from(student: FlowMapNet, teacher: FlowMapNet, *, share: bool = False) -> None:
     """Copy the teacher's weights to the student, so that F(x, t, s) = v(x, t).
+
+    share: the student's parameters have the teacher's memory instead, in the teacher's precision.
 
     Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A student that
     embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to the error of the fit
@@ -93,7 +95,7 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     """
     if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:
-            start_from(FlowMapNet(part), teacher)
+            start_from(FlowMapNet(part), teacher, share=share)
         return
     if _embeds_other_time(teacher.net) and not _embeds_other_time(student.net):
         teacher = FlowMapNet(teacher.net.with_embedding_of_t())
@@ -103,7 +105,10 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet) -> None:
     if differ:
         names = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
         raise ValueError(f"student: its network is not the teacher's: {names}")
-    student.load_state_dict(given, strict=False)
+    if share:
+        buffers = {name for name, _ in student.named_buffers()}
+        given = {name: value.clone() if name in buffers else value for name, value in given.items()}
+    student.load_state_dict(given, strict=False, assign=share)
 
 
 def _embeds_other_time(net: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +67,38 @@ def add_lora(net: DiffusersNet, lora: LoRA) -> None:
 
     _check_targets(net.model, lora.targets)
     config = _peft_config(lora)
-    if isinstance(net.model, PeftAdapterMixin):
-        net.model.add_adapter(config, ADAPTER)
-    else:  # DiT and UNet2D, which have no LoRA pipeline in diffusers
-        from peft import inject_adapter_in_model
+    with _seen_in_float32(net.model):  # peft makes adapters in the precision of their layer
+        if isinstance(net.model, PeftAdapterMixin):
+            net.model.add_adapter(config, ADAPTER)
+        else:  # DiT and UNet2D, which have no LoRA pipeline in diffusers
+            from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(config, net.model, ADAPTER)
+            inject_adapter_in_model(config, net.model, ADAPTER)
     net.requires_grad_(True)
     for name, parameter in net.model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
-    net.frozen = frozenset(f"model.{name}" for name in net.model.state_dict() if not _is_adapter(name))
+    net.frozen = _frozen_names(net)
     net.register_state_dict_post_hook(_leave_out_base)
     net.register_load_state_dict_pre_hook(_put_in_base)
+
+
+@contextmanager
+def _seen_in_float32(model: nn.Module) -> Iterator[None]:
+    """A context in which weights in other precisions are replaced by zeros in float32 that take no memory."""
+    kept = {p: p.data for p in model.parameters() if p.dtype != torch.float32}
+    for p, data in kept.items():
+        p.data = torch.zeros((), device=data.device).expand(data.shape)
+    try:
+        yield
+    finally:
+        for p, data in kept.items():
+            p.data = data
+
+
+def leave_out_base(net: nn.Module) -> None:
+    """Name the frozen weights of a LoRA network anew after its layers have changed, so that no state has them."""
+    if isinstance(net, DiffusersNet) and net.frozen:
+        net.frozen = _frozen_names(net)
 
 
 def merged(net: DiffusersNet) -> DiffusersNet:
@@ -130,6 +152,10 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _frozen_names(net: DiffusersNet) -> frozenset[str]:
+    return frozenset(f"model.{name}" for name in net.model.state_dict() if not _is_adapter(name))
 
 
 def _is_adapter(name: str) -> bool:

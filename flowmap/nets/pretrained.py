@@ -11,41 +11,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flowmap.nets.diffusers_calls import CALLS
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, check_scheduler, first_line, made
+from flowmap.nets.precision import rounded_parameters
 from flowmap.nets.teacher_settings import check_pipeline_settings
-from flowmap.nets.weight_files import check_weight_files
+from flowmap.nets.unfilled import without_weights
+from flowmap.nets.weight_files import check_weight_files, stored_in_bfloat16
 
 NETWORK = ("transformer", "unet")
 
 
 def load_pretrained(
-    source: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+    source: str, revision: str | None = None, *, as_stored: bool = False
 ) -> tuple[DiffusersModel, DiffusersNet]:
     """The settings and the network, without our branches, of a pipeline's folder or hub id at that revision.
 
-    Only the network and the scheduler are read, and no code in the folder is run. With accelerate, weights that the
-    files have in `dtype` stay in the memory-mapped files until they are used. Raises a one-line ValueError if the
-    source does not exist, has no network or scheduler, or has an unknown schedule.
+    Only the network and the scheduler are read, and no code in the folder is run. Weights are float32. as_stored:
+    those of layers are bfloat16 where all of the files are (precision.py holds them so). With accelerate, weights that
+    are not converted stay in the memory-mapped files, which the processes of a machine share. Raises a one-line
+    ValueError if the source does not exist, has no network or scheduler, or has an unknown schedule.
     """
     import diffusers
 
     spec = read_spec(source, revision)  # finds most errors before reading the weights
     where, _ = _component(source, revision, NETWORK)
+    half = as_stored and stored_in_bfloat16(_weights_in(source, revision, where))
     try:
         model = getattr(diffusers, spec.network).from_pretrained(
             source,
             subfolder=where,
             revision=revision,
-            torch_dtype=dtype,
+            torch_dtype=torch.bfloat16 if half else torch.float32,
             use_safetensors=True,
             low_cpu_mem_usage=find_spec("accelerate") is not None,
         )
     except Exception as error:  # diffusers raises various types for invalid folders
         raise ValueError(f"{_at(source, revision)}: {where} cannot be loaded: {first_line(error)}") from error
+    if half:
+        _widen(model, spec)
     net = DiffusersNet(model, *spec.clock(), arrival=False, guidance=False)
     return replace(spec, settings=_json(model.config)), net
+
+
+def _widen(model: nn.Module, spec: DiffusersModel) -> None:
+    """Make float32 of all but the weights of layers, and take constants that no file has from a network in float32."""
+    layers = set(rounded_parameters(model))
+    for p in model.parameters():
+        p.data = p.data if p in layers else p.data.float()
+    with without_weights():
+        constants = dict(made(spec.network, spec.settings).named_buffers())
+    stored = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float() if name in stored else constants[name]
 
 
 def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
@@ -80,6 +100,16 @@ def in_hub_cache(source: str, files: Sequence[str], revision: str | None = None)
         return any(isinstance(try_to_load_from_cache(source, name, revision=revision), str) for name in files)
     except ValueError:  # not a hub id
         return False
+
+
+def _weights_in(source: str, revision: str | None, part: str) -> Path:
+    """The local folder of a pipeline's part; of a hub id that in the cache, which may not exist."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.isdir(source):
+        return Path(source) / part
+    found = try_to_load_from_cache(source, f"{part}/config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else Path(source) / part
 
 
 def is_hub_id(source: str) -> bool:

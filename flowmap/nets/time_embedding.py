@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 NUM_TIMES = 4096  # of the fit, even in t
 HARMONICS = 12  # half periods of the fastest cosine
+AT_NOISE = 1.0  # weight of t = 1, where every sample starts, in the fit of the cosines; the even times together have 1
 RIDGE = 1e-2  # of a diffusers network's fit, relative to the mean square of the features
 TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")  # names in diffusers
 TIME_SCALES: dict[str, Callable[[Any], float]] = {
@@ -70,11 +71,13 @@ class CosineEmbedding(nn.Linear):
 
 @torch.no_grad()
 def fitted(old: OfTime, width: int) -> CosineEmbedding:
-    """An embedding of t with the output (B, width) of `old`, by least squares over t in [0, 1]."""
-    new, t = CosineEmbedding(width).double(), _times()
+    """An embedding of t with the output (B, width) of `old`, by least squares over t in [0, 1] and at t = 1."""
+    new, t = CosineEmbedding(width).double(), torch.cat([_times(), torch.ones(1, dtype=torch.float64)])
+    weight = torch.ones_like(t)
+    weight[-1] = AT_NOISE * NUM_TIMES
     cosines = torch.cos(t[:, None] * (torch.pi * torch.arange(new.in_features)))
-    target = old(t.float()).double()
-    new.weight.copy_(target.T @ cosines / cosines.square().sum(0))  # orthogonal also at these times
+    weighted = cosines.T * weight
+    new.weight.copy_(torch.linalg.solve(weighted @ cosines, weighted @ old(t.float()).double()).T)
     return new.float()
 
 

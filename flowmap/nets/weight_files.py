@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANT = re.compile(rf"({'|'.join(STEMS)})\.(\w+)(-\d+-of-\d+)?\.safetensors$")
@@ -30,6 +31,23 @@ def check_weight_files(folder: Path) -> None:
     raise ValueError(f"{folder}: there is no *.safetensors{found}")
 
 
+def stored_in_bfloat16(folder: Path) -> bool:
+    """Whether a folder has safetensors files whose floating-point tensors are all in bfloat16; reads headers alone."""
+    found: set[str] = set()
+    for stem in STEMS:
+        files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-?????-of-?????.safetensors")]
+        for file in files:
+            found |= {entry["dtype"] for name, entry in _header(file)[1].items() if name != "__metadata__"}
+    return {dtype for dtype in found if "F" in dtype} == {"BF16"}
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(its length, its entries), empty if it is longer than the file."""
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        return length, json.loads(handle.read(length)) if length <= path.stat().st_size else {}
+
+
 def _check_shards(index: Path) -> None:
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -46,9 +64,7 @@ def _check_whole(path: Path) -> None:
     """Raise unless the file has the length in its header: 8 bytes with the header's length, the header, the tensors."""
     size = path.stat().st_size
     try:
-        with open(path, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            tensors = json.loads(handle.read(length)) if length <= size else {}
+        length, tensors = _header(path)
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
         whole = size == 8 + length + max(ends, default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):

@@ -8,8 +8,10 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from flowmap.base.schema import RecipeError
+from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Pairs, TeacherSlot
+from flowmap.recipe.kinds import TABLES
+from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.recipe.recipe import Recipe, shipped
 from flowmap.recipe.settings import Autoguidance
 from flowmap.teachers.card import Card, read_card
@@ -30,6 +32,18 @@ def cards_of(slot: TeacherSlot | None) -> list[Card]:
 
 def card_of(slot: TeacherSlot) -> Card:
     """Return the card that the slot names. For a teacher named by its recipe, return a card of kind "recipe"."""
+    if isinstance(slot, ModuleTeacher):
+        settings = to_plain(slot.net, TABLES)
+        shape, classes = list(slot.shape), slot.classes
+        return Card(
+            kind="module",
+            name=slot.name,
+            source=slot.weights,
+            revision=slot.digest or slot.sha256,
+            shape=shape,
+            num_classes=classes,
+            network=settings,
+        )
     card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.name)
     if card.kind == "autoencoder":
         raise RecipeError(

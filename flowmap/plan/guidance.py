@@ -16,6 +16,7 @@ from flowmap.plan.cards import card_of, pairs_teacher
 from flowmap.plan.named_networks import spec_of
 from flowmap.plan.resolved import Resolved
 from flowmap.recipe import Recipe
+from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.recipe.settings import ClassifierFree, Embedded, FromRecipe, FromTeacher
 from flowmap.teachers.card import Card
 
@@ -95,6 +96,10 @@ def _check_slot(run: Resolved, key: str, slot: TeacherSlot, card: Card) -> None:
                 f"{recipe.name}: {asks} the teacher without a condition, and {trained.name!r} never learned that: "
                 "its data.drop_condition is 0; train it with 0.1, for example"
             )
+    if asks and isinstance(slot, ModuleTeacher) and slot.classes and slot.null_class is None:
+        raise RecipeError(
+            f"{recipe.name}: {key}.null_class: {asks} the module without a class; name its label for none"
+        )
     if card.kind == "diffusers":
         _check_pretrained(recipe, key, slot, card, asks)
 

@@ -76,6 +76,9 @@ def missing_weights(card: Card) -> str | None:
         if is_hub_id(card.pipeline):
             lacks = f"not on this machine; fit fetches it{f' ({card.fetch})' if card.fetch else ''}"
         return None if on_this_machine(card) else f"{card.name!r} is the diffusers model {card.source}: {lacks}"
+    if card.kind == "module":
+        there = card.source is None or Path(card.source).is_file()
+        return None if there else f"teacher.weights: {card.source}: there is no such file"
     folder = weights_folder(card)
     if (folder / "config.json").is_file():
         return None
@@ -93,4 +96,6 @@ def weights_of(card: Card) -> Path | None:
     if card.kind == "diffusers":
         parts = (Path(card.pipeline) / name for name in ("transformer", "unet"))
         return next((part for part in parts if part.is_dir()), None)
+    if card.kind == "module" and card.source is not None:
+        return Path(card.source)
     return weights_folder(card) if card.kind == "converted" else None

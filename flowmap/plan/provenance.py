@@ -101,12 +101,13 @@ def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
 
 
 def _of_card(run: Resolved, teacher: TeacherSlot, card: Card) -> dict[str, Any]:
-    # A source that is a folder of this machine is identified by its weights, not by its path.
-    is_folder = card.source is not None and Path(card.source).is_dir()
-    source = None if is_folder else card.source
-    found = {"card": card.name, "kind": card.kind, "source": source, "revision": card.revision}
+    # A source that is a folder or a file of this machine is identified by its weights, not by its path.
+    is_here = card.source is not None and Path(card.source).exists()
+    source = None if is_here else card.source
+    found: dict[str, Any] = {"card": card.name, "kind": card.kind, "source": source, "revision": card.revision}
     trained = trained_by(run.recipe, teacher, card)
     found |= {"recipe": None if trained is None else trained.name, "hash": None if trained is None else trained.hash()}
+    found |= {"network": card.network} if card.kind == "module" else {}
     folder = weights_of(card) if trained is None else _weights(run.of(trained))
     return {key: value for key, value in found.items() if value is not None} | {"weights": weights_hash(folder)}
 

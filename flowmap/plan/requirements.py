@@ -11,6 +11,7 @@ from flowmap.data.prompts import read_prompts
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
+from flowmap.nets.quantized import check_available
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
 from flowmap.plan.named_networks import missing_weights
@@ -84,10 +85,26 @@ def check_parts(run: Resolved) -> None:
     check_guidance(run)
     check_prior(run)
     _check_captions(recipe)
+    _check_quantized(run)
     try:
         check_frozen_parts(recipe.data)
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: data.{error}") from error
+
+
+def _check_quantized(run: Resolved) -> None:
+    """Raise RecipeError if frozen weights are to be quantised and there are none, or no library does it."""
+    form = run.recipe.quantize.frozen
+    if form is None:
+        return
+    if all(card.kind == "exact" for card in run.cards):
+        raise RecipeError(
+            f"{run.name}: quantize.frozen: {form!r} wants a teacher with weights; {run.cards[0].name!r} has none"
+        )
+    try:
+        check_available()
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
 def _check_captions(recipe: Recipe) -> None:
@@ -130,6 +147,8 @@ def _missing_source(key: str, part: Any) -> str | None:
 def _check_teachers(run: Resolved) -> None:
     """Raise RecipeError if a pretrained teacher is missing, not supported, or has other latents. Reads no weights."""
     for card in run.cards:
+        if card.kind == "module" and (line := missing_weights(card)):
+            raise RecipeError(f"{run.name}: {line}")
         if card.kind == "converted" and (line := missing_weights(card)):
             raise RecipeError(f"{run.name}: teacher.card: {line}")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +16,7 @@ from flowmap.data import (
     Coupling,
     Guidance,
     ImageSource,
+    TeacherSlot,
     TextCoder,
     TextEncoder,
     TextSource,
@@ -31,7 +33,8 @@ from flowmap.flow.times import TIMES
 from flowmap.flow.types import Objective, Path, Prior, RecipeView, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.metrics import Spec as Metric
-from flowmap.nets import DISCRIMINATORS, NETS
+from flowmap.nets import DISCRIMINATORS, MODULE_CLOCKS, NETS
+from flowmap.nets.module_clock import ModuleClock
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
 from flowmap.objectives import OBJECTIVES
@@ -42,6 +45,7 @@ from flowmap.objectives.lediflow import WEIGHTS, Weight
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
+from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.recipe.settings import (
     Autoguidance,
     BaseStudent,
@@ -140,7 +144,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     TextSource: TEXT_SOURCES,
     Tokenizer: TOKENIZERS,
     TextCoder: {"text": TextAutoencoder},
-    StudentSpec: {**STARTS, **NETS},
+    StudentSpec: ChainMap(NETS, STARTS),  # live: a kind of a user's may be added to NETS
     NetSpec: {
         **STARTS,
         **{kind: net for kind, net in NETS.items() if net is not Stacked and student_part(net).artifact == "student"},
@@ -163,6 +167,8 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Sampler: SAMPLERS,
     Metric: METRICS,
     Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
+    TeacherSlot: {"card": TeacherSlot, "module": ModuleTeacher},
+    ModuleClock: MODULE_CLOCKS,
     EMA: {"power": PowerEMA, "constant": ConstantEMA},
 }
 
@@ -189,6 +195,7 @@ def parts_of(recipe: Any) -> list[Part]:
         (None if teacher is None else teacher.guidance, Part),
         (recipe.sampler, BaseSampler),
         (recipe.objective, BaseObjective),
+        (recipe.quantize, Part),
     )
     parts = [_completed(part, defaults) for part, defaults in slots if part is not None]
     kept = recipe.objective.distillation  # of an adversarial stage

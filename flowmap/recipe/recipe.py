@@ -18,7 +18,7 @@ from yaml import YAMLError  # what OmegaConf reads with raises its own errors
 
 from flowmap.base.outside import INTERPOLATION, NO_INTERPOLATION, refuse_interpolations
 from flowmap.base.ranges import Seed, check_ranges
-from flowmap.base.schema import MISSING, RecipeError, check_name, construct, kind_of, short_hash, to_plain
+from flowmap.base.schema import MISSING, RecipeError, added, check_name, construct, kind_of, short_hash, to_plain
 from flowmap.data import Coupling, Independent, TeacherSlot
 from flowmap.flow.path import Linear
 from flowmap.flow.prior import Gaussian
@@ -32,7 +32,8 @@ from flowmap.recipe.composing import list_recipes as list_recipes  # others take
 from flowmap.recipe.composing import shipped as shipped
 from flowmap.recipe.kinds import EMA, TABLES, Data, Metric, StudentSpec, parts_of, student_part
 from flowmap.recipe.optimizer import AdamW
-from flowmap.recipe.settings import Evaluation, Log, PowerEMA, Trainer
+from flowmap.recipe.plugins import plugins
+from flowmap.recipe.settings import Evaluation, Log, PowerEMA, Quantize, Trainer
 from flowmap.samplers import Deterministic
 
 
@@ -57,6 +58,7 @@ class Recipe:
     ema: EMA = PowerEMA()
     trainer: Trainer = Trainer()
     log: Log = Log()
+    quantize: Quantize = added(Quantize())
 
     def __post_init__(self):
         check_ranges(self)
@@ -221,6 +223,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
+    plugins()
     return construct(Recipe, plain, TABLES, file=file)
 
 

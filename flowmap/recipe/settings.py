@@ -22,6 +22,7 @@ from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
 from flowmap.nets.lora import LoRA
+from flowmap.nets.quantized import FORMATS
 
 
 class BaseStudent(Part):
@@ -204,7 +205,7 @@ class Trainer:
 
     checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
     that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
-    workers: processes that read batches ahead, for each device; null: up to 4 if samples are read from disk for a GPU,
+    workers: threads that read batches ahead, for each device; null: up to 2 if samples are read from disk for a GPU,
     otherwise none. Any number gives the same batches.
     """
 
@@ -255,6 +256,28 @@ class Trainer:
     def frozen_precision(self) -> str:
         """The precision of frozen weights: "32" or "bf16"."""
         return self.precision if self.teacher_precision == "auto" else self.teacher_precision
+
+
+@dataclass(frozen=True)
+class Quantize(Part):
+    """Weights in fewer bits than 16. frozen: the format of frozen weights, `int8` or `nf4`; null for that of
+    trainer.teacher_precision.
+
+    Frozen weights are those of the teacher and of a LoRA student's base. Linear layers of at least 4,096 weights in
+    blocks are quantised when the run starts, others are not. The student's folder has adapters as always, and names
+    the whole base.
+    """
+
+    frozen: str | None = None
+
+    def __post_init__(self):
+        if self.frozen not in (None, *FORMATS):
+            raise ValueError(f"frozen: {self.frozen!r} is not one of {', '.join(FORMATS)}, null")
+
+    def check(self, recipe: RecipeView) -> None:
+        if self.frozen is not None and recipe.teacher is None:
+            what = "wants frozen weights, and this recipe has neither a teacher nor a LoRA student"
+            raise ValueError(f"quantize.frozen: {self.frozen!r} {what}")
 
 
 @dataclass(frozen=True)

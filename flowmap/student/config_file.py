@@ -14,6 +14,7 @@ from flowmap.data.text.dataset import Attribute
 from flowmap.flow.types import Sampler
 from flowmap.nets.lora import Base, LoRA
 from flowmap.recipe.kinds import TABLES, StudentSpec
+from flowmap.recipe.plugins import plugins
 from flowmap.student.config import ImageLatents, Pixels, StudentConfig, TextLatents
 from flowmap.student.prior import PRIOR, Shipped
 from flowmap.student.tuned import Tuned, tuned_json, tuned_rows
@@ -76,6 +77,7 @@ def config_json(config: StudentConfig) -> dict[str, Any]:
 
 def read_config(path: Path) -> StudentConfig:
     """The configuration in that config.json. ValueError names the file and what is wrong with it."""
+    plugins()
     plain = read_json(path)
     if str(plain.get("_class_name", "")).startswith("Autoencoder") or str(plain.get("format")).startswith(
         "flowmap-text-autoencoder"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.files import copy_folder, read_tensors, write_json, write_tensors, write_text
+from flowmap.base.trust import allow_import
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import load_base
@@ -56,13 +57,17 @@ def copy_models(source: Path, target: Path) -> None:
         copy_folder(source / part, target / part)
 
 
-def load_student(source: str | Path, *, base: str | Path | None = None) -> Student:
+def load_student(source: str | Path, *, base: str | Path | None = None, imports: str | Sequence[str] = ()) -> Student:
     """The student in that folder (a run's student/, or the run itself) or under that hub id, on the CPU, in evaluation
     mode.
 
     Reads config.json and model.safetensors only, and for a LoRA student its base's safetensors; nothing is unpickled.
-    base: where the base is now, if it has moved. Raises ValueError that names the file and what is wrong with it.
+    base: where the base is now, if it has moved. imports: modules, or .py files, of yours that have a student's network
+    of kind module; the folder itself never makes flowmap import anything. Raises ValueError that names the file and
+    what is wrong with it.
     """
+    for name in [imports] if isinstance(imports, str) else imports:
+        allow_import(name)
     folder = _local(source)
     config = read_config(folder / "config.json")
     if base is not None:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flowmap.base.outside import read_settings
 
-KINDS = ("recipe", "exact", "converted", "diffusers", "autoencoder")
+KINDS = ("recipe", "exact", "converted", "diffusers", "autoencoder")  # a recipe alone makes one of kind "module"
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from flowmap.base.distributed import rank
 from flowmap.base.files import write_text
 from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction, paced
@@ -245,7 +246,7 @@ def check_weights(module: DistillModule, done: int) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     kept = {"a weight that is trained": trained(module)}
     kept |= {
-        f"the average of width {width:g}": list(net.parameters())
+        f"the average of width {width:g}": [p for p in net.parameters() if p.is_floating_point()]
         for width, net in zip(module.widths, module.averages, strict=True)
     }
     for what, weights in kept.items():
@@ -271,15 +272,18 @@ def keep_student(
 
 
 def full_state(net: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict of the map on the CPU, as it ships; gathered if it is sharded (all processes call it)."""
+    """The whole state dict of the map on the CPU, as it ships, in the first process; {} in the others.
+
+    All processes call it. Sharded weights are gathered one at a time, and no other process keeps or copies them.
+    """
     from torch.distributed.tensor import DTensor
 
-    state = net.state_dict()
-    whole = {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-        for name, tensor in state.items()
-    }
-    return {name: tensor for name, tensor in whole.items() if not name.startswith(BESIDE_NET)}
+    found = {}
+    for name, tensor in net.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0 and not name.startswith(BESIDE_NET):
+            found[name] = whole.detach().cpu()
+    return found
 
 
 class Pictures(AtPictures):

@@ -22,6 +22,7 @@ from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
 from flowmap.estimate.dry_run import counted
+from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.types import Cond, PathSample
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -86,6 +87,11 @@ def _teacher_lines(
     prior = build_prior(run)
     if teacher is not None and compare:
         teacher.with_null_conditions({key: value.to(device) for key, value in data.empty.items()})
+    if compare:
+        try:
+            check_prediction(run.recipe, teacher, data, device=device, log=lines.append)
+        except RecipeError as error:
+            lines.append(f"warning: {error}")
     check_teacher(run.recipe, teacher, data, device=device, prior=prior, log=lines.append, compare=compare)
 
 

@@ -21,6 +21,7 @@ from flowmap.base.preempt import preemptible
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import Team, the_team
+from flowmap.build.given import with_given
 from flowmap.estimate.dry_run import check_stages
 from flowmap.plan.pictures import describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, Stage, resolve
@@ -68,6 +69,9 @@ def fit(
     recipe: Recipe,
     out: str | Path | None = None,
     *,
+    teacher: Any = None,
+    student: Any = None,
+    data: Any = None,
     resume: bool | str = False,
     overwrite: bool = False,
     extend: bool = False,
@@ -77,6 +81,8 @@ def fit(
 ) -> Run:
     """Train the recipe, and first whatever it needs; stages that are complete and unchanged are skipped.
 
+    teacher, student, data: modules and samples of one's own in place of the recipe's: what `flowmap.wrap` returns, a
+    module net(x, t, s) as a student, and what `flowmap.as_data` returns or takes.
     out: the run folder, default runs/<recipe name>. A folder that has another run, or an unfinished one, is touched
     only with resume or overwrite. resume: "auto" also waits for another process that still ends in the folder, so that
     one command starts, resumes or finds the run finished. extend: go on with the folder's run although the recipe has
@@ -85,6 +91,7 @@ def fit(
     recipe needs. Raises RecipeError for a user's mistake, FitError if training had to stop, Preempted if a signal asked
     for it.
     """
+    recipe = with_given(recipe, teacher, student, data)
     log = silent if is_child() else log or (lambda message: print(message, file=sys.stderr, flush=True))
     folder = real_folder(Path(out) if out else runs_root() / recipe.name, "--out")
     if recipe.missing():

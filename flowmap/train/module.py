@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_decoder
@@ -19,7 +18,7 @@ from flowmap.data.dataset import full_precision
 from flowmap.flow.draws import RowGenerator
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.types import Cond, Loss, PathSample, Teacher
-from flowmap.nets.adapters import AdapterAverage
+from flowmap.nets.adapters import AdapterAverage, share_base, shares_base
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.plan.plan import ResolvedRun
@@ -27,7 +26,7 @@ from flowmap.recipe import Recipe
 from flowmap.train.device import channels_last
 from flowmap.train.draw import draw_sample, drawing_by, generator_for
 from flowmap.train.finite import FiniteChecks, NotFinite
-from flowmap.train.loading import loader_of
+from flowmap.train.loading import Loader, loader_of
 
 BINS = 4  # of t, by which per-sample logs are also shown
 
@@ -109,11 +108,15 @@ class DistillModule(L.LightningModule):
             from flowmap.train.sharding import mesh_of, shard, shard_frozen
 
             mesh = mesh_of(self.recipe.trainer, self.trainer.strategy.root_device.type)
+            frozen = [] if self.teacher is None else [cast(FlowMapNet, net) for net in self.teacher.modules]
+            alike = [net for net in frozen if shares_base(net, self.student)]
             dtype = torch.bfloat16 if self.recipe.trainer.precision == "bf16" else None
             for net in copies:
                 net.follow() if isinstance(net, AdapterAverage) else shard(net, mesh, dtype=dtype)
-            if self.teacher is not None and self.teacher.modules:
-                shard_frozen(cast(Any, self.teacher.modules), mesh)
+            for net in alike:  # a LoRA student's base is sharded once
+                share_base(net, self.student)
+            if others := [net for net in frozen if net not in alike]:
+                shard_frozen(others, mesh)
             self._sharded = True
 
     def _to_channels_last(self, *nets: nn.Module) -> None:
@@ -125,7 +128,7 @@ class DistillModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         return self.recipe.optimizer(trained(self.student))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
         batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
         return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)

@@ -41,8 +41,12 @@ def shard(net: FlowMapNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
     _own_frozen(net)
     _lift_scalars(net)
     policy = partial(MixedPrecisionPolicy, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
+    trains = any(p.requires_grad for p in net.parameters())  # it is no average
+    kept = {p for p in net.parameters() if trains and not p.requires_grad}
     for block in blocks_of(net.net):
+        _widen(block, kept)
         fully_shard(block, mesh=mesh, mp_policy=policy(param_dtype=dtype), **RESHARD)
+    _widen(net, kept)
     fully_shard(net, mesh=mesh, mp_policy=policy(), **RESHARD)
     for method in METHODS:
         register_fsdp_forward_method(net, method)
@@ -78,6 +82,13 @@ class _Group(nn.Module):
 def units(net: nn.Module) -> dict[str, FSDPModule]:
     """The units of a sharded network by their names; the root's is empty."""
     return {name: module for name, module in net.named_modules() if isinstance(module, FSDPModule)}
+
+
+def _widen(module: nn.Module, frozen: set[nn.Parameter]) -> None:
+    """Make float32 of half-precision weights that are not frozen: a student may have them from its teacher's files."""
+    for p in module.parameters():
+        if p not in frozen and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
 
 
 def _own_frozen(net: nn.Module) -> None:

@@ -6,12 +6,12 @@ import inspect
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from flowmap.base import preempt
@@ -22,14 +22,16 @@ from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.base.team import the_team
 from flowmap.build.data import build_data, build_samples
+from flowmap.build.frozen import hold_frozen
+from flowmap.build.module import check_derivative
 from flowmap.build.prior import build_prior, write_prior
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import BuiltTeacher, build_teacher
 from flowmap.data import Dataset
+from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.nets.flow_map import FlowMapNet, mismatch
-from flowmap.nets.precision import hold
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
@@ -72,26 +74,19 @@ class Built:
         teacher = build_teacher(stage, data)
         config = student_config(stage, data, teacher)
         prior = build_prior(stage)
-        student = build_student(stage, config, teacher)
+        # sharding copies the weights: no process has the whole student in memory of its own
+        student = build_student(stage, config, teacher, share=stage.recipe.trainer.strategy == "fsdp")
+        check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
-        _hold_frozen(stage.recipe, teacher, module)
+        if teacher is not None:
+            frozen = cast(Sequence[FlowMapNet], teacher.modules)
+            hold_frozen(stage.recipe, frozen, module.student, cast(Sequence[FlowMapNet], module.averages))
         if stage.recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
             nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
             for net in nets:
                 net.net.compile()
         return Built(data, teacher, config, prior, module)
-
-
-def _hold_frozen(recipe: Recipe, teacher: BuiltTeacher | None, module: DistillModule) -> None:
-    """Round frozen weights to bfloat16 where the recipe asks for it; all that starts from them has been built."""
-    if teacher is None or recipe.trainer.frozen_precision != "bf16":
-        return
-    for net in teacher.modules:
-        hold(cast(FlowMapNet, net), torch.bfloat16)
-    if recipe.lora is not None:  # the base is the teacher's; adapters and their averages are not rounded
-        for net in (module.student, *module.averages):
-            net.held = torch.bfloat16
 
 
 def device_of(recipe: Recipe) -> str:
@@ -115,6 +110,7 @@ def run_stage(
     checked: dict[str, float] = {}
     if not start and not is_child():
         device = device_of(recipe)
+        check_prediction(recipe, built.teacher, built.data, device=device, log=log)
         checked = check_teacher(recipe, built.teacher, built.data, device=device, prior=built.prior, log=log)
     # one student for the run: it keeps what it loads to decode samples and to encode prompts
     student = Student(built.config, built.module.averaged, folder / "student")

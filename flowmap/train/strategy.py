@@ -67,13 +67,17 @@ class ShardedStrategy(ModelParallelStrategy):
                 write_checkpoint(folder / REST, checkpoint)
                 complete(folder, target, shapes, shards)
 
-        if self._saved and self.root_device.type != "cpu":
+        if self.in_background():
             self._writing = Thread(target=self._keeping_errors, args=(write,), name="checkpoint")
             self._writing.start()
         else:
             write()
             self.barrier()
         self._saved = True
+
+    def in_background(self) -> bool:
+        """Whether the next checkpoint is written while training goes on."""
+        return self._saved and self.root_device.type != "cpu"
 
     def finish_writing(self) -> None:
         """Wait for the checkpoint that is being written; raise the error if it could not be."""

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowmap.flow.derivative import eulerian_derivative, value_and_rate
-from flowmap.nets.adapters import AdapterAverage
+from flowmap.nets.adapters import AdapterAverage, share_base, shares_base
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base, LoRA, add_lora, fingerprint, load_base, merged
@@ -268,3 +268,31 @@ def test_an_average_of_adapters_is_the_students_network_with_other_adapters(fami
         assert torch.equal(average.velocity(x, t, COND), twin.velocity(x, t, COND))
         assert not torch.equal(average.mean_velocity(x, t, s, COND), before)
         assert torch.equal(student.mean_velocity(x, t, s, COND), before) and not student.training
+
+
+@families
+def test_under_fsdp_the_teacher_is_the_students_base_held_once(family):
+    """A call between the student's forward and backward pass changes neither."""
+    from tests.support.fake_group import lone_group
+
+    net, student = student_of(family, loud=True)
+    teacher, x, (t, s) = FlowMapNet(net), numbers(B, 4, 8, 8), times()
+    other, _ = student_of(family, loud=True)
+    assert shares_base(teacher, student) and not shares_base(FlowMapNet(other), student)
+    wanted, value = teacher.velocity(x, t, COND), student.mean_velocity(x, t, s, COND)
+    value.sum().backward()
+    grads = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    with lone_group():
+        shard(student, init_device_mesh("cpu", (1,)))
+        share_base(teacher, student)
+        assert not list(teacher.parameters())
+        again = student.mean_velocity(x, t, s, COND)
+        assert torch.equal(teacher.velocity(x, t, COND), wanted)
+        again.sum().backward()
+        assert torch.equal(again, value)
+        for name, p in student.named_parameters():
+            assert (name in grads) == p.requires_grad
+            if p.requires_grad:  # sums of other memory layouts are rounded otherwise
+                scale = float(grads[name].abs().max())
+                assert torch.allclose(p.grad.full_tensor(), grads[name], rtol=1e-5, atol=1e-5 * scale), name

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.precision import KEPT
 from flowmap.nets.pretrained import load_pretrained
-from flowmap.nets.unfilled import without_weights
+from flowmap.nets.unfilled import weights_dropped, without_weights
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import load_student, save_student
+from tests.support.families import FAMILIES
 from tests.support.tiny_nets import sd3
 
 diffusers = pytest.importorskip("diffusers")
@@ -66,3 +69,18 @@ def test_a_student_and_a_pipeline_stay_in_their_files(tmp_path):
     pytest.importorskip("accelerate")
     assert own_bytes() - before < 0.2 * size
     assert all(torch.equal(tensor[:1], want[f"net.{name}"]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35", "sana", "flux", "pixart", "dit_xl"])  # pipelines' networks
+def test_a_network_that_drops_its_weights_leaves_the_generator_and_its_branches_as_they_were(name):
+    torch.manual_seed(3)
+    whole = FlowMapNet(FAMILIES[name].build())
+    drawn = torch.rand(())
+    torch.manual_seed(3)
+    with weights_dropped(KEPT):
+        dropped = FlowMapNet(FAMILIES[name].build())
+    assert torch.equal(torch.rand(()), drawn)
+    there = dict(dropped.named_parameters())
+    assert all(p.is_meta or torch.equal(p, there[key]) for key, p in whole.named_parameters() if not there[key].is_meta)
+    real = sum(p.numel() for p in there.values() if not p.is_meta)
+    assert real <= sum(p.numel() for module in whole.modules() if isinstance(module, KEPT) for p in module.parameters())

@@ -31,6 +31,39 @@ log: {wandb: false, every_steps: 1, grid_images: 8}
 fit = partial(fit_alone, timeout=600)  # of a busy machine
 TWO = ["trainer.devices=2", "trainer.strategy=fsdp", "data.batch_size=4", "log.grid_images=4"]
 
+BACKGROUND = """\
+import os, sys, threading, time
+from pathlib import Path
+from flowmap.cli import main
+from flowmap.train import strategy
+from flowmap.train.module import DistillModule
+
+here, rank = Path(__file__).parent, os.environ.get("LOCAL_RANK", "0")
+step, write = DistillModule.training_step, strategy.write_shard
+strategy.ShardedStrategy.in_background = lambda self: self._saved  # as on an accelerator
+
+def training_step(self, batch, batch_idx):
+    loss = step(self, batch, batch_idx)
+    (here / f"trained-{self.global_step}-{rank}").touch()
+    return loss
+
+def write_shard(folder, shard, tensors):
+    if threading.current_thread().name == "checkpoint":
+        after = here / f"trained-{os.environ['AFTER']}-{rank}"  # a step that comes after the snapshot
+        for _ in range(6000):  # if training waited for this file, it would never come
+            if after.exists():
+                break
+            time.sleep(0.05)
+        else:
+            raise TimeoutError("training does not go on while the checkpoint is written")
+        (here / f"written-{rank}").touch()
+    write(folder, shard, tensors)
+
+DistillModule.training_step, strategy.write_shard = training_step, write_shard
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
 
 @pytest.fixture
 def recipes(tmp_path):
@@ -62,3 +95,39 @@ def test_a_lora_run_in_bf16_holds_its_base_in_bfloat16_on_each_process(recipes):
     assert code == 0 and "Traceback" not in err, err
     state = read_tensors(recipes / "run" / "student" / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_a_checkpoint_is_written_while_training_goes_on_and_has_the_weights_of_its_step(recipes, monkeypatch):
+    """The second checkpoint, of step 4, is written only after step 5 has changed the weights in place."""
+    steps = ["trainer.checkpoint_every_steps=2", "trainer.steps=6"]
+    path, settings = recipes / "edm2.yaml", [*TWO, *steps, "trainer.keep_checkpoints=9"]
+    code, _, err = fit(path, recipes / "whole", *settings)
+    assert code == 0, err
+    monkeypatch.setattr("tests.train.test_processes.SCRIPT", BACKGROUND)
+    monkeypatch.setenv("AFTER", "5")
+    code, _, err = fit(path, recipes / "background", *settings)
+    assert code == 0, err
+    assert all((recipes / f"written-{rank}").exists() for rank in range(2)), "by a thread, after a later step"
+    for name in ("step-00000002", "step-00000004", "last"):
+        one, two = (sorted((recipes / run / "checkpoints" / f"{name}.ckpt").glob("*.safetensors"))
+                    for run in ("whole", "background"))  # fmt: skip
+        assert len(one) == len(two) == 2
+        for a, b in zip(one, two, strict=True):
+            wanted, found = read_tensors(a), read_tensors(b)
+            assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_a_sharded_run_with_a_quantised_base_is_that_of_ddp_and_resumes_to_the_bit(recipes):
+    pytest.importorskip("bitsandbytes")
+    path = recipes / "lora.yaml"
+    settings = [*TWO, "trainer.steps=8", "trainer.checkpoint_every_steps=4", "quantize.frozen=nf4",
+                "student.lora.targets=[to_q, net.2]"]  # fmt: skip
+    runs = {key: recipes / key for key in ("ddp", "whole", "killed")}
+    assert fit(path, runs["ddp"], *settings, "trainer.strategy=ddp")[0] == 0
+    code, _, err = fit(path, runs["whole"], *settings)
+    assert code == 0, err
+    assert_close(runs["ddp"], runs["whole"], rtol=1e-4, atol=1e-4)
+    assert fit(path, runs["killed"], *settings, spoil="kill")[0] != 0
+    code, _, err = fit(path, runs["killed"], *settings, "--resume")
+    assert code == 0 and "resuming at step 4" in err, err
+    assert_close(runs["whole"], runs["killed"], rtol=0, atol=0)
