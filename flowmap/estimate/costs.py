@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.estimate.attention import ATTENTION, fused_attention
+from flowmap.estimate.networks import outline_of_network
 from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.text_joint import TextJoint
@@ -69,9 +70,7 @@ def cost_of(
         return Cost(*map(sum, zip(*parts, strict=True)))
     key = (replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
     if key not in _COUNTED:
-        with torch.device("meta"):
-            flow_map = config.build() if built is None else built
-        _COUNTED[key] = _counted(flow_map, *key)
+        _COUNTED[key] = _counted(outline_of_network(config) if built is None else built, *key)
     return _COUNTED[key]
 
 
@@ -132,10 +131,7 @@ def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows:
         real, fake, noise = (torch.zeros(rows, *config.shape) for _ in range(3))
         cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
     there = [real, fake, noise, *cond.values(), *net.parameters()]
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    # torch's own tracker puts hooks on gradients, which torch.autograd.grad refuses (torch 2.13).
-    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
-    with torch.device("meta"), counter:
+    with torch.device("meta"), _flop_counter() as counter:
         generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
         net.zero_grad(set_to_none=True)
         with _Kept(there) as kept:
@@ -143,6 +139,16 @@ def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows:
         bytes_kept = sum(kept.sizes.values())
         loss.value.backward()
     return counter.get_total_flops(), bytes_kept
+
+
+def _flop_counter() -> FlopCounterMode:
+    """A counter that does not follow which module runs.
+
+    torch's own tracker takes long, and puts hooks on gradients, which torch.autograd.grad refuses (torch 2.13).
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
+    return counter
 
 
 class _Nowhere:
@@ -160,7 +166,7 @@ def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> t
     with torch.device("meta"):
         x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
     there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
-    with torch.device("meta"), fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with torch.device("meta"), fused_attention(), _flop_counter() as counter:
         with _Kept(there) as kept:
             out = net(x, t, t, cond)
         forward, bytes_kept = counter.get_total_flops(), sum(kept.sizes.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +42,7 @@ class Networks:
         with torch.device("meta"):
             teacher, start = _teacher(run, config), _start(run, config)
             student = build_student(run, config, teacher, start=start)
+            _keep(config, student)
             fake = build_fake(run, config, teacher, start=start) if distils else None
         return Networks(student, fake, _discriminator(run, config, teacher))
 
@@ -57,9 +60,30 @@ def config_without_weights(run: ResolvedRun, data: DataOutline | None) -> Studen
 
 
 def outline_of_network(config: StudentConfig) -> FlowMapNet:
-    """Return a student's network on the meta device."""
-    with torch.device("meta"):
-        return config.build().to("meta")  # some libraries make tables with numpy
+    """Return a student's network on the meta device, a copy of its own for the caller.
+
+    Each distinct network is built once in a process, as far as the last few are kept.
+    """
+    key = _nameless(config)
+    if key not in _BUILT:
+        with torch.device("meta"):
+            _keep(config, config.build())
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: OrderedDict[StudentConfig, FlowMapNet] = OrderedDict()
+MOST = 8  # networks that are kept
+
+
+def _nameless(config: StudentConfig) -> StudentConfig:
+    return replace(config, recipe="", recipe_hash="", step=0)
+
+
+def _keep(config: StudentConfig, net: FlowMapNet) -> None:
+    """Keep a copy of the network for `outline_of_network`."""
+    _BUILT[_nameless(config)] = copy.deepcopy(net.to("meta"))  # some libraries make tables with numpy
+    while len(_BUILT) > MOST:
+        _BUILT.popitem(last=False)
 
 
 def teacher_configs(run: ResolvedRun, config: StudentConfig) -> list[tuple[Card, StudentConfig]]:
@@ -90,14 +114,14 @@ def _teacher(run: ResolvedRun, config: StudentConfig) -> BuiltTeacher | None:
     if spec is None or not (isinstance(run.recipe.start, (FromTeacher, FromRecipe)) or _reads_teacher(run)):
         return None
     plain = of_teacher(config, spec)
-    flow_map = plain.build()
+    flow_map = outline_of_network(plain)
     return BuiltTeacher(NetworkTeacher(flow_map), Student(plain, flow_map), (flow_map,))
 
 
 def _start(run: ResolvedRun, config: StudentConfig) -> FlowMapNet | None:
     """Return a network as that of the run from which the student starts, if it starts from one."""
     spec = shipped_net(run.starts[0].net) if isinstance(run.recipe.start, FromRecipe) else None
-    return None if spec is None else of_teacher(config, spec).build()
+    return None if spec is None else outline_of_network(of_teacher(config, spec))
 
 
 def _reads_teacher(run: ResolvedRun) -> bool:

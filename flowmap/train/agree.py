@@ -35,6 +35,7 @@ class Agree(L.Callback):
     ):
         self.minutes, self.at_once, self.now = minutes, at_once, now
         self.due, self.ended, self._saved, self._seen = False, False, 0.0, -1
+        self.keep: Callable[[], None] = lambda: None  # saves a checkpoint of this step, unless there is one
         self._wishes: torch.Tensor | None = None
         self._work: distributed.Work | None = None
 
@@ -90,10 +91,13 @@ def agreement(trainer: L.Trainer) -> Agree:
 
 
 def interruptible(trainer: L.Trainer, look: Callable[[], None]) -> None:
-    """Call look(), which a signal interrupts; with one process the run then ends after this step, with a checkpoint.
+    """Call look(), which a signal interrupts; the run then ends after this step, with a checkpoint of it.
 
-    With several, which are in different places, it ends at once, and goes on from its last checkpoint.
+    Several processes, which are in different places when the signal arrives, save that checkpoint before look() and end
+    at once.
     """
+    if trainer.world_size > 1:
+        agreement(trainer).keep()
     try:
         with preempt.released():
             look()

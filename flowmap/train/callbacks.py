@@ -174,6 +174,15 @@ class Keep(AtSteps):
     def on_train_start(self, trainer, module) -> None:
         super().on_train_start(trainer, module)
         self._saved = trainer.global_step  # 0, or the step of the checkpoint from which the run goes on
+        agreement(trainer).keep = lambda: self._keep_once(trainer, module)
+
+    def _keep_once(self, trainer, module: DistillModule) -> None:
+        """Save a checkpoint of this step, and wait until it is written, unless there is one."""
+        if self._saved != trainer.global_step:
+            self.keep(trainer, module, trainer.global_step)
+            agreement(trainer).saved()
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.finish_writing()
 
     def at(self, trainer, module: DistillModule, done: int) -> None:
         recipe, settings = self.stage.recipe, self.stage.recipe.trainer
@@ -201,7 +210,7 @@ class Keep(AtSteps):
         if isinstance(trainer.strategy, ShardedStrategy):  # the last one may be in writing
             trainer.strategy.finish_writing()
         folder, settings = self.stage.folder, self.stage.recipe.trainer
-        if trainer.is_global_zero and self._saved:
+        if trainer.is_global_zero and self._saved not in (0, done):
             retire(folder, self._saved, settings)
         trainer.save_checkpoint(folder / LAST)
         self._saved = done

@@ -1,14 +1,22 @@
 """The networks of a dry run are those that the builders make, without the weights that they start from."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
+import torch
 
 from flowmap.base.schema import RecipeError
 from flowmap.build.student import student_config
 from flowmap.data.outline import outline_of
-from flowmap.estimate import dry_run
+from flowmap.estimate import costs, dry_run
+from flowmap.estimate import networks as made_networks
 from flowmap.estimate.networks import Networks
+from flowmap.nets import DiT
 from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
+from flowmap.samplers import Deterministic
+from flowmap.student.config import StudentConfig
 
 
 @pytest.fixture
@@ -66,3 +74,28 @@ def test_a_start_that_is_another_network_is_refused_before_it_is_trained(tmp_pat
     assert Networks.of(run, config).student is not None
     with pytest.raises(RecipeError, match="digits: student: .*its network is not the teacher's"):
         Networks.of(other, config)
+
+
+def test_each_distinct_network_is_built_once_in_a_dry_run(tmp_path, monkeypatch):
+    """Guided by a weak model, priced on accelerators: student, teacher and weak model are each asked for many times."""
+    monkeypatch.setenv("FLOWMAP_RUNS", str(tmp_path))
+    built, original = Counter(), StudentConfig.build
+
+    def build(self, base=None):
+        built[replace(self, recipe="", recipe_hash="", step=0)] += 1
+        return original(self, base)
+
+    monkeypatch.setattr(StudentConfig, "build", build)
+    monkeypatch.setattr(dry_run, "WORTH_PRICING", 0)
+    made_networks._BUILT.clear()
+    costs._COUNTED.clear()
+    lines = dry_run.dry_run(read_recipe("digits", ["trainer.accelerator=auto"]), None)
+    assert any("GPU-hours" in line for line in lines)
+    assert len(built) >= 2 and set(built.values()) == {1}
+
+
+def test_a_network_is_a_copy_of_its_own():
+    config = StudentConfig(net=DiT(preset="nano", patch=1), sampler=Deterministic(), shape=(1, 8, 8))
+    one, two = (made_networks.outline_of_network(config) for _ in range(2))
+    one.requires_grad_(False).bfloat16()
+    assert all(p.requires_grad and p.dtype == torch.float32 and p.is_meta for p in two.parameters())

@@ -161,6 +161,33 @@ def test_two_processes_end_after_the_same_step_and_go_on_to_the_same_weights(tmp
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_that_measure_have_a_checkpoint_of_that_step(tmp_path, strategy):
+    """One of two processes hears of the signal while both measure after step 8, when none is due before step 12."""
+    path = tmp_path / "digits.yaml"
+    path.write_text(DIGITS.replace("steps: 12", f"steps: 12, devices: 2, strategy: {strategy}"))
+    often = ("log.metrics_every_steps=4", "trainer.checkpoint_every_steps=12")
+    code, _, err = ended(flowmap("fit", "--recipe", path, "--out", tmp_path / "whole", *often))
+    assert code == 0, err
+    stops = tmp_path / "stops.py"
+    stops.write_text(
+        "import os, signal\nfrom flowmap.evaluation.rows import Rows\n"
+        "original, calls = Rows.student, iter(range(1000))\n\n"
+        "def student(self, *rest):\n    if os.environ.get('RANK') == '1' and next(calls) == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n    return original(self, *rest)\n\n"
+        "Rows.student = student\n"
+    )
+    command = ("fit", "--recipe", path, "--out", tmp_path / "run", "--resume", "auto", *often)
+    code, _, err = ended(flowmap(*command, "--import", stops))
+    assert code == STATUS and "flowmap: ended by" in err, err
+    assert "resuming" not in err and step_of(tmp_path / "run") in (4, 8)
+    code, _, err = ended(flowmap(*command))
+    assert code == 0 and "resuming at step" in err, err
+    weights = "student/model.safetensors"
+    assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
+
+
 @pytest.fixture
 def signals():
     """The handlers are the default ones again afterwards: a command that was asked to end leaves them ignored."""
