@@ -1,8 +1,8 @@
 """The class-conditional flow-matching model of MNIST by S. Dominguez, as a network for `--import`.
 
 Weights: github: sofia-dominguezc/MNIST-diffusion, commit 88bc058, parameters/MNIST/DiffusionViT.pth (MIT).
-A recipe names it by `--import examples/published/mnist_flow_vit.py` and `teacher: {kind: module, module: mnist-flow-vit,
-...}` (docs/guide/own_teacher.md); examples/own_teacher.py brings the same model from Python.
+A recipe names it by `--import examples/published/mnist_flow_vit.py` and `teacher: {kind: module, ...}` with
+`module: mnist-flow-vit` (docs/guide/own_teacher.md); examples/own_teacher.py brings the same model from Python.
 """
 
 import math
