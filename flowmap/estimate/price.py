@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowmap.data import Encoded, Pairs
+from flowmap.data import Encoded, Guidance, Pairs
 from flowmap.estimate.communication import Links, Sent, sent_in_a_step
 from flowmap.estimate.evaluation import real_samples
 from flowmap.estimate.frozen_networks import caption_flops, live_text, picture_networks
@@ -84,8 +84,7 @@ class Prices:
         assert isinstance(recipe.coupling, Pairs)
         spec = recipe.coupling
         guidance = None if spec.teacher is None else spec.teacher.guidance
-        calls = solver_calls(spec) * (2 if guidance is not None and isinstance(guidance, ClassifierFree) else 1)
-        return self.forward(teacher, recipe).times(calls * spec.num)
+        return self.forward(teacher, recipe).times(solver_calls(spec) * guided_calls(guidance) * spec.num)
 
     def encoding(self, recipe: Recipe) -> Traffic:
         """The traffic of encoding a picture, in float32; none if pictures are stored as they are."""
@@ -197,9 +196,9 @@ def evaluation_parts(
     ]
     solved = evaluation.teacher_steps, *evaluation.teacher_extra_steps
     if teachers:
-        twice = recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree)
-        each = sum((prices.forward(one, recipe) for one in teachers), Traffic()).times(2 if twice else 1)
-        name = f"{num:,} samples of the teacher, at {_listed(solved)}{' with guidance' if twice else ''}"
+        each_step = guided_calls(None if recipe.teacher is None else recipe.teacher.guidance)
+        each = sum((prices.forward(one, recipe) for one in teachers), Traffic()).times(each_step)
+        name = f"{num:,} samples of the teacher, at {_listed(solved)}{' with guidance' if each_step > 1 else ''}"
         found.append((name, each.times(num * sum(solved))))
     rows = len(steps) + (len(solved) if teachers else 0)
     data = recipe.data
@@ -234,6 +233,14 @@ def _counted(number: float) -> str:
 def solver_calls(spec: Pairs) -> int:
     """The velocity calls of the solver for one pair."""
     return spec.solver(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1)).calls
+
+
+def guided_calls(guidance: Guidance | None) -> float:
+    """The mean number of calls of the teacher's own network per velocity, over even times."""
+    if not isinstance(guidance, ClassifierFree):
+        return 1.0
+    low, high = guidance.interval
+    return 1 + high - low
 
 
 def hours(found: Traffic) -> str:
