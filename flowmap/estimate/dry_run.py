@@ -22,7 +22,6 @@ from flowmap.estimate.price import Prices, price_lines
 from flowmap.estimate.remembered import RememberedShapes
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
@@ -141,7 +140,7 @@ def _state(stage: Needed) -> str:
     if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
-        return f"{pairs_spec(stage.recipe).num} pairs"
+        return stage.makes
     return f"{stage.recipe.trainer.steps} steps"
 
 

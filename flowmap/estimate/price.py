@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from flowmap.data import Encoded, Guidance, Pairs
+from flowmap.data import Encoded, Guidance, Pairs, TeacherSamples
 from flowmap.estimate.communication import Links, Sent, sent_in_a_step
 from flowmap.estimate.evaluation import real_samples
 from flowmap.estimate.frozen_networks import caption_flops, live_text, picture_networks
@@ -154,10 +154,7 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     trained: the number of parameters that are trained.
     """
     recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
-    lines = _encoding(recipe, config, prices)
-    if isinstance(recipe.coupling, Pairs) and (maker := pairs_config(run, config)) is not None:
-        size = gib(pairs_bytes(recipe, config.shape))
-        lines.append(f"{run.pairs.num:,} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
+    lines = [*_encoding(recipe, config, prices), *_made(run, config, prices)]
     step = prices.step(recipe, config, teachers)
     processes = recipe.batches.processes
     whole = step.whole.times(recipe.trainer.steps * processes)
@@ -168,6 +165,19 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     lines += [f"  {name}: {hours(part)}" for name, part in parts if part.slow_seconds]
     disk = run_bytes(recipe, trained)
     lines.append("disk of the run: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
+    return lines
+
+
+def _made(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
+    """Return a line on the samples of the teacher, if they are the data, and one on the pairs."""
+    sampled = [(run.sampled, "samples of the teacher")] if isinstance(run.recipe.data, TeacherSamples) else []
+    paired = [(run, "pairs")] if isinstance(run.recipe.coupling, Pairs) else []
+    lines = []
+    for one, what in (*sampled, *paired):
+        maker = pairs_config(one, config)
+        if maker is not None:
+            size = gib(pairs_bytes(one.recipe, config.shape))
+            lines.append(f"{one.pairs.num:,} {what}: {hours(prices.pairs(one.recipe, maker))}, {size} on disk")
     return lines
 
 
