@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowmap.base.schema import RecipeError
 from flowmap.build.prior import build_prior
 from flowmap.data import Dataset, PairedDataset, Pairs, StyledDataset
@@ -20,6 +22,7 @@ from flowmap.teachers.autoencoder import FrozenAutoencoder
 def build_data(run: ResolvedRun, read: Callable[[Any], Any] | None = None) -> Dataset:
     """Return the run's data. Raise RecipeError if it cannot be read or lacks what a metric of the recipe needs.
 
+    Captions that are encoded as they are used are encoded in the precision of the run's frozen networks.
     read: reads the data with those settings, in place of their `build`.
     """
     try:
@@ -30,6 +33,8 @@ def build_data(run: ResolvedRun, read: Callable[[Any], Any] | None = None) -> Da
     except ValueError as error:
         raise RecipeError(f"{run.name}: {error}") from error
     check_sizes(run, data)
+    if run.recipe.trainer.frozen_precision == "bf16":
+        data.hold_text(torch.bfloat16)
     return data
 
 

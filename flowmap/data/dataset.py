@@ -94,6 +94,9 @@ class BaseDataset:
     def to_device(self, device: torch.device) -> None:
         """Complete conditions on that device from now on."""
 
+    def hold_text(self, dtype: torch.dtype | None) -> None:
+        """Complete conditions by a text encoder with weights of that dtype from now on; None: that of its files."""
+
     def example_conditions(self) -> Cond:
         """One row of each condition, for its name and shape."""
         return self.conditions_at(torch.zeros(1, dtype=torch.int64))

@@ -14,7 +14,7 @@ from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
-from flowmap.estimate.frozen_networks import encoder_bytes, live_text
+from flowmap.estimate.frozen_networks import live_text_bytes
 from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
@@ -244,7 +244,7 @@ def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts
     for net in teachers:
         net.requires_grad_(False)
     found = memory_of(recipe, student, teachers, activations=kept, others=others)
-    return replace(found, frozen=found.frozen + encoder_bytes(config)) if live_text(recipe) else found
+    return replace(found, text=live_text_bytes(recipe, config))
 
 
 def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> list[str]:

@@ -70,8 +70,7 @@ class Prices:
         ends = parts["optimizer"] + parts["averages"]
         micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
         if live_text(recipe):
-            share = TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
-            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), share)
+            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), _text_share(recipe))
         return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
     def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
@@ -179,6 +178,13 @@ def _made(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
             size = gib(pairs_bytes(one.recipe, config.shape))
             lines.append(f"{one.pairs.num:,} {what}: {hours(prices.pairs(one.recipe, maker))}, {size} on disk")
     return lines
+
+
+def _text_share(recipe: Recipe) -> float:
+    """Return the share of the bf16 rate that products of text encoders reach in the training step."""
+    if recipe.trainer.frozen_precision == "bf16":
+        return 1.0
+    return TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
 
 
 def _encoding(recipe: Recipe, config: StudentConfig, prices: Prices) -> list[str]:

@@ -115,6 +115,7 @@ class Maker:
     @staticmethod
     def of(run: ResolvedRun, device: torch.device | str) -> Maker:
         recipe, spec, data = run.recipe, run.pairs, build_data(run)
+        data.hold_text(None)  # pairs do not depend on the precision of the run that reads them
         if spec.num_inverted and sources_of(data) is not None:
             raise ValueError(
                 "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; "
