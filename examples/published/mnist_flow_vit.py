@@ -46,4 +46,9 @@ class FlowViT(nn.Module):
         tokens = torch.cat([patches, self.time(t), self.y_encoder(label).unflatten(1, (2, WIDTH))], dim=1)
         for layer in self.transformer:
             tokens = layer(tokens)
-        return self.unpatch(tokens[:, : SIDE**2].mT.unflatten(2, (SIDE, SIDE)))
+        return self.pixels(tokens[:, : SIDE**2])
+
+    def pixels(self, tokens: Tensor) -> Tensor:
+        """The transposed convolution `unpatch`, whose patches do not overlap, as a product: faster on a CPU."""
+        patches = (tokens @ self.unpatch.weight.flatten(1)).unflatten(2, (PATCH, PATCH)).unflatten(1, (SIDE, SIDE))
+        return patches.transpose(2, 3).flatten(3).flatten(1, 2)[:, None] + self.unpatch.bias

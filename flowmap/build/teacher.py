@@ -16,7 +16,7 @@ from flowmap.build.module import load_module
 from flowmap.data import Dataset, Guidance, Independent, TeacherSlot
 from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
-from flowmap.flow.solver import Euler
+from flowmap.flow.solver import Euler, uniform_times
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
@@ -39,7 +39,7 @@ from flowmap.teachers.card import Card
 from flowmap.teachers.exact import MixtureTeacher
 from flowmap.teachers.guidance import Autoguidance as AutoguidedTeacher
 from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
-from flowmap.teachers.guidance import network_calls, with_drawn_scales
+from flowmap.teachers.guidance import IntervalGuidance, calls_at, network_calls, with_drawn_scales
 from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
 
@@ -106,7 +106,13 @@ class BuiltTeacher:
 
     @property
     def calls_per_step(self) -> int:
+        """The maximum number of network calls per velocity."""
         return network_calls(self.guided)
+
+    def calls(self, steps: int) -> int:
+        """Return the network calls that `solve` makes for each sample."""
+        guided = self.guided.teacher if isinstance(self.guided, LimitedTeacher) else self.guided
+        return sum(calls_at(guided, t) for t in uniform_times(steps)[:-1])
 
 
 def build_teacher(run: ResolvedRun, data: Dataset | None = None) -> BuiltTeacher | None:
@@ -175,11 +181,14 @@ def _before_limits(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
 
 def guided_by(guidance: Guidance | None, strong: Teacher, weak: Teacher) -> Teacher:
     """Return the velocity that the settings of guidance make of these two; `weak` is for autoguidance alone."""
+    guided = strong
     if isinstance(guidance, ClassifierFree):
-        return ClassifierFreeTeacher(strong, default=guidance.default)
+        guided = ClassifierFreeTeacher(strong, default=guidance.default)
     if isinstance(guidance, Autoguidance):
-        return AutoguidedTeacher(strong, weak, default=guidance.default)
-    return strong
+        guided = AutoguidedTeacher(strong, weak, default=guidance.default)
+    if guidance is None or guidance.interval == (0.0, 1.0):
+        return guided
+    return IntervalGuidance(guided, *guidance.interval, default=guidance.default)
 
 
 def teacher_of_networks(recipe: Recipe, networks: Sequence[FlowMapNet], empty: Cond) -> BuiltTeacher:

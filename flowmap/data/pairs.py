@@ -46,6 +46,9 @@ class Guidance(Protocol):
     @property
     def default(self) -> float: ...
 
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
     def check(self, recipe: RecipeView) -> None: ...
 
 

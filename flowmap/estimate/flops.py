@@ -28,9 +28,9 @@ class Flops(Mode):
         return out
 
 
-def flops_of(packet, args, kwargs, out) -> float:
+def flops_of(packet, args, kwargs, out) -> int:
     """Return the FLOPs of a kernel, by its name without the overload, with these arguments and results."""
-    formula: Callable[..., float] | None = FORMULAS.get(packet)
+    formula: Callable[..., int] | None = FORMULAS.get(packet)
     if formula is not None:
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
         named = {key: tuple(x.shape) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
@@ -56,7 +56,7 @@ def _convolution_backward_flops(
     return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
 
 
-FORMULAS: dict[Any, Callable[..., float]] = {
+FORMULAS: dict[Any, Callable[..., int]] = {
     ATTENTION: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,

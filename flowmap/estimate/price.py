@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from flowmap.data import Encoded, Pairs
+from flowmap.data import Encoded, Guidance, Pairs, TeacherSamples
 from flowmap.estimate.communication import Links, Sent, sent_in_a_step
 from flowmap.estimate.evaluation import real_samples
 from flowmap.estimate.frozen_networks import caption_flops, live_text, picture_networks
@@ -71,8 +71,7 @@ class Prices:
         ends = parts["optimizer"] + parts["averages"]
         micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
         if live_text(recipe):
-            share = TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
-            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), share)
+            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), _text_share(recipe))
         return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
     def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
@@ -85,8 +84,7 @@ class Prices:
         assert isinstance(recipe.coupling, Pairs)
         spec = recipe.coupling
         guidance = None if spec.teacher is None else spec.teacher.guidance
-        calls = solver_calls(spec) * (2 if guidance is not None and isinstance(guidance, ClassifierFree) else 1)
-        return self.forward(teacher, recipe).times(calls * spec.num)
+        return self.forward(teacher, recipe).times(solver_calls(spec) * guided_calls(guidance) * spec.num)
 
     def encoding(self, recipe: Recipe) -> Traffic:
         """The traffic of encoding a picture, in float32; none if pictures are stored as they are."""
@@ -161,10 +159,7 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     trained: the number of parameters that are trained.
     """
     recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
-    lines = _encoding(recipe, config, prices)
-    if isinstance(recipe.coupling, Pairs) and (maker := pairs_config(run, config)) is not None:
-        size = gib(pairs_bytes(recipe, config.shape))
-        lines.append(f"{run.pairs.num:,} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
+    lines = [*_encoding(recipe, config, prices), *_made(run, config, prices)]
     step = prices.step(recipe, config, teachers)
     processes = recipe.batches.processes
     whole = step.whole.times(recipe.trainer.steps * processes)
@@ -176,6 +171,26 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     disk = run_bytes(recipe, trained)
     lines.append("disk of the run: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
     return lines
+
+
+def _made(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
+    """Return a line on the samples of the teacher, if they are the data, and one on the pairs."""
+    sampled = [(run.sampled, "samples of the teacher")] if isinstance(run.recipe.data, TeacherSamples) else []
+    paired = [(run, "pairs")] if isinstance(run.recipe.coupling, Pairs) else []
+    lines = []
+    for one, what in (*sampled, *paired):
+        maker = pairs_config(one, config)
+        if maker is not None:
+            size = gib(pairs_bytes(one.recipe, config.shape))
+            lines.append(f"{one.pairs.num:,} {what}: {hours(prices.pairs(one.recipe, maker))}, {size} on disk")
+    return lines
+
+
+def _text_share(recipe: Recipe) -> float:
+    """Return the share of the bf16 rate that products of text encoders reach in the training step."""
+    if recipe.trainer.frozen_precision == "bf16":
+        return 1.0
+    return TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
 
 
 def _encoding(recipe: Recipe, config: StudentConfig, prices: Prices) -> list[str]:
@@ -203,9 +218,9 @@ def evaluation_parts(
     ]
     solved = evaluation.teacher_steps, *evaluation.teacher_extra_steps
     if teachers:
-        twice = recipe.teacher is not None and isinstance(recipe.teacher.guidance, ClassifierFree)
-        each = sum((prices.forward(one, recipe) for one in teachers), Traffic()).times(2 if twice else 1)
-        name = f"{num:,} samples of the teacher, at {_listed(solved)}{' with guidance' if twice else ''}"
+        each_step = guided_calls(None if recipe.teacher is None else recipe.teacher.guidance)
+        each = sum((prices.forward(one, recipe) for one in teachers), Traffic()).times(each_step)
+        name = f"{num:,} samples of the teacher, at {_listed(solved)}{' with guidance' if each_step > 1 else ''}"
         found.append((name, each.times(num * sum(solved))))
     rows = len(steps) + (len(solved) if teachers else 0)
     data = recipe.data
@@ -240,6 +255,14 @@ def _counted(number: float) -> str:
 def solver_calls(spec: Pairs) -> int:
     """The velocity calls of the solver for one pair."""
     return spec.solver(lambda x, t: torch.zeros_like(x), torch.zeros(1, 1)).calls
+
+
+def guided_calls(guidance: Guidance | None) -> float:
+    """The mean number of calls of the teacher's own network per velocity, over even times."""
+    if not isinstance(guidance, ClassifierFree):
+        return 1.0
+    low, high = guidance.interval
+    return 1 + high - low
 
 
 def hours(found: Traffic) -> str:

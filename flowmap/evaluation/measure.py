@@ -111,6 +111,9 @@ def measure(
         seconds["decode"] = rows.decode_seconds
     seconds["evaluate"] = time.perf_counter() - started
     result |= {"seconds": {key: round(value, 4) for key, value in seconds.items()}, "nfe": nfe}
+    if data.note is not None:
+        log(f"note: {data.note}")
+        result["data"] = data.note
     sentences = data.sentence_counts()
     return result if sentences is None else result | {"sentences": sentences}
 
@@ -142,7 +145,7 @@ def _teacher_rows(recipe: Recipe, teacher: BuiltTeacher, rows: Rows) -> tuple[di
     n, few = recipe.evaluation.teacher_steps, recipe.evaluation.teacher_extra_steps
     rows.starts.begin(f"teacher {_counted(n)}")
     row, seconds = rows.teacher(n)
-    found: dict[str, Any] = {"teacher": {"nfe": n * teacher.calls_per_step, "steps": n, **row}}
+    found: dict[str, Any] = {"teacher": {"nfe": teacher.calls(n), "steps": n, **row}}
     if few:
         rows.starts.begin("teacher at few steps")
         found["teacher_few"] = {str(k): rows.teacher(k)[0] for k in few}

@@ -15,6 +15,7 @@ from flowmap.base.ranges import (
     InsideOne,
     Range,
     Seed,
+    Share,
     check_ranges,
 )
 from flowmap.base.schema import added
@@ -96,15 +97,16 @@ class FromRecipe(BaseStudent):
 @dataclass(frozen=True)
 class ClassifierFree(Part):
     """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
-    evaluation.
+    evaluation. interval: the times t, of 0 data to 1 noise, where guidance acts; elsewhere the scale is 1.
     """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 1.5
+    interval: tuple[Share, Share] = added((0.0, 1.0))
 
     def __post_init__(self):
         check_ranges(self)
-        _check_scale(self.scale)
+        _check_guidance(self.scale, self.interval)
 
     def check(self, recipe: RecipeView) -> None:
         if recipe.prior.learned:
@@ -118,7 +120,7 @@ class Autoguidance(Part):
     """v = w v_strong + (1 - w) v_weak.
 
     The weak model is one of: another card, an earlier snapshot of the same run (at a share of its steps, in (0, 1)), or
-    the same network with some blocks skipped.
+    the same network with some blocks skipped. scale, default, interval: as of classifier_free.
     """
 
     weak: str | None = None
@@ -126,10 +128,11 @@ class Autoguidance(Part):
     skip_blocks: tuple[Annotated[int, Range(0, 1000)], ...] = ()
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 2.0
+    interval: tuple[Share, Share] = added((0.0, 1.0))
 
     def __post_init__(self):
         check_ranges(self)
-        _check_scale(self.scale)
+        _check_guidance(self.scale, self.interval)
         if sum((self.weak is not None, self.snapshot is not None, bool(self.skip_blocks))) != 1:
             raise ValueError(
                 "weak: autoguidance wants exactly one of weak (a card), snapshot (a share of the run) and skip_blocks"
@@ -138,14 +141,17 @@ class Autoguidance(Part):
 
 @dataclass(frozen=True)
 class Embedded(Part):
-    """The guidance of a model that was distilled to take the scale as an input (FLUX.1-dev)."""
+    """The guidance of a model that was distilled to take the scale as an input (FLUX.1-dev). scale, default, interval:
+    as of classifier_free.
+    """
 
     scale: tuple[FromZero, FromZero] = (1.0, 5.0)
     default: FromZero = 3.5
+    interval: tuple[Share, Share] = added((0.0, 1.0))
 
     def __post_init__(self):
         check_ranges(self)
-        _check_scale(self.scale)
+        _check_guidance(self.scale, self.interval)
 
 
 @dataclass(frozen=True)
@@ -199,9 +205,10 @@ class Trainer:
     and gradients are checked on the device in every step, and the host reads the result so often; before anything is
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
-    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
-    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
-    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
+    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters, the text
+    encoders of data.stored_text: captions); `auto` is that of `precision`. shard_size: with fsdp, the number of devices
+    that weights are split over, each such group with a copy of all; null for the devices of a node, or all devices if
+    nodes have one each.
 
     checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
     that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).
@@ -330,6 +337,8 @@ def _check_time_embedding(value: str | None) -> None:
         raise ValueError(f"time_embedding: {value!r} is not one of t, null")
 
 
-def _check_scale(scale: tuple[float, float]) -> None:
+def _check_guidance(scale: tuple[float, float], interval: tuple[float, float]) -> None:
     if not scale[0] <= scale[1]:
         raise ValueError(f"scale: {scale} must be an increasing pair of numbers")
+    if not interval[0] < interval[1]:
+        raise ValueError(f"interval: {interval} must be two rising times in [0, 1] (0 data, 1 noise)")

@@ -4,6 +4,7 @@ w = 1 is the strong prediction, w > 1 extrapolates away from the weak one. Sourc
 Salimans 2022, arXiv:2207.12598), autoguidance (Karras et al. 2024, arXiv:2406.02507). w is cond["guidance"] (B,), by
 default the field `default`. The key "guidance" is not passed to the inner teachers. If w is 1 for the whole batch,
 the weak prediction is not computed; `scales_differ` says that it is not, so that no device is asked.
+IntervalGuidance limits any guidance to an interval of times.
 """
 
 from __future__ import annotations
@@ -70,6 +71,35 @@ class Autoguidance:
         return _extrapolate(strong, lambda: self.weak.velocity(x, t, inner), scale, self.scales_differ)
 
 
+@dataclass(frozen=True)
+class IntervalGuidance:
+    """The guided teacher at its scale for low <= t <= high, and at scale 1 elsewhere.
+
+    Source: limited interval guidance (Kynkaanniemi et al. 2024, arXiv:2404.07724). teacher: reads cond["guidance"], and
+    is the unguided one at scale 1. default: the scale where cond has none.
+    """
+
+    teacher: Teacher
+    low: float
+    high: float
+    default: float = 1.0
+
+    @property
+    def network_calls(self) -> int:
+        """The maximum number of network calls per velocity, that inside the interval."""
+        return network_calls(self.teacher)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The velocity, shaped like x; t is (B,)."""
+        given = {} if cond is None else dict(cond)
+        scale = given.get("guidance", torch.full_like(t, self.default))
+        return self.teacher.velocity(x, t, given | {"guidance": torch.where(self.acts(t), scale, 1.0)})
+
+    def acts(self, t: Tensor) -> Tensor:
+        """Whether t is in the interval, shaped like t."""
+        return (t >= self.low) & (t <= self.high)
+
+
 @runtime_checkable
 class CountsCalls(Protocol):
     """A teacher that states how many network calls one velocity costs."""
@@ -81,6 +111,16 @@ class CountsCalls(Protocol):
 def network_calls(teacher: object) -> int:
     """The maximum number of network calls per velocity of the teacher; 1 unless it states another number."""
     return teacher.network_calls if isinstance(teacher, CountsCalls) else 1
+
+
+def calls_at(teacher: object, t: float) -> int:
+    """The number of network calls per velocity at time t: at most `network_calls`, fewer outside an interval."""
+    if not isinstance(teacher, IntervalGuidance) or bool(teacher.acts(torch.tensor(t))):
+        return network_calls(teacher)
+    guided = teacher.teacher
+    if isinstance(guided, Autoguidance):
+        return network_calls(guided.strong)
+    return network_calls(guided.teacher if isinstance(guided, ClassifierFree) else guided)
 
 
 def _split(cond: Cond | None, default: float) -> tuple[Tensor | float, Cond | None]:
@@ -109,6 +149,8 @@ def _extrapolate(strong: Tensor, weak: Callable[[], Tensor], scale: Tensor | flo
 
 def with_drawn_scales(teacher: Teacher, scale: tuple[float, float]) -> Teacher:
     """The teacher for a batch with guidance scales drawn from that range: it does not ask whether all are 1."""
+    if isinstance(teacher, IntervalGuidance):
+        return replace(teacher, teacher=with_drawn_scales(teacher.teacher, scale))
     if isinstance(teacher, (ClassifierFree, Autoguidance)) and scale != (1.0, 1.0):
         return replace(teacher, scales_differ=True)
     return teacher

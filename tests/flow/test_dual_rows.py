@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowmap.flow.derivative import DERIVATIVES, eulerian_derivative, lagrangian_derivative
+from flowmap.flow.tangent import dual
 from flowmap.flow.tangent import rows as dual_rows
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.nets import MLP, DiT
@@ -55,6 +56,20 @@ def test_no_tangent_is_filled_up_before_the_end(name, monkeypatch):
     assert filled == [tuple(x.shape)]
     lagrangian_derivative(net, x, t, s, cond, rows=4)
     assert filled == [tuple(x.shape)] * 2
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_torch_s_own_transformer_layer_is_followed_inside(batch_first, monkeypatch):
+    """Attention is one function to torch; left to torch's forward derivative, it would be computed twice."""
+    monkeypatch.setattr(dual, "forward_derivative", None)
+    layer = torch.nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=batch_first, dtype=torch.float64)
+    x, v = torch.randn(2, 5, 3, 12, dtype=torch.float64)
+    value, rate = dual_forward(layer, [x], [v])
+    assert torch.equal(value, layer(x)) and value.requires_grad
+    ahead, behind = layer(x + 1e-6 * v), layer(x - 1e-6 * v)
+    torch.testing.assert_close(rate, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-7)
+    some, full = (dual_forward(layer, [x], [tangent])[1] for tangent in (v[:2], torch.cat([v[:2], 0 * v[2:]])))
+    torch.testing.assert_close(some, full, rtol=0, atol=1e-12)
 
 
 def test_rows_that_meet_are_not_lost():

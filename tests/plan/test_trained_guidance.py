@@ -12,9 +12,13 @@ import torch
 import flowmap
 from flowmap.base.files import write_tensors
 from flowmap.base.schema import RecipeError
+from flowmap.build.teacher import build_teacher
+from flowmap.estimate.price import guided_calls
 from flowmap.plan.guidance import check_guidance, guidance_warnings
 from flowmap.plan.plan import resolve
+from flowmap.plan.provenance import pairs_identity
 from flowmap.recipe import read_recipe
+from flowmap.teachers.guidance import ClassifierFree
 
 FREE = "{kind: classifier_free, scale: [1.0, 2.0], default: 1.5}"
 TEACHER = """
@@ -143,3 +147,49 @@ def test_a_network_without_a_label_for_none_and_one_that_reads_the_scale_itself(
     ):
         check_guidance(resolve(recipe("flux", FREE)))
     check_guidance(resolve(recipe("flux", "{kind: embedded}")))
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"),
+    [
+        ("[0.7, 0.3]", "teacher.guidance.interval: (0.7, 0.3) must be two rising times in [0, 1]"),
+        ("[0.5, 0.5]", "teacher.guidance.interval: (0.5, 0.5) must be two rising times in [0, 1]"),
+        ("[-0.1, 0.5]", "teacher.guidance.interval[0]: -0.1 must lie in [0, 1]"),
+        ("[0.3, 1.2]", "teacher.guidance.interval[1]: 1.2 must lie in [0, 1]"),
+        ("[0.3]", "teacher.guidance.interval: "),
+    ],
+)
+@pytest.mark.parametrize("kind", ["classifier_free", "autoguidance, snapshot: 0.5", "embedded"])
+def test_a_wrong_interval_is_one_line(kind, interval, says):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("digits", [f"teacher.guidance={{kind: {kind}, interval: {interval}}}"])
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_interval_reaches_the_teacher_its_calls_and_its_price():
+    """The exact teacher of the mixture, 10 Euler steps: those from t = 0.7, 0.6, 0.5, 0.4 and 0.3 are guided."""
+    free = "teacher.guidance={kind: classifier_free, default: 2.0, interval: [0.3, 0.7]}"
+    recipe = read_recipe("toy/mixture", [free])
+    teacher = build_teacher(resolve(recipe))
+    assert teacher.calls(10) == 15 and teacher.calls_per_step == 2
+    assert guided_calls(recipe.teacher.guidance) == pytest.approx(1.4)
+    x, cond = torch.randn(5, 2), {"class": torch.arange(5)}
+    for t, scale in ((0.2, 1.0), (0.5, 2.0)):
+        alone = ClassifierFree(teacher.guided.teacher.teacher, default=scale)
+        time = torch.full((5,), t)
+        torch.testing.assert_close(teacher.guided.velocity(x, time, cond), alone.velocity(x, time, cond))
+
+
+def test_an_interval_of_all_times_is_in_no_hash():
+    free = "teacher.guidance={{kind: classifier_free, interval: {}}}"
+    default, whole, inner = (
+        read_recipe("toy/mixture", [text])
+        for text in ("teacher.guidance={kind: classifier_free}", free.format([0.0, 1.0]), free.format([0.3, 0.7]))
+    )
+    assert default.hash() == whole.hash() != inner.hash()
+    guided = "coupling.teacher.guidance={{kind: classifier_free, interval: {}}}"
+    whole, inner = (
+        pairs_identity(resolve(read_recipe("rfpp/digits", [guided.format(at)])))["teacher"]["guidance"]
+        for at in ("[0, 1]", "[0.3, 0.7]")
+    )
+    assert whole == {"kind": "classifier_free"} and inner == {**whole, "interval": [0.3, 0.7]}

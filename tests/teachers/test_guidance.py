@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+from flowmap.flow.solver import Euler
 from flowmap.teachers.exact import GaussianTeacher
-from flowmap.teachers.guidance import Autoguidance, ClassifierFree, network_calls
+from flowmap.teachers.guidance import (
+    Autoguidance,
+    ClassifierFree,
+    IntervalGuidance,
+    calls_at,
+    network_calls,
+    with_drawn_scales,
+)
 from tests.support.oracle import RING, SHAPE, draw, draw_times
 
 STRONG, WEAK = GaussianTeacher(mean=(0.7,), std=0.4), GaussianTeacher(mean=(0.2,), std=0.9)
@@ -110,3 +118,55 @@ def test_half_precision_is_kept_and_mixed_in_float32():
     x = draw().bfloat16()
     v = Autoguidance(STRONG, WEAK).velocity(x, torch.rand(5), {"guidance": torch.full((5,), 2.1)})
     assert v.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("cond", [None, {"guidance": torch.full((5,), 2.1, dtype=torch.float64)}], ids=["default", "w"])
+def test_an_interval_guides_the_times_in_it_and_its_two_ends(cond):
+    x, t = draw(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    v = IntervalGuidance(Autoguidance(STRONG, WEAK), 0.25, 0.75, default=2.1).velocity(x, t, cond)
+    strong, weak = STRONG.velocity(x, t), WEAK.velocity(x, t)
+    torch.testing.assert_close(v[1:4], (2.1 * strong - 1.1 * weak)[1:4])
+    assert torch.equal(v[0], strong[0]) and torch.equal(v[4], strong[4])
+
+
+def test_an_interval_of_classifier_free_guidance_keeps_the_condition():
+    x, t = draw(5, 2), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    cond = {"class": torch.arange(5), "guidance": torch.full((5,), 2.5, dtype=torch.float64)}
+    v = IntervalGuidance(ClassifierFree(RING), 0.4, 0.8).velocity(x, t, cond)
+    given, without = RING.velocity(x, t, {"class": cond["class"]}), RING.velocity(x, t)
+    guided = 2.5 * given - 1.5 * without
+    torch.testing.assert_close(v, torch.where(torch.tensor([[0], [0], [1], [1], [0]]) == 1, guided, given))
+    assert cond["guidance"].tolist() == [2.5] * 5
+
+
+def test_a_scale_that_the_network_reads_is_one_outside_the_interval():
+    network, t = Recorder(STRONG), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
+    IntervalGuidance(network, 0.2, 0.6, default=3.5).velocity(draw(), t, {"class": torch.arange(5)})
+    assert network.conds[0]["guidance"].tolist() == [1.0, 3.5, 3.5, 1.0, 1.0] and "class" in network.conds[0]
+
+
+def test_euler_steps_in_an_interval_are_those_of_two_closed_forms():
+    """Guided down to t = 0.5, unguided from there; the weak network is called in the interval alone."""
+    x, weak = draw(), Recorder(WEAK)
+    guided = Autoguidance(STRONG, weak, default=2.0)
+    whole = Euler(steps=10)(IntervalGuidance(guided, 0.55, 1.0, default=2.0).velocity, x).x
+    assert len(weak.conds) == 5
+    half = Euler(steps=5)(guided.velocity, x, end=0.5).x
+    torch.testing.assert_close(whole, Euler(steps=5)(STRONG.velocity, half, start=0.5).x)
+
+
+def test_an_interval_with_drawn_scales_is_the_same_velocity():
+    x, t = draw(), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    cond = {"guidance": torch.tensor([1.0, 2.0, 3.0, 0.5, 1.5], dtype=torch.float64)}
+    guided = IntervalGuidance(Autoguidance(STRONG, WEAK), 0.2, 0.6)
+    drawn = with_drawn_scales(guided, (0.5, 3.0))
+    assert drawn.teacher.scales_differ
+    torch.testing.assert_close(drawn.velocity(x, t, cond), guided.velocity(x, t, cond), rtol=0, atol=0)
+
+
+def test_calls_outside_an_interval_are_those_of_the_unguided_teacher():
+    for guided in (ClassifierFree(STRONG), Autoguidance(STRONG, WEAK)):
+        within = IntervalGuidance(guided, 0.3, 0.7)
+        assert network_calls(within) == 2
+        assert [calls_at(within, t) for t in (0.1, 0.3, 0.5, 0.7, 0.9)] == [1, 2, 2, 2, 1]
+    assert calls_at(ClassifierFree(STRONG), 0.9) == 2 and calls_at(IntervalGuidance(STRONG, 0.3, 0.7), 0.5) == 1

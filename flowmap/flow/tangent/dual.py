@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from flowmap.flow.tangent.opened import OPENED
 from flowmap.flow.tangent.refused import DETACHED, in_place_flag, name_of, refuse_by_name, short_name
 from flowmap.flow.tangent.rows import Rows, apart, filled, mapped
 from flowmap.flow.tangent.rules import RULES
@@ -164,6 +165,9 @@ def carry(function: Callable, args: tuple, kwargs: dict):
         return function(*values, **named)
     check_consistent(live, function)
     rule = RULES.get(function)
+    if rule is None and (inside := OPENED.get(function)) is not None:
+        with torch._C._EnableTorchFunction():
+            return inside(*args, **kwargs)
     if rule is not None and named:
         values, named = torch_arguments(rule, values, named)
     writes = named and named.get("out") is not None

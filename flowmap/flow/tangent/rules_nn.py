@@ -242,14 +242,6 @@ def mask_block(mask: Tensor | None, part: slice) -> Tensor | None:
     return mask[..., part, :]
 
 
-def multi_head_attention(op, out, *args, **kwargs):
-    """torch.nn.MultiheadAttention's function: left to torch without dropout; raises with it."""
-    dropped = kwargs.get("dropout_p", args[9] if len(args) > 9 else 0.0)
-    if dropped and kwargs.get("training", args[12] if len(args) > 12 else True):
-        raise NotImplementedError("no tangent through multi_head_attention_forward with dropout: set the dropout to 0")
-    return NotImplemented
-
-
 NN: dict[Callable, Rule] = {
     **every(linear_layer, "linear"),
     **every(convolution, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -271,5 +263,4 @@ NN: dict[Callable, Rule] = {
     F.batch_norm: batch_norm,
     F.dropout: dropout,
     **every(attention, "scaled_dot_product_attention"),
-    **every(multi_head_attention, "multi_head_attention_forward"),
 }
