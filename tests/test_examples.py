@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import flowmap
+from flowmap.nets import module_builders
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PUBLISHED = Path(__file__).parents[2] / "shared" / "published"
@@ -55,14 +56,20 @@ def test_the_examples_of_own_modules_are_short(name):
 
 
 @pytest.mark.slow
-def test_a_published_teacher_and_its_pictures(run):
-    """A few steps of the way from published weights to a student, loaded again with the example's own class."""
+def test_published_teachers_and_their_pictures(run, tmp_path, monkeypatch):
+    """A few steps of the way from published weights to students, loaded again with the files of their networks."""
     if not (PUBLISHED / "mnist-flow-vit").is_dir():
         pytest.skip(f"{PUBLISHED} has no published models")
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as of a script
     few = ["trainer.steps=2", "data.batch_size=4", "metrics=[]", "evaluation.teacher_steps=2", "log.grid_images=4"]
-    student = run("own_teacher.py", PUBLISHED, *few)["run"].student
-    assert student.config.shape == (1, 28, 28) and student.config.num_classes == 10
-    assert student.config.net.module == "own_teacher:FlowViT"
+    run("own_teacher.py", PUBLISHED, *few)
+    for table in ("BUILDERS", "_GIVEN", "_WEIGHTS"):  # as in another process
+        monkeypatch.setattr(module_builders, table, {})
+    for name, classes in (("mnist-flow-vit", 10), ("mnist-ddpm", None)):
+        network = str(EXAMPLES / "published" / f"{name.replace('-', '_')}.py")
+        student = flowmap.load_student(tmp_path / "runs" / f"own-{name}", imports=network)
+        assert student.config.net.module == name and student.config.num_classes == classes
+        assert student.sample(2, steps=2).shape == (2, 1, 28, 28)
 
 
 def test_an_objective_in_a_lightning_module(run, tmp_path):

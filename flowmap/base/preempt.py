@@ -43,6 +43,11 @@ def requested() -> bool:
     return bool(_Request.name)
 
 
+def open_to_signals() -> bool:
+    """Whether a signal would raise Preempted now, and none has."""
+    return bool(_Request.ours) and not _Request.held and not _Request.raised
+
+
 def handle(number: int, frame: FrameType | None = None) -> None:
     """The handler of the signals. Later ones change nothing, so that they do not interrupt the end."""
     _Request.name = _Request.name or signal.Signals(number).name

@@ -130,7 +130,7 @@ def _teacher(recipe: Recipe, teacher: Any, data: Any) -> ModuleTeacher:
         raise ValueError(f"teacher: a {type(teacher).__name__} {what}")
     spec, outline = teacher.settings, data.outline()
     if outline is None:
-        raise ValueError("data: the shape of its samples is not stated; give data= too")
+        raise ValueError("data.shape: is not stated; give data= too, or the shape of the teacher's samples")
     guidance = None if recipe.teacher is None else recipe.teacher.guidance
     return ModuleTeacher(**spec.settings(), digest=spec.digest, shape=tuple(outline[0]), guidance=guidance)
 

@@ -1,4 +1,4 @@
-"""`flowmap pairs`: joins noise to data by a teacher's ODE, for recipes with coupling pairs."""
+"""`flowmap pairs`: joins noise to data by a teacher's ODE, for recipes with coupling pairs or data of a teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from flowmap.cli.terminal import log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "For recipes with `coupling: {kind: pairs}`. Work that was cut off goes on where it stopped."
+    kinds = "`coupling: {kind: pairs}` or `data: {kind: teacher_samples}`"
+    parser.epilog = f"For recipes with {kinds}. Work that was cut off goes on where it stopped."
     recipe_arguments(parser)
     shard_arguments(parser, batch=256, out="the recipe's coupling.root")
     parser.add_argument(
@@ -23,15 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.data import Pairs
+    from flowmap.data import Pairs, TeacherSamples
     from flowmap.plan.plan import resolve
     from flowmap.prepare.make_pairs import make_pairs, verify
     from flowmap.recipe import read_recipe
 
     recipe = read_recipe(a.recipe, a.overrides)
-    if not isinstance(recipe.coupling, Pairs):
+    asked, what = resolve(recipe), "pairs"
+    if isinstance(recipe.data, TeacherSamples) and not isinstance(recipe.coupling, Pairs):
+        asked, what = asked.sampled, "samples of the teacher"
+    elif not isinstance(recipe.coupling, Pairs):
         raise ValueError(f"--recipe: {a.recipe}: its coupling is not of kind pairs: there are none to make")
-    asked = resolve(recipe)
     folder = Path(a.out or asked.pairs.root)
     if a.verify is not None:
         gap, pair = verify(asked, folder, num=a.verify, device=device_of(a.device), batch_size=a.batch)
@@ -43,6 +46,6 @@ def run(a: argparse.Namespace) -> int:
         print(f"{folder}: this part is done; the pairs are complete when all parts are")
         return 0
     shape = tuple(index["contents"]["shape"])
-    calls = f"{index['nfe']} network calls each, {recipe.coupling.num_inverted} inverted"
-    print(f"{folder}: {index['rows']} pairs of shape {shape}, {calls}")
+    calls = f"{index['nfe']} network calls each, {asked.pairs.num_inverted} inverted"
+    print(f"{folder}: {index['rows']} {what} of shape {shape}, {calls}")
     return 0

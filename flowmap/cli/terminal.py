@@ -54,4 +54,6 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for label, cells in [("steps", names), *rows.items()]:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         lines.append(label.ljust(14) + "".join(padded))
+    if "data" in metrics:
+        lines.append(f"note: {metrics['data']}")
     return "\n".join(lines)

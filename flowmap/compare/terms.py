@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowmap.base.files import read_json
-from flowmap.data import Pairs
+from flowmap.data import Pairs, TeacherSamples
 from flowmap.estimate.calls import calls_of
-from flowmap.plan.plan import Needed, Pairing, Stage, plan, resolve
+from flowmap.plan.plan import Needed, Pairing, Sampling, Stage, plan, resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
 from flowmap.train.clock import Clock
@@ -63,13 +63,14 @@ def samples_of(recipe: Recipe) -> int:
 
 
 def shared_folders(entrants: Sequence[Recipe]) -> set[Path]:
-    """The folders of the recipes' teachers and autoencoders, and of what those need: they are not counted."""
+    """The folders of the recipes' teachers, their samples, autoencoders, and what those need: they are not counted."""
     found: set[Path] = set()
     for entrant in entrants:
         run, coupling = resolve(entrant), entrant.coupling
         by_teacher = run.pairs_teachers if isinstance(coupling, Pairs) and coupling.recipe is None else []
         for needed in (*run.autoencoders, *run.teachers, *by_teacher):
             found |= {stage.folder for stage in needed.stages}
+        found |= {Sampling(run.sampled).folder} if isinstance(entrant.data, TeacherSamples) else set()
     return found
 
 

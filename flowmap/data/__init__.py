@@ -17,6 +17,7 @@ from flowmap.data.images.webdataset import WebDatasetImages
 from flowmap.data.pairs import COUPLINGS, Coupling, Guidance, Independent, PairedDataset, Pairs, TeacherSlot
 from flowmap.data.sources import ImageSource
 from flowmap.data.steps import StepBatches, first_place
+from flowmap.data.teacher_samples import TeacherSamples
 from flowmap.data.tensors import Latents, Pictures
 from flowmap.data.text.dataset import Text, TextDataset
 from flowmap.data.text.latents import TextCoder
@@ -39,6 +40,7 @@ DATA = {
     "text": Text,
     "codes": Codes,
     "given": Given,
+    "teacher_samples": TeacherSamples,
 }
 COUPLINGS["styles"] = Styles
 IMAGE_SOURCES = {
@@ -73,6 +75,7 @@ __all__ = [
     "first_place",
     "StyledDataset",
     "Styles",
+    "TeacherSamples",
     "TeacherSlot",
     "Text",
     "TextCoder",

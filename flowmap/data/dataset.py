@@ -59,7 +59,8 @@ class Source(BaseData):
 class BaseDataset:
     """The optional members of a data set, with their defaults.
 
-    reads_disk: whether each batch is read from files; otherwise samples are in memory.
+    reads_disk: whether each batch is read from files; otherwise samples are in memory. note: what figures must say of
+    the samples, if they are not real data.
 
     `__getitems__` and `conditions_at` return complete conditions, float32. A worker of the loader instead reads what is
     stored (`stored_batch`, `stored_conditions_at`); the training process computes what is missing (`complete`) and
@@ -67,6 +68,10 @@ class BaseDataset:
     """
 
     reads_disk: ClassVar[bool] = False
+
+    @property
+    def note(self) -> str | None:
+        return None
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
         raise NotImplementedError
@@ -88,6 +93,9 @@ class BaseDataset:
 
     def to_device(self, device: torch.device) -> None:
         """Complete conditions on that device from now on."""
+
+    def hold_text(self, dtype: torch.dtype | None) -> None:
+        """Complete conditions by a text encoder with weights of that dtype from now on; None: that of its files."""
 
     def example_conditions(self) -> Cond:
         """One row of each condition, for its name and shape."""

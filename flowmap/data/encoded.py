@@ -186,6 +186,10 @@ class EncodedDataset(BaseDataset):
         if self._live is not None:
             self._live.to(device)
 
+    def hold_text(self, dtype: torch.dtype | None) -> None:
+        if self._live is not None:
+            self._live.hold(dtype)
+
     def example_conditions(self) -> Cond:
         """One row of each condition, for its name and shape; no text encoder is loaded."""
         cond = self.stored_conditions_at(torch.zeros(1, dtype=torch.int64))

@@ -16,9 +16,9 @@ Row = dict[str, Tensor]
 
 @runtime_checkable
 class Movable(Protocol):
-    """A network that can be moved to a device."""
+    """A network that can be moved to a device, and converted to a precision."""
 
-    def to(self, device: torch.device | str) -> Any: ...
+    def to(self, device: torch.device | str | torch.dtype) -> Any: ...
 
 
 class LoadsText(Protocol):
@@ -38,6 +38,7 @@ class LiveText:
 
     def __init__(self, spec: LoadsText):
         self.spec, self.device = spec, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype: torch.dtype | None = None  # of the network's weights; None: that of its files
         self._network: Any = None
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._bytes = 0
@@ -50,6 +51,11 @@ class LiveText:
         if torch.device(device) != self.device:
             self.device, self._rows, self._bytes = torch.device(device), OrderedDict(), 0
             self._network = on_device(self._network, device)
+
+    def hold(self, dtype: torch.dtype | None) -> None:
+        """Encode with weights of that dtype from now on."""
+        if dtype != self.dtype:
+            self.dtype, self._network, self._rows, self._bytes = dtype, None, OrderedDict(), 0
 
     def __call__(self, captions: Sequence[str]) -> Row:
         wanted = list(dict.fromkeys(captions))
@@ -65,7 +71,9 @@ class LiveText:
     @torch.no_grad()
     def _encoded(self, captions: list[str]) -> dict[str, Row]:
         if self._network is None:
-            self._network = on_device(self.spec.load(), self.device)
+            network = self.spec.load()
+            converted = network if self.dtype is None else on_device(network, self.dtype)
+            self._network = on_device(converted, self.device)
         rows = self._network(captions + [""] * (GROUP - len(captions)))
         compact = {name: value.half() if value.is_floating_point() else value.bool() for name, value in rows.items()}
         return {
@@ -95,5 +103,6 @@ def _size(row: Row) -> int:
     return sum(value.nbytes for value in row.values())
 
 
-def on_device(network: Any, device: torch.device | str) -> Any:
+def on_device(network: Any, device: torch.device | str | torch.dtype) -> Any:
+    """The network on the device, or in the dtype; unchanged if it cannot be moved."""
     return network.to(device) if isinstance(network, Movable) else network

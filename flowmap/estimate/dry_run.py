@@ -14,15 +14,13 @@ from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
-from flowmap.estimate.frozen_networks import encoder_bytes, live_text
+from flowmap.estimate.frozen_networks import live_text_bytes
 from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.estimate.price import Prices, price_lines
-from flowmap.estimate.remembered import RememberedShapes
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial, ScoreDistillation
-from flowmap.plan.dependencies import pairs_spec
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
@@ -112,8 +110,7 @@ def look(
         return ["parameters: ? (nothing here says what the network is)"], missing
     check_outlines(run, config, outlines)
     try:
-        with RememberedShapes():
-            return _lines(run, config, prices), missing
+        return _lines(run, config, prices), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -141,7 +138,7 @@ def _state(stage: Needed) -> str:
     if isinstance(stage, (Encoding, ReferenceStatistics)):
         return f"its pictures -> {stage.makes}"
     if isinstance(stage, Pairing):
-        return f"{pairs_spec(stage.recipe).num} pairs"
+        return stage.makes
     return f"{stage.recipe.trainer.steps} steps"
 
 
@@ -245,7 +242,7 @@ def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts
     for net in teachers:
         net.requires_grad_(False)
     found = memory_of(recipe, student, teachers, activations=kept, others=others)
-    return replace(found, frozen=found.frozen + encoder_bytes(config)) if live_text(recipe) else found
+    return replace(found, text=live_text_bytes(recipe, config))
 
 
 def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> list[str]:

@@ -47,6 +47,7 @@ def _training(recipe: Recipe, memory: Memory) -> str:
     kept = f"{gib_of(memory.activations)} activations at batch {recipe.data.batch_size}"
     parts = [f"{gib_of(memory.state)} weights, gradients, optimiser and averages"]
     parts += [f"{gib_of(memory.frozen)} frozen networks{f' ({form})' if form else ''}"] if memory.frozen else []
+    parts += [f"{gib_of(memory.text)} text encoders"] if memory.text else []
     parts += [f"{gib_of(memory.working)} {_copies(recipe)}"] if memory.working else []
     parts.append(f"{kept} ({', '.join(how)})" if how else kept)
     split = f" in {trainer.shards} shards" if trainer.strategy == "fsdp" else ""

@@ -1,7 +1,7 @@
 """Frozen networks of known sizes that an estimate does not build: those of metrics, and text encoders.
 
 Their FLOPs, weights and activations were counted on the meta device from the classes of transformers and torchvision
-in the published sizes. All of them run in float32.
+in the published sizes. They run in float32, except for text encoders of captions in a run in bf16.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ NETWORKS: Mapping[str, PictureNetwork] = {
 # CLIP ViT-L/14 at 224 pixels with its text encoder, which reads a caption for each picture.
 CLIP_SCORE = PictureNetwork(768, 1_711_000_000, 21_000_000, 175e9)
 
-# Parameters of the text encoders of each network's pipeline.
-ENCODERS: Mapping[str, float] = {
-    "UNet2DConditionModel": 0.12e9,
-    "SD3Transformer2DModel": 5.6e9,
-    "FluxTransformer2DModel": 4.9e9,
-    "SanaTransformer2DModel": 2.6e9,
-    "PixArtTransformer2DModel": 4.8e9,
+CLIP_TOKENS = 77
+# Parameters of the text encoders of each network's pipeline: CLIP, which reads 77 tokens, and T5 or Gemma.
+ENCODERS: Mapping[str, tuple[float, float]] = {
+    "UNet2DConditionModel": (0.12e9, 0),
+    "SD3Transformer2DModel": (0.82e9, 4.76e9),
+    "FluxTransformer2DModel": (0.12e9, 4.76e9),
+    "SanaTransformer2DModel": (0, 2.6e9),
+    "PixArtTransformer2DModel": (0, 4.76e9),
 }
 
 
@@ -62,18 +63,27 @@ def live_text(recipe: Recipe) -> bool:
     return isinstance(data, Encoded) and data.text is not None and data.stored_text == "captions"
 
 
-def encoders_of(config: StudentConfig) -> float:
+def encoders_of(config: StudentConfig) -> tuple[float, float]:
     """The parameters of the text encoders of the network's pipeline; 0 if it has none or they are not known."""
     net = net_within(config.net)
-    return ENCODERS.get(net.network, 0.0) if config.text is not None and isinstance(net, DiffusersModel) else 0.0
+    known = config.text is not None and isinstance(net, DiffusersModel)
+    return ENCODERS.get(net.network, (0, 0)) if known else (0, 0)
 
 
-def encoder_bytes(config: StudentConfig) -> float:
-    """The bytes of their weights, in float32 as they are loaded."""
-    return 4 * encoders_of(config)
+def encoder_bytes(config: StudentConfig, precision: str = "32") -> float:
+    """The bytes of their weights in that precision, "32" or "bf16"."""
+    return (2 if precision == "bf16" else 4) * sum(encoders_of(config))
+
+
+def live_text_bytes(recipe: Recipe, config: StudentConfig) -> float:
+    """The bytes of the text encoders that stay on a device while the run trains; 0 if text is stored."""
+    return encoder_bytes(config, recipe.trainer.frozen_precision) if live_text(recipe) else 0.0
 
 
 def caption_flops(config: StudentConfig) -> float:
     """The FLOPs of encoding a caption: two for each parameter and token."""
-    net = net_within(config.net)
-    return 2 * encoders_of(config) * tokens_of(net.network, config.text) if isinstance(net, DiffusersModel) else 0.0
+    net, (clip, other) = net_within(config.net), encoders_of(config)
+    if not isinstance(net, DiffusersModel):
+        return 0.0
+    tokens = tokens_of(net.network, config.text) - (CLIP_TOKENS if net.network == "SD3Transformer2DModel" else 0)
+    return 2 * (clip * CLIP_TOKENS + other * tokens)

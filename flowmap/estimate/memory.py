@@ -28,7 +28,8 @@ class Memory:
 
     weights, gradients, optimizer: of the student and of what trains with it. averages: of its weights. frozen: the
     networks of the teacher, and the base of adapters. working: copies of weights for a pass, which are the gathered
-    units under FSDP2, and otherwise autocast's, and a dequantised layer. activations: kept for the backward pass.
+    units under FSDP2, and otherwise autocast's, and a dequantised layer. activations: kept for the backward pass. text:
+    the encoders of captions, whole on each device.
     """
 
     weights: float
@@ -38,6 +39,7 @@ class Memory:
     frozen: float
     working: float
     activations: float
+    text: float = 0.0
 
     @property
     def total(self) -> float:

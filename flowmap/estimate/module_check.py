@@ -8,7 +8,7 @@ the others too, at three calls of the network for 32 samples each.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
@@ -28,7 +29,9 @@ from flowmap.recipe.module_teacher import ModuleTeacher
 
 SAMPLES = 32
 LEVELS = (0.25, 1.0, 4.0)  # of the noise's spread, relative to the data's
+LEVELS_SHOWN = "with 1/4, 1 and 4 times as much noise as signal"
 Errors = tuple[float, ...]
+MOST_OF_OWN = (1.0, 1.0, 2.0)  # of a trained model's errors on its own samples; the mean's are 1
 GOOD, TIMES_BETTER = 0.55, 2.0  # of an alternative: the largest error, and how much smaller than the stated one's
 
 
@@ -39,7 +42,7 @@ def check_prediction(
     data: Dataset,
     *,
     device: torch.device | str,
-    log: Callable[[str], None] | None = None,
+    log: LogFunction | None = None,
 ) -> None:
     """Log the errors of a teacher of kind module, relative to the data's variance; nothing for another teacher.
 
@@ -47,24 +50,51 @@ def check_prediction(
     """
     if teacher is None or not isinstance(recipe.teacher, ModuleTeacher):
         return
-    net: Any = teacher.to(device).modules[0]
-    assert isinstance(net, FlowMapNet) and isinstance(net.net, ModuleNet)
-    points = _points(recipe, data, device)
-    stated = _error(net.net, net.net.spec, *points)
-    shown = lambda errors: ", ".join(f"{one:.3g}" for one in errors)
+    net, points = _net(teacher, device), _points(recipe, data, device)
+    stated = _error(net, net.spec, *points)
     if log is not None:
-        log(f"teacher: with 1/4, 1 and 4 times as much noise as signal its error is {shown(stated)} of the variance")
-    others = [(_error(net.net, spec, *points), words) for spec, words in _others(net.net.spec)]
+        log(f"teacher: {LEVELS_SHOWN} its error is {_shown(stated)} of the variance")
+    others = [(_error(net, spec, *points), words) for spec, words in _others(net.spec)]
     better = [one for one in others if _is_better(one[0], stated)]
     if better:
         least = min(sum(errors) for errors, _ in better)
         errors, words = min((one for one in better if sum(one[0]) <= 1.5 * least), key=lambda one: len(one[1]))
-        what = f"is named wrongly: with 1/4, 1 and 4 times as much noise as signal its error is {shown(stated)}"
-        rest = f"{what} of the data's variance; with {words} it is {shown(errors)}"
+        what = f"is named wrongly: {LEVELS_SHOWN} its error is {_shown(stated)}"
+        rest = f"{what} of the data's variance; with {words} it is {_shown(errors)}"
         raise RecipeError(f"{recipe.name}: teacher {recipe.teacher.name!r}: {rest}")
     if stated[1] > 1 and log is not None:
         what = "it restores less of the data than the mean would"
         log(f"warning: teacher {recipe.teacher.name!r}: {what}: check prediction, clock, range, and its weights")
+
+
+@torch.no_grad()
+def check_own_samples(
+    recipe: Recipe, teacher: BuiltTeacher, samples: Dataset, *, device: torch.device | str, log: LogFunction | None
+) -> None:
+    """Raise RecipeError if a teacher of kind module does not restore its own samples, where there is no data.
+
+    A wrong prediction is found so; a wrong clock or range may not be.
+    """
+    if not isinstance(recipe.teacher, ModuleTeacher):
+        return
+    net = _net(teacher, device)
+    errors = _error(net, net.spec, *_points(recipe, samples, device))
+    found = f"{LEVELS_SHOWN} its error on its own samples is {_shown(errors)} of their variance"
+    if any(error > most for error, most in zip(errors, MOST_OF_OWN, strict=True)):
+        what = f"is named wrongly, or not trained: {found}; check prediction, clock, range, and its weights"
+        raise RecipeError(f"{recipe.name}: teacher {recipe.teacher.name!r}: {what}")
+    if log is not None:
+        log(f"teacher: {found}")
+
+
+def _net(teacher: BuiltTeacher, device: torch.device | str) -> ModuleNet:
+    net: Any = teacher.to(device).modules[0]
+    assert isinstance(net, FlowMapNet) and isinstance(net.net, ModuleNet)
+    return net.net
+
+
+def _shown(errors: Errors) -> str:
+    return ", ".join(f"{one:.3g}" for one in errors)
 
 
 def _points(recipe: Recipe, data: Dataset, device: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import torch
 
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.build.data import build_data, build_samples
-from flowmap.data import Encoded, Pairs, Text
+from flowmap.data import Encoded, Pairs, TeacherSamples, Text
 from flowmap.data.dataset import BaseData, Source
 from flowmap.data.outline import DataOutline, SentencesOutline, outline_of
 from flowmap.data.shards import INDEX
@@ -22,7 +22,7 @@ from flowmap.data.text.tokens import BPE
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import weights_folder
 from flowmap.plan.outlines import Shape, latents_shape, sentences_shape
-from flowmap.plan.plan import Pairing, ResolvedRun
+from flowmap.plan.plan import Pairing, ResolvedRun, Sampling
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import read_config
@@ -126,7 +126,7 @@ def _lacks(run: ResolvedRun, error: RecipeError) -> list[str]:
             return []
         except ValueError as lacks:
             return [str(lacks).replace("data.root", "data.images.root")]
-    if run.coders:
+    if run.coders or (isinstance(recipe.data, TeacherSamples) and not Sampling(run.sampled).complete):
         return []
     known = str(error).removeprefix(f"{recipe.name}: ")
     if not PLACE.search(known.split(":")[0]):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
-from flowmap.data import Encoded, Guidance, Pairs
+from flowmap.data import Encoded, Guidance, Pairs, TeacherSamples
 from flowmap.estimate.communication import Links, Sent, sent_in_a_step
 from flowmap.estimate.evaluation import real_samples
 from flowmap.estimate.frozen_networks import caption_flops, live_text, picture_networks
@@ -70,8 +71,7 @@ class Prices:
         ends = parts["optimizer"] + parts["averages"]
         micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
         if live_text(recipe):
-            share = TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
-            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), share)
+            micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), _text_share(recipe))
         return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
     def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
@@ -110,13 +110,18 @@ class Prices:
 
         Without half: in float32, whose convolutions are of TensorFloat-32, as torch has it by default.
         """
-        with torch.device("meta"), torch.no_grad():
-            net = stable_diffusion_autoencoder()
-            counter = Counter(self.devices, half=half, float32=TF32_SHARE)
-            x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
-            with counter:
-                net.decode(x) if decodes else net.encode(x).latent_dist.mean
-        return counter.found
+        return _autoencoder_traffic(side, decodes, half, self.devices)
+
+
+@cache
+def _autoencoder_traffic(side: int, decodes: bool, half: bool, devices: tuple[Device, Device]) -> Traffic:
+    with torch.device("meta"), torch.no_grad():
+        net = stable_diffusion_autoencoder()
+        counter = Counter(devices, half=half, float32=TF32_SHARE)
+        x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
+        with counter:
+            net.decode(x) if decodes else net.encode(x).latent_dist.mean
+    return counter.found
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,7 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     trained: the number of parameters that are trained.
     """
     recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
-    lines = _encoding(recipe, config, prices)
-    if isinstance(recipe.coupling, Pairs) and (maker := pairs_config(run, config)) is not None:
-        size = gib(pairs_bytes(recipe, config.shape))
-        lines.append(f"{run.pairs.num:,} pairs: {hours(prices.pairs(recipe, maker))}, {size} on disk")
+    lines = [*_encoding(recipe, config, prices), *_made(run, config, prices)]
     step = prices.step(recipe, config, teachers)
     processes = recipe.batches.processes
     whole = step.whole.times(recipe.trainer.steps * processes)
@@ -169,6 +171,26 @@ def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: P
     disk = run_bytes(recipe, trained)
     lines.append("disk of the run: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
     return lines
+
+
+def _made(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
+    """Return a line on the samples of the teacher, if they are the data, and one on the pairs."""
+    sampled = [(run.sampled, "samples of the teacher")] if isinstance(run.recipe.data, TeacherSamples) else []
+    paired = [(run, "pairs")] if isinstance(run.recipe.coupling, Pairs) else []
+    lines = []
+    for one, what in (*sampled, *paired):
+        maker = pairs_config(one, config)
+        if maker is not None:
+            size = gib(pairs_bytes(one.recipe, config.shape))
+            lines.append(f"{one.pairs.num:,} {what}: {hours(prices.pairs(one.recipe, maker))}, {size} on disk")
+    return lines
+
+
+def _text_share(recipe: Recipe) -> float:
+    """Return the share of the bf16 rate that products of text encoders reach in the training step."""
+    if recipe.trainer.frozen_precision == "bf16":
+        return 1.0
+    return TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
 
 
 def _encoding(recipe: Recipe, config: StudentConfig, prices: Prices) -> list[str]:

@@ -111,6 +111,9 @@ def measure(
         seconds["decode"] = rows.decode_seconds
     seconds["evaluate"] = time.perf_counter() - started
     result |= {"seconds": {key: round(value, 4) for key, value in seconds.items()}, "nfe": nfe}
+    if data.note is not None:
+        log(f"note: {data.note}")
+        result["data"] = data.note
     sentences = data.sentence_counts()
     return result if sentences is None else result | {"sentences": sentences}
 

@@ -8,6 +8,8 @@ from flowmap.base.files import write_text
 from flowmap.export.card import export_card
 from flowmap.export.folder import check_free, whole_folder
 from flowmap.export.plan import make_plan
+from flowmap.nets.module import Module
+from flowmap.nets.stacked import net_within
 from flowmap.student.student import Student
 
 TARGETS = ("diffusers", "torch", "lora")
@@ -53,6 +55,10 @@ def _way(plan, to: str, custom: bool):
         from flowmap.export.program import write_program
 
         return "torch", write_program
+    own = net_within(plan.student.config.net)
+    if isinstance(own, Module):
+        what = f"the student is the module {own.module!r}, whose source flowmap does not have"
+        raise ValueError(f"--to {to}: {what}; take --to torch, a program that needs neither")
     if to == "lora":
         from flowmap.export.lora import write_lora
 

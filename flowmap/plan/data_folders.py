@@ -14,6 +14,7 @@ from flowmap.data.dataset import Source
 from flowmap.data.encoded import read_index
 from flowmap.data.shards import difference
 from flowmap.data.sources import READER
+from flowmap.data.teacher_samples import Blank
 from flowmap.flow.prior import Learned
 from flowmap.plan.dependencies import autoencoder_recipes, code_recipes, pairs_recipes, pairs_spec, prior_recipes
 from flowmap.plan.run_folders import runs_root
@@ -56,7 +57,10 @@ def data_of(recipe: Recipe, folder_of: Callable[[Recipe], Path]) -> Any:
 
 
 def pairs_of(recipe: Recipe) -> Pairs:
-    """Return the recipe's pairs with their folder: runs/pairs-<hash> unless the recipe names one."""
+    """Return the recipe's pairs with their folder: runs/pairs-<hash> unless the recipe names one.
+
+    If they are the samples of a teacher, it is runs/teacher-samples-<hash>.
+    """
     spec = pairs_spec(recipe)
     if spec.root:
         return spec
@@ -73,7 +77,8 @@ def pairs_of(recipe: Recipe) -> Pairs:
         reader = (READER,) if isinstance(recipe.data, (Encoded, Folder)) else ()
         return (plain, data, [hash_of(one) for one in needed], *reader, *prior)
 
-    return replace(spec, root=str(_by_hash("pairs", parts)))
+    what = "teacher-samples" if isinstance(recipe.data, Blank) else "pairs"
+    return replace(spec, root=str(_by_hash(what, parts)))
 
 
 def finished_index(spec: Encoded) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ def stated_outline(run: Resolved) -> DataOutline | None:
 
 def _stated(run: Resolved) -> tuple[Shape | None, int | None]:
     """Return shape and classes as settings, cards and other recipes state them, each None if they do not."""
-    known = run.recipe.data.outline() or (_codes(run) or latents_shape(run) or sentences_shape(run), None)
+    known = run.data.outline() or (_codes(run) or latents_shape(run) or sentences_shape(run), None)
     carded = _carded(run) or (None, None)
     return known[0] or carded[0], known[1] or carded[1]
 

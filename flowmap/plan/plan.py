@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import Encoded, Pairs, pairs
+from flowmap.data import Encoded, Pairs, TeacherSamples, pairs
 from flowmap.data.outline import DataOutline
 from flowmap.plan.cards import lora_card
 from flowmap.plan.data_folders import finished_index
@@ -52,6 +52,8 @@ class ResolvedRun(Resolved):
             found.append(Encoding(self))
         for needed in (*self.coders, *self.priors, *self.teachers, *self.starts):
             found += self._with_needs(needed, chain)
+        if isinstance(self.recipe.data, TeacherSamples):
+            found.append(Sampling(self.sampled))
         if isinstance(self.recipe.coupling, Pairs):
             pairing = Pairing(self)
             for needed in [] if pairing.complete else self.pairs_teachers:
@@ -108,6 +110,10 @@ class Pairing:
         return self.run.recipe
 
     @property
+    def makes(self) -> str:
+        return f"{self.run.pairs.num} pairs"
+
+    @property
     def folder(self) -> Path:
         return Path(self.run.pairs.root)
 
@@ -118,6 +124,14 @@ class Pairing:
             return pairs.first_difference(there, pairs_identity(self.run)) is None
         except ValueError:  # It is missing or damaged, or its data is not encoded yet.
             return False
+
+
+class Sampling(Pairing):
+    """Samples of the teacher to make, which are the data of a run; `run` is its `sampled`."""
+
+    @property
+    def makes(self) -> str:
+        return f"{self.run.pairs.num} samples of the teacher"
 
 
 Needed = Stage | Encoding | Pairing | ReferenceStatistics

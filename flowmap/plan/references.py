@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.schema import RecipeError, short_hash, to_plain
+from flowmap.data import TeacherSamples
 from flowmap.data.dataset import Source
 from flowmap.data.sources import READER
 from flowmap.metrics import Frechet, Spec
@@ -62,6 +63,11 @@ class ReferenceStatistics:
     @property
     def _pictures(self) -> dict[str, Any]:
         data = self.recipe.data
+        if isinstance(data, TeacherSamples):
+            raise RecipeError(
+                f"{self.recipe.name}: metrics: reference: auto is of real pictures, and the data are samples of the "
+                "teacher: give a file"
+            )
         if data.images is not None:
             return {"reader": READER, **to_plain(data.images, TABLES, hashed=True)}
         if not data.in_pixels:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from flowmap.base.schema import RecipeError
-from flowmap.data import Pairs, Styles
+from flowmap.data import Pairs, Styles, TeacherSamples
 from flowmap.flow.prior import Learned
 from flowmap.nets.stacked import Stacked
+from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import card_of, cards_of, pairs_teacher
 from flowmap.plan.data_folders import data_of, pairs_of
 from flowmap.plan.dependencies import (
@@ -24,6 +25,7 @@ from flowmap.plan.dependencies import (
 )
 from flowmap.plan.named_networks import shipped_net, spec_of, stacked, with_time_embedding
 from flowmap.plan.run_folders import dependency_folder, is_complete
+from flowmap.plan.teacher_samples import samples_of
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
@@ -126,7 +128,16 @@ class Resolved:
     @cached_property
     def data(self) -> Any:
         """The settings of the data with folders in place of names."""
+        if isinstance(self.recipe.data, TeacherSamples):
+            return replace(samples_of(self), root=self.sampled.pairs.root)
         return data_of(self.recipe, lambda recipe: self.of(recipe).folder)
+
+    @cached_property
+    def sampled(self) -> Self:
+        """The run whose pairs are the teacher's samples that are this run's data."""
+        data, teacher = samples_of(self), self.recipe.teacher
+        assert teacher is not None  # The data has checked it.
+        return self.changed(data=data.blank(), coupling=data.pairs(teacher), objective=FlowMatching(), metrics=())
 
     @cached_property
     def pairs(self) -> Pairs:

@@ -1,4 +1,4 @@
-"""Make pairs of noise and data that a teacher's ODE joins, shard by shard.
+"""Make pairs of noise and data that a teacher's ODE joins, shard by shard; samples of a teacher are their data.
 
 After an interruption at any moment, a second call completes the folder. A shard is a fixed range of pairs and a
 function of that range alone. data/pairs.py describes the files.
@@ -7,7 +7,6 @@ function of that range alone. data/pairs.py describes the files.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.base.distributed import is_child
 from flowmap.base.files import read_json, write_json
+from flowmap.base.progress import LogFunction, Progress
 from flowmap.build.data import build_data
 from flowmap.build.prior import build_prior
 from flowmap.build.teacher import BuiltTeacher, build_pairs_teacher
@@ -26,6 +27,8 @@ from flowmap.data import Dataset, Independent, PairedDataset, Pairs
 from flowmap.data.pairs import MADE, contents, has_text, pack, read_index, sources_of, starts_of, unpack
 from flowmap.data.shards import INDEX, PLAN, check_sums, shard_name, to_column, write_stream
 from flowmap.data.sources import optional
+from flowmap.data.teacher_samples import Blank
+from flowmap.estimate.module_check import check_own_samples
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior, Start, chi_square
 from flowmap.flow.solver import Velocity, invert
@@ -35,6 +38,7 @@ from flowmap.plan.cards import pairs_teacher
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import pairs_identity, scale_of
 from flowmap.prepare.write import check_plan, making, once, sweep_stale, whole, write_shard
+from flowmap.recipe import Recipe
 
 KEPT = ("rows", "bytes", "sha256", "inverted")  # The keys of a shard's summary that index.json repeats.
 OFF = 4.0  # The number of standard errors from which inverted noise raises a warning.
@@ -68,9 +72,9 @@ def make_pairs(
         slot = pairs_teacher(run.recipe)
         if slot is not None and begins:  # before hours of evaluating it
             alone = run.recipe.changed(teacher=slot, coupling=Independent(), objective=FlowMatching())
-            check_teacher(alone, maker.teacher, maker.data, device=device, prior=maker.prior, log=log)
-        check_plan(folder, maker.plan(), "set of pairs")
-        _fill(maker, folder, shard, batch_size)
+            _check(alone, maker, device, log)
+        check_plan(folder, maker.plan(), maker.thing)
+        _fill(maker, folder, shard, batch_size, log)
     summaries = [whole(folder, number) for number in range(len(maker.ranges()))]
     complete = [one for one in summaries if one is not None]
     return (
@@ -78,6 +82,16 @@ def make_pairs(
         if len(complete) < len(summaries)
         else once(folder, lambda: _finish(maker, folder, complete, log or (lambda message: None)))
     )
+
+
+def _check(recipe: Recipe, maker: Maker, device: torch.device | str, log: LogFunction | None) -> None:
+    """Check the teacher; without data, a module's prediction on samples of its own."""
+    real = not isinstance(recipe.data, Blank)
+    check_teacher(recipe, maker.teacher, maker.data, device=device, prior=maker.prior, log=log, compare=real)
+    if not real:
+        x0, cond = maker.samples(range(min(len(maker.data), maker.spec.num)))
+        own = Dataset("own samples", x0, x0[:0], labels := cond.get("class"), labels, maker.data.num_classes)
+        check_own_samples(recipe, maker.teacher, own, device=device, log=log)
 
 
 @dataclass(frozen=True)
@@ -96,10 +110,12 @@ class Maker:
     conditional: bool
     dtype: str
     prior: LearnedPrior | None = None
+    thing: str = "set of pairs"
 
     @staticmethod
     def of(run: ResolvedRun, device: torch.device | str) -> Maker:
         recipe, spec, data = run.recipe, run.pairs, build_data(run)
+        data.hold_text(None)  # pairs do not depend on the precision of the run that reads them
         if spec.num_inverted and sources_of(data) is not None:
             raise ValueError(
                 "coupling.inverted: an editing flow carries sentences to sentences, and back by itself; "
@@ -114,9 +130,8 @@ class Maker:
         teacher = build_pairs_teacher(run, data).to(device)
         prior = build_prior(run)
         prior = prior and prior.exact()
-        return Maker(
-            spec, data, teacher, scale_of(run), pairs_identity(run), device, recipe.data.conditional, dtype, prior
-        )
+        given = spec, data, teacher, scale_of(run), pairs_identity(run), device, recipe.data.conditional, dtype, prior
+        return Maker(*given, "set of samples" if isinstance(recipe.data, Blank) else "set of pairs")
 
     def plan(self) -> dict[str, Any]:
         return {
@@ -197,22 +212,26 @@ class Maker:
             raise RuntimeError(f"pair {pair}: the solver's result is not finite as {kept.dtype}; take more steps")
 
 
-def _fill(maker: Maker, folder: Path, shard: tuple[int, int], batch_size: int) -> None:
-    from tqdm import tqdm
-
+def _fill(maker: Maker, folder: Path, shard: tuple[int, int], batch_size: int, log: LogFunction | None = None) -> None:
     rank, world = shard
     mine = list(enumerate(maker.ranges()))[rank::world]
-    with tqdm(
-        total=sum(len(pairs) for _, pairs in mine), disable=not sys.stderr.isatty(), unit="pair", desc="pairs"
-    ) as bar:
-        for number, pairs in mine:
-            if whole(folder, number) is None:
-                _make(maker, folder, number, pairs, batch_size)
-            bar.update(len(pairs))
+    missing = [(number, pairs) for number, pairs in mine if whole(folder, number) is None]
+    with Progress(
+        sum(len(pairs) for _, pairs in missing), f"making the {maker.thing}", None if is_child() else log
+    ) as count:
+        for number, pairs in missing:
+            _make(maker, folder, number, pairs, batch_size, count)
 
 
-def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int) -> None:
-    """Solve one shard in memory and write it."""
+def _make(
+    maker: Maker,
+    folder: Path,
+    number: int,
+    pairs: range,
+    batch_size: int,
+    count: Callable[[int], None] = lambda solved: None,
+) -> None:
+    """Solve one shard in memory and write it; count: is given the number of pairs of each batch."""
     import pyarrow
 
     batches: list[Any] = []
@@ -227,6 +246,7 @@ def _make(maker: Maker, folder: Path, number: int, pairs: range, batch_size: int
         batches.append(pyarrow.record_batch(arrays | {name: to_column(value) for name, value in columns.items()}))
         if "x1" in columns:
             summary["squared_norms"] += columns["x1"].double().flatten(1).square().sum(1).tolist()
+        count(len(part))
     write_shard(folder, number, lambda path: write_stream(path, batches), summary)
 
 

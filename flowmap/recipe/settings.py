@@ -205,9 +205,10 @@ class Trainer:
     and gradients are checked on the device in every step, and the host reads the result so often; before anything is
     saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
-    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters); `auto` is
-    that of `precision`. shard_size: with fsdp, the number of devices that weights are split over, each such group
-    with a copy of all; null for the devices of a node, or all devices if nodes have one each.
+    teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters, the text
+    encoders of data.stored_text: captions); `auto` is that of `precision`. shard_size: with fsdp, the number of devices
+    that weights are split over, each such group with a copy of all; null for the devices of a node, or all devices if
+    nodes have one each.
 
     checkpoint_every_minutes: also save a checkpoint when the last one is that old. keep_checkpoints: the newest ones
     that are kept, last.ckpt among them. milestone_every_steps: checkpoints of these steps are saved and kept (0: none).

@@ -71,7 +71,7 @@ def figures_table(metrics: Mapping[str, Any] | None) -> list[str]:
     table += [f"| {label} | " + " | ".join(cells) + " |" for label, cells in rows.items()]
     if any(name.endswith(TRAIN) for name in names):
         table += ["", f"Distances are to held-out samples; those that end in `{TRAIN}` are to training samples."]
-    return table
+    return [*table, "", f"Note: {metrics['data']}."] if "data" in metrics else table
 
 
 def short_card(title: str, what: str, metrics: Mapping[str, Any] | None) -> str:

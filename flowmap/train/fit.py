@@ -206,7 +206,7 @@ def _log_complete(label: str, stage: Needed, log: LogFunction) -> None:
 def _made(stage: Encoding | Pairing | ReferenceStatistics) -> str:
     """What the stage makes, in words."""
     if isinstance(stage, Pairing):
-        return f"{stage.run.pairs.num} pairs ->"
+        return f"{stage.makes} ->"
     return f"its pictures -> {stage.makes} in"
 
 

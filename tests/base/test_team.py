@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from flowmap.base import preempt
 from flowmap.base.launch import Launch, free_port
-from flowmap.base.team import Team, deadline
+from flowmap.base.team import GRACE, Team, deadline
 
 SCRIPT = """\
 import sys, time
@@ -84,3 +85,16 @@ def test_one_process_is_a_team_that_decides_and_waits_for_nobody(monkeypatch):
         monkeypatch.setenv("FLOWMAP_DEADLINE_MINUTES", text)
         with pytest.raises(ValueError, match="FLOWMAP_DEADLINE_MINUTES: .* number of minutes above 0"):
             deadline()
+
+
+def test_the_first_process_does_not_wait_long_inside_a_collective_that_a_preempted_one_has_left():
+    """Another process ended at once, as while both measure; a first one that could have done so hangs."""
+    first, second = Team(Launch("srun", 0, 2, 0, 2)), Team(Launch("srun", 1, 2, 0, 2))
+    assert first._grace(1) == GRACE and first._grace(preempt.STATUS) == 4 * GRACE  # a user's own handlers
+    with preempt.preemptible():
+        assert first._grace(preempt.STATUS) <= 10 and second._grace(preempt.STATUS) == 4 * GRACE
+        with preempt.held():  # it may be saving a checkpoint
+            assert first._grace(preempt.STATUS) == 4 * GRACE
+        with pytest.raises(preempt.Preempted):
+            preempt.end("at step 3")
+        assert first._grace(preempt.STATUS) == 4 * GRACE  # it ends, and closes the logs

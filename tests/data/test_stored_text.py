@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flowmap.build.data import build_data
 from flowmap.data import StepBatches
 from flowmap.data.encoded import CAPTIONS
 from flowmap.data.live_text import LiveText
+from flowmap.plan.plan import resolve
 from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
-from flowmap.teachers.text import pipeline_rows
+from flowmap.teachers.text import PipelineText, pipeline_rows
 from flowmap.train.loading import loader_of
 from tests.support import tiny_nets
 from tests.support.encoding import Letters, spec
@@ -144,6 +146,40 @@ def test_a_row_depends_on_its_caption_alone(family, tmp_path):
         for name, rows in together.items():
             assert torch.equal(rows[i], alone[name][0]) and torch.equal(rows[i], again[name][len(captions) - 1 - i])
     assert all(torch.equal(rows, rows.half().float()) for rows in together.values() if rows.is_floating_point())
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux", "sana"])
+def test_encoders_are_held_in_bfloat16_and_give_rows_in_full_precision(family, tmp_path):
+    """Each layer rounds to 8 bits: half a unit is 2^-9 of a number, and a tiny encoder has a few layers."""
+    text = PipelineText(source=str(save(family, tmp_path / "pipe")), max_tokens=None if family == "sd" else 12)
+    captions = ["a red cat", "", "the dog with blue eyes"]
+    live = LiveText(text)
+    whole = live(captions)
+    live.hold(torch.bfloat16)
+    rounded = live(captions)
+    for part in live._network.parts.values():
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
+    assert rounded.keys() == whole.keys()
+    for name, rows in rounded.items():
+        assert rows.dtype == whole[name].dtype and rows.shape == whole[name].shape
+        if rows.is_floating_point():
+            off = (rows - whole[name]).square().mean().sqrt() / whole[name].square().mean().sqrt()
+            assert 1e-4 < off < 2**-6, (name, off)
+        else:
+            assert torch.equal(rows, whole[name])
+    live.hold(None)
+    assert same(live(captions), whole)
+
+
+@pytest.mark.parametrize(
+    ("precision", "frozen", "expected"),
+    [("bf16", "auto", torch.bfloat16), ("bf16", "32", None), ("32", "auto", None)],
+)
+def test_captions_are_encoded_in_the_precision_of_frozen_networks(precision, frozen, expected, built):
+    settings = [f"trainer.precision={precision}", f"trainer.teacher_precision={frozen}", "metrics=[]"]
+    data = build_data(resolve(read_recipe("digits", settings)), lambda _: built("captions"))
+    assert data._live.dtype == expected
+    assert data.conditions_at(torch.tensor([1]))["text"].dtype == torch.float32, "this encoder cannot be converted"
 
 
 def test_few_rows_are_kept_and_a_copy_has_none(monkeypatch):

@@ -88,8 +88,9 @@ def test_every_kind_of_data_holds_something_out(kind, tmp_path):
 
 
 def test_no_kind_is_left_out():
-    # fashion: ten thousand of its own files, test_images.py; given: from Python, test_given.py
-    assert set(DATA) - set(SETS) == {"fashion", "given"}
+    # fashion: ten thousand of its own files, test_images.py; given: from Python, test_given.py; teacher_samples:
+    # test_teacher_samples.py
+    assert set(DATA) - set(SETS) == {"fashion", "given", "teacher_samples"}
 
 
 def test_an_evaluation_looks_at_all_before_any_comes_again():

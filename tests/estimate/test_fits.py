@@ -1,5 +1,7 @@
 """What a dry run says of memory: training and evaluation on a device, and a warning for each that does not fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from flowmap.estimate import fits
@@ -35,6 +37,13 @@ def test_what_fits_is_not_warned_of_and_what_does_not_is_with_what_to_change(mon
     (evaluation,) = warnings_of(DDP, memory(1), EvaluationMemory(0, edge * GIB, 0, 0, 0, 0))
     assert "the evaluation does not fit" in evaluation and "evaluation.batch_size" in evaluation
     assert warnings_of(["trainer.accelerator=cpu"], memory(1000), small) == []
+
+
+def test_text_encoders_of_captions_have_a_part_of_their_own():
+    training = replace(memory(activations=7, weights=3), text=2 * GIB)
+    line, measuring = memory_lines(read_recipe("digits"), training, EvaluationMemory(0, GIB, 0, 0, 0, 0))
+    assert "3.00 GiB weights" in line and "+ 2.00 GiB text encoders +" in line and line.endswith("= 12.00 GiB")
+    assert "5.00 GiB that training keeps" in measuring
 
 
 def test_the_evaluation_is_beside_what_training_keeps():

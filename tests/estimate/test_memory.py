@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flowmap.estimate.dry_run import networks_costs, networks_memory
+from flowmap.estimate.frozen_networks import live_text_bytes
 from flowmap.estimate.memory import memory_of
 from flowmap.estimate.networks import config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines
@@ -86,6 +87,7 @@ def test_the_table_of_a_large_recipe_is_what_a_device_has(name, devices, nodes):
         shard_frozen(teachers, mesh)
         weights = local_bytes(student, *teachers) + buffer_bytes(student, *teachers)
     assert found.weights + found.frozen == pytest.approx(weights, rel=0.001)
+    assert found.text == live_text_bytes(recipe, config)
 
 
 def test_ddp_keeps_all_of_it_and_autocasts_copies():
@@ -96,3 +98,13 @@ def test_ddp_keeps_all_of_it_and_autocasts_copies():
     assert whole.state == 4 * count * 5 + 2 * buffer_bytes(net), "weights, gradients, two moments and an average"
     half = memory_of(recipe_on("digits", 8, strategy="ddp", precision="bf16"), net, [], activations=0)
     assert 0 < half.working < 2 * count and half.state == whole.state
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("sd15", 0.12e9), ("sd35-medium", 5.58e9), ("flux-dev-lora", 4.88e9)])
+def test_encoders_of_captions_are_counted_in_the_precision_of_frozen_networks(name, parameters):
+    """CLIP among them; each recipe is in bf16 and stores captions."""
+    run = resolve(read_recipe(name))
+    config = config_without_weights(run, Outlines().of(run, whole=False)[0])
+    bytes_of = lambda *settings: live_text_bytes(read_recipe(name, settings), config)
+    assert bytes_of() == 2 * parameters and bytes_of("trainer.precision=32") == 4 * parameters
+    assert bytes_of("data.stored_text=padded") == 0

@@ -8,18 +8,28 @@ import torch
 from torch.nn import functional as F
 
 from flowmap.estimate.attention import fused_attention
-from flowmap.estimate.frozen_networks import live_text
+from flowmap.estimate.frozen_networks import caption_flops, live_text
 from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
 from flowmap.estimate.price import (
     Prices,
+    _text_share,
     evaluation_parts,
     pairs_bytes,
     price_lines,
     sample_bytes,
     solver_calls,
 )
-from flowmap.estimate.roofline import Counter, Device, Traffic, step_of, step_traffic, sustained
+from flowmap.estimate.roofline import (
+    FLOAT32_SHARE,
+    TF32_SHARE,
+    Counter,
+    Device,
+    Traffic,
+    step_of,
+    step_traffic,
+    sustained,
+)
 from flowmap.flow.solver import Heun
 from flowmap.flow.tangent.dual import dual_forward
 from flowmap.plan.plan import resolve
@@ -166,3 +176,16 @@ def test_captions_cost_two_flops_for_each_parameter_and_token_in_float32():
     assert padded - captions == 2 * 77 * 768 - 100
     assert not live_text(run.recipe.changed(data=replace(run.recipe.data, stored_text="padded")))
     assert live_text(run.recipe.changed(data=replace(run.recipe.data, stored_text="captions")))
+
+
+@pytest.mark.parametrize(("name", "clip", "t5"), [("sd35-medium", 0.82e9, 77), ("flux-dev-lora", 0.12e9, 256)])
+def test_clip_and_t5_encode_a_caption_each_its_own_tokens(name, clip, t5):
+    run = resolve(read_recipe(name))
+    config = config_without_weights(run, Outlines().of(run, whole=False)[0])
+    assert caption_flops(config) == 2 * (clip * 77 + 4.76e9 * t5)
+
+
+def test_captions_are_encoded_at_the_rate_of_their_precision():
+    share = lambda *settings: _text_share(read_recipe("sd15", settings))
+    whole = "trainer.precision=32"
+    assert (share(), share(whole), share(whole, "trainer.tf32=false")) == (1, TF32_SHARE, FLOAT32_SHARE)

@@ -18,6 +18,7 @@ import flowmap
 from flowmap.data import StepBatches
 from flowmap.data.dataset import full_precision
 from flowmap.data.images.edm2_zip import EDM2Latents
+from flowmap.prepare import read_ahead
 from flowmap.prepare.encode import encode
 from flowmap.recipe import read_recipe
 from flowmap.train import loading
@@ -154,23 +155,55 @@ def test_workers_end_with_the_loader_and_read_two_batches_ahead():
     assert not any(worker.is_alive() for worker in samples.threads)
 
 
+class Hanging(Counted):
+    """The second batch comes when it is released."""
+
+    def __init__(self):
+        super().__init__()
+        self.hangs, self.released = threading.Event(), threading.Event()
+
+    def stored_batch(self, places):
+        if self.threads:
+            self.hangs.set()
+            self.released.wait()
+        return super().stored_batch(places)
+
+
+def test_a_loader_that_is_closed_does_not_wait_for_a_read_that_hangs(monkeypatch):
+    monkeypatch.setattr(read_ahead, "GRACE_S", 0.01)
+    samples = Hanging()
+    loaded = iter(loader_of(recipe_with(1), samples, StepBatches(20, 4, seed=5), CPU))
+    next(loaded)
+    samples.hangs.wait()
+    loaded.close()
+    (worker,) = samples.threads
+    assert worker.is_alive() and worker.daemon
+    samples.released.set()
+    worker.join()
+    assert len(samples.threads) == 2  # the read that hung is the last
+
+
 SCRIPT = """
 import torch
 from flowmap.data import StepBatches
 from flowmap.recipe import read_recipe
 from flowmap.train.loading import loader_of
-data = read_recipe("digits").data.build()
-recipe = read_recipe("digits", ["trainer.workers=2"])
-kept = iter(loader_of(recipe, data, StepBatches(len(data), 4, seed=5), torch.device("cpu")))
+from tests.train.test_loading import Hanging
+
+samples, recipe = Hanging(), read_recipe("digits", ["trainer.workers=1"])
+kept = iter(loader_of(recipe, samples, StepBatches(20, 4, seed=5), torch.device("cpu")))
 next(kept)
-raise SystemExit(3)
+samples.hangs.wait()
+print("fails", flush=True)
+raise RuntimeError("the run failed")
 """
 
 
-def test_a_process_that_fails_does_not_wait_for_endless_batches():
-    """A traceback may keep the loader's iterator to the end."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, timeout=300)
-    assert done.returncode == 3, done.stderr
+def test_a_process_that_fails_does_not_wait_for_a_read_that_hangs():
+    """A traceback may keep the loader's iterator to the end. Batches are endless here."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, timeout=300, text=True)
+    assert done.returncode == 1 and done.stdout == "fails\n", done.stderr
+    assert done.stderr.rstrip().endswith("RuntimeError: the run failed")
 
 
 def test_the_automatic_number(encoded, monkeypatch):

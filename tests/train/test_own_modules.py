@@ -15,6 +15,9 @@ from flowmap.base import trust
 from flowmap.base.schema import RecipeError
 from flowmap.export import export
 from flowmap.nets import module_builders
+from flowmap.samplers import Deterministic
+from flowmap.student.config import StudentConfig
+from flowmap.student.student import Student
 from flowmap.train.doctor import examine
 
 NETS = '''
@@ -147,6 +150,16 @@ def test_it_exports_without_its_class(place, nets):
     run = fit(place, teacher=wrapped(nets))
     program = torch.export.load(export(run.student, place / "torch", to="torch", steps=2) / "program.pt2").module()
     assert program(torch.randn(5, 16), {"class": torch.arange(5) % 3}).shape == (5, 16)
+
+
+@pytest.mark.parametrize(("to", "custom"), [("diffusers", False), ("diffusers", True), ("lora", False)])
+def test_an_export_that_wants_its_source_names_the_one_that_does_not(place, nets, to, custom):
+    student = flowmap.wrap(nets.Jump())
+    config = StudentConfig(student.settings, Deterministic(steps=(1, 2)), (16,))
+    with pytest.raises(ValueError) as caught:
+        export(Student(config, config.build()), place / "out", to=to, custom=custom)
+    what = f"--to {to}: the student is the module 'my_nets:Jump', whose source flowmap does not have; take --to torch"
+    assert str(caught.value) == f"{what}, a program that needs neither" and not (place / "out").exists()
 
 
 def test_a_student_with_an_arrival_time_starts_from_its_own_weights(place, nets):
