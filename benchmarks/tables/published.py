@@ -37,7 +37,7 @@ def tables(everything: Mapping) -> dict[str, dict]:
             made[f"{name}targets"] = targets(everything[model], "euler 12" if name == "flow" else "ddim 50")
     if "flow" in made:
         made["short"] = short(made["flow"])
-    return made
+    return {name: table for name, table in made.items() if table["rows"]}
 
 
 def figures(found: Found) -> dict:
