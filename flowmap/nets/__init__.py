@@ -20,7 +20,7 @@ from flowmap.nets.text_pair import TextPair
 from flowmap.nets.text_vae import TextVAE
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
-# diffusers imports bitsandbytes, which on some processors advises to install a package that fetches kernels from the hub
+# diffusers imports bitsandbytes, which on some CPUs advises a package that fetches kernels from the hub
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NETS = {
