@@ -2,12 +2,13 @@
 
 Folders of the real format with random contents are written to a temporary folder and read from the page cache: this is
 the cost of the host, not of a disk. Ratios are of one run, whose ways take turns.
-`python benchmarks/loader.py [--shards 1300] [--rounds 15] [--only-workers]`
+`python benchmarks/loader.py [--shards 1300] [--rounds 15] [--only-workers | --only-order]`
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -31,6 +32,7 @@ from flowmap.data import Dataset, PairedDataset, StepBatches, as_it_is
 from flowmap.data.dataset import full_precision
 from flowmap.data.encoded import EMPTY, FORMAT, REFERENCE, EncodedDataset
 from flowmap.data.images.folder import FolderImages
+from flowmap.data.order import BLOCK, ORDERS, WINDOW
 from flowmap.data.pairs import contents
 from flowmap.data.shards import INDEX, shard_name, to_column, to_trimmed_column, write_stream
 from flowmap.prepare.read_ahead import in_order
@@ -41,6 +43,8 @@ CAPTION = "a photograph of a red bicycle that leans against a white wall in the 
 TOKENS = 30  # of such a caption, of which longer ones have more
 CPU = torch.device("cpu")
 NODE = ["workers", "latents a CPU second", "latents a second (median)", "most"]
+ORDER = ["samples", "shuffle", "MiB held", "seconds to the first batch", "microseconds a batch"]
+COLD = ["shuffle", "samples read", "KiB of a sample", "KiB read from the disk for each", "samples a second"]
 PICTURES = ["way", "CPU ms a picture", "pictures a second (fastest round)", "plain loop's CPU time / its own"]
 # Per recipe: shape of a latent, text conditions, and what 8 H100 use in a second: 8 x micro-batch / the step's time by
 # the roofline count of the full-scale audit; None where it counted none.
@@ -271,18 +275,47 @@ def folder_rate(folder: Path, rounds: int, size: int = 512, count: int = 32) -> 
 
 
 def order_cost() -> list[list]:
-    """Rows [samples, MiB of an epoch's order, seconds to draw it, microseconds of a batch of 64 afterwards]."""
+    """Rows [samples, shuffle, MiB that are held, seconds to the first batch of 64, microseconds of the next ones]."""
     rows = []
-    for samples in (1_281_167, 5_000_000, 100_000_000):
-        batches = StepBatches(samples, 64, seed=0)
+    for samples, shuffle in itertools.product((1_281_167, 5_000_000, 100_000_000), ORDERS):
+        batches = StepBatches(samples, 64, seed=0, shuffle=shuffle)
         started = time.perf_counter()
         batches.indices(0)
         drawn = time.perf_counter() - started
         started = time.perf_counter()
-        for step in range(1, 101):
+        for step in range(1, 513):  # more than a window
             batches.indices(step)
-        rows.append([samples, batches._order.nbytes / 2**20, drawn, 1e4 * (time.perf_counter() - started)])
+        held = sum(one.nbytes for one in vars(batches._order).values() if isinstance(one, torch.Tensor))
+        rows.append([samples, shuffle, held / 2**20, drawn, 1e6 * (time.perf_counter() - started) / 512])
     return rows
+
+
+def cold_reads(folder: Path, shards: int = 64, rows: int = 512, shape: tuple[int, ...] = (4, 64, 64)) -> list[list]:
+    """Rows [shuffle, samples read, KiB of a sample, KiB read from the disk for each, samples a second] of files that
+    are not in the page cache. With "global" few samples are read, so that the cache helps as little as with data that
+    are larger than memory; with "blocks" a window.
+    """
+    found = []
+    for shuffle, count in (("global", shards * rows // 16), ("blocks", BLOCK * WINDOW)):
+        data = encoding(folder / shuffle, shape, {}, shards=shards, rows=rows)
+        for file in sorted((folder / shuffle).iterdir()):
+            with open(file, "rb") as content:
+                os.fsync(content.fileno())
+                os.posix_fadvise(content.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        batches = StepBatches(len(data), 64, seed=0, shuffle=shuffle)
+        before, started = disk_bytes(), time.perf_counter()
+        for step in range(count // 64):
+            data.stored_batch(batches.indices(step))
+        read, spent = disk_bytes() - before, time.perf_counter() - started
+        size = data.index["shards"][0]["bytes"] / rows
+        found.append([shuffle, count, size / 1024, read / count / 1024, count / spent])
+    return found
+
+
+def disk_bytes() -> int:
+    """The bytes that this process has read from a disk, not from the page cache (Linux)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
 def main() -> None:
@@ -291,6 +324,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--name", default="loader")
     parser.add_argument("--only-workers", action="store_true", help="the table of workers: loader_workers.json")
+    parser.add_argument("--only-order", action="store_true", help="the tables of data.shuffle: loader_order.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -298,6 +332,9 @@ def main() -> None:
         if a.only_workers:
             rows = node_rate(folder, min(a.shards, 200), a.rounds)
             return write_tables("loader_workers", {"node": (NODE, rows)}, a, {"load": os.getloadavg()[0]})
+        if a.only_order:
+            tables = {"order": (ORDER, order_cost()), "cold": (COLD, cold_reads(folder))}
+            return write_tables("loader_order", tables, a, {"load": os.getloadavg()[0]})
         recipes, rates = by_recipe(folder / "recipes", a.rounds)
         tables = {
             "shards": (
@@ -310,9 +347,9 @@ def main() -> None:
                 recipes,
             ),
             "pictures": (PICTURES, folder_rate(folder / "jpg", a.rounds)),
-            "order": (["samples", "MiB", "seconds an epoch", "microseconds a batch"], order_cost()),
         }  # fmt: skip
-    write_tables(a.name, tables, a, {"caption_characters": len(CAPTION), "caption_tokens": TOKENS}, recipes=rates)
+    setting = {"caption_characters": len(CAPTION), "caption_tokens": TOKENS, "load": os.getloadavg()[0]}
+    write_tables(a.name, tables, a, setting, recipes=rates)
 
 
 def write_tables(name: str, tables: dict[str, Any], a: argparse.Namespace, setting: dict, **more: Any) -> None:

@@ -1,8 +1,8 @@
 """How close do students of 1, 2, 4 and 8 steps come to teachers that other people trained and published?
 
-`python benchmarks/published.py --rows teacher ayf_mixed --seeds 0 1 2 3 4` (see `--help`). Needs the files that
-examples/published/run.py names, in `--root`. Each finished (row, seed) is kept at once in
-benchmarks/results/published.json, so a run goes on where it was stopped.
+`python benchmarks/published.py --rows teacher ayf_mixed --seeds 0 1 2 3 4` (see `--help`), from the project's folder:
+the recipes of examples/published/ read ../shared/published, with the files that examples/published/run.py names. Each
+finished (row, seed) is kept at once in benchmarks/results/published.json, so a run goes on where it was stopped.
 
 MNIST's 10,000 test pictures, which the teachers have not seen, are split at random: one half gives the students' x0,
 the figures are against the other. Features: 64 principal components of that half's pixels, and a small classifier of
@@ -12,6 +12,7 @@ digits that is trained here on the first half (its labels too); neither is part 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from lib.report import RESULTS, environment, keep, kept
+from tables.published import tables
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,29 +28,40 @@ import flowmap
 from flowmap.build.data import build_data
 from flowmap.build.teacher import build_teacher
 from flowmap.data import Dataset
-from flowmap.flow.solver import Euler, Heun
+from flowmap.flow.solver import Euler, Heun, euler_step, integrate
 from flowmap.metrics.frechet import FrechetDistance
 from flowmap.metrics.nearest import NearestScore
 from flowmap.metrics.precision_recall import PrecisionRecallScore
+from flowmap.nets.module_clock import DDPM
 from flowmap.objectives import OBJECTIVES
 from flowmap.plan.plan import resolve
+from flowmap.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "examples/published"
+FOLDER = Path(__file__).resolve().parents[1] / "examples/published"
 RESULT = RESULTS / "published.json"
-DATA_SEED, IMAGES, COMPONENTS, NEIGHBOURS = 0, 5000, 64, 1000
-STEPS = (1, 2, 4, 8)
+IMAGES, COMPONENTS, NEIGHBOURS = 5000, 64, 1000
+STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
 METHODS = {
     "ayf_mixed": {"warmup_steps": 400, "r_max": 1.0, "lagrangian": 0.25, "own_lagrangian": 1.0},
     "ayf_emd": {"warmup_steps": 400, "r_max": 1.0},
     "meanflow": {},
 }
+FILES = {"reflow": "mnist_flow_vit_reflow.yaml", "instaflow": "mnist_flow_vit_instaflow.yaml"}
 SOLVERS = {
     "mnist-flow-vit": {
         **{f"euler {n}": lambda v, z, n=n: Euler(steps=n)(v, z).x for n in (1, 2, 4, 8, 12, 16, 50, 100)},
         "heun 25": lambda v, z: Heun(steps=25, euler_last=True)(v, z).x,
     },
+    "mnist-ddpm": {
+        f"ddim {n}": lambda v, z, n=n: integrate(v, z, places(n), step=euler_step).x for n in (1, 2, 4, 8, 50)
+    },
 }
+
+
+def places(n: int) -> list[float]:
+    """Our times of n DDIM steps, even in the 1,000 places of a DDPM's table: Euler on the linear path is DDIM."""
+    times = DDPM().build().times
+    return [1.0, *(float(times[round(1000 * i / n) - 1]) for i in range(n - 1, 0, -1)), 0.0]
 
 
 class Classifier(nn.Module):
@@ -166,7 +179,7 @@ def student_row(work: Work, method: str, seed: int) -> None:
     started = time.process_time()
     run = flowmap.fit(recipe, folder, resume=folder.exists(), log=lambda line: print(f"  {line}", flush=True))
     done = {"train_cpu_seconds": time.process_time() - started, "train_steps": recipe.trainer.steps}
-    for k in STEPS:
+    for k in STEPS.get(method, (1, 2, 4, 8)):
         started = time.process_time()
         x = run.student.sample(work.images, k, work.cond, seed=seed, batch_size=250)
         done[str(k)] = work.figures(x, time.process_time() - started)
@@ -179,7 +192,7 @@ class Work:
     """What all rows of a model share."""
 
     model: str
-    recipe: flowmap.Recipe
+    recipe: Recipe
     data: Dataset
     ruler: Ruler
     images: int
@@ -191,9 +204,12 @@ class Work:
         """Labels in turn; None for a model without classes."""
         return {"class": torch.arange(self.images) % 10} if self.recipe.data.conditional else None
 
-    def recipe_of(self, method: str, seed: int) -> flowmap.Recipe:
-        made = OBJECTIVES[method](**METHODS[method])
-        return self.recipe.changed(objective=made, seed=seed, name=f"{self.model}-{method}-{seed}")
+    def recipe_of(self, method: str, seed: int) -> Recipe:
+        """The model's own recipe with another objective, or that of the method's file."""
+        name = f"{self.model}-{method}-{seed}"
+        if method in FILES:
+            return flowmap.read_recipe(FOLDER / FILES[method], [f"name={name}", f"seed={seed}", "metrics=[]"])
+        return self.recipe.changed(objective=OBJECTIVES[method](**METHODS[method]), seed=seed, name=name)
 
     def figures(self, x: Tensor, cpu_seconds: float) -> dict[str, float]:
         labels = None if self.cond is None else self.cond["class"]
@@ -203,7 +219,9 @@ class Work:
         """Write the figures of a row and seed to the file of results, at once."""
         everything = kept(RESULT)
         everything.setdefault(self.model, {}).setdefault(row, {})[str(seed)] = figures
-        keep(RESULT, everything | {"environment": environment()})
+        settings = {"pictures of each row": self.images, "components": COMPONENTS}
+        made = {"environment": environment(), "settings": settings, "tables": tables(everything)}
+        keep(RESULT, everything | made)
         self.found.setdefault(row, {})[str(seed)] = figures
         print(f"{self.model} {row} seed {seed}: {line}", flush=True)
 
@@ -214,27 +232,26 @@ def shown(figures: dict[str, float]) -> str:
 
 def work_of(model: str, args: argparse.Namespace) -> Work:
     """The recipe of that model with what is measured here, its data, and what is measured with it."""
-    for name in ("mnist_test.py", f"{model.replace('-', '_')}.py"):
+    stem = model.replace("-", "_")
+    for name in ("mnist_test.py", f"{stem}.py"):
         flowmap.allow_import(str(FOLDER / name))
-    file = FOLDER / f"{model.replace('-', '_')}.yaml"
-    weights = args.root / Path(flowmap.read_recipe(file).teacher.weights).relative_to("../shared/published")
-    changes = [f"data.root={args.root / 'mnist-test'}", f"teacher.weights={weights}", "metrics=[]"]
-    changes += [f"trainer.steps={args.steps}"] if args.steps else []
-    recipe = flowmap.read_recipe(file, changes)
+    changes = ["metrics=[]", *([f"trainer.steps={args.steps}"] if args.steps else [])]
+    recipe = flowmap.read_recipe(FOLDER / f"{stem}.yaml", changes)
     data = build_data(resolve(recipe))
     return Work(model, recipe, data, Ruler.of(data), args.images, args.runs, kept(RESULT).get(model, {}))
 
 
 def main() -> None:
+    rows = ["teacher", *METHODS, *FILES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mnist-flow-vit", choices=SOLVERS)
-    parser.add_argument("--rows", nargs="+", default=["teacher", *METHODS], choices=["teacher", *METHODS])
+    parser.add_argument("--rows", nargs="+", default=rows, choices=rows)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's")
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--root", type=Path, default=ROOT.parent / "shared/published")
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--runs", type=Path, default=Path("runs/published"))
     args = parser.parse_args()
+    os.environ.setdefault("FLOWMAP_RUNS", str(args.runs))  # of pairs, and of the runs that others build on
     torch.set_num_threads(1)
     work = work_of(args.model, args)
     if "real" not in work.found:

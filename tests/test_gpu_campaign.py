@@ -1,5 +1,6 @@
 """`make gpu` from beginning to end on the CPU, at toy size; a second call measures nothing again."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,14 +19,20 @@ def campaign(out: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_job_is_measured_once(tmp_path):
+@pytest.fixture
+def gpu(monkeypatch):
+    """benchmarks/gpu.py, in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_a_job_is_measured_once(gpu, tmp_path, capsys):
     out = tmp_path / "gpu.json"
-    done = campaign(out, "--jobs", "step dit256")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    words = ["--device", "cpu", "--toy", "--out", str(out), "--jobs", "step dit256"]
+    assert gpu.main(words) == 0, capsys.readouterr()
     job = json.loads(out.read_text())["jobs"]["step dit256"]
     assert job["step_ms"] > 0 and job["tangent_error"] > 0 and job["sample_1_in_4_steps_ms"] > 0
-    again = campaign(out, "--jobs", "step dit256")
-    assert again.returncode == 0 and again.stdout.count("measured before") == 1
+    assert gpu.main(words) == 0 and capsys.readouterr().out.count("measured before") == 1
 
 
 @pytest.mark.slow
@@ -43,11 +51,10 @@ def test_the_campaign_runs_to_its_end_and_is_resumed(tmp_path):
     assert again.returncode == 0 and again.stdout.count("measured before") == 2
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "gpu.json")]
-    hidden = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
-    assert done.returncode == 3 and "no CUDA device" in done.stderr and not (tmp_path / "gpu.json").exists()
+def test_without_a_gpu_it_says_so(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 3
+    assert "no CUDA device" in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ def _data(recipe: Recipe, data: Any, teacher: Any) -> Given:
         found,
         batch_size=ours.batch_size,
         global_batch_size=ours.global_batch_size,
+        shuffle=ours.shuffle,
         drop_condition=ours.drop_condition if found.conditional else 0.0,
         conditional=found.conditional and (known is not None or not isinstance(teacher, Wrapped)),
         num_classes=classes,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Batch, Count, Share, check_ranges
 from flowmap.base.schema import added
+from flowmap.data.order import ORDERS
 from flowmap.flow.draws import Generator
 from flowmap.flow.parts import Part
 from flowmap.flow.types import Cond
@@ -38,13 +39,16 @@ class Source(BaseData):
     batch_size is for one process and one micro-batch. global_batch_size: the samples of an optimizer step over all
     micro-batches, devices and nodes; null for as many as they add up to. conditional: labels, if there are any, are
     given to the network, and dropped with probability drop_condition so that it also learns the velocity without a
-    class.
+    class. shuffle: "global", a random order of all samples in each epoch, or "blocks", a random order of blocks of 128
+    consecutive samples, mixed within each 128 blocks, for data larger than memory on a disk that is slow at random
+    reads.
     """
 
     batch_size: Batch = 128
     conditional: bool = True
     drop_condition: Share = 0.0
     global_batch_size: Count | None = added(None)
+    shuffle: str = added("global")
     in_pixels: ClassVar[bool] = True  # samples of three dimensions are pictures in [-1, 1]
     quick: ClassVar[bool] = True  # build() takes seconds, so that it may be called to look at the sizes alone
 
@@ -54,6 +58,8 @@ class Source(BaseData):
 
     def __post_init__(self):
         check_ranges(self)
+        if self.shuffle not in ORDERS:
+            raise ValueError(f"shuffle: {self.shuffle!r} is not one of {', '.join(ORDERS)}")
 
 
 class BaseDataset:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-import torch
-from torch import Tensor
+from flowmap.data.order import ORDERS
 
 
 def first_place(step: int, micro: int, *, batch_size: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> int:
@@ -22,12 +20,12 @@ class StepBatches:
     """The index lists of steps start_step, start_step + 1, ...: a `batch_sampler` for DataLoader, one list per
     micro-batch.
 
-    All epochs' permutations, one after another, form an endless stream. Step k reads places k G to (k + 1) G of it,
-    with G = batch_size * accumulate * world; micro-batch a of rank r reads batch_size places from k G + (a world + r)
-    batch_size on. Hence no sample comes twice within an epoch, batches cross the ends of epochs and are never short, a
-    later start needs no replay, and a step has the same samples however G is split over ranks and micro-batches. It
-    ends before step `num_steps`; with None it never ends (and has no len). It shards by rank itself: under Lightning
-    set use_distributed_sampler=False.
+    All epochs' permutations (order.py), one after another, form an endless stream. Step k reads places k G to (k + 1) G
+    of it, with G = batch_size * accumulate * world; micro-batch a of rank r reads batch_size places from k G + (a world
+    + r) batch_size on. Hence no sample comes twice within an epoch, batches cross the ends of epochs and are never
+    short, a later start needs no replay, and a step has the same samples however G is split over ranks and
+    micro-batches. It ends before step `num_steps`; with None it never ends (and has no len). It shards by rank itself:
+    under Lightning set use_distributed_sampler=False. shuffle: that of data, "global" or "blocks".
     """
 
     def __init__(
@@ -41,6 +39,7 @@ class StepBatches:
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        shuffle: str = "global",
     ):
         for key, value in {
             "num_samples": num_samples,
@@ -55,7 +54,7 @@ class StepBatches:
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._order = ORDERS[shuffle](num_samples, seed)
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
@@ -76,15 +75,7 @@ class StepBatches:
         end, found = place + self.batch_size, []
         while place < end:
             epoch, offset = divmod(place, self.num_samples)
-            found += self._permutation(epoch)[offset : offset + end - place].tolist()
-            place = min(end, (epoch + 1) * self.num_samples)
+            part = self._order(epoch, offset)[: end - place].tolist()
+            found += part
+            place += len(part)
         return found
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            mixed = int(
-                np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1
-            )  # manual_seed wants an int64
-            self._order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(mixed))
-            self._epoch = epoch
-        return self._order

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowmap.build.teacher import guided_by
+from flowmap.estimate.flops import Flops
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
@@ -60,11 +60,11 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     if isinstance(recipe.distillation, ScoreDistillation):
         x0.requires_grad_()  # It stands for the student's samples.
     sample = recipe.path.sample(x0, x1, t, s, cond or None)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
-        forward = counter.get_total_flops()
+        forward = counter.count
         loss.backward()
-    backward = counter.get_total_flops() - forward
+    backward = counter.count - forward
     drawn, kept = _sampling(recipe)
     return Calls(forward / UNIT + drawn, backward / (2 * UNIT) + kept, strong.rows / ROWS, weak.rows / ROWS)
 

@@ -6,6 +6,7 @@ Reductions over several nodes are scattered within each node first, so that a de
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,8 +78,9 @@ def reduced(size: float, devices: int, nodes: int) -> Sent:
 
 def _frozen(nets: Sequence[FlowMapNet], calls: Sequence[int], precision: str) -> float:
     if precision == "bf16":
+        nets = [copy.deepcopy(net).requires_grad_(False) for net in nets]
         for net in nets:
-            hold(net.requires_grad_(False), torch.bfloat16)
+            hold(net, torch.bfloat16)
     return sum(count * gathered_bytes(net, False) for net, count in zip(nets, calls, strict=True))
 
 

@@ -7,20 +7,17 @@ matrix of tokens by tokens is kept, and the scores that the backward pass recomp
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from flowmap.estimate.attention import ATTENTION, fused_attention
-from flowmap.estimate.networks import outline_of_network
+from flowmap.estimate.attention import fused_attention
+from flowmap.estimate.flops import Flops
+from flowmap.estimate.networks import nameless, shared_outline
+from flowmap.estimate.remembered import tensors_in
 from flowmap.flow.prior import FlowCodes, Learned, MixtureCodes
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.text_joint import TextJoint
@@ -68,9 +65,9 @@ def cost_of(
         )
         parts = [astuple(cost_of(one, graded=graded, checkpointing=checkpointing)) for one in each]
         return Cost(*map(sum, zip(*parts, strict=True)))
-    key = (replace(config, recipe="", recipe_hash="", step=0), graded, checkpointing)
+    key = (nameless(config), graded, checkpointing)
     if key not in _COUNTED:
-        _COUNTED[key] = _counted(outline_of_network(config) if built is None else built, *key)
+        _COUNTED[key] = _counted(shared_outline(config) if built is None else built, *key)
     return _COUNTED[key]
 
 
@@ -80,15 +77,19 @@ _COUNTED: dict[tuple[StudentConfig, bool, bool], Cost] = {}  # what was counted 
 def _counted(flow_map: FlowMapNet, config: StudentConfig, graded: bool, checkpointing: bool) -> Cost:
     trained = sum(p.numel() for p in flow_map.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in flow_map.parameters()) - trained
-    net = flow_map.to("meta").train().net  # This also moves tables that a library makes with numpy.
-    if checkpointing:
-        flow_map.checkpoint_activations(True)
+    net = flow_map.net
     if not graded:
         with torch.no_grad():
-            return Cost(_passes(net, config, 1, graded)[0], 0, 0, 0, trained, frozen)
-    one, two = (_passes(net, config, rows, graded) for rows in (1, 2))
-    forward, backward, kept = (b - a for a, b in zip(one, two, strict=True))
-    return Cost(forward, backward, kept, max(one[2] - kept, 0), trained, frozen)
+            return Cost(_forward(net, config, 1)[1].count, 0, 0, 0, trained, frozen)
+    flow_map.checkpoint_activations(checkpointing)
+    (first, one), (second, two) = (_forward(net, config, rows) for rows in (1, 2))
+    kept_by_one, kept_by_two = (sum(found.sizes.values()) for found in (one, two))
+    forward, kept = two.count - one.count, kept_by_two - kept_by_one
+    backward = _backward(net, second)
+    # Where every product of the forward pass is of samples, so is every product of the backward pass.
+    backward = backward // 2 if forward == one.count else backward - _backward(net, first)
+    flow_map.checkpoint_activations(False)
+    return Cost(forward, backward, kept, max(kept_by_one - kept, 0), trained, frozen)
 
 
 def start_flops(run: ResolvedRun, shape: tuple[int, ...]) -> float:
@@ -105,9 +106,9 @@ def start_flops(run: ResolvedRun, shape: tuple[int, ...]) -> float:
     with torch.device("meta"):
         net: Any = spec.build(shape)
         z = torch.zeros(1, size)
-        with torch.no_grad(), fused_attention(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        with torch.no_grad(), fused_attention(), Flops() as counter:
             net.decode(z)
-    flops = counter.get_total_flops() + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
+    flops = counter.count + (2.0 * size**2 if isinstance(codes, MixtureCodes) else 0.0)
     for one in flow:  # Heun takes two calls a step.
         assert isinstance(codes, FlowCodes)
         config = StudentConfig(one.student, one.sampler, (size,), arrival=False)
@@ -131,53 +132,37 @@ def _judged(net: nn.Module, config: StudentConfig, objective: Adversarial, rows:
         real, fake, noise = (torch.zeros(rows, *config.shape) for _ in range(3))
         cond = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
     there = [real, fake, noise, *cond.values(), *net.parameters()]
-    with torch.device("meta"), _flop_counter() as counter:
-        generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
-        net.zero_grad(set_to_none=True)
-        with _Kept(there) as kept:
+    with torch.device("meta"):
+        with Flops() as generator:
+            generator_loss(net, real, fake.requires_grad_(), cond, noise).backward()
+            net.zero_grad(set_to_none=True)
+        with _Kept(there) as forward:
             loss = discriminator_loss(net, real, fake.detach(), cond, noise, r1=objective.r1, r2=objective.r2)
-        bytes_kept = sum(kept.sizes.values())
-        loss.value.backward()
-    return counter.get_total_flops(), bytes_kept
+        bytes_kept = sum(forward.sizes.values())
+        with Flops() as backward:
+            loss.value.backward()
+    return generator.count + forward.count + backward.count, bytes_kept
 
 
-def _flop_counter() -> FlopCounterMode:
-    """A counter that does not follow which module runs.
-
-    torch's own tracker takes long, and puts hooks on gradients, which torch.autograd.grad refuses (torch 2.13).
-    """
-    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    counter.mod_tracker = _Nowhere()  # type: ignore[assignment]
-    return counter
-
-
-class _Nowhere:
-    """A module tracker that does not follow which module runs."""
-
-    parents = ("Global",)
-
-    def __enter__(self): ...
-
-    def __exit__(self, *error): ...
-
-
-def _passes(net: nn.Module, config: StudentConfig, rows: int, graded: bool) -> tuple[int, int, int]:
-    """Return FLOPs of a batch's forward pass and of its backward pass, and the bytes kept in between."""
+def _forward(net: nn.Module, config: StudentConfig, rows: int) -> tuple[Tensor, _Kept]:
+    """Return the network's output for a batch, and what its forward pass took."""
     with torch.device("meta"):
         x, t, cond = torch.zeros(rows, *config.shape), torch.zeros(rows), conditions_of(config, rows)
-    there = [x, t, *cond.values(), *net.parameters(), *net.buffers()]
-    with torch.device("meta"), fused_attention(), _flop_counter() as counter:
-        with _Kept(there) as kept:
+        with fused_attention(), _Kept([x, t, *cond.values(), *net.parameters(), *net.buffers()]) as kept:
             out = net(x, t, t, cond)
-        forward, bytes_kept = counter.get_total_flops(), sum(kept.sizes.values())
-        if graded:
-            out.sum().backward()
+    return out, kept
+
+
+def _backward(net: nn.Module, out: Tensor) -> int:
+    """Return the FLOPs of the backward pass."""
+    with torch.device("meta"), fused_attention(), Flops() as counter:
+        out.sum().backward()
     net.zero_grad(set_to_none=True)
-    return forward, counter.get_total_flops() - forward, bytes_kept
+    return counter.count
 
 
-class _Kept(TorchDispatchMode):
-    """Track the storages that are allocated: `sizes` are the bytes of those alive, except tensors of before."""
+class _Kept(Flops):
+    """Also track the storages that are allocated: `sizes` are the bytes of those alive, except tensors of before."""
 
     def __init__(self, there: list[Tensor]):
         super().__init__()
@@ -185,35 +170,11 @@ class _Kept(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.there and key not in self.sizes:
-                    self.sizes[key] = storage.nbytes()
-                    weakref.finalize(storage, self.sizes.pop, key, None)
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.there and key not in self.sizes:
+                self.sizes[key] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, key, None)
         return out
-
-
-def _attention_flops(query, key, value, *args, **kwargs) -> int:
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
-    return 2 * _attention_flops(query, key, value)
-
-
-def _convolution_backward_flops(
-    grad, x, weight, bias, stride, padding, dilation, transposed, extra, groups, wanted, **kwargs
-) -> int:
-    """Return as many FLOPs as forward for each gradient wanted, also with groups, which torch's formula omits."""
-    places = x if transposed else grad
-    return 2 * places[0] * math.prod(places[2:]) * math.prod(weight) * sum(wanted[:2])
-
-
-FORMULAS: dict[Any, Callable[..., float]] = {
-    ATTENTION: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    torch.ops.aten.convolution_backward: _convolution_backward_flops,
-}

@@ -20,7 +20,6 @@ from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.estimate.price import Prices, price_lines
-from flowmap.estimate.remembered import RememberedShapes
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.named_networks import missing_weights
@@ -113,8 +112,7 @@ def look(
         return ["parameters: ? (nothing here says what the network is)"], missing
     check_outlines(run, config, outlines)
     try:
-        with RememberedShapes():
-            return _lines(run, config, prices), missing
+        return _lines(run, config, prices), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise

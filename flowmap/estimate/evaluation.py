@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 
@@ -15,7 +16,7 @@ from flowmap.data import EDM2Latents, Encoded
 from flowmap.estimate.attention import fused_attention
 from flowmap.estimate.frozen_networks import NETWORKS, encoder_bytes, picture_networks
 from flowmap.estimate.live import LiveBytes
-from flowmap.estimate.networks import outline_of_network, teacher_configs
+from flowmap.estimate.networks import nameless, shared_outline, teacher_configs
 from flowmap.metrics import Spec
 from flowmap.metrics.real import chunk_of
 from flowmap.plan.plan import ResolvedRun
@@ -126,13 +127,14 @@ def _drawing(run: ResolvedRun, config: StudentConfig, half: float) -> float:
     batch, samples = run.recipe.evaluation.batch_size, math.prod(config.shape)
     with torch.device("meta"):
         given = sum(one.numel() * one.element_size() for one in conditions_of(config, 1).values())
-    calls = [_call(one, batch) for one in (config, *(one for _, one in teacher_configs(run, config)))]
+    calls = [_call(nameless(one), batch) for one in (config, *(one for _, one in teacher_configs(run, config)))]
     return batch * (4 * 4 * samples + given) + half * max(calls)
 
 
+@cache
 def _call(config: StudentConfig, batch: int) -> float:
     """The bytes alive at once in a call of the network without a graph, beyond its arguments, in float32."""
-    net = outline_of_network(config).net
+    net = shared_outline(config).net
     with torch.device("meta"), torch.no_grad(), fused_attention():
         x, t, cond = torch.zeros(batch, *config.shape), torch.zeros(batch), conditions_of(config, batch)
         with LiveBytes() as live:

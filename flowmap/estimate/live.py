@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import weakref
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from flowmap.estimate.remembered import Mode, remembered, tensors_in
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Mode):
     """Within it, `peak` is the largest sum of the bytes of tensors that were made there and are alive."""
 
     def __init__(self):
@@ -19,12 +17,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         # a view is of a storage that it was given: counted already, or made before
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            key = one.untyped_storage()._cdata if isinstance(one, Tensor) else None
-            if key is not None and key not in self.sizes and key not in given:
-                storage = one.untyped_storage()
+        given = {one.untyped_storage()._cdata for one in tensors_in(args, kwargs)}
+        out = remembered(function, args, kwargs or {})
+        for one in tensors_in(out):
+            storage = one.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes and key not in given:
                 self.sizes[key] = storage.nbytes()
                 self.now += self.sizes[key]
                 weakref.finalize(storage, self._freed, key)

@@ -37,12 +37,15 @@ class Networks:
 
     @staticmethod
     def of(run: ResolvedRun, config: StudentConfig) -> Networks:
-        """Build the networks. Nothing of the teacher, and of the run that the student starts from, need be here."""
+        """Build the networks. Nothing of the teacher, and of the run that the student starts from, need be here.
+
+        The student is that of `shared_outline`.
+        """
         distils = isinstance(run.recipe.distillation, ScoreDistillation)
         with torch.device("meta"):
             teacher, start = _teacher(run, config), _start(run, config)
             student = build_student(run, config, teacher, start=start)
-            _keep(config, student)
+            _keep((nameless(config), None), student)
             fake = build_fake(run, config, teacher, start=start) if distils else None
         return Networks(student, fake, _discriminator(run, config, teacher))
 
@@ -60,28 +63,42 @@ def config_without_weights(run: ResolvedRun, data: DataOutline | None) -> Studen
 
 
 def outline_of_network(config: StudentConfig) -> FlowMapNet:
-    """Return a student's network on the meta device, a copy of its own for the caller.
+    """Return a student's network on the meta device, a copy of its own for the caller."""
+    return copy.deepcopy(shared_outline(config))
+
+
+def shared_outline(config: StudentConfig) -> FlowMapNet:
+    """Return a student's network on the meta device, which is the same for all callers: none may change it.
 
     Each distinct network is built once in a process, as far as the last few are kept.
     """
-    key = _nameless(config)
+    key = nameless(config), None
     if key not in _BUILT:
         with torch.device("meta"):
-            _keep(config, config.build())
-    return copy.deepcopy(_BUILT[key])
+            _keep(key, config.build())
+    return _BUILT[key]
 
 
-_BUILT: OrderedDict[StudentConfig, FlowMapNet] = OrderedDict()
-MOST = 8  # networks that are kept
+def frozen_outline(config: StudentConfig, dtype: torch.dtype) -> FlowMapNet:
+    """Return the shared network in that precision as a teacher, or samples, use it: in eval mode, nothing trained."""
+    key = nameless(config), dtype
+    if key not in _BUILT:
+        _keep(key, outline_of_network(config).to(dtype).eval().requires_grad_(False))
+    return _BUILT[key]
 
 
-def _nameless(config: StudentConfig) -> StudentConfig:
+_BUILT: OrderedDict[tuple[StudentConfig, torch.dtype | None], FlowMapNet] = OrderedDict()
+MOST = 12  # networks that are kept
+
+
+def nameless(config: StudentConfig) -> StudentConfig:
+    """Return the configuration without what names its run."""
     return replace(config, recipe="", recipe_hash="", step=0)
 
 
-def _keep(config: StudentConfig, net: FlowMapNet) -> None:
-    """Keep a copy of the network for `outline_of_network`."""
-    _BUILT[_nameless(config)] = copy.deepcopy(net.to("meta"))  # some libraries make tables with numpy
+def _keep(key: tuple[StudentConfig, torch.dtype | None], net: FlowMapNet) -> None:
+    """Keep a network that is shared."""
+    _BUILT[key] = net.to("meta")  # some libraries make tables with numpy
     while len(_BUILT) > MOST:
         _BUILT.popitem(last=False)
 

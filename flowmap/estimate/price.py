@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -109,13 +110,18 @@ class Prices:
 
         Without half: in float32, whose convolutions are of TensorFloat-32, as torch has it by default.
         """
-        with torch.device("meta"), torch.no_grad():
-            net = stable_diffusion_autoencoder()
-            counter = Counter(self.devices, half=half, float32=TF32_SHARE)
-            x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
-            with counter:
-                net.decode(x) if decodes else net.encode(x).latent_dist.mean
-        return counter.found
+        return _autoencoder_traffic(side, decodes, half, self.devices)
+
+
+@cache
+def _autoencoder_traffic(side: int, decodes: bool, half: bool, devices: tuple[Device, Device]) -> Traffic:
+    with torch.device("meta"), torch.no_grad():
+        net = stable_diffusion_autoencoder()
+        counter = Counter(devices, half=half, float32=TF32_SHARE)
+        x = torch.zeros(1, 4, side // 8, side // 8) if decodes else torch.zeros(1, 3, side, side)
+        with counter:
+            net.decode(x) if decodes else net.encode(x).latent_dist.mean
+    return counter.found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Outline = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and type of a tensor
 UNKNOWN = object()
@@ -21,26 +20,44 @@ _MADE: dict[Any, bool] = {}  # whether a function's results are tensors of their
 _RESULTS: dict[Any, Any] = {}
 
 
-class RememberedShapes(TorchDispatchMode):
-    """Within it, a kernel on the meta device is run once for each kind of arguments. Enter it before other modes."""
+class Mode(TorchDispatchMode):
+    """A mode that sees kernels and runs them by `remembered`; a mode outside it misses those that ran before."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        makes = _MADE.get(function)
-        if makes is None:
-            makes = _MADE[function] = _makes_new(function)
-        if not makes:
-            return function(*args, **kwargs)
-        try:
-            key = (function, _key(args), _key(tuple(kwargs.items())))
-            known = _RESULTS.get(key, UNKNOWN)
-        except TypeError:  # a tensor of another device, or an argument without a hash
-            return function(*args, **kwargs)
-        if known is UNKNOWN:
-            out = function(*args, **kwargs)
-            _RESULTS[key] = _outlines(out, (args, kwargs))
-            return out
-        return function(*args, **kwargs) if known is None else _made(known)
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against that costs as much as a kernel
+
+
+def remembered(function, args, kwargs):
+    """Return what the kernel returns; on the meta device it is run once for each kind of arguments."""
+    makes = _MADE.get(function)
+    if makes is None:
+        makes = _MADE[function] = _makes_new(function)
+    if not makes:
+        return function(*args, **kwargs)
+    try:
+        key = (function, _key(args), _key(tuple(kwargs.items())))
+        known = _RESULTS.get(key, UNKNOWN)
+    except TypeError:  # a tensor of another device, or an argument without a hash
+        return function(*args, **kwargs)
+    if known is UNKNOWN:
+        out = function(*args, **kwargs)
+        _RESULTS[key] = _outlines(out, (args, kwargs))
+        return out
+    return function(*args, **kwargs) if known is None else _made(known)
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors among arguments and results of a kernel, also those in lists; faster than torch's trees."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 def _makes_new(function) -> bool:
@@ -64,7 +81,7 @@ def _outlines(out: Any, given: Any) -> Outline | list[Outline] | None:
     """The outlines of results; None unless each is a whole tensor on the meta device with memory of its own."""
     several = isinstance(out, (list, tuple))
     results: Sequence[Any] = out if several else [out]
-    storages = {x.untyped_storage()._cdata for x in tree_leaves(given) if isinstance(x, Tensor)}
+    storages = {x.untyped_storage()._cdata for x in tensors_in(given)}
     for x in results:
         if not isinstance(x, Tensor) or not x.is_meta or x.untyped_storage()._cdata in storages:
             return None

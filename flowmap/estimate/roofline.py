@@ -7,20 +7,20 @@ half the bytes for bf16. Time on the host, communication and what a compiler fus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from flowmap.build.teacher import teacher_of_networks
 from flowmap.estimate.attention import fused_attention
 from flowmap.estimate.calls import WARM, without_networks
-from flowmap.estimate.costs import FORMULAS
-from flowmap.estimate.networks import outline_of_network
+from flowmap.estimate.flops import flops_of
+from flowmap.estimate.networks import frozen_outline, nameless, outline_of_network
+from flowmap.estimate.remembered import Mode, remembered, tensors_in
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
@@ -90,7 +90,7 @@ class Traffic:
 
 
 @dataclass
-class Counter(TorchDispatchMode):
+class Counter(Mode):
     """Adds each kernel that runs under it to `found`. half: float32 stands for bf16. float32: the share of the bf16
     rate that products in float32 reach.
     """
@@ -109,23 +109,28 @@ class Counter(TorchDispatchMode):
         name = packet.__name__
         if name == "_local_scalar_dense" and args[0].is_meta:  # a number read from the device: any will do
             return False if args[0].dtype == torch.bool else args[0].dtype.is_floating_point and 0.5 or 1
-        out = function(*args, **kwargs)
+        out = remembered(function, args, kwargs)
         if name not in VIEWS:
             self._count(packet, args, kwargs, out)
         return out
 
     def _count(self, packet, args, kwargs, out) -> None:
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        tensors = tensors_in(args, kwargs, out)
         if not any(x.is_meta for x in tensors):
             return  # on the host
         size = sum(_bytes_of(x) for x in tensors) * (0.5 if self.half else 1)
-        flops = _flops_of(packet, args, kwargs, out)
+        flops = flops_of(packet, args, kwargs, out)
         share = 1.0
         if not self.half and tensors and tensors[0].dtype not in (torch.bfloat16, torch.float16):
             share *= self.float32
         if "convolution" in packet.__name__:
             share *= CONVOLUTION_SHARE
-        self.found = self.found + Traffic(1, flops, size, *(one.seconds(flops, size, share) for one in self.devices))
+        fast, slow = self.devices
+        self.found.kernels += 1
+        self.found.flops += flops
+        self.found.bytes += size
+        self.found.seconds += fast.seconds(flops, size, share)
+        self.found.slow_seconds += slow.seconds(flops, size, share)
 
 
 def _bytes_of(x: Tensor) -> int:
@@ -134,17 +139,6 @@ def _bytes_of(x: Tensor) -> int:
     for size, stride in zip(x.shape, x.stride(), strict=True):
         count *= size if stride else 1
     return count
-
-
-def _flops_of(packet, args, kwargs, out) -> float:
-    formula: Callable[..., float] | None = FORMULAS.get(packet)
-    if formula is not None:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in args]
-        named = {key: tuple(x.shape) if isinstance(x, Tensor) else x for key, x in kwargs.items()}
-        return formula(*shapes, **named)
-    if packet is torch.ops.aten.bmm:  # with a dtype of its result, which torch's formula does not take
-        args = args[:2]
-    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
 
 
 class Timed:
@@ -198,21 +192,22 @@ def step_of(
     """
     batch, half = recipe.data.batch_size, recipe.trainer.precision == "bf16"
     counter = Counter(devices)
-    with torch.device("meta"), fused_attention():
-        student, *frozen = (_network(one, half) for one in (config, *teachers))
+    wide = _dtype(config, half)
+    student = outline_of_network(config).to(wide)
+    frozen = [frozen_outline(one, _dtype(one, half)) for one in teachers]
+    counter.half = half and wide == torch.float32
+    with torch.device("meta"):
         student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
         if config.lora is None:
             student.requires_grad_(True)
-        wide = _dtype(config, half)
-        counter.half = half and wide == torch.float32
         cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
         x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
     sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
     teacher = Timed(teacher_of_networks(recipe, frozen, empty_of(cond)).guided, counter) if frozen else None
-    calls = [_Calls(net) for net in (student, *frozen)]
-    with fused_attention():
+    with _Calls(student) as calls, ExitStack() as stack, fused_attention():
+        of_teachers = [stack.enter_context(_Calls(net)) for net in frozen]
         with counter:
             loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
         forward, counter.found = counter.found, Traffic()
@@ -220,15 +215,21 @@ def step_of(
             loss.backward()
     found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
     parts = found | {"backward": counter.found} | _updates(recipe, student, devices)
-    return Step(parts, student, frozen, calls[0].count, calls[0].graded, [one.count for one in calls[1:]])
+    return Step(parts, student, frozen, calls.count, calls.graded, [one.count for one in of_teachers])
 
 
 class _Calls:
-    """Counts the calls of a network."""
+    """Counts the calls of a network within it."""
 
     def __init__(self, net: FlowMapNet):
-        self.count = self.graded = 0
-        net.net.register_forward_pre_hook(self._add)
+        self.net, self.count, self.graded = net.net, 0, 0
+
+    def __enter__(self) -> _Calls:
+        self.hook = self.net.register_forward_pre_hook(self._add)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hook.remove()
 
     def _add(self, *unused: object) -> None:
         self.count += 1
@@ -248,18 +249,19 @@ def forward_traffic(
     config: StudentConfig, rows: int, half: bool, devices: tuple[Device, Device] = (Device(), sustained(200))
 ) -> Traffic:
     """Return the traffic of one forward pass without a graph, of a batch of so many rows."""
+    return _forward_traffic(nameless(config), rows, half, devices)
+
+
+@cache
+def _forward_traffic(config: StudentConfig, rows: int, half: bool, devices: tuple[Device, Device]) -> Traffic:
+    wide = _dtype(config, half)
+    net, counter = frozen_outline(config, wide), Counter(devices, half and wide == torch.float32)
     with torch.device("meta"), fused_attention(), torch.no_grad():
-        net, wide = _network(config, half), _dtype(config, half)
         cond = {key: _as(value, wide) for key, value in conditions_of(config, rows).items()}
-        counter = Counter(devices, half and wide == torch.float32)
         x, t = torch.zeros(rows, *config.shape, dtype=wide), torch.zeros(rows)
         with counter:
             net.net(x, t, t, cond)
     return counter.found
-
-
-def _network(config: StudentConfig, half: bool) -> FlowMapNet:
-    return outline_of_network(config).to(_dtype(config, half))
 
 
 def _dtype(config: StudentConfig, half: bool) -> torch.dtype:

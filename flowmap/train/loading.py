@@ -1,9 +1,8 @@
 """The loader of a run's batches: threads that read ahead (workers), into pinned memory on CUDA.
 
 Which samples a step reads is a function of (seed, step, rank) (data/steps.py), and reading a sample draws nothing from
-torch's generators. Hence any number of workers gives the same batches, in a resumed run too. Reading is copying memory,
-most of it without Python's lock; processes would copy each batch once more, through shared memory
-(docs/guide/scaling.md has the rates).
+torch's generators. Hence any number of workers gives the same batches, in a resumed run too. Processes would copy each
+batch once more, through shared memory (docs/guide/scaling.md has the rates).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from flowmap.data import Dataset, PairedDataset, StepBatches
 from flowmap.prepare.read_ahead import in_order
 from flowmap.recipe import Recipe
 
-MAX_AUTOMATIC = 2  # workers of a process: one reads about 20,000 latents a second, and all share Python's lock
+MAX_AUTOMATIC = 2  # workers of a process: they share Python's lock, and the second only helps where a disk is slow
 
 
 @dataclass(frozen=True)

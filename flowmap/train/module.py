@@ -130,7 +130,8 @@ class DistillModule(L.LightningModule):
 
     def train_dataloader(self) -> Loader:
         """From the run's step on: a resumed run sees the batches that it would have seen."""
-        batches = StepBatches(len(self.samples), **self._split, seed=self.recipe.seed, start_step=self.global_step)
+        order = {"seed": self.recipe.seed, "start_step": self.global_step}
+        batches = StepBatches(len(self.samples), shuffle=self.recipe.data.shuffle, **order, **self._split)
         return loader_of(self.recipe, self.samples, batches, self.trainer.strategy.root_device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.data import StepBatches
+from flowmap.base.schema import RecipeError
+from flowmap.data import StepBatches, order
 from flowmap.data.dataset import full_precision
 from flowmap.data.images.edm2_zip import EDM2Latents
 from flowmap.prepare import read_ahead
@@ -53,8 +54,8 @@ def recipe_with(workers: int | None, *overrides: str):
     return read_recipe("digits", ["data.batch_size=4", *given, *overrides])
 
 
-def batches_of(data, workers: int, start: int = 0, steps: int = 8) -> list:
-    batches = StepBatches(len(data), 4, seed=5, start_step=start, num_steps=steps, accumulate=2)
+def batches_of(data, workers: int, start: int = 0, **more) -> list:
+    batches = StepBatches(len(data), 4, seed=5, start_step=start, num_steps=8, accumulate=2, **more)
     return [in_full(data, batch) for batch in loader_of(recipe_with(workers), data, batches, CPU)]
 
 
@@ -76,16 +77,24 @@ def assert_equal(a, b) -> None:
             assert_equal(one, other)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Of 8 samples, mixed within two blocks."""
+    monkeypatch.setattr(order, "BLOCK", 8)
+    monkeypatch.setattr(order, "WINDOW", 2)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
 @pytest.mark.parametrize("kind", ["encoded", "zipped"])
-def test_any_number_of_workers_gives_the_same_batches(kind, request):
+def test_any_number_of_workers_gives_the_same_batches(kind, shuffle, request, small_blocks):
     data = request.getfixturevalue(kind)
-    alone = batches_of(data, 0)
-    plain = StepBatches(len(data), 4, seed=5, accumulate=2)
+    alone = batches_of(data, 0, shuffle=shuffle)
+    plain = StepBatches(len(data), 4, seed=5, accumulate=2, shuffle=shuffle)
     assert_equal(alone, [data.__getitems__(plain.indices(step, micro)) for step in range(8) for micro in range(2)])
     assert len(alone) == 16
     for workers in (1, 3):
-        assert_equal(batches_of(data, workers), alone)
-    assert_equal(batches_of(data, 3, start=5), alone[10:])
+        assert_equal(batches_of(data, workers, shuffle=shuffle), alone)
+    assert_equal(batches_of(data, 3, start=5, shuffle=shuffle), alone[10:])
 
 
 @pytest.mark.parametrize("kind", ["encoded", "zipped"])
@@ -95,11 +104,13 @@ def test_a_copy_in_another_process_reads_the_same(kind, request):
     assert_equal(pickle.loads(pickle.dumps(data)).__getitems__([7, 0, 7]), data.__getitems__([7, 0, 7]))
 
 
-def test_a_run_with_workers_resumed_with_another_number_is_the_same_run(tiny, tmp_path, monkeypatch):
+def test_a_run_with_workers_resumed_with_another_number_is_the_same_run(tiny, tmp_path, monkeypatch, small_blocks):
     from flowmap.train.module import DistillModule
 
-    accumulate = "trainer.accumulate=2"
-    flowmap.fit(read_recipe(tiny, [accumulate]), tmp_path / "whole")
+    settings, orders = ["trainer.accumulate=2", "data.shuffle=blocks"], []
+    opened = order.BlockOrder._open
+    monkeypatch.setattr(order.BlockOrder, "_open", lambda self, epoch: (orders.append(epoch), opened(self, epoch)))
+    flowmap.fit(read_recipe(tiny, settings), tmp_path / "whole")
     step = DistillModule.training_step
 
     def stopped(self, batch, batch_idx):
@@ -109,10 +120,18 @@ def test_a_run_with_workers_resumed_with_another_number_is_the_same_run(tiny, tm
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="stopped"):
         patched.setattr(DistillModule, "training_step", stopped)
-        flowmap.fit(read_recipe(tiny, ["trainer.workers=2", accumulate]), tmp_path / "resumed")
-    flowmap.fit(read_recipe(tiny, ["trainer.workers=1", accumulate]), tmp_path / "resumed", resume=True)
+        flowmap.fit(read_recipe(tiny, ["trainer.workers=2", *settings]), tmp_path / "resumed")
+    flowmap.fit(read_recipe(tiny, ["trainer.workers=1", *settings]), tmp_path / "resumed", resume=True)
+    assert orders, "samples are read in the order of the recipe"
     whole, resumed = (tmp_path / name / "student" / "model.safetensors" for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_the_order_is_in_the_hash_unless_it_is_that_of_earlier_versions():
+    of = lambda *settings: read_recipe("digits", settings).hash()
+    assert of("data.shuffle=global") == of() != of("data.shuffle=blocks")
+    with pytest.raises(RecipeError, match="shuffle: 'shards' is not one of global, blocks"):
+        of("data.shuffle=shards")
 
 
 def test_workers_are_in_no_hash():
