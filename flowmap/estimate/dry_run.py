@@ -10,6 +10,7 @@ from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
+from flowmap.build.module import check_module
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
@@ -102,6 +103,7 @@ def look(
     missing += _weights_missing(run.cards)
     if not missing:
         check_parts(run)
+        check_module(run)
     missing += [*missing_parts(run), *missing_devices(recipe)]
     data, lacks = outlines.of(run, whole=whole)
     missing += lacks
@@ -117,6 +119,8 @@ def look(
         what = (
             str(error)
             if isinstance(error, ValueError)
+            else "no weight takes part in its output, so that there is nothing to train"
+            if "does not require grad" in str(error)
             else f"samples of shape {config.shape} do not pass: {first_line(error)}"
         )
         raise RecipeError(
