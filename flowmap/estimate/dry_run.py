@@ -203,11 +203,15 @@ def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: 
         hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
         if hours >= WORTH_PRICING:
             lines += prices.new(preparation_lines(run, config, prices))
-            drawn, kept = sampling_calls(recipe)
-            extra = drawn * costs.student.flops + kept * costs.student.backward_flops
-            extra += judge.flops if judge is not None else 0
-            lines += price_lines(run, config, costs.student.trained, prices, extra)
+            lines += price_lines(run, config, costs.student.trained, prices, omitted_flops(recipe, costs))
     return lines
+
+
+def omitted_flops(recipe: Recipe, costs: NetworkCosts) -> float:
+    """Return the FLOPs of a sample in a step that `step_of` omits: samples that are drawn, and a discriminator's."""
+    drawn, kept = sampling_calls(recipe)
+    judge = costs.discriminator.flops if costs.discriminator is not None else 0
+    return drawn * costs.student.flops + kept * costs.student.backward_flops + judge
 
 
 def _prior(run: ResolvedRun, config: StudentConfig) -> str:

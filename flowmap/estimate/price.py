@@ -67,8 +67,9 @@ class Prices:
             f"GPU-hours are a range: from {fast.flops / 1e12:g} TFLOP/s in bf16, {fast.bandwidth / 1e12:g} TB/s and "
             f"{fast.kernel_seconds * 1e6:g} us a kernel (an H100's limits) to {self.throughput:g} TFLOP/s "
             f"(--throughput), {slow.bandwidth / 1e12:g} TB/s and {slow.kernel_seconds * 1e6:g} us; float32 products at "
-            f"{FLOAT32_SHARE:g} of these rates. A device sends {links.within / 1e9:g} GB/s within its node (NVLink) "
-            f"and {links.between / 1e9:g} GB/s to others (InfiniBand) while it computes, up to half of that "
+            f"{FLOAT32_SHARE:g} of these rates, of TensorFloat-32 at {TF32_SHARE:g}. A device sends "
+            f"{links.within / 1e9:g} GB/s within its node (NVLink) and {links.between / 1e9:g} GB/s to others "
+            "(InfiniBand) while it computes, up to half of that "
             "afterwards. Reading from disk is not included"
         )
 
@@ -89,9 +90,11 @@ class Prices:
             micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), _text_share(recipe))
         return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
-    def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
-        """The traffic of all steps on all devices."""
-        step = self.step(recipe, config, teachers).whole
+    def training(
+        self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], extra: float = 0.0
+    ) -> Traffic:
+        """The traffic of all steps on all devices. extra: as for a step."""
+        step = self.step(recipe, config, teachers, extra).whole
         return step.times(recipe.trainer.steps * recipe.batches.processes)
 
     def pairs(self, recipe: Recipe, teacher: StudentConfig) -> Traffic:
