@@ -11,7 +11,7 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
 from flowmap.build.module import check_module
-from flowmap.estimate.calls import Calls, calls_of
+from flowmap.estimate.calls import Calls, calls_of, sampling_calls
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
@@ -19,7 +19,7 @@ from flowmap.estimate.frozen_networks import live_text_bytes
 from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
-from flowmap.estimate.price import Prices, price_lines
+from flowmap.estimate.price import Prices, preparation_lines, price_lines
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.named_networks import missing_weights
@@ -205,8 +205,17 @@ def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: 
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
     if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
         hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
-        lines += price_lines(run, config, costs.student.trained, prices) if hours >= WORTH_PRICING else []
+        if hours >= WORTH_PRICING:
+            lines += prices.new(preparation_lines(run, config, prices))
+            lines += price_lines(run, config, costs.student.trained, prices, omitted_flops(recipe, costs))
     return lines
+
+
+def omitted_flops(recipe: Recipe, costs: NetworkCosts) -> float:
+    """Return the FLOPs of a sample in a step that `step_of` omits: samples that are drawn, and a discriminator's."""
+    drawn, kept = sampling_calls(recipe)
+    judge = costs.discriminator.flops if costs.discriminator is not None else 0
+    return drawn * costs.student.flops + kept * costs.student.backward_flops + judge
 
 
 def _prior(run: ResolvedRun, config: StudentConfig) -> str:
