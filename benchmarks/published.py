@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,6 @@ from flowmap.metrics.frechet import FrechetDistance
 from flowmap.metrics.nearest import NearestScore
 from flowmap.metrics.precision_recall import PrecisionRecallScore
 from flowmap.nets.module_clock import DDPM
-from flowmap.objectives import OBJECTIVES
 from flowmap.plan.plan import resolve
 from flowmap.recipe import Recipe
 
@@ -41,14 +40,20 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples/published"
 RESULT = RESULTS / "published.json"
 IMAGES, COMPONENTS, NEIGHBOURS = 5000, 64, 1000
 STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
-METHODS = {
-    "ayf_mixed": {"warmup_steps": 400, "r_max": 1.0, "lagrangian": 0.25, "own_lagrangian": 1.0},
-    "ayf_emd": {"warmup_steps": 400, "r_max": 1.0},
-    "meanflow": {},
+METHODS = {  # overrides of the model's recipe, which is of ayf_mixed
+    "ayf_mixed": [],
+    "more_jumps": ["times.one_step=0.4"],
+    "ayf_emd": ["objective.kind=ayf_emd", "objective.warmup_steps=400", "objective.r_max=1.0"],
+    "meanflow": ["objective.kind=meanflow"],
 }
 FILES = {"reflow": "mnist_flow_vit_reflow.yaml", "instaflow": "mnist_flow_vit_instaflow.yaml"}
+MODELS = {  # the recipe's file, and overrides
+    "mnist-flow-vit": ("mnist_flow_vit", []),
+    "mnist-flow-vit-unguided": ("mnist_flow_vit", ["teacher.guidance=null"]),
+    "mnist-ddpm": ("mnist_ddpm", []),
+}
 SOLVERS = {
-    "mnist-flow-vit": {
+    "mnist_flow_vit": {
         **{f"euler {n}": lambda v, z, n=n: Euler(steps=n)(v, z).x for n in (1, 2, 4, 8, 12, 16, 50, 100)},
         "heun 25": lambda v, z: Heun(steps=25, euler_last=True)(v, z).x,
     },
@@ -155,7 +160,7 @@ def teacher_row(work: Work, seed: int, done: dict) -> None:
     """The figures of the teacher from the seed's noise, by solver and steps; those in `done` are not made again."""
     teacher = build_teacher(resolve(work.recipe), work.data)
     start = teacher.network.start(work.images, torch.Generator().manual_seed(seed)).x1
-    for name, solve in SOLVERS[work.model].items():
+    for name, solve in SOLVERS[MODELS[work.model][0]].items():
         if name not in done:
             started = time.process_time()
             x = solved(teacher.guided.velocity, solve, start, work.cond)
@@ -176,15 +181,16 @@ def solved(velocity: Callable, solve: Callable, start: Tensor, cond: dict[str, T
 def student_row(work: Work, method: str, seed: int) -> None:
     """The figures of a student that is trained here, by its number of steps, and the cost of its training."""
     recipe, folder = work.recipe_of(method, seed), work.runs / f"{work.model}-{method}-{seed}"
-    started = time.process_time()
-    run = flowmap.fit(recipe, folder, resume=folder.exists(), log=lambda line: print(f"  {line}", flush=True))
-    done = {"train_cpu_seconds": time.process_time() - started, "train_steps": recipe.trainer.steps}
+    started, resumed = time.process_time(), folder.exists()
+    run = flowmap.fit(recipe, folder, resume=resumed, log=lambda line: print(f"  {line}", flush=True))
+    done = {"train_steps": recipe.trainer.steps}
+    done |= {} if resumed else {"train_cpu_seconds": time.process_time() - started}
     for k in STEPS.get(method, (1, 2, 4, 8)):
         started = time.process_time()
         x = run.student.sample(work.images, k, work.cond, seed=seed, batch_size=250)
         done[str(k)] = work.figures(x, time.process_time() - started)
         print(f"  {k}: {shown(done[str(k)])}", flush=True)
-    work.keep(method, seed, done, f"{done['train_cpu_seconds']:.0f} CPU-seconds of training")
+    work.keep(method, seed, done, "done")
 
 
 @dataclass(frozen=True)
@@ -206,10 +212,10 @@ class Work:
 
     def recipe_of(self, method: str, seed: int) -> Recipe:
         """The model's own recipe with another objective, or that of the method's file."""
-        name = f"{self.model}-{method}-{seed}"
+        own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
         if method in FILES:
-            return flowmap.read_recipe(FOLDER / FILES[method], [f"name={name}", f"seed={seed}", "metrics=[]"])
-        return self.recipe.changed(objective=OBJECTIVES[method](**METHODS[method]), seed=seed, name=name)
+            return flowmap.read_recipe(FOLDER / FILES[method], own)
+        return recipe_of(self.model, [*METHODS[method], f"trainer.steps={self.recipe.trainer.steps}", *own])
 
     def figures(self, x: Tensor, cpu_seconds: float) -> dict[str, float]:
         labels = None if self.cond is None else self.cond["class"]
@@ -230,13 +236,16 @@ def shown(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
+def recipe_of(model: str, overrides: Sequence[str]) -> Recipe:
+    stem, own = MODELS[model]
+    return flowmap.read_recipe(FOLDER / f"{stem}.yaml", [*own, *overrides])
+
+
 def work_of(model: str, args: argparse.Namespace) -> Work:
     """The recipe of that model with what is measured here, its data, and what is measured with it."""
-    stem = model.replace("-", "_")
-    for name in ("mnist_test.py", f"{stem}.py"):
-        flowmap.allow_import(str(FOLDER / name))
-    changes = ["metrics=[]", *([f"trainer.steps={args.steps}"] if args.steps else [])]
-    recipe = flowmap.read_recipe(FOLDER / f"{stem}.yaml", changes)
+    for name in ("mnist_test", MODELS[model][0]):
+        flowmap.allow_import(str(FOLDER / f"{name}.py"))
+    recipe = recipe_of(model, ["metrics=[]", *([f"trainer.steps={args.steps}"] if args.steps else [])])
     data = build_data(resolve(recipe))
     return Work(model, recipe, data, Ruler.of(data), args.images, args.runs, kept(RESULT).get(model, {}))
 
@@ -244,7 +253,7 @@ def work_of(model: str, args: argparse.Namespace) -> Work:
 def main() -> None:
     rows = ["teacher", *METHODS, *FILES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mnist-flow-vit", choices=SOLVERS)
+    parser.add_argument("--model", default="mnist-flow-vit", choices=MODELS)
     parser.add_argument("--rows", nargs="+", default=rows, choices=rows)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's")

@@ -142,3 +142,26 @@ def test_one_command_distils_measures_draws_and_exports(flow_vit, tmp_path, mnis
     main(["mnist-flow-vit", "--root", str(PUBLISHED), "--out", str(tmp_path / "run"), *settings])
     assert list((tmp_path / "run/samples").glob("*.png"))
     assert {path.name for path in (tmp_path / "run").glob("steps-*")} == {"steps-1", "steps-2", "steps-4"}
+
+
+def test_the_tables_compare_a_student_with_its_own_teacher(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from tables.published import tables
+
+    figures = lambda pixels, right: {"frechet_pixels": pixels, "frechet_classifier": 2 * pixels, "accuracy": right}
+    teacher = {seed: {"euler 1": figures(9.0, 0.5), "euler 12": figures(2.0 + i, 0.9)} for i, seed in enumerate("01")}
+    students = {seed: {"2": figures(3.0, 0.88), "train_steps": 7, "train_cpu_seconds": 5.0} for seed in "01"}
+    made = tables({"mnist-flow-vit": {"real": {"0": figures(1.0, 0.98)}, "teacher": teacher, "ayf_mixed": students}})
+    assert made["flowtargets"]["rows"] == [["ayf_mixed, 2", "2", *["1.25 (1 to 1.5)"] * 4, "2"]]
+    assert [row[0] for row in made["flow"]["rows"]][-1] == "ayf_mixed, 2 steps" and "ddpm" not in made
+    assert made["short"]["rows"][1] == ["teacher, euler 12", "2.5 (2 to 3)", "0.9"]
+
+
+def test_ddim_is_even_in_the_places_of_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from published import places
+
+    level = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    sigma = ((1 - level) / level).sqrt()
+    assert places(2) == [1.0, pytest.approx(float(sigma[499] / (1 + sigma[499])), rel=1e-4), 0.0]
+    assert len(places(50)) == 51 and all(a > b for a, b in zip(places(50), places(50)[1:], strict=False))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lib.report import spread
 
 # {row: {seed: figures}}; figures of "real" are {metric: value}, of "teacher" {"euler 4": {metric: value}, ...}, of a
-# method {"1": {metric: value}, ..., "train_cpu_seconds": ..., "train_steps": ...}
+# method {"1": {metric: value}, ..., "train_steps": n, "train_cpu_seconds": ...}, the last not of a resumed training
 Found = Mapping[str, Mapping[str, dict]]
 SHOWN = {
     "frechet_pixels": "Frechet, pixels",
@@ -20,12 +20,13 @@ SHOWN = {
 }
 METHODS = {
     "ayf_mixed": "ayf_mixed",
+    "more_jumps": "ayf_mixed, 0.4 at (1, 0)",
     "ayf_emd": "ayf_emd",
     "meanflow": "MeanFlow from the teacher",
     "reflow": "reflow",
     "instaflow": "reflow + distil",
 }
-NAMES = {"mnist-flow-vit": "flow", "mnist-ddpm": "ddpm"}
+NAMES = {"mnist-flow-vit": "flow", "mnist-flow-vit-unguided": "unguided", "mnist-ddpm": "ddpm"}
 
 
 def tables(everything: Mapping) -> dict[str, dict]:
@@ -34,10 +35,10 @@ def tables(everything: Mapping) -> dict[str, dict]:
     for model, name in NAMES.items():
         if "teacher" in everything.get(model, {}):
             made[name] = figures(everything[model])
-            made[f"{name}targets"] = targets(everything[model], "euler 12" if name == "flow" else "ddim 50")
+            made[f"{name}targets"] = targets(everything[model], "ddim 50" if name == "ddpm" else "euler 12")
     if "flow" in made:
         made["short"] = short(made["flow"])
-    return made
+    return {name: table for name, table in made.items() if table["rows"]}
 
 
 def figures(found: Found) -> dict:
@@ -52,7 +53,7 @@ def figures(found: Found) -> dict:
         seeds = list(found.get(method, {}).values())
         for k in [key for key in seeds[0] if key.isdigit()] if seeds else []:
             rows = [figures[k] for figures in seeds]
-            cost = spread(figures["train_cpu_seconds"] for figures in seeds)
+            cost = spread(one["train_cpu_seconds"] for one in seeds if "train_cpu_seconds" in one)
             lines.append([f"{name}, {k} step{'s' * (k != '1')}", str(len(rows)), *cells(rows), cost])
     columns = ["row", "seeds", *(SHOWN[key] for key in asked), "CPU-seconds to train"]
     return {"columns": columns, "rows": lines}

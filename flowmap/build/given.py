@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from flowmap.base.schema import RecipeError
@@ -67,6 +68,7 @@ def wrap(
         found_clock: ModuleClock = MODULE_CLOCKS[clock]()
     else:
         found_clock = clock
+    _check_source(module)
     made = module if isinstance(module, nn.Module) else _Function(module)
     digest = fingerprint(made) if made.state_dict() else None
     name = name_of(module) if name is None else name
@@ -84,6 +86,14 @@ def wrap(
     )
     give(name, made.eval(), digest)
     return Wrapped(found)
+
+
+def _check_source(module: Any) -> None:
+    """Raise ValueError for a module without the Python source that costs and derivatives go through."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError("module: is a torch.jit.ScriptModule; give the torch.nn.Module that it was made of")
+    if type(module).__name__ == "OptimizedModule":  # of torch.compile
+        raise ValueError("module: is compiled; give it before torch.compile, and set trainer.compile=true")
 
 
 def with_given(recipe: Recipe, teacher: Any = None, student: Any = None, data: Any = None) -> Recipe:
@@ -137,6 +147,7 @@ def _teacher(recipe: Recipe, teacher: Any, data: Any) -> ModuleTeacher:
 
 
 def _student(student: Any) -> Module:
+    _check_source(student)
     if isinstance(student, nn.Module) and takes_arrival(student):
         student = wrap(student)
     if not isinstance(student, Wrapped):

@@ -48,6 +48,18 @@ def load_module(run: ResolvedRun) -> tuple[NetworkTeacher, Student | None, tuple
     return NetworkTeacher(flow_map), Student(config, flow_map) if trainable else None, (flow_map,)
 
 
+def check_module(run: ResolvedRun) -> None:
+    """Raise RecipeError if the recipe's teacher of kind module cannot be built or called. No weights are read."""
+    slot = run.recipe.teacher
+    if not isinstance(slot, ModuleTeacher):
+        return
+    try:
+        with torch.device("meta"):
+            slot.net.build(slot.shape, arrival=False)
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: teacher.{error}") from error
+
+
 def start_module(run: ResolvedRun, flow_map: FlowMapNet) -> None:
     """Fill a student of kind module with the weights that its settings name, if they name any."""
     spec = net_within(run.recipe.student)

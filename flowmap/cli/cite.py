@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from flowmap.recipe.papers import PAPERS
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None: ...
 
 
 def run(a: argparse.Namespace) -> int:
+    from flowmap.recipe.papers import PAPERS
+
     for key, (title, here, authors, year, arxiv) in PAPERS.items():
         authors = authors.replace("et al.", "others").replace(", ", " and ")  # BibTeX's words
         if here:

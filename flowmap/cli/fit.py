@@ -49,23 +49,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.recipe import read_recipe
-
-    recipe = read_recipe(a.recipe, a.overrides)
     if a.dry_run:
         with _without_collection():
-            from flowmap.estimate.dry_run import MISSING, dry_run
-
-            lines = dry_run(recipe, a.out, throughput=a.throughput)
-        print("\n".join(lines))
-        return 3 if lines[-1].startswith(MISSING) else 0
+            return _dry_run(a)
+    from flowmap.recipe import read_recipe
     from flowmap.train.fit import fit
 
+    recipe = read_recipe(a.recipe, a.overrides)
     made = fit(recipe, a.out, resume=a.resume, overwrite=a.overwrite, extend=a.extend)
     if made.metrics:
         print(summary(made.metrics))
         print(f"student: {made.folder / 'student'}")
     return 0
+
+
+def _dry_run(a: argparse.Namespace) -> int:
+    from flowmap.estimate.dry_run import MISSING, dry_run
+    from flowmap.recipe import read_recipe
+
+    lines = dry_run(read_recipe(a.recipe, a.overrides), a.out, throughput=a.throughput)
+    print("\n".join(lines))
+    return 3 if lines[-1].startswith(MISSING) else 0
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ def log(message: str) -> None:
 def plain_warnings() -> Iterator[None]:
     """Print each different UserWarning once, as one line on stderr without the code that gave it."""
     printed: set[str] = set()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when peft imports it, it recommends a package
     with warnings.catch_warnings():
         shown_else = warnings.showwarning
 

@@ -245,7 +245,7 @@ def baseline_rows(entry: Entry, log: LogFunction | None = None) -> dict[str, Any
     if teacher is not None:
         teacher.to(device_of(recipe))
     found = measure(recipe, student, teacher, data, steps=[1], progress=log)
-    return {key: found[key] for key in ("teacher", "teacher_few", "floor") if key in found}
+    return {key: found[key] for key in ("teacher", "teacher_few", "floor", "data") if key in found}
 
 
 def forget_peak() -> None:

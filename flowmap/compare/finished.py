@@ -14,7 +14,7 @@ from flowmap.base.images import save_picture
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.compare.entrants import data_settings
 from flowmap.compare.plot import plot
-from flowmap.compare.report import lines_of, spread, table
+from flowmap.compare.report import lines_of, note, spread, table
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import read_resolved
 
@@ -134,6 +134,10 @@ def _check_alike(runs: Sequence[Finished]) -> None:
             for key, mine, theirs in differences(first, part_of(recipe)):
                 pair = f"{runs[0].name!r} and {run.name!r}"
                 raise RecipeError(f"--runs: {pair} have different {what}: {key} is {mine!r} and {theirs!r}")
+    for run in runs[1:]:
+        mine, theirs = (one.metrics.get("data") for one in (runs[0], run))
+        if mine != theirs:
+            raise RecipeError(f"--runs: {runs[0].name!r} and {run.name!r} have different data: {mine}; {theirs}")
 
 
 def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -173,6 +177,7 @@ def tabulated(runs: Sequence[Finished], steps: Sequence[int] | None = None) -> d
         "metrics": names,
         "recipes": {label: {"figures": figures(rows)} for label, rows in lines.items()},
         "beside": {label: spreads(row) for label, row in levels.items()},
+        **({"data": runs[0].metrics["data"]} if "data" in runs[0].metrics else {}),
     }
 
 
@@ -196,7 +201,7 @@ def markdown(found: Mapping[str, Any], runs: Sequence[Finished]) -> str:
     heads = "| run | recipe | objective | train seconds |\n| --- | --- | --- | ---: |"
     parts = ["\n".join([heads, *map(_told, runs)])]
     parts += [f"{metric}\n\n{table(found, metric, costs=False)}" for metric in found["metrics"]]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *note(found)]) + "\n"
 
 
 def _told(run: Finished) -> str:

@@ -51,6 +51,7 @@ def report(
             if found
         },
         "results": list(results),
+        **next(({"data": b["data"]} for b in besides if "data" in b), {}),
     }
 
 
@@ -95,7 +96,12 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts = [f"Each recipe and seed: {given}. {terms['seeds']} seeds; median (least to most) of those that finished."]
     for i, metric in enumerate(found["metrics"]):
         parts.append(f"{metric}\n\n{table(found, metric, costs=i == 0)}")
-    return "\n\n".join([*parts, ENDS]) + "\n"
+    return "\n\n".join([*parts, *note(found), ENDS]) + "\n"
+
+
+def note(found: Mapping[str, Any]) -> list[str]:
+    """What the figures say of data that are not real, in a line; none of real data."""
+    return [f"Note: {found['data']}."] if "data" in found else []
 
 
 ENDS = (

@@ -65,11 +65,11 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         forward = counter.count
         loss.backward()
     backward = counter.count - forward
-    drawn, kept = _sampling(recipe)
+    drawn, kept = sampling_calls(recipe)
     return Calls(forward / UNIT + drawn, backward / (2 * UNIT) + kept, strong.rows / ROWS, weak.rows / ROWS)
 
 
-def _sampling(recipe: Recipe) -> tuple[float, float]:
+def sampling_calls(recipe: Recipe) -> tuple[float, float]:
     """Return forward and backward passes for the samples that a discriminator and a fake score need.
 
     The passes of the fake score are among them; the result is the mean over the numbers of steps.

@@ -10,7 +10,8 @@ from torch import nn
 
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
-from flowmap.estimate.calls import Calls, calls_of
+from flowmap.build.module import check_module
+from flowmap.estimate.calls import Calls, calls_of, sampling_calls
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
@@ -18,7 +19,7 @@ from flowmap.estimate.frozen_networks import live_text_bytes
 from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
-from flowmap.estimate.price import Prices, price_lines
+from flowmap.estimate.price import Prices, preparation_lines, price_lines
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial, ScoreDistillation
 from flowmap.plan.named_networks import missing_weights
@@ -102,6 +103,7 @@ def look(
     missing += _weights_missing(run.cards)
     if not missing:
         check_parts(run)
+        check_module(run)
     missing += [*missing_parts(run), *missing_devices(recipe)]
     data, lacks = outlines.of(run, whole=whole)
     missing += lacks
@@ -117,6 +119,8 @@ def look(
         what = (
             str(error)
             if isinstance(error, ValueError)
+            else "no weight takes part in its output, so that there is nothing to train"
+            if "does not require grad" in str(error)
             else f"samples of shape {config.shape} do not pass: {first_line(error)}"
         )
         raise RecipeError(
@@ -201,8 +205,17 @@ def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: 
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
     if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
         hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
-        lines += price_lines(run, config, costs.student.trained, prices) if hours >= WORTH_PRICING else []
+        if hours >= WORTH_PRICING:
+            lines += prices.new(preparation_lines(run, config, prices))
+            lines += price_lines(run, config, costs.student.trained, prices, omitted_flops(recipe, costs))
     return lines
+
+
+def omitted_flops(recipe: Recipe, costs: NetworkCosts) -> float:
+    """Return the FLOPs of a sample in a step that `step_of` omits: samples that are drawn, and a discriminator's."""
+    drawn, kept = sampling_calls(recipe)
+    judge = costs.discriminator.flops if costs.discriminator is not None else 0
+    return drawn * costs.student.flops + kept * costs.student.backward_flops + judge
 
 
 def _prior(run: ResolvedRun, config: StudentConfig) -> str:

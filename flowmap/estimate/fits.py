@@ -61,7 +61,8 @@ def _evaluation(training: Memory, memory: EvaluationMemory) -> str:
     parts += [f"{gib_of(memory.states)} metrics"] if memory.states >= 2**20 else []
     parts.append(f"{gib_of(batch)} a batch of samples")
     whole = f"{' + '.join(parts)} = {gib_of(staying(training) + memory.device)}"
-    return f"memory for each device while measuring: {whole}; {gib_of(memory.host)} of the host for each process"
+    host = f"; {gib_of(memory.host)} of the host for each process" if memory.host >= 2**20 else ""
+    return f"memory for each device while measuring: {whole}{host}"
 
 
 def _warnings(recipe: Recipe, training: Memory, evaluation: EvaluationMemory | None) -> Iterator[str]:

@@ -8,7 +8,7 @@ computed, at half the rate, at the upper end. Reading of data is in neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -24,6 +24,7 @@ from flowmap.estimate.roofline import (
     Counter,
     Device,
     Traffic,
+    float32_share,
     forward_traffic,
     step_of,
     sustained,
@@ -47,6 +48,13 @@ class Prices:
     """Device rates between which hours are given, and functions that price the parts of a run."""
 
     throughput: float = 200.0
+    given: set[str] = field(default_factory=set, compare=False)
+
+    def new(self, lines: list[str]) -> list[str]:
+        """Return the lines that were not given before: stages share encoded pictures and pairs."""
+        found = [line for line in lines if line not in self.given]
+        self.given.update(found)
+        return found
 
     @property
     def devices(self) -> tuple[Device, Device]:
@@ -59,24 +67,34 @@ class Prices:
             f"GPU-hours are a range: from {fast.flops / 1e12:g} TFLOP/s in bf16, {fast.bandwidth / 1e12:g} TB/s and "
             f"{fast.kernel_seconds * 1e6:g} us a kernel (an H100's limits) to {self.throughput:g} TFLOP/s "
             f"(--throughput), {slow.bandwidth / 1e12:g} TB/s and {slow.kernel_seconds * 1e6:g} us; float32 products at "
-            f"{FLOAT32_SHARE:g} of these rates. A device sends {links.within / 1e9:g} GB/s within its node (NVLink) "
-            f"and {links.between / 1e9:g} GB/s to others (InfiniBand) while it computes, up to half of that "
+            f"{FLOAT32_SHARE:g} of these rates, of TensorFloat-32 at {TF32_SHARE:g}. A device sends "
+            f"{links.within / 1e9:g} GB/s within its node (NVLink) and {links.between / 1e9:g} GB/s to others "
+            "(InfiniBand) while it computes, up to half of that "
             "afterwards. Reading from disk is not included"
         )
 
-    def step(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> StepPrice:
-        """The traffic of an optimizer step on one device."""
+    def step(
+        self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], extra: float = 0.0
+    ) -> StepPrice:
+        """The traffic of an optimizer step on one device. extra: further FLOPs of a sample, in large products."""
         counted, accumulate = step_of(recipe, config, teachers, self.devices), recipe.batches.accumulate
         parts = counted.parts
         ends = parts["optimizer"] + parts["averages"]
         micro = sum((part for name, part in parts.items() if name not in ("optimizer", "averages")), Traffic())
+        if extra:
+            half = recipe.trainer.precision == "bf16"
+            micro = micro + self.of_flops(
+                recipe.data.batch_size * extra, 1.0 if half else float32_share(recipe.trainer)
+            )
         if live_text(recipe):
             micro = micro + self.of_flops(recipe.data.batch_size * caption_flops(config), _text_share(recipe))
         return StepPrice(micro.times(accumulate) + ends, sent_in_a_step(recipe.trainer, counted, accumulate))
 
-    def training(self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig]) -> Traffic:
-        """The traffic of all steps on all devices."""
-        step = self.step(recipe, config, teachers).whole
+    def training(
+        self, recipe: Recipe, config: StudentConfig, teachers: Sequence[StudentConfig], extra: float = 0.0
+    ) -> Traffic:
+        """The traffic of all steps on all devices. extra: as for a step."""
+        step = self.step(recipe, config, teachers, extra).whole
         return step.times(recipe.trainer.steps * recipe.batches.processes)
 
     def pairs(self, recipe: Recipe, teacher: StudentConfig) -> Traffic:
@@ -153,20 +171,26 @@ class StepPrice:
         return found
 
 
-def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: Prices) -> list[str]:
-    """Return lines on the GPU-hours of encoding, pairs, training and evaluation, and on disk.
+def preparation_lines(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
+    """Return lines on the GPU-hours and the disk of what is made before a run: encoded pictures, pairs."""
+    return [*_encoding(run.recipe, config, prices), *_made(run, config, prices)]
 
-    trained: the number of parameters that are trained.
+
+def price_lines(run: ResolvedRun, config: StudentConfig, trained: int, prices: Prices, extra: float = 0.0) -> list[str]:
+    """Return lines on the GPU-hours of training and evaluation, and on disk.
+
+    trained: the number of parameters that are trained. extra: the FLOPs of a sample in a step that `step_of` omits.
     """
     recipe, teachers = run.recipe, [one for _, one in teacher_configs(run, config)]
-    lines = [*_encoding(recipe, config, prices), *_made(run, config, prices)]
-    step = prices.step(recipe, config, teachers)
+    step = prices.step(recipe, config, teachers, extra)
     processes = recipe.batches.processes
     whole = step.whole.times(recipe.trainer.steps * processes)
     each = "" if processes == 1 else f", {_range(whole.times(1 / processes))} hours on {processes} GPUs"
-    lines += [*step.lines, f"{recipe.trainer.steps:,} steps: {hours(whole)}{each}"]
+    lines = [*step.lines, f"{recipe.trainer.steps:,} steps: {hours(whole)}{each}"]
     parts = evaluation_parts(prices, run, config, teachers)
-    lines.append(f"the last evaluation: {hours(sum((part for _, part in parts), Traffic()))}")
+    measured = sum((part for _, part in parts), Traffic())
+    if measured.slow_seconds:
+        lines.append(f"the last evaluation: {hours(measured)}")
     lines += [f"  {name}: {hours(part)}" for name, part in parts if part.slow_seconds]
     disk = run_bytes(recipe, trained)
     lines.append("disk of the run: " + " + ".join(f"{gib(size)} {name}" for name, size in disk.items()))
@@ -188,9 +212,7 @@ def _made(run: ResolvedRun, config: StudentConfig, prices: Prices) -> list[str]:
 
 def _text_share(recipe: Recipe) -> float:
     """Return the share of the bf16 rate that products of text encoders reach in the training step."""
-    if recipe.trainer.frozen_precision == "bf16":
-        return 1.0
-    return TF32_SHARE if recipe.trainer.tf32 else FLOAT32_SHARE
+    return 1.0 if recipe.trainer.frozen_precision == "bf16" else float32_share(recipe.trainer)
 
 
 def _encoding(recipe: Recipe, config: StudentConfig, prices: Prices) -> list[str]:

@@ -26,6 +26,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
 from flowmap.recipe import Recipe
+from flowmap.recipe.settings import Trainer
 from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of, empty_of
 
@@ -54,6 +55,11 @@ class Device:
 def sustained(throughput: float) -> Device:
     """A device at that many TFLOP/s, half the bandwidth, and 12 microseconds of the host for each kernel."""
     return Device(throughput * 1e12, bandwidth=Device.bandwidth / 2, kernel_seconds=12e-6)
+
+
+def float32_share(trainer: Trainer) -> float:
+    """Return the share of the bf16 rate that float32 products reach in a training step."""
+    return TF32_SHARE if trainer.tf32 else FLOAT32_SHARE
 
 
 @dataclass
@@ -191,7 +197,7 @@ def step_of(
     operation that the meta device lacks.
     """
     batch, half = recipe.data.batch_size, recipe.trainer.precision == "bf16"
-    counter = Counter(devices)
+    counter = Counter(devices, float32=float32_share(recipe.trainer))
     wide = _dtype(config, half)
     student = outline_of_network(config).to(wide)
     frozen = [frozen_outline(one, _dtype(one, half)) for one in teachers]

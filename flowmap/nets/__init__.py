@@ -1,5 +1,7 @@
 """Networks and their settings, one file per architecture."""
 
+import logging
+
 from flowmap.base import torchvision_shim
 from flowmap.nets.autoencoder_kl import AutoencoderKL
 from flowmap.nets.auxiliary import ConvPrior, TransformerPrior
@@ -18,6 +20,8 @@ from flowmap.nets.text_pair import TextPair
 from flowmap.nets.text_vae import TextVAE
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
+# diffusers imports bitsandbytes, which on some CPUs advises a package that fetches kernels from the hub
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NETS = {
     "dit": DiT,

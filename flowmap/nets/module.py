@@ -144,7 +144,9 @@ class ModuleNet(nn.Module):
         label = cond["class"] if "class" in cond else torch.full((rows,), -1, device=device)
         return (torch.where(label < 0, null, label),)
 
-    def _checked(self, out: Tensor, x: Tensor) -> Tensor:
+    def _checked(self, out: Any, x: Tensor) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise ValueError(f"module: its output is a {type(out).__name__}, not a tensor of the shape of its input")
         if out.shape != x.shape:
             raise ValueError(f"module: its output has shape {(*out.shape,)}, its input {(*x.shape,)}")
         return out.to(x.dtype)
@@ -177,7 +179,7 @@ class ModuleNet(nn.Module):
         except ValueError:
             raise
         except Exception as error:  # of the user's own module
-            raise ValueError(f"module: {self._failure(error)}") from error
+            raise ValueError(f"module: {self._failure(error, shape)}") from error
         finally:
             if branch:
                 del module.__dict__[method]
@@ -193,9 +195,13 @@ class ModuleNet(nn.Module):
         labels = () if spec.classes is None else (torch.tensor([spec.classes - 1, spec.null_class or 0]),)
         self._checked(model(x, *times, *labels), x)
 
-    def _failure(self, error: Exception) -> str:
+    def _failure(self, error: Exception, shape: tuple[int, ...]) -> str:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        what = f"cannot be called as net({', '.join(self._words())}): {type(error).__name__}: {first}"
+        if "meta tensor" in first or "meta device" in first:
+            what = "reads values of tensors in Python (if, float(), .item(), numpy), which costs and derivatives cannot"
+            return f"{what} follow; take operations of torch, such as torch.where: {first}"
+        called = f"net({', '.join(self._words())}) with x {(2, *shape)}"
+        what = f"cannot be called as {called}: {type(error).__name__}: {first}"
         if isinstance(error, IndexError) and self.spec.classes is not None:
             what += f" (classes: {self.spec.classes} and null_class: {self.spec.null_class} may exceed its table)"
         return what

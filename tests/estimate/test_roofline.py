@@ -16,6 +16,7 @@ from flowmap.estimate.price import (
     _text_share,
     evaluation_parts,
     pairs_bytes,
+    preparation_lines,
     price_lines,
     sample_bytes,
     solver_calls,
@@ -26,6 +27,7 @@ from flowmap.estimate.roofline import (
     Counter,
     Device,
     Traffic,
+    float32_share,
     step_of,
     step_traffic,
     sustained,
@@ -129,7 +131,32 @@ def test_pairs_are_priced_by_the_calls_of_their_solver(tmp_path, monkeypatch):
     assert pairs_bytes(run.recipe, config.shape) == pytest.approx(
         run.pairs.num * (math.prod(config.shape) + 24) + run.pairs.num_inverted * 2 * math.prod(config.shape)
     )
-    assert any(line.startswith(f"{run.pairs.num:,} pairs:") for line in price_lines(run, config, 1, Prices()))
+    assert any(line.startswith(f"{run.pairs.num:,} pairs:") for line in preparation_lines(run, config, Prices()))
+
+
+def test_what_stages_share_is_priced_once():
+    prices = Prices()
+    assert prices.new(["encoding", "pairs"]) == ["encoding", "pairs"] and prices.new(["pairs", "more"]) == ["more"]
+    assert prices == Prices(), "the rates"
+
+
+def test_what_a_step_does_beside_its_distillation_is_priced_by_its_flops(digits):
+    """The samples and the discriminator of an adversarial objective."""
+    run, config, teachers = digits
+    plain, more = (Prices().step(run.recipe, config, teachers, extra) for extra in (0.0, 1e12))
+    samples = run.recipe.data.batch_size * run.recipe.batches.accumulate
+    expected = samples * 1e12 / (Device().flops * float32_share(run.recipe.trainer))
+    assert more.computed.seconds - plain.computed.seconds == pytest.approx(expected)
+
+
+def test_a_step_in_float32_is_of_tensorfloat32_where_the_recipe_allows(digits):
+    run, config, teachers = digits
+    fast, slow = (
+        step_of(run.recipe.changed(trainer=replace(run.recipe.trainer, tf32=on)), config, teachers, Prices().devices)
+        for on in (True, False)
+    )
+    assert fast.parts["student"].flops == slow.parts["student"].flops
+    assert fast.parts["student"].slow_seconds <= slow.parts["student"].slow_seconds
 
 
 def test_a_step_counts_the_calls_of_its_networks(digits):

@@ -12,6 +12,7 @@ from torch import nn
 import flowmap
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_data
+from flowmap.compare.finished import markdown, read_runs, tabulated
 from flowmap.data.pairs import noise_of
 from flowmap.estimate.dry_run import dry_run
 from flowmap.nets import module_builders
@@ -129,6 +130,8 @@ def test_a_student_trains_on_them_and_its_figures_say_so(place):
     from flowmap.cli.terminal import summary
 
     assert summary(run.metrics).endswith(f"note: {note}")
+    runs = read_runs([place / "run"])
+    assert tabulated(runs)["data"] == note and f"Note: {note}." in markdown(tabulated(runs), runs)
     again = []
     flowmap.fit(recipe, place / "run", teacher=wrapped(), log=again.append, resume=True)
     assert sum("complete in" in line for line in again) == 2, again

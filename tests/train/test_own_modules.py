@@ -74,6 +74,18 @@ class Stubborn(Jump):
 class Narrow(Jump):
     def forward(self, x, t, s):
         return super().forward(x, t, s)[:, :1]
+
+class Several(Jump):
+    def forward(self, x, t, s):
+        return super().forward(x, t, s), s
+
+class Branching(Jump):
+    def forward(self, x, t, s):
+        return super().forward(x, t, s) * (2 if t.mean() > 0.5 else 1)
+
+class Cut(Jump):
+    def forward(self, x, t, s):
+        return super().forward(x, t, s).detach()
 '''
 SETTINGS = ["name=mine", "trainer.steps=2", "metrics=[]", "trainer.accelerator=cpu", "log.wandb=false"]
 SETTINGS += ["student={kind: from_teacher}", "sampler.steps=[1, 2]", "evaluation.teacher_steps=4"]
@@ -224,7 +236,7 @@ def write_points(place):
         ),
         (None, ["teacher.clock={kind: flow}"], "with clock: reversed of unit 1 it is"),
         (None, ["teacher.module=exakt"], "no builder 'exakt' (registered: exact, jump)"),
-        (None, ["teacher.shape=[3]"], "samples are"),
+        (None, ["teacher.shape=[3]"], "teacher.module: its output has shape (2, 16), its input (2, 3)"),
         (None, ["teacher.kind=modul"], "no 'modul', did you mean 'module'?"),
         (None, ["teacher.time_embedding=null"], "submodules: time, label, leave"),
         (
@@ -260,6 +272,34 @@ def test_modules_that_cannot_train_are_named_before_training(place, nets):
     with pytest.raises(RecipeError, match="the data has 3 classes, .* 2 classes|data: has 3 classes"):
         fit(place, teacher=wrapped(nets, classes=2, null_class=2))
     assert not (place / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda nets: nets.Several(), "student: module: its output is a tuple, not a tensor"),
+        (lambda nets: nets.Branching(), "student: module: reads values of tensors in Python .*torch.where"),
+        (lambda nets: nets.Cut(), "student: no weight takes part in its output, so that there is nothing to train"),
+        (lambda nets: torch.jit.trace(nets.Jump(), (torch.ones(2, 16), torch.ones(2), torch.ones(2))), "ScriptModule"),
+        (lambda nets: torch.compile(nets.Jump()), "module: is compiled; give it before torch.compile"),
+    ],
+    ids=["tuple", "branch", "detached", "traced", "compiled"],
+)
+def test_modules_that_no_derivative_goes_through_are_one_line(place, nets, made, says):
+    with pytest.raises(RecipeError, match=says) as caught:
+        fit(place, teacher=flowmap.wrap(velocity), student=made(nets), data=points()[0])
+    assert "\n" not in str(caught.value) and not (place / "run").exists()
+
+
+def test_a_teacher_that_cannot_be_called_is_named_and_not_the_student(place, nets):
+    for teacher, says in (
+        (lambda x, t: x[:, :5], r"teacher.module: its output has shape .2, 5., its input .2, 16."),
+        (lambda x, t, label: x, r"teacher.module: cannot be called as net.x, t. with x .2, 16.: TypeError"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            fit(place, teacher=flowmap.wrap(teacher, name="mine"), student=nets.Jump(), data=points()[0])
+    with pytest.raises(RecipeError, match=r"teacher.module: cannot be called .* with x .2, 3, 4, 4.: RuntimeError"):
+        fit(place, teacher=wrapped(nets), data=(torch.zeros(20, 3, 4, 4) - 0.5, torch.arange(20) % 3))
 
 
 def test_doctor_proposes_a_derivative(place, nets):
