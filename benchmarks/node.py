@@ -171,14 +171,14 @@ def row_of(row: dict, rates: dict, tests: dict) -> list:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", default=None)
+    parser.add_argument("--recipes", nargs="*", help="examine these, or none, and keep the other rows")
     parser.add_argument("--no-tests", action="store_true", help="keep the outcomes of the earlier tests")
     parser.add_argument("--tests-of", type=Path, help="pytest's --junitxml of these tests, in place of running them")
     a = parser.parse_args()
     before = kept(RESULTS / "node.json")
     rows = {row["recipe"]: row for row in before.get("recipes", [])}
     tests = before.get("tests", {})
-    for name in a.recipes or (*full_scale(), *VARIANTS):
+    for name in (*full_scale(), *VARIANTS) if a.recipes is None else a.recipes:
         started = time.perf_counter()
         try:
             rows[name] = examined(name)

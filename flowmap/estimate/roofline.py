@@ -25,6 +25,7 @@ from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
+from flowmap.nets.uncertainty import with_uncertainty
 from flowmap.recipe import Recipe
 from flowmap.recipe.settings import Trainer
 from flowmap.student.config import StudentConfig
@@ -206,6 +207,8 @@ def step_of(
         student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
         if config.lora is None:
             student.requires_grad_(True)
+        if recipe.distillation.learns_weight:
+            student = with_uncertainty(student, recipe.seed)
         cond = {key: _as(value, wide) for key, value in conditions_of(config, batch).items()}
         x0, x1 = (torch.zeros(batch, *config.shape, dtype=wide) for _ in range(2))
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))

@@ -159,6 +159,14 @@ def test_a_step_in_float32_is_of_tensorfloat32_where_the_recipe_allows(digits):
     assert fast.parts["student"].slow_seconds <= slow.parts["student"].slow_seconds
 
 
+def test_a_step_whose_objective_learns_a_weight_is_counted(digits):
+    """It trains a branch that the student's file does not have."""
+    run, config, teachers = digits
+    recipe = read_recipe("digits-scm")
+    assert recipe.distillation.learns_weight
+    assert step_of(recipe, config, teachers, Prices().devices).student_graded >= 1
+
+
 def test_a_step_counts_the_calls_of_its_networks(digits):
     run, config, teachers = digits
     found = step_of(run.recipe, config, teachers, Prices().devices)
