@@ -11,6 +11,7 @@ Times are in float32 or better, whatever the autocast dtype. Clock: 0 data, 1 no
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -189,9 +190,23 @@ def by_forward_mode(function, primals, tangents, step):
     """The graded forward runs first: under autocast, weights cast under no_grad would stay cached without a graph."""
     value, derive = recorded(function, primals)
     moving = [i for i, t in enumerate(tangents) if t is not None]
-    with derive, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with derive, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_fused_layers():
         rate = jvp_of(function, primals, tangents, moving)[1]
     return value, rate.detach()
+
+
+@contextmanager
+def without_fused_layers():
+    """A context without the fused kernel of nn.TransformerEncoderLayer, which has no forward derivative.
+
+    Torch takes that kernel in evaluation mode under no_grad.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def by_joint_forward_mode(function, primals, tangents, step):

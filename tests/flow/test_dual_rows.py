@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowmap.flow.derivative import DERIVATIVES, eulerian_derivative, lagrangian_derivative
+from flowmap.flow.derivative import DERIVATIVES, eulerian_derivative, lagrangian_derivative, value_and_rate
 from flowmap.flow.tangent import dual
 from flowmap.flow.tangent import rows as dual_rows
 from flowmap.flow.tangent.dual import dual_forward
@@ -56,6 +56,15 @@ def test_no_tangent_is_filled_up_before_the_end(name, monkeypatch):
     assert filled == [tuple(x.shape)]
     lagrangian_derivative(net, x, t, s, cond, rows=4)
     assert filled == [tuple(x.shape)] * 2
+
+
+def test_forward_mode_goes_through_a_transformer_layer_in_evaluation_mode():
+    """Under no_grad torch would take a fused kernel there that has no forward derivative."""
+    layer = torch.nn.TransformerEncoderLayer(12, 2, 20, batch_first=True, dtype=torch.float64).eval()
+    x, v = torch.randn(2, 5, 3, 12, dtype=torch.float64)
+    (value, rate), (same, by_rules) = (value_and_rate(layer, (x,), (v,), mode=mode) for mode in ("forward", "dual"))
+    torch.testing.assert_close((value, rate), (same, by_rules), rtol=0, atol=1e-12)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
