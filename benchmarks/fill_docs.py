@@ -19,7 +19,8 @@ FILES = {
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "own_teacher": "own_teacher.json", "node": "node.json",
-    **{f"time_embedding_{one}": "time_embedding.json" for one in ("start", "trained")},
+    **{f"time_embedding_{net}_{one}": f"time_embedding_{net}.json"
+       for net in ("edm2", "transformer") for one in ("start", "trained")},
     **{f"loader_{one}": "loader.json" for one in ("shards", "recipes", "pictures")},
     **{f"loader_{one}": "loader_order.json" for one in ("order", "cold")},
     "loader_node": "loader_workers.json",
