@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -71,14 +72,15 @@ def flowmap(*arguments, **more: str) -> subprocess.Popen:
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen:
-    return subprocess.Popen(command, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(**more), start_new_session=True, **pipes)
 
 
 def ended(process: subprocess.Popen, seconds: float = 170) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # the others that it started hold its pipes
         raise AssertionError(process.communicate()) from None
     return process.returncode, out, err
 
