@@ -40,9 +40,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples/published"
 RESULT = RESULTS / "published.json"
 IMAGES, COMPONENTS, NEIGHBOURS = 5000, 64, 1000
 STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
-METHODS = {  # overrides of the model's recipe, which is of ayf_mixed
+METHODS = {  # overrides of the model's recipe; none: what the recipe says
     "ayf_mixed": [],
     "more_jumps": ["times.one_step=0.4"],
+    "ayf_lmd": ["objective.kind=ayf_lmd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "ayf_emd": ["objective.kind=ayf_emd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "meanflow": ["objective.kind=meanflow"],
 }

@@ -21,6 +21,7 @@ SHOWN = {
 METHODS = {
     "ayf_mixed": "ayf_mixed",
     "more_jumps": "ayf_mixed, 0.4 at (1, 0)",
+    "ayf_lmd": "ayf_lmd",
     "ayf_emd": "ayf_emd",
     "meanflow": "MeanFlow from the teacher",
     "reflow": "reflow",
