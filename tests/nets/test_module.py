@@ -182,7 +182,7 @@ class Wrong(nn.Module):
         ({"classes": 4, "null_class": 5, "time_embedding": "time"}, "null_class: 5 may exceed its table"),
         ({"classes": 4}, "time_embedding: the module takes no arrival time s"),
         ({"classes": 4, "time_embedding": "tine"}, "no submodule or method 'tine'"),
-        ({"time_embedding": "time"}, "module: cannot be called as net(x, t): TypeError"),
+        ({"time_embedding": "time"}, "module: cannot be called as net(x, t) with x (2, 4): TypeError"),
         ({"module": "wrong", "time_embedding": "layer"}, "module: its output has shape (2, 3), its input (2, 4)"),
         ({"module": "other"}, "module: no builder 'other' (registered: plain, with_arrival, wrong)"),
         ({"module": "os:system"}, "module: no builder 'os:system'"),
