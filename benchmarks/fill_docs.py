@@ -18,6 +18,7 @@ FILES = {
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
+    "emoji_embedding": "emoji_embedding.json",
     "own_teacher": "own_teacher.json", "node": "node.json",
     **{f"time_embedding_{net}_{one}": f"time_embedding_{net}.json"
        for net in ("edm2", "transformer") for one in ("start", "trained")},
