@@ -58,7 +58,7 @@ SOLVERS = {
         **{f"euler {n}": lambda v, z, n=n: Euler(steps=n)(v, z).x for n in (1, 2, 4, 8, 12, 16, 50, 100)},
         "heun 25": lambda v, z: Heun(steps=25, euler_last=True)(v, z).x,
     },
-    "mnist-ddpm": {
+    "mnist_ddpm": {
         f"ddim {n}": lambda v, z, n=n: integrate(v, z, places(n), step=euler_step).x for n in (1, 2, 4, 8, 50)
     },
 }
