@@ -43,6 +43,8 @@ STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
 METHODS = {  # overrides of the model's recipe; none: what the recipe says
     "ayf_mixed": [],
     "more_jumps": ["times.one_step=0.4"],
+    "longer": ["trainer.steps=5000"],
+    "higher_rate": ["optimizer.lr=1.5e-3"],
     "ayf_lmd": ["objective.kind=ayf_lmd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "ayf_emd": ["objective.kind=ayf_emd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "meanflow": ["objective.kind=meanflow"],
@@ -58,7 +60,7 @@ SOLVERS = {
         **{f"euler {n}": lambda v, z, n=n: Euler(steps=n)(v, z).x for n in (1, 2, 4, 8, 12, 16, 50, 100)},
         "heun 25": lambda v, z: Heun(steps=25, euler_last=True)(v, z).x,
     },
-    "mnist-ddpm": {
+    "mnist_ddpm": {
         f"ddim {n}": lambda v, z, n=n: integrate(v, z, places(n), step=euler_step).x for n in (1, 2, 4, 8, 50)
     },
 }
@@ -216,7 +218,7 @@ class Work:
         own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
         if method in FILES:
             return flowmap.read_recipe(FOLDER / FILES[method], own)
-        return recipe_of(self.model, [*METHODS[method], f"trainer.steps={self.recipe.trainer.steps}", *own])
+        return recipe_of(self.model, [f"trainer.steps={self.recipe.trainer.steps}", *METHODS[method], *own])
 
     def figures(self, x: Tensor, cpu_seconds: float) -> dict[str, float]:
         labels = None if self.cond is None else self.cond["class"]

@@ -159,9 +159,10 @@ def test_the_tables_compare_a_student_with_its_own_teacher(monkeypatch):
 
 def test_ddim_is_even_in_the_places_of_the_table(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from published import places
+    from published import MODELS, SOLVERS, places
 
     level = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     sigma = ((1 - level) / level).sqrt()
     assert places(2) == [1.0, pytest.approx(float(sigma[499] / (1 + sigma[499])), rel=1e-4), 0.0]
+    assert {stem for stem, _ in MODELS.values()} == set(SOLVERS)
     assert len(places(50)) == 51 and all(a > b for a, b in zip(places(50), places(50)[1:], strict=False))

@@ -21,6 +21,8 @@ SHOWN = {
 METHODS = {
     "ayf_mixed": "ayf_mixed",
     "more_jumps": "ayf_mixed, 0.4 at (1, 0)",
+    "longer": "ayf_mixed, 5,000 training steps",
+    "higher_rate": "ayf_mixed, rate 1.5e-3",
     "ayf_lmd": "ayf_lmd",
     "ayf_emd": "ayf_emd",
     "meanflow": "MeanFlow from the teacher",
