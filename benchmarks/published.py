@@ -12,6 +12,7 @@ digits that is trained here on the first half (its labels too); neither is part 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -40,16 +41,21 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples/published"
 RESULT = RESULTS / "published.json"
 IMAGES, COMPONENTS, NEIGHBOURS = 5000, 64, 1000
 STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
-METHODS = {  # overrides of the model's recipe; none: what the recipe says
-    "ayf_mixed": [],
-    "more_jumps": ["times.one_step=0.4"],
-    "longer": ["trainer.steps=5000"],
-    "higher_rate": ["optimizer.lr=1.5e-3"],
+MIXED = [
+    *("objective.kind=ayf_mixed", "objective.warmup_steps=400", "objective.r_max=1.0"),
+    *("objective.lagrangian=0.25", "objective.own_lagrangian=1.0"),
+]
+EMD = ["objective.kind=ayf_emd", "objective.warmup_steps=400", "objective.r_max=1.0"]
+METHODS = {  # overrides of the model's recipe
+    "ayf_emd": EMD,
+    "by_output": [*EMD, "objective.weight={kind: power}"],
+    "by_output_longer": [*EMD, "objective.weight={kind: power}", "trainer.steps=5500"],
+    "ayf_mixed": MIXED,
+    "more_jumps": [*MIXED, "times.one_step=0.4"],
     "ayf_lmd": ["objective.kind=ayf_lmd", "objective.warmup_steps=400", "objective.r_max=1.0"],
-    "ayf_emd": ["objective.kind=ayf_emd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "meanflow": ["objective.kind=meanflow"],
 }
-FILES = {"reflow": "mnist_flow_vit_reflow.yaml", "instaflow": "mnist_flow_vit_instaflow.yaml"}
+FILES = {name: f"mnist_flow_vit_{name}.yaml" for name in ("adversarial", "reflow", "instaflow")}
 MODELS = {  # the recipe's file, and overrides
     "mnist-flow-vit": ("mnist_flow_vit", []),
     "mnist-flow-vit-unguided": ("mnist_flow_vit", ["teacher.guidance=null"]),
@@ -214,11 +220,21 @@ class Work:
         return {"class": torch.arange(self.images) % 10} if self.recipe.data.conditional else None
 
     def recipe_of(self, method: str, seed: int) -> Recipe:
-        """The model's own recipe with another objective, or that of the method's file."""
+        """The model's own recipe with another objective, or that of the method's file.
+
+        The adversarial stage starts from the seed's student of ayf_emd.
+        """
         own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
         if method in FILES:
-            return flowmap.read_recipe(FOLDER / FILES[method], own)
-        return recipe_of(self.model, [f"trainer.steps={self.recipe.trainer.steps}", *METHODS[method], *own])
+            first = json.dumps(self._settings("ayf_emd", seed))
+            start = [f"student.overrides={first}"] if method == "adversarial" else []
+            return flowmap.read_recipe(FOLDER / FILES[method], [*own, *start])
+        return recipe_of(self.model, self._settings(method, seed))
+
+    def _settings(self, method: str, seed: int) -> list[str]:
+        """The overrides of the model's recipe."""
+        own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
+        return [f"trainer.steps={self.recipe.trainer.steps}", *METHODS[method], *own]
 
     def figures(self, x: Tensor, cpu_seconds: float) -> dict[str, float]:
         labels = None if self.cond is None else self.cond["class"]

@@ -15,21 +15,33 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Share
+from flowmap.base.schema import added
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative, without_graph
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.host import on_device
 from flowmap.flow.shares import anywhere, called_on, evenly, taken
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.tangent import Tangent
+from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
 
 
 @dataclass(frozen=True)
 class _AYF(Tangent):
-    """The loss of both: the part by which r_max is below 1 is a flow-matching term."""
+    """The loss of both: the part by which r_max is below 1 is a flow-matching term.
 
-    def _loss(self, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int) -> Loss:
+    weight: of the normalised error by its times (uncertainty.py); none is the paper's.
+    """
+
+    weight: TimeWeight = added(EvenWeight())
+
+    @property
+    def learns_weight(self) -> bool:
+        return self.weight.learned
+
+    def _loss(self, student: FlowMap, sample: PathSample, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int):
         size = g.flatten(1).norm(dim=1)
-        loss = gradient_as_target(mean_velocity, normalise(g, c=self.c, norm=self.norm))
+        error = gradient_as_target(mean_velocity, normalise(g, c=self.c, norm=self.norm))
+        loss = self.weight(error, student, sample.t, sample.s)
         weight = torch.tensor(self.tangent_weight(step))
         logs = {"residual_norm": size, "tangent_norm": rate.flatten(1).norm(dim=1), "tangent_weight": weight}
         return Loss(loss.mean(), {key: value.detach() for key, value in logs.items()})
@@ -52,7 +64,7 @@ class AYFEMD(_AYF):
         )
         mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=r > 0)
         g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate
-        return self._loss(mean_velocity, g, rate, step)
+        return self._loss(student, sample, mean_velocity, g, rate, step)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class AYFLMD(_AYF):
         mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=r > 0)
         arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)
-        return self._loss(mean_velocity, g, rate, step)
+        return self._loss(student, sample, mean_velocity, g, rate, step)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,17 @@ The exact map stays stationary.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from flowmap.flow.path import Linear
 from flowmap.flow.types import rows_of
 from flowmap.nets.uncertainty import Uncertainty, with_uncertainty
-from flowmap.objectives import AYFEMD, ESD, LSD, PSD, SCM, FlowMatching, Shortcut
-from flowmap.objectives.uncertainty import EvenWeight, LearnedWeight
+from flowmap.objectives import AYFEMD, AYFLMD, ESD, LSD, PSD, SCM, FlowMatching, Shortcut
+from flowmap.objectives.uncertainty import EvenWeight, LearnedWeight, PowerWeight
 from tests.objectives.nearly import MIXTURE, WEAK, Nearly, bent, drawn, still_and_towards, teachers
 from tests.support.oracle import draw, draw_times
 
@@ -136,3 +138,38 @@ def test_who_learns_a_weight():
     error = draw(5).square()
     assert EvenWeight()(error, None, error, error) is error
     assert math.isclose(float(LEARNED(torch.ones(1), with_uncertainty(bent(), 0), torch.rand(1), torch.zeros(1))), 1.0)
+
+
+class Predicts:
+    """A flow map whose mean velocity is that of a predicted datum, or of predicted noise, `out` (B, D)."""
+
+    def __init__(self, out: torch.Tensor, noise: bool):
+        self.out, self.noise = out.requires_grad_(), noise
+
+    def mean_velocity(self, x, t, s, cond=None):
+        t = t[:, None]
+        return (self.out - x) / (1 - t) if self.noise else (x - self.out) / t
+
+
+@pytest.mark.parametrize("noise, weight", [(False, PowerWeight()), (True, PowerWeight(noise=0, data=1))])
+@pytest.mark.parametrize("objective", [AYFEMD, AYFLMD])
+def test_a_power_weighs_the_outputs_of_a_network_alike_at_all_times(objective, noise, weight):
+    t = torch.tensor([0.03, 0.3, 0.6, 0.97], dtype=torch.float64)
+    x0, x1 = draw(4, 3), draw(4, 3)
+    sample = Linear().sample(x0, x1, t, t / 2)
+    teacher = SimpleNamespace(velocity=lambda x, t, cond=None: 0.3 * x + t[:, None])
+    sizes = []
+    for one in (EvenWeight(), weight):
+        student = Predicts(draw(4, 3), noise)
+        objective(warmup_steps=0, c=0.0, weight=one)(student, teacher, sample, 1).value.backward()
+        sizes.append(student.out.grad.norm(dim=1))
+    assert sizes[0].max() > 10 * sizes[0].min()
+    torch.testing.assert_close(sizes[1], torch.full_like(t, 2 / 4))
+
+
+def test_a_power_of_zero_is_no_weight_and_its_exponents_are_checked():
+    error, t = draw(5).square(), torch.rand(5)
+    assert torch.equal(PowerWeight(noise=0)(error, None, t, t), error)
+    assert torch.allclose(PowerWeight(noise=2, data=0.5)(error, None, t, t), error * t**2 * (1 - t) ** 0.5)
+    with pytest.raises(ValueError, match="noise"):
+        PowerWeight(noise=-1)
