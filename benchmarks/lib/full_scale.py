@@ -13,7 +13,7 @@ from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
 from flowmap.flow.types import Cond, PathSample, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.nets.edm2 import EDM2
+from flowmap.nets.edm2 import EDM2, fold_filters
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.precision import hold
 from flowmap.plan.plan import ResolvedRun, resolve
@@ -113,20 +113,27 @@ class Built:
         with torch.device(device):
             frozen = [one.build().to(device).eval().requires_grad_(False) for one in scale.teachers]
             for net in frozen:
+                with_gains(net)
+                fold_filters(net)
                 hold(net, torch.bfloat16 if half else torch.float32)
             if scale.config.lora is None:
                 student = scale.config.build().to(device).train()
             else:  # the adapters' base is the teacher's network
                 student = scale.config.build(frozen[0].net).to(device).train()
             cond = {key: value.to(device) for key, value in conditions_of(scale.config, scale.rows).items()}
-        for gain in (p for net in (student, *frozen) for p in net.parameters() if p.ndim == 0):
-            gain.data.fill_(0.5)  # EDM2's gains, which are 0 in a network without training
+        with_gains(student)
         teacher = teacher_of_networks(scale.recipe, frozen, empty_of(cond)) if frozen else None
         return Built(student, None if teacher is None else teacher.guided, cond)
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return trained(self.student)
+
+
+def with_gains(net: FlowMapNet) -> None:
+    """Set EDM2's gains, which are 0 in a network without training."""
+    for gain in (p for p in net.parameters() if p.ndim == 0):
+        gain.data.fill_(0.5)
 
 
 def sample_of(scale: FullScale, built: Built, seed: int = 0) -> PathSample:

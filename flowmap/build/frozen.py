@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from flowmap.base.schema import RecipeError
+from flowmap.nets.edm2 import fold_filters
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.precision import hold
 from flowmap.nets.quantized import quantize
@@ -16,10 +17,12 @@ from flowmap.recipe import Recipe
 def hold_frozen(
     recipe: Recipe, teachers: Sequence[FlowMapNet], student: FlowMapNet, averages: Sequence[FlowMapNet] = ()
 ) -> None:
-    """Quantise frozen weights and round those that remain to bfloat16, as the recipe says, in place.
+    """Fold, quantise and round frozen weights, in place: the last two as the recipe says, to bfloat16.
 
     Call it when all that starts from them has been built. Raises RecipeError if nothing can be quantised.
     """
+    for net in teachers:
+        fold_filters(net)
     adapted = [student] if recipe.lora is not None else []
     if recipe.quantize.frozen is not None and (teachers or adapted):
         try:

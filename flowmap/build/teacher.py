@@ -22,7 +22,6 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.precision import hold
 from flowmap.nets.pretrained import load_pretrained
-from flowmap.nets.stacked import StackedNet
 from flowmap.objectives import FlowMatching
 from flowmap.plan.cards import pairs_teacher, weights_folder
 from flowmap.plan.guidance import check_conditions
@@ -42,13 +41,6 @@ from flowmap.teachers.guidance import ClassifierFree as ClassifierFreeTeacher
 from flowmap.teachers.guidance import IntervalGuidance, calls_at, network_calls, with_drawn_scales
 from flowmap.teachers.limited import Limited as LimitedTeacher
 from flowmap.teachers.network import NetworkTeacher
-
-
-@runtime_checkable
-class ReadsText(Protocol):
-    """A network that replaces dropped text by the conditions of an empty one."""
-
-    empty: Cond
 
 
 @runtime_checkable
@@ -81,17 +73,18 @@ class BuiltTeacher:
     modules: tuple[nn.Module, ...] = ()
 
     def to(self, device) -> BuiltTeacher:
+        """Move the networks and their conditions of an empty text, which no call then copies to the device."""
         for module in self.modules:
             module.to(device)
+            assert isinstance(module, FlowMapNet)
+            module.with_null_conditions({key: row.to(device) for key, row in module.empty.items()})
         return self
 
     def with_null_conditions(self, empty: Cond) -> BuiltTeacher:
         """Give the networks the conditions of an empty text, one row each, and return the teacher itself."""
         for module in self.modules:
             assert isinstance(module, FlowMapNet)
-            for net in module.net.parts if isinstance(module.net, StackedNet) else (module.net,):
-                if isinstance(net, ReadsText):
-                    net.empty = dict(empty)
+            module.with_null_conditions(empty)
         return self
 
     def solve(self, x1: Tensor, cond: Cond | None, steps: int) -> Tensor:

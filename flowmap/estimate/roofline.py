@@ -7,6 +7,7 @@ half the bytes for bf16. Time on the host, communication and what a compiler fus
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from flowmap.estimate.networks import frozen_outline, nameless, outline_of_netwo
 from flowmap.estimate.remembered import Mode, remembered, tensors_in
 from flowmap.flow.types import Cond, Teacher
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.edm2 import fold_filters
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.stacked import net_within
 from flowmap.nets.uncertainty import with_uncertainty
@@ -201,7 +203,9 @@ def step_of(
     counter = Counter(devices, float32=float32_share(recipe.trainer))
     wide = _dtype(config, half)
     student = outline_of_network(config).to(wide)
-    frozen = [frozen_outline(one, _dtype(one, half)) for one in teachers]
+    frozen = [copy.deepcopy(frozen_outline(one, _dtype(one, half))) for one in teachers]
+    for net in frozen:
+        fold_filters(net)
     counter.half = half and wide == torch.float32
     with torch.device("meta"):
         student.train().checkpoint_activations(recipe.trainer.activation_checkpointing)
@@ -214,7 +218,7 @@ def step_of(
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
     sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
-    teacher = Timed(teacher_of_networks(recipe, frozen, empty_of(cond)).guided, counter) if frozen else None
+    teacher = Timed(_guided(recipe, frozen, empty_of(cond)), counter) if frozen else None
     with _Calls(student) as calls, ExitStack() as stack, fused_attention():
         of_teachers = [stack.enter_context(_Calls(net)) for net in frozen]
         with counter:
@@ -225,6 +229,13 @@ def step_of(
     found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
     parts = found | {"backward": counter.found} | _updates(recipe, student, devices)
     return Step(parts, student, frozen, calls.count, calls.graded, [one.count for one in of_teachers])
+
+
+def _guided(recipe: Recipe, frozen: Sequence[FlowMapNet], empty: Cond) -> Teacher:
+    """Return the guided velocity as training computes it."""
+    teacher = teacher_of_networks(recipe, frozen, empty)
+    guidance = None if recipe.teacher is None else recipe.teacher.guidance
+    return teacher.guided if guidance is None else teacher.on_drawn_scales(guidance.scale)
 
 
 class _Calls:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowmap.flow.host import on_device
 from flowmap.flow.path import Coefficients, convert, wide
 from flowmap.flow.types import broadcast_time
 
@@ -61,16 +62,33 @@ class TableClock:
         self.times = b / (a + b)
         self.logits = torch.logit(self.times).clamp(max=LARGEST_LOGIT)
         self.t_min, self.t_max = float(self.times[0]), float(self.times[-1])
+        self._placed: dict[torch.device, Tensor] = {}
 
     def at(self, t: Tensor) -> tuple[Coefficients, Tensor]:
         t = wide(t).double().clamp(0, self.t_max)
-        logits = self.logits.to(t.device)
+        size = torch.hypot(1 - t, t)
+        time = self._place(t) if self.unit is None else self.unit * t
+        return Coefficients((1 - t) / size, t / size), time
+
+    def _place(self, t: Tensor) -> Tensor:
+        """The place of t in the table, interpolated."""
+        logits = self._logits_on(t.device)
         logit = torch.logit(t.clamp(self.t_min, 1)).clamp(max=LARGEST_LOGIT)
         right = torch.searchsorted(logits, logit).clamp(1, len(logits) - 1)
         share = (logit - logits[right - 1]) / (logits[right] - logits[right - 1])
-        size = torch.hypot(1 - t, t)
-        time = right - 1 + share.clamp(0, 1) if self.unit is None else self.unit * t
-        return Coefficients((1 - t) / size, t / size), time
+        return right - 1 + share.clamp(0, 1)
+
+    def _logits_on(self, device: torch.device) -> Tensor:
+        """The table on that device. It is copied once: a copy in every call would wait for the device."""
+        if device == self.logits.device:
+            return self.logits
+        found = self._placed.get(device)
+        if found is None:
+            found = on_device(self.logits, device)
+            # what a compiler or a mode made must not outlive it
+            if type(found) is Tensor and not found.is_inference() and not torch.compiler.is_compiling():
+                self._placed[device] = found
+        return found
 
     @property
     def embeds_t(self) -> bool:

@@ -288,7 +288,12 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution (a linear layer for kernel ()) without bias, with filters that are normalised when used."""
+    """A convolution (a linear layer for kernel ()) without bias, with filters that are normalised when used.
+
+    folded: the weights are the filters themselves, gain included (`fold_filters`).
+    """
+
+    folded = False
 
     def __init__(self, inside: int, out: int, kernel: tuple[int, ...]):
         super().__init__()
@@ -296,9 +301,27 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out, inside, *kernel))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        w = (unit(w) * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        w = (self.weight if self.folded else self.filters(gain)).to(x.dtype)
         return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+    def filters(self, gain: Tensor | float) -> Tensor:
+        """The weights as they are used, in float32 or better."""
+        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return unit(w) * (gain / math.sqrt(w[0].numel()))
+
+
+@torch.no_grad()
+def fold_filters(net: nn.Module) -> None:
+    """Replace the frozen weights of all layers by their filters, so that calls do not normalise them.
+
+    The output is the same to the bit; a state dict of the network is then no longer that of EDM2.
+    """
+    gains = {id(block.emb_linear): block.emb_gain for block in net.modules() if isinstance(block, Block)}
+    gains |= {id(unet.out_conv): unet.out_gain for unet in net.modules() if isinstance(unet, UNet)}
+    for layer in net.modules():
+        if isinstance(layer, Conv) and not layer.folded and not layer.weight.requires_grad:
+            layer.weight.data = layer.filters(gains.get(id(layer), 1.0))
+            layer.folded = True
 
 
 class Fourier(nn.Module):

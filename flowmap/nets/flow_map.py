@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from flowmap.flow.types import Cond, broadcast_time
 from flowmap.nets.stacked import StackedNet
 from flowmap.nets.time_embedding import EmbedsTime
+
+
+@runtime_checkable
+class ReadsText(Protocol):
+    """A network that replaces dropped text by the conditions of an empty one."""
+
+    empty: Cond
 
 
 class FlowMapNet(nn.Module):
@@ -54,6 +61,18 @@ class FlowMapNet(nn.Module):
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
 
+    @property
+    def empty(self) -> Cond:
+        """The conditions of an empty text, one row each, which the network uses where a call gives none."""
+        first = _parts(self.net)[0]
+        return first.empty if isinstance(first, ReadsText) else {}
+
+    def with_null_conditions(self, empty: Cond) -> None:
+        """Use these conditions of an empty text, one row each, if the network reads text."""
+        for part in _parts(self.net):
+            if isinstance(part, ReadsText):
+                part.empty = dict(empty)
+
     def checkpoint_activations(self, on: bool) -> None:
         """Recompute activations in the backward pass, or keep them; nothing for a network without that setting."""
         if hasattr(self.net, "activation_checkpointing"):
@@ -67,6 +86,10 @@ class FlowMapNet(nn.Module):
     def pictures(self, x: Tensor) -> Tensor:
         """The images of samples x, with gradients: x itself without `decode`."""
         return x if self.decode is None else self.decode(x)
+
+
+def _parts(net: nn.Module) -> tuple[nn.Module, ...]:
+    return net.parts if isinstance(net, StackedNet) else (net,)
 
 
 def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[str, Any, Any] | None:

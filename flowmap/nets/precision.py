@@ -22,7 +22,7 @@ def hold(flow_map: FlowMapNet, dtype: torch.dtype) -> None:
     """Round the frozen weights of layers to `dtype`, in place, and compute with it from now on, as autocast does.
 
     Parameters that other networks share are rounded there too: set their `held` as well. EDM2's layers, which
-    normalise their weights, then round twice.
+    normalise their weights, round twice unless `fold_filters` has been called.
     """
     flow_map.held = dtype
     for parameter in rounded_parameters(flow_map.net):

@@ -16,9 +16,9 @@ SCHEDULES = ("constant", "cosine", "linear", "inverse_sqrt")
 
 
 def adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.AdamW:
-    """AdamW; fused where all parameters are on CUDA, one kernel for many parameters."""
+    """AdamW; fused where all parameters are on CUDA or all on the CPU: one kernel for many parameters, or for each."""
     parameters = list(parameters)
-    fused = True if parameters and all(p.device.type == "cuda" for p in parameters) else None
+    fused = True if {p.device.type for p in parameters} in ({"cuda"}, {"cpu"}) else None
     optimizer = torch.optim.AdamW(parameters, **settings, fused=fused)
     # Lightning refuses to clip gradients for an optimizer that may unscale them; without a GradScaler none does.
     optimizer._step_supports_amp_scaling = False

@@ -73,6 +73,7 @@ class DistillModule(L.LightningModule):
         self._micro, self.begun, self._sharded = 0, False, False
         self._restored: int | None = None
         self._null: dict[str, Tensor] = {}
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         self._finite = FiniteChecks(recipe.trainer.check_finite_every_steps)
 
     @property
@@ -145,7 +146,7 @@ class DistillModule(L.LightningModule):
                 f"optimizer_states: there are {self._restored}, this run has {len(self.trainer.optimizers)}"
             )
         self._check_processes()
-        self._micro, self.begun = 0, True
+        self._micro, self.begun, self._pairs = 0, True, []
         self.data.to_device(self.device)
         if self.teacher is not None:
             self.teacher.to(self.device)
@@ -246,11 +247,17 @@ class DistillModule(L.LightningModule):
     @torch.no_grad()
     def average(self) -> None:
         """Add the weights of the step that has just been made to every average."""
-        for width, average in zip(self.widths, self.averages, strict=True):
-            mine = dict(average.named_parameters())  # a LoRA student's may have what is trained alone
-            pairs = [(mine[name], w) for name, w in self.student.named_parameters() if w.requires_grad]
-            kept = self.recipe.ema.kept(width, self.global_step)
-            torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - kept)
+        for width, (mine, theirs) in zip(self.widths, self._averaged_pairs(), strict=True):
+            torch._foreach_lerp_(mine, theirs, 1 - self.recipe.ema.kept(width, self.global_step))
+
+    def _averaged_pairs(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """The weights of each average with those of the student; found once, as a large network has many modules."""
+        if not self._pairs:
+            theirs = {name: weight for name, weight in self.student.named_parameters() if weight.requires_grad}
+            for average in self.averages:
+                mine = dict(average.named_parameters())  # a LoRA student's may have what is trained alone
+                self._pairs.append(([mine[name] for name in theirs], list(theirs.values())))
+        return self._pairs
 
     def loss_logs(self) -> dict[str, float]:
         """The last loss and its logs, per-sample ones also by bins of t."""

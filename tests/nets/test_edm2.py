@@ -1,12 +1,17 @@
 """The EDM2 U-Net: sizes as published, output as in the original implementation, and the dual forward works."""
 
+import copy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowmap.build.frozen import hold_frozen
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
-from flowmap.nets.edm2 import EDM2, blend, joined, silu, unit
+from flowmap.nets.edm2 import EDM2, Conv, blend, fold_filters, joined, silu, unit
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.preconditioning import SIGMA_MAX
+from flowmap.recipe import read_recipe
 from tests.support import parity
 
 SMALL = EDM2(channels=32, multipliers=(1, 2, 4), num_blocks=2, attention_at=(8, 4))
@@ -140,3 +145,34 @@ def test_mistakes_are_named(settings, says):
         EDM2(**settings)
     with pytest.raises(ValueError, match="do not halve"):
         EDM2().build((3, 12, 12))
+
+
+class Norms(TorchDispatchMode):
+    """Counts the norms that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.linalg_vector_norm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_frozen_teacher_normalises_its_weights_once_and_its_velocity_is_the_same(precision):
+    teacher = FlowMapNet(filled(SMALL.build(SHAPE, num_classes=10, arrival=False)))
+    student = copy.deepcopy(teacher)
+    frozen = copy.deepcopy(teacher).requires_grad_(False)
+    hold_frozen(read_recipe("digits", [f"trainer.precision={precision}"]), [frozen], student)
+    x, t, label = inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with Norms() as before:
+            expected = teacher.velocity(x, t, {"class": label})
+        with Norms() as after:
+            assert torch.equal(frozen.velocity(x, t, {"class": label}), expected)
+        hold_frozen(read_recipe("digits"), [frozen], student)  # a second time changes nothing
+        assert torch.equal(frozen.velocity(x, t, {"class": label}), expected)
+    layers = sum(isinstance(module, Conv) for module in teacher.modules())
+    assert before.count - after.count == layers > 20
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), teacher.parameters(), strict=True))
+    fold_filters(student)
+    assert not any(module.folded for module in student.modules() if isinstance(module, Conv))

@@ -1,16 +1,21 @@
 import pytest
 import torch
 
+from flowmap.build.teacher import BuiltTeacher
 from flowmap.flow.solver import Euler
+from flowmap.nets import MLP
+from flowmap.nets.flow_map import FlowMapNet
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.teachers.guidance import (
     Autoguidance,
     ClassifierFree,
     IntervalGuidance,
+    at_once,
     calls_at,
     network_calls,
     with_drawn_scales,
 )
+from flowmap.teachers.network import NetworkTeacher
 from tests.support.oracle import RING, SHAPE, draw, draw_times
 
 STRONG, WEAK = GaussianTeacher(mean=(0.7,), std=0.4), GaussianTeacher(mean=(0.2,), std=0.9)
@@ -170,3 +175,62 @@ def test_calls_outside_an_interval_are_those_of_the_unguided_teacher():
         assert network_calls(within) == 2
         assert [calls_at(within, t) for t in (0.1, 0.3, 0.5, 0.7, 0.9)] == [1, 2, 2, 2, 1]
     assert calls_at(ClassifierFree(STRONG), 0.9) == 2 and calls_at(IntervalGuidance(STRONG, 0.3, 0.7), 0.5) == 1
+
+
+class ReadsContext(torch.nn.Module):
+    """A velocity that depends on text of two tokens, by default on that of an empty one, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.empty, self.rows = {"text": torch.full((1, 2, 3), 0.25, dtype=torch.float64)}, []
+
+    def forward(self, x, t, s, cond=None):
+        cond = cond or {}
+        self.rows.append(len(x))
+        text = cond["text"] if "text" in cond else self.empty["text"].to(x.device).expand(len(x), 2, 3)
+        label = cond["class"] if "class" in cond else torch.full((len(x),), -1, device=x.device)
+        return x * (text.flatten(1).sum(1) + label + t)[:, None, None, None]
+
+
+def teacher_with(empty: bool) -> NetworkTeacher:
+    if empty:
+        return NetworkTeacher(FlowMapNet(ReadsContext()))
+    torch.manual_seed(0)
+    return NetworkTeacher(FlowMapNet(MLP(width=16, depth=1).build(SHAPE[1:], num_classes=9, arrival=False)).double())
+
+
+@pytest.mark.parametrize("keys", [("class",), ("text",), ("class", "text")], ids=str)
+def test_one_call_for_two_conditions_gives_the_velocities_of_two_calls(keys):
+    x, (t, _), teacher = draw(), draw_times(), teacher_with("text" in keys)
+    given = {"class": torch.tensor([3, 1, 0, 7, -1]), "text": torch.rand(5, 2, 3, dtype=torch.float64)}
+    first = {key: given[key] for key in keys}
+    second = {"class": torch.full((5,), -1)} if "class" in keys else None
+    found = at_once(teacher, x, t, first, second)
+    for one, cond in zip(found, (first, second), strict=True):
+        torch.testing.assert_close(one, teacher.velocity(x, t, cond))
+    assert not torch.allclose(*found)
+
+
+def test_conditions_of_another_form_are_not_joined():
+    x, (t, _) = draw(), draw_times()
+    longer, half = torch.zeros(5, 3, 3, dtype=torch.float64), torch.zeros(5, 2, 3)
+    assert at_once(teacher_with(True), x, t, {"text": longer}, None) is None
+    assert at_once(teacher_with(True), x, t, {"text": half}, None) is None
+    assert at_once(teacher_with(False), x, t, {"class": torch.arange(5), "size": longer}, None) is None
+    assert at_once(RING, x, t, {"class": torch.arange(5)}, None) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_training_on_an_accelerator_makes_one_call_for_both_conditions(device):
+    network = ReadsContext()
+    guided = ClassifierFree(NetworkTeacher(FlowMapNet(network)))
+    built = BuiltTeacher(guided, None, (guided.teacher.flow_map,)).to(torch.device(device))
+    assert network.empty["text"].device.type == device  # a call copies nothing to the device
+    x, t = (part.to(device) for part in (draw(), draw_times()[0]))
+    cond = {"text": torch.rand(5, 2, 3, dtype=torch.float64), "guidance": torch.full((5,), 2.0)}
+    cond = {key: value.to(device) for key, value in cond.items()}
+    assert built.on_drawn_scales((1.0, 3.0)).velocity(x, t, cond).shape == x.shape
+    assert network.rows == ([5, 5] if device == "cpu" else [10])
+    network.rows.clear()
+    ClassifierFree(guided.teacher).velocity(x, t, {"text": cond["text"], "guidance": 2.0})
+    assert network.rows == [5, 5], "sampling keeps its memory"

@@ -25,14 +25,35 @@ from flowmap.train.finish import FitError
 from flowmap.train.module import DistillModule
 
 
-def test_the_optimizer_is_fused_on_cuda_and_gradients_can_still_be_clipped():
-    assert not AdamW()([nn.Parameter(torch.ones(2))]).defaults["fused"]
+def test_the_optimizer_is_fused_and_gradients_can_still_be_clipped():
+    assert AdamW()([nn.Parameter(torch.ones(2))]).defaults["fused"]
     with FakeTensorMode():
+        mixed = [nn.Parameter(torch.ones(2, device=device)) for device in ("cpu", "cuda")]
+        assert not AdamW()(mixed).defaults["fused"] and not AdamW()(mixed[:1] + [meta()]).defaults["fused"]
         parameter = nn.Parameter(torch.ones(2, device="cuda"))
         parameter.grad = torch.ones(2, device="cuda")
         optimizer = AdamW()([parameter])
         assert optimizer.defaults["fused"]
         MixedPrecision("bf16-mixed", "cuda").clip_gradients(optimizer, 1.0)
+
+
+def meta() -> nn.Parameter:
+    return nn.Parameter(torch.ones(2, device="meta"))
+
+
+def test_fused_steps_on_the_cpu_are_the_plain_ones_to_rounding():
+    settings, generator = AdamW(lr=1e-2, weight_decay=0.1), torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((3,), (5, 7), ())]
+    ours, plain = ([nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    optimizers = settings(ours), torch.optim.AdamW(plain, 1e-2, (0.9, 0.99), weight_decay=0.1, fused=False)
+    for _ in range(20):
+        for one, other in zip(ours, plain, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, plain, strict=True):  # 20 steps of rounding in float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("accelerator", "tf32", "inside"), [("auto", True, "high"), ("gpu", False, "highest"),

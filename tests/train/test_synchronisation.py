@@ -1,15 +1,18 @@
-"""No objective, guidance or draw makes the host wait for the device: a step of each kind on the meta device."""
+"""No objective, network, guidance or draw makes the host wait for the device: a step of each on the meta device."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.data import StepBatches
+from flowmap.data import Dataset, StepBatches
 from flowmap.data.steps import first_place
 from flowmap.flow.times import diagonal_rows
 from flowmap.objectives import Adversarial
@@ -68,6 +71,62 @@ def test_a_step_waits_for_nothing(kind, tmp_path, monkeypatch):
             loss.backward()
     assert not found, "\n".join(found)
     assert isinstance(recipe.objective, Adversarial) or module.last_loss is not None
+
+
+@pytest.fixture
+def full_scale(monkeypatch):
+    """benchmarks/lib/full_scale.py, in this process."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("lib.full_scale")
+
+
+def at_toy_size(name, full_scale, monkeypatch):
+    """The module of a full-scale recipe with toy networks of its own classes on the meta device, and a batch."""
+    settings = ["trainer.precision=32", "trainer.strategy=auto"]  # the meta device has no autocast
+    if name.startswith(("rfpp", "instaflow")):
+        settings.append("objective={kind: rectified}")  # instead of LPIPS, which needs files
+    scale = full_scale.FullScale.of(name, toy=True, overrides=settings)
+    built = full_scale.Built.of(scale, torch.device("cpu"), half=False)
+    guided, rows = built.teacher, scale.rows
+    names = ("teacher", "strong", "weak")
+    networks = [getattr(guided, name) for name in names if hasattr(guided, name)] or [guided] * (guided is not None)
+    teacher = None if guided is None else BuiltTeacher(guided, None, tuple(one.flow_map for one in networks))
+    x0 = torch.randn(rows, *scale.config.shape)
+    module = DistillModule(scale.run, built.student, teacher, Dataset("random", x0, x0))
+    trainer = SimpleNamespace(world_size=1, optimizers=[SimpleNamespace(param_groups=[{}])])
+    for name, value in {"global_step": 10**6, "global_rank": 0, "trainer": trainer}.items():
+        monkeypatch.setattr(DistillModule, name, value)
+    cond = {key: value for key, value in built.cond.items() if key != "guidance"}
+    return module, (x0, cond, *[x0] * scale.recipe.coupling.paired)
+
+
+SLOW = ("sd15", "sana", "flux-dev-lora", "imagenet512-lmd", "imagenet512-scd", "rfpp/cifar10", "rfpp/imagenet64",
+        "instaflow/sd15-reflow")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["dit256", "imagenet512", "sd35-medium", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_whole_step_of_the_recipes_own_networks_waits_for_nothing(name, full_scale, monkeypatch):
+    """From the batch on the host until the averages have the step; torch's own optimizer is not run."""
+    pytest.importorskip("diffusers")
+    module, batch = at_toy_size(name, full_scale, monkeypatch)
+    module.to(META)
+    if module.teacher is not None:
+        module.teacher.to(META)
+    scale = torch.ones(len(batch[0]))
+    with torch.no_grad():  # tables are copied to the device in the first call
+        module.student.velocity(*move_data_to_device((batch[0], scale, {**batch[1], "guidance": scale}), META))
+    with Synchronisations() as found:
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.on_after_batch_transfer(move_data_to_device(batch, META), 0)
+        module.training_step(batch, 0).backward()
+        module.on_before_optimizer_step(None)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        module.check_finite(1)
+        module.average()
+    assert not found, "\n".join(found)
+    assert module.last_sample.t.device == META
 
 
 @pytest.mark.parametrize("guided", [ClassifierFree(Half()), Autoguidance(Half(), Half())])
