@@ -10,6 +10,7 @@ name. Kernels that are reached in any other way raise as well.
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, FunctionType
 
@@ -22,8 +23,9 @@ from flowmap.flow.tangent.opened import OPENED
 from flowmap.flow.tangent.refused import DETACHED, in_place_flag, name_of, refuse_by_name, short_name
 from flowmap.flow.tangent.rows import Rows, apart, filled, mapped
 from flowmap.flow.tangent.rules import RULES
-from flowmap.flow.tangent.rules_base import accepts, ask, constant
+from flowmap.flow.tangent.rules_base import accepts, ask, constant, linear
 from flowmap.flow.tangent.rules_nn import dropout
+from flowmap.flow.tangent.rules_shape import reshaped
 from flowmap.flow.tangent.torch_functions import forward_derivative, has_derivative, random_state, replayed
 from flowmap.flow.tangent.watch import watched
 
@@ -95,6 +97,29 @@ class DualTensor(Tensor):
         raise NotImplementedError(f"Tensor.as_subclass({cls.__name__}) {DETACHED}")
 
 
+OPERATORS = "__add__ __sub__ __mul__ __truediv__ __matmul__ __pow__ __neg__".split()
+"""Operators called directly. For a reflected one Python would prefer b.__rtruediv__(a) to a / b, which rounds alike
+not at all; and with a __getitem__ of its own torch would take a dual tensor for a sequence."""
+
+
+def direct(name: str, function: Callable) -> Callable:
+    """A method of dual tensors that calls `carry` without the detour through torch, unless a user has patched it."""
+
+    def method(*args, **kwargs):
+        now = getattr(Tensor, name)
+        return carry(function, args, kwargs) if now is function else now(*args, **kwargs)
+
+    return method
+
+
+for name in ("shape", "dtype", "device", "ndim"):
+    setattr(DualTensor, name, property(attrgetter(f"value.{name}")))
+for name in dir(Tensor):
+    if name in OPERATORS or not name.startswith("_"):
+        if RULES.get(function := getattr(Tensor, name), constant) is not constant:
+            setattr(DualTensor, name, direct(name, function))
+
+
 def dual_forward(
     function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
@@ -143,7 +168,7 @@ def enter(primal: Tensor, tangent: Tensor | None, context: Context) -> Tensor:
 
 def dual_tensor(value: Tensor, tangent: Tensor, context: Context, rows: Rows | None = None) -> DualTensor:
     """A dual tensor. Operations see `value` itself, so their graph is the ordinary one and saves no tangent."""
-    if tangent.dtype != value.dtype:
+    if tangent.dtype is not value.dtype:
         tangent = tangent.to(value.dtype)
     shape = value.shape
     if rows is not None:
@@ -152,55 +177,78 @@ def dual_tensor(value: Tensor, tangent: Tensor, context: Context, rows: Rows | N
         tangent = tangent.expand(shape)
     x = value.as_subclass(DualTensor)
     x.value, x.tangent, x.context, x.rows = value, tangent, context, rows
-    x.version = None if value.is_inference() else value._version
+    try:
+        x.version = value._version
+    except RuntimeError:  # an inference tensor has none
+        x.version = None
     return x
 
 
 def carry(function: Callable, args: tuple, kwargs: dict):
-    """The function's output on the values, with the tangent that the function's rule returns."""
+    """The function's output on the values, with the tangent that the function's rule returns.
+
+    It runs once per operation, in a few microseconds: it tests for common cases first.
+    """
     duals: list[DualTensor] = []
-    values, named = plain(args, duals), plain(kwargs, duals) if kwargs else kwargs
-    live = [x for x in duals if x.context.active]
-    if not live:
+    values: Sequence = [x if type(x) in PLAIN_TYPES else plain(x, duals) for x in args]
+    named = plain(kwargs, duals) if kwargs else kwargs
+    for x in duals:
+        if not x.context.active:
+            duals = [x for x in duals if x.context.active]
+            break
+    if not duals:
         return function(*values, **named)
-    check_consistent(live, function)
+    check_consistent(duals, function)
     rule = RULES.get(function)
-    if rule is None and (inside := OPENED.get(function)) is not None:
+    if rule is None:
+        if (inside := OPENED.get(function)) is None:
+            return without_rule(function, args, values, named, duals)
         with torch._C._EnableTorchFunction():
             return inside(*args, **kwargs)
-    if rule is not None and named:
+    if named:
         values, named = torch_arguments(rule, values, named)
-    writes = named and named.get("out") is not None
-    if rule is None or writes or type(function) is FunctionType and in_place_flag(function, values, named):
-        return without_rule(function, args, values, named, live)
-    if rule is dropout and draws(*values, **named):
-        return by_torch(function, values, named, live)
+        if named.get("out") is not None:
+            return without_rule(function, args, values, named, duals)
+    if type(function) is FunctionType:
+        if in_place_flag(function, values, named):
+            return without_rule(function, args, values, named, duals)
+        if rule is dropout and draws(*values, **named):
+            return by_torch(function, values, named, duals)
     out = function(*values, **named)
     # the rule of Tensor.view refuses to reinterpret bits as integers
     if rule is constant or not has_derivative(out) and function is not Tensor.view:
         return out
-    graded = is_graded()  # torch.no_grad, inlined: this code runs once per operation
+    if out is duals[0].value and len(duals) == 1:  # such as .to(dtype) of a tensor of that dtype
+        return duals[0]
+    graded = is_graded()  # torch.no_grad, inlined
     set_graded(False)
     try:
-        tangent, rows = by_rule(rule, function, out, values, named, live)
+        tangent, rows = by_rule(rule, function, out, values, named, duals)
     finally:
         set_graded(graded)
-    return with_tangent(out, tangent, live[0].context, rows)
+    return with_tangent(out, tangent, duals[0].context, rows)
 
 
-def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, live: list[DualTensor]):
+def by_rule(rule: Callable, function: Callable, out, args: Sequence, kwargs: dict, live: list[DualTensor]):
     """(tangent of out, its rows): of the dual rows only if the operation treats rows independently, else of all rows.
 
     Torch's forward derivative replaces a rule that returns NotImplemented.
     """
+    x = live[0]
+    if len(live) == 1:
+        if x.rows is None and args and x.value is args[0]:
+            if rule is linear:
+                return function(x.tangent, *args[1:], **kwargs), None
+            if rule is reshaped and out.dtype is x.tangent.dtype:
+                return x.tangent.reshape(out.shape), None
     takes = accepts(rule, len(args), tuple(kwargs))
     if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
         args, kwargs, live = with_distinct_arguments(args, kwargs, live)
-    if takes and live[0].rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
+    if takes and x.rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
         tangent = ask(rule, function, *part[:-1])
         if tangent is not NotImplemented:
             return tangent, part[-1]
-    tangents = {id(x.value): filled(x) for x in live}
+    tangents = {id(x.value): x.tangent if x.rows is None else filled(x) for x in live}
     tangent = ask(rule, function, out, args, kwargs, tangents) if takes else NotImplemented
     return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
 
@@ -283,6 +331,8 @@ def with_tangent(out, tangent, context: Context, rows: Rows | None = None):
         return out
     if isinstance(out, Tensor):
         return dual_tensor(out, tangent, context, rows)
+    if type(out) is tuple or type(out) is list:
+        return type(out)([v if t is None else dual_tensor(v, t, context, rows) for v, t in zip(out, tangent, strict=True)])
     if isinstance(out, Iterator):
         return iter([dual_tensor(v, t, context, rows) for v, t in zip(out, tangent, strict=True)])
     leaves, structure = tree_flatten(out)
