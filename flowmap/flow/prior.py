@@ -213,6 +213,8 @@ def starts(
     parts = list(start_blocks(prior, shape, num, generator, z=z))
     if not parts:
         return Start(torch.zeros(0, *shape))
+    if len(parts) == 1:
+        return parts[0]
     conditioning = {key: torch.cat([part.conditioning[key] for part in parts]) for key in parts[0].conditioning}
     variances = [part.variance for part in parts if part.variance is not None]
     return Start(torch.cat([part.x1 for part in parts]), conditioning, torch.cat(variances) if variances else None)
@@ -228,11 +230,11 @@ def start_blocks(
     z: Tensor | None = None,
 ) -> Iterator[Start]:
     """The same start points, BLOCK after BLOCK of samples, so that no more than these are held at once."""
-    codes = for_codes(generator)
+    codes = None if prior is None else for_codes(generator)
     for i in range(0, num, BLOCK):
         count = min(BLOCK, num - i)
         noise = normal_rows((count, *shape), generator)
-        if prior is None:
+        if prior is None or codes is None:
             yield Start(noise)
         else:
             coarse = normal_rows((count, prior.size + 1), codes)

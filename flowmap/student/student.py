@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import asked_for
+from flowmap.student.compiled import compiled, compiler_needed
 from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
 from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
 from flowmap.student.prior import PRIOR, load_prior
@@ -64,6 +66,11 @@ class Student(Sentences):
         flow_map = FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False)
         return Student(replace(self.config, lora=None, base=None), flow_map, self.folder)
 
+    @cached_property
+    def _compiled(self) -> FlowMapNet:
+        """The flow map with its network compiled; nothing is compiled before its first call."""
+        return compiled(self.flow_map)
+
     @property
     def device(self) -> torch.device:
         return next(self.flow_map.parameters()).device
@@ -82,6 +89,7 @@ class Student(Sentences):
         latents: bool = False,
         refine: Refine | None = None,
         solver: str | None = None,
+        compile: bool = False,
     ) -> Tensor | list[str]:
         """(num, *shape): pictures in [-1, 1], or num sentences. Raises ValueError that names what is wrong.
 
@@ -98,6 +106,8 @@ class Student(Sentences):
         refine      a function of the pictures and their prompts (None without text) that returns refined pictures
                     (teachers/refiner.py)
         solver      the solver of the velocity F(x, t, t) that replaces the student's own sampler
+        compile     call the network compiled by torch.compile: the first call takes seconds to minutes, later ones are
+                    faster; the samples are the same to rounding. ValueError if nothing can compile it here
         """
         self._check_call(num, steps, seed, refines=refine is not None, latents=latents)
         generator = torch.Generator().manual_seed(seed)
@@ -107,7 +117,7 @@ class Student(Sentences):
         noise = of_samples(generator, torch.arange(num))
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
-        found = self.carry(start, rows, steps, noise, **options)
+        found = self.carry(start, rows, steps, noise, compile=compile, **options)
         if refine is None:
             return found
         assert isinstance(found, Tensor)  # pictures: sentences were refused
@@ -140,6 +150,7 @@ class Student(Sentences):
         batch_size: int = 256,
         progress=None,
         latents: bool = False,
+        compile: bool = False,
     ) -> Tensor | list[str]:
         """Samples from the given start (N, *shape), which is noise, a draw of a learned prior, or latents.
 
@@ -151,11 +162,13 @@ class Student(Sentences):
         own = self.config.sampler_at(steps) if solver is None else self.config.sampler
         sampler = asked_for(own, gamma=gamma, solver=solver)
         noise, out = of_samples(generator, torch.arange(len(start.x1))), []
+        flow_map = self._compiled if compile else self.flow_map
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
             rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, self.device)
             chunk = start.x1[at].to(self.device)
-            out.append(sampler(self.flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
+            with compiler_needed() if compile else nullcontext():
+                out.append(sampler(flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
             if progress is not None:
                 progress(len(chunk))
         x0 = torch.cat(out)

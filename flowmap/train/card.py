@@ -51,7 +51,17 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         )
     if config.prior is not None:
         lines.insert(-3, f"Samples start at {config.prior}; it lies in `prior/`.")
-    return "\n".join(lines + figures_table(metrics)) + "\n"
+    return "\n".join(lines + figures_table(metrics) + throughput(recipe, metrics)) + "\n"
+
+
+def throughput(recipe: Recipe, metrics: Mapping[str, Any] | None) -> list[str]:
+    """A line with the samples drawn a second while the figures were measured; nothing where that was not timed."""
+    seconds = metrics.get("seconds", {}) if metrics else {}
+    num = max((spec.num_starts for spec in recipe.metrics), default=0)
+    times = {k: seconds.get(f"student_{k}", 0.0) for k in (metrics or {}).get("student", {})}
+    found = [f"{num / taken:,.4g} in {k} step{'s' * (k != '1')}" for k, taken in times.items() if num and taken]
+    where = "decoding included, on the machine that measured the figures"
+    return ["", f"Samples a second: {', '.join(found)} ({where})."] if found else []
 
 
 LABELS = {

@@ -9,30 +9,29 @@ name. Kernels that are reached in any other way raise as well.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType, FunctionType
+from types import FunctionType
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from flowmap.flow.tangent.methods import give_methods
 from flowmap.flow.tangent.opened import OPENED
 from flowmap.flow.tangent.refused import DETACHED, in_place_flag, name_of, refuse_by_name, short_name
-from flowmap.flow.tangent.rows import Rows, apart, filled, mapped
+from flowmap.flow.tangent.rows import Rows, apart, filled, mapped, rows_of, size_of, whole
 from flowmap.flow.tangent.rules import RULES
-from flowmap.flow.tangent.rules_base import accepts, ask, constant
+from flowmap.flow.tangent.rules_base import accepts, ask, constant, linear, shaped_like, torch_arguments
 from flowmap.flow.tangent.rules_nn import dropout
-from flowmap.flow.tangent.torch_functions import forward_derivative, has_derivative, random_state, replayed
+from flowmap.flow.tangent.rules_shape import reshaped
+from flowmap.flow.tangent.torch_functions import draws, forward_derivative, has_derivative, random_state, replayed
+from flowmap.flow.tangent.transforms import depth_of_transforms, transform, transform_name, under_torch_func
 from flowmap.flow.tangent.watch import watched
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None), slice}
 PLAIN_TYPES |= {torch.dtype, torch.device, torch.Size}
 """Types that cannot contain a dual tensor."""
-ALIASES = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
-"""NumPy's argument names, which torch accepts, and torch's own."""
-transform = torch._C._functorch.peek_interpreter_stack
 is_graded, set_graded = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 
@@ -143,49 +142,85 @@ def enter(primal: Tensor, tangent: Tensor | None, context: Context) -> Tensor:
 
 def dual_tensor(value: Tensor, tangent: Tensor, context: Context, rows: Rows | None = None) -> DualTensor:
     """A dual tensor. Operations see `value` itself, so their graph is the ordinary one and saves no tangent."""
-    if tangent.dtype != value.dtype:
+    if tangent.dtype is not value.dtype:
         tangent = tangent.to(value.dtype)
-    shape = value.shape
-    if rows is not None:
-        shape = torch.Size([*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]])
+    shape = size_of(value, rows)
     if tangent.shape != shape:
         tangent = tangent.expand(shape)
     x = value.as_subclass(DualTensor)
     x.value, x.tangent, x.context, x.rows = value, tangent, context, rows
-    x.version = None if value.is_inference() else value._version
+    try:
+        x.version = value._version
+    except RuntimeError:  # an inference tensor has none
+        x.version = None
     return x
 
 
 def carry(function: Callable, args: tuple, kwargs: dict):
-    """The function's output on the values, with the tangent that the function's rule returns."""
+    """The function's output on the values, with the tangent that the function's rule returns.
+
+    It runs once per operation, in a few microseconds of the host: common cases come first.
+    """
     duals: list[DualTensor] = []
-    values, named = plain(args, duals), plain(kwargs, duals) if kwargs else kwargs
-    live = [x for x in duals if x.context.active]
-    if not live:
+    values = tuple([x if type(x) in PLAIN_TYPES else plain(x, duals) for x in args])
+    named = plain(kwargs, duals) if kwargs else kwargs
+    for x in duals:
+        if not x.context.active:
+            duals = [x for x in duals if x.context.active]
+            break
+    if not duals:
         return function(*values, **named)
-    check_consistent(live, function)
+    check_consistent(duals, function)
     rule = RULES.get(function)
-    if rule is None and (inside := OPENED.get(function)) is not None:
+    if (rule is linear or rule is reshaped) and duals[0] is args[0] and len(duals) == 1 and not named:
+        return moved(rule, function, duals[0], values)
+    if rule is None:
+        if (inside := OPENED.get(function)) is None:
+            return without_rule(function, args, values, named, duals)
         with torch._C._EnableTorchFunction():
             return inside(*args, **kwargs)
-    if rule is not None and named:
+    if named:
         values, named = torch_arguments(rule, values, named)
-    writes = named and named.get("out") is not None
-    if rule is None or writes or type(function) is FunctionType and in_place_flag(function, values, named):
-        return without_rule(function, args, values, named, live)
-    if rule is dropout and draws(*values, **named):
-        return by_torch(function, values, named, live)
+        if named.get("out") is not None:
+            return without_rule(function, args, values, named, duals)
+    if type(function) is FunctionType:
+        if in_place_flag(function, values, named):
+            return without_rule(function, args, values, named, duals)
+        if rule is dropout and draws(*values, **named):
+            return by_torch(function, values, named, duals)
     out = function(*values, **named)
     # the rule of Tensor.view refuses to reinterpret bits as integers
     if rule is constant or not has_derivative(out) and function is not Tensor.view:
         return out
-    graded = is_graded()  # torch.no_grad, inlined: this code runs once per operation
+    if out is duals[0].value and (rule is shaped_like or rule is dropout) and len(duals) == 1 and not out.is_complex():
+        return duals[0]  # such as .to(dtype) of a tensor of that dtype
+    graded = is_graded()  # torch.no_grad, inlined
     set_graded(False)
     try:
-        tangent, rows = by_rule(rule, function, out, values, named, live)
+        tangent, rows = by_rule(rule, function, out, values, named, duals)
     finally:
         set_graded(graded)
-    return with_tangent(out, tangent, live[0].context, rows)
+    return with_tangent(out, tangent, duals[0].context, rows)
+
+
+give_methods(DualTensor, carry)
+
+
+def moved(rule: Callable, function: Callable, x: DualTensor, values: tuple):
+    """A function that moves or sums the numbers of x, its only dual argument: the same function moves the tangent.
+
+    That needs no no_grad: the tangent has no graph.
+    """
+    out = function(*values)
+    if out is x.value and not out.is_complex():  # such as .contiguous(); not .resolve_conj(), which a tangent may need
+        return x
+    if rule is reshaped and out.dtype is not x.value.dtype:
+        raise NotImplementedError(f"Tensor.view as {out.dtype}: the bits of {x.value.dtype} have no derivative")
+    tangent, rows = x.tangent, x.rows
+    if rows is not None and (rows := rows_of(function, out, x, values)) is None:
+        tangent = whole(x)
+    tangent = tangent.reshape(size_of(out, rows)) if rule is reshaped else function(tangent, *values[1:])
+    return with_tangent(out, tangent, x.context, rows)
 
 
 def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, live: list[DualTensor]):
@@ -193,16 +228,21 @@ def by_rule(rule: Callable, function: Callable, out, args: tuple, kwargs: dict, 
 
     Torch's forward derivative replaces a rule that returns NotImplemented.
     """
-    takes = accepts(rule, len(args), tuple(kwargs))
-    if takes and len(live) > 1 and len({id(x.value) for x in live}) < len(live):
+    if not accepts(rule, len(args), tuple(kwargs)):
+        return forward_derivative(function, args, kwargs, {id(x.value): filled(x) for x in live}), None
+    if len(live) > 1 and live[0].value is live[1].value or len(live) > 2:
         args, kwargs, live = with_distinct_arguments(args, kwargs, live)
-    if takes and live[0].rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
+    if live[0].rows is not None and (part := apart(function, out, args, kwargs, live)) is not None:
         tangent = ask(rule, function, *part[:-1])
         if tangent is not NotImplemented:
             return tangent, part[-1]
-    tangents = {id(x.value): filled(x) for x in live}
-    tangent = ask(rule, function, out, args, kwargs, tangents) if takes else NotImplemented
-    return forward_derivative(function, args, kwargs, tangents) if tangent is NotImplemented else tangent, None
+    tangents = {}
+    for x in live:
+        tangents[id(x.value)] = x.tangent if x.rows is None else whole(x)
+    tangent = ask(rule, function, out, args, kwargs, tangents)
+    if tangent is NotImplemented:
+        tangent = forward_derivative(function, args, kwargs, tangents)
+    return tangent, None
 
 
 def with_distinct_arguments(args: tuple, kwargs: dict, live: list[DualTensor]):
@@ -211,6 +251,8 @@ def with_distinct_arguments(args: tuple, kwargs: dict, live: list[DualTensor]):
     `ask` records by object which tangents a rule has read: reading one occurrence must not count as reading the others.
     """
     duals, copies = {id(x.value): x for x in live}, []
+    if len(duals) == len(live):
+        return args, kwargs, live
 
     def copy_of(value: Tensor) -> Tensor:
         x = duals.get(id(value))
@@ -250,49 +292,20 @@ def check_consistent(live: list[DualTensor], function: Callable) -> None:
         )
 
 
-def depth_of_transforms() -> int:
-    """The number of active torch.func transforms."""
-    return 0 if transform() is None else transform().level()
-
-
-def transform_name() -> str:
-    """The name of the innermost torch.func transform."""
-    return f"torch.func.{str(transform().key()).rpartition('.')[-1].lower()}"
-
-
-def under_torch_func() -> bool:
-    """Whether a torch.func transform is on the Python call stack; torch has popped its own stack when a kernel runs."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch._functorch"):
-        frame = frame.f_back
-    return frame is not None
-
-
-def torch_arguments(rule: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments as rules expect them: torch's names for NumPy's, and the first argument by position."""
-    if not accepts(rule, len(args), tuple(kwargs)):
-        kwargs = {ALIASES.get(key, key): v for key, v in kwargs.items()}
-        if not args and "input" in kwargs:
-            args, kwargs = (kwargs["input"],), {key: v for key, v in kwargs.items() if key != "input"}
-    return args, kwargs
-
-
 def with_tangent(out, tangent, context: Context, rows: Rows | None = None):
     """The output as a dual tensor; a tuple's entries get a tangent each."""
     if tangent is None:
         return out
     if isinstance(out, Tensor):
         return dual_tensor(out, tangent, context, rows)
+    if type(out) is tuple or type(out) is list:
+        pairs = zip(out, tangent, strict=True)
+        return type(out)([v if t is None else dual_tensor(v, t, context, rows) for v, t in pairs])
     if isinstance(out, Iterator):
         return iter([dual_tensor(v, t, context, rows) for v, t in zip(out, tangent, strict=True)])
     leaves, structure = tree_flatten(out)
     pairs = zip(leaves, tree_flatten(tangent)[0], strict=True)
     return tree_unflatten([v if t is None else dual_tensor(v, t, context, rows) for v, t in pairs], structure)
-
-
-def draws(x, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
-    """Whether F.dropout draws random numbers with these arguments."""
-    return training and p > 0
 
 
 def without_rule(function: Callable, args: tuple, values: tuple, named: dict, live: list[DualTensor]):

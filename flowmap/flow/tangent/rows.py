@@ -32,6 +32,14 @@ def partial(duals) -> bool:
     return any(x.rows is not None for x in duals)
 
 
+def size_of(value: Tensor, rows: Rows | None) -> torch.Size:
+    """The shape of the tangent of these rows of a value, or of all (None)."""
+    shape = value.shape
+    if rows is None:
+        return shape
+    return torch.Size([*shape[: rows.dim], rows.count, *shape[len(shape) + rows.dim + 1 :]])
+
+
 def filled(x) -> Tensor:
     """The tangent of a dual tensor, padded with zeros to the value's shape."""
     return x.tangent if x.rows is None else whole(x)
@@ -52,6 +60,18 @@ def mapped(x, change: Callable):
     if kind is tuple or kind is list:
         return kind([mapped(v, change) for v in x])
     return {key: mapped(v, change) for key, v in x.items()} if kind is dict else x
+
+
+def rows_of(function: Callable, out, x, args: tuple) -> Rows | None:
+    """The rows of out = function(*args) that depend on the rows with a tangent of x, the only dual argument.
+
+    None if the operation is not known to treat rows independently. args are values.
+    """
+    kind = KINDS.get(function)
+    if kind is None or not accepts(kind, len(args), ()):
+        return None
+    dim = kind(x.rows.dim, out, *args)
+    return None if dim is None else x.rows if dim == x.rows.dim else Rows(dim, x.rows.count)
 
 
 def apart(function: Callable, out, args: tuple, kwargs: dict, duals: list):

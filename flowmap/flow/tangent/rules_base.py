@@ -23,6 +23,8 @@ Rule = Callable[..., Any]
 PLACES = (torch, F, torch.special, torch.linalg)
 NAMES: dict[Any, set[str]] = {place: set(dir(place)) for place in (Tensor, *PLACES)}  # they differ by torch version
 
+ALIASES = {"axis": "dim", "keepdims": "keepdim", "x2": "other"}
+"""NumPy's argument names, which torch accepts, and torch's own."""
 
 TANGENTS: dict[int, Tensor] = {}
 """The tangents of the arguments of all calls in progress, by id of the value; threads share it, since ids differ."""
@@ -59,6 +61,15 @@ def accepts(rule: Callable, num_args: int, names: tuple[str, ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def torch_arguments(rule: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments as rules expect them: torch's names for NumPy's, and the first argument by position."""
+    if not accepts(rule, len(args), tuple(kwargs)):
+        kwargs = {ALIASES.get(key, key): v for key, v in kwargs.items()}
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {key: v for key, v in kwargs.items() if key != "input"}
+    return args, kwargs
 
 
 def T(x) -> Tensor | Any:

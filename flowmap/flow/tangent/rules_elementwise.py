@@ -201,7 +201,9 @@ def clamp(op, out, x, min=None, max=None):
     if min is None or max is None:
         bound, beyond, reached = (max, torch.gt, torch.ge) if min is None else (min, torch.lt, torch.le)
         return cut_off(T(x), (reached if isinstance(bound, Tensor) else beyond)(x, bound))
-    return cut_off(T(x), (x < min) | (x > max))
+    if isinstance(min, Tensor) or isinstance(max, Tensor) or min > max:
+        return cut_off(T(x), (x < min) | (x > max))
+    return cut_off(T(x), out != x)
 
 
 def cut_off(t: Tensor, outside: Tensor) -> Tensor:

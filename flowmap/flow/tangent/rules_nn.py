@@ -64,7 +64,7 @@ def softmax(op, out, x, dim=None, *args, **kwargs):
     """w (dx - sum w dx)."""
     if dim is None:
         return NotImplemented
-    return aten._softmax_backward_data(T(x).to(out.dtype), out, dim, out.dtype)
+    return torch._softmax_backward_data(T(x).to(out.dtype), out, dim, out.dtype)
 
 
 def log_softmax(op, out, x, dim=None, *args, **kwargs):

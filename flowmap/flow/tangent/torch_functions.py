@@ -81,6 +81,11 @@ def has_derivative(out) -> bool:
     return isinstance(out, (tuple, list)) and any(has_derivative(v) for v in out) or isinstance(out, Iterator)
 
 
+def draws(x, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+    """Whether F.dropout draws random numbers with these arguments."""
+    return training and p > 0
+
+
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The state of the generators that an operation on this device may draw from."""
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
