@@ -28,7 +28,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Make attention a fused kernel, also in a dual forward, whose tangent takes flowmap's own rule."""
+    """Make attention a fused kernel, and in a dual forward its tangent a second one (flow/tangent/attention.py)."""
     tables: list[dict[Callable, Callable]] = [rules.RULES, rows.KINDS]
     for one in tables:
         one[attention] = one[ATTENTION_OF_TORCH]

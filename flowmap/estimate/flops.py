@@ -48,6 +48,14 @@ def _attention_backward_flops(grad, query, key, value, *args, **kwargs) -> int:
     return 2 * _attention_flops(query, key, value)
 
 
+def _attention_tangent_flops(query, key, value, out, tquery, tkey, tvalue, mask, tmask, *args, **kwargs) -> int:
+    """Return the FLOPs of the scores and of each product with a tangent."""
+    moves = any(one is not None for one in (tquery, tkey, tmask))
+    of_keys = 1 + (tquery is not None) + (tkey is not None)
+    of_values = moves + (tvalue is not None)
+    return 2 * math.prod(out[:-1]) * key[-2] * (of_keys * query[-1] + of_values * value[-1])
+
+
 def _convolution_backward_flops(
     grad, x, weight, bias, stride, padding, dilation, transposed, extra, groups, wanted, **kwargs
 ) -> int:
@@ -59,5 +67,6 @@ def _convolution_backward_flops(
 FORMULAS: dict[Any, Callable[..., int]] = {
     ATTENTION: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    torch.ops.flowmap.attention_tangent: _attention_tangent_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
 }

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from flowmap.estimate.attention import fused_attention
+from flowmap.estimate.flops import FORMULAS
 from flowmap.estimate.frozen_networks import caption_flops, live_text
 from flowmap.estimate.networks import config_without_weights, teacher_configs
 from flowmap.estimate.outlines import Outlines
@@ -68,7 +69,7 @@ def test_an_expanded_dimension_is_read_once():
     assert counted(add).bytes == 4 * (64 * 32 + 32 + 64 * 32)
 
 
-def test_attention_is_one_kernel_and_its_tangent_takes_our_rule():
+def test_attention_is_one_kernel_and_its_tangent_another():
     shape = (2, 4, 64, 16)
 
     def attention(given):
@@ -83,8 +84,22 @@ def test_attention_is_one_kernel_and_its_tangent_takes_our_rule():
     assert (plain.kernels, plain.flops) == (1, 4 * 2 * 4 * 64 * 64 * 16)
     scores = 2 * 4 * 64 * 64
     assert carried.flops == plain.flops + 5 * 2 * scores * 16  # q k', dq k', q dk', ds v, w dv
-    assert carried.bytes > plain.bytes + 10 * 2 * scores
+    assert (carried.kernels, carried.bytes) == (
+        2,
+        plain.bytes + 8 * 2 * 2 * 4 * 64 * 16,
+    )  # 3 + 1 arrays, their tangents
     assert F.scaled_dot_product_attention.__module__ != "flowmap.estimate.attention"
+
+
+def test_the_products_of_attentions_tangent_are_those_of_the_tangents_given():
+    q, k, v, o = ((2, 4, 64, 16), (2, 4, 48, 16), (2, 4, 48, 8), (2, 4, 64, 8))
+    scores = 2 * 2 * 4 * 64 * 48
+    flops = lambda *tangents: FORMULAS[torch.ops.flowmap.attention_tangent](q, k, v, o, *tangents, False, 0.1, False)
+    assert flops(q, k, v, None, None) == scores * (3 * 16 + 2 * 8)
+    assert flops(q, None, None, None, None) == scores * (2 * 16 + 8)
+    assert flops(None, k, v, None, None) == scores * (2 * 16 + 2 * 8)
+    assert flops(None, None, v, None, None) == scores * (16 + 8)
+    assert flops(None, None, None, (64, 48), (64, 48)) == scores * (16 + 8)
 
 
 def test_a_number_that_is_read_stops_nothing():

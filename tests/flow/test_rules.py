@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from flowmap.flow.tangent import attention
 from flowmap.flow.tangent.dual import Context, DualTensor, dual_forward, dual_tensor, name_of
 from flowmap.flow.tangent.rules import RULES
 from flowmap.flow.tangent.rules_base import constant
@@ -500,9 +501,7 @@ def test_change_of_precision_takes_the_tangent_along():
 
 
 def test_attention_by_blocks_is_attention(monkeypatch):
-    import flowmap.flow.tangent.rules_nn as rules_nn
-
-    monkeypatch.setattr(rules_nn, "MAX_BLOCK_NUMBERS", 2 * 2 * 7 * 2)  # two queries at a time
+    monkeypatch.setattr(attention, "WHOLE_NUMBERS", 0)
     for sample in SAMPLES["scaled_dot_product_attention"]:
         check(F.scaled_dot_product_attention, sample)
 

@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowmap.base.precision import without_autocast
+from flowmap.flow.tangent.attention import attention_tangent
 from flowmap.flow.tangent.rules_base import Rule, T, add_up, every, multilinear
 
 aten = torch.ops.aten
-MAX_BLOCK_NUMBERS = 1 << 24
-"""The most attention weights in memory at once while the tangent of attention is computed: 64 MiB in float32."""
 
 
 def linear_layer(op, out, x, weight, bias=None):
@@ -164,82 +162,14 @@ def dropout(op, out, x, p=0.5, training=True, inplace=False):
     return T(x)
 
 
-def product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale a @ b, accumulated and returned in float32 or better."""
-    if a.dtype not in (torch.float16, torch.bfloat16):
-        return (a if scale == 1 else a * scale) @ b
-    if a.device.type not in ("cuda", "meta") or torch.__version__ < "2.8":
-        return (a.float() * scale) @ b.float()
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
-    return (
-        torch.bmm(left, right, out_dtype=torch.float32)
-        .mul_(scale)
-        .unflatten(0, batch or (1,))
-        .reshape(*batch, a.shape[-2], b.shape[-1])
-    )
-
-
 def attention(op, out, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """d softmax(q k' c + mask) v = (w ds) v - rowsum(w ds) out + w dv, with ds = (dq k' + q dk') c.
-
-    Computed by blocks of queries, with at most MAX_BLOCK_NUMBERS weights in memory at once. Sums are in float32 or
-    better, as in torch. Raises for dropout.
-    """
+    """(w ds) v - rowsum(w ds) out + w dv (attention.py). Raises for dropout."""
     if dropout_p:
         raise NotImplementedError(
             "no tangent through scaled_dot_product_attention with dropout_p > 0: set the dropout to 0"
         )
-    q, k, v, tq, tk, tv = query, key, value, T(query), T(key), T(value)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        repeats = q.shape[-3] // k.shape[-3]
-        k, v = (x.repeat_interleave(repeats, -3) for x in (k, v))
-        tk, tv = (None if x is None else x.repeat_interleave(repeats, -3) for x in (tk, tv))
-    with without_autocast(out.device):
-        q, k, v = (x.to(out.dtype) for x in (q, k, v))
-        tq, tk, tv = (None if x is None else x.to(out.dtype) for x in (tq, tk, tv))
-        rows = max(1, min(q.shape[-2], MAX_BLOCK_NUMBERS // max(1, math.prod(q.shape[:-2]) * k.shape[-2])))
-        blocks = []
-        for i in range(0, q.shape[-2], rows):
-            part = slice(i, i + rows)
-            bias, tbias = mask_block(attn_mask, part), mask_block(T(attn_mask), part)
-            if is_causal:
-                bias = torch.ones(q[..., part, :].shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(i)
-            tq_part = None if tq is None else tq[..., part, :]
-            blocks.append(
-                attention_block(q[..., part, :], k, v, tq_part, tk, tv, out[..., part, :], bias, tbias, scale)
-            )
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
-
-
-def attention_block(q, k, v, tq, tk, tv, out, bias, tbias, scale):
-    """The tangent of attention for some queries and all keys; bias (..., rows, keys) is a boolean or additive mask."""
-    weights = product(q, k.mT, scale)
-    if bias is None:
-        weights = torch.softmax(weights, -1)
-    else:
-        weights = aten._safe_softmax(
-            weights.masked_fill_(~bias, -math.inf) if bias.dtype == torch.bool else weights + bias, -1
-        )
-    by_query = None if tq is None else product(tq, k.mT, scale)
-    by_key = None if tk is None else product(q, tk.mT, scale)
-    moved = add_up(by_query, by_key, tbias)
-    d = None
-    if moved is not None:
-        moved = moved * weights
-        d = product(moved.to(v.dtype), v)
-        d = torch.addcmul(d, moved.sum(-1, keepdim=True), out, value=-1)
-    total = add_up(d, None if tv is None else product(weights.to(v.dtype), tv))
-    assert total is not None  # an argument has a tangent
-    return total.to(out.dtype)
-
-
-def mask_block(mask: Tensor | None, part: slice) -> Tensor | None:
-    """The rows of a mask for these queries; a mask that is the same for every query is returned unchanged."""
-    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    return mask[..., part, :]
+    named = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    return attention_tangent(out, query, key, value, (T(query), T(key), T(value), T(attn_mask)), **named)
 
 
 NN: dict[Callable, Rule] = {
