@@ -1,7 +1,8 @@
-"""A network's forward, compiled: a plain call as by torch.compile, and a dual one with its derivative in one graph.
+"""A network's forward, compiled: plain calls as by torch.compile, dual ones with their derivative in the same graph.
 
-The dual forward (dual.py) calls a Compiled as any other function. If an argument is a dual tensor, the values and
-tangents go to a compiled function that was traced by the same table of rules (walk.py).
+The dual forward (dual.py) calls a Compiled as any function. If an argument is a dual tensor, its value and tangent go
+to a compiled function, whose graph was made by the same table of rules (walk.py): one fused forward for both, one
+backward for the value alone. What cannot be compiled runs as it is, and a line of the log says so.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from flowmap.flow.tangent.captured import is_dual, walked
 from flowmap.flow.tangent.dual import Context, DualTensor, dual_tensor
 from flowmap.flow.tangent.rows import Rows
-from flowmap.flow.tangent.walk import Walk, enter, tangent_of
+from flowmap.flow.tangent.walk import NotCaptured, enter, tangent_of
+
+MOST_GRAPHS = 8
+"""The number of graphs that a function is compiled to, plain and dual ones apart; other shapes run uncompiled."""
 
 
 class Moving(NamedTuple):
@@ -27,93 +32,136 @@ class Moving(NamedTuple):
     dim: int | None
 
 
-class Compiled:
-    """A function that is compiled at its first call, separately for plain and for dual tensors."""
+class Way:
+    """One function, compiled at its first call and once more for shapes that do not fit.
 
-    def __init__(self, forward: Callable, *, backend: Callable | None = None):
-        self.forward = forward
-        self.backend = inductor if backend is None else backend
-        self.graphs = 0
-        self.seconds = 0.0
-        self._dual: Callable | None = None
-        self._plain: Callable | None = None
+    graphs: how many it has; seconds: what they took. stopped: why it is compiled no more, None while it is. Functions
+    of modules of one class can share a Way: their parameters are inputs of its graph.
+    """
 
-    def __call__(self, *args, **kwargs):
-        duals: list[DualTensor] = []
-        given, named = moving(args, duals), moving(kwargs, duals)
-        if not duals:
-            return self.forward(*args, **kwargs)
-        context = duals[0].context
-        if self._dual is None:
-            self._dual = self._compile(own(dual_call))
-        with torch.compiler.set_stance("default"):
-            out = self._dual(self.forward, given, named)
-        return dual_again(out, context)
+    def __init__(self, function: Callable, name: str, log: Callable[[str], None], backend: Callable):
+        self.function, self.name, self.log, self.backend = own(function), name, log, backend
+        self.graphs, self.seconds, self.fallbacks = 0, 0.0, 0
+        self.stopped: str | None = None
+        self.compiled: Callable | None = None
 
-    def _compile(self, function: Callable) -> Callable:
-        torch._dynamo.allow_in_graph([enter, tangent_of])
-        return torch.compile(function, backend=self._build, fullgraph=True)
+    def __call__(self, eager: Callable, *args):
+        """The compiled function of the arguments; eager() where it cannot be compiled."""
+        if self.stopped is not None and not self.graphs:
+            return self.without(eager)
+        if self.compiled is None:
+            torch._dynamo.allow_in_graph([enter, tangent_of])
+            self.compiled = torch.compile(
+                self.function, backend=self.build, fullgraph=True, recompile_limit=2 * MOST_GRAPHS
+            )
+        known, started = self.graphs, time.perf_counter()
+        try:
+            with torch.compiler.set_stance("default" if self.stopped is None else "fail_on_recompile"):
+                out = self.compiled(*args)
+        except (torch._dynamo.exc.TorchDynamoException, NotCaptured) as error:
+            self.stop(reason_of(error))
+            return self.without(eager)
+        except RuntimeError as error:
+            if self.stopped is None or "fail_on_recompile" not in str(error):
+                raise
+            return self.without(eager)
+        if self.graphs > known:
+            took = time.perf_counter() - started
+            self.seconds += took
+            self.log(f"compile: {self.name}: graph {self.graphs} in {took:.1f} s")
+        return out
 
-    def _build(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
-        started = time.perf_counter()
-        if any(node.target is enter for node in graph.graph.nodes):
-            graph = walked(graph)
-        out = self.backend(graph, inputs)
+    def without(self, eager: Callable):
+        self.fallbacks += 1
+        return eager()
+
+    def stop(self, reason: str) -> None:
+        self.stopped = reason
+        kept = f"; its {self.graphs} graphs stay" if self.graphs else ""
+        self.log(f"compile: {self.name}: runs uncompiled{kept}: {reason}")
+
+    def build(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+        """The backend of torch.compile."""
+        if self.graphs == MOST_GRAPHS:
+            raise NotCaptured(f"more than {MOST_GRAPHS} different shapes or settings")
+        out = self.backend(walked(graph) if is_dual(graph) else graph, inputs)
         self.graphs += 1
-        self.seconds += time.perf_counter() - started
         return out
 
 
-def own(function: FunctionType | Callable) -> Callable:
-    """The function with a code object of its own: torch counts what it compiled by code object."""
+class Compiled:
+    """A function that is compiled, one way for plain tensors and one for dual ones.
+
+    forward: the function. name and log: what lines about compiling call it, and where they go. like: another Compiled,
+    of a module of the same class, whose graphs are used.
+    """
+
+    def __init__(
+        self,
+        forward: Callable,
+        *,
+        name: str = "network",
+        log: Callable[[str], None] = lambda line: None,
+        backend: Callable | None = None,
+        like: Compiled | None = None,
+    ):
+        backend = inductor if backend is None else backend
+        self.forward = forward
+        self.dual = Way(dual_call, f"{name}, with derivative", log, backend) if like is None else like.dual
+        self.plain = Way(plain_call, name, log, backend) if like is None else like.plain
+
+    def __call__(self, *args, **kwargs):
+        eager = lambda: self.forward(*args, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's derivatives
+            return eager()
+        duals: list[DualTensor] = []
+        given, named = moving(args, duals), moving(kwargs, duals)
+        if not duals:
+            return self.plain(eager, self.forward, args, kwargs)
+        out = self.dual(eager, self.forward, given, named)
+        return dual_again(out, duals[0].context)
+
+    @property
+    def ways(self) -> tuple[Way, Way]:
+        """Those of plain and of dual calls."""
+        return self.plain, self.dual
+
+
+def own(function: Callable) -> Callable:
+    """The function with a code object of its own: torch keeps and counts its graphs by code object."""
     assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+    """Torch's default compiler."""
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs)
 
 
-def walked(graph: fx.GraphModule) -> fx.GraphModule:
-    """The captured graph with one node in place of all: its walk. Inputs and what is known of them stay."""
-    inside = fx.GraphModule(graph, fx.Graph())
-    inside.graph.graph_copy(graph.graph, {}, return_output_node=False)
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph.graph, {}))
-    walk = Walk(fx.GraphModule(graph, copied))
-    for node in reversed(graph.graph.nodes):
-        if node.op == "output":
-            count = len(node.args[0])
-        if node.op != "placeholder":
-            graph.graph.erase_node(node)
-    graph.add_module("walk", WalkModule(walk))
-    call = graph.graph.call_module("walk", tuple(graph.graph.find_nodes(op="placeholder")))
-    graph.graph.output(tuple(graph.graph.call_function(__import__("operator").getitem, (call, i)) for i in range(count)))
-    graph.recompile()
-    return graph
+def reason_of(error: BaseException) -> str:
+    """The first line of the innermost cause."""
+    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
-class WalkModule(torch.nn.Module):
-    def __init__(self, walk: Walk):
-        super().__init__()
-        self.walk = walk
-
-    def forward(self, *args):
-        return self.walk.run(*args)
+def plain_call(forward: Callable, args: tuple, kwargs: dict):
+    """What is captured of a plain call."""
+    return forward(*args, **kwargs)
 
 
 def dual_call(forward: Callable, args: tuple, kwargs: dict):
-    """What is captured: the call with markers where tangents enter and leave."""
-    tangents: list[Moving] = []
-    values, named = entered(args, tangents), entered(kwargs, tangents)
-    first = tangents[0]
-    return paired(forward(*values, **named), first)
+    """What is captured of a dual call: markers show where tangents enter and leave."""
+    found: list[Moving] = []
+    values, named = entered(args, found), entered(kwargs, found)
+    return paired(forward(*values, **named), found[0])
 
 
 def entered(x, found: list[Moving]):
-    """x with markers in place of Movings."""
+    """x with markers in place of Movings, which are collected."""
     if isinstance(x, Moving):
         found.append(x)
         return enter(x.value, x.tangent, x.dim)
@@ -123,7 +171,7 @@ def entered(x, found: list[Moving]):
 
 
 def paired(x, like: Moving):
-    """x with a Moving in place of every tensor that can have a tangent."""
+    """x with a Moving in place of every tensor that can have a tangent; one of some rows is of the first dimension."""
     if isinstance(x, Tensor):
         if not x.is_floating_point():
             return x
@@ -135,14 +183,14 @@ def paired(x, like: Moving):
 
 
 def moving(x, duals: list[DualTensor]):
-    """x with Movings in place of dual tensors."""
+    """x with Movings in place of dual tensors, which are collected."""
     kind = type(x)
     if kind is DualTensor:
         duals.append(x)
         return Moving(x.value, x.tangent, None if x.rows is None else x.rows.dim)
     if kind is tuple or kind is list:
         return kind([moving(v, duals) for v in x])
-    return {key: moving(v, duals) for key, v in x.items()} if kind is dict else x
+    return {key: moving(v, duals) for key, v in x.items()} if isinstance(x, dict) else x
 
 
 def dual_again(x, context: Context):
@@ -152,6 +200,6 @@ def dual_again(x, context: Context):
             return x.value
         rows = None if x.dim is None else Rows(x.dim, x.tangent.shape[x.dim])
         return dual_tensor(x.value, x.tangent, context, rows)
-    if isinstance(x, (tuple, list)):
+    if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
         return type(x)([dual_again(v, context) for v in x])
     return {key: dual_again(v, context) for key, v in x.items()} if isinstance(x, dict) else x

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -47,13 +47,30 @@ class Traced:
     rows: Rows | None
 
 
+class NotCaptured(RuntimeError):
+    """A marker was called as an ordinary function: torch did not compile the call."""
+
+
 def enter(x: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
     """Marker: x with this tangent from here on; with `dim`, it is of the first rows of that dimension."""
+    must_be_fake(x)
     return x.view_as(x)
 
 
 def tangent_of(x: Tensor, dim: int | None, like: Tensor) -> Tensor:
     """Marker: the tangent of x, of its shape; with `dim`, of as many rows as the tangent `like` has."""
+    must_be_fake(x)
+    return without_tangent(x, dim, like)
+
+
+def must_be_fake(x: Tensor) -> None:
+    """Raise NotCaptured for a tensor with numbers: markers mean something in a captured graph alone."""
+    if not isinstance(x, FakeTensor):
+        raise NotCaptured("torch.compile is switched off")
+
+
+def without_tangent(x: Tensor, dim: int | None, like: Tensor) -> Tensor:
+    """The tangent of a constant."""
     x = x.detach()
     return torch.zeros_like(x if dim is None else x.narrow(dim, 0, like.shape[dim]))
 
@@ -63,7 +80,7 @@ class Walk(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule):
         super().__init__(graph)
-        self.written = written_memory(graph)
+        self.graph_module, self.written = graph, written_memory(graph)
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
@@ -118,7 +135,7 @@ def outgoing(x: Traced | Tensor, dim: int | None, like: Tensor) -> Tensor:
     """What the marker tangent_of stands for; NotImplementedError where samples mix, so that all rows have a tangent."""
     with torch.no_grad():
         if not isinstance(x, Traced):
-            return tangent_of(x, dim, like)
+            return without_tangent(x, dim, like)
         if dim is None:
             return filled(x).contiguous()
         if x.rows is None or x.rows.dim != dim:
@@ -140,7 +157,7 @@ def changed(x, change: Callable):
     """x with `change` applied to what is in its tuples, lists, dicts and slices, which become ordinary ones."""
     if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
         values = [changed(v, change) for v in x]
-        return values if isinstance(x, list) else type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+        return values if isinstance(x, list) else tuple(values)
     if isinstance(x, dict):
         return {key: changed(v, change) for key, v in x.items()}
     if isinstance(x, slice):
@@ -332,6 +349,3 @@ def written_memory(graph: fx.GraphModule) -> set[int]:
         if function in WRITES or callable(function) and writes_in_place(function, node.args, node.kwargs):
             found.add(memory_of(node.args[0]))
     return {x for x in found if x is not None}
-
-
-
