@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.flow.tangent.compiled import Compiled
+from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
 
 B = 3
@@ -48,7 +50,8 @@ def check_equal(student, derivations, backend=WALKED, tolerance: float = 0.0) ->
         assert len(found) == len(want)
         for a, b in zip(found, want, strict=True):
             assert torch.equal(a, b) or (a - b).norm() <= tolerance * b.norm()
-    assert ways.dual.fallbacks == ways.plain.fallbacks == 0 and ways.dual.stopped is None
+    assert (ways.dual.stopped, ways.plain.stopped) == (None, None)
+    assert ways.dual.fallbacks == ways.plain.fallbacks == 0
     assert ways.dual.graphs > 0
     return ways
 
@@ -57,3 +60,145 @@ def check_equal(student, derivations, backend=WALKED, tolerance: float = 0.0) ->
 def test_the_walk_is_the_dual_forward(name):
     student, x, t, s, v, cond = setting(name)
     check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)])
+
+
+@pytest.mark.parametrize("name", ["dit", "adm"])
+def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
+    """Row counts share a graph; the walk of bfloat16 has the eager one's roundings."""
+    student, x, t, s, v, cond = setting(name)
+    rows = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
+    arrival = lambda: lagrangian_derivative(student, x, t, s, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        ways = check_equal(student, [rows(1), rows(2), arrival, rows(None)])
+    assert ways.dual.graphs <= 4
+
+
+def test_checkpointed_blocks_are_walked():
+    student, x, t, s, v, cond = setting("dit")
+    student.checkpoint_activations(True)
+    check_equal(
+        student, [lambda rows=rows: eulerian_derivative(student, x, t, s, v, cond, rows=rows) for rows in (None, 2)]
+    )
+
+
+class Attending(torch.nn.Module):
+    """Torch's own encoder layer, which is one captured function, and a function without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x, t, s, cond=None):
+        h = self.layer(x.flatten(2).transpose(1, 2).repeat(1, 1, 4) * (1 + t + s).view(-1, 1, 1))
+        return torch.sinc(h[..., :4]).transpose(1, 2).reshape(x.shape)
+
+
+def test_functions_made_of_others_are_entered():
+    torch.manual_seed(0)
+    student = FlowMapNet(Attending())
+    _, x, t, s, v, _ = setting("dit")
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v)])
+
+
+class Dropping(torch.nn.Module):
+    """Dropout of a number in every place: value and tangent are both 2 x or both 0."""
+
+    def forward(self, x, t, s, cond=None):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_value_and_tangent_have_one_mask():
+    student = FlowMapNet(Dropping())
+    x, t = torch.ones(B, 1000), torch.full((B,), 0.5)
+    ways = compiled(student)
+    for rows in (None, 2):
+        value, rate = eulerian_derivative(student, x, t, t, 3 * x, rows=rows)
+        assert torch.equal(rate[:rows], 3 * value[:rows]) and 0.4 < (value == 0).float().mean() < 0.6
+        assert rows is None or not rate[rows:].any()
+    assert ways.dual.fallbacks == 0 and ways.dual.graphs == 2
+
+
+class Mixing(torch.nn.Module):
+    """The mean over the batch: a tangent of some samples reaches all."""
+
+    def forward(self, x, t, s, cond=None):
+        return x - x.mean(0)
+
+
+def test_samples_may_mix_in_a_whole_network():
+    student, x, t = FlowMapNet(Mixing()), torch.randn(B, 4), torch.full((B,), 0.5)
+    derive = lambda: derived(lambda: eulerian_derivative(student, x, t, t, 3 * x, rows=2))
+    assert derive()[1][2].any()
+    check_equal(student, [derive])
+
+
+class Rolling(torch.nn.Module):
+    """A random permutation inside a function that has no rule: the derivative would see another one."""
+
+    def forward(self, x, t, s, cond=None):
+        return torch.nn.functional.rrelu(x, training=True)
+
+
+class Deciding(torch.nn.Module):
+    """Python that reads a number: nothing to capture."""
+
+    def forward(self, x, t, s, cond=None):
+        return x * 2 if float(s.sum()) > 0 else x
+
+
+@pytest.mark.parametrize("part, net, rows", [(True, Mixing, 2), (False, Rolling, None), (False, Deciding, None)])
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(part, net, rows):
+    student, lines = FlowMapNet(net()), []
+    x, t = torch.randn(B, 4), torch.full((B,), 0.5)
+    derive = lambda: eulerian_derivative(student, x, t, t, 3 * x, rows=rows)
+    want = results(student, lambda: derived(derive))
+    ways = Compiled(student.net.forward, log=lines.append, backend=aot_eager, part=part)
+    student.net.forward = ways
+    found = [results(student, lambda: derived(derive)) for _ in range(2)]
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, want, strict=True))
+    assert ways.dual.fallbacks == 2 and len(lines) == 1 and "runs uncompiled" in lines[0]
+
+
+def derived(derive):
+    value, rate = derive()
+    return value.requires_grad_(), rate
+
+
+def test_markers_are_refused_outside_a_capture():
+    """Where torch.compile is switched off, the tangent is that of the eager dual forward."""
+    student, x, t, s, v, cond = setting("dit")
+    want = eulerian_derivative(student, x, t, s, v, cond)[1]
+    ways = compiled(student)
+    ways.dual.compiled = ways.dual.function
+    assert torch.equal(eulerian_derivative(student, x, t, s, v, cond)[1], want)
+    assert ways.dual.stopped == "NotCaptured: torch.compile is switched off"
+
+
+def test_other_shapes_than_the_first_few_run_uncompiled(monkeypatch):
+    monkeypatch.setattr("flowmap.flow.tangent.compiled.MOST_GRAPHS", 1)
+    student, x, t, s, v, cond = setting("dit")
+    derive = lambda rows: eulerian_derivative(student, x, t, s, v, cond, rows=rows)[1]
+    want = {rows: derive(rows) for rows in (None, 2)}
+    ways = compiled(student)
+    for rows in (None, 2, None, 2):
+        assert torch.equal(derive(rows), want[rows])
+    assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 2) and "more than 1" in ways.dual.stopped
+
+
+def test_blocks_of_one_class_share_their_graphs():
+    student, x, t, s, v, cond = setting("dit")
+    want = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
+    ways = None
+    for block in student.net.blocks:
+        block.forward = ways = Compiled(block.forward, backend=WALKED, like=ways, part=True)
+    found = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 0)
+
+
+def test_torch_func_passes_by():
+    student, x, t, s, v, cond = setting("dit")
+    derive = lambda: eulerian_derivative(student, x, t, s, v, cond, mode="forward")
+    want = derive()
+    ways = compiled(student)
+    assert torch.equal(derive()[1], want[1]) and ways.plain.stopped is None

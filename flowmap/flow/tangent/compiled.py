@@ -93,7 +93,8 @@ class Compiled:
     """A function that is compiled, one way for plain tensors and one for dual ones.
 
     forward: the function. name and log: what lines about compiling call it, and where they go. like: another Compiled,
-    of a module of the same class, whose graphs are used.
+    of a module of the same class, whose graphs are used. part: the function is a part of a network, and what it returns
+    has tangents of the same samples as its arguments; a whole network's are padded with zeros.
     """
 
     def __init__(
@@ -104,10 +105,11 @@ class Compiled:
         log: Callable[[str], None] = lambda line: None,
         backend: Callable | None = None,
         like: Compiled | None = None,
+        part: bool = False,
     ):
         backend = inductor if backend is None else backend
         self.forward = forward
-        self.dual = Way(dual_call, f"{name}, with derivative", log, backend) if like is None else like.dual
+        self.dual = Way(dual_call_of_part if part else dual_call, f"{name}, with derivative", log, backend) if like is None else like.dual
         self.plain = Way(plain_call, name, log, backend) if like is None else like.plain
 
     def __call__(self, *args, **kwargs):
@@ -141,11 +143,16 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of the innermost cause."""
-    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
-        error = inner
+    """One line: the cause, and the place in the network where torch could not capture it."""
+    cause, place = error, ""
+    while cause is not None:
+        error = cause
+        if isinstance(error, torch._dynamo.exc.Unsupported):
+            place = next((f" at {line.strip()}" for line in str(error).splitlines()[::-1] if "File " in line), "")
+            break
+        cause = error.__cause__ or getattr(error, "inner_exception", None)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{place}"[:300]
 
 
 def plain_call(forward: Callable, args: tuple, kwargs: dict):
@@ -157,7 +164,14 @@ def dual_call(forward: Callable, args: tuple, kwargs: dict):
     """What is captured of a dual call: markers show where tangents enter and leave."""
     found: list[Moving] = []
     values, named = entered(args, found), entered(kwargs, found)
-    return paired(forward(*values, **named), found[0])
+    return paired(forward(*values, **named), None)
+
+
+def dual_call_of_part(forward: Callable, args: tuple, kwargs: dict):
+    """The same for a part of a network."""
+    found: list[Moving] = []
+    values, named = entered(args, found), entered(kwargs, found)
+    return paired(forward(*values, **named), None if found[0].dim is None else found[0].tangent)
 
 
 def entered(x, found: list[Moving]):
@@ -170,13 +184,11 @@ def entered(x, found: list[Moving]):
     return {key: entered(v, found) for key, v in x.items()} if isinstance(x, dict) else x
 
 
-def paired(x, like: Moving):
-    """x with a Moving in place of every tensor that can have a tangent; one of some rows is of the first dimension."""
+def paired(x, like: Tensor | None):
+    """x with a Moving in place of every tensor that can have a tangent: of its first rows, as many as `like` has."""
     if isinstance(x, Tensor):
-        if not x.is_floating_point():
-            return x
-        dim = None if like.dim is None else -x.ndim
-        return Moving(x, tangent_of(x, dim, like.tangent), dim)
+        dim = None if like is None else -x.ndim
+        return Moving(x, tangent_of(x, dim, like), dim) if x.is_floating_point() else x
     if isinstance(x, (tuple, list)):
         return type(x)([paired(v, like) for v in x])
     return {key: paired(v, like) for key, v in x.items()} if isinstance(x, dict) else x

@@ -57,8 +57,8 @@ def enter(x: Tensor, tangent: Tensor, dim: int | None) -> Tensor:
     return x.view_as(x)
 
 
-def tangent_of(x: Tensor, dim: int | None, like: Tensor) -> Tensor:
-    """Marker: the tangent of x, of its shape; with `dim`, of as many rows as the tangent `like` has."""
+def tangent_of(x: Tensor, dim: int | None, like: Tensor | None) -> Tensor:
+    """Marker: the tangent of x, of its shape; with `dim`, of as many rows as `like` has."""
     must_be_fake(x)
     return without_tangent(x, dim, like)
 
@@ -69,10 +69,10 @@ def must_be_fake(x: Tensor) -> None:
         raise NotCaptured("torch.compile is switched off")
 
 
-def without_tangent(x: Tensor, dim: int | None, like: Tensor) -> Tensor:
+def without_tangent(x: Tensor, dim: int | None, like: Tensor | None) -> Tensor:
     """The tangent of a constant."""
     x = x.detach()
-    return torch.zeros_like(x if dim is None else x.narrow(dim, 0, like.shape[dim]))
+    return torch.zeros_like(x if dim is None or like is None else x.narrow(dim, 0, len(like)))
 
 
 class Walk(fx.Interpreter):
@@ -102,6 +102,8 @@ class Walk(fx.Interpreter):
             return higher_order(target, args, kwargs)
         if target is getattr:
             return carry(getattr(Tensor, args[1]).__get__, args[:1], {}) if is_traced(args[0]) else getattr(*args)
+        if target is torch.as_tensor and is_traced(args[0]):  # an eager call returns the tensor itself
+            return carry(Tensor.to, (args[0],), kwargs) if kwargs else args[0]
         if target is operator.getitem and not isinstance(args[0], (Tensor, Traced)):
             return args[0][args[1]]
         if target in OPERATORS or target in WRITES:
@@ -131,7 +133,7 @@ def traced(value: Tensor, tangent: Tensor, rows: Rows | None) -> Traced:
         return Traced(value, tangent.to(value.dtype).expand(shape), rows)
 
 
-def outgoing(x: Traced | Tensor, dim: int | None, like: Tensor) -> Tensor:
+def outgoing(x: Traced | Tensor, dim: int | None, like: Tensor | None) -> Tensor:
     """What the marker tangent_of stands for; NotImplementedError where samples mix, so that all rows have a tangent."""
     with torch.no_grad():
         if not isinstance(x, Traced):
