@@ -54,7 +54,7 @@ class WalkModule(nn.Module):
 
 
 def text_of(graph: fx.GraphModule) -> str:
-    """The code of the graph and of those within it. Raises TypeError, so that nothing is cached, if it has constants."""
+    """The code of the graph and of those within it. TypeError, so that nothing is cached, if it has constants."""
     if next(graph.parameters(), None) is not None or next(graph.buffers(), None) is not None:
         raise TypeError("a graph with tensors of its own")
     graphs = [(name, module) for name, module in graph.named_modules() if isinstance(module, fx.GraphModule)]

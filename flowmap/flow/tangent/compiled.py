@@ -7,6 +7,7 @@ backward for the value alone. What cannot be compiled runs as it is, and a line 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -20,8 +21,11 @@ from flowmap.flow.tangent.dual import Context, DualTensor, dual_tensor
 from flowmap.flow.tangent.rows import Rows
 from flowmap.flow.tangent.walk import NotCaptured, enter, tangent_of
 
-MOST_GRAPHS = 8
-"""The number of graphs that a function is compiled to, plain and dual ones apart; other shapes run uncompiled."""
+MOST_GRAPHS = 6
+"""The number of graphs that a function is compiled to, plain and dual ones apart; other shapes run uncompiled.
+
+Torch itself stops at 8.
+"""
 
 
 class Moving(NamedTuple):
@@ -51,14 +55,16 @@ class Way:
             return self.without(eager)
         if self.compiled is None:
             torch._dynamo.allow_in_graph([enter, tangent_of])
-            self.compiled = torch.compile(
-                self.function, backend=self.build, fullgraph=True, recompile_limit=2 * MOST_GRAPHS
-            )
+            self.compiled = torch.compile(self.function, backend=self.build, fullgraph=True)
         known, started = self.graphs, time.perf_counter()
         try:
             with torch.compiler.set_stance("default" if self.stopped is None else "fail_on_recompile"):
                 out = self.compiled(*args)
-        except (torch._dynamo.exc.TorchDynamoException, NotCaptured) as error:
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
+            NotCaptured,
+        ) as error:
             self.stop(reason_of(error))
             return self.without(eager)
         except RuntimeError as error:
@@ -97,6 +103,9 @@ class Compiled:
     has tangents of the same samples as its arguments; a whole network's are padded with zeros.
     """
 
+    plain: Way
+    dual: Way
+
     def __init__(
         self,
         forward: Callable,
@@ -109,8 +118,14 @@ class Compiled:
     ):
         backend = inductor if backend is None else backend
         self.forward = forward
-        self.dual = Way(dual_call_of_part if part else dual_call, f"{name}, with derivative", log, backend) if like is None else like.dual
-        self.plain = Way(plain_call, name, log, backend) if like is None else like.plain
+        self.plain, self.dual = (
+            like.ways
+            if like is not None
+            else (
+                Way(plain_call, name, log, backend),
+                Way(dual_call_of_part if part else dual_call, f"{name}, with derivative", log, backend),
+            )
+        )
 
     def __call__(self, *args, **kwargs):
         eager = lambda: self.forward(*args, **kwargs)
@@ -122,6 +137,10 @@ class Compiled:
             return self.plain(eager, self.forward, args, kwargs)
         out = self.dual(eager, self.forward, given, named)
         return dual_again(out, duals[0].context)
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        """The function of the copied module, which is not compiled."""
+        return copy.deepcopy(self.forward, memo)
 
     @property
     def ways(self) -> tuple[Way, Way]:
@@ -135,7 +154,7 @@ def own(function: Callable) -> Callable:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
+def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Torch's default compiler."""
     from torch._inductor.compile_fx import compile_fx
 
@@ -144,7 +163,8 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
 
 def reason_of(error: BaseException) -> str:
     """One line: the cause, and the place in the network where torch could not capture it."""
-    cause, place = error, ""
+    cause: BaseException | None = error
+    place = ""
     while cause is not None:
         error = cause
         if isinstance(error, torch._dynamo.exc.Unsupported):

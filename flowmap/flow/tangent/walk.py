@@ -206,7 +206,7 @@ def carry(function: Callable, args: tuple, kwargs: dict) -> Any:
     return with_tangent(out, tangent, rows)
 
 
-def distinct_arguments(args: tuple, kwargs: dict) -> tuple[tuple, dict, list]:
+def distinct_arguments(args: tuple, kwargs: dict) -> tuple[tuple, dict, list[Any]]:
     """The values, a distinct object for each occurrence of a dual one, and their records: rules look up by object."""
     live: list[Traced] = []
 
@@ -229,7 +229,7 @@ class NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def without_draws(function: Callable, out, args: tuple, kwargs: dict, live: list[Traced]):
+def without_draws(function: Callable, out, args: tuple, kwargs: dict, live: list[Any]):
     """The tangent by torch's forward derivative of the function, which must not draw."""
     if any(x.value.ndim == 0 for x in live):
         raise NotImplementedError(f"no tangent rule for {name_of(function)} of a number")
@@ -304,7 +304,9 @@ def higher_order(target: Any, args: tuple, kwargs: dict) -> Any:
         return tuple(v for x in outs for v in ((x.value, x.tangent) if is_traced(x) else (x,)))
 
     values = [x.value if is_traced(x) else x for x in given]
-    flat = iter(target(as_graph(inside, graph, len(given) + len(moving)), *values, *(x.tangent for x in moving), **kwargs))
+    flat = iter(
+        target(as_graph(inside, graph, len(given) + len(moving)), *values, *(x.tangent for x in moving), **kwargs)
+    )
     return tuple(next(flat) if rows is False else Traced(next(flat), next(flat).detach(), rows) for rows in shown)
 
 
