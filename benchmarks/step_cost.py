@@ -177,12 +177,23 @@ def families(arguments) -> None:
         assert not any(way.fallbacks for way in ways_of), [way.stopped for way in ways_of]
         plain, plain_compiled, exact, exact_compiled = seconds.values()
         parts = (exact, plain), (plain_compiled, plain), (exact_compiled, plain), (exact_compiled, plain_compiled)
-        took = sum(way.seconds for way in ways_of)
-        rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took])
+        took, apart = sum(way.seconds for way in ways_of), difference(student, fused, draw(Interval()))
+        rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took, apart])
         columns = ["family", "exact", "plain, compiled", "exact, compiled", "exact / plain, both compiled"]
-        columns += ["plain step, milliseconds", "seconds to compile"]
+        columns += ["plain step, milliseconds", "seconds to compile", "difference"]
         setting = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds, "shape": TINY}
         finish(f"{arguments.name}_families", columns, rows, setting)
+
+
+def difference(student, fused, sample) -> float:
+    """The relative difference of a derivative and of the gradients of a loss, compiled and not; the larger one."""
+    found = []
+    for net in (student, fused):
+        net.zero_grad(set_to_none=True)
+        value, rate = eulerian_derivative(net, sample.xt, sample.t, sample.s, sample.vt, sample.cond)
+        ((value - rate) ** 2).mean().backward()
+        found.append((rate, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+    return max(float((a - b).norm() / b.norm()) for b, a in zip(*found, strict=True))
 
 
 def finish(name: str, columns: list[str], rows: list[list], setting: dict, **more) -> None:
