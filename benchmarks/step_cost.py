@@ -2,7 +2,8 @@
 
 A step is forward and backward.  The teacher's own forward passes are left out (the velocity is the conditional one):
 the measured part is the derivative.  Variants are timed in turn, round after round, and compared as ratios within a
-round, since machines are shared.  Saved activations are the tensors that autograd keeps.
+round, since machines are shared; on one thread of a CPU by its CPU time.  Saved activations are the tensors that
+autograd keeps.
 Compiled variants go through flow/tangent/compiled.py; --families times three variants of a tiny network of each family.
 `python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu] [--families]`
 """
@@ -97,17 +98,29 @@ def compiled(student: FlowMapNet) -> FlowMapNet:
 def timed(students: dict, losses: dict, draw, arguments) -> dict[str, list[float]]:
     """name -> the seconds of a step in every round, after rounds that compile and warm up."""
     device = torch.device(arguments.device)
+    clock = time.process_time if alone(arguments) else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for i in range(arguments.rounds + 3):
         for name, (loss, times) in losses.items():
             sample = draw(times)
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             one_step(students[name], loss, sample)
             synchronise(device)
             if i >= 3:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
+
+
+def alone(arguments) -> bool:
+    """Whether steps run on one thread of the CPU, whose own clock other processes do not disturb."""
+    return arguments.device == "cpu" and arguments.threads == 1
+
+
+def setting_of(arguments, shape: tuple[int, ...]) -> dict:
+    clock = "CPU time" if alone(arguments) else "wall time"
+    given = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds}
+    return {**given, "shape": shape, "clock": clock}
 
 
 def ratios(times: list[float], unit: list[float]) -> tuple[float, float, float]:
@@ -129,12 +142,13 @@ def one_network(arguments) -> None:
         x0, x1 = (torch.randn(arguments.batch, *SHAPE, generator=generator, device=device) for _ in range(2))
         return Linear().sample(x0, x1, *times(arguments.batch, device=device, generator=generator))
 
-    fused, losses = compiled(student), ways()
-    students = dict.fromkeys(losses, student) | dict.fromkeys(COMPILED.values(), fused)
+    losses = ways()
+    fused = {name: compiled(student) for name in COMPILED.values()}  # each for one kind of batch, as in a run
+    students = dict.fromkeys(losses, student) | fused
     losses |= {COMPILED[name]: losses[name] for name in COMPILED}
     seconds = timed(students, losses, draw, arguments)
-    ways_of = fused.net.forward.ways
-    assert not any(way.fallbacks for way in ways_of), [way.stopped for way in ways_of]
+    ways_of = {name: way for name, net in fused.items() for way in net.net.forward.ways if way.graphs or way.fallbacks}
+    assert not any(way.fallbacks for way in ways_of.values()), [way.stopped for way in ways_of.values()]
     plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
     bytes_of = {name: saved_bytes(students[name], loss, draw(times)) for name, (loss, times) in losses.items()}
     first, rows = next(iter(bytes_of.values())), []
@@ -147,9 +161,9 @@ def one_network(arguments) -> None:
         arguments.name,
         [*columns, "milliseconds", "activations"],
         rows,
-        {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds, "shape": SHAPE},
+        setting_of(arguments, SHAPE),
         parameters=sum(p.numel() for p in student.parameters()),
-        compile_seconds={way.name: way.seconds for way in ways_of},
+        compile_seconds={name: way.seconds for name, way in ways_of.items()},
     )
 
 
@@ -181,8 +195,7 @@ def families(arguments) -> None:
         rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took, apart])
         columns = ["family", "exact", "plain, compiled", "exact, compiled", "exact / plain, both compiled"]
         columns += ["plain step, milliseconds", "seconds to compile", "difference"]
-        setting = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds, "shape": TINY}
-        finish(f"{arguments.name}_families", columns, rows, setting)
+        finish(f"{arguments.name}_families", columns, rows, setting_of(arguments, TINY))
 
 
 def difference(student, fused, sample) -> float:
