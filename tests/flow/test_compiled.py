@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
-from flowmap.flow.tangent.compiled import Compiled
+from flowmap.flow.tangent.compiled import Compiled, inductor
 from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
 
@@ -202,3 +202,19 @@ def test_torch_func_passes_by():
     want = derive()
     ways = compiled(student)
     assert torch.equal(derive()[1], want[1]) and ways.plain.stopped is None
+
+
+@pytest.mark.slow  # about a minute each
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_by_inductor_it_is_the_dual_forward_to_rounding(name):
+    student, x, t, s, v, cond = setting(name)
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)], inductor, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "adm"])
+def test_so_it_is_under_autocast(name):
+    """bfloat16 has 8 bits: fused kernels round less often than single ones."""
+    student, x, t, s, v, cond = setting(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2)], inductor, tolerance=0.1)

@@ -8,6 +8,7 @@ backward for the value alone. What cannot be compiled runs as it is, and a line 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -26,6 +27,8 @@ MOST_GRAPHS = 6
 
 Torch itself stops at 8.
 """
+
+COUNTER = itertools.count()
 
 
 class Moving(NamedTuple):
@@ -149,9 +152,13 @@ class Compiled:
 
 
 def own(function: Callable) -> Callable:
-    """The function with a code object of its own: torch keeps and counts its graphs by code object."""
+    """The function with a code object and a name of its own.
+
+    Torch keeps and counts its graphs by code object, and remembers by name which shapes have varied.
+    """
     assert isinstance(function, FunctionType)
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(COUNTER)}")
+    return FunctionType(code, function.__globals__, function.__name__)
 
 
 def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
