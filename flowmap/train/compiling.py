@@ -21,9 +21,9 @@ from flowmap.recipe import Recipe
 CPU_CALLS, GPU_CALLS = 50_000, 5_000
 """The number of micro-batches from which `auto` compiles.
 
-Compiling costs minutes, once: on the machine of docs/results/step_cost.md about as much as a step saves in 10,000 steps
-of 50 milliseconds. `auto` wants several times that. On a GPU steps take longer and more of them is saved; that number
-was not measured.
+Compiling is paid once. The DiT of docs/results/step_cost.md took 200 seconds on a busy CPU, and a step of AYF-EMD then
+124 - 93 = 31 milliseconds less, so that 6,500 steps pay for it; `auto` wants eight times that. On a GPU nothing was
+measured.
 """
 
 

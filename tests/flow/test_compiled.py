@@ -13,6 +13,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
 
 B = 3
+QUICK = ("dit", "edm2", "sd35", "pixart", "sana")  # capturing the others takes longer
 WALKED = lambda graph, inputs: graph.forward
 """A backend that compiles nothing: the walk runs on ordinary tensors."""
 
@@ -56,13 +57,15 @@ def check_equal(student, derivations, backend=WALKED, tolerance: float = 0.0) ->
     return ways
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+)
 def test_the_walk_is_the_dual_forward(name):
     student, x, t, s, v, cond = setting(name)
     check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)])
 
 
-@pytest.mark.parametrize("name", ["dit", "adm"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("adm", marks=pytest.mark.slow)])
 def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
     """Row counts share a graph; the walk of bfloat16 has the eager one's roundings."""
     student, x, t, s, v, cond = setting(name)
