@@ -15,8 +15,9 @@ from lib.report import RESULTS, _cell, table
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
-    "steps_law": "steps_law.json", "step_cost": "step_cost.json", "host_cost": "host_cost.json",
-    "sampling": "sampling.json", "exactness": "exactness.json", "attention": "attention.json",
+    "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_families": "step_cost_families.json",
+    "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
+    "attention": "attention.json",
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "emoji_embedding": "emoji_embedding.json",

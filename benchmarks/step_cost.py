@@ -2,11 +2,14 @@
 
 A step is forward and backward.  The teacher's own forward passes are left out (the velocity is the conditional one):
 the measured part is the derivative.  Variants are timed in turn, round after round, and compared as ratios within a
-round, since machines are shared.  Saved activations are the tensors that autograd keeps.
-`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu]`
+round, since machines are shared; on one thread of a CPU by its CPU time.  Saved activations are the tensors that
+autograd keeps.
+Compiled variants go through flow/tangent/compiled.py; --families times three variants of a tiny network of each family.
+`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu] [--families]`
 """
 
 import argparse
+import copy
 import statistics
 import time
 
@@ -16,6 +19,7 @@ from lib.report import environment, table, write
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.path import Linear
+from flowmap.flow.tangent.compiled import Compiled
 from flowmap.flow.times import Interval, Mixture, Uniform
 from flowmap.flow.types import broadcast_time
 from flowmap.nets import DiT
@@ -47,6 +51,14 @@ def ways() -> dict:
     }
 
 
+COMPILED = {
+    "flow matching (plain)": "flow matching (plain), compiled",
+    "ayf_emd, dual forward": "ayf_emd, compiled dual forward",
+    "ayf_emd, dual forward, 25 % diagonal": "ayf_emd, compiled dual forward, 25 % diagonal",
+}
+"""The ways that are also timed compiled, and what they are called then."""
+
+
 def one_step(student, loss, sample) -> None:
     student.zero_grad(set_to_none=True)
     loss(student, sample).backward()
@@ -76,16 +88,50 @@ def saved_bytes(student, loss, sample) -> int:
     return sum(kept.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--name", default="step_cost")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+def compiled(student: FlowMapNet) -> FlowMapNet:
+    """A copy of the student with a compiled network."""
+    student = copy.deepcopy(student)
+    student.net.forward = Compiled(student.net.forward, log=print)
+    return student
+
+
+def timed(students: dict, losses: dict, draw, arguments) -> dict[str, list[float]]:
+    """name -> the seconds of a step in every round, after rounds that compile and warm up."""
+    device = torch.device(arguments.device)
+    clock = time.process_time if alone(arguments) else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    for i in range(arguments.rounds + 3):
+        for name, (loss, times) in losses.items():
+            sample = draw(times)
+            synchronise(device)
+            started = clock()
+            one_step(students[name], loss, sample)
+            synchronise(device)
+            if i >= 3:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def alone(arguments) -> bool:
+    """Whether steps run on one thread of the CPU, whose own clock other processes do not disturb."""
+    return arguments.device == "cpu" and arguments.threads == 1
+
+
+def setting_of(arguments, shape: tuple[int, ...]) -> dict:
+    clock = "CPU time" if alone(arguments) else "wall time"
+    given = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds}
+    return {**given, "shape": shape, "clock": clock}
+
+
+def ratios(times: list[float], unit: list[float]) -> tuple[float, float, float]:
+    """The median and the quartiles of the ratios within a round."""
+    found = sorted(a / b for a, b in zip(times, unit, strict=True))
+    quarter = len(found) // 4
+    return statistics.median(found), found[quarter], found[-1 - quarter]
+
+
+def one_network(arguments) -> None:
+    """The table of one DiT."""
     device = torch.device(arguments.device)
     student = FlowMapNet(DiT(preset="mini").build(SHAPE)).to(device)
     for parameter in student.parameters():
@@ -96,45 +142,93 @@ def main() -> None:
         x0, x1 = (torch.randn(arguments.batch, *SHAPE, generator=generator, device=device) for _ in range(2))
         return Linear().sample(x0, x1, *times(arguments.batch, device=device, generator=generator))
 
-    seconds: dict[str, list[float]] = {name: [] for name in ways()}
-    for i in range(arguments.rounds + 3):
-        for name, (loss, times) in ways().items():
-            sample = draw(times)
-            synchronise(device)
-            started = time.perf_counter()
-            one_step(student, loss, sample)
-            synchronise(device)
-            if i >= 3:  # the first rounds warm up
-                seconds[name].append(time.perf_counter() - started)
-    plain, *_ = seconds.values()
-    bytes_of = {name: saved_bytes(student, loss, draw(times)) for name, (loss, times) in ways().items()}
-    first = next(iter(bytes_of.values()))
-    rows = []
+    losses = ways()
+    fused = {name: compiled(student) for name in COMPILED.values()}  # each for one kind of batch, as in a run
+    students = dict.fromkeys(losses, student) | fused
+    losses |= {COMPILED[name]: losses[name] for name in COMPILED}
+    seconds = timed(students, losses, draw, arguments)
+    ways_of = {name: way for name, net in fused.items() for way in net.net.forward.ways if way.graphs or way.fallbacks}
+    assert not any(way.fallbacks for way in ways_of.values()), [way.stopped for way in ways_of.values()]
+    plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
+    bytes_of = {name: saved_bytes(students[name], loss, draw(times)) for name, (loss, times) in losses.items()}
+    first, rows = next(iter(bytes_of.values())), []
     for name, times in seconds.items():
-        ratios = sorted(a / b for a, b in zip(times, plain, strict=True))
-        quarter = len(ratios) // 4
-        rows.append(
-            [
-                name,
-                statistics.median(ratios),
-                ratios[quarter],
-                ratios[-1 - quarter],
-                1e3 * statistics.median(times),
-                bytes_of[name] / first,
-            ]
-        )
-    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "milliseconds", "activations"]
+        of_compiled = ratios(times, plain_compiled)[0] if name in COMPILED.values() else ""
+        took = 1e3 * statistics.median(times)
+        rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
+    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
+    finish(
+        arguments.name,
+        [*columns, "milliseconds", "activations"],
+        rows,
+        setting_of(arguments, SHAPE),
+        parameters=sum(p.numel() for p in student.parameters()),
+        compile_seconds={name: way.seconds for name, way in ways_of.items()},
+    )
+
+
+def families(arguments) -> None:
+    """The table of a tiny network of each family."""
+    from tests.support.families import FAMILIES
+    from tests.support.families import SHAPE as TINY
+
+    every = ways()
+    rows = []
+    for family in arguments.only or FAMILIES:
+        student = FAMILIES[family].student()
+        cond = FAMILIES[family].conditions(arguments.batch)
+
+        def draw(times, cond=cond):
+            x0, x1 = (torch.randn(arguments.batch, *TINY) for _ in range(2))
+            return Linear().sample(x0, x1, *times(arguments.batch), cond)
+
+        fused, losses, students = compiled(student), {}, {}
+        for name, other in list(COMPILED.items())[:2]:
+            losses |= {name: every[name], other: every[name]}
+            students |= {name: student, other: fused}
+        seconds = timed(students, losses, draw, arguments)
+        ways_of = fused.net.forward.ways
+        assert not any(way.fallbacks for way in ways_of), [way.stopped for way in ways_of]
+        plain, plain_compiled, exact, exact_compiled = seconds.values()
+        parts = (exact, plain), (plain_compiled, plain), (exact_compiled, plain), (exact_compiled, plain_compiled)
+        took, apart = sum(way.seconds for way in ways_of), difference(student, fused, draw(Interval()))
+        rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took, apart])
+        columns = ["family", "exact", "plain, compiled", "exact, compiled", "exact / plain, both compiled"]
+        columns += ["plain step, milliseconds", "seconds to compile", "difference"]
+        finish(f"{arguments.name}_families", columns, rows, setting_of(arguments, TINY))
+
+
+def difference(student, fused, sample) -> float:
+    """The relative difference of a derivative and of the gradients of a loss, compiled and not; the larger one."""
+    found = []
+    for net in (student, fused):
+        net.zero_grad(set_to_none=True)
+        value, rate = eulerian_derivative(net, sample.xt, sample.t, sample.s, sample.vt, sample.cond)
+        ((value - rate) ** 2).mean().backward()
+        found.append((rate, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+    return max(float((a - b).norm() / b.norm()) for b, a in zip(*found, strict=True))
+
+
+def finish(name: str, columns: list[str], rows: list[list], setting: dict, **more) -> None:
+    """Print the table and write the JSON."""
     print(table(rows, columns))
-    setting = {"batch": arguments.batch, "threads": arguments.threads, "rounds": arguments.rounds, "shape": SHAPE}
-    parameters = sum(p.numel() for p in student.parameters())
-    payload = {
-        "environment": environment(),
-        "setting": setting,
-        "parameters": parameters,
-        "columns": columns,
-        "rows": rows,
-    }
-    write(arguments.name, {"question": __doc__.splitlines()[0], **payload})
+    payload = {"environment": environment(), "setting": setting, **more, "columns": columns, "rows": rows}
+    write(name, {"question": __doc__.splitlines()[0], **payload})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="step_cost")
+    parser.add_argument("--families", action="store_true")
+    parser.add_argument("--only", nargs="*", help="these families")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    families(arguments) if arguments.families else one_network(arguments)
 
 
 def synchronise(device: torch.device) -> None:

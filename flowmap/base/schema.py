@@ -135,7 +135,9 @@ def _convert(value: Any, hint: Any, tables, file: str, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(value, next(a for a in args if a is not type(None)), tables, file, key)
+        hints = [a for a in args if a is not type(None)]
+        fits = next((a for a in hints if (a is bool) == isinstance(value, bool)), hints[0])  # of bool | str, say
+        return _convert(value, fits, tables, file, key)
     if hint in tables:
         return _slot(value, tables[hint], tables, file, key, hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):

@@ -101,6 +101,12 @@ def state_exactly(embedding: Any, *values: Tensor) -> None:
     embedding.exact.values = values
 
 
+def prepare(net: Any) -> None:
+    """Register the hook of state_exactly before the first call, which a compiler could not capture otherwise."""
+    if type(net).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+        state_exactly(net.time_text_embed)
+
+
 def _replaced(embedding: Any, given: tuple) -> tuple:
     values, embedding.exact.values = embedding.exact.values, ()
     return (*values, *given[len(values) :])

@@ -24,7 +24,7 @@ from flowmap.base.schema import added
 from flowmap.flow.clock import SMALL_UNIT, FlowClock, TableClock, velocity_of
 from flowmap.flow.limit import Limit
 from flowmap.flow.types import Cond
-from flowmap.nets.diffusers_calls import CALLS
+from flowmap.nets.diffusers_calls import CALLS, prepare
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.listening import Extra, listen
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
@@ -120,6 +120,7 @@ class DiffusersNet(nn.Module):
         self.model, self.clock, self.prediction = model, clock, prediction
         self.empty: dict[str, Tensor] = {}
         self.call = CALLS[type(model).__name__]
+        prepare(model)
         self.extra = Extra()
         width = _listen(model, self.extra) if arrival or guidance else 0
         self.arrival = ScalarEmbedding(width, silent=True) if arrival else None

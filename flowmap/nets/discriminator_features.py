@@ -79,7 +79,8 @@ class OnTeacherNet(nn.Module):
         network, t = self._frozen[0], torch.full((len(x),), self.time, device=x.device)
         point = (1 - broadcast_time(t, x)) * x if noise is None else torch.lerp(x, noise.to(x.dtype), self.time)
         with _hearing(self._blocks) as heard, sdpa_kernel(SDPBackend.MATH):
-            network.forward(point, t, t, cond)  # not the compiled call: it has no hooks and no second derivatives
+            # not the compiled forward of this module: it has no hooks and no second derivatives
+            type(network).forward(network, point, t, t, cond)
         return [heard[block] for block in self._blocks]
 
 

@@ -345,7 +345,7 @@ def unit(x: Tensor, dim: int | None = None, eps: float = 1e-4) -> Tensor:
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
-    share = 1 / math.prod(x.shape[d] for d in dims)
+    share = 1 / math.prod([x.shape[d] for d in dims])
     return x / (norm * math.sqrt(share) + eps).to(x.dtype)
 
 

@@ -201,9 +201,12 @@ class ConstantEMA:
 class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
-    accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
-    and gradients are checked on the device in every step, and the host reads the result so often; before anything is
-    saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
+    compile: whether networks are compiled, and the derivative with them; `auto`: if the run is long enough to pay for
+    it, 50,000 micro-batches on a CPU and 5,000 on a GPU (train/compiling.py). What cannot be compiled runs as it is,
+    and the log says so. accumulate: with data.global_batch_size it follows from it, and may be left out.
+    check_finite_every_steps: losses and gradients are checked on the device in every step, and the host reads the
+    result so often; before anything is saved it always does. tf32: whether float32 matrix products on a GPU are of
+    TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters, the text
     encoders of data.stored_text: captions); `auto` is that of `precision`. shard_size: with fsdp, the number of devices
@@ -224,7 +227,7 @@ class Trainer:
     strategy: str = "auto"
     precision: str = "32"
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | str = False
     checkpoint_every_steps: Count = 500
     check_finite_every_steps: Count = added(1)
     tf32: bool = added(True)
@@ -243,10 +246,12 @@ class Trainer:
             ("accelerator", accelerators),
             ("strategy", ("auto", "ddp", "fsdp")),
             ("precision", ("32", "bf16")),
+            ("compile", (True, False, "auto")),
             ("teacher_precision", ("auto", "32", "bf16")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                choices = ", ".join(one if isinstance(one, str) else str(one).lower() for one in allowed)
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {choices}")
 
         devices = self.devices * self.num_nodes
         if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):

@@ -31,6 +31,7 @@ from flowmap.data import Dataset
 from flowmap.estimate.module_check import check_prediction
 from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
+from flowmap.flow.tangent.compiled import Way
 from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
@@ -44,6 +45,7 @@ from flowmap.train.bar import Bar
 from flowmap.train.callbacks import Average, Figures
 from flowmap.train.checkpoint_file import checkpoint_step, has_checksum, read_checkpoint, restoring
 from flowmap.train.clock import Clock
+from flowmap.train.compiling import compile_networks, report
 from flowmap.train.device import fast_matmul
 from flowmap.train.environment import Started
 from flowmap.train.finish import FitError, finish
@@ -67,9 +69,10 @@ class Built:
     config: StudentConfig
     prior: LearnedPrior | None
     module: DistillModule
+    compiled: list[Way]
 
     @staticmethod
-    def of(stage: Stage) -> Built:
+    def of(stage: Stage, log: LogFunction) -> Built:
         data = build_data(stage)
         teacher = build_teacher(stage, data)
         config = student_config(stage, data, teacher)
@@ -82,11 +85,9 @@ class Built:
         if teacher is not None:
             frozen = cast(Sequence[FlowMapNet], teacher.modules)
             hold_frozen(stage.recipe, frozen, module.student, cast(Sequence[FlowMapNet], module.averages))
-        if stage.recipe.trainer.compile:  # in place; a dual forward goes through the network eagerly
-            nets: list[Any] = [*module.networks, *(teacher.modules if teacher else ())]
-            for net in nets:
-                net.net.compile()
-        return Built(data, teacher, config, prior, module)
+        frozen = cast(Sequence[FlowMapNet], teacher.modules) if teacher is not None else ()
+        compiled = compile_networks(stage.recipe, device_of(stage.recipe), module.networks, frozen, log)
+        return Built(data, teacher, config, prior, module, compiled)
 
 
 def device_of(recipe: Recipe) -> str:
@@ -103,7 +104,7 @@ def run_stage(
     finished run again, without training. The caller has the lock on the folder.
     """
     recipe, folder = stage.recipe, stage.folder
-    built = Built.of(stage)
+    built = Built.of(stage, log)
     if recipe.batches.split and not again:
         log(f"batch: {recipe.batches}")
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
@@ -125,6 +126,7 @@ def run_stage(
         for logger in trainer.loggers if checked else ():
             logger.log_metrics(checked, 0)
         _train(trainer, built.module, folder / LAST if start else None, clock)
+        report(built.compiled, log)
         finish(stage, student, built.module, trainer, time.perf_counter() - started, log, clock, again=again)
         close_wandb(0)
     except BaseException as error:

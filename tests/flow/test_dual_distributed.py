@@ -10,9 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.flow.derivative import value_and_rate
+from flowmap.flow.tangent.compiled import Compiled
 
 RANKS, ROWS, D = 2, 3, 8
 
@@ -74,7 +76,8 @@ def compare(rank, wrapping, checkpointed):
     loss.backward()
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     net = make(checkpointed)
-    if wrapping == "ddp":
+    ways = compiled(net, wrapping) if "compiled" in wrapping else []
+    if "ddp" in wrapping:
         wrapped = nn.parallel.DistributedDataParallel(net)
     else:
         from torch.distributed.fsdp import fully_shard
@@ -90,9 +93,29 @@ def compare(rank, wrapping, checkpointed):
     for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         torch.testing.assert_close(grad, q.grad, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    for way in ways:
+        # what enters the first block needs no gradient; checkpointing calls it with leaves again
+        graphs = 1 if "ddp" in wrapping else 3 if checkpointed else 2
+        assert (way.stopped, way.fallbacks, way.graphs) == (None, 0, graphs), vars(way)
+
+
+def compiled(net, wrapping):
+    """With DDP the whole network, with FSDP2 its blocks, between whose hooks the forward stays eager."""
+    torch._dynamo.config.optimize_ddp = False
+    if "ddp" in wrapping:
+        net.forward = Compiled(net.forward, backend=aot_eager)
+        return [net.forward.dual]
+    first = None
+    for block in net.blocks:
+        block.forward = Compiled(block.forward, backend=aot_eager, part=True, like=first)
+        first = block.forward
+    return [first.dual]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("wrapping", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize(
+    "wrapping",
+    ["fsdp2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddp", "ddp, compiled", "fsdp2, compiled"))],
+)
 def test_two_processes_have_the_gradients_of_the_full_batch(tmp_path, wrapping):
     mp.spawn(run, (f"file://{tmp_path}/rendezvous", wrapping), nprocs=RANKS)

@@ -1,0 +1,89 @@
+"""trainer.compile: which networks are compiled, when that pays, and what the log says of it.
+
+Whole networks are compiled, for the best fusion; with FSDP2 their blocks, since the hooks that gather a block's weights
+run between them. Equal blocks share their graphs, so the first one alone is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from flowmap.base.progress import LogFunction
+from flowmap.flow.tangent.compiled import Compiled, Way
+from flowmap.nets.blocks import blocks_of
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.recipe import Recipe
+
+CPU_CALLS, GPU_CALLS = 50_000, 5_000
+"""The number of micro-batches from which `auto` compiles.
+
+Compiling is paid once. The DiT of docs/results/step_cost.md took 200 seconds on a busy CPU, and a step of AYF-EMD then
+124 - 93 = 31 milliseconds less, so that 6,500 steps pay for it; `auto` wants eight times that. On a GPU nothing was
+measured.
+"""
+
+
+def pays(recipe: Recipe, device: str) -> bool:
+    """Whether a run of the recipe compiles: as it says, or with `auto` if it is long enough for its device.
+
+    The answer depends on the recipe alone, so that a resumed run goes on as it began.
+    """
+    wanted = recipe.trainer.compile
+    if wanted != "auto":
+        return bool(wanted)
+    calls = recipe.trainer.steps * recipe.batches.accumulate
+    return calls >= (CPU_CALLS if device == "cpu" else GPU_CALLS)
+
+
+def compile_networks(
+    recipe: Recipe, device: str, students: Iterable[FlowMapNet], frozen: Iterable[FlowMapNet], log: LogFunction
+) -> list[Way]:
+    """Compile the networks in place, if it pays; the ways of all of them, for `report`."""
+    if not pays(recipe, device):
+        return []
+    kept = Path.home() / ".cache" / "flowmap" / "compiled"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
+    import torch._dynamo
+
+    torch._dynamo.config.optimize_ddp = False  # it would split the graph of value and tangent
+    parts = recipe.trainer.strategy == "fsdp"
+    found: list[Way] = []
+    for name, nets in (("student", students), ("teacher", frozen)):
+        for net in nets:
+            found += _compile(net.net, name, log, parts=parts)
+    return found
+
+
+def _compile(net: nn.Module, name: str, log: LogFunction, *, parts: bool) -> list[Way]:
+    """Compile a network, or its blocks, in place."""
+    blocks = _outermost(blocks_of(net)) if parts else []
+    if not blocks:
+        compiled = Compiled(net.forward, name=name, log=log)
+        net.__dict__["forward"] = compiled
+        return list(compiled.ways)
+    first: dict[tuple, Compiled] = {}
+    for block in blocks:
+        kind = (type(block), *(p.shape for p in block.parameters()))
+        called = f"{name}'s {type(block).__name__}"
+        compiled = Compiled(block.forward, name=called, log=log, like=first.get(kind), part=True)
+        first.setdefault(kind, compiled)
+        block.__dict__["forward"] = compiled
+    return [way for compiled in first.values() for way in compiled.ways]
+
+
+def _outermost(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The blocks that are in no other one; each once."""
+    inside = {id(part) for block in blocks for part in block.modules() if part is not block}
+    return [block for block in dict.fromkeys(blocks) if id(block) not in inside]
+
+
+def report(ways: Sequence[Way], log: LogFunction) -> None:
+    """One line on what was compiled in the run."""
+    if ways:
+        graphs, eager = sum(way.graphs for way in ways), sum(way.fallbacks for way in ways)
+        seconds = sum(way.seconds for way in ways)
+        log(f"compile: {graphs} graphs in {seconds:.0f} s; {eager} calls ran uncompiled")

@@ -1,0 +1,223 @@
+"""The compiled dual forward: what torch.compile captures, walked with tangents, is the eager dual forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
+
+from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
+from flowmap.flow.tangent.compiled import Compiled, inductor
+from flowmap.nets.flow_map import FlowMapNet
+from tests.support.families import FAMILIES, SHAPE
+
+B = 3
+QUICK = ("dit", "edm2", "sd35", "pixart", "sana")  # capturing the others takes longer
+WALKED = lambda graph, inputs: graph.forward
+"""A backend that compiles nothing: the walk runs on ordinary tensors."""
+
+
+def setting(name: str, dtype=torch.float32):
+    student = FAMILIES[name].student().to(dtype).train()
+    draw = torch.Generator().manual_seed(1)
+    x, v = (torch.randn(B, *SHAPE, generator=draw, dtype=dtype) for _ in range(2))
+    t = torch.tensor([0.9, 0.5, 0.3])
+    return student, x, t, t * torch.tensor([0.1, 0.6, 0.0]), v, FAMILIES[name].conditions(B, dtype)
+
+
+def results(student, derive) -> list[Tensor]:
+    """Value, rate and the gradients of a loss with both."""
+    student.zero_grad()
+    torch.manual_seed(0)
+    value, rate = derive()
+    assert not rate.requires_grad
+    ((value - rate) ** 2).mean().backward()
+    gradients = [p.grad for p in student.parameters()]
+    return [value.detach(), rate, *(g for g in gradients if g is not None)]
+
+
+def compiled(student, backend=WALKED) -> Compiled:
+    student.net.forward = Compiled(student.net.forward, backend=backend)
+    return student.net.forward
+
+
+def check_equal(student, derivations, backend=WALKED, tolerance: float = 0.0) -> Compiled:
+    """Each derivation gives what it gave before the network was compiled; nothing falls back."""
+    before = [results(student, derive) for derive in derivations]
+    ways = compiled(student, backend)
+    for derive, want in zip(derivations, before, strict=True):
+        found = results(student, derive)
+        assert len(found) == len(want)
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b) or (a - b).norm() <= tolerance * b.norm()
+    assert (ways.dual.stopped, ways.plain.stopped) == (None, None)
+    assert ways.dual.fallbacks == ways.plain.fallbacks == 0
+    assert ways.dual.graphs > 0
+    return ways
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
+)
+def test_the_walk_is_the_dual_forward(name):
+    student, x, t, s, v, cond = setting(name)
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)])
+
+
+@pytest.mark.parametrize("name", ["dit", pytest.param("adm", marks=pytest.mark.slow)])
+def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
+    """Row counts share a graph; the walk of bfloat16 has the eager one's roundings."""
+    student, x, t, s, v, cond = setting(name)
+    rows = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
+    arrival = lambda: lagrangian_derivative(student, x, t, s, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        ways = check_equal(student, [rows(1), rows(2), arrival, rows(None)])
+    assert ways.dual.graphs <= 4
+
+
+def test_checkpointed_blocks_are_walked():
+    student, x, t, s, v, cond = setting("dit")
+    student.checkpoint_activations(True)
+    check_equal(
+        student, [lambda rows=rows: eulerian_derivative(student, x, t, s, v, cond, rows=rows) for rows in (None, 2)]
+    )
+
+
+class Attending(torch.nn.Module):
+    """Torch's own encoder layer, which is one captured function, and a function without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x, t, s, cond=None):
+        h = self.layer(x.flatten(2).transpose(1, 2).repeat(1, 1, 4) * (1 + t + s).view(-1, 1, 1))
+        return torch.sinc(h[..., :4]).transpose(1, 2).reshape(x.shape)
+
+
+def test_functions_made_of_others_are_entered():
+    torch.manual_seed(0)
+    student = FlowMapNet(Attending())
+    _, x, t, s, v, _ = setting("dit")
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v)])
+
+
+class Dropping(torch.nn.Module):
+    """Dropout of a number in every place: value and tangent are both 2 x or both 0."""
+
+    def forward(self, x, t, s, cond=None):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+def test_value_and_tangent_have_one_mask():
+    student = FlowMapNet(Dropping())
+    x, t = torch.ones(B, 1000), torch.full((B,), 0.5)
+    ways = compiled(student)
+    for rows in (None, 2):
+        value, rate = eulerian_derivative(student, x, t, t, 3 * x, rows=rows)
+        assert torch.equal(rate[:rows], 3 * value[:rows]) and 0.4 < (value == 0).float().mean() < 0.6
+        assert rows is None or not rate[rows:].any()
+    assert ways.dual.fallbacks == 0 and ways.dual.graphs == 2
+
+
+class Mixing(torch.nn.Module):
+    """The mean over the batch: a tangent of some samples reaches all."""
+
+    def forward(self, x, t, s, cond=None):
+        return x - x.mean(0)
+
+
+def test_samples_may_mix_in_a_whole_network():
+    student, x, t = FlowMapNet(Mixing()), torch.randn(B, 4), torch.full((B,), 0.5)
+    derive = lambda: derived(lambda: eulerian_derivative(student, x, t, t, 3 * x, rows=2))
+    assert derive()[1][2].any()
+    check_equal(student, [derive])
+
+
+class Rolling(torch.nn.Module):
+    """A random permutation inside a function that has no rule: the derivative would see another one."""
+
+    def forward(self, x, t, s, cond=None):
+        return torch.nn.functional.rrelu(x, training=True)
+
+
+class Deciding(torch.nn.Module):
+    """Python that reads a number: nothing to capture."""
+
+    def forward(self, x, t, s, cond=None):
+        return x * 2 if float(s.sum()) > 0 else x
+
+
+@pytest.mark.parametrize("part, net, rows", [(True, Mixing, 2), (False, Rolling, None), (False, Deciding, None)])
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_why(part, net, rows):
+    student, lines = FlowMapNet(net()), []
+    x, t = torch.randn(B, 4), torch.full((B,), 0.5)
+    derive = lambda: eulerian_derivative(student, x, t, t, 3 * x, rows=rows)
+    want = results(student, lambda: derived(derive))
+    ways = Compiled(student.net.forward, log=lines.append, backend=aot_eager, part=part)
+    student.net.forward = ways
+    found = [results(student, lambda: derived(derive)) for _ in range(2)]
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, want, strict=True))
+    assert ways.dual.fallbacks == 2 and len(lines) == 1 and "runs uncompiled" in lines[0]
+
+
+def derived(derive):
+    value, rate = derive()
+    return value.requires_grad_(), rate
+
+
+def test_markers_are_refused_outside_a_capture():
+    """Where torch.compile is switched off, the tangent is that of the eager dual forward."""
+    student, x, t, s, v, cond = setting("dit")
+    want = eulerian_derivative(student, x, t, s, v, cond)[1]
+    ways = compiled(student)
+    ways.dual.compiled = ways.dual.function
+    assert torch.equal(eulerian_derivative(student, x, t, s, v, cond)[1], want)
+    assert ways.dual.stopped == "NotCaptured: torch.compile is switched off"
+
+
+def test_other_shapes_than_the_first_few_run_uncompiled(monkeypatch):
+    monkeypatch.setattr("flowmap.flow.tangent.compiled.MOST_GRAPHS", 1)
+    student, x, t, s, v, cond = setting("dit")
+    derive = lambda rows: eulerian_derivative(student, x, t, s, v, cond, rows=rows)[1]
+    want = {rows: derive(rows) for rows in (None, 2)}
+    ways = compiled(student)
+    for rows in (None, 2, None, 2):
+        assert torch.equal(derive(rows), want[rows])
+    assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 2) and "more than 1" in ways.dual.stopped
+
+
+def test_blocks_of_one_class_share_their_graphs():
+    student, x, t, s, v, cond = setting("dit")
+    want = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
+    ways = None
+    for block in student.net.blocks:
+        block.forward = ways = Compiled(block.forward, backend=WALKED, like=ways, part=True)
+    found = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 0)
+
+
+def test_torch_func_passes_by():
+    student, x, t, s, v, cond = setting("dit")
+    derive = lambda: eulerian_derivative(student, x, t, s, v, cond, mode="forward")
+    want = derive()
+    ways = compiled(student)
+    assert torch.equal(derive()[1], want[1]) and ways.plain.stopped is None
+
+
+@pytest.mark.slow  # about a minute each
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiled_by_inductor_it_is_the_dual_forward_to_rounding(name):
+    student, x, t, s, v, cond = setting(name)
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)], inductor, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dit", "adm"])
+def test_so_it_is_under_autocast(name):
+    """bfloat16 has 8 bits: fused kernels round less often than single ones."""
+    student, x, t, s, v, cond = setting(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2)], inductor, tolerance=0.1)

@@ -1,0 +1,89 @@
+"""trainer.compile: which runs compile, that a compiled run is the run, and what the log says."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import flowmap
+from flowmap.base.schema import RecipeError
+from flowmap.flow.tangent.compiled import Compiled
+from flowmap.nets import DiT
+from flowmap.nets.flow_map import FlowMapNet
+from flowmap.train.compiling import CPU_CALLS, GPU_CALLS, compile_networks, pays, report
+from flowmap.train.csv_log import read_log
+
+
+def recipe_of(tiny, *settings):
+    return flowmap.read_recipe(tiny, list(settings))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps", "device", "compiles"),
+    [("true", 1, "cpu", True), ("false", CPU_CALLS, "cuda", False), ("auto", CPU_CALLS - 1, "cpu", False),
+     ("auto", CPU_CALLS, "cpu", True), ("auto", GPU_CALLS, "cuda", True), ("auto", GPU_CALLS - 1, "cuda", False)],
+)  # fmt: skip
+def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, compiles):
+    assert pays(recipe_of(tiny, f"trainer.compile={wanted}", f"trainer.steps={steps}"), device) == compiles
+
+
+def test_micro_batches_count_and_other_words_are_refused(tiny):
+    long = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={CPU_CALLS // 2}", "trainer.accumulate=2")
+    assert pays(long, "cpu")
+    with pytest.raises(RecipeError, match="compile: 'always' is not one of true, false, auto"):
+        recipe_of(tiny, "trainer.compile=always")
+
+
+def test_a_compiled_run_is_the_run_and_the_log_says_what_was_compiled(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("flowmap.flow.tangent.compiled.inductor", lambda graph, inputs: graph.forward)
+    losses = {}
+    for wanted in ("false", "true"):
+        lines: list[str] = []
+        recipe = recipe_of(tiny, f"trainer.compile={wanted}", "trainer.steps=4")
+        run = flowmap.fit(recipe, tmp_path / wanted, log=lines.append)
+        losses[wanted] = [row["train/loss"] for row in read_log(run.folder / "log.csv")]
+        said = [line for line in lines if line.startswith("compile: ")]
+        assert bool(said) == (wanted == "true")
+    assert losses["true"] == losses["false"]
+    assert any("with derivative: graph 1 in" in line for line in said) and "0 calls ran uncompiled" in said[-1]
+
+
+def test_sharded_networks_are_compiled_by_blocks_equal_ones_once(tiny):
+    net = FlowMapNet(DiT(preset="nano", depth=3).build((1, 8, 8)))
+    net.net.blocks[2].more = nn.Parameter(torch.ones(2))
+    recipe = recipe_of(tiny, "trainer.compile=true")
+    sharded = replace(recipe, trainer=replace(recipe.trainer, strategy="fsdp"))
+    lines: list[str] = []
+    ways = compile_networks(sharded, "cpu", [net], [], lines.append)
+    forwards = [block.forward for block in net.net.blocks]
+    assert all(isinstance(forward, Compiled) for forward in forwards) and not isinstance(net.net.forward, Compiled)
+    assert forwards[0].dual is forwards[1].dual is not forwards[2].dual and len(ways) == 4
+    report(ways, lines.append)
+    assert lines == ["compile: 0 graphs in 0 s; 0 calls ran uncompiled"]
+
+
+def test_a_copy_of_a_compiled_network_is_a_network():
+    net = FlowMapNet(DiT(preset="nano").build((1, 8, 8)))
+    net.net.forward = Compiled(net.net.forward)
+    other = copy.deepcopy(net)
+    assert other.net.forward.__self__ is other.net and list(other.state_dict()) == list(net.state_dict())
+
+
+class Fused(nn.Module):
+    def forward(self, x):
+        return torch.sin(x) * 2
+
+
+def test_without_a_compiler_the_network_runs_as_it_is(tmp_path, monkeypatch):
+    config = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    lines: list[str] = []
+    net, x = Fused(), torch.randn(2, 3)
+    net.forward = Compiled(net.forward, log=lines.append)
+    assert torch.equal(net(x), torch.sin(x) * 2) and torch.equal(net(x), torch.sin(x) * 2)
+    assert len(lines) == 1 and "compiler" in lines[0].lower()
