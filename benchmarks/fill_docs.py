@@ -17,6 +17,7 @@ FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
     "operators": "operators.json", "house": "house.json",
+    "step_parts": "step_parts.json", "step_parts_before": "step_parts_before.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "emoji_embedding": "emoji_embedding.json",
     "own_teacher": "own_teacher.json", "node": "node.json",
