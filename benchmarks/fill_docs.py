@@ -19,6 +19,7 @@ FILES = {
     "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
     "attention": "attention.json",
     "operators": "operators.json", "house": "house.json",
+    "step_parts": "step_parts.json", "step_parts_before": "step_parts_before.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "emoji_embedding": "emoji_embedding.json",
     "own_teacher": "own_teacher.json", "node": "node.json",

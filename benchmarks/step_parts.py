@@ -40,7 +40,7 @@ from flowmap.train.module import DistillModule
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 FULL_SIZE = ("digits", "fashion14")
-RECIPES = ("digits", "imagenet512", "dit256", "sd15")
+RECIPES = ("digits", "imagenet512", "dit256")
 BATCH, WARM, COUNTED = 8, 5, 4
 PARTS = ("loader", "draw", "teacher", "student", "backward", "checks", "optimizer", "averages", "logs", "rest")
 
