@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "exactness": "exactness.json",
-    "attention": "attention.json",
+    "attention": "attention.json", "roofline": "roofline.json",
     "operators": "operators.json", "house": "house.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
     "emoji_embedding": "emoji_embedding.json",
