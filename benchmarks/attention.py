@@ -1,8 +1,9 @@
 """What does the tangent of attention cost in memory and time, in math attention's forward-mode derivative?
 
 One call gives output and tangent, of float32 with all of q, k and v moving. Ways are timed in turn, round after round,
-and compared as ratios within a round. Peak memory is the largest sum of bytes alive besides the arguments, over torch's
-allocations. `python benchmarks/attention.py [--tokens 64 256 1024 2048 4096] [--heads 4] [--size 64] [--rounds 7]`
+in CPU time of one thread, and compared as ratios within a round. Peak memory is the largest sum of bytes alive besides
+the arguments, over torch's allocations.
+`python benchmarks/attention.py [--tokens 64 256 512 1024 2048 4096] [--heads 4] [--size 64] [--rounds 7]`
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from flowmap.flow.tangent.attention_blocks import product
 
 BLOCKS, BEFORE = "blocks (now, large)", "whole, by rows of 64 MiB (before)"
 MATH, WHOLE = "math attention, torch.func.jvp", "whole (now, small)"
-COLUMNS = ["tokens", "way", "times math attention", "milliseconds", "peak MiB", "peak, of the arguments"]
+COLUMNS = ["tokens", "way", "times math attention", "CPU milliseconds", "peak MiB", "peak, of the arguments"]
 
 
 def by_blocks(q, k, v, out, tq, tk, tv) -> Tensor:
@@ -80,9 +81,9 @@ def measured(tokens: int, arguments: argparse.Namespace) -> list[list]:
             assert float((found[:, :1] - reference).abs().max() / reference.abs().max()) < 1e-5, name
         for _ in range(arguments.rounds):
             for name, call in calls.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 call()
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     ratio = lambda name: statistics.median(a / b for a, b in zip(seconds[name], seconds[MATH], strict=True))
     return [
         [tokens, name, ratio(name), 1e3 * statistics.median(seconds[name]), peaks[name] / 2**20, peaks[name] / size]

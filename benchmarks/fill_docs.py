@@ -17,7 +17,7 @@ FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_families": "step_cost_families.json",
     "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
-    "attention": "attention.json",
+    "attention": "attention.json", "roofline": "roofline.json",
     "operators": "operators.json", "house": "house.json",
     "step_parts": "step_parts.json", "step_parts_before": "step_parts_before.json",
     "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",

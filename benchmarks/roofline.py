@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import astuple, fields
+from dataclasses import fields, replace
 from unittest import mock
 
 import torch
@@ -54,13 +54,15 @@ def step(scale: FullScale, before: bool) -> Step:
 def ideal(scale: FullScale, found: Step) -> Traffic:
     """The traffic of the student's forward passes if a tangent were in the kernel of its operation.
 
-    The student of the full-scale objectives runs once with a tangent.
+    A kernel of a plain forward pass, at half of the device's rates, is one that also computes the tangent. The student
+    of the full-scale objectives runs once with a tangent.
     """
     recipe = scale.recipe.changed(objective=FlowMatching())
-    plain = step_of(recipe, scale.config, (), DEVICES).parts["student"]
-    student = plain.times(found.student_calls + 1)
-    further = Traffic.of_flops(max(0.0, found.parts["student"].flops - student.flops), 1.0, DEVICES)
-    return Traffic(plain.kernels * found.student_calls, *astuple(student + further)[1:])
+    halved = tuple(replace(one, flops=one.flops / 2, bandwidth=one.bandwidth / 2) for one in DEVICES)
+    plain, dual = (step_of(recipe, scale.config, (), rates).parts["student"] for rates in (DEVICES, halved))
+    dual = replace(dual, flops=2 * dual.flops, bytes=2 * dual.bytes)
+    student = dual + plain.times(found.student_calls - 1)
+    return student + Traffic.of_flops(max(0.0, found.parts["student"].flops - student.flops), 1.0, DEVICES)
 
 
 def rows_of(name: str) -> list[list]:

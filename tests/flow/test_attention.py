@@ -203,6 +203,12 @@ def test_the_operator_in_each_precision(dtype):
     assert torch.equal(value, F.scaled_dot_product_attention(*given[:3]))
 
 
+def test_on_a_cpu_half_precision_is_computed_in_float32():
+    given = operator_arguments(BIG, torch.bfloat16)
+    wide = [x.float() if isinstance(x, torch.Tensor) else x for x in given]
+    assert torch.equal(attention.by_operator(*given), attention.by_operator(*wide).bfloat16())
+
+
 def test_the_operator_is_central_differences():
     arrays, tangents = made(BIG)
     step, names = 1e-5, dict(zip(ALL, ALL, strict=True))
