@@ -349,3 +349,15 @@ def test_the_operator_takes_the_kernel_on_cuda_where_it_is_made_for_the_call(
         monkeypatch.setattr(attention, "HAS_TRITON", False)
         assert attention.by_operator(*given) == "blocks"
     assert not kernel.takes(call_of(*(torch.empty(x.shape, dtype=dtype) for x in given[:4]), *given[4:]))
+
+
+def test_the_kernel_takes_arrays_in_any_layout():
+    """The mask's tangent not as the mask is, and queries whose numbers are not adjacent."""
+    arrays, tangents = made(CASES["additive mask with a tangent"], torch.float32)
+    wanted = reference(CASES["additive mask with a tangent"], arrays, tangents)[1]
+    tangents["attn_mask"] = tangents["attn_mask"].mT.contiguous().mT
+    arrays["query"] = arrays["query"].mT.contiguous().mT
+    problem, _ = call(CASES["additive mask with a tangent"], arrays, tangents, torch.float32)
+    found = torch.full_like(problem.out, torch.nan)
+    twin_of(KERNEL).launch(problem, found, 16, 16, 4, 2)
+    assert error(found, wanted) < TOLERANCES[torch.float32]
