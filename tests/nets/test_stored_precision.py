@@ -102,7 +102,7 @@ def test_a_lora_run_on_stored_weights_is_that_on_rounded_ones(tmp_path):
         source = saved(with_random_weights(dit(channels=1), scale=0.15).to(torch.bfloat16).to(dtype), place)
         (place / "card.yaml").write_text(f"kind: diffusers\nsource: {source}\nshape: [1, 8, 8]\nnum_classes: 10\n")
         (place / "lora.yaml").write_text(RECIPE.format(name="lora", card=place / "card.yaml", dropout=0.0))
-        built.append(Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", ["trainer.precision=bf16"]))))
+        built.append(Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", ["trainer.precision=bf16"])), print))
     one, two = (each.module.student for each in built)
     assert built[0].config.base.sha256 == built[1].config.base.sha256
     for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):

@@ -80,7 +80,7 @@ def test_from_a_pipelines_folder_to_a_student(pipeline, command, guidance):
 def test_in_bf16_the_teacher_is_held_in_bfloat16_and_the_student_starts_from_all_its_digits(pipeline):
     path = recipe_in(pipeline, KINDS_WITH_SCALES[1])
     plain, half = (
-        Built.of(resolve(flowmap.read_recipe(path, [f"trainer.precision={name}"]))) for name in ("32", "bf16")
+        Built.of(resolve(flowmap.read_recipe(path, [f"trainer.precision={name}"])), print) for name in ("32", "bf16")
     )
     mine = half.module.student.state_dict()
     assert all(torch.equal(mine[name], value) for name, value in plain.module.student.state_dict().items())
@@ -88,7 +88,9 @@ def test_in_bf16_the_teacher_is_held_in_bfloat16_and_the_student_starts_from_all
     assert strong.held == weak.held == torch.bfloat16 and other.held is None
     assert {p.dtype for p in other.parameters()} == {torch.float32}
     assert strong.net.model.transformer_blocks[0].ff.net[2].weight.dtype == torch.bfloat16
-    kept = Built.of(resolve(flowmap.read_recipe(path, ["trainer.precision=bf16", "trainer.teacher_precision=32"])))
+    kept = Built.of(
+        resolve(flowmap.read_recipe(path, ["trainer.precision=bf16", "trainer.teacher_precision=32"])), print
+    )
     assert {p.dtype for net in kept.teacher.modules for p in net.parameters()} == {torch.float32}
 
 

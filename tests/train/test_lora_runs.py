@@ -96,7 +96,7 @@ def test_a_run_keeps_adapters_and_branches_alone(place, run):
 
 def test_in_bf16_the_base_is_held_in_bfloat16_and_the_adapters_are_not(place, tmp_path):
     recipe = flowmap.read_recipe(place / "plain.yaml", ["trainer.precision=bf16"])
-    built = Built.of(resolve(recipe))
+    built = Built.of(resolve(recipe), print)
     student, average = built.module.student.net, built.module.averaged.net
     for name, p in student.named_parameters():
         assert p.dtype == (torch.bfloat16 if ".base_layer.weight" in name else p.dtype), name

@@ -61,7 +61,7 @@ def test_a_run_resumes_to_the_bit_and_its_folder_names_the_whole_base(place, tmp
 
 
 def test_teacher_student_and_average_hold_one_quantised_base(place):
-    built = Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", [*NF4, "trainer.precision=bf16"])))
+    built = Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", [*NF4, "trainer.precision=bf16"])), print)
     teacher = built.teacher.network.flow_map
     codes = [{id(q.codes) for q in quantized_layers(net)} for net in (teacher, built.module.student)]
     assert codes[0] and codes[0] == codes[1] == {id(q.codes) for q in quantized_layers(built.module.averaged)}
@@ -73,7 +73,7 @@ def test_teacher_student_and_average_hold_one_quantised_base(place):
 
 def test_a_teacher_alone_is_quantised_and_the_student_starts_from_its_whole_weights(place):
     settings = ["student={kind: from_teacher}", "quantize.frozen=int8"]
-    built = Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", settings)))
+    built = Built.of(resolve(flowmap.read_recipe(place / "lora.yaml", settings)), print)
     assert quantized_layers(built.teacher.network.flow_map) and not quantized_layers(built.module.student)
     whole = load_pretrained(str(place / "pipe"))[1].model.state_dict()
     start = built.module.student.state_dict()

@@ -30,7 +30,7 @@ def test_the_student_takes_no_memory_of_its_own_until_it_is_sharded(tmp_path, pr
     (tmp_path / "card.yaml").write_text(f"kind: diffusers\nsource: {source}\nshape: [1, 8, 8]\nnum_classes: 10\n")
     (tmp_path / "full.yaml").write_text(RECIPE.format(name="full", card=tmp_path / "card.yaml", dropout=0.0))
     settings = ["student={kind: from_teacher}", f"trainer.precision={precision}"]
-    read = lambda *more: Built.of(resolve(flowmap.read_recipe(tmp_path / "full.yaml", [*settings, *more])))
+    read = lambda *more: Built.of(resolve(flowmap.read_recipe(tmp_path / "full.yaml", [*settings, *more])), print)
     plain, built = read(), read("trainer.strategy=fsdp")
     teacher = {p.data_ptr() for p in built.teacher.network.flow_map.parameters()}
     student = dict(built.module.student.named_parameters())

@@ -19,14 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from flowmap.flow.tangent.dual import by_rule, draws, torch_arguments
+from flowmap.flow.tangent.dual import by_rule
 from flowmap.flow.tangent.opened import OPENED
 from flowmap.flow.tangent.refused import name_of, refuse_by_name, writes_in_place
 from flowmap.flow.tangent.rows import Rows, filled
 from flowmap.flow.tangent.rules import RULES
-from flowmap.flow.tangent.rules_base import constant
+from flowmap.flow.tangent.rules_base import constant, torch_arguments
 from flowmap.flow.tangent.rules_nn import dropout
-from flowmap.flow.tangent.torch_functions import has_derivative
+from flowmap.flow.tangent.torch_functions import draws, has_derivative
 
 OPERATORS: dict[Callable, str] = {
     getattr(operator, name): f"__{name}__"
