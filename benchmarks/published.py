@@ -54,7 +54,14 @@ METHODS = {  # overrides of the model's recipe
     "more_jumps": [*MIXED, "times.one_step=0.4"],
     "ayf_lmd": ["objective.kind=ayf_lmd", "objective.warmup_steps=400", "objective.r_max=1.0"],
     "meanflow": ["objective.kind=meanflow"],
+    "weighted": ["optimizer.lr=3e-4", "trainer.steps=1200"],
+    "unweighted": [
+        *("objective.weight={kind: none}", "objective.warmup_steps=400", "sampler.t_max=0.95"),
+        *("optimizer.lr=1e-4", "trainer.steps=1500"),
+    ],
+    "weighted_rate": ["optimizer.lr=1e-3", "trainer.steps=1500"],
 }
+OF_DDPM = ("weighted", "unweighted", "weighted_rate")
 FILES = {name: f"mnist_flow_vit_{name}.yaml" for name in ("adversarial", "reflow", "instaflow")}
 MODELS = {  # the recipe's file, and overrides
     "mnist-flow-vit": ("mnist_flow_vit", []),
@@ -273,7 +280,7 @@ def main() -> None:
     rows = ["teacher", *METHODS, *FILES]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mnist-flow-vit", choices=MODELS)
-    parser.add_argument("--rows", nargs="+", default=rows, choices=rows)
+    parser.add_argument("--rows", nargs="+", choices=rows, help="by default those of the model")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's")
     parser.add_argument("--images", type=int, default=IMAGES)
@@ -287,7 +294,8 @@ def main() -> None:
         accuracy = work.ruler.accuracy(data.held_out, data.held_out_labels)
         halves = work.ruler.measure(data.train, None) | {"accuracy": accuracy}
         work.keep("real", 0, halves, shown(halves))
-    for row in args.rows:
+    of_ddpm = args.model == "mnist-ddpm"
+    for row in args.rows or [row for row in rows if row == "teacher" or (row in OF_DDPM) == of_ddpm]:
         for seed in args.seeds:
             done = work.found.get(row, {}).get(str(seed), {})
             if row == "teacher":
