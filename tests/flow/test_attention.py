@@ -218,7 +218,16 @@ def test_the_operator_is_central_differences():
     assert error(rate, (above - below) / (2 * step)) < 1e-8
 
 
-def test_under_autocast_the_tangent_is_that_of_the_rounded_arguments():
+def test_autocast_does_not_reach_into_the_operator():
+    given = operator_arguments(BIG)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.by_operator(*given)
+    assert torch.equal(found, attention.by_operator(*given))
+
+
+@pytest.mark.parametrize("whole", [0, 1 << 30], ids=["by blocks", "whole"])
+def test_under_autocast_the_tangent_is_that_of_the_rounded_arguments(whole, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE_NUMBERS", whole)
     arrays, tangents = made(BIG, torch.float32)
     given = [one[k] for one in (arrays, tangents) for k in ALL]
     with torch.autocast("cpu", torch.bfloat16):
