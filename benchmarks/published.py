@@ -231,17 +231,19 @@ class Work:
 
         The adversarial stage starts from the seed's student of ayf_emd.
         """
-        own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
         if method in FILES:
             first = json.dumps(self._settings("ayf_emd", seed))
             start = [f"student.overrides={first}"] if method == "adversarial" else []
-            return flowmap.read_recipe(FOLDER / FILES[method], [*own, *start])
+            return flowmap.read_recipe(FOLDER / FILES[method], [*self._own(method, seed), *start])
         return recipe_of(self.model, self._settings(method, seed))
 
     def _settings(self, method: str, seed: int) -> list[str]:
         """The overrides of the model's recipe."""
-        own = [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
-        return [f"trainer.steps={self.recipe.trainer.steps}", *METHODS[method], *own]
+        return [f"trainer.steps={self.recipe.trainer.steps}", *METHODS[method], *self._own(method, seed)]
+
+    def _own(self, method: str, seed: int) -> list[str]:
+        """What differs between the runs of one method."""
+        return [f"name={self.model}-{method}-{seed}", f"seed={seed}", "metrics=[]"]
 
     def figures(self, x: Tensor, cpu_seconds: float) -> dict[str, float]:
         labels = None if self.cond is None else self.cond["class"]

@@ -91,6 +91,11 @@ class BuiltTeacher:
         """Return the samples that Euler steps along the guided velocity make from x1."""
         return Euler(steps=steps)(lambda x, t: self.guided.velocity(x, t, cond), x1).x
 
+    def in_training(self, slot: TeacherSlot | None) -> Teacher:
+        """Return the velocity that the objective sees: that of `slot`'s guidance, with drawn scales, or of none."""
+        guidance = None if slot is None else slot.guidance
+        return self.guided if guidance is None else self.on_drawn_scales(guidance.scale)
+
     def on_drawn_scales(self, scale: tuple[float, float]) -> Teacher:
         """Return the guided velocity for training, with guidance scales drawn from that range."""
         if isinstance(self.guided, LimitedTeacher):

@@ -218,7 +218,8 @@ def step_of(
         t, s = recipe.times(batch, device=torch.device("cpu"), generator=torch.Generator("cpu"))
         sample = recipe.path.sample(x0, x1, t.to("meta"), s.to("meta"), cond or None)
     sample = replace(sample, place=torch.arange(batch), still=t <= s)  # what the host knows of a batch
-    teacher = Timed(_guided(recipe, frozen, empty_of(cond)), counter) if frozen else None
+    built = teacher_of_networks(recipe, frozen, empty_of(cond)) if frozen else None
+    teacher = None if built is None else Timed(built.in_training(recipe.teacher), counter)
     with _Calls(student) as calls, ExitStack() as stack, fused_attention():
         of_teachers = [stack.enter_context(_Calls(net)) for net in frozen]
         with counter:
@@ -229,13 +230,6 @@ def step_of(
     found = {"teacher": teacher.found if teacher is not None else Traffic(), "student": forward}
     parts = found | {"backward": counter.found} | _updates(recipe, student, devices)
     return Step(parts, student, frozen, calls.count, calls.graded, [one.count for one in of_teachers])
-
-
-def _guided(recipe: Recipe, frozen: Sequence[FlowMapNet], empty: Cond) -> Teacher:
-    """Return the guided velocity as training computes it."""
-    teacher = teacher_of_networks(recipe, frozen, empty)
-    guidance = None if recipe.teacher is None else recipe.teacher.guidance
-    return teacher.guided if guidance is None else teacher.on_drawn_scales(guidance.scale)
 
 
 class _Calls:

@@ -84,10 +84,7 @@ class DistillModule(L.LightningModule):
     @property
     def guided(self) -> Teacher | None:
         """The teacher's velocity as the objective sees it, with guidance."""
-        if self.teacher is None:
-            return None
-        guidance = None if self.recipe.teacher is None else self.recipe.teacher.guidance
-        return self.teacher.guided if guidance is None else self.teacher.on_drawn_scales(guidance.scale)
+        return None if self.teacher is None else self.teacher.in_training(self.recipe.teacher)
 
     @property
     def networks(self) -> list[FlowMapNet]:

@@ -82,10 +82,9 @@ class Built:
         check_derivative(stage, student, config)
         module = module_of(stage, config, student, teacher, data, build_samples(stage, data))
         module.prior = prior
-        if teacher is not None:
-            frozen = cast(Sequence[FlowMapNet], teacher.modules)
-            hold_frozen(stage.recipe, frozen, module.student, cast(Sequence[FlowMapNet], module.averages))
         frozen = cast(Sequence[FlowMapNet], teacher.modules) if teacher is not None else ()
+        if teacher is not None:
+            hold_frozen(stage.recipe, frozen, module.student, cast(Sequence[FlowMapNet], module.averages))
         compiled = compile_networks(stage.recipe, device_of(stage.recipe), module.networks, frozen, log)
         return Built(data, teacher, config, prior, module, compiled)
 
