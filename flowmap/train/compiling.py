@@ -22,7 +22,7 @@ CPU_CALLS, GPU_CALLS = 50_000, 5_000
 """The number of micro-batches from which `auto` compiles.
 
 Compiling is paid once. The DiT of docs/results/step_cost.md took 200 seconds on a busy CPU, and a step of AYF-EMD then
-124 - 93 = 31 milliseconds less, so that 6,500 steps pay for it; `auto` wants eight times that. On a GPU nothing was
+117 - 90 = 27 milliseconds less, so that 7,400 steps pay for it; `auto` wants seven times that. On a GPU nothing was
 measured.
 """
 
