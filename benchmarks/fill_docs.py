@@ -29,7 +29,7 @@ FILES = {
     **{f"loader_{one}": "loader_order.json" for one in ("order", "cold")},
     "loader_node": "loader_workers.json",
     **{f"published_{one}": "published.json"
-       for one in ("flow", "flowtargets", "unguided", "unguidedtargets", "ddpm", "ddpmtargets", "short")},
+       for one in ("flow", "flowtargets", "unguided", "unguidedtargets", "ddpm", "ddpmtargets", "packaged", "short")},
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
     **{f"language_{one}": "language.json"

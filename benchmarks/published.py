@@ -6,7 +6,8 @@ finished (row, seed) is kept at once in benchmarks/results/published.json, so a 
 
 MNIST's 10,000 test pictures, which the teachers have not seen, are split at random: one half gives the students' x0,
 the figures are against the other. Features: 64 principal components of that half's pixels, and a small classifier of
-digits that is trained here on the first half (its labels too); neither is part of a loss.
+digits that is trained here on the first half (its labels too); neither is part of a loss. `--packaged 1000` adds a
+third space for the rows whose students are in the folder of runs: EfficientNet-Lite0, of flowmap's extra "features".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ from flowmap.data import Dataset
 from flowmap.flow.solver import Euler, Heun, euler_step, integrate
 from flowmap.metrics.frechet import FrechetDistance
 from flowmap.metrics.nearest import NearestScore
+from flowmap.metrics.picture_nets import EfficientNetLite0
 from flowmap.metrics.precision_recall import PrecisionRecallScore
 from flowmap.nets.module_clock import DDPM
 from flowmap.plan.plan import resolve
@@ -40,6 +43,7 @@ from flowmap.recipe import Recipe
 FOLDER = Path(__file__).resolve().parents[1] / "examples/published"
 RESULT = RESULTS / "published.json"
 IMAGES, COMPONENTS, NEIGHBOURS = 5000, 64, 1000
+PACKAGED = 32  # components of the packaged network's features
 STEPS = {"instaflow": (1,)}  # of sampling; other methods: 1, 2, 4, 8
 MIXED = [
     *("objective.kind=ayf_mixed", "objective.warmup_steps=400", "objective.r_max=1.0"),
@@ -184,6 +188,51 @@ def teacher_row(work: Work, seed: int, done: dict) -> None:
             work.keep("teacher", seed, done, f"{name}: {shown(done[name])}")
 
 
+def packaged_rows(work: Work, seeds: Sequence[int], count: int) -> None:
+    """Frechet distances on principal components of a packaged network's features, of `count` pictures a row."""
+    components = PackagedComponents(work.data.held_out[:count])
+    frechet = FrechetDistance(components, PACKAGED)
+    frechet.update(work.data.held_out[:count], real=True)
+    cond = None if work.cond is None else {key: value[:count] for key, value in work.cond.items()}
+
+    def kept_row(row: str, seed: int, name: str, make: Callable[[], Tensor]) -> None:
+        if name in kept(RESULT).get(work.packaged, {}).get(row, {}).get(str(seed), {}):
+            return
+        frechet.reset()
+        frechet.update(make(), real=False)
+        work.keep_packaged(row, seed, name, float(frechet.compute()))
+
+    kept_row("real", 0, "real", lambda: work.data.train[:count])
+    teacher = build_teacher(resolve(work.recipe), work.data)
+    for seed in seeds:
+        start = teacher.network.start(count, torch.Generator().manual_seed(seed)).x1
+        for name in ("euler 50", "euler 12"):  # the first is what the others are compared with
+            solve = SOLVERS[MODELS[work.model][0]][name]
+            kept_row("teacher", seed, name, partial(solved, teacher.guided.velocity, solve, start, cond))
+        for method in [*METHODS, *FILES]:
+            folder = work.runs / f"{work.model}-{method}-{seed}" / "student"
+            for k in STEPS.get(method, (1, 2, 4, 8)) if folder.is_dir() else ():
+                student = flowmap.load_student(folder)
+                kept_row(method, seed, str(k), partial(student.sample, count, k, cond, seed=seed, batch_size=250))
+
+
+class PackagedComponents:
+    """The leading principal components, of these pictures, of features that a package brings. x (B, 1, 28, 28)."""
+
+    def __init__(self, reference: Tensor):
+        self.net = EfficientNetLite0().eval()
+        found = self.features(reference)
+        self.mean = found.mean(0)
+        self.components = torch.linalg.svd(found - self.mean, full_matrices=False).Vh[:PACKAGED].mT
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.split(100)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (self.features(x) - self.mean) @ self.components
+
+
 @torch.no_grad()
 def solved(velocity: Callable, solve: Callable, start: Tensor, cond: dict[str, Tensor] | None) -> Tensor:
     """The pictures in [-1, 1] at the ends of the teacher's paths from `start`, in parts of 250."""
@@ -251,13 +300,27 @@ class Work:
 
     def keep(self, row: str, seed: int, figures: dict, line: str) -> None:
         """Write the figures of a row and seed to the file of results, at once."""
+        self._keep(self.model, row, seed, figures)
+        self.found.setdefault(row, {})[str(seed)] = figures
+        print(f"{self.model} {row} seed {seed}: {line}", flush=True)
+
+    def keep_packaged(self, row: str, seed: int, name: str, distance: float) -> None:
+        """The same for one distance in the packaged network's features."""
+        known = kept(RESULT).get(self.packaged, {}).get(row, {}).get(str(seed), {})
+        self._keep(self.packaged, row, seed, known | {name: distance})
+        print(f"{self.packaged} {row} seed {seed}: {name}: {distance:.4g}", flush=True)
+
+    @property
+    def packaged(self) -> str:
+        """What the results of the packaged network's features are kept as."""
+        return f"packaged-{self.model}"
+
+    def _keep(self, model: str, row: str, seed: int, figures: dict) -> None:
         everything = kept(RESULT)
-        everything.setdefault(self.model, {}).setdefault(row, {})[str(seed)] = figures
+        everything.setdefault(model, {}).setdefault(row, {})[str(seed)] = figures
         settings = {"pictures of each row": self.images, "components": COMPONENTS}
         made = {"environment": environment(), "settings": settings, "tables": tables(everything)}
         keep(RESULT, everything | made)
-        self.found.setdefault(row, {})[str(seed)] = figures
-        print(f"{self.model} {row} seed {seed}: {line}", flush=True)
 
 
 def shown(figures: dict[str, float]) -> str:
@@ -286,11 +349,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's")
     parser.add_argument("--images", type=int, default=IMAGES)
+    parser.add_argument("--packaged", type=int, help="measure students in the folder of runs, by EfficientNet-Lite0")
     parser.add_argument("--runs", type=Path, default=Path("runs/published"))
     args = parser.parse_args()
     os.environ.setdefault("FLOWMAP_RUNS", str(args.runs))  # of pairs, and of the runs that others build on
     torch.set_num_threads(1)
     work = work_of(args.model, args)
+    if args.packaged:
+        return packaged_rows(work, args.seeds, args.packaged)
     if "real" not in work.found:
         data = work.data
         accuracy = work.ruler.accuracy(data.held_out, data.held_out_labels)

@@ -43,6 +43,8 @@ def tables(everything: Mapping) -> dict[str, dict]:
         if "teacher" in everything.get(model, {}):
             made[name] = figures(everything[model])
             made[f"{name}targets"] = targets(everything[model], "ddim 50" if name == "ddpm" else "euler 12")
+    if packaged := everything.get("packaged-mnist-flow-vit"):
+        made["packaged"] = packaged_table(packaged)
     if "flow" in made:
         made["short"] = short(made["flow"])
     return {name: table for name, table in made.items() if table["rows"]}
@@ -95,6 +97,19 @@ def _compared(pairs: list[tuple[dict, dict]], many: str) -> list[str]:
         most = lambda teacher: min(teacher.values(), key=lambda row: row["frechet_pixels"])["accuracy"]
         cells.append(spread(100 * (most(teacher) - student["accuracy"]) for student, teacher in pairs))
     return cells
+
+
+def packaged_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict:
+    """Frechet distances in a packaged network's features, and their ratios to the teacher's at 50 steps."""
+    lines = []
+    for row, seeds in found.items():
+        for k in next(iter(seeds.values())):
+            steps = k if row == "teacher" else f"{k} step{'s' * (k != '1')}"
+            name = "real pictures" if row == "real" else f"{METHODS.get(row, row)}, {steps}"
+            rows = {seed: figures[k] for seed, figures in seeds.items() if k in figures}
+            to = [] if row == "real" else [value / found["teacher"][s]["euler 50"] for s, value in rows.items()]
+            lines.append([name, str(len(rows)), spread(rows.values()), spread(to)])
+    return {"columns": ["row", "seeds", "Frechet, EfficientNet-Lite0", "to the teacher's at 50 steps"], "rows": lines}
 
 
 def short(table: dict) -> dict:
