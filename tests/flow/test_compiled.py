@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
-from flowmap.flow.tangent.compiled import Compiled, inductor
+from flowmap.flow.tangent.compiled import Compiled, inductor, uncompiled
 from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
 
@@ -18,12 +18,13 @@ WALKED = lambda graph, inputs: graph.forward
 """A backend that compiles nothing: the walk runs on ordinary tensors."""
 
 
-def setting(name: str, dtype=torch.float32):
+def setting(name: str, dtype=torch.float32, batch: int = B):
     student = FAMILIES[name].student().to(dtype).train()
     draw = torch.Generator().manual_seed(1)
-    x, v = (torch.randn(B, *SHAPE, generator=draw, dtype=dtype) for _ in range(2))
-    t = torch.tensor([0.9, 0.5, 0.3])
-    return student, x, t, t * torch.tensor([0.1, 0.6, 0.0]), v, FAMILIES[name].conditions(B, dtype)
+    x, v = (torch.randn(batch, *SHAPE, generator=draw, dtype=dtype) for _ in range(2))
+    t = torch.tensor([0.9, 0.5, 0.3, 0.8, 0.6])[:batch]
+    s = t * torch.tensor([0.1, 0.6, 0.0, 0.2, 0.9])[:batch]
+    return student, x, t, s, v, FAMILIES[name].conditions(batch, dtype)
 
 
 def results(student, derive) -> list[Tensor]:
@@ -67,13 +68,15 @@ def test_the_walk_is_the_dual_forward(name):
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("adm", marks=pytest.mark.slow)])
 def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
-    """Row counts share a graph; the walk of bfloat16 has the eager one's roundings."""
-    student, x, t, s, v, cond = setting(name)
+    """Row counts, all rows and other batches share a graph; the walk of bfloat16 has the eager one's roundings."""
+    student, x, t, s, v, cond = setting(name, batch=5)
+    few = {key: value[:4] for key, value in cond.items()}
     rows = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
-    arrival = lambda: lagrangian_derivative(student, x, t, s, cond)
+    fewer = lambda n: lambda: eulerian_derivative(student, x[:4], t[:4], s[:4], v[:4], few, rows=n)
+    arrival = lambda n: lambda: lagrangian_derivative(student, x, t, s, cond, rows=n)
     with torch.autocast("cpu", torch.bfloat16):
-        ways = check_equal(student, [rows(1), rows(2), arrival, rows(None)])
-    assert ways.dual.graphs <= 4
+        ways = check_equal(student, [rows(3), rows(2), rows(None), fewer(3), fewer(None), arrival(4), arrival(None)])
+    assert ways.dual.graphs == 2
 
 
 def test_checkpointed_blocks_are_walked():
@@ -180,11 +183,12 @@ def test_markers_are_refused_outside_a_capture():
 def test_other_shapes_than_the_first_few_run_uncompiled(monkeypatch):
     monkeypatch.setattr("flowmap.flow.tangent.compiled.MOST_GRAPHS", 1)
     student, x, t, s, v, cond = setting("dit")
-    derive = lambda rows: eulerian_derivative(student, x, t, s, v, cond, rows=rows)[1]
-    want = {rows: derive(rows) for rows in (None, 2)}
+    of_departure = lambda: eulerian_derivative(student, x, t, s, v, cond)[1]
+    of_arrival = lambda: lagrangian_derivative(student, x, t, s, cond)[1]
+    want = {derive: derive() for derive in (of_departure, of_arrival)}
     ways = compiled(student)
-    for rows in (None, 2, None, 2):
-        assert torch.equal(derive(rows), want[rows])
+    for derive in (of_departure, of_arrival) * 2:
+        assert torch.equal(derive(), want[derive])
     assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 2) and "more than 1" in ways.dual.stopped
 
 
@@ -194,9 +198,12 @@ def test_blocks_of_one_class_share_their_graphs():
     ways = None
     for block in student.net.blocks:
         block.forward = ways = Compiled(block.forward, backend=WALKED, like=ways, part=True)
-    found = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    derive = lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2)
+    assert all(torch.equal(a, b) for a, b in zip(results(student, derive), want, strict=True))
     assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 0)
+    with uncompiled():
+        derive()
+    assert (ways.dual.graphs, ways.dual.fallbacks, ways.plain.graphs) == (1, 0, 0)
 
 
 def test_torch_func_passes_by():
