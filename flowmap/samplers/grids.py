@@ -87,5 +87,6 @@ class FewStep(BaseSampler):
 
 def jump(student, x: Tensor, t: float, s: float, cond) -> Tensor:
     """f(x, t, s) for one pair of times for the whole batch, passed as (B,) in float32 (float64 for a float64 x)."""
-    ones = torch.ones(x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return student(x, ones * t, ones * s, cond)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    of_all = lambda time: torch.full((len(x),), time, device=x.device, dtype=dtype)
+    return student(x, of_all(t), of_all(s), cond)

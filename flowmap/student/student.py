@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import MAX_STEPS
-from flowmap.flow.draws import Generator, of_samples
+from flowmap.flow.draws import Generator, RowGenerator, of_samples
 from flowmap.flow.prior import LearnedPrior, Start, conditioning_rows, start_blocks, starts
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
@@ -161,7 +161,8 @@ class Student(Sentences):
             raise ValueError("gamma: adds noise from N(0, I), and this student starts from a learned prior")
         own = self.config.sampler_at(steps) if solver is None else self.config.sampler
         sampler = asked_for(own, gamma=gamma, solver=solver)
-        noise, out = of_samples(generator, torch.arange(len(start.x1))), []
+        noise = generator if isinstance(generator, RowGenerator) else of_samples(generator, torch.arange(len(start.x1)))
+        out = []
         flow_map = self._compiled if compile else self.flow_map
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
@@ -171,7 +172,7 @@ class Student(Sentences):
                 out.append(sampler(flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
             if progress is not None:
                 progress(len(chunk))
-        x0 = torch.cat(out)
+        x0 = out[0] if len(out) == 1 else torch.cat(out)
         if latents:
             return x0
         return (
