@@ -7,13 +7,14 @@ run between them. Equal blocks share their graphs, so the first one alone is com
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from flowmap.base.progress import LogFunction
-from flowmap.flow.tangent.compiled import Compiled, Way
+from flowmap.base.schema import RecipeError
+from flowmap.flow.tangent.compiled import Compiled, Way, inductor_with_cuda_graphs
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import Recipe
@@ -42,9 +43,13 @@ def pays(recipe: Recipe, device: str) -> bool:
 def compile_networks(
     recipe: Recipe, device: str, students: Iterable[FlowMapNet], frozen: Iterable[FlowMapNet], log: LogFunction
 ) -> list[Way]:
-    """Compile the networks in place, if it pays; the ways of all of them, for `report`."""
+    """Compile the networks in place, if it pays; the ways of all of them, for `report`.
+
+    Raises RecipeError if CUDA graphs are wanted and cannot be had.
+    """
     if not pays(recipe, device):
         return []
+    backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     kept = Path.home() / ".cache" / "flowmap" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     import torch._dynamo
@@ -54,15 +59,25 @@ def compile_networks(
     found: list[Way] = []
     for name, nets in (("student", students), ("teacher", frozen)):
         for net in nets:
-            found += _compile(net.net, name, log, parts=parts)
+            found += _compile(net.net, name, log, parts=parts, backend=backend)
     return found
 
 
-def _compile(net: nn.Module, name: str, log: LogFunction, *, parts: bool) -> list[Way]:
+def _cuda_graphs(recipe: Recipe, device: str) -> Callable:
+    """The backend that records CUDA graphs."""
+    if device != "cuda":
+        raise RecipeError(f"trainer.compile: cuda_graphs wants a CUDA device, and this run is on {device}")
+    if recipe.batches.accumulate > 1:  # gradients stay in the graph's memory, which its next replay overwrites
+        what = f"goes with one micro-batch a step, and this run has {recipe.batches.accumulate}"
+        raise RecipeError(f"trainer.compile: cuda_graphs {what}")
+    return inductor_with_cuda_graphs
+
+
+def _compile(net: nn.Module, name: str, log: LogFunction, *, parts: bool, backend: Callable | None) -> list[Way]:
     """Compile a network, or its blocks, in place."""
     blocks = _outermost(blocks_of(net)) if parts else []
     if not blocks:
-        compiled = Compiled(net.forward, name=name, log=log)
+        compiled = Compiled(net.forward, name=name, log=log, backend=backend)
         net.__dict__["forward"] = compiled
         return list(compiled.ways)
     first: dict[tuple, Compiled] = {}

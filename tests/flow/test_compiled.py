@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor import compile_fx, config
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
-from flowmap.flow.tangent.compiled import Compiled, inductor
+from flowmap.flow.tangent.compiled import Compiled, inductor, inductor_with_cuda_graphs
 from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
 
@@ -197,6 +201,36 @@ def test_blocks_of_one_class_share_their_graphs():
     found = results(student, lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2))
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 0)
+
+
+class Scaling(torch.nn.Module):
+    """One weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(7))
+
+    def forward(self, x, t, s, cond=None):
+        return self.weight * x.sin() * (t - s)[:, None]
+
+
+def test_cuda_graphs_reach_inductor_in_forward_and_backward(monkeypatch):
+    """Changing shapes have none, and the log says so."""
+    seen, lines, original = [], [], compile_fx.compile_fx
+
+    def inner(graph, inputs, **unused):
+        seen.append((config.triton.cudagraphs, config.triton.cudagraph_skip_dynamic_graphs))
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(original, inner_compile=inner))
+    student, x, t = FlowMapNet(Scaling()), torch.randn(5, 7), torch.linspace(0.1, 0.9, 5)
+    ways = student.net.forward = Compiled(student.net.forward, log=lines.append, backend=inductor_with_cuda_graphs)
+    for rows in (None, 2, 3):
+        results(student, lambda rows=rows: eulerian_derivative(student, x, t, t / 2, x, rows=rows))
+    assert (ways.dual.stopped, ways.dual.fallbacks) == (None, 0)
+    assert seen == [(True, True)] * 2 * ways.dual.graphs and not config.triton.cudagraphs
+    changing = [line for line in lines if "no CUDA graph" in line]
+    assert len(changing) == 1 and f"graph {ways.dual.graphs} has shapes that change" in changing[0]
 
 
 def test_torch_func_passes_by():

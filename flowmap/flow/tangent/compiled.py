@@ -28,6 +28,9 @@ MOST_GRAPHS = 6
 Torch itself stops at 8.
 """
 
+CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+"""Inductor's settings for kernels that are recorded and replayed as one; graphs whose shapes change are left out."""
+
 COUNTER = itertools.count()
 
 
@@ -95,6 +98,8 @@ class Way:
             raise NotCaptured(f"more than {MOST_GRAPHS} different shapes or settings")
         out = self.backend(walked(graph) if is_dual(graph) else graph, inputs)
         self.graphs += 1
+        if self.backend is inductor_with_cuda_graphs and any(isinstance(x, torch.SymInt) for x in inputs):
+            self.log(f"compile: {self.name}: graph {self.graphs} has shapes that change: no CUDA graph")
         return out
 
 
@@ -166,6 +171,13 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs)
+
+
+def inductor_with_cuda_graphs(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """The same; its kernels are recorded as CUDA graphs (torch.compiler.cudagraph_mark_step_begin starts a step)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, config_patches=CUDA_GRAPHS)
 
 
 def reason_of(error: BaseException) -> str:
