@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import resource
 import statistics
 import time
@@ -25,7 +26,7 @@ import torch
 from lib.report import RESULTS, environment, kept, table, write
 from step_cost import COMPILED, one_step, ratios, ways
 from torch import Tensor
-from torch._inductor import config, metrics
+from torch._inductor import compile_fx, config, metrics
 from torch._inductor.utils import fresh_cache
 
 from flowmap.estimate.flops import Flops
@@ -166,6 +167,8 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also those that were measured before")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # at that level inductor counts bytes
+    compile_fx.inductor_metrics_log.propagate = False
     config.compile_threads = 1  # compilers are then children of this process, whose time counts
     before = kept(RESULTS / f"{NAME}.json")
     rows: dict[tuple, dict] = {
