@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=solvers, help=what)
     _picture_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
+    what = "compile the network: slower to start, then faster"
+    parser.add_argument("--compile", action="store_true", default=None, help=what)
     parser.add_argument("--out", required=True, help="folder for the pictures")
 
 
@@ -112,6 +114,7 @@ def _draw(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list
     num, seed = 64 if a.num is None else a.num, a.seed or 0
     options = {name: getattr(a, name) for name in ("steps", "guidance", "gamma", "solver", "interpolate")}
     options |= {"inpaint": a.inpaint and (a.inpaint, a.mask), "refine": _refiner(a, seed, student.device)}
+    options["compile"] = bool(a.compile)
     with Progress(num * len(a.steps), "drawing", log) as progress:
         return sample(student, a.out, num=num, cond=cond, seed=seed, progress=progress, **options)
 
@@ -134,7 +137,7 @@ def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None
 
 def _alone(a: argparse.Namespace) -> None:
     """Raise ValueError if --texts is given with an option that editing sentences ignores."""
-    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt", "num", "seed")
+    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt", "num", "seed", "compile")
     given = next((name for name in names if getattr(a, name) is not None), None)
     if given is not None:
         raise ValueError(f"--{given}: does not go with --texts, which takes --steps, --class and --attribute")

@@ -20,6 +20,7 @@ from flowmap.flow.limit import Clip
 from flowmap.flow.prior import LearnedPrior, start_of
 from flowmap.flow.seeds import seeded
 from flowmap.flow.solver import Euler
+from flowmap.flow.tangent.compiled import uncompiled
 from flowmap.flow.types import Cond
 from flowmap.plan.cards import card_of
 from flowmap.plan.guidance import guidance_warnings
@@ -137,7 +138,7 @@ def look(
     steps = min(STEPS, recipe.evaluation.teacher_steps)
     teacher.to(device)
     x1, cond = _start(recipe, data, num, device, prior)
-    with torch.compiler.set_stance("force_eager"):  # Otherwise this batch size is compiled.
+    with uncompiled(), torch.compiler.set_stance("force_eager"):  # otherwise this batch size is compiled
         samples = Euler(steps=steps)(_finite_velocity(recipe, teacher, cond), x1).x.float().cpu()
     bound = _bound(recipe, teacher, samples)
     ours, real = Statistics.of(samples, bound), None

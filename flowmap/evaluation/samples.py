@@ -52,11 +52,12 @@ def sample(
     solver: str | None = None,
     inpaint: tuple[str | Path, str | Path] | None = None,
     interpolate: tuple[str | Path, str | Path] | None = None,
+    compile: bool = False,
 ) -> list[Path]:
     """Write out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K; returns the paths of the grids.
 
-    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver: as in
-    Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py). Samples
+    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver, compile: as
+    in Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py). Samples
     are drawn as they are measured: in the precision of the student's training and, where evaluation.batch_size is
     below 256, in batches of that size.
     """
@@ -66,16 +67,16 @@ def sample(
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
     if inpaint is None and interpolate is None:
-        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress)
+        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress, compile=compile)
         size = BATCH if trained is None else min(BATCH, trained.evaluation.batch_size)
         draw = partial(student.sample, num, **options, seed=seed, solver=solver, batch_size=size)
     else:
         if num < 1:
             raise ValueError(f"num: {num} must be 1 or more")
-        if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):
-            raise ValueError(
-                "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner"
-            )
+        given = cond or compile or any(one is not None for one in (guidance, gamma, refine))
+        if given or None not in (inpaint, interpolate):
+            what = "exclude one another, and conditions, guidance, gamma, a refiner and --compile"
+            raise ValueError(f"--inpaint, --interpolate: {what}")
         draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
     drawn = in_precision(draw, "32" if trained is None else trained.trainer.precision, student.device)
     return [_write(Path(out), k, drawn(steps=k)) for k in steps]

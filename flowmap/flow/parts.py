@@ -37,6 +37,10 @@ class BaseSampler(Part):
     def jumps_to_data(self) -> bool:
         return False
 
+    @property
+    def draws(self) -> bool:
+        return True
+
 
 class BaseObjective(Part):
     """An objective that trains a flow map, takes no derivative of the network and compares no pictures."""

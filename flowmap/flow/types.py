@@ -188,8 +188,8 @@ class Sampler(Protocol):
     """Takes x1 to data in a few calls of the student.
 
     steps: the step counts that evaluation reports. calls(steps): the number of calls of the student for that count.
-    jumps_to_data: every call of the student goes to t = 0. A subclass of
-    samplers/grids.py's FewStep has all members but `__call__`.
+    jumps_to_data: every call of the student goes to t = 0. draws: it may use `generator`, which is None otherwise. A
+    subclass of samplers/grids.py's FewStep has all members but `__call__`.
     """
 
     @property
@@ -197,6 +197,9 @@ class Sampler(Protocol):
 
     @property
     def jumps_to_data(self) -> bool: ...
+
+    @property
+    def draws(self) -> bool: ...
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The steps + 1 times of a run, falling to exactly 0."""

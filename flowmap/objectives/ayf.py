@@ -62,7 +62,7 @@ class AYFEMD(_AYF):
         derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
             student, x, t, s, v, cond, mode=self.derivative, rows=rows
         )
-        mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=self.r_max > 0)
         g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate
         return self._loss(student, sample, mean_velocity, g, rate, step)
 
@@ -79,7 +79,7 @@ class AYFLMD(_AYF):
         derive = lambda x, t, s, v, cond, rows: lagrangian_derivative(
             student, x, t, s, cond, mode=self.derivative, rows=rows
         )
-        mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=r > 0)
+        mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=self.r_max > 0)
         arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)
         return self._loss(student, sample, mean_velocity, g, rate, step)

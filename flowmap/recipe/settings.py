@@ -201,12 +201,12 @@ class ConstantEMA:
 class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
-    compile: whether networks are compiled, and the derivative with them; `auto`: if the run is long enough to pay for
-    it, 50,000 micro-batches on a CPU and 5,000 on a GPU (train/compiling.py). What cannot be compiled runs as it is,
-    and the log says so. accumulate: with data.global_batch_size it follows from it, and may be left out.
-    check_finite_every_steps: losses and gradients are checked on the device in every step, and the host reads the
-    result so often; before anything is saved it always does. tf32: whether float32 matrix products on a GPU are of
-    TensorFloat-32 while training.
+    compile: whether networks are compiled, and the derivative with them; `auto`: if the run is long enough to pay
+    for it, 50,000 micro-batches on a CPU and 5,000 on a GPU (train/compiling.py). What cannot be compiled runs as
+    it is, and the log says so; `cuda_graphs`: also record kernels as CUDA graphs, on CUDA alone. accumulate: with
+    data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses and gradients
+    are checked on the device in every step, and the host reads the result so often; before anything is saved it
+    always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters, the text
     encoders of data.stored_text: captions); `auto` is that of `precision`. shard_size: with fsdp, the number of devices
@@ -246,17 +246,27 @@ class Trainer:
             ("accelerator", accelerators),
             ("strategy", ("auto", "ddp", "fsdp")),
             ("precision", ("32", "bf16")),
-            ("compile", (True, False, "auto")),
+            ("compile", (True, False, "auto", "cuda_graphs")),
             ("teacher_precision", ("auto", "32", "bf16")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(one if isinstance(one, str) else str(one).lower() for one in allowed)
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {choices}")
 
+        if self.compile == "cuda_graphs":
+            self._check_cuda_graphs()
         devices = self.devices * self.num_nodes
         if self.shard_size is not None and (self.strategy != "fsdp" or devices % self.shard_size):
             what = f"must divide the number of devices, {devices}, of a run with strategy fsdp"
             raise ValueError(f"shard_size: {self.shard_size} {what}")
+
+    def _check_cuda_graphs(self) -> None:
+        """Raise ValueError where kernels cannot be replayed in the memory in which they were recorded."""
+        if self.strategy == "fsdp":
+            what = "does not go with strategy fsdp, which gathers weights into new memory"
+            raise ValueError(f"compile: cuda_graphs {what}")
+        if self.accelerator in ("cpu", "mps"):
+            raise ValueError(f"compile: cuda_graphs wants a CUDA device, and accelerator is {self.accelerator}")
 
     @property
     def shards(self) -> int:

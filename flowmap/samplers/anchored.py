@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flowmap.flow.draws import Generator
 from flowmap.flow.types import Cond, FlowMap
-from flowmap.samplers.grids import FewStep
+from flowmap.samplers.grids import FewStep, of_all
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,10 @@ class Anchored(FewStep):
     is for students trained on the diagonal.
     """
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:
@@ -31,10 +34,8 @@ class Anchored(FewStep):
         """
         times = self.times(steps)
         x = self.start(x1)
-        ones = torch.ones(
-            x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
         for t, s in zip(times, times[1:], strict=False):
-            guess = x - t * student.mean_velocity(x, t * ones, t * ones, cond)
+            time = of_all(x, t)
+            guess = x - t * student.mean_velocity(x, time, time, cond)
             x = (1 - s) * guess + s * x1
         return x

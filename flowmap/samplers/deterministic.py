@@ -15,6 +15,10 @@ from flowmap.samplers.grids import FewStep, jump
 class Deterministic(FewStep):
     """x <- f(x, t, s) from t_max to 0. On an exact map the sample is the same for any number of steps."""
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def __call__(
         self, student: FlowMap, x1: Tensor, cond: Cond | None = None, *, steps: int, generator: Generator | None = None
     ) -> Tensor:

@@ -31,6 +31,10 @@ class Gamma(FewStep):
     def jumps_to_data(self) -> bool:
         return self.gamma == 1
 
+    @property
+    def draws(self) -> bool:
+        return self.gamma > 0
+
     def check(self, recipe: RecipeView) -> None:
         if recipe.prior.learned:
             raise ValueError("sampler: gamma adds noise from N(0, I), and the prior is a learned one; choose another")

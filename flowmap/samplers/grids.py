@@ -86,6 +86,11 @@ class FewStep(BaseSampler):
 
 
 def jump(student, x: Tensor, t: float, s: float, cond) -> Tensor:
-    """f(x, t, s) for one pair of times for the whole batch, passed as (B,) in float32 (float64 for a float64 x)."""
-    ones = torch.ones(x.shape[0], device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return student(x, ones * t, ones * s, cond)
+    """f(x, t, s) for one pair of times for the whole batch."""
+    return student(x, of_all(x, t), of_all(x, s), cond)
+
+
+def of_all(x: Tensor, time: float) -> Tensor:
+    """The time of all samples of x, (B,) in float32, float64 for a float64 x."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.full((len(x),), time, device=x.device, dtype=dtype)

@@ -25,6 +25,10 @@ class Solve(FewStep):
         if self.solver not in STEPS:
             raise ValueError(f"solver: {self.solver!r} is not one of {', '.join(STEPS)}")
 
+    @property
+    def draws(self) -> bool:
+        return False
+
     def calls(self, steps: int) -> int:
         return steps * STEPS[self.solver][1]
 

@@ -114,7 +114,7 @@ class Student(Sentences):
         if guidance is None and solver is None and "guidance" not in (cond or {}):
             guidance = self.config.scale_at(steps)
         rows = self.conditions(num, cond, guidance)
-        noise = of_samples(generator, torch.arange(num))
+        noise = generator.clone_state()
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
         found = self.carry(start, rows, steps, noise, compile=compile, **options)
@@ -161,17 +161,18 @@ class Student(Sentences):
             raise ValueError("gamma: adds noise from N(0, I), and this student starts from a learned prior")
         own = self.config.sampler_at(steps) if solver is None else self.config.sampler
         sampler = asked_for(own, gamma=gamma, solver=solver)
-        noise, out = of_samples(generator, torch.arange(len(start.x1))), []
-        flow_map = self._compiled if compile else self.flow_map
+        noise = of_samples(generator, torch.arange(len(start.x1))) if sampler.draws else None
+        flow_map, out = self._compiled if compile else self.flow_map, []
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
             rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, self.device)
             chunk = start.x1[at].to(self.device)
+            draws = None if noise is None else noise.at(at)
             with compiler_needed() if compile else nullcontext():
-                out.append(sampler(flow_map, chunk, rows, steps=steps, generator=noise.at(at)))
+                out.append(sampler(flow_map, chunk, rows, steps=steps, generator=draws))
             if progress is not None:
                 progress(len(chunk))
-        x0 = torch.cat(out)
+        x0 = out[0] if len(out) == 1 else torch.cat(out)
         if latents:
             return x0
         return (

@@ -1,19 +1,21 @@
 """trainer.compile: which networks are compiled, when that pays, and what the log says of it.
 
-Whole networks are compiled, for the best fusion; with FSDP2 their blocks, since the hooks that gather a block's weights
-run between them. Equal blocks share their graphs, so the first one alone is compiled.
+A network of equal blocks is compiled block by block: they share their graphs, which are a block long, and so do
+networks of equal blocks. What runs between them is little. Other networks are compiled whole, except with FSDP2, whose
+hooks gather weights between the blocks. For CUDA graphs all networks are compiled whole, for batches of one size.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from flowmap.base.progress import LogFunction
-from flowmap.flow.tangent.compiled import Compiled, Way
+from flowmap.base.schema import RecipeError
+from flowmap.flow.tangent.compiled import Compiled, Way, inductor_with_cuda_graphs
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import Recipe
@@ -42,37 +44,59 @@ def pays(recipe: Recipe, device: str) -> bool:
 def compile_networks(
     recipe: Recipe, device: str, students: Iterable[FlowMapNet], frozen: Iterable[FlowMapNet], log: LogFunction
 ) -> list[Way]:
-    """Compile the networks in place, if it pays; the ways of all of them, for `report`."""
+    """Compile the networks in place, if it pays; the ways of all of them, for `report`.
+
+    Raises RecipeError if CUDA graphs are wanted and cannot be had.
+    """
     if not pays(recipe, device):
         return []
+    backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     kept = Path.home() / ".cache" / "flowmap" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     import torch._dynamo
 
     torch._dynamo.config.optimize_ddp = False  # it would split the graph of value and tangent
-    parts = recipe.trainer.strategy == "fsdp"
+    trainer = recipe.trainer
     found: list[Way] = []
     for name, nets in (("student", students), ("teacher", frozen)):
+        first: dict[tuple, Compiled] = {}
         for net in nets:
-            found += _compile(net.net, name, log, parts=parts)
+            blocks = [] if backend is not None else _outermost(blocks_of(net.net))
+            alike = len({_kind(block) for block in blocks}) <= len(blocks) // 2
+            if blocks and (trainer.strategy == "fsdp" or alike and not trainer.activation_checkpointing):
+                _compile_blocks(blocks, name, first, log)
+            else:
+                compiled = Compiled(net.net.forward, name=name, log=log, backend=backend)
+                net.net.__dict__["forward"] = compiled
+                found += compiled.ways
+        found += (way for compiled in first.values() for way in compiled.ways)
     return found
 
 
-def _compile(net: nn.Module, name: str, log: LogFunction, *, parts: bool) -> list[Way]:
-    """Compile a network, or its blocks, in place."""
-    blocks = _outermost(blocks_of(net)) if parts else []
-    if not blocks:
-        compiled = Compiled(net.forward, name=name, log=log)
-        net.__dict__["forward"] = compiled
-        return list(compiled.ways)
-    first: dict[tuple, Compiled] = {}
+def _cuda_graphs(recipe: Recipe, device: str) -> Callable:
+    """The backend that records CUDA graphs, of whole networks."""
+    if device != "cuda":
+        raise RecipeError(f"trainer.compile: cuda_graphs wants a CUDA device, and this run is on {device}")
+    if recipe.batches.accumulate > 1:  # gradients stay in the graph's memory, which its next replay overwrites
+        what = f"goes with one micro-batch a step, and this run has {recipe.batches.accumulate}"
+        raise RecipeError(f"trainer.compile: cuda_graphs {what}")
+    return inductor_with_cuda_graphs
+
+
+def _compile_blocks(blocks: Sequence[nn.Module], name: str, first: dict[tuple, Compiled], log: LogFunction) -> None:
+    """Compile blocks in place; `first` has the first of every kind, whose graphs the others use."""
     for block in blocks:
-        kind = (type(block), *(p.shape for p in block.parameters()))
-        called = f"{name}'s {type(block).__name__}"
+        if isinstance(block.__dict__.get("forward"), Compiled):  # of a network with the same blocks
+            continue
+        called, kind = f"{name}'s {type(block).__name__}", _kind(block)
         compiled = Compiled(block.forward, name=called, log=log, like=first.get(kind), part=True)
         first.setdefault(kind, compiled)
         block.__dict__["forward"] = compiled
-    return [way for compiled in first.values() for way in compiled.ways]
+
+
+def _kind(block: nn.Module) -> tuple:
+    """Equal for blocks that can share graphs."""
+    return (type(block), *(p.shape for p in block.parameters()))
 
 
 def _outermost(blocks: Sequence[nn.Module]) -> list[nn.Module]:

@@ -179,6 +179,8 @@ class DistillModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """What `learn` draws from torch's own generator is a function of (seed, step, micro-batch, process)."""
+        if self.recipe.trainer.compile == "cuda_graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the last step returned may be overwritten
         with drawing_by(f"{self.recipe.seed}/{self.global_step}/{self._micro}/{self.global_rank}", self.device):
             return self.learn(*self.draw(batch))
 

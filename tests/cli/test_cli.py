@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -57,6 +58,16 @@ def test_sample_writes_grids_and_single_pictures(command, finished, tmp_path):
         tmp_path / "drawn",
     )
     assert bytes_of(tmp_path / "drawn") == again
+
+
+def test_sample_compiles_the_network_where_it_is_asked_to(command, finished, tmp_path, monkeypatch):
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    arguments = ["sample", "--student", finished, "--steps", 2, "--num", 5, "--out"]
+    assert command(*arguments, tmp_path / "drawn")[0] == 0 and not graphs
+    assert command(*arguments, tmp_path / "compiled", "--compile")[0] == 0 and graphs
+    assert bytes_of(tmp_path / "compiled") == bytes_of(tmp_path / "drawn")
 
 
 def test_evaluate_gives_the_runs_own_figures(command, finished, tmp_path):

@@ -120,6 +120,12 @@ def test_steps_below_one_are_refused(sampler, steps):
         sampler(ExactStudent(), draw(), steps=steps)
 
 
+@pytest.mark.parametrize("sampler", [kind() for kind in SAMPLERS.values()] + [SAMPLERS["gamma"](gamma=0.0)], ids=str)
+def test_a_sampler_states_whether_it_draws(sampler):
+    one, other = (sampler(ExactStudent(), draw(), steps=3, generator=seeded(i)) for i in range(2))
+    assert sampler.draws != torch.equal(one, other)
+
+
 def test_gamma_is_between_zero_and_one():
     with pytest.raises(ValueError, match="gamma: 1.1 must lie in"):
         Gamma(gamma=1.1)

@@ -152,6 +152,7 @@ def test_by_the_command_line(folder, command):
         (["--inpaint", "no.png", "--mask", "mask.png"], "--inpaint: no.png: is no picture"),
         (["--interpolate", "a.png", "text.png"], "--interpolate: text.png: is no picture"),
         (["--interpolate", "a.png", "b.png", "--gamma", "0.5"], "exclude one another"),
+        (["--interpolate", "a.png", "b.png", "--compile"], "exclude one another"),
         (["--solver", "heun", "--gamma", "0.5"], "gamma"),
         (["--interpolate", "a.png", "b.png", "--num", "0"], "num: 0 must be 1 or more"),
         (["--inpaint", "a.png", "--mask", "mask.png", "--num", "-1"], "num: -1 must be 1 or more"),

@@ -42,13 +42,17 @@ class Family:
         return {"guidance": torch.linspace(1, 3, rows, dtype=dtype), **rest}
 
 
-def _pretrained(make: Callable[[], nn.Module], scheduler: str) -> Callable[[], nn.Module]:
+def pretrained(
+    make: Callable[[], nn.Module], scheduler: str, shape: tuple[int, ...] = SHAPE
+) -> Callable[[], nn.Module]:
+    """A function that builds a student's network for samples of that shape, with the settings of make()'s."""
+
     def build() -> nn.Module:
         model = make()
         settings = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
         schedule = {} if "Flow" in scheduler else {"beta_schedule": "scaled_linear", "clip_sample": False}
         spec = DiffusersModel(type(model).__name__, json.dumps(settings), scheduler, json.dumps(schedule))
-        return spec.build(SHAPE, guidance=True)
+        return spec.build(shape, guidance=True)
 
     return build
 
@@ -64,11 +68,11 @@ FAMILIES = {
     "ddpmpp": Family(lambda: DDPMpp(channels=32, **TWO_LEVELS).build(SHAPE, **OURS), 10),
     "adm": Family(lambda: ADM(channels=64, **TWO_LEVELS).build(SHAPE, **OURS), 10),
     # residual blocks and attentions: 3 down, 3 in the middle, 6 up; one halving and one doubling
-    "sd15": Family(_pretrained(tiny_nets.sd, NOISE), 14, text=True),
-    "sd35": Family(_pretrained(tiny_nets.sd3, FLOW), 2, text=True),
-    "sana": Family(_pretrained(tiny_nets.sana, FLOW), 1, text=True),
-    "flux": Family(_pretrained(tiny_nets.flux, FLOW), 2, text=True),
-    "pixart": Family(_pretrained(tiny_nets.pixart, NOISE), 2, text=True),
+    "sd15": Family(pretrained(tiny_nets.sd, NOISE), 14, text=True),
+    "sd35": Family(pretrained(tiny_nets.sd3, FLOW), 2, text=True),
+    "sana": Family(pretrained(tiny_nets.sana, FLOW), 1, text=True),
+    "flux": Family(pretrained(tiny_nets.flux, FLOW), 2, text=True),
+    "pixart": Family(pretrained(tiny_nets.pixart, NOISE), 2, text=True),
     # its first block's embedding is a unit too: the model calls it once more after the last block
-    "dit_xl": Family(_pretrained(tiny_nets.dit, NOISE), 3),
+    "dit_xl": Family(pretrained(tiny_nets.dit, NOISE), 3),
 }

@@ -96,10 +96,10 @@ def sana():
     )  # fmt: skip
 
 
-def pixart():
+def pixart(num_layers: int = 2):
     return diffusers.PixArtTransformer2DModel(
-        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2, cross_attention_dim=32,
-        caption_channels=TEXT,
+        **HEADS, in_channels=4, out_channels=8, num_layers=num_layers, sample_size=8, patch_size=2,
+        cross_attention_dim=32, caption_channels=TEXT,
         use_additional_conditions=False,
     )  # fmt: skip
 

@@ -11,9 +11,10 @@ from torch import nn
 
 import flowmap
 from flowmap.base.schema import RecipeError
-from flowmap.flow.tangent.compiled import Compiled
+from flowmap.flow.tangent.compiled import Compiled, inductor_with_cuda_graphs
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.recipe.settings import Trainer
 from flowmap.train.compiling import CPU_CALLS, GPU_CALLS, compile_networks, pays, report
 from flowmap.train.csv_log import read_log
 
@@ -34,7 +35,7 @@ def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, comp
 def test_micro_batches_count_and_other_words_are_refused(tiny):
     long = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={CPU_CALLS // 2}", "trainer.accumulate=2")
     assert pays(long, "cpu")
-    with pytest.raises(RecipeError, match="compile: 'always' is not one of true, false, auto"):
+    with pytest.raises(RecipeError, match="compile: 'always' is not one of true, false, auto, cuda_graphs"):
         recipe_of(tiny, "trainer.compile=always")
 
 
@@ -71,6 +72,32 @@ def test_a_copy_of_a_compiled_network_is_a_network():
     net.net.forward = Compiled(net.net.forward)
     other = copy.deepcopy(net)
     assert other.net.forward.__self__ is other.net and list(other.state_dict()) == list(net.state_dict())
+
+
+def test_cuda_graphs_are_refused_where_memory_moves(tiny):
+    wanted = "trainer.compile=cuda_graphs"
+    for other, says in (("trainer.strategy=fsdp", "strategy fsdp"), ("trainer.accelerator=cpu", "accelerator is cpu")):
+        with pytest.raises(RecipeError, match=f"compile: cuda_graphs .*{says}"):
+            recipe_of(tiny, wanted, other)
+    recipe, net = recipe_of(tiny, wanted, "trainer.accelerator=auto"), FlowMapNet(DiT(preset="nano").build((1, 8, 8)))
+    with pytest.raises(RecipeError, match="wants a CUDA device, and this run is on cpu"):
+        compile_networks(recipe, "cpu", [net], [], print)
+    split = recipe_of(tiny, wanted, "trainer.accelerator=auto", "trainer.accumulate=2")
+    with pytest.raises(RecipeError, match="one micro-batch a step, and this run has 2"):
+        compile_networks(split, "cuda", [net], [], print)
+    student, teacher = compile_networks(recipe, "cuda", [net], [], print)
+    assert student.backend is teacher.backend is inductor_with_cuda_graphs
+
+
+@pytest.mark.parametrize("wanted, marks", [("cuda_graphs", 4), ("true", 0)])
+def test_each_step_starts_new_cuda_graphs(tiny, tmp_path, monkeypatch, wanted, marks):
+    marked = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(1))
+    monkeypatch.setattr("flowmap.train.stage.compile_networks", lambda *unused: [])
+    monkeypatch.setattr(Trainer, "_check_cuda_graphs", lambda trainer: None)  # this run is on a CPU
+    recipe = recipe_of(tiny, f"trainer.compile={wanted}", "trainer.steps=4", "metrics=[]")
+    flowmap.fit(recipe, tmp_path / "run", log=lambda line: None)
+    assert len(marked) == marks
 
 
 class Fused(nn.Module):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ MOST_GRAPHS = 6
 Torch itself stops at 8.
 """
 
+CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+"""Inductor's settings for kernels that are recorded and replayed as one; graphs whose shapes change are left out."""
+
 COUNTER = itertools.count()
 
 
@@ -42,13 +46,15 @@ class Moving(NamedTuple):
 class Way:
     """One function, compiled at its first call and once more for shapes that do not fit.
 
-    graphs: how many it has; seconds: what they took. stopped: why it is compiled no more, None while it is. Functions
-    of modules of one class can share a Way: their parameters are inputs of its graph.
+    graphs: how many it has; seconds: what they took. stopped: why it is compiled no more, None while it is.
+    in_rows: whether it has had tangents of some rows; those of all rows then use the same graph. Functions of modules
+    of one class can share a Way: their parameters are inputs of its graph.
     """
 
     def __init__(self, function: Callable, name: str, log: Callable[[str], None], backend: Callable):
         self.function, self.name, self.log, self.backend = own(function), name, log, backend
         self.graphs, self.seconds, self.fallbacks = 0, 0.0, 0
+        self.in_rows = False
         self.stopped: str | None = None
         self.compiled: Callable | None = None
 
@@ -95,6 +101,8 @@ class Way:
             raise NotCaptured(f"more than {MOST_GRAPHS} different shapes or settings")
         out = self.backend(walked(graph) if is_dual(graph) else graph, inputs)
         self.graphs += 1
+        if self.backend is inductor_with_cuda_graphs and any(isinstance(x, torch.SymInt) for x in inputs):
+            self.log(f"compile: {self.name}: graph {self.graphs} has shapes that change: no CUDA graph")
         return out
 
 
@@ -108,6 +116,8 @@ class Compiled:
 
     plain: Way
     dual: Way
+    paused = 0
+    """In how many contexts `uncompiled` the program is."""
 
     def __init__(
         self,
@@ -132,12 +142,17 @@ class Compiled:
 
     def __call__(self, *args, **kwargs):
         eager = lambda: self.forward(*args, **kwargs)
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's derivatives
+        if Compiled.paused or torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func's derivatives
             return eager()
         duals: list[DualTensor] = []
         given, named = moving(args, duals), moving(kwargs, duals)
+        if self.plain.backend is not inductor_with_cuda_graphs:  # they have fixed shapes
+            any_batch((given, named))
         if not duals:
             return self.plain(eager, self.forward, args, kwargs)
+        if self.dual.in_rows or any(x.rows is not None for x in duals):
+            self.dual.in_rows = True
+            given, named = in_rows(given), in_rows(named)
         out = self.dual(eager, self.forward, given, named)
         return dual_again(out, duals[0].context)
 
@@ -149,6 +164,16 @@ class Compiled:
     def ways(self) -> tuple[Way, Way]:
         """Those of plain and of dual calls."""
         return self.plain, self.dual
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """A context in which every Compiled runs as it is: for calls that are too few for a graph."""
+    Compiled.paused += 1
+    try:
+        yield
+    finally:
+        Compiled.paused -= 1
 
 
 def own(function: Callable) -> Callable:
@@ -166,6 +191,13 @@ def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs)
+
+
+def inductor_with_cuda_graphs(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """The same; its kernels are recorded as CUDA graphs (torch.compiler.cudagraph_mark_step_begin starts a step)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, inputs, config_patches=CUDA_GRAPHS)
 
 
 def reason_of(error: BaseException) -> str:
@@ -221,6 +253,27 @@ def paired(x, like: Tensor | None):
     return {key: paired(v, like) for key, v in x.items()} if isinstance(x, dict) else x
 
 
+def in_rows(x):
+    """x with the tangents of all rows described as of the first ones, as many as there are."""
+    if type(x) is Moving:
+        return x if x.dim is not None or not x.value.ndim else Moving(x.value, x.tangent, -x.value.ndim)
+    if type(x) is tuple or type(x) is list:
+        return type(x)([in_rows(v) for v in x])
+    return {key: in_rows(v) for key, v in x.items()} if isinstance(x, dict) else x
+
+
+def any_batch(x) -> None:
+    """Tell torch that the first dimension of the tensors in x varies: one graph is made for batches of any size."""
+    if isinstance(x, Tensor):
+        if x.ndim:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    elif isinstance(x, (tuple, list)):
+        for v in x:
+            any_batch(v)
+    elif isinstance(x, dict):
+        any_batch(tuple(x.values()))
+
+
 def moving(x, duals: list[DualTensor]):
     """x with Movings in place of dual tensors, which are collected."""
     kind = type(x)
@@ -237,7 +290,8 @@ def dual_again(x, context: Context):
     if type(x) is Moving:
         if not context.active:
             return x.value
-        rows = None if x.dim is None else Rows(x.dim, x.tangent.shape[x.dim])
+        every = x.dim is None or x.tangent.shape == x.value.shape
+        rows = None if every else Rows(x.dim, x.tangent.shape[x.dim])
         return dual_tensor(x.value, x.tangent, context, rows)
     if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
         return type(x)([dual_again(v, context) for v in x])

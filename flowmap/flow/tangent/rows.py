@@ -80,7 +80,7 @@ def apart(function: Callable, out, args: tuple, kwargs: dict, duals: list):
     None if the operation is not known to treat rows independently. args and kwargs are values.
     """
     rows, kind = duals[0].rows, KINDS.get(function)
-    if kind is None or not args or rows is None or not accepts(kind, len(args), tuple(kwargs)):
+    if kind is None or rows is None or not args and kind not in ALIGNED or not accepts(kind, len(args), tuple(kwargs)):
         return None
     for x in duals:
         if x.rows is not rows and x.rows != rows:
@@ -200,25 +200,82 @@ def joined(row, out, tensors, dim=0):
     return None if dim % out.ndim == row % out.ndim or any(x.ndim != out.ndim for x in tensors) else row
 
 
-ALIGNED = (by_element, by_matrix, joined)
+def stacked(row, out, tensors, dim=0):
+    """stack: a new dimension, before or behind that of the rows."""
+    return row if dim % out.ndim < out.ndim + row else row - 1
+
+
+def expanded(row, out, x, *args, **kwargs):
+    """expand: the rows keep their dimension and their number."""
+    return row if out.shape[row] == x.shape[row] else None
+
+
+def repeated(row, out, x, *sizes, **kwargs):
+    """repeat and tile over any dimension except that of the rows."""
+    sizes = sizes[0] if sizes and not isinstance(sizes[0], int) else sizes
+    return row if not kwargs and sizes and (len(sizes) < -row or sizes[row] == 1) else None
+
+
+def reduced(row, out, x, dim=None, keepdim=False, **kwargs):
+    """sum, mean and the like over dimensions except that of the rows."""
+    dims = {i % x.ndim for i in ((dim,) if isinstance(dim, int) else dim or ())}
+    place = x.ndim + row
+    if not dims or place in dims or not isinstance(keepdim, bool):
+        return None
+    return row if keepdim else row + sum(i > place for i in dims)
+
+
+def norm_reduced(row, out, x, ord=None, dim=None, keepdim=False, **kwargs):
+    """Norms over dimensions except that of the rows."""
+    return reduced(row, out, x, dim, keepdim)
+
+
+def normalised(row, out, x, p=2.0, dim=1, *args, **kwargs):
+    """normalize over any dimension except that of the rows."""
+    return over_one_dimension(row, out, x, dim) if isinstance(dim, int) else None
+
+
+def padded(row, out, x, pad, *args, **kwargs):
+    """pad of dimensions behind that of the rows."""
+    return row if -row > len(pad) // 2 else None
+
+
+def summed(row, out, equation, x):
+    """einsum of one tensor that keeps the rows' letter."""
+    if not isinstance(equation, str) or not isinstance(x, Tensor):
+        return None
+    given, arrow, kept = equation.replace(" ", "").partition("->")
+    letter = given[row] if len(given) == x.ndim else "."
+    return kept.index(letter) - len(kept) if arrow and kept.isalpha() and kept.count(letter) == 1 else None
+
+
+ALIGNED = (by_element, by_matrix, joined, stacked, summed)
 """Kinds that narrow all arguments to the rows; the others narrow their first argument, the only dual one."""
 
 KINDS: dict[Callable, Callable] = {
     **{function: by_element for function, rule in ELEMENTWISE.items() if rule is not constant},
     **every(by_element, "to", "float", "double", "half", "bfloat16", "clone"),
     F.dropout: by_element,
-    **every(by_matrix, "matmul", "__matmul__", "bmm", "scaled_dot_product_attention"),
+    **every(by_matrix, "matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"),
     **every(by_vector, "linear"),
     **every(by_normalised, "layer_norm", "rms_norm"),
     **every(by_sample, "group_norm", "interpolate", "pixel_shuffle", "pixel_unshuffle", "avg_pool2d"),
     **every(convolved, "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    **every(over_one_dimension, "softmax", "log_softmax"),
+    **every(over_one_dimension, "softmax", "log_softmax", "cumsum", "narrow", "index_select"),
+    **every(reduced, "sum", "mean", "logsumexp"),
+    **every(norm_reduced, "norm", "vector_norm"),
+    F.normalize: normalised,
+    **every(padded, "pad"),
+    **every(summed, "einsum"),
+    **every(expanded, "expand", "broadcast_to", "expand_as"),
+    **every(repeated, "repeat", "tile"),
     **every(reshaped, *RESHAPES),
     **every(permuted, "permute"),
     **every(transposed, "transpose", "swapaxes", "swapdims"),
     **getters(mirrored, "mT"),
-    **every(split, "chunk", "split"),
+    **every(split, "chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk"),
     **every(unbound, "unbind", "select"),
     **every(picked, "__getitem__"),
     **every(joined, "cat", "concat", "concatenate"),
+    **every(stacked, "stack"),
 }

@@ -125,7 +125,7 @@ def linear(op, out, x, *args, **kwargs):
 
 
 def shaped_like(op, out, x, *args, **kwargs):
-    """Out is linear in x; another tensor only gives shape, dtype or device (expand_as, type_as, to)."""
+    """Out is linear in x; another tensor only gives dtype or device (type_as, to)."""
     T(args[0] if args else kwargs.get("other"))
     return linear(op, out, x, *args, **kwargs)
 

@@ -19,6 +19,13 @@ def reshaped(op, out, x, *args, **kwargs):
     return t.reshape(out.shape)
 
 
+def expanded(op, out, x, *args, **kwargs):
+    """The tangent expanded to out's shape."""
+    T(args[0] if args else kwargs.get("other"))  # expand_as uses only its shape
+    t = T(x)
+    return None if t is None else t.expand(out.shape)
+
+
 def viewed_as_complex(op, out, x):
     return op(T(x).contiguous())
 
@@ -64,7 +71,7 @@ def iterated(op, out, x):
 
 RESHAPES = "view reshape view_as reshape_as flatten unflatten ravel unsqueeze squeeze contiguous".split()
 MOVES = (
-    "permute transpose swapaxes swapdims movedim moveaxis t adjoint expand broadcast_to repeat tile repeat_interleave "
+    "permute transpose swapaxes swapdims movedim moveaxis t adjoint repeat tile repeat_interleave "
     "roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unsafe_chunk unbind narrow select "
     "diagonal diag_embed tril triu unfold fold __getitem__ gather index_select take_along_dim masked_select "
     "sum mean cumsum trace "
@@ -76,7 +83,8 @@ MOVES = (
 SHAPE = {
     **every(reshaped, *RESHAPES),
     **every(linear, *MOVES),
-    **every(shaped_like, "expand_as", "type_as", "to"),
+    **every(expanded, "expand", "broadcast_to", "expand_as"),
+    **every(shaped_like, "type_as", "to"),
     **getters(linear, "mT", "T", "H", "mH", "real", "imag"),
     **every(viewed_as_complex, "view_as_complex"),
     **every(joined, "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),

@@ -72,7 +72,7 @@ def must_be_fake(x: Tensor) -> None:
 def without_tangent(x: Tensor, dim: int | None, like: Tensor | None) -> Tensor:
     """The tangent of a constant."""
     x = x.detach()
-    return torch.zeros_like(x if dim is None or like is None else x.narrow(dim, 0, len(like)))
+    return torch.zeros_like(x if dim is None or like is None else x.narrow(dim, 0, like.shape[0]))
 
 
 class Walk(fx.Interpreter):
