@@ -17,7 +17,9 @@ from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.flow.prior import Start
+from flowmap.flow.reward import Reward
 from flowmap.recipe.recipe import Recipe, read_resolved
+from flowmap.samplers import Tilted
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.student.text import edit
@@ -52,10 +54,11 @@ def sample(
     solver: str | None = None,
     inpaint: tuple[str | Path, str | Path] | None = None,
     interpolate: tuple[str | Path, str | Path] | None = None,
+    reward: Tilted | Reward | None = None,
 ) -> list[Path]:
     """Write out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K; returns the paths of the grids.
 
-    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver: as in
+    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver, reward: as in
     Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py). Samples
     are drawn as they are measured: in the precision of the student's training and, where evaluation.batch_size is
     below 256, in batches of that size.
@@ -66,15 +69,19 @@ def sample(
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
     if inpaint is None and interpolate is None:
-        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress)
+        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress, reward=reward)
         size = BATCH if trained is None else min(BATCH, trained.evaluation.batch_size)
         draw = partial(student.sample, num, **options, seed=seed, solver=solver, batch_size=size)
     else:
         if num < 1:
             raise ValueError(f"num: {num} must be 1 or more")
-        if cond or any(one is not None for one in (guidance, gamma, refine)) or None not in (inpaint, interpolate):
+        if (
+            cond
+            or any(one is not None for one in (guidance, gamma, refine, reward))
+            or None not in (inpaint, interpolate)
+        ):
             raise ValueError(
-                "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma and a refiner"
+                "--inpaint, --interpolate: exclude one another, and conditions, guidance, gamma, a reward and a refiner"
             )
         draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
     drawn = in_precision(draw, "32" if trained is None else trained.trainer.precision, student.device)
