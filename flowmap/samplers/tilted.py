@@ -207,7 +207,7 @@ class _Step:
 
 
 def _odds(at: _Particles, to: _Particles, d: float) -> Tensor:
-    """rho(u, v) of Cotter et al., eq. 4.9, for the potential -scale r: (P,) in float64."""
+    """rho(u, v) of Cotter et al. for the potential -scale r: (P,) in float64."""
     assert at.gradient is not None
     u, v, g = (one.double().flatten(1) for one in (at.noise, to.noise, at.gradient))
     return -at.value - (g * (v - u)).sum(1) / 2 - d / 4 * (g * (u + v)).sum(1) + d / 4 * g.square().sum(1)
