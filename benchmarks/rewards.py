@@ -6,12 +6,12 @@ Arms of training: the same student after reward_tuning, one pass for each sample
 Rewards: symmetry, and log p(own class) of a classifier that is trained on a third of the held-out digits. The other two
 thirds are the reference of all figures: Frechet distance on pixels, and in the features of a second network (trained on
 the training digits, _labels.py), precision and recall on pixels, and the share of samples that the second network tells
-rightly. A short teacher and a short student, one seed of training, --seeds of sampling.
-`python benchmarks/rewards.py [--teacher-steps 560] [--student-steps 570] [--tuned-steps 60] [--seeds 2] [--images 400]`
+rightly. One student, a finished run of digits; one seed of tuning, --seeds of sampling.
+`python benchmarks/rewards.py [--student runs/digits] [--tuned-steps 60] [--seeds 2] [--images 400]`
 """
 
 import argparse
-import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -31,7 +31,6 @@ from flowmap.samplers import Tilted
 
 KEPT = Path("runs/bench/rewards")
 JUDGE = KEPT / "judge.safetensors"
-HELD_OUT = 897  # a third of them trains the reward's classifier, the rest is the reference
 TUNED = {"symmetry": (0.3, 3.0, 30.0), "classifier": (0.03, 0.3, 3.0)}
 ARMS = [  # settings, and passes for each sample
     ("student", None, 1),
@@ -42,18 +41,7 @@ ARMS = [  # settings, and passes for each sample
 COLUMNS = ["arm", "passes", "reward", "Frechet", "Frechet, labels", "precision", "recall", "right class"]
 
 
-def student_recipe(options: argparse.Namespace):
-    """The recipe of the student and its teacher: the shipped ones, shorter, with more held out."""
-    given = (f"data.held_out={HELD_OUT}", "metrics=[]", *QUIET)
-    k = options.teacher_steps
-    teacher = [*given, f"trainer.steps={k}", f"ema.snapshot_every_steps={max(1, k // 8)}"]
-    shipped, k = flowmap.read_recipe("digits"), options.student_steps
-    warm = round(shipped.objective.warmup_steps * k / shipped.trainer.steps)
-    ours = [*given, f"trainer.steps={k}", f"objective.warmup_steps={warm}"]
-    return flowmap.read_recipe("digits", [*ours, f"teacher.overrides={json.dumps(teacher)}"])
-
-
-QUIET = ("log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0")
+QUIET = ("log.wandb=false", "log.samples_every_steps=0", "log.metrics_every_steps=0", "metrics=[]")
 
 
 def teach(x: torch.Tensor, labels: torch.Tensor) -> None:
@@ -123,19 +111,19 @@ def fit_second(data) -> None:
 
 def tuned(kind: str, scale: float, options: argparse.Namespace) -> Path:
     """The run of the student tuned by a reward, made unless it is there."""
-    reward = f"{{kind: classifier, weights: {JUDGE}}}" if kind == "classifier" else f"{{kind: {kind}}}"
+    name, started = f"tuned-{kind}-{scale:g}-{options.tuned_steps}", options.student / "recipe.yaml"
+    reward = f"{{kind: classifier, weights: {JUDGE.resolve()}}}" if kind == "classifier" else f"{{kind: {kind}}}"
     base = "{kind: ayf_mixed, warmup_steps: 0, lagrangian: 0.25, own_lagrangian: 1.0}"
-    recipe = student_recipe(options).changed(name=f"tuned-{kind}-{scale:g}")
-    path = KEPT / f"{recipe.name}.yaml"
-    path.write_text(recipe.to_yaml())
     changes = [
-        f"student={{kind: from_recipe, recipe: {KEPT / 'student.yaml'}}}",
+        f"student={{kind: from_recipe, recipe: {started}}}",
         f"objective={{kind: reward_tuning, base: {base}, reward: {reward}, scale: {scale}, steps: [1]}}",
         "optimizer={lr: 1.0e-4, warmup_steps: 0, schedule: cosine}",
         f"trainer.steps={options.tuned_steps}",
+        f"name={name}",
+        *QUIET,
     ]
-    flowmap.fit(flowmap.read_recipe(path, changes), KEPT / recipe.name, resume="auto", log=lambda line: None)
-    return KEPT / recipe.name
+    flowmap.fit(flowmap.read_recipe(started, changes), KEPT / name, resume="auto", log=lambda line: None)
+    return KEPT / name
 
 
 def measured(student, figures: Figures, reward, settings: dict | None, options) -> dict[str, float]:
@@ -147,23 +135,22 @@ def measured(student, figures: Figures, reward, settings: dict | None, options) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in {"teacher": 560, "student": 570, "tuned": 60}.items():
-        parser.add_argument(f"--{name}-steps", type=int, default=value)
+    what = "a finished run of digits, with its teacher next to it"
+    parser.add_argument("--student", type=Path, default=Path("runs/digits"), help=what)
+    parser.add_argument("--tuned-steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="of sampling")
     parser.add_argument("--images", type=int, default=400)
     options, started = parser.parse_args(), time.process_time()
+    options.student = options.student.resolve()
+    os.environ["FLOWMAP_RUNS"] = str(options.student.parent)
     KEPT.mkdir(parents=True, exist_ok=True)
-    recipe = student_recipe(options)
-    (KEPT / "student.yaml").write_text(recipe.to_yaml())
-    recipe = flowmap.read_recipe(KEPT / "student.yaml")
+    student, recipe = flowmap.load_student(options.student), flowmap.read_recipe(options.student / "recipe.yaml")
     data = build_data(resolve(recipe))
-    flowmap.fit(recipe, resume="auto", log=print)
     teach(data.held_out[::3], data.held_out_labels[::3])
     fit_second(data)
-    rest = torch.arange(HELD_OUT) % 3 != 0
+    rest = torch.arange(len(data.held_out)) % 3 != 0
     figures, tables = Figures(data.held_out[rest]), {}
     rewards = {"symmetry": Symmetry(), "classifier": Classifier(str(JUDGE))}
-    student = flowmap.load_student(resolve(recipe).folder)
     for kind, reward in rewards.items():
         rows_of = lambda one, settings=None, reward=reward: measured(one, figures, reward, settings, options)
         found = [(name, passes, rows_of(student, settings)) for name, settings, passes in ARMS]
@@ -173,7 +160,8 @@ def main() -> None:
         rows = [[name, passes, *(row[key] for key in COLUMNS[2:])] for name, passes, row in found]
         tables[kind] = {"columns": COLUMNS, "rows": rows}
         print(kind, *rows, sep="\n", flush=True)
-    settings = {key: value for key, value in vars(options).items()}
+    settings = {key: getattr(options, key) for key in ("tuned_steps", "seeds", "images")}
+    settings |= {"student_steps": student.config.step, "reference": int(rest.sum())}
     settings["cpu_seconds"] = round(time.process_time() - started)
     question = "What do samples gain by a reward, at what cost, and what do they lose?"
     write("rewards", {"question": question, "environment": environment(), "settings": settings, "tables": tables})
