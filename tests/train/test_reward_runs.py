@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import flowmap
 from flowmap.base.schema import RecipeError
@@ -28,7 +27,7 @@ def reward_of(folder):
     return -float((x - x.flip(-1)).square().mean())
 
 
-@pytest.mark.parametrize("base", [[], KL], ids=["flow map", "score distillation"])
+@pytest.mark.parametrize("base", [[], pytest.param(KL, marks=pytest.mark.slow)], ids=["flow map", "score distillation"])
 def test_a_reward_rises_with_its_scale(tiny, tmp_path, base):
     without, some, much = (
         reward_of(fitted(tiny, tmp_path, *base, f"objective.scale={scale}")) for scale in (0.0, 1.0, 20.0)
@@ -71,4 +70,3 @@ def test_its_samples_are_counted(tiny):
 def test_what_cannot_be_combined_is_refused(tiny, overrides, says):
     with pytest.raises(RecipeError, match=says.replace("(", r"\(")):
         read_recipe(tiny, list(overrides))
-    assert torch.is_grad_enabled()
