@@ -57,7 +57,8 @@ def build_samples(run: ResolvedRun, data: Dataset) -> Dataset | PairedDataset:
 
 def build_decoder(run: ResolvedRun) -> FrozenAutoencoder | None:
     """Return the autoencoder that decodes latents for an objective that compares pictures; None if none is needed."""
-    if run.recipe.data.in_pixels or not run.recipe.distillation.sees_pictures:
+    objectives = (run.recipe.objective, run.recipe.distillation)
+    if run.recipe.data.in_pixels or not any(one.sees_pictures for one in objectives):
         return None
     try:
         return run.data.autoencoder.load()

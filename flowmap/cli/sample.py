@@ -14,6 +14,7 @@ from flowmap.cli.terminal import log
 if TYPE_CHECKING:
     import torch
 
+    from flowmap.samplers import Tilted
     from flowmap.student.student import Student
     from flowmap.teachers.refiner import FrozenRefiner
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gamma", type=float, metavar="G", help="noise put back between steps, 0..1")
     solvers, what = ["euler", "midpoint", "heun", "rk4"], "solve the student's velocity, in the place of its sampler"
     parser.add_argument("--solver", choices=solvers, help=what)
+    _reward_arguments(parser)
     _picture_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     what = "compile the network: slower to start, then faster"
@@ -55,6 +57,14 @@ def _refiner_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refiner", metavar="DIR|HUB-ID", help=what)
     what = "how much of the picture it changes, above 0 up to 1"
     parser.add_argument("--refiner-strength", type=float, default=0.3, metavar="S", help=what)
+
+
+def _reward_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the reward by which samples are chosen, and how many particles and moves that takes."""
+    what = "choose samples by a reward: a kind with its settings, or a function of --import"
+    parser.add_argument("--reward", nargs="+", metavar=("KIND|MODULE:NAME", "key=value"), help=what)
+    what = "settings of the choice: scale, particles, moves, move_size, gamma, resample, choice"
+    parser.add_argument("--tilt", nargs="+", default=[], metavar="key=value", help=what)
 
 
 def _picture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +123,7 @@ def _draw(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list
         raise ValueError(f"--texts: is required: this student carries sentences of {' to '.join(student.config.edits)}")
     num, seed = 64 if a.num is None else a.num, a.seed or 0
     options = {name: getattr(a, name) for name in ("steps", "guidance", "gamma", "solver", "interpolate")}
+    options["reward"] = tilted(a.reward, a.tilt)
     options |= {"inpaint": a.inpaint and (a.inpaint, a.mask), "refine": _refiner(a, seed, student.device)}
     options["compile"] = bool(a.compile)
     with Progress(num * len(a.steps), "drawing", log) as progress:
@@ -128,6 +139,19 @@ def _refiner(a: argparse.Namespace, seed: int, device: torch.device) -> FrozenRe
     return Refiner(a.refiner, strength=a.refiner_strength, prompt=a.prompt or "", seed=seed).load().to(device)
 
 
+def tilted(reward: Sequence[str] | None, tilt: Sequence[str]) -> Tilted | None:
+    """The sampler of --reward KIND key=value ... and --tilt key=value ..."""
+    if reward is None:
+        if tilt:
+            raise ValueError("--tilt: goes with --reward")
+        return None
+    from flowmap.recipe.recipe import sampler_from
+
+    kind, *settings = reward
+    named = {"kind": "function", "function": kind} if ":" in kind else {"kind": kind}
+    return sampler_from({"kind": "tilted", "reward": named}, [f"reward.{one}" for one in settings] + list(tilt))
+
+
 def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:
     """The class that --class names: by its name if the student has one of that name, otherwise by its number."""
     if given is None or (names and given in names):
@@ -137,7 +161,7 @@ def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None
 
 def _alone(a: argparse.Namespace) -> None:
     """Raise ValueError if --texts is given with an option that editing sentences ignores."""
-    names = ("guidance", "gamma", "solver", "inpaint", "interpolate", "refiner", "prompt", "num", "seed", "compile")
+    names = "guidance gamma solver reward inpaint interpolate refiner prompt num seed compile".split()
     given = next((name for name in names if getattr(a, name) is not None), None)
     if given is not None:
         raise ValueError(f"--{given}: does not go with --texts, which takes --steps, --class and --attribute")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from flowmap.build.teacher import guided_by
 from flowmap.estimate.flops import Flops
-from flowmap.flow.types import Cond, Teacher, broadcast_time
-from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.flow.types import Cond, Objective, Teacher, broadcast_time
+from flowmap.objectives import Adversarial, RewardTuning, ScoreDistillation
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
@@ -70,14 +70,14 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
 
 
 def sampling_calls(recipe: Recipe) -> tuple[float, float]:
-    """Return forward and backward passes for the samples that a discriminator and a fake score need.
+    """Return forward and backward passes for the samples that a discriminator, a reward and a fake score need.
 
     The passes of the fake score are among them; the result is the mean over the numbers of steps.
     """
     forward = backward = 0.0
-    if isinstance(recipe.objective, Adversarial):
-        mean = sum(recipe.objective.steps) / len(recipe.objective.steps)
-        forward, backward = mean, mean if recipe.objective.through == "all" else 1
+    if (drawing := drawn_by(recipe.objective)) is not None:
+        mean = sum(drawing.steps) / len(drawing.steps)
+        forward, backward = mean, mean if drawing.through == "all" else 1
     if isinstance(recipe.distillation, ScoreDistillation):
         steps, whole, learns = (
             recipe.distillation.steps,
@@ -88,6 +88,13 @@ def sampling_calls(recipe: Recipe) -> tuple[float, float]:
         forward += mean + learns * (mean + 1)
         backward += (mean if whole else 1) + learns
     return forward, backward
+
+
+def drawn_by(objective: Objective) -> Adversarial | RewardTuning | None:
+    """The objective itself if it draws samples for a discriminator or a reward; otherwise None."""
+    if isinstance(objective, Adversarial) or (isinstance(objective, RewardTuning) and objective.own_samples):
+        return objective
+    return None
 
 
 def without_networks(objective):

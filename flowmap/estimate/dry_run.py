@@ -11,7 +11,7 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
 from flowmap.build.module import check_module
-from flowmap.estimate.calls import Calls, calls_of, sampling_calls
+from flowmap.estimate.calls import Calls, calls_of, drawn_by, sampling_calls
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
@@ -272,13 +272,10 @@ def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     kept = one = student.kept_bytes * batch + student.shared_bytes
     if isinstance(distillation, ScoreDistillation):
         kept *= max(distillation.steps) if distillation.through == "all" else 1
-    judge = costs.discriminator
-    if judge is None:
-        return kept
-    assert isinstance(objective, Adversarial)
-    # The graphs of the samples and of the distillation loss exist at once; the discriminator's own loss comes later.
-    graphs = max(objective.steps) if objective.through == "all" else 1
-    return max(kept + graphs * one, judge.kept_bytes * batch + judge.shared_bytes)
+    if (drawing := drawn_by(objective)) is not None:  # the graphs of samples and of the distillation loss exist at once
+        kept += (max(drawing.steps) if drawing.through == "all" else 1) * one
+    judge = costs.discriminator  # whose own loss comes later
+    return kept if judge is None else max(kept, judge.kept_bytes * batch + judge.shared_bytes)
 
 
 def counted(net: nn.Module | Cost) -> str:

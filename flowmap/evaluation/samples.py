@@ -17,7 +17,9 @@ from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
 from flowmap.evaluation.conditions import conditions_for
 from flowmap.flow.prior import Start
+from flowmap.flow.reward import Reward
 from flowmap.recipe.recipe import Recipe, read_resolved
+from flowmap.samplers import Tilted
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.student.text import edit
@@ -53,10 +55,11 @@ def sample(
     inpaint: tuple[str | Path, str | Path] | None = None,
     interpolate: tuple[str | Path, str | Path] | None = None,
     compile: bool = False,
+    reward: Tilted | Reward | None = None,
 ) -> list[Path]:
     """Write out/steps-K.png (a grid) and out/steps-K/NNNNN.png for every K; returns the paths of the grids.
 
-    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver, compile: as
+    Points are written as out/steps-K.csv, sentences as out/steps-K.txt, one a line. refine, solver, compile, reward: as
     in Student.sample. inpaint: the files of a picture and a mask; interpolate: those of two pictures (edit.py). Samples
     are drawn as they are measured: in the precision of the student's training and, where evaluation.batch_size is
     below 256, in batches of that size.
@@ -67,15 +70,16 @@ def sample(
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
     if inpaint is None and interpolate is None:
-        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress, compile=compile)
+        options = dict(cond=cond, guidance=guidance, gamma=gamma, refine=refine, progress=progress)
+        options |= dict(compile=compile, reward=reward)
         size = BATCH if trained is None else min(BATCH, trained.evaluation.batch_size)
         draw = partial(student.sample, num, **options, seed=seed, solver=solver, batch_size=size)
     else:
         if num < 1:
             raise ValueError(f"num: {num} must be 1 or more")
-        given = cond or compile or any(one is not None for one in (guidance, gamma, refine))
+        given = cond or compile or any(one is not None for one in (guidance, gamma, refine, reward))
         if given or None not in (inpaint, interpolate):
-            what = "exclude one another, and conditions, guidance, gamma, a refiner and --compile"
+            what = "exclude one another, and conditions, guidance, gamma, a reward, a refiner and --compile"
             raise ValueError(f"--inpaint, --interpolate: {what}")
         draw = _edited(student, inpaint, interpolate, num=num, solver=solver, seed=seed)
     drawn = in_precision(draw, "32" if trained is None else trained.trainer.precision, student.device)

@@ -15,6 +15,7 @@ from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
+from flowmap.objectives.reward_tuning import RewardTuning
 from flowmap.objectives.scm import SCM
 from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
@@ -39,6 +40,7 @@ OBJECTIVES = {
     "score_distillation": ScoreDistillation,
     "rectified": Rectified,
     "adversarial": Adversarial,
+    "reward_tuning": RewardTuning,
     "endpoint": Endpoint,
     "reconstruction": Reconstruction,
     "text_elbo": TextELBO,

@@ -16,8 +16,9 @@ from torch import Tensor
 from flowmap.base.ranges import CountFromZero, Share, check_ranges
 from flowmap.flow.distance import Squared
 from flowmap.flow.parts import BaseObjective
+from flowmap.flow.reward import pictures_of
 from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher
-from flowmap.objectives.perceptual import check_name, check_pictures, distance_by, pictures_of
+from flowmap.objectives.perceptual import check_name, check_pictures, distance_by
 from flowmap.objectives.rectified import check_straight
 
 

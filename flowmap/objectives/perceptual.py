@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +63,6 @@ def distance_by(name: str, a: Tensor, b: Tensor) -> Tensor:
     """
     net = perceptual(name, a.device)
     return net(_as_wanted(a, net.size), _as_wanted(b.detach(), net.size))
-
-
-@runtime_checkable
-class WithPictures(Protocol):
-    """A student that decodes its samples to pictures."""
-
-    def pictures(self, x: Tensor) -> Tensor: ...
-
-
-def pictures_of(student: Any, x: Tensor) -> Tensor:
-    """Samples x as pictures: decoded by the student, with grad, where they are latents; otherwise x itself."""
-    return student.pictures(x) if isinstance(student, WithPictures) else x
 
 
 @lru_cache(maxsize=4)

@@ -18,8 +18,9 @@ from flowmap.base.ranges import Positive, check_ranges
 from flowmap.flow.distance import PseudoHuber, Squared
 from flowmap.flow.parts import BaseObjective
 from flowmap.flow.path import Linear
+from flowmap.flow.reward import pictures_of
 from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher, broadcast_time
-from flowmap.objectives.perceptual import check_name, check_pictures, distance_by, pictures_of
+from flowmap.objectives.perceptual import check_name, check_pictures, distance_by
 
 EDGE = 1e-5  # the least t of U-shaped times, and of 1 / t
 

@@ -28,11 +28,13 @@ from flowmap.flow.distance import DISTANCES, Distance
 from flowmap.flow.parts import BaseCoupling, BaseObjective, BasePrior, BaseSampler, Part, complete
 from flowmap.flow.path import PATHS
 from flowmap.flow.prior import CODE_SAMPLERS, PRIORS, CodeSampler
+from flowmap.flow.reward import Reward
 from flowmap.flow.solver import SOLVERS, Solver
 from flowmap.flow.times import TIMES
 from flowmap.flow.types import Objective, Path, Prior, RecipeView, Sampler, TimeSampler
 from flowmap.metrics import METRICS
 from flowmap.metrics import Spec as Metric
+from flowmap.metrics.rewards import REWARDS
 from flowmap.nets import DISCRIMINATORS, MODULE_CLOCKS, NETS
 from flowmap.nets.module_clock import ModuleClock
 from flowmap.nets.stacked import NetSpec, Stacked
@@ -167,6 +169,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     Solver: SOLVERS,
     TimeSampler: TIMES,
     Sampler: SAMPLERS,
+    Reward: REWARDS,
     Metric: METRICS,
     Guidance: {"classifier_free": ClassifierFree, "autoguidance": Autoguidance, "embedded": Embedded},
     TeacherSlot: {"card": TeacherSlot, "module": ModuleTeacher},

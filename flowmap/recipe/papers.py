@@ -86,6 +86,20 @@ PAPERS = {
         2025,
         "2501.05441",
     ),
+    "halving": (
+        "Non-stochastic best arm identification and hyperparameter optimization",
+        "flowmap tune",
+        "Jamieson, Talwalkar",
+        2016,
+        "1502.07943",
+    ),
+    "pcnl": (
+        "MCMC methods for functions: modifying old algorithms to make them faster",
+        "sampler tilted, its moves",
+        "Cotter, Roberts, Stuart, White",
+        2013,
+        "1202.0709",
+    ),
     "autoguidance": (
         "Guiding a diffusion model with a bad version of itself",
         "",

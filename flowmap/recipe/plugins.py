@@ -23,6 +23,7 @@ from flowmap.flow.path import PATHS
 from flowmap.flow.solver import SOLVERS
 from flowmap.flow.times import TIMES
 from flowmap.metrics import METRICS
+from flowmap.metrics.rewards import REWARDS
 from flowmap.nets import NETS
 from flowmap.nets.module_builders import BUILDERS
 from flowmap.objectives import OBJECTIVES
@@ -35,6 +36,7 @@ SLOTS: dict[str, MutableMapping[str, Any]] = {
     "text_source": TEXT_SOURCES,
     "objective": OBJECTIVES,
     "metric": METRICS,
+    "reward": REWARDS,
     "net": NETS,
     "sampler": SAMPLERS,
     "times": TIMES,

@@ -227,6 +227,21 @@ def recipe_from(plain: Mapping[str, Any], *, file: str) -> Recipe:
     return construct(Recipe, plain, TABLES, file=file)
 
 
+@dataclass(frozen=True)
+class _Sampling:
+    sampler: Sampler
+
+
+def sampler_from(plain: Mapping[str, Any], overrides: Sequence[str]) -> Any:
+    """The sampler of these settings and of `key=value` of the command line. RecipeError as for a recipe's."""
+    plugins()
+    config = OmegaConf.create({"sampler": dict(plain)})
+    for override in overrides:
+        _override(config, f"sampler.{override}")
+    settings: Any = OmegaConf.to_container(config, resolve=False)
+    return construct(_Sampling, settings, TABLES, file="command line").sampler
+
+
 def read_resolved(path: File) -> Recipe:
     """The recipe in a run's or a student's folder."""
     return recipe_from(load(path, KEYS), file=str(path))

@@ -16,10 +16,11 @@ from torch import Tensor
 from flowmap.base.ranges import MAX_STEPS
 from flowmap.flow.draws import Generator, of_samples
 from flowmap.flow.prior import LearnedPrior, Start, conditioning_rows, start_blocks, starts
+from flowmap.flow.reward import Reward
 from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
-from flowmap.samplers import asked_for
+from flowmap.samplers import Tilted, asked_for
 from flowmap.student.compiled import compiled, compiler_needed
 from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
 from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
@@ -90,6 +91,7 @@ class Student(Sentences):
         refine: Refine | None = None,
         solver: str | None = None,
         compile: bool = False,
+        reward: Tilted | Reward | None = None,
     ) -> Tensor | list[str]:
         """(num, *shape): pictures in [-1, 1], or num sentences. Raises ValueError that names what is wrong.
 
@@ -108,6 +110,8 @@ class Student(Sentences):
         solver      the solver of the velocity F(x, t, t) that replaces the student's own sampler
         compile     call the network compiled by torch.compile: the first call takes seconds to minutes, later ones are
                     faster; the samples are the same to rounding. ValueError if nothing can compile it here
+        reward      a function (pictures, conditions) -> (B,), or a Tilted (samplers/tilted.py) with its settings, by
+                    whose reward the samples are chosen; on the student's own grid
         """
         self._check_call(num, steps, seed, refines=refine is not None, latents=latents)
         generator = torch.Generator().manual_seed(seed)
@@ -117,6 +121,7 @@ class Student(Sentences):
         noise = generator.clone_state()
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
+        options["reward"] = reward
         found = self.carry(start, rows, steps, noise, compile=compile, **options)
         if refine is None:
             return found
@@ -151,18 +156,23 @@ class Student(Sentences):
         progress=None,
         latents: bool = False,
         compile: bool = False,
+        reward: Tilted | Reward | None = None,
     ) -> Tensor | list[str]:
         """Samples from the given start (N, *shape), which is noise, a draw of a learned prior, or latents.
 
         conditions: the tensors of `conditions`. generator: the draws for sample i are a function of its state and of i.
         The other arguments are those of `sample`.
         """
-        if gamma is not None and self.config.prior is not None:
-            raise ValueError("gamma: adds noise from N(0, I), and this student starts from a learned prior")
+        for name, given in (("gamma", gamma), ("reward", reward)):
+            if given is not None and self.config.prior is not None:
+                raise ValueError(f"{name}: adds noise from N(0, I), and this student starts from a learned prior")
         own = self.config.sampler_at(steps) if solver is None else self.config.sampler
-        sampler = asked_for(own, gamma=gamma, solver=solver)
+        sampler = asked_for(own, gamma=gamma, solver=solver, reward=reward)
         noise = of_samples(generator, torch.arange(len(start.x1))) if sampler.draws else None
         flow_map, out = self._compiled if compile else self.flow_map, []
+        if isinstance(sampler, Tilted):
+            batch_size = max(1, batch_size // sampler.particles)
+            flow_map.decode = self._decode_with_grad
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
             rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, self.device)
@@ -225,6 +235,13 @@ class Student(Sentences):
         if isinstance(spec, DiffusersAutoencoder):
             spec.check_channels(self.config.shape[0])
         return None if spec is None else spec.load()
+
+    @property
+    def _decode_with_grad(self) -> Callable[[Tensor], Tensor] | None:
+        """The decoder of latents to pictures, for rewards; None where samples need none."""
+        if isinstance(self.config.samples, TextLatents):
+            raise ValueError("reward: this student's samples are sentences, and rewards are of pictures")
+        return None if self.autoencoder is None else self.autoencoder.to(self.device).decode_with_grad
 
     @cached_property
     def text(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from flowmap.base.ranges import Calls, FromZero, Share, check_ranges
@@ -13,16 +13,27 @@ from flowmap.samplers.grids import FewStep
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A figure of samples that took no part in the choice, by the student's own settings and by the tuned ones."""
+
+    metric: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What replaces a student's own settings in a call of `steps` steps that does not give them.
 
     guidance: the scale, None where it is the student's default. middle: the steps - 1 times between t_max and 0.
+    figures: what was measured when they were found, the metric that chose them first.
     """
 
     steps: Calls
     guidance: FromZero | None = None
     gamma: Share = 0.0
     middle: tuple[Share, ...] = ()
+    figures: tuple[Figure, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -33,7 +44,7 @@ class Tuned:
         """The sampler of these settings; what they do not name is that of `base`. ValueError for another kind."""
         if not can_be_tuned(base):
             raise ValueError(f"sampler: {type(base).__name__} cannot be tuned; what can: deterministic, gamma")
-        grid: dict[str, Any] = {field.name: getattr(base, field.name) for field in fields(FewStep)}
+        grid: dict[str, Any] = {one.name: getattr(base, one.name) for one in fields(FewStep)}
         grid["middle"] = self.middle or grid["middle"]
         return Gamma(gamma=self.gamma, **grid) if self.gamma else Deterministic(**grid)
 
@@ -44,8 +55,15 @@ def can_be_tuned(sampler: Sampler) -> bool:
 
 
 def tuned_json(tuned: tuple[Tuned, ...]) -> dict[str, Any]:
-    """The settings as config.json has them: {"2": {"guidance": ..., "gamma": ..., "middle": [...]}, ...}."""
-    return {str(one.steps): {"guidance": one.guidance, "gamma": one.gamma, "middle": list(one.middle)} for one in tuned}
+    """The settings as config.json has them: {"2": {"guidance": ..., "gamma": ..., "middle": [...]}, ...}, each with its
+    "figures" if there are any.
+    """
+    return {str(one.steps): _row(one) for one in tuned}
+
+
+def _row(one: Tuned) -> dict[str, Any]:
+    row: dict[str, Any] = {"guidance": one.guidance, "gamma": one.gamma, "middle": list(one.middle)}
+    return row | ({"figures": [asdict(figure) for figure in one.figures]} if one.figures else {})
 
 
 def tuned_rows(plain: Any) -> list[dict[str, Any]]:

@@ -159,7 +159,8 @@ class AuxiliaryModule(DistillModule):
         self._step(optimizer, auxiliary.parameters, name)
 
     def step_student(self) -> None:
-        self._step(self.optimizers()[0], trained(self.student))
+        found: Any = self.optimizers()  # a list only of several
+        self._step(found[0] if isinstance(found, list) else found, trained(self.student))
 
     def _step(self, optimizer: Any, parameters: list[nn.Parameter], name: str | None = None) -> None:
         """Average the gradients over processes, clip them as the student's, and step.

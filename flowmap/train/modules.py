@@ -7,12 +7,13 @@ from flowmap.build.fake_score import build_fake
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.objectives import Adversarial, RewardTuning, ScoreDistillation
 from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.train.adversarial import AdversarialModule
 from flowmap.train.auxiliary import AuxiliaryModule
 from flowmap.train.module import DistillModule
+from flowmap.train.reward import RewardModule
 
 
 def module_of(
@@ -28,4 +29,6 @@ def module_of(
     fake = build_fake(run, config, teacher) if isinstance(recipe.distillation, ScoreDistillation) else None
     if isinstance(recipe.objective, Adversarial):
         return AdversarialModule(*parts, build_discriminator(run, config, teacher), fake)
+    if isinstance(recipe.objective, RewardTuning):
+        return RewardModule(*parts, fake=fake)
     return DistillModule(*parts) if fake is None else AuxiliaryModule(*parts, fake=fake)
