@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
+from flowmap.flow.tangent import dual
+from flowmap.flow.tangent import rows as tangent_rows
 from flowmap.flow.tangent.compiled import Compiled, inductor, uncompiled
 from flowmap.nets.flow_map import FlowMapNet
 from tests.support.families import FAMILIES, SHAPE
@@ -61,9 +63,13 @@ def check_equal(student, derivations, backend=WALKED, tolerance: float = 0.0) ->
 @pytest.mark.parametrize(
     "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES]
 )
-def test_the_walk_is_the_dual_forward(name):
+def test_the_walk_is_the_dual_forward_and_pads_tangents_at_its_end_alone(name, monkeypatch):
+    padded, whole = [], tangent_rows.whole
+    monkeypatch.setattr(tangent_rows, "whole", lambda x: padded.append(x.value.shape) or whole(x))
+    monkeypatch.setattr(dual, "whole", tangent_rows.whole)
     student, x, t, s, v, cond = setting(name)
-    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond)])
+    check_equal(student, [lambda: eulerian_derivative(student, x, t, s, v, cond, rows=2)])
+    assert padded == [x.shape] * 2
 
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("adm", marks=pytest.mark.slow)])
@@ -71,11 +77,11 @@ def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
     """Row counts, all rows and other batches share a graph; the walk of bfloat16 has the eager one's roundings."""
     student, x, t, s, v, cond = setting(name, batch=5)
     few = {key: value[:4] for key, value in cond.items()}
-    rows = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
+    first = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
     fewer = lambda n: lambda: eulerian_derivative(student, x[:4], t[:4], s[:4], v[:4], few, rows=n)
     arrival = lambda n: lambda: lagrangian_derivative(student, x, t, s, cond, rows=n)
     with torch.autocast("cpu", torch.bfloat16):
-        ways = check_equal(student, [rows(3), rows(2), rows(None), fewer(3), fewer(None), arrival(4), arrival(None)])
+        ways = check_equal(student, [first(3), first(2), first(None), fewer(3), fewer(None), arrival(4), arrival(None)])
     assert ways.dual.graphs == 2
 
 

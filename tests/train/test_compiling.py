@@ -66,6 +66,36 @@ def test_sharded_networks_are_compiled_by_blocks_equal_ones_once(tiny):
     assert lines == ["compile: 0 graphs in 0 s; 0 calls ran uncompiled"]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "depth", "by_blocks"),
+    [("trainer.compile=true", 3, True), ("trainer.compile=true", 1, False),
+     ("trainer.activation_checkpointing=true", 3, False)],
+)  # fmt: skip
+def test_equal_blocks_are_compiled_once_for_all_frozen_networks(tiny, wanted, depth, by_blocks):
+    student, strong = (FlowMapNet(DiT(preset="nano", depth=depth).build((1, 8, 8))) for _ in range(2))
+    weak = FlowMapNet(strong.net.without_blocks((0,)))
+    recipe = recipe_of(tiny, "trainer.compile=true", wanted)
+    ways = compile_networks(recipe, "cpu", [student], [strong, weak], print)
+    for net in (student, strong):
+        assert all(isinstance(block.forward, Compiled) == by_blocks for block in net.net.blocks)
+        assert isinstance(net.net.forward, Compiled) != by_blocks
+    assert [way.name for way in ways[::2]] == (["student's Block", "teacher's Block"] if by_blocks else
+                                               ["student", "teacher", "teacher"])  # fmt: skip
+    assert not by_blocks or not isinstance(weak.net.blocks[0].forward.forward, Compiled)
+
+
+def test_the_check_of_a_teacher_is_not_compiled_for(tiny, tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        "flowmap.flow.tangent.compiled.inductor",
+        lambda graph, inputs: shapes.append(graph) or graph.forward,
+    )
+    lines: list[str] = []
+    flowmap.fit(recipe_of(tiny, "trainer.compile=true", "trainer.steps=2"), tmp_path, log=lines.append)
+    checked = next(i for i, line in enumerate(lines) if line.startswith("teacher: "))
+    assert shapes and not any(line.startswith("compile: ") for line in lines[:checked])
+
+
 def test_a_copy_of_a_compiled_network_is_a_network():
     net = FlowMapNet(DiT(preset="nano").build((1, 8, 8)))
     net.net.forward = Compiled(net.net.forward)
