@@ -11,9 +11,11 @@ from torch import nn
 
 import flowmap
 from flowmap.base.schema import RecipeError
+from flowmap.flow.path import Linear
 from flowmap.flow.tangent.compiled import Compiled
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.objectives import AYFEMD
 from flowmap.train.compiling import CPU_CALLS, GPU_CALLS, compile_networks, pays, report
 from flowmap.train.csv_log import read_log
 
@@ -82,6 +84,16 @@ def test_equal_blocks_are_compiled_once_for_all_frozen_networks(tiny, wanted, de
     assert [way.name for way in ways[::2]] == (["student's Block", "teacher's Block"] if by_blocks else
                                                ["student", "teacher", "teacher"])  # fmt: skip
     assert not by_blocks or not isinstance(weak.net.blocks[0].forward.forward, Compiled)
+
+
+@pytest.mark.parametrize("r_max", [1.0, 0.0])
+def test_the_first_step_of_a_warm_up_is_not_compiled_for(r_max):
+    """With r_max 0 every step is one without derivative."""
+    student = FlowMapNet(DiT(preset="nano").build((1, 8, 8)))
+    student.net.forward = ways = Compiled(student.net.forward, backend=lambda graph, inputs: graph.forward)
+    sample = Linear().sample(torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.ones(2), torch.zeros(2))
+    AYFEMD(warmup_steps=10, r_max=r_max)(student, None, sample, 0)
+    assert (ways.plain.graphs, ways.dual.graphs) == (int(r_max == 0), 0)
 
 
 def test_the_check_of_a_teacher_is_not_compiled_for(tiny, tmp_path, monkeypatch):
