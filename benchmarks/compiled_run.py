@@ -26,8 +26,8 @@ KEPT = Path("runs/bench/compiled")
 WARM = 3  # steps that are not counted
 WAYS = {"eager": "false", "compiled": "true"}
 COLUMNS = ["way", "training steps", "sampling steps", "CPU s, training", "graphs"]
-COST = ["recipe", "ms, eager", "ms, compiled", "compiled / eager", "lower quartile", "upper quartile", "graphs",
-        "s, compiling", "steps that pay for it"]  # fmt: skip
+COST = ["recipe", "rounds", "ms, eager", "ms, compiled", "compiled / eager", "lower quartile", "upper quartile"]
+COST += ["graphs", "s, compiling", "steps that pay for it"]
 
 
 def cpu_seconds() -> float:
@@ -87,8 +87,8 @@ def report(name: str, seed: int, found: dict[str, dict]) -> None:
 
 
 def cost(names: list[str], rounds: int) -> None:
-    """Each recipe in a process of its own: the table, and the JSON."""
-    rows = []
+    """Each recipe in a process of its own: the table, and the JSON, which keeps the rows of others."""
+    rows = [row for row in kept(RESULTS / "compiled_cost.json").get("rows", []) if row[0] not in names]
     for name in names:
         with tempfile.TemporaryDirectory() as empty:
             env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": empty}
@@ -97,7 +97,7 @@ def cost(names: list[str], rounds: int) -> None:
             rows.append(json.loads(subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout))
     print(table(rows, COST))
     payload = {"question": __doc__.splitlines()[0], "environment": environment()}
-    write("compiled_cost", {**payload, "setting": {"rounds": rounds}, "columns": COST, "rows": rows})
+    write("compiled_cost", {**payload, "setting": {"clock": "CPU time"}, "columns": COST, "rows": rows})
 
 
 def cost_of(name: str, rounds: int) -> list:
@@ -142,7 +142,16 @@ def cost_of(name: str, rounds: int) -> list:
     found = sorted(b / a for a, b in zip(seconds["eager"], seconds["compiled"], strict=False))
     spread = [statistics.median(found), found[len(found) // 4], found[-1 - len(found) // 4]]
     graphs = sum(one.graphs for one in ways)
-    return [name, 1e3 * eager, 1e3 * fused, *spread, graphs, compiling, round(compiling / max(eager - fused, 1e-9))]
+    return [
+        name,
+        rounds,
+        1e3 * eager,
+        1e3 * fused,
+        *spread,
+        graphs,
+        compiling,
+        round(compiling / max(eager - fused, 1e-9)),
+    ]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from flowmap.flow.tangent.compiled import Compiled
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD
-from flowmap.train.compiling import CPU_CALLS, GPU_CALLS, compile_networks, pays, report
+from flowmap.train.compiling import BLOCK_CALLS, CPU_CALLS, GPU_CALLS, compile_networks, pays, report
 from flowmap.train.csv_log import read_log
 
 
@@ -25,17 +25,27 @@ def recipe_of(tiny, *settings):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "steps", "device", "compiles"),
-    [("true", 1, "cpu", True), ("false", CPU_CALLS, "cuda", False), ("auto", CPU_CALLS - 1, "cpu", False),
-     ("auto", CPU_CALLS, "cpu", True), ("auto", GPU_CALLS, "cuda", True), ("auto", GPU_CALLS - 1, "cuda", False)],
+    ("wanted", "steps", "device", "by_blocks", "compiles"),
+    [("true", 1, "cpu", False, True), ("false", CPU_CALLS, "cuda", True, False),
+     ("auto", CPU_CALLS - 1, "cpu", False, False), ("auto", CPU_CALLS, "cpu", False, True),
+     ("auto", BLOCK_CALLS, "cpu", True, True), ("auto", BLOCK_CALLS - 1, "cpu", True, False),
+     ("auto", GPU_CALLS, "cuda", False, True), ("auto", GPU_CALLS - 1, "cuda", True, False)],
 )  # fmt: skip
-def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, compiles):
-    assert pays(recipe_of(tiny, f"trainer.compile={wanted}", f"trainer.steps={steps}"), device) == compiles
+def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, by_blocks, compiles):
+    recipe = recipe_of(tiny, f"trainer.compile={wanted}", f"trainer.steps={steps}")
+    assert pays(recipe, device, by_blocks=by_blocks) == compiles
+
+
+def test_networks_of_unequal_blocks_wait_for_longer_runs(tiny):
+    recipe = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={BLOCK_CALLS}")
+    of_blocks, single = (FlowMapNet(DiT(preset="nano", depth=depth).build((1, 8, 8))) for depth in (2, 1))
+    ways = compile_networks(recipe, "cpu", [of_blocks], [single], print)
+    assert {way.name for way in ways} == {"student's Block", "student's Block, with derivative"}
 
 
 def test_micro_batches_count_and_other_words_are_refused(tiny):
     long = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={CPU_CALLS // 2}", "trainer.accumulate=2")
-    assert pays(long, "cpu")
+    assert pays(long, "cpu", by_blocks=False)
     with pytest.raises(RecipeError, match="compile: 'always' is not one of true, false, auto"):
         recipe_of(tiny, "trainer.compile=always")
 
