@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_families": "step_cost_families.json",
+    "compiled_cost": "compiled_cost.json", "compiled_run": "compiled_run_digits.json",
     "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
     "attention": "attention.json", "roofline": "roofline.json",
     "operators": "operators.json", "house": "house.json",

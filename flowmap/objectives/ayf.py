@@ -9,6 +9,7 @@ Clock: 0 data, 1 noise. At the exact map, with d/dt taken along the teacher's ve
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,6 +21,7 @@ from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative, 
 from flowmap.flow.distance import gradient_as_target, normalise
 from flowmap.flow.host import on_device
 from flowmap.flow.shares import anywhere, called_on, evenly, taken
+from flowmap.flow.tangent.compiled import uncompiled
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time, rows_of
 from flowmap.objectives.tangent import Tangent
 from flowmap.objectives.uncertainty import EvenWeight, TimeWeight
@@ -37,6 +39,10 @@ class _AYF(Tangent):
     @property
     def learns_weight(self) -> bool:
         return self.weight.learned
+
+    def _compiling(self, r: float) -> AbstractContextManager:
+        """The context of the student's call: a warm-up's first step, without derivative, is not worth a graph."""
+        return uncompiled() if r == 0 < self.r_max else nullcontext()
 
     def _loss(self, student: FlowMap, sample: PathSample, mean_velocity: Tensor, g: Tensor, rate: Tensor, step: int):
         size = g.flatten(1).norm(dim=1)
@@ -62,7 +68,8 @@ class AYFEMD(_AYF):
         derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
             student, x, t, s, v, cond, mode=self.derivative, rows=rows
         )
-        mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=self.r_max > 0)
+        with self._compiling(r):
+            mean_velocity, rate = off_diagonal(derive, student, sample, v, needed=r > 0)
         g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate
         return self._loss(student, sample, mean_velocity, g, rate, step)
 
@@ -79,7 +86,8 @@ class AYFLMD(_AYF):
         derive = lambda x, t, s, v, cond, rows: lagrangian_derivative(
             student, x, t, s, cond, mode=self.derivative, rows=rows
         )
-        mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=self.r_max > 0)
+        with self._compiling(r):
+            mean_velocity, rate = off_diagonal(derive, student, sample, sample.vt, needed=r > 0)
         arrival = x + broadcast_time(s - t, x) * mean_velocity.detach()
         g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)
         return self._loss(student, sample, mean_velocity, g, rate, step)

@@ -201,12 +201,12 @@ class ConstantEMA:
 class Trainer:
     """The length of a run and its hardware. steps: optimizer steps, each of `accumulate` batches on each device.
 
-    compile: whether networks are compiled, and the derivative with them; `auto`: if the run is long enough to pay
-    for it, 50,000 micro-batches on a CPU and 5,000 on a GPU (train/compiling.py). What cannot be compiled runs as
-    it is, and the log says so; `cuda_graphs`: also record kernels as CUDA graphs, on CUDA alone. accumulate: with
-    data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses and gradients
-    are checked on the device in every step, and the host reads the result so often; before anything is saved it
-    always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
+    compile: whether networks are compiled, and the derivative with them; `auto`: if the run is long enough to pay for
+    it, 5,000 micro-batches, on a CPU 50,000 for a network without equal blocks (train/compiling.py). What cannot be
+    compiled runs as it is, and the log says so; `cuda_graphs`: also record kernels as CUDA graphs, on CUDA alone.
+    accumulate: with data.global_batch_size it follows from it, and may be left out. check_finite_every_steps: losses
+    and gradients are checked on the device in every step, and the host reads the result so often; before anything is
+    saved it always does. tf32: whether float32 matrix products on a GPU are of TensorFloat-32 while training.
     channels_last: the memory format of convolutions; null for channels_last on a GPU where most weights are kernels.
     teacher_precision: of the weights of frozen networks (the teacher, its weak model, the base of adapters, the text
     encoders of data.stored_text: captions); `auto` is that of `precision`. shard_size: with fsdp, the number of devices

@@ -20,17 +20,16 @@ from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import Recipe
 
-CPU_CALLS, GPU_CALLS = 50_000, 5_000
-"""The number of micro-batches from which `auto` compiles.
+BLOCK_CALLS, CPU_CALLS, GPU_CALLS = 5_000, 50_000, 5_000
+"""The number of micro-batches from which `auto` compiles: on a CPU networks of equal blocks and others, and on a GPU.
 
-Compiling is paid once. The DiT of docs/results/step_cost.md took 200 seconds on a busy CPU, and a step of AYF-EMD then
-117 - 90 = 27 milliseconds less, so that 7,400 steps pay for it; `auto` wants seven times that. On a GPU nothing was
-measured.
+Compiling is paid once. docs/results/step_cost.md: digits, of equal blocks, takes 51 CPU seconds, which 1,800 steps pay
+for. Whole networks take minutes there and save as little of a step. On a GPU nothing was measured.
 """
 
 
-def pays(recipe: Recipe, device: str) -> bool:
-    """Whether a run of the recipe compiles: as it says, or with `auto` if it is long enough for its device.
+def pays(recipe: Recipe, device: str, *, by_blocks: bool) -> bool:
+    """Whether a run of the recipe compiles a network: as it says, or with `auto` if it is long enough for its device.
 
     The answer depends on the recipe alone, so that a resumed run goes on as it began.
     """
@@ -38,17 +37,17 @@ def pays(recipe: Recipe, device: str) -> bool:
     if wanted != "auto":
         return bool(wanted)
     calls = recipe.trainer.steps * recipe.batches.accumulate
-    return calls >= (CPU_CALLS if device == "cpu" else GPU_CALLS)
+    return calls >= (GPU_CALLS if device != "cpu" else BLOCK_CALLS if by_blocks else CPU_CALLS)
 
 
 def compile_networks(
     recipe: Recipe, device: str, students: Iterable[FlowMapNet], frozen: Iterable[FlowMapNet], log: LogFunction
 ) -> list[Way]:
-    """Compile the networks in place, if it pays; the ways of all of them, for `report`.
+    """Compile the networks in place, where it pays; the ways of all of them, for `report`.
 
     Raises RecipeError if CUDA graphs are wanted and cannot be had.
     """
-    if not pays(recipe, device):
+    if not pays(recipe, device, by_blocks=True):
         return []
     backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     kept = Path.home() / ".cache" / "flowmap" / "compiled"
@@ -62,8 +61,10 @@ def compile_networks(
         first: dict[tuple, Compiled] = {}
         for net in nets:
             blocks = [] if backend is not None else _outermost(blocks_of(net.net))
-            alike = len({_kind(block) for block in blocks}) <= len(blocks) // 2
-            if blocks and (trainer.strategy == "fsdp" or alike and not trainer.activation_checkpointing):
+            alike = bool(blocks) and len({_kind(block) for block in blocks}) <= len(blocks) // 2
+            if not pays(recipe, device, by_blocks=alike):
+                continue
+            if blocks and trainer.strategy == "fsdp" or alike and not trainer.activation_checkpointing:
                 _compile_blocks(blocks, name, first, log)
             else:
                 compiled = Compiled(net.net.forward, name=name, log=log, backend=backend)

@@ -13,6 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import compile_fx, config
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
+from flowmap.flow.tangent import dual
+from flowmap.flow.tangent import rows as tangent_rows
 from flowmap.flow.tangent.compiled import Compiled, inductor, inductor_with_cuda_graphs, uncompiled
 from flowmap.nets import NETS
 from flowmap.nets.diffusers_calls import CALLS
@@ -74,9 +76,13 @@ def test_every_network_that_a_derivative_is_taken_of_is_here():
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in SMALL])
-def test_the_walk_is_the_dual_forward(name):
+def test_the_walk_is_the_dual_forward_and_pads_tangents_at_its_end_alone(name, monkeypatch):
+    padded, whole = [], tangent_rows.whole
+    monkeypatch.setattr(tangent_rows, "whole", lambda x: padded.append(x.value.shape) or whole(x))
+    monkeypatch.setattr(dual, "whole", tangent_rows.whole)
     student, draw = SMALL[name].student(), SMALL[name].draw(B)
-    check_equal(student, [lambda: eulerian_derivative(student, **draw)])
+    check_equal(student, [lambda: eulerian_derivative(student, **draw, rows=2)])
+    assert padded == [draw["x"].shape] * 2
 
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("edm_adm", marks=pytest.mark.slow)])
@@ -84,11 +90,11 @@ def test_so_is_that_of_some_rows_and_of_the_arrival_time(name):
     """Row counts, all rows and other batches share a graph; the walk of bfloat16 has the eager one's roundings."""
     student, x, t, s, v, cond = setting(name, batch=5)
     few = {key: value[:4] for key, value in cond.items()}
-    rows = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
+    first = lambda n: lambda: eulerian_derivative(student, x, t, s, v, cond, rows=n)
     fewer = lambda n: lambda: eulerian_derivative(student, x[:4], t[:4], s[:4], v[:4], few, rows=n)
     arrival = lambda n: lambda: lagrangian_derivative(student, x, t, s, cond, rows=n)
     with torch.autocast("cpu", torch.bfloat16):
-        ways = check_equal(student, [rows(3), rows(2), rows(None), fewer(3), fewer(None), arrival(4), arrival(None)])
+        ways = check_equal(student, [first(3), first(2), first(None), fewer(3), fewer(None), arrival(4), arrival(None)])
     assert ways.dual.graphs == 2
 
 

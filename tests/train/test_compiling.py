@@ -11,11 +11,13 @@ from torch import nn
 
 import flowmap
 from flowmap.base.schema import RecipeError
+from flowmap.flow.path import Linear
 from flowmap.flow.tangent.compiled import Compiled, inductor_with_cuda_graphs
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.objectives import AYFEMD
 from flowmap.recipe.settings import Trainer
-from flowmap.train.compiling import CPU_CALLS, GPU_CALLS, compile_networks, pays, report
+from flowmap.train.compiling import BLOCK_CALLS, CPU_CALLS, GPU_CALLS, compile_networks, pays, report
 from flowmap.train.csv_log import read_log
 
 
@@ -24,17 +26,27 @@ def recipe_of(tiny, *settings):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "steps", "device", "compiles"),
-    [("true", 1, "cpu", True), ("false", CPU_CALLS, "cuda", False), ("auto", CPU_CALLS - 1, "cpu", False),
-     ("auto", CPU_CALLS, "cpu", True), ("auto", GPU_CALLS, "cuda", True), ("auto", GPU_CALLS - 1, "cuda", False)],
+    ("wanted", "steps", "device", "by_blocks", "compiles"),
+    [("true", 1, "cpu", False, True), ("false", CPU_CALLS, "cuda", True, False),
+     ("auto", CPU_CALLS - 1, "cpu", False, False), ("auto", CPU_CALLS, "cpu", False, True),
+     ("auto", BLOCK_CALLS, "cpu", True, True), ("auto", BLOCK_CALLS - 1, "cpu", True, False),
+     ("auto", GPU_CALLS, "cuda", False, True), ("auto", GPU_CALLS - 1, "cuda", True, False)],
 )  # fmt: skip
-def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, compiles):
-    assert pays(recipe_of(tiny, f"trainer.compile={wanted}", f"trainer.steps={steps}"), device) == compiles
+def test_auto_compiles_what_trains_long_enough(tiny, wanted, steps, device, by_blocks, compiles):
+    recipe = recipe_of(tiny, f"trainer.compile={wanted}", f"trainer.steps={steps}")
+    assert pays(recipe, device, by_blocks=by_blocks) == compiles
+
+
+def test_networks_of_unequal_blocks_wait_for_longer_runs(tiny):
+    recipe = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={BLOCK_CALLS}")
+    of_blocks, single = (FlowMapNet(DiT(preset="nano", depth=depth).build((1, 8, 8))) for depth in (2, 1))
+    ways = compile_networks(recipe, "cpu", [of_blocks], [single], print)
+    assert {way.name for way in ways} == {"student's Block", "student's Block, with derivative"}
 
 
 def test_micro_batches_count_and_other_words_are_refused(tiny):
     long = recipe_of(tiny, "trainer.compile=auto", f"trainer.steps={CPU_CALLS // 2}", "trainer.accumulate=2")
-    assert pays(long, "cpu")
+    assert pays(long, "cpu", by_blocks=False)
     with pytest.raises(RecipeError, match="compile: 'always' is not one of true, false, auto, cuda_graphs"):
         recipe_of(tiny, "trainer.compile=always")
 
@@ -65,6 +77,46 @@ def test_sharded_networks_are_compiled_by_blocks_equal_ones_once(tiny):
     assert forwards[0].dual is forwards[1].dual is not forwards[2].dual and len(ways) == 4
     report(ways, lines.append)
     assert lines == ["compile: 0 graphs in 0 s; 0 calls ran uncompiled"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "depth", "by_blocks"),
+    [("trainer.compile=true", 3, True), ("trainer.compile=true", 1, False),
+     ("trainer.activation_checkpointing=true", 3, False)],
+)  # fmt: skip
+def test_equal_blocks_are_compiled_once_for_all_frozen_networks(tiny, wanted, depth, by_blocks):
+    student, strong = (FlowMapNet(DiT(preset="nano", depth=depth).build((1, 8, 8))) for _ in range(2))
+    weak = FlowMapNet(strong.net.without_blocks((0,)))
+    recipe = recipe_of(tiny, "trainer.compile=true", wanted)
+    ways = compile_networks(recipe, "cpu", [student], [strong, weak], print)
+    for net in (student, strong):
+        assert all(isinstance(block.forward, Compiled) == by_blocks for block in net.net.blocks)
+        assert isinstance(net.net.forward, Compiled) != by_blocks
+    assert [way.name for way in ways[::2]] == (["student's Block", "teacher's Block"] if by_blocks else
+                                               ["student", "teacher", "teacher"])  # fmt: skip
+    assert not by_blocks or not isinstance(weak.net.blocks[0].forward.forward, Compiled)
+
+
+@pytest.mark.parametrize("r_max", [1.0, 0.0])
+def test_the_first_step_of_a_warm_up_is_not_compiled_for(r_max):
+    """With r_max 0 every step is one without derivative."""
+    student = FlowMapNet(DiT(preset="nano").build((1, 8, 8)))
+    student.net.forward = ways = Compiled(student.net.forward, backend=lambda graph, inputs: graph.forward)
+    sample = Linear().sample(torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.ones(2), torch.zeros(2))
+    AYFEMD(warmup_steps=10, r_max=r_max)(student, None, sample, 0)
+    assert (ways.plain.graphs, ways.dual.graphs) == (int(r_max == 0), 0)
+
+
+def test_the_check_of_a_teacher_is_not_compiled_for(tiny, tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        "flowmap.flow.tangent.compiled.inductor",
+        lambda graph, inputs: shapes.append(graph) or graph.forward,
+    )
+    lines: list[str] = []
+    flowmap.fit(recipe_of(tiny, "trainer.compile=true", "trainer.steps=2"), tmp_path, log=lines.append)
+    checked = next(i for i, line in enumerate(lines) if line.startswith("teacher: "))
+    assert shapes and not any(line.startswith("compile: ") for line in lines[:checked])
 
 
 def test_a_copy_of_a_compiled_network_is_a_network():

@@ -290,9 +290,9 @@ def dual_again(x, context: Context):
     if type(x) is Moving:
         if not context.active:
             return x.value
-        every = x.dim is None or x.tangent.shape == x.value.shape
-        rows = None if every else Rows(x.dim, x.tangent.shape[x.dim])
-        return dual_tensor(x.value, x.tangent, context, rows)
+        if x.dim is None or x.tangent.shape == x.value.shape:
+            return dual_tensor(x.value, x.tangent, context)
+        return dual_tensor(x.value, x.tangent, context, Rows(x.dim, x.tangent.shape[x.dim]))
     if isinstance(x, (tuple, list)) and not isinstance(x, torch.Size):
         return type(x)([dual_again(v, context) for v in x])
     return {key: dual_again(v, context) for key, v in x.items()} if isinstance(x, dict) else x

@@ -266,6 +266,7 @@ KINDS: dict[Callable, Callable] = {
     **every(norm_reduced, "norm", "vector_norm"),
     F.normalize: normalised,
     **every(padded, "pad"),
+    torch._C._nn.pad: padded,
     **every(summed, "einsum"),
     **every(expanded, "expand", "broadcast_to", "expand_as"),
     **every(repeated, "repeat", "tile"),

@@ -90,6 +90,7 @@ SHAPE = {
     **every(joined, "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
     **every(broadcast, "broadcast_tensors"),
     **every(padded, "pad"),
+    torch._C._nn.pad: padded,  # as torch.compile captures it
     **every(scattered, "scatter", "scatter_add"),
     **every(extreme, "max", "min"),
     **every(iterated, "__iter__"),
