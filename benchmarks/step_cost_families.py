@@ -42,7 +42,7 @@ COSTS = ["exact", "plain, compiled", "exact, compiled", "exact / plain, both com
 BFLOAT16 = ["bf16 error", "error, compiled / eager"]
 COLUMNS = [
     "network", "size", "million parameters", *COSTS, "FLOPs", "bytes", "ms, plain step", "graphs", "fallbacks",
-    "CPU s, compile", "difference", *BFLOAT16, "CPU s, compile, bf16",
+    "CPU s, compile", "difference", *BFLOAT16, "CPU s, compile, bf16", "commit",
 ]  # fmt: skip
 
 
@@ -183,6 +183,7 @@ def main() -> None:
                     print(f"{name}, {size}, {dtype}", flush=True)
                     with fresh_cache():
                         row |= measure(SIZES[size][name], arguments.rounds)
+                    row["commit"] = environment()["commit"][:10]
                     torch.compiler.reset()
                     finish(list(rows.values()), arguments.rounds)
     print(table([[row.get(column, "") for column in COLUMNS] for row in rows.values()], COLUMNS))
