@@ -31,6 +31,7 @@ FM, AYF, DERIVATIVE, DISTANCE = (
     "flow/distance.py",
 )
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
+ALPHA = "objectives/alpha_flow.py"
 MF, CT, SELF, SHORT = (
     "objectives/meanflow.py",
     "objectives/scm.py",
@@ -92,6 +93,12 @@ MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self
 MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
 MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
 MF_DERIVE = "derive, student, sample, direction, needed"
+ALPHA_Y = "earlier = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows])"
+ALPHA_LENGTH = "length = alpha * (t - s)[:rows]"
+ALPHA_THERE = "there = without_graph(student, earlier, t[:rows] - length, s[:rows], first)"
+ALPHA_RATE = "rate = (1 - alpha) * (mean_velocity[:rows].detach() - there) / broadcast_time(length, there)"
+ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
+ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
 CT_WHOLE = "whole = broadcast_time(1 - t, x) * (pull + broadcast_time(t, x) * rate)"
 CT_G = "g = -broadcast_time(radius, x) * ((1 - r) * broadcast_time(cos2, x) * pull + r * whole)"
 CT_RIDE = "eulerian_derivative(student, x, t, torch.zeros_like(t), v, cond"
@@ -472,6 +479,20 @@ MUTANTS = [
     Mutant("meanflow", "guided without a class", MF, MF_INSIDE, MF_INSIDE.replace(' & (cond["class"] >= 0)', "")),
     Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
     Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("alpha_flow", "difference turned round", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - a", "-(1 - a")),
+    Mutant("alpha_flow", "1 - alpha missing", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha) * ", "")),
+    Mutant("alpha_flow", "alpha in place of 1 - alpha", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha)", "alpha")),
+    Mutant("alpha_flow", "step on the other side", ALPHA, ALPHA_Y, ALPHA_Y.replace("[:rows] - b", "[:rows] + b")),
+    Mutant("alpha_flow", "no step", ALPHA, ALPHA_Y, ALPHA_Y.replace(" * v", " * 0 * v")),
+    Mutant("alpha_flow", "1 - alpha of it", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("alpha", "(1 - alpha)")),
+    Mutant("alpha_flow", "alpha of t, not of t - s", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("(t - s)", "t")),
+    Mutant("alpha_flow", "asked again at t", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("t[:rows] - length", "t[:rows]")),
+    Mutant("alpha_flow", "asked again at x", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("earlier", "x[:rows]")),
+    Mutant("alpha_flow", "second condition lost", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("first", "None")),
+    Mutant("alpha_flow", "curriculum turned round", ALPHA, ALPHA_OF, ALPHA_OF.replace("done - 0.5", "0.5 - done")),
+    Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
+    Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),
+    Mutant("alpha_flow", "no derivative before its end", MF, "self._needed(step)", "self._needed(step) and step < 0"),
     Mutant(
         "scm",
         "flipped sign of the derivative",

@@ -4,6 +4,7 @@ OBJECTIVES.
 
 from flowmap.base import torchvision_shim
 from flowmap.objectives.adversarial import Adversarial
+from flowmap.objectives.alpha_flow import AlphaFlow
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
 from flowmap.objectives.cmt import CMT
 from flowmap.objectives.consistency import Consistency
@@ -28,6 +29,7 @@ OBJECTIVES = {
     "ayf_lmd": AYFLMD,
     "ayf_mixed": AYFMixed,
     "meanflow": MeanFlow,
+    "alpha_flow": AlphaFlow,
     "scm": SCM,
     "esd": ESD,
     "lsd": LSD,

@@ -52,14 +52,20 @@ class MeanFlow(BaseObjective):
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         v = self._guided(student, sample, v).detach()
         direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
-        derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
-            student, x, t, s, v, cond, mode=self.derivative, rows=rows
-        )
-        mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=True)
+        derive = lambda x, t, s, v, cond, rows: self._derive(student, x, t, s, v, cond, rows, step)
+        mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=self._needed(step))
         target = v - broadcast_time(t - s, x) * rate
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)
         return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
+
+    def _needed(self, step: int) -> bool:
+        """Whether the target has a derivative at this step."""
+        return True
+
+    def _derive(self, student: FlowMap, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond, rows: int, step: int):
+        """(F, its derivative along v in the first `rows` samples, zero in the rest), both shaped like x."""
+        return eulerian_derivative(student, x, t, s, v, cond, mode=self.derivative, rows=rows)
 
     @property
     def null_weight(self) -> float:

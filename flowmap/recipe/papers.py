@@ -29,6 +29,13 @@ PAPERS = {
         2025,
         "2512.02012",
     ),
+    "alpha_flow": (
+        "AlphaFlow: understanding and improving MeanFlow models",
+        "objective alpha_flow",
+        "Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu, Skorokhodov",
+        2025,
+        "2510.20771",
+    ),
     "scm": (
         "Simplifying, stabilizing and scaling continuous-time consistency models",
         "objective scm",
