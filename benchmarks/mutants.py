@@ -32,6 +32,7 @@ FM, AYF, DERIVATIVE, DISTANCE = (
 )
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 ALPHA = "objectives/alpha_flow.py"
+ANCHORED = "objectives/facm.py"
 MF, CT, SELF, SHORT = (
     "objectives/meanflow.py",
     "objectives/scm.py",
@@ -99,6 +100,12 @@ ALPHA_THERE = "there = without_graph(student, earlier, t[:rows] - length, s[:row
 ALPHA_RATE = "rate = (1 - alpha) * (mean_velocity[:rows].detach() - there) / broadcast_time(length, there)"
 ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
 ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
+FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
+FACM_RELAXED = "relaxed = broadcast_time(1 - (1 - t) ** self.power, x) * g.clamp(-self.clamp, self.clamp)"
+FACM_TERM = "consistency = torch.sin(t * math.pi / 2) * self.distance(mean_velocity, own - relaxed)"
+FACM_ANCHOR = "anchor = self._anchor(student.mean_velocity(x, t, t, cond), v)"
+FACM_COSINE = "return error + self.cosine * (1 - cosine).reshape(len(error), -1).mean(1)"
+FACM_V = "v = (sample.vt if teacher is None else teacher.velocity(x, t, cond)).detach()"
 CT_WHOLE = "whole = broadcast_time(1 - t, x) * (pull + broadcast_time(t, x) * rate)"
 CT_G = "g = -broadcast_time(radius, x) * ((1 - r) * broadcast_time(cos2, x) * pull + r * whole)"
 CT_RIDE = "eulerian_derivative(student, x, t, torch.zeros_like(t), v, cond"
@@ -493,6 +500,27 @@ MUTANTS = [
     Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
     Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),
     Mutant("alpha_flow", "no derivative before its end", MF, "self._needed(step)", "self._needed(step) and step < 0"),
+    Mutant("facm", "flipped sign of the derivative", ANCHORED, FACM_G, FACM_G.replace("+ b", "- b")),
+    Mutant("facm", "flipped sign of the velocity", ANCHORED, FACM_G, FACM_G.replace("- v", "+ v")),
+    Mutant("facm", "(t - s) missing", ANCHORED, FACM_G, FACM_G.replace("broadcast_time(t - s, x) * ", "")),
+    Mutant("facm", "relaxed at the noise", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace("(1 - t) **", "t **")),
+    Mutant("facm", "not relaxed", ANCHORED, FACM_RELAXED, "relaxed = g.clamp(-self.clamp, self.clamp)"),
+    Mutant("facm", "not clamped", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace(".clamp(-self.clamp, self.clamp)", "")),
+    Mutant("facm", "clamped on one side", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace("(-self.clamp", "(None")),
+    Mutant("facm", "weight turned round", ANCHORED, FACM_TERM, FACM_TERM.replace("sin", "cos")),
+    Mutant("facm", "weight missing", ANCHORED, FACM_TERM, FACM_TERM.replace("torch.sin(t * math.pi / 2) * ", "")),
+    Mutant("facm", "target on the other side", ANCHORED, FACM_TERM, FACM_TERM.replace("own - r", "own + r")),
+    Mutant("facm", "anchored at s", ANCHORED, FACM_ANCHOR, FACM_ANCHOR.replace("x, t, t", "x, t, s")),
+    Mutant("facm", "anchor's condition lost", ANCHORED, FACM_ANCHOR, FACM_ANCHOR.replace("cond", "None")),
+    Mutant("facm", "anchor subtracted", ANCHORED, "consistency + self.anchor", "consistency - self.anchor"),
+    Mutant("facm", "anchor's weight lost", ANCHORED, "consistency + self.anchor * anchor", "consistency + anchor"),
+    Mutant("facm", "cosine rewarded the other way", ANCHORED, FACM_COSINE, FACM_COSINE.replace("(1 - c", "(1 + c")),
+    Mutant("facm", "cosine's weight lost", ANCHORED, FACM_COSINE, FACM_COSINE.replace("self.cosine * ", "")),
+    Mutant("facm", "cosine over the width", ANCHORED, "v.to(error.dtype), dim=1", "v.to(error.dtype), dim=-1"),
+    Mutant("facm", "vt in place of the teacher", ANCHORED, FACM_V, "v = sample.vt"),
+    Mutant("facm", "teacher asked at s", ANCHORED, FACM_V, FACM_V.replace("x, t, c", "x, s, c")),
+    Mutant("facm", "teacher's condition lost", ANCHORED, FACM_V, FACM_V.replace("cond)", "None)")),
+    Mutant("facm", "derivative along vt", ANCHORED, "derive, student, sample, v", "derive, student, sample, sample.vt"),
     Mutant(
         "scm",
         "flipped sign of the derivative",

@@ -8,6 +8,7 @@ from flowmap.objectives.alpha_flow import AlphaFlow
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
 from flowmap.objectives.cmt import CMT
 from flowmap.objectives.consistency import Consistency
+from flowmap.objectives.facm import FACM
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
@@ -36,6 +37,7 @@ OBJECTIVES = {
     "psd": PSD,
     "shortcut": Shortcut,
     "freeflow": FreeFlow,
+    "facm": FACM,
     "consistency": Consistency,
     "cmt": CMT,
     "score_distillation": ScoreDistillation,

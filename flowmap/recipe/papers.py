@@ -43,6 +43,13 @@ PAPERS = {
         2024,
         "2410.11081",
     ),
+    "facm": (
+        "FACM: flow-anchored consistency models",
+        "objective facm",
+        "Peng, Zhu, Liu, Wu, Li, Sun, Wu",
+        2025,
+        "2507.03738",
+    ),
     "self_distilled": (
         "How to build a consistency model",
         "objective esd, lsd, psd",

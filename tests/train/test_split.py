@@ -39,6 +39,7 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "meanflow": (TINY, "objective={kind: meanflow}", SHARES),
     "alpha_flow": (TINY, "objective={kind: alpha_flow, end_steps: 4, gamma: 1.0}", SHARES),
     "scm": (TINY, "objective={kind: scm, warmup_steps: 0, weight: {kind: learned}}", "times={kind: consistency}"),
+    "facm": (TINY, "objective={kind: facm}", "times={kind: consistency}"),
     "esd": (TINY, "objective={kind: esd, weight: {kind: learned}}", SHARES),
     "lsd": (TINY, "objective={kind: lsd}", SHARES),
     "psd": (TINY, "objective={kind: psd, split: uniform}", SHARES),
