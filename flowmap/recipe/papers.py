@@ -57,6 +57,13 @@ PAPERS = {
         2025,
         "2505.18825",
     ),
+    "tvm": (
+        "Terminal velocity matching",
+        "objective lsd, recipe digits-tvm",
+        "Zhou, Parger, Haque, Song",
+        2025,
+        "2511.19797",
+    ),
     "shortcut": (
         "One step diffusion via shortcut models",
         "objective shortcut",
