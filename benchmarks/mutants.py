@@ -32,7 +32,7 @@ FM, AYF, DERIVATIVE, DISTANCE = (
 )
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
 ALPHA = "objectives/alpha_flow.py"
-ANCHORED = "objectives/facm.py"
+ANCHORED, RCGM = "objectives/facm.py", "objectives/rcgm.py"
 MF, CT, SELF, SHORT = (
     "objectives/meanflow.py",
     "objectives/scm.py",
@@ -94,10 +94,13 @@ MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self
 MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
 MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
 MF_DERIVE = "derive, student, sample, direction, needed"
-ALPHA_Y = "earlier = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows])"
-ALPHA_LENGTH = "length = alpha * (t - s)[:rows]"
-ALPHA_THERE = "there = without_graph(student, earlier, t[:rows] - length, s[:rows], first)"
-ALPHA_RATE = "rate = (1 - alpha) * (mean_velocity[:rows].detach() - there) / broadcast_time(length, there)"
+ALPHA_Y = "y = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows])"
+ALPHA_LENGTH = "length, at = alpha * (t - s)[:rows], t[:rows] - alpha * (t - s)[:rows]"
+ALPHA_THERE = "jumped = without_graph(student, y, at, s[:rows] if last else at - stride, cond)"
+ALPHA_RATE = "rate = broadcast_time((1 - alpha) / length, there) * (mean_velocity[:rows].detach() - there)"
+ALPHA_JUMP = "y = (y - broadcast_time(stride, y) * jumped)"
+RCGM_ALPHA = "alpha = (self.interval / (t - s)[:rows]).clamp(max=1)"
+RCGM_LIMITED = "return own - (own - target).clamp(-self.clamp, self.clamp)"
 ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
 ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
 FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
@@ -486,16 +489,27 @@ MUTANTS = [
     Mutant("meanflow", "guided without a class", MF, MF_INSIDE, MF_INSIDE.replace(' & (cond["class"] >= 0)', "")),
     Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
     Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
-    Mutant("alpha_flow", "difference turned round", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - a", "-(1 - a")),
-    Mutant("alpha_flow", "1 - alpha missing", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha) * ", "")),
+    Mutant("alpha_flow", "difference turned round", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("((1 - a", "(-(1 - a")),
+    Mutant("alpha_flow", "1 - alpha missing", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha)", "1")),
     Mutant("alpha_flow", "alpha in place of 1 - alpha", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha)", "alpha")),
     Mutant("alpha_flow", "step on the other side", ALPHA, ALPHA_Y, ALPHA_Y.replace("[:rows] - b", "[:rows] + b")),
     Mutant("alpha_flow", "no step", ALPHA, ALPHA_Y, ALPHA_Y.replace(" * v", " * 0 * v")),
     Mutant("alpha_flow", "1 - alpha of it", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("alpha", "(1 - alpha)")),
     Mutant("alpha_flow", "alpha of t, not of t - s", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("(t - s)", "t")),
-    Mutant("alpha_flow", "asked again at t", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("t[:rows] - length", "t[:rows]")),
-    Mutant("alpha_flow", "asked again at x", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("earlier", "x[:rows]")),
-    Mutant("alpha_flow", "second condition lost", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("first", "None")),
+    Mutant("alpha_flow", "asked again at t", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("y, at,", "y, t[:rows],")),
+    Mutant("alpha_flow", "asked again at x", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("y, at,", "x[:rows], at,")),
+    Mutant("alpha_flow", "second condition lost", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("cond", "None")),
+    Mutant("rcgm", "jumps on the other side", ALPHA, ALPHA_JUMP, ALPHA_JUMP.replace("y - b", "y + b")),
+    Mutant("rcgm", "every jump from the first state", ALPHA, ALPHA_JUMP, "y = (y + 0 * jumped)"),
+    Mutant("rcgm", "every jump to the end", ALPHA, ALPHA_THERE, ALPHA_THERE.replace(" if last else at - stride", "")),
+    Mutant("rcgm", "jumps not averaged", ALPHA, "there + jumped / jumps", "there + jumped"),
+    Mutant("rcgm", "every jump from the first time", ALPHA, "jumped / jumps, at - stride", "jumped / jumps, at"),
+    Mutant("rcgm", "a share of the interval", RCGM, RCGM_ALPHA, RCGM_ALPHA.replace("/ (t", "* (t")),
+    Mutant("rcgm", "steps beyond the arrival", RCGM, RCGM_ALPHA, RCGM_ALPHA.replace("max=1", "max=9")),
+    Mutant("rcgm", "not clamped", RCGM, RCGM_LIMITED, "return target"),
+    Mutant("rcgm", "clamped on one side", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("(-self", "(-9 * self")),
+    Mutant("rcgm", "pushed away", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("own - (own", "own + (own")),
+    Mutant("rcgm", "one jump", RCGM, "alpha, self.order)", "alpha)"),
     Mutant("alpha_flow", "curriculum turned round", ALPHA, ALPHA_OF, ALPHA_OF.replace("done - 0.5", "0.5 - done")),
     Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
     Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),

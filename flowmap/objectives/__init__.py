@@ -15,6 +15,7 @@ from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.meanflow import MeanFlow
+from flowmap.objectives.rcgm import RCGM
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
 from flowmap.objectives.scm import SCM
@@ -31,6 +32,7 @@ OBJECTIVES = {
     "ayf_mixed": AYFMixed,
     "meanflow": MeanFlow,
     "alpha_flow": AlphaFlow,
+    "rcgm": RCGM,
     "scm": SCM,
     "esd": ESD,
     "lsd": LSD,

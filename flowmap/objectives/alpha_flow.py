@@ -62,13 +62,28 @@ class AlphaFlow(MeanFlow):
 
     def _derive(self, student: FlowMap, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond, rows: int, step: int):
         alpha = self.alpha(step)
-        if alpha == 0 or rows == 0:
+        if alpha == 0:
             return super()._derive(student, x, t, s, v, cond, rows, step)
-        mean_velocity = student.mean_velocity(x, t, s, cond)
-        first = None if cond is None else {key: value[:rows] for key, value in cond.items()}
-        length = alpha * (t - s)[:rows]
-        earlier = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows]).to(x.dtype)
-        there = without_graph(student, earlier, t[:rows] - length, s[:rows], first)
-        length = torch.where(length > 0, length, torch.ones_like(length))  # zero where a row stands in for none
-        rate = (1 - alpha) * (mean_velocity[:rows].detach() - there) / broadcast_time(length, there)
-        return mean_velocity, torch.cat([rate, torch.zeros_like(mean_velocity[rows:], requires_grad=False)])
+        return by_jumps(student, x, t, s, v, cond, torch.full_like(t[:rows], alpha))
+
+
+def by_jumps(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond, alpha: Tensor, jumps: int = 1):
+    """(F with its graph, R without one): R in the first samples, as many as alpha (n,) has, zero in the rest.
+
+    F(y, m, s) of R is the mean velocity of so many jumps of the student, of equal length, from m to s.
+    """
+    rows, mean_velocity = len(alpha), student.mean_velocity(x, t, s, cond)
+    if rows == 0:
+        return mean_velocity, torch.zeros_like(mean_velocity, requires_grad=False)
+    cond = None if cond is None else {key: value[:rows] for key, value in cond.items()}
+    length, at = alpha * (t - s)[:rows], t[:rows] - alpha * (t - s)[:rows]
+    y = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows]).to(x.dtype)
+    stride, there = (at - s[:rows]) / jumps, torch.zeros_like(mean_velocity[:rows], requires_grad=False)
+    for jump in range(jumps):
+        last = jump == jumps - 1
+        jumped = without_graph(student, y, at, s[:rows] if last else at - stride, cond)
+        there, at = there + jumped / jumps, at - stride
+        y = (y - broadcast_time(stride, y) * jumped).to(x.dtype)
+    length = torch.where(length > 0, length, torch.ones_like(length))  # zero where a row stands in for none
+    rate = broadcast_time((1 - alpha) / length, there) * (mean_velocity[:rows].detach() - there)
+    return mean_velocity, torch.cat([rate, torch.zeros_like(mean_velocity[rows:], requires_grad=False)])

@@ -43,6 +43,13 @@ PAPERS = {
         2024,
         "2410.11081",
     ),
+    "twinflow": (
+        "TwinFlow: realizing one-step generation on large models with self-adversarial flows",
+        "objective rcgm",
+        "Cheng, Sun, Li, Lin",
+        2025,
+        "2512.05150",
+    ),
     "facm": (
         "FACM: flow-anchored consistency models",
         "objective facm",
