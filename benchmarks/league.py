@@ -34,7 +34,10 @@ RECIPES = (
         f"digits-{name}"
         for name in ("ayf-emd", "ayf-lmd", "warm", "cmt", "meanflow", "imeanflow", "scm", "consistency")
     ),
-    *(f"digits-{name}" for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd")),
+    *(
+        f"digits-{name}"
+        for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd", "alpha-flow", "facm", "tvm", "rcgm")
+    ),
     "rfpp/digits",
 )
 TEACHERS = (

@@ -31,6 +31,8 @@ FM, AYF, DERIVATIVE, DISTANCE = (
     "flow/distance.py",
 )
 RECTIFIED, PERCEPTUAL = "objectives/rectified.py", "objectives/perceptual.py"
+ALPHA = "objectives/alpha_flow.py"
+ANCHORED, RCGM = "objectives/facm.py", "objectives/rcgm.py"
 MF, CT, SELF, SHORT = (
     "objectives/meanflow.py",
     "objectives/scm.py",
@@ -92,6 +94,21 @@ MF_MIXED = "mixed = self.omega * v + self.kappa * given + (1 - self.omega - self
 MF_INSIDE = 'inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)'
 MF_SWAPPED = MF_MIXED.replace("* given", "* other").replace("* dropped", "* given").replace("* other", "* dropped")
 MF_DERIVE = "derive, student, sample, direction, needed"
+ALPHA_Y = "y = (x[:rows] - broadcast_time(length, x[:rows]) * v[:rows])"
+ALPHA_LENGTH = "length, at = alpha * (t - s)[:rows], t[:rows] - alpha * (t - s)[:rows]"
+ALPHA_THERE = "jumped = without_graph(student, y, at, s[:rows] if last else at - stride, cond)"
+ALPHA_RATE = "rate = broadcast_time((1 - alpha) / length, there) * (mean_velocity[:rows].detach() - there)"
+ALPHA_JUMP = "y = (y - broadcast_time(stride, y) * jumped)"
+RCGM_ALPHA = "alpha = (self.interval / (t - s)[:rows]).clamp(max=1)"
+RCGM_LIMITED = "return own - (own - target).clamp(-self.clamp, self.clamp)"
+ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
+ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
+FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
+FACM_RELAXED = "relaxed = broadcast_time(1 - (1 - t) ** self.power, x) * g.clamp(-self.clamp, self.clamp)"
+FACM_TERM = "consistency = torch.sin(t * math.pi / 2) * self.distance(mean_velocity, own - relaxed)"
+FACM_ANCHOR = "anchor = self._anchor(student.mean_velocity(x, t, t, cond), v)"
+FACM_COSINE = "return error + self.cosine * (1 - cosine).reshape(len(error), -1).mean(1)"
+FACM_V = "v = (sample.vt if teacher is None else teacher.velocity(x, t, cond)).detach()"
 CT_WHOLE = "whole = broadcast_time(1 - t, x) * (pull + broadcast_time(t, x) * rate)"
 CT_G = "g = -broadcast_time(radius, x) * ((1 - r) * broadcast_time(cos2, x) * pull + r * whole)"
 CT_RIDE = "eulerian_derivative(student, x, t, torch.zeros_like(t), v, cond"
@@ -472,6 +489,52 @@ MUTANTS = [
     Mutant("meanflow", "guided without a class", MF, MF_INSIDE, MF_INSIDE.replace(' & (cond["class"] >= 0)', "")),
     Mutant("meanflow", "guided outside the interval", MF, MF_INSIDE, MF_INSIDE.replace("(t >= self.guided[0]) & ", "")),
     Mutant("meanflow", "ascent", MF, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("alpha_flow", "difference turned round", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("((1 - a", "(-(1 - a")),
+    Mutant("alpha_flow", "1 - alpha missing", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha)", "1")),
+    Mutant("alpha_flow", "alpha in place of 1 - alpha", ALPHA, ALPHA_RATE, ALPHA_RATE.replace("(1 - alpha)", "alpha")),
+    Mutant("alpha_flow", "step on the other side", ALPHA, ALPHA_Y, ALPHA_Y.replace("[:rows] - b", "[:rows] + b")),
+    Mutant("alpha_flow", "no step", ALPHA, ALPHA_Y, ALPHA_Y.replace(" * v", " * 0 * v")),
+    Mutant("alpha_flow", "1 - alpha of it", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("alpha", "(1 - alpha)")),
+    Mutant("alpha_flow", "alpha of t, not of t - s", ALPHA, ALPHA_LENGTH, ALPHA_LENGTH.replace("(t - s)", "t")),
+    Mutant("alpha_flow", "asked again at t", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("y, at,", "y, t[:rows],")),
+    Mutant("alpha_flow", "asked again at x", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("y, at,", "x[:rows], at,")),
+    Mutant("alpha_flow", "second condition lost", ALPHA, ALPHA_THERE, ALPHA_THERE.replace("cond", "None")),
+    Mutant("rcgm", "jumps on the other side", ALPHA, ALPHA_JUMP, ALPHA_JUMP.replace("y - b", "y + b")),
+    Mutant("rcgm", "every jump from the first state", ALPHA, ALPHA_JUMP, "y = (y + 0 * jumped)"),
+    Mutant("rcgm", "every jump to the end", ALPHA, ALPHA_THERE, ALPHA_THERE.replace(" if last else at - stride", "")),
+    Mutant("rcgm", "jumps not averaged", ALPHA, "there + jumped / jumps", "there + jumped"),
+    Mutant("rcgm", "every jump from the first time", ALPHA, "jumped / jumps, at - stride", "jumped / jumps, at"),
+    Mutant("rcgm", "a share of the interval", RCGM, RCGM_ALPHA, RCGM_ALPHA.replace("/ (t", "* (t")),
+    Mutant("rcgm", "steps beyond the arrival", RCGM, RCGM_ALPHA, RCGM_ALPHA.replace("max=1", "max=9")),
+    Mutant("rcgm", "not clamped", RCGM, RCGM_LIMITED, "return target"),
+    Mutant("rcgm", "clamped on one side", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("(-self", "(-9 * self")),
+    Mutant("rcgm", "pushed away", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("own - (own", "own + (own")),
+    Mutant("rcgm", "one jump", RCGM, "alpha, self.order)", "alpha)"),
+    Mutant("alpha_flow", "curriculum turned round", ALPHA, ALPHA_OF, ALPHA_OF.replace("done - 0.5", "0.5 - done")),
+    Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
+    Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),
+    Mutant("alpha_flow", "no derivative before its end", MF, "self._needed(step)", "self._needed(step) and step < 0"),
+    Mutant("facm", "flipped sign of the derivative", ANCHORED, FACM_G, FACM_G.replace("+ b", "- b")),
+    Mutant("facm", "flipped sign of the velocity", ANCHORED, FACM_G, FACM_G.replace("- v", "+ v")),
+    Mutant("facm", "(t - s) missing", ANCHORED, FACM_G, FACM_G.replace("broadcast_time(t - s, x) * ", "")),
+    Mutant("facm", "relaxed at the noise", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace("(1 - t) **", "t **")),
+    Mutant("facm", "not relaxed", ANCHORED, FACM_RELAXED, "relaxed = g.clamp(-self.clamp, self.clamp)"),
+    Mutant("facm", "not clamped", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace(".clamp(-self.clamp, self.clamp)", "")),
+    Mutant("facm", "clamped on one side", ANCHORED, FACM_RELAXED, FACM_RELAXED.replace("(-self.clamp", "(None")),
+    Mutant("facm", "weight turned round", ANCHORED, FACM_TERM, FACM_TERM.replace("sin", "cos")),
+    Mutant("facm", "weight missing", ANCHORED, FACM_TERM, FACM_TERM.replace("torch.sin(t * math.pi / 2) * ", "")),
+    Mutant("facm", "target on the other side", ANCHORED, FACM_TERM, FACM_TERM.replace("own - r", "own + r")),
+    Mutant("facm", "anchored at s", ANCHORED, FACM_ANCHOR, FACM_ANCHOR.replace("x, t, t", "x, t, s")),
+    Mutant("facm", "anchor's condition lost", ANCHORED, FACM_ANCHOR, FACM_ANCHOR.replace("cond", "None")),
+    Mutant("facm", "anchor subtracted", ANCHORED, "consistency + self.anchor", "consistency - self.anchor"),
+    Mutant("facm", "anchor's weight lost", ANCHORED, "consistency + self.anchor * anchor", "consistency + anchor"),
+    Mutant("facm", "cosine rewarded the other way", ANCHORED, FACM_COSINE, FACM_COSINE.replace("(1 - c", "(1 + c")),
+    Mutant("facm", "cosine's weight lost", ANCHORED, FACM_COSINE, FACM_COSINE.replace("self.cosine * ", "")),
+    Mutant("facm", "cosine over the width", ANCHORED, "v.to(error.dtype), dim=1", "v.to(error.dtype), dim=-1"),
+    Mutant("facm", "vt in place of the teacher", ANCHORED, FACM_V, "v = sample.vt"),
+    Mutant("facm", "teacher asked at s", ANCHORED, FACM_V, FACM_V.replace("x, t, c", "x, s, c")),
+    Mutant("facm", "teacher's condition lost", ANCHORED, FACM_V, FACM_V.replace("cond)", "None)")),
+    Mutant("facm", "derivative along vt", ANCHORED, "derive, student, sample, v", "derive, student, sample, sample.vt"),
     Mutant(
         "scm",
         "flipped sign of the derivative",

@@ -25,7 +25,7 @@ from flowmap.nets.stacked import Stacked, net_within
 from flowmap.nets.unfilled import weights_dropped
 from flowmap.plan.cards import lora_card
 from flowmap.plan.guidance import check_conditions
-from flowmap.plan.named_networks import stacked, with_time_embedding
+from flowmap.plan.named_networks import as_started, stacked
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.provenance import baked_scale
 from flowmap.recipe.kinds import TABLES, StudentSpec
@@ -156,7 +156,7 @@ def _net(run: ResolvedRun, data: DataOutline, start: StudentConfig | None) -> St
     """Return the settings of the student's network, checked against the data, the objective and its start."""
     recipe, net = run.recipe, without_source(run.recipe.student)
     if start is not None:
-        net = with_time_embedding(recipe, start.net) or start.net
+        net = as_started(recipe, start.net) or start.net
         net = stacked(net) if isinstance(recipe.student, Stacked) else net
         _check_start(run, data, start)
     _check_dropout(run, net)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import Cycles, Depth, Heads, Range, Ratio, Width, check_ranges
+from flowmap.base.schema import added
 from flowmap.nets.embed import Conditioning, ExtraCondition
 
 #          width depth heads
@@ -33,7 +34,12 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class DiT:
-    """Settings of a diffusion transformer; width, depth and heads come from the preset unless given."""
+    """Settings of a diffusion transformer; width, depth and heads come from the preset unless given.
+
+    arrival_blocks: the number of last blocks that see the arrival time; null for all. The first blocks then see a
+    velocity's conditions, and a derivative in the arrival time alone begins after them. After Decoupled MeanFlow, known
+    from reviews only; there the last blocks see the arrival in place of the departure, here both.
+    """
 
     preset: str = "tiny"
     patch: Annotated[int, Range(1, 1024)] = 2
@@ -42,15 +48,18 @@ class DiT:
     heads: Heads | None = None
     mlp_ratio: Ratio = 8 / 3
     cycles: Cycles = 4.0
+    arrival_blocks: Depth | None = added(None)
     takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
-        width, _, heads = self.sizes
+        width, depth, heads = self.sizes
         if width % (4 * heads):
             raise ValueError(f"width: {width} is not a multiple of 4 x heads ({heads})")
+        if (self.arrival_blocks or 1) > depth:
+            raise ValueError(f"arrival_blocks: {self.arrival_blocks} must be at most the depth, {depth}")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -86,7 +95,7 @@ class DiTNet(nn.Module):
     ):
         super().__init__()
         width, depth, heads = spec.sizes
-        self.shape, self.patch = shape, spec.patch
+        self.shape, self.patch, self.arrival_blocks = shape, spec.patch, spec.arrival_blocks
         self.grid = (shape[1] // spec.patch, shape[2] // spec.patch)
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
@@ -102,13 +111,17 @@ class DiTNet(nn.Module):
         self.activation_checkpointing = False
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
-        c = F.silu(self.conditioning(t, s, cond)).to(x.dtype)
+        c = early = F.silu(self.conditioning(t, s, cond)).to(x.dtype)
+        first = 0 if self.arrival_blocks is None else max(0, len(self.blocks) - self.arrival_blocks)
+        if first:
+            early = F.silu(self.conditioning(t, s, cond, with_arrival=False)).to(x.dtype)
         h = self.enter(self._patches(x)) + self.position
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            seen = early if index < first else c
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, use_reentrant=False)
+                h = checkpoint(block, h, seen, use_reentrant=False)
             else:
-                h = block(h, c)
+                h = block(h, seen)
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, -1)
         return self._image(self.leave(torch.addcmul(shift, _norm(h), 1 + scale)))
 

@@ -114,7 +114,8 @@ class Conditioning(nn.Module):
     """The sum (B, width) of the embeddings of departure, arrival, guidance scale, class and extra conditions.
 
     All but departure are optional. The branches for arrival and guidance start at zero, so that a student with a
-    teacher's weights gives the teacher's output. The arrival branch embeds the interval t - s.
+    teacher's weights gives the teacher's output. The arrival branch embeds the interval t - s; with_arrival=False
+    leaves it out.
     """
 
     def __init__(
@@ -135,10 +136,10 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.further = ExtraEmbeddings(extra_conditions, width) if extra_conditions else None
 
-    def forward(self, t: Tensor, s: Tensor, cond) -> Tensor:
+    def forward(self, t: Tensor, s: Tensor, cond, *, with_arrival: bool = True) -> Tensor:
         cond = cond or {}
         c = self.departure(t)
-        if self.arrival is not None:
+        if self.arrival is not None and with_arrival:
             c = c + self.arrival(t - s)
         if self.guidance is not None:
             c = c + self.guidance(_guidance_input(t, cond))

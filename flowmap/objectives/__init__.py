@@ -4,15 +4,18 @@ OBJECTIVES.
 
 from flowmap.base import torchvision_shim
 from flowmap.objectives.adversarial import Adversarial
+from flowmap.objectives.alpha_flow import AlphaFlow
 from flowmap.objectives.ayf import AYFEMD, AYFLMD, AYFMixed
 from flowmap.objectives.cmt import CMT
 from flowmap.objectives.consistency import Consistency
+from flowmap.objectives.facm import FACM
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.meanflow import MeanFlow
+from flowmap.objectives.rcgm import RCGM
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
 from flowmap.objectives.reward_tuning import RewardTuning
@@ -29,12 +32,15 @@ OBJECTIVES = {
     "ayf_lmd": AYFLMD,
     "ayf_mixed": AYFMixed,
     "meanflow": MeanFlow,
+    "alpha_flow": AlphaFlow,
+    "rcgm": RCGM,
     "scm": SCM,
     "esd": ESD,
     "lsd": LSD,
     "psd": PSD,
     "shortcut": Shortcut,
     "freeflow": FreeFlow,
+    "facm": FACM,
     "consistency": Consistency,
     "cmt": CMT,
     "score_distillation": ScoreDistillation,

@@ -21,15 +21,14 @@ from flowmap.objectives.ayf import off_diagonal
 
 
 @dataclass(frozen=True)
-class MeanFlow(BaseObjective):
-    """distance(F, sg(v - (t - s) dF/dt)), with v the conditional velocity, or the teacher's where there is one.
+class EulerianRegression(BaseObjective):
+    """distance(F, sg(v - (t - s) R)), with v the conditional velocity, or the teacher's where there is one.
 
-    tangent       the direction of d/dt: "target", v itself, or "student", the student's own F(x, t, t), without noise
+    R is the rate of F along v, or an estimate of it.
+    tangent       the direction of R: "target", v itself, or "student", the student's own F(x, t, t), without noise
     omega, kappa  guidance in the target, v <- omega v + kappa F(x, t, t) + (1 - omega - kappa) F(x, t, t | no class),
                   where t is in `guided` and the sample has a class; the student learns the flow guided with scale
                   omega / (1 - kappa). (1, 0) is no guidance
-    distance      by default the paper's, |.|^2 / sg(|.|^2 + offset)^power
-    derivative    "dual", "forward" or "difference"
     """
 
     distance: Distance = Adaptive()
@@ -37,11 +36,9 @@ class MeanFlow(BaseObjective):
     omega: Positive = 1.0
     kappa: BelowOne = 0.0
     guided: tuple[Share, Share] = (0.0, 1.0)
-    derivative: str = "dual"
 
     def __post_init__(self):
         check_ranges(self)
-        object.__setattr__(self, "derivative", derivative_named(self.derivative))
         if self.tangent not in ("target", "student"):
             raise ValueError(f"tangent: {self.tangent!r} is not one of target, student")
         if not self.guided[0] <= self.guided[1]:
@@ -52,14 +49,24 @@ class MeanFlow(BaseObjective):
         v = sample.vt if teacher is None else teacher.velocity(x, t, cond)
         v = self._guided(student, sample, v).detach()
         direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
-        derive = lambda x, t, s, v, cond, rows: eulerian_derivative(
-            student, x, t, s, v, cond, mode=self.derivative, rows=rows
-        )
-        mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=True)
-        target = v - broadcast_time(t - s, x) * rate
+        derive = lambda x, t, s, v, cond, rows: self._derive(student, x, t, s, v, cond, rows, step)
+        mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=self._needed(step))
+        target = self._limited(mean_velocity.detach(), v - broadcast_time(t - s, x) * rate)
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)
         return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
+
+    def _needed(self, step: int) -> bool:
+        """Whether R differs from zero at this step."""
+        return True
+
+    def _derive(self, student: FlowMap, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond, rows: int, step: int):
+        """(F with its graph, R in the first `rows` samples and zero in the rest), both shaped like x."""
+        raise NotImplementedError
+
+    def _limited(self, own: Tensor, target: Tensor) -> Tensor:
+        """The target, from the student's own value and the identity's."""
+        return target
 
     @property
     def null_weight(self) -> float:
@@ -78,3 +85,21 @@ class MeanFlow(BaseObjective):
         mixed = self.omega * v + self.kappa * given + (1 - self.omega - self.kappa) * dropped
         inside = (t >= self.guided[0]) & (t <= self.guided[1]) & (cond["class"] >= 0)
         return torch.where(broadcast_time(inside, x), mixed, v)
+
+
+@dataclass(frozen=True)
+class MeanFlow(EulerianRegression):
+    """distance(F, sg(v - (t - s) dF/dt)).
+
+    distance      by default the paper's, |.|^2 / sg(|.|^2 + offset)^power
+    derivative    "dual", "forward" or "difference"
+    """
+
+    derivative: str = "dual"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "derivative", derivative_named(self.derivative))
+
+    def _derive(self, student: FlowMap, x: Tensor, t: Tensor, s: Tensor, v: Tensor, cond, rows: int, step: int):
+        return eulerian_derivative(student, x, t, s, v, cond, mode=self.derivative, rows=rows)

@@ -116,7 +116,11 @@ class ESD(_ByRate):
 
 @dataclass(frozen=True)
 class LSD(_ByRate):
-    """|| F - (t - s) dF/ds - sg(u(f, s)) ||^2, with the velocity evaluated where the student arrives."""
+    """|| F - (t - s) dF/ds - sg(u(f, s)) ||^2, with the velocity evaluated where the student arrives.
+
+    With half of the samples on the diagonal, at the arrival, it is terminal velocity matching (arXiv:2511.19797), up to
+    that paper's target by averaged weights.
+    """
 
     def _sides(self, student: FlowMap, sample: PathSample, step: int) -> tuple[Tensor, Tensor]:
         x, t, s, cond = sample.xt, sample.t, sample.s, sample.cond

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowmap.base.schema import RecipeError, construct, kind_of
+from flowmap.nets.dit import DiT
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
@@ -17,6 +18,23 @@ from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.folder import read_config
 from flowmap.teachers.card import Card
+
+
+def as_started(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:
+    """Return the settings of the network that the student starts from, with those that the recipe changes in it.
+
+    Raises RecipeError if that network has no such setting.
+    """
+    net, start = with_time_embedding(recipe, net), recipe.start
+    if not isinstance(start, FromTeacher) or start.arrival_blocks is None or net is None:
+        return net
+    if not isinstance(net, DiT):
+        what = f"a network of kind {kind_of(net, TABLES)} shows the arrival time to all of its blocks; leave it out"
+        raise RecipeError(f"{recipe.name}: student.arrival_blocks: {what}")
+    try:
+        return replace(net, arrival_blocks=start.arrival_blocks)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: student.{error}") from error
 
 
 def with_time_embedding(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:

@@ -23,7 +23,7 @@ from flowmap.plan.dependencies import (
     styles_of,
     teacher_recipes,
 )
-from flowmap.plan.named_networks import shipped_net, spec_of, stacked, with_time_embedding
+from flowmap.plan.named_networks import as_started, shipped_net, spec_of, stacked
 from flowmap.plan.run_folders import dependency_folder, is_complete
 from flowmap.plan.teacher_samples import samples_of
 from flowmap.recipe import Recipe
@@ -157,7 +157,7 @@ class Resolved:
             net = shipped_net(self.starts[0].net)
         elif isinstance(net, FromTeacher):
             net = self.spec_of(card_of(self.recipe.teacher)) if self.recipe.teacher is not None else None
-        net = with_time_embedding(self.recipe, net)
+        net = as_started(self.recipe, net)
         return stacked(net) if isinstance(self.recipe.student, Stacked) and net is not None else net
 
     @cached_property

@@ -29,6 +29,13 @@ PAPERS = {
         2025,
         "2512.02012",
     ),
+    "alpha_flow": (
+        "AlphaFlow: understanding and improving MeanFlow models",
+        "objective alpha_flow",
+        "Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu, Skorokhodov",
+        2025,
+        "2510.20771",
+    ),
     "scm": (
         "Simplifying, stabilizing and scaling continuous-time consistency models",
         "objective scm",
@@ -36,12 +43,33 @@ PAPERS = {
         2024,
         "2410.11081",
     ),
+    "twinflow": (
+        "TwinFlow: realizing one-step generation on large models with self-adversarial flows",
+        "objective rcgm",
+        "Cheng, Sun, Li, Lin",
+        2025,
+        "2512.05150",
+    ),
+    "facm": (
+        "FACM: flow-anchored consistency models",
+        "objective facm",
+        "Peng, Zhu, Liu, Wu, Li, Sun, Wu",
+        2025,
+        "2507.03738",
+    ),
     "self_distilled": (
         "How to build a consistency model",
         "objective esd, lsd, psd",
         "Boffi, Albergo, Vanden-Eijnden",
         2025,
         "2505.18825",
+    ),
+    "tvm": (
+        "Terminal velocity matching",
+        "objective lsd, recipe digits-tvm",
+        "Zhou, Parger, Haque, Song",
+        2025,
+        "2511.19797",
     ),
     "shortcut": (
         "One step diffusion via shortcut models",

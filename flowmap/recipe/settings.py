@@ -11,6 +11,7 @@ from flowmap.base.ranges import (
     Calls,
     Count,
     CountFromZero,
+    Depth,
     FromZero,
     InsideOne,
     Range,
@@ -52,12 +53,14 @@ class FromTeacher(BaseStudent):
     lora: train adapters and branches, and freeze the weights (a teacher of kind diffusers only); `{}` is all defaults.
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
     teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
-    (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's.
+    (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's. arrival_blocks: the number of
+    last blocks that see the arrival time, of a DiT; null for all.
     """
 
     lora: LoRA | None = None
     dropout: BelowOne | None = None
     time_embedding: str | None = added(None)
+    arrival_blocks: Depth | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from flowmap.flow.path import Linear
 from flowmap.nets.dit import PRESETS, DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD, AYFLMD
+from flowmap.plan.plan import resolve
+from flowmap.recipe import RecipeError, read_recipe
 from tests.support.oracle import GAUSSIAN, SHAPE, draw, draw_times
 
 SMALL = DiT(width=24, depth=3, heads=2)
@@ -62,6 +65,7 @@ def test_presets_build_with_heads_that_divide_the_width(preset):
     [
         (lambda: DiT("M"), "preset"),
         (lambda: DiT(width=50), "width"),
+        (lambda: DiT("tiny", arrival_blocks=5), "arrival_blocks: 5 must be at most the depth, 4"),
         (lambda: SMALL.build((3, 5, 6)), "patch"),
         (lambda: SMALL.build((6,)), "patch"),
     ],
@@ -114,6 +118,47 @@ def test_without_blocks_shares_the_weights_and_leaves_the_network_alone():
     for skip in ((3,), (-1,)):
         with pytest.raises(ValueError, match="skip_blocks.*0..2"):
             net.without_blocks(skip)
+
+
+def test_only_the_last_blocks_see_the_arrival_time():
+    """Without a difference in weights, and with all of its blocks it is the plain network."""
+    (t, s), x = draw_times(), draw()
+    whole, late = built(), FlowMapNet(built())
+    late.net.arrival_blocks, entered = 1, []
+    late.net.blocks[2].register_forward_pre_hook(lambda block, given: entered.append(given[0]))
+    one, other = late.mean_velocity(x, t, s), late.mean_velocity(x, t, s / 2)
+    assert torch.equal(*entered) and not torch.allclose(one, other)
+    assert not torch.allclose(one, whole(x, t, s))
+    late.net.arrival_blocks = 3
+    assert torch.equal(late.mean_velocity(x, t, s), whole(x, t, s))
+    late.net.arrival_blocks = 1
+    with torch.no_grad():  # a silent branch, as at the start: the velocity, whatever the arrival
+        late.net.conditioning.arrival.out.weight.zero_()
+        late.net.conditioning.arrival.out.bias.zero_()
+    torch.testing.assert_close(late.mean_velocity(x, t, s), late.mean_velocity(x, t, t))
+
+
+@pytest.mark.parametrize("kind", [AYFEMD, AYFLMD])
+def test_derivatives_are_right_where_only_the_last_blocks_see_the_arrival(kind):
+    sample = Linear().sample(draw(seed=1), draw(seed=2), *draw_times())
+    student, found = FlowMapNet(built()), []
+    student.net.arrival_blocks = 1
+    for derivative in ("dual", "forward"):
+        loss = kind(warmup_steps=0, derivative=derivative)(student, GAUSSIAN, sample, 0)
+        found.append(torch.autograd.grad(loss.value, list(student.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_recipe_shows_the_arrival_time_to_the_last_blocks():
+    late = resolve(read_recipe("digits", ["student.arrival_blocks=2"]))
+    assert late.net == replace(resolve(read_recipe("digits")).net, arrival_blocks=2)
+    assert late.net.build((1, 8, 8), num_classes=10).arrival_blocks == 2
+    with pytest.raises(RecipeError, match="student.arrival_blocks: 9 must be at most the depth"):
+        _ = resolve(read_recipe("digits", ["student.arrival_blocks=9"])).net
+    edm2 = "student={kind: edm2, channels: 32, multipliers: [1, 2], num_blocks: 1, attention_at: []}"
+    with pytest.raises(RecipeError, match="student.arrival_blocks: a network of kind edm2"):
+        _ = resolve(read_recipe("digits", ["student.arrival_blocks=1", f"teacher.overrides=['{edm2}']"])).net
 
 
 @pytest.mark.parametrize("kind", [AYFEMD, AYFLMD])

@@ -17,6 +17,7 @@ from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import ESD, LSD, OBJECTIVES, PSD, Shortcut
 from flowmap.objectives.self_distilled import spread
+from flowmap.recipe import read_recipe
 from tests.objectives.nearly import (
     MIXTURE,
     WEAK,
@@ -32,7 +33,7 @@ from tests.objectives.nearly import (
     squares,
     teachers,
 )
-from tests.support.oracle import GAUSSIAN, draw_times
+from tests.support.oracle import GAUSSIAN, draw_times, seeded
 
 SUM = Squared(mean=False)
 ALL = {
@@ -195,6 +196,31 @@ def test_lsd_through_norms_and_attention_is_its_formula_by_hand(build, shape):
     for a, b in zip(got, expected, strict=True):
         a, b = (torch.zeros(()) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(1 + b.abs().max()), check_dtype=False)
+
+
+@pytest.mark.parametrize("teacher", [None, WEAK])
+def test_terminal_velocity_matching_is_lsd_with_half_of_its_samples_on_the_diagonal_at_the_arrival(teacher):
+    """Its loss, |df/ds - u(f, s)|^2 + |u(x_s, s) - v_s|^2 for every (t, s), is twice LSD's on both kinds of row."""
+    recipe, student = read_recipe("digits-tvm"), bent()
+    assert isinstance(recipe.objective, LSD) and (recipe.times.diagonal, recipe.times.diagonal_at) == (0.5, "arrival")
+    t, s = recipe.times(5000, generator=seeded())
+    assert (t == s).sum() == 2500
+    assert float(t[t == s].mean()) == pytest.approx(1 / 3, abs=0.02)  # of sorted uniform times, the earlier
+    jumps = drawn()
+    x, t, s, cond = jumps.xt, jumps.t, jumps.s, jumps.cond
+    arrival = lambda s: x + broadcast_time(s - t, x) * student.mean_velocity(x, t, s, cond)
+    h, there = 1e-5, arrival(s).detach()
+    speed = (arrival(s + h) - arrival(s - h)) / (2 * h)
+    ends = Linear().sample(jumps.x0, jumps.x1, s, s, cond)
+    v = ends.vt if teacher is None else teacher.velocity(ends.xt, s)
+    terminal = squares(speed - student.mean_velocity(there, s, s, cond).detach())
+    value = terminal + squares(student.mean_velocity(ends.xt, s, s, cond) - v)
+    both = {key: torch.cat([value, value]) for key, value in cond.items()}
+    twice = (torch.cat([a, b]) for a, b in ((jumps.x0, jumps.x0), (jumps.x1, jumps.x1), (t, s), (s, s)))
+    batch = Linear().sample(*twice, both)
+    torch.testing.assert_close(2 * LSD()(student, teacher, batch, 0).value, value, rtol=1e-7, atol=1e-7)
+    expected = torch.autograd.grad(value / 2, list(student.parameters()))
+    same(gradients(LSD(), student, teacher, batch), expected, 1e-6)
 
 
 @pytest.mark.parametrize("split", ["midpoint", "uniform"])
