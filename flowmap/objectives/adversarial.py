@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -94,13 +94,19 @@ class Adversarial(BaseObjective):
 
     @property
     def distillation(self) -> Objective:
-        return self.base
+        return self.base.distillation
+
+    @property
+    def matching(self) -> Any:
+        return self.base.matching
 
     @property
     def draws_samples(self) -> bool:
         return True
 
     def check(self, recipe: RecipeView) -> None:
+        if self.base is not self.distillation:  # which the recipe checks
+            self.base.check(recipe)
         key, spec = "objective.discriminator", self.discriminator
         if recipe.trainer.strategy == "fsdp":
             what = "a discriminator with penalties, which are differentiated twice"

@@ -166,7 +166,7 @@ def test_a_sample_where_the_teacher_has_it_does_not_divide_by_nothing():
 
 def test_the_fake_learns_by_flow_matching():
     sample, fake = drawn(), bent()
-    loss, other = ScoreDistillation().learn(fake, sample), FlowMatching()(fake, None, sample, 0)
+    loss, other = ScoreDistillation().term.learn(fake, sample), FlowMatching()(fake, None, sample, 0)
     assert loss.value == other.value
     same(*(torch.autograd.grad(one.value, list(fake.parameters()), allow_unused=True) for one in (loss, other)), 0)
 
@@ -247,6 +247,6 @@ def test_mistakes_are_named(settings, says):
 
 
 def test_without_a_teacher_it_refuses():
-    with pytest.raises(ValueError, match="score_distillation.*teacher"):
+    with pytest.raises(ValueError, match="reverse_kl compares with a teacher"):
         ScoreDistillation()(Fake(OTHER), None, looked_at(draw()), 0)
     assert OBJECTIVES["score_distillation"] is ScoreDistillation and not ScoreDistillation.diagonal
