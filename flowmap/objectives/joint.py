@@ -19,7 +19,7 @@ from flowmap.flow.parts import BaseObjective
 from flowmap.flow.times import Uniform
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher, TimeSampler
 from flowmap.objectives.adversarial import generate
-from flowmap.objectives.matching import Term, check_samples
+from flowmap.objectives.matching import Samples, Term, check_samples
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ class Joint(BaseObjective):
 
     def samples(
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
-    ) -> tuple[Tensor, int]:
-        """The student's samples from x1, with the graph that `through` says, and their number of jumps."""
+    ) -> Samples:
+        """The student's samples from x1, with the graph that `through` says."""
         steps = self.steps[one_of(len(self.steps), generator)]
-        return generate(sampler, student, x1, cond, steps=steps, generator=generator, through=self.through), steps
+        x0 = generate(sampler, student, x1, cond, steps=steps, generator=generator, through=self.through)
+        return Samples(x0, steps, sampler.times(steps)[-2])
 
     @property
     def sampling_calls(self) -> tuple[float, float]:

@@ -13,22 +13,30 @@ Terms differ in what they take for w.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flowmap.flow.distance import gradient_as_target
-from flowmap.flow.types import FlowMap, Loss, PathSample, RecipeView, Teacher, broadcast_time
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, RecipeView, Teacher, broadcast_time
 
 LEAST = 1e-6  # of the mean that g is divided by
+
+
+class Samples(NamedTuple):
+    """Samples x0 of the student, with a graph, their number of jumps, and the time at which the last one departed."""
+
+    x0: Tensor
+    jumps: int
+    departure: float
 
 
 class Term(Protocol):
     """A loss of the student's samples: reverse_kl.py, self_fake.py, mean_velocity_match.py.
 
     fake_steps: the steps of the fake score network before each step of the student; 0: the term has none. fake_lr: its
-    learning rate, None for the optimizer's.
+    learning rate, None for the optimizer's. by_jump: whether it learns a law for each jump (`OfJump`).
     """
 
     @property
@@ -36,6 +44,9 @@ class Term(Protocol):
 
     @property
     def fake_lr(self) -> float | None: ...
+
+    @property
+    def by_jump(self) -> bool: ...
 
     def __call__(self, network: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """The student's loss, through sample.x0, its samples with their graph.
@@ -47,6 +58,24 @@ class Term(Protocol):
     def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
         """The loss of the fake score network on samples of the student without their graph."""
         ...
+
+
+class OfJump:
+    """A fake score network as the velocity of the samples whose last jump departed at that time.
+
+    The network's input for the arrival time names the jump: it embeds t - s, and here t - s = 1 - departure. One
+    velocity for the samples of all jumps would be that of their mixture, and the student's gradient would vanish as
+    soon as the mixture has the teacher's law, whatever the law of each.
+    """
+
+    def __init__(self, fake: FlowMap, departure: float):
+        self.fake, self.departure = fake, departure
+
+    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        return self.fake.mean_velocity(x, t, s - (1 - self.departure), cond)
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        raise NotImplementedError("a fake score is a velocity, not a flow map")
 
 
 def descend(sample: PathSample, real: Tensor, fake: Tensor, *, normalised: bool) -> Loss:

@@ -25,12 +25,14 @@ class ReverseKL:
 
     fake_steps: the fake's steps before each step of the student, each on new samples (the paper: 5 on ImageNet-64).
     normalised: whether the gradient is divided by its denominator (matching.py). fake_lr: the fake's learning rate, by
-    default the optimizer's; it follows the student's schedule.
+    default the optimizer's; it follows the student's schedule. by_jump: whether the fake is told at which time the
+    sample's last jump departed; without it the fake learns the mixture of all jumps' laws, as the paper's does.
     """
 
     fake_steps: FakeSteps = 5
     normalised: bool = True
     fake_lr: Rate | None = None
+    by_jump: bool = True
 
     def __post_init__(self):
         check_ranges(self)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, Rate, check_ranges
+from flowmap.base.schema import added
 from flowmap.flow.draws import Generator, one_of
 from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, RecipeView, Sampler, Teacher, TimeSampler
-from flowmap.objectives.matching import check_samples
+from flowmap.objectives.matching import Samples, check_samples
 from flowmap.objectives.reverse_kl import FakeSteps, ReverseKL
 
 
@@ -32,6 +33,7 @@ class ScoreDistillation(BaseObjective):
                   gamma 1); "all": whole runs, with the gradient of all jumps
     normalised    whether g is divided by its denominator
     fake_lr       the fake's learning rate, by default the optimizer's; it follows the student's schedule
+    by_jump       whether the fake is told which jump made the samples (reverse_kl.py)
 
     The recipe's times are those at which both networks are evaluated. Its data supplies conditions only.
     """
@@ -41,6 +43,7 @@ class ScoreDistillation(BaseObjective):
     through: str = "last"
     normalised: bool = True
     fake_lr: Rate | None = None
+    by_jump: bool = added(False)
     base: ClassVar[None] = None
 
     def __post_init__(self):
@@ -60,7 +63,7 @@ class ScoreDistillation(BaseObjective):
 
     @property
     def term(self) -> ReverseKL:
-        return ReverseKL(self.fake_steps, self.normalised, self.fake_lr)
+        return ReverseKL(self.fake_steps, self.normalised, self.fake_lr, self.by_jump)
 
     def check(self, recipe: RecipeView) -> None:
         check_samples(recipe, "objective score_distillation")
@@ -82,14 +85,16 @@ class ScoreDistillation(BaseObjective):
 
     def samples(
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
-    ) -> tuple[Tensor, int]:
-        """Return the student's samples from x1, as `through` requires, and their number of jumps."""
+    ) -> Samples:
+        """Return the student's samples from x1, as `through` requires."""
         num_steps = self.steps[one_of(len(self.steps), generator)]
+        times = sampler.times(num_steps)
         if self.through == "all":
-            return sampler(student, x1, cond, steps=num_steps, generator=generator), num_steps
+            x0 = sampler(student, x1, cond, steps=num_steps, generator=generator)
+            return Samples(x0, num_steps, times[-2])
         stopped = Stopped(student, 1 + one_of(num_steps, generator))
         sampler(stopped, x1, cond, steps=num_steps, generator=generator)
-        return stopped.arrival, stopped.at
+        return Samples(stopped.arrival, stopped.at, times[stopped.at - 1])
 
     @property
     def sampling_calls(self) -> tuple[float, float]:

@@ -35,6 +35,7 @@ class SelfFake:
     derivative: str = "dual"
     fake_steps: ClassVar[int] = 0
     fake_lr: ClassVar[None] = None
+    by_jump: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "derivative", derivative_named(self.derivative))

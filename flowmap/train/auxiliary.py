@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowmap.flow.draws import RowGenerator, normal_like
-from flowmap.flow.types import Cond, Loss, PathSample
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.objectives.matching import Term
+from flowmap.objectives.matching import OfJump, Samples, Term
 from flowmap.recipe import Recipe
 from flowmap.train.module import DistillModule, norm_of, trained
 
@@ -136,31 +136,35 @@ class AuxiliaryModule(DistillModule):
 
     def _matching_loss(self, sample: PathSample, generator: RowGenerator) -> tuple[PathSample, Loss]:
         """The student's samples from the noise of a micro-batch, and the loss of the distribution-matching term."""
-        made, num_jumps = self._generated_sample(sample.x1, sample.cond, generator)
-        network = self.student if self.fake is None else self.fake
+        made, samples = self._generated_sample(sample.x1, sample.cond, generator)
+        network = self.student if self.fake is None else self._fake_of(samples)
         loss = self.matching.term(network, self.guided, made, self.global_step)
         logs = {} if self.fake is None else {"fake_loss": self._fake_loss}
-        return made, Loss(loss.value, {**loss.logs, "jumps": torch.tensor(float(num_jumps)), **logs})
+        return made, Loss(loss.value, {**loss.logs, "jumps": torch.tensor(float(samples.jumps)), **logs})
 
     def _fake_step(self, drawn: Drawn) -> None:
         """One step of the fake on samples that the student makes from new noise, with the micro-batches' conditions."""
         assert self.fake is not None
         for sample, generator in drawn:
             with torch.no_grad():
-                made, _ = self._generated_sample(normal_like(sample.x1, generator), sample.cond, generator)
-            loss = self.matching.term.learn(self.fake, made)
+                made, samples = self._generated_sample(normal_like(sample.x1, generator), sample.cond, generator)
+            loss = self.matching.term.learn(self._fake_of(samples), made)
             self.keep(made, loss)
             self._fake_loss = loss.value.detach()
             (loss.value / len(drawn)).backward()
         self.step_auxiliary("fake")
 
-    def _generated_sample(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, int]:
-        """The student's samples from x1 with new noise and times; and the number of jumps they took."""
-        x0, num_jumps = self.matching.samples(self.recipe.sampler, self.student, x1, cond, generator)
+    def _fake_of(self, samples: Samples) -> FlowMap:
+        assert self.fake is not None
+        return OfJump(self.fake, samples.departure) if self.matching.term.by_jump else self.fake
+
+    def _generated_sample(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, Samples]:
+        """The student's samples from x1, with new noise and times, and what they are."""
+        made = self.matching.samples(self.recipe.sampler, self.student, x1, cond, generator)
         noise = normal_like(x1, generator)
         times = self.matching.times_of(self.recipe.times)
         t, s = times(len(x1), device=x1.device, generator=generator)
-        return self.recipe.path.sample(x0, noise, t, s, cond), num_jumps
+        return self.recipe.path.sample(made.x0, noise, t, s, cond), made
 
     def step_auxiliary(self, name: str) -> None:
         """Step the network of that name, at its own learning rate on the student's schedule."""
