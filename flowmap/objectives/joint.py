@@ -9,7 +9,7 @@ up over a jump; the term sees the sample at the end of the jump.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -31,7 +31,8 @@ class Joint(BaseObjective):
     warmup_steps  over which lambda rises linearly from 0
     steps         the step counts of the samples; each training step draws one of them
     through       whether the gradient of a sample passes through its "last" jump or through "all"
-    times         at which the samples are noised and the velocities compared; the recipe's times are the base's
+    times         at which the samples are noised and the velocities compared, by default uniform: single times, or
+                  pairs for a term of intervals; the recipe's times are the base's
 
     A discriminator is a third loss: {kind: adversarial, base: {kind: joint, ...}, ...}.
     """
@@ -43,7 +44,7 @@ class Joint(BaseObjective):
     warmup_steps: CountFromZero = 0
     steps: tuple[Calls, ...] = (1, 2, 4)
     through: str = "last"
-    times: TimeSampler = field(default_factory=Uniform)
+    times: TimeSampler | None = None
 
     def __post_init__(self):
         check_ranges(self)
@@ -85,7 +86,7 @@ class Joint(BaseObjective):
         return self.weight * min(1.0, rise)
 
     def times_of(self, recipe_times: TimeSampler) -> TimeSampler:
-        return self.times
+        return self.times or Uniform(pairs="sorted" if self.term.intervals else "diagonal")
 
     def samples(
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator

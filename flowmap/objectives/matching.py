@@ -37,6 +37,7 @@ class Term(Protocol):
 
     fake_steps: the steps of the fake score network before each step of the student; 0: the term has none. fake_lr: its
     learning rate, None for the optimizer's. by_jump: whether it learns a law for each jump (`OfJump`).
+    intervals: whether the term compares over intervals [s, t], not at single times.
     """
 
     @property
@@ -47,6 +48,9 @@ class Term(Protocol):
 
     @property
     def by_jump(self) -> bool: ...
+
+    @property
+    def intervals(self) -> bool: ...
 
     def __call__(self, network: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """The student's loss, through sample.x0, its samples with their graph.

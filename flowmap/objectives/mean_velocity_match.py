@@ -14,7 +14,7 @@ published script moves xt by V - W, that is x0 by (1 - t) (V - W).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ from flowmap.objectives.reverse_kl import ReverseKL
 class MeanVelocityMatch(ReverseKL):
     """The samples descend the difference of the two mean velocities.
 
-    euler_steps: the steps of each integral, each a call of the teacher and one of the fake. The times of the objective
-    must be pairs (t, s), such as {kind: uniform, pairs: sorted}; on the diagonal it is reverse_kl.
+    euler_steps: the steps of each integral, each a call of the teacher and one of the fake. Where the objective's times
+    have s = t it is reverse_kl.
     """
 
     euler_steps: Annotated[int, Range(1, 100)] = 4
+    intervals: ClassVar[bool] = True
 
     def __call__(self, network: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         teacher = velocity_of(teacher, "mean_velocity_match")

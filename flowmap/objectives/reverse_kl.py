@@ -7,7 +7,7 @@ student trains (flowmap/train/auxiliary.py). The gradient is that of matching.py
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 
@@ -33,6 +33,7 @@ class ReverseKL:
     normalised: bool = True
     fake_lr: Rate | None = None
     by_jump: bool = True
+    intervals: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

@@ -36,6 +36,7 @@ class SelfFake:
     fake_steps: ClassVar[int] = 0
     fake_lr: ClassVar[None] = None
     by_jump: ClassVar[bool] = False
+    intervals: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "derivative", derivative_named(self.derivative))

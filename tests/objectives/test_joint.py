@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from flowmap.flow.path import Linear
+from flowmap.flow.times import LogitNormal, Uniform
 from flowmap.nets.discriminator import Conv
 from flowmap.objectives import AYFEMD, Adversarial, FlowMatching, Joint
 from flowmap.objectives.matching import OfJump, descend
+from flowmap.objectives.mean_velocity_match import MeanVelocityMatch
 from flowmap.objectives.reverse_kl import ReverseKL
 from flowmap.objectives.self_fake import SelfFake
 from flowmap.samplers import Deterministic, Gamma
@@ -36,6 +38,13 @@ def test_lambda_is_nothing_before_its_start_and_then_rises_linearly():
     weights = [joint(weight=4.0, start=2, warmup_steps=3).weight_at(step) for step in range(7)]
     assert weights == pytest.approx([0, 0, 1, 2, 3, 4, 4])
     assert [joint(weight=0.5).weight_at(step) for step in (0, 9)] == [0.5, 0.5]
+
+
+def test_its_times_are_pairs_for_a_term_of_intervals_alone():
+    for term, still in ((ReverseKL(), True), (SelfFake(), True), (MeanVelocityMatch(), False)):
+        t, s = Joint(base=AYFEMD(), term=term).times_of(Uniform())(50, generator=seeded())
+        assert bool((t == s).all()) is still and bool((s <= t).all())
+    assert joint(times=LogitNormal()).times_of(Uniform()) == LogitNormal()
 
 
 @pytest.mark.parametrize("sampler", [Deterministic(middle=(0.3,)), Gamma(gamma=1.0)], ids=["deterministic", "gamma"])
