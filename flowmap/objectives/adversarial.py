@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
 from flowmap.flow.draws import Generator
-from flowmap.flow.parts import BaseObjective
+from flowmap.flow.parts import BaseObjective, complete
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher
 from flowmap.objectives.perceptual import check_unmeasured
 from flowmap.objectives.reconstruction import Reconstruction
@@ -80,6 +80,7 @@ class Adversarial(BaseObjective):
 
     def __post_init__(self):
         check_ranges(self)
+        complete(type(self.base), BaseObjective)
         for name, allowed in (("balance", ("base", "adversarial", "none")), ("through", ("last", "all"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowmap.base.ranges import Calls, CountFromZero, FromZero, check_ranges
 from flowmap.flow.draws import Generator, one_of
-from flowmap.flow.parts import BaseObjective
+from flowmap.flow.parts import BaseObjective, complete
 from flowmap.flow.times import Uniform
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher, TimeSampler
 from flowmap.objectives.adversarial import generate
@@ -48,6 +48,7 @@ class Joint(BaseObjective):
 
     def __post_init__(self):
         check_ranges(self)
+        complete(type(self.base), BaseObjective)
         if not self.steps:
             raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
         if self.through not in ("last", "all"):
