@@ -45,6 +45,8 @@ INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
 SCORE = "objectives/score_distillation.py"
+MATCH, KL, JOINT = "objectives/matching.py", "objectives/reverse_kl.py", "objectives/joint.py"
+OWN, MEANS = "objectives/self_fake.py", "objectives/mean_velocity_match.py"
 UNSURE = "objectives/uncertainty.py"
 
 
@@ -58,10 +60,10 @@ class Mutant(NamedTuple):
 
 ADV_STUDENT = "return pairing_loss(scores(fake, cond, noise), of_real).mean()"
 ADV_PENALTY = "value = value + (r1 * on_real.mean() + r2 * on_fake.mean()) / 2"
-SCORE_ASK = "real, other = teacher.velocity(x, t, cond), fake.mean_velocity(x, t, t, cond)"
-SCORE_G = "g = broadcast_time(t, x) * (real - other)"
-SCORE_AWAY = "away = (sample.x0 - (x - broadcast_time(t, x) * real)).abs().flatten(1).mean(1)"
-SCORE_LOSS = "loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())"
+KL_ASK = "real, fake = teacher.velocity(x, t, cond), network.mean_velocity(x, t, t, cond)"
+MATCH_G = "g = broadcast_time(sample.t, x) * (real - fake)"
+MATCH_AWAY = "away = (sample.x0 - (x - broadcast_time(sample.t, x) * real)).abs().flatten(1).mean(1)"
+MATCH_LOSS = "loss = gradient_as_target(sample.x0, direction.to(sample.x0.dtype)) / (2 * x[0].numel())"
 SCORE_STOP = "self.calls == self.at and torch.is_grad_enabled()"
 EMD_G = "g = (mean_velocity.detach() - v) + r * broadcast_time(t - s, x) * rate"
 LMD_G = "g = mean_velocity.detach() - (teacher.velocity(arrival, s, cond) + r * broadcast_time(t - s, x) * rate)"
@@ -825,107 +827,142 @@ MUTANTS = [
         "self.base(student, teacher, sample, step)",
         "self.base(student, teacher, sample, 0)",
     ),
-    Mutant("score_distillation", "flipped sign", SCORE, SCORE_G, SCORE_G.replace("real - other", "other - real")),
-    Mutant("score_distillation", "t missing", SCORE, SCORE_G, "g = real - other"),
+    Mutant("score_distillation", "flipped sign", MATCH, MATCH_G, MATCH_G.replace("real - fake", "fake - real")),
+    Mutant("score_distillation", "t missing", MATCH, MATCH_G, "g = real - fake"),
     Mutant(
         "score_distillation",
         "1 - t in place of t",
-        SCORE,
-        SCORE_G,
-        SCORE_G.replace("broadcast_time(t", "broadcast_time(1 - t"),
+        MATCH,
+        MATCH_G,
+        MATCH_G.replace("broadcast_time(sample.t", "broadcast_time(1 - sample.t"),
     ),
-    Mutant("score_distillation", "the fake left out", SCORE, SCORE_G, "g = broadcast_time(t, x) * real"),
+    Mutant("score_distillation", "the fake left out", MATCH, MATCH_G, "g = broadcast_time(sample.t, x) * real"),
     Mutant(
         "score_distillation",
         "fake and teacher exchanged",
-        SCORE,
-        SCORE_ASK,
-        SCORE_ASK.replace("real, other", "other, real"),
+        KL,
+        KL_ASK,
+        KL_ASK.replace("real, fake", "fake, real"),
     ),
     Mutant(
         "score_distillation",
         "teacher asked at the sample",
-        SCORE,
-        SCORE_ASK,
-        SCORE_ASK.replace("velocity(x, t, c", "velocity(sample.x0, t, c"),
+        KL,
+        KL_ASK,
+        KL_ASK.replace("velocity(x, t, c", "velocity(sample.x0, t, c"),
     ),
     Mutant(
         "score_distillation",
         "teacher asked at s",
-        SCORE,
-        SCORE_ASK,
-        SCORE_ASK.replace("y(x, t, cond),", "y(x, sample.s, cond),"),
+        KL,
+        KL_ASK,
+        KL_ASK.replace("y(x, t, cond),", "y(x, sample.s, cond),"),
     ),
-    Mutant(
-        "score_distillation", "fake asked at s", SCORE, SCORE_ASK, SCORE_ASK.replace("(x, t, t,", "(x, t, sample.s,")
-    ),
+    Mutant("score_distillation", "fake asked at s", KL, KL_ASK, KL_ASK.replace("(x, t, t,", "(x, t, sample.s,")),
     Mutant(
         "score_distillation",
         "teacher's condition lost",
-        SCORE,
-        SCORE_ASK,
-        SCORE_ASK.replace("cond), fake", "None), fake"),
+        KL,
+        KL_ASK,
+        KL_ASK.replace("cond), network", "None), network"),
     ),
-    Mutant(
-        "score_distillation", "fake's condition lost", SCORE, SCORE_ASK, SCORE_ASK.replace("t, t, cond)", "t, t, None)")
-    ),
+    Mutant("score_distillation", "fake's condition lost", KL, KL_ASK, KL_ASK.replace("t, t, cond)", "t, t, None)")),
     Mutant(
         "score_distillation",
         "weight by the fake's distance",
-        SCORE,
-        SCORE_AWAY,
-        SCORE_AWAY.replace("* real", "* other"),
+        MATCH,
+        MATCH_AWAY,
+        MATCH_AWAY.replace("* real", "* fake"),
     ),
     Mutant(
         "score_distillation",
         "weight by the noised sample",
-        SCORE,
-        SCORE_AWAY,
-        SCORE_AWAY.replace("sample.x0 - (x", "x - (x"),
+        MATCH,
+        MATCH_AWAY,
+        MATCH_AWAY.replace("sample.x0 - (x", "x - (x"),
     ),
     Mutant(
         "score_distillation",
         "guess on the other side",
-        SCORE,
-        SCORE_AWAY,
-        SCORE_AWAY.replace("(x - broadcast_time", "(x + broadcast_time"),
+        MATCH,
+        MATCH_AWAY,
+        MATCH_AWAY.replace("(x - broadcast_time", "(x + broadcast_time"),
     ),
-    Mutant("score_distillation", "weight by the sum", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".mean(1)", ".sum(1)")),
-    Mutant("score_distillation", "weight by the square", SCORE, SCORE_AWAY, SCORE_AWAY.replace(".abs()", ".square()")),
+    Mutant("score_distillation", "weight by the sum", MATCH, MATCH_AWAY, MATCH_AWAY.replace(".mean(1)", ".sum(1)")),
+    Mutant("score_distillation", "weight by the square", MATCH, MATCH_AWAY, MATCH_AWAY.replace(".abs()", ".square()")),
     Mutant(
         "score_distillation",
         "normalised the other way round",
-        SCORE,
-        "if self.normalised else g",
-        "if not self.normalised else g",
+        MATCH,
+        "if normalised else g",
+        "if not normalised else g",
     ),
     Mutant(
         "score_distillation",
         "divided by nothing",
-        SCORE,
+        MATCH,
         "broadcast_time(away.clamp_min(LEAST), g)",
         "broadcast_time(away, g)",
     ),
-    Mutant("score_distillation", "ascent", SCORE, SCORE_LOSS, SCORE_LOSS.replace("direction.to", "-direction.to")),
-    Mutant("score_distillation", "not halved", SCORE, SCORE_LOSS, SCORE_LOSS.replace("2 * x", "x")),
+    Mutant("score_distillation", "ascent", MATCH, MATCH_LOSS, MATCH_LOSS.replace("direction.to", "-direction.to")),
+    Mutant("score_distillation", "not halved", MATCH, MATCH_LOSS, MATCH_LOSS.replace("2 * x", "x")),
     Mutant(
-        "score_distillation", "sum over the entries", SCORE, SCORE_LOSS, SCORE_LOSS.replace("(2 * x[0].numel())", "2")
+        "score_distillation", "sum over the entries", MATCH, MATCH_LOSS, MATCH_LOSS.replace("(2 * x[0].numel())", "2")
     ),
     Mutant(
         "score_distillation",
         "the noised point descends",
-        SCORE,
-        SCORE_LOSS,
-        SCORE_LOSS.replace("(sample.x0, d", "(sample.xt, d"),
+        MATCH,
+        MATCH_LOSS,
+        MATCH_LOSS.replace("(sample.x0, d", "(sample.xt, d"),
     ),
-    Mutant("score_distillation", "asked with a graph", SCORE, "sample.xt.detach(), sample.t", "sample.xt, sample.t"),
+    Mutant("score_distillation", "asked with a graph", KL, "sample.xt.detach(), sample.t", "sample.xt, sample.t"),
     Mutant(
         "score_distillation",
         "fake learns from the teacher",
-        SCORE,
+        KL,
         "return FlowMatching()(fake, None,",
         "return FlowMatching()(fake, fake,",
     ),
+    Mutant("joint", "lambda left out", JOINT, "return self.weight * min(1.0, rise)", "return min(1.0, rise)"),
+    Mutant("joint", "no warm-up", JOINT, "return self.weight * min(1.0, rise)", "return self.weight"),
+    Mutant("joint", "starts a step late", JOINT, "if step < self.start", "if step <= self.start"),
+    Mutant("joint", "rises beyond lambda", JOINT, "min(1.0, rise)", "rise"),
+    Mutant("joint", "warm-up from step 0", JOINT, "(step - self.start + 1)", "(step + 1)"),
+    Mutant(
+        "joint",
+        "base at another step",
+        JOINT,
+        "self.base(student, teacher, sample, step)",
+        "self.base(student, teacher, sample, 0)",
+    ),
+    Mutant("joint", "the most steps alone", JOINT, "self.steps[one_of(len(self.steps), generator)]", "self.steps[-1]"),
+    Mutant("joint", "always the last jump", JOINT, "through=self.through", 'through="last"'),
+    Mutant("joint", "always all jumps", JOINT, "through=self.through", 'through="all"'),
+    Mutant("joint", "the first jump's departure", JOINT, "sampler.times(steps)[-2]", "sampler.times(steps)[0]"),
+    Mutant("joint", "the jump not told", MATCH, "s - (1 - self.departure)", "s"),
+    Mutant("joint", "the jump told upside down", MATCH, "s - (1 - self.departure)", "s - self.departure"),
+    Mutant("self_fake", "ascent", OWN, "broadcast_time(t, x) * rate", "-broadcast_time(t, x) * rate"),
+    Mutant("self_fake", "no derivative", OWN, "mean + broadcast_time(t, x) * rate", "mean"),
+    Mutant("self_fake", "t missing", OWN, "mean + broadcast_time(t, x) * rate", "mean + rate"),
+    Mutant("self_fake", "on the diagonal", OWN, "torch.zeros_like(t)", "t"),
+    Mutant("self_fake", "not along the teacher's velocity", OWN, "t), real, cond", "t), sample.vt, cond"),
+    Mutant("self_fake", "condition lost", OWN, "real, cond, mode", "real, None, mode"),
+    Mutant(
+        "self_fake", "teacher's condition lost", OWN, "teacher.velocity(x, t, cond)", "teacher.velocity(x, t, None)"
+    ),
+    Mutant("self_fake", "normalised always", OWN, "normalised=self.normalised", "normalised=True"),
+    Mutant("mean_velocity_match", "one velocity", MEANS, "x = x - broadcast_time(length, x) * v", "pass"),
+    Mutant(
+        "mean_velocity_match", "towards noise", MEANS, "x = x - broadcast_time(length", "x = x + broadcast_time(length"
+    ),
+    Mutant("mean_velocity_match", "always at t", MEANS, "at = t - i * length", "at = t"),
+    Mutant("mean_velocity_match", "a step too late", MEANS, "t - i * length", "t - (i + 1) * length"),
+    Mutant("mean_velocity_match", "the sum", MEANS, "v / self.euler_steps", "v"),
+    Mutant("mean_velocity_match", "to the data", MEANS, "(t - s) / self.euler_steps", "t / self.euler_steps"),
+    Mutant("mean_velocity_match", "condition lost", MEANS, "v = velocity(x, at, cond)", "v = velocity(x, at, None)"),
+    Mutant("mean_velocity_match", "exchanged", MEANS, "descend(sample, mean, of_fake", "descend(sample, of_fake, mean"),
+    Mutant("mean_velocity_match", "normalised always", MEANS, "normalised=self.normalised", "normalised=True"),
     Mutant("score_distillation", "the last jump alone", SCORE, "1 + one_of(num_steps, generator)", "num_steps"),
     Mutant(
         "score_distillation",

@@ -16,10 +16,11 @@ from flowmap.student.config import StudentConfig
 def fake_config(run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None = None) -> StudentConfig:
     """Return the configuration of the fake: the student's network (one of a stack), with the student's conditions.
 
-    It takes no arrival time unless the teacher's network has one.
+    It takes an arrival time if the term names jumps by it, or if the teacher's network has one.
     """
+    by_jump = run.recipe.objective.matching.term.by_jump
     network = None if teacher is None else teacher.network
-    arrival = network is not None and network.config.arrival and _starts_as_teacher(run, teacher)
+    arrival = by_jump or (network is not None and network.config.arrival and _starts_as_teacher(run, teacher))
     return replace(config, net=net_within(config.net), arrival=arrival)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from flowmap.build.teacher import guided_by
 from flowmap.estimate.flops import Flops
 from flowmap.flow.types import Cond, Objective, Teacher, broadcast_time
-from flowmap.objectives import Adversarial, RewardTuning, ScoreDistillation
+from flowmap.objectives import Adversarial, RewardTuning
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
@@ -46,6 +46,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     """
     if recipe.artifact != "student":
         return Calls(1, 1, 0, 0)
+    matching = recipe.objective.matching
     student, strong, weak = _Student(), _Teacher(), _Teacher()
     generator = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(2, ROWS, WIDTH, generator=generator).unbind()
@@ -57,11 +58,13 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
         low, high = guidance.scale
         cond["guidance"] = torch.linspace(low, high, ROWS)
         teacher = guided_by(guidance, strong, weak)
-    if isinstance(recipe.distillation, ScoreDistillation):
-        x0.requires_grad_()  # It stands for the student's samples.
-    sample = recipe.path.sample(x0, x1, t, s, cond or None)
+    on_path = lambda x0: recipe.path.sample(x0, x1, t, s, cond or None)
     with Flops() as counter:
-        loss = without_networks(recipe.distillation)(student, teacher, sample, WARM).value
+        loss = torch.zeros(())
+        if recipe.distillation is not matching:
+            loss = loss + without_networks(recipe.distillation)(student, teacher, on_path(x0), WARM).value
+        if matching is not None:  # x0 stands for the student's samples
+            loss = loss + matching.term(student, teacher, on_path(x0.clone().requires_grad_()), WARM).value
         forward = counter.count
         loss.backward()
     backward = counter.count - forward
@@ -78,15 +81,12 @@ def sampling_calls(recipe: Recipe) -> tuple[float, float]:
     if (drawing := drawn_by(recipe.objective)) is not None:
         mean = sum(drawing.steps) / len(drawing.steps)
         forward, backward = mean, mean if drawing.through == "all" else 1
-    if isinstance(recipe.distillation, ScoreDistillation):
-        steps, whole, learns = (
-            recipe.distillation.steps,
-            recipe.distillation.through == "all",
-            recipe.distillation.fake_steps,
-        )
-        mean = sum(k if whole else (k + 1) / 2 for k in steps) / len(steps)
-        forward += mean + learns * (mean + 1)
-        backward += (mean if whole else 1) + learns
+    matching = recipe.objective.matching
+    if matching is not None:
+        forwards, backwards = matching.sampling_calls
+        learns = matching.term.fake_steps
+        forward += forwards + learns * (forwards + 1)
+        backward += backwards + learns
     return forward, backward
 
 

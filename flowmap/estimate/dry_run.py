@@ -21,7 +21,7 @@ from flowmap.estimate.networks import Networks, config_without_weights, outline_
 from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.estimate.price import Prices, preparation_lines, price_lines
 from flowmap.flow.prior import Learned
-from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.objectives import Adversarial
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
@@ -174,7 +174,7 @@ def networks_costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
 
 
 def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> list[str]:
-    costs, distillation = networks_costs(run, config), run.recipe.distillation
+    costs = networks_costs(run, config)
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
         nets = (f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in costs.teachers)
@@ -185,8 +185,7 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> li
         each = f"{_flops(costs.discriminator.flops)} a step for one sample, penalties and their gradients among them"
         lines.append(f"discriminator: {counted(costs.discriminator)}; {each}")
     if costs.fake is not None:
-        assert isinstance(distillation, ScoreDistillation)
-        steps = distillation.fake_steps
+        steps = run.recipe.objective.matching.term.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
     return [*lines, *_memory(run, config, costs), *split, *_step(run, config, costs, prices)]
@@ -267,11 +266,11 @@ def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> lis
 
 def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     """Return the bytes that a step keeps for its backward passes, in float32."""
-    batch, objective, distillation = recipe.data.batch_size, recipe.objective, recipe.distillation
+    batch, objective, matching = recipe.data.batch_size, recipe.objective, recipe.objective.matching
     student = costs.student
     kept = one = student.kept_bytes * batch + student.shared_bytes
-    if isinstance(distillation, ScoreDistillation):
-        kept *= max(distillation.steps) if distillation.through == "all" else 1
+    if matching is not None:  # beside the base's graph, if there is a base
+        kept *= (max(matching.steps) if matching.through == "all" else 1) + (matching.base is not None)
     if (drawing := drawn_by(objective)) is not None:  # the graphs of samples and of the distillation loss exist at once
         kept += (max(drawing.steps) if drawing.through == "all" else 1) * one
     judge = costs.discriminator  # whose own loss comes later

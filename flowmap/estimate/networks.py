@@ -16,7 +16,7 @@ from flowmap.build.teacher import BuiltTeacher
 from flowmap.data.outline import DataOutline
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import Base
-from flowmap.objectives import Adversarial, ScoreDistillation
+from flowmap.objectives import Adversarial
 from flowmap.plan.named_networks import shipped_net, spec_of
 from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe.kinds import StudentSpec
@@ -41,12 +41,13 @@ class Networks:
 
         The student is that of `shared_outline`.
         """
-        distils = isinstance(run.recipe.distillation, ScoreDistillation)
+        matching = run.recipe.objective.matching
+        has_fake = matching is not None and matching.term.fake_steps > 0
         with torch.device("meta"):
             teacher, start = _teacher(run, config), _start(run, config)
             student = build_student(run, config, teacher, start=start)
             _keep((nameless(config), None), student)
-            fake = build_fake(run, config, teacher, start=start) if distils else None
+            fake = build_fake(run, config, teacher, start=start) if has_fake else None
         return Networks(student, fake, _discriminator(run, config, teacher))
 
 

@@ -76,6 +76,10 @@ class BaseObjective(Part):
     def distillation(self) -> Any:
         return self
 
+    @property
+    def matching(self) -> Any:
+        return None
+
 
 def complete(cls: type, defaults: type) -> None:
     """Add to a class the members of `defaults` that it does not state, as attributes or as fields of a dataclass."""

@@ -148,6 +148,7 @@ class Objective(Protocol):
     loss_net        the perceptual network that compares them, which no metric may use
     null_weight     the weight, in its target, of the student's prediction without a condition
     distillation    the objective that compares student and teacher: itself, or the one that it adds a loss to
+    matching        what matches the law of the student's samples (objectives/joint.py, score_distillation.py), or None
 
     A class that lacks one of these members gets the default of flow/parts.py when a recipe is read. Only `__call__` is
     required.
@@ -178,6 +179,9 @@ class Objective(Protocol):
 
     @property
     def distillation(self) -> Objective: ...
+
+    @property
+    def matching(self) -> Any: ...
 
     def check(self, recipe: RecipeView) -> None: ...
 

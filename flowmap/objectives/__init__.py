@@ -12,16 +12,20 @@ from flowmap.objectives.facm import FACM
 from flowmap.objectives.flow_matching import FlowMatching
 from flowmap.objectives.freeflow import FreeFlow
 from flowmap.objectives.instaflow import Endpoint
+from flowmap.objectives.joint import Joint
 from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
+from flowmap.objectives.mean_velocity_match import MeanVelocityMatch
 from flowmap.objectives.meanflow import MeanFlow
 from flowmap.objectives.rcgm import RCGM
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
+from flowmap.objectives.reverse_kl import ReverseKL
 from flowmap.objectives.reward_tuning import RewardTuning
 from flowmap.objectives.scm import SCM
 from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
+from flowmap.objectives.self_fake import SelfFake
 from flowmap.objectives.shortcut import Shortcut
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
@@ -47,9 +51,13 @@ OBJECTIVES = {
     "rectified": Rectified,
     "adversarial": Adversarial,
     "reward_tuning": RewardTuning,
+    "joint": Joint,
     "endpoint": Endpoint,
     "reconstruction": Reconstruction,
     "text_elbo": TextELBO,
     "text_joint": TextJoint,
     "variance_guided": VarianceGuided,
 }
+
+TERMS = {"reverse_kl": ReverseKL, "self_fake": SelfFake, "mean_velocity_match": MeanVelocityMatch}
+"""The distribution-matching terms of objective joint."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
 from flowmap.flow.draws import Generator
-from flowmap.flow.parts import BaseObjective
+from flowmap.flow.parts import BaseObjective, complete
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher
 from flowmap.objectives.perceptual import check_unmeasured
 from flowmap.objectives.reconstruction import Reconstruction
@@ -80,6 +80,7 @@ class Adversarial(BaseObjective):
 
     def __post_init__(self):
         check_ranges(self)
+        complete(type(self.base), BaseObjective)
         for name, allowed in (("balance", ("base", "adversarial", "none")), ("through", ("last", "all"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -94,13 +95,19 @@ class Adversarial(BaseObjective):
 
     @property
     def distillation(self) -> Objective:
-        return self.base
+        return self.base.distillation
+
+    @property
+    def matching(self) -> Any:
+        return self.base.matching
 
     @property
     def draws_samples(self) -> bool:
         return True
 
     def check(self, recipe: RecipeView) -> None:
+        if self.base is not self.distillation:  # which the recipe checks
+            self.base.check(recipe)
         key, spec = "objective.discriminator", self.discriminator
         if recipe.trainer.strategy == "fsdp":
             what = "a discriminator with penalties, which are differentiated twice"

@@ -21,7 +21,6 @@ from flowmap.flow.reward import Reward, rewards_of
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Teacher
 from flowmap.objectives.adversarial import Adversarial
 from flowmap.objectives.reconstruction import Reconstruction
-from flowmap.objectives.score_distillation import ScoreDistillation
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,11 @@ class RewardTuning(BaseObjective):
 
     @property
     def distillation(self) -> Objective:
-        return self.base
+        return self.base.distillation
+
+    @property
+    def matching(self) -> Any:
+        return self.base.matching
 
     @property
     def draws_samples(self) -> bool:
@@ -66,11 +69,13 @@ class RewardTuning(BaseObjective):
     @property
     def own_samples(self) -> bool:
         """Whether samples are drawn for the reward; otherwise the base draws them."""
-        return not isinstance(self.base, ScoreDistillation)
+        return self.base.matching is not self.base
 
     def check(self, recipe: RecipeView) -> None:
         if recipe.distillation is self:
             raise ValueError("objective.base: reward_tuning is no base; give it the other objective as its own")
+        if self.base is not self.distillation:  # which the recipe checks
+            self.base.check(recipe)
         if self.base.diagonal:
             raise ValueError("objective.base: trains a velocity, which has no samples in few steps; use another")
         if recipe.trainer.strategy == "fsdp":

@@ -39,11 +39,12 @@ from flowmap.nets import DISCRIMINATORS, MODULE_CLOCKS, NETS
 from flowmap.nets.module_clock import ModuleClock
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextCoderSpec
-from flowmap.objectives import OBJECTIVES
+from flowmap.objectives import OBJECTIVES, TERMS
 from flowmap.objectives.adversarial import DiscriminatorSpec
 from flowmap.objectives.instaflow import PICTURE_DISTANCES, PictureDistance
 from flowmap.objectives.language import TextELBOSpec
 from flowmap.objectives.lediflow import WEIGHTS, Weight
+from flowmap.objectives.matching import Term
 from flowmap.objectives.rectified import DISTANCES as RECTIFIED_DISTANCES
 from flowmap.objectives.rectified import RectifiedDistance
 from flowmap.objectives.uncertainty import TIME_WEIGHTS, TimeWeight
@@ -155,6 +156,7 @@ TABLES: Mapping[type, Mapping[str, type]] = {
     },
     TextCoderSpec: {"text_vae": NETS["text_vae"]},
     Objective: OBJECTIVES,
+    Term: TERMS,
     TextELBOSpec: {"text_elbo": OBJECTIVES["text_elbo"]},
     DiscriminatorSpec: DISCRIMINATORS,
     Distance: DISTANCES,

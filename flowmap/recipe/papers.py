@@ -85,6 +85,27 @@ PAPERS = {
         2025,
         "2511.19428",
     ),
+    "rcm": (
+        "Large scale diffusion distillation via score-regularized continuous-time consistency",
+        "objective joint",
+        "Zheng, Wang, Ma, et al.",
+        2025,
+        "2510.08431",
+    ),
+    "fsf_dmd": (
+        "Distribution matching distillation without fake score network",
+        "term self_fake of objective joint",
+        "Kim, Lee, Park",
+        2026,
+        "2605.19256",
+    ),
+    "mfd": (
+        "Mean flow distillation: robust and stable distillation for flow matching models",
+        "term mean_velocity_match of objective joint",
+        "Zhao, Zhang, Sun, et al.",
+        2026,
+        "2606.11155",
+    ),
     "dmd2": (
         "Improved distribution matching distillation",
         "objective score_distillation",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path as File
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -101,7 +101,10 @@ class Recipe:
     @property
     def key(self) -> str:
         """The key of `distillation`."""
-        return "objective" if self.distillation is self.objective else "objective.base"
+        key, found = "objective", self.objective
+        while found is not self.distillation:
+            key, found = f"{key}.base", cast(Any, found).base
+        return key
 
     @property
     def start(self) -> StudentSpec:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flowmap.flow.draws import RowGenerator, normal_like
-from flowmap.flow.types import Cond, Loss, PathSample
+from flowmap.flow.types import Cond, FlowMap, Loss, PathSample
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.objectives import ScoreDistillation
+from flowmap.objectives.matching import OfJump, Samples, Term
 from flowmap.recipe import Recipe
 from flowmap.train.module import DistillModule, norm_of, trained
 
@@ -42,11 +42,9 @@ class Auxiliary:
         return trained(self.net)
 
 
-def fake_score(recipe: Recipe, net: FlowMapNet) -> Auxiliary:
-    """The fake score network of a score distillation (objectives/score_distillation.py)."""
-    objective = recipe.distillation
-    assert isinstance(objective, ScoreDistillation)
-    lr = objective.fake_lr or recipe.optimizer.lr
+def fake_score(recipe: Recipe, term: Term, net: FlowMapNet) -> Auxiliary:
+    """The fake score network of a distribution-matching term (objectives/reverse_kl.py)."""
+    lr = term.fake_lr or recipe.optimizer.lr
 
     def optimizer() -> torch.optim.Optimizer:
         built = recipe.optimizer(trained(net))
@@ -57,7 +55,7 @@ def fake_score(recipe: Recipe, net: FlowMapNet) -> Auxiliary:
 
 
 class AuxiliaryModule(DistillModule):
-    """A DistillModule with a fake score network, if one is given.
+    """A DistillModule that also trains on the student's samples, with a fake score network, if one is given.
 
     The micro-batches of a step are kept until the last one. Then the fake takes its own steps on all of them, and after
     that the student takes its step, so that a step is one of the whole batch for both.
@@ -68,7 +66,10 @@ class AuxiliaryModule(DistillModule):
     def __init__(self, *parts: Any, fake: FlowMapNet | None = None, **more: Any):
         super().__init__(*parts, **more)
         self.automatic_optimization = False
-        self.auxiliaries: tuple[Auxiliary, ...] = () if fake is None else (fake_score(self.recipe, fake),)
+        self.matching = self.recipe.objective.matching
+        self.auxiliaries: tuple[Auxiliary, ...] = ()
+        if fake is not None:
+            self.auxiliaries = (fake_score(self.recipe, self.matching.term, fake),)
         self.fake = None if fake is None else fake.train()
         self._waiting: Drawn = []
         self._full_lr: dict[str, float] = {}
@@ -99,8 +100,8 @@ class AuxiliaryModule(DistillModule):
         if self._micro:
             return
         drawn, self._waiting = self._waiting, []
-        if self.fake is not None:
-            for _ in range(self._score.fake_steps):
+        if self.fake is not None and self._matching_weight > 0:
+            for _ in range(self.matching.term.fake_steps):
                 self._fake_step(drawn)
         for sample, generator in drawn:
             self.descend(sample, generator, 1 / len(drawn))
@@ -113,54 +114,73 @@ class AuxiliaryModule(DistillModule):
         self.last_loss = Loss(loss.value.detach(), loss.logs)
 
     def distillation_loss(self, sample: PathSample, generator: RowGenerator) -> Loss:
-        """The student's distillation loss on the micro-batch, without that of a discriminator; kept for the logs."""
-        if self.fake is None:
-            loss = self.recipe.distillation(self.student, self.guided, sample, self.global_step)
+        """The student's loss on the micro-batch, without that of a discriminator; kept for the logs."""
+        objective, matching = self.recipe.distillation, self.matching
+        if matching is objective:  # there is no other loss
+            sample, loss = self._matching_loss(sample, generator)
             self.keep(sample, loss)
             return loss
-        sample, num_jumps = self._generated_sample(sample.x1, sample.cond, generator)
-        loss = self._score(self.fake, self.guided, sample, self.global_step)
-        loss = Loss(loss.value, {**loss.logs, "jumps": torch.tensor(float(num_jumps)), "fake_loss": self._fake_loss})
+        loss = objective(self.student, self.guided, sample, self.global_step)
         self.keep(sample, loss)
+        if (weight := self._matching_weight) > 0:
+            _, term = self._matching_loss(sample, generator)
+            self._must_be_finite("term's loss", term.value.detach())
+            logs = {f"term_{key}": value.mean() for key, value in term.logs.items()}
+            logs |= {"term_loss": term.value.detach(), "term_weight": torch.tensor(weight)}
+            loss = Loss(loss.value + weight * term.value, {**loss.logs, **logs})
         return loss
 
     @property
-    def _score(self) -> ScoreDistillation:
-        objective = self.recipe.distillation
-        assert isinstance(objective, ScoreDistillation), "only a score distillation has a fake"
-        return objective
+    def _matching_weight(self) -> float:
+        return 0.0 if self.matching is None else self.matching.weight_at(self.global_step)
+
+    def _matching_loss(self, sample: PathSample, generator: RowGenerator) -> tuple[PathSample, Loss]:
+        """The student's samples from the noise of a micro-batch, and the loss of the distribution-matching term."""
+        made, samples = self._generated_sample(sample.x1, sample.cond, generator)
+        network = self.student if self.fake is None else self._fake_of(samples)
+        loss = self.matching.term(network, self.guided, made, self.global_step)
+        logs = {} if self.fake is None else {"fake_loss": self._fake_loss}
+        return made, Loss(loss.value, {**loss.logs, "jumps": torch.tensor(float(samples.jumps)), **logs})
 
     def _fake_step(self, drawn: Drawn) -> None:
         """One step of the fake on samples that the student makes from new noise, with the micro-batches' conditions."""
         assert self.fake is not None
         for sample, generator in drawn:
             with torch.no_grad():
-                made, _ = self._generated_sample(normal_like(sample.x1, generator), sample.cond, generator)
-            loss = self._score.learn(self.fake, made)
+                made, samples = self._generated_sample(normal_like(sample.x1, generator), sample.cond, generator)
+            loss = self.matching.term.learn(self._fake_of(samples), made)
             self.keep(made, loss)
             self._fake_loss = loss.value.detach()
             (loss.value / len(drawn)).backward()
         self.step_auxiliary("fake")
 
-    def _generated_sample(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, int]:
-        """The student's samples from x1 with new noise and the recipe's times; and the number of jumps they took."""
-        x0, num_jumps = self._score.samples(self.recipe.sampler, self.student, x1, cond, generator)
+    def _fake_of(self, samples: Samples) -> FlowMap:
+        assert self.fake is not None
+        return OfJump(self.fake, samples.departure) if self.matching.term.by_jump else self.fake
+
+    def _generated_sample(self, x1: Tensor, cond: Cond | None, generator: RowGenerator) -> tuple[PathSample, Samples]:
+        """The student's samples from x1, with new noise and times, and what they are."""
+        made = self.matching.samples(self.recipe.sampler, self.student, x1, cond, generator)
         noise = normal_like(x1, generator)
-        t, s = self.recipe.times(len(x1), device=x1.device, generator=generator)
-        return self.recipe.path.sample(x0, noise, t, s, cond), num_jumps
+        times = self.matching.times_of(self.recipe.times)
+        t, s = times(len(x1), device=x1.device, generator=generator)
+        return self.recipe.path.sample(made.x0, noise, t, s, cond), made
 
     def step_auxiliary(self, name: str) -> None:
         """Step the network of that name, at its own learning rate on the student's schedule."""
         place, auxiliary = next((i, one) for i, one in enumerate(self.auxiliaries, 1) if one.name == name)
-        optimizer = self.optimizers()[place].optimizer  # torch's own: Lightning does not count its steps
+        optimizer = self._optimizer(place).optimizer  # torch's own: Lightning does not count its steps
         schedule = self.recipe.optimizer
         lr = schedule.lr_at(self.global_step, self.recipe.trainer.steps)
         optimizer.param_groups[0]["lr"] = self._full_lr[name] * lr / schedule.lr
         self._step(optimizer, auxiliary.parameters, name)
 
     def step_student(self) -> None:
-        found: Any = self.optimizers()  # a list only of several
-        self._step(found[0] if isinstance(found, list) else found, trained(self.student))
+        self._step(self._optimizer(0), trained(self.student))
+
+    def _optimizer(self, place: int) -> Any:
+        found = self.optimizers()  # Lightning gives a single one without a list
+        return found[place] if isinstance(found, list) else found
 
     def _step(self, optimizer: Any, parameters: list[nn.Parameter], name: str | None = None) -> None:
         """Average the gradients over processes, clip them as the student's, and step.

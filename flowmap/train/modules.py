@@ -7,7 +7,7 @@ from flowmap.build.fake_score import build_fake
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.objectives import Adversarial, RewardTuning, ScoreDistillation
+from flowmap.objectives import Adversarial, RewardTuning
 from flowmap.plan.plan import ResolvedRun
 from flowmap.student.config import StudentConfig
 from flowmap.train.adversarial import AdversarialModule
@@ -26,9 +26,10 @@ def module_of(
 ) -> DistillModule:
     """The module, with its auxiliary networks built. Raises RecipeError if one cannot be built."""
     recipe, parts = run.recipe, (run, student, teacher, data, samples)
-    fake = build_fake(run, config, teacher) if isinstance(recipe.distillation, ScoreDistillation) else None
+    matching = recipe.objective.matching
+    fake = build_fake(run, config, teacher) if matching is not None and matching.term.fake_steps else None
     if isinstance(recipe.objective, Adversarial):
         return AdversarialModule(*parts, build_discriminator(run, config, teacher), fake)
     if isinstance(recipe.objective, RewardTuning):
         return RewardModule(*parts, fake=fake)
-    return DistillModule(*parts) if fake is None else AuxiliaryModule(*parts, fake=fake)
+    return DistillModule(*parts) if matching is None else AuxiliaryModule(*parts, fake=fake)

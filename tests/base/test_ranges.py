@@ -13,6 +13,7 @@ from flowmap.metrics import METRICS
 from flowmap.nets.discriminator import Conv
 from flowmap.nets.mlp import MLP
 from flowmap.objectives import FlowMatching
+from flowmap.objectives.reverse_kl import ReverseKL
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
 
@@ -26,6 +27,7 @@ NEEDED = {  # what has no default, for the kinds that cannot be made of defaults
     },
     "Encoded": {"images": None},
     "FlowCodes": {"recipe": "there"},
+    "Joint": {"base": FlowMatching(), "term": ReverseKL()},
     "Learned": {"recipe": "there"},
     "Pair": {"encoder": "there", "decoder": "there"},
     "Pairs": {"teacher": TeacherSlot("digits")},

@@ -63,6 +63,7 @@ QUICK = (  # one of each kind of objective, prior, coupling and data; the others
         "digits",
         "digits-adversarial",
         "digits-dmd",
+        "digits-joint",
         "rfpp/digits",
         "instaflow/digits",
         "lediflow/digits",

@@ -51,6 +51,7 @@ NEW_EMBEDDING = ["teacher.guidance=null", "student.time_embedding=t", f"teacher.
         ("digits", NEW_EMBEDDING),
         ("digits-adversarial", []),
         ("digits-dmd", []),
+        ("digits-joint", []),
         ("instaflow/digits", []),
     ],
 )

@@ -166,7 +166,7 @@ def test_a_sample_where_the_teacher_has_it_does_not_divide_by_nothing():
 
 def test_the_fake_learns_by_flow_matching():
     sample, fake = drawn(), bent()
-    loss, other = ScoreDistillation().learn(fake, sample), FlowMatching()(fake, None, sample, 0)
+    loss, other = ScoreDistillation().term.learn(fake, sample), FlowMatching()(fake, None, sample, 0)
     assert loss.value == other.value
     same(*(torch.autograd.grad(one.value, list(fake.parameters()), allow_unused=True) for one in (loss, other)), 0)
 
@@ -202,7 +202,7 @@ def test_samples_are_of_every_number_of_steps_and_every_jump():
     seen = []
     for seed in range(80):
         student, calls = counted(ExactStudent(GAUSSIAN))
-        x0, jumps = ScoreDistillation(steps=(1, 2, 4)).samples(
+        x0, jumps, departure = ScoreDistillation(steps=(1, 2, 4)).samples(
             Gamma(gamma=1.0), student, draw(seed=1), None, seeded(seed)
         )
         assert (
@@ -210,7 +210,8 @@ def test_samples_are_of_every_number_of_steps_and_every_jump():
             and [graph for *_, graph in calls] == [False] * (jumps - 1) + [True]
             and x0.shape == SHAPE
         )
-        seen.append(calls[-1][0])
+        assert departure == calls[-1][0]
+        seen.append(departure)
     assert set(seen) == {1.0, 0.75, 0.5, 0.25}
     shares = {1.0: 7 / 12, 0.5: 3 / 12, 0.75: 1 / 12, 0.25: 1 / 12}  # one, two or four steps, then one of their jumps
     for t, share in shares.items():  # 80 draws: a standard deviation of at most .055
@@ -220,8 +221,8 @@ def test_samples_are_of_every_number_of_steps_and_every_jump():
 def test_through_all_is_the_samplers_own_run_with_its_whole_graph():
     student = bent()
     objective = ScoreDistillation(steps=(2,), through="all")
-    x0, jumps = objective.samples(Deterministic(), student, draw(seed=1), drawn().cond, seeded())
-    assert jumps == 2
+    x0, jumps, departure = objective.samples(Deterministic(), student, draw(seed=1), drawn().cond, seeded())
+    assert (jumps, departure) == (2, 0.5)
     torch.testing.assert_close(x0, Deterministic()(student, draw(seed=1), drawn().cond, steps=2))
     last = Stopped(student, 2)
     Deterministic()(last, draw(seed=1), drawn().cond, steps=2)
@@ -247,6 +248,6 @@ def test_mistakes_are_named(settings, says):
 
 
 def test_without_a_teacher_it_refuses():
-    with pytest.raises(ValueError, match="score_distillation.*teacher"):
+    with pytest.raises(ValueError, match="reverse_kl compares with a teacher"):
         ScoreDistillation()(Fake(OTHER), None, looked_at(draw()), 0)
     assert OBJECTIVES["score_distillation"] is ScoreDistillation and not ScoreDistillation.diagonal

@@ -116,15 +116,19 @@ def test_times_are_float32_for_a_half_precision_state():
 REQUIRED = {"tilted": {"reward": lambda x, cond: x.flatten(1).sum(1)}}
 
 
+def make(kind: str):
+    return SAMPLERS[kind](**REQUIRED.get(kind, {}))
+
+
 @pytest.mark.parametrize("kind", SAMPLERS)
 @pytest.mark.parametrize("steps", [0, -1, 1.5])
 def test_steps_below_one_are_refused(kind, steps):
-    sampler = SAMPLERS[kind](**REQUIRED.get(kind, {}))
+    sampler = make(kind)
     with pytest.raises(ValueError, match="steps is"):
         sampler(ExactStudent(), draw(), steps=steps)
 
 
-@pytest.mark.parametrize("sampler", [kind() for kind in SAMPLERS.values()] + [SAMPLERS["gamma"](gamma=0.0)], ids=str)
+@pytest.mark.parametrize("sampler", [make(kind) for kind in SAMPLERS] + [Gamma(gamma=0.0)], ids=str)
 def test_a_sampler_states_whether_it_draws(sampler):
     one, other = (sampler(ExactStudent(), draw(), steps=3, generator=seeded(i)) for i in range(2))
     assert sampler.draws != torch.equal(one, other)

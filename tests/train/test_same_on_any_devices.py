@@ -22,6 +22,7 @@ KINDS = {  # an objective, and what it needs
     "ayf_mixed": ("{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 0.5, own_eulerian: 0.5}",),
     "adversarial": (f"{{kind: adversarial, base: {{kind: meanflow}}, {BALANCED}}}",),
     "dmd": ("{kind: score_distillation, fake_steps: 2}", "sampler={kind: gamma, gamma: 1.0, steps: [1, 2]}"),
+    "joint": ("{kind: joint, base: {kind: ayf_emd, warmup_steps: 0}, term: {kind: self_fake}}",),
     "rectified": ("{kind: rectified}",),
 }
 

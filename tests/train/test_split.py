@@ -27,6 +27,7 @@ SHARES = "times={kind: mixture, base: {kind: uniform, pairs: sorted}, one_step: 
 GAMMA = "sampler={kind: gamma, gamma: 1.0, steps: [1, 2]}"
 CONV = "discriminator: {kind: conv, width: 4}, balance: none, start: 0"
 PAIRED = "coupling={kind: pairs, teacher: {card: exact}, num: 500}"
+BASE = "{kind: ayf_mixed, warmup_steps: 0, own_lagrangian: 1.0}"
 KINDS = {  # by objective kind: the recipe, and what is changed in it
     "flow_matching": (TINY, "objective={kind: flow_matching}", "times={kind: u_shaped, pairs: sorted}"),
     "ayf_emd": (TINY, "objective={kind: ayf_emd, warmup_steps: 0}", SHARES),
@@ -49,6 +50,7 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "consistency": (TINY, "objective={kind: consistency}", "times={kind: consistency}"),
     "cmt": (TINY, "objective={kind: cmt, points: 2}", SHARES),
     "score_distillation": (TINY, "objective={kind: score_distillation, fake_steps: 2}", GAMMA),
+    "joint": (TINY, f"objective={{kind: joint, base: {BASE}, term: {{kind: reverse_kl, fake_steps: 2}}}}"),
     "rectified": (TINY, "objective={kind: rectified}", PAIRED, "times={kind: u_shaped}", "teacher=null"),
     "endpoint": (TINY, "objective={kind: endpoint}", PAIRED, "teacher=null"),
     "adversarial": (DIGITS, f"objective={{kind: adversarial, base: {{kind: meanflow}}, {CONV}}}"),
