@@ -128,7 +128,7 @@ def test_steps_below_one_are_refused(kind, steps):
         sampler(ExactStudent(), draw(), steps=steps)
 
 
-@pytest.mark.parametrize("sampler", [make(kind) for kind in SAMPLERS] + [Gamma(gamma=0.0)], ids=str)
+@pytest.mark.parametrize("sampler", [*map(make, SAMPLERS), Gamma(gamma=0.0)], ids=[*SAMPLERS, "gamma 0"])
 def test_a_sampler_states_whether_it_draws(sampler):
     one, other = (sampler(ExactStudent(), draw(), steps=3, generator=seeded(i)) for i in range(2))
     assert sampler.draws != torch.equal(one, other)
