@@ -57,26 +57,31 @@ def ways() -> dict:
     }
 
 
+MEAN_FLOW = {"power": 1.0, "offset": 1e-3}  # the weight of our MeanFlow
 PEERS = {
-    FastGen: "FastGen's MeanFlow: torch.func.jvp, then a forward pass",
-    PyMeanFlow: "py-meanflow's MeanFlow: torch.func.jvp, joint",
+    "FastGen's meanflow: torch.func.jvp, then a forward pass": (
+        FastGen,
+        lambda peer, student: peer.mean_flow(student, None, **MEAN_FLOW),
+    ),
+    "py-meanflow's: torch.func.jvp, joint": (PyMeanFlow, lambda peer, student: peer.mean_flow(student, **MEAN_FLOW)),
+    "py-meanflow's, compiled by torch.compile": (
+        PyMeanFlow,
+        lambda peer, student: peer.compiled_mean_flow(student, **MEAN_FLOW),
+    ),
 }
+"""name -> (the peer, its loss of (peer, student)).
+
+They differentiate the whole batch: samples at t = s cost them the same as others.
+"""
 
 
 def peers_ways(peers: dict, student: FlowMapNet) -> dict:
-    """The same of the peers that are there, each with the weight of our MeanFlow.
+    """The same of the peers that are there."""
 
-    They differentiate the whole batch: samples at t = s cost them the same.
-    """
-    bind = {
-        FastGen: lambda peer: peer.mean_flow(student, None, power=1.0, offset=1e-3),
-        PyMeanFlow: lambda peer: peer.mean_flow(student, power=1.0, offset=1e-3),
-    }
+    def way(loss):
+        return lambda student, sample: loss(sample, 0, 1)
 
-    def way(value):
-        return lambda student, sample: value(sample, 0, 1)
-
-    return {PEERS[kind]: (way(bind[kind](peer)), Interval()) for kind, peer in peers.items() if peer}
+    return {name: (way(bind(peers[kind], student)), Interval()) for name, (kind, bind) in PEERS.items() if peers[kind]}
 
 
 COMPILED = {
@@ -187,10 +192,10 @@ def one_network(arguments) -> None:
     bytes_of = {name: saved_bytes(students[name], loss, draw(times)) for name, (loss, times) in losses.items()}
     first, rows = next(iter(bytes_of.values())), []
     for name, times in seconds.items():
-        of_compiled = ratios(times, plain_compiled)[0] if name in COMPILED.values() else ""
+        of_compiled = ratios(times, plain_compiled)[0] if "compiled" in name else ""
         took = 1e3 * statistics.median(times)
         rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
-    missing = [name for name in PEERS.values() if name not in theirs]
+    missing = [name for name in PEERS if name not in theirs]
     columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
     columns += ["milliseconds", "activations"]
     tables = {
@@ -214,10 +219,10 @@ def of_peers(seconds: dict[str, list[float]]) -> dict:
         if name.startswith(("ayf_emd, dual", "ayf_emd, compiled", "meanflow")):
             cells = [
                 "{:.3g} ({:.3g} to {:.3g})".format(*ratios(seconds[peer], times)) if peer in seconds else "not there"
-                for peer in PEERS.values()
+                for peer in PEERS
             ]
             rows.append([name, *cells])
-    return {"columns": ["our step", *(f"{name}, in such steps" for name in PEERS.values())], "rows": rows}
+    return {"columns": ["our step", *(f"{name}, in such steps" for name in PEERS)], "rows": rows}
 
 
 def families(arguments) -> None:

@@ -155,15 +155,29 @@ def test_the_step_of_a_peer_is_timed_on_our_network_with_our_times(peers, folder
 
     student = FlowMapNet(with_random_weights(DiT(preset="nano").build((3, 4, 6))))
     there = {peers.FastGen: None, peers.PyMeanFlow: peers.PyMeanFlow(folder)}
-    [(name, (loss, times))] = step_cost.peers_ways(there, student).items()
-    assert name == step_cost.PEERS[peers.PyMeanFlow]
+    made = step_cost.peers_ways(there, student)
+    assert list(made) == list(step_cost.PEERS)[1:]
+    name, (loss, times) = next(iter(made.items()))
     sample = Linear().sample(*torch.randn(2, 5, 3, 4, 6), *times(5))
     step_cost.one_step(student, loss, sample)
     assert any(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in student.parameters())
-    seconds = {"meanflow, dual forward": [1.0, 2.0, 4.0], name: [2.0, 6.0, 8.0]}
-    made = step_cost.of_peers(seconds)
-    assert made["rows"] == [["meanflow, dual forward", "not there", "2 (2 to 3)"]]
-    assert len(made["columns"]) == 3
+    table = step_cost.of_peers({"meanflow, dual forward": [1.0, 2.0, 4.0], name: [2.0, 6.0, 8.0]})
+    assert table["rows"] == [["meanflow, dual forward", "not there", "2 (2 to 3)", "not there"]]
+    assert len(table["columns"]) == 4
+
+
+@pytest.mark.slow
+def test_a_compiled_peer_has_the_same_gradients(peers, folder):
+    student = FlowMapNet(with_random_weights(DiT(preset="nano").build((3, 4, 6))))
+    peer, found = peers.PyMeanFlow(folder), []
+    sample = Linear().sample(*torch.randn(2, 5, 3, 4, 6), torch.linspace(0.5, 1.0, 5), torch.linspace(0.0, 0.4, 5))
+    for make in (peer.mean_flow, peer.compiled_mean_flow):
+        value = make(student, power=1.0, offset=1e-3)(sample, 7, 0)
+        found.append(torch.autograd.grad(value, list(student.parameters()), allow_unused=True))
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # float32, another order of sums
 
 
 def test_a_row_has_the_settings_that_its_name_says(peers):

@@ -86,12 +86,7 @@ class PyMeanFlow:
 
     def mean_flow(self, student: FlowMapNet, *, power: float, offset: float, own_times: bool = False) -> Loss:
         """own_times: the times of its script cifar10_v1.sh in place of the sample's."""
-        law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
-        args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
-        nets = iter(
-            (_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student)))
-        )  # the second is its own average, which stays as it is
-        model = self.module.MeanFlow(lambda: next(nets), args, {})
+        model = self._model(student, power, offset)
 
         def loss(sample: PathSample, seed: int, step: int) -> Tensor:
             given = lambda args, num_samples, device: (sample.t, sample.s)
@@ -100,6 +95,29 @@ class PyMeanFlow:
             return model.forward_with_loss(sample.x0, sample.cond)
 
         return loss
+
+    def compiled_mean_flow(self, student: FlowMapNet, *, power: float, offset: float) -> Loss:
+        """The same compiled by torch.compile, as its training does, with attention by plain products throughout."""
+        drawn = SimpleNamespace(times=None)
+        model = self._model(student, power, offset)
+        given = lambda args, num_samples, device: drawn.times
+        run = torch.compile(model.forward_with_loss, fullgraph=True, options={"fallback_random": True})
+
+        def loss(sample: PathSample, seed: int, step: int) -> Tensor:
+            self.module.sample_two_timesteps, drawn.times = given, (sample.t, sample.s)
+            torch.manual_seed(seed)
+            with sdpa_kernel(SDPBackend.MATH):
+                return run(sample.x0, sample.cond)
+
+        return loss
+
+    def _model(self, student: FlowMapNet, power: float, offset: float) -> nn.Module:
+        law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
+        args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
+        nets = iter(
+            (_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student)))
+        )  # the second is its own average, which stays as it is
+        return self.module.MeanFlow(lambda: next(nets), args, {})
 
 
 class _ForPyMeanFlow(nn.Module):
@@ -266,8 +284,10 @@ def said_of(peers: Mapping[type, FastGen | PyMeanFlow | None]) -> dict:
 def _attention_for(x: Tensor):
     """Attention by plain products if x has a tangent, as FastGen requires on a GPU.
 
-    torch's fused attention has no forward derivative on CPU.
+    torch's fused attention has no forward derivative on CPU.  What is compiled has it chosen outside.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     return sdpa_kernel(SDPBackend.MATH) if forward_ad.unpack_dual(x).tangent is not None else nullcontext()
 
 
