@@ -27,7 +27,7 @@ from league import take_over
 from lib.peers import FastGen, PyMeanFlow, load, said_of
 from lib.peers_jobs import DATA, TAUGHT, Job, Row, all_rows
 from lib.report import environment, keep, kept, table, write
-from tables.peers import STEPS, checkouts, made
+from tables.peers import STEPS, checkouts, made, timing
 
 from flowmap.compare.terms import make, needs_of
 from flowmap.evaluation.measure import measure
@@ -137,11 +137,13 @@ def trained_at(seed: int, group: str, rows: list[Row], said: dict, a: argparse.N
         chosen = [row for row in rows if row.make and (row.job == DATA) == (group == FROM_DATA)]
         terms |= {"seconds": a.seconds, "peers": said}
         terms |= {"recipes": {row.name: Job.recipe_of(row.recipe, seed).hash() for row in chosen}}
+        if not chosen:
+            return []
         make = lambda: train_all(chosen, seed, a.seconds)
     return known(runs_root() / "peers" / f"seed-{seed}-{group.replace(' ', '-')}.json", terms, make, a.anew)
 
 
-def known(path: Path, terms: dict, make: Callable[[], list[dict]], anew: bool) -> list[dict]:
+def known(path: Path, terms: dict, make: Callable[[], list], anew: bool) -> list:
     """What is kept in that file if it was made on the same terms, else made and kept."""
     before = kept(path)
     if anew or before.get("same") != terms:
@@ -158,6 +160,12 @@ def teacher_of(seed: int) -> None:
             make(stage, print, time.perf_counter)
 
 
+def wanted(rows: list[Row], words: list[str]) -> list[Row]:
+    """The rows whose name holds one of the words, and our rows of the same jobs."""
+    chosen = {row.name: row.job for row in rows if any(word in row.name for word in words)}
+    return [row for row in rows if row.name in chosen or (row.ours and row.job in chosen.values())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fastgen", type=Path)
@@ -166,7 +174,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training, each row at each seed")
     parser.add_argument("--rounds", type=int, default=40, help="rounds in which the losses are timed")
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours"
+        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours of their jobs"
     )
     parser.add_argument("--name", default="peers")
     parser.add_argument("--anew", action="store_true")
@@ -174,14 +182,15 @@ def main() -> None:
     torch.set_num_threads(1)
     peers = {kind: load(kind, folder) for kind, folder in ((FastGen, a.fastgen), (PyMeanFlow, a.meanflow))}
     said = said_of(peers)
-    wanted = lambda row: row.ours or any(word in row.name for word in a.rows)
-    rows, to_ask = (list(filter(wanted, all_rows(*peers.values(), to_train=train))) for train in (True, False))
+    rows, to_ask = (wanted(all_rows(*peers.values(), to_train=train), a.rows) for train in (True, False))
     trained: dict[int, list[dict]] = {seed: [] for seed in range(a.seeds)}
     for group in GROUPS:
         for seed, found in trained.items():
             teacher_of(seed)
             found += trained_at(seed, group, rows, said, a)
-    tables = made(rows, to_ask, trained, a.rounds) | checkouts(said)
+    terms = {"rounds": a.rounds, "peers": said, "rows": [row.name for row in rows if row.make]}
+    timed = known(runs_root() / "peers/timing.json", terms, lambda: list(timing(rows, a.rounds)), a.anew)
+    tables = made(rows, to_ask, trained, timed) | checkouts(said)
     for part in tables.values():
         print(table(part["rows"], part["columns"]), end="\n\n")
     settings = {

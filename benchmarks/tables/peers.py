@@ -141,14 +141,14 @@ def time_in_turns(job: Job, recipe: Recipe, losses: dict, rounds: int) -> dict[s
     return seconds
 
 
-def made(rows: list[Row], to_ask: list[Row], trained: dict[int, list[dict]], rounds: int) -> dict[str, dict]:
+def made(rows: list[Row], to_ask: list[Row], trained: dict[int, list[dict]], timed: list) -> dict[str, dict]:
     """name -> {"columns": [...], "rows": [...]} of every table but that of the checkouts."""
     held_out, to_training = ([f"{FRECHET}{suffix} at {k}" for k in STEPS] for suffix in ("", "_train"))
     shares = [f"{name} at {k}" for name in ("precision", "recall") for k in STEPS]
     heads = ["job", "loss of"]
     return {
         "agreement": {"columns": AGREEMENT, "rows": list(agreement(to_ask))},
-        "timing": {"columns": TIMING, "rows": list(timing(rows, rounds))},
+        "timing": {"columns": TIMING, "rows": timed},
         "quality": {
             "columns": [*heads, "steps", "milliseconds", *held_out],
             "rows": list(figures(rows, trained, [FRECHET], costs=True)),
