@@ -38,7 +38,7 @@ FILES = {
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14")
        for one in ("quality", "train", "best", "recall")},
     **{f"peers_{one}": "peers.json"
-       for one in ("checkouts", "agreement", "timing", "quality", "ahead", "recall", "train")},
+       for one in ("agreement", "timing", "quality", "ahead", "recall", "train")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14")
        for one in ("few", "train", "ratios", "cost")},
     # fashion14 with --share 0.35, emoji with --share 0.15

@@ -27,7 +27,7 @@ from league import take_over
 from lib.peers import FastGen, PyMeanFlow, load, said_of
 from lib.peers_jobs import DATA, TAUGHT, Job, Row, all_rows
 from lib.report import environment, keep, kept, table, write
-from tables.peers import STEPS, checkouts, made, timing
+from tables.peers import STEPS, made, timing
 
 from flowmap.compare.terms import make, needs_of
 from flowmap.evaluation.measure import measure
@@ -190,7 +190,7 @@ def main() -> None:
             found += trained_at(seed, group, rows, said, a)
     terms = {"rounds": a.rounds, "peers": said, "rows": [row.name for row in rows if row.make]}
     timed = known(runs_root() / "peers/timing.json", terms, lambda: list(timing(rows, a.rounds)), a.anew)
-    tables = made(rows, to_ask, trained, timed) | checkouts(said)
+    tables = made(rows, to_ask, trained, timed)
     for part in tables.values():
         print(table(part["rows"], part["columns"]), end="\n\n")
     settings = {

@@ -102,6 +102,9 @@ def test_a_peer_that_is_not_there_is_a_row_that_says_so(peers, tmp_path, capsys)
     assert benchmark.load(peers.FastGen, tmp_path / "absent") is None and benchmark.load(peers.PyMeanFlow, None) is None
     assert capsys.readouterr().out.count("not there") == 2
     rows = benchmark.all_rows(None, None, to_train=True)
+    few = benchmark.wanted(rows, ["sCM from a teacher: FastGen as"])
+    assert [row.whose for row in few] == ["flowmap", "flowmap as recommended", "FastGen as published"]
+    assert benchmark.wanted(rows, [""]) == rows
     trained = {seed: [result(row, 0.5, 0.25, 0.25) for row in rows if row.make] for seed in range(2)}
     distance = list(made.figures(rows, trained, ["frechet_pixels"], costs=True))
     assert [line[2] for line in distance if not line[1].startswith("flowmap")] == ["not there"] * 7

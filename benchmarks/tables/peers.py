@@ -142,7 +142,7 @@ def time_in_turns(job: Job, recipe: Recipe, losses: dict, rounds: int) -> dict[s
 
 
 def made(rows: list[Row], to_ask: list[Row], trained: dict[int, list[dict]], timed: list) -> dict[str, dict]:
-    """name -> {"columns": [...], "rows": [...]} of every table but that of the checkouts."""
+    """name -> {"columns": [...], "rows": [...]} of every table."""
     held_out, to_training = ([f"{FRECHET}{suffix} at {k}" for k in STEPS] for suffix in ("", "_train"))
     shares = [f"{name} at {k}" for name in ("precision", "recall") for k in STEPS]
     heads = ["job", "loss of"]
@@ -160,15 +160,6 @@ def made(rows: list[Row], to_ask: list[Row], trained: dict[int, list[dict]], tim
         },
         "train": {"columns": [*heads, *to_training], "rows": list(figures(rows, trained, [f"{FRECHET}_train"]))},
     }
-
-
-def checkouts(said: dict) -> dict[str, dict]:
-    """The table of the peers' checkouts."""
-    rows = []
-    for name, one in said.items():
-        known = [one["commit"], one["date"], one["licence"]] if isinstance(one, dict) else [one, "", ""]
-        rows.append([name, *("?" if value is None else value for value in known)])
-    return {"checkouts": {"columns": ["checkout", "commit", "of", "licence"], "rows": rows}}
 
 
 def figures(rows: list[Row], trained: dict[int, list[dict]], metrics: list[str], costs: bool = False) -> Iterator[list]:
