@@ -188,28 +188,28 @@ def one_network(arguments) -> None:
     seconds = timed(students, losses, draw, arguments)
     ways_of = {name: way for name, net in fused.items() for way in net.net.forward.ways if way.graphs or way.fallbacks}
     assert not any(way.fallbacks for way in ways_of.values()), [way.stopped for way in ways_of.values()]
-    plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
     bytes_of = {name: saved_bytes(students[name], loss, draw(times)) for name, (loss, times) in losses.items()}
-    first, rows = next(iter(bytes_of.values())), []
-    for name, times in seconds.items():
-        of_compiled = ratios(times, plain_compiled)[0] if "compiled" in name else ""
-        took = 1e3 * statistics.median(times)
-        rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
-    missing = [name for name in PEERS if name not in theirs]
-    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
-    columns += ["milliseconds", "activations"]
-    tables = {
-        "step_cost": {"columns": columns, "rows": rows + [[name, "not there", *[""] * 5] for name in missing]},
-        "peers": of_peers(seconds),
-    }
     finish(
         arguments.name,
-        tables,
+        {"step_cost": of_ways(seconds, bytes_of), "peers": of_peers(seconds)},
         setting_of(arguments, SHAPE),
         peers=said_of(peers),
         parameters=sum(p.numel() for p in student.parameters()),
         compile_seconds={name: way.seconds for name, way in ways_of.items()},
     )
+
+
+def of_ways(seconds: dict[str, list[float]], bytes_of: dict[str, int]) -> dict:
+    """The table of every way, in plain steps and in compiled ones; a peer that is not there is marked."""
+    plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
+    first, rows = next(iter(bytes_of.values())), []
+    for name, times in seconds.items():
+        of_compiled = ratios(times, plain_compiled)[0] if "compiled" in name else ""
+        took = 1e3 * statistics.median(times)
+        rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
+    rows += [[name, "not there", *[""] * 5] for name in PEERS if name not in seconds]
+    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
+    return {"columns": [*columns, "milliseconds", "activations"], "rows": rows}
 
 
 def of_peers(seconds: dict[str, list[float]]) -> dict:

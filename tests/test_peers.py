@@ -167,6 +167,17 @@ def test_the_step_of_a_peer_is_timed_on_our_network_with_our_times(peers, folder
     table = step_cost.of_peers({"meanflow, dual forward": [1.0, 2.0, 4.0], name: [2.0, 6.0, 8.0]})
     assert table["rows"] == [["meanflow, dual forward", "not there", "2 (2 to 3)", "not there"]]
     assert len(table["columns"]) == 4
+    plain, plain_compiled = next(iter(step_cost.COMPILED.items()))
+    seconds = {plain: [1.0, 2.0, 4.0], plain_compiled: [0.5, 1.0, 2.0], name: [2.0, 6.0, 8.0]}
+    table = step_cost.of_ways(seconds, {plain: 10, plain_compiled: 10, name: 25})
+    assert [row[:2] for row in table["rows"]] == [
+        [plain, 1],
+        [plain_compiled, 0.5],
+        [name, 2],
+        *([peer, "not there"] for peer in step_cost.PEERS if peer != name),
+    ]
+    assert table["rows"][1][4] == 1 and table["rows"][2][4:] == ["", 6000, 2.5]
+    assert {len(row) for row in table["rows"]} == {len(table["columns"])}
 
 
 @pytest.mark.slow
