@@ -15,7 +15,8 @@ from lib.report import RESULTS, _cell, table
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "main_job": "main_job_digits.json", "main_job_short": "main_job_digits.json",
-    "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_families": "step_cost_families.json",
+    "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_peers": "step_cost.json",
+    "step_cost_families": "step_cost_families.json",
     "compiled_cost": "compiled_cost.json", "compiled_run": "compiled_run_digits.json",
     "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
     "attention": "attention.json", "roofline": "roofline.json",
@@ -37,7 +38,8 @@ FILES = {
        for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14")
        for one in ("quality", "train", "best", "recall")},
-    **{f"peers_{one}": "peers.json" for one in ("agreement", "timing", "quality")},
+    **{f"peers_{one}": "peers.json"
+       for one in ("agreement", "timing", "quality", "ahead", "recall", "train")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14")
        for one in ("few", "train", "ratios", "cost")},
     # fashion14 with --share 0.35, emoji with --share 0.15

@@ -2,10 +2,11 @@
 
 All rows use our network. Peers: NVlabs/FastGen (Apache-2.0), MeanFlow and sCM; Gsunshine/py-meanflow (CC BY-NC-SA 4.0),
 MeanFlow. They are imported from checkouts next to the project (git clone), and none of their code is kept here; the row
-of a missing peer is marked as missing.
+of a missing peer is marked as missing, as is AYF, which neither has.
 Digits: same network, start, data, batches, noise, times, teacher, optimiser and average for all; only the loss differs.
-In rows "as published" its weights, and py-meanflow's times, differ too.  Seconds are CPU time of loss, backward pass,
-optimiser and average; rows take turns. Finished rows are kept in runs/peers, and the same command continues an
+In rows "as published" its weights, and py-meanflow's times, differ too; rows "as recommended" are the shipped recipes.
+Seconds are CPU time of loss, backward pass, optimiser and average; all rows from a teacher take turns, and all from
+data.  Figures are to held-out digits.  Finished rows are kept in runs/peers, and the same command continues an
 interrupted benchmark.
 `python benchmarks/peers.py --fastgen FOLDER --meanflow FOLDER [--seeds 3] [--seconds 120] [--rounds 40]
     [--rows WORD ...] [--anew]`
@@ -17,15 +18,16 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from league import take_over
-from lib.peers import FastGen, PyMeanFlow
-from lib.peers_jobs import TAUGHT, Job, Row, all_rows
+from lib.peers import FastGen, PyMeanFlow, load, said_of
+from lib.peers_jobs import DATA, TAUGHT, Job, Row, all_rows
 from lib.report import environment, keep, kept, table, write
-from tables.peers import AGREEMENT, NAME, QUALITY, STEPS, TIMING, agreement, quality, timing
+from tables.peers import STEPS, made, timing
 
 from flowmap.compare.terms import make, needs_of
 from flowmap.evaluation.measure import measure
@@ -35,6 +37,7 @@ from flowmap.recipe import read_recipe
 from flowmap.student.student import Student
 
 WARM = 3  # steps that are not timed
+GROUPS = FROM_TEACHER, FROM_DATA, BASELINES = "from a teacher", "from data", "baselines"  # what is kept together
 
 
 class Training:
@@ -83,8 +86,8 @@ class Training:
         kept = power_beta(self.steps, exponent_from_std(self.job.recipe.ema.std))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - kept)
 
-    def result(self, look: tuple) -> dict:
-        """Steps, seconds, and the Frechet distances of the averaged student."""
+    def result(self) -> dict:
+        """Steps, seconds, and the figures of the averaged student."""
         found = {
             "job": self.row.job,
             "whose": self.row.whose,
@@ -94,62 +97,73 @@ class Training:
         }
         found["step_seconds"] = statistics.median(self.took[WARM:] or self.took)
         if self.failed is None:
-            recipe = replace(self.job.recipe, metrics=look)
-            figures = measure(recipe, Student(self.job.config, self.average), None, self.job.data, steps=STEPS)[
-                "student"
-            ]
-            for suffix in ("", "_train"):
-                found[f"figures{suffix}"] = {k: row[NAME + suffix] for k, row in figures.items()}
+            recipe = replace(self.job.recipe, metrics=looked_at(self.job))
+            student = Student(self.job.config, self.average)
+            found["figures"] = measure(recipe, student, None, self.job.data, steps=STEPS)["student"]
         return found
+
+
+def looked_at(job: Job) -> tuple:
+    """The metrics of the recipe that are measured: Frechet distance, precision and recall."""
+    return job.recipe.metrics[:2]
 
 
 def train_all(rows: list[Row], seed: int, seconds: float) -> list[dict]:
     """Every row's training at that seed, in turns of one step, so that a busy machine is busy for all."""
-    jobs = {name: Job(name, seed) for name in dict.fromkeys(row.job for row in rows)}
-    trainings = [Training(row, jobs[row.job], seconds) for row in rows]
+    jobs = {name: Job(name, seed) for name in dict.fromkeys(row.recipe for row in rows)}
+    trainings = [Training(row, jobs[row.recipe], seconds) for row in rows]
     while running := [training for training in trainings if not training.over]:
         for training in running:
             training.step()
-    look = read_recipe("digits").metrics[:1]
-    return [training.result(look) for training in trainings] + [ours(seed, look)]
+    return [training.result() for training in trainings]
 
 
-def ours(seed: int, look: tuple) -> dict:
-    """The teacher at its own number of steps, and real digits against real digits."""
+def baselines(seed: int) -> dict:
+    """The figures of the teacher at its own number of steps, and of real digits against real digits."""
     job = Job(TAUGHT, seed)
-    recipe = replace(job.recipe, metrics=look, evaluation=replace(job.recipe.evaluation, teacher_extra_steps=()))
+    evaluation = replace(job.recipe.evaluation, teacher_extra_steps=())
+    recipe = replace(job.recipe, metrics=looked_at(job), evaluation=evaluation)
     found = measure(recipe, Student(job.config, job.student().eval()), job.teacher, job.data, steps=[1])
-    both = {"": NAME, "_train": f"{NAME}_train"}
-    teacher = {f"figure{suffix}": found["teacher"][name] for suffix, name in both.items()}
-    return {
-        "teacher": {"steps": found["teacher"]["steps"], **teacher},
-        **{f"floor{suffix}": found["floor"][name] for suffix, name in both.items()},
-    }
+    return {"teacher": found["teacher"], "floor": found["floor"]}
 
 
-def trained_at(seed: int, rows: list[Row], same: dict, anew: bool) -> list[dict]:
-    """What is kept of that seed where it was made on the same terms, else made and kept."""
-    path = runs_root() / "peers" / f"seed-{seed}.json"
+def trained_at(seed: int, group: str, rows: list[Row], said: dict, a: argparse.Namespace) -> list[dict]:
+    """The results of the rows "from a teacher" or "from data", or the baselines: kept on the same terms, else made."""
+    terms: dict = {"to": "held-out digits"}
+    if group == BASELINES:
+        terms |= {"teacher": Job.recipe_of(TAUGHT, seed).hash()}
+        make = lambda: [baselines(seed)]
+    else:
+        chosen = [row for row in rows if row.make and (row.job == DATA) == (group == FROM_DATA)]
+        terms |= {"seconds": a.seconds, "peers": said}
+        terms |= {"recipes": {row.name: Job.recipe_of(row.recipe, seed).hash() for row in chosen}}
+        if not chosen:
+            return []
+        make = lambda: train_all(chosen, seed, a.seconds)
+    return known(runs_root() / "peers" / f"seed-{seed}-{group.replace(' ', '-')}.json", terms, make, a.anew)
+
+
+def known(path: Path, terms: dict, make: Callable[[], list], anew: bool) -> list:
+    """What is kept in that file if it was made on the same terms, else made and kept."""
     before = kept(path)
-    if not anew and before.get("same") == same:
-        return before["results"]
+    if anew or before.get("same") != terms:
+        before = {"same": terms, "results": make()}
+        keep(path, before)
+    return before["results"]
+
+
+def teacher_of(seed: int) -> None:
+    """Train the teacher of that seed, unless it or another benchmark's is there."""
     take_over(["digits-meanflow"], "digits", seed)
     for stage in needs_of(Job.recipe_of(TAUGHT, seed)):
         if not stage.complete:
             make(stage, print, time.perf_counter)
-    results = train_all([row for row in rows if row.make], seed, same["seconds"])
-    keep(path, {"same": same, "results": results})
-    return results
 
 
-def load(kind, folder: Path | None):
-    """The peer in that folder; None where there is none."""
-    if folder is None or not folder.is_dir():
-        print(f"{kind.__name__}: {folder or 'no folder given'}: not there")
-        return None
-    peer = kind(folder.resolve())
-    print(f"{kind.__name__}: {peer.checkout.said()}")
-    return peer
+def wanted(rows: list[Row], words: list[str]) -> list[Row]:
+    """The rows whose name holds one of the words, and our rows of the same jobs."""
+    chosen = {row.name: row.job for row in rows if any(word in row.name for word in words)}
+    return [row for row in rows if row.name in chosen or (row.ours and row.job in chosen.values())]
 
 
 def main() -> None:
@@ -160,33 +174,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training, each row at each seed")
     parser.add_argument("--rounds", type=int, default=40, help="rounds in which the losses are timed")
     parser.add_argument(
-        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours"
+        "--rows", nargs="+", default=[""], help="only rows whose name holds one of these words, and ours of their jobs"
     )
     parser.add_argument("--name", default="peers")
     parser.add_argument("--anew", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(1)
-    peers = load(FastGen, a.fastgen), load(PyMeanFlow, a.meanflow)
-    wanted = lambda row: row.whose == "flowmap" or any(word in row.name for word in a.rows)
-    rows, to_ask = ([row for row in all_rows(*peers, to_train=train) if wanted(row)] for train in (True, False))
-    said = {
-        kind.__name__: peer.checkout.said() if peer else "not there"
-        for kind, peer in zip((FastGen, PyMeanFlow), peers, strict=True)
-    }
-    recipes = {row.job: Job.recipe_of(row.job, 0).hash() for row in rows}
-    same = {
-        "to": "held-out digits",
-        "seconds": a.seconds,
-        "rows": [row.name for row in rows if row.make],
-        "peers": said,
-        "recipes": recipes,
-    }
-    trained = {seed: trained_at(seed, rows, same, a.anew) for seed in range(a.seeds)}
-    tables = {
-        "agreement": {"columns": AGREEMENT, "rows": list(agreement(to_ask))},
-        "timing": {"columns": TIMING, "rows": list(timing(rows, a.rounds))},
-        "quality": {"columns": QUALITY, "rows": list(quality(rows, trained))},
-    }
+    peers = {kind: load(kind, folder) for kind, folder in ((FastGen, a.fastgen), (PyMeanFlow, a.meanflow))}
+    said = said_of(peers)
+    rows, to_ask = (wanted(all_rows(*peers.values(), to_train=train), a.rows) for train in (True, False))
+    trained: dict[int, list[dict]] = {seed: [] for seed in range(a.seeds)}
+    for group in GROUPS:
+        for seed, found in trained.items():
+            teacher_of(seed)
+            found += trained_at(seed, group, rows, said, a)
+    terms = {"rounds": a.rounds, "peers": said, "rows": [row.name for row in rows if row.make]}
+    timed = known(runs_root() / "peers/timing.json", terms, lambda: list(timing(rows, a.rounds)), a.anew)
+    tables = made(rows, to_ask, trained, timed)
     for part in tables.values():
         print(table(part["rows"], part["columns"]), end="\n\n")
     settings = {

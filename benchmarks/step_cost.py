@@ -5,15 +5,19 @@ the measured part is the derivative.  Variants are timed in turn, round after ro
 round, since machines are shared; on one thread of a CPU by its CPU time.  Saved activations are the tensors that
 autograd keeps.
 Compiled variants go through flow/tangent/compiled.py; --families times three variants of a tiny network of each family.
-`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu] [--families]`
+With checkouts of NVlabs/FastGen and Gsunshine/py-meanflow their MeanFlow is timed on the same network (lib/peers.py).
+`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu] [--families]
+    [--fastgen FOLDER] [--meanflow FOLDER]`
 """
 
 import argparse
 import copy
 import statistics
 import time
+from pathlib import Path
 
 import torch
+from lib.peers import FastGen, PyMeanFlow, load, said_of
 from lib.report import environment, table, write
 
 from flowmap.flow.derivative import eulerian_derivative
@@ -24,7 +28,7 @@ from flowmap.flow.times import Interval, Mixture, Uniform
 from flowmap.flow.types import broadcast_time
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.objectives import AYFEMD, FlowMatching
+from flowmap.objectives import AYFEMD, FlowMatching, MeanFlow
 
 SHAPE = (4, 16, 16)
 
@@ -48,13 +52,44 @@ def ways() -> dict:
         "ayf_emd, one-sided difference": (emd["difference"], Interval()),
         "ayf_emd, torch.func.jvp, two passes": (emd["forward"], Interval()),
         "ayf_emd, torch.func.jvp, joint": (joint, Interval()),
+        "meanflow, dual forward": (objective(MeanFlow()), Interval()),
+        "meanflow, dual forward, 75 % diagonal": (objective(MeanFlow()), Mixture(diagonal=0.75)),
     }
+
+
+MEAN_FLOW = {"power": 1.0, "offset": 1e-3}  # the weight of our MeanFlow
+PEERS = {
+    "FastGen's meanflow: torch.func.jvp, then a forward pass": (
+        FastGen,
+        lambda peer, student: peer.mean_flow(student, None, **MEAN_FLOW),
+    ),
+    "py-meanflow's: torch.func.jvp, joint": (PyMeanFlow, lambda peer, student: peer.mean_flow(student, **MEAN_FLOW)),
+    "py-meanflow's, compiled by torch.compile": (
+        PyMeanFlow,
+        lambda peer, student: peer.compiled_mean_flow(student, **MEAN_FLOW),
+    ),
+}
+"""name -> (the peer, its loss of (peer, student)).
+
+They differentiate the whole batch: samples at t = s cost them the same as others.
+"""
+
+
+def peers_ways(peers: dict, student: FlowMapNet) -> dict:
+    """The same of the peers that are there."""
+
+    def way(loss):
+        return lambda student, sample: loss(sample, 0, 1)
+
+    return {name: (way(bind(peers[kind], student)), Interval()) for name, (kind, bind) in PEERS.items() if peers[kind]}
 
 
 COMPILED = {
     "flow matching (plain)": "flow matching (plain), compiled",
     "ayf_emd, dual forward": "ayf_emd, compiled dual forward",
     "ayf_emd, dual forward, 25 % diagonal": "ayf_emd, compiled dual forward, 25 % diagonal",
+    "meanflow, dual forward": "meanflow, compiled dual forward",
+    "meanflow, dual forward, 75 % diagonal": "meanflow, compiled dual forward, 75 % diagonal",
 }
 """The ways that are also timed compiled, and what they are called then."""
 
@@ -146,25 +181,48 @@ def one_network(arguments) -> None:
     fused = {name: compiled(student) for name in COMPILED.values()}  # each for one kind of batch, as in a run
     students = dict.fromkeys(losses, student) | fused
     losses |= {COMPILED[name]: losses[name] for name in COMPILED}
+    folders = {FastGen: arguments.fastgen, PyMeanFlow: arguments.meanflow}
+    peers = {kind: load(kind, folder) for kind, folder in folders.items()}
+    theirs = peers_ways(peers, student)
+    losses, students = losses | theirs, students | dict.fromkeys(theirs, student)
     seconds = timed(students, losses, draw, arguments)
     ways_of = {name: way for name, net in fused.items() for way in net.net.forward.ways if way.graphs or way.fallbacks}
     assert not any(way.fallbacks for way in ways_of.values()), [way.stopped for way in ways_of.values()]
-    plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
     bytes_of = {name: saved_bytes(students[name], loss, draw(times)) for name, (loss, times) in losses.items()}
-    first, rows = next(iter(bytes_of.values())), []
-    for name, times in seconds.items():
-        of_compiled = ratios(times, plain_compiled)[0] if name in COMPILED.values() else ""
-        took = 1e3 * statistics.median(times)
-        rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
-    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
     finish(
         arguments.name,
-        [*columns, "milliseconds", "activations"],
-        rows,
+        {"step_cost": of_ways(seconds, bytes_of), "peers": of_peers(seconds)},
         setting_of(arguments, SHAPE),
+        peers=said_of(peers),
         parameters=sum(p.numel() for p in student.parameters()),
         compile_seconds={name: way.seconds for name, way in ways_of.items()},
     )
+
+
+def of_ways(seconds: dict[str, list[float]], bytes_of: dict[str, int]) -> dict:
+    """The table of every way, in plain steps and in compiled ones; a peer that is not there is marked."""
+    plain, plain_compiled = (seconds[name] for name in next(iter(COMPILED.items())))
+    first, rows = next(iter(bytes_of.values())), []
+    for name, times in seconds.items():
+        of_compiled = ratios(times, plain_compiled)[0] if "compiled" in name else ""
+        took = 1e3 * statistics.median(times)
+        rows.append([name, *ratios(times, plain), of_compiled, took, bytes_of[name] / first])
+    rows += [[name, "not there", *[""] * 5] for name in PEERS if name not in seconds]
+    columns = ["way", "plain steps (median)", "lower quartile", "upper quartile", "compiled plain steps"]
+    return {"columns": [*columns, "milliseconds", "activations"], "rows": rows}
+
+
+def of_peers(seconds: dict[str, list[float]]) -> dict:
+    """The table of each step of ours: what the peers' steps cost in such steps, median and quartiles."""
+    rows = []
+    for name, times in seconds.items():
+        if name.startswith(("ayf_emd, dual", "ayf_emd, compiled", "meanflow")):
+            cells = [
+                "{:.3g} ({:.3g} to {:.3g})".format(*ratios(seconds[peer], times)) if peer in seconds else "not there"
+                for peer in PEERS
+            ]
+            rows.append([name, *cells])
+    return {"columns": ["our step", *(f"{name}, in such steps" for name in PEERS)], "rows": rows}
 
 
 def families(arguments) -> None:
@@ -195,7 +253,8 @@ def families(arguments) -> None:
         rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took, apart])
         columns = ["family", "exact", "plain, compiled", "exact, compiled", "exact / plain, both compiled"]
         columns += ["plain step, milliseconds", "seconds to compile", "difference"]
-        finish(f"{arguments.name}_families", columns, rows, setting_of(arguments, TINY))
+        tables = {"families": {"columns": columns, "rows": rows}}
+        finish(f"{arguments.name}_families", tables, setting_of(arguments, TINY))
 
 
 def difference(student, fused, sample) -> float:
@@ -209,10 +268,11 @@ def difference(student, fused, sample) -> float:
     return max(float((a - b).norm() / b.norm()) for b, a in zip(*found, strict=True))
 
 
-def finish(name: str, columns: list[str], rows: list[list], setting: dict, **more) -> None:
-    """Print the table and write the JSON."""
-    print(table(rows, columns))
-    payload = {"environment": environment(), "setting": setting, **more, "columns": columns, "rows": rows}
+def finish(name: str, tables: dict[str, dict], setting: dict, **more) -> None:
+    """Print the tables and write the JSON."""
+    for one in tables.values():
+        print(table(one["rows"], one["columns"]), end="\n\n")
+    payload = {"environment": environment(), "setting": setting, **more, "tables": tables}
     write(name, {"question": __doc__.splitlines()[0], **payload})
 
 
@@ -225,6 +285,8 @@ def main() -> None:
     parser.add_argument("--name", default="step_cost")
     parser.add_argument("--families", action="store_true")
     parser.add_argument("--only", nargs="*", help="these families")
+    parser.add_argument("--fastgen", type=Path, help="a checkout of NVlabs/FastGen")
+    parser.add_argument("--meanflow", type=Path, help="a checkout of Gsunshine/py-meanflow")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ import importlib.machinery
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,25 +45,31 @@ NOT_NEEDED = (
 
 @dataclass(frozen=True)
 class Checkout:
-    """A folder of theirs: its commit, the first line of its licence, which of its imports had to be stood in for."""
+    """A folder of theirs: its commit and the commit's date, the first line of its licence, its stubbed imports."""
 
     folder: Path
     commit: str | None
+    date: str | None
     licence: str
     stubbed: tuple[str, ...] = ()
 
     @staticmethod
     def of(folder: Path, stubbed=()) -> Checkout:
         lines = [line.strip() for line in (folder / "LICENSE").read_text().splitlines() if line.strip(" =")]
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True
-        )
-        top, _, commit = found.stdout.strip().partition("\n")
-        its_own = found.returncode == 0 and Path(top).resolve() == folder.resolve()
-        return Checkout(folder, commit if its_own else None, lines[0], tuple(stubbed))
+        asked = lambda *words: subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True).stdout
+        top = asked("rev-parse", "--show-toplevel").strip()
+        its_own = bool(top) and Path(top).resolve() == folder.resolve()
+        commit, date = asked("show", "-s", "--format=%H %cs", "HEAD").split() if its_own else (None, None)
+        return Checkout(folder, commit, date, lines[0], tuple(stubbed))
+
+    @property
+    def state(self) -> str:
+        """Its commit and date in words."""
+        return f"commit {self.commit[:7]} of {self.date}" if self.commit else "an unknown commit"
 
     def said(self) -> dict:
-        return {"commit": self.commit, "licence": self.licence, "stubbed": list(self.stubbed)}
+        known = {"commit": self.commit, "date": self.date}
+        return {**known, "licence": self.licence, "stubbed": list(self.stubbed)}
 
 
 class PyMeanFlow:
@@ -80,12 +86,7 @@ class PyMeanFlow:
 
     def mean_flow(self, student: FlowMapNet, *, power: float, offset: float, own_times: bool = False) -> Loss:
         """own_times: the times of its script cifar10_v1.sh in place of the sample's."""
-        law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
-        args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
-        nets = iter(
-            (_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student)))
-        )  # the second is its own average, which stays as it is
-        model = self.module.MeanFlow(lambda: next(nets), args, {})
+        model = self._model(student, power, offset)
 
         def loss(sample: PathSample, seed: int, step: int) -> Tensor:
             given = lambda args, num_samples, device: (sample.t, sample.s)
@@ -94,6 +95,29 @@ class PyMeanFlow:
             return model.forward_with_loss(sample.x0, sample.cond)
 
         return loss
+
+    def compiled_mean_flow(self, student: FlowMapNet, *, power: float, offset: float) -> Loss:
+        """The same compiled by torch.compile, as its training does, with attention by plain products throughout."""
+        drawn = SimpleNamespace(times=None)
+        model = self._model(student, power, offset)
+        given = lambda args, num_samples, device: drawn.times
+        run = torch.compile(model.forward_with_loss, fullgraph=True, options={"fallback_random": True})
+
+        def loss(sample: PathSample, seed: int, step: int) -> Tensor:
+            self.module.sample_two_timesteps, drawn.times = given, (sample.t, sample.s)
+            torch.manual_seed(seed)
+            with sdpa_kernel(SDPBackend.MATH):
+                return run(sample.x0, sample.cond)
+
+        return loss
+
+    def _model(self, student: FlowMapNet, power: float, offset: float) -> nn.Module:
+        law = dict(tr_sampler="v1", P_mean_t=-0.6, P_std_t=1.6, P_mean_r=-4.0, P_std_r=1.6, ratio=0.75)
+        args = SimpleNamespace(ema_decay=0.9999, ema_decays=[], norm_p=power, norm_eps=offset, **law)
+        nets = iter(
+            (_ForPyMeanFlow(student), copy.deepcopy(_ForPyMeanFlow(student)))
+        )  # the second is its own average, which stays as it is
+        return self.module.MeanFlow(lambda: next(nets), args, {})
 
 
 class _ForPyMeanFlow(nn.Module):
@@ -155,8 +179,9 @@ class FastGen:
 
         def loss(sample: PathSample, seed: int, step: int) -> Tensor:
             torch.manual_seed(seed)
-            dropped = {**sample.cond, "class": torch.full_like(sample.cond["class"], -1)}
-            return model._compute_mf_loss(sample.x0, sample.t.double(), sample.s.double(), step, sample.cond, dropped)[
+            cond = sample.cond
+            dropped = cond and {**cond, "class": torch.full_like(cond["class"], -1)}
+            return model._compute_mf_loss(sample.x0, sample.t.double(), sample.s.double(), step, cond, dropped)[
                 0
             ].mean()
 
@@ -184,7 +209,7 @@ class FastGen:
         return loss
 
     def _config(self, student: FlowMapNet, teacher: Teacher | None, loss_config, times, **more) -> SimpleNamespace:
-        """What its models read of a configuration, on one CPU in the precision of the data, the average being ours."""
+        """What its models read of a configuration, on the student's device in its precision, the average being ours."""
         dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
         precisions = dict(
             precision=dtype, precision_amp=None, precision_amp_infer=None, precision_amp_enc=None, precision_fsdp=None
@@ -206,7 +231,8 @@ class FastGen:
         nets = dict(
             net={"_target_": lambda: self._student(student)}, teacher={"_target_": lambda: self._teacher(teacher)}
         )
-        slots = dict(device="cpu", input_shape=[], sample_t_cfg=times, loss_config=loss_config)
+        device = str(next(student.parameters()).device)
+        slots = dict(device=device, input_shape=[], sample_t_cfg=times, loss_config=loss_config)
         return SimpleNamespace(**precisions, **absent, **off, **nets, **slots, **more)
 
     def _student(self, student: FlowMapNet) -> nn.Module:
@@ -240,11 +266,28 @@ class FastGen:
         return Net(net_pred_type="flow", schedule_type="rf")
 
 
+def load(kind: type, folder: Path | None):
+    """The peer in that folder; None where there is none."""
+    if folder is None or not folder.is_dir():
+        print(f"{kind.__name__}: {folder or 'no folder given'}: not there")
+        return None
+    peer = kind(folder.resolve())
+    print(f"{kind.__name__}: {peer.checkout.said()}")
+    return peer
+
+
+def said_of(peers: Mapping[type, FastGen | PyMeanFlow | None]) -> dict:
+    """name -> commit, date, licence and stubs of a peer, or "not there"."""
+    return {kind.__name__: peer.checkout.said() if peer else "not there" for kind, peer in peers.items()}
+
+
 def _attention_for(x: Tensor):
     """Attention by plain products if x has a tangent, as FastGen requires on a GPU.
 
-    torch's fused attention has no forward derivative on CPU.
+    torch's fused attention has no forward derivative on CPU.  What is compiled has it chosen outside.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     return sdpa_kernel(SDPBackend.MATH) if forward_ad.unpack_dual(x).tangent is not None else nullcontext()
 
 

@@ -16,6 +16,7 @@ from flowmap.flow.types import PathSample
 from flowmap.plan.plan import resolve
 from flowmap.recipe import Recipe, read_recipe
 from flowmap.train.draw import draw_sample, generator_for
+from flowmap.train.module import as_trained
 from lib.peers import FastGen, Loss, PyMeanFlow
 
 BASE = "base: {kind: logit_normal, mean: -0.4, std: 1.0, pairs: sorted}"
@@ -23,13 +24,16 @@ LAW = (f"times={{kind: mixture, {BASE}, one_step: 0.0, diagonal: 0.75, diagonal_
 FROM_DATA = (*LAW, "teacher=null", "student.kind=dit", "student.preset=tiny", "student.patch=2", "student.cycles=1.0")
 FROM_DATA += ("optimizer.lr=2.0e-3", "optimizer.clip_norm=1.0")  # as digits-teacher, which starts from nothing too
 GUIDANCE = ("objective.omega=1.5", "objective.kappa=0.3")
-DATA, GUIDED, TAUGHT, SCM = (
+DATA, GUIDED, TAUGHT, SCM, AYF = (
     "MeanFlow from data",
     "MeanFlow from data, guided",
     "MeanFlow from a teacher",
     "sCM from a teacher",
+    "AYF from a teacher",
 )
-JOBS = {
+RECOMMENDED = "flowmap as recommended"
+EMD, MIXED = f"{RECOMMENDED}, AYF-EMD", f"{RECOMMENDED}, both of AYF's"
+RECIPES = {
     DATA: ("digits-meanflow", FROM_DATA),
     GUIDED: ("digits-meanflow", FROM_DATA + GUIDANCE),
     TAUGHT: ("digits-meanflow", LAW),
@@ -37,21 +41,41 @@ JOBS = {
         "digits-scm",
         ("objective.weight={kind: none}",),
     ),  # theirs is learned apart, and off in the rows that are not "as published"
+    AYF: ("digits-ayf-emd", LAW),  # the peers' times, which are MeanFlow's
+    f"{TAUGHT}: {RECOMMENDED}": ("digits-meanflow", ()),
+    f"{SCM}: {RECOMMENDED}": ("digits-scm", ()),
+    f"{AYF}: {EMD}": ("digits-ayf-emd", ()),
+    f"{AYF}: {MIXED}": ("digits", ()),
 }
+"""The recipe and its overrides, by job, and by the name of a row that has its own."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A loss of one job and its owner: make(recipe, student, guided teacher) -> Loss; None without the peer."""
+    """A loss of one job and its owner: make(recipe, student, guided teacher) -> Loss; None without the peer.
+
+    own_settings: it is not trained with the settings of the job's other rows. missing: what the tables show instead of
+    figures if there is no loss.
+    """
 
     job: str
     whose: str
     make: Callable[..., Loss] | None
-    published: bool = False
+    own_settings: bool = False
+    missing: str = "not there"
 
     @property
     def name(self) -> str:
         return f"{self.job}: {self.whose}"
+
+    @property
+    def recipe(self) -> str:
+        """The key of its recipe in RECIPES."""
+        return self.name if self.name in RECIPES else self.job
+
+    @property
+    def ours(self) -> bool:
+        return self.whose.startswith("flowmap")
 
 
 def all_rows(fastgen: FastGen | None, meanflow: PyMeanFlow | None, *, to_train: bool) -> list[Row]:
@@ -77,6 +101,13 @@ def all_rows(fastgen: FastGen | None, meanflow: PyMeanFlow | None, *, to_train: 
     )
     nvidia_own = fastgen and (lambda recipe, student, teacher: fastgen.scm(student, teacher, **ours_as(recipe)))
     guided = [Row(GUIDED, "flowmap", ours), Row(GUIDED, "FastGen", nvidia)]
+    none = f"has no AYF at {fastgen.checkout.state}" if fastgen else "not there"
+    ayf = [
+        Row(AYF, "flowmap", ours),
+        Row(AYF, EMD, ours, True),
+        Row(AYF, MIXED, ours, True),
+        Row(AYF, "FastGen", None, missing=none),
+    ]
     return [
         Row(DATA, "flowmap", ours),
         Row(DATA, "py-meanflow", theirs),
@@ -84,10 +115,13 @@ def all_rows(fastgen: FastGen | None, meanflow: PyMeanFlow | None, *, to_train: 
         Row(DATA, "py-meanflow as published", published, True),
         *([] if to_train else guided),
         Row(TAUGHT, "flowmap", ours),
+        *([Row(TAUGHT, RECOMMENDED, ours, True)] if to_train else ()),
         Row(TAUGHT, "FastGen", nvidia),
         Row(SCM, "flowmap", ours),
+        *([Row(SCM, RECOMMENDED, ours, True)] if to_train else ()),
         Row(SCM, "FastGen", nvidia_scm),
         Row(SCM, "FastGen as published", nvidia_own, True),
+        *(ayf if to_train else ()),
     ]
 
 
@@ -96,7 +130,7 @@ def ours(recipe: Recipe, student, teacher) -> Loss:
 
 
 class Job:
-    """A recipe at a seed with its data and teacher, and what it draws for a step, which is the same whoever asks."""
+    """A recipe of RECIPES at a seed with its data and teacher, and what it draws for a step, the same whoever asks."""
 
     def __init__(self, name: str, seed: int):
         self.recipe = self.recipe_of(name, seed)
@@ -107,7 +141,7 @@ class Job:
 
     @staticmethod
     def recipe_of(name: str, seed: int) -> Recipe:
-        recipe, overrides = JOBS[name]
+        recipe, overrides = RECIPES[name]
         return at_seed(read_recipe(recipe, overrides), seed)
 
     @property
@@ -115,7 +149,7 @@ class Job:
         return self.teacher and self.teacher.guided
 
     def student(self):
-        return build_student(self.run, self.config, self.teacher).train()
+        return as_trained(build_student(self.run, self.config, self.teacher), self.recipe).train()
 
     def draw(self, step: int, recipe: Recipe | None = None, dtype=torch.float32) -> tuple[PathSample, int]:
         """(sample, the seed that torch's own generator drew its noise from)."""

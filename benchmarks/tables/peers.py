@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from lib.peers_jobs import Job, Row, ours
+from lib.peers_jobs import DATA, Job, Row, ours
 from lib.report import spread
 
 from flowmap.flow.times import Mixture
@@ -16,7 +17,7 @@ from flowmap.objectives import FlowMatching
 from flowmap.recipe import Recipe
 
 STEPS = (1, 2, 4)
-NAME = "frechet_pixels"  # to held-out digits; with _train to those of training
+FRECHET = "frechet_pixels"  # to held-out digits; with _train to those of training
 WARM = 3  # rounds that are not timed
 
 
@@ -93,7 +94,7 @@ def timing(rows: list[Row], rounds: int) -> Iterator[list]:
     """
     for job_name in dict.fromkeys(row.job for row in rows):
         job = Job(job_name, 0)
-        ready = [row for row in rows if row.job == job_name and row.make is not None and not row.published]
+        ready = [row for row in rows if row.job == job_name and row.make is not None and not row.own_settings]
         for recipe, share in laws(job.recipe):
             plain = Row(
                 job_name,
@@ -140,42 +141,88 @@ def time_in_turns(job: Job, recipe: Recipe, losses: dict, rounds: int) -> dict[s
     return seconds
 
 
-def quality(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
-    """A row for each that trained: steps, time of a step, and the Frechet distance at each number of steps.
+def made(rows: list[Row], to_ask: list[Row], trained: dict[int, list[dict]], timed: list) -> dict[str, dict]:
+    """name -> {"columns": [...], "rows": [...]} of every table."""
+    held_out, to_training = ([f"{FRECHET}{suffix} at {k}" for k in STEPS] for suffix in ("", "_train"))
+    shares = [f"{name} at {k}" for name in ("precision", "recall") for k in STEPS]
+    heads = ["job", "loss of"]
+    return {
+        "agreement": {"columns": AGREEMENT, "rows": list(agreement(to_ask))},
+        "timing": {"columns": TIMING, "rows": timed},
+        "quality": {
+            "columns": [*heads, "steps", "milliseconds", *held_out],
+            "rows": list(figures(rows, trained, [FRECHET], costs=True)),
+        },
+        "ahead": {"columns": AHEAD, "rows": list(ahead(rows, trained))},
+        "recall": {
+            "columns": [*heads, *shares],
+            "rows": list(figures(rows, trained, ["precision_pixels", "recall_pixels"])),
+        },
+        "train": {"columns": [*heads, *to_training], "rows": list(figures(rows, trained, [f"{FRECHET}_train"]))},
+    }
 
-    Distances are medians over seeds with their range.
+
+def figures(rows: list[Row], trained: dict[int, list[dict]], metrics: list[str], costs: bool = False) -> Iterator[list]:
+    """A row for each that trained, the teacher and real against real: each metric at each number of steps.
+
+    Figures are medians over seeds with their range. costs: steps and the time of a step before them.
     """
-    results = [result for seed in trained.values() for result in seed]
+    count = len(metrics) * len(STEPS)
     for row in rows:
-        found = [result for result in results if (result.get("job"), result.get("whose")) == (row.job, row.whose)]
+        found = [result for seed in trained.values() for result in seed if of(row, result)]
         if not found:
-            yield [row.job, row.whose, "not there", *[""] * (1 + 2 * len(STEPS))]
+            yield [row.job, row.whose, row.missing, *[""] * (count - 1 + 2 * costs)]
             continue
-        done = [result for result in found if result["failed"] is None]
-        failed = f"{len(found)} of {len(found)} failed"
+        done = [result["figures"] for result in found if result["failed"] is None]
+        failed = f"{len(found) - len(done)} of {len(found)} failed"
         cells = [
-            spread([one[key][str(k)] for one in done]) if done else failed
-            for key in ("figures", "figures_train")
+            spread([one[str(k)][name] for one in done]) if len(done) == len(found) else failed
+            for name in metrics
             for k in STEPS
         ]
-        steps, milliseconds = (statistics.median(result[key] for result in found) for key in ("steps", "step_seconds"))
-        yield [row.job, row.whose, int(steps), 1e3 * milliseconds, *cells]
-    besides = [result for result in results if "floor" in result]
-    if besides:
-        blank, both = [""] * (len(STEPS) - 1), ("", "_train")
-        teacher = [
-            cell for suffix in both for cell in (spread([one["teacher"][f"figure{suffix}"] for one in besides]), *blank)
-        ]
-        floor = [cell for suffix in both for cell in (spread([one[f"floor{suffix}"] for one in besides]), *blank)]
-        yield [f"teacher at {besides[0]['teacher']['steps']} steps", *[""] * 3, *teacher]
-        yield ["floor: real against real", *[""] * 3, *floor]
+        steps, seconds = (statistics.median(result[key] for result in found) for key in ("steps", "step_seconds"))
+        yield [row.job, row.whose, *([int(steps), 1e3 * seconds] if costs else []), *cells]
+    besides = [result for seed in trained.values() for result in seed if "floor" in result]
+    for key, label in (("teacher", "teacher at {} steps"), ("floor", "real against real")) if besides else ():
+        cells = [spread([one[key][name] for one in besides]) for name in metrics for _ in STEPS]
+        yield [label.format(besides[0]["teacher"]["steps"]), *[""] * (1 + 2 * costs), *cells]
 
 
-QUALITY = [
+def of(row: Row, result: dict) -> bool:
+    return (result.get("job"), result.get("whose")) == (row.job, row.whose)
+
+
+def ahead(rows: list[Row], trained: dict[int, list[dict]]) -> Iterator[list]:
+    """A row for each loss of ours: its distance over the best that a peer has in that job, at each number of steps.
+
+    The best is taken at each seed and number of steps.  A job in which no peer has a loss is compared with the peers'
+    losses in all jobs from a teacher.  Ratios are medians over seeds with their range.
+    """
+    for row in (one for one in rows if one.ours):
+        peers = [one for one in rows if not one.ours and one.make]
+        rivals = [one for one in peers if one.job == row.job] or [one for one in peers if one.job != DATA]
+        ratios = {k: [ratio(row, rivals, seed, k) for seed in trained.values()] for k in STEPS} if rivals else {}
+        first = [str(k) for k, found in ratios.items() if max(found) < 1]
+        against = ", ".join(f"{one.job}: {one.whose}" if one.job != row.job else one.whose for one in rivals)
+        cells = [spread(ratios.get(k, [])) for k in STEPS]
+        yield [row.job, row.whose, against or "not there", *cells, ", ".join(first)]
+
+
+def ratio(row: Row, rivals: list[Row], results: list[dict], k: int) -> float:
+    """The row's distance at k steps over the least of its rivals', of one seed; infinite if it failed."""
+    distance = lambda one: next(
+        result["figures"][str(k)][FRECHET] if result["failed"] is None else math.inf
+        for result in results
+        if of(one, result)
+    )
+    least, mine = min(map(distance, rivals)), distance(row)
+    return mine / least if math.isfinite(mine) else math.inf
+
+
+AHEAD = [
     "job",
-    "loss of",
-    "steps",
-    "milliseconds",
-    *(f"{NAME} at {k}" for k in STEPS),
-    *(f"to training digits at {k}" for k in STEPS),
+    "ours",
+    "the best of",
+    *(f"ours / theirs at {k}" for k in STEPS),
+    "ahead in every seed at",
 ]

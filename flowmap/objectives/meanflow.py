@@ -51,7 +51,8 @@ class EulerianRegression(BaseObjective):
         direction = v if self.tangent == "target" else without_graph(student, x, t, t, cond)
         derive = lambda x, t, s, v, cond, rows: self._derive(student, x, t, s, v, cond, rows, step)
         mean_velocity, rate = off_diagonal(derive, student, sample, direction, needed=self._needed(step))
-        target = self._limited(mean_velocity.detach(), v - broadcast_time(t - s, x) * rate)
+        target = v - broadcast_time(t - s, x) * rate
+        target = self._limited(mean_velocity.detach(), target)
         residual = (mean_velocity.detach() - target).flatten(1).norm(dim=1)
         error = self.distance(mean_velocity, target)
         return Loss(error.mean(), {"residual_norm": residual, "tangent_norm": rate.flatten(1).norm(dim=1)})
