@@ -117,11 +117,8 @@ def origin(name: str, result: dict) -> str:
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
     elif given := result.get("settings") or result.get("setting"):
-        parts.append(
-            ", ".join(
-                f"{key} {len(value) if isinstance(value, list) else _cell(value)}" for key, value in given.items()
-            )
-        )
+        listed = lambda key, value: len(value) if key == "seeds" and isinstance(value, list) else _cell(value)
+        parts.append(", ".join(f"{key} {listed(key, value)}" for key, value in given.items()))
     if here := result.get("environment"):
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
         parts.append(
