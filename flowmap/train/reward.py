@@ -25,8 +25,15 @@ class RewardModule(AuxiliaryModule):
         x0, logs = seen.x0, base.logs
         if objective.own_samples:
             num_steps = objective.steps[one_of(len(objective.steps), generator)]
-            options = dict(steps=num_steps, generator=generator, through=objective.through)
-            x0 = generate(self.recipe.sampler, self.student, sample.x1, sample.cond, **options)
+            x0 = generate(
+                self.recipe.sampler,
+                self.student,
+                sample.x1,
+                sample.cond,
+                steps=num_steps,
+                generator=generator,
+                through=objective.through,
+            )
             logs = {**logs, "sample_steps": torch.tensor(float(num_steps))}
         loss = objective.with_reward(Loss(base.value, logs), self.student, x0, seen.cond)
         self.keep(seen, loss)
