@@ -30,6 +30,7 @@ FILES = {
     **{f"loader_{one}": "loader.json" for one in ("shards", "recipes", "pictures")},
     **{f"loader_{one}": "loader_order.json" for one in ("order", "cold")},
     "loader_node": "loader_workers.json",
+    **{f"rewards_{one}": "rewards.json" for one in ("symmetry", "classifier")},
     **{f"published_{one}": "published.json"
        for one in ("flow", "flowtargets", "unguided", "unguidedtargets", "ddpm", "ddpmtargets", "packaged", "short")},
     **{f"{name}_{one}": f"{name}.json" for name in ("rectified_digits", "rectified_fashion14", "rectified_emoji")
@@ -119,9 +120,8 @@ def origin(name: str, result: dict) -> str:
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
     elif given := result.get("settings") or result.get("setting"):
-        parts.append(
-            ", ".join(f"{key} {len(value) if key == 'seeds' else _cell(value)}" for key, value in given.items())
-        )
+        listed = lambda key, value: len(value) if key == "seeds" and isinstance(value, list) else _cell(value)
+        parts.append(", ".join(f"{key} {listed(key, value)}" for key, value in given.items()))
     if here := result.get("environment"):
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
         parts.append(

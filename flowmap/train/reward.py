@@ -24,10 +24,17 @@ class RewardModule(AuxiliaryModule):
         seen, _ = self.last  # a score distillation's own samples have taken the place of the batch
         x0, logs = seen.x0, base.logs
         if objective.own_samples:
-            sampler, steps = self.recipe.sampler, objective.steps[one_of(len(objective.steps), generator)]
-            through, cond = objective.through, sample.cond
-            x0 = generate(sampler, self.student, sample.x1, cond, steps=steps, generator=generator, through=through)
-            logs = {**logs, "sample_steps": torch.tensor(float(steps))}
+            num_steps = objective.steps[one_of(len(objective.steps), generator)]
+            x0 = generate(
+                self.recipe.sampler,
+                self.student,
+                sample.x1,
+                sample.cond,
+                steps=num_steps,
+                generator=generator,
+                through=objective.through,
+            )
+            logs = {**logs, "sample_steps": torch.tensor(float(num_steps))}
         loss = objective.with_reward(Loss(base.value, logs), self.student, x0, seen.cond)
         self.keep(seen, loss)
         return loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 import flowmap
@@ -9,6 +11,8 @@ from flowmap.base.schema import RecipeError
 from flowmap.estimate.calls import sampling_calls
 from flowmap.estimate.dry_run import dry_run
 from flowmap.recipe import read_recipe
+from tests.train.test_adversarial_runs import checkpoint
+from tests.train.test_resume import assert_same_run, in_process
 
 REWARD = (
     "objective={kind: reward_tuning, base: {kind: ayf_emd, warmup_steps: 12}, reward: {kind: symmetry}, steps: [1, 2]}"
@@ -16,9 +20,9 @@ REWARD = (
 KL = ["objective.base={kind: score_distillation, steps: [1], fake_steps: 1}", "times={kind: uniform}"]
 
 
-def fitted(tiny, tmp_path, *overrides, resume=False):
+def fitted(tiny, tmp_path, *overrides):
     folder = tmp_path / f"run-{abs(hash(overrides))}"
-    return flowmap.fit(read_recipe(tiny, [REWARD, *overrides]), folder, log=lambda line: None, resume=resume).folder
+    return flowmap.fit(read_recipe(tiny, [REWARD, *overrides]), folder, log=lambda line: None).folder
 
 
 def reward_of(folder):
@@ -40,6 +44,20 @@ def test_the_log_has_the_reward_and_a_step_starts_it(tiny, tmp_path):
     rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     place = rows[0].index("train/reward")
     assert not rows[1][place] and float(rows[-1][place]) < 0
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(tiny, tmp_path):
+    """Bit by bit, the noise of the rewarded samples among it; killed inside a step's second micro-batch."""
+    short = ["trainer.steps=9", "trainer.checkpoint_every_steps=3", "trainer.accumulate=2"]
+    recipe = read_recipe(tiny, [REWARD, "sampler={kind: gamma, gamma: 0.5, steps: [1, 2]}", *short])
+    path = tmp_path / "short.yaml"
+    path.write_text(recipe.to_yaml())
+    assert in_process(path, tmp_path / "whole") == 0
+    assert in_process(path, tmp_path / "killed", {"kind": "rename", "count": 9}) == -signal.SIGKILL
+    assert 0 < checkpoint(tmp_path / "killed")["global_step"] < 9, "resumed from within the run"
+    assert in_process(path, tmp_path / "killed") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_its_samples_are_counted(tiny):
