@@ -9,7 +9,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.backends.debugging import aot_eager, aot_eager_decomp_partition
 from torch._inductor import compile_fx, config
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
@@ -275,15 +275,27 @@ def test_compiled_by_inductor_it_is_the_dual_forward_to_rounding(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_so_it_is_under_autocast(name):
+    check_rounding(name, inductor)
+
+
+@pytest.mark.parametrize(
+    "name", [one if one == "module" else pytest.param(one, marks=pytest.mark.slow) for one in SMALL]
+)
+def test_under_autocast_partitioned_graphs_have_the_eager_errors(name):
+    """Traced, decomposed and partitioned as for inductor, without its kernels: seconds in the place of a minute."""
+    check_rounding(name, aot_eager_decomp_partition)
+
+
+def check_rounding(name: str, backend) -> None:
     """bfloat16 has 8 bits: the errors against float64 are those of the eager dual forward."""
     student, draw = SMALL[name].student(), SMALL[name].draw(B)
     exact, wide = copy.deepcopy(student).double(), SMALL[name].draw(B, dtype=torch.float64)
     want = together(results(exact, lambda: eulerian_derivative(exact, **wide)))
-    derive = lambda: results(student, lambda: eulerian_derivative(student, **draw))
+    derive = lambda: together(results(student, lambda: eulerian_derivative(student, **draw)))
     with torch.autocast("cpu", torch.bfloat16):
-        eager = together(derive())
-        ways = compiled(student, inductor)
-        found = together(derive())
+        eager = derive()
+        ways = compiled(student, backend)
+        found = derive()
     assert (ways.dual.graphs, ways.dual.fallbacks) == (1, 0)
     for a, b, c in zip(found, eager, want, strict=True):
         assert (a - c).norm() <= 1.5 * (b - c).norm()
