@@ -1,5 +1,7 @@
 """The papers behind what this package implements, for `flowmap cite`: title, use here, authors, year, arXiv number."""
 
+import re
+
 PAPERS = {
     "ayf": (
         "Align Your Flow",
@@ -152,3 +154,9 @@ PAPERS = {
     ),
     "ctm": ("Consistency trajectory models", "gamma-sampling", "Kim, Lai, Liao, et al.", 2024, "2310.02279"),
 }
+
+
+def papers_of(objective: str) -> list[str]:
+    """The arXiv numbers of the papers behind an objective of that kind."""
+    listed = re.compile(rf"objective (\w+, )*{objective}\b")
+    return [number for _, here, _, _, number in PAPERS.values() if listed.search(here)]
