@@ -110,7 +110,7 @@ def test_a_hub_reads_figures_papers_and_licence_of_a_students_own_card():
 def test_data_of_a_hub_are_named_with_their_id(tmp_path):
     from flowmap.export.metadata import student_metadata
 
-    text = RECIPE.format(card=tmp_path / "card.yaml").replace("{{", "{").replace("}}", "}")
+    text = RECIPE.format(card=tmp_path / "card.yaml")
     (tmp_path / "card.yaml").write_text(
         "kind: diffusers\nsource: owner/model\nshape: [4, 8, 8]\nreference: arXiv:2112.10752\n"
     )
