@@ -53,7 +53,7 @@ def read_front_matter(card: str) -> dict[str, Any]:
 
 
 def student_metadata(recipe: Recipe, config: StudentConfig, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The metadata of a student's own folder, without `library_name` and `tags` of exports."""
+    """The metadata of a student's own folder."""
     card = teacher_card(recipe)
     task = task_of(config)
     return {
@@ -102,14 +102,14 @@ def task_of(config: StudentConfig) -> str | None:
 
 def datasets(recipe: Recipe) -> list[str]:
     """The hub ids of the recipe's data."""
-    path, name = getattr(_source(recipe), "path", None), HUB_NAMES.get(kind_of(recipe.data, TABLES))
+    path, name = getattr(_source(recipe), "path", None), HUB_NAMES.get(kind_of(recipe.data, TABLES) or "")
     read = path if isinstance(path, str) and is_repository(path) and not Path(path).exists() else None
     return [one for one in (read, name) if one is not None]
 
 
 def papers(recipe: Recipe, card: Card | None) -> list[str]:
     """Tags arxiv:NUMBER for the papers of the objective and of the teacher."""
-    numbers = papers_of(kind_of(recipe.objective, TABLES))
+    numbers = papers_of(kind_of(recipe.objective, TABLES) or "")
     numbers += re.findall(r"arXiv:(\d{4}\.\d{4,5})", card.reference) if card else []
     return [f"arxiv:{number}" for number in dict.fromkeys(numbers)]
 
@@ -124,7 +124,7 @@ def model_index(recipe: Recipe, task: str, metrics: Mapping[str, Any] | None) ->
     ]
     if not figures:
         return {}
-    kind = kind_of(recipe.data, TABLES)
+    kind = kind_of(recipe.data, TABLES) or "data"
     data = {"name": kind, "type": next(iter(datasets(recipe)), kind)}
     return {
         "model-index": [

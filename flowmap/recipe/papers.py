@@ -157,6 +157,6 @@ PAPERS = {
 
 
 def papers_of(objective: str) -> list[str]:
-    """The arXiv numbers of the papers behind an objective of that kind."""
-    listed = re.compile(rf"objective (\w+, )*{objective}\b")
-    return [number for _, here, _, _, number in PAPERS.values() if listed.search(here)]
+    """The arXiv numbers of the papers behind an objective of that kind; none if it is not of a kind of ours."""
+    listed = re.compile(rf"objective (\w+, )*{re.escape(objective)}\b")
+    return [number for _, here, _, _, number in PAPERS.values() if objective and listed.search(here)]
