@@ -53,7 +53,7 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"to": "onnx"}, "diffusers, torch, lora"),
+        ({"to": "gguf"}, "diffusers, torch, onnx, lora, lora-peft, lora-comfyui"),
         ({"to": "lora"}, "no LoRA student"),
         ({"steps": 0}, "steps"),
         ({"guidance": 2.0}, "not trained"),
