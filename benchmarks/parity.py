@@ -2,7 +2,7 @@
 
 And an export from its student?  The functions that the tests assert on are called and printed: real architectures of
 small size, random weights, guidance on (tests/nets, tests/export; tests/support/parity.py defines the figures).
-`python benchmarks/parity.py`, about a minute.
+`python benchmarks/parity.py`, about two minutes; rows of ONNX need the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from lib.report import environment, table, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ is
-from tests.export import test_custom, test_program, test_stock  # noqa: E402
+from tests.export import test_custom, test_onnx, test_program, test_stock  # noqa: E402
 from tests.nets import test_diffusers_model, test_edm, test_edm2  # noqa: E402
 
 TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its scheduler's grid", "dual tangent"]
-EXPORTS = ["export", "network", "steps", "largest difference"]
+EXPORTS = ["export", "network", "steps", "loads in", "largest difference", "test"]
 EDM = {"ddpmpp": "EDM DDPM++", "ncsnpp": "EDM NCSN++", "adm": "EDM ADM"}
 NAMES = {
     "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage",
@@ -63,11 +63,20 @@ def exports(at: Path) -> Iterator[list]:
     stock, custom = test_stock.exported(places[0]), test_custom.exported(places[1])
     programs = test_program.exported(list(test_program.STUDENTS), places[2])
     for name, steps in test_stock.ROWS:
-        yield ["stock", NAMES[name], steps, test_stock.from_the_student(stock, name, steps)]
+        yield _row("stock", name, steps, "diffusers", test_stock.from_the_student(stock, name, steps), test_stock)
     for name, steps in test_custom.ROWS:
-        yield ["own code", NAMES[name], steps, test_custom.from_the_student(custom, name, steps)]
+        found = test_custom.from_the_student(custom, name, steps)
+        yield _row("own code", name, steps, "diffusers, trust_remote_code", found, test_custom)
     for name, (steps, _) in test_program.STUDENTS.items():
-        yield ["torch", NAMES[name], steps, test_program.from_the_student(programs, name)]
+        found = test_program.from_the_student(programs, name)
+        yield _row("torch", name, steps, "torch.export.load", found, test_program)
+    for name in test_onnx.CONVERTED:
+        steps = test_program.STUDENTS[name][0]
+        yield _row("onnx", name, steps, "onnxruntime", test_onnx.from_the_student(name, at), test_onnx)
+
+
+def _row(export: str, name: str, steps: int, loads_in: str, difference: float, test) -> list:
+    return [export, NAMES[name], steps, loads_in, difference, f"`{test.__name__.replace('.', '/')}.py`"]
 
 
 def main() -> None:

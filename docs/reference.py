@@ -147,7 +147,8 @@ def in_cell(text: str) -> str:
 API = {  # title -> import path -> public names; of a class, the methods after the dot
     "Use a student": {
         "flowmap": ["load_student", "read_recipe", "fit", "sample", "evaluate", "allow_import"],
-        "flowmap.student.student": ["Student", "Student.__call__", "Student.mean_velocity", "Student.sample"],
+        "flowmap.student.student": ["Student", "Student.__call__", "Student.mean_velocity", "Student.sample",
+            "Student.save_pretrained", "Student.from_pretrained", "Student.push_to_hub"],
         "flowmap.student.edit": ["inpaint", "interpolate"],
         "flowmap.student.snapshots": ["combine"],
         "flowmap.export": ["export"],

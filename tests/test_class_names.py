@@ -18,7 +18,8 @@ from flowmap.nets import MLP, DiT
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
-from flowmap.student.folder import load_student, read_config, save_student
+from flowmap.student.config_file import read_config
+from flowmap.student.folder import load_student, save_student
 from flowmap.train.card import model_card
 from tests.export.alone import shaken
 from tests.support.encoding import spec

@@ -14,7 +14,8 @@ from flowmap.data.codes import draws_of
 from flowmap.flow.prior import CodeSampler, FlowCodes, Learned, LearnedPrior, MixtureCodes
 from flowmap.plan.plan import ResolvedRun
 from flowmap.plan.requirements import check_prior
-from flowmap.student.folder import load_student, read_config
+from flowmap.student.config_file import read_config
+from flowmap.student.folder import load_student
 from flowmap.student.prior import PRIOR, PriorConfig, built_codes, load_prior, read_prior_config, save_prior
 
 MOST = 20_000  # The number of samples that a mixture is fitted to.

@@ -31,7 +31,8 @@ from flowmap.plan.provenance import baked_scale
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
 from flowmap.student.config import SHIPPED_AUTOENCODER, ImageLatents, Pixels, StudentConfig, TextLatents
-from flowmap.student.folder import load_student, read_config
+from flowmap.student.config_file import read_config
+from flowmap.student.folder import load_student
 from flowmap.student.student import Student
 from flowmap.teachers.autoencoder import Autoencoder
 

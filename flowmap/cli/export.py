@@ -11,7 +11,9 @@ from flowmap.cli.arguments import student_argument
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     student_argument(parser, base=True)
-    parser.add_argument("--to", choices=["diffusers", "torch", "lora"], default="diffusers")
+    parser.add_argument(
+        "--to", choices=["diffusers", "torch", "onnx", "lora", "lora-peft", "lora-comfyui"], default="diffusers"
+    )
     parser.add_argument(
         "--steps",
         type=int,
@@ -36,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
+    from flowmap.base.hub import check_repository, upload
     from flowmap.export import export
-    from flowmap.export.hub import check_repository, push
     from flowmap.student.folder import load_student
 
     if a.push is not None:
-        check_repository(a.push)
+        check_repository(a.push, "--push")
     options: dict[str, Any] = dict(to=a.to, steps=a.steps, guidance=a.guidance, custom=a.custom, text=not a.no_text)
     options["overwrite"] = a.overwrite
     print(export(load_student(a.student, base=a.base), a.out, **options))
     if a.push is not None:
-        print(push(Path(a.out), a.push))
+        print(upload(Path(a.out), a.push, message="flowmap export", key=f"--push: {a.out} is written"))
     return 0

@@ -25,7 +25,7 @@ from flowmap.plan.outlines import Shape, latents_shape, sentences_shape
 from flowmap.plan.plan import Pairing, ResolvedRun, Sampling
 from flowmap.recipe.kinds import TABLES
 from flowmap.student.config import StudentConfig
-from flowmap.student.folder import read_config
+from flowmap.student.config_file import read_config
 
 # Keys of settings that name what may be missing on this machine.
 PLACE = re.compile(r"\b(root|path|source|shards|recipe|sentences|files|name|encoder|decoder)\b")

@@ -1,4 +1,4 @@
-"""Exports a student for use without flowmap: a diffusers pipeline or LoRA, or a torch program, with a model card."""
+"""Exports a student for use without flowmap: a diffusers pipeline or LoRA, or a torch or ONNX program, with a card."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flowmap.nets.module import Module
 from flowmap.nets.stacked import net_within
 from flowmap.student.student import Student
 
-TARGETS = ("diffusers", "torch", "lora")
+LORA = ("lora", "lora-peft", "lora-comfyui")
+TARGETS = ("diffusers", "torch", "onnx", *LORA)
 
 
 def export(
@@ -29,9 +30,10 @@ def export(
     """Write the folder `out`, completely or not at all, and return it.
 
     to: "diffusers" is a stock pipeline if there is one and `custom` is not set, otherwise one with custom code;
-    "lora" are the adapters of a LoRA student for the stock pipeline of its base; "torch" is a program. steps and
-    guidance default to the student's largest number of steps and its default scale. text: include the text encoders.
-    Raises a ValueError that names what is not possible.
+    "lora" are the adapters of a LoRA student for the stock pipeline of its base, "lora-peft" and "lora-comfyui" the
+    same with the names of PEFT and of the original checkpoint, which ComfyUI reads; "torch" and "onnx" are programs.
+    steps and guidance default to the student's largest number of steps and its default scale. text: include the text
+    encoders. Raises a ValueError that names what is not possible.
     """
     if to not in TARGETS:
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
@@ -42,7 +44,7 @@ def export(
         raise ValueError(f"student: its samples are sentences, for which diffusers has no pipeline; {share}")
     out = Path(out)
     check_free(out, overwrite)
-    plan = make_plan(student, steps, guidance, merge=to != "lora", text=text)
+    plan = make_plan(student, steps, guidance, merge=to not in LORA, text=text)
     kind, write = _way(plan, to, custom)
     with whole_folder(out, plan.note(kind), overwrite=overwrite) as folder:
         write_text(folder / "README.md", export_card(plan, kind, write(plan, folder)))
@@ -55,14 +57,18 @@ def _way(plan, to: str, custom: bool):
         from flowmap.export.program import write_program
 
         return "torch", write_program
+    if to == "onnx":
+        from flowmap.export.onnx import write_onnx
+
+        return "onnx", write_onnx
     own = net_within(plan.student.config.net)
     if isinstance(own, Module):
         what = f"the student is the module {own.module!r}, whose source flowmap does not have"
-        raise ValueError(f"--to {to}: {what}; take --to torch, a program that needs neither")
-    if to == "lora":
-        from flowmap.export.lora import write_lora
+        raise ValueError(f"--to {to}: {what}; take --to torch or --to onnx, programs that do not need it")
+    if to in LORA:
+        from flowmap.export.lora import write_comfyui, write_lora, write_peft
 
-        return "lora", write_lora
+        return to, {"lora": write_lora, "lora-peft": write_peft, "lora-comfyui": write_comfyui}[to]
     from flowmap.export.custom import write_custom
     from flowmap.export.stock import has_stock, write_stock
 

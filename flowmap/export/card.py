@@ -5,11 +5,8 @@ It starts with the metadata that a hub reads: licence, base model, library, tags
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
 from flowmap.data import TeacherSlot
+from flowmap.export.metadata import base_model, front_matter, licence, read_front_matter, task_of
 from flowmap.export.plan import Export, Written
 from flowmap.plan.cards import card_of
 from flowmap.recipe.recipe import read_resolved
@@ -22,28 +19,28 @@ WHAT = {
         "(`pipeline.py` and `flow_map/*.py`: read it before you trust it)"
     ),
     "lora": "a diffusers LoRA, for the stock pipeline of its base model",
+    "lora-peft": "a PEFT LoRA, for the transformer of its base model",
+    "lora-comfyui": "a LoRA for ComfyUI, with the layers of the base model's original checkpoint",
     "torch": "one torch program, `program.pt2`: noise and conditions in, samples out",
+    "onnx": "one ONNX graph, `program.onnx`: noise and conditions in, samples out",
 }
 
 
-FOLDED = {"stock": "folded into the weights", "lora": "folded into the adapter", "torch": "unrolled"}
-LICENCES = {
-    "apache-2.0": r"Apache[- ]2(\.0)?",
-    "mit": "MIT",
-    "cc-by-nc-sa-4.0": r"CC[- ]BY-NC-SA[- ]4\.0",
-    "cc-by-nc-4.0": r"CC[- ]BY-NC[- ]4\.0",
-    "cc-by-sa-4.0": r"CC[- ]BY-SA[- ]4\.0",
-    "cc-by-4.0": r"CC[- ]BY[- ]4\.0",
-    "creativeml-openrail-m": "CreativeML Open ?RAIL-?M",
-    "openrail++": r"(CreativeML )?Open ?RAIL\+\+(-M)?",
+FOLDED = {
+    "stock": "folded into the weights",
+    "lora": "folded into the adapter",
+    "lora-peft": "folded into the adapter",
+    "lora-comfyui": "folded into the adapter",
+    "torch": "unrolled",
+    "onnx": "unrolled",
 }
-"""A hub's name of a licence, and the pattern of its name in our cards."""
+LIBRARIES = {"torch": "pytorch", "onnx": "onnx"}  # a hub's names of the programs' libraries; all others are diffusers
 
 
 def export_card(plan: Export, kind: str, written: Written) -> str:
-    """The text of the folder's README.md. kind: stock, custom, lora or torch."""
+    """The text of the folder's README.md. kind: a key of WHAT."""
     config = plan.student.config
-    scale = "" if plan.guidance is None or kind == "torch" else f", guidance scale {plan.guidance:g}"
+    scale = "" if plan.guidance is None or kind in LIBRARIES else f", guidance scale {plan.guidance:g}"
     fixed = FOLDED.get(kind, "the defaults; any other can be asked for")
     name, card = _teacher(plan)
     lines = [
@@ -61,32 +58,18 @@ def export_card(plan: Export, kind: str, written: Written) -> str:
 
 
 def _front(plan: Export, kind: str, card: Card | None) -> list[str]:
-    """The metadata block that a hub reads, without entries that are unknown."""
-    lora, base = plan.student.config.lora is not None, _base_model(plan, card)
-    lines = ["---", "library_name: " + ("pytorch" if kind == "torch" else "diffusers"), *_licence(card)]
-    if base is not None:
-        lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if lora else 'finetune'}"]
-    if len(plan.student.config.shape) == 3:
-        prompts = plan.student.config.text is not None
-        lines.append(f"pipeline_tag: {'text-to-image' if prompts else 'unconditional-image-generation'}")
-    return [*lines, f"tags: [flowmap, few-step{', lora' * lora}]", "---"]
-
-
-def _licence(card: Card | None) -> list[str]:
-    """The licence by its short name on hubs, or "other" with its own name."""
-    if card is None or card.licence == "?":
-        return []
-    for short, pattern in LICENCES.items():
-        if re.match(rf"{pattern}(?![\w.+-])", card.licence, re.IGNORECASE):
-            return [f"license: {short}"]
-    return ["license: other", f"license_name: {json.dumps(card.licence)}"]
-
-
-def _base_model(plan: Export, card: Card | None) -> str | None:
-    """The hub id of the network that the student started from; None if it is not on a hub."""
-    base = plan.student.config.base
-    source = base.source if base else card.source if card and card.kind == "diffusers" else None
-    return source if source and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).is_dir() else None
+    """The metadata block that a hub reads, with the data sets, papers and figures of the student's own card."""
+    config, own = plan.student.config, read_front_matter(_own_card(plan))
+    task = task_of(config)
+    tags = [tag for tag in own.get("tags", ()) if str(tag).startswith("arxiv:")]
+    return front_matter({
+        "library_name": LIBRARIES.get(kind, "diffusers"),
+        **licence(card),
+        **base_model(config, card),
+        **({"pipeline_tag": task} if task else {}),
+        **{key: own[key] for key in ("datasets", "model-index") if key in own},
+        "tags": ["flowmap", "few-step", *["lora"] * (config.lora is not None), *tags],
+    })  # fmt: skip
 
 
 def _teacher(plan: Export) -> tuple[str, Card | None]:
@@ -115,10 +98,13 @@ def _origin(card: Card | None) -> str:
     return f" ({card.describe()}{revision})" + (f", {card.reference}" if card.reference else "")
 
 
+def _own_card(plan: Export) -> str:
+    """The student's own card; empty without one."""
+    path = plan.student.folder / "README.md" if plan.student.folder else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else ""
+
+
 def _figures(plan: Export) -> str:
     """The figures in the student's own card, which were measured before the export."""
-    folder = plan.student.folder
-    path = folder / "README.md" if folder else None
-    text = path.read_text(encoding="utf-8") if path and path.is_file() else ""
-    figures = text.partition("## Figures")[2].strip()
+    figures = _own_card(plan).partition("## Figures")[2].strip()
     return figures or "Not measured yet."

@@ -23,7 +23,7 @@ from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.stacked import Stacked, net_within, stack_of
 from flowmap.recipe.kinds import TABLES
-from flowmap.student.folder import config_json
+from flowmap.student.config_file import config_json
 
 HEADER = "{what} Generated from the source of flowmap {version} (Apache License 2.0) by `flowmap export`: do not edit."
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flowmap.base.files import write_tensors
+from flowmap.base.files import write_json, write_tensors
+from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import (
     FAMILIES,
+    Family,
     call_lines,
     check_grid,
     constant_extra,
@@ -30,13 +32,60 @@ from flowmap.nets.lora import ADAPTER
 from flowmap.teachers.autoencoder import Autoencoder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+COMFY_WEIGHTS = "comfyui_lora.safetensors"
 
 
 def write_lora(plan: Export, folder: Path) -> Written:
-    """Write the adapters' weights to the folder, and return the lines that load and call them.
+    """Write the adapters' weights in diffusers' format, and return the lines that load and call them.
 
     Raises a ValueError if the stock pipeline would give other samples than the student.
     """
+    _check(plan)
+    write_tensors(folder / WEIGHTS, {f"transformer.{name}": value for name, value in adapter_weights(plan).items()})
+    text = write_text_parts(plan, folder, of_base=True)
+    return Written(_snippet(plan, text), _notes(plan))
+
+
+def write_peft(plan: Export, folder: Path) -> Written:
+    """Write adapter_model.safetensors and adapter_config.json, and return the lines that load them with peft.
+
+    Raises the ValueErrors of write_lora.
+    """
+    _check(plan)
+    base, lora = plan.student.config.frozen_base(), plan.student.config.lora
+    assert lora is not None
+    weights = adapter_weights(plan)
+    write_tensors(folder / PEFT_WEIGHTS, peft_weights(weights))
+    write_json(folder / PEFT_CONFIG, peft_config(weights, lora.rank, base.source))
+    family = FAMILIES[type(network_of(plan).model).__name__]
+    source = "path/to/the/base/pipeline" if Path(base.source).is_dir() else base.source
+    lines = ["from diffusers import DiffusionPipeline", "from peft import PeftModel", ""]
+    lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}")']
+    lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
+    return Written("\n".join(lines), (*_notes(plan), f"Sample with {_scheduler(plan, family)}."))
+
+
+def write_comfyui(plan: Export, folder: Path) -> Written:
+    """Write comfyui_lora.safetensors with the original checkpoint's layers, and return the lines that read it.
+
+    Raises the ValueErrors of write_lora, and one for a network whose original names are not known.
+    """
+    _check(plan)
+    model = network_of(plan).model
+    widths = {name: layer.out_features for name, layer in model.named_modules() if hasattr(layer, "out_features")}
+    weights = comfy_weights(adapter_weights(plan), type(model).__name__, widths)
+    write_tensors(folder / COMFY_WEIGHTS, weights)
+    lines = ["from safetensors.torch import load_file", "", f'load_file("path/to/this/folder/{COMFY_WEIGHTS}")']
+    note = (
+        f"Copy {COMFY_WEIGHTS} to ComfyUI's models/loras and load it with strength 1. The adapter depends on the "
+        f"number of steps: sample with {plan.steps} steps of Euler on even sigmas, and cfg 1."
+    )
+    return Written("\n".join(lines), (note,))
+
+
+def _check(plan: Export) -> None:
+    """Raise a ValueError if the stock pipeline would give other samples than the student."""
     config = plan.student.config
     if config.lora is None:
         raise ValueError("--to lora: this student is no LoRA student; take --to diffusers")
@@ -49,9 +98,6 @@ def write_lora(plan: Export, folder: Path) -> Written:
         )
     check_grid(plan)
     _check_autoencoder(plan)
-    write_tensors(folder / WEIGHTS, {f"transformer.{name}": value for name, value in adapter_weights(plan).items()})
-    text = write_text_parts(plan, folder, of_base=True)
-    return Written(_snippet(plan, text), _notes(plan))
 
 
 @torch.no_grad()
@@ -104,9 +150,13 @@ def _snippet(plan: Export, text: TextParts | None) -> str:
     size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})", 'pipe.load_lora_weights("path/to/this/folder")']
-    lines += [f"pipe.scheduler = {family.scheduler}(num_train_timesteps={round(unit_of(net))}, shift=1.0)"]
+    lines += [f"pipe.scheduler = {_scheduler(plan, family)}"]
     decodes = plan.student.config.autoencoder is not None
     return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=decodes)])
+
+
+def _scheduler(plan: Export, family: Family) -> str:
+    return f"{family.scheduler}(num_train_timesteps={round(unit_of(network_of(plan)))}, shift=1.0)"
 
 
 def _notes(plan: Export) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -51,22 +52,42 @@ class SamplerProgram(nn.Module):
         return x.clamp(-1, 1) if self.clamp or self.autoencoder is not None else x
 
 
-def write_program(plan: Export, folder: Path) -> Written:
-    """Write program.pt2, for any batch size if torch can trace it so, and return the Python lines that call it."""
+@dataclass(frozen=True)
+class Traced:
+    """A sampler as a torch program, the conditions that it was traced with, and notes for the card."""
+
+    program: torch.export.ExportedProgram
+    cond: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+    def sizes(self) -> str:
+        """The allowed batch sizes and numbers of tokens, in words."""
+        batch = f"batch size: {sizes_of(self.program, 'noise', 0)}"
+        return batch + (f"; tokens: {sizes_of(self.program, 'cond_text', 1)}" if "text" in self.cond else "")
+
+
+def traced(plan: Export, to: str = "torch") -> Traced:
+    """The traced sampler of the plan, on the CPU. ValueErrors name the target `to`, or the setting."""
     if plan.gamma > 0 and plan.steps > 1:
         what = f"gamma = {plan.gamma:g} draws noise between steps, which a program cannot"
         raise ValueError(f"--steps: {what}; take --steps 1")
     plan.student.to("cpu")
     cond, note = example_conditions(plan)
-    program = export_program(SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape), cond)
+    module, noise = SamplerProgram(plan).eval(), torch.randn(EXAMPLE, *plan.student.config.shape)
+    return Traced(export_program(module, noise, cond, to=to), cond, (note,) if note else ())
+
+
+def write_program(plan: Export, folder: Path) -> Written:
+    """Write program.pt2, for any batch size if torch can trace it so, and return the Python lines that call it."""
+    sampler = traced(plan)
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # Python writes the file: torch's writer aborts the process if the disk is full
-    torch.export.save(program, buffer)
+    torch.export.save(sampler.program, buffer)
     write_beside(folder / PROGRAM, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-    return Written(_snippet(plan, cond, program), (note,) if note else ())
+    return Written(_snippet(plan, sampler), sampler.notes)
 
 
-def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export.ExportedProgram:
+def export_program(module: nn.Module, noise: Tensor, cond: Cond, *, to: str = "torch") -> torch.export.ExportedProgram:
     """The traced program, with batch size and number of tokens as dynamic as tracing allows.
 
     Raises a ValueError if the network cannot be traced.
@@ -81,7 +102,7 @@ def export_program(module: nn.Module, noise: Tensor, cond: Cond) -> torch.export
                 return torch.export.export(module, (noise, cond), dynamic_shapes=shapes)
         except Exception as error:
             found = found or error
-    raise ValueError(f"--to torch: this network cannot be traced: {str(found).strip().splitlines()[0]}") from found
+    raise ValueError(f"--to {to}: this network cannot be traced: {str(found).strip().splitlines()[0]}") from found
 
 
 @contextmanager
@@ -131,16 +152,15 @@ def example_conditions(plan: Export) -> tuple[dict[str, Tensor], str]:
     return cond, note
 
 
-def _snippet(plan: Export, cond: Cond, program: torch.export.ExportedProgram) -> str:
+def _snippet(plan: Export, sampler: Traced) -> str:
     num, classes = EXAMPLE, plan.student.config.num_classes
-    made = {key: _filled(value) for key, value in cond.items()}
+    made = {key: _filled(value) for key, value in sampler.cond.items()}
     known = {"class": f"torch.arange({num}) % {classes}", "guidance": f"torch.full(({num},), {plan.guidance})"}
     rows = [f'"{key}": {known.get(key, text)}' for key, text in made.items()]
     shape = ", ".join(str(n) for n in (num, *plan.student.config.shape))
     lines = ["import torch", "", 'program = torch.export.load("path/to/this/folder/program.pt2").module()']
-    sizes = f"batch size: {sizes_of(program, 'noise', 0)}"
-    sizes += f"; tokens: {sizes_of(program, 'cond_text', 1)}" if "text" in cond else ""
-    return "\n".join([*lines, f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})  # {sizes}"])
+    call = f"images = program(torch.randn({shape}), {{{', '.join(rows)}}})"
+    return "\n".join([*lines, f"{call}  # {sampler.sizes()}"])
 
 
 def _filled(value: Tensor) -> str:

@@ -16,7 +16,7 @@ from flowmap.plan.cards import weights_folder
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES, StudentSpec
 from flowmap.recipe.settings import FromRecipe, FromTeacher
-from flowmap.student.folder import read_config
+from flowmap.student.config_file import read_config
 from flowmap.teachers.card import Card
 
 

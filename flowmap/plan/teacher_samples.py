@@ -10,7 +10,7 @@ from flowmap.data import TeacherSamples, Text
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions
 from flowmap.plan.named_networks import spec_of
-from flowmap.student.folder import read_config
+from flowmap.student.config_file import read_config
 from flowmap.teachers.card import Card
 
 Outline = tuple[tuple[int, ...], int | None]

@@ -1,5 +1,7 @@
 """The papers behind what this package implements, for `flowmap cite`: title, use here, authors, year, arXiv number."""
 
+import re
+
 PAPERS = {
     "ayf": (
         "Align Your Flow",
@@ -215,3 +217,9 @@ PAPERS = {
     ),
     "ctm": ("Consistency trajectory models", "gamma-sampling", "Kim, Lai, Liao, et al.", 2024, "2310.02279"),
 }
+
+
+def papers_of(objective: str) -> list[str]:
+    """The arXiv numbers of the papers behind an objective of that kind; none if it is not of a kind of ours."""
+    listed = re.compile(rf"objective (\w+, )*{re.escape(objective)}\b")
+    return [number for _, here, _, _, number in PAPERS.values() if objective and listed.search(here)]

@@ -24,6 +24,7 @@ from flowmap.samplers import Tilted, asked_for
 from flowmap.student.compiled import compiled, compiler_needed
 from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
 from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
+from flowmap.student.hub import OnHub
 from flowmap.student.prior import PRIOR, load_prior
 from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
@@ -35,7 +36,7 @@ MAX_IMAGES = 1_000_000
 DECODED = 32  # latents that are decoded at once: a picture takes far more memory there than when it is drawn
 
 
-class Student(Sentences):
+class Student(Sentences, OnHub):
     """A flow map that samples: student(x, t, s, cond) is the map, student.sample(num, steps=...) draws samples."""
 
     def __init__(self, config: StudentConfig, flow_map: FlowMapNet, folder: Path | None = None):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.finite import check_finite
+from flowmap.base.hub import fetched
 from flowmap.base.outside import bounded_text
 from flowmap.base.ranges import Number, Positive, check_ranges
 
@@ -162,14 +163,7 @@ def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, 
     """
     if Path(source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(parts)))
-    except (OSError, ValueError) as error:  # the hub's errors are OSErrors
-        at = f" at revision {revision}" if revision else ""
-        line = str(error).splitlines()[0]
-        raise ValueError(f"{key}: {source!r} is no folder, and as a hub id{at}: {line}") from error
+    return fetched(source, parts, key=key, revision=revision)
 
 
 def _read(path: Path) -> dict[str, Any]:

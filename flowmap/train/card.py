@@ -7,6 +7,7 @@ from typing import Any
 
 from flowmap.base.schema import kind_of
 from flowmap.evaluation.tables import tabulated
+from flowmap.export.metadata import front_matter, student_metadata, teacher_card
 from flowmap.metrics import TRAIN
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
@@ -24,7 +25,10 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
     arguments = ", ".join(
         part for part in ("16", f"steps={recipe.sampler.steps[-1]}", cond, guidance, "seed=0") if part
     )
+    card = teacher_card(recipe)
     lines = [
+        *front_matter(student_metadata(recipe, config, metrics)),
+        "",
         f"# {recipe.name}",
         "",
         f"A flowmap student: samples of shape {tuple(config.shape)} in {steps} steps. "
@@ -39,6 +43,7 @@ def model_card(recipe: Recipe, config: StudentConfig, metrics: dict | None) -> s
         "",
         *((config.classes_listed(), "") if config.class_names else ()),
         "`recipe.yaml` is the whole recipe. Weights are averaged (EMA) and stored as safetensors.",
+        *([f"Licence of the teacher: {card.licence}."] if card else ()),
         "",
         "## Figures",
         "",

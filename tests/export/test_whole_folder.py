@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from flowmap.export import export, hub
+from flowmap.export import export
 from flowmap.export.folder import STAMP, whole_folder
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
 from flowmap.student.config import Pixels, StudentConfig
 from tests.conftest import bytes_of
 from tests.export.alone import shaken
+from tests.support.hub import standing_in
 
 pytest.importorskip("diffusers")
 
@@ -52,7 +53,7 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"to": "onnx"}, "diffusers, torch, lora"),
+        ({"to": "gguf"}, "diffusers, torch, onnx, lora, lora-peft, lora-comfyui"),
         ({"to": "lora"}, "no LoRA student"),
         ({"steps": 0}, "steps"),
         ({"guidance": 2.0}, "not trained"),
@@ -82,21 +83,13 @@ def test_the_command_exports_a_run_with_its_card(finished, tmp_path, command):
 
 
 def test_push_uploads_the_folder_and_nothing_else(finished, tmp_path, command, monkeypatch):
-    import huggingface_hub
-
-    calls = []
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **more: calls.append(("create", name, more)))
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **more: calls.append(("upload", more)) or "address")
-    code, out, err = command("export", "--student", finished, "--out", tmp_path / "p", "--push", "owner/name")
-    assert code == 0 and out.split() == [str(tmp_path / "p"), "address"], err
-    assert calls[0] == ("create", "owner/name", {"exist_ok": True})
-    assert calls[1][1] == {"folder_path": tmp_path / "p", "repo_id": "owner/name", "commit_message": "flowmap export"}
-    code, _, err = command("export", "--student", finished, "--out", tmp_path / "q", "--push", "name")
-    assert code == 2 and "owner/name" in err and not (tmp_path / "q").exists() and len(calls) == 2
-
-    def refused(*args, **more):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "upload_folder", refused)
-    with pytest.raises(RuntimeError, match="no network"):
-        hub.push(tmp_path / "p", "owner/name")
+    with standing_in(monkeypatch, tmp_path / "cache") as hub:
+        code, out, err = command("export", "--student", finished, "--out", tmp_path / "p", "--push", "owner/name")
+        assert code == 0 and out.split()[0] == str(tmp_path / "p") and "owner/name" in out.split()[1], err
+        here = {path.relative_to(tmp_path / "p").as_posix(): path for path in (tmp_path / "p").rglob("*")}
+        assert hub.files("owner/name") == {name: path.read_bytes() for name, path in here.items() if path.is_file()}
+        code, _, err = command("export", "--student", finished, "--out", tmp_path / "q", "--push", "name")
+        assert code == 2 and "owner/name" in err and not (tmp_path / "q").exists() and len(hub.created) == 1
+        hub.refused["owner/closed"] = "forbidden"
+        code, _, err = command("export", "--student", finished, "--out", tmp_path / "r", "--push", "owner/closed")
+        assert code == 1 and f"--push: {tmp_path / 'r'} is written: owner/closed was not uploaded to" in err
