@@ -280,7 +280,7 @@ class TrainerView(Protocol):
 class RecipeView(Protocol):
     """What a part reads of the recipe that it belongs to, in `check`.
 
-    artifact, distillation: those of the objective. key: the key of `distillation`, "objective" or "objective.base".
+    artifact, distillation: those of `objective`. key: the key of `distillation`, "objective" or "objective.base".
     """
 
     @property
@@ -288,6 +288,9 @@ class RecipeView(Protocol):
 
     @property
     def artifact(self) -> str: ...
+
+    @property
+    def objective(self) -> Objective: ...
 
     @property
     def distillation(self) -> Objective: ...

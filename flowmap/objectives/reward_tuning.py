@@ -72,7 +72,7 @@ class RewardTuning(BaseObjective):
         return self.base.matching is not self.base
 
     def check(self, recipe: RecipeView) -> None:
-        if recipe.distillation is self:
+        if recipe.objective is not self:
             raise ValueError("objective.base: reward_tuning is no base; give it the other objective as its own")
         if self.base is not self.distillation:  # which the recipe checks
             self.base.check(recipe)

@@ -93,4 +93,4 @@ def jump(student, x: Tensor, t: float, s: float, cond) -> Tensor:
 def of_all(x: Tensor, time: float) -> Tensor:
     """The time of all samples of x, (B,) in float32, float64 for a float64 x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.full((len(x),), time, device=x.device, dtype=dtype)
+    return torch.full((x.shape[0],), time, device=x.device, dtype=dtype)
