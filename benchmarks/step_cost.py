@@ -4,9 +4,9 @@ A step is forward and backward.  The teacher's own forward passes are left out (
 the measured part is the derivative.  Variants are timed in turn, round after round, and compared as ratios within a
 round, since machines are shared; on one thread of a CPU by its CPU time.  Saved activations are the tensors that
 autograd keeps.
-Compiled variants go through flow/tangent/compiled.py; --families times three variants of a tiny network of each family.
+Compiled variants go through flow/tangent/compiled.py; step_cost_families.py times every network.
 With checkouts of NVlabs/FastGen and Gsunshine/py-meanflow their MeanFlow is timed on the same network (lib/peers.py).
-`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu] [--families]
+`python benchmarks/step_cost.py [--batch 4] [--rounds 30] [--threads 1] [--device cpu]
     [--fastgen FOLDER] [--meanflow FOLDER]`
 """
 
@@ -225,49 +225,6 @@ def of_peers(seconds: dict[str, list[float]]) -> dict:
     return {"columns": ["our step", *(f"{name}, in such steps" for name in PEERS)], "rows": rows}
 
 
-def families(arguments) -> None:
-    """The table of a tiny network of each family."""
-    from tests.support.families import FAMILIES
-    from tests.support.families import SHAPE as TINY
-
-    every = ways()
-    rows = []
-    for family in arguments.only or FAMILIES:
-        student = FAMILIES[family].student()
-        cond = FAMILIES[family].conditions(arguments.batch)
-
-        def draw(times, cond=cond):
-            x0, x1 = (torch.randn(arguments.batch, *TINY) for _ in range(2))
-            return Linear().sample(x0, x1, *times(arguments.batch), cond)
-
-        fused, losses, students = compiled(student), {}, {}
-        for name, other in list(COMPILED.items())[:2]:
-            losses |= {name: every[name], other: every[name]}
-            students |= {name: student, other: fused}
-        seconds = timed(students, losses, draw, arguments)
-        ways_of = fused.net.forward.ways
-        assert not any(way.fallbacks for way in ways_of), [way.stopped for way in ways_of]
-        plain, plain_compiled, exact, exact_compiled = seconds.values()
-        parts = (exact, plain), (plain_compiled, plain), (exact_compiled, plain), (exact_compiled, plain_compiled)
-        took, apart = sum(way.seconds for way in ways_of), difference(student, fused, draw(Interval()))
-        rows.append([family, *(ratios(*part)[0] for part in parts), 1e3 * statistics.median(plain), took, apart])
-        columns = ["family", "exact", "plain, compiled", "exact, compiled", "exact / plain, both compiled"]
-        columns += ["plain step, milliseconds", "seconds to compile", "difference"]
-        tables = {"families": {"columns": columns, "rows": rows}}
-        finish(f"{arguments.name}_families", tables, setting_of(arguments, TINY))
-
-
-def difference(student, fused, sample) -> float:
-    """The relative difference of a derivative and of the gradients of a loss, compiled and not; the larger one."""
-    found = []
-    for net in (student, fused):
-        net.zero_grad(set_to_none=True)
-        value, rate = eulerian_derivative(net, sample.xt, sample.t, sample.s, sample.vt, sample.cond)
-        ((value - rate) ** 2).mean().backward()
-        found.append((rate, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
-    return max(float((a - b).norm() / b.norm()) for b, a in zip(*found, strict=True))
-
-
 def finish(name: str, tables: dict[str, dict], setting: dict, **more) -> None:
     """Print the tables and write the JSON."""
     for one in tables.values():
@@ -283,14 +240,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", default="step_cost")
-    parser.add_argument("--families", action="store_true")
-    parser.add_argument("--only", nargs="*", help="these families")
     parser.add_argument("--fastgen", type=Path, help="a checkout of NVlabs/FastGen")
     parser.add_argument("--meanflow", type=Path, help="a checkout of Gsunshine/py-meanflow")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    families(arguments) if arguments.families else one_network(arguments)
+    one_network(arguments)
 
 
 def synchronise(device: torch.device) -> None:

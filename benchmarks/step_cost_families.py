@@ -4,7 +4,7 @@ Networks are those of tests/support/every_net.py. Costs are CPU time of one thre
 timed in turn, round after round, and divided within a round. The difference is the largest relative one of value,
 rate and gradients between the compiled and the eager dual forward, in float32. Under bf16 autocast each has an error
 against float64; "error, compiled / eager" is the largest quotient of the two. FLOPs (of products) and bytes (as
-inductor counts them in its graphs) are quotients of the exact and the plain step too: the bounds of what is measured.
+inductor counts them in its graphs) are quotients of the exact and the plain step too: the cost if they alone took time.
 Every row is kept at once, and a later run goes on with those that are missing.
 `python benchmarks/step_cost_families.py [--sizes small wide] [--only dit ...] [--dtypes float32 bf16] [--rounds 12]
 [--again]`
