@@ -218,7 +218,9 @@ def test_only_what_is_trained_makes_another_run(name):
     assert other.training_hash() == recipe.training_hash()
     assert replace(other, sampler=replace(recipe.sampler, steps=(5,))).training_hash() == recipe.training_hash()
     assert replace(other, seed=recipe.seed + 1).training_hash() != recipe.training_hash()
-    draws = any(kind in recipe.to_yaml() for kind in ("kind: adversarial\n", "kind: score_distillation\n", "kind: joint\n"))
+    draws = any(
+        kind in recipe.to_yaml() for kind in ("kind: adversarial\n", "kind: score_distillation\n", "kind: joint\n")
+    )
     assert (
         replace(other, sampler=replace(recipe.sampler, t_max=0.99)).training_hash() != recipe.training_hash()
     ) == draws
