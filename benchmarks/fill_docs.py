@@ -39,6 +39,7 @@ FILES = {
        for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14")
        for one in ("quality", "train", "best", "recall")},
+    "score_distillation_causes": "score_distillation.json",
     **{f"peers_{one}": "peers.json"
        for one in ("agreement", "timing", "quality", "ahead", "recall", "train")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14")
