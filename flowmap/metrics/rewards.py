@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.files import read_tensors, write_tensors
+from flowmap.base.ranges import CountFromZero, check_ranges
 from flowmap.base.trust import allowed_attribute
 from flowmap.flow.types import Cond
 from flowmap.metrics.picture_nets import in_colour, load_network, transformers_source
@@ -45,7 +46,10 @@ class Classifier:
     """
 
     weights: str
-    label: int | None = None
+    label: CountFromZero | None = None
+
+    def __post_init__(self):
+        check_ranges(self)
 
     def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         net = _classifier(self.weights, _changed(self.weights), x.device)

@@ -66,7 +66,8 @@ def config_json(config: StudentConfig) -> dict[str, Any]:
     plain = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "samples"}
     found = config.samples
     of_samples: dict[str, Any] = {"clamp": False, **{field.name: getattr(found, field.name) for field in fields(found)}}
-    flat = to_plain(_Flat(**plain, **of_samples), TABLES)
+    # what a later version added is written where it is used, so that older versions read the rest
+    flat = to_plain(_Flat(**plain, **of_samples), TABLES, hashed=True)
     if flat["prior"] is not None:  # the file keeps the key of version 0.1
         flat["prior"] = {"told" if key == "conditioning" else key: value for key, value in flat["prior"].items()}
     names = flat.pop("class_names")

@@ -10,6 +10,7 @@ from flowmap.base.ranges import Range, ranges_in
 from flowmap.base.schema import RecipeError
 from flowmap.data import Pairs, TeacherSlot
 from flowmap.metrics import METRICS
+from flowmap.metrics.rewards import Ink
 from flowmap.nets.discriminator import Conv
 from flowmap.nets.mlp import MLP
 from flowmap.objectives import FlowMatching
@@ -33,6 +34,9 @@ NEEDED = {  # what has no default, for the kinds that cannot be made of defaults
     "Pairs": {"teacher": TeacherSlot("digits")},
     "PipelineText": {"source": "there"},
     "Pretrained": {"source": "there"},
+    "RewardTuning": {"base": FlowMatching(), "reward": Ink()},
+    "rewards.Classifier": {"weights": "there"},
+    "Tilted": {"reward": Ink()},
     "text_joint.TextJoint": {"flow": MLP()},
     "WebDatasetImages": {"shards": ("there",)},
 }  # fmt: skip

@@ -51,6 +51,7 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "cmt": (TINY, "objective={kind: cmt, points: 2}", SHARES),
     "score_distillation": (TINY, "objective={kind: score_distillation, fake_steps: 2}", GAMMA),
     "joint": (TINY, f"objective={{kind: joint, base: {BASE}, term: {{kind: reverse_kl, fake_steps: 2}}}}"),
+    "reward_tuning": (TINY, "objective={kind: reward_tuning, base: {kind: meanflow}, reward: {kind: ink}}", SHARES),
     "rectified": (TINY, "objective={kind: rectified}", PAIRED, "times={kind: u_shaped}", "teacher=null"),
     "endpoint": (TINY, "objective={kind: endpoint}", PAIRED, "teacher=null"),
     "adversarial": (DIGITS, f"objective={{kind: adversarial, base: {{kind: meanflow}}, {CONV}}}"),
