@@ -24,7 +24,8 @@ from tests.support.families import FAMILIES
 
 B = 3
 SLOW = ("UNet2DConditionModel", "UNet2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
-        "QwenImageTransformer2DModel", "edm_ddpmpp, ncsnpp")  # fmt: skip
+        "QwenImageTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel",
+        "edm_adm", "edm_ddpmpp", "edm_ddpmpp, ncsnpp")  # fmt: skip
 """Capturing these takes longer, or another one has their blocks."""
 WALKED = lambda graph, inputs: graph.forward
 """A backend that compiles nothing: the walk runs on ordinary tensors."""
@@ -278,9 +279,7 @@ def test_so_it_is_under_autocast(name):
     check_rounding(name, inductor)
 
 
-@pytest.mark.parametrize(
-    "name", [one if one == "module" else pytest.param(one, marks=pytest.mark.slow) for one in SMALL]
-)
+@pytest.mark.parametrize("name", [one if one == "mlp" else pytest.param(one, marks=pytest.mark.slow) for one in SMALL])
 def test_under_autocast_partitioned_graphs_have_the_eager_errors(name):
     """Traced, decomposed and partitioned as for inductor, without its kernels: seconds in the place of a minute."""
     check_rounding(name, aot_eager_decomp_partition)
