@@ -23,7 +23,7 @@ from flowmap.recipe import Recipe
 BLOCK_CALLS, CPU_CALLS, GPU_CALLS = 5_000, 50_000, 5_000
 """The number of micro-batches from which `auto` compiles: on a CPU networks of equal blocks and others, and on a GPU.
 
-Compiling is paid once. docs/results/step_cost.md: digits, of equal blocks, takes 51 CPU seconds, which 1,800 steps pay
+Compiling is paid once. docs/results/step_cost.md: digits, of equal blocks, takes 43 CPU seconds, which 2,600 steps pay
 for. Whole networks take minutes there and save as little of a step. On a GPU nothing was measured.
 """
 
