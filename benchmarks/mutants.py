@@ -44,7 +44,7 @@ LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
 ADV = "objectives/adversarial.py"
-SCORE = "objectives/score_distillation.py"
+SCORE, DRAWING = "objectives/score_distillation.py", "objectives/drawing.py"
 MATCH, KL, JOINT = "objectives/matching.py", "objectives/reverse_kl.py", "objectives/joint.py"
 OWN, MEANS = "objectives/self_fake.py", "objectives/mean_velocity_match.py"
 UNSURE = "objectives/uncertainty.py"
@@ -936,9 +936,11 @@ MUTANTS = [
         "self.base(student, teacher, sample, step)",
         "self.base(student, teacher, sample, 0)",
     ),
-    Mutant("joint", "the most steps alone", JOINT, "self.steps[one_of(len(self.steps), generator)]", "self.steps[-1]"),
-    Mutant("joint", "always the last jump", JOINT, "through=self.through", 'through="last"'),
-    Mutant("joint", "always all jumps", JOINT, "through=self.through", 'through="all"'),
+    Mutant(
+        "joint", "the most steps alone", DRAWING, "self.steps[one_of(len(self.steps), generator)]", "self.steps[-1]"
+    ),
+    Mutant("joint", "always the last jump", DRAWING, "through=self.through", 'through="last"'),
+    Mutant("joint", "always all jumps", DRAWING, "through=self.through", 'through="all"'),
     Mutant("joint", "the first jump's departure", JOINT, "sampler.times(steps)[-2]", "sampler.times(steps)[0]"),
     Mutant("joint", "the jump not told", MATCH, "s - (1 - self.departure)", "s"),
     Mutant("joint", "the jump told upside down", MATCH, "s - (1 - self.departure)", "s - self.departure"),
@@ -975,7 +977,7 @@ MUTANTS = [
         "score_distillation",
         "the most steps alone",
         SCORE,
-        "self.steps[one_of(len(self.steps), generator)]",
+        "self.drawn_steps(generator)",
         "self.steps[-1]",
     ),
     Mutant("score_distillation", "through exchanged", SCORE, 'if self.through == "all"', 'if self.through == "last"'),

@@ -26,12 +26,15 @@ def fake_config(run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher |
 
 def build_fake(
     run: ResolvedRun, config: StudentConfig, teacher: BuiltTeacher | None, *, start: FlowMapNet | None = None
-) -> FlowMapNet:
-    """Return the fake at step 0.
+) -> FlowMapNet | None:
+    """Return the fake at step 0; None if the objective has none.
 
     Its weights are the teacher's if the student starts from the teacher or from another recipe, else drawn with the
     recipe's seed. start: as for build_student. Raises RecipeError if the student's network is not the teacher's.
     """
+    matching = run.recipe.objective.matching
+    if matching is None or not matching.term.fake_steps:
+        return None
     as_teacher = _starts_as_teacher(run, teacher) and run.recipe.lora is None
     of = run.changed(student=FromTeacher()) if as_teacher else run
     return build_student(of, fake_config(run, config, teacher), teacher, start=start)

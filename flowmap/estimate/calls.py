@@ -79,8 +79,7 @@ def sampling_calls(recipe: Recipe) -> tuple[float, float]:
     """
     forward = backward = 0.0
     if (drawing := drawn_by(recipe.objective)) is not None:
-        mean = sum(drawing.steps) / len(drawing.steps)
-        forward, backward = mean, mean if drawing.through == "all" else 1
+        forward, backward = drawing.sampling_calls
     matching = recipe.objective.matching
     if matching is not None:
         forwards, backwards = matching.sampling_calls

@@ -270,9 +270,9 @@ def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:
     student = costs.student
     kept = one = student.kept_bytes * batch + student.shared_bytes
     if matching is not None:  # beside the base's graph, if there is a base
-        kept *= (max(matching.steps) if matching.through == "all" else 1) + (matching.base is not None)
+        kept *= matching.graphs + (matching.base is not None)
     if (drawing := drawn_by(objective)) is not None:  # the graphs of samples and of the distillation loss exist at once
-        kept += (max(drawing.steps) if drawing.through == "all" else 1) * one
+        kept += drawing.graphs * one
     judge = costs.discriminator  # whose own loss comes later
     return kept if judge is None else max(kept, judge.kept_bytes * batch + judge.shared_bytes)
 

@@ -41,13 +41,11 @@ class Networks:
 
         The student is that of `shared_outline`.
         """
-        matching = run.recipe.objective.matching
-        has_fake = matching is not None and matching.term.fake_steps > 0
         with torch.device("meta"):
             teacher, start = _teacher(run, config), _start(run, config)
             student = build_student(run, config, teacher, start=start)
             _keep((nameless(config), None), student)
-            fake = build_fake(run, config, teacher, start=start) if has_fake else None
+            fake = build_fake(run, config, teacher, start=start)
         return Networks(student, fake, _discriminator(run, config, teacher))
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
-from flowmap.flow.draws import Generator
 from flowmap.flow.parts import BaseObjective, complete
-from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher
+from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Teacher
+from flowmap.objectives.drawing import DrawingObjective
 from flowmap.objectives.perceptual import check_unmeasured
 from flowmap.objectives.reconstruction import Reconstruction
 
@@ -52,7 +52,7 @@ class FeaturesSpec(DiscriminatorSpec, Protocol):
 
 
 @dataclass(frozen=True)
-class Adversarial(BaseObjective):
+class Adversarial(DrawingObjective):
     """The distillation loss of `base` plus the pairing loss of the student's samples.
 
     steps       the step counts of the samples; each training step draws one of them
@@ -81,11 +81,9 @@ class Adversarial(BaseObjective):
     def __post_init__(self):
         check_ranges(self)
         complete(type(self.base), BaseObjective)
-        for name, allowed in (("balance", ("base", "adversarial", "none")), ("through", ("last", "all"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if not self.steps:
-            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
+        if self.balance not in ("base", "adversarial", "none"):
+            raise ValueError(f"balance: {self.balance!r} is not one of base, adversarial, none")
+        self.check_drawing()
         if isinstance(self.base, (Adversarial, Reconstruction)):
             raise ValueError("base: must be an objective that trains a flow map, not adversarial or reconstruction")
 
@@ -100,10 +98,6 @@ class Adversarial(BaseObjective):
     @property
     def matching(self) -> Any:
         return self.base.matching
-
-    @property
-    def draws_samples(self) -> bool:
-        return True
 
     def check(self, recipe: RecipeView) -> None:
         if self.base is not self.distillation:  # which the recipe checks
@@ -186,30 +180,3 @@ def generator_loss(
     with torch.no_grad():
         of_real = scores(real, cond, noise)
     return pairing_loss(scores(fake, cond, noise), of_real).mean()
-
-
-def generate(
-    sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, *, steps: int, generator: Generator, through: str
-) -> Tensor:
-    """The student's sample from x1 in `steps` calls, with the graph of its last call or of all."""
-    called = student if through == "all" else _LastCall(student, steps)
-    return sampler(called, x1, cond, steps=steps, generator=generator)
-
-
-class _LastCall:
-    """A flow map that keeps the graph of its num_calls-th call only."""
-
-    def __init__(self, student: FlowMap, num_calls: int):
-        self.student, self.left = student, num_calls
-
-    def _graph(self) -> torch.set_grad_enabled:
-        self.left -= 1
-        return torch.set_grad_enabled(self.left == 0 and torch.is_grad_enabled())
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        with self._graph():
-            return self.student(x, t, s, cond)
-
-    def mean_velocity(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
-        with self._graph():
-            return self.student.mean_velocity(x, t, s, cond)

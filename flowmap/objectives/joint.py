@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, CountFromZero, FromZero, check_ranges
-from flowmap.flow.draws import Generator, one_of
+from flowmap.flow.draws import Generator
 from flowmap.flow.parts import BaseObjective, complete
 from flowmap.flow.times import Uniform
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Sampler, Teacher, TimeSampler
-from flowmap.objectives.adversarial import generate
+from flowmap.objectives.drawing import DrawingObjective
 from flowmap.objectives.matching import Samples, Term, check_samples
 
 
 @dataclass(frozen=True)
-class Joint(BaseObjective):
+class Joint(DrawingObjective):
     """The loss of `base` plus lambda times that of `term`.
 
     weight        lambda, after its warm-up
@@ -49,10 +49,7 @@ class Joint(BaseObjective):
     def __post_init__(self):
         check_ranges(self)
         complete(type(self.base), BaseObjective)
-        if not self.steps:
-            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
-        if self.through not in ("last", "all"):
-            raise ValueError(f"through: {self.through!r} is not one of last, all")
+        self.check_drawing()
 
     @property
     def diagonal(self) -> bool:  # type: ignore[override]  # a constant of other kinds
@@ -61,10 +58,6 @@ class Joint(BaseObjective):
     @property
     def distillation(self) -> Objective:
         return self.base
-
-    @property
-    def draws_samples(self) -> bool:
-        return True
 
     @property
     def matching(self) -> Joint:
@@ -93,12 +86,5 @@ class Joint(BaseObjective):
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
     ) -> Samples:
         """The student's samples from x1, with the graph that `through` says."""
-        steps = self.steps[one_of(len(self.steps), generator)]
-        x0 = generate(sampler, student, x1, cond, steps=steps, generator=generator, through=self.through)
+        x0, steps = self.generated(sampler, student, x1, cond, generator)
         return Samples(x0, steps, sampler.times(steps)[-2])
-
-    @property
-    def sampling_calls(self) -> tuple[float, float]:
-        """Forward and backward passes of the student for one sample, the mean over `steps`."""
-        mean = sum(self.steps) / len(self.steps)
-        return mean, mean if self.through == "all" else 1

@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from flowmap.base.ranges import Calls, CountFromZero, FromZero, check_ranges
-from flowmap.flow.parts import BaseObjective
 from flowmap.flow.reward import Reward, rewards_of
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Teacher
 from flowmap.objectives.adversarial import Adversarial
+from flowmap.objectives.drawing import DrawingObjective
 from flowmap.objectives.reconstruction import Reconstruction
 
 
 @dataclass(frozen=True)
-class RewardTuning(BaseObjective):
+class RewardTuning(DrawingObjective):
     """The loss of `base` minus `scale` times the mean reward of the student's samples.
 
     reward      r(x, cond) (B,), with a gradient to x; latents are decoded first
@@ -43,10 +43,7 @@ class RewardTuning(BaseObjective):
 
     def __post_init__(self):
         check_ranges(self)
-        if self.through not in ("last", "all"):
-            raise ValueError(f"through: {self.through!r} is not one of last, all")
-        if not self.steps:
-            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
+        self.check_drawing()
         if isinstance(self.base, (Adversarial, Reconstruction, RewardTuning)):
             raise ValueError("base: must be an objective that trains a flow map, not one that adds a loss to another")
 
@@ -57,10 +54,6 @@ class RewardTuning(BaseObjective):
     @property
     def matching(self) -> Any:
         return self.base.matching
-
-    @property
-    def draws_samples(self) -> bool:
-        return True
 
     @property
     def sees_pictures(self) -> bool:

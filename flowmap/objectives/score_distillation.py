@@ -16,14 +16,14 @@ from torch import Tensor
 from flowmap.base.ranges import Calls, Rate, check_ranges
 from flowmap.base.schema import added
 from flowmap.flow.draws import Generator, one_of
-from flowmap.flow.parts import BaseObjective
 from flowmap.flow.types import Cond, FlowMap, Loss, PathSample, RecipeView, Sampler, Teacher, TimeSampler
+from flowmap.objectives.drawing import DrawingObjective
 from flowmap.objectives.matching import Samples, check_samples
 from flowmap.objectives.reverse_kl import FakeSteps, ReverseKL
 
 
 @dataclass(frozen=True)
-class ScoreDistillation(BaseObjective):
+class ScoreDistillation(DrawingObjective):
     """The student's samples descend the difference between the fake's prediction and the teacher's.
 
     steps         the step counts of the samples; each training step draws one of them
@@ -48,14 +48,7 @@ class ScoreDistillation(BaseObjective):
 
     def __post_init__(self):
         check_ranges(self)
-        if not self.steps:
-            raise ValueError(f"steps: {self.steps} must be whole numbers from 1, at least one")
-        if self.through not in ("last", "all"):
-            raise ValueError(f"through: {self.through!r} is not one of last, all")
-
-    @property
-    def draws_samples(self) -> bool:
-        return True
+        self.check_drawing()
 
     @property
     def matching(self) -> ScoreDistillation:
@@ -87,7 +80,7 @@ class ScoreDistillation(BaseObjective):
         self, sampler: Sampler, student: FlowMap, x1: Tensor, cond: Cond | None, generator: Generator
     ) -> Samples:
         """Return the student's samples from x1, as `through` requires."""
-        num_steps = self.steps[one_of(len(self.steps), generator)]
+        num_steps = self.drawn_steps(generator)
         times = sampler.times(num_steps)
         if self.through == "all":
             x0 = sampler(student, x1, cond, steps=num_steps, generator=generator)
@@ -99,9 +92,8 @@ class ScoreDistillation(BaseObjective):
     @property
     def sampling_calls(self) -> tuple[float, float]:
         """Forward and backward passes of the student for one sample, the mean over `steps`."""
-        whole = self.through == "all"
-        mean = sum(k if whole else (k + 1) / 2 for k in self.steps) / len(self.steps)
-        return mean, mean if whole else 1
+        stopped = sum((k + 1) / 2 for k in self.steps) / len(self.steps), 1
+        return stopped if self.through == "last" else super().sampling_calls
 
 
 class Stopped:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset, PairedDataset
-from flowmap.flow.draws import RowGenerator, normal_like, one_of
+from flowmap.flow.draws import RowGenerator, normal_like
 from flowmap.flow.types import Loss, PathSample
 from flowmap.nets.flow_map import BESIDE_NET, SILENT, FlowMapNet
 from flowmap.objectives import Adversarial
-from flowmap.objectives.adversarial import discriminator_loss, generate, generator_loss
+from flowmap.objectives.adversarial import discriminator_loss, generator_loss
 from flowmap.plan.plan import ResolvedRun
 from flowmap.recipe.optimizer import adamw
 from flowmap.train.auxiliary import Auxiliary, AuxiliaryModule
@@ -116,18 +116,7 @@ class AdversarialModule(AuxiliaryModule):
 
     def _generated(self, sample: PathSample, generator: RowGenerator) -> tuple[Tensor, int]:
         """The student's samples from the batch's own noise, and their number of steps, drawn from objective.steps."""
-        objective = self.objective
-        num_steps = objective.steps[one_of(len(objective.steps), generator)]
-        x0 = generate(
-            self.recipe.sampler,
-            self.student,
-            sample.x1,
-            sample.cond,
-            steps=num_steps,
-            generator=generator,
-            through=objective.through,
-        )
-        return x0, num_steps
+        return self.objective.generated(self.recipe.sampler, self.student, sample.x1, sample.cond, generator)
 
     def _balanced(self, base: Tensor, against: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's whole loss, and its parts and factors for the logs."""

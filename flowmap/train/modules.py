@@ -26,10 +26,9 @@ def module_of(
 ) -> DistillModule:
     """The module, with its auxiliary networks built. Raises RecipeError if one cannot be built."""
     recipe, parts = run.recipe, (run, student, teacher, data, samples)
-    matching = recipe.objective.matching
-    fake = build_fake(run, config, teacher) if matching is not None and matching.term.fake_steps else None
+    fake = build_fake(run, config, teacher)
     if isinstance(recipe.objective, Adversarial):
         return AdversarialModule(*parts, build_discriminator(run, config, teacher), fake)
     if isinstance(recipe.objective, RewardTuning):
         return RewardModule(*parts, fake=fake)
-    return DistillModule(*parts) if matching is None else AuxiliaryModule(*parts, fake=fake)
+    return DistillModule(*parts) if recipe.objective.matching is None else AuxiliaryModule(*parts, fake=fake)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flowmap.flow.draws import RowGenerator, one_of
+from flowmap.flow.draws import RowGenerator
 from flowmap.flow.types import Loss, PathSample
-from flowmap.objectives.adversarial import generate
 from flowmap.objectives.reward_tuning import RewardTuning
 from flowmap.train.auxiliary import AuxiliaryModule
 
@@ -24,16 +23,7 @@ class RewardModule(AuxiliaryModule):
         seen, _ = self.last  # a score distillation's own samples have taken the place of the batch
         x0, logs = seen.x0, base.logs
         if objective.own_samples:
-            num_steps = objective.steps[one_of(len(objective.steps), generator)]
-            x0 = generate(
-                self.recipe.sampler,
-                self.student,
-                sample.x1,
-                sample.cond,
-                steps=num_steps,
-                generator=generator,
-                through=objective.through,
-            )
+            x0, num_steps = objective.generated(self.recipe.sampler, self.student, sample.x1, sample.cond, generator)
             logs = {**logs, "sample_steps": torch.tensor(float(num_steps))}
         loss = objective.with_reward(Loss(base.value, logs), self.student, x0, seen.cond)
         self.keep(seen, loss)

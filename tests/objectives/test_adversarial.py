@@ -17,11 +17,11 @@ from flowmap.objectives import AYFEMD, FlowMatching, Reconstruction
 from flowmap.objectives.adversarial import (
     Adversarial,
     discriminator_loss,
-    generate,
     generator_loss,
     pairing_loss,
     squared_gradient,
 )
+from flowmap.objectives.drawing import generate
 from flowmap.samplers import Deterministic, Gamma
 from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times, seeded
 
