@@ -818,8 +818,8 @@ MUTANTS = [
     Mutant("adversarial", "factor without bound", ADV, ".clamp(max=MOST)", ""),
     Mutant("adversarial", "starts a step late", ADV, "if step < self.start", "if step <= self.start"),
     Mutant("adversarial", "base left out before the start", ADV, "return one, 0 * one", "return 0 * one, one"),
-    Mutant("adversarial", "graph of the first call", ADV, "self.left == 0 and", "self.left == 1 and"),
-    Mutant("adversarial", "graph of every call", ADV, "self.left == 0 and torch", "torch"),
+    Mutant("adversarial", "graph of the first call", DRAWING, "self.left == 0 and", "self.left == 1 and"),
+    Mutant("adversarial", "graph of every call", DRAWING, "self.left == 0 and torch", "torch"),
     Mutant(
         "adversarial",
         "base at another step",
