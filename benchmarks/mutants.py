@@ -1076,13 +1076,12 @@ class Failures:
 
 
 def copy_of_package(folder: Path) -> None:
-    """The package, the objective tests and their oracle; nothing else that a test could import instead."""
+    """The package, recipes, the objective tests and their helpers; nothing else that a test could import instead."""
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "flowmap", folder / "flowmap", ignore=ignore)
-    shutil.copytree(ROOT / "tests" / "objectives", folder / "tests" / "objectives", ignore=ignore)
-    for name in ("oracle.py", "straight.py"):
-        shutil.copy(ROOT / "tests" / name, folder / "tests" / name)
-    shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    for name in ("flowmap", "recipes", "teachers", "tests/objectives", "tests/support"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("tests/conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
 
 
 def apply(mutant: Mutant, folder: Path) -> None:
