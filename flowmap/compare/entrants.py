@@ -18,7 +18,7 @@ from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import FromRecipe
 
 # settings in steps, which a recipe chose for its own length
-LENGTHS = ("warmup_steps", "decay_from", "start", "anneal_steps", "perceptual_after_steps")
+LENGTHS = ("start", "decay_from", "warmup_steps", "anneal_steps", "perceptual_after_steps", "begin_steps", "end_steps")
 
 
 def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:

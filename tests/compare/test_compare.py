@@ -6,19 +6,23 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 from conftest import TINY, bytes_of
 
 from flowmap.base.files import read_tensors, write_tensors
+from flowmap.base.ranges import CountFromZero
 from flowmap.compare import compare, dry_compare
-from flowmap.compare.entrants import at_seed, of_length, read_entrants
+from flowmap.compare.entrants import LENGTHS, at_seed, of_length, read_entrants
 from flowmap.compare.terms import evaluations_of
 from flowmap.estimate.calls import calls_of
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
+from flowmap.recipe.optimizer import AdamW
 from tests.support.slow_clock import HANDS, Slow
 
 
@@ -284,6 +288,15 @@ def test_what_a_recipe_counts_in_steps_is_stretched_with_its_length():
     assert of_length(read_recipe("digits"), 3).objective.warmup_steps == 1
     assert of_length(read_recipe("digits-adversarial"), 200).objective.start == 25
     assert of_length(read_recipe("digits-lsd"), 3).objective == read_recipe("digits-lsd").objective
+
+
+def test_every_setting_of_objectives_and_optimizer_that_counts_from_step_0_is_stretched():
+    for kind in [*OBJECTIVES.values(), AdamW]:
+        hints = get_type_hints(kind, include_extras=True)
+        counted = {field.name for field in fields(kind) if hints[field.name] == CountFromZero}
+        assert counted <= set(LENGTHS), f"{kind.__name__}: {counted - set(LENGTHS)}"
+    curriculum = of_length(read_recipe("digits-alpha-flow"), 380).objective
+    assert (curriculum.begin_steps, curriculum.end_steps) == (0, 80)
 
 
 def test_a_seed_reaches_the_teacher_and_what_makes_pairs():
