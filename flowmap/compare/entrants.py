@@ -124,6 +124,17 @@ def of_length(recipe: Recipe, steps: int) -> Recipe:
     )
 
 
+def from_its_start(recipe: Recipe) -> Recipe:
+    """The recipe whose objective has all its terms from the first steps on."""
+    return recipe.changed(objective=_stretched(recipe.objective, 0.0))
+
+
+def start_of(objective: Any) -> int:
+    """The latest `start` in an objective, at any depth: the step from which it has all its terms; 0 if it has none."""
+    inner = [start_of(value) for value in vars(objective).values() if is_dataclass(value)]
+    return max([getattr(objective, "start", 0), *inner])
+
+
 def _stretched(value: Any, ratio: float) -> Any:
     """A frozen dataclass with the settings in LENGTHS, at any depth, multiplied by the ratio.
 

@@ -19,7 +19,7 @@ from flowmap.base.schema import RecipeError, short_hash, to_plain
 from flowmap.build.data import build_data
 from flowmap.build.student import build_student, student_config
 from flowmap.build.teacher import build_teacher
-from flowmap.compare.entrants import of_length
+from flowmap.compare.entrants import from_its_start, of_length, start_of
 from flowmap.compare.terms import (
     NothingLeft,
     Terms,
@@ -32,6 +32,7 @@ from flowmap.compare.terms import (
     samples_of,
 )
 from flowmap.evaluation.measure import measure
+from flowmap.flow.types import Objective
 from flowmap.plan.plan import Pairing, Stage, resolve
 from flowmap.recipe import Recipe
 from flowmap.recipe.kinds import TABLES
@@ -203,10 +204,16 @@ class Entry:
         return spent
 
     def step_seconds(self, budget: float) -> float:
-        """The mean time of a step over a short trial run, which is thrown away."""
+        """The mean time of a step over short trial runs, which are thrown away: one before the `start` of the
+        objective, if it has one, and one after it.
+        """
+        early = min(start_of(self.recipe.objective) / self.recipe.trainer.steps, 1.0)
+        late = 0.0 if early == 1 else self._tried(from_its_start(self.recipe).objective, budget)
+        return late if early == 0 else early * self._tried(self.recipe.objective, budget) + (1 - early) * late
+
+    def _tried(self, objective: Objective, budget: float) -> float:
         clock = Clock(min(TRIAL * budget, TRIAL_SECONDS), self.now, at_least=TRIAL_STEPS)
-        recipe = self.bare(FOREVER)
-        recipe = recipe.changed(objective=self.recipe.objective, optimizer=self.recipe.optimizer)
+        recipe = self.bare(FOREVER).changed(objective=objective, optimizer=self.recipe.optimizer)
         with tempfile.TemporaryDirectory() as scratch:
             fit(recipe, Path(scratch) / "run", log=silent, clock=clock)
         return clock.step_seconds

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -17,13 +17,20 @@ from conftest import TINY, bytes_of
 from flowmap.base.files import read_tensors, write_tensors
 from flowmap.base.ranges import CountFromZero
 from flowmap.compare import compare, dry_compare
-from flowmap.compare.entrants import LENGTHS, at_seed, of_length, read_entrants
+from flowmap.compare.entrants import LENGTHS, at_seed, of_length, read_entrants, start_of
 from flowmap.compare.terms import evaluations_of
 from flowmap.estimate.calls import calls_of
 from flowmap.objectives import OBJECTIVES
 from flowmap.recipe import read_recipe
 from flowmap.recipe.optimizer import AdamW
 from tests.support.slow_clock import HANDS, Slow
+
+
+@dataclass(frozen=True)
+class Starting(Slow):
+    """A `Slow` objective with a term from the step `start` on."""
+
+    start: CountFromZero = 0
 
 
 @pytest.fixture
@@ -82,6 +89,21 @@ def test_a_step_that_becomes_dearer_than_the_trial_is_cut_by_the_clock(three, tm
     result = found["results"][0]
     assert (result["ended"], result["planned_steps"], result["steps"], result["train_seconds"]) == ("cut", 40, 25, 40.0)
     assert found["recipes"]["one"]["share_done"]["least"] == 25 / 40
+
+
+def test_steps_before_and_after_the_start_of_a_term_are_tried(three, tmp_path, monkeypatch):
+    call = Starting.__call__
+    later = lambda self, a, b, c, step: (
+        setattr(HANDS, "at", HANDS.at + 2 * (step >= self.start)) or call(self, a, b, c, step)
+    )
+    monkeypatch.setattr(Starting, "__call__", later)
+    monkeypatch.setitem(OBJECTIVES, "starting", Starting)
+    path = Path(three[0])
+    path.write_text(path.read_text().replace("{kind: slow, cost: 1.0}", "{kind: starting, cost: 1.0, start: 10}"))
+    assert (read_recipe(path).trainer.steps, start_of(read_recipe(path).objective)) == (20, 10)
+    found, _ = run([str(path)], tmp_path / "out", seeds=1)
+    result = found["results"][0]
+    assert (result["ended"], result["steps"], result["train_seconds"]) == ("whole", 20, 40.0)
 
 
 @pytest.mark.slow
