@@ -79,9 +79,10 @@ def report(name: str, seed: int, found: dict[str, dict]) -> None:
     for one in (one for one in before if one["seed"] == seed):
         for steps in ("1", "2", "4"):
             last = [one["frechet"][f"student {steps}"], one["frechet_train"][f"student {steps}"]]
-            rows.append(["eager (main_job.py)", found["compiled"]["steps"], steps, "", 0, *last])
+            row = ["eager (main_job.py)", next(iter(found.values()))["steps"], steps, "", 0, *last]
+            rows.append([*row, *[""] * (len(COLUMNS) + len(names) - len(row))])
     print(table(rows, [*COLUMNS, *names]))
-    payload = {"question": __doc__.splitlines()[0], "environment": found["compiled"]["environment"]}
+    payload = {"question": __doc__.splitlines()[0], "environment": next(iter(found.values()))["environment"]}
     made = {"columns": [*COLUMNS, *names], "rows": rows}
     write(f"compiled_run_{name}", {**payload, "setting": {"seed": seed}, **made, "kept": found})
 

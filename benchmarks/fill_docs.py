@@ -37,7 +37,7 @@ FILES = {
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
     **{f"language_{one}": "language.json"
        for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_fashion14")
+    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_digits_new", "league_fashion14")
        for one in ("quality", "train", "best", "recall")},
     "score_distillation_causes": "score_distillation.json",
     **{f"peers_{one}": "peers.json"

@@ -6,7 +6,7 @@ are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that othe
 Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
 `--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
 `python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall]
-    [--recipes digits digits-scm] [--out DIR]`
+    [--recipes digits digits-scm] [--out DIR] [--suffix _new]`
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--out", type=Path, help="default: runs/league-SET")
+    parser.add_argument("--suffix", default="", help="of the result's name, for other rows than the league's")
     a = parser.parse_args()
     budget = 240.0 if a.budget is None and a.calls is None else a.budget
     out = a.out or runs_root() / f"league-{a.set}"
@@ -77,7 +78,7 @@ def main() -> None:
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
     settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a)}
     write(
-        f"league_{a.set}",
+        f"league_{a.set}{a.suffix}",
         {
             "question": __doc__.splitlines()[0],
             "environment": environment(),
