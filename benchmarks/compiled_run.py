@@ -3,7 +3,7 @@
 Everything is of one thread, in CPU seconds, without compiled code from before; compilers run in the same process, so
 that its seconds count them. Each way trains in a fresh process; the teacher is trained once for all. Seconds of
 training are those of its steps, with compiling and without pictures and figures. A finished run is kept in runs/bench
-and not run again, unless --anew. Eager figures of the same seed are also those that benchmarks/main_job.py kept.
+and not run again, unless --anew.
 --cost: eager and compiled steps in turn, on the same batches, by random networks of the recipes' sizes.
 `python benchmarks/compiled_run.py [--recipe digits] [--seed 0] [--ways eager compiled] [--anew] [KEY=VALUE ...]`
 `python benchmarks/compiled_run.py --cost digits fashion14 [--rounds 40]`
@@ -70,17 +70,12 @@ def child(way: str, out: Path, arguments) -> None:
 
 def report(name: str, seed: int, found: dict[str, dict]) -> None:
     """Print the table and write the JSON."""
-    names = [key for key in next(iter(found.values()))["metrics"]["student"]["1"]]
+    figures = next(iter(found.values()))["metrics"]["student"]["1"]
+    names = [key for key in figures if key.startswith(("frechet", "recall"))]
     rows = []
     for way, one in found.items():
         for steps, figures in one["metrics"]["student"].items():
             rows.append([way, one["steps"], steps, one["train"], one["graphs"], *(figures[key] for key in names)])
-    before = kept(RESULTS / f"main_job_{name}.json").get("runs", [])
-    for one in (one for one in before if one["seed"] == seed):
-        for steps in ("1", "2", "4"):
-            last = [one["frechet"][f"student {steps}"], one["frechet_train"][f"student {steps}"]]
-            row = ["eager (main_job.py)", next(iter(found.values()))["steps"], steps, "", 0, *last]
-            rows.append([*row, *[""] * (len(COLUMNS) + len(names) - len(row))])
     print(table(rows, [*COLUMNS, *names]))
     payload = {"question": __doc__.splitlines()[0], "environment": next(iter(found.values()))["environment"]}
     made = {"columns": [*COLUMNS, *names], "rows": rows}

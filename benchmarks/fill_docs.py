@@ -18,6 +18,7 @@ FILES = {
     "steps_law": "steps_law.json", "step_cost": "step_cost.json", "step_cost_peers": "step_cost.json",
     "step_cost_families": "step_cost_families.json",
     "compiled_cost": "compiled_cost.json", "compiled_run": "compiled_run_digits.json",
+    "compiled_run_fashion14": "compiled_run_fashion14.json",
     "host_cost": "host_cost.json", "sampling": "sampling.json", "exactness": "exactness.json",
     "attention": "attention.json", "roofline": "roofline.json",
     "operators": "operators.json", "house": "house.json",
