@@ -1,7 +1,8 @@
 """What do samples gain by a reward, at what cost, and what do they lose?  Digits; one student, chosen or tuned.
 
-Arms that need no training: the best of n, particles by their weights, and moves by the gradient through the jump
-(samplers/tilted.py), all of one step. Passes are those of the student for each sample; a backward pass counts as two.
+Arms that need no training: the best of n, particles by their weights, moves by the gradient through the jump that leave
+the tilted law as it is, and moves uphill (samplers/tilted.py), all of one step. Passes are those of the student for
+each sample; a backward pass counts as two.
 Arms of training: the same student after reward_tuning, one pass for each sample.
 Rewards: symmetry, and log p(own class) of a classifier that is trained on a third of the held-out digits. The other two
 thirds are the reference of all figures: Frechet distance on pixels, and in the features of a second network (trained on
@@ -32,11 +33,14 @@ from flowmap.samplers import Tilted
 KEPT = Path("runs/bench/rewards")
 JUDGE = KEPT / "judge.safetensors"
 TUNED = {"symmetry": (0.3, 3.0, 30.0), "classifier": (0.03, 0.3, 3.0)}
+UPHILL = dict(particles=1, moves=5, move="ascent")
 ARMS = [  # settings, and passes for each sample
     ("student", None, 1),
     *((f"best of {n}", dict(particles=n, choice="best"), n) for n in (4, 16)),
     *((f"16 particles, scale {scale:g}", dict(particles=16, scale=scale), 16) for scale in (1.0, 10.0)),
-    *((f"4 moves, scale {scale:g}", dict(particles=1, moves=4, scale=scale), 15) for scale in (1.0, 10.0, 100.0)),
+    *((f"4 moves, scale {scale:g}", dict(particles=1, moves=4, scale=scale), 15) for scale in (1.0, 10.0)),
+    ("4 moves of size 0.1, scale 30", dict(particles=1, moves=4, scale=30.0, move_size=0.1), 15),
+    *((f"5 moves uphill, scale {scale:g}", UPHILL | dict(scale=scale), 16) for scale in (0.3, 1.0, 3.0)),
 ]
 COLUMNS = ["arm", "passes", "reward", "Frechet", "Frechet, labels", "precision", "recall", "right class"]
 

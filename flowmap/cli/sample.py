@@ -63,7 +63,7 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the reward by which samples are chosen, and how many particles and moves that takes."""
     what = "choose samples by a reward: a kind with its settings, or a function of --import"
     parser.add_argument("--reward", nargs="+", metavar=("KIND|MODULE:NAME", "key=value"), help=what)
-    what = "settings of the choice: scale, particles, moves, move_size, gamma, resample, choice"
+    what = "settings of the choice: scale, particles, moves, move, move_size, gamma, resample, choice"
     parser.add_argument("--tilt", nargs="+", default=[], metavar="key=value", help=what)
 
 

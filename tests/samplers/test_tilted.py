@@ -137,6 +137,22 @@ def test_a_move_by_a_linear_reward_is_always_accepted(size):
     assert float((_odds(at, to, size) - _odds(to, at, size)).abs().max()) > 0.01
 
 
+def test_ascent_keeps_the_norm_and_follows_the_gradient():
+    """A linear reward a.x on N(0, I): each move turns the noise towards a, exactly."""
+    shape, a = (3, 4), torch.linspace(-1, 2, 12, dtype=torch.float64)
+    student = Counting(ExactStudent(GaussianTeacher(mean=(0.0,), std=1.0, shape=shape)))
+    reward = lambda x, cond: x.flatten(1) @ a
+    sampler = Tilted(reward=reward, scale=0.5, particles=1, moves=3, move="ascent", move_size=0.4)
+    x1 = torch.randn(5, *shape, generator=seeded(1), dtype=torch.float64)
+    e, norm = x1.flatten(1), x1.flatten(1).norm(dim=1, keepdim=True)
+    for _ in range(3):
+        up = e + 0.4 * 0.5 * a
+        e = norm * up / up.norm(dim=1, keepdim=True)
+    x0 = sampler(student, x1, steps=1, generator=seeded(2))
+    torch.testing.assert_close(x0.flatten(1), e, rtol=1e-6, atol=1e-6)  # of a map that is the identity
+    assert student.rows == 5 * sampler.calls(1) and (reward(x0, None) > reward(x1, None)).all()
+
+
 def test_a_reward_that_is_not_finite_is_never_chosen():
     broken = lambda x, cond: torch.where(x[:, 0] > M, float("nan"), 0.0)
     x0 = Tilted(reward=broken, particles=16)(STUDENT, draw(50, 1), steps=2, generator=seeded(4))
