@@ -15,6 +15,7 @@ from flowmap.cli import (
     cite,
     compare,
     completion,
+    demo,
     doctor,
     encode,
     evaluate,
@@ -50,7 +51,8 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
     "use": {
         "sample": (sample, "draw samples as pictures or sentences"),
         "evaluate": (evaluate, "measure a student by its recipe's metrics"),
-        "export": (export, "write a student for diffusers or for plain torch"),
+        "demo": (demo, "serve a page to try a student in the browser"),
+        "export": (export, "write a student for diffusers or plain torch, or as a Space"),
         "tune": (tune, "search a student's settings for each number of steps"),
         "average": (average, "combine a run's snapshots into an average of another width"),
         "merge": (merge, "add a finetune or a LoRA to a student, without training"),
