@@ -30,7 +30,7 @@ def page(demo: Demo) -> Any:
                 drawn = demo.draw(**_arguments(names, values))
             except ValueError as error:
                 raise gradio.Error(str(error)) from error
-            return [gradio.update(value=shown(one), label=caption(one)) for one in drawn]
+            return [value for one in drawn for value in (f"**{caption(one)}**", shown(one))]
 
         _name_parameters(draw, names)
         button.click(draw, inputs, outputs, api_name="draw")
@@ -104,8 +104,14 @@ def _arguments(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _outputs(gradio: Any, demo: Demo) -> list[Any]:
-    """A component for each column."""
+    """The caption and the samples of each column, in turn."""
+    found: list[Any] = []
     with gradio.Row():
-        if demo.sentences:
-            return [gradio.Textbox(label=one, lines=16, interactive=False, min_width=240) for one in demo.labels]
-        return [gradio.Image(label=one, format="png", interactive=False, min_width=220) for one in demo.labels]
+        for label in demo.labels:
+            with gradio.Column(min_width=220):
+                found.append(gradio.Markdown(f"**{label}**"))
+                if demo.sentences:
+                    found.append(gradio.Textbox(show_label=False, lines=16, interactive=False))
+                else:
+                    found.append(gradio.Image(show_label=False, format="png", interactive=False, buttons=[]))
+    return found
