@@ -27,6 +27,7 @@ from flowmap.cli import (
     pairs,
     plot,
     reference,
+    report,
     sample,
     show,
     tune,
@@ -63,6 +64,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "list": (list, "list recipes, teachers and kinds"),
         "cite": (cite, "print the papers behind the methods, as BibTeX"),
         "plot": (plot, "draw loss, residual norm and metrics of runs side by side"),
+        "report": (report, "write one HTML file about runs: samples, curves, figures, costs, recipes"),
     },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}

@@ -127,7 +127,7 @@ def shown(column: Column) -> Image.Image | str:
     return "\n".join(" ".join(text.splitlines()) for text in column.samples)
 
 
-def caption(column: Column) -> str:
-    """The label of a column with what it cost."""
+def cost(column: Column) -> str:
+    """What a column cost: "0.25 s, 2 network calls a sample"."""
     calls = f"{column.calls} network call{'s' * (column.calls != 1)} a sample"
-    return f"{column.label}: {column.seconds:.3g} s, {calls}"
+    return f"{column.seconds:.3g} s, {calls}"

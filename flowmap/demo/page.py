@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from flowmap.base.progress import LogFunction
-from flowmap.demo.draw import MOST, NONE, Demo, caption, shown
+from flowmap.demo.draw import MOST, NONE, Demo, cost, shown
 
 NEEDED = "demo: needs gradio: pip install 'flowmap-distillation[demo]'"
 
@@ -30,7 +30,7 @@ def page(demo: Demo) -> Any:
                 drawn = demo.draw(**_arguments(names, values))
             except ValueError as error:
                 raise gradio.Error(str(error)) from error
-            return [value for one in drawn for value in (f"**{caption(one)}**", shown(one))]
+            return [value for one in drawn for value in (_heading(one.label, cost(one)), shown(one))]
 
         _name_parameters(draw, names)
         button.click(draw, inputs, outputs, api_name="draw")
@@ -103,13 +103,18 @@ def _arguments(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
     return {**given, "attributes": attributes}
 
 
+def _heading(label: str, below: str = "&nbsp;") -> str:
+    """The label of a column in Markdown, with a line below it."""
+    return f"**{label}**  \n{below}"
+
+
 def _outputs(gradio: Any, demo: Demo) -> list[Any]:
     """The caption and the samples of each column, in turn."""
     found: list[Any] = []
     with gradio.Row():
         for label in demo.labels:
             with gradio.Column(min_width=220):
-                found.append(gradio.Markdown(f"**{label}**"))
+                found.append(gradio.Markdown(_heading(label)))
                 if demo.sentences:
                     found.append(gradio.Textbox(show_label=False, lines=16, interactive=False))
                 else:

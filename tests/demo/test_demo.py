@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from flowmap.demo import open_demo, page
-from flowmap.demo.draw import ALL, caption, shown
+from flowmap.demo.draw import ALL, cost, shown
 from flowmap.evaluation.columns import load_teacher
 from flowmap.student.config import TextLatents
-from tests.demo.straight_page import NAMES, ends, straight_demo, straight_student
 from tests.support.browser import browser, free_port
+from tests.support.straight_page import NAMES, ends, straight_demo, straight_student
 
 
 def test_all_columns_end_where_the_lines_from_the_same_noise_end():
@@ -70,7 +70,7 @@ def test_an_empty_prompt_is_named():
 def test_a_picture_of_a_column_and_what_it_cost():
     column = replace(straight_demo().draw(num=5)[1], seconds=0.25)
     assert shown(column).size == (4 * 50, 2 * 34), "48 x 32 pixels and a gap of two, four in a row"
-    assert caption(column) == "student, 2 steps: 0.25 s, 2 network calls a sample"
+    assert cost(column) == "0.25 s, 2 network calls a sample"
     assert shown(replace(column, samples=["one\ntwo", "three"])) == "one two\nthree"
 
 
@@ -122,7 +122,7 @@ def test_the_served_page_draws(served):
     address, demo = served
     client = Client(address, verbose=False)
     drawn = client.predict(seed=3, num=5, label="square", api_name="/draw")
-    assert [one.strip("*").partition(":")[0] for one in drawn[::2]] == demo.labels
+    assert [one.split("**")[1] for one in drawn[::2]] == demo.labels
     expected = shown(demo.draw(seed=3, num=5, label="square")[0]).convert("RGB")
     for path in drawn[1::2]:
         with Image.open(path) as picture:
