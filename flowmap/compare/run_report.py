@@ -27,6 +27,7 @@ from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
+from flowmap.train.csv_log import read_log
 
 MADE_BY = '<meta name="generator" content="flowmap report">'  # by which a report of flowmap's is recognised
 LABELS = {
@@ -78,7 +79,7 @@ def _check_file(path: Path) -> None:
 
 def _overview(runs: Sequence[Finished], recipes: Sequence[Recipe]) -> str:
     rows = [
-        [run.name, recipe.name, kind_of(recipe.objective, TABLES) or "?", _state(run, recipe), _seconds(run, "train")]
+        [run.name, recipe.name, kind_of(recipe.objective, TABLES) or "?", _state(run, recipe), _seconds(run)]
         for run, recipe in zip(runs, recipes, strict=True)
     ]
     return html.table(["run", "recipe", "objective", "state", "training seconds"], rows, text=True)
@@ -89,10 +90,7 @@ def _state(run: Finished, recipe: Recipe) -> str:
     if run.metrics:
         done = run.metrics.get("training", {}).get("steps", steps)
         return f"finished, {done} of {steps} steps" if done != steps else f"finished, {steps} steps"
-    from flowmap.train.csv_log import read_log
-
-    path = run.folder / "log.csv"
-    logged = read_log(path) if path.is_file() else []
+    logged = _log(run)
     return f"not finished: {int(logged[-1]['step']) + 1 if logged else 0} of {steps} steps are logged"
 
 
@@ -108,7 +106,7 @@ def _league(runs: Sequence[Finished]) -> Iterator[str]:
     except ValueError as error:
         yield html.paragraph(f"No table: {str(error).removeprefix('--runs: ')}", note=True)
         return
-    for metric in found["metrics"]:
+    for metric in [name for name in found["metrics"] if not name.endswith(TRAIN)] or found["metrics"]:
         yield html.heading(3, metric)
         yield html.from_markdown(table(found, metric, costs=False).splitlines())
     yield from (html.paragraph(line, note=True) for line in note(found))
@@ -151,8 +149,9 @@ def _of_run(run: Finished, recipe: Recipe, device: torch.device | None) -> Itera
     if run.metrics:
         yield html.heading(3, "Figures")
         yield from _figures(run.metrics)
-        yield html.heading(3, "Cost")
-        yield from _costs(run.metrics)
+    yield html.heading(3, "Cost")
+    yield html.table(["training", ""], [[key, f"{value:.4g}"] for key, value in _training(run).items()])
+    yield from _costs(run.metrics) if run.metrics else ()
     yield html.heading(3, "From noise to data")
     yield from _trajectory(student, why)
     yield html.heading(3, "Recipe")
@@ -223,11 +222,7 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _costs(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Seconds, steps and memory of training, then seconds of drawing and network calls by row."""
-    training = metrics.get("training", {})
-    known = [("training seconds, with pauses for pictures and figures", metrics.get("seconds", {}).get("train"))]
-    known += [(f"training {key.replace('_', ' ')}", value) for key, value in training.items()]
-    yield html.table(["", ""], [[label, f"{value:.6g}"] for label, value in known if value is not None])
+    """The seconds of drawing and the network calls of each row of metrics.json."""
     seconds, nfe = metrics.get("seconds", {}), metrics.get("nfe", {})
     rows = [(f"student, {k} step{'s' * (k != '1')}", f"student_{k}", calls) for k, calls in nfe["student"].items()]
     if "teacher" in nfe:
@@ -253,6 +248,28 @@ def _trajectory(student: Student | None, why: str) -> Iterator[str]:
     yield html.image_of(animation(found), "image/gif", "the same as an animation")
 
 
-def _seconds(run: Finished, key: str) -> str:
-    value = run.metrics.get("seconds", {}).get(key)
-    return "" if value is None else f"{value:.4g}"
+def _training(run: Finished) -> dict[str, float]:
+    """Seconds and steps of training and its peak memory; without a clock's figures the seconds of the logged steps.
+
+    A step's seconds are without pauses for pictures and figures, and all calls of a resumed run are counted.
+    """
+    known = run.metrics.get("training")
+    if known is not None:
+        return {key.replace("peak_gib", "peak memory, GiB"): value for key, value in known.items()}
+    seconds, done = 0.0, 0
+    for row in _log(run):
+        step = int(row["step"]) + 1
+        seconds += (step - done) * float(row.get("speed/step_seconds", 0.0))
+        done = step
+    return {"seconds": seconds, "steps": done} if done else {}
+
+
+def _log(run: Finished) -> list[dict[str, str]]:
+    """The rows of log.csv; [] without it."""
+    path = run.folder / "log.csv"
+    return read_log(path) if path.is_file() else []
+
+
+def _seconds(run: Finished) -> str:
+    found = _training(run)
+    return f"{found['seconds']:.4g}" if "seconds" in found else ""

@@ -60,6 +60,14 @@ def test_two_runs_are_side_by_side_and_their_settings_compared(finished, tmp_pat
     assert "No table" in page.text and "points is 500 and 400" in page.text
 
 
+def test_the_seconds_of_training_are_those_of_its_logged_steps(finished, tmp_path):
+    rows = [{"step": "0", "speed/step_seconds": "2.0"}, {"step": "9", "speed/step_seconds": "0.5"}, {"step": "12"}]
+    text = "step,speed/step_seconds\n" + "".join(f"{r['step']},{r.get('speed/step_seconds', '')}\n" for r in rows)
+    (finished / "log.csv").write_text(text)
+    page = report(finished, out=tmp_path / "report.html", draw=False)
+    assert re.search(r"training\s*seconds\s*6\.5\s*steps\s*13", page.text), "2 s once, 0.5 s nine times"
+
+
 def test_an_unfinished_run_is_said_to_be_one(finished, tmp_path):
     (finished / "metrics.json").unlink()
     shutil.rmtree(finished / "student")
