@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from flowmap.base.progress import LogFunction
 from flowmap.demo.draw import MOST, NONE, Demo, cost, shown
 
+ATTRIBUTE = "attribute_"  # before the name of an attribute of sentences, in the API's parameters
 NEEDED = "demo: needs gradio: pip install 'flowmap-distillation[demo]'"
 
 
@@ -92,14 +94,15 @@ def _inputs(gradio: Any, demo: Demo) -> tuple[list[str], list[Any]]:
             low, max(high, default, low + 0.1), default, step=0.05, label="guidance scale"
         )
     for one in config.sentences.attributes:
-        found[f"attribute_{one.name}"] = gradio.Dropdown([NONE, *one.known], value=NONE, label=one.name, min_width=120)
+        name = ATTRIBUTE + re.sub(r"\W", "_", one.name)
+        found[name] = gradio.Dropdown([NONE, *one.known], value=NONE, label=one.name, min_width=120)
     return list(found), list(found.values())
 
 
 def _arguments(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
     """The arguments of Demo.draw: the values of attributes are one of them."""
     given = dict(zip(names, values, strict=True))
-    attributes = [given.pop(name) for name in names if name.startswith("attribute_")]
+    attributes = [given.pop(name) for name in names if name.startswith(ATTRIBUTE)]
     return {**given, "attributes": attributes}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from flowmap.demo import open_demo, page
-from flowmap.demo.draw import ALL, cost, shown
+from flowmap.demo.draw import ALL, NONE, cost, shown
 from flowmap.evaluation.columns import load_teacher
 from flowmap.student.config import TextLatents
 from tests.support.browser import browser, free_port
@@ -86,6 +87,22 @@ def test_the_teacher_is_that_of_the_recipe_or_of_a_folder(finished):
     assert len(open_demo(finished, log=lines.append).labels) == 3 and "no recipe.yaml" in lines[0]
     with pytest.raises(ValueError, match="--teacher-steps: 0"):
         load_teacher(demo.student, finished, steps=0)
+
+
+def test_a_student_of_sentences_takes_its_attributes():
+    lines: list[str] = []
+    demo = open_demo(Path(__file__).parents[1] / "recorded" / "kept" / "language", steps=(2,), log=lines.append)
+    assert "has no teacher" in lines[0] and demo.sentences and demo.classes == []
+    (column,) = demo.draw(seed=1, num=3, attributes=["noun", NONE])
+    expected = demo.student.sample(3, steps=2, cond={"part_of_speech": "noun"}, seed=1)
+    assert column.samples == expected and len(shown(column).splitlines()) == 3
+    with pytest.raises(ValueError, match="part_of_speech: 'nown'"):
+        demo.draw(attributes=["nown"])
+
+
+def test_a_teacher_of_another_shape_is_refused(finished):
+    with pytest.raises(ValueError, match=r"--teacher: .* has samples of shape \(2,\), the student of \(3, 4, 6\)"):
+        load_teacher(straight_student(), finished)
 
 
 def test_a_student_that_edits_sentences_is_refused():
