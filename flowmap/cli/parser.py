@@ -53,7 +53,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "sample": (sample, "draw samples as pictures or sentences"),
         "evaluate": (evaluate, "measure a student by its recipe's metrics"),
         "demo": (demo, "serve a page to try a student in the browser"),
-        "export": (export, "write a student for diffusers or plain torch, or as a Space"),
+        "export": (export, "write a student for diffusers, torch or a Space"),
         "tune": (tune, "search a student's settings for each number of steps"),
         "average": (average, "combine a run's snapshots into an average of another width"),
         "merge": (merge, "add a finetune or a LoRA to a student, without training"),
@@ -64,7 +64,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "list": (list, "list recipes, teachers and kinds"),
         "cite": (cite, "print the papers behind the methods, as BibTeX"),
         "plot": (plot, "draw loss, residual norm and metrics of runs side by side"),
-        "report": (report, "write one HTML file about runs: samples, curves, figures, costs, recipes"),
+        "report": (report, "write one HTML file about runs"),
     },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
