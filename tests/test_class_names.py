@@ -9,7 +9,6 @@ from PIL import Image
 
 from flowmap.base.files import write_tensors
 from flowmap.cli import main
-from flowmap.cli.sample import class_of
 from flowmap.data import Dataset, Latents
 from flowmap.data.images.builtin import FASHION_CLASSES, Digits
 from flowmap.data.images.folder import Folder
@@ -17,6 +16,7 @@ from flowmap.export import export
 from flowmap.nets import MLP, DiT
 from flowmap.recipe import read_recipe
 from flowmap.samplers import Deterministic
+from flowmap.student.conditions import class_of
 from flowmap.student.config import StudentConfig
 from flowmap.student.config_file import read_config
 from flowmap.student.folder import load_student, save_student

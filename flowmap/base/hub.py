@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LOG_IN = "log in (`hf auth login`, or HF_TOKEN)"
 
@@ -40,11 +41,19 @@ def fetched(source: str, patterns: Sequence[str], *, key: str, revision: str | N
 
 
 def upload(
-    folder: Path, repository: str, *, message: str, key: str, private: bool | None = None, revision: str | None = None
+    folder: Path,
+    repository: str,
+    *,
+    message: str,
+    key: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    space: bool = False,
 ) -> str:
     """Upload the folder to the repository, which is created if it does not exist, and return the commit's address.
 
-    private: for a new repository. revision: the branch, which must exist. Raises a one-line RuntimeError if it fails.
+    private: for a new repository. revision: the branch, which must exist. space: it is a Space of the Gradio SDK, not a
+    model. Raises a one-line RuntimeError if it fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -52,8 +61,11 @@ def upload(
     check_repository(repository, key)
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(folder_path=folder, repo_id=repository, revision=revision, commit_message=message))
+        kind: dict[str, Any] = {"repo_type": "space"} if space else {}
+        sdk: dict[str, Any] = {"space_sdk": "gradio"} if space else {}
+        api.create_repo(repository, private=private, exist_ok=True, **kind, **sdk)
+        options = dict(revision=revision, commit_message=message, **kind)
+        return str(api.upload_folder(folder_path=folder, repo_id=repository, **options))
     except (HTTPError, OSError, ValueError) as error:
         raise RuntimeError(f"{key}: {repository} was not uploaded to: {reason(error)}") from error
 

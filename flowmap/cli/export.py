@@ -1,4 +1,4 @@
-"""`flowmap export`: writes a student for use without flowmap."""
+"""`flowmap export`: writes a student for use without flowmap, or as a Space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flowmap.cli.arguments import student_argument
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     student_argument(parser, base=True)
     parser.add_argument(
-        "--to", choices=["diffusers", "torch", "onnx", "lora", "lora-peft", "lora-comfyui"], default="diffusers"
+        "--to",
+        choices=["diffusers", "torch", "onnx", "lora", "lora-peft", "lora-comfyui", "space"],
+        default="diffusers",
     )
     parser.add_argument(
         "--steps",
@@ -48,5 +50,6 @@ def run(a: argparse.Namespace) -> int:
     options["overwrite"] = a.overwrite
     print(export(load_student(a.student, base=a.base), a.out, **options))
     if a.push is not None:
-        print(upload(Path(a.out), a.push, message="flowmap export", key=f"--push: {a.out} is written"))
+        key = f"--push: {a.out} is written"
+        print(upload(Path(a.out), a.push, message="flowmap export", key=key, space=a.to == "space"))
     return 0

@@ -15,6 +15,7 @@ from flowmap.cli import (
     cite,
     compare,
     completion,
+    demo,
     doctor,
     encode,
     evaluate,
@@ -26,6 +27,7 @@ from flowmap.cli import (
     pairs,
     plot,
     reference,
+    report,
     sample,
     show,
     tune,
@@ -50,7 +52,8 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
     "use": {
         "sample": (sample, "draw samples as pictures or sentences"),
         "evaluate": (evaluate, "measure a student by its recipe's metrics"),
-        "export": (export, "write a student for diffusers or for plain torch"),
+        "demo": (demo, "serve a page to try a student in the browser"),
+        "export": (export, "write a student for diffusers, torch or a Space"),
         "tune": (tune, "search a student's settings for each number of steps"),
         "average": (average, "combine a run's snapshots into an average of another width"),
         "merge": (merge, "add a finetune or a LoRA to a student, without training"),
@@ -61,6 +64,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "list": (list, "list recipes, teachers and kinds"),
         "cite": (cite, "print the papers behind the methods, as BibTeX"),
         "plot": (plot, "draw loss, residual norm and metrics of runs side by side"),
+        "report": (report, "write one HTML file about runs"),
     },
 }
 VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +94,7 @@ def run(a: argparse.Namespace) -> int:
 def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
     """The conditions that the arguments give. With a refiner, --prompt may be for the refiner alone."""
     from flowmap.evaluation.samples import attribute_of
+    from flowmap.student.conditions import class_of
 
     given = {
         "class": class_of(a.label, student.config.class_names),
@@ -150,13 +150,6 @@ def tilted(reward: Sequence[str] | None, tilt: Sequence[str]) -> Tilted | None:
     kind, *settings = reward
     named = {"kind": "function", "function": kind} if ":" in kind else {"kind": kind}
     return sampler_from({"kind": "tilted", "reward": named}, [f"reward.{one}" for one in settings] + list(tilt))
-
-
-def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:
-    """The class that --class names: by its name if the student has one of that name, otherwise by its number."""
-    if given is None or (names and given in names):
-        return given
-    return int(given) if re.fullmatch(r"-?\d{1,18}", given) else given
 
 
 def _alone(a: argparse.Namespace) -> None:

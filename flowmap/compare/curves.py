@@ -1,11 +1,12 @@
-"""`flowmap plot`: draw the loss, the residual norm and metrics of runs, from log.csv and metrics.json.
+"""`flowmap plot` and `report`: draw the loss, norms and metrics of runs, from log.csv and metrics.json.
 
 Only this file imports matplotlib (extra `bench`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from flowmap.base.files import check_writable, write_beside
 from flowmap.compare.finished import Finished, labelled, read_runs
+from flowmap.metrics import TRAIN
 from flowmap.train.csv_log import read_log
 
 LOGGED = {"train/loss": "loss", "train/residual_norm": "residual norm"}
+REPORTED = {**LOGGED, "train/tangent_norm": "tangent norm"}  # of `flowmap report`
 MADE_BY = "flowmap plot"  # in the PNG's `Software`, by which a plot of flowmap's is recognised
 ACROSS, WIDTH, HEIGHT = 3, 4.6, 3.4  # panels in a row; inches of a panel
 STYLES = ("-", "--", ":", "-.")  # one for each ten runs
@@ -35,14 +38,34 @@ def plot_runs(folders: Sequence[str | Path], out: str | Path, *, metrics: Sequen
     _check_file(path)
     runs = read_runs(folders, unfinished=True)
     logs = [_log_of(run.folder / "log.csv") for run in runs]
-    panels: list[Panel] = [partial(_draw_logged, key, runs, logs) for key in LOGGED if any(key in log for log in logs)]
-    panels += [partial(_draw_metric, name, runs) for name in _chosen(runs, metrics)]
+    panels = _panels(runs, logs, LOGGED, _chosen(runs, metrics))
     if not panels:
         raise ValueError("plot: these runs have logged no step yet")
     figure = _figure(panels)
     options = dict(format="png", dpi=120, metadata={"Software": MADE_BY})
     write_beside(path, lambda temporary: figure.savefig(temporary, **options))
     return path
+
+
+def curves_png(runs: Sequence[Finished]) -> bytes | None:
+    """The PNG of `flowmap report`: loss, norms, and every metric of held-out samples. None if nothing is logged yet."""
+    logs = [_log_of(run.folder / "log.csv", REPORTED) if (run.folder / "log.csv").is_file() else {} for run in runs]
+    names = dict.fromkeys(name for run in runs for name in run.metric_names() if not name.endswith(TRAIN))
+    panels = _panels(runs, logs, REPORTED, [*names])
+    if not panels:
+        return None
+    file = io.BytesIO()
+    _figure(panels).savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _panels(
+    runs: Sequence[Finished], logs: Sequence[dict[str, Points]], logged: Mapping[str, str], metrics: Sequence[str]
+) -> list[Panel]:
+    """A panel for each of `logged` (keys of log.csv and their titles) that a run has, and one for each metric."""
+    there = [key for key in logged if any(key in log for log in logs)]
+    panels: list[Panel] = [partial(_draw_logged, key, logged[key], runs, logs) for key in there]
+    return panels + [partial(_draw_metric, name, runs) for name in metrics]
 
 
 def _check_file(path: Path) -> None:
@@ -60,13 +83,13 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"--out: {path} is there and is no plot of flowmap's; choose another file")
 
 
-def _log_of(path: Path) -> dict[str, Points]:
-    """The steps and values of each name in LOGGED that the log has."""
+def _log_of(path: Path, logged: Mapping[str, str] = LOGGED) -> dict[str, Points]:
+    """The steps and values of each key in `logged` that the log has."""
     if not path.is_file():
         raise ValueError(f"{path}: is not there, and has what would be drawn")
     found: dict[str, Points] = {}
     try:
-        for row, key in ((row, key) for row in read_log(path) for key in LOGGED if key in row):
+        for row, key in ((row, key) for row in read_log(path) for key in logged if key in row):
             steps, values = found.setdefault(key, ([], []))
             steps.append(int(row["step"]) + 1)  # log.csv counts from 0
             values.append(float(row[key]))
@@ -110,12 +133,12 @@ def _figure(panels: Sequence[Panel]) -> Any:
     return figure
 
 
-def _draw_logged(key: str, runs: Sequence[Finished], logs: Sequence[dict[str, Points]], axes: Any) -> None:
+def _draw_logged(key: str, title: str, runs: Sequence[Finished], logs: Sequence[dict[str, Points]], axes: Any) -> None:
     for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
         if key in log:
             marker = "o" if len(log[key][0]) == 1 else None
             axes.plot(*log[key], color=f"C{i % 10}", linestyle=_style(i), label=run.name, linewidth=1.2, marker=marker)
-    axes.set(title=LOGGED[key], xlabel="training step")
+    axes.set(title=title, xlabel="training step")
     _logarithmic(axes, [value for log in logs if key in log for value in log[key][1]])
 
 

@@ -104,7 +104,7 @@ def compare_runs(
     runs = read_runs(folders)
     if len(runs) < 2:
         raise ValueError("--runs: give two runs or more")
-    _check_alike(runs)
+    check_alike(runs)
     found = tabulated(runs, steps)
     text = markdown(found, runs)
     if out is not None:
@@ -124,7 +124,8 @@ def _check_out(folder: Path) -> None:
         raise ValueError(f"--out: {what}; choose another folder")
 
 
-def _check_alike(runs: Sequence[Finished]) -> None:
+def check_alike(runs: Sequence[Finished]) -> None:
+    """Raise RecipeError if the data or the metrics of the runs differ: their figures are then not comparable."""
     recipes = [read_resolved(run.folder / "recipe.yaml") for run in runs]
     classes = lambda recipe: {"evaluation.classes": recipe.evaluation.classes}
     metrics = lambda recipe: {"metrics": to_plain(recipe.metrics, TABLES), **classes(recipe)}

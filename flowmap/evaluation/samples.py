@@ -65,7 +65,7 @@ def sample(
     below 256, in batches of that size.
     """
     student = student if isinstance(student, Student) else load_student(student)
-    trained = _recipe_of(student)
+    trained = recipe_of(student)
     for k in steps:
         if k < 1:
             raise ValueError(f"steps: {k} must be 1 or more")
@@ -86,7 +86,7 @@ def sample(
     return [_write(Path(out), k, drawn(steps=k)) for k in steps]
 
 
-def _recipe_of(student: Student) -> Recipe | None:
+def recipe_of(student: Student) -> Recipe | None:
     """The recipe in the student's folder; None if there is none that this version can read."""
     path = None if student.folder is None else student.folder / "recipe.yaml"
     if path is None or not path.is_file():

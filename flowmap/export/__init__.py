@@ -1,7 +1,10 @@
-"""Exports a student for use without flowmap: a diffusers pipeline or LoRA, or a torch or ONNX program, with a card."""
+"""Exports a student with a card: a diffusers pipeline or LoRA or a torch or ONNX program, which do not need flowmap, or
+a Space.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flowmap.base.files import write_text
@@ -13,7 +16,7 @@ from flowmap.nets.stacked import net_within
 from flowmap.student.student import Student
 
 LORA = ("lora", "lora-peft", "lora-comfyui")
-TARGETS = ("diffusers", "torch", "onnx", *LORA)
+TARGETS = ("diffusers", "torch", "onnx", *LORA, "space")
 
 
 def export(
@@ -31,7 +34,8 @@ def export(
 
     to: "diffusers" is a stock pipeline if there is one and `custom` is not set, otherwise one with custom code;
     "lora" are the adapters of a LoRA student for the stock pipeline of its base, "lora-peft" and "lora-comfyui" the
-    same with the names of PEFT and of the original checkpoint, which ComfyUI reads; "torch" and "onnx" are programs.
+    same with the names of PEFT and of the original checkpoint, which ComfyUI reads; "torch" and "onnx" are programs;
+    "space" is an app for a hub with the page of `flowmap demo`, whose visitors choose steps and guidance.
     steps and guidance default to the student's largest number of steps and its default scale. text: include the text
     encoders. Raises a ValueError that names what is not possible.
     """
@@ -39,6 +43,8 @@ def export(
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
     if custom and to != "diffusers":
         raise ValueError("--custom: is a way to export to diffusers")
+    if to == "space":
+        return _space(student, Path(out), overwrite, given={"--steps": steps, "--guidance": guidance})
     if student.config.text_autoencoder is not None:
         share = "share its folder, which load_student reads"
         raise ValueError(f"student: its samples are sentences, for which diffusers has no pipeline; {share}")
@@ -49,6 +55,16 @@ def export(
     with whole_folder(out, plan.note(kind), overwrite=overwrite) as folder:
         write_text(folder / "README.md", export_card(plan, kind, write(plan, folder)))
     return out
+
+
+def _space(student: Student, out: Path, overwrite: bool, given: Mapping[str, object]) -> Path:
+    from flowmap.export.space import write_space
+
+    for key, value in given.items():
+        if value is not None:
+            raise ValueError(f"{key}: {value} was given, but a Space draws at all of the student's steps and scales")
+    check_free(out, overwrite)
+    return write_space(student, out, overwrite=overwrite)
 
 
 def _way(plan, to: str, custom: bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,13 @@ def labels_of(value: Any, names: Sequence[str] | None) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, Tensor):
         return [label_of(one, names) if isinstance(one, str) else one for one in value]
     return value
+
+
+def class_of(given: str | None, names: Sequence[str] | None) -> str | int | None:
+    """The class that a user names: by its name if the student has one of that name, otherwise by its number."""
+    if given is None or (names and given in names):
+        return given
+    return int(given) if re.fullmatch(r"-?\d{1,18}", given) else given
 
 
 def label_of(name: str, names: Sequence[str] | None) -> int:

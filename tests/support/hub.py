@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self.hub.validated.append(json.loads(body)["content"])
             self._send({"errors": [], "warnings": []})
-        elif found := re.fullmatch(r"/api/models/(\w[\w.-]*/\w[\w.-]*)/(preupload|commit)/([^/]+)", path):
+        elif found := re.fullmatch(r"/api/(?:models|spaces)/(\w[\w.-]*/\w[\w.-]*)/(preupload|commit)/([^/]+)", path):
             repository, what, revision = found.groups()
             if not self._allowed(repository):
                 return None
