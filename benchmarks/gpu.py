@@ -1,9 +1,10 @@
 """What only a GPU shows, in one run of under 25 minutes that can be interrupted: `make gpu`.
 
 The jobs, in order: the tests marked `gpu`; the cost of a training step of the large recipes at their own batch, with
-random weights; the latency of sampling; the error of the tangent in bf16; throughput of encoding and of evaluation; and
-`fashion` at 28x28, trained for real. Each result is written to benchmarks/results/gpu.json when its job ends. A second
-call runs only the jobs that are missing or were measured on another commit or device.
+random weights; the latency of sampling; the error of the tangent in bf16; autoguidance on one and on two streams;
+throughput of encoding and of evaluation; and `fashion` at 28x28, trained for real. Each result is written to
+benchmarks/results/gpu.json when its job ends. A second call runs only the jobs that are missing or were measured on
+another commit or device.
 `python benchmarks/gpu.py [--device cuda] [--minutes 24] [--jobs NAME ...] [--out FILE] [--toy]`
 """
 
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,6 +30,7 @@ from lib.report import RESULTS, environment, keep, kept, table
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.objectives import FlowMatching
 from flowmap.teachers.autoencoder import stable_diffusion_autoencoder
+from flowmap.teachers.guidance import Autoguidance
 
 NETWORKS = ("dit256", "imagenet512", "sd15", "sd35-medium", "flux-dev-lora")
 ROUNDS, WARM = 8, 2
@@ -144,6 +146,27 @@ def tangent(campaign: Campaign, scale: FullScale, built: Built) -> dict:
     return {"tangent_error": float((rate.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))}
 
 
+def autoguidance(campaign: Campaign) -> dict:
+    """Milliseconds of the guided velocity of EDM2-S by EDM2-XS, with the networks in turn and on two streams."""
+    scale = FullScale.of("imagenet512", campaign.toy)
+    built = Built.of(scale, campaign.device, half=True)
+    guided, sample, found = built.teacher, sample_of(scale, built), {}
+    assert isinstance(guided, Autoguidance)
+    for rows in sorted({1, min(8, scale.rows), scale.rows}):
+        x, t = sample.xt[:rows], sample.t[:rows]
+        cond = {key: value[:rows] for key, value in built.cond.items()} | {"guidance": torch.full_like(t, 2.0)}
+        for name, independent in (("in_turn", False), ("on_two_streams", True)):
+            teacher = replace(guided, scales_differ=True)
+            vars(teacher)["_independent"] = independent
+
+            def call(teacher=teacher, x=x, t=t, cond=cond) -> None:
+                with campaign.autocast(scale.recipe):
+                    teacher.velocity(x, t, cond)
+
+            found[f"velocity_of_{rows}_{name}_ms"] = 1e3 * campaign.seconds(call)
+    return found
+
+
 def autoencoder(toy: bool):
     """Stable Diffusion's autoencoder with random weights."""
     return stable_diffusion_autoencoder((8, 8, 8, 8), 1, 8) if toy else stable_diffusion_autoencoder()
@@ -228,6 +251,7 @@ def fashion(campaign: Campaign) -> dict:
 JOBS: dict[str, tuple[float, Callable[[Campaign], dict]]] = {  # name -> (minutes that it may take, the job)
     "tests": (4, gpu_tests),
     **{f"step {name}": (2, step_cost(name)) for name in NETWORKS},
+    "autoguidance": (1, autoguidance),
     "encoding": (1, encoding),
     "evaluation": (1, evaluation),
     "fashion": (8, fashion),

@@ -10,6 +10,9 @@ import flowmap
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.teachers.guidance import Autoguidance
+from flowmap.teachers.network import NetworkTeacher
+from flowmap.teachers.streams import may_overlap
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -50,6 +53,16 @@ def test_a_compiled_network_gives_what_it_gave():
         before = student.mean_velocity(x, t, s, cond)
         student.net.compile()
         torch.testing.assert_close(student.mean_velocity(x, t, s, cond), before, rtol=1e-3, atol=1e-4)
+
+
+def test_autoguidance_on_two_streams_is_that_in_turn():
+    (strong, (x, t, _, _, cond)), (weak, _) = parts(), parts(seed=1)
+    teacher = Autoguidance(NetworkTeacher(strong), NetworkTeacher(weak), default=2.0)
+    assert may_overlap(x) and teacher._independent
+    w_strong, w_weak = 2.0, 1 - 2.0
+    for _ in range(20):  # a race would show in some of them
+        in_turn = w_strong * teacher.strong.velocity(x, t, cond) + w_weak * teacher.weak.velocity(x, t, cond)
+        assert torch.equal(teacher.velocity(x, t, cond), in_turn)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])

@@ -35,6 +35,11 @@ def test_a_job_is_measured_once(gpu, tmp_path, capsys):
     assert gpu.main(words) == 0 and capsys.readouterr().out.count("measured before") == 1
 
 
+def test_autoguidance_is_timed_in_turn_and_on_two_streams(gpu, tmp_path):
+    job = gpu.autoguidance(gpu.Campaign(torch.device("cpu"), True, tmp_path))
+    assert len(job) == 4 and min(job.values()) > 0  # one row and two
+
+
 @pytest.mark.slow
 def test_the_campaign_runs_to_its_end_and_is_resumed(tmp_path):
     out = tmp_path / "gpu.json"

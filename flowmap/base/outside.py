@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import io
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def read_yaml(path: Path) -> Any:
     """
     text = bounded_text(path, "yaml")
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        plain = copy.deepcopy(_parsed(text))
     except OmegaConfBaseException as error:
         what = NO_INTERPOLATION if INTERPOLATION in text else f"cannot be read: {type(error).__name__}"
         raise ValueError(f"{path}: {f'{error.full_key}: ' if error.full_key else ''}{what}") from None
@@ -73,6 +75,12 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: is not YAML{at}") from None
     refuse_interpolations(plain, f"{path}: ")
     return plain
+
+
+@lru_cache(maxsize=128)
+def _parsed(text: str) -> Any:
+    """The content of YAML text, kept, as recipes share their parts. Do not change it."""
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
 
 
 def refuse_interpolations(plain: Any, prefix: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import math
 import types
@@ -29,7 +30,7 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
     """Build the dataclass `cls` from the mapping `node`. RecipeError for an invalid key, type or value."""
     if not isinstance(node, Mapping):
         raise RecipeError(f"{file}: {key or 'recipe'}: {node!r} is not a mapping with {_listed(_names(cls))}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     node = _renamed(cls, node, file, key)
     for name in node:
         if name not in (allowed := _names(cls)):
@@ -47,6 +48,11 @@ def construct(cls: type, node: Any, tables: Mapping[type, Mapping[str, type]], *
         raise
     except ValueError as error:  # from __post_init__, whose messages start with the field's name
         raise RecipeError(f"{file}: {_join(key, str(error))}") from error
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def renamed(old: str) -> Mapping[str, str]:

@@ -220,7 +220,6 @@ def starts(
     return Start(torch.cat([part.x1 for part in parts]), conditioning, torch.cat(variances) if variances else None)
 
 
-@torch.no_grad()
 def start_blocks(
     prior: LearnedPrior | None,
     shape: tuple[int, ...],

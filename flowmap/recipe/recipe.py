@@ -211,12 +211,14 @@ def read_recipe(name: str | File, overrides: Sequence[str] = ()) -> Recipe:
     for override in (word for word in overrides if word.startswith("+")):
         plain = merge(plain, composed(find_recipe(override[1:]), KEYS))
     plain.setdefault("name", path.stem if path.parent.name in ("recipes", "") else f"{path.parent.name}-{path.stem}")
-    config = OmegaConf.create({**_defaults(), **plain})
-    for override in (word for word in overrides if not word.startswith("+")):
-        _override(config, override)
+    settings: Any = {**_defaults(), **plain}
+    if values := [word for word in overrides if not word.startswith("+")]:
+        config = OmegaConf.create(settings)
+        for override in values:
+            _override(config, override)
+        settings = OmegaConf.to_container(config, resolve=False)
     # lediflow/digits.yaml, as there are several digits.yaml
     file = f"{name}.yaml" if str(name).endswith(path.stem) else path.name
-    settings: Any = OmegaConf.to_container(config, resolve=False)
     return recipe_from(settings, file=file)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowmap.flow.draws import Generator
 from flowmap.flow.types import Cond, FlowMap
-from flowmap.samplers.grids import FewStep, jump
+from flowmap.samplers.grids import FewStep, of_all
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Deterministic(FewStep):
         """x0, shaped like x1, after `steps` calls of the student. Does not use `generator`. Raises ValueError for steps
         < 1.
         """
-        times = self.times(steps)
         x = self.start(x1)
+        times = [of_all(x, time) for time in self.times(steps)]
         for t, s in zip(times, times[1:], strict=False):
-            x = jump(student, x, t, s, cond)
+            x = student(x, t, s, cond)
         return x

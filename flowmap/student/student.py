@@ -174,10 +174,11 @@ class Student(Sentences, OnHub):
         if isinstance(sampler, Tilted):
             batch_size = max(1, batch_size // sampler.particles)
             flow_map.decode = self._decode_with_grad
+        device = self.device
         for i in range(0, len(start.x1), batch_size):
             at = slice(i, i + batch_size)
-            rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, self.device)
-            chunk = start.x1[at].to(self.device)
+            rows = {key: value[at] for key, value in conditions.items()} | conditioning_rows(start, at, device)
+            chunk = start.x1[at].to(device)
             draws = None if noise is None else noise.at(at)
             with compiler_needed() if compile else nullcontext():
                 out.append(sampler(flow_map, chunk, rows, steps=steps, generator=draws))
@@ -271,6 +272,8 @@ class Student(Sentences, OnHub):
 
     def _check_conditions(self, cond: Mapping[str, Any], guidance: float | None) -> None:
         """Raise ValueError for a condition that the student does not take, or a scale where the scale is no input."""
+        if not cond and guidance is None:
+            return
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
         has = (("class", self.config.num_classes), ("guidance", self.config.guidance), ("z", self.config.prior))
         allowed = [*(key for key, there in has if there), *text, *self.config.descriptions]
@@ -321,7 +324,8 @@ class Student(Sentences, OnHub):
 
     def _classes(self, num: int, label: Any, count: int) -> Tensor:
         if label is None:
-            return (torch.arange(num) % count).to(self.device)
+            in_turn = torch.arange(num)
+            return (in_turn if num <= count else in_turn % count).to(self.device)
         labels = rows_of(labels_of(label, self.config.class_names), num, "class", torch.int64)
         if int(labels.min()) < -1 or int(labels.max()) >= count:
             bad = labels[(labels < -1) | (labels >= count)][0].item()

@@ -10,12 +10,14 @@ IntervalGuidance limits any guidance to an interval of times.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flowmap.flow.types import Cond, Teacher, broadcast_time
+from flowmap.teachers.streams import independent, may_overlap, on_two_streams
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ClassifierFree:
 class Autoguidance:
     """v = w v_strong(x, t, cond) + (1 - w) v_weak(x, t, cond).
 
-    Weak is a smaller or less trained version of strong, with the same conditions.
+    Weak is a smaller or less trained version of strong, with the same conditions. On a CUDA device independent
+    networks run at the same time (streams.py).
     """
 
     strong: Teacher
@@ -67,10 +70,17 @@ class Autoguidance:
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The guided velocity, shaped like x."""
         scale, inner = _split(cond, self.default)
-        strong = self.strong.velocity(x, t, inner)
+        strong, weak = (partial(teacher.velocity, x, t, inner) for teacher in (self.strong, self.weak))
         if not self.scales_differ and _is_one(scale):
-            return strong
-        return _mixed(strong, self.weak.velocity(x, t, inner), scale)
+            return strong()
+        if may_overlap(x) and self._independent:
+            return _mixed(*on_two_streams(strong, weak, x.device), scale)
+        return _mixed(strong(), weak(), scale)
+
+    @cached_property
+    def _independent(self) -> bool:
+        """Whether both networks can run at once; found in the first call, when they are sharded or compiled if ever."""
+        return independent(self.strong, self.weak)
 
 
 @dataclass(frozen=True)

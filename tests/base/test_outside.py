@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flowmap.base.outside import read_yaml
 from flowmap.base.schema import RecipeError
 from flowmap.recipe.recipe import read_recipe, read_resolved
 from flowmap.student.folder import load_student
@@ -134,3 +135,12 @@ def test_what_is_no_regular_file_is_never_opened(tiny, finished, tmp_path):
     os.symlink("/dev/zero", finished / "student" / "recipe.yaml")
     with pytest.raises(RecipeError, match="recipe.yaml: is not a regular file"):
         read_resolved(finished / "student" / "recipe.yaml")
+
+
+def test_what_was_read_is_the_callers_own_and_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: {b: [1, 2]}")
+    read_yaml(path)["a"]["b"].append(3)
+    assert read_yaml(path) == {"a": {"b": [1, 2]}}
+    path.write_text("a: 4")
+    assert read_yaml(path) == {"a": 4}

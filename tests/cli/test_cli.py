@@ -124,9 +124,11 @@ def test_the_looking_verbs(command, verb, tiny):
 
 def test_the_light_commands_import_nothing_heavy(tmp_path):
     heavy = ("lightning", "wandb", "torchmetrics", "diffusers", "transformers", "torchvision", "sklearn", "lpips")
+    heavy += ("shtab",)
     text = "import sys\nfrom flowmap.cli import main\n"
     text += "for a in (['--help'], ['list'], ['show', '--recipe', 'digits'], ['cite']):\n"
     text += "    try:\n        main(a)\n    except SystemExit:\n        pass\n"
+    text += "import flowmap.metrics, flowmap.data\n"  # the settings of metrics and data
     text += f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "HEAVY []", done.stdout[-300:] + done.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -84,9 +83,3 @@ def test_without_shtab_it_says_what_to_install(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     code, out, err = command("--completion", "bash")
     assert (code, out, len(err.splitlines())) == (2, "", 1) and "pip install 'flowmap-distillation[completion]'" in err
-
-
-def test_shtab_is_imported_for_completion_alone(tmp_path):
-    text = "import sys; from flowmap.cli import main; main(['cite']); print('shtab' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert done.stdout.splitlines()[-1] == "False", done.stderr

@@ -17,7 +17,7 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.teachers.exact import GaussianTeacher, MixtureTeacher
 from tests.support.oracle import GAUSSIAN, SHAPE, ExactStudent, draw, draw_times
 
-MIXTURE = MixtureTeacher(means=((1.0, 0.0), (-0.5, 0.8), (-0.4, -1.0)), std=(0.3, 0.5, 0.4), flow_steps=32)
+MIXTURE = MixtureTeacher(means=((1.0, 0.0), (-0.5, 0.8), (-0.4, -1.0)), std=(0.3, 0.5, 0.4), flow_steps=24)
 WEAK = GaussianTeacher(mean=(0.2,), std=0.9)
 teachers = pytest.mark.parametrize(
     ("teacher", "shape"), [(GAUSSIAN, SHAPE), (MIXTURE, (5, 2))], ids=["gaussian", "mixture"]

@@ -203,23 +203,27 @@ def test_a_loader_that_is_closed_does_not_wait_for_a_read_that_hangs(monkeypatch
 
 
 SCRIPT = """
-import torch
-from flowmap.data import StepBatches
-from flowmap.recipe import read_recipe
-from flowmap.train.loading import loader_of
-from tests.train.test_loading import Hanging
+import threading
+from flowmap.prepare import read_ahead
 
-samples, recipe = Hanging(), read_recipe("digits", ["trainer.workers=1"])
-kept = iter(loader_of(recipe, samples, StepBatches(20, 4, seed=5), torch.device("cpu")))
+hangs, read_ahead.GRACE_S = threading.Event(), 0.01
+
+def read(place):
+    if place == 1:
+        hangs.set()
+        threading.Event().wait()
+    return place
+
+kept = read_ahead.in_order(read, range(20), 1)  # as a Loader with one worker
 next(kept)
-samples.hangs.wait()
+hangs.wait()
 print("fails", flush=True)
 raise RuntimeError("the run failed")
 """
 
 
 def test_a_process_that_fails_does_not_wait_for_a_read_that_hangs():
-    """A traceback may keep the loader's iterator to the end. Batches are endless here."""
+    """A traceback may keep the loader's iterator to the end."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, timeout=300, text=True)
     assert done.returncode == 1 and done.stdout == "fails\n", done.stderr
     assert done.stderr.rstrip().endswith("RuntimeError: the run failed")
