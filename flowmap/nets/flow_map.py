@@ -102,7 +102,7 @@ def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple
     return None if first is None else (first, shapes[0].get(first, "absent"), shapes[1].get(first, "absent"))
 
 
-SILENT = ("arrival.", "guidance.")
+SILENT = ("arrival.", "guidance.", "ends.")  # the branches that start at zero
 BESIDE_NET = "uncertainty."  # the prefix of state dict keys that do not belong to the flow map
 
 
@@ -111,10 +111,10 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet, *, share: bool = False)
 
     share: the student's parameters have the teacher's memory instead, in the teacher's precision.
 
-    Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A student that
-    embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to the error of the fit
-    (time_embedding.py). A stack copies the weights of a single network to both of its networks. Raises a ValueError,
-    and changes nothing, if the networks differ in anything except those.
+    Branches for arrival, guidance and its interval that the teacher does not have keep their initial value, which is
+    zero. A student that embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to
+    the error of the fit (time_embedding.py). A stack copies the weights of a single network to both of its networks.
+    Raises a ValueError, and changes nothing, if the networks differ in anything except those.
     """
     if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:

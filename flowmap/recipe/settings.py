@@ -101,11 +101,14 @@ class FromRecipe(BaseStudent):
 class ClassifierFree(Part):
     """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
     evaluation. interval: the times t, of 0 data to 1 noise, where guidance acts; elsewhere the scale is 1.
+    interval_input: the student takes an interval within it as an input, in which guidance acts (improved MeanFlow,
+    arXiv:2512.02012); in training its ends are uniform in the two halves of `interval`.
     """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 1.5
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: bool = added(False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -123,7 +126,8 @@ class Autoguidance(Part):
     """v = w v_strong + (1 - w) v_weak.
 
     The weak model is one of: another card, an earlier snapshot of the same run (at a share of its steps, in (0, 1)), or
-    the same network with some blocks skipped. scale, default, interval: as of classifier_free.
+    the same network with some blocks skipped. scale, default, interval, interval_input: as
+    of classifier_free.
     """
 
     weak: str | None = None
@@ -132,6 +136,7 @@ class Autoguidance(Part):
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 2.0
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: bool = added(False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -151,6 +156,7 @@ class Embedded(Part):
     scale: tuple[FromZero, FromZero] = (1.0, 5.0)
     default: FromZero = 3.5
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: ClassVar[bool] = False  # no network that such a student has takes one
 
     def __post_init__(self):
         check_ranges(self)
