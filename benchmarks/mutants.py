@@ -40,6 +40,7 @@ MF, CT, SELF, SHORT = (
     "objectives/shortcut.py",
 )
 TANGENT = "objectives/tangent.py"
+PI, POLICY = "objectives/pi_flow.py", "flow/policy.py"
 LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
@@ -103,6 +104,10 @@ ALPHA_RATE = "rate = broadcast_time((1 - alpha) / length, there) * (mean_velocit
 ALPHA_JUMP = "y = (y - broadcast_time(stride, y) * jumped)"
 RCGM_ALPHA = "alpha = (self.interval / (t - s)[:rows]).clamp(max=1)"
 RCGM_LIMITED = "return own - (own - target).clamp(-self.clamp, self.clamp)"
+PI_TARGET = "target = teacher.velocity(y, (at * t).to(t.dtype), cond)"
+PI_ERROR = "predicted - moved) / broadcast_time(at.to(t.dtype), predicted))"
+POLICY_RISING = "rising = x.square() / (1 + x) - falling + (start - first) / start * x / (1 + x)"
+POLICY_STATE = "return (x - broadcast_time(t, x) * moved)"
 ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
 ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
 FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
@@ -512,6 +517,22 @@ MUTANTS = [
     Mutant("rcgm", "clamped on one side", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("(-self", "(-9 * self")),
     Mutant("rcgm", "pushed away", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("own - (own", "own + (own")),
     Mutant("rcgm", "one jump", RCGM, "alpha, self.order)", "alpha)"),
+    Mutant("pi_flow", "teacher asked at t", PI, PI_TARGET, PI_TARGET.replace("(at * t)", "t")),
+    Mutant("pi_flow", "teacher asked at x", PI, PI_TARGET, PI_TARGET.replace("(y,", "(x,")),
+    Mutant("pi_flow", "teacher's condition lost", PI, PI_TARGET, PI_TARGET.replace("cond", "None")),
+    Mutant(
+        "pi_flow", "velocity turned round", PI, PI_ERROR, PI_ERROR.replace("predicted - moved", "moved - predicted")
+    ),
+    Mutant("pi_flow", "1 / tau missing", PI, PI_ERROR, "predicted - moved))"),
+    Mutant("pi_flow", "gradient through the state", PI, "num_points), u.detach())", "num_points), u)"),
+    Mutant("pi_flow", "all states at one time", PI, "(first + i / self.states)", "(first + 0 * i)"),
+    Mutant("pi_flow", "times from s", PI, "1 - share * (1 - ratio", "ratio(s, t) + share * (1 - ratio"),
+    Mutant("pi_flow", "ascent", PI, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("pi_flow", "t missing", POLICY, POLICY_STATE, "return (x - moved)"),
+    Mutant("pi_flow", "state on the other side", POLICY, POLICY_STATE, POLICY_STATE.replace("x - b", "x + b")),
+    Mutant("pi_flow", "parts of intervals as wholes", POLICY, POLICY_RISING, POLICY_RISING.split(" + (start")[0]),
+    Mutant("pi_flow", "weights of whole intervals", POLICY, "torch.maximum(first, at[:, None])", "first"),
+    Mutant("pi_flow", "weights turned round", POLICY, "[factor * falling, none]", "[factor * rising, none]"),
     Mutant("alpha_flow", "curriculum turned round", ALPHA, ALPHA_OF, ALPHA_OF.replace("done - 0.5", "0.5 - done")),
     Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
     Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),

@@ -17,6 +17,7 @@ from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.mean_velocity_match import MeanVelocityMatch
 from flowmap.objectives.meanflow import MeanFlow
+from flowmap.objectives.pi_flow import PiFlow
 from flowmap.objectives.rcgm import RCGM
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
@@ -38,6 +39,7 @@ OBJECTIVES = {
     "meanflow": MeanFlow,
     "alpha_flow": AlphaFlow,
     "rcgm": RCGM,
+    "pi_flow": PiFlow,
     "scm": SCM,
     "esd": ESD,
     "lsd": LSD,

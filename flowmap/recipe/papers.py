@@ -31,6 +31,13 @@ PAPERS = {
         2025,
         "2512.02012",
     ),
+    "pmf": (
+        "One-step latent-free image generation with pixel mean flows",
+        "student.prediction: data, recipe digits-pmf",
+        "Lu, Lu, Sun, et al.",
+        2026,
+        "2601.22158",
+    ),
     "alpha_flow": (
         "AlphaFlow: understanding and improving MeanFlow models",
         "objective alpha_flow",
@@ -51,6 +58,13 @@ PAPERS = {
         "Cheng, Sun, Li, Lin",
         2025,
         "2512.05150",
+    ),
+    "pi_flow": (
+        "pi-Flow: policy-based few-step generation via imitation distillation",
+        "objective pi_flow",
+        "Chen, Zhang, Tan, Guibas, Wetzstein, Bi",
+        2025,
+        "2510.14974",
     ),
     "facm": (
         "FACM: flow-anchored consistency models",

@@ -24,6 +24,7 @@ from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
 from flowmap.nets.lora import LoRA
+from flowmap.nets.policy import Points
 from flowmap.nets.quantized import FORMATS
 
 
@@ -54,13 +55,15 @@ class FromTeacher(BaseStudent):
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
     teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
     (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's. arrival_blocks: the number of
-    last blocks that see the arrival time, of a DiT; null for all.
+    last blocks that see the arrival time, of a DiT; null for all. points: the number of outputs, each of which starts
+    as the teacher's, of a DiT or an MLP; two or more are a policy, for objective pi_flow; null for one.
     """
 
     lora: LoRA | None = None
     dropout: BelowOne | None = None
     time_embedding: str | None = added(None)
     arrival_blocks: Depth | None = added(None)
+    points: Points | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
