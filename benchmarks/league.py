@@ -49,6 +49,7 @@ RECIPES = (
             "rcgm",
             "pmf",
             "pi-flow",
+            "twin-flow",
         )
     ),
     "rfpp/digits",

@@ -48,6 +48,7 @@ ADV = "objectives/adversarial.py"
 SCORE, DRAWING = "objectives/score_distillation.py", "objectives/drawing.py"
 MATCH, KL, JOINT = "objectives/matching.py", "objectives/reverse_kl.py", "objectives/joint.py"
 OWN, MEANS = "objectives/self_fake.py", "objectives/mean_velocity_match.py"
+TWIN = "objectives/twin.py"
 UNSURE = "objectives/uncertainty.py"
 
 
@@ -108,6 +109,11 @@ PI_TARGET = "target = teacher.velocity(y, (at * t).to(t.dtype), cond)"
 PI_ERROR = "predicted - moved) / broadcast_time(at.to(t.dtype), predicted))"
 POLICY_RISING = "rising = x.square() / (1 + x) - falling + (start - first) / start * x / (1 + x)"
 POLICY_STATE = "return (x - broadcast_time(t, x) * moved)"
+TWIN_REAL = "real = network.mean_velocity(x, t, t, cond) if"
+TWIN_TAUGHT = "teacher.velocity(x, t, cond)"
+TWIN_FAKE = "fake = network.mean_velocity(x, t, t + 1, cond)"
+TWIN_ERROR = "error = Squared()(fake, sample.vt.detach()).mean()"
+TWIN_MOVED = "descend(sample, real, fake.detach()"
 ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
 ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
 FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
@@ -517,6 +523,16 @@ MUTANTS = [
     Mutant("rcgm", "clamped on one side", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("(-self", "(-9 * self")),
     Mutant("rcgm", "pushed away", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("own - (own", "own + (own")),
     Mutant("rcgm", "one jump", RCGM, "alpha, self.order)", "alpha)"),
+    Mutant("twin", "its own jump for its velocity", TWIN, TWIN_REAL, TWIN_REAL.replace("t, t,", "t, 0 * t,")),
+    Mutant("twin", "condition of its velocity lost", TWIN, TWIN_REAL, TWIN_REAL.replace("cond)", "None)")),
+    Mutant("twin", "the teacher's time turned round", TWIN, TWIN_TAUGHT, TWIN_TAUGHT.replace("t,", "1 - t,")),
+    Mutant("twin", "no twin", TWIN, TWIN_FAKE, TWIN_FAKE.replace("t + 1", "t")),
+    Mutant("twin", "the twin's condition lost", TWIN, TWIN_FAKE, TWIN_FAKE.replace("cond", "None")),
+    Mutant("twin", "learns the data's velocity", TWIN, TWIN_ERROR, TWIN_ERROR.replace("sample.vt.detach()", "real")),
+    Mutant("twin", "its loss moves the samples", TWIN, TWIN_ERROR, TWIN_ERROR.replace(".detach()", "")),
+    Mutant("twin", "velocities swapped", TWIN, TWIN_MOVED, "descend(sample, fake.detach(), real"),
+    Mutant("twin", "does not learn", TWIN, "self.fake_weight * error,", "0 * error,"),
+    Mutant("twin", "unlearns", TWIN, "moved.value + self", "moved.value - self"),
     Mutant("pi_flow", "teacher asked at t", PI, PI_TARGET, PI_TARGET.replace("(at * t)", "t")),
     Mutant("pi_flow", "teacher asked at x", PI, PI_TARGET, PI_TARGET.replace("(y,", "(x,")),
     Mutant("pi_flow", "teacher's condition lost", PI, PI_TARGET, PI_TARGET.replace("cond", "None")),

@@ -28,6 +28,7 @@ from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
 from flowmap.objectives.self_fake import SelfFake
 from flowmap.objectives.shortcut import Shortcut
+from flowmap.objectives.twin import Twin
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
 
@@ -61,5 +62,10 @@ OBJECTIVES = {
     "variance_guided": VarianceGuided,
 }
 
-TERMS = {"reverse_kl": ReverseKL, "self_fake": SelfFake, "mean_velocity_match": MeanVelocityMatch}
+TERMS = {
+    "reverse_kl": ReverseKL,
+    "self_fake": SelfFake,
+    "mean_velocity_match": MeanVelocityMatch,
+    "twin": Twin,
+}
 """The distribution-matching terms of objective joint."""

@@ -54,7 +54,7 @@ PAPERS = {
     ),
     "twinflow": (
         "TwinFlow: realizing one-step generation on large models with self-adversarial flows",
-        "objective rcgm",
+        "objective rcgm; term twin of objective joint",
         "Cheng, Sun, Li, Lin",
         2025,
         "2512.05150",
