@@ -34,8 +34,8 @@ def repeated(net: Any, points: int) -> Any:
     assert net.points == 1
     wide = copy.copy(net)
     wide._modules, wide.points = dict(net._modules), points
-    wide.leave = nn.utils.skip_init(nn.Linear, net.leave.in_features, points * net.leave.out_features)
+    wide.leave = nn.Linear(net.leave.in_features, points * net.leave.out_features, device="meta")
     with torch.no_grad():
-        wide.leave.weight.copy_(net.leave.weight.repeat(points, 1))
-        wide.leave.bias.copy_(net.leave.bias.repeat(points))
+        wide.leave.weight = nn.Parameter(net.leave.weight.repeat(points, 1))
+        wide.leave.bias = nn.Parameter(net.leave.bias.repeat(points))
     return wide
