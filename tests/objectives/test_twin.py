@@ -99,12 +99,13 @@ class AsTwin:
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_value_and_gradients_are_those_of_the_two_losses_by_hand(weight, taught):
     """The samples get matching.py's gradient alone, the network that of its twin's flow matching alone."""
-    student, x0, cond = bent(), draw().requires_grad_(), drawn().cond
+    student, x0 = bent(guidance=True), draw().requires_grad_()
+    cond = drawn(guidance=torch.linspace(1, 3, 5).double()).cond
     sample, teacher = noised(x0, cond=cond), GAUSSIAN if taught else None
     x, t = sample.xt.detach(), sample.t
     real = GAUSSIAN.velocity(x, t) if taught else student.velocity(x, t, cond).detach()
     fake = student.mean_velocity(x, t, t + 1, cond)
-    assert not torch.allclose(fake, student.velocity(x, t, cond))
+    assert not torch.allclose(fake, student.velocity(x, t, cond)) and not torch.allclose(real, student.velocity(x, t))
     moved = descend(sample, real, fake.detach(), normalised=True).value
     still = noised(x0.detach(), cond=cond)
     learned = FlowMatching()(AsTwin(student), None, still, 0).value
