@@ -36,7 +36,21 @@ RECIPES = (
     ),
     *(
         f"digits-{name}"
-        for name in ("esd", "lsd", "psd", "shortcut", "freeflow", "dmd", "alpha-flow", "facm", "tvm", "rcgm")
+        for name in (
+            "esd",
+            "lsd",
+            "psd",
+            "shortcut",
+            "freeflow",
+            "dmd",
+            "alpha-flow",
+            "facm",
+            "tvm",
+            "rcgm",
+            "pmf",
+            "pi-flow",
+            "twin-flow",
+        )
     ),
     "rfpp/digits",
 )

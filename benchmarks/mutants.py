@@ -40,6 +40,7 @@ MF, CT, SELF, SHORT = (
     "objectives/shortcut.py",
 )
 TANGENT = "objectives/tangent.py"
+PI, POLICY = "objectives/pi_flow.py", "flow/policy.py"
 LEDI = "objectives/lediflow.py"
 INSTA = "objectives/instaflow.py"
 FREE, CM, MID = "objectives/freeflow.py", "objectives/consistency.py", "objectives/cmt.py"
@@ -47,6 +48,7 @@ ADV = "objectives/adversarial.py"
 SCORE, DRAWING = "objectives/score_distillation.py", "objectives/drawing.py"
 MATCH, KL, JOINT = "objectives/matching.py", "objectives/reverse_kl.py", "objectives/joint.py"
 OWN, MEANS = "objectives/self_fake.py", "objectives/mean_velocity_match.py"
+TWIN = "objectives/twin.py"
 UNSURE = "objectives/uncertainty.py"
 
 
@@ -103,6 +105,15 @@ ALPHA_RATE = "rate = broadcast_time((1 - alpha) / length, there) * (mean_velocit
 ALPHA_JUMP = "y = (y - broadcast_time(stride, y) * jumped)"
 RCGM_ALPHA = "alpha = (self.interval / (t - s)[:rows]).clamp(max=1)"
 RCGM_LIMITED = "return own - (own - target).clamp(-self.clamp, self.clamp)"
+PI_TARGET = "target = teacher.velocity(y, (at * t).to(t.dtype), cond)"
+PI_ERROR = "predicted - moved) / broadcast_time(at.to(t.dtype), predicted))"
+POLICY_RISING = "rising = x.square() / (1 + x) - falling + (start - first) / start * x / (1 + x)"
+POLICY_STATE = "return (x - broadcast_time(t, x) * moved)"
+TWIN_REAL = "real = network.mean_velocity(x, t, t, cond) if"
+TWIN_TAUGHT = "teacher.velocity(x, t, cond)"
+TWIN_FAKE = "fake = network.mean_velocity(x, t, t + 1, cond)"
+TWIN_ERROR = "error = Squared()(fake, sample.vt.detach()).mean()"
+TWIN_MOVED = "descend(sample, real, fake.detach()"
 ALPHA_OF = "alpha = 1 / (1 + math.exp(self.gamma * (done - 0.5)))"
 ALPHA_CLAMP = "return alpha if self.clamp <= alpha <= 1 - self.clamp else float(alpha > 0.5)"
 FACM_G = "g = own - v + broadcast_time(t - s, x) * rate"
@@ -512,6 +523,32 @@ MUTANTS = [
     Mutant("rcgm", "clamped on one side", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("(-self", "(-9 * self")),
     Mutant("rcgm", "pushed away", RCGM, RCGM_LIMITED, RCGM_LIMITED.replace("own - (own", "own + (own")),
     Mutant("rcgm", "one jump", RCGM, "alpha, self.order)", "alpha)"),
+    Mutant("twin", "its own jump for its velocity", TWIN, TWIN_REAL, TWIN_REAL.replace("t, t,", "t, 0 * t,")),
+    Mutant("twin", "condition of its velocity lost", TWIN, TWIN_REAL, TWIN_REAL.replace("cond)", "None)")),
+    Mutant("twin", "the teacher's time turned round", TWIN, TWIN_TAUGHT, TWIN_TAUGHT.replace("t,", "1 - t,")),
+    Mutant("twin", "no twin", TWIN, TWIN_FAKE, TWIN_FAKE.replace("t + 1", "t")),
+    Mutant("twin", "the twin's condition lost", TWIN, TWIN_FAKE, TWIN_FAKE.replace("cond", "None")),
+    Mutant("twin", "learns the data's velocity", TWIN, TWIN_ERROR, TWIN_ERROR.replace("sample.vt.detach()", "real")),
+    Mutant("twin", "its loss moves the samples", TWIN, TWIN_ERROR, TWIN_ERROR.replace(".detach()", "")),
+    Mutant("twin", "velocities swapped", TWIN, TWIN_MOVED, "descend(sample, fake.detach(), real"),
+    Mutant("twin", "does not learn", TWIN, "self.fake_weight * error,", "0 * error,"),
+    Mutant("twin", "unlearns", TWIN, "moved.value + self", "moved.value - self"),
+    Mutant("pi_flow", "teacher asked at t", PI, PI_TARGET, PI_TARGET.replace("(at * t)", "t")),
+    Mutant("pi_flow", "teacher asked at x", PI, PI_TARGET, PI_TARGET.replace("(y,", "(x,")),
+    Mutant("pi_flow", "teacher's condition lost", PI, PI_TARGET, PI_TARGET.replace("cond", "None")),
+    Mutant(
+        "pi_flow", "velocity turned round", PI, PI_ERROR, PI_ERROR.replace("predicted - moved", "moved - predicted")
+    ),
+    Mutant("pi_flow", "1 / tau missing", PI, PI_ERROR, "predicted - moved))"),
+    Mutant("pi_flow", "gradient through the state", PI, "num_points), u.detach())", "num_points), u)"),
+    Mutant("pi_flow", "all states at one time", PI, "(first + i / self.states)", "(first + 0 * i)"),
+    Mutant("pi_flow", "times from s", PI, "1 - share * (1 - ratio", "ratio(s, t) + share * (1 - ratio"),
+    Mutant("pi_flow", "ascent", PI, "Loss(error.mean(),", "Loss(-error.mean(),"),
+    Mutant("pi_flow", "t missing", POLICY, POLICY_STATE, "return (x - moved)"),
+    Mutant("pi_flow", "state on the other side", POLICY, POLICY_STATE, POLICY_STATE.replace("x - b", "x + b")),
+    Mutant("pi_flow", "parts of intervals as wholes", POLICY, POLICY_RISING, POLICY_RISING.split(" + (start")[0]),
+    Mutant("pi_flow", "weights of whole intervals", POLICY, "torch.maximum(first, at[:, None])", "first"),
+    Mutant("pi_flow", "weights turned round", POLICY, "[factor * falling, none]", "[factor * rising, none]"),
     Mutant("alpha_flow", "curriculum turned round", ALPHA, ALPHA_OF, ALPHA_OF.replace("done - 0.5", "0.5 - done")),
     Mutant("alpha_flow", "never MeanFlow", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace("float(alpha > 0.5)", "1.0")),
     Mutant("alpha_flow", "clamped at one end", ALPHA, ALPHA_CLAMP, ALPHA_CLAMP.replace(" <= 1 - self.clamp", "")),

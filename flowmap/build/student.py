@@ -68,6 +68,7 @@ def student_config(run: ResolvedRun, data: Dataset | DataOutline, teacher: Built
         arrival=not recipe.objective.diagonal,
         guidance=(*guidance.scale, guidance.default) if guidance else None,
         baked_guidance=baked_scale(run),
+        guidance_interval=guidance.interval if guidance and guidance.interval_input else None,
         samples=_samples(run, outline),
         text=recipe.data.text,
         lora=recipe.lora,

@@ -184,7 +184,7 @@ def guided_by(guidance: Guidance | None, strong: Teacher, weak: Teacher) -> Teac
         guided = ClassifierFreeTeacher(strong, default=guidance.default)
     if isinstance(guidance, Autoguidance):
         guided = AutoguidedTeacher(strong, weak, default=guidance.default)
-    if guidance is None or guidance.interval == (0.0, 1.0):
+    if guidance is None or (guidance.interval == (0.0, 1.0) and not guidance.interval_input):
         return guided
     return IntervalGuidance(guided, *guidance.interval, default=guidance.default)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     guided_arguments(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], metavar="K")
+    what = "the times in which guidance acts, for students that take them as an input (teacher.guidance.interval_input)"
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=what)
     parser.add_argument("--num", type=int, help="samples for each number of steps (default: 64)")
     _condition_arguments(parser)
     _refiner_arguments(parser)
@@ -100,6 +102,7 @@ def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
         "class": class_of(a.label, student.config.class_names),
         "prompt": a.prompt if student.config.text is not None else None,
         "negative_prompt": a.negative_prompt,
+        "guidance_interval": a.guidance_interval,
     }
     return {key: value for key, value in given.items() if value is not None} | dict(map(attribute_of, a.attribute))
 

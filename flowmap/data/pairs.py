@@ -49,6 +49,9 @@ class Guidance(Protocol):
     @property
     def interval(self) -> tuple[float, float]: ...
 
+    @property
+    def interval_input(self) -> bool: ...
+
     def check(self, recipe: RecipeView) -> None: ...
 
 

@@ -77,6 +77,8 @@ def make_plan(
     if student.config.prior is not None:
         raise ValueError("student: starts at a learned prior; only students that start at N(0, I) can be exported")
     student = student.merged() if merge else student
+    if student.config.guidance_interval is not None:
+        raise ValueError("student: takes the interval of guidance as an input; such students cannot be exported")
     sampler = student.config.sampler
     if not isinstance(sampler, (Deterministic, Gamma)) or type(sampler) not in (Deterministic, Gamma):
         raise ValueError(f"sampler: {type(sampler).__name__} cannot be exported; what can: deterministic, gamma")

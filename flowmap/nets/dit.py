@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import Cycles, Depth, Heads, Range, Ratio, Width, check_ranges
 from flowmap.base.schema import added
+from flowmap.flow.policy import mean_velocity
 from flowmap.nets.embed import Conditioning, ExtraCondition
+from flowmap.nets.policy import Points, repeated
+from flowmap.nets.prediction import as_velocity, check_prediction
 
 #          width depth heads
 PRESETS = {
@@ -39,6 +42,8 @@ class DiT:
     arrival_blocks: the number of last blocks that see the arrival time; null for all. The first blocks then see a
     velocity's conditions, and a derivative in the arrival time alone begins after them. After Decoupled MeanFlow, known
     from reviews only; there the last blocks see the arrival in place of the departure, here both.
+    prediction: what its output is, the mean "velocity" or the "data" (prediction.py). points: the number of outputs;
+    two or more are a policy (flow/policy.py), for objective pi_flow.
     """
 
     preset: str = "tiny"
@@ -49,10 +54,13 @@ class DiT:
     mlp_ratio: Ratio = 8 / 3
     cycles: Cycles = 4.0
     arrival_blocks: Depth | None = added(None)
+    prediction: str = added("velocity")
+    points: Points = added(1)
     takes_extra_conditions: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
+        check_prediction(self.prediction)
         if self.preset not in PRESETS:
             raise ValueError(f"preset: {self.preset!r} is not one of {', '.join(PRESETS)}")
         width, depth, heads = self.sizes
@@ -96,6 +104,7 @@ class DiTNet(nn.Module):
         super().__init__()
         width, depth, heads = spec.sizes
         self.shape, self.patch, self.arrival_blocks = shape, spec.patch, spec.arrival_blocks
+        self.prediction, self.points = spec.prediction, spec.points
         self.grid = (shape[1] // spec.patch, shape[2] // spec.patch)
         size = shape[0] * spec.patch**2
         self.enter = nn.Linear(size, width)
@@ -104,13 +113,27 @@ class DiTNet(nn.Module):
         self.conditioning = Conditioning(width, cycles=spec.cycles, extra_conditions=extra_conditions, **options)
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, size)
+        self.leave = nn.Linear(width, self.points * size)
         for layer in (self.modulation, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.activation_checkpointing = False
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        if self.points > 1:
+            return mean_velocity(self.policy(x, t, s, cond), t, s)
+        return as_velocity(self.prediction, self._output(x, t, s, cond), x, t)
+
+    def policy(self, x: Tensor, t: Tensor, s: Tensor, cond=None) -> Tensor:
+        """The velocities (B, points, C, H, W) of the policy."""
+        out = self._output(x, t, s, cond).unflatten(1, (self.points, self.shape[0]))
+        return as_velocity(self.prediction, out, x.unsqueeze(1), t)
+
+    def with_points(self, points: int) -> DiTNet:
+        """The same network with that many equal outputs."""
+        return repeated(self, points)
+
+    def _output(self, x: Tensor, t: Tensor, s: Tensor, cond) -> Tensor:
         c = early = F.silu(self.conditioning(t, s, cond)).to(x.dtype)
         first = 0 if self.arrival_blocks is None else max(0, len(self.blocks) - self.arrival_blocks)
         if first:
@@ -140,9 +163,9 @@ class DiTNet(nn.Module):
         return x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], rows * columns, -1)
 
     def _image(self, h: Tensor) -> Tensor:
-        (rows, columns), p = self.grid, self.patch
-        h = h.reshape(h.shape[0], rows, columns, self.shape[0], p, p)
-        return h.permute(0, 3, 1, 4, 2, 5).reshape(h.shape[0], *self.shape)
+        (rows, columns), p, channels = self.grid, self.patch, self.points * self.shape[0]
+        h = h.reshape(h.shape[0], rows, columns, channels, p, p)
+        return h.permute(0, 3, 1, 4, 2, 5).reshape(h.shape[0], channels, *self.shape[1:])
 
 
 class Block(nn.Module):

@@ -24,7 +24,8 @@ class ExtraCondition:
     """A condition in addition to class and guidance scale, by its name in cond.
 
     kind "number": an integer below `size`, -1 or absent for none. kind "context": `size` numbers in any shape, zeros or
-    absent for none. kind "code": the code of a learned prior, `size` numbers, never absent.
+    absent for none. kind "code": the code of a learned prior, `size` numbers, never absent. kind "interval": two times
+    in [0, 1], absent for (0, 1); it has no effect until it is trained.
     """
 
     name: str
@@ -35,7 +36,9 @@ class ExtraCondition:
         assert self.kind in EXTRA_EMBEDDINGS, self.kind
 
     def example(self, rows: int) -> Tensor:
-        """Zeros in the shape of the condition with `rows` rows."""
+        """Zeros in the shape of the condition with `rows` rows; for an interval, (0, 1)."""
+        if self.kind == "interval":
+            return torch.tensor([[0.0, 1.0]]).repeat(rows, 1)
         return torch.zeros(rows, dtype=torch.int64) if self.kind == "number" else torch.zeros(rows, self.size)
 
 
@@ -96,7 +99,25 @@ class CodeEmbedding(nn.Module):
         return self.out(F.silu(self.hidden(z.to(self.hidden.weight.dtype))))
 
 
-EXTRA_EMBEDDINGS = {"number": NumberEmbedding, "context": ContextEmbedding, "code": CodeEmbedding}
+class IntervalEmbedding(nn.Module):
+    """The sum of the embeddings of the ends of intervals of time, (B, 2) -> (B, width); zero until it is trained."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.ends = nn.ModuleList(ScalarEmbedding(width, silent=True) for _ in range(size))
+
+    def forward(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            value = torch.tensor([0.0, 1.0], device=next(self.parameters()).device)
+        return sum(embed(end) for embed, end in zip(self.ends, value.unbind(-1), strict=True))
+
+
+EXTRA_EMBEDDINGS = {
+    "number": NumberEmbedding,
+    "context": ContextEmbedding,
+    "code": CodeEmbedding,
+    "interval": IntervalEmbedding,
+}
 
 
 class ExtraEmbeddings(nn.ModuleList):

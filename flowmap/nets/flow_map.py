@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.flow.types import Cond, broadcast_time
+from flowmap.nets.policy import EmitsPolicy
+from flowmap.nets.prediction import Predicts
 from flowmap.nets.stacked import StackedNet
 from flowmap.nets.time_embedding import EmbedsTime
 
@@ -61,6 +63,13 @@ class FlowMapNet(nn.Module):
         """The instantaneous velocity F(x, t, t)."""
         return self.mean_velocity(x, t, t, cond)
 
+    def policy(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
+        """The velocities u_k (B, K, ...) of the policy on [s, t] (flow/policy.py). ValueError for another network."""
+        if not isinstance(self.net, EmitsPolicy) or self.net.points == 1:
+            raise ValueError("student.points: must be 2 or more, of a network of kind dit or mlp, to give a policy")
+        with self._precision(x.device.type):
+            return self.net.policy(x, t, s, cond).to(x.dtype)
+
     @property
     def empty(self) -> Cond:
         """The conditions of an empty text, one row each, which the network uses where a call gives none."""
@@ -102,7 +111,7 @@ def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple
     return None if first is None else (first, shapes[0].get(first, "absent"), shapes[1].get(first, "absent"))
 
 
-SILENT = ("arrival.", "guidance.")
+SILENT = ("arrival.", "guidance.", "ends.")  # the branches that start at zero
 BESIDE_NET = "uncertainty."  # the prefix of state dict keys that do not belong to the flow map
 
 
@@ -111,10 +120,11 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet, *, share: bool = False)
 
     share: the student's parameters have the teacher's memory instead, in the teacher's precision.
 
-    Arrival and guidance branches that the teacher does not have keep their initial value, which is zero. A student that
-    embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to the error of the fit
-    (time_embedding.py). A stack copies the weights of a single network to both of its networks. Raises a ValueError,
-    and changes nothing, if the networks differ in anything except those.
+    Branches for arrival, guidance and its interval that the teacher does not have keep their initial value, which is
+    zero. A student that embeds t gets an embedding fitted to the teacher's, if that embeds another time: F is then v to
+    the error of the fit (time_embedding.py). A stack copies the weights of a single network to both of its networks.
+    The outputs of a policy are copies of the teacher's one. Raises a ValueError, and changes nothing, if the networks
+    differ in anything except those.
     """
     if isinstance(student.net, StackedNet) and not isinstance(teacher.net, StackedNet):
         for part in student.net.parts:
@@ -122,12 +132,18 @@ def start_from(student: FlowMapNet, teacher: FlowMapNet, *, share: bool = False)
         return
     if _embeds_other_time(teacher.net) and not _embeds_other_time(student.net):
         teacher = FlowMapNet(teacher.net.with_embedding_of_t())
+    if isinstance(student.net, EmitsPolicy) and isinstance(teacher.net, EmitsPolicy):
+        if student.net.points > teacher.net.points == 1:
+            teacher = FlowMapNet(teacher.net.with_points(student.net.points))
     wanted, given = student.state_dict(), teacher.state_dict()
     differ = [key for key in wanted if key not in given and not any(part in key for part in SILENT)]
     differ += [key for key in given if key not in wanted or wanted[key].shape != given[key].shape]
     if differ:
         names = ", ".join(differ[:3]) + (" ..." if len(differ) > 3 else "")
         raise ValueError(f"student: its network is not the teacher's: {names}")
+    if isinstance(student.net, Predicts) and isinstance(teacher.net, Predicts):
+        if (own := student.net.prediction) != (other := teacher.net.prediction):
+            raise ValueError(f"student.prediction: {own!r} cannot start with weights that predict {other!r}")
     if share:
         buffers = {name for name, _ in student.named_buffers()}
         given = {name: value.clone() if name in buffers else value for name, value in given.items()}

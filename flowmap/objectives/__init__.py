@@ -17,6 +17,7 @@ from flowmap.objectives.language import TextELBO, TextJoint
 from flowmap.objectives.lediflow import VarianceGuided
 from flowmap.objectives.mean_velocity_match import MeanVelocityMatch
 from flowmap.objectives.meanflow import MeanFlow
+from flowmap.objectives.pi_flow import PiFlow
 from flowmap.objectives.rcgm import RCGM
 from flowmap.objectives.reconstruction import Reconstruction
 from flowmap.objectives.rectified import Rectified
@@ -27,6 +28,7 @@ from flowmap.objectives.score_distillation import ScoreDistillation
 from flowmap.objectives.self_distilled import ESD, LSD, PSD
 from flowmap.objectives.self_fake import SelfFake
 from flowmap.objectives.shortcut import Shortcut
+from flowmap.objectives.twin import Twin
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
 
@@ -38,6 +40,7 @@ OBJECTIVES = {
     "meanflow": MeanFlow,
     "alpha_flow": AlphaFlow,
     "rcgm": RCGM,
+    "pi_flow": PiFlow,
     "scm": SCM,
     "esd": ESD,
     "lsd": LSD,
@@ -59,5 +62,10 @@ OBJECTIVES = {
     "variance_guided": VarianceGuided,
 }
 
-TERMS = {"reverse_kl": ReverseKL, "self_fake": SelfFake, "mean_velocity_match": MeanVelocityMatch}
+TERMS = {
+    "reverse_kl": ReverseKL,
+    "self_fake": SelfFake,
+    "mean_velocity_match": MeanVelocityMatch,
+    "twin": Twin,
+}
 """The distribution-matching terms of objective joint."""

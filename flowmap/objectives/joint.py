@@ -64,7 +64,9 @@ class Joint(DrawingObjective):
         return self
 
     def check(self, recipe: RecipeView) -> None:
-        check_samples(recipe, "objective joint")
+        check_samples(recipe, "objective joint", needs_teacher=not self.term.twin)
+        if self.term.twin and self.base.diagonal:
+            raise ValueError("objective.base: trains velocities alone, without the input that the twin needs")
         if self.base.artifact != "student" or self.base.draws_samples:
             raise ValueError("objective.base: must be an objective that trains a flow map and draws no samples")
 

@@ -34,11 +34,12 @@ class Samples(NamedTuple):
 
 
 class Term(Protocol):
-    """A loss of the student's samples: reverse_kl.py, self_fake.py, mean_velocity_match.py.
+    """A loss of the student's samples: reverse_kl.py, self_fake.py, mean_velocity_match.py, twin.py.
 
     fake_steps: the steps of the fake score network before each step of the student; 0: the term has none. fake_lr: its
     learning rate, None for the optimizer's. by_jump: whether it learns a law for each jump (`OfJump`).
-    intervals: whether the term compares over intervals [s, t], not at single times.
+    intervals: whether the term compares over intervals [s, t], not at single times. twin: whether the student itself
+    gives both velocities, by its interval input, so that no teacher is needed.
     """
 
     @property
@@ -53,10 +54,13 @@ class Term(Protocol):
     @property
     def intervals(self) -> bool: ...
 
+    @property
+    def twin(self) -> bool: ...
+
     def __call__(self, network: FlowMap, teacher: Teacher | None, sample: PathSample, step: int) -> Loss:
         """The student's loss, through sample.x0, its samples with their graph.
 
-        network: the fake score network, or the student if the term has none; it gets no gradient.
+        network: the fake score network, or the student if the term has none; it gets no gradient, but for a twin.
         """
         ...
 
@@ -104,9 +108,9 @@ def velocity_of(teacher: Teacher | None, kind: str) -> Teacher:
     return teacher
 
 
-def check_samples(recipe: RecipeView, kind: str) -> None:
-    """Raise ValueError where the law of the student's samples cannot be compared with the teacher's."""
-    if recipe.teacher is None:
+def check_samples(recipe: RecipeView, kind: str, *, needs_teacher: bool = True) -> None:
+    """Raise ValueError where the law of the student's samples cannot be compared with the teacher's, or the data's."""
+    if recipe.teacher is None and needs_teacher:
         raise ValueError(NO_TEACHER.format(kind))
     if recipe.trainer.strategy == "fsdp":
         raise ValueError(f"trainer.strategy: 'fsdp' cannot shard the fake of {kind}; use ddp")

@@ -2,8 +2,8 @@
 
 Sources: Cheng et al. 2025, arXiv:2512.05150 (TwinFlow), and Sun, Lin 2025, "Any-step generation via N-th order
 recursive consistent velocity field estimation"; the target as TwinFlow's public code has it (Apache-2.0), as the
-papers' text was not at hand. TwinFlow's self-adversarial half, which trains the student at negative times on its own
-samples and compares the two velocities, is not implemented, nor is the weight that its code gives to short intervals.
+papers' text was not at hand. TwinFlow's self-adversarial half is the term twin of objective joint (twin.py). The weight
+that its code gives to short intervals is not implemented.
 Clock: 0 data, 1 noise. With m = max(t - interval, s), y = x - (t - m) v and P the displacement of `order` equal jumps
 of the student from (y, m) to s:
 

@@ -34,6 +34,7 @@ class ReverseKL:
     fake_lr: Rate | None = None
     by_jump: bool = True
     intervals: ClassVar[bool] = False
+    twin: ClassVar[bool] = False
 
     def __post_init__(self):
         check_ranges(self)

@@ -37,6 +37,7 @@ class SelfFake:
     fake_lr: ClassVar[None] = None
     by_jump: ClassVar[bool] = False
     intervals: ClassVar[bool] = False
+    twin: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "derivative", derivative_named(self.derivative))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flowmap.base.schema import RecipeError, construct, kind_of
 from flowmap.nets.dit import DiT
+from flowmap.nets.mlp import MLP
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.stacked import NetSpec, Stacked
 from flowmap.nets.text_joint import TextJoint
@@ -26,15 +27,22 @@ def as_started(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:
     Raises RecipeError if that network has no such setting.
     """
     net, start = with_time_embedding(recipe, net), recipe.start
-    if not isinstance(start, FromTeacher) or start.arrival_blocks is None or net is None:
+    if not isinstance(start, FromTeacher) or net is None:
         return net
-    if not isinstance(net, DiT):
-        what = f"a network of kind {kind_of(net, TABLES)} shows the arrival time to all of its blocks; leave it out"
-        raise RecipeError(f"{recipe.name}: student.arrival_blocks: {what}")
-    try:
-        return replace(net, arrival_blocks=start.arrival_blocks)
-    except ValueError as error:
-        raise RecipeError(f"{recipe.name}: student.{error}") from error
+    for name, kinds, why in (
+        ("arrival_blocks", (DiT,), "shows the arrival time to all of its blocks"),
+        ("points", (DiT, MLP), "has one output"),
+    ):
+        if (value := getattr(start, name)) is None:
+            continue
+        if not isinstance(net, kinds):
+            what = f"a network of kind {kind_of(net, TABLES)} {why}; leave it out"
+            raise RecipeError(f"{recipe.name}: student.{name}: {what}")
+        try:
+            net = replace(net, **{name: value})
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}: student.{error}") from error
+    return net
 
 
 def with_time_embedding(recipe: Recipe, net: StudentSpec | None) -> StudentSpec | None:

@@ -94,7 +94,9 @@ def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     found = _of_card(run, teacher, run.pairs_cards[0])
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
-        found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
+        found["guidance"] = {
+            key: value for key, value in plain.items() if key not in ("scale", "default", "interval_input")
+        }
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
         found["weak"] = _of_card(run, teacher, run.pairs_cards[1])
     return found

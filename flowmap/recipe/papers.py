@@ -31,6 +31,13 @@ PAPERS = {
         2025,
         "2512.02012",
     ),
+    "pmf": (
+        "One-step latent-free image generation with pixel mean flows",
+        "student.prediction: data, recipe digits-pmf",
+        "Lu, Lu, Sun, et al.",
+        2026,
+        "2601.22158",
+    ),
     "alpha_flow": (
         "AlphaFlow: understanding and improving MeanFlow models",
         "objective alpha_flow",
@@ -47,10 +54,17 @@ PAPERS = {
     ),
     "twinflow": (
         "TwinFlow: realizing one-step generation on large models with self-adversarial flows",
-        "objective rcgm",
+        "objective rcgm; term twin of objective joint",
         "Cheng, Sun, Li, Lin",
         2025,
         "2512.05150",
+    ),
+    "pi_flow": (
+        "pi-Flow: policy-based few-step generation via imitation distillation",
+        "objective pi_flow",
+        "Chen, Zhang, Tan, Guibas, Wetzstein, Bi",
+        2025,
+        "2510.14974",
     ),
     "facm": (
         "FACM: flow-anchored consistency models",

@@ -24,6 +24,7 @@ from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
 from flowmap.flow.types import RecipeView
 from flowmap.nets.lora import LoRA
+from flowmap.nets.policy import Points
 from flowmap.nets.quantized import FORMATS
 
 
@@ -54,13 +55,15 @@ class FromTeacher(BaseStudent):
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
     teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
     (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's. arrival_blocks: the number of
-    last blocks that see the arrival time, of a DiT; null for all.
+    last blocks that see the arrival time, of a DiT; null for all. points: the number of outputs, each of which starts
+    as the teacher's, of a DiT or an MLP; two or more are a policy, for objective pi_flow; null for one.
     """
 
     lora: LoRA | None = None
     dropout: BelowOne | None = None
     time_embedding: str | None = added(None)
     arrival_blocks: Depth | None = added(None)
+    points: Points | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -101,11 +104,14 @@ class FromRecipe(BaseStudent):
 class ClassifierFree(Part):
     """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
     evaluation. interval: the times t, of 0 data to 1 noise, where guidance acts; elsewhere the scale is 1.
+    interval_input: the student takes an interval within it as an input, in which guidance acts (improved MeanFlow,
+    arXiv:2512.02012); in training its ends are uniform in the two halves of `interval`.
     """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 1.5
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: bool = added(False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -123,7 +129,8 @@ class Autoguidance(Part):
     """v = w v_strong + (1 - w) v_weak.
 
     The weak model is one of: another card, an earlier snapshot of the same run (at a share of its steps, in (0, 1)), or
-    the same network with some blocks skipped. scale, default, interval: as of classifier_free.
+    the same network with some blocks skipped. scale, default, interval, interval_input: as
+    of classifier_free.
     """
 
     weak: str | None = None
@@ -132,6 +139,7 @@ class Autoguidance(Part):
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 2.0
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: bool = added(False)
 
     def __post_init__(self):
         check_ranges(self)
@@ -151,6 +159,7 @@ class Embedded(Part):
     scale: tuple[FromZero, FromZero] = (1.0, 5.0)
     default: FromZero = 3.5
     interval: tuple[Share, Share] = added((0.0, 1.0))
+    interval_input: ClassVar[bool] = False  # no network that such a student has takes one
 
     def __post_init__(self):
         check_ranges(self)

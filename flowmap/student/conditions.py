@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -95,3 +96,22 @@ def rows_of(value: Any, num: int, key: str, dtype: torch.dtype) -> Tensor:
     if tensor.shape != (num,):
         raise ValueError(f"{key}: has shape {tuple(tensor.shape)}, wants one value or {num}")
     return tensor.to(dtype)
+
+
+def intervals_of(value: Any, num: int, widest: tuple[float, float]) -> Tensor:
+    """The intervals of guidance as (num, 2) float32, `widest` where value is None; one pair for all samples, or one
+    each. Raises ValueError for what is no interval; one that was not trained on is a warning.
+    """
+    try:
+        given = torch.as_tensor(widest if value is None else value, dtype=torch.float32)
+        intervals = given.reshape(*given.shape[:-1], 2).expand(num, 2)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"guidance_interval: {value!r} is no pair of times, nor {num} pairs") from None
+    low, high = intervals.unbind(1)
+    if not bool(((low >= 0) & (low <= high) & (high <= 1)).all()):
+        raise ValueError(f"guidance_interval: {value} must be times (low, high) with 0 <= low <= high <= 1")
+    first, last = widest
+    if not bool(((low >= first - 1e-6) & (high <= last + 1e-6)).all()):
+        what = f"guidance_interval: {value} is not within {first:g}..{last:g}, where this student was trained on it"
+        warnings.warn(what, stacklevel=4)
+    return intervals

@@ -68,6 +68,8 @@ class StudentConfig:
     arrival             whether the network takes an arrival time; False for a plain velocity (a teacher)
     guidance            the range of scales that it was trained on and the default, None where the scale is no input
     baked_guidance      the one guidance scale of the pairs that it was trained on, None where there was none
+    guidance_interval   the default times in which guidance acts, and the widest of those that it was trained on; None
+                        where they are no input
     text                the text encoder of its prompts
     lora, base          its weights are adapters and branches on top of the frozen `base`
     prior               the learned prior in the folder prior/, where samples do not start from N(0, I)
@@ -91,6 +93,7 @@ class StudentConfig:
     recipe: str = "unnamed"
     recipe_hash: str = ""
     step: int = 0
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self):
         if not self.shape or min(self.shape) < 1:
@@ -98,6 +101,8 @@ class StudentConfig:
         self._check_classes()
         if self.guidance is not None and not all(0 <= scale < math.inf for scale in self.guidance):
             raise ValueError(f"guidance: {self.guidance} must be finite scales from 0")
+        if (found := self.guidance_interval) is not None and not 0 <= found[0] < found[1] <= 1:
+            raise ValueError(f"guidance_interval: {found} must be two rising times in [0, 1]")
         if self.lora is not None and not (isinstance(self.net, DiffusersModel) and self.base is not None):
             raise ValueError("lora: adapters are for a network of kind diffusers with a named base")
         if not student_part(self.net).takes_extra_conditions:
@@ -130,6 +135,9 @@ class StudentConfig:
 
     def _check_no_extra_conditions(self) -> None:
         kind = kind_of(self.net, TABLES)
+        if self.guidance_interval is not None:
+            what = f"a network of kind {kind} takes no interval as an input"
+            raise ValueError(f"teacher.guidance.interval_input: {what}; set it to false")
         if self.conditioning:
             raise ValueError(
                 f"prior.conditioning: a network of kind {kind} takes no code z; set prior.conditioning: false"
@@ -181,7 +189,8 @@ class StudentConfig:
         attributes = (ExtraCondition(one.name, len(one.values), "number") for one in self.sentences.attributes)
         contexts = (ExtraCondition(name, math.prod(self.shape), "context") for name in self.sentences.contexts)
         code = [ExtraCondition("z", self.prior.size, "code")] if self.prior is not None and self.conditioning else []
-        return (*attributes, *contexts, *code)
+        interval = [] if self.guidance_interval is None else [ExtraCondition("guidance_interval", 2, "interval")]
+        return (*attributes, *contexts, *code, *interval)
 
     def frozen_base(self) -> Base:
         """The base of a LoRA student."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import read_json
-from flowmap.base.schema import RecipeError, construct, to_plain
+from flowmap.base.schema import RecipeError, added, construct, to_plain
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text.dataset import Attribute
 from flowmap.flow.types import Sampler
@@ -49,6 +49,7 @@ class _Flat:
     recipe_hash: str = ""
     step: int = 0
     format: int = FORMAT
+    guidance_interval: tuple[float, float] | None = added(None)
 
     def typed(self) -> StudentConfig:
         """The configuration that these settings describe."""

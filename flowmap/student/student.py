@@ -22,7 +22,16 @@ from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import merged
 from flowmap.samplers import Tilted, asked_for
 from flowmap.student.compiled import compiled, compiler_needed
-from flowmap.student.conditions import NO_NEGATIVE, codes_of, labels_of, no_scale, prompts_of, rows_of, texts_of
+from flowmap.student.conditions import (
+    NO_NEGATIVE,
+    codes_of,
+    intervals_of,
+    labels_of,
+    no_scale,
+    prompts_of,
+    rows_of,
+    texts_of,
+)
 from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
 from flowmap.student.hub import OnHub
 from flowmap.student.prior import PRIOR, load_prior
@@ -93,6 +102,7 @@ class Student(Sentences, OnHub):
         solver: str | None = None,
         compile: bool = False,
         reward: Tilted | Reward | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Tensor | list[str]:
         """(num, *shape): pictures in [-1, 1], or num sentences. Raises ValueError that names what is wrong.
 
@@ -113,7 +123,10 @@ class Student(Sentences, OnHub):
                     faster; the samples are the same to rounding. ValueError if nothing can compile it here
         reward      a function (pictures, conditions) -> (B,), or a Tilted (samplers/tilted.py) with its settings, by
                     whose reward the samples are chosen; on the student's own grid
+        guidance_interval    the times (low, high) in which guidance acts, where they are an input
         """
+        if guidance_interval is not None:
+            cond = {**(cond or {}), "guidance_interval": guidance_interval}
         self._check_call(num, steps, seed, refines=refine is not None, latents=latents)
         generator = torch.Generator().manual_seed(seed)
         if guidance is None and solver is None and "guidance" not in (cond or {}):
@@ -268,6 +281,8 @@ class Student(Sentences, OnHub):
         if self.config.guidance is not None:
             scale = guidance if guidance is not None else cond.get("guidance", self.config.guidance[2])
             rows["guidance"] = self._scales(num, scale, self.config.guidance)
+        if (widest := self.config.guidance_interval) is not None:
+            rows["guidance_interval"] = intervals_of(cond.get("guidance_interval"), num, widest).to(self.device)
         return rows
 
     def _check_conditions(self, cond: Mapping[str, Any], guidance: float | None) -> None:
@@ -275,7 +290,9 @@ class Student(Sentences, OnHub):
         if not cond and guidance is None:
             return
         text = ("prompt", *ENCODED) if self.config.text is not None else ()
-        has = (("class", self.config.num_classes), ("guidance", self.config.guidance), ("z", self.config.prior))
+        numbers = ("guidance", "guidance_interval")
+        has = (("class", self.config.num_classes), ("z", self.config.prior))
+        has += tuple((name, getattr(self.config, name)) for name in numbers)
         allowed = [*(key for key, there in has if there), *text, *self.config.descriptions]
         if "negative_prompt" in cond:
             raise ValueError(f"negative_prompt: {cond['negative_prompt']!r} was given, but {NO_NEGATIVE}")

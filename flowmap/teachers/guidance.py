@@ -4,7 +4,8 @@ w = 1 is the strong prediction, w > 1 extrapolates away from the weak one. Sourc
 Salimans 2022, arXiv:2207.12598), autoguidance (Karras et al. 2024, arXiv:2406.02507). w is cond["guidance"] (B,), by
 default the field `default`. The key "guidance" is not passed to the inner teachers. If w is 1 for the whole batch,
 the weak prediction is not computed; `scales_differ` says that it is not, as in training, so that no device is asked.
-IntervalGuidance limits any guidance to an interval of times.
+IntervalGuidance limits any guidance to an interval of times, and to that of each row, cond["guidance_interval"] (B, 2),
+if there is one; it is not passed on either.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.teachers.streams import independent, may_overlap, on_two_streams
+
+INTERVAL = "guidance_interval"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Autoguidance:
 class IntervalGuidance:
     """The guided teacher at its scale for low <= t <= high, and at scale 1 elsewhere.
 
+    cond["guidance_interval"] (B, 2), if given, limits the scale further: it acts where t is in both intervals.
+
     Source: limited interval guidance (Kynkaanniemi et al. 2024, arXiv:2404.07724). teacher: reads cond["guidance"], and
     is the unguided one at scale 1. default: the scale where cond has none.
     """
@@ -104,8 +109,10 @@ class IntervalGuidance:
     def velocity(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The velocity, shaped like x; t is (B,)."""
         given = {} if cond is None else dict(cond)
-        scale = given.get("guidance", torch.full_like(t, self.default))
-        return self.teacher.velocity(x, t, given | {"guidance": torch.where(self.acts(t), scale, 1.0)})
+        scale, acts = given.get("guidance", torch.full_like(t, self.default)), self.acts(t)
+        if (drawn := given.pop(INTERVAL, None)) is not None:
+            acts = acts & (t >= drawn[:, 0]) & (t <= drawn[:, 1])
+        return self.teacher.velocity(x, t, given | {"guidance": torch.where(acts, scale, 1.0)})
 
     def acts(self, t: Tensor) -> Tensor:
         """Whether t is in the interval, shaped like t."""
@@ -159,7 +166,7 @@ def _split(cond: Cond | None, default: float) -> tuple[Tensor | float, Cond | No
     """The guidance scale, and cond without it (None if no other key is left)."""
     if cond is None:
         return default, None
-    inner = {key: value for key, value in cond.items() if key != "guidance"}
+    inner = {key: value for key, value in cond.items() if key not in ("guidance", INTERVAL)}
     return cond.get("guidance", default), inner or None
 
 

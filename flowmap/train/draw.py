@@ -45,7 +45,8 @@ def draw_sample(
     x1: Tensor | None = None,
     prior: LearnedPrior | None = None,
 ) -> PathSample:
-    """Draw noise, times, dropped conditions and guidance scale for x0 (B, ...), in this order, from one generator.
+    """Draw noise, times, dropped conditions, guidance scale and interval for x0 (B, ...), in this order, by one
+    generator.
 
     x1: the noise that the batch is paired with; then the prior draws nothing, and its code, if any, is cond["z"].
     prior: the recipe's learned prior, if it has one. A dropped condition is class -1, and for text the row of `empty`
@@ -70,6 +71,8 @@ def draw_sample(
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = low + (high - low) * uniforms(n, device, generator)
+        if guidance.interval_input:
+            cond["guidance_interval"] = _intervals(n, device, generator, *guidance.interval)
     place = generator.host_rows if isinstance(generator, RowGenerator) else None
     return replace(
         recipe.path.sample(x0, start.x1, t, s, {**cond, **start.conditioning} or None),
@@ -77,3 +80,10 @@ def draw_sample(
         place=place,
         still=None if place is None else diagonal_rows(recipe.times, place),
     )
+
+
+def _intervals(n: int, device: torch.device, generator: Generator, low: float, high: float) -> Tensor:
+    """Intervals (n, 2) within [low, high] around its middle: one end uniform in each half."""
+    half = (high - low) / 2
+    ends = [low + half * (i + uniforms(n, device, generator)) for i in range(2)]
+    return torch.stack(ends, 1)

@@ -115,3 +115,14 @@ def still_and_towards(objective, teacher, sample, *, accuracy, step=0, off=0.02,
         by_scale, _ = slopes(objective, Nearly(teacher, scale=1 + off * sign), teacher, sample, step)
         _, by_shift = slopes(objective, Nearly(teacher, shift=off * sign), teacher, sample, step)
         assert sign * by_scale > least and sign * by_shift > least
+
+
+def exact_policy(teacher, x, t, s, num_points):
+    """The velocities u_k (B, K, ...) of the policy whose data predictions are exact at the K times (flow/policy.py)."""
+    found = []
+    for k in range(num_points):
+        tau = s + (t - s) * k / (num_points - 1)
+        y = teacher.flow_map(x, t, tau)
+        data = y - broadcast_time(tau, x) * teacher.velocity(y, tau)
+        found.append((x - data) / broadcast_time(t, x))
+    return torch.stack(found, 1)

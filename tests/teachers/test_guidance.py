@@ -7,6 +7,7 @@ from flowmap.nets import MLP
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.teachers.exact import GaussianTeacher
 from flowmap.teachers.guidance import (
+    INTERVAL,
     Autoguidance,
     ClassifierFree,
     IntervalGuidance,
@@ -142,6 +143,20 @@ def test_an_interval_of_classifier_free_guidance_keeps_the_condition():
     guided = 2.5 * given - 1.5 * without
     torch.testing.assert_close(v, torch.where(torch.tensor([[0], [0], [1], [1], [0]]) == 1, guided, given))
     assert cond["guidance"].tolist() == [2.5] * 5
+
+
+def test_guidance_acts_where_t_is_in_the_interval_of_the_row_and_in_the_teachers():
+    """Rows: inside both, outside the teacher's, outside its own, at its own end, in a full interval."""
+    x, t = draw(), torch.tensor([0.5, 0.9, 0.5, 0.3, 0.5], dtype=torch.float64)
+    own = torch.tensor([[0.4, 0.6], [0.0, 1.0], [0.6, 1.0], [0.3, 0.4], [0.0, 1.0]], dtype=torch.float64)
+    network = Recorder(STRONG)
+    v = IntervalGuidance(Autoguidance(network, WEAK), 0.2, 0.8, default=2.1).velocity(x, t, {INTERVAL: own})
+    strong, weak = STRONG.velocity(x, t), WEAK.velocity(x, t)
+    torch.testing.assert_close(v[[0, 3, 4]], (2.1 * strong - 1.1 * weak)[[0, 3, 4]])
+    assert torch.equal(v[1:3], strong[1:3]) and network.conds == [None]
+    plain = ClassifierFree(network)  # without an interval of its own it passes none on either
+    plain.velocity(x, t, {"class": torch.arange(5), INTERVAL: own})
+    assert network.conds[1].keys() == {"class"}
 
 
 def test_a_scale_that_the_network_reads_is_one_outside_the_interval():

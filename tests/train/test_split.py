@@ -40,6 +40,7 @@ KINDS = {  # by objective kind: the recipe, and what is changed in it
     "meanflow": (TINY, "objective={kind: meanflow}", SHARES),
     "alpha_flow": (TINY, "objective={kind: alpha_flow, end_steps: 4, gamma: 1.0}", SHARES),
     "rcgm": (TINY, "objective={kind: rcgm, interval: 0.1}", SHARES),
+    "pi_flow": (TINY, "objective={kind: pi_flow}", "student={kind: mlp, width: 16, points: 3}", SHARES),
     "scm": (TINY, "objective={kind: scm, warmup_steps: 0, weight: {kind: learned}}", "times={kind: consistency}"),
     "facm": (TINY, "objective={kind: facm}", "times={kind: consistency}"),
     "esd": (TINY, "objective={kind: esd, weight: {kind: learned}}", SHARES),
