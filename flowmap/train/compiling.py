@@ -15,7 +15,8 @@ from torch import nn
 
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
-from flowmap.flow.tangent.compiled import Compiled, Way, inductor_with_cuda_graphs
+from flowmap.flow.tangent.compiled import Compiled, Way
+from flowmap.flow.tangent.inductor import inductor_with_cuda_graphs
 from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import Recipe

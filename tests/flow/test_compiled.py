@@ -11,15 +11,17 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager, aot_eager_decomp_partition
 from torch._inductor import compile_fx, config
+from torch._inductor.codegen.cpp import CppScheduling
 
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.flow.tangent import dual
 from flowmap.flow.tangent import rows as tangent_rows
-from flowmap.flow.tangent.compiled import Compiled, inductor, inductor_with_cuda_graphs, uncompiled
+from flowmap.flow.tangent.compiled import Compiled, uncompiled
+from flowmap.flow.tangent.inductor import inductor, inductor_with_cuda_graphs, mend_loop_split
 from flowmap.nets import NETS
 from flowmap.nets.diffusers_calls import CALLS
 from flowmap.nets.flow_map import FlowMapNet
-from tests.support.every_net import SMALL, WIDE, WITHOUT_DERIVATIVE
+from tests.support.every_net import SMALL, WIDE, WITHOUT_DERIVATIVE, Sized, own
 from tests.support.families import FAMILIES
 
 B = 3
@@ -271,6 +273,23 @@ def test_torch_func_passes_by():
 def test_compiled_by_inductor_it_is_the_dual_forward_to_rounding(name):
     student, draw = SMALL[name].student(), SMALL[name].draw(B)
     check_equal(student, [lambda: eulerian_derivative(student, **draw)], inductor, tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_so_is_a_norm_of_wide_groups():
+    """Inductor splits the loops of such a kernel (tangent/inductor.py)."""
+    wide = Sized(own(64))
+    student, draw = wide.student(), wide.draw(B)
+    check_equal(student, [lambda: eulerian_derivative(student, **draw)], inductor, tolerance=1e-4)
+
+
+def test_the_split_of_loops_is_left_out_where_it_fails(monkeypatch):
+    def fails(self, nodes):
+        raise AssertionError("({y0: s12}, {y0: s21})")
+
+    monkeypatch.setattr(CppScheduling, "try_loop_split", fails)
+    mend_loop_split.__wrapped__()
+    assert CppScheduling.try_loop_split(None, ["a kernel"]) == ["a kernel"]
 
 
 @pytest.mark.slow

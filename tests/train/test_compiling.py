@@ -12,7 +12,8 @@ from torch import nn
 import flowmap
 from flowmap.base.schema import RecipeError
 from flowmap.flow.path import Linear
-from flowmap.flow.tangent.compiled import Compiled, inductor_with_cuda_graphs
+from flowmap.flow.tangent.compiled import Compiled
+from flowmap.flow.tangent.inductor import inductor_with_cuda_graphs
 from flowmap.nets import DiT
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.objectives import AYFEMD

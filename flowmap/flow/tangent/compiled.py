@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from flowmap.flow.tangent.captured import is_dual, walked
 from flowmap.flow.tangent.dual import Context, DualTensor, dual_tensor
+from flowmap.flow.tangent.inductor import inductor, inductor_with_cuda_graphs
 from flowmap.flow.tangent.rows import Rows
 from flowmap.flow.tangent.walk import NotCaptured, enter, tangent_of
 
@@ -28,9 +29,6 @@ MOST_GRAPHS = 6
 
 Torch itself stops at 8.
 """
-
-CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-"""Inductor's settings for kernels that are recorded and replayed as one; graphs whose shapes change are left out."""
 
 COUNTER = itertools.count()
 
@@ -184,20 +182,6 @@ def own(function: Callable) -> Callable:
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(COUNTER)}")
     return FunctionType(code, function.__globals__, function.__name__)
-
-
-def inductor(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Torch's default compiler."""
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(graph, inputs)
-
-
-def inductor_with_cuda_graphs(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """The same; its kernels are recorded as CUDA graphs (torch.compiler.cudagraph_mark_step_begin starts a step)."""
-    from torch._inductor.compile_fx import compile_fx
-
-    return compile_fx(graph, inputs, config_patches=CUDA_GRAPHS)
 
 
 def reason_of(error: BaseException) -> str:
