@@ -12,6 +12,7 @@ from flowmap.data import Encoded, Folder, Pairs, TeacherSlot
 from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.nets.lora_file import lora_path
 from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_spec, trained_by
 from flowmap.plan.named_networks import weights_of
@@ -92,6 +93,9 @@ def _weights(trained: Resolved) -> Path:
 def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
     found = _of_card(run, teacher, run.pairs_cards[0])
+    if teacher.lora is not None:
+        weights = weights_hash(lora_path(teacher.lora, "coupling.teacher.lora"))
+        found["lora"] = {"weights": weights, "scale": teacher.lora_scale}
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
