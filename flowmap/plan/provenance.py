@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import weights_hash
+from flowmap.base.hub import is_repository
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Encoded, Folder, Pairs, TeacherSlot
 from flowmap.data.pairs import CLOCK, FORMAT
@@ -94,14 +95,23 @@ def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
     found = _of_card(run, teacher, run.pairs_cards[0])
     if teacher.lora is not None:
-        weights = weights_hash(lora_path(teacher.lora, "coupling.teacher.lora"))
-        found["lora"] = {"weights": weights, "scale": teacher.lora_scale}
+        found["lora"] = {**_of_lora(run, teacher.lora), "scale": teacher.lora_scale}
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {key: value for key, value in plain.items() if key not in ("scale", "default")}
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
         found["weak"] = _of_card(run, teacher, run.pairs_cards[1])
     return found
+
+
+def _of_lora(run: Resolved, source: str) -> dict[str, Any]:
+    """Return what identifies a LoRA: the weights of a file, the name of one on a hub."""
+    if not Path(source).exists() and is_repository(source):
+        return {"source": source}
+    try:
+        return {"weights": weights_hash(lora_path(source, "coupling.teacher.lora"))}
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
 def _of_card(run: Resolved, teacher: TeacherSlot, card: Card) -> dict[str, Any]:

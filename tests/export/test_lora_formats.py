@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from flowmap.export.lora import adapter_weights
+from flowmap.export import export
+from flowmap.export.lora import WEIGHTS
 from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.original_names import original_layer
-from flowmap.export.plan import make_plan
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.lora import Base, LoRA
 from flowmap.nets.lora_file import add_file
@@ -203,10 +204,11 @@ def test_a_style_and_a_few_step_adapter_reproduce_the_student_in_diffusers(tmp_p
     scheduler = json.dumps({"num_train_timesteps": 1000, "shift": 1.0})
     spec = DiffusersModel("SD3Transformer2DModel", _json(stock.config), "FlowMatchEulerDiscreteScheduler", scheduler)
     student = _student(spec, stock, style)
-    plan = make_plan(student, 1, 2.0, merge=False)
-    assert plan.student.config.base.lora == "style"
-    few_step = {f"transformer.{name}": value for name, value in adapter_weights(plan).items()}
-    save_file({name: value.contiguous() for name, value in few_step.items()}, tmp_path / "few_step.safetensors")
+    out = export(student, tmp_path / "out", to="lora", steps=1, guidance=2.0)
+    card = (out / "README.md").read_text()
+    assert 'pipe.set_adapters(["teacher", "few_step"], [0.5, 1.0])' in card
+    assert "relative to the base with the LoRA style at scale 0.5" in card and str(tmp_path) not in card
+    shutil.copy(out / WEIGHTS, tmp_path / "few_step.safetensors")
     x, text, pooled = torch.randn(5, 4, 8, 8), torch.randn(5, 7, TEXT), torch.randn(5, POOLED)
     one, zero, pipeline = torch.ones(5), torch.zeros(5), diffusers.StableDiffusion3Pipeline
     cond = {"text": text, "pooled": pooled, "guidance": 2.0 * one}
@@ -232,7 +234,7 @@ def test_a_style_and_a_few_step_adapter_reproduce_the_student_in_diffusers(tmp_p
 def _student(spec, stock, style) -> Student:
     """A LoRA student with random adapters and branches, whose base has half of the style."""
     lora = LoRA(2, 5.0, ("to_q", "to_out.0"))
-    base = Base("owner/base", lora="style", lora_scale=0.5)
+    base = Base("owner/base", lora=str(style.with_suffix("")), lora_scale=0.5)
     config = StudentConfig(spec, Deterministic(), (4, 8, 8), guidance=(1.0, 3.0, 2.0), lora=lora, base=base)
     net = DiffusersNet(copy.deepcopy(stock), *spec.clock(), arrival=False, guidance=False)
     add_file(net.model, style, 0.5, "teacher.lora")

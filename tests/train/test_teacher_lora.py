@@ -18,6 +18,7 @@ from flowmap.nets.lora_file import add_file
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.plan.plan import resolve
 from flowmap.plan.provenance import pairs_identity
+from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.student.folder import load_student, save_student
 from flowmap.train.fit import fit
 from flowmap.train.stage import Built
@@ -181,6 +182,14 @@ def test_in_bf16_the_sum_is_rounded_once(place):
         assert torch.equal(rounded.get_parameter(name).to(torch.bfloat16), weight.to(torch.bfloat16)), name
 
 
+def test_a_module_has_none_and_a_lora_on_a_hub_is_named_in_the_pairs_identity(place):
+    with pytest.raises(ValueError, match="lora: wants a teacher of kind card"):
+        ModuleTeacher(module="mine", shape=(1, 8, 8), lora="style.safetensors")
+    recipe = flowmap.read_recipe(place / "styled.yaml", ["teacher.lora=someone/style"])
+    pairs = recipe.changed(coupling=flowmap.data.Pairs(teacher=recipe.teacher), teacher=None, student=_net())
+    assert pairs_identity(resolve(pairs))["teacher"]["lora"] == {"source": "someone/style", "scale": SCALE}
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -232,7 +241,7 @@ def test_what_does_not_fit_the_adapters_is_one_line(place, tmp_path):
     for settings, says in (
         (["student.lora.rank=2"], "student: lora_start: .* has rank 3, more than lora.rank, 2"),
         (["student.lora.targets=[to_v]"], "lora_start: .*the student has no adapter there; lora.targets wants "),
-        (["student.lora_start=nowhere"], "student.lora_start: 'nowhere': there is no such file or folder"),
+        (["student.lora_start=nowhere"], "lora_start: 'nowhere': there is no such file or folder"),
         (["student.lora=null"], "student.lora_start: .* wants student.lora"),
     ):
         with pytest.raises(RecipeError, match=says) as error:
