@@ -36,8 +36,16 @@ def build_fake(
     if matching is None or not matching.term.fake_steps:
         return None
     as_teacher = _starts_as_teacher(run, teacher) and run.recipe.lora is None
-    of = run.changed(student=FromTeacher()) if as_teacher else run
+    of = run.changed(student=FromTeacher()) if as_teacher else _without_lora_start(run)
     return build_student(of, fake_config(run, config, teacher), teacher, start=start)
+
+
+def _without_lora_start(run: ResolvedRun) -> ResolvedRun:
+    """Return the run whose adapters start at zero: the fake's velocity is the teacher's at first."""
+    begin = run.recipe.start
+    if not isinstance(begin, FromTeacher) or begin.lora_start is None:
+        return run
+    return run.changed(student=replace(begin, lora_start=None))
 
 
 def _starts_as_teacher(run: ResolvedRun, teacher: BuiltTeacher | None) -> bool:

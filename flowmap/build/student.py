@@ -18,7 +18,8 @@ from flowmap.data.outline import DataOutline, outline_of
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import check_text
 from flowmap.nets.flow_map import FlowMapNet, start_from
-from flowmap.nets.lora import Base, fingerprint
+from flowmap.nets.lora import Base, fingerprint, start_adapters
+from flowmap.nets.lora_file import lora_path
 from flowmap.nets.module import without_source
 from flowmap.nets.precision import KEPT
 from flowmap.nets.stacked import Stacked, net_within
@@ -103,6 +104,7 @@ def build_student(
                 torch.manual_seed(recipe.seed)
                 flow_map = config.build(network.flow_map.net)
                 flow_map.held = network.flow_map.held
+                _start_adapters(run, flow_map)
                 return flow_map
             if start is None:
                 start = _started_from(run, network)
@@ -116,6 +118,14 @@ def build_student(
         except ValueError as error:
             raise RecipeError(f"{recipe.name}: student: {error}") from error
     return flow_map.requires_grad_(True)
+
+
+def _start_adapters(run: ResolvedRun, flow_map: FlowMapNet) -> None:
+    """Give the adapters the matrices of the recipe's `lora_start`, if any and if they have memory."""
+    start = run.recipe.start
+    if isinstance(start, FromTeacher) and start.lora_start is not None:
+        if not any(p.is_meta for p in flow_map.parameters()):
+            start_adapters(flow_map.net, lora_path(start.lora_start, "lora_start"), "lora_start")
 
 
 def _started_from(run: ResolvedRun, network: Student | None) -> FlowMapNet | None:
@@ -235,11 +245,13 @@ def _with_dropout(net: StudentSpec, run: ResolvedRun) -> StudentSpec:
 
 
 def _base(run: ResolvedRun, teacher: BuiltTeacher | None) -> Base:
-    """Return the source of a LoRA student's frozen weights: the teacher's card.
+    """Return the source of a LoRA student's frozen weights: the teacher's card, and its LoRA.
 
     The first process, which writes the student's folder, reads them all for their hash; the others leave it empty.
     """
     card = lora_card(run.recipe)
     assert teacher is not None and teacher.network is not None  # of kind diffusers
+    if teacher.network.config.base is not None:
+        return teacher.network.config.base
     digest = "" if is_child() else fingerprint(teacher.network.flow_map.net.model)
     return Base(card.pipeline, card.revision, digest)

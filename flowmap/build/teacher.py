@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from flowmap.base.distributed import is_child
 from flowmap.base.schema import RecipeError
 from flowmap.build.module import load_module
 from flowmap.data import Dataset, Guidance, Independent, TeacherSlot
@@ -18,8 +19,10 @@ from flowmap.data.outline import outline_of
 from flowmap.flow.clock import TableClock
 from flowmap.flow.solver import Euler, uniform_times
 from flowmap.flow.types import Cond, Teacher
-from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import FlowMapNet
+from flowmap.nets.lora import Base, fingerprint
+from flowmap.nets.lora_file import add_file, lora_path
 from flowmap.nets.precision import hold
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.objectives import FlowMatching
@@ -170,7 +173,7 @@ def _guided(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
 
 def _before_limits(run: ResolvedRun, slot: TeacherSlot) -> BuiltTeacher:
     card = run.cards[0]
-    strong, network, modules = _load(card, run)
+    strong, network, modules = _load(card, run, slot)
     weak, weak_modules = strong, tuple[nn.Module, ...]()
     if isinstance(slot.guidance, Autoguidance):
         weak, weak_modules = _weak(card, slot.guidance, run, network)
@@ -199,11 +202,14 @@ def teacher_of_networks(recipe: Recipe, networks: Sequence[FlowMapNet], empty: C
     return BuiltTeacher(guided_by(guidance, strong, weak), None, tuple(networks)).with_null_conditions(empty)
 
 
-def _load(card: Card, run: ResolvedRun) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
+def _load(
+    card: Card, run: ResolvedRun, slot: TeacherSlot | None = None
+) -> tuple[Teacher, Student | None, tuple[nn.Module, ...]]:
+    """Return a card's teacher and its networks, with the LoRA of `slot`."""
     if card.kind == "exact":
         return _exact(card, run), None, ()
     if card.kind == "diffusers":
-        return _pretrained(card, run)
+        return _pretrained(card, run, slot)
     if card.kind == "module":
         return load_module(run)
     if card.kind == "converted" and (line := missing_weights(card)):
@@ -222,12 +228,15 @@ def _exact(card: Card, run: ResolvedRun) -> MixtureTeacher:
     return MixtureTeacher(means=means, std=(data.std,), weights=tuple(data.weights.tolist()))
 
 
-def _pretrained(card: Card, run: ResolvedRun) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
+def _pretrained(
+    card: Card, run: ResolvedRun, slot: TeacherSlot | None
+) -> tuple[Teacher, Student, tuple[nn.Module, ...]]:
     try:
         spec, net = load_pretrained(card.pipeline, card.revision, as_stored=_as_stored(run.recipe))
         spec.check_teacher(tuple(card.shape))
     except ValueError as error:
         raise RecipeError(f"{run.name}: teacher.card: {card.name!r}: {error}") from error
+    base = None if slot is None else _with_lora(run, card, slot, net)
     flow_map = FlowMapNet(net)
     if any(p.dtype == torch.bfloat16 for p in net.parameters()):
         hold(flow_map.requires_grad_(False), torch.bfloat16)
@@ -238,15 +247,33 @@ def _pretrained(card: Card, run: ResolvedRun) -> tuple[Teacher, Student, tuple[n
         num_classes=card.num_classes,
         arrival=False,
         samples=Pixels(clamp=False),
+        base=base,
     )
     return NetworkTeacher(flow_map), Student(config, flow_map), (flow_map,)
 
 
+def _with_lora(run: ResolvedRun, card: Card, slot: TeacherSlot, net: DiffusersNet) -> Base | None:
+    """Add the slot's LoRA to the network, and return what a LoRA student's adapters are relative to; None without one.
+
+    The hash is that of the weights before, which are the same to the bit wherever they are read.
+    """
+    if slot.lora is None:
+        return None
+    hashed = run.recipe.lora is not None and not is_child()
+    base = Base(card.pipeline, card.revision, fingerprint(net.model) if hashed else "", slot.lora, slot.lora_scale)
+    try:
+        add_file(net.model, lora_path(slot.lora, "teacher.lora"), slot.lora_scale, "teacher.lora")
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
+    return base
+
+
 def _as_stored(recipe: Recipe) -> bool:
-    """Whether weights in bfloat16 are to stay so: the run rounds them to it, and no new embedding is fitted to them."""
-    start = recipe.start
+    """Whether weights in bfloat16 are to stay so: the run rounds them to it, and nothing is fitted or added to them."""
+    start, slot = recipe.start, recipe.teacher
     fitted = isinstance(start, FromTeacher) and start.time_embedding is not None
-    return recipe.trainer.frozen_precision == "bf16" and not fitted
+    changed = fitted or (slot is not None and slot.lora is not None)
+    return recipe.trainer.frozen_precision == "bf16" and not changed
 
 
 def _trained_folder(card: Card, run: ResolvedRun) -> Path:

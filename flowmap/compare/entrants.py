@@ -82,7 +82,8 @@ def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
         return None
     guidance = to_plain(slot.guidance, TABLES) or {}
     card = card_of(slot)  # a teacher may be named by its card, or by the recipe that trains it
-    named = {"card": card.recipe or card.name, "overrides": list(slot.overrides)}
+    named: dict[str, Any] = {"card": card.recipe or card.name, "overrides": list(slot.overrides)}
+    named |= {} if slot.lora is None else {"lora": slot.lora, "lora_scale": slot.lora_scale}
     return {
         **named,
         **{key: value for key, value in guidance.items() if key not in ("scale", "default")},

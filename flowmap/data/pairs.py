@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from flowmap.base.images import from_bytes, to_bytes
-from flowmap.base.ranges import Count, FromZero, Seed, Share, check_ranges
+from flowmap.base.ranges import Count, FromZero, LoRAScale, Seed, Share, check_ranges
+from flowmap.base.schema import added
 from flowmap.data import shards
 from flowmap.data.dataset import Dataset, StoredCond, full_precision
 from flowmap.data.shards import Made, check_sums, difference, from_column, open_shards
@@ -66,17 +67,23 @@ class Independent(BaseCoupling):
 class TeacherSlot(Part):
     """A frozen teacher, by its card or by the recipe that trains it, with its guidance.
 
-    overrides: key=value for the recipes that train it and its weak model.
+    overrides: key=value for the recipes that train it and its weak model. lora: a LoRA that is added to the network of
+    a card of kind diffusers, lora_scale times: a safetensors file, a folder that has one, or a hub id.
     """
 
     card: str | None = None
     guidance: Guidance | None = None
     overrides: tuple[str, ...] = ()
     recipe: str | None = None
+    lora: str | None = added(None)
+    lora_scale: LoRAScale = added(1.0)
 
     def __post_init__(self):
         if (self.card is None) == (self.recipe is None):
             raise ValueError("card: a teacher wants exactly one of card and recipe (one of ours)")
+        check_ranges(self)
+        if self.lora is None and self.lora_scale != 1.0:
+            raise ValueError(f"lora_scale: {self.lora_scale} wants lora, the file that it scales")
 
     def check(self, recipe: RecipeView) -> None:
         if not isinstance(recipe.path, Linear):
@@ -86,7 +93,15 @@ class TeacherSlot(Part):
 
     @property
     def name(self) -> str:
-        return self.card or self.recipe or ""
+        return (self.card or self.recipe or "") + self.with_lora
+
+    @property
+    def with_lora(self) -> str:
+        """The LoRA in words, after the name of what it is added to; empty without one."""
+        if self.lora is None:
+            return ""
+        times = "" if self.lora_scale == 1.0 else f" times {self.lora_scale:g}"
+        return f" with the LoRA {self.lora}{times}"
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> li
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
         nets = (f"{cost.parameters / 1e6:.2f} M ({card.name})" for card, cost in costs.teachers)
-        lines.append("teacher: " + " + ".join(nets))
+        lora = "" if run.recipe.teacher is None else run.recipe.teacher.with_lora
+        lines.append("teacher: " + " + ".join(nets) + lora)
     if config.prior is not None:
         lines.append(_prior(run, config))
     if costs.discriminator is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.base.files import write_json, write_tensors
+from flowmap.base.hub import is_repository
 from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import (
@@ -28,7 +29,7 @@ from flowmap.export.stock import (
 )
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.nets.lora import ADAPTER
+from flowmap.nets.lora import ADAPTER, Base
 from flowmap.teachers.autoencoder import Autoencoder
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -62,6 +63,9 @@ def write_peft(plan: Export, folder: Path) -> Written:
     source = "path/to/the/base/pipeline" if Path(base.source).is_dir() else base.source
     lines = ["from diffusers import DiffusionPipeline", "from peft import PeftModel", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}")']
+    if base.lora is not None:
+        lines += [f"pipe.load_lora_weights({_lora_source(base)})", f"pipe.fuse_lora(lora_scale={base.lora_scale:g})"]
+        lines += ["pipe.unload_lora_weights()"]
     lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
     return Written("\n".join(lines), (*_notes(plan), f"Sample with {_scheduler(plan, family)}."))
 
@@ -81,7 +85,7 @@ def write_comfyui(plan: Export, folder: Path) -> Written:
         f"Copy {COMFY_WEIGHTS} to ComfyUI's models/loras and load it with strength 1. The adapter depends on the "
         f"number of steps: sample with {plan.steps} steps of Euler on even sigmas, and cfg 1."
     )
-    return Written("\n".join(lines), (note,))
+    return Written("\n".join(lines), (note, *_relative(plan)))
 
 
 def _check(plan: Export) -> None:
@@ -149,10 +153,32 @@ def _snippet(plan: Export, text: TextParts | None) -> str:
     height, width = plan.student.config.shape[1:]
     size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
-    lines += [f"pipe = DiffusionPipeline.from_pretrained({source})", 'pipe.load_lora_weights("path/to/this/folder")']
+    lines += [f"pipe = DiffusionPipeline.from_pretrained({source})"]
+    if base.lora is None:
+        lines += ['pipe.load_lora_weights("path/to/this/folder")']
+    else:
+        lines += [f'pipe.load_lora_weights({_lora_source(base)}, adapter_name="teacher")']
+        lines += ['pipe.load_lora_weights("path/to/this/folder", adapter_name="few_step")']
+        lines += [f'pipe.set_adapters(["teacher", "few_step"], [{base.lora_scale:g}, 1.0])']
     lines += [f"pipe.scheduler = {_scheduler(plan, family)}"]
     decodes = plan.student.config.autoencoder is not None
     return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=decodes)])
+
+
+def _lora_source(base: Base) -> str:
+    """The LoRA in the student's base, as an argument of load_lora_weights."""
+    assert base.lora is not None
+    return f'"{base.lora}"' if is_repository(base.lora) and not Path(base.lora).exists() else '"path/to/the/lora"'
+
+
+def _relative(plan: Export) -> tuple[str, ...]:
+    """The note that the adapter is relative to a base with a LoRA; none without one."""
+    base = plan.student.config.frozen_base()
+    if base.lora is None:
+        return ()
+    name = base.lora if is_repository(base.lora) and not Path(base.lora).exists() else Path(base.lora).name
+    what = f"the base with the LoRA {name} at scale {base.lora_scale:g}, which its teacher had"
+    return (f"The adapter is relative to {what}: load both. With another scale of that LoRA it is untested.",)
 
 
 def _scheduler(plan: Export, family: Family) -> str:
@@ -167,7 +193,7 @@ def _notes(plan: Export) -> tuple[str, ...]:
     )
     if any(_lacks_bias(layer) for layer in model.modules()):
         note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
-    return (note,)
+    return (note, *_relative(plan))
 
 
 def _lacks_bias(layer: nn.Module) -> bool:

@@ -17,9 +17,9 @@ from torch import Tensor
 from flowmap.base.files import read_json, read_tensors
 from flowmap.export.folder import whole_folder
 from flowmap.nets.flow_map import SILENT
+from flowmap.nets.lora_file import read_lora
 from flowmap.student.config import StudentConfig
 from flowmap.student.folder import copy_models, load_student, save_student
-from flowmap.student.lora_file import read_lora
 from flowmap.student.student import Student
 
 PARTS = ("unet", "transformer")

@@ -13,17 +13,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flowmap.base.distributed import is_child
-from flowmap.base.ranges import BelowOne, Positive, Width, check_ranges
+from flowmap.base.ranges import BelowOne, LoRAScale, Positive, Width, check_ranges
+from flowmap.base.schema import added
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.flow_map import mismatch
+from flowmap.nets.lora_file import add_file, lora_path, read_adapters
 from flowmap.nets.pretrained import load_pretrained
 
 ADAPTER = "default"  # diffusers' default name of an adapter
+TEACHER_LORA = "teacher_lora"  # the folder, next to a student's weights, of the LoRA in its base
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,21 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen network of the adapters: a pipeline's folder or hub id, its revision, and its weights' SHA-256."""
+    """The frozen network of the adapters: a pipeline's folder or hub id, its revision, and its weights' SHA-256.
+
+    lora, lora_scale: the name of the LoRA that the teacher had added to these weights, and how much of it. The file is
+    in the student's folder, in TEACHER_LORA.
+    """
 
     source: str
     revision: str | None = None
     sha256: str = ""
+    lora: str | None = added(None)
+    lora_scale: LoRAScale = added(1.0)
 
     def __str__(self) -> str:
-        return f"{self.source} (revision {self.revision})" if self.revision else self.source
+        where = f"{self.source} (revision {self.revision})" if self.revision else self.source
+        return where if self.lora is None else f"{where} with the LoRA {self.lora} (scale {self.lora_scale:g})"
 
 
 def add_lora(net: DiffusersNet, lora: LoRA) -> None:
@@ -80,6 +91,32 @@ def add_lora(net: DiffusersNet, lora: LoRA) -> None:
     net.frozen = _frozen_names(net)
     net.register_state_dict_post_hook(_leave_out_base)
     net.register_load_state_dict_pre_hook(_put_in_base)
+
+
+@torch.no_grad()
+def start_adapters(net: DiffusersNet, path: Path, key: str) -> None:
+    """Give the network's adapters the matrices of a LoRA file, whose product they then have to rounding.
+
+    Where the file has a smaller rank, the remaining columns of B are zero. Layers without matrices keep B = 0. Raises a
+    one-line ValueError that names `key` for a layer that has no adapter, another shape, a larger rank or a bias.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: layer for name, layer in net.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, given in read_adapters(path, [f"{layer}.weight" for layer in layers], key).items():
+        what = f"{key}: {path}: {name}"
+        if name not in layers:
+            raise ValueError(f"{what}: the student has no adapter there; lora.targets wants {_ending(name)}")
+        down, up = layers[name].lora_A[ADAPTER].weight, layers[name].lora_B[ADAPTER].weight
+        if given.rank > len(down):
+            raise ValueError(f"{what}: has rank {given.rank}, more than lora.rank, {len(down)}")
+        if given.down.shape[1:] != down.shape[1:] or given.up.shape[:1] != up.shape[:1]:
+            shapes = f"A {tuple(given.down.shape)} and B {tuple(given.up.shape)}"
+            raise ValueError(f"{what}: {shapes} do not fit a layer of A {tuple(down.shape)} and B {tuple(up.shape)}")
+        if given.bias is not None and given.bias.any():
+            raise ValueError(f"{what}: has a bias, which a student's adapters have not")
+        down[: given.rank] = given.down
+        up[:, : given.rank] = given.up * (given.ratio / layers[name].scaling[ADAPTER])
 
 
 @contextmanager
@@ -119,8 +156,8 @@ def merged(net: DiffusersNet) -> DiffusersNet:
     return net
 
 
-def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
-    """The frozen network without branches, on the clock of `spec`.
+def load_base(base: Base, spec: DiffusersModel, folder: Path = Path()) -> DiffusersNet:
+    """The frozen network without branches, on the clock of `spec`. folder: that of the student.
 
     Raises a one-line ValueError if it cannot be loaded or is not the network that the student was trained on; of a
     run's processes, the first compares the hash.
@@ -136,6 +173,8 @@ def load_base(base: Base, spec: DiffusersModel) -> DiffusersNet:
     if digest != base.sha256:
         hashes = f"its weights have SHA-256 {digest[:12]}, those that this student was trained on {base.sha256[:12]}"
         raise ValueError(f"{base}: {hashes}: it is another revision or another model")
+    if base.lora is not None:
+        add_file(net.model, lora_path(str(folder / TEACHER_LORA), "lora"), base.lora_scale, "lora")
     return DiffusersNet(net.model, *spec.clock(), arrival=False, guidance=False)
 
 

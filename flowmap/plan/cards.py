@@ -44,7 +44,8 @@ def card_of(slot: TeacherSlot) -> Card:
             num_classes=classes,
             network=settings,
         )
-    card = find_card(slot.card) if slot.card is not None else Card(kind="recipe", recipe=slot.recipe, name=slot.name)
+    ours = Card(kind="recipe", recipe=slot.recipe, name=slot.recipe or "")
+    card = ours if slot.card is None else find_card(slot.card)
     if card.kind == "autoencoder":
         raise RecipeError(
             f"teacher.card: {card.name!r} is an autoencoder's, and no teacher; data.autoencoder.source names it"

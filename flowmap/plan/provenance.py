@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import weights_hash
+from flowmap.base.hub import is_repository
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data import Encoded, Folder, Pairs, TeacherSlot
 from flowmap.data.pairs import CLOCK, FORMAT
 from flowmap.data.sources import READER
 from flowmap.flow.prior import FlowCodes, Learned
+from flowmap.nets.lora_file import lora_path
 from flowmap.plan.data_folders import WHERE
 from flowmap.plan.dependencies import pairs_spec, trained_by
 from flowmap.plan.named_networks import weights_of
@@ -92,6 +94,8 @@ def _weights(trained: Resolved) -> Path:
 def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     guidance = teacher.guidance
     found = _of_card(run, teacher, run.pairs_cards[0])
+    if teacher.lora is not None:
+        found["lora"] = {**_of_lora(run, teacher.lora), "scale": teacher.lora_scale}
     if guidance is not None:
         plain = to_plain(guidance, TABLES, hashed=True)
         found["guidance"] = {
@@ -100,6 +104,16 @@ def _of_teacher(run: Resolved, teacher: TeacherSlot) -> dict[str, Any]:
     if isinstance(guidance, Autoguidance) and guidance.weak is not None:
         found["weak"] = _of_card(run, teacher, run.pairs_cards[1])
     return found
+
+
+def _of_lora(run: Resolved, source: str) -> dict[str, Any]:
+    """Return what identifies a LoRA: the weights of a file, the name of one on a hub."""
+    if not Path(source).exists() and is_repository(source):
+        return {"source": source}
+    try:
+        return {"weights": weights_hash(lora_path(source, "coupling.teacher.lora"))}
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
 def _of_card(run: Resolved, teacher: TeacherSlot, card: Card) -> dict[str, Any]:

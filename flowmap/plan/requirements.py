@@ -10,8 +10,10 @@ from flowmap.data import Dataset, Pairs
 from flowmap.data.prompts import read_prompts
 from flowmap.flow.prior import FlowCodes, Learned
 from flowmap.metrics import check_metrics, lacking
+from flowmap.nets.lora_file import check_lora
 from flowmap.nets.pretrained import in_hub_cache, is_hub_id, read_spec
 from flowmap.nets.quantized import check_available
+from flowmap.plan.cards import pairs_teacher
 from flowmap.plan.frozen_parts import check_frozen_parts
 from flowmap.plan.guidance import check_guidance
 from flowmap.plan.named_networks import missing_weights
@@ -82,6 +84,7 @@ def check_parts(run: Resolved) -> None:
             "(dit, mlp, ...)"
         )
     _check_teachers(run)
+    missing_lora(run)
     check_guidance(run)
     check_prior(run)
     _check_captions(recipe)
@@ -120,8 +123,32 @@ def missing_parts(run: Resolved) -> list[str]:
     """Return what metrics and frozen networks of the data need that is not on this machine, a line each."""
     recipe = run.recipe
     parts = (("data.autoencoder.source", recipe.data.autoencoder), ("data.text.source", recipe.data.text))
-    lacks = [*lacking(recipe.metrics), *_missing_captions(recipe)]
+    lacks = [*lacking(recipe.metrics), *_missing_captions(recipe), *missing_lora(run)]
     return [*lacks, *(line for key, part in parts if (line := _missing_source(key, part)))]
+
+
+def missing_lora(run: Resolved) -> list[str]:
+    """Return the LoRAs that the recipe names and that are not on this machine, a line each.
+
+    Raises RecipeError for one that does not exist, or whose teacher is not a diffusers model.
+    """
+    named: list[tuple[str, str]] = []
+    for key, slot, cards in (
+        ("teacher", run.recipe.teacher, run.cards),
+        ("coupling.teacher", pairs_teacher(run.recipe), run.pairs_cards),
+    ):
+        if slot is not None and slot.lora is not None:
+            if cards[0].kind != "diffusers":
+                what = f"wants a teacher of kind diffusers; {cards[0].name!r} is of kind {cards[0].kind}"
+                raise RecipeError(f"{run.name}: {key}.lora: {slot.lora!r} {what}")
+            named.append((f"{key}.lora", slot.lora))
+    start = run.recipe.start
+    if isinstance(start, FromTeacher) and start.lora_start is not None:
+        named.append(("student.lora_start", start.lora_start))
+    try:
+        return [line for key, source in named if (line := check_lora(source, key)) is not None]
+    except ValueError as error:
+        raise RecipeError(f"{run.name}: {error}") from error
 
 
 def _missing_captions(recipe: Recipe) -> list[str]:

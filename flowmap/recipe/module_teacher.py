@@ -26,6 +26,8 @@ class ModuleTeacher(ModuleSettings, TeacherSlot):
         check_ranges(self)
         if self.card is not None or self.recipe is not None or self.overrides:
             raise ValueError("card: a teacher of kind module has no card, recipe or overrides")
+        if self.lora is not None or self.lora_scale != 1.0:
+            raise ValueError("lora: wants a teacher of kind card, which names a diffusers model")
         if self.module != MISSING and not (self.shape and min(self.shape) > 0):
             raise ValueError(f"shape: {list(self.shape)} is not the shape of a sample, such as [1, 28, 28]")
         if self.null_class is None and isinstance(self.guidance, ClassifierFree):

@@ -52,6 +52,7 @@ class FromTeacher(BaseStudent):
     zero.
 
     lora: train adapters and branches, and freeze the weights (a teacher of kind diffusers only); `{}` is all defaults.
+    lora_start: a LoRA of at most lora.rank that the adapters start from: a file, a folder, or a hub id.
     dropout: that of the student's network in training, where it has such a setting (EDM's and EDM2's); null keeps the
     teacher's. time_embedding: "t" replaces the teacher's embedding of log-sigma or of 1,000 t by one of t, fitted to it
     (EDM2's and diffusers' networks; nets/time_embedding.py); null keeps the teacher's. arrival_blocks: the number of
@@ -64,6 +65,7 @@ class FromTeacher(BaseStudent):
     time_embedding: str | None = added(None)
     arrival_blocks: Depth | None = added(None)
     points: Points | None = added(None)
+    lora_start: str | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)
@@ -71,6 +73,8 @@ class FromTeacher(BaseStudent):
 
     def check(self, recipe: RecipeView) -> None:
         if self.lora is None:
+            if self.lora_start is not None:
+                raise ValueError(f"student.lora_start: {self.lora_start!r} wants student.lora, the adapters")
             return
         if self.time_embedding is not None:
             what = "a LoRA student keeps its teacher's frozen time embedding; leave it out"

@@ -15,7 +15,7 @@ from flowmap.base.hub import fetched, is_repository
 from flowmap.base.trust import allow_import
 from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.flow_map import FlowMapNet
-from flowmap.nets.lora import load_base
+from flowmap.nets.lora import TEACHER_LORA, load_base
 from flowmap.nets.stacked import net_within
 from flowmap.nets.unfilled import without_weights
 from flowmap.recipe.kinds import student_part
@@ -24,7 +24,7 @@ from flowmap.student.config_file import config_json, read_config
 from flowmap.student.prior import PRIOR
 
 FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
-FOLDERS = (SHIPPED_AUTOENCODER, PRIOR)  # of models that the student needs, next to these files
+FOLDERS = (SHIPPED_AUTOENCODER, PRIOR, TEACHER_LORA)  # of models that the student needs, next to these files
 MAX_SIZE = 1 << 28  # entries of a sample
 
 
@@ -84,7 +84,7 @@ def _flow_map(config: StudentConfig, folder: Path, state: Mapping[str, Tensor]) 
     if config.lora is not None:
         assert config.base is not None and isinstance(config.net, DiffusersModel)  # StudentConfig has checked
         try:
-            flow_map = config.build(load_base(config.base, config.net))
+            flow_map = config.build(load_base(config.base, config.net, folder))
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: base: {error}") from error
     elif student_part(config.net).holds_constants:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowmap.flow.tangent.compiled import Compiled, inductor_with_cuda_graphs
+from flowmap.flow.tangent.compiled import Compiled
+from flowmap.flow.tangent.inductor import inductor_with_cuda_graphs
 from flowmap.flow.types import Teacher
 from flowmap.teachers.network import NetworkTeacher
 

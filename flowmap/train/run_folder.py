@@ -22,6 +22,7 @@ from flowmap.base.files import read_json, write_text
 from flowmap.base.schema import RecipeError
 from flowmap.data.codes import ENCODINGS
 from flowmap.data.text.tokens import FILE, SETTINGS
+from flowmap.nets.lora_file import SHIPPED
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import built_on, matches
 from flowmap.plan.same_run import BUILT_ON, first_difference, measurement, same_measurement
@@ -48,7 +49,7 @@ WRITTEN = (
     f"samples/{STEP}.png",
     f"samples/{STEP}.txt",
     *(f"student/{name}" for name in STUDENT),
-    *(f"student/{part}/{name}" for part in FOLDERS for name in STUDENT),
+    *(f"student/{part}/{name}" for part in FOLDERS for name in (*STUDENT, *SHIPPED)),
     "wandb/run-id",
     "wandb/run-[0-9]*_[0-9]*-*",  # W&B's folders, each of one run
     "wandb/offline-run-[0-9]*_[0-9]*-*",

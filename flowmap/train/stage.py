@@ -33,6 +33,8 @@ from flowmap.estimate.teacher_check import check_teacher
 from flowmap.flow.prior import LearnedPrior
 from flowmap.flow.tangent.compiled import Way
 from flowmap.nets.flow_map import FlowMapNet, mismatch
+from flowmap.nets.lora import TEACHER_LORA
+from flowmap.nets.lora_file import copy_lora
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
@@ -184,6 +186,8 @@ def _begin(stage: Stage, built: Built, overwrite: bool) -> None:
         source = Path(stage.data.autoencoder.source)
         ours = lambda path: path.parent == source and path.name in STUDENT
         copy_folder(source, folder / "student" / SHIPPED_AUTOENCODER, ours)
+    if built.config.base is not None and built.config.base.lora is not None:
+        copy_lora(built.config.base.lora, folder / "student" / TEACHER_LORA)
     if built.prior is not None:
         write_prior(stage, built.prior, folder / "student")
 

@@ -37,6 +37,7 @@ NEEDED = {  # what has no default, for the kinds that cannot be made of defaults
     "RewardTuning": {"base": FlowMatching(), "reward": Ink()},
     "rewards.Classifier": {"weights": "there"},
     "Tilted": {"reward": Ink()},
+    "TeacherSlot": {"card": "digits"},
     "text_joint.TextJoint": {"flow": MLP()},
     "WebDatasetImages": {"shards": ("there",)},
 }  # fmt: skip

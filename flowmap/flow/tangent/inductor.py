@@ -52,4 +52,4 @@ def mend_loop_split() -> None:
         except AssertionError:
             return nodes
 
-    CppScheduling.try_loop_split = split_or_not
+    CppScheduling.try_loop_split = split_or_not  # type: ignore[method-assign]
