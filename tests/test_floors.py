@@ -20,7 +20,7 @@ ORDER = (  # from the ground up, as docs/guide/extending.md draws it
     {"plan"},
     {"build"},
     {"estimate"},
-    {"evaluation", "export", "convert", "prepare", "demo"},
+    {"evaluation", "export", "convert", "prepare"},
     {"train"},
     {"compare"},
     {"cli", "__main__", "__init__"},
@@ -31,7 +31,7 @@ ONLY_IN = {
     "lightning": lambda part: part[0] == "train",
     "pytorch_lightning": lambda part: part[0] == "train",
     "omegaconf": lambda part: part[0] == "recipe" or part in (("teachers", "card"), ("base", "outside")),
-    "gradio": lambda part: part[0] == "demo",
+    "gradio": lambda part: part == ("evaluation", "demo_page"),
     "diffusers": lambda part: part[0] in ("teachers", "nets", "export"),
 }
 

@@ -123,9 +123,10 @@ def build_student(
 def _start_adapters(run: ResolvedRun, flow_map: FlowMapNet) -> None:
     """Give the adapters the matrices of the recipe's `lora_start`, if any and if they have memory."""
     start = run.recipe.start
-    if isinstance(start, FromTeacher) and start.lora_start is not None:
-        if not any(p.is_meta for p in flow_map.parameters()):
-            start_adapters(flow_map.net, lora_path(start.lora_start, "lora_start"), "lora_start")
+    if not isinstance(start, FromTeacher) or start.lora_start is None:
+        return
+    if not any(p.is_meta for p in flow_map.parameters()):
+        start_adapters(flow_map.net, lora_path(start.lora_start, "lora_start"), "lora_start")
 
 
 def _started_from(run: ResolvedRun, network: Student | None) -> FlowMapNet | None:

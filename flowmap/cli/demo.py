@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.demo import open_demo, serve
+    from flowmap.evaluation.demo import open_demo
+    from flowmap.evaluation.demo_page import serve
     from flowmap.student.folder import load_student
 
     if a.no_teacher and (a.teacher is not None or a.teacher_steps is not None):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flowmap.base.files import check_writable, write_text
-from flowmap.base.images import stack, to_grid
+from flowmap.base.images import stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import kind_of, to_plain
 from flowmap.compare import html
@@ -143,9 +143,9 @@ def _curves(runs: Sequence[Finished]) -> Iterator[str]:
 def _of_run(run: Finished, recipe: Recipe, device: torch.device | None) -> Iterator[str]:
     """The section of a run; nothing is drawn without a device."""
     yield html.paragraph(f"{_state(run, recipe)}; {run.folder}", note=True)
-    student, why = _student(run, device)
+    student, teacher, why = _loaded(run, device)
     yield html.heading(3, "Samples")
-    yield from _samples(run, student, why)
+    yield from _samples(run, student, teacher, why)
     if run.metrics:
         yield html.heading(3, "Figures")
         yield from _figures(run.metrics)
@@ -153,31 +153,28 @@ def _of_run(run: Finished, recipe: Recipe, device: torch.device | None) -> Itera
     yield html.table(["training", ""], [[key, f"{value:.4g}"] for key, value in _training(run).items()])
     yield from _costs(run.metrics) if run.metrics else ()
     yield html.heading(3, "From noise to data")
-    yield from _trajectory(student, why)
+    yield from _trajectory(student, teacher, why)
     yield html.heading(3, "Recipe")
     yield html.folded("recipe.yaml, with every default", recipe.to_yaml())
 
 
-def _student(run: Finished, device: torch.device | None) -> tuple[Student | None, str]:
-    """The student of the run on that device, or None and the reason."""
+def _loaded(run: Finished, device: torch.device | None) -> tuple[Student | None, LoadedTeacher | None, str]:
+    """The student of the run and its teacher on that device, and the reason why one of them is None."""
     if device is None:
-        return None, "the report was made with --no-draw"
+        return None, None, "the report was made with --no-draw"
     if not (run.folder / "student" / "config.json").is_file():
-        return None, "the run has no student yet"
+        return None, None, "the run has no student yet"
     try:
-        return load_student(run.folder).to(device), ""
+        student = load_student(run.folder).to(device)
     except ValueError as error:
-        return None, str(error)
-
-
-def _teacher(student: Student) -> tuple[LoadedTeacher | None, str]:
+        return None, None, str(error)
     try:
-        return load_teacher(student), ""
+        return student, load_teacher(student), ""
     except ValueError as error:
-        return None, f"Without the teacher: {error}"
+        return student, None, f"Without the teacher: {error}"
 
 
-def _samples(run: Finished, student: Student | None, why: str) -> Iterator[str]:
+def _samples(run: Finished, student: Student | None, teacher: LoadedTeacher | None, why: str) -> Iterator[str]:
     """The last samples that the run drew, otherwise some drawn now."""
     drawn = sorted((run.folder / "samples").glob("step-*"))
     if drawn:
@@ -191,17 +188,16 @@ def _samples(run: Finished, student: Student | None, why: str) -> Iterator[str]:
     if student is None:
         yield html.paragraph(f"None: {why}.", note=True)
         return
-    yield from _drawn_now(student)
+    yield from _drawn_now(student, teacher, why)
 
 
-def _drawn_now(student: Student) -> Iterator[str]:
-    teacher, reason = _teacher(student)
+def _drawn_now(student: Student, teacher: LoadedTeacher | None, why: str) -> Iterator[str]:
     try:
         found = columns(student, teacher, num=DRAWN, steps=student.config.sampler.steps)
     except ValueError as error:
         yield html.paragraph(f"None: {error}.", note=True)
         return
-    yield html.paragraph(f"Drawn for this report, all rows from the same noise. {reason}", note=True)
+    yield html.paragraph(f"Drawn for this report, all rows from the same noise. {why}", note=True)
     if student.config.text_autoencoder is not None:
         yield html.preformatted("\n".join(line for one in found for line in (f"# {one.label}", *one.samples)))
     else:
@@ -224,26 +220,25 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[str]:
 def _costs(metrics: Mapping[str, Any]) -> Iterator[str]:
     """The seconds of drawing and the network calls of each row of metrics.json."""
     seconds, nfe = metrics.get("seconds", {}), metrics.get("nfe", {})
-    rows = [(f"student, {k} step{'s' * (k != '1')}", f"student_{k}", calls) for k, calls in nfe["student"].items()]
+    rows = [(steps_label("student", int(k)), f"student_{k}", calls) for k, calls in nfe["student"].items()]
     if "teacher" in nfe:
-        rows.append((f"teacher, {metrics['teacher']['steps']} steps", "teacher", nfe["teacher"]))
+        rows.append((steps_label("teacher", metrics["teacher"]["steps"]), "teacher", nfe["teacher"]))
     cells = [[label, str(calls), f"{seconds[key]:.4g}" if key in seconds else ""] for label, key, calls in rows]
     yield html.table(["", "network calls a sample", "seconds of drawing what was measured"], cells)
 
 
-def _trajectory(student: Student | None, why: str) -> Iterator[str]:
+def _trajectory(student: Student | None, teacher: LoadedTeacher | None, why: str) -> Iterator[str]:
     """The states along the teacher's path and the student's jumps, as a sheet and as an animation."""
     if student is None:
         yield html.paragraph(f"Not drawn: {why}.", note=True)
         return
-    teacher, reason = _teacher(student)
     try:
         found = ways(student, teacher, steps=sorted(set(student.config.sampler.steps), reverse=True))
     except ValueError as error:
         yield html.paragraph(f"Not drawn: {error}.", note=True)
         return
     what = "Time falls from 1 (noise) on the left to 0 (data); a student's cell shows where a jump has arrived."
-    yield html.paragraph(f"{what} {reason}", note=True)
+    yield html.paragraph(f"{what} {why}", note=True)
     yield html.picture(sheet(found), "states from noise to data")
     yield html.image_of(animation(found), "image/gif", "the same as an animation")
 

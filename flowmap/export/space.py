@@ -20,7 +20,8 @@ APP = '''"""A page to try this student. A hub runs this file; `python app.py` se
 
 from pathlib import Path
 
-from flowmap.demo import open_demo, page
+from flowmap.evaluation.demo import open_demo
+from flowmap.evaluation.demo_page import page
 
 demo = page(open_demo(Path(__file__).parent / "{student}", steps={steps}, teacher=False))
 

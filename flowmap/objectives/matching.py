@@ -13,7 +13,7 @@ Terms differ in what they take for w.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +67,19 @@ class Term(Protocol):
     def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
         """The loss of the fake score network on samples of the student without their graph."""
         ...
+
+
+class WithoutFake:
+    """What terms without a fake score network share; they compare at single times."""
+
+    fake_steps: ClassVar[int] = 0
+    fake_lr: ClassVar[None] = None
+    by_jump: ClassVar[bool] = False
+    intervals: ClassVar[bool] = False
+    twin: ClassVar[bool] = False
+
+    def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
+        raise AssertionError(f"{type(self).__name__} has no network of its own")
 
 
 class OfJump:

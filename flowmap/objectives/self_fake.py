@@ -15,17 +15,16 @@ samples' law, w is the fake velocity; while f still trains it is a surrogate. Th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from flowmap.flow.derivative import derivative_named, eulerian_derivative
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher, broadcast_time
-from flowmap.objectives.matching import descend, velocity_of
+from flowmap.objectives.matching import WithoutFake, descend, velocity_of
 
 
 @dataclass(frozen=True)
-class SelfFake:
+class SelfFake(WithoutFake):
     """The samples descend the difference between the student's own end-point velocity and the teacher's.
 
     normalised: as of reverse_kl. derivative: how d/dt is computed (flow/derivative.py).
@@ -33,11 +32,6 @@ class SelfFake:
 
     normalised: bool = True
     derivative: str = "dual"
-    fake_steps: ClassVar[int] = 0
-    fake_lr: ClassVar[None] = None
-    by_jump: ClassVar[bool] = False
-    intervals: ClassVar[bool] = False
-    twin: ClassVar[bool] = False
 
     def __post_init__(self):
         object.__setattr__(self, "derivative", derivative_named(self.derivative))
@@ -49,6 +43,3 @@ class SelfFake:
             real = teacher.velocity(x, t, cond)
             mean, rate = eulerian_derivative(network, x, t, torch.zeros_like(t), real, cond, mode=self.derivative)
         return descend(sample, real, mean + broadcast_time(t, x) * rate, normalised=self.normalised)
-
-    def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
-        raise AssertionError("self_fake has no network of its own")

@@ -22,11 +22,11 @@ import torch
 from flowmap.base.ranges import FromZero, check_ranges
 from flowmap.flow.distance import Squared
 from flowmap.flow.types import FlowMap, Loss, PathSample, Teacher
-from flowmap.objectives.matching import descend
+from flowmap.objectives.matching import WithoutFake, descend
 
 
 @dataclass(frozen=True)
-class Twin:
+class Twin(WithoutFake):
     """The samples descend the difference between the twin's velocity and that of the data; the twin learns from them.
 
     fake_weight: of the twin's own loss. normalised: as of reverse_kl.
@@ -34,10 +34,6 @@ class Twin:
 
     fake_weight: FromZero = 1.0
     normalised: bool = True
-    fake_steps: ClassVar[int] = 0
-    fake_lr: ClassVar[None] = None
-    by_jump: ClassVar[bool] = False
-    intervals: ClassVar[bool] = False
     twin: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -51,6 +47,3 @@ class Twin:
         error = Squared()(fake, sample.vt.detach()).mean()
         moved = descend(sample, real, fake.detach(), normalised=self.normalised)
         return Loss(moved.value + self.fake_weight * error, {**moved.logs, "twin_loss": error.detach()})
-
-    def learn(self, fake: FlowMap, sample: PathSample) -> Loss:
-        raise AssertionError("twin has no network of its own")

@@ -19,6 +19,7 @@ from flowmap.teachers.exact import GaussianTeacher
 from flowmap.teachers.guidance import INTERVAL, Autoguidance, IntervalGuidance
 from flowmap.train.draw import draw_sample, generator_for
 from tests.support.oracle import draw
+from tests.support.random_student import random_student
 
 CONFIG = StudentConfig(
     DiT(preset="nano", depth=1),
@@ -31,11 +32,7 @@ CONFIG = StudentConfig(
 
 
 def built(config=CONFIG) -> Student:
-    torch.manual_seed(0)
-    flow_map = config.build().eval().requires_grad_(False)
-    for p in flow_map.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return Student(config, flow_map)
+    return random_student(config)
 
 
 @pytest.mark.parametrize("chosen", ["classifier_free", "autoguidance, skip_blocks: [0]"])

@@ -14,6 +14,7 @@ from flowmap.student.conditions import codes_of, texts_of
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
+from tests.support.random_student import random_student
 
 CONFIG = StudentConfig(
     DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9
@@ -21,11 +22,7 @@ CONFIG = StudentConfig(
 
 
 def built(config=CONFIG) -> Student:
-    torch.manual_seed(0)
-    flow_map = config.build().eval().requires_grad_(False)
-    for p in flow_map.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return Student(config, flow_map)
+    return random_student(config)
 
 
 def saved(folder, config=CONFIG) -> Student:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from flowmap.build.teacher import BuiltTeacher
-from flowmap.demo import Demo
 from flowmap.evaluation.columns import LoadedTeacher
+from flowmap.evaluation.demo import Demo
 from flowmap.nets import MLP
 from flowmap.samplers import Deterministic
 from flowmap.student.config import Pixels, StudentConfig

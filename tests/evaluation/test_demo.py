@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowmap.demo import open_demo, page
-from flowmap.demo.draw import ALL, NONE, cost, shown
 from flowmap.evaluation.columns import load_teacher
+from flowmap.evaluation.demo import ALL, NONE, cost, open_demo, shown
+from flowmap.evaluation.demo_page import page
 from flowmap.student.config import TextLatents
 from tests.support.browser import browser, free_port
 from tests.support.straight_page import NAMES, ends, straight_demo, straight_student

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from flowmap.base.progress import LogFunction
-from flowmap.demo.draw import MOST, NONE, Demo, cost, shown
+from flowmap.evaluation.demo import MOST, NONE, Demo, cost, shown
 
 ATTRIBUTE = "attribute_"  # before the name of an attribute of sentences, in the API's parameters
 NEEDED = "demo: needs gradio: pip install 'flowmap-distillation[demo]'"
