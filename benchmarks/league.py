@@ -1,30 +1,41 @@
 """Which objective is best at 1, 2 and 4 steps for the same work?  digits, every objective at 1, 2, 4, 8 steps.
 
+Quality is also measured in a second feature space, which no loss uses: the last hidden layer of a network that tells
+the classes of the real pictures (_labels.py; --metrics-of-recipe leaves it out).
+
 Five seeds; all objectives of a seed share one teacher. By `flowmap compare`: equal seconds of training, or with --calls
 equal network evaluations.  Quality, cost, memory and diverged runs are reported.  Machines are shared, so the seconds
 are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other benchmarks have trained are reused.
 Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
 `--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
 `python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall]
-    [--recipes digits digits-scm] [--out DIR] [--suffix _new]`
+    [--recipes digits digits-scm] [--out DIR] [--suffix _new] [--metrics-of-recipe]`
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import _labels
 from lib.report import environment, table, write
 from omegaconf import OmegaConf
 from tables.league import tables
 
+from flowmap.base.schema import to_plain
+from flowmap.base.trust import allow_import
+from flowmap.build.data import build_data
 from flowmap.compare import compare
 from flowmap.compare.entrants import at_seed, read_entrants
 from flowmap.plan.dependencies import teacher_recipes
+from flowmap.plan.plan import resolve
 from flowmap.plan.run_folders import dependency_folder, is_complete, matches, runs_root
+from flowmap.recipe import read_recipe
+from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import find_recipe, read_plain
 
 DEFAULT = "digits"  # the recipe that must be the best, or within noise of it, at 2 and 4 steps
@@ -73,6 +84,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--out", type=Path, help="default: runs/league-SET")
     parser.add_argument("--suffix", default="", help="of the result's name, for other rows than the league's")
+    parser.add_argument("--metrics-of-recipe", action="store_true", help="no second feature space")
     a = parser.parse_args()
     budget = 240.0 if a.budget is None and a.calls is None else a.budget
     out = a.out or runs_root() / f"league-{a.set}"
@@ -85,6 +97,7 @@ def main() -> None:
         calls=a.calls,
         seeds=a.seeds,
         out=out,
+        overrides=() if a.metrics_of_recipe else [f"metrics={json.dumps(with_classes(recipes[0]))}"],
         now=time.perf_counter if a.wall else time.process_time,
     )
     made = tables(found, a.set)
@@ -105,6 +118,17 @@ def main() -> None:
 
 def _unit(a: argparse.Namespace) -> str:
     return "network evaluations" if a.calls else "wall seconds" if a.wall else "CPU seconds"
+
+
+def with_classes(recipe: str) -> list[dict]:
+    """The recipe's metrics of samples, and the distance of the first in the features of _labels.py, which it fits."""
+    known = read_recipe(recipe)
+    _labels.fit(build_data(resolve(known)))
+    allow_import("_labels")
+    of_samples = [
+        plain for plain in to_plain(known.metrics, TABLES) if plain["kind"] in ("frechet", "precision_recall")
+    ]
+    return [*of_samples, {**of_samples[0], "features": "_labels:labels"}]
 
 
 def over(name: str, recipe: str, folder: Path) -> str:

@@ -12,14 +12,18 @@ from lib.report import spread
 def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:
     """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric, to held-out samples.
 
-    `train` is the same to training samples; `recall` is there if it is among the metrics.
+    `train` is the same to training samples; `recall`, `precision`, and `classes`, the distance in the second feature
+    space, are there if they are among the metrics.
     """
     metrics = found["metrics"]
     made = {"quality": quality(found, metrics[0]), "best": best(found, metrics[0], default)}
-    recall = next((metric for metric in metrics if metric.startswith("recall")), None)
-    made |= {"recall": quality(found, recall, costs=False)} if recall else {}
-    trained = f"{metrics[0]}_train"
-    return made | ({"train": quality(found, trained, costs=False)} if trained in metrics else {})
+    others = {
+        "recall": next((metric for metric in metrics if metric.startswith("recall")), None),
+        "precision": next((metric for metric in metrics if metric.startswith("precision")), None),
+        "classes": next((m for m in metrics[1:] if m.startswith("frechet") and not m.endswith("_train")), None),
+        "train": f"{metrics[0]}_train",
+    }
+    return made | {name: quality(found, one, costs=False) for name, one in others.items() if one in metrics}
 
 
 def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
