@@ -170,32 +170,34 @@ def main() -> None:
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # at that level inductor counts bytes
     compile_fx.inductor_metrics_log.propagate = False
     config.compile_threads = 1  # compilers are then children of this process, whose time counts
-    before = kept(RESULTS / f"{NAME}.json")
-    rows: dict[tuple, dict] = {
-        tuple(row[:2]): dict(zip(before["columns"], row, strict=True)) for row in before.get("rows", [])
-    }
     for size in arguments.sizes:
         for name in arguments.only or SIZES[size]:
-            row = rows.setdefault((name, size), {"network": name, "size": size})
             for dtype in arguments.dtypes:
                 measure, column = MEASURES[dtype]
+                row = rows().get((name, size), {"network": name, "size": size})
                 if row.get(column, "") == "" or arguments.again:
                     print(f"{name}, {size}, {dtype}", flush=True)
                     with fresh_cache():
                         row |= measure(SIZES[size][name], arguments.rounds)
                     row["commit"] = environment()["commit"][:10]
                     torch.compiler.reset()
-                    finish(list(rows.values()), arguments.rounds)
-    print(table([[row.get(column, "") for column in COLUMNS] for row in rows.values()], COLUMNS))
+                    finish([*(rows() | {(name, size): row}).values()], arguments.rounds)
+    print(table([[row.get(column, "") for column in COLUMNS] for row in rows().values()], COLUMNS))
+
+
+def rows() -> dict[tuple, dict]:
+    """(network, size) -> its row, as kept; runs at the same time may each add to them."""
+    before = kept(RESULTS / f"{NAME}.json")
+    return {tuple(row[:2]): dict(zip(before["columns"], row, strict=True)) for row in before.get("rows", [])}
 
 
 def finish(found: list[dict], rounds: int) -> None:
     """Keep the rows, in the order of the networks."""
     order = {(name, size): i for size, every in SIZES.items() for i, name in enumerate(every)}
     found = sorted(found, key=lambda row: (list(SIZES).index(row["size"]), order[row["network"], row["size"]]))
-    rows = [[row.get(column, "") for column in COLUMNS] for row in found if len(row) > 2]
+    values = [[row.get(column, "") for column in COLUMNS] for row in found if len(row) > 2]
     setting = {"threads": 1, "rounds": rounds, "clock": "CPU time"}
-    payload = {"environment": environment(), "setting": setting, "columns": COLUMNS, "rows": rows}
+    payload = {"environment": environment(), "setting": setting, "columns": COLUMNS, "rows": values}
     write(NAME, {"question": (__doc__ or "").splitlines()[0], **payload})
 
 

@@ -126,6 +126,15 @@ def wide(build: Callable[[], nn.Module], shape: tuple[int, ...], batch: int = 2,
     return Sized(build, shape, conditions, std=0.02, batch=batch)
 
 
+def unet(**heads) -> Sized:
+    """One level of the U-Net of published DDPMs."""
+    settings = {
+        "sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (256,), "layers_per_block": 1,
+        "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",),
+    }  # fmt: skip
+    return wide(wide_pretrained("UNet2DModel", NOISE, (3, 16, 16), **settings, **heads), (3, 16, 16))
+
+
 WIDE = {
     "mlp": wide(ours(MLP(width=1024, depth=1), (256,)), (256,), 64),
     "dit": wide(ours(DiT(preset="XL", depth=1), (4, 16, 16)), (4, 16, 16)),
@@ -185,14 +194,7 @@ WIDE = {
         ),
         (16, 8, 8), text=(16, 3584),
     ),
-    "UNet2DModel": wide(
-        wide_pretrained(
-            "UNet2DModel", NOISE, (3, 16, 16), sample_size=16, in_channels=3, out_channels=3,
-            block_out_channels=(256,), layers_per_block=1, down_block_types=("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",),
-        ),
-        (3, 16, 16),
-    ),
+    "UNet2DModel": unet(attention_head_dim=None),
     "UNet2DConditionModel": wide(
         wide_pretrained(
             "UNet2DConditionModel", NOISE, (4, 16, 16), sample_size=16, in_channels=4, out_channels=4,
@@ -203,4 +205,8 @@ WIDE = {
     ),
 }  # fmt: skip
 """The same networks at the width of those in teachers/, of published models of their class, or of our recipes."""
-SIZES = {"small": SMALL, "wide": WIDE}
+
+MORE = {"UNet2DModel, heads of 8": unet()}
+"""Other heads than those of published models: the default of diffusers' class."""
+
+SIZES = {"small": SMALL, "wide": {**WIDE, **MORE}}
