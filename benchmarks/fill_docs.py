@@ -23,7 +23,8 @@ FILES = {
     "attention": "attention.json", "roofline": "roofline.json",
     "operators": "operators.json", "house": "house.json",
     "step_parts": "step_parts.json", "step_parts_before": "step_parts_before.json",
-    "parity_teachers": "parity.json", "parity_exports": "parity.json", "emoji": "emoji.json",
+    "parity_teachers": "parity.json", "parity_exports": "parity.json",
+    "parity_formats": "parity.json", "parity_refused": "parity.json", "emoji": "emoji.json",
     "emoji_embedding": "emoji_embedding.json",
     "own_teacher": "own_teacher.json", "node": "node.json",
     **{f"time_embedding_{net}_{one}": f"time_embedding_{net}.json"
@@ -43,6 +44,7 @@ FILES = {
     "score_distillation_causes": "score_distillation.json",
     **{f"peers_{one}": "peers.json"
        for one in ("agreement", "timing", "quality", "ahead", "recall", "train")},
+    **{f"quantised_{one}": "quantised.json" for one in ("digits", "emoji")},
     **{f"{name}_{one}": f"{name}.json" for name in ("adversarial", "adversarial_fashion14")
        for one in ("few", "train", "ratios", "cost")},
     # fashion14 with --share 0.35, emoji with --share 0.15

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from flowmap.student.student import Student
+
 
 def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -59,6 +61,19 @@ def guided_arguments(parser: argparse.ArgumentParser) -> None:
     student_argument(parser, base=True)
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: the recipe's)")
     parser.add_argument("--device", help="default: a GPU, if there is one, otherwise cpu")
+    what = "hold the network's large linear layers in 1 or about half a byte a weight (extra quantize)"
+    parser.add_argument("--quantize", choices=["int8", "nf4"], help=what)
+
+
+def given_student(a: argparse.Namespace) -> Student:
+    """The student of `guided_arguments` on its device; a line says what quantising saves."""
+    from flowmap.cli.terminal import log
+    from flowmap.student.folder import load_student
+
+    student = load_student(a.student, base=a.base, quantize=a.quantize).to(device_of(a.device))
+    if a.quantize is not None:
+        log(student.size_line())
+    return student
 
 
 def device_of(name: str | None) -> torch.device:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowmap.cli.arguments import device_of, guided_arguments
+from flowmap.cli.arguments import given_student, guided_arguments
 from flowmap.cli.terminal import log, summary
 
 
@@ -27,12 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.evaluation.measure import evaluate
-    from flowmap.student.folder import load_student
 
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
         _check_figures(Path(a.out))
-    student = load_student(a.student, base=a.base).to(device_of(a.device))
+    student = given_student(a)
     options: dict[str, Any] = dict(metrics=a.metrics, guidance=a.guidance, teacher=a.teacher, anew=a.anew)
     metrics = evaluate(student, a.steps, out=a.out, progress=log, **options)
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))

@@ -46,9 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="TFLOP/s of one device, for the dry run's hours (default: 200)",
     )
+    what = (
+        "memory of the GPU that the run is to fit, for the dry run, which lists settings that do (default: this one's)"
+    )
+    parser.add_argument("--memory", type=float, metavar="GB", help=what)
 
 
 def run(a: argparse.Namespace) -> int:
+    if a.memory is not None and not a.dry_run:
+        raise ValueError("--memory: goes with --dry-run")
     if a.dry_run:
         with _without_collection():
             return _dry_run(a)
@@ -67,7 +73,7 @@ def _dry_run(a: argparse.Namespace) -> int:
     from flowmap.estimate.dry_run import MISSING, dry_run
     from flowmap.recipe import read_recipe
 
-    lines = dry_run(read_recipe(a.recipe, a.overrides), a.out, throughput=a.throughput)
+    lines = dry_run(read_recipe(a.recipe, a.overrides), a.out, throughput=a.throughput, memory=a.memory)
     print("\n".join(lines))
     return 3 if lines[-1].startswith(MISSING) else 0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmap.cli.arguments import device_of, guided_arguments
+from flowmap.cli.arguments import given_student, guided_arguments
 from flowmap.cli.terminal import log
 
 if TYPE_CHECKING:
@@ -79,10 +79,9 @@ def _picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
-    from flowmap.student.folder import load_student
 
     check_writable(Path(a.out), "--out")
-    student = load_student(a.student, base=a.base).to(device_of(a.device))
+    student = given_student(a)
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flowmap.estimate.memory import Memory, memory_of
 from flowmap.estimate.networks import Networks, config_without_weights, outline_of_network, teacher_configs
 from flowmap.estimate.outlines import Outlines, check_outlines
 from flowmap.estimate.price import Prices, preparation_lines, price_lines
+from flowmap.estimate.smaller import Peaks, smaller_lines
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial
 from flowmap.plan.named_networks import missing_weights
@@ -38,13 +40,21 @@ from flowmap.teachers.card import Card
 
 MISSING = "missing on this machine: "
 WORTH_PRICING = 0.01  # GPU-hours; shorter runs are not priced
+MOST = 10_000.0  # GB of a GPU
 THROUGHPUT = 200.0  # TFLOP/s of one device: about half of an H100's dense bf16 peak
 
 
-def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) -> list[str]:
-    """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is."""
+def dry_run(
+    recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT, memory: float | None = None
+) -> list[str]:
+    """Return the lines that `flowmap fit --dry-run` prints; the last states what is missing, or that nothing is.
+
+    memory: of the GPU that the recipe's run is to fit, in GB; None for this machine's, or an H100's.
+    """
     if not throughput > 0:
         raise ValueError(f"--throughput: {throughput} must be above 0 (TFLOP/s of one device)")
+    if memory is not None and not 0 < memory < MOST:
+        raise ValueError(f"--memory: {memory:g} must be above 0 and below {MOST:g} (GB of one GPU)")
     run, prices = resolve(recipe, Path(out) if out else None), Prices(throughput)
     stages, outlines = run.stages, Outlines()
     lines, missing = [], []
@@ -58,7 +68,7 @@ def dry_run(recipe: Recipe, out: str | None, *, throughput: float = THROUGHPUT) 
         if isinstance(stage, Encoding):
             lines += [f"      {line}" for line in describe_pictures(stage)]
         if isinstance(stage, Stage):
-            found, lacks = look(stage, outlines, prices)
+            found, lacks = look(stage, outlines, prices, memory=memory if stage is stages[-1] else None)
             lines += [f"      {line}" for line in found]
             missing += lacks
     if (run.folder / "recipe.yaml").is_file() and not matches(run.folder, recipe):
@@ -90,13 +100,18 @@ def check_stages(stages: list[Needed], *, again: bool = False) -> None:
 
 
 def look(
-    run: ResolvedRun, outlines: Outlines, prices: Prices | None = None, *, whole: bool = True
+    run: ResolvedRun,
+    outlines: Outlines,
+    prices: Prices | None = None,
+    *,
+    whole: bool = True,
+    memory: float | None = None,
 ) -> tuple[list[str], list[str]]:
     """Return lines on the cost of the networks, and what is missing on this machine.
 
     The networks are built on the meta device and run once. prices: also return the hours of a run on accelerators.
-    whole: read the data even if that takes long. Raises
-    RecipeError if parts of the recipe do not match each other or the data.
+    whole: read the data even if that takes long. memory: as for dry_run. Raises RecipeError if parts of the recipe do
+    not match each other or the data.
     """
     recipe = run.recipe
     missing = [f"{key} (a value)" for key in recipe.missing()]
@@ -112,7 +127,7 @@ def look(
         return ["parameters: ? (nothing here says what the network is)"], missing
     check_outlines(run, config, outlines)
     try:
-        return _lines(run, config, prices), missing
+        return _lines(run, config, prices, memory), missing
     except (ValueError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -173,7 +188,7 @@ def networks_costs(run: ResolvedRun, config: StudentConfig) -> NetworkCosts:
     )
 
 
-def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> list[str]:
+def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None, memory: float | None) -> list[str]:
     costs = networks_costs(run, config)
     lines = [f"student: {counted(costs.student)}, samples of shape {tuple(config.shape)}"]
     if costs.teachers:
@@ -189,7 +204,10 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None) -> li
         steps = run.recipe.objective.matching.term.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
     split = [f"batch: {run.recipe.batches}"] if run.recipe.batches.split else []
-    return [*lines, *_memory(run, config, costs), *split, *_step(run, config, costs, prices)]
+    peaks = partial(_peaks, config, run.recipe, costs)
+    now = peaks(run)
+    lines += [*memory_lines(run.recipe, *now, memory), *split, *_step(run, config, costs, prices)]
+    return [*lines, *smaller_lines(run, now, peaks, memory)]
 
 
 def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: Prices | None) -> list[str]:
@@ -258,11 +276,15 @@ def networks_memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts
     return replace(found, text=live_text_bytes(recipe, config))
 
 
-def _memory(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts) -> list[str]:
-    """Return lines on the memory of a device while it trains and while it measures, and warnings."""
-    training = networks_memory(run, config, costs)
+def _peaks(config: StudentConfig, counted: Recipe, costs: NetworkCosts, run: ResolvedRun) -> Peaks:
+    """Return the memory of a device while the run trains, and while it measures samples of a student if it does.
+
+    costs: of the networks as the recipe `counted` runs them.
+    """
+    if run.recipe.trainer.activation_checkpointing != counted.trainer.activation_checkpointing:
+        costs = networks_costs(run, config)
     evaluation = evaluation_bytes(run, config) if run.recipe.artifact == "student" else None
-    return memory_lines(run.recipe, training, evaluation)
+    return networks_memory(run, config, costs), evaluation
 
 
 def _activation_bytes(recipe: Recipe, costs: NetworkCosts) -> float:

@@ -75,9 +75,9 @@ def stamps(
     ]
     shared += [fingerprint(module) for module in teacher.modules]
     found["teacher"] = short_hash(shared)
-    found["student"] = short_hash(
-        [*shared, to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map), *student.config.tuned]
-    )
+    own = [to_plain(recipe.sampler, TABLES, hashed=True), fingerprint(student.flow_map), *student.config.tuned]
+    own += [student.quantized] if student.quantized else []  # of a LoRA student's base, which has no fingerprint here
+    found["student"] = short_hash([*shared, *own])
     return found
 
 

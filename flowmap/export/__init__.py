@@ -43,6 +43,7 @@ def export(
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
     if custom and to != "diffusers":
         raise ValueError("--custom: is a way to export to diffusers")
+    student.check_whole()
     if to == "space":
         return _space(student, Path(out), overwrite, given={"--steps": steps, "--guidance": guidance})
     if student.config.text_autoencoder is not None:

@@ -33,10 +33,16 @@ BLOCK = 64  # weights of NF4 with one scale
 DEQUANTISED = (torch.float32, torch.bfloat16, torch.float16)  # what the kernel of NF4 writes
 
 
-def check_available() -> None:
-    """Raise a one-line ValueError if bitsandbytes is not installed."""
+def check_available(key: str = "quantize.frozen") -> None:
+    """Raise a one-line ValueError that names `key` if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
-        raise ValueError("quantize.frozen: needs bitsandbytes: pip install 'flowmap-distillation[quantize]'")
+        raise ValueError(f"{key}: needs bitsandbytes: pip install 'flowmap-distillation[quantize]'")
+
+
+def check_format(form: str, key: str) -> None:
+    """Raise a one-line ValueError that names `key` for an unknown format."""
+    if form not in FORMATS:
+        raise ValueError(f"{key}: {form!r} is not one of {', '.join(FORMATS)}")
 
 
 class QuantizedLinear(nn.Module):
@@ -64,11 +70,14 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form}"
 
 
-def quantize(nets: Sequence[FlowMapNet], form: str, *, copies: Sequence[FlowMapNet] = ()) -> None:
+def quantize(
+    nets: Sequence[FlowMapNet], form: str, *, copies: Sequence[FlowMapNet] = (), key: str = "quantize.frozen"
+) -> None:
     """Quantise the frozen weights of large linear layers in the networks' blocks, in place; shared ones stay shared.
 
     Embeddings of times, norms, convolutions and layers with fewer than SMALLEST weights are not quantised. copies:
-    networks in which only the weights that they share with `nets` are. Raises a ValueError if there is no such layer.
+    networks in which only the weights that they share with `nets` are. Raises a ValueError that names `key` if there is
+    no such layer.
     """
     made: dict[Tensor, tuple[nn.Parameter, nn.Parameter]] = {}
     for net in (*nets, *copies):
@@ -81,11 +90,16 @@ def quantize(nets: Sequence[FlowMapNet], form: str, *, copies: Sequence[FlowMapN
         leave_out_base(net.net)
     if not made:
         what = f"has no linear layers of {SMALLEST} weights in its blocks, and no others are quantised"
-        raise ValueError(f"quantize.frozen: the frozen network {what}; leave it out")
+        raise ValueError(f"{key}: the network {what}; leave it out")
 
 
 def quantized_layers(net: nn.Module) -> list[QuantizedLinear]:
     return [module for module in net.modules() if isinstance(module, QuantizedLinear)]
+
+
+def form_of(net: nn.Module) -> str | None:
+    """The format of the network's quantised layers; None if it has none."""
+    return next((layer.form for layer in quantized_layers(net)), None)
 
 
 def _large_layers(net: FlowMapNet) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

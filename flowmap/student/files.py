@@ -22,6 +22,7 @@ from flowmap.recipe.kinds import student_part
 from flowmap.student.config import SHIPPED_AUTOENCODER, StudentConfig
 from flowmap.student.config_file import config_json, read_config
 from flowmap.student.prior import PRIOR
+from flowmap.student.quantized import check_quantize, quantize_student
 
 FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
 FOLDERS = (SHIPPED_AUTOENCODER, PRIOR, TEACHER_LORA)  # of models that the student needs, next to these files
@@ -58,9 +59,15 @@ def copy_models(source: Path, target: Path) -> None:
 
 
 def read_student(
-    source: str | Path, *, base: str | Path | None, imports: str | Sequence[str], revision: str | None
+    source: str | Path,
+    *,
+    base: str | Path | None,
+    imports: str | Sequence[str],
+    revision: str | None,
+    quantize: str | None,
 ) -> tuple[StudentConfig, FlowMapNet, Path]:
     """The configuration, flow map and local folder of a student; the arguments and errors are those of load_student."""
+    check_quantize(quantize)
     for name in [imports] if isinstance(imports, str) else imports:
         allow_import(name)
     folder = _local(source, revision)
@@ -74,11 +81,14 @@ def read_student(
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
         what = f"; {pickles[0]} is a pickle and is not read" if pickles else ""
         raise ValueError(f"{weights}: there is no such file{what}")
-    return config, _flow_map(config, folder, read_tensors(weights)), folder
+    flow_map = _flow_map(config, folder, read_tensors(weights))
+    if quantize is not None:
+        quantize_student(flow_map, quantize, adapted=config.lora is not None)
+    return config, flow_map.eval().requires_grad_(False), folder
 
 
 def _flow_map(config: StudentConfig, folder: Path, state: Mapping[str, Tensor]) -> FlowMapNet:
-    """The network of that configuration with these weights, in evaluation mode."""
+    """The network of that configuration with these weights."""
     flow_map = _empty(config, state, folder / "config.json")
     _check_shapes(flow_map.state_dict(), state, folder / "model.safetensors")
     if config.lora is not None:
@@ -91,7 +101,7 @@ def _flow_map(config: StudentConfig, folder: Path, state: Mapping[str, Tensor]) 
         with without_weights():
             flow_map = config.build()
     flow_map.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return flow_map.eval().requires_grad_(False)
+    return flow_map
 
 
 def _local(source: str | Path, revision: str | None) -> Path:

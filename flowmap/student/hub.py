@@ -28,6 +28,7 @@ class OnHub:
     folder: Path | None
     if TYPE_CHECKING:
         sample: Any
+        check_whole: Any
 
         def __init__(self, config: StudentConfig, flow_map: Any, folder: Path | None = None): ...
 
@@ -39,15 +40,17 @@ class OnHub:
         revision: str | None = None,
         base: str | Path | None = None,
         imports: str | Sequence[str] = (),
+        quantize: str | None = None,
     ) -> Self:
         """The student of that folder or hub id: see load_student, whose arguments and errors these are."""
-        return cls(*read_student(source, base=base, imports=imports, revision=revision))
+        return cls(*read_student(source, base=base, imports=imports, revision=revision, quantize=quantize))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the student's folder and return it: config, weights, recipe, card, and the models next to them.
 
-        Raises a ValueError if the folder has other files than a student's.
+        Raises a ValueError if the folder has other files than a student's, or the student is quantised.
         """
+        self.check_whole()
         out = Path(folder)
         check_place(out, "folder")
         recipe, card = self._file_text("recipe.yaml"), self._file_text("README.md") or self._short_card()

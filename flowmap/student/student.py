@@ -35,6 +35,7 @@ from flowmap.student.conditions import (
 from flowmap.student.config import ImageLatents, StudentConfig, TextLatents, in_student_folder
 from flowmap.student.hub import OnHub
 from flowmap.student.prior import PRIOR, load_prior
+from flowmap.student.quantized import Quantizable
 from flowmap.student.text import Sentences, described_by
 from flowmap.teachers.autoencoder import Autoencoder as DiffusersAutoencoder
 from flowmap.teachers.autoencoder import FrozenAutoencoder
@@ -45,7 +46,7 @@ MAX_IMAGES = 1_000_000
 DECODED = 32  # latents that are decoded at once: a picture takes far more memory there than when it is drawn
 
 
-class Student(Sentences, OnHub):
+class Student(Sentences, OnHub, Quantizable):
     """A flow map that samples: student(x, t, s, cond) is the map, student.sample(num, steps=...) draws samples."""
 
     def __init__(self, config: StudentConfig, flow_map: FlowMapNet, folder: Path | None = None):
@@ -70,10 +71,11 @@ class Student(Sentences, OnHub):
 
     def merged(self) -> Student:
         """The same map to rounding, with its adapters merged into weights of its own; the student itself if it has
-        none.
+        none. Raises ValueError if its base is quantised.
         """
         if self.config.lora is None:
             return self
+        self.check_whole()
         flow_map = FlowMapNet(merged(self.flow_map.net)).eval().requires_grad_(False)
         return Student(replace(self.config, lora=None, base=None), flow_map, self.folder)
 

@@ -67,3 +67,11 @@ def test_text_encoders_stay_on_the_device_where_prompts_of_a_file_are_encoded():
     assert weights() - weights("evaluation.captions=null", "metrics=[]") == pytest.approx(
         4 * 5.6e9 + 109e6 + 1711e6, rel=1e-3
     )
+
+
+def test_a_gpu_that_is_asked_about_replaces_this_machines(monkeypatch):
+    name, there = device_memory("cpu", 24)
+    assert name == "a GPU of 24 GB" and there / GIB == pytest.approx(23.64)
+    assert device_memory("auto", 80)[1] == pytest.approx(H100[1], rel=0.005)
+    lines = memory_lines(read_recipe("digits", ["trainer.accelerator=cpu"]), memory(22), None, 24)
+    assert "training does not fit a GPU of 24 GB (23.64 GiB" in lines[1]

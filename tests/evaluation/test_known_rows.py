@@ -14,7 +14,7 @@ from flowmap.evaluation.known_rows import stamps
 from flowmap.evaluation.measure import evaluate, measure
 from flowmap.plan.plan import resolve
 from flowmap.recipe import read_recipe
-from flowmap.student.folder import save_student
+from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
 
 METRICS = "metrics=[{kind: frechet, images: 200}, {kind: endpoint_error, images: 20}]"
@@ -96,6 +96,14 @@ def test_what_a_row_depends_on_makes_it_measured_again(run, solves, changed, tea
     said = []
     evaluate(run / "student", progress=said.append)
     assert bool(solves) == teacher and ("evaluating: real against real" in said) == baseline
+
+
+def test_a_quantised_student_is_measured_against_the_teacher_again(run, monkeypatch):
+    monkeypatch.setattr(Student, "quantized", "int8")  # its network is too small; a LoRA student's stamp has no base
+    known, found = read_json(run / "metrics.json"), evaluate(run / "student")
+    held = sum(p.nbytes for p in load_student(run / "student").parameters())
+    assert found["quantized"] == {"format": "int8", "weight_bytes": held} and "quantized" not in known
+    assert {key for key in known["stamp"] if known["stamp"][key] != found["stamp"][key]} == {"student"}
 
 
 def test_a_stamp_changes_with_the_weights_and_with_the_data():

@@ -191,5 +191,5 @@ def test_a_sharded_network_in_bf16_does_not_round_its_scales(form):
 
 
 def test_a_network_without_large_layers_is_refused():
-    with pytest.raises(ValueError, match="quantize.frozen: the frozen network has no linear layers of 4096 weights"):
+    with pytest.raises(ValueError, match="quantize.frozen: the network has no linear layers of 4096 weights"):
         layer_of(8, 8, "nf4")

@@ -19,7 +19,7 @@ from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.module import Module, ModuleNet
 from tests.support import tiny_nets
-from tests.support.families import FLOW, NOISE, OURS, SHAPE, TWO_LEVELS, pretrained
+from tests.support.families import FLOW, NOISE, OURS, SHAPE, TWO_LEVELS, Built, pretrained
 
 WITHOUT_DERIVATIVE = {
     "autoencoder_kl": "no flow map",
@@ -82,8 +82,8 @@ def text(slots: int, dims: int, **flow) -> Callable[[], nn.Module]:
     return lambda: joint.build((12,), **OURS)
 
 
-def ours(spec: Any, shape: tuple[int, ...] = SHAPE, **more) -> Callable[[], nn.Module]:
-    return lambda: spec.build(shape, **OURS, **more)
+def ours(spec: Any, shape: tuple[int, ...] = SHAPE, **more) -> Built:
+    return Built(lambda: spec, shape, OURS, more)
 
 
 def code(size: int) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -42,19 +42,32 @@ class Family:
         return {"guidance": torch.linspace(1, 3, rows, dtype=dtype), **rest}
 
 
-def pretrained(
-    make: Callable[[], nn.Module], scheduler: str, shape: tuple[int, ...] = SHAPE
-) -> Callable[[], nn.Module]:
+@dataclass(frozen=True)
+class Built:
+    """A function that builds a network for samples of that shape: its settings, and the options of their build.
+
+    more: those that a student's network has from its data or prior.
+    """
+
+    settings: Callable[[], Any]
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> nn.Module:
+        return self.settings().build(self.shape, **self.options, **self.more)
+
+
+def pretrained(make: Callable[[], nn.Module], scheduler: str, shape: tuple[int, ...] = SHAPE) -> Built:
     """A function that builds a student's network for samples of that shape, with the settings of make()'s."""
 
-    def build() -> nn.Module:
+    def settings_of() -> DiffusersModel:
         model = make()
         settings = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
         schedule = {} if "Flow" in scheduler else {"beta_schedule": "scaled_linear", "clip_sample": False}
-        spec = DiffusersModel(type(model).__name__, json.dumps(settings), scheduler, json.dumps(schedule))
-        return spec.build(shape, guidance=True)
+        return DiffusersModel(type(model).__name__, json.dumps(settings), scheduler, json.dumps(schedule))
 
-    return build
+    return Built(settings_of, shape, {"guidance": True})
 
 
 FLOW, NOISE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
