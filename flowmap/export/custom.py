@@ -32,6 +32,8 @@ ARGUMENTS = {
     "PixArtTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "SanaTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "QwenImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "ZImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "Flux2Transformer2DModel": ("prompt_embeds",),
     "SD3Transformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
     "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
 }

@@ -7,6 +7,7 @@ none, so the biases of the other layers are zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,14 +18,15 @@ from flowmap.base.hub import is_repository
 from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import (
-    FAMILIES,
     Family,
     call_lines,
     check_grid,
     constant_extra,
+    family_of,
     has_stock,
+    last_layers,
     network_of,
-    time_embeddings,
+    probe_of,
     unit_of,
 )
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
@@ -59,7 +61,7 @@ def write_peft(plan: Export, folder: Path) -> Written:
     weights = adapter_weights(plan)
     write_tensors(folder / PEFT_WEIGHTS, peft_weights(weights))
     write_json(folder / PEFT_CONFIG, peft_config(weights, lora.rank, base.source))
-    family = FAMILIES[type(network_of(plan).model).__name__]
+    family = family_of(plan)
     source = "path/to/the/base/pipeline" if Path(base.source).is_dir() else base.source
     lines = ["from diffusers import DiffusionPipeline", "from peft import PeftModel", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}")']
@@ -114,20 +116,48 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
 
     lora = plan.student.config.lora
     assert lora is not None
-    net, rank, out = network_of(plan), lora.rank, {}
+    net, out = network_of(plan), {}
     extra = constant_extra(plan)
-    embeddings = [f"{name}.linear_2" for name, _ in time_embeddings(net.model)] if extra is not None else []
+    embeddings = last_layers(net.model) if extra is not None else []
     for name, layer in net.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             out[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
             out[f"{name}.lora_B.weight"] = layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]
         elif name in embeddings:
-            out[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
-            out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
+            out[f"{name}.lora_A.weight"] = torch.zeros(lora.rank, layer.in_features)
+            out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, lora.rank)
+    with_bias = [name for name in embeddings if _base_of(net.model, name).bias is not None]
+    for name in embeddings:
+        if name not in with_bias:
+            out |= _constant_product(plan, name, out)
     second = {key: value for key, value in out.items() if ".lora_B." in key}
     biases = {key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in second.items()}
-    biases |= {f"{name}.lora_B.bias": extra for name in embeddings}
-    return out | (biases if embeddings else {})
+    biases |= {f"{name}.lora_B.bias": extra for name in with_bias}
+    return out | (biases if with_bias else {})
+
+
+def _base_of(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, without its adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = model.get_submodule(name)
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _constant_product(plan: Export, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of a layer without a bias whose product with what it is given is the constant at every step.
+
+    Raises a ValueError if the student has an adapter there.
+    """
+    a, b = (weights[f"{name}.lora_{part}.weight"].clone() for part in "AB")
+    if b.any():
+        raise ValueError(
+            f"--to lora: {name} has an adapter and no bias for the constant of the steps; take --to diffusers"
+        )
+    extra = constant_extra(plan)
+    assert extra is not None
+    a[0], b[:, 0] = probe_of(plan, network_of(plan).model, name), extra
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
 
 def _check_autoencoder(plan: Export) -> None:
@@ -145,12 +175,12 @@ def _check_autoencoder(plan: Export) -> None:
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
-    net, base = network_of(plan), plan.student.config.frozen_base()
-    family = FAMILIES[type(net.model).__name__]
+    base = plan.student.config.frozen_base()
+    family = family_of(plan)
     here = Path(base.source).is_dir()
     revision = f', revision="{base.revision}"' if base.revision else ""
     source = '"path/to/the/base/pipeline"' if here else f'"{base.source}"{revision}'
-    height, width = plan.student.config.shape[1:]
+    height, width = (family.patch * side for side in plan.student.config.shape[1:])
     size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})"]
@@ -191,7 +221,8 @@ def _notes(plan: Export) -> tuple[str, ...]:
         f"The adapter depends on the number of steps: take num_inference_steps={plan.steps} and no other, "
         "a scale of the adapter of 1 and no other, and this scheduler. peft is needed besides diffusers."
     )
-    if any(_lacks_bias(layer) for layer in model.modules()):
+    biased = any(_base_of(model, name).bias is not None for name in last_layers(model))
+    if biased and any(_lacks_bias(layer) for layer in model.modules()):
         note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
     return (note, *_relative(plan))
 

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -24,7 +23,7 @@ from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import DiffusersNet
 from flowmap.nets.embed import branches
-from flowmap.nets.time_embedding import TIME_EMBEDDINGS
+from flowmap.nets.time_embedding import hidden, last_layer, time_embeddings
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Family:
     conditions: tuple[str, ...]
     call: tuple[str, ...] = ("guidance_scale=1.0",)
     prompting: tuple[str, ...] = ()  # extra arguments with prompts, so that they are encoded as in training
+    patch: int = 1  # side of the patches of latents that are channels, which it normalises by the autoencoder's weights
+    trimmed: bool = False  # whether it takes a list of embeddings, of each prompt's real tokens alone
     shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
 
     def build_scheduler(self, unit: float) -> diffusers.SchedulerMixin:
@@ -74,13 +75,44 @@ FAMILIES = {
         conditions=("prompt_embeds", "prompt_embeds_mask"),
         call=("true_cfg_scale=1.0",),
     ),
+    "ZImageTransformer2DModel": Family(
+        pipeline="ZImagePipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds",),
+        call=("guidance_scale=0.0",),  # there 0 is no guidance
+        trimmed=True,
+    ),
+    "Flux2Transformer2DModel": Family(
+        pipeline="Flux2KleinPipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds",),
+        patch=2,
+    ),
 }
+FLUX2_DEV = Family(  # with guidance_embeds
+    pipeline="Flux2Pipeline",
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    empty=("text_encoder", "tokenizer"),
+    conditions=("prompt_embeds",),
+    patch=2,
+)
+EMBEDDED = ("FluxPipeline", "Flux2Pipeline")  # their guidance_scale is an input of the network
+TRIMMED = "prompt_embeds=[row[seen.bool()] for row, seen in zip(prompt_embeds, prompt_attention_mask)]"
 
 
 def has_stock(plan: Export) -> bool:
     """Whether a stock diffusers pipeline can sample the student's network from noise as we do."""
     net = plan.student.flow_map.net
     return isinstance(net, DiffusersNet) and isinstance(net.clock, FlowClock) and type(net.model).__name__ in FAMILIES
+
+
+def family_of(plan: Export) -> Family:
+    """The stock pipeline of the student's network, which must have one."""
+    model = network_of(plan).model
+    name = type(model).__name__
+    return FLUX2_DEV if name == "Flux2Transformer2DModel" and model.config.guidance_embeds else FAMILIES[name]
 
 
 def network_of(plan: Export) -> DiffusersNet:
@@ -103,7 +135,7 @@ def write_stock(plan: Export, folder: Path) -> Written:
     """
     check_grid(plan)
     net = network_of(plan)
-    family = FAMILIES[type(net.model).__name__]
+    family = family_of(plan)
     vae = _vae(plan, family)
     scheduler = family.build_scheduler(unit_of(net))
     parts = {"transformer": folded(plan), "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
@@ -140,17 +172,33 @@ def folded(plan: Export) -> nn.Module:
     load_weights(model, net.model.state_dict())
     extra = constant_extra(plan)
     if extra is not None:
-        for _, module in time_embeddings(model):
-            module.linear_2.bias += extra.to(module.linear_2.bias)
+        for name in last_layers(model):
+            layer = model.get_submodule(name)
+            if layer.bias is None:
+                layer.weight += torch.outer(extra, probe_of(plan, model, name)).to(layer.weight)
+            else:
+                layer.bias += extra.to(layer.bias)
     return model.eval().cpu()
 
 
-def time_embeddings(model: nn.Module) -> list[tuple[str, Any]]:
-    """The model's time embeddings by name. ValueError if one does not end in a layer with a bias."""
-    found = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    if any(getattr(module, "post_act", None) is not None or module.linear_2.bias is None for _, module in found):
-        raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a bias; take --custom")
-    return found
+def last_layers(model: nn.Module) -> list[str]:
+    """The names of the last layers of the model's time embeddings. ValueError if one is not the embedding's end."""
+    found = time_embeddings(model)
+    if any(getattr(module, "post_act", None) is not None for _, module in found):
+        raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a layer; take --custom")
+    return [f"{name}.{last_layer(module)}" for name, module in found]
+
+
+@torch.no_grad()
+def probe_of(plan: Export, model: nn.Module, layer: str) -> Tensor:
+    """The shortest vector (features,) whose product with what the layer is given is 1 at every step of the plan.
+
+    A layer without a bias gets a constant by it, at those times alone: W + constant probe^T.
+    """
+    path = next(name for name, _ in time_embeddings(model) if layer.startswith(f"{name}."))
+    time = unit_of(network_of(plan)) * torch.tensor(plan.times[:-1])
+    given = hidden(model, path, time.to(next(model.parameters()).device)).double()
+    return (torch.linalg.pinv(given) @ torch.ones(len(given), dtype=given.dtype, device=given.device)).float()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -172,7 +220,10 @@ def constant_extra(plan: Export) -> Tensor | None:
 
 
 def _vae(plan: Export, family: Family) -> nn.Module | None:
-    vae = exported_vae(plan, shifts=family.shifts)
+    vae = exported_vae(plan, shifts=family.shifts, by_weights=family.patch > 1)
+    if vae is None and family.pipeline == "Flux2KleinPipeline":
+        what = f"{family.pipeline} needs an autoencoder even for latents, and this student has none"
+        raise ValueError(f"--to diffusers: {what}; take --custom")
     if vae is not None and family.pipeline == "QwenImagePipeline":
         what = f"{family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not"
         raise ValueError(f"autoencoder: {what}; take --custom")
@@ -193,7 +244,8 @@ def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
 
 def _snippet(plan: Export, family: Family, pipe, text: TextParts | None) -> str:
     shape, encoders = plan.student.config.shape, [] if text is None or text.pipeline is None else text.index
-    size = [f"{key}={side * pipe.vae_scale_factor}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
+    scale = family.patch * pipe.vae_scale_factor
+    size = [f"{key}={side * scale}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
     empty = [name for name in family.empty if name not in encoders] + (["vae"] if pipe.vae is None else [])
     lines = [*sentence_lines(text), "from diffusers import DiffusionPipeline", ""]
     if empty:
@@ -209,13 +261,13 @@ def _quoted(name: str) -> str:
 def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | None, *, decodes: bool) -> list[str]:
     """The card's lines that call a stock pipeline: with a prompt if it has text encoders, otherwise with embeddings."""
     config, call = network_of(plan).model.config, list(family.call)
-    if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
+    if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline in EMBEDDED:
         call = [f"guidance_scale={plan.guidance:g}"]
     if text is not None and text.pipeline is not None:
         given = [f'prompt="{PROMPT}"', *family.prompting]
         given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None else []
     else:
-        given = [f"{key}={key}" for key in family.conditions]
+        given = [TRIMMED] if family.trimmed else [f"{key}={key}" for key in family.conditions]
     kind = "" if decodes else ', output_type="latent"'
     lines = ["images = pipe(", f"    {', '.join(given)},"]
     return [*lines, f"    num_inference_steps={plan.steps}, {', '.join([*call, *size])}{kind},", ").images"]

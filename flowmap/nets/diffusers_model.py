@@ -28,11 +28,14 @@ from flowmap.nets.diffusers_calls import CALLS, prepare
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.listening import Extra, listen
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
-from flowmap.nets.time_embedding import TIME_EMBEDDINGS, refit
+from flowmap.nets.time_embedding import last_layer, refit, time_embeddings
 
-BLOCKS = "transformer_blocks"
-# diffusers' names of the lists of blocks, in transformers and in the levels of U-Nets
-BLOCK_LISTS = (BLOCKS, "single_transformer_blocks", "resnets", "attentions", "downsamplers", "upsamplers")
+BLOCKS = ("transformer_blocks", "layers")  # diffusers' names of a transformer's main list of blocks
+# of all lists of blocks, in transformers and in the levels of U-Nets
+BLOCK_LISTS = (
+    *BLOCKS, "single_transformer_blocks", "noise_refiner", "context_refiner",
+    "resnets", "attentions", "downsamplers", "upsamplers",
+)  # fmt: skip
 # parts of blocks that the model also calls outside their blocks
 CALLED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
 LARGEST_SETTING = 1 << 20
@@ -183,14 +186,15 @@ class DiffusersNet(nn.Module):
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
         """The same network without some transformer blocks, with shared weights: a weak model for autoguidance."""
-        blocks = self.model._modules.get(BLOCKS)
-        if blocks is None:
+        name = next((name for name in BLOCKS if name in self.model._modules), None)
+        if name is None:
             raise ValueError(f"skip_blocks: {tuple(skip)} must be empty: this network has no transformer blocks")
+        blocks = self.model._modules[name]
         if any(not 0 <= i < len(blocks) for i in skip):
             raise ValueError(f"skip_blocks: {tuple(skip)} must lie in 0..{len(blocks) - 1}")
         weak, model = copy.copy(self), copy.copy(self.model)
         weak._modules, model._modules = dict(self._modules), dict(self.model._modules)
-        model._modules[BLOCKS] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
+        model._modules[name] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
         weak._modules["model"] = model
         return weak
 
@@ -224,8 +228,8 @@ def _listen(model: nn.Module, extra: Extra) -> int:
 
     Only the class of each embedding changes: names and weights stay the same.
     """
-    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    widths = {module.linear_2.out_features for module in found}
+    found = [module for _, module in time_embeddings(model)]
+    widths = {module.get_submodule(last_layer(module)).out_features for module in found}
     if len(widths) != 1:
         what = f"found {len(found)} of {len(widths)} widths"
         raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; {what}")

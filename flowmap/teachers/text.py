@@ -280,6 +280,20 @@ def _qwen(pipeline, prompts, device, length):
     return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
 
 
+def _flux2(pipeline, prompts, device, length):
+    return {"text": pipeline.encode_prompt(prompts, device=device, **length)[0]}
+
+
+def _z_image(pipeline, prompts, device, length):
+    """Pad to the maximum length: this pipeline gives a list of the real tokens of each prompt."""
+    most = length.get("max_sequence_length", 512)
+    options = dict(device=device, do_classifier_free_guidance=False, max_sequence_length=most)
+    found, _ = pipeline.encode_prompt(prompts, **options)
+    text = torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in found])
+    count = torch.tensor([len(row) for row in found], device=text.device)
+    return {"text": text, "text_mask": torch.arange(most, device=text.device) < count.unsqueeze(-1)}
+
+
 PIPELINES = {
     "StableDiffusionPipeline": _sd,
     "StableDiffusionXLPipeline": _sdxl,
@@ -289,6 +303,9 @@ PIPELINES = {
     "PixArtAlphaPipeline": _masked,
     "PixArtSigmaPipeline": _masked,
     "QwenImagePipeline": _qwen,
+    "ZImagePipeline": _z_image,
+    "Flux2Pipeline": _flux2,
+    "Flux2KleinPipeline": _flux2,
 }
 
 

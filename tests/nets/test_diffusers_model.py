@@ -21,7 +21,7 @@ from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree
 from flowmap.teachers.network import NetworkTeacher
-from tests.support import parity
+from tests.support import parity, tiny_nets
 from tests.support.tiny_nets import dit, flux, pixart, qwen, sana, sd, sd3, sdxl, unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,6 +36,7 @@ TEXT = {"text": numbers(B, 5, 32)}
 BOTH = TEXT | {"pooled": numbers(B, 24)}
 SIZE = BOTH | {"size": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(B, 6)}
 EMPTY = {"text": numbers(1, 5, 32) + 1, "pooled": numbers(1, 24) + 1, "size": SIZE["size"][:1]}
+SOME = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]) > 0
 # name -> (network, conditions, shape, kinds of schedule)
 FAMILIES = {
     "DiT": (dit, {"class": torch.tensor([3, 7])}, (4, 8, 8), ("epsilon",)),
@@ -47,6 +48,8 @@ FAMILIES = {
     "Flux": (flux, BOTH, (4, 8, 8), ("flow",)),
     "Sana": (sana, TEXT, (4, 8, 8), ("flow",)),
     "QwenImage": (qwen, TEXT | {"text_mask": torch.ones(B, 5, dtype=torch.bool)}, (4, 8, 8), ("flow",)),
+    "FLUX.2": (tiny_nets.flux2, TEXT, (4, 8, 8), ("flow",)),
+    "Z-Image": (tiny_nets.z_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
 }
 BY_DIFFERENCES = ("UNet2D",)
 ROWS = [(name, kind) for name, row in FAMILIES.items() for kind in row[3]]
@@ -71,7 +74,7 @@ def theirs(net, cond, state, time):
     call, time = CALLS[type(net).__name__], torch.full((B,), float(time))
     without = {key: EMPTY[key].expand(B, *EMPTY[key].shape[1:]) for key in cond if key in EMPTY}
     without |= {"class": torch.tensor([-1, -1])} if "class" in cond else {}
-    without |= {"text_mask": cond["text_mask"]} if "text_mask" in cond else {}
+    without |= {"text_mask": cond["text_mask"][:1].expand(B, -1)} if "text_mask" in cond else {}
     with torch.no_grad():
         yes, no = (call(net, state, time, given) for given in (cond, without))
     return (no + W * (yes - no))[:, : state.shape[1]]

@@ -116,6 +116,28 @@ def qwen():
     )
 
 
+def z_image():
+    return diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
+        axes_dims=[4, 4, 8], axes_lens=[128, 16, 16],
+    )  # fmt: skip
+
+
+def flux2(guidance_embeds: bool = False, text: int = TEXT, channels: int = 4):
+    return diffusers.Flux2Transformer2DModel(
+        **HEADS, in_channels=channels, num_layers=1, num_single_layers=1, joint_attention_dim=text,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+
+
+def kl_flux2():
+    """Latents of 4 x 2 x 2 channels, with a mean and a variance of their own."""
+    made = diffusers.AutoencoderKLFlux2(**ENDS, latent_channels=4, norm_num_groups=4, sample_size=16)
+    torch.nn.init.normal_(made.bn.running_mean)
+    torch.nn.init.uniform_(made.bn.running_var, 0.5, 2.0)
+    return made
+
+
 def kl(latent_channels: int = 4, scaling_factor: float = 0.6, **more):
     return diffusers.AutoencoderKL(
         **ENDS,

@@ -20,6 +20,8 @@ EXPECTED = {
     "flux": (12, 32, {"pooled"}),
     "sana": (12, 32, {"text_mask"}),
     "pixart": (12, 32, {"text_mask"}),
+    "z_image": (12, 32, {"text_mask"}),
+    "flux2": (12, 96, set()),
 }
 
 
