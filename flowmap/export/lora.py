@@ -15,19 +15,15 @@ from torch import Tensor, nn
 
 from flowmap.base.files import write_json, write_tensors
 from flowmap.base.hub import is_repository
+from flowmap.export.constants import constant_extra, has_second_time, last_layers, network_of, product_of, unit_of
 from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import (
     Family,
     call_lines,
     check_grid,
-    constant_extra,
     family_of,
     has_stock,
-    last_layers,
-    network_of,
-    probe_of,
-    unit_of,
 )
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -117,8 +113,8 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
     lora = plan.student.config.lora
     assert lora is not None
     net, out = network_of(plan), {}
-    extra = constant_extra(plan)
-    embeddings = last_layers(net.model) if extra is not None else []
+    extra = None if has_second_time(plan) else constant_extra(plan)
+    embeddings = last_layers(net.model) if net.arrival is not None or net.guidance is not None else []
     for name, layer in net.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             out[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
@@ -126,10 +122,10 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
         elif name in embeddings:
             out[f"{name}.lora_A.weight"] = torch.zeros(lora.rank, layer.in_features)
             out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, lora.rank)
-    with_bias = [name for name in embeddings if _base_of(net.model, name).bias is not None]
+    with_bias = [name for name in embeddings if extra is not None and _base_of(net.model, name).bias is not None]
     for name in embeddings:
         if name not in with_bias:
-            out |= _constant_product(plan, name, out)
+            out |= _product(plan, name, out)
     second = {key: value for key, value in out.items() if ".lora_B." in key}
     biases = {key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in second.items()}
     biases |= {f"{name}.lora_B.bias": extra for name in with_bias}
@@ -144,19 +140,19 @@ def _base_of(model: nn.Module, name: str) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def _constant_product(plan: Export, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A and B of a layer without a bias whose product with what it is given is the constant at every step.
+def _product(plan: Export, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of a layer, whose product adds to what the layer gives what the branches do, at every step.
 
-    Raises a ValueError if the student has an adapter there.
+    Raises a ValueError if the student has an adapter there, or too small a rank.
     """
     a, b = (weights[f"{name}.lora_{part}.weight"].clone() for part in "AB")
     if b.any():
-        raise ValueError(
-            f"--to lora: {name} has an adapter and no bias for the constant of the steps; take --to diffusers"
-        )
-    extra = constant_extra(plan)
-    assert extra is not None
-    a[0], b[:, 0] = probe_of(plan, network_of(plan).model, name), extra
+        raise ValueError(f"--to lora: {name} has an adapter, and the steps need its place; take --to diffusers")
+    first, second = product_of(plan, network_of(plan).model, name)
+    if len(first) > len(a):
+        what = f"{len(first)} steps need adapters of that rank, and this student's have {len(a)}"
+        raise ValueError(f"--steps: {what}; take fewer, or --to diffusers, which is for any number")
+    a[: len(first)], b[:, : len(first)] = first, second
     return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
 
@@ -221,7 +217,7 @@ def _notes(plan: Export) -> tuple[str, ...]:
         f"The adapter depends on the number of steps: take num_inference_steps={plan.steps} and no other, "
         "a scale of the adapter of 1 and no other, and this scheduler. peft is needed besides diffusers."
     )
-    biased = any(_base_of(model, name).bias is not None for name in last_layers(model))
+    biased = not has_second_time(plan) and any(_base_of(model, n).bias is not None for n in last_layers(model))
     if biased and any(_lacks_bias(layer) for layer in model.modules()):
         note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
     return (note, *_relative(plan))

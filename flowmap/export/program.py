@@ -26,6 +26,7 @@ PROGRAM = "program.pt2"
 FEW = 63  # the largest batch for which diffusers' upsampling takes the same code path
 TOKENS = ("text", "text_mask")  # conditions with the tokens of a prompt in their second dimension
 MASKED = (
+    "HunyuanImageTransformer2DModel", "Lumina2Transformer2DModel",
     "SanaTransformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel",
 )  # fmt: skip
 EXAMPLE = 3  # batch size for tracing, different from all other dimensions of a sample

@@ -2,28 +2,35 @@
 
 A student with a diffusers flow network differs from the stock network by one vector, arrival(t - s) +
 guidance((w - 1) / 4), which is added to the time embeddings. On an even grid, t - s = 1/K, and at a fixed scale w, that
-vector is constant: it is folded into the bias of the embeddings' last layer.
+vector is constant: it is folded into the embedding's last layer (constants.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowmap.base.files import write_json
+from flowmap.export.constants import (
+    constant_extra,
+    has_second_time,
+    last_layers,
+    load_weights,
+    network_of,
+    product_of,
+    unit_of,
+    with_second_time,
+)
 from flowmap.export.plan import Export, Written
 from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import DiffusersNet
-from flowmap.nets.embed import branches
-from flowmap.nets.time_embedding import hidden, last_layer, time_embeddings
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Family:
     conditions: tuple[str, ...]
     call: tuple[str, ...] = ("guidance_scale=1.0",)
     prompting: tuple[str, ...] = ()  # extra arguments with prompts, so that they are encoded as in training
+    limits: bool = True  # whether it takes max_sequence_length
+    zeros: str | None = None  # code for arguments that it needs and our networks do not read
     patch: int = 1  # side of the patches of latents that are channels, which it normalises by the autoencoder's weights
     trimmed: bool = False  # whether it takes a list of embeddings, of each prompt's real tokens alone
     shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
@@ -46,6 +55,10 @@ class Family:
 
 # FlowMapEulerDiscreteScheduler makes the even grid itself; the pipelines of FLUX and QwenImage pass even sigmas, and a
 # `mu` that it does not accept.
+NO_SECOND_TEXT = (
+    "prompt_embeds_2=prompt_embeds.new_zeros(len(prompt_embeds), 1, pipe.transformer.config.text_embed_2_dim or 1), "
+    "prompt_embeds_mask_2=prompt_embeds.new_zeros(len(prompt_embeds), 1)"
+)
 FAMILIES = {
     "SD3Transformer2DModel": Family(
         pipeline="StableDiffusion3Pipeline",
@@ -90,6 +103,22 @@ FAMILIES = {
         conditions=("prompt_embeds",),
         patch=2,
     ),
+    "HunyuanImageTransformer2DModel": Family(
+        pipeline="HunyuanImagePipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        conditions=("prompt_embeds", "prompt_embeds_mask"),
+        call=(),
+        shifts=False,
+        limits=False,
+        zeros=NO_SECOND_TEXT,
+    ),
+    "Lumina2Transformer2DModel": Family(
+        pipeline="Lumina2Pipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds", "prompt_attention_mask"),
+    ),
 }
 FLUX2_DEV = Family(  # with guidance_embeds
     pipeline="Flux2Pipeline",
@@ -115,19 +144,6 @@ def family_of(plan: Export) -> Family:
     return FLUX2_DEV if name == "Flux2Transformer2DModel" and model.config.guidance_embeds else FAMILIES[name]
 
 
-def network_of(plan: Export) -> DiffusersNet:
-    """The student's network, which must be a diffusers network."""
-    net = plan.student.flow_map.net
-    assert isinstance(net, DiffusersNet)
-    return net
-
-
-def unit_of(net: DiffusersNet) -> float:
-    """The time that the network embeds at t = 1."""
-    assert isinstance(net.clock, FlowClock)  # has_stock has checked
-    return net.clock.unit
-
-
 def write_stock(plan: Export, folder: Path) -> Written:
     """Write the pipeline to the folder, and return the Python lines that load and call it.
 
@@ -138,7 +154,8 @@ def write_stock(plan: Export, folder: Path) -> Written:
     family = family_of(plan)
     vae = _vae(plan, family)
     scheduler = family.build_scheduler(unit_of(net))
-    parts = {"transformer": folded(plan), "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
+    transformer = with_second_time(plan) if has_second_time(plan) else folded(plan)
+    parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
     pipe = getattr(diffusers, family.pipeline)(**parts)
     for name in ("transformer", "scheduler", *(["vae"] if vae is not None else [])):
         parts[name].save_pretrained(folder / name)
@@ -175,48 +192,11 @@ def folded(plan: Export) -> nn.Module:
         for name in last_layers(model):
             layer = model.get_submodule(name)
             if layer.bias is None:
-                layer.weight += torch.outer(extra, probe_of(plan, model, name)).to(layer.weight)
+                a, b = product_of(plan, model, name)
+                layer.weight += (b @ a).to(layer.weight)
             else:
                 layer.bias += extra.to(layer.bias)
     return model.eval().cpu()
-
-
-def last_layers(model: nn.Module) -> list[str]:
-    """The names of the last layers of the model's time embeddings. ValueError if one is not the embedding's end."""
-    found = time_embeddings(model)
-    if any(getattr(module, "post_act", None) is not None for _, module in found):
-        raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a layer; take --custom")
-    return [f"{name}.{last_layer(module)}" for name, module in found]
-
-
-@torch.no_grad()
-def probe_of(plan: Export, model: nn.Module, layer: str) -> Tensor:
-    """The shortest vector (features,) whose product with what the layer is given is 1 at every step of the plan.
-
-    A layer without a bias gets a constant by it, at those times alone: W + constant probe^T.
-    """
-    path = next(name for name, _ in time_embeddings(model) if layer.startswith(f"{name}."))
-    time = unit_of(network_of(plan)) * torch.tensor(plan.times[:-1])
-    given = hidden(model, path, time.to(next(model.parameters()).device)).double()
-    return (torch.linalg.pinv(given) @ torch.ones(len(given), dtype=given.dtype, device=given.device)).float()
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights. ValueError if they are not those of the plain network, as with adapters that are not merged."""
-    try:
-        model.load_state_dict({key: value.cpu() for key, value in weights.items()})
-    except RuntimeError as error:
-        what = f"its weights are not those of a plain {type(model).__name__}"
-        raise ValueError(f"--student: {what}; merge its adapters first") from error
-
-
-def constant_extra(plan: Export) -> Tensor | None:
-    """The vector (width,) that the branches add to the time embeddings at every step; None without branches."""
-    net = network_of(plan)
-    t = torch.ones(1, device=plan.student.device)
-    cond = {} if plan.guidance is None else {"guidance": plan.guidance * t}
-    extra = branches(net.arrival, net.guidance, t, t - 1 / plan.steps, cond)
-    return None if extra is None else extra[0]
 
 
 def _vae(plan: Export, family: Family) -> nn.Module | None:
@@ -232,6 +212,8 @@ def _vae(plan: Export, family: Family) -> nn.Module | None:
 
 def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
     notes = [f"Take num_inference_steps={plan.steps} and no other: the network is for steps of 1/{plan.steps}."]
+    if has_second_time(plan):
+        notes = ["Any num_inference_steps: the network reads the time at which a step arrives."]
     if text is None:
         notes[0] += (
             " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and "
@@ -265,9 +247,10 @@ def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | 
         call = [f"guidance_scale={plan.guidance:g}"]
     if text is not None and text.pipeline is not None:
         given = [f'prompt="{PROMPT}"', *family.prompting]
-        given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None else []
+        given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None and family.limits else []
     else:
         given = [TRIMMED] if family.trimmed else [f"{key}={key}" for key in family.conditions]
+        given += [] if family.zeros is None else [family.zeros]
     kind = "" if decodes else ', output_type="latent"'
     lines = ["images = pipe(", f"    {', '.join(given)},"]
     return [*lines, f"    num_inference_steps={plan.steps}, {', '.join([*call, *size])}{kind},", ").images"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowmap.nets.next_dit import RealRotary, z_image
+from flowmap.nets.next_dit import RealRotary, lumina2, z_image
 
 
 def _dit(net, x, time, cond):
@@ -109,6 +109,26 @@ def _flux2(net, x, time, cond):
     return out.transpose(1, 2).unflatten(2, (rows, columns))
 
 
+def _hunyuan_image(net, x, time, cond):
+    """Its prompts have no second text: its pipeline gives one to prompts with words in quotation marks alone."""
+    text, mask = cond["text"], cond.get("text_mask")
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    for embedding in _hunyuan_embeddings(net):
+        state_exactly(embedding, (time,))
+    rounded = time.to(x.dtype)  # what its embedding is computed in
+    return net(x, timestep=rounded, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+
+
+def _hunyuan_embeddings(net: Any) -> tuple[Any, Any]:
+    return net.time_guidance_embed.time_proj, net.context_embedder.time_text_embed.time_proj
+
+
+def _lumina2(net, x, time, cond):
+    """Its time runs from noise to data, and its prediction is x0 - x1."""
+    return -lumina2(net, x, 1 - time / 1000, cond["text"], cond.get("text_mask"))
+
+
 class _Exact:
     """The first arguments of the next calls of a module, in place of those that it is given."""
 
@@ -136,6 +156,9 @@ def prepare(net: Any) -> None:
     name = type(net).__name__
     if name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
         state_exactly(net.time_text_embed)
+    if name == "HunyuanImageTransformer2DModel":
+        for embedding in _hunyuan_embeddings(net):
+            state_exactly(embedding)
     if name == "Flux2Transformer2DModel":
         state_exactly(net.time_guidance_embed.time_proj)
     if name in ("ZImageTransformer2DModel", "Lumina2Transformer2DModel"):
@@ -175,4 +198,6 @@ CALLS: dict[str, Callable] = {
     "QwenImageTransformer2DModel": _qwen,
     "ZImageTransformer2DModel": _z_image,
     "Flux2Transformer2DModel": _flux2,
+    "HunyuanImageTransformer2DModel": _hunyuan_image,
+    "Lumina2Transformer2DModel": _lumina2,
 }

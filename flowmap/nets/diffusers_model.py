@@ -27,13 +27,15 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_calls import CALLS, prepare
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.listening import Extra, listen
+from flowmap.nets.second_time import NETWORKS as SECOND_TIMES
+from flowmap.nets.second_time import SecondTime
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
-from flowmap.nets.time_embedding import last_layer, refit, time_embeddings
+from flowmap.nets.time_embedding import EMBED_T, last_layer, listening, refit
 
 BLOCKS = ("transformer_blocks", "layers")  # diffusers' names of a transformer's main list of blocks
 # of all lists of blocks, in transformers and in the levels of U-Nets
 BLOCK_LISTS = (
-    *BLOCKS, "single_transformer_blocks", "noise_refiner", "context_refiner",
+    *BLOCKS, "single_transformer_blocks", "noise_refiner", "context_refiner", "refiner_blocks",
     "resnets", "attentions", "downsamplers", "upsamplers",
 )  # fmt: skip
 # parts of blocks that the model also calls outside their blocks
@@ -84,7 +86,7 @@ class DiffusersModel:
 
     @property
     def embeds_t(self) -> bool:
-        return self.clock()[0].embeds_t
+        return self.network in EMBED_T or self.clock()[0].embeds_t
 
     def embedding_t(self) -> DiffusersModel:
         """The settings of the same network with an embedding of t."""
@@ -126,12 +128,12 @@ class DiffusersNet(nn.Module):
         prepare(model)
         self.extra = Extra()
         width = _listen(model, self.extra) if arrival or guidance else 0
-        self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
+        self.arrival = self._arrival(width) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         cond = cond or {}
-        self.extra.value = branches(self.arrival, self.guidance, t, s, cond)
+        self.extra.value = self.added(t, s, cond)
         missing = {
             key: value.to(x.device).expand(len(x), *value.shape[1:])
             for key, value in self.empty.items()
@@ -145,6 +147,19 @@ class DiffusersNet(nn.Module):
             return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def _arrival(self, width: int) -> nn.Module:
+        if type(self.model).__name__ in SECOND_TIMES:
+            assert isinstance(self.clock, FlowClock)
+            return SecondTime(width, self.clock.unit)
+        return ScalarEmbedding(width, silent=True)
+
+    def added(self, t: Tensor, s: Tensor, cond: Cond) -> Tensor | None:
+        """What the branches add to the time embedding (B, width); None without branches."""
+        if not isinstance(self.arrival, SecondTime):
+            return branches(self.arrival, self.guidance, t, s, cond)
+        arrival, guidance = self.arrival(self.clock.at(s)[1]), branches(None, self.guidance, t, s, cond)
+        return arrival if guidance is None else arrival + guidance
 
     def _state_dtype(self, state: Tensor) -> torch.dtype:
         """The model's, or under autocast, which casts what layers take, that of the state."""
@@ -174,7 +189,7 @@ class DiffusersNet(nn.Module):
 
     @property
     def embeds_t(self) -> bool:
-        return self.clock.embeds_t
+        return type(self.model).__name__ in EMBED_T or self.clock.embeds_t
 
     def with_embedding_of_t(self) -> DiffusersNet:
         """The same network with time embeddings of t fitted to those of its schedule's time; the others are shared."""
@@ -228,7 +243,7 @@ def _listen(model: nn.Module, extra: Extra) -> int:
 
     Only the class of each embedding changes: names and weights stay the same.
     """
-    found = [module for _, module in time_embeddings(model)]
+    found = [module for _, module in listening(model)]
     widths = {module.get_submodule(last_layer(module)).out_features for module in found}
     if len(widths) != 1:
         what = f"found {len(found)} of {len(widths)} widths"

@@ -87,6 +87,11 @@ REFUSED_OF_NETWORKS: dict[str, dict[str, tuple[tuple, str]]] = {
         "use_additional_t_cond": ((None, False), "it reads a condition that no data gives"),
         "use_layer3d_rope": ((None, False), "it denoises layers"),
     },
+    "HunyuanImageTransformer2DModel": {
+        "guidance_embeds": ((None, False), "it is already distilled and reads a guidance scale"),
+        "use_meanflow": ((None, False), "it is already distilled and reads an arrival time"),
+        "patch_size": (([1, 1], [2, 2]), "it denoises videos"),
+    },
     "Flux2Transformer2DModel": {"patch_size": ((1,), "its pipeline packs patches itself")},
     "ZImageTransformer2DModel": {
         "siglip_feat_dim": ((None,), "it reads pictures"),

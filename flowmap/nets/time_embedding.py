@@ -26,8 +26,11 @@ OWN_TIMES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "QwenImageTransformer2DModel": lambda config, time: time / 1000,
     "SanaTransformer2DModel": lambda config, time: time * config.timestep_scale,
     "ZImageTransformer2DModel": lambda config, time: (1 - time / 1000) * config.t_scale,
+    "Lumina2Transformer2DModel": lambda config, time: 1 - time / 1000,
 }
 """What a diffusers network's sinusoids are given, where that is not the time of its schedule."""
+EMBED_T = ("Lumina2Transformer2DModel",)  # networks that embed 1 - t, whose sinusoids are slow
+OF_CAPTIONS = "context_embedder."  # where HunyuanImage embeds time a second time, for its caption
 
 OfTime = Callable[[Tensor], Tensor]  # a function of t (B,)
 
@@ -102,6 +105,11 @@ def refit(model: Any, old: OfTime, new: OfTime) -> None:
 def time_embeddings(model: Any) -> list[tuple[str, Any]]:
     """The time embeddings of a diffusers model by name."""
     return [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
+
+
+def listening(model: Any) -> list[tuple[str, Any]]:
+    """The time embeddings by name to which a student adds its branches."""
+    return [(name, module) for name, module in time_embeddings(model) if not name.startswith(OF_CAPTIONS)]
 
 
 def last_layer(embedding: Any) -> str:

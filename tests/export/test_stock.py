@@ -19,7 +19,7 @@ from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
 from tests.export.alone import alone, foreign, own_modules, snippet
 from tests.support import parity
-from tests.support.tiny_nets import flux, flux2, kl, kl_flux2, qwen, sana, sd3, z_image
+from tests.support.tiny_nets import flux, flux2, hunyuan_image, kl, kl_flux2, lumina2, qwen, sana, sd3, z_image
 
 diffusers = pytest.importorskip("diffusers")
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -40,6 +40,7 @@ class Case:
     noise: str | None = None  # what the pipeline is given, if that is not what it returns
     returns: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # samples as the pipeline returns them
     vae: Callable[[], object] | None = None
+    any_steps: bool = False  # whether the export is for another number of steps
     shape: tuple[int, ...] = (4, 8, 8)
     time_unit: float | None = None
 
@@ -60,6 +61,8 @@ CASES = {
         vae=kl_flux2,
         shape=(16, 4, 4),
     ),
+    "hunyuan_image": Case(hunyuan_image, (1, 4), any_steps=True),
+    "lumina2": Case(lumina2, (2,)),
     "flux2_dev": Case(lambda: flux2(guidance_embeds=True), (2,), returns=lambda x: x.flatten(2).transpose(1, 2)),
 }
 ROWS = [(name, steps) for name, case in CASES.items() for steps in case.steps]
@@ -85,10 +88,11 @@ def exported(at):
     text, pooled = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 24, generator=generator)
     jobs = []
     for name, steps in ROWS:
-        out = export(student_of(name), at / f"{name}-{steps}", steps=steps, guidance=2.5)
         case = CASES[name]
+        out = export(student_of(name), at / f"{name}-{steps}", steps=3 if case.any_steps else steps, guidance=2.5)
         given = case.noise or ("packed" if case.packed else "noise")
         code = snippet(out) if case.vae is None else snippet(out).replace("num_inf", 'output_type="latent", num_inf')
+        code = code.replace("num_inference_steps=3", f"num_inference_steps={steps}")
         jobs.append({"code": code, "noise": given, "out": f"{out}.pt"})
     noises = {"noise": noise, "packed": pack(noise), "patched": pixel_unshuffle(noise, 2)}
     torch.save({**noises, "text": text, "pooled": pooled}, at / "given.pt")
@@ -128,7 +132,7 @@ def samples_of(folder, name, steps, guidance=2.5):
     """The student's own samples of what the export was given."""
     student, given = student_of(name), torch.load(folder / "given.pt")
     cond = {"text": given["text"], "pooled": given["pooled"], "guidance": torch.full((2,), guidance)}
-    if name in ("sana", "qwen"):
+    if name in ("sana", "qwen", "hunyuan_image", "lumina2"):
         cond["text_mask"] = torch.ones(2, 5, dtype=torch.long)
     return student.config.sampler(student.flow_map, given[CASES[name].noise or "noise"], cond, steps=steps)
 

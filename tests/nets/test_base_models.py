@@ -82,6 +82,28 @@ CASES = {
             "negative_prompt_embeds": rows(NOTHING.expand(B, -1, -1), EVERY_TOKEN),
         },
     ),
+    "hunyuan_image": Case(
+        lambda: tiny_nets.hunyuan_image(),
+        lambda net: diffusers.HunyuanImagePipeline(
+            flow(), None, None, None, None, None, net, guider=diffusers.ClassifierFreeGuidance(W)
+        ),
+        lambda: {
+            "prompt_embeds": WORDS, "prompt_embeds_mask": SOME, "latents": LATENTS,
+            "negative_prompt_embeds": NOTHING.expand(B, -1, -1), "negative_prompt_embeds_mask": EVERY_TOKEN,
+            **dict.fromkeys(("prompt_embeds_2", "negative_prompt_embeds_2"), torch.zeros(B, 3, 16)),
+            **dict.fromkeys(("prompt_embeds_mask_2", "negative_prompt_embeds_mask_2"), torch.zeros(B, 3)),
+        },
+        side=8 * 32,
+    ),
+    "lumina2": Case(
+        tiny_nets.lumina2,
+        lambda net: diffusers.Lumina2Pipeline(net, flow(), None, None, None),
+        lambda: {
+            "prompt_embeds": WORDS, "prompt_attention_mask": SOME, "latents": LATENTS, "guidance_scale": W,
+            "negative_prompt_embeds": NOTHING.expand(B, -1, -1), "negative_prompt_attention_mask": EVERY_TOKEN,
+            "cfg_normalization": False,
+        },
+    ),
     "flux2": Case(
         lambda: tiny_nets.flux2(channels=16),
         lambda net: diffusers.Flux2KleinPipeline(flow(), tiny_nets.kl_flux2(), None, None, net),
@@ -154,15 +176,19 @@ def add(teacher: DiffusersNet, lora: LoRA) -> DiffusersNet:
     return net.train()
 
 
+@pytest.mark.parametrize("family", ["z_image", "lumina2"])
 @pytest.mark.parametrize("sizes", [(5, 3), (32, 31), (33, 64)])
 @torch.no_grad()
-def test_captions_of_any_length_are_those_of_diffusers_own_forward(sizes):
+def test_captions_of_any_length_are_those_of_diffusers_own_forward(family, sizes):
     """Z-Image pads each caption to a multiple of 32 tokens, which it attends to."""
-    net = CASES["z_image"].net()
+    net = CASES[family].net()
     ours = tiny_pipelines.copied(net)
     prepare(ours)
     text, x, t = numbers(B, max(sizes) + 2, TEXT), numbers(B, 4, 12, 10), torch.tensor([0.3, 0.8])
     mask = torch.arange(text.shape[1]) < torch.tensor(sizes).unsqueeze(1)
-    theirs = -torch.stack(net(list(x.unsqueeze(2)), 1 - t, rows(text, mask)).sample).squeeze(2)
-    got = CALLS["ZImageTransformer2DModel"](ours, x, 1000 * t, {"text": text, "text_mask": mask})
+    if family == "z_image":
+        theirs = -torch.stack(net(list(x.unsqueeze(2)), 1 - t, rows(text, mask)).sample).squeeze(2)
+    else:
+        theirs = -net(x, 1 - t, text, mask).sample
+    got = CALLS[type(net).__name__](ours, x, 1000 * t, {"text": text, "text_mask": mask})
     assert parity.relative(got, theirs) < 1e-5

@@ -19,6 +19,7 @@ from flowmap.nets.diffusers_calls import CALLS, pack, unpack
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
+from flowmap.nets.second_time import SecondTime
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree
 from flowmap.teachers.network import NetworkTeacher
 from tests.support import parity, tiny_nets
@@ -49,6 +50,8 @@ FAMILIES = {
     "Sana": (sana, TEXT, (4, 8, 8), ("flow",)),
     "QwenImage": (qwen, TEXT | {"text_mask": torch.ones(B, 5, dtype=torch.bool)}, (4, 8, 8), ("flow",)),
     "FLUX.2": (tiny_nets.flux2, TEXT, (4, 8, 8), ("flow",)),
+    "HunyuanImage": (tiny_nets.hunyuan_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
+    "Lumina 2": (tiny_nets.lumina2, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
     "Z-Image": (tiny_nets.z_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
 }
 BY_DIFFERENCES = ("UNet2D",)
@@ -131,8 +134,12 @@ def student_of(family, kind):
 
 def loud(student):
     for branch in (student.net.arrival, student.net.guidance):
-        torch.nn.init.normal_(branch.out.weight, std=0.1)
+        torch.nn.init.normal_(last_of(branch), std=0.1)
     return student
+
+
+def last_of(branch):
+    return branch.linear_2.weight if isinstance(branch, SecondTime) else branch.out.weight
 
 
 def points(family):
@@ -166,7 +173,7 @@ def test_a_student_listens_to_both_branches(family):
         assert not torch.equal(first, student.mean_velocity(x, t, t, w))
         assert not torch.equal(first, student.mean_velocity(x, t, s, cond | {"guidance": torch.tensor([3.0, 1.0])}))
         other = copy.deepcopy(student)  # as the average of the weights is made: it listens to its own branches
-        torch.nn.init.zeros_(student.net.arrival.out.weight)
+        torch.nn.init.zeros_(last_of(student.net.arrival))
         assert torch.equal(other.mean_velocity(x, t, s, w), first)
 
 

@@ -1,4 +1,4 @@
-"""Networks that round time to the dtype of their tokens embed the exact one: FLUX, FLUX.2 and QwenImage in bf16."""
+"""Networks that round time in bf16 embed the exact one: FLUX, FLUX.2, QwenImage and HunyuanImage."""
 
 import copy
 
@@ -9,13 +9,13 @@ from flowmap.flow.clock import FlowClock
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets.diffusers_model import DiffusersNet
 from flowmap.nets.flow_map import FlowMapNet
-from tests.support.tiny_nets import flux, flux2, qwen, with_random_weights
+from tests.support.tiny_nets import flux, flux2, hunyuan_image, qwen, with_random_weights
 
 TIMES = torch.tensor([0.7003, 0.3337])
 COND = {"text": torch.ones(2, 5, 32), "pooled": torch.ones(2, 24), "guidance": torch.tensor([3.507, 1.003])}
 NETWORKS = {
     "flux": flux, "flux with guidance": lambda: flux(guidance_embeds=True), "qwen": qwen,
-    "flux2": flux2, "flux2 with guidance": lambda: flux2(guidance_embeds=True),
+    "hunyuan_image": hunyuan_image, "flux2": flux2, "flux2 with guidance": lambda: flux2(guidance_embeds=True),
 }  # fmt: skip
 
 

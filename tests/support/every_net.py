@@ -111,6 +111,8 @@ SMALL = {
     "QwenImageTransformer2DModel": Sized(pretrained(tiny_nets.qwen, FLOW), conditions=WORDS),
     "ZImageTransformer2DModel": Sized(pretrained(tiny_nets.z_image, FLOW), conditions=WORDS),
     "Flux2Transformer2DModel": Sized(pretrained(tiny_nets.flux2, FLOW), conditions=WORDS),
+    "HunyuanImageTransformer2DModel": Sized(pretrained(tiny_nets.hunyuan_image, FLOW), conditions=WORDS),
+    "Lumina2Transformer2DModel": Sized(pretrained(tiny_nets.lumina2, FLOW), conditions=WORDS),
     "UNet2DModel": Sized(pretrained(lambda: tiny_nets.unet(8), NOISE, (3, 8, 8)), (3, 8, 8)),
     "UNet2DConditionModel": Sized(pretrained(tiny_nets.sd, NOISE), conditions=WORDS),
 }
@@ -197,6 +199,17 @@ WIDE = {
             joint_attention_dim=7680, guidance_embeds=False,
         ),
         (128, 4, 4), text=(16, 7680),
+    ),
+    "HunyuanImageTransformer2DModel": wide(
+        wide_pretrained(
+            "HunyuanImageTransformer2DModel", FLOW, (64, 4, 4), num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, text_embed_2_dim=1472,
+        ),
+        (64, 4, 4), text=(16, 3584),
+    ),
+    "Lumina2Transformer2DModel": wide(
+        wide_pretrained("Lumina2Transformer2DModel", FLOW, (16, 8, 8), num_layers=1, cap_feat_dim=2304),
+        (16, 8, 8), text=(16, 2304),
     ),
     "UNet2DModel": wide(
         wide_pretrained(

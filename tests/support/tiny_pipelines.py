@@ -182,9 +182,25 @@ def flux2():
     )  # fmt: skip
 
 
+def hunyuan_image():
+    return diffusers.HunyuanImagePipeline(
+        transformer=tiny_nets.hunyuan_image(TEXT_WIDTH), scheduler=flow(shift=3.0),
+        vae=tiny_nets.kl_hunyuan_image(), text_encoder=qwen3(3),
+        tokenizer=tokenizer(80), text_encoder_2=t5(), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
+def lumina2():
+    return diffusers.Lumina2Pipeline(
+        transformer=tiny_nets.lumina2(), scheduler=flow(shift=3.0), vae=kl(shift_factor=0.1), text_encoder=gemma(),
+        tokenizer=tokenizer(80),
+    )  # fmt: skip
+
+
 PIPELINES = {
     "dit": dit, "sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart,
     "z_image": z_image, "flux2": flux2,
+    "hunyuan_image": hunyuan_image, "lumina2": lumina2,
 }  # fmt: skip
 
 
