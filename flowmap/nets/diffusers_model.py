@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import Positive, check_ranges
 from flowmap.base.schema import added
@@ -27,8 +28,7 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_calls import CALLS, prepare
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.listening import Extra, listen
-from flowmap.nets.second_time import NETWORKS as SECOND_TIMES
-from flowmap.nets.second_time import SecondTime
+from flowmap.nets.second_time import SECOND_TIMES, SecondTime
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
 from flowmap.nets.time_embedding import EMBED_T, last_layer, listening, refit
 
@@ -226,7 +226,12 @@ class DiffusersNet(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
         if on:
-            self.model.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing(_checkpointed)
+
+
+def _checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's output, which the backward pass computes again. diffusers' own takes no kwargs, which some pass."""
+    return checkpoint(block.__call__, *args, use_reentrant=False, **kwargs)
 
 
 def _listed_blocks(module: nn.Module) -> list[nn.Module]:

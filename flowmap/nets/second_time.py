@@ -17,7 +17,7 @@ from flowmap.base.precision import without_autocast
 
 FEATURES = 256
 FASTEST = 25.0  # radians over the path, the fastest sinusoid that is read at first: those of 1,000 s are rough
-NETWORKS = ("HunyuanImageTransformer2DModel",)
+SECOND_TIMES = ("HunyuanImageTransformer2DModel",)
 
 
 class SecondTime(nn.Module):

@@ -169,6 +169,19 @@ def test_a_student_with_adapters_starts_as_its_teacher_trains_and_merges(family)
         assert parity.relative(whole, student.mean_velocity(x, t, t / 3, cond)) < 1e-5
 
 
+@families
+def test_recomputed_blocks_have_the_same_gradients(family):
+    case, found = CASES[family], []
+    for checkpointed in (False, True):
+        student = FlowMapNet(add(teacher_of(case, case.net()), LoRA(rank=2, targets=case.targets)))
+        student.checkpoint_activations(checkpointed)
+        x, t = case.call()["latents"], torch.tensor([0.3, 0.8])
+        value, rate = eulerian_derivative(student, x, t, t / 3, 0.5 * x, case.conditions())
+        (value**2).sum().backward()
+        found.append([rate, *(p.grad for p in student.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def add(teacher: DiffusersNet, lora: LoRA) -> DiffusersNet:
     net = teacher.with_branches(arrival=True, guidance=True)
     torch.manual_seed(1)
