@@ -42,6 +42,22 @@ TOY = {  # settings of diffusers networks at toy size
         "attention_head_dim": 16, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1,
         "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": [4, 6, 6],
     },
+    "ZImageTransformer2DModel": {
+        "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16,
+        "axes_dims": [4, 4, 8],
+    },
+    "Flux2Transformer2DModel": {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "axes_dims_rope": [4, 4, 4, 4],
+    },
+    "HunyuanImageTransformer2DModel": {
+        "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "attention_head_dim": 16,
+        "num_attention_heads": 2, "text_embed_dim": 16, "text_embed_2_dim": 16, "rope_axes_dim": [8, 8],
+    },
+    "Lumina2Transformer2DModel": {
+        "hidden_size": 48, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1,
+        "multiple_of": 8, "cap_feat_dim": 16, "axes_dim_rope": [8, 8, 8],
+    },
 }  # fmt: skip
 
 

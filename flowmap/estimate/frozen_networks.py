@@ -36,13 +36,19 @@ NETWORKS: Mapping[str, PictureNetwork] = {
 CLIP_SCORE = PictureNetwork(768, 1_711_000_000, 21_000_000, 175e9)
 
 CLIP_TOKENS = 77
-# Parameters of the text encoders of each network's pipeline: CLIP, which reads 77 tokens, and T5 or Gemma.
+# Parameters of the text encoders of each network's pipeline: CLIP, which reads 77 tokens, and T5, Gemma or Qwen (the
+# language model alone). FLUX.2's is that of klein 4B.
 ENCODERS: Mapping[str, tuple[float, float]] = {
     "UNet2DConditionModel": (0.12e9, 0),
     "SD3Transformer2DModel": (0.82e9, 4.76e9),
     "FluxTransformer2DModel": (0.12e9, 4.76e9),
     "SanaTransformer2DModel": (0, 2.6e9),
     "PixArtTransformer2DModel": (0, 4.76e9),
+    "QwenImageTransformer2DModel": (0, 7.07e9),
+    "ZImageTransformer2DModel": (0, 4.02e9),
+    "Flux2Transformer2DModel": (0, 4.02e9),
+    "HunyuanImageTransformer2DModel": (0, 7.07e9),
+    "Lumina2Transformer2DModel": (0, 2.61e9),
 }
 
 

@@ -14,10 +14,10 @@ import diffusers
 from flowmap.base.files import write_json, write_text
 from flowmap.base.schema import kind_of
 from flowmap.export.amalgamate import amalgamate
+from flowmap.export.constants import load_weights
 from flowmap.export.custom_model import FlowMapModel
 from flowmap.export.custom_pipeline import TIME_UNIT
 from flowmap.export.plan import Export, Written
-from flowmap.export.stock import load_weights
 from flowmap.export.text import PROMPT, TextParts, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -32,6 +32,10 @@ ARGUMENTS = {
     "PixArtTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "SanaTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "QwenImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "ZImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "Flux2Transformer2DModel": ("prompt_embeds",),
+    "HunyuanImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "Lumina2Transformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "SD3Transformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
     "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
 }

@@ -7,6 +7,7 @@ none, so the biases of the other layers are zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,18 +15,15 @@ from torch import Tensor, nn
 
 from flowmap.base.files import write_json, write_tensors
 from flowmap.base.hub import is_repository
+from flowmap.export.constants import constant_extra, has_second_time, last_layers, network_of, product_of, unit_of
 from flowmap.export.lora_formats import comfy_weights, peft_config, peft_weights
 from flowmap.export.plan import Export, Written
 from flowmap.export.stock import (
-    FAMILIES,
     Family,
     call_lines,
     check_grid,
-    constant_extra,
+    family_of,
     has_stock,
-    network_of,
-    time_embeddings,
-    unit_of,
 )
 from flowmap.export.text import TextParts, sentence_lines, write_text_parts
 from flowmap.nets.diffusers_model import DiffusersModel
@@ -59,7 +57,7 @@ def write_peft(plan: Export, folder: Path) -> Written:
     weights = adapter_weights(plan)
     write_tensors(folder / PEFT_WEIGHTS, peft_weights(weights))
     write_json(folder / PEFT_CONFIG, peft_config(weights, lora.rank, base.source))
-    family = FAMILIES[type(network_of(plan).model).__name__]
+    family = family_of(plan)
     source = "path/to/the/base/pipeline" if Path(base.source).is_dir() else base.source
     lines = ["from diffusers import DiffusionPipeline", "from peft import PeftModel", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}")']
@@ -114,20 +112,48 @@ def adapter_weights(plan: Export) -> dict[str, Tensor]:
 
     lora = plan.student.config.lora
     assert lora is not None
-    net, rank, out = network_of(plan), lora.rank, {}
-    extra = constant_extra(plan)
-    embeddings = [f"{name}.linear_2" for name, _ in time_embeddings(net.model)] if extra is not None else []
+    net, out = network_of(plan), {}
+    extra = None if has_second_time(plan) else constant_extra(plan)
+    embeddings = last_layers(net.model) if net.arrival is not None or net.guidance is not None else []
     for name, layer in net.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             out[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
             out[f"{name}.lora_B.weight"] = layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]
         elif name in embeddings:
-            out[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
-            out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
+            out[f"{name}.lora_A.weight"] = torch.zeros(lora.rank, layer.in_features)
+            out[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, lora.rank)
+    with_bias = [name for name in embeddings if extra is not None and _base_of(net.model, name).bias is not None]
+    for name in embeddings:
+        if name not in with_bias:
+            out |= _product(plan, name, out)
     second = {key: value for key, value in out.items() if ".lora_B." in key}
     biases = {key.replace(".weight", ".bias"): value.new_zeros(len(value)) for key, value in second.items()}
-    biases |= {f"{name}.lora_B.bias": extra for name in embeddings}
-    return out | (biases if embeddings else {})
+    biases |= {f"{name}.lora_B.bias": extra for name in with_bias}
+    return out | (biases if with_bias else {})
+
+
+def _base_of(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, without its adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = model.get_submodule(name)
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def _product(plan: Export, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B of a layer, whose product adds to what the layer gives what the branches do, at every step.
+
+    Raises a ValueError if the student has an adapter there, or too small a rank.
+    """
+    a, b = (weights[f"{name}.lora_{part}.weight"].clone() for part in "AB")
+    if b.any():
+        raise ValueError(f"--to lora: {name} has an adapter, and the steps need its place; take --to diffusers")
+    first, second = product_of(plan, network_of(plan).model, name)
+    if len(first) > len(a):
+        what = f"{len(first)} steps need adapters of that rank, and this student's have {len(a)}"
+        raise ValueError(f"--steps: {what}; take fewer, or --to diffusers, which is for any number")
+    a[: len(first)], b[:, : len(first)] = first, second
+    return {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
 
 
 def _check_autoencoder(plan: Export) -> None:
@@ -145,12 +171,12 @@ def _check_autoencoder(plan: Export) -> None:
 
 
 def _snippet(plan: Export, text: TextParts | None) -> str:
-    net, base = network_of(plan), plan.student.config.frozen_base()
-    family = FAMILIES[type(net.model).__name__]
+    base = plan.student.config.frozen_base()
+    family = family_of(plan)
     here = Path(base.source).is_dir()
     revision = f', revision="{base.revision}"' if base.revision else ""
     source = '"path/to/the/base/pipeline"' if here else f'"{base.source}"{revision}'
-    height, width = plan.student.config.shape[1:]
+    height, width = (family.patch * side for side in plan.student.config.shape[1:])
     size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})"]
@@ -191,7 +217,8 @@ def _notes(plan: Export) -> tuple[str, ...]:
         f"The adapter depends on the number of steps: take num_inference_steps={plan.steps} and no other, "
         "a scale of the adapter of 1 and no other, and this scheduler. peft is needed besides diffusers."
     )
-    if any(_lacks_bias(layer) for layer in model.modules()):
+    biased = not has_second_time(plan) and any(_base_of(model, n).bias is not None for n in last_layers(model))
+    if biased and any(_lacks_bias(layer) for layer in model.modules()):
         note += " Some layers of this network have no bias: peft warns when loading the adapter, which cannot be fused."
     return (note, *_relative(plan))
 

@@ -20,11 +20,15 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
 from flowmap.nets.stacked import net_within
 from flowmap.student.examples import tokens_of
+from flowmap.teachers.autoencoder import unpatched
 
 PROGRAM = "program.pt2"
 FEW = 63  # the largest batch for which diffusers' upsampling takes the same code path
 TOKENS = ("text", "text_mask")  # conditions with the tokens of a prompt in their second dimension
-MASKED = ("SanaTransformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel")
+MASKED = (
+    "HunyuanImageTransformer2DModel", "Lumina2Transformer2DModel",
+    "SanaTransformer2DModel", "PixArtTransformer2DModel", "QwenImageTransformer2DModel", "ZImageTransformer2DModel",
+)  # fmt: skip
 EXAMPLE = 3  # batch size for tracing, different from all other dimensions of a sample
 
 
@@ -47,7 +51,8 @@ class SamplerProgram(nn.Module):
     def forward(self, noise: Tensor, cond: Cond) -> Tensor:
         x = self.sampler(self.flow_map, noise, cond, steps=self.steps)
         if self.autoencoder is not None:
-            x = self.autoencoder.decode(x / self.scale + self.shift, return_dict=False)[0]
+            z = unpatched(self.autoencoder, x / self.scale + self.shift)
+            x = self.autoencoder.decode(z, return_dict=False)[0]
             x = 2 * x - 1 if self.unit else x
         return x.clamp(-1, 1) if self.clamp or self.autoencoder is not None else x
 

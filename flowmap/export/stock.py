@@ -2,29 +2,35 @@
 
 A student with a diffusers flow network differs from the stock network by one vector, arrival(t - s) +
 guidance((w - 1) / 4), which is added to the time embeddings. On an even grid, t - s = 1/K, and at a fixed scale w, that
-vector is constant: it is folded into the bias of the embeddings' last layer.
+vector is constant: it is folded into the embedding's last layer (constants.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowmap.base.files import write_json
+from flowmap.export.constants import (
+    constant_extra,
+    has_second_time,
+    last_layers,
+    load_weights,
+    network_of,
+    product_of,
+    unit_of,
+    with_second_time,
+)
 from flowmap.export.plan import Export, Written
 from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_parts
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import DiffusersNet
-from flowmap.nets.embed import branches
-from flowmap.nets.time_embedding import TIME_EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Family:
     conditions: tuple[str, ...]
     call: tuple[str, ...] = ("guidance_scale=1.0",)
     prompting: tuple[str, ...] = ()  # extra arguments with prompts, so that they are encoded as in training
+    limits: bool = True  # whether it takes max_sequence_length
+    zeros: str | None = None  # code for arguments that it needs and our networks do not read
+    patch: int = 1  # side of the patches of latents that are channels, which it normalises by the autoencoder's weights
+    trimmed: bool = False  # whether it takes a list of embeddings, of each prompt's real tokens alone
     shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
 
     def build_scheduler(self, unit: float) -> diffusers.SchedulerMixin:
@@ -45,6 +55,10 @@ class Family:
 
 # FlowMapEulerDiscreteScheduler makes the even grid itself; the pipelines of FLUX and QwenImage pass even sigmas, and a
 # `mu` that it does not accept.
+NO_SECOND_TEXT = (
+    "prompt_embeds_2=prompt_embeds.new_zeros(len(prompt_embeds), 1, pipe.transformer.config.text_embed_2_dim or 1), "
+    "prompt_embeds_mask_2=prompt_embeds.new_zeros(len(prompt_embeds), 1)"
+)
 FAMILIES = {
     "SD3Transformer2DModel": Family(
         pipeline="StableDiffusion3Pipeline",
@@ -74,7 +88,47 @@ FAMILIES = {
         conditions=("prompt_embeds", "prompt_embeds_mask"),
         call=("true_cfg_scale=1.0",),
     ),
+    "ZImageTransformer2DModel": Family(
+        pipeline="ZImagePipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds",),
+        call=("guidance_scale=0.0",),  # there 0 is no guidance
+        trimmed=True,
+    ),
+    "Flux2Transformer2DModel": Family(
+        pipeline="Flux2KleinPipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds",),
+        patch=2,
+    ),
+    "HunyuanImageTransformer2DModel": Family(
+        pipeline="HunyuanImagePipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        conditions=("prompt_embeds", "prompt_embeds_mask"),
+        call=(),
+        shifts=False,
+        limits=False,
+        zeros=NO_SECOND_TEXT,
+    ),
+    "Lumina2Transformer2DModel": Family(
+        pipeline="Lumina2Pipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds", "prompt_attention_mask"),
+    ),
 }
+FLUX2_DEV = Family(  # with guidance_embeds
+    pipeline="Flux2Pipeline",
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    empty=("text_encoder", "tokenizer"),
+    conditions=("prompt_embeds",),
+    patch=2,
+)
+EMBEDDED = ("FluxPipeline", "Flux2Pipeline")  # their guidance_scale is an input of the network
+TRIMMED = "prompt_embeds=[row[seen.bool()] for row, seen in zip(prompt_embeds, prompt_attention_mask)]"
 
 
 def has_stock(plan: Export) -> bool:
@@ -83,17 +137,11 @@ def has_stock(plan: Export) -> bool:
     return isinstance(net, DiffusersNet) and isinstance(net.clock, FlowClock) and type(net.model).__name__ in FAMILIES
 
 
-def network_of(plan: Export) -> DiffusersNet:
-    """The student's network, which must be a diffusers network."""
-    net = plan.student.flow_map.net
-    assert isinstance(net, DiffusersNet)
-    return net
-
-
-def unit_of(net: DiffusersNet) -> float:
-    """The time that the network embeds at t = 1."""
-    assert isinstance(net.clock, FlowClock)  # has_stock has checked
-    return net.clock.unit
+def family_of(plan: Export) -> Family:
+    """The stock pipeline of the student's network, which must have one."""
+    model = network_of(plan).model
+    name = type(model).__name__
+    return FLUX2_DEV if name == "Flux2Transformer2DModel" and model.config.guidance_embeds else FAMILIES[name]
 
 
 def write_stock(plan: Export, folder: Path) -> Written:
@@ -103,10 +151,11 @@ def write_stock(plan: Export, folder: Path) -> Written:
     """
     check_grid(plan)
     net = network_of(plan)
-    family = FAMILIES[type(net.model).__name__]
+    family = family_of(plan)
     vae = _vae(plan, family)
     scheduler = family.build_scheduler(unit_of(net))
-    parts = {"transformer": folded(plan), "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
+    transformer = with_second_time(plan) if has_second_time(plan) else folded(plan)
+    parts = {"transformer": transformer, "scheduler": scheduler, "vae": vae, **dict.fromkeys(family.empty)}
     pipe = getattr(diffusers, family.pipeline)(**parts)
     for name in ("transformer", "scheduler", *(["vae"] if vae is not None else [])):
         parts[name].save_pretrained(folder / name)
@@ -140,39 +189,21 @@ def folded(plan: Export) -> nn.Module:
     load_weights(model, net.model.state_dict())
     extra = constant_extra(plan)
     if extra is not None:
-        for _, module in time_embeddings(model):
-            module.linear_2.bias += extra.to(module.linear_2.bias)
+        for name in last_layers(model):
+            layer = model.get_submodule(name)
+            if layer.bias is None:
+                a, b = product_of(plan, model, name)
+                layer.weight += (b @ a).to(layer.weight)
+            else:
+                layer.bias += extra.to(layer.bias)
     return model.eval().cpu()
 
 
-def time_embeddings(model: nn.Module) -> list[tuple[str, Any]]:
-    """The model's time embeddings by name. ValueError if one does not end in a layer with a bias."""
-    found = [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    if any(getattr(module, "post_act", None) is not None or module.linear_2.bias is None for _, module in found):
-        raise ValueError(f"--to: a time embedding of {type(model).__name__} does not end in a bias; take --custom")
-    return found
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load the weights. ValueError if they are not those of the plain network, as with adapters that are not merged."""
-    try:
-        model.load_state_dict({key: value.cpu() for key, value in weights.items()})
-    except RuntimeError as error:
-        what = f"its weights are not those of a plain {type(model).__name__}"
-        raise ValueError(f"--student: {what}; merge its adapters first") from error
-
-
-def constant_extra(plan: Export) -> Tensor | None:
-    """The vector (width,) that the branches add to the time embeddings at every step; None without branches."""
-    net = network_of(plan)
-    t = torch.ones(1, device=plan.student.device)
-    cond = {} if plan.guidance is None else {"guidance": plan.guidance * t}
-    extra = branches(net.arrival, net.guidance, t, t - 1 / plan.steps, cond)
-    return None if extra is None else extra[0]
-
-
 def _vae(plan: Export, family: Family) -> nn.Module | None:
-    vae = exported_vae(plan, shifts=family.shifts)
+    vae = exported_vae(plan, shifts=family.shifts, by_weights=family.patch > 1)
+    if vae is None and family.pipeline == "Flux2KleinPipeline":
+        what = f"{family.pipeline} needs an autoencoder even for latents, and this student has none"
+        raise ValueError(f"--to diffusers: {what}; take --custom")
     if vae is not None and family.pipeline == "QwenImagePipeline":
         what = f"{family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not"
         raise ValueError(f"autoencoder: {what}; take --custom")
@@ -181,6 +212,8 @@ def _vae(plan: Export, family: Family) -> nn.Module | None:
 
 def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
     notes = [f"Take num_inference_steps={plan.steps} and no other: the network is for steps of 1/{plan.steps}."]
+    if has_second_time(plan):
+        notes = ["Any num_inference_steps: the network reads the time at which a step arrives."]
     if text is None:
         notes[0] += (
             " Text encoders are not in this folder: give embeddings, or hand the teacher's text encoders and "
@@ -193,7 +226,8 @@ def _notes(plan: Export, text: TextParts | None) -> tuple[str, ...]:
 
 def _snippet(plan: Export, family: Family, pipe, text: TextParts | None) -> str:
     shape, encoders = plan.student.config.shape, [] if text is None or text.pipeline is None else text.index
-    size = [f"{key}={side * pipe.vae_scale_factor}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
+    scale = family.patch * pipe.vae_scale_factor
+    size = [f"{key}={side * scale}" for key, side in zip(("height", "width"), shape[1:], strict=True)]
     empty = [name for name in family.empty if name not in encoders] + (["vae"] if pipe.vae is None else [])
     lines = [*sentence_lines(text), "from diffusers import DiffusionPipeline", ""]
     if empty:
@@ -209,13 +243,14 @@ def _quoted(name: str) -> str:
 def call_lines(plan: Export, family: Family, size: list[str], text: TextParts | None, *, decodes: bool) -> list[str]:
     """The card's lines that call a stock pipeline: with a prompt if it has text encoders, otherwise with embeddings."""
     config, call = network_of(plan).model.config, list(family.call)
-    if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline == "FluxPipeline":
+    if config.get("guidance_embeds") and plan.guidance is not None and family.pipeline in EMBEDDED:
         call = [f"guidance_scale={plan.guidance:g}"]
     if text is not None and text.pipeline is not None:
         given = [f'prompt="{PROMPT}"', *family.prompting]
-        given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None else []
+        given += [f"max_sequence_length={text.max_tokens}"] if text.max_tokens is not None and family.limits else []
     else:
-        given = [f"{key}={key}" for key in family.conditions]
+        given = [TRIMMED] if family.trimmed else [f"{key}={key}" for key in family.conditions]
+        given += [] if family.zeros is None else [family.zeros]
     kind = "" if decodes else ', output_type="latent"'
     lines = ["images = pipe(", f"    {', '.join(given)},"]
     return [*lines, f"    num_inference_steps={plan.steps}, {', '.join([*call, *size])}{kind},", ").images"]

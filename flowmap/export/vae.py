@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.export.plan import Export
+from flowmap.teachers.autoencoder import PATCHES
 
 ENCODER_KEPT = (
     "The decoder of `vae/` gives pictures on [-1, 1], its encoder takes them on [0, 1] (zeros at its padded border are "
@@ -20,16 +21,20 @@ ENCODER_KEPT = (
 )
 
 
-def exported_vae(plan: Export, *, shifts: bool = True) -> Any | None:
+def exported_vae(plan: Export, *, shifts: bool = True, by_weights: bool = False) -> Any | None:
     """A copy on the CPU that decodes in a pipeline as the student does; None if samples are not latents.
 
-    shifts: whether the pipeline reads shift_factor. Raises a ValueError if neither configuration nor weights can
+    shifts: whether the pipeline reads shift_factor. by_weights: whether it normalises by the mean and variance in the
+    weights (FLUX.2). Raises a ValueError if neither configuration nor weights can
     express the normalisation of latents.
     """
     frozen = plan.autoencoder()
     if frozen is None:
         return None
     vae = copy.deepcopy(frozen.model).cpu()
+    if type(vae).__name__ in PATCHES:
+        _check_running(plan, vae, by_weights=by_weights)
+        return vae
     shift, scale = _numbers(frozen.shift), _numbers(frozen.scale)
     if len(shift) == len(scale) == 1 and (shifts or not shift.any()):
         _set_normalisation(vae, float(scale), float(shift))
@@ -39,6 +44,22 @@ def exported_vae(plan: Export, *, shifts: bool = True) -> Any | None:
     if plan.unit:
         fold_unit(vae)
     return vae
+
+
+def _check_running(plan: Export, vae: Any, *, by_weights: bool) -> None:
+    """Raise a ValueError unless the pipeline normalises latents by the weights, as this student's autoencoder does."""
+    frozen, name = plan.autoencoder(), type(vae).__name__
+    if not by_weights:
+        raise ValueError(f"autoencoder: {name}: its latents are patches, which only FLUX.2's stock pipelines decode")
+    scale = (vae.bn.running_var.double() + vae.config.batch_norm_eps).rsqrt()
+    own = torch.tensor(frozen.shift), torch.tensor(frozen.scale)
+    for given, wanted in zip(own, (vae.bn.running_mean, scale), strict=True):
+        if given.shape != wanted.shape or not torch.allclose(given.double(), wanted.double(), rtol=1e-5, atol=1e-6):
+            raise ValueError(
+                f"autoencoder: {name}: its pipeline knows no other shift and scale than those of its weights"
+            )
+    if plan.unit:
+        raise ValueError(f"autoencoder: unit: {name} works on images on [-1, 1]")
 
 
 @torch.no_grad()

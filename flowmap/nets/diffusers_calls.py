@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.nets.next_dit import RealRotary, lumina2, z_image
+
 
 def _dit(net, x, time, cond):
     label, nothing = cond["class"], net.config.num_embeds_ada_norm
@@ -57,7 +59,8 @@ def _flux(net, x, time, cond):
     places = torch.cartesian_prod(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in (1, rows, columns)))
     words = torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype)
     guidance = cond["guidance"].to(time.dtype) if net.config.guidance_embeds else None
-    state_exactly(net.time_text_embed, *(value * 1000 for value in (time / 1000, guidance) if value is not None))
+    exact = (value * 1000 for value in (time / 1000, guidance) if value is not None)
+    state_exactly(net.time_text_embed, tuple(exact))
     out = net(
         hidden_states=pack(x),
         timestep=time / 1000,
@@ -73,7 +76,7 @@ def _flux(net, x, time, cond):
 def _qwen(net, x, time, cond):
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     if not net.zero_cond_t:  # such a network embeds a second time
-        state_exactly(net.time_text_embed, time / 1000)
+        state_exactly(net.time_text_embed, (time / 1000,))
     out = net(
         hidden_states=pack(x),
         timestep=time / 1000,
@@ -84,32 +87,92 @@ def _qwen(net, x, time, cond):
     return unpack(out, rows, columns)
 
 
+def _z_image(net, x, time, cond):
+    """Its time runs from noise to data, and its prediction is x0 - x1."""
+    return -z_image(net, x, 1 - time / 1000, cond["text"], cond.get("text_mask"))
+
+
+def _flux2(net, x, time, cond):
+    rows, columns = x.shape[-2:]
+    grid = lambda *sizes: torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in sizes))
+    guidance = cond["guidance"].to(time.dtype) if net.config.guidance_embeds else None
+    exact = [time] if guidance is None else [time, 1000 * guidance]
+    state_exactly(net.time_guidance_embed.time_proj, *((value,) for value in exact))
+    out = net(
+        hidden_states=x.flatten(2).transpose(1, 2),
+        timestep=time / 1000,
+        guidance=guidance,
+        encoder_hidden_states=cond["text"],
+        txt_ids=grid(1, 1, 1, cond["text"].shape[1]),
+        img_ids=grid(1, rows, columns, 1),
+    ).sample
+    return out.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def _hunyuan_image(net, x, time, cond):
+    """Its prompts have no second text: its pipeline gives one to prompts with words in quotation marks alone."""
+    text, mask = cond["text"], cond.get("text_mask")
+    if mask is None:
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    for embedding in _hunyuan_embeddings(net):
+        state_exactly(embedding, (time,))
+    rounded = time.to(x.dtype)  # what its embedding is computed in
+    return net(x, timestep=rounded, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+
+
+def _hunyuan_embeddings(net: Any) -> tuple[Any, Any]:
+    return net.time_guidance_embed.time_proj, net.context_embedder.time_text_embed.time_proj
+
+
+def _lumina2(net, x, time, cond):
+    """Its time runs from noise to data, and its prediction is x0 - x1."""
+    return -lumina2(net, x, 1 - time / 1000, cond["text"], cond.get("text_mask"))
+
+
 class _Exact:
-    """The first arguments of the next call of a module, in place of those that it is given."""
+    """The first arguments of the next calls of a module, in place of those that it is given."""
 
-    values: tuple[Tensor, ...] = ()
+    calls: tuple[tuple[Tensor, ...], ...] = ()
 
 
-def state_exactly(embedding: Any, *values: Tensor) -> None:
-    """Give these first arguments to the embedding in its next call, whatever the model passes to it.
+def state_exactly(embedding: Any, *calls: tuple[Tensor, ...]) -> None:
+    """Give these first arguments to the embedding in its next calls, whatever the model passes to it.
 
     FLUX and QwenImage round time and guidance to the dtype of their tokens: in bf16, 1,000 t to a multiple of 4.
     """
     if "exact" not in embedding.__dict__:
         embedding.exact = _Exact()
         embedding.register_forward_pre_hook(_replaced)
-    embedding.exact.values = values
+    embedding.exact.calls = calls
 
 
 def prepare(net: Any) -> None:
-    """Register the hook of state_exactly before the first call, which a compiler could not capture otherwise."""
-    if type(net).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+    """Make a network ready for its calls, before the first one, which a compiler could not capture otherwise.
+
+    That is the hook of state_exactly, and attention that rotates real numbers (next_dit.py).
+    """
+    from diffusers.models.attention_processor import Attention
+
+    name = type(net).__name__
+    if name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
         state_exactly(net.time_text_embed)
+    if name == "HunyuanImageTransformer2DModel":
+        for embedding in _hunyuan_embeddings(net):
+            state_exactly(embedding)
+    if name == "Flux2Transformer2DModel":
+        state_exactly(net.time_guidance_embed.time_proj)
+    if name in ("ZImageTransformer2DModel", "Lumina2Transformer2DModel"):
+        for module in net.modules():
+            if isinstance(module, Attention):
+                module.set_processor(RealRotary())
 
 
 def _replaced(embedding: Any, given: tuple) -> tuple:
-    values, embedding.exact.values = embedding.exact.values, ()
-    return (*values, *given[len(values) :])
+    calls = embedding.exact.calls
+    if not calls:
+        return given
+    embedding.exact.calls = calls[1:]
+    return (*calls[0], *given[len(calls[0]) :])
 
 
 def pack(x: Tensor) -> Tensor:
@@ -133,4 +196,8 @@ CALLS: dict[str, Callable] = {
     "PixArtTransformer2DModel": _pixart,
     "FluxTransformer2DModel": _flux,
     "QwenImageTransformer2DModel": _qwen,
+    "ZImageTransformer2DModel": _z_image,
+    "Flux2Transformer2DModel": _flux2,
+    "HunyuanImageTransformer2DModel": _hunyuan_image,
+    "Lumina2Transformer2DModel": _lumina2,
 }

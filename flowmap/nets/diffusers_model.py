@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowmap.base.ranges import Positive, check_ranges
 from flowmap.base.schema import added
@@ -27,12 +28,16 @@ from flowmap.flow.types import Cond
 from flowmap.nets.diffusers_calls import CALLS, prepare
 from flowmap.nets.embed import ScalarEmbedding, branches
 from flowmap.nets.listening import Extra, listen
+from flowmap.nets.second_time import SECOND_TIMES, SecondTime
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
-from flowmap.nets.time_embedding import TIME_EMBEDDINGS, refit
+from flowmap.nets.time_embedding import EMBED_T, last_layer, listening, refit
 
-BLOCKS = "transformer_blocks"
-# diffusers' names of the lists of blocks, in transformers and in the levels of U-Nets
-BLOCK_LISTS = (BLOCKS, "single_transformer_blocks", "resnets", "attentions", "downsamplers", "upsamplers")
+BLOCKS = ("transformer_blocks", "layers")  # diffusers' names of a transformer's main list of blocks
+# of all lists of blocks, in transformers and in the levels of U-Nets
+BLOCK_LISTS = (
+    *BLOCKS, "single_transformer_blocks", "noise_refiner", "context_refiner", "refiner_blocks",
+    "resnets", "attentions", "downsamplers", "upsamplers",
+)  # fmt: skip
 # parts of blocks that the model also calls outside their blocks
 CALLED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
 LARGEST_SETTING = 1 << 20
@@ -81,7 +86,7 @@ class DiffusersModel:
 
     @property
     def embeds_t(self) -> bool:
-        return self.clock()[0].embeds_t
+        return self.network in EMBED_T or self.clock()[0].embeds_t
 
     def embedding_t(self) -> DiffusersModel:
         """The settings of the same network with an embedding of t."""
@@ -123,12 +128,12 @@ class DiffusersNet(nn.Module):
         prepare(model)
         self.extra = Extra()
         width = _listen(model, self.extra) if arrival or guidance else 0
-        self.arrival = ScalarEmbedding(width, silent=True) if arrival else None
+        self.arrival = self._arrival(width) if arrival else None
         self.guidance = ScalarEmbedding(width, silent=True) if guidance else None
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Cond | None = None) -> Tensor:
         cond = cond or {}
-        self.extra.value = branches(self.arrival, self.guidance, t, s, cond)
+        self.extra.value = self.added(t, s, cond)
         missing = {
             key: value.to(x.device).expand(len(x), *value.shape[1:])
             for key, value in self.empty.items()
@@ -142,6 +147,19 @@ class DiffusersNet(nn.Module):
             return (out[:, : x.shape[1]] if learned_variance else out).to(x.dtype)
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
+
+    def _arrival(self, width: int) -> nn.Module:
+        if type(self.model).__name__ in SECOND_TIMES:
+            assert isinstance(self.clock, FlowClock)
+            return SecondTime(width, self.clock.unit)
+        return ScalarEmbedding(width, silent=True)
+
+    def added(self, t: Tensor, s: Tensor, cond: Cond) -> Tensor | None:
+        """What the branches add to the time embedding (B, width); None without branches."""
+        if not isinstance(self.arrival, SecondTime):
+            return branches(self.arrival, self.guidance, t, s, cond)
+        arrival, guidance = self.arrival(self.clock.at(s)[1]), branches(None, self.guidance, t, s, cond)
+        return arrival if guidance is None else arrival + guidance
 
     def _state_dtype(self, state: Tensor) -> torch.dtype:
         """The model's, or under autocast, which casts what layers take, that of the state."""
@@ -171,7 +189,7 @@ class DiffusersNet(nn.Module):
 
     @property
     def embeds_t(self) -> bool:
-        return self.clock.embeds_t
+        return type(self.model).__name__ in EMBED_T or self.clock.embeds_t
 
     def with_embedding_of_t(self) -> DiffusersNet:
         """The same network with time embeddings of t fitted to those of its schedule's time; the others are shared."""
@@ -183,14 +201,15 @@ class DiffusersNet(nn.Module):
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiffusersNet:
         """The same network without some transformer blocks, with shared weights: a weak model for autoguidance."""
-        blocks = self.model._modules.get(BLOCKS)
-        if blocks is None:
+        name = next((name for name in BLOCKS if name in self.model._modules), None)
+        if name is None:
             raise ValueError(f"skip_blocks: {tuple(skip)} must be empty: this network has no transformer blocks")
+        blocks = self.model._modules[name]
         if any(not 0 <= i < len(blocks) for i in skip):
             raise ValueError(f"skip_blocks: {tuple(skip)} must lie in 0..{len(blocks) - 1}")
         weak, model = copy.copy(self), copy.copy(self.model)
         weak._modules, model._modules = dict(self._modules), dict(self.model._modules)
-        model._modules[BLOCKS] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
+        model._modules[name] = nn.ModuleList(block for i, block in enumerate(blocks) if i not in skip)
         weak._modules["model"] = model
         return weak
 
@@ -207,7 +226,12 @@ class DiffusersNet(nn.Module):
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
         if on:
-            self.model.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing(_checkpointed)
+
+
+def _checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The block's output, which the backward pass computes again. diffusers' own takes no kwargs, which some pass."""
+    return checkpoint(block.__call__, *args, use_reentrant=False, **kwargs)
 
 
 def _listed_blocks(module: nn.Module) -> list[nn.Module]:
@@ -224,8 +248,8 @@ def _listen(model: nn.Module, extra: Extra) -> int:
 
     Only the class of each embedding changes: names and weights stay the same.
     """
-    found = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    widths = {module.linear_2.out_features for module in found}
+    found = [module for _, module in listening(model)]
+    widths = {module.get_submodule(last_layer(module)).out_features for module in found}
     if len(widths) != 1:
         what = f"found {len(found)} of {len(widths)} widths"
         raise ValueError(f"{type(model).__name__}: a student needs time embeddings of one width; {what}")

@@ -16,6 +16,10 @@ WIDTHS: dict[str, dict[str, tuple[str, ...]]] = {
     "SD3Transformer2DModel": {"text": ("joint_attention_dim",), "pooled": ("pooled_projection_dim",)},
     "FluxTransformer2DModel": {"text": ("joint_attention_dim",), "pooled": ("pooled_projection_dim",)},
     "QwenImageTransformer2DModel": {"text": ("joint_attention_dim",)},
+    "ZImageTransformer2DModel": {"text": ("cap_feat_dim",)},
+    "Flux2Transformer2DModel": {"text": ("joint_attention_dim",)},
+    "HunyuanImageTransformer2DModel": {"text": ("text_embed_dim",)},
+    "Lumina2Transformer2DModel": {"text": ("cap_feat_dim",)},
     "SanaTransformer2DModel": {"text": ("caption_channels",)},
     "PixArtTransformer2DModel": {"text": ("caption_channels",)},
 }

@@ -87,12 +87,30 @@ REFUSED_OF_NETWORKS: dict[str, dict[str, tuple[tuple, str]]] = {
         "use_additional_t_cond": ((None, False), "it reads a condition that no data gives"),
         "use_layer3d_rope": ((None, False), "it denoises layers"),
     },
+    "HunyuanImageTransformer2DModel": {
+        "guidance_embeds": ((None, False), "it is already distilled and reads a guidance scale"),
+        "use_meanflow": ((None, False), "it is already distilled and reads an arrival time"),
+        "patch_size": (([1, 1], [2, 2]), "it denoises videos"),
+    },
+    "Flux2Transformer2DModel": {"patch_size": ((1,), "its pipeline packs patches itself")},
+    "ZImageTransformer2DModel": {
+        "siglip_feat_dim": ((None,), "it reads pictures"),
+        "all_patch_size": (([2],), "it reads patches of several sizes"),
+        "all_f_patch_size": (([1],), "it denoises videos"),
+    },
 }
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")  # a token is a 2 x 2 patch of the latents
 
 PIPELINE_HONOURED = ("force_zeros_for_empty_prompt", "id2label")
+REFUSED_PIPELINES = {
+    "Flux2KleinKVPipeline": "its network edits pictures and is already distilled",
+    "Flux2KleinInpaintPipeline": "its network fills in pictures",
+    "ZImageOmniPipeline": "its network reads pictures",
+    "HunyuanImageRefinerPipeline": "its network refines pictures",
+}
 PIPELINE_IRRELEVANT = ("add_watermarker", "requires_safety_checker", "is_cosxl_edit")
 PIPELINE_REFUSED = {
+    "is_distilled": "the network is already distilled in steps and gives no velocity",
     "requires_aesthetics_score": "the network reads an aesthetic score",
     "transformer_2": "it has a second network for part of the times",
     "unet_2": "it has a second network for part of the times",
@@ -205,6 +223,9 @@ def check_network_settings(network: str, settings: str, shape: tuple[int, ...] |
 
 def check_pipeline_settings(index: Mapping[str, Any]) -> None:
     """Raise a ValueError that names a setting in model_index.json with which the network is not the whole teacher."""
+    name = index.get("_class_name")
+    if isinstance(name, str) and name in REFUSED_PIPELINES:
+        raise ValueError(f"model_index.json: {name}: cannot be a teacher's: {REFUSED_PIPELINES[name]}")
     for key, value in index.items():
         parts = isinstance(value, (list, tuple))
         if key.startswith("_") or value in (None, False) or (parts and not any(value)):

@@ -20,12 +20,17 @@ NUM_TIMES = 4096  # of the fit, even in t
 HARMONICS = 12  # half periods of the fastest cosine
 AT_NOISE = 1.0  # weight of t = 1, where every sample starts, in the fit of the cosines; the even times together have 1
 RIDGE = 1e-2  # of a diffusers network's fit, relative to the mean square of the features
-TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding")  # names in diffusers
-TIME_SCALES: dict[str, Callable[[Any], float]] = {
-    "QwenImageTransformer2DModel": lambda config: 1e-3,
-    "SanaTransformer2DModel": lambda config: config.timestep_scale,
+TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding", "t_embedder")  # names in diffusers
+LAST_LAYERS = ("linear_2", "mlp.2")  # names of the last layer of a time embedding
+OWN_TIMES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "QwenImageTransformer2DModel": lambda config, time: time / 1000,
+    "SanaTransformer2DModel": lambda config, time: time * config.timestep_scale,
+    "ZImageTransformer2DModel": lambda config, time: (1 - time / 1000) * config.t_scale,
+    "Lumina2Transformer2DModel": lambda config, time: 1 - time / 1000,
 }
-"""What a diffusers network's sinusoids are given, relative to the time of its schedule, where that is not 1."""
+"""What a diffusers network's sinusoids are given, where that is not the time of its schedule."""
+EMBED_T = ("Lumina2Transformer2DModel",)  # networks that embed 1 - t, whose sinusoids are slow
+OF_CAPTIONS = "context_embedder."  # where HunyuanImage embeds time a second time, for its caption
 
 OfTime = Callable[[Tensor], Tensor]  # a function of t (B,)
 
@@ -88,28 +93,69 @@ def refit(model: Any, old: OfTime, new: OfTime) -> None:
     Each embedding gets new parameters: its first layer is fitted to its old output, then the last layer to its own.
     ValueError if the model embeds time in another way.
     """
+    t, own = _times(), OWN_TIMES.get(type(model).__name__, lambda config, time: time)
+    for path, embedding in time_embeddings(model):
+        parent, _, name = path.rpartition(".")
+        module = model.get_submodule(parent)
+        sinusoids = _sinusoids(model, module, embedding)
+        before, after = (sinusoids(own(model.config, time(t).float())).double() for time in (old, new))
+        module.register_module(name, _refit_one(embedding, before, after))
+
+
+def time_embeddings(model: Any) -> list[tuple[str, Any]]:
+    """The time embeddings of a diffusers model by name."""
+    return [(name, module) for name, module in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
+
+
+def listening(model: Any) -> list[tuple[str, Any]]:
+    """The time embeddings by name to which a student adds its branches."""
+    return [(name, module) for name, module in time_embeddings(model) if not name.startswith(OF_CAPTIONS)]
+
+
+def last_layer(embedding: Any) -> str:
+    """The name of a time embedding's last layer in it. ValueError if it has none of the known names."""
+    names = {name for name, _ in embedding.named_modules()}
+    found = next((name for name in LAST_LAYERS if name in names), None)
+    if found is None:
+        raise ValueError(f"{type(embedding).__name__}: a time embedding without a layer {' or '.join(LAST_LAYERS)}")
+    return found
+
+
+@torch.no_grad()
+def hidden(model: Any, path: str, time: Tensor) -> Tensor:
+    """What the last layer of the time embedding `path` is given at these times (K,) of the schedule: (K, features)."""
+    own = OWN_TIMES.get(type(model).__name__, lambda config, time: time)
+    embedding = model.get_submodule(path)
+    first, act, _ = _layers(embedding)
+    sinusoids = _sinusoids(model, model.get_submodule(path.rpartition(".")[0]), embedding)
+    return act(first(sinusoids(own(model.config, time.float())).to(first.weight.dtype)))
+
+
+def _sinusoids(model: Any, module: Any, embedding: Any) -> OfTime:
+    """The sinusoids (B, features) that the embedding, a child of that module, is given."""
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-    t, scale = _times(), TIME_SCALES.get(type(model).__name__, lambda config: 1.0)(model.config)
-    names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in TIME_EMBEDDINGS]
-    for parent, _, name in (name.rpartition(".") for name in names):
-        module = model.get_submodule(parent)
-        parts = dict(module.named_children())
-        sinusoids, embedding = parts.get("time_proj"), parts[name]
-        if not (isinstance(sinusoids, Timesteps) and isinstance(embedding, TimestepEmbedding)):
-            raise ValueError(
-                f"time_embedding: 't' replaces sinusoids of time, which {type(model).__name__} does not have"
-            )
-        before, after = (sinusoids(scale * time(t).float()).double() for time in (old, new))
-        module.register_module(name, _refit_one(embedding, before, after))
+    sinusoids = dict(module.named_children()).get("time_proj")
+    if isinstance(sinusoids, Timesteps) and isinstance(embedding, TimestepEmbedding):
+        return sinusoids
+    if type(model).__name__ == "ZImageTransformer2DModel":
+        return lambda time: embedding.timestep_embedding(time, embedding.frequency_embedding_size)
+    raise ValueError(f"time_embedding: 't' replaces sinusoids of time, which {type(model).__name__} does not have")
+
+
+def _layers(embedding: Any) -> tuple[nn.Linear, nn.Module, nn.Linear]:
+    """The first layer of a time embedding, its activation, and its last layer."""
+    if last_layer(embedding) == "linear_2":
+        return embedding.linear_1, embedding.act, embedding.linear_2
+    return tuple(embedding.mlp)
 
 
 def _refit_one(embedding: Any, before: Tensor, after: Tensor) -> Any:
     """A copy of the embedding that gives for the features `after` what it gave for `before`."""
     kept, fit = (copy.deepcopy(embedding).double() for _ in range(2))
-    _fit(fit.linear_1, after, kept.linear_1(before), RIDGE)
-    hidden = kept.act(kept.linear_1(before))
-    _fit(fit.linear_2, fit.act(fit.linear_1(after)), kept.linear_2(hidden), RIDGE)
+    (first, act, last), (new_first, _, new_last) = _layers(kept), _layers(fit)
+    _fit(new_first, after, first(before), RIDGE)
+    _fit(new_last, act(new_first(after)), last(act(first(before))), RIDGE)
     return fit.to(next(embedding.parameters()).dtype)
 
 
@@ -118,11 +164,13 @@ def _times() -> Tensor:
 
 
 def _fit(layer: nn.Linear, x: Tensor, y: Tensor, ridge: float) -> None:
-    """Set a layer with a bias to the linear map from the rows x to the rows y, by ridge regression."""
+    """Set a layer to the linear map from the rows x to the rows y, by ridge regression; affine if it has a bias."""
     x, y = x.double(), y.double()
-    centre, shift = x.mean(0), y.mean(0)
+    affine = layer.bias is not None
+    centre, shift = (rows.mean(0) if affine else torch.zeros_like(rows[0]) for rows in (x, y))
     square = (x - centre).T @ (x - centre)
     square.diagonal().add_(ridge * square.diagonal().mean())
     weight = torch.linalg.solve(square, (x - centre).T @ (y - shift)).T
     layer.weight.copy_(weight)
-    layer.bias.copy_(shift - weight @ centre)
+    if affine:
+        layer.bias.copy_(shift - weight @ centre)

@@ -20,6 +20,9 @@ from flowmap.recipe.module_teacher import ModuleTeacher
 from flowmap.recipe.settings import ClassifierFree, Embedded, FromRecipe, FromTeacher
 from flowmap.teachers.card import Card
 
+# networks with a setting guidance_embeds, and what it is where it is not set
+READ_SCALES = {"FluxTransformer2DModel": False, "Flux2Transformer2DModel": True}
+
 
 def check_guidance(run: Resolved) -> None:
     """Raise RecipeError if a guidance has no effect, or needs a velocity without a condition that was never learned."""
@@ -114,7 +117,8 @@ def _check_pretrained(recipe: Recipe, key: str, slot: TeacherSlot, card: Card, a
         raise RecipeError(
             f"{recipe.name}: {asks} {card.name!r} without a class, and a UNet2DModel has no label for none"
         )
-    if spec.network == "FluxTransformer2DModel" and embedded != bool(settings.get("guidance_embeds")):
+    own = settings.get("guidance_embeds", READ_SCALES.get(spec.network, False))
+    if spec.network in READ_SCALES and embedded != bool(own):
         reads = f"reads a guidance scale (guidance_embeds): give {key}.guidance {{kind: embedded}}"
         has_no = f"reads no guidance scale (guidance_embeds: false), so that {key}.guidance embedded has no effect"
         raise RecipeError(f"{recipe.name}: {key}: {card.name!r} {has_no if embedded else reads}")

@@ -13,6 +13,17 @@ from flowmap.nets.stacked import net_within
 from flowmap.student.config import StudentConfig
 from flowmap.teachers.text import Sentence
 
+MOST_TOKENS = {  # of prompts, by their pipelines' limits
+    "FluxTransformer2DModel": 512,
+    "Flux2Transformer2DModel": 512,
+    "SanaTransformer2DModel": 300,
+    "PixArtTransformer2DModel": 300,
+    "QwenImageTransformer2DModel": 512,
+    "ZImageTransformer2DModel": 512,
+    "HunyuanImageTransformer2DModel": 1000,
+    "Lumina2Transformer2DModel": 256,
+}
+
 
 def conditions_of(config: StudentConfig, rows: int) -> Cond:
     cond: dict[str, Tensor] = {"class": torch.zeros(rows, dtype=torch.int64)} if config.num_classes else {}
@@ -40,6 +51,4 @@ def tokens_of(network: str, text: TextEncoder | None) -> int:
         return text.max_tokens
     if network == "SD3Transformer2DModel":
         return 77 + (most or 256)
-    return most or {"FluxTransformer2DModel": 512, "SanaTransformer2DModel": 300, "PixArtTransformer2DModel": 300}.get(
-        network, 77
-    )
+    return most or MOST_TOKENS.get(network, 77)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flowmap.base.finite import check_finite
 from flowmap.base.hub import fetched
@@ -19,6 +20,11 @@ from flowmap.base.outside import bounded_text
 from flowmap.base.ranges import Number, Positive, check_ranges
 
 PARTS = ("config.json", "diffusion_pytorch_model*.safetensors*", "vae/*")
+PATCHES = {"AutoencoderKLFlux2": 2}
+"""By class, the side of the patches of latents whose numbers are the channels that a network reads.
+
+The weights of these classes have the mean and variance of each channel, by which their pipeline normalises.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,9 @@ class Autoencoder:
     """A diffusers autoencoder, from a folder or hub id (`source`, `revision`), or trained by a recipe (`recipe`).
 
     Latents are (z - shift) * scale, with one number or one per channel. By default these are the model's:
-    shift_factor and scaling_factor, or latents_mean and scaling_factor / latents_std. unit: the autoencoder works on
-    images in [0, 1] instead of [-1, 1], as EDM2 used that of Stable Diffusion.
+    shift_factor and scaling_factor, or latents_mean and scaling_factor / latents_std, or the running mean and standard
+    deviation of the weights (FLUX.2, whose latents are patches of 2 x 2 with four times the channels). unit: the
+    autoencoder works on images in [0, 1] instead of [-1, 1], as EDM2 used that of Stable Diffusion.
     """
 
     source: str | None = None
@@ -54,28 +61,30 @@ class Autoencoder:
         except Exception as error:  # diffusers raises various types for invalid folders
             raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
         check_finite(model.state_dict(), f"autoencoder.source: {self.source!r}")
-        return FrozenAutoencoder(model, *self._normalisation(config), self.unit, self.identity())
+        return FrozenAutoencoder(model, *self._normalisation(folder, config), self.unit, self.identity())
 
     def identity(self) -> dict[str, Any]:
         """Plain values that identify its latents (class, weights, normalisation), without loading it."""
         folder, config = self._place()
-        shift, scale = self._normalisation(config)
+        shift, scale = self._normalisation(folder, config)
         weights = {"class": config["_class_name"], "weights": digest_of(folder)}
         return weights | {"shift": list(shift), "scale": list(scale)} | ({"unit": True} if self.unit else {})
 
     def check_channels(self, channels: int) -> None:
         """Raise a ValueError if its config has another number of latent channels. It is not loaded."""
         _, config = self._place()
-        if config.get("latent_channels") not in (None, channels):
-            what = f"its latents have {config['latent_channels']} channels, those wanted {channels}"
+        if _channels_of(config) not in (None, channels):
+            what = f"its latents have {_channels_of(config)} channels, those wanted {channels}"
             raise ValueError(f"autoencoder.source: {self.source!r}: {what}")
 
     def outline(self) -> tuple[int, int] | None:
         """(latent channels, downsampling factor) from its config; None if the config does not define them."""
         _, config = self._place()
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        channels = config.get("latent_channels")
-        return (channels, 2 ** (len(levels) - 1)) if isinstance(levels, list) and isinstance(channels, int) else None
+        channels, patch = _channels_of(config), PATCHES.get(str(config.get("_class_name")), 1)
+        if not isinstance(levels, list) or channels is None:
+            return None
+        return channels, patch * 2 ** (len(levels) - 1)
 
     def _place(self) -> tuple[Path, dict[str, Any]]:
         """Its local folder and the content of its config.json."""
@@ -91,18 +100,42 @@ class Autoencoder:
         what = "is no diffusers autoencoder: no config.json there names an Autoencoder class"
         raise ValueError(f"autoencoder.source: {self.source!r} {what}")
 
-    def _normalisation(self, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        shift, scale = self.shift, self.scale
-        if shift is None:
-            shift = config.get("latents_mean") or (config.get("shift_factor") or 0.0,)
-        if scale is None:
-            std, factor = config.get("latents_std"), config.get("scaling_factor") or 1.0
-            scale = tuple(factor / value for value in std) if std else (factor,)
+    def _normalisation(self, folder: Path, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        patched = str(config.get("_class_name")) in PATCHES and None in (self.shift, self.scale)
+        own_shift, own_scale = _running(folder, config) if patched else _configured(config)
+        shift = own_shift if self.shift is None else self.shift
+        scale = own_scale if self.scale is None else self.scale
         for name, values in (("shift", shift), ("scale", scale)):
-            if len(values) not in (1, config.get("latent_channels")):
-                allowed = f"1 or {config.get('latent_channels')}, the channels"
+            if len(values) not in (1, _channels_of(config)):
+                allowed = f"1 or {_channels_of(config)}, the channels"
                 raise ValueError(f"autoencoder.{name}: {len(values)} numbers; allowed: {allowed}")
         return tuple(map(float, shift)), tuple(map(float, scale))
+
+
+def _channels_of(config: Mapping[str, Any]) -> int | None:
+    """The number of channels of its latents, by its config."""
+    channels, patch = config.get("latent_channels"), PATCHES.get(str(config.get("_class_name")), 1)
+    return channels * patch**2 if isinstance(channels, int) else None
+
+
+def _configured(config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of latents by the config."""
+    std, factor = config.get("latents_std"), config.get("scaling_factor") or 1.0
+    shift = config.get("latents_mean") or (config.get("shift_factor") or 0.0,)
+    return shift, tuple(factor / value for value in std) if std else (factor,)
+
+
+def _running(folder: Path, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale of latents by the running mean and variance in the weights, of which no other is read."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "bn.running_mean" in file.keys():  # noqa: SIM118  # it is no mapping
+                mean, variance = (file.get_tensor(f"bn.running_{name}").double() for name in ("mean", "var"))
+                scale = (variance + config.get("batch_norm_eps", 1e-4)).rsqrt()
+                return tuple(mean.tolist()), tuple(scale.tolist())
+    raise ValueError(f"{folder}: no *.safetensors there holds the mean and variance of latents (bn.running_mean)")
 
 
 class FrozenAutoencoder:
@@ -127,7 +160,7 @@ class FrozenAutoencoder:
         x = x.to(self.device, self.dtype)
         out = self.model.encode((x + 1) / 2 if self.unit else x)
         (z,) = out.to_tuple()  # a distribution, or latents under a name that depends on the autoencoder
-        z = z if isinstance(z, Tensor) else z.mode()
+        z = patched(self.model, z if isinstance(z, Tensor) else z.mode())
         return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
 
     @torch.no_grad()
@@ -137,7 +170,7 @@ class FrozenAutoencoder:
     def decode_with_grad(self, z: Tensor) -> Tensor:
         """decode, with gradients for z."""
         z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
-        x = self.model.decode(z.to(self.dtype)).sample.float()
+        x = self.model.decode(unpatched(self.model, z).to(self.dtype)).sample.float()
         return 2 * x - 1 if self.unit else x
 
     def to(self, device) -> FrozenAutoencoder:
@@ -154,6 +187,18 @@ class FrozenAutoencoder:
 
     def _channels(self, values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+
+
+def patched(model: nn.Module, z: Tensor) -> Tensor:
+    """The latents (B, c, h, w) of that autoencoder as a network reads them: of FLUX.2's (B, 4 c, h / 2, w / 2)."""
+    patch = PATCHES.get(type(model).__name__, 1)
+    return z if patch == 1 else F.pixel_unshuffle(z, patch)
+
+
+def unpatched(model: nn.Module, z: Tensor) -> Tensor:
+    """The inverse of patched."""
+    patch = PATCHES.get(type(model).__name__, 1)
+    return z if patch == 1 else F.pixel_shuffle(z, patch)
 
 
 def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, ...]) -> Path:

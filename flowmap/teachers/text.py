@@ -280,6 +280,46 @@ def _qwen(pipeline, prompts, device, length):
     return {"text": F.pad(text, (0, 0, 0, missing)), "text_mask": F.pad(mask, (0, missing))}
 
 
+def _flux2(pipeline, prompts, device, length):
+    return {"text": pipeline.encode_prompt(prompts, device=device, **length)[0]}
+
+
+def _hunyuan_image(pipeline, prompts, device, length):
+    """Its first text encoder. Its second one reads the letters of words in quotation marks, which no network here does.
+
+    Raises a ValueError for such a prompt.
+    """
+    from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
+
+    quoted = next((prompt for prompt in prompts if extract_glyph_text(prompt) is not None), None)
+    if quoted is not None:
+        what = "has words in quotation marks, for which HunyuanImage reads a second text that flowmap does not give it"
+        raise ValueError(f"prompt: {quoted!r} {what}; leave the marks out")
+    pipeline.tokenizer_max_length = length.get("max_sequence_length", 1000)
+    text, mask, _, _ = pipeline.encode_prompt(prompts, device=device, batch_size=len(prompts))
+    return {"text": text, "text_mask": mask}
+
+
+def _lumina2(pipeline, prompts, device, length):
+    """A prompt follows the pipeline's instruction; the empty one is encoded alone, as its negative prompt is."""
+    text, mask, _, _ = pipeline.encode_prompt(prompts, False, device=device, **length)
+    if "" in prompts:
+        alone, seen = pipeline._get_gemma_prompt_embeds([""], device, **length)
+        empty = torch.tensor([not prompt for prompt in prompts], device=text.device).unsqueeze(-1)
+        text, mask = torch.where(empty.unsqueeze(-1), alone, text), torch.where(empty, seen, mask)
+    return {"text": text, "text_mask": mask}
+
+
+def _z_image(pipeline, prompts, device, length):
+    """Pad to the maximum length: this pipeline gives a list of the real tokens of each prompt."""
+    most = length.get("max_sequence_length", 512)
+    options = dict(device=device, do_classifier_free_guidance=False, max_sequence_length=most)
+    found, _ = pipeline.encode_prompt(prompts, **options)
+    text = torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in found])
+    count = torch.tensor([len(row) for row in found], device=text.device)
+    return {"text": text, "text_mask": torch.arange(most, device=text.device) < count.unsqueeze(-1)}
+
+
 PIPELINES = {
     "StableDiffusionPipeline": _sd,
     "StableDiffusionXLPipeline": _sdxl,
@@ -289,6 +329,11 @@ PIPELINES = {
     "PixArtAlphaPipeline": _masked,
     "PixArtSigmaPipeline": _masked,
     "QwenImagePipeline": _qwen,
+    "ZImagePipeline": _z_image,
+    "Flux2Pipeline": _flux2,
+    "Flux2KleinPipeline": _flux2,
+    "HunyuanImagePipeline": _hunyuan_image,
+    "Lumina2Pipeline": _lumina2,
 }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flowmap.export import export
 from flowmap.export.plan import make_plan
@@ -17,10 +19,17 @@ from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
 from tests.export.alone import alone, foreign, own_modules, snippet
 from tests.support import parity
-from tests.support.tiny_nets import flux, kl, qwen, sana, sd3
+from tests.support.tiny_nets import flux, flux2, hunyuan_image, kl, kl_flux2, lumina2, qwen, sana, sd3, z_image
 
 diffusers = pytest.importorskip("diffusers")
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@dataclass
+class Frozen:
+    model: object
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,11 @@ class Case:
     model: object
     steps: tuple[int, ...]
     packed: bool = False
+    noise: str | None = None  # what the pipeline is given, if that is not what it returns
+    returns: Callable[[torch.Tensor], torch.Tensor] = lambda x: x  # samples as the pipeline returns them
+    vae: Callable[[], object] | None = None
+    any_steps: bool = False  # whether the export is for another number of steps
+    shape: tuple[int, ...] = (4, 8, 8)
     time_unit: float | None = None
 
 
@@ -38,6 +52,18 @@ CASES = {
     "flux": Case(flux, (1, 4), packed=True),
     "flux_dev": Case(lambda: flux(guidance_embeds=True), (2,), packed=True),
     "qwen": Case(qwen, (4,), packed=True),
+    "z_image": Case(z_image, (1, 4)),
+    "flux2": Case(
+        lambda: flux2(channels=16),
+        (1, 4),
+        noise="patched",
+        returns=lambda x: denormalised(x),
+        vae=kl_flux2,
+        shape=(16, 4, 4),
+    ),
+    "hunyuan_image": Case(hunyuan_image, (1, 4), any_steps=True),
+    "lumina2": Case(lumina2, (2,)),
+    "flux2_dev": Case(lambda: flux2(guidance_embeds=True), (2,), returns=lambda x: x.flatten(2).transpose(1, 2)),
 }
 ROWS = [(name, steps) for name, case in CASES.items() for steps in case.steps]
 SCRIPT = """
@@ -46,8 +72,7 @@ given = torch.load("given.pt")
 prompt_embeds, pooled_prompt_embeds = given["text"], given["pooled"]
 prompt_attention_mask = prompt_embeds_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long)
 for job in json.load(open("jobs.json")):
-    noise, seen = given["packed" if job["packed"] else "noise"], []
-    real = torch.randn
+    noise = given[job["noise"]]
     exec(job["code"].replace("num_inference_steps", "latents=noise, num_inference_steps"))
     assert type(pipe).__module__.startswith("diffusers.pipelines."), type(pipe)
     torch.save(images, job["out"])
@@ -63,9 +88,14 @@ def exported(at):
     text, pooled = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 24, generator=generator)
     jobs = []
     for name, steps in ROWS:
-        out = export(student_of(name), at / f"{name}-{steps}", steps=steps, guidance=2.5)
-        jobs.append({"code": snippet(out), "packed": CASES[name].packed, "out": f"{out}.pt"})
-    torch.save({"noise": noise, "packed": pack(noise), "text": text, "pooled": pooled}, at / "given.pt")
+        case = CASES[name]
+        out = export(student_of(name), at / f"{name}-{steps}", steps=3 if case.any_steps else steps, guidance=2.5)
+        given = case.noise or ("packed" if case.packed else "noise")
+        code = snippet(out) if case.vae is None else snippet(out).replace("num_inf", 'output_type="latent", num_inf')
+        code = code.replace("num_inference_steps=3", f"num_inference_steps={steps}")
+        jobs.append({"code": code, "noise": given, "out": f"{out}.pt"})
+    noises = {"noise": noise, "packed": pack(noise), "patched": pixel_unshuffle(noise, 2)}
+    torch.save({**noises, "text": text, "pooled": pooled}, at / "given.pt")
     (at / "jobs.json").write_text(json.dumps(jobs))
     alone(SCRIPT, at)
     return at
@@ -77,22 +107,40 @@ def folder(tmp_path_factory):
 
 
 def student_of(name, **more):
-    return foreign(CASES[name].model(), FLOW, (4, 8, 8), time_unit=CASES[name].time_unit, **more)
+    case = CASES[name]
+    student = foreign(case.model(), FLOW, case.shape, time_unit=case.time_unit, **more)
+    if case.vae is not None:
+        object.__setattr__(student.config, "samples", ImageLatents("kl"))
+        student.autoencoder = running(case.vae)
+    return student
+
+
+def running(make) -> Frozen:
+    """FLUX.2's autoencoder with the shift and scale in its weights."""
+    torch.manual_seed(3)
+    vae = make().eval()
+    return Frozen(vae, tuple(vae.bn.running_mean.tolist()), tuple((vae.bn.running_var + 1e-4).rsqrt().tolist()))
+
+
+def denormalised(x):
+    """Latents as klein's pipeline returns them: those of its autoencoder."""
+    frozen = running(kl_flux2)
+    return pixel_shuffle(x / torch.tensor(frozen.scale).view(-1, 1, 1) + torch.tensor(frozen.shift).view(-1, 1, 1), 2)
 
 
 def samples_of(folder, name, steps, guidance=2.5):
     """The student's own samples of what the export was given."""
     student, given = student_of(name), torch.load(folder / "given.pt")
     cond = {"text": given["text"], "pooled": given["pooled"], "guidance": torch.full((2,), guidance)}
-    if name in ("sana", "qwen"):
+    if name in ("sana", "qwen", "hunyuan_image", "lumina2"):
         cond["text_mask"] = torch.ones(2, 5, dtype=torch.long)
-    return student.config.sampler(student.flow_map, given["noise"], cond, steps=steps)
+    return student.config.sampler(student.flow_map, given[CASES[name].noise or "noise"], cond, steps=steps)
 
 
 def from_the_student(folder, name, steps):
     """The exported samples against the student's own: see parity.relative."""
-    got = torch.load(folder / f"{name}-{steps}.pt")
-    return parity.relative(unpack(got, 4, 4) if CASES[name].packed else got, samples_of(folder, name, steps))
+    got, case = torch.load(folder / f"{name}-{steps}.pt"), CASES[name]
+    return parity.relative(unpack(got, 4, 4) if case.packed else got, case.returns(samples_of(folder, name, steps)))
 
 
 @pytest.mark.parametrize("name, steps", ROWS)
@@ -132,13 +180,6 @@ def test_what_is_even_all_the_same_is_not_refused():
         (Gamma(), 1),
     ]:
         check_grid(make_plan(student_of("sd3", sampler=sampler), steps, None))
-
-
-@dataclass
-class Frozen:
-    model: object
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
 
 
 def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):

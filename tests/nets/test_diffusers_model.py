@@ -19,9 +19,10 @@ from flowmap.nets.diffusers_calls import CALLS, pack, unpack
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
+from flowmap.nets.second_time import SecondTime
 from flowmap.teachers.guidance import Autoguidance, ClassifierFree
 from flowmap.teachers.network import NetworkTeacher
-from tests.support import parity
+from tests.support import parity, tiny_nets
 from tests.support.tiny_nets import dit, flux, pixart, qwen, sana, sd, sd3, sdxl, unet, with_random_weights
 
 diffusers = pytest.importorskip("diffusers")
@@ -36,6 +37,7 @@ TEXT = {"text": numbers(B, 5, 32)}
 BOTH = TEXT | {"pooled": numbers(B, 24)}
 SIZE = BOTH | {"size": torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(B, 6)}
 EMPTY = {"text": numbers(1, 5, 32) + 1, "pooled": numbers(1, 24) + 1, "size": SIZE["size"][:1]}
+SOME = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]) > 0
 # name -> (network, conditions, shape, kinds of schedule)
 FAMILIES = {
     "DiT": (dit, {"class": torch.tensor([3, 7])}, (4, 8, 8), ("epsilon",)),
@@ -47,6 +49,10 @@ FAMILIES = {
     "Flux": (flux, BOTH, (4, 8, 8), ("flow",)),
     "Sana": (sana, TEXT, (4, 8, 8), ("flow",)),
     "QwenImage": (qwen, TEXT | {"text_mask": torch.ones(B, 5, dtype=torch.bool)}, (4, 8, 8), ("flow",)),
+    "FLUX.2": (tiny_nets.flux2, TEXT, (4, 8, 8), ("flow",)),
+    "HunyuanImage": (tiny_nets.hunyuan_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
+    "Lumina 2": (tiny_nets.lumina2, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
+    "Z-Image": (tiny_nets.z_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
 }
 BY_DIFFERENCES = ("UNet2D",)
 ROWS = [(name, kind) for name, row in FAMILIES.items() for kind in row[3]]
@@ -71,7 +77,7 @@ def theirs(net, cond, state, time):
     call, time = CALLS[type(net).__name__], torch.full((B,), float(time))
     without = {key: EMPTY[key].expand(B, *EMPTY[key].shape[1:]) for key in cond if key in EMPTY}
     without |= {"class": torch.tensor([-1, -1])} if "class" in cond else {}
-    without |= {"text_mask": cond["text_mask"]} if "text_mask" in cond else {}
+    without |= {"text_mask": cond["text_mask"][:1].expand(B, -1)} if "text_mask" in cond else {}
     with torch.no_grad():
         yes, no = (call(net, state, time, given) for given in (cond, without))
     return (no + W * (yes - no))[:, : state.shape[1]]
@@ -128,8 +134,12 @@ def student_of(family, kind):
 
 def loud(student):
     for branch in (student.net.arrival, student.net.guidance):
-        torch.nn.init.normal_(branch.out.weight, std=0.1)
+        torch.nn.init.normal_(last_of(branch), std=0.1)
     return student
+
+
+def last_of(branch):
+    return branch.linear_2.weight if isinstance(branch, SecondTime) else branch.out.weight
 
 
 def points(family):
@@ -163,7 +173,7 @@ def test_a_student_listens_to_both_branches(family):
         assert not torch.equal(first, student.mean_velocity(x, t, t, w))
         assert not torch.equal(first, student.mean_velocity(x, t, s, cond | {"guidance": torch.tensor([3.0, 1.0])}))
         other = copy.deepcopy(student)  # as the average of the weights is made: it listens to its own branches
-        torch.nn.init.zeros_(student.net.arrival.out.weight)
+        torch.nn.init.zeros_(last_of(student.net.arrival))
         assert torch.equal(other.mean_velocity(x, t, s, w), first)
 
 

@@ -1,4 +1,4 @@
-"""Networks that round time to the dtype of their tokens embed the exact one: FLUX and QwenImage in bf16."""
+"""Networks that round time in bf16 embed the exact one: FLUX, FLUX.2, QwenImage and HunyuanImage."""
 
 import copy
 
@@ -9,11 +9,14 @@ from flowmap.flow.clock import FlowClock
 from flowmap.flow.derivative import eulerian_derivative
 from flowmap.nets.diffusers_model import DiffusersNet
 from flowmap.nets.flow_map import FlowMapNet
-from tests.support.tiny_nets import flux, qwen, with_random_weights
+from tests.support.tiny_nets import flux, flux2, hunyuan_image, qwen, with_random_weights
 
 TIMES = torch.tensor([0.7003, 0.3337])
 COND = {"text": torch.ones(2, 5, 32), "pooled": torch.ones(2, 24), "guidance": torch.tensor([3.507, 1.003])}
-NETWORKS = {"flux": flux, "flux with guidance": lambda: flux(guidance_embeds=True), "qwen": qwen}
+NETWORKS = {
+    "flux": flux, "flux with guidance": lambda: flux(guidance_embeds=True), "qwen": qwen,
+    "hunyuan_image": hunyuan_image, "flux2": flux2, "flux2 with guidance": lambda: flux2(guidance_embeds=True),
+}  # fmt: skip
 
 
 @pytest.fixture(params=NETWORKS)
@@ -23,10 +26,14 @@ def net(request):
     return FlowMapNet(DiffusersNet(model, FlowClock(), "linear_velocity", arrival=True, guidance=False))
 
 
+def projection_of(net: FlowMapNet):
+    return next(module for name, module in net.named_modules() if name.endswith(".time_proj"))
+
+
 def embedded(net: FlowMapNet) -> list[torch.Tensor]:
     """The numbers of which the model takes sinusoids in a call under bf16."""
     seen: list[torch.Tensor] = []
-    projection = net.net.model.time_text_embed.time_proj
+    projection = projection_of(net)
     handle = projection.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         net.velocity(torch.zeros(2, 4, 8, 8), TIMES, COND)
@@ -35,7 +42,7 @@ def embedded(net: FlowMapNet) -> list[torch.Tensor]:
 
 
 def test_no_number_is_rounded_in_bf16(net):
-    scale = getattr(net.net.model.time_text_embed.time_proj, "scale", 1)  # QwenImage multiplies by 1,000 there
+    scale = getattr(projection_of(net), "scale", 1)  # QwenImage multiplies by 1,000 there
     found = embedded(net)
     torch.testing.assert_close(found[0] * (scale / 1), 1000 * TIMES, rtol=1e-6, atol=0)
     for guidance in found[1:]:

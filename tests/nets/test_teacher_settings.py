@@ -140,6 +140,9 @@ NETWORKS = [
     ("PixArtTransformer2DModel", {"sample_size": 128}, "use_additional_conditions: True"),
     ("SanaTransformer2DModel", {"guidance_embeds": True}, "guidance_embeds: True"),
     ("FluxTransformer2DModel", {"in_channels": 384}, "it denoises 96 channels"),
+    ("HunyuanImageTransformer2DModel", {"use_meanflow": True}, "use_meanflow: True .* reads an arrival time"),
+    ("ZImageTransformer2DModel", {"siglip_feat_dim": 1152}, "siglip_feat_dim: 1152 cannot be a teacher's: it reads p"),
+    ("ZImageTransformer2DModel", {"all_f_patch_size": [1, 2]}, "all_f_patch_size: .* it denoises videos; known: .1."),
 ]
 
 
@@ -159,6 +162,10 @@ def test_every_tiny_network_of_every_family_passes():
         tiny_nets.sana,
         tiny_nets.pixart,
         tiny_nets.qwen,
+        tiny_nets.z_image,
+        tiny_nets.flux2,
+        tiny_nets.hunyuan_image,
+        tiny_nets.lumina2,
     ):
         net = make()
         check_network_settings(type(net).__name__, json.dumps(dict(net.config), default=str), (4, 8, 8))
@@ -167,7 +174,8 @@ def test_every_tiny_network_of_every_family_passes():
 PIPELINES = (
     "DDPMPipeline DDIMPipeline DiTPipeline StableDiffusionPipeline StableDiffusionXLPipeline "
     "StableDiffusion3Pipeline FluxPipeline "
-    "SanaPipeline PixArtAlphaPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusionXLImg2ImgPipeline"
+    "SanaPipeline PixArtAlphaPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusionXLImg2ImgPipeline "
+    "ZImagePipeline Flux2Pipeline Flux2KleinPipeline HunyuanImagePipeline Lumina2Pipeline"
 ).split()
 
 
@@ -189,6 +197,11 @@ def test_every_setting_of_a_pipeline_is_known(name):
     [
         ({"requires_aesthetics_score": True}, "requires_aesthetics_score: cannot be a teacher's"),
         ({"transformer_2": ["diffusers", "X"]}, "transformer_2: cannot be"),
+        ({"_class_name": "Flux2KleinPipeline", "is_distilled": True}, "is_distilled: .* already distilled in steps"),
+        (
+            {"_class_name": "ZImageOmniPipeline"},
+            "ZImageOmniPipeline: cannot be a teacher's: its network reads pictures",
+        ),
         ({"boundary_ratio": 0.875}, "boundary_ratio: 0.875 is not known"),
     ],
 )

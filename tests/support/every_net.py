@@ -109,6 +109,10 @@ SMALL = {
     "SD3Transformer2DModel": Sized(pretrained(tiny_nets.sd3, FLOW), conditions=WORDS),
     "FluxTransformer2DModel": Sized(pretrained(tiny_nets.flux, FLOW), conditions=WORDS),
     "QwenImageTransformer2DModel": Sized(pretrained(tiny_nets.qwen, FLOW), conditions=WORDS),
+    "ZImageTransformer2DModel": Sized(pretrained(tiny_nets.z_image, FLOW), conditions=WORDS),
+    "Flux2Transformer2DModel": Sized(pretrained(tiny_nets.flux2, FLOW), conditions=WORDS),
+    "HunyuanImageTransformer2DModel": Sized(pretrained(tiny_nets.hunyuan_image, FLOW), conditions=WORDS),
+    "Lumina2Transformer2DModel": Sized(pretrained(tiny_nets.lumina2, FLOW), conditions=WORDS),
     "UNet2DModel": Sized(pretrained(lambda: tiny_nets.unet(8), NOISE, (3, 8, 8)), (3, 8, 8)),
     "UNet2DConditionModel": Sized(pretrained(tiny_nets.sd, NOISE), conditions=WORDS),
 }
@@ -193,6 +197,28 @@ WIDE = {
             num_layers=1, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=3584,
         ),
         (16, 8, 8), text=(16, 3584),
+    ),
+    "ZImageTransformer2DModel": wide(
+        wide_pretrained("ZImageTransformer2DModel", FLOW, (16, 8, 8), n_layers=1, n_refiner_layers=1),
+        (16, 8, 8), text=(16, 2560),
+    ),
+    "Flux2Transformer2DModel": wide(
+        wide_pretrained(
+            "Flux2Transformer2DModel", FLOW, (128, 4, 4), num_layers=1, num_single_layers=1, num_attention_heads=24,
+            joint_attention_dim=7680, guidance_embeds=False,
+        ),
+        (128, 4, 4), text=(16, 7680),
+    ),
+    "HunyuanImageTransformer2DModel": wide(
+        wide_pretrained(
+            "HunyuanImageTransformer2DModel", FLOW, (64, 4, 4), num_layers=1, num_single_layers=1,
+            num_refiner_layers=1, text_embed_2_dim=1472,
+        ),
+        (64, 4, 4), text=(16, 3584),
+    ),
+    "Lumina2Transformer2DModel": wide(
+        wide_pretrained("Lumina2Transformer2DModel", FLOW, (16, 8, 8), num_layers=1, cap_feat_dim=2304),
+        (16, 8, 8), text=(16, 2304),
     ),
     "UNet2DModel": unet(attention_head_dim=None),
     "UNet2DConditionModel": wide(

@@ -116,6 +116,49 @@ def qwen():
     )
 
 
+def z_image():
+    return diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
+        axes_dims=[4, 4, 8], axes_lens=[128, 16, 16],
+    )  # fmt: skip
+
+
+def flux2(guidance_embeds: bool = False, text: int = TEXT, channels: int = 4):
+    return diffusers.Flux2Transformer2DModel(
+        **HEADS, in_channels=channels, num_layers=1, num_single_layers=1, joint_attention_dim=text,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+
+
+def hunyuan_image(second_text: int | None = 16):
+    return diffusers.HunyuanImageTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        text_embed_dim=TEXT, text_embed_2_dim=second_text, rope_axes_dim=(8, 8),
+    )  # fmt: skip
+
+
+def lumina2():
+    return diffusers.Lumina2Transformer2DModel(
+        sample_size=8, in_channels=4, hidden_size=48, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, cap_feat_dim=TEXT, axes_dim_rope=(8, 8, 8), axes_lens=(128, 16, 16),
+    )  # fmt: skip
+
+
+def kl_hunyuan_image():
+    return diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+        spatial_compression_ratio=2, sample_size=16, scaling_factor=0.6,
+    )  # fmt: skip
+
+
+def kl_flux2():
+    """Latents of 4 x 2 x 2 channels, with a mean and a variance of their own."""
+    made = diffusers.AutoencoderKLFlux2(**ENDS, latent_channels=4, norm_num_groups=4, sample_size=16)
+    torch.nn.init.normal_(made.bn.running_mean)
+    torch.nn.init.uniform_(made.bn.running_var, 0.5, 2.0)
+    return made
+
+
 def kl(latent_channels: int = 4, scaling_factor: float = 0.6, **more):
     return diffusers.AutoencoderKL(
         **ENDS,

@@ -152,7 +152,56 @@ def pixart():
     )
 
 
-PIPELINES = {"dit": dit, "sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart}
+def chatting(length: int = 16):
+    """The tokenizer of a language model: a prompt is a message, and its words are between a start and an end."""
+    made = tokenizer(length)
+    made.chat_template = "{% for one in messages %}{{ one['content'] }}{% endfor %}"
+    return made
+
+
+def qwen3(layers: int = 2):
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    return transformers.Qwen3Model(config)
+
+
+def z_image():
+    return diffusers.ZImagePipeline(
+        transformer=tiny_nets.z_image(), scheduler=flow(shift=3.0), vae=kl(shift_factor=0.1), text_encoder=qwen3(),
+        tokenizer=chatting(),
+    )  # fmt: skip
+
+
+def flux2():
+    """klein: three of the hidden states of a language model are its text."""
+    return diffusers.Flux2KleinPipeline(
+        transformer=tiny_nets.flux2(text=3 * TEXT_WIDTH, channels=16), scheduler=flow(shift=3.0),
+        vae=tiny_nets.kl_flux2(), text_encoder=qwen3(28), tokenizer=chatting(),
+    )  # fmt: skip
+
+
+def hunyuan_image():
+    return diffusers.HunyuanImagePipeline(
+        transformer=tiny_nets.hunyuan_image(TEXT_WIDTH), scheduler=flow(shift=3.0),
+        vae=tiny_nets.kl_hunyuan_image(), text_encoder=qwen3(3),
+        tokenizer=tokenizer(80), text_encoder_2=t5(), tokenizer_2=tokenizer(),
+    )  # fmt: skip
+
+
+def lumina2():
+    return diffusers.Lumina2Pipeline(
+        transformer=tiny_nets.lumina2(), scheduler=flow(shift=3.0), vae=kl(shift_factor=0.1), text_encoder=gemma(),
+        tokenizer=tokenizer(80),
+    )  # fmt: skip
+
+
+PIPELINES = {
+    "dit": dit, "sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart,
+    "z_image": z_image, "flux2": flux2,
+    "hunyuan_image": hunyuan_image, "lumina2": lumina2,
+}  # fmt: skip
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:
@@ -162,3 +211,10 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
     tiny_nets.with_random_weights(pipeline.components.get("transformer") or pipeline.components["unet"])
     pipeline.save_pretrained(folder)
     return folder
+
+
+def copied(net):
+    """Another network of the class and the weights of diffusers' own, without what we changed in it."""
+    made = type(net).from_config(net.config)
+    made.load_state_dict(net.state_dict())
+    return made.eval()

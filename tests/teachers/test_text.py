@@ -20,13 +20,18 @@ EXPECTED = {
     "flux": (12, 32, {"pooled"}),
     "sana": (12, 32, {"text_mask"}),
     "pixart": (12, 32, {"text_mask"}),
+    "z_image": (12, 32, {"text_mask"}),
+    "flux2": (12, 96, set()),
+    "hunyuan_image": (12, 32, {"text_mask"}),
+    "lumina2": (50, 32, {"text_mask"}),
 }
 
 
 @pytest.mark.parametrize("family", EXPECTED)
 def test_a_pipelines_own_encoding(family, tmp_path):
     length, width, keys = EXPECTED[family]
-    spec = PipelineText(source=str(save(family, tmp_path)), max_tokens=16 if family == "sd3" else 12)
+    most = {"sd3": 16, "lumina2": 50}  # an instruction precedes Lumina 2's prompt
+    spec = PipelineText(source=str(save(family, tmp_path)), max_tokens=most.get(family, 12))
     encoder = spec.load()
     rows = encoder(PROMPTS)
     assert set(rows) == {"text"} | keys
@@ -35,6 +40,18 @@ def test_a_pipelines_own_encoding(family, tmp_path):
     torch.testing.assert_close(encoder(PROMPTS[1:2])["text"], rows["text"][1:2], rtol=1e-4, atol=1e-5)
     assert not torch.equal(rows["text"][0], rows["text"][1])
     assert spec.identity() == encoder.identity() and spec.identity()["parts"]
+
+
+def test_lumina_encodes_no_text_as_its_pipeline_does_and_hunyuan_refuses_quotations(tmp_path):
+    frozen = PipelineText(source=str(save("lumina2", tmp_path / "lumina2")), max_tokens=50).load()
+    text, mask, nothing, none = frozen.pipeline.encode_prompt(PROMPTS[:1], True, device="cpu", max_sequence_length=50)
+    rows = frozen(["", PROMPTS[0]])
+    torch.testing.assert_close(rows["text"], torch.cat([nothing, text]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows["text_mask"], torch.cat([none, mask]).bool())
+    frozen = PipelineText(source=str(save("hunyuan_image", tmp_path / "hunyuan")), max_tokens=12).load()
+    with pytest.raises(ValueError, match="^prompt: 'a \"red\" cat' has words in quotation marks") as caught:
+        frozen(["a cat", 'a "red" cat'])
+    assert "\n" not in str(caught.value)
 
 
 def edited(folder, **values):

@@ -90,7 +90,13 @@ def card(path, source, shape, num_classes=None):
 
 
 #          recipe: family, number of latent channels, exported as
-PIPELINES = {"dit256": "dit", "sd15": "sd", "sd35-medium": "sd3", "sana": "sana", "flux-dev-lora": "flux"}
+PIPELINES = {
+    "dit256": "dit", "sd15": "sd", "sd35-medium": "sd3", "sana": "sana", "flux-dev-lora": "flux",
+    "z-image-lora": "z_image", "flux2-klein-lora": "flux2", "hunyuan-image-lora": "hunyuan_image",
+    "lumina2": "lumina2",
+}  # fmt: skip
+SHAPES = {"flux2": (16, 4, 4)}  # of latents, where they are not (4, 8, 8)
+TOKENS = {"lumina2": 50}  # of a prompt with the instruction before it, where they are not 12
 
 
 def tiny_file(recipe, folder):
@@ -100,11 +106,11 @@ def tiny_file(recipe, folder):
         pipe = save(family, folder / "pipe")
         images = f"{{root: {pictures(folder / 'pictures')}, size: {PIXELS}}}"
         parts = f", autoencoder: {{source: {pipe}}}" + (
-            f", text: {{source: {pipe}, max_tokens: 12}}" if family != "dit" else ""
+            f", text: {{source: {pipe}, max_tokens: {TOKENS.get(family, 12)}}}" if family != "dit" else ""
         )
         if family == "sd":
             parts = parts.replace(", max_tokens: 12", "")
-        where = card(folder / "card.yaml", pipe, (4, 8, 8), 10 if family == "dit" else None)
+        where = card(folder / "card.yaml", pipe, SHAPES.get(family, (4, 8, 8)), 10 if family == "dit" else None)
     else:
         shape = (4, 8, 8) if recipe == "imagenet512" else (3, 8, 8)
         edm2_weights(folder / "weights", shape)
