@@ -43,17 +43,21 @@ def to_grid(x: Tensor, *, columns: int = 8, least: int = 48) -> Image.Image:
     """
     if x.ndim == 2:
         return _density(x)
-    x = x.unsqueeze(1) if x.ndim == 3 else x
-    scale = max(1, -(-least // x.shape[-1]))
-    tiles = [to_picture(one) for one in x]
-    width, height = x.shape[-1] * scale, x.shape[-2] * scale
+    tiles = to_tiles(x, least=least)
+    (width, height), mode = tiles[0].size, tiles[0].mode
     rows = -(-len(tiles) // columns)
-    mode = tiles[0].mode
     grid = Image.new(mode, (min(columns, len(tiles)) * (width + 2), rows * (height + 2)), _shade(mode, 255))
     for i, tile in enumerate(tiles):
-        place = ((i % columns) * (width + 2), (i // columns) * (height + 2))
-        grid.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
+        grid.paste(tile, ((i % columns) * (width + 2), (i // columns) * (height + 2)))
     return grid
+
+
+def to_tiles(x: Tensor, *, least: int = 48) -> list[Image.Image]:
+    """Each of the samples (N, C, H, W) or (N, C, L) as a picture, enlarged as in `to_grid`."""
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    scale = max(1, -(-least // x.shape[-1]))
+    size = (x.shape[-1] * scale, x.shape[-2] * scale)
+    return [to_picture(one).resize(size, Image.Resampling.NEAREST) for one in x]
 
 
 def stack(grids: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -34,6 +34,12 @@ def log_pictures(trainer: L.Trainer, grids: Mapping[str, Image.Image], done: int
     for logger in trainer.loggers:
         for name, grid in grids.items():
             logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], done: int) -> None:
+    """Log a table, whose cells may be pictures, after `done` steps."""
+    for logger in trainer.loggers:
+        logger.log_table(name, list(columns), [list(row) for row in rows], step=done - 1)
 
 
 def quiet_lightning() -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 
 from flowmap.base.files import write_text
 from flowmap.base.schema import to_plain
@@ -97,6 +98,10 @@ class _Lasting(WandbLogger):
     def log_image(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().log_image, *args, **kwargs)
 
+    def log_table(self, key: str, columns: Any = None, data: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Log a table; its pictures become those of W&B."""
+        self._try(lambda: WandbLogger.log_table(self, key, columns, _with_images(data), *args, **kwargs))
+
     def finalize(self, status: str) -> None:
         self._try(super().finalize, status)
 
@@ -108,6 +113,12 @@ class _Lasting(WandbLogger):
         except Exception as error:  # W&B's service may have been killed, or the disk is full
             self._failed = True
             self._log_line(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
+
+
+def _with_images(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    import wandb
+
+    return [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
 
 
 def _id(folder: Path, start: int) -> str:
