@@ -15,6 +15,7 @@ import torch
 
 import flowmap
 from flowmap.cli import parse
+from flowmap.plan.sweep import sweep_of
 from flowmap.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +143,9 @@ def test_commands_parse_and_their_recipes_read(page, desk):
         if words[0] != "flowmap":
             continue
         arguments = parse(words[1:])
-        if getattr(arguments, "recipe", None):
+        if arguments.verb == "sweep":
+            sweep_of(arguments.recipe, arguments.overrides, metric=arguments.metric, steps=arguments.steps)
+        elif getattr(arguments, "recipe", None):
             read_recipe(arguments.recipe, arguments.overrides)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,17 +44,21 @@ def to_grid(x: Tensor, *, columns: int = 8, least: int = 48) -> Image.Image:
     """
     if x.ndim == 2:
         return _density(x)
-    x = x.unsqueeze(1) if x.ndim == 3 else x
-    scale = max(1, -(-least // x.shape[-1]))
-    tiles = [to_picture(one) for one in x]
-    width, height = x.shape[-1] * scale, x.shape[-2] * scale
+    tiles = to_tiles(x, least=least)
+    (width, height), mode = tiles[0].size, tiles[0].mode
     rows = -(-len(tiles) // columns)
-    mode = tiles[0].mode
     grid = Image.new(mode, (min(columns, len(tiles)) * (width + 2), rows * (height + 2)), _shade(mode, 255))
     for i, tile in enumerate(tiles):
-        place = ((i % columns) * (width + 2), (i // columns) * (height + 2))
-        grid.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
+        grid.paste(tile, ((i % columns) * (width + 2), (i // columns) * (height + 2)))
     return grid
+
+
+def to_tiles(x: Tensor, *, least: int = 48) -> list[Image.Image]:
+    """Each of the samples (N, C, H, W) or (N, C, L) as a picture, enlarged as in `to_grid`."""
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    scale = max(1, -(-least // x.shape[-1]))
+    size = (x.shape[-1] * scale, x.shape[-2] * scale)
+    return [to_picture(one).resize(size, Image.Resampling.NEAREST) for one in x]
 
 
 def stack(grids: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int = 8) -> Image.Image:
@@ -69,6 +74,43 @@ def stack(grids: Sequence[Image.Image], labels: Sequence[str] = (), *, gap: int 
         sheet.paste(grid, (margin, top))
         top += grid.height + gap
     return sheet
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], columns: Sequence[str], *, gap: int = 8
+) -> Image.Image:
+    """Pictures of one size in rows: a heading above each column, and each row's label, in several lines if need be, on
+    its left.
+    """
+    width, height = rows[0][0].size
+    font = ImageFont.load_default(min(24, max(14, height // 12)))
+    heads = [_wrapped(text, font, width) for text in columns]
+    texts = [_wrapped(text, font, max(160, width)) for text in labels]
+    line = sum(font.getmetrics()) + 2
+    margin = max(round(font.getlength(one)) for text in texts for one in text) + 2 * gap
+    top, least = line * max(map(len, heads)) + gap, [max(height, line * len(text)) for text in texts]
+    sheet = Image.new("RGB", (margin + len(columns) * (width + gap), top + sum(least) + gap * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, head in enumerate(heads):
+        pen.text((margin + i * (width + gap), 0), "\n".join(head), "black", font, spacing=2)
+    for tiles, text, tall in zip(rows, texts, least, strict=True):
+        pen.text((gap, top + tall // 2), "\n".join(text), "black", font, anchor="lm", spacing=2)
+        for i, tile in enumerate(tiles):
+            sheet.paste(tile, (margin + i * (width + gap), top + (tall - height) // 2))
+        top += tall + gap
+    return sheet
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """The words of a text in lines of at most that many pixels; a longer word has a line of its own."""
+    lines: list[str] = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def steps_label(who: str, steps: int) -> str:

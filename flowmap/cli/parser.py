@@ -30,6 +30,7 @@ from flowmap.cli import (
     report,
     sample,
     show,
+    sweep,
     tune,
 )
 
@@ -47,6 +48,7 @@ GROUPS: Mapping[str, Mapping[str, tuple[Verb, str]]] = {
         "pairs": (pairs, "make pairs of noise and data by a teacher's ODE"),
         "encode": (encode, "encode a recipe's pictures into latents on disk"),
         "reference": (reference, "compute the statistics of all training pictures"),
+        "sweep": (sweep, "write the file of a W&B sweep over a recipe's settings"),
         "doctor": (doctor, "try one training step of a recipe on its real network"),
     },
     "use": {

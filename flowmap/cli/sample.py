@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", choices=solvers, help=what)
     _reward_arguments(parser)
     _picture_arguments(parser)
+    _grid_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the noise (default: 0)")
     what = "compile the network: slower to start, then faster"
     parser.add_argument("--compile", action="store_true", default=None, help=what)
@@ -42,6 +43,8 @@ def _condition_arguments(parser: argparse.ArgumentParser) -> None:
     what = "one class, by its name or its number (default: all in turn)"
     parser.add_argument("--class", dest="label", metavar="NAME|K", help=what)
     parser.add_argument("--prompt", help="text, for students that are conditioned on it")
+    what = "one sample for each prompt of this file: one a line, or COCO's captions_*.json"
+    parser.add_argument("--prompts", metavar="FILE", help=what)
     what = "conditions of a student of sentences"
     parser.add_argument("--attribute", nargs="+", default=[], metavar="NAME=VALUE", help=what)
     what = "sentences to edit, one a line, for students that start from sentences"
@@ -77,6 +80,16 @@ def _picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interpolate", nargs=2, metavar="IMAGE", help=what)
 
 
+def _grid_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the grid of prompts or classes, and the teacher in it."""
+    what = "write one picture, grid.png: a row for each prompt or class, columns for the steps and the teacher"
+    parser.add_argument("--grid", action="store_true", help=what)
+    parser.add_argument(
+        "--teacher-steps", type=int, metavar="N", help="of the teacher's column (default: the recipe's)"
+    )
+    parser.add_argument("--no-teacher", dest="teacher", action="store_false", help="leave its column out")
+
+
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
 
@@ -84,12 +97,38 @@ def run(a: argparse.Namespace) -> int:
     student = given_student(a)
     if a.prompt is not None and student.config.text is None and a.refiner is None:
         raise ValueError("--prompt: this student is not conditioned on text")
+    if a.prompts is not None and student.config.text is None:
+        raise ValueError("--prompts: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
         raise ValueError("--inpaint and --mask: go together: a picture, and the mask of what is redrawn")
+    if a.grid:
+        print(_grid(a, student))
+        return 0
     cond = _conditions(a, student)
     for path in _draw(a, student, cond) if a.texts is None else _edit(a, student, cond):
         print(path)
     return 0
+
+
+def _grid(a: argparse.Namespace, student: Student) -> Path:
+    """Draw the grid; returns its path."""
+    from flowmap.evaluation.columns import load_teacher
+    from flowmap.evaluation.condition_grid import check_grid, condition_grid, prompts_in
+
+    names = "gamma solver reward inpaint interpolate refiner prompt texts label compile guidance_interval".split()
+    if (given := next((name for name in names if getattr(a, name) is not None), None)) is not None:
+        option = {"label": "class"}.get(given, given).replace("_", "-")
+        raise ValueError(f"--{option}: does not go with --grid, which takes --prompts, --num, --steps and --guidance")
+    prompts = None if a.prompts is None else prompts_in(a.prompts)
+    check_grid(student, prompts, a.num)
+    teacher = None
+    if a.teacher:
+        try:
+            teacher = load_teacher(student, steps=a.teacher_steps)
+        except ValueError as error:
+            log(f"no teacher's column: {error}")
+    options: dict[str, Any] = dict(steps=a.steps, guidance=a.guidance, seed=a.seed or 0)
+    return condition_grid(student, a.out, prompts=prompts, num=a.num, teacher=teacher, **options)
 
 
 def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
@@ -99,11 +138,22 @@ def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
 
     given = {
         "class": class_of(a.label, student.config.class_names),
-        "prompt": a.prompt if student.config.text is not None else None,
+        "prompt": _prompts(a) if student.config.text is not None else None,
         "negative_prompt": a.negative_prompt,
         "guidance_interval": a.guidance_interval,
     }
     return {key: value for key, value in given.items() if value is not None} | dict(map(attribute_of, a.attribute))
+
+
+def _prompts(a: argparse.Namespace) -> str | list[str] | None:
+    """The text of all samples, or one for each."""
+    from flowmap.evaluation.condition_grid import prompts_in
+
+    if a.prompts is None:
+        return a.prompt
+    if a.prompt is not None or a.num is not None:
+        raise ValueError("--prompts: gives the texts and the number of samples; leave --prompt and --num out")
+    return prompts_in(a.prompts)
 
 
 def _edit(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list[Path]:
@@ -123,7 +173,8 @@ def _draw(a: argparse.Namespace, student: Student, cond: dict[str, Any]) -> list
         raise ValueError("--reverse: goes with --texts, for students that edit sentences")
     if student.config.edits:
         raise ValueError(f"--texts: is required: this student carries sentences of {' to '.join(student.config.edits)}")
-    num, seed = 64 if a.num is None else a.num, a.seed or 0
+    num = len(cond["prompt"]) if a.prompts is not None else 64 if a.num is None else a.num
+    seed = a.seed or 0
     options = {name: getattr(a, name) for name in ("steps", "guidance", "gamma", "solver", "interpolate")}
     options["reward"] = tilted(a.reward, a.tilt)
     options |= {"inpaint": a.inpaint and (a.inpaint, a.mask), "refine": _refiner(a, seed, student.device)}

@@ -103,6 +103,10 @@ class BaseDataset:
     def hold_text(self, dtype: torch.dtype | None) -> None:
         """Complete conditions by a text encoder with weights of that dtype from now on; None: that of its files."""
 
+    def captions_at(self, places: Tensor, *, held_out: bool) -> list[str] | None:
+        """The captions of those training samples, or held-out ones; None where the data has none."""
+        return None
+
     def example_conditions(self) -> Cond:
         """One row of each condition, for its name and shape."""
         return self.conditions_at(torch.zeros(1, dtype=torch.int64))

@@ -148,7 +148,7 @@ class EncodedDataset(BaseDataset):
         }
         check_sums(folder, self.index, MADE)
         self._table = open_shards(folder, [shard for shard in self.index["shards"] if shard["rows"]], MADE)
-        self._flip, self._trimmed = spec.flip, spec.stored_text == "trimmed"
+        self._flip, self._trimmed, self._captioned = spec.flip, spec.stored_text == "trimmed", spec.text is not None
         self._live = LiveText(spec.text) if spec.stored_text == "captions" and spec.text is not None else None
 
     def __len__(self) -> int:
@@ -176,6 +176,12 @@ class EncodedDataset(BaseDataset):
 
     def stored_conditions_at(self, places: Tensor) -> StoredCond:
         return self._conditions(self._rows(self._kept[places % len(self._kept)]))
+
+    def captions_at(self, places: Tensor, *, held_out: bool) -> list[str] | None:
+        if not self._captioned:
+            return None
+        rows = self._rows_of("held_out")[places] if held_out else self._kept[places % len(self._kept)]
+        return [caption or "" for caption in self._rows(rows)["caption"].to_pylist()]
 
     def complete(self, cond: StoredCond) -> Cond:
         if self._live is None:

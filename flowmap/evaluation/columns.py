@@ -120,7 +120,7 @@ def columns(
         samples, seconds = timed(partial(draw, steps=k))
         found.append(Column(steps_label("student", k), samples, seconds, student.config.sampler_at(k).calls(k)))
     if teacher is not None:
-        samples, seconds = timed(lambda: solved(student, teacher, num, cond, guidance, seed))
+        samples, seconds = timed(lambda: solved(student, teacher, num, cond, guidance, seed, batch_size=size))
         found.append(Column(teacher.label, samples, seconds, teacher.built.calls(teacher.steps)))
     return found
 
@@ -132,10 +132,13 @@ def solved(
     cond: Mapping[str, Any] | None,
     guidance: float | None,
     seed: int,
+    batch_size: int = BATCH,
 ) -> Tensor | list[str]:
     """The teacher's samples from the noise and the conditions of student.sample(num, ...), decoded as the student's."""
     x1, rows = starts_of(student, num, cond, guidance, seed)
-    x0 = teacher.built.solve(x1, rows, teacher.steps)
+    parts = [slice(i, i + batch_size) for i in range(0, num, batch_size)]
+    own = lambda part: {key: value[part] for key, value in rows.items()}
+    x0 = torch.cat([teacher.built.solve(x1[part], own(part), teacher.steps) for part in parts])
     return student.pictures(x0) if student.config.text_autoencoder is None else student.sentences(x0)
 
 

@@ -40,6 +40,26 @@ def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] 
     return lambda num: apportioned(counts, num) - 1
 
 
+def condition_labels(student: Student, data: Dataset, cond: Cond, num: int) -> list[str]:
+    """What each of the first `num` samples of `conditions_for` without captions is conditioned on, in words.
+
+    That is its class, its attributes or the caption of its data; "" where there is none.
+    """
+    config = student.config
+    parts: list[list[str]] = [[] for _ in range(num)]
+    held_out = bool(data.num_held_out)
+    rows = data.num_held_out if held_out else len(data)
+    captions = data.captions_at(looked_at(torch.arange(num), rows), held_out=held_out) if config.text else None
+    for i, caption in enumerate(captions or ()):
+        parts[i].append(caption)
+    for i, label in enumerate(cond["class"][:num].tolist() if "class" in cond else ()):
+        parts[i] += [config.class_names[label] if config.class_names else f"class {label}"] if label >= 0 else []
+    for one in config.sentences.attributes:
+        for i, number in enumerate(cond[one.name][:num].tolist()):
+            parts[i] += [f"{one.name}={one.values[number]}"] if number >= 0 else []
+    return [", ".join(part) for part in parts]
+
+
 def conditions_for(
     student: Student,
     data: Dataset,

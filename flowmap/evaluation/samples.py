@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flowmap.base.files import write_text
@@ -15,8 +14,6 @@ from flowmap.base.images import save_picture, stack, steps_label, to_grid, to_pi
 from flowmap.base.precision import in_precision
 from flowmap.data.safe_files import lines_of
 from flowmap.data.text.sources import one_line
-from flowmap.evaluation.conditions import conditions_for
-from flowmap.flow.prior import Start
 from flowmap.flow.reward import Reward
 from flowmap.recipe.recipe import Recipe, read_resolved
 from flowmap.samplers import Tilted
@@ -112,26 +109,6 @@ def _write(out: Path, steps: int, samples: Tensor | list[str]) -> Path:
         rows = (",".join(f"{value:.6g}" for value in row) for row in samples.flatten(1).tolist())
         write_text(out / f"steps-{steps}.csv", "\n".join(rows) + "\n")
     return grid
-
-
-def sentences_of(student: Student, data, recipe) -> str:
-    """Sentences at each of the recipe's numbers of steps, each under a heading.
-
-    For a student that edits, the held-out sentences that it starts from come first.
-    """
-    num, seed, parts = recipe.log.grid_images, recipe.evaluation.seed, []
-    cond = conditions_for(student, data, num)(torch.arange(num))
-    cond = {key: value for key, value in cond.items() if key != "guidance"}
-    if student.config.edits:
-        x1, texts = data.starts(num)
-        parts.append(("source", texts))
-    for k in recipe.sampler.steps:
-        if student.config.edits:
-            made = student.carry(Start(x1), student.conditions(num, cond), k, torch.Generator().manual_seed(seed))
-        else:
-            made = student.sample(num, steps=k, cond=cond, seed=seed)
-        parts.append((f"{k} step{'s' * (k > 1)}", made))
-    return "\n".join(line for name, texts in parts for line in (f"# {name}", *texts)) + "\n"
 
 
 def edit_file(

@@ -58,7 +58,12 @@ class CLIPScore(Spec):
             metric.update(batch.samples[:rows], captions[:rows])
 
     def measure(self, metric: CLIPMean, drawn: Drawn) -> dict[str, float]:
-        return {f"clip_score_{Path(self.model).name.removeprefix('clip-')}": float(metric.compute())}
+        return {score_key(self.model): float(metric.compute())}
 
     def baseline(self, metric: CLIPMean, data: Any, classes: Classes | None = None) -> dict[str, float]:
         return {}
+
+
+def score_key(model: str) -> str:
+    """The name of the score in metrics.json, by the folder or the hub id of the model."""
+    return f"clip_score_{Path(model).name.removeprefix('clip-')}"

@@ -324,6 +324,8 @@ class Log:
 
     metrics_images: the most images of a metric while training, in W&B and log.csv as metrics_of_<images>; null for as
     many as at the end. metrics_steps: the step counts that are measured while training; empty for all of the sampler's.
+    table_samples: of the samples that are drawn, so many are also rows of a W&B table, each with the same noise and
+    condition at every step; 0 for no table.
     """
 
     wandb: bool = True
@@ -334,6 +336,7 @@ class Log:
     grid_images: Annotated[int, Range(1, 10_000)] = 64
     metrics_images: Count | None = added(None)
     metrics_steps: tuple[Calls, ...] = added(())
+    table_samples: CountFromZero = added(8, hashed=False)
 
     def __post_init__(self):
         check_ranges(self)

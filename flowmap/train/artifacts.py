@@ -17,8 +17,9 @@ from flowmap.evaluation.measure import measure
 from flowmap.plan.plan import Stage
 from flowmap.student.student import Student
 from flowmap.train import autoencoder, text_autoencoder, text_joint
-from flowmap.train.callbacks import Keep, Measure, Pictures, keep_student
+from flowmap.train.callbacks import Keep, Measure, keep_student
 from flowmap.train.module import DistillModule
+from flowmap.train.pictures import Pictures
 from flowmap.train.prior import Drawn, KeepPrior, keep_prior, measure_prior
 
 Figures = dict[str, Any]

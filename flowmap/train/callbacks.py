@@ -12,21 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from flowmap.base.distributed import rank
-from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, stack, steps_label, to_grid
 from flowmap.base.progress import LogFunction, paced
 from flowmap.base.schema import RecipeError
-from flowmap.build.teacher import BuiltTeacher
-from flowmap.evaluation.conditions import conditions_for
 from flowmap.evaluation.measure import measure
 from flowmap.flow.derivative import eulerian_derivative
-from flowmap.flow.prior import conditioning_rows
 from flowmap.flow.tangent.compiled import uncompiled
-from flowmap.flow.types import Cond
 from flowmap.nets.flow_map import BESIDE_NET
 from flowmap.plan.plan import Stage
 from flowmap.student.config import StudentConfig
@@ -37,7 +30,6 @@ from flowmap.train.agree import agreement, interruptible
 from flowmap.train.card import model_card
 from flowmap.train.checkpoints import drop_retired, is_milestone, retire
 from flowmap.train.finite import NotFinite
-from flowmap.train.logging import log_pictures
 from flowmap.train.module import DistillModule, norm_of, trained
 from flowmap.train.run_folder import LAST, drop_old
 from flowmap.train.strategy import ShardedStrategy
@@ -286,54 +278,6 @@ def full_state(net: nn.Module) -> dict[str, Tensor]:
         if rank() == 0 and not name.startswith(BESIDE_NET):
             found[name] = whole.detach().cpu()
     return found
-
-
-class Pictures(AtPictures):
-    """Draws samples/step-N.png: the averaged student at each number of steps, then the teacher from the same noise."""
-
-    def __init__(self, stage: Stage, student: Student):
-        super().__init__(stage)
-        self.student = student
-        self.teacher_grid: Image.Image | None = None
-
-    def show(self, trainer, module: DistillModule, done: int) -> None:
-        (self.draw if self.student.config.text_autoencoder is None else self.write)(trainer, module, done)
-
-    @torch.no_grad()
-    def write(self, trainer, module: DistillModule, done: int) -> None:
-        """Write samples/step-N.txt: sentences at each number of steps, all from the same noise or source sentences."""
-        from flowmap.evaluation.samples import sentences_of
-
-        text = sentences_of(self.student, module.data, self.stage.recipe)
-        if trainer.is_global_zero:
-            write_text(self.stage.folder / "samples" / f"step-{done:08d}.txt", text)
-
-    @torch.no_grad()
-    def draw(self, trainer, module: DistillModule, done: int) -> None:
-        recipe, num = self.stage.recipe, self.stage.recipe.log.grid_images
-        student = self.student
-        cond = conditions_for(student, module.data, num)(torch.arange(num))
-        grids: dict[str, Image.Image] = {}
-        for k in recipe.sampler.steps:
-            samples = student.sample(num, steps=k, cond=cond, seed=recipe.evaluation.seed)
-            assert isinstance(samples, Tensor), "sentences are written, not drawn"
-            grids[f"{k} step{'s' * (k > 1)}"] = to_grid(samples, columns=16)
-        if module.teacher is not None:
-            if self.teacher_grid is None:
-                samples = self._of_teacher(module, module.teacher, cond, num)
-                self.teacher_grid = to_grid(student.pictures(samples), columns=16)
-            grids["teacher"] = self.teacher_grid
-        if trainer.is_global_zero:
-            labels = [steps_label("student", k) for k in recipe.sampler.steps]
-            labels += [steps_label("teacher", recipe.evaluation.teacher_steps)] * ("teacher" in grids)
-            sheet = stack(list(grids.values()), labels)
-            save_picture(self.stage.folder / "samples" / f"step-{done:08d}.png", sheet)
-            log_pictures(trainer, grids, done)
-
-    def _of_teacher(self, module: DistillModule, teacher: BuiltTeacher, cond: Cond, num: int) -> Tensor:
-        start = self.student.start(num, torch.Generator().manual_seed(self.stage.recipe.evaluation.seed))
-        cond = {**cond, **conditioning_rows(start, slice(None), module.device)}
-        return teacher.solve(start.x1.to(module.device), cond, self.stage.recipe.evaluation.teacher_steps)
 
 
 class Measure(AtSteps):

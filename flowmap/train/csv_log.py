@@ -34,6 +34,12 @@ class CSVLog(Logger):
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
         """Do nothing: pictures are in samples/, not in the table."""
 
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None) -> None:
+        """Do nothing: a table of samples is in samples/, not in this one."""
+
+    def log_chart(self, chart: Any, step: int) -> None:
+        """Do nothing: a chart has no figures of its own."""
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": str(step), **{key: repr(float(value)) for key, value in metrics.items()}}

@@ -14,9 +14,12 @@ from flowmap.student.student import Student
 from flowmap.train.artifacts import ARTIFACTS, Ended
 from flowmap.train.callbacks import AtPictures, check_weights, full_state, metric_logs, peak_gib
 from flowmap.train.clock import Clock
+from flowmap.train.csv_log import read_log
 from flowmap.train.finite import NotFinite
+from flowmap.train.logging import log_charts
 from flowmap.train.module import DistillModule
 from flowmap.train.run_folder import NOT_DRAWN
+from flowmap.train.wandb_charts import charts_of
 
 METRICS = "metrics.json"
 
@@ -62,7 +65,7 @@ def finish(
     if not_drawn is not None:
         metrics[NOT_DRAWN] = not_drawn
     artifact.write(run, metrics)
-    _log(trainer, metrics, done)
+    _log(stage, trainer, metrics, done)
     write_json(stage.folder / METRICS, metrics)
     if not_drawn is not None:
         raise _unfinished(stage, done, "drawing its samples", not_drawn)
@@ -97,10 +100,13 @@ def _measured(
         raise _unfinished(stage, done, "measuring", reason(error)) from error
 
 
-def _log(trainer: L.Trainer, metrics: dict[str, Any], done: int) -> None:
-    """Pass the figures to the loggers at the last step, and close the loggers."""
+def _log(stage: Stage, trainer: L.Trainer, metrics: dict[str, Any], done: int) -> None:
+    """Pass figures and charts to the loggers at the last step, and close the loggers."""
     for logger in trainer.loggers:
         logger.log_metrics(metric_logs(metrics), done - 1)
+    path = stage.folder / "log.csv"
+    log_charts(trainer, charts_of(metrics, read_log(path) if path.is_file() else []), done)
+    for logger in trainer.loggers:
         logger.finalize("success")
 
 

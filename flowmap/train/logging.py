@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,7 @@ from flowmap.base.distributed import is_child
 from flowmap.base.progress import LogFunction
 from flowmap.plan.plan import Stage
 from flowmap.train.csv_log import CSVLog
+from flowmap.train.wandb_charts import Chart
 from flowmap.train.wandb_log import wandb_logger
 
 
@@ -22,9 +23,10 @@ def loggers_of(stage: Stage, start: int, log: LogFunction) -> list[Any]:
     """The loggers of a run that begins at step `start`; none in the processes other than the first."""
     if is_child():
         return []
-    loggers: list[Any] = [CSVLog(stage.folder / "log.csv", keep_below=start)]
+    table = CSVLog(stage.folder / "log.csv", keep_below=start)
+    loggers: list[Any] = [table]
     if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
-        logger = wandb_logger(stage, start, log)
+        logger = wandb_logger(stage, start, log, table.rows)
         loggers += [] if logger is None else [logger]
     return loggers
 
@@ -34,6 +36,19 @@ def log_pictures(trainer: L.Trainer, grids: Mapping[str, Image.Image], done: int
     for logger in trainer.loggers:
         for name, grid in grids.items():
             logger.log_image(f"samples/{name}", [grid], step=done - 1)
+
+
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], done: int) -> None:
+    """Log a table, whose cells may be pictures, after `done` steps."""
+    for logger in trainer.loggers:
+        logger.log_table(name, list(columns), [list(row) for row in rows], step=done - 1)
+
+
+def log_charts(trainer: L.Trainer, charts: Sequence[Chart], done: int) -> None:
+    """Log each chart as `charts/NAME` after `done` steps."""
+    for logger in trainer.loggers:
+        for chart in charts:
+            logger.log_chart(chart, done - 1)
 
 
 def quiet_lightning() -> None:

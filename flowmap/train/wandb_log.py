@@ -8,33 +8,48 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 
 from flowmap.base.files import write_text
 from flowmap.base.schema import to_plain
 from flowmap.plan.plan import Stage
 from flowmap.recipe.kinds import TABLES
+from flowmap.train.wandb_charts import Best, Chart
+from flowmap.train.wandb_panels import STEP, save_view
 
 LogFunction = Callable[[str], None]
 SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B itself waits 90 s, and at the end without a limit
 
 
-def wandb_logger(stage: Stage, start: int, log: LogFunction) -> WandbLogger | None:
+def wandb_logger(
+    stage: Stage, start: int, log: LogFunction, before: Sequence[Mapping[str, Any]] = ()
+) -> WandbLogger | None:
     """The logger of a run that begins at step `start`; None if W&B works neither online nor offline.
 
-    If it is not online, one line is logged with the reason.
+    before: what the run has logged up to that step. If W&B is not online, one line is logged with the reason.
     """
+    logger = _logger(stage, start, log)
+    if logger is not None:
+        logger.best = Best(before)
+    return logger
+
+
+def _logger(stage: Stage, start: int, log: LogFunction) -> _Lasting | None:
     mode = "offline"
     try:
         import wandb
 
         wandb.setup()  # reads WANDB_SILENT, before any warning of W&B
         mode = "offline" if _offline() else "online"
-        return _started(stage, start, mode, log)
+        logger = _started(stage, start, mode, log)
+        if mode == "online" and not start:
+            _save_view(logger.experiment, stage, log)
+        return logger
     except Exception as error:  # network, key, settings, W&B's service: their errors have no common class
         if mode == "online":
             log(f"W&B: not reached ({first_line(error)}); the run is recorded offline, `wandb sync` uploads it later")
@@ -66,7 +81,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> WandbLogger:
+def _save_view(run: Any, stage: Stage, log: LogFunction) -> None:
+    try:
+        save_view(run, stage.recipe, log)
+    except Exception as error:  # the run does not depend on it
+        log(f"W&B: no view of the panels is saved ({first_line(error)})")
+
+
+def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> _Lasting:
     import wandb
 
     # a variable of the user's, such as WANDB_INIT_TIMEOUT, has priority; old versions of wandb have no finish_timeout
@@ -81,6 +103,7 @@ def _started(stage: Stage, start: int, mode: str, log: LogFunction) -> WandbLogg
     )
     logger = _Lasting(log, **where, id=_id(stage.folder, start), resume="allow", settings=wandb.Settings(**ours))
     logger.experiment.config.update(to_plain(stage.recipe, TABLES), allow_val_change=True)
+    logger.experiment.define_metric(STEP, hidden=True)  # Lightning makes it the step of all keys
     return logger
 
 
@@ -90,12 +113,23 @@ class _Lasting(WandbLogger):
     def __init__(self, log: LogFunction, **settings: Any):
         super().__init__(**settings)
         self._log_line, self._failed = log, False
+        self.best = Best()
 
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        self._try(super().log_metrics, *args, **kwargs)
+    def log_metrics(self, metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log figures; the best ones so far are in the run's summary under best/..."""
+        self._try(super().log_metrics, metrics, *args, **kwargs)
+        if best := self.best.update(metrics):
+            self._try(lambda: self.experiment.summary.update(best))
+
+    def log_chart(self, chart: Chart, step: int) -> None:
+        self._try(lambda: WandbLogger.log_metrics(self, {f"charts/{chart.name}": _plot(chart)}, step))
 
     def log_image(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().log_image, *args, **kwargs)
+
+    def log_table(self, key: str, columns: Any = None, data: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Log a table; its pictures become those of W&B."""
+        self._try(lambda: WandbLogger.log_table(self, key, columns, _with_images(data), *args, **kwargs))
 
     def finalize(self, status: str) -> None:
         self._try(super().finalize, status)
@@ -108,6 +142,19 @@ class _Lasting(WandbLogger):
         except Exception as error:  # W&B's service may have been killed, or the disk is full
             self._failed = True
             self._log_line(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
+
+
+def _plot(chart: Chart) -> Any:
+    import wandb
+
+    xs, ys = ([[point[i] for point in points] for points in chart.lines.values()] for i in (0, 1))
+    return wandb.plot.line_series(xs=xs, ys=ys, keys=list(chart.lines), title=chart.title, xname=chart.x)
+
+
+def _with_images(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    import wandb
+
+    return [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
 
 
 def _id(folder: Path, start: int) -> str:

@@ -56,6 +56,10 @@ def test_training_and_metrics_read_the_same(built, stored, expected):
     assert same(other.held_out_conditions_at(places[1:]), expected(padded.held_out_conditions_at(places[1:])))
     assert same(other.reference_conditions_at(places), expected(padded.reference_conditions_at(places)))
     assert same(other.empty, expected(padded.empty))
+    for one in (padded, other):
+        assert one.captions_at(places, held_out=False) == padded.captions_at(places, held_out=False)
+        texts = one.captions_at(places[1:], held_out=True)
+        assert one.held_out_conditions_at(places[1:])["pooled"].flatten().tolist() == [float(len(t)) for t in texts]
     for name, row in padded.example_conditions().items():
         assert other.example_conditions()[name].shape == row.shape and row.shape[0] == 1
 

@@ -95,7 +95,7 @@ def test_samples_that_cannot_be_drawn_stop_neither_training_nor_measuring(
 
     settings = ("log.samples_every_steps=5", "trainer.checkpoint_every_steps=20")
     with monkeypatch.context() as patch:
-        patch.setattr("flowmap.train.callbacks.to_grid", fail)
+        patch.setattr("flowmap.train.pictures.to_grid", fail)
         code, _, err = command("fit", "--recipe", tiny, "--out", tmp_path / "run", *settings)
     assert (
         code == 1 and err.count("warning: drawing samples failed, training goes on: TypeError: Cannot handle") == 1

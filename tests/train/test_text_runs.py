@@ -166,6 +166,12 @@ def test_reflow_and_ayf_are_ordinary_recipes(runs):
     ]
     run = flowmap.fit(read_recipe(flow, ["name=ayf", "trainer.steps=4", *ayf]), **QUIET)
     assert len(run.student.sample(3, cond={"length": 2}, guidance=1.0)) == 3 and "teacher" in run.metrics
+    (drawn,) = (run.folder / "samples").glob("*.txt")
+    assert [line for line in drawn.read_text().splitlines() if line[:1] == "#"] == [
+        "# 1 step",
+        "# 2 steps",
+        "# teacher",
+    ]
     pairs = f"coupling={{kind: pairs, teacher: {{recipe: {flow}}}, num: 30, solver: {{kind: heun, steps: 2}}}}"
     reflow = [pairs, f"student={{kind: from_recipe, recipe: {flow}}}"]
     run = flowmap.fit(

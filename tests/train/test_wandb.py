@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 
 import flowmap
+from flowmap.train.csv_log import read_log
 
 
 @pytest.mark.slow
@@ -69,6 +70,16 @@ def test_what_an_offline_run_shows(tmp_path, mode):
     for name in ("1 step", "2 steps", "teacher"):
         picture = last[f"samples/{name}"]["filenames"][0]
         assert next(out.glob(f"wandb/offline-run-*/files/{picture}")).is_file()
+    table = last["samples/table"]
+    kept = json.loads(next(out.glob(f"wandb/offline-run-*/files/{table['path']}")).read_text())
+    assert kept["columns"] == ["step", "seed", "sample", "condition", "1 step", "2 steps", "teacher"]
+    assert kept["data"][0][:4] == [20, 1234, 0, ""] and kept["data"][0][4]["_type"] == "image-file"
+    assert len([*out.glob("wandb/offline-run-*/files/media/table/samples/*.json")]) == 2, "after 10 and 20 steps"
+    assert {"charts/frechet_pixels_by_steps_table", "charts/tangent_norm_by_time_table"} <= set(last)
+    key = "metrics/frechet_pixels/1"
+    assert last[f"best/{key.partition('/')[2]}"] == min(
+        float(row[key]) for row in read_log(out / "log.csv") if key in row
+    )
     from flowmap.base.schema import to_plain
     from flowmap.recipe.kinds import TABLES
 
