@@ -335,7 +335,7 @@ def infill(bench: Bench, look: Look) -> None:
     """
     from flowmap.build.data import build_data
     from flowmap.data.dataset import looked_at
-    from flowmap.data.text.dataset import outer_thirds
+    from flowmap.data.text.described import outer_thirds
     from flowmap.metrics.text import Distinct
     from flowmap.metrics.text_conditioned import Infilled
     from flowmap.plan.plan import resolve
